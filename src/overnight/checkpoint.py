@@ -1,0 +1,154 @@
+"""TrainState <-> a directory: verified, atomic, and never code.
+
+    checkpoints/step-00001000/
+      model.safetensors       GPT-2's parameter names, the vocabulary unpadded
+      optimizer.safetensors   AdamW's two moments: <parameter>.exp_avg, <parameter>.exp_avg_sq
+      state.json              step, model configuration, formats
+      MANIFEST.json           size and sha256 of the three
+
+A checkpoint appears under its name in one rename, after all its bytes are on the disk. It is used only
+if every byte is still the one that was written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from overnight.model.config import ModelConfig
+from overnight.model.gpt import GPT
+from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
+from overnight.state import TrainState
+from overnight.terminal import say
+
+FORMAT = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+def save_checkpoint(state: TrainState, folder: Path, keep: int | None = None) -> Path:
+    """Publish `folder`/step-<8 digits>, then delete all but the newest `keep`; returns its path."""
+    final = folder / f"step-{state.step:08d}"
+    building = folder / f".building-{final.name}"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    save_file(_for_disk(state.model.weights()), building / "model.safetensors")
+    save_file(_for_disk(_moments(state)), building / "optimizer.safetensors")
+    about = {"format": FORMAT, "step": state.step, "model": dataclasses.asdict(state.model.config)}
+    write_atomically(building / "state.json", json.dumps(about, indent=2) + "\n")
+    for name in FILES:
+        with (building / name).open("rb") as file:
+            flush_to_disk(file.fileno())
+    write_atomically(building / "MANIFEST.json", _manifest(building))
+    shutil.rmtree(final, ignore_errors=True)
+    building.rename(final)
+    flush_folder(folder)
+    if keep is not None:
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    return final
+
+
+def _for_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _moments(state: TrainState) -> dict[str, Tensor]:
+    """AdamW's moments by parameter name, without the rows that pad the vocabulary (always zero)."""
+    rows = {name: len(weight) for name, weight in state.model.weights().items()}
+    return {
+        f"{name}.{moment}": state.optimizer.state[parameter][moment][: rows[name]]
+        for name, parameter in state.model.named_parameters()
+        if parameter in state.optimizer.state
+        for moment in MOMENTS
+    }
+
+
+def _manifest(checkpoint: Path) -> str:
+    files = {name: _identity(checkpoint / name) for name in FILES}
+    return _canonical({"format": FORMAT, "files": files})
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The published checkpoints of a run, oldest first, verified or not."""
+    return sorted(folder.glob("step-" + "[0-9]" * 8))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that verifies, or None if there is none at all.
+
+    Says which ones it passed over. Raises ValueError if there are some and none is whole.
+    """
+    found = list_checkpoints(folder)
+    for checkpoint in reversed(found):
+        try:
+            verify_checkpoint(checkpoint)
+        except ValueError as error:
+            say(f"{error}; trying the one before it")
+        else:
+            return checkpoint
+    if found:
+        raise ValueError(f"no checkpoint in {folder} is whole; begin again with another --run-name")
+    return None
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Raise ValueError unless every byte of `checkpoint` is as it was written."""
+    try:
+        written = (checkpoint / "MANIFEST.json").read_bytes()
+        sound = written == _manifest(checkpoint).encode()
+    except OSError as error:
+        raise ValueError(
+            f"checkpoint {checkpoint} is incomplete: {error.strerror} ({error.filename})"
+        ) from None
+    if not sound:
+        raise ValueError(f"checkpoint {checkpoint} is damaged: its files are not what its MANIFEST.json says")
+
+
+def read_model(checkpoint: Path) -> GPT:
+    """The model of a checkpoint, on the CPU, in evaluation mode. Raises ValueError if it is damaged."""
+    verify_checkpoint(checkpoint)
+    about = json.loads((checkpoint / "state.json").read_text())
+    model = GPT(ModelConfig(**about["model"]))
+    model.load_weights(load_file(checkpoint / "model.safetensors"))
+    return model.eval()
+
+
+@torch.no_grad()
+def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
+    """Make `state` what it was when `checkpoint` was saved. Raises ValueError if that is damaged."""
+    verify_checkpoint(checkpoint)
+    about = json.loads((checkpoint / "state.json").read_text())
+    state.model.load_weights(load_file(checkpoint / "model.safetensors"))
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    for name, parameter in state.model.named_parameters():
+        if f"{name}.{MOMENTS[0]}" not in moments:
+            continue  # saved before the first step: there were no moments yet
+        restored: dict[str, Tensor] = {"step": torch.tensor(float(about["step"]))}
+        for moment in MOMENTS:
+            saved = moments[f"{name}.{moment}"]
+            restored[moment] = torch.zeros_like(parameter)
+            restored[moment][: len(saved)] = saved
+        if state.optimizer.param_groups[0]["fused"]:
+            restored["step"] = restored["step"].to(parameter.device)
+        state.optimizer.state[parameter] = restored
+    state.step = about["step"]

@@ -1,0 +1,142 @@
+"""The street door: parses, calls a stage, prints errors; nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from overnight import __version__
+
+
+class Verb(NamedTuple):
+    """A command: its stage holds `<Config>` and `run`."""
+
+    config: str
+    synopsis: str
+    about: str
+
+
+VERBS = {
+    "quickstart": Verb("QuickstartConfig", "[--fresh]", "everything on a laptop, offline, in a few minutes"),
+    "prepare": Verb("PrepareConfig", "SOURCE [--tokenizer gpt2]", "text to shards of tokens"),
+    "train": Verb("", "RECIPE [--n_layer=4 ...]", "train a GPT; also --resume RUN, --from MODEL"),
+    "generate": Verb("GenerateConfig", 'MODEL "prompt"', "let a model write"),
+    "evaluate": Verb("EvaluateConfig", "MODEL", "loss, perplexity, bits per byte"),
+    "report": Verb("ReportConfig", "RUN [RUN ...]", "the morning page"),
+    "runs": Verb("RunsConfig", "", "what is in runs/, and how each is doing"),
+    "convert": Verb("ConvertConfig", "MODEL --to hf", "write a model for other programs"),
+}
+
+EXAMPLES = {
+    "quickstart": "overnight quickstart",
+    "prepare": "overnight prepare ~/my-notes --tokenizer bpe-8192",
+    "train": "overnight train shakespeare-char-cpu --n_layer=4 --dropout 0.1",
+    "generate": 'overnight generate runs/quickstart "The value of" --temperature 0.8',
+    "evaluate": "overnight evaluate runs/quickstart",
+    "report": "overnight report runs/quickstart",
+    "runs": "overnight runs --json",
+    "convert": "overnight convert runs/quickstart --to hf --out quickstart-hf",
+}
+
+DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words)
+    except ValueError as error:  # what a user wrote
+        print(f"overnight: {error}", file=sys.stderr)
+        return WRONG_USE
+    except KeyboardInterrupt:
+        print("overnight: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in {"-h", "--help", "help"}:
+        print(_help())
+        return DONE if words else WRONG_USE
+    if words[0] == "--version":
+        print(__version__)
+        return DONE
+    from overnight.settings import nearest
+
+    name, *rest = words
+    if name not in VERBS:
+        raise ValueError(f"there is no command {name}{nearest(name, VERBS)}")
+    if name == "train":
+        _train(rest)
+    else:
+        _call(name, rest)
+    return DONE
+
+
+def _call(name: str, rest: list[str]) -> None:
+    """Parse the stage's own Config and hand it to the stage."""
+    from overnight.settings import from_arguments
+
+    stage = importlib.import_module(f"overnight.stages.{name}")
+    config = getattr(stage, VERBS[name].config)
+    stage.run(from_arguments(config, rest, prog=f"overnight {name}", about=_about(name)))
+
+
+def _train(rest: list[str]) -> None:
+    """A recipe's settings are its options; the recipe, or the run that goes on, comes first."""
+    from overnight.settings import from_arguments
+    from overnight.stages import train
+    from overnight.stages.recipe import Recipe, load_recipe, recipe_names
+
+    resumed = _take_option(rest, "--resume")
+    rest = [
+        "--start-from" + word.removeprefix("--from") if _is_option(word, "--from") else word for word in rest
+    ]
+    default = Recipe(run_name="RECIPE")
+    if resumed is not None:
+        default = train.load_resumed(Path(resumed))
+    elif rest and not rest[0].startswith("-"):
+        default = load_recipe(rest.pop(0))
+    elif not {"-h", "--help"} & set(rest):
+        raise ValueError(f"overnight train needs a recipe: {', '.join(recipe_names())}, or a .toml file")
+    recipe = from_arguments(Recipe, rest, prog="overnight train", about=_about("train"), default=default)
+    train.run(recipe, Path(resumed) if resumed is not None else None)
+
+
+def _is_option(word: str, option: str) -> bool:
+    return word == option or word.startswith(f"{option}=")
+
+
+def _take_option(words: list[str], option: str) -> str | None:
+    """Remove `option VALUE` or `option=VALUE` from `words`; its value, or None if it is not there."""
+    for index, word in enumerate(words):
+        if _is_option(word, option):
+            _, equals, value = words.pop(index).partition("=")
+            if not equals and index >= len(words):
+                raise ValueError(f"overnight train {option} needs a run")
+            return value if equals else words.pop(index)
+    return None
+
+
+def _about(name: str) -> str:
+    verb = VERBS[name]
+    return f"overnight {name} {verb.synopsis}: {verb.about}.\n\nExample: {EXAMPLES[name]}"
+
+
+def _help() -> str:
+    """The list of commands; written out here so that it takes no time to show."""
+    lines = [f"  {name:<11}{verb.synopsis:<27}{verb.about}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: overnight COMMAND ...      (overnight COMMAND --help tells more)",
+            "",
+            "Reproduce GPT-2 while you sleep; keep the proof when you wake.",
+            "",
+            *lines,
+            "",
+            "Begin with: overnight quickstart",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""The outside world's model formats, in both directions."""

@@ -1,0 +1,1 @@
+"""Text to batches: sources, documents, preparation, shards, and the stream that trains on them."""

@@ -1,0 +1,69 @@
+"""Loss, perplexity and bits per byte over a fixed set of tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from overnight.data.stream import Batch
+from overnight.loss import LossSum, next_token_nats
+from overnight.model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's loss on some text, in three units."""
+
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    """e to the loss."""
+    bits_per_byte: float
+    """Bits for each byte of the text; the only one that compares across tokenizers."""
+    evaluated_tokens: int
+    """Targets judged, separators between documents included."""
+    evaluated_bytes: int
+    """Bytes of text that these targets spell; separators spell none."""
+
+
+def evaluate_language_model(
+    model: GPT, batches: Iterable[Batch], token_bytes: Sequence[bytes], precision: str = "fp32"
+) -> Evaluation:
+    """Judge `model` on every target of `batches`; `token_bytes` says what each id spells.
+
+    A target near the start of its row is judged on a short context, which makes the loss a little
+    higher than with a sliding window. Training state and random state are left as they were.
+    """
+    device = model.wte.weight.device
+    lengths = torch.tensor([len(spelt) for spelt in token_bytes])
+    total, text_bytes = LossSum(torch.zeros((), dtype=torch.float64), 0), 0
+    with judging(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for batch in batches:
+            nats = next_token_nats(model, batch.ids.to(device), batch.targets.to(device))
+            total = total.plus(LossSum(nats.double().cpu(), batch.targets.numel()))
+            text_bytes += int(lengths[batch.targets].sum())
+    if not text_bytes:
+        raise ValueError("there is no text to evaluate on: the validation split is empty")
+    return Evaluation(
+        total.per_token(), total.perplexity(), total.bits_per_byte(text_bytes), total.tokens, text_bytes
+    )
+
+
+@contextlib.contextmanager
+def judging(model: GPT) -> Iterator[None]:
+    """Within, `model` neither drops activations nor keeps anything for a backward pass."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluation_rows(model: GPT) -> int:
+    """Rows of the whole context to judge at once: about 8,192 tokens, whatever the context."""
+    return max(1, 8192 // model.config.context_length)

@@ -1,0 +1,45 @@
+"""A loss is a sum and a count: add both over micro-batches, ranks and evaluation batches; divide once."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from overnight.model.gpt import GPT
+
+
+class LossSum(NamedTuple):
+    """Cross-entropy in nats, summed over `tokens` targets."""
+
+    nats: Tensor
+    """float32 scalar."""
+    tokens: int
+    """How many targets were summed."""
+
+    def plus(self, other: LossSum) -> LossSum:
+        """Both sums together (a NamedTuple's own `+` would join them end to end)."""
+        return LossSum(self.nats + other.nats, self.tokens + other.tokens)
+
+    def per_token(self) -> float:
+        """Mean nats per token. Waits for the device."""
+        return self.nats.item() / self.tokens
+
+    def perplexity(self) -> float:
+        """E to the mean."""
+        return math.exp(self.per_token())
+
+    def bits_per_byte(self, text_bytes: int) -> float:
+        """Bits needed for each byte of the text that the targets spell: comparable across tokenizers."""
+        return self.nats.item() / math.log(2) / text_bytes
+
+
+def next_token_nats(model: GPT, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    """Cross-entropy of every target given the ids up to it, summed; a float32 scalar in nats.
+
+    Computed in float32 whatever the precision of the matrix products: a sum of many small terms.
+    """
+    logits_BTV = model.head(model.trunk(ids_BT))
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")

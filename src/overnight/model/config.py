@@ -1,0 +1,74 @@
+"""The sizes of GPT-2 and GPT-3, and what follows from a size alone. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a GPT; the names are GPT-2's own."""
+
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads; n_embd is divided evenly among them."""
+    n_embd: int = 768
+    """Channels of the residual stream."""
+    context_length: int = 1024
+    """Longest input, in tokens."""
+    vocab_size: int | None = None
+    """Number of token ids; None takes the tokenizer's."""
+    dropout: float = 0.0
+    """Share of activations dropped while training; GPT-2's pretraining reproductions use none."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        found = [
+            f"{name}={value} must be at least 1"
+            for name in ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        if not found and self.n_embd % self.n_head:
+            found.append(f"n_embd={self.n_embd} does not divide among n_head={self.n_head} heads")
+        if not 0.0 <= self.dropout < 1.0:
+            found.append(f"dropout={self.dropout} must be at least 0 and less than 1")
+        return found
+
+    def parameter_count(self) -> int:
+        """Parameters, the tied head counted once and the vocabulary unpadded (GPT-2 124M: 124,439,808)."""
+        assert self.vocab_size is not None, "the vocabulary's size comes from the tokenizer"
+        block = 12 * self.n_embd**2 + 13 * self.n_embd
+        return (self.vocab_size + self.context_length + 2) * self.n_embd + self.n_layer * block
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token: 6 N + 12 L C T, with N without `wpe`.
+
+        PaLM paper, appendix B, as nanoGPT counts it: full square attention, recomputation not counted.
+        """
+        weights = self.parameter_count() - self.context_length * self.n_embd
+        return 6 * weights + 12 * self.n_layer * self.n_embd * self.context_length
+
+
+def _gpt(n_layer: int, n_head: int, n_embd: int, context_length: int) -> ModelConfig:
+    return ModelConfig(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, context_length=context_length, vocab_size=50257
+    )
+
+
+PRESETS = {
+    # Language Models are Unsupervised Multitask Learners, table 2 (the names say the true counts)
+    "gpt2-124m": _gpt(12, 12, 768, 1024),
+    "gpt2-350m": _gpt(24, 16, 1024, 1024),
+    "gpt2-774m": _gpt(36, 20, 1280, 1024),
+    "gpt2-1558m": _gpt(48, 25, 1600, 1024),
+    # Language Models are Few-Shot Learners, table 2.1
+    "gpt3-125m": _gpt(12, 12, 768, 2048),
+    "gpt3-350m": _gpt(24, 16, 1024, 2048),
+    "gpt3-760m": _gpt(24, 16, 1536, 2048),
+    "gpt3-1.3b": _gpt(24, 16, 2048, 2048),  # the table says 24 heads of 128, which is not 2048
+    "gpt3-2.7b": _gpt(32, 32, 2560, 2048),
+    "gpt3-6.7b": _gpt(32, 32, 4096, 2048),
+    "gpt3-13b": _gpt(40, 40, 5120, 2048),  # the table says 5140, which 40 heads of 128 do not make
+    "gpt3-175b": _gpt(96, 96, 12288, 2048),
+}

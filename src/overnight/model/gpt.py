@@ -1,0 +1,116 @@
+"""GPT-2, exactly: pre-layer-norm blocks, learned positions, tanh GELU, a head tied to the embedding.
+
+Shapes: B rows, T positions, C channels, V ids. The module knows no files, no ranks and no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from overnight.model.attention import Cache, CausalSelfAttention
+from overnight.model.config import ModelConfig
+
+PADDING_MULTIPLE = 64  # 50,257 ids become 50,304 rows: matrix units want even tiles
+
+
+class MLP(nn.Module):
+    """The feed-forward half of a block: four times wider, then back."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = config.dropout
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        wide = F.gelu(self.c_fc(x_BTC), approximate="tanh")
+        return F.dropout(self.c_proj(wide), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, cache: Cache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache)
+        return x_BTC + self.mlp(self.ln_2(x_BTC))  # type: ignore[no-any-return]  # as in GPT.trunk
+
+
+class GPT(nn.Module):
+    """ids (B, T) -> logits (B, T, V). `forward` is `head(trunk(ids))`, and either may be used alone.
+
+    The embedding has a few rows more than there are ids, so that its matrix products come out in even
+    tiles. These rows are zero, get no gradient, and never leave the module: `head` returns exactly V
+    columns and `weights` exactly V rows.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        problems = config.problems()
+        if config.vocab_size is None:
+            problems.append("vocab_size is not known: it is the tokenizer's")
+        if problems:
+            raise ValueError("; ".join(problems))
+        assert config.vocab_size is not None
+        self.config = config
+        self.vocab_size = config.vocab_size
+        padded = -(-self.vocab_size // PADDING_MULTIPLE) * PADDING_MULTIPLE
+        self.wte = nn.Embedding(padded, config.n_embd)
+        self.wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        with torch.no_grad():
+            self.wte.weight[self.vocab_size :] = 0.0
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) for the id after each position."""
+        return self.head(self.trunk(ids_BT))
+
+    def trunk(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """Hidden states (B, T, C) after the final layer norm. Raises IndexError beyond the context."""
+        T = ids_BT.shape[1]
+        if self.config.context_length < T:
+            raise IndexError(f"{T} positions do not fit context_length={self.config.context_length}")
+        position = self.wpe.weight[:T] if cache is None else self.wpe(cache.positions(T))
+        x_BTC = F.dropout(self.wte(ids_BT) + position, self.config.dropout, self.training)
+        for block in self.h:
+            x_BTC = block(x_BTC, cache)
+        return self.ln_f(x_BTC)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits (..., V)."""
+        return F.linear(hidden, self.wte.weight)[..., : self.vocab_size]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter by name, detached, `wte.weight` without its padding: views into the model."""
+        named = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        named["wte.weight"] = named["wte.weight"][: self.vocab_size]
+        return named
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy `weights` in. Raises ValueError, and changes nothing, if a name or a shape does not fit."""
+        own = self.weights()
+        problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
+        problems += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+        problems += [
+            f"{name} has shape {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
+            for name in own.keys() & weights.keys()
+            if weights[name].shape != own[name].shape
+        ]
+        if problems:
+            raise ValueError("the weights do not fit the model: " + "; ".join(sorted(problems)))
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])

@@ -1,0 +1,77 @@
+"""AdamW: which parameters decay, and one step of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a recipe is read without torch, so that --help is instant
+    from torch import Tensor, nn
+    from torch.optim import AdamW
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW's settings; the defaults are the GPT-3 paper's, appendix B."""
+
+    peak_learning_rate: float = 6e-4
+    """Learning rate after warm-up. GPT-3 paper, table 2.1, for 125M; GPT-2's was never published."""
+    weight_decay: float = 0.1
+    """Decay of the matrices, per step and unit of learning rate."""
+    beta1: float = 0.9
+    """Memory of the gradient's mean."""
+    beta2: float = 0.95
+    """Memory of the gradient's square."""
+    epsilon: float = 1e-8
+    """Added to the denominator."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this norm, all parameters together; None leaves them as they are."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        found = []
+        for name in ("peak_learning_rate", "epsilon"):
+            if not getattr(self, name) > 0:
+                found.append(f"{name}={getattr(self, name)} must be greater than 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        if not self.weight_decay >= 0:
+            found.append(f"weight_decay={self.weight_decay} must be at least 0")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            found.append(f"max_grad_norm={self.max_grad_norm} must be greater than 0, or left out")
+        return found
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
+    """AdamW over all of `model`: matrices and embeddings decay, biases and layer norms do not."""
+    import torch
+
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    assert len(matrices) + len(vectors) == len(list(model.parameters())), "each parameter in one group"
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.peak_learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=matrices[0].device.type in {"cpu", "cuda"},
+    )
+
+
+def apply_gradients(optimizer: AdamW, learning_rate: float, max_grad_norm: float | None) -> Tensor:
+    """Clip, update, and forget the gradients; returns their norm before clipping, a float32 scalar."""
+    import torch
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm

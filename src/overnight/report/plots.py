@@ -1,0 +1,243 @@
+"""The charts of a report. The large ones come wide and narrow, so that a telephone shows readable text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from overnight.report.curves import Series, smoothed, spread, thinned
+from overnight.report.drawing import (
+    ACCENT,
+    PLAIN,
+    RUN_COLOURS,
+    TEXT_SIZE,
+    house_style,
+    new_axes,
+    to_svg,
+)
+from overnight.report.markup import Markup
+from overnight.report.record import Record
+from overnight.report.words import scientific, short, significant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+RAW_POINTS = 1_500
+SMOOTH_POINTS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A chart's size in CSS pixels, and how much fits into it."""
+
+    css: str
+    size: tuple[int, int]
+    margins: tuple[int, int, int, int]
+    """Top, right, bottom, left."""
+    ticks: int
+    raw_points: int
+
+
+WIDE = Layout(css="wide", size=(880, 400), margins=(30, 132, 30, 40), ticks=8, raw_points=RAW_POINTS)
+NARROW = Layout(css="narrow", size=(400, 330), margins=(30, 78, 30, 34), ticks=3, raw_points=RAW_POINTS // 2)
+SMALL = Layout(css="", size=(300, 180), margins=(10, 22, 26, 44), ticks=3, raw_points=RAW_POINTS // 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineEnd:
+    """What to write beside the end of a line, `height` in the axis' units."""
+
+    height: float
+    text: str
+    colour: str
+
+
+def run_style(index: int) -> dict[str, Any]:
+    """How the run at `index` of a comparison is drawn: six colours, then the same six dashed."""
+    repeated, number = divmod(index, len(RUN_COLOURS))
+    return {"color": RUN_COLOURS[number], "linestyle": "--" if repeated % 2 else "-"}
+
+
+def loss_charts(record: Record) -> Markup:
+    """Training and validation loss over steps (below) and tokens (above)."""
+    return Markup(_loss_chart(record, WIDE) + _loss_chart(record, NARROW))
+
+
+def overlay_charts(records: Sequence[Record], names: Sequence[str]) -> Markup:
+    """The losses of several runs over tokens. Narrow, it has no names: the table's colours tell."""
+    return Markup(_overlay_chart(records, names, WIDE) + _overlay_chart(records, [], NARROW))
+
+
+def learning_rate_chart(record: Record) -> Markup:
+    """The learning rate of every step."""
+    return _small_chart(record, "learning_rate", scientific, is_smoothed=False)
+
+
+def gradient_chart(record: Record) -> Markup:
+    """The gradient's norm before clipping; on a logarithmic axis if single steps tower above the rest."""
+    return _small_chart(record, "grad_norm", "{:g}".format, is_smoothed=True)
+
+
+def throughput_chart(record: Record) -> Markup:
+    """Tokens per second of every step."""
+    return _small_chart(record, "tokens_per_second", short, is_smoothed=True)
+
+
+def visible_loss(records: Sequence[Record], against: str) -> tuple[float, float]:
+    """The ends of the loss axis over `against`, which the first twentieth of a long run may exceed.
+
+    The fall from ln V would otherwise flatten all that comes after it.
+    """
+    longest = max(records, key=lambda record: record.metrics[against][-1:].sum())
+    settled_at = longest.metrics[against][-1] / 20 if longest.steps >= 100 else 0
+    parts = []
+    for record in records:
+        evaluated_at, evaluated = evaluated_losses(record, against)
+        at = np.concatenate([record.metrics[against], evaluated_at])
+        losses = np.concatenate([record.smoothed_loss(), evaluated])
+        parts.append(losses[np.isfinite(losses) & (at >= settled_at)])
+    finite = np.concatenate(parts)
+    if not finite.size:
+        return 0.0, 1.0
+    low, high = float(finite.min()), float(finite.max())
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room
+
+
+def evaluated_losses(record: Record, against: str) -> tuple[Series, Series]:
+    """(`against`, loss) of every evaluation; `against` is "step" or "tokens"."""
+    rows = np.array([[line[against], line["loss"]] for line in record.evaluations], np.float64).reshape(-1, 2)
+    return rows[:, 0], rows[:, 1]
+
+
+def _loss_chart(record: Record, layout: Layout) -> Markup:
+    steps, smooth = record.metrics["step"], record.smoothed_loss()
+    evaluated_at, evaluated = evaluated_losses(record, "step")
+    with house_style(f"loss {layout.css}"):
+        figure, axes = new_axes(layout.size, layout.margins)
+        _plot(axes, steps, record.metrics["loss"], layout.raw_points, color=PLAIN, alpha=0.28, linewidth=0.7)
+        _plot(axes, steps, smooth, SMOOTH_POINTS, color=PLAIN, linewidth=1.6)
+        ends = [LineEnd(height=smooth[-1], text=_labelled("training", smooth[-1], layout), colour=PLAIN)]
+        if evaluated.size:
+            axes.plot(evaluated_at, evaluated, color=ACCENT, linewidth=1.8, marker="o", markersize=5)
+            label = _labelled("validation", evaluated[-1], layout)
+            ends.append(LineEnd(height=evaluated[-1], text=label, colour=ACCENT))
+        axes.set_xlim(0, steps[-1])
+        axes.set_ylim(visible_loss([record], "step"))
+        _set_ticks(axes, layout, "steps")
+        _write_tokens_above(axes, record, layout)
+        _write_line_ends(axes, ends, layout)
+        return to_svg(figure, "Training and validation loss over steps and tokens", layout.css)
+
+
+def _overlay_chart(records: Sequence[Record], names: Sequence[str], layout: Layout) -> Markup:
+    drawn = [index for index, record in enumerate(records) if record.steps >= 2]
+    ends = []
+    with house_style(f"overlay {layout.css}"):
+        figure, axes = new_axes(layout.size, layout.margins if names else (10, 66, 30, 34))
+        for index in drawn:
+            height = _plot_run(axes, records[index], **run_style(index))
+            if names:
+                ends.append(
+                    LineEnd(height=height, text=_clipped(names[index]), colour=run_style(index)["color"])
+                )
+        axes.set_xlim(0, max(records[index].metrics["tokens"][-1] for index in drawn) or 1)
+        axes.set_ylim(visible_loss([records[index] for index in drawn], "tokens"))
+        _set_ticks(axes, layout, "tokens")
+        _write_line_ends(axes, ends, layout)
+        return to_svg(figure, "Training and validation loss of every run over tokens", layout.css)
+
+
+def _plot_run(axes: Axes, record: Record, **style: Any) -> float:
+    """Draw one run's two losses over tokens; returns the height at which they end."""
+    smooth = record.smoothed_loss()
+    evaluated_at, evaluated = evaluated_losses(record, "tokens")
+    _plot(axes, record.metrics["tokens"], smooth, SMOOTH_POINTS, alpha=0.5, linewidth=1.2, **style)
+    axes.plot(evaluated_at, evaluated, linewidth=1.8, marker="o", markersize=4, **style)
+    return float(evaluated[-1] if evaluated.size else smooth[-1])
+
+
+def _small_chart(record: Record, name: str, words: Callable[[float], str], is_smoothed: bool) -> Markup:
+    steps, series = record.metrics["step"], record.metrics[name]
+    finite = series[np.isfinite(series)]
+    top = float(finite.max()) or 1.0
+    with house_style(name):
+        figure, axes = new_axes(SMALL.size, SMALL.margins)
+        if is_smoothed:
+            _plot(axes, steps, series, SMALL.raw_points, color=PLAIN, alpha=0.28, linewidth=0.7)
+            _plot(axes, steps, smoothed(series), SMOOTH_POINTS, color=PLAIN, linewidth=1.6)
+        else:
+            _plot(axes, steps, series, SMALL.raw_points, color=PLAIN, linewidth=1.6)
+        axes.set_xlim(0, steps[-1])
+        if finite.min() > 0 and top > 20 * float(np.median(finite)):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, 1.08 * top)
+        _set_ticks(axes, SMALL, "", words)
+        return to_svg(figure, f"{name.replace('_', ' ')} over steps")
+
+
+def _plot(axes: Axes, x: Series, y: Series, points: int, **style: Any) -> None:
+    kept = thinned(y, points)
+    axes.plot(x[kept], y[kept], **style)
+
+
+def _set_ticks(axes: Axes, layout: Layout, unit: str, words: Callable[[float], str] | None = None) -> None:
+    """Few round numbers on both axes, and the horizontal axis' unit behind its last number."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(layout.ticks, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: short(number)))
+    axes.yaxis.set_major_locator(
+        LogLocator(numticks=4)
+        if axes.get_yscale() == "log"
+        else MaxNLocator(5 if layout.css else 3, steps=[1, 2, 2.5, 5, 10])
+    )
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: words(number) if words else f"{number:g}"))
+    axes.tick_params(axis="x", pad=7)
+    _write(axes, unit, (1, 0), (24, -7), xycoords="axes fraction", va="top")
+
+
+def _write_tokens_above(axes: Axes, record: Record, layout: Layout) -> None:
+    """Round numbers of tokens above the steps that reached them; the batch may have grown in between."""
+    from matplotlib.ticker import MaxNLocator
+
+    steps = np.append(0.0, record.metrics["step"])
+    tokens = np.append(0.0, record.metrics["tokens"])
+    place = axes.get_xaxis_transform()
+    for number in MaxNLocator(layout.ticks, steps=[1, 2, 5, 10]).tick_values(0, tokens[-1]):
+        if number <= tokens[-1]:
+            at = float(np.interp(number, tokens, steps))
+            _write(axes, short(number), (at, 1), (0, 8), xycoords=place, ha="center")
+    _write(axes, "tokens", (1, 1), (24, 8), xycoords="axes fraction")
+
+
+def _write(axes: Axes, text: str, at: tuple[float, float], shift: tuple[int, int], **style: Any) -> None:
+    """Write `shift` pixels from the place `at`, which is in the units of `xycoords`."""
+    axes.annotate(text, at, shift, textcoords="offset points", **style)
+
+
+def _write_line_ends(axes: Axes, ends: Iterable[LineEnd], layout: Layout) -> None:
+    """Names beside the lines' ends instead of a legend, moved apart where they would overlap."""
+    ends = [end for end in ends if np.isfinite(end.height)]
+    low, high = axes.get_ylim()
+    top, _, bottom, _ = layout.margins
+    units_per_pixel = (high - low) / (layout.size[1] - top - bottom)
+    gap = 1.35 * TEXT_SIZE * units_per_pixel
+    heights = spread([min(max(end.height, low), high) for end in ends], gap)
+    lift = max(0.0, low + gap / 2 - min(heights, default=high))
+    for end, height in zip(ends, heights, strict=True):
+        place = axes.get_yaxis_transform()
+        _write(axes, end.text, (1, height + lift), (10, 0), xycoords=place, va="center", color=end.colour)
+
+
+def _labelled(name: str, value: float, layout: Layout) -> str:
+    return f"{name} {significant(value)}" if layout is WIDE else name
+
+
+def _clipped(name: str, length: int = 17) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"

@@ -1,0 +1,117 @@
+"""Everything one run wrote, read for a page: what is missing stays empty, what is damaged is named."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from overnight.report.curves import Series, column, smoothed, tokens_of_each_step
+from overnight.report.lines import EVALUATION_KEYS, METRICS_KEYS, SAMPLE_KEYS, read_lines
+from overnight.report.status import RunStatus, describe_run
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "milliseconds",
+    "tokens_per_second",
+    "mfu",
+)
+
+Lines = tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One run, as its files tell it."""
+
+    status: RunStatus
+
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    data: dict[str, Any]
+    compression: dict[str, Any]
+    """The four files' content; empty if there is no such file."""
+
+    metrics: dict[str, Series]
+    """One array per column of metrics.jsonl, NaN where a line lacks it; ordered by step."""
+
+    evaluations: Lines
+    samples: Lines
+
+    problems: tuple[str, ...]
+    """One sentence for everything that could not be read."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps the metrics tell of."""
+        return len(self.metrics["step"])
+
+    def smoothed_loss(self) -> Series:
+        """The training loss in nats per token, each value over about a hundredth of the run."""
+        return smoothed(self.metrics["loss"], tokens_of_each_step(self.metrics["tokens"]))
+
+
+def read_run(path: Path) -> Record:
+    """Read the run in `path`. Damaged parts are left out and named in `problems`."""
+    problems: list[str] = []
+    metrics = _read_steps(path / "metrics.jsonl", METRICS_KEYS, problems)
+    return Record(
+        status=describe_run(path),
+        recipe=_read_object(path / "recipe.toml", problems),
+        environment=_read_object(path / "environment.json", problems),
+        data=_read_object(path / "data.json", problems),
+        compression=_read_object(path / "compression.json", problems),
+        metrics={name: column(metrics, name) for name in COLUMNS},
+        evaluations=_read_steps(path / "events" / "evaluations.jsonl", EVALUATION_KEYS, problems),
+        samples=_read_events(path / "events" / "samples.jsonl", SAMPLE_KEYS, problems),
+        problems=tuple(problems),
+    )
+
+
+def _read_events(path: Path, numeric_keys: tuple[str, ...], problems: list[str]) -> Lines:
+    lines = read_lines(path, numeric_keys)
+    problems += lines.problems
+    if lines.is_torn:
+        problems.append(
+            f"{path.name} has a torn last line, which is left out; a process was killed while writing it"
+        )
+    return tuple(sorted(lines.values, key=lambda line: line["step"]))
+
+
+def _read_steps(path: Path, numeric_keys: tuple[str, ...], problems: list[str]) -> Lines:
+    """The lines of a file that should hold each step once; of a step that is there twice, the later line."""
+    lines = _read_events(path, numeric_keys, problems)
+    by_step = {line["step"]: line for line in lines}
+    if len(by_step) < len(lines):
+        repeated = len(lines) - len(by_step)
+        problems.append(f"{path.name} tells of {repeated:,} steps more than once; the later line counts")
+    return tuple(by_step.values())
+
+
+def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
+    """A TOML or JSON file's table; {} if there is no such file or it cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{path.name} cannot be read and is left out: {error}")
+        return {}
+    if isinstance(value, dict):
+        return value
+    problems.append(f"{path.name} is left out: it holds no object")
+    return {}
+
+
+def is_finite(number: object) -> TypeGuard[float]:
+    """True for a number that can be drawn and printed."""
+    return isinstance(number, int | float) and bool(np.isfinite(number))

@@ -1,0 +1,169 @@
+"""Everything a run writes, and how it is read back.
+
+    runs/<name>/
+      recipe.toml        the resolved recipe, complete
+      environment.json   versions, hardware, git commit
+      data.json          the manifest of the shards it was trained on
+      metrics.jsonl      one line per step, exactly once
+      events/            evaluations.jsonl, samples.jsonl: keyed by step as well
+      checkpoints/       step-00001000/ ...
+      tokenizer/         what turns its ids into text
+      report.html        written by `overnight report`
+      .lock              held by the process that trains here
+
+Whole files are replaced atomically. The line files only grow, except on resuming: then the lines
+after the checkpoint's step are dropped, since those steps are about to be done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LINE_FILES = ("metrics.jsonl", "events/evaluations.jsonl", "events/samples.jsonl")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` so that a reader, or a crash, sees the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            flush_to_disk(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp's files are private; a run is not
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def flush_to_disk(descriptor: int) -> None:
+    """Return once the kernel has handed this file's bytes to the disk."""
+    os.fsync(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in `folder` (a rename, a new file) survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        flush_to_disk(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RunDirectory:
+    """One run's folder. Creating the object touches nothing on the disk."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.toml"
+        self.environment = self.path / "environment.json"
+        self.data = self.path / "data.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.tokenizer = self.path / "tokenizer"
+        self.report = self.path / "report.html"
+
+    def exists(self) -> bool:
+        """True if a run was ever begun here."""
+        return self.recipe.is_file()
+
+    def begin(self, recipe: str, environment: Mapping[str, Any]) -> None:
+        """Write down what is about to run, before any work, so that even a crash can be explained."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.recipe, recipe)
+        write_atomically(self.environment, json.dumps(environment, indent=2) + "\n")
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add one step's line; `line` holds its `step`."""
+        _append(self.metrics, line)
+
+    def append_event(self, kind: str, line: Mapping[str, Any]) -> None:
+        """Add one line to events/<kind>.jsonl; kind is "evaluations" or "samples"."""
+        _append(self._events(kind), line)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every step's line, in order; [] before the first. A torn last line is not returned."""
+        return _read_lines(self.metrics)
+
+    def read_events(self, kind: str) -> list[dict[str, Any]]:
+        """Every line of events/<kind>.jsonl, in order; [] if there is none."""
+        return _read_lines(self._events(kind))
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after `step`: they are going to be written again."""
+        for path in (self.path / name for name in LINE_FILES):
+            if path.is_file():
+                kept = [line for line in _read_lines(path) if line["step"] <= step]
+                write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def flush(self) -> None:
+        """Return once every metrics and event line is on the disk: before a checkpoint is published."""
+        for path in (self.path / name for name in LINE_FILES):
+            if path.is_file():
+                with path.open("rb") as file:
+                    flush_to_disk(file.fileno())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process. Raises ValueError if another process trains here.
+
+        The kernel frees the lock when its holder dies, however it dies.
+        """
+        from filelock import FileLock, Timeout
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"{self.path} is being trained by another process; wait for it, or choose another --run-name"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def is_locked(self) -> bool:
+        """True while some process trains here."""
+        if not (self.path / ".lock").is_file():
+            return False
+        try:
+            with self.locked():
+                return False
+        except ValueError:
+            return True
+
+    def _events(self, kind: str) -> Path:
+        assert kind in {"evaluations", "samples"}, kind
+        return self.path / "events" / f"{kind}.jsonl"
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; a last line torn by a crash is left out, any other damage is an error."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines()
+    values = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is damaged: {line[:60]!r}") from None
+    return values

@@ -1,0 +1,191 @@
+"""Settings: a dataclass, as a TOML file, as command-line options. Knows nothing of what they mean.
+
+A recipe is a dataclass whose fields are values or sections; a section is a dataclass of values. In
+TOML a section is a table. On the command line all names are flat, and unique over the whole recipe:
+`--n_layer=4` and `--n-layer 4` both set `[model] n_layer`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?', or the known names where none is near: the end of an error message."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there is {', '.join(known)}"
+
+
+def raise_problems(problems: Sequence[str], where: str) -> None:
+    """Raise one ValueError that lists all of `problems`; nothing if there are none."""
+    if problems:
+        raise ValueError(f"{where}: " + "; ".join(problems))
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Every field's type, section fields included as their dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def is_section(kind: Any) -> bool:
+    """True for a field type that is itself a dataclass: a table in TOML."""
+    return dataclasses.is_dataclass(kind)
+
+
+def flat_names(cls: type) -> dict[str, str | None]:
+    """Every option's name and the section it stands in (None for the top)."""
+    found: dict[str, str | None] = {}
+    for name, kind in field_types(cls).items():
+        for option in field_types(kind) if is_section(kind) else (name,):
+            assert option not in found, f"{option} occurs twice in {cls.__name__}"
+            found[option] = name if is_section(kind) else None
+    return found
+
+
+def from_toml(cls: type[Config], text: str, origin: str) -> Config:
+    """Read a recipe; what it leaves out keeps its default. Raises one ValueError with all problems."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{origin} is not TOML: {error}") from None
+    problems: list[str] = []
+    values = _read_table(cls, table, cls, problems)
+    raise_problems(problems, origin)
+    return cls(**values)
+
+
+def _read_table(cls: type, table: dict[str, Any], recipe: type, problems: list[str]) -> dict[str, Any]:
+    kinds = field_types(cls)
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        kind = kinds.get(name)
+        if kind is None:
+            problems.append(_unknown(name, recipe))
+        elif is_section(kind) and isinstance(value, dict):
+            values[name] = kind(**_read_table(kind, value, recipe, problems))
+        elif not _fits(value, kind):
+            problems.append(f"{name} = {value!r} should be {describe_type(kind)}")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
+def _unknown(name: str, recipe: type) -> str:
+    sections = flat_names(recipe)
+    if name in sections:
+        return f"{name} belongs " + (
+            f"in [{sections[name]}]" if sections[name] else "above the first section"
+        )
+    return f"{name} is not a setting{nearest(name, [*sections, *field_types(recipe)])}"
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """True if a TOML value has the type a field declares; an int does for a float, a bool not for an int."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in {typing.Union, types.UnionType}:
+        return any(_fits(value, one) for one in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
+
+
+def describe_type(kind: Any) -> str:
+    """A field's type in words for an error message."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in {typing.Union, types.UnionType}:
+        return " or ".join(describe_type(one) for one in arguments if one is not type(None))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin is tuple:
+        return f"a list, each {describe_type(arguments[0])}"
+    if is_section(kind):
+        return "a section"
+    return {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}[kind]
+
+
+def to_toml(config: Any) -> str:
+    """The whole recipe, defaults included; a setting that is off stands there as a comment."""
+    lines, sections = [], []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            inner = "\n".join(_toml_line(f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+            sections.append(f"\n[{field.name}]\n{inner}")
+        else:
+            lines.append(_toml_line(field.name, value))
+    return "\n".join(lines + sections) + "\n"
+
+
+def _toml_line(name: str, value: Any) -> str:
+    if value is None:
+        return f"# {name}: not set"
+    if isinstance(value, tuple):
+        return f"{name} = [{', '.join(map(_toml_value, value))}]"
+    return f"{name} = {_toml_value(value)}"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def from_arguments(
+    cls: type[Config], arguments: Sequence[str], *, prog: str, about: str, default: Config | None = None
+) -> Config:
+    """Read command-line options over `default`. Raises ValueError, one sentence; --help prints and exits."""
+    known = flat_names(cls)
+    for argument in arguments:
+        name = argument.removeprefix("--").split("=")[0].replace("-", "_")
+        if argument.startswith("--") and name and name not in {*known, "help"}:
+            written = {option.replace("_", "-") for option in known}
+            raise ValueError(
+                f"{prog} has no option {argument.split('=')[0]}{nearest(name.replace('_', '-'), written)}"
+            )
+    import tyro
+
+    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            if default is None:
+                return tyro.cli(cls, args=arguments, prog=prog, description=about, config=markers)
+            return tyro.cli(
+                cls, args=arguments, prog=prog, description=about, config=markers, default=default
+            )
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        raise ValueError(f"{_first_sentence(complaint.getvalue())} (see {prog} --help)") from None
+
+
+def _first_sentence(box: str) -> str:
+    """What a framed message of tyro's says before its first ruled line."""
+    words = []
+    for line in box.splitlines()[1:]:
+        if line.strip("│ ").startswith(("─", "╰")):
+            break
+        words.append(line.strip("│ "))
+    return " ".join(words)

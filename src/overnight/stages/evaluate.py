@@ -1,0 +1,86 @@
+"""The command `overnight evaluate`: a model's loss on text it has not seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional
+
+from overnight.terminal import progress, say
+
+if TYPE_CHECKING:  # --help is shown without torch
+    from collections.abc import Iterator
+
+    from overnight.data.stream import Batch
+    from overnight.stages.models import OpenedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Validation loss, perplexity and bits per byte of a model on prepared text."""
+
+    model: Positional[str]
+    """A run, a checkpoint, a Hugging Face folder or name."""
+    data: str | None = None
+    """A folder that `overnight prepare` wrote; the run's own if left out."""
+    evaluation_tokens: int | None = None
+    """How many validation tokens; all of them if left out."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; the best one found if left out."""
+    json: bool = False
+    """Print one JSON object to standard output."""
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluate and print."""
+    from overnight.evaluation.language_model import evaluate_language_model, evaluation_rows
+    from overnight.stages.materials import DataConfig, open_materials
+    from overnight.stages.models import open_model
+    from overnight.world import open_world
+
+    if config.evaluation_tokens is not None and config.evaluation_tokens < 1:
+        raise ValueError(f"--evaluation-tokens={config.evaluation_tokens} must be at least 1, or left out")
+    opened = open_model(config.model)
+    materials = open_materials(DataConfig(data=config.data or _own_data(opened)))
+    if materials.tokenizer.fingerprint != opened.tokenizer.fingerprint:
+        raise ValueError(
+            f"{config.model} reads {opened.tokenizer.name}, but {materials.folder} is written with another "
+            f"tokenizer, {materials.tokenizer.name}: prepare that text with --tokenizer {opened.tokenizer.name}"
+        )
+    model = opened.model.to(open_world(config.device).device)
+    stream = materials.stream("validation", model.config.context_length, seed=0)
+    wanted = config.evaluation_tokens or stream.tokens - 1
+    with progress("evaluate", wanted, "tokens") as advance:
+
+        def shown() -> Iterator[Batch]:
+            for batch in stream.evaluation_batches(evaluation_rows(model), config.evaluation_tokens):
+                yield batch
+                advance(batch.targets.numel())
+
+        found = evaluate_language_model(model, shown(), materials.tokenizer.token_bytes())
+    if config.json:
+        sys.stdout.write(json.dumps({"model": config.model, **dataclasses.asdict(found)}) + "\n")
+    say(f"validation loss  {found.loss:.4f} nats per token")
+    say(f"perplexity       {found.perplexity:.2f}")
+    say(f"bits per byte    {found.bits_per_byte:.4f}")
+    say(
+        f"judged on        {found.evaluated_tokens:,} tokens, {found.evaluated_bytes:,} bytes of {materials.folder}"
+    )
+    say(f'next: overnight generate {config.model} "Once upon a time"')
+
+
+def _own_data(opened: OpenedModel) -> str:
+    """The prepared folder that a run was trained on."""
+    from overnight.stages.train import load_resumed
+
+    run: Path | None = opened.run
+    if run is None:
+        raise ValueError(
+            "this model does not say what it was trained on: name prepared text with --data FOLDER"
+        )
+    return load_resumed(run).data.data

@@ -1,0 +1,96 @@
+"""A model by any name: a run, a checkpoint, a Hugging Face folder, a name on the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from overnight.run_directory import RunDirectory
+from overnight.settings import nearest
+
+if TYPE_CHECKING:  # --help is shown without torch
+    from overnight.model.gpt import GPT
+    from overnight.text.tokenizer import Tokenizer
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model ready to write or to be judged: on the CPU, in evaluation mode."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    origin: Path
+    """The folder its weights were read from."""
+    run: Path | None
+    """The run it comes from; None for a model from elsewhere."""
+
+
+def open_model(name: str) -> OpenedModel:
+    """The model called `name`, looked for as a folder, in runs/, and on the Hugging Face Hub.
+
+    Raises ValueError, which says where it was looked for, if there is none or it cannot be read.
+    """
+    from overnight.convert.hub import download, repository
+
+    for folder in (Path(name), RUNS / name):
+        if name and folder.is_dir():
+            return _open_folder(folder)
+    found = repository(name)
+    if found is not None and not Path(name).parts[:1] == RUNS.parts:
+        return _open_huggingface(download(found))
+    runs = [str(path) for path in sorted(RUNS.glob("*")) if RunDirectory(path).exists()]
+    near = nearest(name, [*runs, *(Path(run).name for run in runs)]) if runs else ""
+    raise ValueError(
+        f"there is no model {name}: no run, checkpoint or Hugging Face folder of that path, none in "
+        f"{RUNS}/, and it is no name on the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME)"
+        f"{near}"
+    )
+
+
+def _open_folder(folder: Path) -> OpenedModel:
+    """A run, one of its checkpoints, or a Hugging Face folder, whichever its files say it is."""
+    if RunDirectory(folder).exists():
+        return _open_run(folder)
+    if (folder / "state.json").is_file():
+        return _open_checkpoint(folder, folder.parent.parent)
+    if (folder / "config.json").is_file():
+        return _open_huggingface(folder)
+    raise ValueError(
+        f"{folder} holds no model: neither a run (recipe.toml), nor a checkpoint (state.json), "
+        "nor a Hugging Face model (config.json)"
+    )
+
+
+def _open_run(folder: Path) -> OpenedModel:
+    from overnight.checkpoint import newest_checkpoint
+
+    checkpoint = newest_checkpoint(RunDirectory(folder).checkpoints)
+    if checkpoint is None:
+        raise ValueError(f"{folder} has no checkpoint yet; go on with overnight train --resume {folder}")
+    return _open_checkpoint(checkpoint, folder)
+
+
+def _open_checkpoint(checkpoint: Path, run: Path) -> OpenedModel:
+    """A checkpoint of `run`; the run holds the tokenizer."""
+    from overnight.checkpoint import read_model
+    from overnight.text.load import load_tokenizer
+
+    tokenizer = RunDirectory(run).tokenizer
+    if not tokenizer.is_dir():
+        raise ValueError(f"{checkpoint} needs its run's tokenizer, and {tokenizer} is not there")
+    return OpenedModel(
+        model=read_model(checkpoint),
+        tokenizer=load_tokenizer(tokenizer),
+        origin=checkpoint,
+        run=run if RunDirectory(run).exists() else None,
+    )
+
+
+def _open_huggingface(folder: Path) -> OpenedModel:
+    from overnight.convert.huggingface import read_huggingface
+
+    model, tokenizer = read_huggingface(folder)
+    return OpenedModel(model=model, tokenizer=tokenizer, origin=folder, run=None)

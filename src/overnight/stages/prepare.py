@@ -1,0 +1,51 @@
+"""Prepare: a source becomes a folder of shards, with a summary of what is in it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from overnight.data.request import PrepareConfig
+from overnight.terminal import say
+
+if TYPE_CHECKING:
+    from overnight.data.shards import Manifest
+
+
+def run(config: PrepareConfig) -> Manifest:
+    """Fill the output folder, or verify and reuse it, and say what it holds."""
+    from overnight.data.prepare import output_folder, prepare
+
+    started_at = time.perf_counter()
+    manifest = prepare(config)
+    folder = output_folder(config)
+    for line in summarize(manifest):
+        say(line)
+    say(f"{folder} is ready after {time.perf_counter() - started_at:.1f} s")
+    say(f"next: overnight train RECIPE --data {folder}")
+    return manifest
+
+
+def summarize(manifest: Manifest) -> list[str]:
+    """What a prepared folder holds, in a few plain lines."""
+    tokens = {split: manifest.tokens(split) for split in ("train", "validation")}
+    total = sum(tokens.values())
+    text_bytes = manifest.text_bytes("train") + manifest.text_bytes("validation")
+    left_out = {
+        "duplicates": manifest.duplicate_documents,
+        "empty": manifest.empty_documents,
+        "not sound text": manifest.skipped_documents,
+    }
+    lines = [
+        f"{manifest.source} (licence: {manifest.licence}) in ids of {manifest.tokenizer}",
+        f"{manifest.documents:,} documents, {text_bytes / 1e6:,.2f} MB of text, {total:,} tokens",
+        f"{total / manifest.documents:,.1f} tokens per document, {text_bytes / total:.3f} bytes per token",
+        f"{tokens['train']:,} tokens to train on, {tokens['validation']:,} held out "
+        f"({tokens['validation'] / total:.2%})",
+    ]
+    if any(left_out.values()):
+        counts = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
+        lines.append(f"left out: {counts}")
+    if manifest.repaired_documents:
+        lines.append(f"repaired: {manifest.repaired_documents:,} documents hold U+FFFD where a byte was bad")
+    return lines

@@ -1,0 +1,137 @@
+"""A training recipe: every setting of a run, its sections standing beside the code they configure."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+from overnight.batching import BatchConfig
+from overnight.model.config import ModelConfig
+from overnight.optim import OptimizerConfig
+from overnight.parallel import ComputeConfig
+from overnight.schedule import ScheduleConfig
+from overnight.settings import flat_names, from_toml, nearest
+from overnight.stages.materials import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When the run is judged on text it has not seen."""
+
+    evaluate_every_steps: int | None = 250
+    """Steps between evaluations; there is one before the first step and one after the last, too."""
+    evaluation_tokens: int | None = None
+    """How many validation tokens, always the same ones; all of them if left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """When the run writes text, to be read beside its loss."""
+
+    sample_every_steps: int | None = None
+    """Steps between samples, and after the last; off if left out."""
+    sample_prompts: tuple[str, ...] = ("",)
+    """Each is continued; an empty one begins a document."""
+    sample_tokens: int = 64
+    """Length of a sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointsConfig:
+    """When the run is saved. It is saved after its last step, and when it is interrupted, in any case."""
+
+    checkpoint_every_steps: int | None = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: int | None = 2
+    """How many of the newest are kept; all if left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a training run."""
+
+    run_name: str = ""
+    """The run's folder under runs/; the recipe's own name if left out."""
+    seed: int = 1337
+    """Of the weights, the order of the data, the dropout and the samples."""
+    start_from: str | None = None
+    """Begin with this model's weights: a run, a checkpoint, a Hugging Face folder or name. Also --from."""
+    trackers: tuple[str, ...] = ()
+    """Send the metrics elsewhere as well: tensorboard, wandb, trackio."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        found = self.model.problems() + self.optimizer.problems() + self.schedule.problems()
+        if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
+            found.append(f"run_name={self.run_name!r} must be the plain name of a folder")
+        flat = flatten(self)
+        for name in flat:
+            is_count = name.endswith("_every_steps") or name in AT_LEAST_ONE
+            if is_count and (count := flat[name]) is not None and count < 1:  # type: ignore[operator]
+                found.append(f"{name}={count} must be at least 1, or left out")
+        return found
+
+
+AT_LEAST_ONE = frozenset(
+    {"evaluation_tokens", "sample_tokens", "keep_checkpoints", "tokens_per_step", "rows_per_micro_batch"}
+)
+
+MAY_CHANGE = frozenset(
+    {"total_steps", "total_tokens", "trackers", "device", "compile", "attention", "rows_per_micro_batch"}
+    | {
+        field.name
+        for part in (EvaluationConfig, SamplesConfig, CheckpointsConfig)
+        for field in dataclasses.fields(part)
+    }
+)
+"""Settings that a resumed run may have otherwise than before: how long, on what, and what is written down."""
+
+
+def flatten(recipe: Recipe) -> dict[str, object]:
+    """Every setting by its flat name."""
+    found = {}
+    for name, section in flat_names(Recipe).items():
+        found[name] = getattr(getattr(recipe, section) if section else recipe, name)
+    return found
+
+
+def changed_settings(recipe: Recipe, before: Recipe) -> list[str]:
+    """Settings that differ and may not, as "name=now (was before)"."""
+    now, then = flatten(recipe), flatten(before)
+    return [
+        f"{name}={now[name]} (was {then[name]})"
+        for name in now
+        if name not in MAY_CHANGE and now[name] != then[name]
+    ]
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = resources.files("overnight") / "recipes"
+    return sorted(Path(str(entry)).stem for entry in folder.iterdir() if str(entry).endswith(".toml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe of that name, or the .toml file at that path. Raises ValueError, with the nearest name."""
+    path = Path(name)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise ValueError(f"there is no recipe file {name}")
+        text = path.read_text(encoding="utf-8")
+    elif name in recipe_names():
+        text = (resources.files("overnight") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        raise ValueError(f"there is no recipe {name}{nearest(name, recipe_names())}")
+    recipe = from_toml(Recipe, text, name)
+    return recipe if recipe.run_name else dataclasses.replace(recipe, run_name=path.stem)

@@ -1,0 +1,66 @@
+"""What a person sees while a command works: plain lines and progress bars, on stderr.
+
+Standard output stays free for what a program would read (`--json`, generated text).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+def say(text: str = "") -> None:
+    """Print one plain line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callable[..., None]]:
+    """Show how far a stage has come; yields `advance(amount=1, note="")`.
+
+    On a terminal this is a live bar with the rate and the time left. Elsewhere (a log file, a
+    pipe) it is a single line when the stage ends. `total=None` means the length is unknown.
+    """
+    started_at = time.perf_counter()
+    done = 0.0
+    if not sys.stderr.isatty():
+
+        def count(amount: float = 1, note: str = "") -> None:
+            nonlocal done
+            done += amount
+
+        yield count
+        say(f"{title}: {done:,.0f} {unit} in {time.perf_counter() - started_at:.1f} s".replace("  ", " "))
+        return
+
+    with _live_bar(unit) as bar:
+        task = bar.add_task(title, total=total, note="")
+
+        def advance(amount: float = 1, note: str = "") -> None:
+            bar.update(task, advance=amount, **({"note": note} if note else {}))
+
+        yield advance
+
+
+def _live_bar(unit: str):  # type: ignore[no-untyped-def]  # rich is imported only where a bar is drawn
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Units finished per second, and how many in all."""
+
+        def render(self, task):  # type: ignore[no-untyped-def]
+            rate = f" {task.speed:,.0f}/s" if task.speed else ""
+            return Text(f"{task.completed:,.0f} {unit}{rate}")
+
+    return Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=20),
+        Rate(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )

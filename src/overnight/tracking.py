@@ -1,0 +1,141 @@
+"""Copies of the metrics for those who watch their runs elsewhere: TensorBoard, Weights & Biases, Trackio.
+
+The run directory stays the record; a tracker is only ever written to. Each is an extra, imported when asked
+for, and none needs an account: unless you are logged in, Weights & Biases logs offline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+Log = Callable[[int, Mapping[str, float]], None]
+"""log(step, values): `step` counts finished updates; the names of the values become those of the curves."""
+
+PROJECT = "overnight"
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told about a run when it is opened."""
+
+    folder: Path
+    name: str
+    config: Mapping[str, object]
+
+
+@contextlib.contextmanager
+def open_trackers(
+    names: Sequence[str], folder: Path, run_name: str, config: Mapping[str, object]
+) -> Iterator[Log]:
+    """Open the named trackers for a run and yield the function that logs to all of them; closed at the end.
+
+    `folder` is the run's directory; opening the same one again continues its curves. Steps that were logged
+    before an interruption and are computed again replace the earlier ones where the tracker can do that.
+    Raises ValueError for an unknown name or one that is not installed, before anything is written.
+    """
+    problems = find_problems(names)
+    if problems:
+        raise ValueError("; ".join(problems))
+    run = TrackedRun(folder, run_name, config)
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(TRACKERS[name](run)) for name in names]
+
+        def log(step: int, values: Mapping[str, float]) -> None:
+            for log_to_one in logs:
+                log_to_one(step, values)
+
+        yield log
+
+
+def find_problems(names: Sequence[str]) -> list[str]:
+    """One sentence for each tracker that is unknown or not installed."""
+    problems = []
+    for name in names:
+        if name not in TRACKERS:
+            nearest = difflib.get_close_matches(name, TRACKERS, n=1, cutoff=0)[0]
+            known = ", ".join(TRACKERS)
+            problems.append(f"unknown tracker {name!r}; did you mean {nearest!r}? There are {known}")
+        elif importlib.util.find_spec(name) is None:
+            problems.append(f"the tracker {name!r} is not installed; pip install 'overnight[{name}]'")
+    return problems
+
+
+@contextlib.contextmanager
+def _open_tensorboard(tracked: TrackedRun) -> Iterator[Log]:
+    """Event files in the run directory: `tensorboard --logdir runs` shows all runs together."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    # TensorBoard's own writer: torch.utils.tensorboard adds only conversions from tensors.
+    writer = EventFileWriter(str(tracked.folder / "tensorboard"))
+    has_started = False
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        nonlocal has_started
+        if not has_started:  # makes TensorBoard drop what an interrupted session logged from this step on
+            writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+            has_started = True
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        writer.add_event(Event(step=step, summary=Summary(value=scalars)))
+
+    with contextlib.closing(writer):
+        yield log
+
+
+@contextlib.contextmanager
+def _open_wandb(tracked: TrackedRun) -> Iterator[Log]:
+    """A Weights & Biases run; without a login it stays in the run directory, for `wandb sync`."""
+    import wandb
+
+    mode = wandb.setup().settings.mode  # the user's own, from WANDB_MODE or their settings
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        mode = "offline"
+    with wandb.init(
+        project=PROJECT,
+        dir=tracked.folder,
+        id=_identity(tracked.folder / "wandb-id"),
+        name=tracked.name,
+        config=dict(tracked.config),
+        resume="allow" if mode == "online" else None,
+        settings=wandb.Settings(mode=mode, console="off"),
+    ) as run:
+        yield lambda step, values: run.log(dict(values), step=step)
+
+
+def _identity(path: Path) -> str:
+    """The random name kept in a file, written there the first time: a resumed run is the same run."""
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex, encoding="ascii")
+    return path.read_text(encoding="ascii")
+
+
+@contextlib.contextmanager
+def _open_trackio(tracked: TrackedRun) -> Iterator[Log]:
+    """A Trackio run in its local database, which `trackio show` opens; no server and no account."""
+    import trackio
+
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for --json
+        run = trackio.init(
+            project=PROJECT, name=tracked.name, config=dict(tracked.config), resume="allow", embed=False
+        )
+    try:
+        yield lambda step, values: run.log(dict(values), step=step)
+    finally:
+        with contextlib.redirect_stdout(sys.stderr):
+            trackio.finish()  # unlike run.finish(), leaves nothing to be done again at exit
+
+
+TRACKERS: Mapping[str, Callable[[TrackedRun], AbstractContextManager[Log]]] = {
+    "tensorboard": _open_tensorboard,
+    "wandb": _open_wandb,
+    "trackio": _open_trackio,
+}

@@ -1,0 +1,123 @@
+"""The loop: a plan that divides a step among micro-batches, one optimizer step, and `fit`."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from overnight.batching import BatchPlan
+from overnight.data.stream import Batch
+from overnight.loss import LossSum
+from overnight.optim import apply_gradients
+from overnight.state import TrainState
+
+LARGE_PRIME = 1_000_000_007  # keeps (seed, step, micro-batch) apart when they are folded into one number
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did."""
+
+    step: int
+    """Finished steps, this one included."""
+    loss: float
+    """Mean nats per token over all of the step's tokens, before the update."""
+    grad_norm: float
+    """Euclidean norm of all gradients together, before clipping."""
+    learning_rate: float
+    tokens: int
+    seconds: float
+
+
+Hook = Callable[[StepResult], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the loop needs besides the state: where batches come from, what is minimised, and how fast."""
+
+    batches: Callable[[int, int], Batch]
+    """(first row, number of rows) -> Batch; rows are numbered from the start of the run."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """(ids, targets) -> summed nats."""
+    plan: BatchPlan
+    learning_rate: Callable[[int], float]
+    """Step, counted from 0 -> learning rate."""
+    max_grad_norm: float | None
+    seed: int
+    device: str
+
+
+def fit(
+    state: TrainState,
+    training: Training,
+    total_steps: int,
+    hooks: Sequence[Hook],
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train until `total_steps`, or until `stopped()` after a step; every hook sees every step, in order."""
+    while state.step < total_steps and not stopped():
+        result = train_step(state, training)
+        for hook in hooks:
+            hook(result)
+
+
+def every(steps: int | None, function: Callable[[], None], total_steps: int) -> Hook:
+    """A hook that calls `function` each `steps` steps and after the last; never if `steps` is None."""
+
+    def hook(result: StepResult) -> None:
+        if steps is not None and (result.step % steps == 0 or result.step == total_steps):
+            function()
+
+    return hook
+
+
+def train_step(state: TrainState, training: Training) -> StepResult:
+    """One update from all of the step's tokens, however they are divided into micro-batches."""
+    started_at = time.perf_counter()
+    plan = training.plan
+    state.model.train()
+    total = LossSum(torch.zeros((), device=training.device), 0)
+    for micro_batch in range(plan.micro_batches):
+        batch = training.batches(*plan.rows(state.step, micro_batch))
+        _seed_dropout(state, training.seed, micro_batch)
+        nats = training.loss(batch.ids.to(training.device), batch.targets.to(training.device))
+        (nats / plan.tokens_per_step).backward()  # type: ignore[no-untyped-call]
+        total = total.plus(LossSum(nats.detach(), batch.targets.numel()))
+    assert total.tokens == plan.tokens_per_step, f"{total.tokens} tokens in a step of {plan.tokens_per_step}"
+    learning_rate = training.learning_rate(state.step)
+    grad_norm = apply_gradients(state.optimizer, learning_rate, training.max_grad_norm)
+    state.step += 1
+    loss, norm = total.per_token(), grad_norm.item()  # waits for the device: the clock is honest
+    return StepResult(state.step, loss, norm, learning_rate, total.tokens, time.perf_counter() - started_at)
+
+
+def _seed_dropout(state: TrainState, seed: int, micro_batch: int) -> None:
+    """Make the noise a function of (seed, step, micro-batch), so that there is no random state to save."""
+    if state.model.config.dropout > 0:
+        torch.manual_seed(((seed * LARGE_PRIME + state.step) * LARGE_PRIME + micro_batch) % 2**63)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Yields `stopped()`: True once Ctrl-C or SIGTERM came. A second one interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

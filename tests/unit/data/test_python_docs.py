@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from overnight.data import python_docs
+from overnight.data.documents import Document
+from overnight.data.python_docs import library_files, python_documents
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Document]:
+    return list(python_documents())
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small library in the place of Python's."""
+    (tmp_path / "pydoc_data").mkdir()
+    (tmp_path / "pydoc_data" / "topics.py").write_text(
+        "topics = {'while': 'The while loop.', 'if': 'The if.'}\n"
+    )
+    (tmp_path / "alpha.py").write_text('"""Alpha."""\n')
+    monkeypatch.setattr(python_docs, "library_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def test_it_is_about_two_megabytes_of_english(documents: list[Document]) -> None:
+    text = "".join(document.text for document in documents)
+    assert 1.5e6 < len(text.encode()) < 3.5e6
+    assert 350 < len(documents) < 1200
+    words = re.findall(r"[a-z]+", text.lower())
+    assert 0.03 < words.count("the") / len(words) < 0.12
+    assert not any(document.damage for document in documents)
+    assert len({document.origin for document in documents}) == len(documents)
+
+
+def test_it_holds_the_topics_and_the_docstrings(documents: list[Document]) -> None:
+    by_origin = {document.origin: document.text for document in documents}
+    from pydoc_data.topics import topics
+
+    assert {origin for origin in by_origin if origin.startswith("topic")} == {
+        f"topic {name}" for name in topics
+    }
+    assert by_origin["topic for"] == topics["for"]
+    import textwrap
+
+    wrapped = by_origin["module textwrap"]
+    assert wrapped.startswith("textwrap\n\nText wrapping and filling.\n\ntextwrap.TextWrapper\n\n")
+    assert (
+        f"textwrap.dedent\n\n{ast.get_docstring(ast.parse(Path(textwrap.__file__).read_text()).body[0])}"
+        not in wrapped
+    )
+    assert "textwrap.dedent\n\nRemove any common leading whitespace from every line in `text`." in wrapped
+    assert wrapped.index("textwrap.wrap\n") < wrapped.index("textwrap.dedent\n")
+    assert "module json" in by_origin
+    assert "module json.decoder" in by_origin
+
+
+def test_tests_programs_and_what_is_of_one_machine_are_left_out(documents: list[Document]) -> None:
+    paths = [path.as_posix() for path in library_files()]
+    for fragment in ("/test/", "/tests/", "site-packages", "idlelib", "lib2to3", "_sysconfigdata", "config-"):
+        assert not any(fragment in path for path in paths)
+    text = "".join(document.text for document in documents)
+    assert str(Path.home()) not in text.replace(str(Path("/")), "/", 0) or str(Path.home()) == "/"
+    assert sys.prefix not in text or sys.prefix in {"/usr", "/usr/local"}
+
+
+def test_it_is_the_same_each_time(documents: list[Document]) -> None:
+    assert list(python_documents()) == documents
+
+
+def test_nothing_is_imported(library: Path) -> None:
+    (library / "bomb.py").write_text(
+        '"""' + "Never import this. " * 20 + '"""\nraise SystemExit("imported")\n'
+    )
+    assert [document.origin for document in python_documents()] == ["topic if", "topic while", "module bomb"]
+
+
+def test_docstrings_stand_in_source_order_under_their_dotted_names(library: Path) -> None:
+    (library / "pack").mkdir()
+    (library / "pack" / "__init__.py").write_text(
+        f'"""Pack.\n\n    Indented.\n    {"x" * 200}\n    """\n'
+        'def zeta():\n    """Last letter."""\n    def inner():\n        """In it."""\n'
+        'class Alpha:\n    x = 1\n    async def run(self):\n        """It runs."""\n'
+    )
+    *_, document = python_documents()
+    assert document.origin == "module pack"
+    assert document.text == (
+        f"pack\n\nPack.\n\nIndented.\n{'x' * 200}\n\n"
+        "pack.zeta\n\nLast letter.\n\npack.zeta.inner\n\nIn it.\n\npack.Alpha.run\n\nIt runs.\n"
+    )
+
+
+def test_a_python_without_sources_is_refused(library: Path) -> None:
+    (library / "alpha.py").unlink()
+    with pytest.raises(ValueError, match="came without the sources of its standard library"):
+        library_files()
+
+
+def test_topics_in_another_shape_are_refused(library: Path) -> None:
+    (library / "pydoc_data" / "topics.py").write_text("from elsewhere import topics\n")
+    with pytest.raises(ValueError, match="does not hold pydoc's topics"):
+        list(python_documents())

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import http.client
+import io
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overnight.cache import cache_folder
+from overnight.data import sources
+from overnight.data.sources import SHAKESPEARE_BYTES, SHAKESPEARE_SHA256, hash_files, open_source, source_name
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return cache_folder()
+
+
+@pytest.fixture
+def shakespeare(shared_data: Path) -> Path:
+    return shared_data / "shakespeare" / "input.txt"
+
+
+def answer_with(monkeypatch: pytest.MonkeyPatch, answer: bytes | Exception) -> list[str]:
+    """Put `answer` in the place of the network; the addresses asked for."""
+    asked: list[str] = []
+
+    def urlopen(url: str, timeout: float) -> io.BytesIO:
+        asked.append(url)
+        if isinstance(answer, Exception):
+            raise answer
+        return io.BytesIO(answer)
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    return asked
+
+
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("books.v2").mkdir()
+    Path("notes.txt").write_text("x")
+    Path("shakespeare").mkdir()
+    assert source_name("python-docs") == "python-docs"
+    assert source_name("books.v2") == source_name("./books.v2/") == "books.v2"
+    assert source_name(str(tmp_path / "notes.txt")) == "notes"
+    assert source_name("./shakespeare") == "shakespeare"
+    assert source_name(".") == tmp_path.name
+
+
+@pytest.mark.parametrize(
+    "source,message",
+    [
+        ("shakespear", r"'shakespear' is no file or folder, nor a source .*; did you mean shakespeare\?"),
+        ("python_docs", r"did you mean python-docs\?"),
+        ("my/texts.jsonl", r"'my/texts.jsonl' is no file or folder, .*; there is python-docs, shakespeare"),
+    ],
+)
+def test_an_unknown_source_gets_the_nearest_name(source: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_source(source)
+
+
+def test_files_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("bb")
+    (tmp_path / "a.txt").write_text("a")
+    source = open_source(str(tmp_path))
+    assert [document.text for document in source.documents()] == ["a", "bb"]
+    assert [document.text for document in source.documents()] == ["a", "bb"]
+    assert (source.name, source.licence, source.text_bytes) == (tmp_path.name, "not stated", 3)
+    with pytest.raises(ValueError, match="from_file is for a source that is downloaded"):
+        open_source(str(tmp_path), from_file="x")
+
+
+def test_the_hash_is_of_names_and_contents_and_not_of_the_place(tmp_path: Path) -> None:
+    def hash_of(**contents: str) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, content in contents.items():
+            (folder / name).write_text(content)
+        return hash_files(sorted(folder.iterdir()), folder)
+
+    first = hash_of(a="x", b="y")
+    assert hash_of(a="x", b="y") == first
+    assert (
+        len({first, hash_of(a="x", b="z"), hash_of(a="x", c="y"), hash_of(a="xy"), hash_of(a="y", b="x")})
+        == 5
+    )
+
+
+def test_python_docs_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(sources, "python_documents", lambda: calls.append(1) or iter(["document"]))
+    source = open_source("python-docs")
+    assert calls == []
+    assert list(source.documents()) == list(source.documents()) == ["document"]
+    assert calls == [1]
+    assert source.licence == "PSF-2.0"
+
+
+# ---------------------------------------------------------------- shakespeare
+
+
+def test_shakespeare_from_a_file(shakespeare: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = answer_with(monkeypatch, AssertionError("no network"))
+    copy = tmp_path / "copy"  # whatever it is called
+    copy.write_bytes(shakespeare.read_bytes())
+    source = open_source("shakespeare", from_file=str(copy))
+    documents = list(source.documents())
+    assert "".join(document.text for document in documents).encode() == shakespeare.read_bytes()
+    assert 90 < len(documents) < 120
+    assert all(document.text.endswith("\n\n") for document in documents[:-1])
+    assert (source.sha256, source.text_bytes) == (SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)
+    assert asked == []
+
+
+def test_shakespeare_is_downloaded_once(
+    shakespeare: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = answer_with(monkeypatch, shakespeare.read_bytes())
+    first = open_source("shakespeare")
+    assert open_source("shakespeare").sha256 == first.sha256
+    assert asked == [sources.SHAKESPEARE_URL]
+    kept = [path for path in empty_cache.rglob("*") if path.is_file()]
+    assert [path.read_bytes() for path in kept] == [shakespeare.read_bytes()]
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_again(
+    shakespeare: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = answer_with(monkeypatch, shakespeare.read_bytes())
+    open_source("shakespeare")
+    (empty_cache / "shakespeare" / "input.txt").write_bytes(shakespeare.read_bytes()[:-1])
+    assert "".join(document.text for document in open_source("shakespeare").documents()).encode() == (
+        shakespeare.read_bytes()
+    )
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        urllib.error.URLError("no route"),
+        TimeoutError("slow"),
+        http.client.IncompleteRead(b"half"),
+        ConnectionResetError(),
+        http.client.BadStatusLine("?"),
+    ],
+)
+def test_offline_says_what_to_fetch(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    answer_with(monkeypatch, failure)
+    with pytest.raises(
+        ValueError, match=r"could not be downloaded .*fetch https://.*input\.txt .* --from-file PATH"
+    ):
+        open_source("shakespeare")
+    assert not empty_cache.exists()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda text: text[:-1], lambda text: text[:50] + b"#" + text[51:], lambda text: text * 2]
+)
+def test_a_wrong_answer_is_never_kept(
+    shakespeare: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    answer_with(monkeypatch, change(shakespeare.read_bytes()))
+    with pytest.raises(ValueError, match="what was downloaded as shakespeare is not the published file"):
+        open_source("shakespeare")
+    assert not empty_cache.exists()
+
+
+def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("To be or not to be")
+    with pytest.raises(ValueError, match=r"other\.txt is not tiny shakespeare as it is published"):
+        open_source("shakespeare", from_file=str(tmp_path / "other.txt"))
+    with pytest.raises(ValueError, match=r"from_file: there is no file .*absent\.txt"):
+        open_source("shakespeare", from_file=str(tmp_path / "absent.txt"))

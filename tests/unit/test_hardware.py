@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from overnight import hardware
+from overnight.hardware import (
+    DEVICES,
+    find_device_facts,
+    find_device_name,
+    find_memory_bytes,
+    native_precision,
+    peak_flops,
+)
+
+# Names as the driver writes them -> bf16 peak; figures copied from the public data sheets a second time.
+NAMES_AND_BF16 = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "Tesla V100-SXM2-16GB": None,
+    "Tesla T4": None,
+    "Apple M1 Max": None,
+}
+
+
+@pytest.mark.parametrize(("name", "flops"), NAMES_AND_BF16.items())
+def test_a_driver_s_name_is_recognised(name: str, flops: float | None) -> None:
+    assert find_device_facts(name) is not None
+    assert peak_flops(name, "bf16") == (None if flops is None else pytest.approx(flops))
+
+
+def test_every_row_of_the_table_is_reached_by_some_name() -> None:
+    names = [*NAMES_AND_BF16, "NVIDIA H100 SXM5", "Tesla V100-SXM2-32GB", "Tesla V100-PCIE-16GB"]
+    names += ["Tesla V100-PCIE-32GB", "Apple M1", "Apple M1 Pro", "Apple M1 Ultra", "Apple M2"]
+    reached = {id(find_device_facts(name)) for name in names}
+    assert [pattern for pattern, facts in DEVICES if id(facts) not in reached] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AMD EPYC 9654",
+        "Apple M3 Max",
+        "NVIDIA A10G",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA L40",
+    ],
+)
+def test_a_near_namesake_is_unknown_rather_than_wrong(name: str) -> None:
+    assert find_device_facts(name) is None
+    assert peak_flops(name, "bf16") is None
+
+
+def test_rates_and_sizes_are_in_the_order_physics_gives_them() -> None:
+    for pattern, facts in DEVICES:
+        rates = [rate for rate in (facts.fp32, facts.tf32, facts.bf16) if rate is not None]
+        assert rates == sorted(rates), pattern
+        assert facts.memory_bytes is None or 16e9 <= facts.memory_bytes < 200e9, pattern
+        assert 60e9 < facts.bytes_per_second < 10e12, pattern
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "precision"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+)
+def test_a_cpu_computes_bf16_with_amx_or_avx512(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert native_precision("cpu") == precision
+
+
+def test_this_cpu_s_precision_agrees_with_linux() -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        pytest.skip("only Linux lists its processor's flags")
+    flags = set(cpuinfo.read_text(encoding="utf-8").split())
+    expected = "bf16" if flags & {"amx_tile", "avx512_bf16"} else "fp32"
+    assert native_precision("cpu") == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((7, 0), "fp32"), ((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")]
+)
+def test_a_gpu_computes_bf16_since_ampere(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert native_precision("cuda:0") == precision
+
+
+def test_apple_s_gpu_trains_in_fp32() -> None:
+    assert native_precision("mps") == "fp32"
+
+
+def test_this_cpu_has_the_name_linux_gives_it() -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        pytest.skip("only Linux lists its processors")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8"))
+    assert find_device_name("cpu") == names[0].strip()
+
+
+def test_a_gpu_is_named_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"driver's name of {device}")
+    assert find_device_name("cuda:1") == "driver's name of cuda:1"
+
+
+def test_an_apple_chip_is_named_by_its_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: SimpleNamespace(stdout="Apple M2\n"))
+    assert find_device_name("mps") == "Apple M2"
+    assert peak_flops(find_device_name("mps"), "fp32") == pytest.approx(3.6e12)
+
+
+def test_memory_is_what_is_installed_or_what_the_container_allows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(hardware, "CGROUP_LIMITS", (limit, tmp_path / "absent"))
+    assert find_memory_bytes("cpu") == installed
+    limit.write_text("max\n")
+    assert find_memory_bytes("cpu") == installed
+    limit.write_text("1048576\n")
+    assert find_memory_bytes("cpu") == 1_048_576
+
+
+@pytest.mark.gpu
+def test_this_gpu_is_known() -> None:
+    name = find_device_name("cuda:0")
+    facts = find_device_facts(name)
+    assert facts is not None, f"no published figures for {name!r}"
+    assert facts.memory_bytes == pytest.approx(find_memory_bytes("cuda:0"), rel=0.1)

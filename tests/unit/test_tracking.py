@@ -1,0 +1,143 @@
+"""Each tracker's own file is read back; nothing is sent anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from overnight import tracking
+from overnight.tracking import find_problems, open_trackers
+
+VALUES = {1: {"loss": 10.825}, 2: {"loss": 9.5, "learning_rate": 6e-4}}
+
+
+def read_tensorboard(folder: Path) -> dict[str, dict[int, float]]:
+    """Curve -> step -> value, as TensorBoard itself shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), purge_orphaned_data=True).Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_s_file_holds_the_curves(tmp_path: Path) -> None:
+    with open_trackers(["tensorboard"], tmp_path, "a run", {"seed": 1337}) as log:
+        for step, values in VALUES.items():
+            log(step, values)
+    curves = read_tensorboard(tmp_path / "tensorboard")
+    assert curves == {"loss": {1: pytest.approx(10.825), 2: 9.5}, "learning_rate": {2: pytest.approx(6e-4)}}
+
+
+def test_tensorboard_forgets_the_steps_a_resumed_run_computes_again(tmp_path: Path) -> None:
+    for first, loss in [(1, 5.0), (3, 4.0)]:
+        with open_trackers(["tensorboard"], tmp_path, "a run", {}) as log:
+            for step in range(first, first + 3):
+                log(step, {"loss": loss})
+    assert read_tensorboard(tmp_path / "tensorboard")["loss"] == {1: 5.0, 2: 5.0, 3: 4.0, 4: 4.0, 5: 4.0}
+
+
+LOG_TWO_STEPS = """
+import sys
+from pathlib import Path
+from overnight.tracking import open_trackers
+
+with open_trackers([sys.argv[1]], Path(sys.argv[2]), "a run", {"seed": 1337}) as log:
+    log(1, {"loss": 10.825})
+    log(2, {"loss": 9.5})
+"""
+
+
+def log_two_steps(tracker: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a tracker in a process with a home of its own: it starts services and keeps caches."""
+    home = {"HOME": str(folder / "home"), "TRACKIO_DIR": str(folder / "trackio"), "PATH": os.defpath}
+    (folder / "home").mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-c", LOG_TWO_STEPS, tracker, str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**home, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+    )
+
+
+def read_wandb_records(path: Path) -> Iterator[bytes]:
+    """The records of a log below 32 KiB: a 7-byte head, then checksum, length, kind and content of each."""
+    content = path.read_bytes()
+    assert len(content) < 32768
+    position = 7
+    while position < len(content):
+        _, length, _ = struct.unpack_from("<IHB", content, position)
+        yield content[position + 7 : position + 7 + length]
+        position += 7 + length
+
+
+def test_wandb_without_a_login_logs_offline_into_the_run_directory(tmp_path: Path) -> None:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    process = log_two_steps("wandb", tmp_path)
+    assert process.stdout == ""
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    records = [Record.FromString(content) for content in read_wandb_records(path)]
+    rows = [r.history for r in records if r.WhichOneof("record_type") == "history"]
+    losses = {
+        row.step.num: json.loads(item.value_json)
+        for row in rows
+        for item in row.item
+        if "loss" in (item.key, *item.nested_key)
+    }
+    assert losses == {1: 10.825, 2: 9.5}
+    assert (tmp_path / "wandb-id").read_text() in path.name
+
+
+def test_a_resumed_run_keeps_its_wandb_identity(tmp_path: Path) -> None:
+    path = tmp_path / "wandb-id"
+    first = tracking._identity(path)
+    assert tracking._identity(path) == first
+    assert tracking._identity(tmp_path / "another") != first
+
+
+def test_trackio_logs_into_its_local_database(tmp_path: Path) -> None:
+    assert log_two_steps("trackio", tmp_path).stdout == ""
+    log_two_steps("trackio", tmp_path)  # the same run, resumed
+    with sqlite3.connect(tmp_path / "trackio" / "overnight.db") as database:
+        rows = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    database.close()
+    assert [(name, step, json.loads(metrics)["loss"]) for name, step, metrics in rows] == [
+        ("a run", 1, 10.825),
+        ("a run", 2, 9.5),
+        ("a run", 1, 10.825),
+        ("a run", 2, 9.5),
+    ]
+
+
+def test_an_unknown_tracker_gets_the_nearest_name_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown tracker 'wandbb'; did you mean 'wandb'"):  # noqa: SIM117
+        with open_trackers(["tensorboard", "wandbb"], tmp_path, "a run", {}):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    assert find_problems(["wandb"]) == [
+        "the tracker 'wandb' is not installed; pip install 'overnight[wandb]'"
+    ]
+
+
+def test_known_and_installed_trackers_are_no_problem() -> None:
+    assert find_problems(["tensorboard", "wandb", "trackio"]) == []
+
+
+def test_no_tracker_logs_nothing(tmp_path: Path) -> None:
+    with open_trackers([], tmp_path, "a run", {}) as log:
+        log(1, {"loss": 1.0})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,63 @@
+"""The tokenizers under test, each made once, and texts that try to break them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import strategies as st
+
+from overnight.text.load import build_tokenizer, load_tokenizer
+from overnight.text.tokenizer import Tokenizer
+
+SYLLABLES = ("the", "wa", "ter", " ", " ", "ing", "é", "lo", "1", "99", "'s", "\n", "中", "🙂", ".", "Ro", "meo")
+FRAGMENTS = (
+    *("<|endoftext|>", "<|endo", "ftext|>", "<|", "|>", "<|endoftext|><|endoftext|>", "<0x41>", "Ġ", "Ċ"),
+    *(" ", "  ", "\t", "\n", "\r\n", "\xa0", "\x1c", "\x85", "\u2028", "\u200b", "\0", "'s", "'LL", "it's"),
+    *("a", "Z", "é", "e\u0301", "ß", "中", "🙂", "👩‍👩‍👧", "\ud83d", "\ude42", "\udfff", "\ufffd", "\uffff", "7", "²", "!?"),
+)
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """About 100 kB of words that repeat, the same in every process."""
+    draw = random.Random(0)
+    return ["".join(draw.choices(SYLLABLES, k=300)) for _ in range(150)]
+
+
+@pytest.fixture(scope="session")
+def gpt2(shared_data: Path) -> Tokenizer:
+    return load_tokenizer(shared_data / "gpt2-bpe")
+
+
+@pytest.fixture(scope="session")
+def bpe(documents: list[str]) -> Tokenizer:
+    return build_tokenizer("bpe-600", documents)
+
+
+@pytest.fixture(scope="session")
+def characters(documents: list[str]) -> Tokenizer:
+    return build_tokenizer("characters", documents)
+
+
+@pytest.fixture(scope="session", params=["gpt2", "bpe", "characters", "foreign"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """Each tokenizer in turn."""
+    made: Tokenizer = request.getfixturevalue(request.param)
+    return made
+
+
+@pytest.fixture(scope="session")
+def foreign(bpe: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A byte-level tokenizer.json in no layout of ours."""
+    folder = tmp_path_factory.mktemp("foreign")
+    write_foreign(bpe, folder)
+    return load_tokenizer(folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def any_text() -> st.SearchStrategy[str]:
+    """Texts of any code points, lone surrogates too, and texts made of what has broken tokenizers before."""
+    code_points = st.text(st.characters(exclude_categories=()), max_size=60)
+    return st.one_of(code_points, st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join))
