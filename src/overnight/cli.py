@@ -12,7 +12,7 @@ from overnight import __version__
 
 
 class Verb(NamedTuple):
-    """A command: its stage holds `<Config>` and `run`."""
+    """A command: `overnight.stages.<name>` holds its Config and its `run`."""
 
     config: str
     synopsis: str

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from overnight.model.gpt import GPT
-
 
 class LossSum(NamedTuple):
     """Cross-entropy in nats, summed over `tokens` targets."""
@@ -36,10 +34,9 @@ class LossSum(NamedTuple):
         return self.nats.item() / math.log(2) / text_bytes
 
 
-def next_token_nats(model: GPT, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-    """Cross-entropy of every target given the ids up to it, summed; a float32 scalar in nats.
+def cross_entropy_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Minus the log-likelihood of every target under the logits at its place, summed; float32 scalar, nats.
 
-    Computed in float32 whatever the precision of the matrix products: a sum of many small terms.
+    Computed in float32 whatever the precision of the logits: a sum of many small terms.
     """
-    logits_BTV = model.head(model.trunk(ids_BT))
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")

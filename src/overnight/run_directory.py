@@ -121,7 +121,7 @@ class RunDirectory:
         from filelock import FileLock, Timeout
 
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock", timeout=0)
+        lock = FileLock(self.path / ".lock", timeout=1)  # `is_locked` elsewhere holds it for an instant
         try:
             lock.acquire()
         except Timeout:
@@ -137,10 +137,12 @@ class RunDirectory:
         """True while some process trains here."""
         if not (self.path / ".lock").is_file():
             return False
+        from filelock import FileLock, Timeout
+
         try:
-            with self.locked():
+            with FileLock(self.path / ".lock", timeout=0):
                 return False
-        except ValueError:
+        except Timeout:
             return True
 
     def _events(self, kind: str) -> Path:

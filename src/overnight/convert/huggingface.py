@@ -130,12 +130,13 @@ def _model_config(content: Mapping[str, Any], origin: Path) -> ModelConfig:
         for name, (default, allowed) in SWITCHES.items()
         if (found := content.get(name, default)) not in allowed
     ]
+    sizes: dict[str, Any] = {ours: content.get(theirs) for theirs, ours in SIZES.items()}
     problems += [
-        f"{name} is {content.get(name)!r}, not a whole number"
-        for name in SIZES
-        if type(content.get(name)) is not int
+        f"{theirs} is {sizes[ours]!r}, not a whole number"
+        for theirs, ours in SIZES.items()
+        if type(sizes[ours]) is not int
     ]
-    if not problems and content.get("n_inner") not in {None, 4 * content["n_embd"]}:
+    if not problems and content.get("n_inner") not in (None, 4 * content["n_embd"]):
         problems.append(f"n_inner is {content['n_inner']!r}, not four times n_embd")
     dropout = content.get("resid_pdrop", 0.1)
     if type(dropout) not in {int, float}:
@@ -173,11 +174,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     elif (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
     else:
-        found = sorted(path.name for path in folder.glob("*.bin"))
-        but = (
-            f", only {found[0]}, a format that can run code when opened and is not read here" if found else ""
-        )
-        raise ValueError(f"{folder} holds no {WEIGHTS}{but}; download or convert it to that format first")
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        only = f", only {pickles[0]}, which can run code when opened and is not read here" if pickles else ""
+        raise ValueError(f"{folder} holds no {WEIGHTS}{only}; download or convert it to that format first")
     weights: dict[str, Tensor] = {}
     for name in files:
         try:
@@ -201,11 +200,9 @@ def _inward(theirs: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     head = ours.pop("lm_head.weight", None)
     if head is not None and not equal(head, ours.get("wte.weight", head)):
         raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; GPT-2's head is its embedding")
-    coarse = [name for name, weight in ours.items() if not weight.is_floating_point()]
+    coarse = [f"{name} is {weight.dtype}" for name, weight in ours.items() if not weight.is_floating_point()]
     if coarse:
-        raise ValueError(
-            f"{folder}: {coarse[0]} is {ours[coarse[0]].dtype}, not floating point: quantised weights"
-        )
+        raise ValueError(f"{folder}: {coarse[0]}: quantised weights are not read here")
     return ours
 
 

@@ -60,13 +60,15 @@ def prepare(config: PrepareConfig) -> Manifest:
     with plain_disk_errors(folder):
         source = open_source(config.source, config.text_column, config.from_file)
         request = _request(config, source)
-        with alone(folder):
-            existing = _find_prepared(folder, request)
-            if existing is not None:
-                say(f"{folder} holds this already, and it is sound")
-                return existing
-            with appearing_whole(folder) as partial:
-                return write_prepared(partial, source, config, request)
+        existing = _find_prepared(folder, request)  # needs no lock: a folder appears whole
+        if existing is None:
+            with alone(folder):
+                existing = _find_prepared(folder, request)  # by another process, while this one waited
+                if existing is None:
+                    with appearing_whole(folder) as partial:
+                        return write_prepared(partial, source, config, request)
+    say(f"{folder} holds this already, and it is sound")
+    return existing
 
 
 def write_prepared(folder: Path, source: Source, config: PrepareConfig, request: Request) -> Manifest:

@@ -15,7 +15,11 @@ MOST_TOKENS = 2**31 - 1  # a shard's header counts in an int32
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Which text becomes shards, and how."""
+    """Which text becomes shards, and how.
+
+    A document is a line of .jsonl, a row of .parquet, or a text file; a text file of more than 20,000
+    bytes is cut at blank lines into documents of about 10,000.
+    """
 
     source: Positional[str]
     """python-docs, shakespeare, or a file or folder of .txt, .md, .jsonl or .parquet."""

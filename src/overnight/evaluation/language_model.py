@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from overnight.data.stream import Batch
-from overnight.loss import LossSum, next_token_nats
+from overnight.loss import LossSum, cross_entropy_nats
 from overnight.model.gpt import GPT
 
 
@@ -42,7 +42,7 @@ def evaluate_language_model(
     total, text_bytes = LossSum(torch.zeros((), dtype=torch.float64), 0), 0
     with judging(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for batch in batches:
-            nats = next_token_nats(model, batch.ids.to(device), batch.targets.to(device))
+            nats = cross_entropy_nats(model(batch.ids.to(device)), batch.targets.to(device))
             total = total.plus(LossSum(nats.double().cpu(), batch.targets.numel()))
             text_bytes += int(lengths[batch.targets].sum())
     if not text_bytes:

@@ -77,15 +77,15 @@ def _figures(records: Sequence[Record], names: Sequence[str]) -> Markup:
         for index, (record, name) in enumerate(zip(records, names, strict=True))
     )
     header = (
-        *("run", "validation loss", "training loss", "bits/byte", "tokens"),
+        *("run", "validation", "training", "bits/byte", "tokens"),
         *("tokens/s", "time in steps", "size", "state"),
     )
     return joined(
         [
             table(header, rows),
             paragraph(
-                "Losses are in nats per token and compare only between runs with the same tokenizer; "
-                "bits per byte compare across tokenizers, on the same text.",
+                "The validation and training losses are in nats per token, and compare only between runs "
+                "with the same tokenizer; bits per byte compare across tokenizers, on the same text.",
                 "quiet",
             ),
         ]

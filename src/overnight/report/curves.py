@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 Series = NDArray[np.float64]
 
+WINDOWS_PER_RUN = 100
+"""A smoothed curve averages over one part in so many; below twice that, there is nothing to average."""
+
 
 def column(lines: Sequence[Mapping[str, Any]], key: str) -> Series:
     """`key` of every line as float64; NaN where a line has no such number."""
@@ -32,7 +35,7 @@ def smoothed(series: Series, weights: Series | None = None, window: int | None =
     the mean of losses is the loss of those tokens.
     """
     count = len(series)
-    reach = (max(1, count // 100) if window is None else window) // 2
+    reach = (max(1, count // WINDOWS_PER_RUN) if window is None else window) // 2
     is_finite = np.isfinite(series)
     weights = np.where(is_finite, 1.0 if weights is None else weights, 0.0)
     sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, series, 0.0) * weights)])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from overnight.report import plots
-from overnight.report.curves import median
+from overnight.report.curves import WINDOWS_PER_RUN, median
 from overnight.report.drawing import check_matplotlib
 from overnight.report.headline import compression, header
 from overnight.report.markup import (
@@ -72,10 +72,9 @@ def _loss(record: Record) -> Markup:
     _, top = plots.visible_loss([record], "step")
     first = record.metrics["loss"][0]
     above = f" It began at {significant(first)}, above the picture." if first > top else ""
-    caption = (
-        "<strong>Nats per token.</strong> The training loss is faint for each step, and averaged over about "
-        f"a hundredth of the run.{escape(above)}"
-    )
+    averaged = " is faint for each step, and averaged over about a hundredth of the run"
+    how = averaged if record.steps >= 2 * WINDOWS_PER_RUN else " is shown for each step"
+    caption = f"<strong>Nats per token.</strong> The training loss{how}.{escape(above)}"
     return joined(
         [
             Markup(f"<figure><figcaption>{caption}</figcaption>{plots.loss_charts(record)}</figure>"),

@@ -81,7 +81,7 @@ def _read_events(path: Path, numeric_keys: tuple[str, ...], problems: list[str])
     problems += lines.problems
     if lines.is_torn:
         problems.append(
-            f"{path.name} has a torn last line, which is left out; a process was killed while writing it"
+            f"{path.name} has a torn last line, left out: its writing was cut short, or is under way"
         )
     return tuple(sorted(lines.values, key=lambda line: line["step"]))
 

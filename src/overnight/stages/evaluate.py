@@ -49,8 +49,8 @@ def run(config: EvaluateConfig) -> None:
     materials = open_materials(DataConfig(data=config.data or _own_data(opened)))
     if materials.tokenizer.fingerprint != opened.tokenizer.fingerprint:
         raise ValueError(
-            f"{config.model} reads {opened.tokenizer.name}, but {materials.folder} is written with another "
-            f"tokenizer, {materials.tokenizer.name}: prepare that text with --tokenizer {opened.tokenizer.name}"
+            f"{config.model} reads {opened.tokenizer.name}, but {materials.folder} is written with the "
+            f"tokenizer {materials.tokenizer.name}: prepare that text with --tokenizer {opened.origin}"
         )
     model = opened.model.to(open_world(config.device).device)
     stream = materials.stream("validation", model.config.context_length, seed=0)
@@ -68,9 +68,8 @@ def run(config: EvaluateConfig) -> None:
     say(f"validation loss  {found.loss:.4f} nats per token")
     say(f"perplexity       {found.perplexity:.2f}")
     say(f"bits per byte    {found.bits_per_byte:.4f}")
-    say(
-        f"judged on        {found.evaluated_tokens:,} tokens, {found.evaluated_bytes:,} bytes of {materials.folder}"
-    )
+    judged = f"{found.evaluated_tokens:,} tokens, {found.evaluated_bytes:,} bytes"
+    say(f"judged on        {judged} of {materials.folder}")
     say(f'next: overnight generate {config.model} "Once upon a time"')
 
 

@@ -13,9 +13,8 @@ from overnight.generate import Decoding, complete
 from overnight.hardware import find_device_name, peak_flops
 from overnight.run_directory import RunDirectory
 from overnight.sampling import SamplingConfig
-from overnight.stages.materials import Materials
-from overnight.stages.recipe import Recipe, flatten
-from overnight.state import TrainState
+from overnight.stages.job import Job
+from overnight.stages.recipe import flatten
 from overnight.terminal import progress, say
 from overnight.tracking import open_trackers
 from overnight.trainer import Hook, StepResult, every
@@ -24,29 +23,24 @@ from overnight.trainer import Hook, StepResult, every
 class Journal:
     """A run's periodic work, as hooks of the loop. Entered as a context: it owns the bar and the trackers."""
 
-    def __init__(
-        self, recipe: Recipe, state: TrainState, directory: RunDirectory, materials: Materials
-    ) -> None:
-        self.recipe = recipe
-        self.state = state
+    def __init__(self, job: Job, directory: RunDirectory) -> None:
+        self.job = job
         self.directory = directory
-        self.materials = materials
-        self.validation = materials.stream("validation", state.model.config.context_length, recipe.seed)
         self.saved_step: int | None = None
-        assert recipe.compute.device is not None and recipe.compute.precision is not None
-        peak = peak_flops(find_device_name(recipe.compute.device), recipe.compute.precision)
-        self.tokens_per_second_at_peak = peak / state.model.config.flops_per_token() if peak else None
+        compute = job.recipe.compute
+        assert compute.device is not None
+        assert compute.precision is not None
+        peak = peak_flops(find_device_name(compute.device), compute.precision)
+        self.tokens_per_second_at_peak = peak / job.state.model.config.flops_per_token() if peak else None
 
     def __enter__(self) -> Journal:
-        total = self.recipe.schedule.total_steps
+        recipe, total = self.job.recipe, self.job.recipe.schedule.total_steps
         assert total is not None
         self._open = ExitStack()
         self._track: Callable[[int, Mapping[str, float]], None] = self._open.enter_context(
-            open_trackers(
-                self.recipe.trackers, self.directory.path, self.recipe.run_name, flatten(self.recipe)
-            )
+            open_trackers(recipe.trackers, self.directory.path, recipe.run_name, flatten(recipe))
         )
-        self._advance = self._open.enter_context(progress("train", total - self.state.step, "steps"))
+        self._advance = self._open.enter_context(progress("train", total - self.job.state.step, "steps"))
         return self
 
     def __exit__(
@@ -56,8 +50,9 @@ class Journal:
 
     def hooks(self, total_steps: int) -> list[Hook]:
         """In this order: a checkpoint is published after everything else its step has written."""
-        recipe = self.recipe
-        if self.state.step == 0 and recipe.evaluation.evaluate_every_steps is not None:
+        recipe = self.job.recipe
+        is_new = not self.directory.read_events("evaluations")
+        if is_new and recipe.evaluation.evaluate_every_steps is not None:
             self.evaluate()
         return [
             self.log,
@@ -86,41 +81,41 @@ class Journal:
 
     def evaluate(self) -> None:
         """Judge the model on the validation split and write the result down."""
-        evaluation = evaluate_language_model(
-            self.state.model,
-            self.validation.evaluation_batches(
-                evaluation_rows(self.state.model), self.recipe.evaluation.evaluation_tokens
-            ),
-            self.materials.tokenizer.token_bytes(),
-            self.recipe.compute.precision or "fp32",
+        job, model = self.job, self.job.state.model
+        batches = job.validation.evaluation_batches(
+            evaluation_rows(model), job.recipe.evaluation.evaluation_tokens
         )
+        precision = job.recipe.compute.precision or "fp32"
+        evaluation = evaluate_language_model(model, batches, job.materials.tokenizer.token_bytes(), precision)
         values = dataclasses.asdict(evaluation)
         self._event("evaluations", values)
-        self._track(self.state.step, {f"validation/{name}": value for name, value in values.items()})
+        self._track(job.state.step, {f"validation/{name}": value for name, value in values.items()})
         say(
-            f"step {self.state.step:>6}  validation loss {evaluation.loss:.4f}  "
+            f"step {job.state.step:>6}  validation loss {evaluation.loss:.4f}  "
             f"{evaluation.bits_per_byte:.4f} bits per byte"
         )
 
     def sample(self) -> None:
         """Continue every prompt; the noise is a function of the seed and the step."""
-        samples = self.recipe.samples
+        job, samples = self.job, self.job.recipe.samples
         decoding = Decoding(
             max_new_tokens=samples.sample_tokens,
-            sampling=SamplingConfig(seed=self.recipe.seed + self.state.step),
+            sampling=SamplingConfig(seed=job.recipe.seed + job.state.step),
         )
-        written = complete(self.state.model, self.materials.tokenizer, samples.sample_prompts, decoding)
+        written = complete(job.state.model, job.materials.tokenizer, samples.sample_prompts, decoding)
         for prompt, completion in zip(samples.sample_prompts, written, strict=True):
             self._event("samples", {"prompt": prompt, "completion": completion.text})
 
     def save(self) -> None:
         """Publish a checkpoint of this step, once."""
-        if self.saved_step == self.state.step:
+        state = self.job.state
+        if self.saved_step == state.step:
             return
         self.directory.flush()
-        save_checkpoint(self.state, self.directory.checkpoints, self.recipe.checkpoints.keep_checkpoints)
-        self.saved_step = self.state.step
+        save_checkpoint(state, self.directory.checkpoints, self.job.recipe.checkpoints.keep_checkpoints)
+        self.saved_step = state.step
 
     def _event(self, kind: str, values: Mapping[str, object]) -> None:
-        tokens = self.state.step * self.recipe.batch.tokens_per_step
-        self.directory.append_event(kind, {"step": self.state.step, "tokens": tokens, **values})
+        step = self.job.state.step
+        tokens = step * self.job.plan.tokens_per_step
+        self.directory.append_event(kind, {"step": step, "tokens": tokens, **values})

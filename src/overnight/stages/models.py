@@ -33,20 +33,20 @@ def open_model(name: str) -> OpenedModel:
 
     Raises ValueError, which says where it was looked for, if there is none or it cannot be read.
     """
-    from overnight.convert.hub import download, repository
+    from overnight.convert.hub import GPT2, download, repository
 
     for folder in (Path(name), RUNS / name):
         if name and folder.is_dir():
             return _open_folder(folder)
     found = repository(name)
-    if found is not None and not Path(name).parts[:1] == RUNS.parts:
+    is_path = Path(name).parent != Path() and Path(name).parent.is_dir()
+    if found is not None and not is_path:
         return _open_huggingface(download(found))
     runs = [str(path) for path in sorted(RUNS.glob("*")) if RunDirectory(path).exists()]
     near = nearest(name, [*runs, *(Path(run).name for run in runs)]) if runs else ""
     raise ValueError(
-        f"there is no model {name}: no run, checkpoint or Hugging Face folder of that path, none in "
-        f"{RUNS}/, and it is no name on the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME)"
-        f"{near}"
+        f"there is no model {name}: it is neither a folder, nor a run in {RUNS}/, nor a name on the "
+        f"Hugging Face Hub ({', '.join(GPT2)}, OWNER/NAME){near}"
     )
 
 

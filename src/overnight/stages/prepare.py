@@ -44,7 +44,7 @@ def summarize(manifest: Manifest) -> list[str]:
         f"({tokens['validation'] / total:.2%})",
     ]
     if any(left_out.values()):
-        counts = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
+        counts = ", ".join(f"{name} {count:,}" for name, count in left_out.items() if count)
         lines.append(f"left out: {counts}")
     if manifest.repaired_documents:
         lines.append(f"repaired: {manifest.repaired_documents:,} documents hold U+FFFD where a byte was bad")

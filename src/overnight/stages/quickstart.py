@@ -62,7 +62,7 @@ def _trained(directory: RunDirectory) -> Recipe:
 
 
 def _compression(directory: RunDirectory, materials: Materials) -> dict[str, float]:
-    """Bits per byte of the validation text under gzip, bz2 and xz; measured once, kept in compression.json."""
+    """Bits per byte of the validation text under its rivals; measured once, kept in compression.json."""
     from overnight.evaluation.compressors import compressed_bits_per_byte
 
     kept = directory.path / "compression.json"

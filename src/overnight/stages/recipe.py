@@ -14,6 +14,7 @@ from overnight.parallel import ComputeConfig
 from overnight.schedule import ScheduleConfig
 from overnight.settings import flat_names, from_toml, nearest
 from overnight.stages.materials import DataConfig
+from overnight.tracking import find_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,7 @@ class Recipe:
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""
         found = self.model.problems() + self.optimizer.problems() + self.schedule.problems()
+        found += find_problems(self.trackers)
         if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
             found.append(f"run_name={self.run_name!r} must be the plain name of a folder")
         flat = flatten(self)
@@ -119,7 +121,9 @@ def changed_settings(recipe: Recipe, before: Recipe) -> list[str]:
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
     folder = resources.files("overnight") / "recipes"
-    return sorted(Path(str(entry)).stem for entry in folder.iterdir() if str(entry).endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def load_recipe(name: str) -> Recipe:
@@ -134,4 +138,6 @@ def load_recipe(name: str) -> Recipe:
     else:
         raise ValueError(f"there is no recipe {name}{nearest(name, recipe_names())}")
     recipe = from_toml(Recipe, text, name)
-    return recipe if recipe.run_name else dataclasses.replace(recipe, run_name=path.stem)
+    return (
+        recipe if recipe.run_name else dataclasses.replace(recipe, run_name=path.name.removesuffix(".toml"))
+    )

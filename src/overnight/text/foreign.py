@@ -16,6 +16,7 @@ from overnight.text.byte_pair import spelled_bytes
 from overnight.text.tokenizer import END_OF_TEXT, Tokenizer, clean, write_tokenizer
 
 PROBE = "two  blanks, a\ttab,\r\na line; Grüße, 你好, 🙂 and 1,024"
+LARGEST_ID = 1 << 24  # far above any vocabulary's: a damaged file must not fill the memory
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
 
@@ -33,6 +34,8 @@ class Foreign(Tokenizer):
         self._end_of_text = _end_of_text(end_of_text, added)
         self._reader = _reader(content)
         ids = {**self._reader.get_vocab(), **{name: token["id"] for name, token in added.items()}}
+        if not all(0 <= id <= LARGEST_ID for id in ids.values()):
+            raise ValueError(f"its ids are not numbers from 0 to {LARGEST_ID}")
         special = {name for name, token in added.items() if token.get("special")} | {self._end_of_text}
         _refuse_special_ids_in_text(self._reader, {name: ids[name] for name in special})
         self.end_of_text = ids[self._end_of_text]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import re
 import sys
 from pathlib import Path
@@ -47,14 +46,8 @@ def test_it_holds_the_topics_and_the_docstrings(documents: list[Document]) -> No
         f"topic {name}" for name in topics
     }
     assert by_origin["topic for"] == topics["for"]
-    import textwrap
-
     wrapped = by_origin["module textwrap"]
     assert wrapped.startswith("textwrap\n\nText wrapping and filling.\n\ntextwrap.TextWrapper\n\n")
-    assert (
-        f"textwrap.dedent\n\n{ast.get_docstring(ast.parse(Path(textwrap.__file__).read_text()).body[0])}"
-        not in wrapped
-    )
     assert "textwrap.dedent\n\nRemove any common leading whitespace from every line in `text`." in wrapped
     assert wrapped.index("textwrap.wrap\n") < wrapped.index("textwrap.dedent\n")
     assert "module json" in by_origin
@@ -66,11 +59,15 @@ def test_tests_programs_and_what_is_of_one_machine_are_left_out(documents: list[
     for fragment in ("/test/", "/tests/", "site-packages", "idlelib", "lib2to3", "_sysconfigdata", "config-"):
         assert not any(fragment in path for path in paths)
     text = "".join(document.text for document in documents)
-    assert str(Path.home()) not in text.replace(str(Path("/")), "/", 0) or str(Path.home()) == "/"
     assert sys.prefix not in text or sys.prefix in {"/usr", "/usr/local"}
 
 
-def test_it_is_the_same_each_time(documents: list[Document]) -> None:
+def test_the_order_is_that_of_the_names_not_of_the_disk(library: Path) -> None:
+    names = [f"module_{letter}" for letter in "gdbfaec"]
+    for name in names:
+        (library / f"{name}.py").write_text(f'"""{name} {"x" * 200}."""\n')
+    documents = list(python_documents())
+    assert [document.origin for document in documents[2:]] == [f"module {name}" for name in sorted(names)]
     assert list(python_documents()) == documents
 
 

@@ -25,12 +25,9 @@ def test_a_document_never_changes_sides() -> None:
     """Not when others come, go or move: its side is asked of its text alone, and these are written down."""
     sides = {text: split_of(text, 0.1) for text in TEXTS}
     held_out = [number for number, text in enumerate(TEXTS) if sides[text] == "validation"]
-    assert held_out[:8] == EXPECTED_HELD_OUT
+    assert held_out[:6] == [6, 7, 28, 35, 39, 53]
     shuffled = random.Random(0).sample(TEXTS, len(TEXTS) // 2)
     assert all(split_of(text, 0.1) == sides[text] for text in shuffled)
-
-
-EXPECTED_HELD_OUT: list[int] = []
 
 
 def test_the_share_is_about_what_was_asked_for() -> None:

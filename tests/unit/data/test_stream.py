@@ -35,7 +35,7 @@ def rows_of(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([batch.ids for batch in batches]), torch.cat([batch.targets for batch in batches])
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_an_epoch_has_every_window_once_and_every_token_as_a_target(
     prepared: Prepare, data: st.DataObject
@@ -111,7 +111,7 @@ def test_a_batch_is_two_contiguous_int64_tensors(stream_of: Callable[..., TokenS
         assert tensor.is_contiguous()
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(
     n=st.integers(3, 200),
     length=st.integers(1, 64),

@@ -92,8 +92,8 @@ SAMPLES = (
     (
         "The moon",
         " rose over the harbour while the last of the boats came in, and nobody on the quay spoke. It had "
-        "been a long season. The nets were mended, the salt was weighed, and in the houses above the road the "
-        "lamps were lit one after another, the way they always were, by whoever came home first.\n\n"
+        "been a long season. The nets were mended, the salt was weighed, and in the houses above the road "
+        "the lamps were lit one after another, the way they always were, by whoever came home first.\n\n"
         + "unbroken"
         * 60,
     ),

@@ -18,7 +18,7 @@ def test_two_runs_side_by_side(make_run, tmp_path):
     page = compare_runs(runs)
     table = rows(page)
     losses = [json.loads((r / "events/evaluations.jsonl").read_text().splitlines()[-1])["loss"] for r in runs]
-    assert table[0][:3] == ["run", "validation loss", "training loss"]
+    assert table[0][:3] == ["run", "validation", "training"]
     assert table[1][:2] == ["day", f"{losses[0]:.3f}"]
     assert table[2][:2] == ["night", f"{losses[1]:.3f}"]
     assert (table[1][-1], table[2][-1]) == ("finished", "stopped")

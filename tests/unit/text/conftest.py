@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from overnight.text.load import build_tokenizer, load_tokenizer
 from overnight.text.tokenizer import Tokenizer
 
-SYLLABLES = ("the", "wa", "ter", " ", " ", "ing", "é", "lo", "1", "99", "'s", "\n", "中", "🙂", ".", "Ro", "meo")
+SYLLABLES = (
+    "the",
+    "wa",
+    "ter",
+    " ",
+    " ",
+    "ing",
+    "é",
+    "lo",
+    "1",
+    "99",
+    "'s",
+    "\n",
+    "中",
+    "🙂",
+    ".",
+    "Ro",
+    "meo",
+)
 FRAGMENTS = (
     *("<|endoftext|>", "<|endo", "ftext|>", "<|", "|>", "<|endoftext|><|endoftext|>", "<0x41>", "Ġ", "Ċ"),
     *(" ", "  ", "\t", "\n", "\r\n", "\xa0", "\x1c", "\x85", "\u2028", "\u200b", "\0", "'s", "'LL", "it's"),
-    *("a", "Z", "é", "e\u0301", "ß", "中", "🙂", "👩‍👩‍👧", "\ud83d", "\ude42", "\udfff", "\ufffd", "\uffff", "7", "²", "!?"),
+    *(
+        "a",
+        "Z",
+        "é",
+        "e\u0301",
+        "ß",
+        "中",
+        "🙂",
+        "👩‍👩‍👧",
+        "\ud83d",
+        "\ude42",
+        "\udfff",
+        "\ufffd",
+        "\uffff",
+        "7",
+        "²",
+        "!?",
+    ),
 )
 
 
@@ -49,11 +88,27 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def foreign(bpe: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A byte-level tokenizer.json in no layout of ours."""
-    folder = tmp_path_factory.mktemp("foreign")
-    write_foreign(bpe, folder)
-    return load_tokenizer(folder / "tokenizer.json")
+def foreign_content(documents: list[str]) -> dict[str, Any]:
+    """A byte-level tokenizer.json in another layout: special ids first, other added tokens last."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|user|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(documents, trainer)
+    made.add_tokens(["<tool>", "    "])
+    content: dict[str, Any] = json.loads(made.to_str())
+    return content
+
+
+@pytest.fixture(scope="session")
+def foreign(foreign_content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("foreign") / "tokenizer.json"
+    path.write_text(json.dumps(foreign_content), encoding="utf-8")
+    return load_tokenizer(path)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,381 @@
+"""True GPT-2: logits, gradients, optimizer steps and files, held against Hugging Face Transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from overnight.convert.huggingface import read_huggingface, write_huggingface
+from overnight.model import gpt as gpt_module
+from overnight.model.config import PRESETS, ModelConfig
+from overnight.model.gpt import GPT, Block
+from overnight.optim import OptimizerConfig, apply_gradients, build_optimizer
+from overnight.text.load import build_tokenizer, load_tokenizer
+from overnight.text.tokenizer import Tokenizer
+
+SIZES = {
+    "small": ModelConfig(n_layer=2, n_head=2, n_embd=48, context_length=96, vocab_size=301),
+    "larger": ModelConfig(n_layer=4, n_head=8, n_embd=128, context_length=128, vocab_size=1000),
+}
+LENGTHS = (1, 7, 64, None)  # None: the whole context
+TOLERANCE = 1e-5
+
+
+def build_theirs(config: ModelConfig, seed: int = 0) -> GPT2LMHeadModel:
+    """Hugging Face's model with random weights, none of them at the 0 or 1 that would hide a mistake."""
+    assert config.vocab_size is not None
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            n_positions=config.context_length,
+            vocab_size=config.vocab_size,
+            bos_token_id=config.vocab_size - 1,
+            eos_token_id=config.vocab_size - 1,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.empty_like(parameter).normal_(0, 0.04, generator=generator))
+    return theirs.eval()
+
+
+def by_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Their tensors under our names, written down apart from the conversion that is tested below."""
+    ours = {}
+    for name, tensor in theirs.items():
+        short = name.replace("transformer.", "", 1)
+        if short != "lm_head.weight":
+            is_conv1d = ".c_" in short and short.endswith(".weight")
+            ours[short] = tensor.detach().t().clone() if is_conv1d else tensor.detach().clone()
+    return ours
+
+
+def build_pair(config: ModelConfig, seed: int = 0) -> tuple[GPT, GPT2LMHeadModel]:
+    theirs = build_theirs(config, seed)
+    ours = GPT(config)
+    ours.load_weights(by_our_names(theirs.state_dict()))
+    return ours.eval(), theirs
+
+
+def random_ids(config: ModelConfig, rows: int, length: int | None, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size or 0, (rows, length or config.context_length), generator=generator)
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def logit_error(ours: GPT, theirs: GPT2LMHeadModel, ids: Tensor) -> float:
+    return (ours(ids) - theirs(ids).logits).abs().max().item()
+
+
+def gradient_error(ours: GPT, theirs: GPT2LMHeadModel, ids: Tensor) -> float:
+    """The largest relative error of any tensor's gradient, by norm and by largest element."""
+    targets = ids.roll(-1, dims=1)
+    mean_loss(ours(ids), targets).backward()
+    mean_loss(theirs(ids).logits, targets).backward()
+    wanted = by_our_names({name: parameter.grad for name, parameter in theirs.named_parameters()})
+    worst = 0.0
+    for name, parameter in ours.named_parameters():
+        found = parameter.grad[: len(wanted[name])]
+        difference = found - wanted[name]
+        worst = max(worst, (difference.norm() / wanted[name].norm()).item())
+        worst = max(worst, (difference.abs().max() / wanted[name].abs().max()).item())
+    return worst
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("size", SIZES)
+def test_logits(size: str, length: int | None) -> None:
+    config = SIZES[size]
+    assert logit_error(*build_pair(config), random_ids(config, 3, length)) < TOLERANCE
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_gradient(size: str, length: int | None) -> None:
+    config = SIZES[size]
+    ours, theirs = build_pair(config)
+    assert gradient_error(ours.train(), theirs.train(), random_ids(config, 2, length)) < TOLERANCE
+
+
+def without_tanh(_ours: GPT, patch: pytest.MonkeyPatch) -> None:
+    exact = SimpleNamespace(**{**vars(F), "gelu": lambda x, approximate: F.gelu(x)})
+    patch.setattr(gpt_module, "F", exact)
+
+
+def without_final_norm(ours: GPT, _patch: pytest.MonkeyPatch) -> None:
+    ours.ln_f = nn.Identity()  # type: ignore[assignment]
+
+
+def without_residual(_ours: GPT, patch: pytest.MonkeyPatch) -> None:
+    def forward(self: Block, x_BTC: Tensor, cache: None = None) -> Tensor:
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache)
+        return self.mlp(self.ln_2(x_BTC))
+
+    patch.setattr(Block, "forward", forward)
+
+
+@pytest.mark.parametrize("mistake", [without_tanh, without_final_norm, without_residual])
+def test_a_mistake_in_the_model_is_noticed(mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SIZES["small"]
+    ours, theirs = build_pair(config)
+    mistake(ours, monkeypatch)
+    assert logit_error(ours, theirs, random_ids(config, 3, 7)) > 3 * TOLERANCE
+
+
+def optimizer_losses(ours: GPT, theirs: GPT2LMHeadModel, decay_of_vectors: float = 0.0) -> float:
+    """The largest difference of ten losses on the way of ten AdamW steps."""
+    matrices = [parameter for parameter in theirs.parameters() if parameter.dim() == 2]
+    vectors = [parameter for parameter in theirs.parameters() if parameter.dim() == 1]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": decay_of_vectors},
+    ]
+    their_optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    our_optimizer = build_optimizer(ours, OptimizerConfig(peak_learning_rate=1e-3, weight_decay=0.1))
+    worst = 0.0
+    for step in range(10):
+        ids = random_ids(ours.config, 4, 32, seed=step)
+        targets = ids.roll(-1, dims=1)
+        our_loss, their_loss = mean_loss(ours(ids), targets), mean_loss(theirs(ids).logits, targets)
+        worst = max(worst, abs(our_loss.item() - their_loss.item()))
+        our_loss.backward()
+        apply_gradients(our_optimizer, 1e-3, max_grad_norm=1.0)
+        their_loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        their_optimizer.step()
+        their_optimizer.zero_grad()
+    return worst
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ten_optimizer_steps(size: str) -> None:
+    assert optimizer_losses(*build_pair(SIZES[size])) < TOLERANCE
+
+
+def test_another_rule_of_decay_is_noticed() -> None:
+    assert optimizer_losses(*build_pair(SIZES["small"]), decay_of_vectors=0.1) > TOLERANCE
+
+
+def test_gpt2_124m_has_124439808_parameters() -> None:
+    config = PRESETS["gpt2-124m"]
+    with torch.device("meta"):
+        theirs = GPT2LMHeadModel(GPT2Config())
+        ours = GPT(config)
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == 124_439_808
+    assert sum(weight.numel() for weight in ours.weights().values()) == 124_439_808
+    assert config.parameter_count() == 124_439_808
+
+
+# files
+
+
+def open_tokenizer(kind: str, shared_data: Path) -> Tokenizer:
+    if kind == "gpt2":
+        return load_tokenizer(shared_data / "gpt2-bpe")
+    return build_tokenizer(
+        kind, [(shared_data / "shakespeare/input.txt").read_text(encoding="utf-8")[:20_000]]
+    )
+
+
+TEXT = "First Citizen:\n  Grüße, 你好 🙂  <|endoftext|> isn't 1,024 "
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe-400", "characters"])
+def test_transformers_opens_what_is_written(kind: str, shared_data: Path, tmp_path: Path) -> None:
+    tokenizer = open_tokenizer(kind, shared_data)
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=40, vocab_size=tokenizer.vocab_size)
+    ours, _ = build_pair(config)
+    write_huggingface(ours, tokenizer, tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert type(theirs) is GPT2LMHeadModel
+    assert theirs.dtype == torch.float32
+    assert logit_error(ours, theirs, random_ids(config, 2, 40)) < TOLERANCE
+    assert their_tokenizer.eos_token_id == theirs.config.eos_token_id == tokenizer.end_of_text
+    assert theirs.generation_config.eos_token_id == tokenizer.end_of_text
+    ids = tokenizer.encode(TEXT)
+    their_ids = their_tokenizer(TEXT, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    assert their_ids == ids
+    assert their_tokenizer.decode(ids) == TEXT == tokenizer.decode(ids)
+
+
+def test_what_transformers_writes_is_read(shared_data: Path, tmp_path: Path) -> None:
+    tokenizer = open_tokenizer("bpe-400", shared_data)
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=40, vocab_size=400)
+    theirs = build_theirs(config)
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    ours, read = read_huggingface(tmp_path)
+    assert not ours.training
+    assert read.fingerprint == tokenizer.fingerprint
+    assert ours.config == config
+    wanted = by_our_names(theirs.state_dict())
+    assert all(torch.equal(weight, wanted[name]) for name, weight in ours.weights().items())
+    assert logit_error(ours, theirs, random_ids(config, 2, 40)) < TOLERANCE
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A small model in Hugging Face's format."""
+    tokenizer = build_tokenizer("characters", ["abc"])
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=8, context_length=16, vocab_size=260, dropout=0.1)
+    write_huggingface(build_pair(config)[0], tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
+
+
+def rewrite(folder: Path, weights: dict[str, Tensor]) -> None:
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_round_trip_is_exact(written: Path, tmp_path: Path) -> None:
+    model, tokenizer = read_huggingface(written)
+    write_huggingface(model, tokenizer, tmp_path / "again")
+    for path in written.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    again, read = read_huggingface(tmp_path / "again")
+    assert all(torch.equal(weight, again.weights()[name]) for name, weight in model.weights().items())
+    assert again.config == model.config
+    assert read.fingerprint == tokenizer.fingerprint
+
+
+def test_an_existing_folder_is_kept(written: Path) -> None:
+    before = {path.name: path.read_bytes() for path in written.iterdir()}
+    model, tokenizer = read_huggingface(written)
+    with pytest.raises(ValueError, match="already there"):
+        write_huggingface(model, tokenizer, written)
+    assert before == {path.name: path.read_bytes() for path in written.iterdir()}
+
+
+def test_a_failed_conversion_leaves_nothing(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = read_huggingface(written)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("overnight.convert.huggingface.write_atomically", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_huggingface(model, tokenizer, tmp_path / "again")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_old_names_buffers_and_an_explicit_head_are_read(written: Path) -> None:
+    wanted, _ = read_huggingface(written)
+    weights = load_file(written / "model.safetensors")
+    old = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    old["lm_head.weight"] = old["wte.weight"].clone()
+    old["h.0.attn.bias"] = torch.ones(16, 16, dtype=torch.uint8)
+    old["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    rewrite(written, old)
+    found, _ = read_huggingface(written)
+    assert all(torch.equal(weight, found.weights()[name]) for name, weight in wanted.weights().items())
+
+
+def test_weights_in_several_files_are_read(written: Path) -> None:
+    wanted, _ = read_huggingface(written)
+    weights = load_file(written / "model.safetensors")
+    (written / "model.safetensors").unlink()
+    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
+    for file in set(places.values()):
+        save_file({name: weights[name] for name in weights if places[name] == file}, written / file)
+    index = written / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    found, _ = read_huggingface(written)
+    assert all(torch.equal(weight, found.weights()[name]) for name, weight in wanted.weights().items())
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "../model/config.json"}}))
+    with pytest.raises(ValueError, match="must name files of this folder"):
+        read_huggingface(written)
+    index.write_text(json.dumps({"weight_map": {**places, "x": "lost.safetensors"}}))
+    with pytest.raises(ValueError, match=r"lost\.safetensors cannot be read"):
+        read_huggingface(written)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_function": "gelu"}, "activation_function is 'gelu', not 'gelu_new'"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"n_inner": 17}, "n_inner"),
+        ({"n_layer": "2"}, "n_layer is '2', not a whole number"),
+        ({"n_layer": None}, "n_layer"),
+        ({"n_head": 3}, "n_head=3"),
+        ({"n_layer": 10**9}, "2 blocks, not n_layer=1000000000"),
+        ({"vocab_size": 261}, "wte.weight has the shape"),
+        ({"n_positions": 17}, "wpe.weight has the shape"),
+        ({"resid_pdrop": "much"}, "resid_pdrop"),
+    ],
+)
+def test_other_architectures_are_refused(written: Path, changes: dict[str, object], message: str) -> None:
+    change_config(written, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_huggingface(written)
+
+
+def test_defaults_of_missing_keys_are_transformers_own(written: Path) -> None:
+    content = json.loads((written / "config.json").read_text())
+    sizes = ("model_type", "n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    (written / "config.json").write_text(json.dumps({name: content[name] for name in sizes}))
+    assert read_huggingface(written)[0].config.dropout == GPT2Config().resid_pdrop
+
+
+def test_weights_that_do_not_fit_are_refused(written: Path) -> None:
+    weights = load_file(written / "model.safetensors")
+    for name, changed, message in (
+        ("lm_head.weight", torch.zeros(260, 8), "differs from wte"),
+        ("transformer.h.0.ln_1.weight", torch.zeros(9), r"h\.0\.ln_1\.weight has shape \(9,\)"),
+        ("transformer.h.0.surprise", torch.zeros(1), "surprise is unknown"),
+        ("transformer.ln_f.bias", torch.zeros(8, dtype=torch.int8), "quantised"),
+    ):
+        rewrite(written, {**weights, name: changed})
+        with pytest.raises(ValueError, match=message):
+            read_huggingface(written)
+    del weights["transformer.wpe.weight"]
+    rewrite(written, weights)
+    with pytest.raises(ValueError, match=r"wpe\.weight"):
+        read_huggingface(written)
+
+
+def test_damaged_and_foreign_files_are_refused(written: Path, tmp_path: Path) -> None:
+    file = written / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_huggingface(written)
+    file.rename(written / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"only pytorch_model\.bin, which can run code"):
+        read_huggingface(written)
+    for content in (b"{", b"[]", b"\xff", b"[" * 100_000):
+        (written / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            read_huggingface(written)
+    shutil.rmtree(written)
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        read_huggingface(written)

@@ -1,0 +1,159 @@
+"""Our ids are the ids of tiktoken, of Transformers and of `tokenizers`, made from the same files."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import tiktoken
+import tiktoken.load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiktoken_ext import openai_public
+from tokenizers.implementations import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, GPT2Tokenizer
+
+from overnight.text import gpt2 as room
+from overnight.text.load import build_tokenizer, load_tokenizer
+from overnight.text.tokenizer import Tokenizer
+
+PECULIAR = (
+    "it's, IT'S, they'll, 'sfoo, x'9",
+    "  two  blanks\tand tabs\t\n\r\n \n at the end  \n ",
+    "1,024 ²³ ½ ⅷ ١٢٣ १२३ 3.14e-5",
+    "naïve cafe\u0301 ﬁne straße ǅ",
+    "中文分词 日本語テスト 한국어 ภาษาไทย עברית العربية",
+    "🙂 👩‍👩‍👧 🇩🇪 \ufe0f \u200b \ufeff \0 \x1c \x85 \xa0 \u2028 \u3000x",
+    "a<|endoftext|>b <|endo ftext|>",
+    "",
+)
+ANY_TEXT = st.one_of(st.text(max_size=100), st.text("ab 1!'s\n\t\xa0\u3000é中🙂", max_size=100))
+
+
+@pytest.fixture(scope="module")
+def folder(shared_data: Path) -> Path:
+    return shared_data / "gpt2-bpe"
+
+
+@pytest.fixture(scope="module")
+def gpt2(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def texts(shared_data: Path) -> list[str]:
+    shakespeare = (shared_data / "shakespeare/input.txt").read_text(encoding="utf-8")
+    wikipedia = (shared_data / "wikitext-2/wiki.valid.tokens").read_text(encoding="utf-8")
+    return [*PECULIAR, shakespeare[:100_000], wikipedia[:100_000]]
+
+
+# ---------------------------------------------------------------- tiktoken
+
+
+@pytest.fixture(scope="module")
+def by_tiktoken(folder: Path) -> tiktoken.Encoding:
+    """GPT-2 as tiktoken has it, read by tiktoken from the same two files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", "")  # keeps no copies
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
+            str(folder / "vocab.bpe"), str(folder / "encoder.json")
+        )
+    return tiktoken.Encoding(
+        "reference",
+        pat_str=openai_public.r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 50256},
+    )
+
+
+def test_the_published_addresses_and_hashes_are_tiktokens() -> None:
+    published = inspect.getsource(openai_public.gpt2)
+    for name, sha256 in room.FILES.items():
+        assert f'"{room.ADDRESS}/{name}"' in published
+        assert f'"{sha256}"' in published
+
+
+def test_the_vocabulary_has_the_hash_of_tiktokens_own_file(gpt2: Tokenizer) -> None:
+    lines = [
+        f"{base64.b64encode(spelled).decode()} {id}\n" for id, spelled in enumerate(gpt2.token_bytes()[:-1])
+    ]
+    published = inspect.getsource(openai_public.r50k_base)
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() in published
+
+
+def test_a_sentence_everyone_knows(gpt2: Tokenizer) -> None:
+    assert gpt2.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+
+
+def test_gpt2_is_tiktokens(gpt2: Tokenizer, by_tiktoken: tiktoken.Encoding, texts: list[str]) -> None:
+    assert gpt2.vocab_size == by_tiktoken.n_vocab
+    assert gpt2.end_of_text == by_tiktoken.eot_token
+    for text, ids in zip(texts, gpt2.encode_batch(texts), strict=True):
+        assert ids.tolist() == by_tiktoken.encode_ordinary(text)
+        assert gpt2.decode_bytes(ids.tolist()) == by_tiktoken.decode_bytes(ids.tolist())
+
+
+@given(text=st.one_of(ANY_TEXT, st.text(st.characters(exclude_categories=()), max_size=50)))
+@settings(max_examples=500, deadline=None)
+def test_gpt2_is_tiktokens_on_any_text(gpt2: Tokenizer, by_tiktoken: tiktoken.Encoding, text: str) -> None:
+    assert gpt2.encode(text) == by_tiktoken.encode_ordinary(text)
+
+
+# ---------------------------------------------------------------- Transformers
+
+
+@pytest.fixture(scope="module")
+def by_transformers(folder: Path) -> GPT2Tokenizer:
+    """Transformers' GPT-2, from the same two files."""
+    vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    merges = [tuple(line.split()) for line in lines]
+    return GPT2Tokenizer(vocab=vocab, merges=merges, split_special_tokens=True)
+
+
+@given(text=ANY_TEXT)
+@settings(max_examples=300, deadline=None)
+def test_gpt2_is_transformers_on_any_text(gpt2: Tokenizer, by_transformers: GPT2Tokenizer, text: str) -> None:
+    assert gpt2.encode(text) == by_transformers(text)["input_ids"]
+
+
+def test_gpt2_is_transformers(gpt2: Tokenizer, by_transformers: GPT2Tokenizer, texts: list[str]) -> None:
+    for text in texts:
+        assert gpt2.encode(text) == by_transformers(text)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bpe-1000", "characters"])
+@pytest.mark.parametrize("beside_a_model", [False, True])
+def test_a_saved_folder_opens_in_transformers(
+    folder: Path, texts: list[str], tmp_path: Path, name: str, beside_a_model: bool
+) -> None:
+    ours = load_tokenizer(folder) if name == "gpt2" else build_tokenizer(name, texts[-2:])
+    ours.save(tmp_path)
+    if beside_a_model:
+        about = {"model_type": "gpt2", "bos_token_id": ours.end_of_text, "eos_token_id": ours.end_of_text}
+        (tmp_path / "config.json").write_text(json.dumps({**about, "vocab_size": ours.vocab_size}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == ours.vocab_size
+    assert {theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id} == {ours.end_of_text}
+    for text in texts:
+        ids = theirs(text, split_special_tokens=True)["input_ids"]
+        assert ours.encode(text) == ids
+        assert theirs.decode(ids) == ours.decode(ids) == text
+    theirs.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def test_training_learns_what_tokenizers_learns(texts: list[str]) -> None:
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator(texts[-2:], vocab_size=999, min_frequency=0, show_progress=False)
+    ours = build_tokenizer("bpe-1000", texts[-2:])
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text).ids
+    assert ours.end_of_text == 999

@@ -1,0 +1,63 @@
+"""A small text, prepared once, and a small recipe over it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from overnight.batching import BatchConfig
+from overnight.data.prepare import PrepareConfig, prepare
+from overnight.model.config import ModelConfig
+from overnight.optim import OptimizerConfig
+from overnight.parallel import ComputeConfig
+from overnight.schedule import ScheduleConfig
+from overnight.stages.materials import DataConfig
+from overnight.stages.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
+
+LINES = "".join(
+    f"Line {number} of a small text about the number {number * 7 % 100}.\n" for number in range(60)
+)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards: some 40 documents in characters, about 5,000 training tokens in several shards."""
+    root = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        (root / f"{number:02}.txt").write_text(LINES[number * 37 : number * 37 + 150])
+    folder = root / "shards"
+    prepare(
+        PrepareConfig(
+            source=str(root),
+            out=str(folder),
+            tokenizer="characters",
+            validation_fraction=0.2,
+            shard_tokens=1500,
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def recipe(prepared: Path) -> Callable[..., Recipe]:
+    """Builds a recipe of 12 steps, with dropout, accumulation and less than two steps to an epoch."""
+
+    def build(**changes: object) -> Recipe:
+        small = Recipe(
+            run_name="small",
+            data=DataConfig(data=str(prepared)),
+            model=ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=32, dropout=0.1),
+            optimizer=OptimizerConfig(peak_learning_rate=1e-2),
+            schedule=ScheduleConfig(total_steps=12, warmup_steps=3),
+            batch=BatchConfig(tokens_per_step=96 * 32, rows_per_micro_batch=32),
+            compute=ComputeConfig(device="cpu", precision="fp32", compile=False),
+            evaluation=EvaluationConfig(evaluate_every_steps=4),
+            samples=SamplesConfig(sample_every_steps=5, sample_tokens=8),
+            checkpoints=CheckpointsConfig(checkpoint_every_steps=3),
+        )
+        return dataclasses.replace(small, **changes)
+
+    return build

@@ -1,0 +1,110 @@
+"""What can't be trained is refused before any work, in one plain sentence, with nothing half-written."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from overnight.batching import BatchConfig
+from overnight.model.config import ModelConfig
+from overnight.run_directory import RunDirectory
+from overnight.schedule import ScheduleConfig
+from overnight.stages import pretrain
+from overnight.stages.materials import DataConfig
+from overnight.stages.recipe import CheckpointsConfig, Recipe
+
+Build = Callable[..., Recipe]
+
+
+def refusal(recipe: Recipe, path: Path, *, resume: bool = False) -> str:
+    """The sentence with which `recipe` is refused."""
+    with pytest.raises(ValueError) as error:
+        pretrain.run(recipe, RunDirectory(path), resume=resume)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_all_problems_of_a_recipe_are_told_at_once(recipe: Build, tmp_path: Path) -> None:
+    wrong = recipe(
+        model=ModelConfig(n_layer=2, n_head=3, n_embd=16, context_length=32),
+        schedule=ScheduleConfig(total_steps=5, total_tokens=7),
+    )
+    said = refusal(wrong, tmp_path / "run")
+    assert "n_head=3" in said and "only one of total_steps and total_tokens" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"batch": BatchConfig(tokens_per_step=100)}, "tokens_per_step=100"),
+        ({"batch": BatchConfig(tokens_per_step=96, rows_per_micro_batch=2)}, "rows_per_micro_batch=2"),
+        ({"model": ModelConfig(n_layer=1, n_head=1, n_embd=8, context_length=10**6)}, "context"),
+        ({"model": ModelConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=7)}, "vocab_size=7 contradicts"),
+        ({"run_name": "../elsewhere"}, "run_name"),
+        ({"data": DataConfig(data="no-such-source")}, "no-such-source"),
+        ({"trackers": ("wandbb",)}, "wandb"),
+        ({"start_from": "no/such/model/here"}, "no/such/model/here"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(
+    recipe: Build, tmp_path: Path, changes: dict[str, object], complaint: str
+) -> None:
+    if "model" in changes and "batch" not in changes:
+        changes["batch"] = BatchConfig(tokens_per_step=changes["model"].context_length)  # type: ignore[attr-defined]
+    assert complaint in refusal(recipe(**changes), tmp_path / "run")
+    assert not RunDirectory(tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(recipe: Build, tmp_path: Path) -> None:
+    pretrain.run(recipe(), RunDirectory(tmp_path / "run"))
+    assert "--resume" in refusal(recipe(), tmp_path / "run")
+    other = recipe(model=dataclasses.replace(recipe().model, n_embd=32))
+    said = refusal(other, tmp_path / "run", resume=True)
+    assert "belongs to another recipe: " in said and "n_embd=32 (was 16)" in said
+
+
+def test_there_must_be_a_run_to_resume(recipe: Build, tmp_path: Path) -> None:
+    assert "no run" in refusal(recipe(), tmp_path / "run", resume=True)
+
+
+def test_other_data_is_refused_on_resuming(recipe: Build, tmp_path: Path, prepared: Path) -> None:
+    path = tmp_path / "run"
+    pretrain.run(recipe(), RunDirectory(path))
+    data = path / "data.json"
+    data.write_text(data.read_text().replace('"source": "', '"source": "another '))
+    again = pretrain.from_toml(Recipe, (path / "recipe.toml").read_text(), "recipe.toml")
+    assert "is not what" in refusal(again, path, resume=True)
+
+
+def test_a_full_disk_is_told_before_the_first_step(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(pretrain.shutil, "disk_usage", lambda path: full)
+    said = refusal(recipe(checkpoints=CheckpointsConfig(keep_checkpoints=3)), tmp_path / "run")
+    assert "free" in said and "--keep-checkpoints" in said
+
+
+def test_damaged_shards_are_refused(recipe: Build, tmp_path: Path, prepared: Path) -> None:
+    copy = tmp_path / "shards"
+    shutil.copytree(prepared, copy)
+    shard = copy / "train-00001.bin"
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    assert "train-00001.bin" in refusal(recipe(data=DataConfig(data=str(copy))), tmp_path / "run")
+
+
+def test_another_tokenizer_is_refused(recipe: Build, tmp_path: Path, prepared: Path) -> None:
+    from overnight.text.load import build_tokenizer
+
+    copy = tmp_path / "shards"
+    shutil.copytree(prepared, copy)
+    shutil.rmtree(copy / "tokenizer")
+    build_tokenizer("characters", ["quite another text"]).save(copy / "tokenizer")
+    assert "tokenizer" in refusal(recipe(data=DataConfig(data=str(copy))), tmp_path / "run")

@@ -1,0 +1,178 @@
+"""A run that was stopped and resumed is, to the bit, the run that never was."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from overnight.run_directory import RunDirectory
+from overnight.stages import pretrain
+from overnight.stages.recipe import Recipe
+
+CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change
+
+Build = Callable[..., Recipe]
+
+
+def fingerprint(directory: RunDirectory) -> tuple[str, list[dict[str, float]], list[dict[str, object]]]:
+    """Hash of the newest weights and moments, every metrics line without its clock, every event."""
+    newest = max(directory.checkpoints.iterdir())
+    digest = hashlib.sha256()
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        digest.update((newest / name).read_bytes())
+    lines = [
+        {key: value for key, value in line.items() if key not in CLOCK} for line in directory.read_metrics()
+    ]
+    return digest.hexdigest(), lines, directory.read_events("evaluations") + directory.read_events("samples")
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int | None) -> None:
+    """Make the next call of `pretrain.run` see a signal once it has done `steps` more steps."""
+
+    @contextlib.contextmanager
+    def signalled() -> Iterator[Callable[[], bool]]:
+        asked = iter(range(10**6))
+        yield lambda: steps is not None and next(asked) >= steps
+
+    monkeypatch.setattr(pretrain, "stop_on_signal", signalled)
+
+
+def train_with_stops(
+    recipe: Recipe, path: Path, stops: list[int], monkeypatch: pytest.MonkeyPatch
+) -> RunDirectory:
+    """Train to the end, stopping after each number of steps in `stops` on the way."""
+    directory, begun = RunDirectory(path), False
+    for steps in stops:
+        stop_after(monkeypatch, steps)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(recipe, directory, resume=begun)
+        recipe, begun = reread(directory), True
+    stop_after(monkeypatch, None)
+    pretrain.run(recipe, directory, resume=begun)
+    return directory
+
+
+def reread(directory: RunDirectory) -> Recipe:
+    """The recipe as `overnight train --resume` reads it."""
+    return pretrain.from_toml(Recipe, directory.recipe.read_text(), "recipe.toml")
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, object]:
+    """The fingerprint of the run without stops, computed by whichever test needs it first."""
+    return {}
+
+
+def expected(
+    recipe: Build, undisturbed: dict[str, object], tmp_path: Path, patch: pytest.MonkeyPatch
+) -> object:
+    if "run" not in undisturbed:
+        undisturbed["run"] = fingerprint(train_with_stops(recipe(), tmp_path / "whole", [], patch))
+    return undisturbed["run"]
+
+
+@pytest.mark.parametrize("stop", range(12))
+def test_stopping_after_any_step_changes_nothing(
+    recipe: Build, undisturbed: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
+    resumed = train_with_stops(recipe(), tmp_path / "run", [stop], monkeypatch)
+    assert fingerprint(resumed) == whole
+    assert [line["step"] for line in resumed.read_metrics()] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("schedule", range(6))
+def test_stopping_several_times_changes_nothing(
+    recipe: Build,
+    undisturbed: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    schedule: int,
+) -> None:
+    whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
+    draw = random.Random(schedule)
+    stops = [draw.randrange(4) for _ in range(3)]
+    assert fingerprint(train_with_stops(recipe(), tmp_path / "run", stops, monkeypatch)) == whole
+
+
+def test_the_run_crosses_epochs_and_shards(recipe: Build, tmp_path: Path) -> None:
+    """The promises above are about something: the 12 steps hold several epochs of several shards."""
+    from overnight.stages.materials import open_materials
+
+    materials = open_materials(recipe().data)
+    stream = materials.stream("train", 32, 1337)
+    assert 4 * stream.windows_per_epoch < 12 * 96
+    assert len(materials.manifest.train) >= 3
+
+
+def test_a_kill_between_checkpoints_repeats_the_lost_steps_exactly(
+    recipe: Build, undisturbed: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No signal handler runs: metrics and events go on past the last checkpoint, and are rewound."""
+    whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
+    directory = RunDirectory(tmp_path / "run")
+    append, lines = RunDirectory.append_metrics, 0
+
+    def killed(self: RunDirectory, line: dict[str, float]) -> None:
+        nonlocal lines
+        append(self, line)
+        lines += 1
+        if lines == 8:
+            raise MemoryError("stands for a kill")
+
+    stop_after(monkeypatch, None)
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "append_metrics", killed)
+        with pytest.raises(MemoryError):
+            pretrain.run(recipe(), directory)
+    assert len(directory.read_metrics()) == 8
+    pretrain.run(reread(directory), directory, resume=True)
+    assert fingerprint(directory) == whole
+
+
+def test_the_comparison_sees_a_lost_optimizer(
+    recipe: Build, undisturbed: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: resuming with fresh moments, as many scripts do, is noticed."""
+    whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
+    load = pretrain.load_checkpoint
+
+    def weights_only(state: pretrain.TrainState, checkpoint: Path) -> None:
+        load(state, checkpoint)
+        state.optimizer.state.clear()
+
+    monkeypatch.setattr(pretrain, "load_checkpoint", weights_only)
+    assert fingerprint(train_with_stops(recipe(), tmp_path / "run", [6], monkeypatch)) != whole
+
+
+def test_evaluating_sampling_and_saving_never_change_the_training(
+    recipe: Build, undisturbed: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
+    quiet = recipe(
+        evaluation=pretrain_section("EvaluationConfig", evaluate_every_steps=None),
+        samples=pretrain_section("SamplesConfig", sample_every_steps=None),
+        checkpoints=pretrain_section("CheckpointsConfig", checkpoint_every_steps=None),
+    )
+    silent = fingerprint(train_with_stops(quiet, tmp_path / "run", [], monkeypatch))
+    assert silent[:2] == whole[:2]  # type: ignore[index]
+    assert silent[2] == []
+
+
+def pretrain_section(name: str, **values: object) -> object:
+    from overnight.stages import recipe
+
+    return getattr(recipe, name)(**values)
+
+
+def test_a_loss_that_can_be_learnt_is_learnt(
+    recipe: Build, undisturbed: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, lines, events = expected(recipe, undisturbed, tmp_path, monkeypatch)  # type: ignore[misc]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert events[-1]["step"] == 12

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import errno
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from overnight.data.output import alone, appearing_whole, check_disk, plain_disk_errors
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    with appearing_whole(tmp_path / "data") as partial:
+        (partial / "a").write_text("a")
+        assert not (tmp_path / "data").exists()
+    assert names(tmp_path) == ["data"]
+    assert names(tmp_path / "data") == ["a"]
+
+
+def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with appearing_whole(tmp_path / "data") as partial:
+            (partial / "a").write_text("a")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".data.partial").mkdir()
+    (tmp_path / ".data.partial" / "old").write_text("old")
+    with appearing_whole(tmp_path / "data") as partial:
+        (partial / "new").write_text("new")
+    assert names(tmp_path / "data") == ["new"]
+
+
+def test_an_empty_folder_is_filled_and_a_full_one_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with appearing_whole(tmp_path / "data") as partial:
+        (partial / "a").write_text("a")
+    with pytest.raises(OSError, match="not empty"), appearing_whole(tmp_path / "data"):
+        pass
+    assert names(tmp_path) == ["data"]
+    assert names(tmp_path / "data") == ["a"]
+
+
+def test_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inside: list[str] = []
+
+    def second() -> None:
+        with alone(tmp_path / "data"):
+            inside.append("second")
+
+    with alone(tmp_path / "data"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(timeout=0.3)
+        assert inside == []
+        inside.append("first")
+    thread.join(timeout=10)
+    assert inside == ["first", "second"]
+    assert "waiting for another process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_a_sentence(code: int) -> None:
+    message = r"the disk of data is full, and nothing was left behind: .* --out"
+    with pytest.raises(ValueError, match=message), plain_disk_errors(Path("data")):
+        raise OSError(code, "No space left on device")
+
+
+def test_a_closed_folder_is_a_sentence() -> None:
+    message = r"/x/y may not be touched \(Permission denied\)"
+    with pytest.raises(ValueError, match=message), plain_disk_errors(Path("data")):
+        raise PermissionError(errno.EACCES, "Permission denied", "/x/y")
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(OSError, match="Input/output error"), plain_disk_errors(Path("data")):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_too_little_space_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    check_disk(tmp_path, 10**9)
+    with pytest.raises(ValueError, match=r"need about 20\.00 GB and the disk of .* has 1\.00 GB free"):
+        check_disk(tmp_path, 20 * 10**9)

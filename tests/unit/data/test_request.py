@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from overnight.data.request import PrepareConfig, output_folder
+
+
+def test_each_problem_is_named() -> None:
+    config = PrepareConfig(
+        source="python-docs",
+        validation_fraction=1.5,
+        on_bad_text="ignore",  # type: ignore[arg-type]
+        tokens=0,
+        shard_tokens=2**31,
+        workers=0,
+    )
+    assert config.problems() == [
+        "validation_fraction=1.5 must lie between 0 and 1",
+        "on_bad_text='ignore' must be fail, replace or skip",
+        "shard_tokens=2147483648 must lie between 1 and 2,147,483,647",
+        "tokens=0 must be at least 1, or left out",
+        "workers=0 must be at least 1, or left out",
+    ]
+    assert PrepareConfig(source="python-docs").problems() == []
+
+
+def test_the_folder_has_the_names_of_source_and_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "books").mkdir()
+    assert output_folder(PrepareConfig(source="python-docs")) == Path("data/python-docs")
+    assert output_folder(PrepareConfig(source=str(tmp_path / "books"))) == Path("data/books")
+    characters = PrepareConfig(source="shakespeare", tokenizer="characters")
+    assert output_folder(characters) == Path("data/shakespeare-characters")
+    from_path = PrepareConfig(source="shakespeare", tokenizer="mine/tokenizer.json")
+    assert output_folder(from_path) == Path("data/shakespeare-tokenizer")
+    assert output_folder(PrepareConfig(source="python-docs", out="x/y")) == Path("x/y")
+
+
+def test_a_source_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="did you mean shakespeare"):
+        output_folder(PrepareConfig(source="shakespere", out="x"))
+
+
+def test_help_needs_neither_torch_nor_numpy() -> None:
+    code = "import overnight.data.request, sys; print({'torch', 'numpy', 'pyarrow'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from overnight.model.attention import CausalSelfAttention
+from overnight.model.config import PRESETS, ModelConfig
+from overnight.model.gpt import GPT
+from overnight.model.initialization import initialize
+
+SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=32, context_length=16, vocab_size=100)
+
+
+def small_model() -> GPT:
+    model = GPT(SMALL)
+    initialize(model, seed=1)
+    return model
+
+
+def naive_attention(attention: CausalSelfAttention, x_TC: Tensor) -> Tensor:
+    """One row, one head and one position at a time, from the definition."""
+    T, C = x_TC.shape
+    D = C // attention.n_head
+    q_TC, k_TC, v_TC = (x_TC @ attention.c_attn.weight.T + attention.c_attn.bias).split(C, dim=1)
+    mixed_TC = torch.zeros(T, C)
+    for head in range(attention.n_head):
+        own = slice(head * D, (head + 1) * D)
+        for t in range(T):
+            scores = torch.tensor([q_TC[t, own] @ k_TC[s, own] / math.sqrt(D) for s in range(t + 1)])
+            shares = torch.exp(scores) / torch.exp(scores).sum()
+            for s in range(t + 1):
+                mixed_TC[t, own] += shares[s] * v_TC[s, own]
+    return mixed_TC @ attention.c_proj.weight.T + attention.c_proj.bias
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 7, 16])
+def test_attention_equals_its_naive_twin(length: int) -> None:
+    torch.manual_seed(0)
+    attention = CausalSelfAttention(SMALL, layer=0).eval()
+    x_BTC = torch.randn(2, length, SMALL.n_embd)
+    expected = torch.stack([naive_attention(attention, x_TC) for x_TC in x_BTC])
+    torch.testing.assert_close(attention(x_BTC), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_future_changes_nothing_before_it() -> None:
+    model = small_model().eval()
+    ids = torch.randint(100, (1, 16))
+    changed = ids.clone()
+    changed[0, 9] = (ids[0, 9] + 1) % 100
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.equal(before[:, 9:], after[:, 9:])
+
+
+def test_the_head_has_exactly_as_many_columns_as_there_are_ids() -> None:
+    model = small_model()
+    assert model(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 100)
+    assert model.wte.weight.shape == (128, 32)
+    assert model.weights()["wte.weight"].shape == (100, 32)
+
+
+def test_padding_stays_zero_while_training() -> None:
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        model(torch.randint(100, (2, 16))).logsumexp(-1).sum().backward()
+        optimizer.step()
+    assert not model.wte.weight[100:].any()
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("gpt2-124m", 124_439_808), ("gpt2-350m", 354_823_168), ("gpt2-1558m", 1_557_611_200)],
+)
+def test_presets_have_the_published_sizes(name: str, parameters: int) -> None:
+    assert PRESETS[name].parameter_count() == parameters
+
+
+def test_the_count_is_that_of_the_module() -> None:
+    assert sum(weight.numel() for weight in small_model().weights().values()) == SMALL.parameter_count()
+
+
+def test_loss_at_initialisation_is_that_of_knowing_nothing() -> None:
+    ids = torch.randint(100, (8, 16))
+    loss = torch.nn.functional.cross_entropy(small_model()(ids).flatten(0, 1), ids.roll(-1, 1).flatten())
+    assert loss.item() == pytest.approx(math.log(100), abs=0.05)
+
+
+def test_initialisation_follows_gpt2() -> None:
+    model = GPT(ModelConfig(n_layer=8, n_head=4, n_embd=128, context_length=64, vocab_size=500))
+    initialize(model, seed=3)
+    for name, weight in model.weights().items():
+        if name.endswith("c_proj.weight"):
+            assert weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05), name
+        elif name.endswith("weight") and weight.dim() == 2:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
+        else:
+            assert set(weight.unique().tolist()) == ({1.0} if name.endswith("weight") else {0.0}), name
+
+
+def test_initialisation_is_a_function_of_the_seed() -> None:
+    one, same, other = GPT(SMALL), GPT(SMALL), GPT(SMALL)
+    for model, seed in ((one, 1), (same, 1), (other, 2)):
+        torch.manual_seed(seed * 17)  # the global generator must not matter
+        initialize(model, seed)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one.wte.weight, other.wte.weight)
+
+
+def test_a_parameter_without_a_rule_is_refused() -> None:
+    model = GPT(SMALL)
+    model.register_parameter("gate", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(AssertionError, match="gate"):
+        initialize(model, seed=0)
+
+
+def test_weights_that_do_not_fit_are_all_named_and_nothing_changes() -> None:
+    model = small_model()
+    weights = {name: weight.clone() + 1 for name, weight in model.weights().items()}
+    del weights["ln_f.bias"]
+    weights["lm_head.weight"] = torch.zeros(1)
+    weights["wpe.weight"] = torch.zeros(2, 2)
+    before = model.wte.weight.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"lm_head.weight is unknown; ln_f.bias is missing; wpe.weight has shape"
+    ):
+        model.load_weights(weights)
+    assert torch.equal(before, model.wte.weight)
+
+
+def test_an_input_beyond_the_context_is_refused() -> None:
+    with pytest.raises(IndexError, match="context_length=16"):
+        small_model()(torch.zeros(1, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "wrong, complaint",
+    [
+        ({"n_head": 5}, "does not divide"),
+        ({"n_layer": 0}, "n_layer=0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"vocab_size": None}, "vocab_size is not known"),
+    ],
+)
+def test_what_makes_no_sense_is_told(wrong: dict[str, float], complaint: str) -> None:
+    values = {"n_layer": 3, "n_head": 4, "n_embd": 32, "context_length": 16, "vocab_size": 100, **wrong}
+    with pytest.raises(ValueError, match=complaint):
+        GPT(ModelConfig(**values))
+
+
+def test_dropout_acts_only_while_training() -> None:
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8, vocab_size=30, dropout=0.5))
+    initialize(model, seed=0)
+    ids = torch.randint(30, (1, 8))
+    assert torch.equal(model.eval()(ids), model.eval()(ids))
+    assert not torch.equal(model.train()(ids), model.train()(ids))

@@ -1,0 +1,232 @@
+"""Models by name: runs, checkpoints, folders, and a stand-in for the Hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from overnight.checkpoint import save_checkpoint
+from overnight.convert import hub
+from overnight.convert.huggingface import write_huggingface
+from overnight.model.config import ModelConfig
+from overnight.model.gpt import GPT
+from overnight.model.initialization import initialize
+from overnight.optim import OptimizerConfig, build_optimizer
+from overnight.run_directory import RunDirectory
+from overnight.stages import convert, generate
+from overnight.stages.convert import ConvertConfig
+from overnight.stages.generate import GenerateConfig
+from overnight.stages.models import open_model
+from overnight.state import TrainState
+from overnight.text.load import build_tokenizer
+
+TOKENIZER = build_tokenizer("characters", ["the quick brown fox"])
+
+
+def build_model(seed: int) -> GPT:
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "context_length": 16}
+    model = GPT(ModelConfig(**sizes, vocab_size=TOKENIZER.vocab_size))
+    initialize(model, seed)
+    return model.eval()
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def trained(place: Path) -> Path:
+    """runs/first, with the checkpoints of steps 1 and 2, whose seeds are the steps."""
+    directory = RunDirectory(Path("runs/first"))
+    directory.begin("", {})
+    TOKENIZER.save(directory.tokenizer)
+    for step in (1, 2):
+        model = build_model(seed=step)
+        save_checkpoint(
+            TrainState(model, build_optimizer(model, OptimizerConfig()), step), directory.checkpoints
+        )
+    return directory.path
+
+
+def is_model_of(seed: int, model: GPT) -> bool:
+    wanted = build_model(seed).weights()
+    return all(torch.equal(weight, wanted[name]) for name, weight in model.weights().items())
+
+
+@pytest.mark.parametrize("name", ["runs/first", "first", "runs/first/checkpoints/step-00000002"])
+def test_a_run_is_opened_at_its_newest_checkpoint(trained: Path, name: str) -> None:
+    opened = open_model(name)
+    assert is_model_of(2, opened.model)
+    assert not opened.model.training
+    assert opened.tokenizer.fingerprint == TOKENIZER.fingerprint
+    assert opened.run == trained
+    assert opened.origin == trained / "checkpoints/step-00000002"
+
+
+def test_an_older_checkpoint_is_opened_by_its_path(trained: Path) -> None:
+    assert is_model_of(1, open_model("runs/first/checkpoints/step-00000001").model)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = trained / "checkpoints/step-00000002/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert is_model_of(1, open_model("first").model)
+    assert "step-00000002 is damaged" in capsys.readouterr().err
+
+
+def test_a_hugging_face_folder_is_opened(place: Path) -> None:
+    write_huggingface(build_model(5), TOKENIZER, place / "theirs")
+    opened = open_model("theirs")
+    assert is_model_of(5, opened.model)
+    assert opened.tokenizer.fingerprint == TOKENIZER.fingerprint
+    assert opened.run is None
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"), [("gpt2", "openai-community/gpt2"), ("owner/some-model", "owner/some-model")]
+)
+def test_a_name_on_the_hub_is_fetched(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str, repository: str
+) -> None:
+    write_huggingface(build_model(6), TOKENIZER, place / "cache")
+    asked = []
+
+    def snapshot_download(repository: str, *, allow_patterns: list[str]) -> str:
+        asked.append((repository, allow_patterns))
+        return str(place / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert is_model_of(6, open_model(name).model)
+    ((found, patterns),) = asked
+    assert found == repository
+    assert not any("bin" in pattern or pattern == "*" for pattern in patterns)
+
+
+def test_without_a_network_it_is_said_what_to_fetch(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
+    with pytest.raises(
+        ValueError, match="cannot be fetched .*: put config.json, model.safetensors"
+    ) as raised:
+        open_model("gpt2-medium")
+    assert "openai-community/gpt2-medium into a folder" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_without_the_extra_it_is_said_what_to_install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"pip install 'overnight\[hub\]'"):
+        open_model("gpt2")
+
+
+def test_only_plausible_names_go_to_the_hub() -> None:
+    assert hub.repository("gpt2-xl") == "openai-community/gpt2-xl"
+    assert hub.repository("a/b.c-d_e") == "a/b.c-d_e"
+    for name in ("", "plain", "a/b/c", "../x", "/x", "a/", "a/../b", "https://x/y", "a b/c"):
+        assert hub.repository(name) is None
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(trained: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"there is no model frist: .* a run in runs/.* did you mean first\?"
+    ):
+        open_model("frist")
+    with pytest.raises(ValueError, match=r"did you mean runs/first\?"):
+        open_model("runs/frist")  # never asked of the Hub: runs/ is a folder here
+    with pytest.raises(ValueError, match="there is no model : "):
+        open_model("")
+
+
+def test_an_unknown_name_without_runs(place: Path) -> None:
+    with pytest.raises(ValueError, match=r"OWNER/NAME\)$"):
+        open_model("nothing")
+
+
+def test_folders_without_a_model_are_refused(trained: Path) -> None:
+    with pytest.raises(ValueError, match="checkpoints holds no model: neither a run"):
+        open_model("runs/first/checkpoints")
+    shutil.move(trained / "checkpoints/step-00000002", "alone")
+    with pytest.raises(ValueError, match="alone needs its run's tokenizer"):
+        open_model("alone")
+    shutil.rmtree(trained / "checkpoints")
+    with pytest.raises(ValueError, match="runs/first has no checkpoint yet"):
+        open_model("first")
+
+
+# generate and convert, as the commands call them
+
+
+def test_text_is_streamed_after_its_prompt(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = GenerateConfig(model="first", prompts=("the quick",), max_new_tokens=30, seed=1)
+    generate.run(config)
+    first = capsys.readouterr()
+    assert first.out.startswith("the quick")
+    assert first.out.endswith("\n")
+    assert "tokens/s on cpu" in first.err
+    assert "next: overnight convert first --to hf" in first.err
+    generate.run(config)
+    assert capsys.readouterr().out == first.out
+
+
+def test_json_has_one_object_for_each_completion(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = GenerateConfig(
+        model="first", prompts=("the", "fox"), samples=6, json=True, max_new_tokens=7, device="cpu"
+    )
+    generate.run(config)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["the"] * 6 + ["fox"] * 6
+    assert len({line["completion"] for line in lines}) > 6  # each sample has its own noise
+    assert all(line["tokens"] == 7 or line["ended_by"] == "end of text" for line in lines)
+    single = GenerateConfig(model="first", prompts=("the",), max_new_tokens=7, device="cpu")
+    generate.run(single)
+    assert capsys.readouterr().out == "the" + lines[0]["completion"] + "\n"
+
+
+def test_stop_and_several_samples(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = GenerateConfig(model="first", samples=3, stop=("e", "o"), max_new_tokens=50, temperature=2.0)
+    generate.run(config)
+    out = capsys.readouterr().out
+    assert "e" not in out
+    assert "o" not in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 2.0}, r"top_p=2\.0"),
+        ({"samples": 0}, "samples=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"stop": ("",)}, "a stop text is empty"),
+        ({"device": "abacus"}, "device=abacus"),
+        ({"prompts": ("the quick brown fox",)}, "the prompt has 19 tokens and the model reads at most 16"),
+    ],
+)
+def test_what_cannot_be_generated_is_said(trained: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate.run(GenerateConfig(model="first", **changes))
+
+
+def test_half_a_surrogate_pair_is_survived(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate.run(GenerateConfig(model="first", prompts=("a\udcff",), max_new_tokens=2))
+    assert capsys.readouterr().out.startswith("a?")
+
+
+def test_a_run_is_converted_and_opened_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert.run(ConvertConfig(model="first")) == Path("first-hf")
+    assert "next: overnight generate first-hf" in capsys.readouterr().err
+    assert is_model_of(2, open_model("first-hf").model)
+    with pytest.raises(ValueError, match="first-hf is already there"):
+        convert.run(ConvertConfig(model="first"))
+    assert convert.run(ConvertConfig(model="first", out="deep/er")) == Path("deep/er")

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from overnight.run_directory import RunDirectory, write_atomically
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_lines_come_back_in_order(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    assert run.read_metrics() == []
+    for step in (1, 2, 3):
+        run.append_metrics({"step": step, "loss": 1 / step})
+        run.append_event("samples", {"step": step, "completion": "é\n<b>"})
+    assert [line["step"] for line in run.read_metrics()] == [1, 2, 3]
+    assert run.read_events("samples")[0]["completion"] == "é\n<b>"
+    assert run.read_events("evaluations") == []
+
+
+def test_rewinding_drops_the_steps_that_will_be_done_again(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for step in range(1, 6):
+        run.append_metrics({"step": step})
+        run.append_event("evaluations", {"step": step})
+    run.rewind(3)
+    assert [line["step"] for line in run.read_metrics()] == [1, 2, 3]
+    assert [line["step"] for line in run.read_events("evaluations")] == [1, 2, 3]
+
+
+def test_a_torn_last_line_is_left_out_and_other_damage_is_told(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [line["step"] for line in run.read_metrics()] == [1, 2]
+    run.rewind(2)
+    run.append_metrics({"step": 3})
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3]
+    run.metrics.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is damaged"):
+        run.read_metrics()
+
+
+def hold_forever(path: Path, ready: multiprocessing.synchronize.Event) -> None:
+    with RunDirectory(path).locked():
+        ready.set()
+        signal.pause()
+
+
+def test_one_run_has_one_owner_and_a_killed_owner_leaves_no_lock(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    assert not run.is_locked()
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    owner = context.Process(target=hold_forever, args=(run.path, ready))
+    owner.start()
+    assert ready.wait(30)
+    assert run.is_locked()
+    with pytest.raises(ValueError, match="another process"), run.locked():
+        pass
+    owner.kill()
+    owner.join()
+    assert not run.is_locked()

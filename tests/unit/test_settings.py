@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overnight.settings import flat_names, from_arguments, from_toml, nearest, to_toml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A section."""
+
+    n_layer: int = 12
+    """Blocks."""
+    dropout: float = 0.0
+    """Share dropped."""
+    vocab_size: int | None = None
+    """Ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A recipe."""
+
+    run_name: str = "x"
+    """Name."""
+    kind: Literal["fused", "plain"] = "fused"
+    """Kind."""
+    compile: bool | None = None
+    """Compile."""
+    prompts: tuple[str, ...] = ("a",)
+    """Prompts."""
+    size: Size = field(default_factory=Size)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(
+    st.builds(
+        Settings,
+        run_name=texts,
+        kind=st.sampled_from(["fused", "plain"]),
+        compile=st.none() | st.booleans(),
+        prompts=st.lists(texts).map(tuple),
+        size=st.builds(
+            Size,
+            n_layer=st.integers(-(2**63), 2**63 - 1),
+            dropout=st.floats(allow_nan=False),
+            vocab_size=st.none() | st.integers(0, 2**63 - 1),
+        ),
+    )
+)
+def test_toml_gives_back_what_it_was_given(settings: Settings) -> None:
+    written = to_toml(settings)
+    tomllib.loads(written)
+    assert from_toml(Settings, written, "recipe") == settings
+
+
+def test_every_setting_is_named_in_the_resolved_recipe() -> None:
+    assert all(name in to_toml(Settings()) for name in flat_names(Settings))
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("[size]\nn_layr = 3", "n_layr is not a setting; did you mean n_layer?"),
+        ("n_layer = 3", "n_layer belongs in [size]"),
+        ("[size]\nrun_name = 'x'", "run_name belongs above the first section"),
+        ("[size]\nn_layer = 'four'", "n_layer = 'four' should be a whole number"),
+        ("[size]\nn_layer = true", "n_layer = True should be a whole number"),
+        ("[size]\nn_layer = 1.5", "n_layer = 1.5 should be a whole number"),
+        ("[size]\nvocab_size = 'x'", "vocab_size = 'x' should be a whole number"),
+        ("kind = 'quick'", "kind = 'quick' should be one of 'fused', 'plain'"),
+        ("prompts = 'a'", "prompts = 'a' should be a list, each a text in quotes"),
+        ("prompts = [1]", "prompts = [1] should be a list"),
+        ("size = 3", "size = 3 should be a section"),
+        ("n_layer = ", "mine.toml is not TOML"),
+    ],
+)
+def test_a_wrong_recipe_is_one_plain_sentence(text: str, complaint: str) -> None:
+    with pytest.raises(ValueError) as error:
+        from_toml(Settings, text, "mine.toml")
+    assert complaint in str(error.value)
+    assert str(error.value).startswith("mine.toml")
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match=r"n_layr.*dropout") as error:
+        from_toml(Settings, "[size]\nn_layr = 3\ndropout = 'much'", "mine.toml")
+    assert "\n" not in str(error.value)
+
+
+def test_an_int_does_for_a_float() -> None:
+    assert from_toml(Settings, "[size]\ndropout = 0", "r").size.dropout == 0
+
+
+def options(*words: str, default: Settings | None = None) -> Settings:
+    return from_arguments(Settings, words, prog="overnight train", about="Train.", default=default)
+
+
+@pytest.mark.parametrize("words", [["--n_layer=4"], ["--n-layer", "4"], ["--n-layer=4"], ["--n_layer", "4"]])
+def test_both_habits_of_writing_an_option_work(words: list[str]) -> None:
+    assert options(*words).size.n_layer == 4
+
+
+def test_options_go_over_the_default() -> None:
+    default = Settings(run_name="mine", size=Size(dropout=0.5))
+    changed = options("--n_layer=3", "--compile=False", default=default)
+    assert changed == Settings(run_name="mine", compile=False, size=Size(n_layer=3, dropout=0.5))
+
+
+def test_none_switches_off() -> None:
+    assert options("--vocab_size=None", default=Settings(size=Size(vocab_size=3))).size.vocab_size is None
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["--n_layr=4"], "has no option --n_layr; did you mean n-layer?"),
+        (["--n_layer=four"], "--n-layer"),
+        (["stray"], "stray"),
+        (["--kind=quick"], "quick"),
+    ],
+)
+def test_a_wrong_option_is_one_plain_sentence(words: list[str], complaint: str) -> None:
+    with pytest.raises(ValueError) as error:
+        options(*words)
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "│" not in str(error.value)
+
+
+def test_help_exits_with_success_and_tells_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        options("--help")
+    assert not stopped.value.code
+    shown = capsys.readouterr().out
+    assert all("--" + name.replace("_", "-") in shown for name in flat_names(Settings))
+
+
+def test_nearest_lists_what_there_is_when_nothing_is_near() -> None:
+    assert nearest("zzz", ["gpt2", "characters"]) == "; there is characters, gpt2"

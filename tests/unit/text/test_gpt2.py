@@ -1,0 +1,145 @@
+"""OpenAI's two files or nothing, from a folder, the cache or a download."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overnight.cache import cache_folder
+from overnight.text import gpt2 as room
+from overnight.text.byte_pair import BytePair, vocabulary
+from overnight.text.load import load_tokenizer
+
+
+@pytest.fixture
+def files(shared_data: Path, tmp_path: Path) -> Path:
+    """A writable copy of GPT-2's two files."""
+    folder = tmp_path / "gpt2-bpe"
+    folder.mkdir()
+    for name in room.FILES:
+        shutil.copyfile(shared_data / "gpt2-bpe" / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return cache_folder() / "gpt2"
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("the network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def server(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A local stand-in for the published address that serves `files`; yields a line for each request."""
+    asked: list[str] = []
+
+    class Server(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(files))
+
+        def log_message(self, *line: object) -> None:
+            asked.append(str(line))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        monkeypatch.setattr(room, "ADDRESS", f"http://127.0.0.1:{listening.server_port}")
+        monkeypatch.setenv("no_proxy", "*")
+        yield asked
+        listening.shutdown()
+        thread.join()
+
+
+def test_the_ids_of_encoder_json_follow_from_the_merges(gpt2: BytePair, shared_data: Path) -> None:
+    published = json.loads((shared_data / "gpt2-bpe/encoder.json").read_text(encoding="utf-8"))
+    assert vocabulary(gpt2._merges) == published
+    assert (gpt2.name, gpt2.vocab_size, gpt2.end_of_text) == ("gpt2", 50257, 50256)
+    assert gpt2.fingerprint == room.FILES["vocab.bpe"]
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
+def test_one_flipped_bit_is_refused(files: Path, name: str) -> None:
+    assert load_tokenizer(files).name == "gpt2"
+    content = bytearray((files / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (files / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is damaged, or not GPT-2's; fetch it again from https://"):
+        load_tokenizer(files)
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
+def test_a_missing_file_is_named(files: Path, name: str) -> None:
+    (files / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing; fetch it again from https://"):
+        load_tokenizer(files)
+
+
+@pytest.mark.usefixtures("offline")
+def test_offline_one_sentence_says_what_to_put_where(empty_cache: Path) -> None:
+    with pytest.raises(ValueError, match="the network is unreachable") as caught:
+        load_tokenizer("gpt2")
+    sentence = str(caught.value)
+    assert f"put encoder.json and vocab.bpe from {room.ADDRESS} into {empty_cache}" in sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.usefixtures("offline")
+def test_offline_the_files_may_be_put_into_the_cache(files: Path, empty_cache: Path) -> None:
+    shutil.copytree(files, empty_cache)
+    assert load_tokenizer("gpt2").name == "gpt2"
+
+
+def test_a_download_happens_once(server: list[str], empty_cache: Path) -> None:
+    assert load_tokenizer("gpt2").name == "gpt2"
+    assert len(server) == 2
+    assert load_tokenizer("gpt2").name == "gpt2"
+    assert len(server) == 2
+    assert sorted(path.name for path in empty_cache.iterdir()) == ["encoder.json", "vocab.bpe"]
+
+
+def test_what_is_damaged_in_the_cache_is_fetched_again(server: list[str], empty_cache: Path) -> None:
+    load_tokenizer("gpt2")
+    (empty_cache / "vocab.bpe").write_bytes(b"#version: 0.2\n")
+    assert load_tokenizer("gpt2").name == "gpt2"
+    assert len(server) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>please log in</html>"])
+def test_another_answer_is_never_kept(
+    server: list[str], files: Path, empty_cache: Path, content: bytes
+) -> None:
+    (files / "vocab.bpe").write_bytes(content)
+    with pytest.raises(ValueError, match="vocab.bpe answered with something else"):
+        load_tokenizer("gpt2")
+    assert [path.name for path in empty_cache.iterdir()] == ["encoder.json"]
+
+
+def test_an_answer_of_not_found_is_told(server: list[str], files: Path, empty_cache: Path) -> None:
+    (files / "encoder.json").unlink()
+    with pytest.raises(ValueError, match="can't be fetched .*404"):
+        load_tokenizer("gpt2")
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    server: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "occupied").write_text("a file where the cache should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "occupied"))
+    with pytest.raises(ValueError, match="put encoder.json and vocab.bpe"):
+        load_tokenizer("gpt2")

@@ -1,0 +1,118 @@
+"""Names, folders and files; a plain sentence for everything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from overnight.text.load import build_tokenizer, load_tokenizer
+from overnight.text.tokenizer import Tokenizer
+
+
+def unread() -> Iterator[str]:
+    raise AssertionError("the documents were read")
+    yield ""
+
+
+@pytest.mark.parametrize("name", ["characters", "bpe-258", "bpe-300"])
+def test_what_is_learned_carries_its_name(documents: list[str], name: str) -> None:
+    assert build_tokenizer(name, documents).name == name
+
+
+def test_what_is_loaded_reads_no_documents(bpe: Tokenizer, tmp_path: Path) -> None:
+    bpe.save(tmp_path)
+    assert build_tokenizer(str(tmp_path), unread()).fingerprint == bpe.fingerprint
+
+
+def test_gpt2_is_known_from_every_source(gpt2: Tokenizer, shared_data: Path, tmp_path: Path) -> None:
+    gpt2.save(tmp_path)
+    for source in (str(shared_data / "gpt2-bpe"), tmp_path, tmp_path / "tokenizer.json"):
+        loaded = load_tokenizer(source)
+        assert (loaded.name, loaded.fingerprint) == ("gpt2", gpt2.fingerprint)
+
+
+def test_a_file_of_any_name_is_read(bpe: Tokenizer, tmp_path: Path) -> None:
+    bpe.save(tmp_path)
+    shutil.move(tmp_path / "tokenizer.json", tmp_path / "bpe-mine.json")
+    assert build_tokenizer(str(tmp_path / "bpe-mine.json"), unread()).fingerprint == bpe.fingerprint
+
+
+@pytest.mark.parametrize("name", ["bpe-0", "bpe-256", "bpe-257", "bpe-65536", "bpe-99999999999999999999"])
+def test_a_bpe_has_258_to_65535_ids(name: str) -> None:
+    for make in (load_tokenizer, lambda name: build_tokenizer(name, unread())):
+        with pytest.raises(ValueError, match=f"{name} can't be: choose from bpe-258 .* to bpe-65535"):
+            make(name)
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("gpt-2", "gpt2"),
+        ("character", "characters"),
+        ("bpe-4k", "bpe-4096"),
+        ("bpe--1", "bpe-4096"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest(name: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"no tokenizer, folder or file '{name}'; did you mean {meant}"):
+        build_tokenizer(name, unread())
+
+
+@pytest.mark.parametrize("name", ["characters", "bpe-4096"])
+def test_what_must_be_learned_cannot_be_loaded(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"{name} is learned from text: prepare data with --tokenizer {name}"
+    ):
+        load_tokenizer(name)
+
+
+def test_a_folder_without_a_tokenizer_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither tokenizer.json nor encoder.json and vocab.bpe"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (b"", "is damaged, or not JSON"),
+        (b"\xff\xfe", "is damaged, or not JSON"),
+        (b"[]", "it holds no table"),
+        (b"{}", "can't be used as a tokenizer"),
+        (b'{"model": []}', "can't be used as a tokenizer"),
+        (b'{"model": {"type": "BPE"}}', "can't be used as a tokenizer"),
+        (b'{"model": {"vocab": 3, "merges": [], "byte_fallback": true}}', "can't be used as a tokenizer"),
+        (b'{"model": {"vocab": {"a": 0}}, "added_tokens": [{}]}', "can't be used as a tokenizer"),
+    ],
+)
+def test_a_damaged_file_is_told_in_one_sentence(tmp_path: Path, content: bytes, complaint: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / "tokenizer.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_damage_to_a_saved_file_goes_unnoticed(bpe: Tokenizer, tmp_path: Path) -> None:
+    bpe.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    whole = path.read_text(encoding="utf-8")
+    model = whole.index('"vocab"')
+    for position in range(model, len(whole), 97):
+        path.write_text(whole[:position] + "~" + whole[position + 1 :], encoding="utf-8")
+        try:
+            assert load_tokenizer(tmp_path).fingerprint != bpe.fingerprint
+        except ValueError as refused:
+            assert "\n" not in str(refused)  # noqa: PT017  # either way is right
+
+
+@pytest.mark.parametrize("eos", ["<|user|>", {"content": "<|user|>"}])
+def test_the_end_of_text_is_read_from_the_configuration(
+    foreign: Tokenizer, tmp_path: Path, eos: object
+) -> None:
+    foreign.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    assert load_tokenizer(tmp_path).end_of_text == 1
