@@ -15,30 +15,51 @@ class Verb(NamedTuple):
     """A command: `overnight.stages.<name>` holds its Config and its `run`."""
 
     config: str
-    synopsis: str
     about: str
+    example: str
 
 
 VERBS = {
-    "quickstart": Verb("QuickstartConfig", "[--fresh]", "everything on a laptop, offline, in a few minutes"),
-    "prepare": Verb("PrepareConfig", "SOURCE [--tokenizer gpt2]", "text to shards of tokens"),
-    "train": Verb("", "RECIPE [--n_layer=4 ...]", "train a GPT; also --resume RUN, --from MODEL"),
-    "generate": Verb("GenerateConfig", 'MODEL "prompt"', "let a model write"),
-    "evaluate": Verb("EvaluateConfig", "MODEL", "loss, perplexity, bits per byte"),
-    "report": Verb("ReportConfig", "RUN [RUN ...]", "the morning page"),
-    "runs": Verb("RunsConfig", "", "what is in runs/, and how each is doing"),
-    "convert": Verb("ConvertConfig", "MODEL --to hf", "write a model for other programs"),
-}
-
-EXAMPLES = {
-    "quickstart": "overnight quickstart",
-    "prepare": "overnight prepare ~/my-notes --tokenizer bpe-8192",
-    "train": "overnight train shakespeare-char-cpu --n_layer=4 --dropout 0.1",
-    "generate": 'overnight generate runs/quickstart "The value of" --temperature 0.8',
-    "evaluate": "overnight evaluate runs/quickstart",
-    "report": "overnight report runs/quickstart",
-    "runs": "overnight runs --json",
-    "convert": "overnight convert runs/quickstart --to hf --out quickstart-hf",
+    "quickstart": Verb(
+        "QuickstartConfig",
+        "Everything on a laptop, offline, in a few minutes",
+        "overnight quickstart",
+    ),
+    "prepare": Verb(
+        "PrepareConfig",
+        "Text to shards of tokens",
+        "overnight prepare ~/my-notes --tokenizer bpe-8192",
+    ),
+    "train": Verb(
+        "Recipe",
+        "RECIPE to a trained GPT; also --resume RUN, --from MODEL",
+        "overnight train shakespeare-char-cpu --n_layer=4 --dropout 0.1",
+    ),
+    "generate": Verb(
+        "GenerateConfig",
+        "Let a model write",
+        'overnight generate runs/quickstart "The value of" --temperature 0.8',
+    ),
+    "evaluate": Verb(
+        "EvaluateConfig",
+        "Loss, perplexity and bits per byte of a model",
+        "overnight evaluate runs/quickstart",
+    ),
+    "report": Verb(
+        "ReportConfig",
+        "The morning page of a run, or several compared",
+        "overnight report runs/quickstart",
+    ),
+    "runs": Verb(
+        "RunsConfig",
+        "What is in runs/, and how each is doing",
+        "overnight runs --json",
+    ),
+    "convert": Verb(
+        "ConvertConfig",
+        "Write a model for other programs",
+        "overnight convert runs/quickstart --to hf --out quickstart-hf",
+    ),
 }
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -122,20 +143,18 @@ def _take_option(words: list[str], option: str) -> str | None:
 
 
 def _about(name: str) -> str:
-    verb = VERBS[name]
-    return f"overnight {name} {verb.synopsis}: {verb.about}.\n\nExample: {EXAMPLES[name]}"
+    return f"{VERBS[name].about}.\n\nExample: {VERBS[name].example}"
 
 
 def _help() -> str:
     """The list of commands; written out here so that it takes no time to show."""
-    lines = [f"  {name:<11}{verb.synopsis:<27}{verb.about}" for name, verb in VERBS.items()]
     return "\n".join(
         [
-            "usage: overnight COMMAND ...      (overnight COMMAND --help tells more)",
+            "usage: overnight COMMAND ...    (overnight COMMAND --help tells more)",
             "",
             "Reproduce GPT-2 while you sleep; keep the proof when you wake.",
             "",
-            *lines,
+            *[f"  {name:<12}{verb.about}" for name, verb in VERBS.items()],
             "",
             "Begin with: overnight quickstart",
         ]

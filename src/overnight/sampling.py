@@ -34,9 +34,9 @@ class SamplingConfig:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             found.append(f"temperature={self.temperature} must be 0 (always the likeliest token) or greater")
         if self.top_k is not None and self.top_k < 1:
-            found.append(f"top_k={self.top_k} must be at least 1, or left out")
+            found.append(f"top_k={self.top_k} must be at least 1, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p} must be greater than 0 and at most 1, or left out")
+            found.append(f"top_p={self.top_p} must be greater than 0 and at most 1, or None")
         return found
 
 

@@ -27,7 +27,7 @@ def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callab
     done = 0.0
     if not sys.stderr.isatty():
 
-        def count(amount: float = 1, note: str = "") -> None:
+        def count(amount: float = 1, _note: str = "") -> None:
             nonlocal done
             done += amount
 

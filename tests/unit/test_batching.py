@@ -33,5 +33,6 @@ def test_what_does_not_divide_names_values_that_do() -> None:
 def test_more_memory_holds_more_rows_and_a_bigger_model_fewer() -> None:
     small, big = PRESETS["gpt2-124m"], PRESETS["gpt2-1558m"]
     rows = [estimate_rows_that_fit(small, gigabytes * 10**9, "cuda") for gigabytes in (8, 16, 40, 80)]
-    assert rows == sorted(rows) and rows[0] >= 1
+    assert rows == sorted(rows)
+    assert rows[0] >= 1
     assert estimate_rows_that_fit(big, 80 * 10**9, "cuda") < rows[-1]

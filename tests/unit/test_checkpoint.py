@@ -81,7 +81,8 @@ def test_the_padding_of_the_vocabulary_is_not_saved(tmp_path: Path) -> None:
 def test_a_model_can_be_read_by_itself(tmp_path: Path) -> None:
     state = trained_state(2)
     model = read_model(save_checkpoint(state, tmp_path))
-    assert model.config == CONFIG and not model.training
+    assert model.config == CONFIG
+    assert not model.training
     ids = torch.arange(8)[None]
     assert torch.equal(model(ids), state.model.eval()(ids))
 

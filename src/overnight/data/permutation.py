@@ -38,9 +38,8 @@ class Permutation:
         """What stands at place `index`."""
         assert 0 <= index < self.size, index
         index = self._scramble(index)
-        while (
-            index >= self.size
-        ):  # ends: the scrambling is a permutation of the grid, and we began below size
+        # Ends: scrambling permutes the grid, so this walk comes round to where it began, which is below size.
+        while index >= self.size:
             index = self._scramble(index)
         return index
 

@@ -119,7 +119,7 @@ def begin(job: Job, directory: RunDirectory, *, resume: bool) -> None:
         if checkpoint is not None:
             load_checkpoint(state, checkpoint)
         directory.rewind(state.step)
-    if not directory.tokenizer.exists():
+    if not (directory.tokenizer / "tokenizer.json").is_file():
         materials.tokenizer.save(directory.tokenizer)
     write_atomically(directory.data, manifest)
     environment = describe_environment(job.recipe.compute, state.model.config.parameter_count())

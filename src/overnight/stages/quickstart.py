@@ -84,9 +84,8 @@ def _say_results(directory: RunDirectory, rivals: dict[str, float], page: Path) 
     speed = statistics.median(line["tokens_per_second"] for line in metrics)
     wide = max(len(name) for name in rivals)
     say()
-    say(
-        f"validation loss   {evaluation['loss']:.4f} nats per token, perplexity {evaluation['perplexity']:.1f}"
-    )
+    loss = f"{evaluation['loss']:.4f} nats per token, perplexity {evaluation['perplexity']:.1f}"
+    say(f"validation loss   {loss}")
     say("bits per byte     of the same validation text, lower is better:")
     for name, value in sorted(
         {**rivals, "this GPT-2": evaluation["bits_per_byte"]}.items(), key=lambda x: -x[1]

@@ -25,7 +25,6 @@ def run(recipe: Recipe, resumed: Path | None) -> None:
     directory = RunDirectory(resumed or Path("runs") / recipe.run_name)
     pretrain.run(recipe, directory, resume=resumed is not None)
     last = directory.read_metrics()[-1]
-    say(
-        f"trained {directory.path} for {last['step']} steps, {last['tokens']:,} tokens; last loss {last['loss']:.4f}"
-    )
+    done = f"{last['step']} steps, {last['tokens']:,} tokens"
+    say(f"trained {directory.path} for {done}; last loss {last['loss']:.4f}")
     say(f"next: overnight report {directory.path}")

@@ -29,6 +29,7 @@ from overnight.data.token_file import open_tokens
 pytestmark = pytest.mark.usefixtures("byte_tokenizer")
 
 TEXTS = [f"Document {number}: " + "word " * (number % 37) for number in range(300)]
+EXACTLY_40 = sum(len(text) + 1 for text in TEXTS[:40])  # tokens of the first 40, with their separators
 
 
 def write_texts(path: Path, texts: list[str]) -> Path:
@@ -146,7 +147,7 @@ def test_a_learned_tokenizer_has_not_seen_the_validation_documents(config: Prepa
     assert learned == documents_in(config.out, "train")
 
 
-@pytest.mark.parametrize("tokens", [1, 100, 3000, 5200, 10**9])
+@pytest.mark.parametrize("tokens", [1, 100, 3000, EXACTLY_40, EXACTLY_40 + 1, 10**9])
 def test_it_stops_after_the_document_that_reaches_tokens(config: PrepareConfig, tokens: int) -> None:
     fraction = 0.5
     config = dataclasses.replace(config, tokens=tokens, validation_fraction=fraction)
@@ -210,6 +211,12 @@ def test_the_shards_do_not_depend_on_workers_or_batches(
         other = dataclasses.replace(config, workers=workers, out=f"{config.out}-{workers}")
         prepare(other)
         assert contents(other.out) == expected
+
+
+def test_the_separator_stands_before_a_document_and_what_is_left_out_has_no_ids(byte_tokenizer: Any) -> None:
+    judged = judge([Document(text, "") for text in ("ab", "ab", "", "c")], "fail")
+    ids = [ids.tolist() for _, _, ids in encode_documents(judged, byte_tokenizer)]
+    assert ids == [[256, 97, 98], [], [], [256, 99]]
 
 
 @pytest.mark.parametrize("workers", [1, 5])

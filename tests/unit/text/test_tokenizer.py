@@ -156,11 +156,9 @@ def test_training_is_deterministic(documents: list[str], name: str) -> None:
         "^" * 1_000_000,
         " " * 1_000_000,
         " " * 1_000_000 + "x",
-        "\n \t" * 333_333 + "x",
-        "🙂" * 250_000,
         "<|endoftext|>" * 77_000,
     ],
-    ids=["letters", "signs", "blanks", "blanks then a word", "mixed blanks", "emoji", "end of text"],
+    ids=["letters", "signs", "blanks", "blanks then a word", "end of text"],
 )
 def test_a_megabyte_of_anything_takes_about_a_second(tokenizer: Tokenizer, text: str) -> None:
     started_at = time.process_time()

@@ -1,0 +1,111 @@
+"""How long text takes to become shards, and how fast GPT-2's BPE encodes.
+
+    python benchmarks/prepare.py --bpe FOLDER
+
+The text is the documentation that comes with Python. FOLDER holds GPT-2's encoder.json and vocab.bpe;
+without it only the preparation, which trains a BPE of its own, is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from measure import Report, interleave, paired_ratio, run_plainly, spread, timed
+from overnight.data.prepare import PrepareConfig, encode_documents, prepare
+from overnight.text.tokenizer import Tokenizer
+from text import load_bpe, python_texts
+
+HEADINGS = ("what", "median ms", "min", "max", "MB/s", "times as fast")
+REFERENCE = "encode, Hugging Face tokenizers"
+
+
+def prepare_afresh(tokenizer: str) -> None:
+    """Python's documentation into a new folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(PrepareConfig(source="python-docs", tokenizer=tokenizer, out=f"{folder}/prepared"))
+
+
+def encoders(texts: Sequence[str], folder: Path) -> dict[str, Callable[[], NDArray[Any]]]:
+    """Ways to encode the texts, each returning all ids end to end."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    ours = load_bpe(folder)
+    theirs = ByteLevelBPETokenizer.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+
+    def encode_theirs() -> NDArray[Any]:
+        return np.concatenate([np.array(found.ids, dtype=np.uint32) for found in theirs.encode_batch(texts)])
+
+    sides: dict[str, Callable[[], NDArray[Any]]] = {
+        f"encode, overnight, threads: {threads}": partial(encode_ours, ours, texts, threads)
+        for threads in sorted({1, os.cpu_count() or 1})
+    }
+    return {REFERENCE: encode_theirs, **sides}
+
+
+def encode_ours(tokenizer: Tokenizer, texts: Sequence[str], threads: int) -> NDArray[Any]:
+    """As `prepare` does it, without the end-of-text ids that it puts before each document."""
+    from overnight.data.documents import Document
+    from overnight.data.selection import Fate
+
+    kept: Fate = "kept"
+    judged = ((Document(text, ""), kept) for text in texts)
+    return np.concatenate([ids[1:] for _, _, ids in encode_documents(judged, tokenizer, threads)])
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Prepare, then encode, each in turn."""
+    texts = python_texts()
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    title = f"prepare python-docs with {options.tokenizer}"
+    times = interleave({title: timed(lambda: prepare_afresh(options.tokenizer))}, options.repeats)
+    notes = []
+    if options.bpe is not None:
+        sides = encoders(texts, options.bpe)
+        ids = {name: side() for name, side in sides.items()}  # the warm-up
+        same = all(np.array_equal(found, ids[REFERENCE]) for found in ids.values())
+        notes.append(f"All encoders {'gave the same ids' if same else 'DID NOT GIVE THE SAME IDS'}.")
+        notes.append(f"Times as fast as {REFERENCE}.")
+        times |= interleave({name: timed(side) for name, side in sides.items()}, options.repeats)
+    rows = [
+        [
+            name,
+            *spread(each),
+            f"{megabytes / statistics.median(each) * 1e3:.1f}",
+            f"{paired_ratio(each, times[REFERENCE]):.2f}" if name != title and REFERENCE in times else "",
+        ]
+        for name, each in times.items()
+    ]
+    return Report(
+        title=f"Text to ids: {megabytes:.2f} MB of Python's documentation",
+        headings=HEADINGS,
+        rows=rows,
+        measured=times,
+        settings={"repeats": options.repeats, "cores": os.cpu_count()},
+        notes=notes,
+    )
+
+
+def read_options(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tokenizer", default="bpe-4096", help="what prepare trains")
+    parser.add_argument("--bpe", type=Path, help="folder of GPT-2's encoder.json and vocab.bpe")
+    parser.add_argument("--repeats", type=int, default=3, help="measured repeats of each")
+    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    chosen = read_options(sys.argv[1:])
+    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
