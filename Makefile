@@ -7,7 +7,7 @@ USER_READY := .venv/ready-report-data
 DEV_READY := .venv/ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format lint types lock clean
+.PHONY: help quickstart test check format lint types benchmark lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ lint: $(DEV_READY)  ## ruff's rules
 
 types: $(DEV_READY)  ## mypy, strictly
 	$(BIN)/mypy
+
+benchmark: $(DEV_READY)  ## measure speed; PEER= folder of build-nanogpt, BPE= folder of GPT-2's vocabulary
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/prepare.py $(if $(BPE),--bpe "$(BPE)")
+	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/train_step.py $(if $(PEER),--peer "$(PEER)") $(if $(BPE),--bpe "$(BPE)")
 
 lock: $(DEV_READY)  ## write constraints.txt from what is installed in .venv
 	$(BIN)/python tools/lock.py > constraints.new && mv constraints.new constraints.txt

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from measure import Report, interleave, paired_ratio, run_plainly, spread, timed
+from measure import Report, interleave, model_name, paired_ratio, run_plainly, spread, timed
 from overnight.model.config import PRESETS, ModelConfig
 
 OURS, THEIRS = "overnight", "transformers"
@@ -59,11 +59,10 @@ def build_theirs(config: ModelConfig, ours: Any) -> Any:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         raise ValueError("transformers is not installed; pip install transformers") from None
-    sizes: dict[str, Any] = {
-        name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")
-    }
-    no_ends = dict.fromkeys(("bos_token_id", "eos_token_id"))  # so that no id ends a completion
-    model: Any = GPT2LMHeadModel(GPT2Config(n_positions=config.context_length, **sizes, **no_ends))
+    shape = ("n_layer", "n_head", "n_embd", "vocab_size")
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in shape}
+    sizes |= dict.fromkeys(("bos_token_id", "eos_token_id"))  # so that no id ends a completion
+    model: Any = GPT2LMHeadModel(GPT2Config(n_positions=config.context_length, **sizes))
     weights = {}
     for name, weight in ours.weights().items():
         is_conv1d = ".c_" in name and name.endswith(".weight")  # which keeps a matrix as (in, out)
@@ -140,7 +139,7 @@ def measure(options: argparse.Namespace) -> Report:
         rows += table_rows(setting, times)
         measured[setting.name] = times
     return Report(
-        title="GPT-2 124M writes on the CPU, float32",
+        title=f"{model_name(config)} writes on the CPU, float32",
         headings=HEADINGS,
         rows=rows,
         measured=measured,

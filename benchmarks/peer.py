@@ -36,9 +36,8 @@ def read_definitions(checkout: Path) -> ast.Module:
     except (SyntaxError, UnicodeDecodeError) as error:
         raise ValueError(f"{refusal}: its {PROGRAM} is not Python ({error})") from None
     wanted = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
-    body: list[ast.stmt] = [
-        node for node in program.body if isinstance(node, wanted) and not _is_left_out(node)
-    ]
+    body: list[ast.stmt] = [node for node in program.body if isinstance(node, wanted)]
+    body = [node for node in body if not _is_left_out(node)]
     defined = {node.name for node in body if isinstance(node, ast.ClassDef)}
     missing = [name for name in NEEDED if name not in defined]
     if missing:

@@ -35,36 +35,65 @@ class Side:
     large_pages: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """What a side may need and not find."""
+
+    peer: bool
+    """A checkout of build-nanogpt was named."""
+    compiler: bool
+    """There is a C++ compiler, and it may be used."""
+    glibc: bool
+    bf16: bool
+    """The CPU multiplies bfloat16 matrices in hardware. Emulated they take ten times as long as float32."""
+
+
 SIDES = {
     "overnight": Side(name="overnight, eager"),
     "overnight-compiled": Side(name="overnight, compiled", compile=True),
     "overnight-large-pages": Side(name="overnight, large pages", compile=True, large_pages=True),
     "peer-float32": Side(name="build-nanogpt, float32", is_peer=True, precision="fp32"),
-    "peer": Side(name="build-nanogpt, as published", is_peer=True, precision="bf16"),
-    "peer-compiled": Side(name="build-nanogpt, compiled", is_peer=True, precision="bf16", compile=True),
+    "peer-float32-compiled": Side(
+        name="build-nanogpt, float32 compiled", is_peer=True, precision="fp32", compile=True
+    ),
+    "peer": Side(name="build-nanogpt, bf16 as published", is_peer=True, precision="bf16"),
+    "peer-compiled": Side(name="build-nanogpt, bf16 compiled", is_peer=True, precision="bf16", compile=True),
 }
 
 
-def choose_sides(names: Sequence[str], *, with_peer: bool, compiled: bool, glibc: bool) -> list[Side]:
-    """Those of the named sides that can run here, in the order they were named.
+def choose_sides(names: Sequence[str] | None, found: Circumstances) -> tuple[list[Side], list[str]]:
+    """The named sides, or if none is named, all that make sense here; and a sentence for each left out.
 
-    Where nothing is compiled, large pages are measured eagerly. Raises ValueError if no side is left.
+    Without a compiler large pages are measured eagerly. Raises ValueError for a named side that can't run.
     """
-    chosen = []
-    for name in names:
-        side = SIDES[name]
-        if side.large_pages:
-            side = dataclasses.replace(side, compile=compiled)
-        possible = (
-            with_peer or not side.is_peer,
-            compiled or not side.compile,
-            glibc or not side.large_pages,
-        )
-        if all(possible):
+    chosen, left_out = [], []
+    for key in SIDES if names is None else names:
+        side = _eager_if_need_be(SIDES[key], found)
+        obstacle = _find_obstacle(side, found)
+        if names is not None and obstacle is not None:
+            raise ValueError(f"the side {key} can't run: {obstacle}")
+        if names is None and side.precision == "bf16" and not found.bf16:
+            obstacle = obstacle or f"this CPU only emulates bfloat16; --sides {key} runs it all the same"
+        if obstacle is None:
             chosen.append(side)
-    if not chosen:
-        raise ValueError(f"none of {', '.join(names)} can run like this; give --peer, or other --sides")
-    return chosen
+        else:
+            left_out.append(f"{side.name} is left out: {obstacle}.")
+    return chosen, left_out
+
+
+def _eager_if_need_be(side: Side, found: Circumstances) -> Side:
+    return dataclasses.replace(side, compile=found.compiler) if side.large_pages else side
+
+
+def _find_obstacle(side: Side, found: Circumstances) -> str | None:
+    """Why a side can't run; None if it can."""
+    if side.is_peer and not found.peer:
+        return "--peer names no checkout"
+    if side.compile and not found.compiler:
+        return "nothing is compiled here"
+    if side.large_pages and not found.glibc:
+        return "the C library is not glibc"
+    return None
 
 
 class Process:

@@ -27,7 +27,7 @@ from overnight.hardware import find_memory_bytes
 from overnight.model.config import PRESETS, ModelConfig
 from overnight.parallel import ComputeConfig, resolve_compute
 from peer import PROGRAM, read_definitions
-from sides import SIDES, Side, at_work, choose_sides
+from sides import SIDES, Circumstances, Side, at_work, choose_sides
 from stepper import Task
 from text import read_ids
 
@@ -40,7 +40,7 @@ Answers = Mapping[str, Sequence[Mapping[str, Any]]]
 
 def measure(options: argparse.Namespace) -> Report:
     """Step all sides in turn. Raises ValueError, before any work, for what was asked wrongly."""
-    sides, model = check(options)
+    sides, notes, model = check(options)
     ids = fit_ids(read_ids(options.text, options.data, options.bpe), options, model)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "ids.npy"
@@ -60,11 +60,12 @@ def measure(options: argparse.Namespace) -> Report:
             steps = {process.name: process.step for process in processes}
             answers = interleave(steps, options.steps, options.warm_ups)
             about = {process.name: process.about for process in processes}
-    return build_report(answers, about, find_reference(sides), options)
+    report = build_report(answers, about, find_reference(sides), options)
+    return dataclasses.replace(report, notes=[*report.notes, *notes])
 
 
-def check(options: argparse.Namespace) -> tuple[list[Side], ModelConfig]:
-    """The sides and the model that were asked for. Raises ValueError if they can't be measured."""
+def check(options: argparse.Namespace) -> tuple[list[Side], list[str], ModelConfig]:
+    """The sides, which were left out and why, and the model. Raises ValueError if they can't be measured."""
     if options.warm_ups < WARM_UPS_AT_LEAST:
         raise ValueError(f"--warm-ups {options.warm_ups} is too few; give at least {WARM_UPS_AT_LEAST}")
     for name in ("rows", "steps"):
@@ -75,14 +76,16 @@ def check(options: argparse.Namespace) -> tuple[list[Side], ModelConfig]:
     model = dataclasses.replace(PRESETS["gpt2-124m"], context_length=options.context, n_layer=options.layers)
     if problems := model.problems():
         raise ValueError("; ".join(problems))
-    sides = choose_sides(
-        options.sides,
-        with_peer=options.peer is not None,
-        compiled=bool(resolve_compute(ComputeConfig(compile=options.compile), "cpu").compile),
+    compute = resolve_compute(ComputeConfig(compile=options.compile), "cpu")
+    found = Circumstances(
+        peer=options.peer is not None,
+        compiler=bool(compute.compile),
         glibc=platform.libc_ver()[0] == "glibc",
+        bf16=compute.precision == "bf16",
     )
+    sides, left_out = choose_sides(options.sides, found)
     check_memory(sides, model, options.rows)
-    return sides, model
+    return sides, left_out, model
 
 
 def check_memory(sides: Sequence[Side], model: ModelConfig, rows: int) -> None:
@@ -169,7 +172,7 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each side")
     parser.add_argument("--warm-ups", type=int, default=3, help="steps of each side before these")
     parser.add_argument(
-        "--sides", nargs="+", choices=SIDES, default=list(SIDES), help="which, and in which order"
+        "--sides", nargs="+", choices=SIDES, help="which, in which order; all that make sense"
     )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="if left out, where there is a C++ compiler"

@@ -24,12 +24,15 @@ DOCUMENTS = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "NOT
 RECIPES = REPOSITORY / "src/overnight/recipes"
 
 
+CACHES = {"__pycache__", ".mypy_cache", ".ruff_cache"}
+
+
 def our_files() -> Iterator[Path]:
     """Every text file of the repository that is ours; neither the environment nor what runs have written."""
     yield from (path for path in REPOSITORY.iterdir() if path.is_file())
     for folder in ("src", "tests", "tools", "benchmarks", ".ci"):
         paths = (REPOSITORY / folder).rglob("*")
-        yield from (path for path in paths if path.is_file() and "__pycache__" not in path.parts)
+        yield from (path for path in paths if path.is_file() and not CACHES & set(path.parts))
 
 
 # ---------------------------------------------------------------- README

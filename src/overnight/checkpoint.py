@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
+from overnight.model.gpt import GPT, allocate_model
 from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
 from overnight.state import TrainState
 from overnight.terminal import say
@@ -128,7 +128,7 @@ def read_model(checkpoint: Path) -> GPT:
     """The model of a checkpoint, on the CPU, in evaluation mode. Raises ValueError if it is damaged."""
     verify_checkpoint(checkpoint)
     about = json.loads((checkpoint / "state.json").read_text())
-    model = GPT(ModelConfig(**about["model"]))
+    model = allocate_model(ModelConfig(**about["model"]))
     model.load_weights(load_file(checkpoint / "model.safetensors"))
     return model.eval()
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, equal
 
 from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
+from overnight.model.gpt import GPT, allocate_model
 from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
 from overnight.text.load import load_tokenizer
 from overnight.text.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ def read_huggingface(folder: Path) -> tuple[GPT, Tokenizer]:
     problems = _size_problems(config, weights)  # before a size that is wrong could fill the memory
     if problems:
         raise ValueError(f"{folder}: config.json and the weights differ: {'; '.join(problems)}")
-    model = GPT(config)
+    model = allocate_model(config)
     try:
         model.load_weights(weights)
     except ValueError as error:

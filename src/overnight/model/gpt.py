@@ -52,8 +52,8 @@ class GPT(nn.Module):
     """ids (B, T) -> logits (B, T, V). `forward` is `head(trunk(ids))`, and either may be used alone.
 
     The embedding has a few rows more than there are ids, so that its matrix products come out in even
-    tiles. These rows are zero, get no gradient, and never leave the module: `head` returns exactly V
-    columns and `weights` exactly V rows.
+    tiles. These rows get no gradient and never leave the module: `head` returns exactly V columns and
+    `weights` exactly V rows. `initialize` and `load_weights` make them zero.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -71,8 +71,6 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.context_length, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        with torch.no_grad():
-            self.wte.weight[self.vocab_size :] = 0.0
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits (B, T, V) for the id after each position."""
@@ -114,3 +112,19 @@ class GPT(nn.Module):
             raise ValueError("the weights do not fit the model: " + "; ".join(sorted(problems)))
         for name, parameter in own.items():
             parameter.copy_(weights[name])
+        self.clear_padding()
+
+    @torch.no_grad()
+    def clear_padding(self) -> None:
+        """Make the rows that pad the vocabulary zero; they stay so, since no gradient reaches them."""
+        self.wte.weight[self.vocab_size :] = 0.0
+
+
+def allocate_model(config: ModelConfig) -> GPT:
+    """A GPT on the CPU whose weights are whatever its memory held: `initialize` it, or load weights.
+
+    Torch's own initialisation, which either would overwrite, is half the time of opening a model.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    return model.to_empty(device="cpu")

@@ -31,3 +31,4 @@ def initialize(model: GPT, seed: int) -> None:
             weight.zero_()
         else:
             raise AssertionError(f"no rule initialises {name}")
+    model.clear_padding()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from overnight.batching import BatchPlan, estimate_rows_that_fit, plan_batches
 from overnight.data.stream import TokenStream
 from overnight.hardware import find_memory_bytes
-from overnight.model.gpt import GPT
+from overnight.model.gpt import GPT, allocate_model
 from overnight.model.initialization import initialize
 from overnight.optim import build_optimizer
 from overnight.parallel import resolve_compute
@@ -67,7 +67,7 @@ def build_model(recipe: Recipe, materials: Materials) -> GPT:
             f"vocab_size={config.vocab_size} contradicts the tokenizer {tokenizer.name}, which has "
             f"{tokenizer.vocab_size} ids; leave vocab_size out"
         )
-    model = GPT(config)
+    model = allocate_model(config)
     if weights is None:
         initialize(model, recipe.seed)
     else:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from overnight.model.attention import CausalSelfAttention
 from overnight.model.config import PRESETS, ModelConfig
-from overnight.model.gpt import GPT
+from overnight.model.gpt import GPT, allocate_model
 from overnight.model.initialization import initialize
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=32, context_length=16, vocab_size=100)
@@ -159,3 +159,13 @@ def test_dropout_acts_only_while_training() -> None:
     ids = torch.randint(30, (1, 8))
     assert torch.equal(model.eval()(ids), model.eval()(ids))
     assert not torch.equal(model.train()(ids), model.train()(ids))
+
+
+def test_an_allocated_model_is_whole_once_it_is_initialised_or_loaded() -> None:
+    expected = small_model()
+    drawn, loaded = allocate_model(SMALL), allocate_model(SMALL)
+    initialize(drawn, seed=1)
+    loaded.load_weights(expected.weights())
+    for model in (drawn, loaded):
+        assert not model.wte.weight[100:].any()
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
