@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 
 from overnight.hardware import find_device_name, find_memory_bytes
+from overnight.model.config import ModelConfig
 
 T = TypeVar("T")
 
@@ -74,6 +75,11 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
     ruler = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(headings), line(ruler), *map(line, rows)])
+
+
+def model_name(config: ModelConfig) -> str:
+    """GPT-2 and its number of parameters: 124M, if no layer was left out for a quick try."""
+    return f"GPT-2 {config.parameter_count() / 1e6:.0f}M"
 
 
 def describe_machine() -> dict[str, Any]:

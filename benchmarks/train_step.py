@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from measure import Report, interleave, paired_ratio, run_plainly, spread
+from measure import Report, interleave, model_name, paired_ratio, run_plainly, spread
 from overnight.hardware import find_memory_bytes
 from overnight.model.config import PRESETS, ModelConfig
 from overnight.parallel import ComputeConfig, resolve_compute
@@ -40,7 +40,7 @@ Answers = Mapping[str, Sequence[Mapping[str, Any]]]
 
 def measure(options: argparse.Namespace) -> Report:
     """Step all sides in turn. Raises ValueError, before any work, for what was asked wrongly."""
-    sides, notes, model = check(options)
+    sides, left_out, model = check(options)
     ids = fit_ids(read_ids(options.text, options.data, options.bpe), options, model)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "ids.npy"
@@ -60,8 +60,18 @@ def measure(options: argparse.Namespace) -> Report:
             steps = {process.name: process.step for process in processes}
             answers = interleave(steps, options.steps, options.warm_ups)
             about = {process.name: process.about for process in processes}
-    report = build_report(answers, about, find_reference(sides), options)
-    return dataclasses.replace(report, notes=[*report.notes, *notes])
+    return Report(
+        title=f"One training step of {model_name(model)} on the CPU",
+        headings=("side", "precision", *FIGURES),
+        rows=table_rows(answers, about, find_reference(sides), options.rows * options.context),
+        measured=answers,
+        settings=describe_settings(options, [process["threads"] for process in about.values()]),
+        notes=[
+            f"Times as fast as {find_reference(sides)}: the median of the ratios within each round.",
+            f"While it waited for its turn, no side took more than {busiest_wait(answers):.2%} of a core.",
+            *left_out,
+        ],
+    )
 
 
 def check(options: argparse.Namespace) -> tuple[list[Side], list[str], ModelConfig]:
@@ -120,13 +130,12 @@ def find_reference(sides: Sequence[Side]) -> str:
     return next((side for side in sides if side.is_peer), sides[0]).name
 
 
-def build_report(
-    answers: Answers, about: Mapping[str, Mapping[str, Any]], reference: str, options: argparse.Namespace
-) -> Report:
-    """The table, a row for each side."""
+def table_rows(
+    answers: Answers, about: Mapping[str, Mapping[str, Any]], reference: str, tokens: int
+) -> list[list[str]]:
+    """A row for each side; a step has so many `tokens`."""
     times = {name: [each["milliseconds"] for each in steps] for name, steps in answers.items()}
-    tokens = options.rows * options.context
-    rows = [
+    return [
         [
             name,
             str(about[name]["precision"]),
@@ -138,26 +147,24 @@ def build_report(
         ]
         for name, steps in answers.items()
     ]
+
+
+def busiest_wait(answers: Answers) -> float:
+    """The largest share of a core that a side took while it waited for its turn."""
     every = [each for steps in answers.values() for each in steps]
-    busiest = max(each["waited_cpu_seconds"] / max(each["waited_seconds"], 1e-9) for each in every)
-    settings: dict[str, object] = {
-        name: getattr(options, name) for name in ("rows", "context", "layers", "steps", "warm_ups")
-    }
-    settings["threads"] = "/".join(sorted({str(each["threads"]) for each in about.values()}))
+    shares = [each["waited_cpu_seconds"] / max(each["waited_seconds"], 1e-9) for each in every]
+    return float(max(shares))
+
+
+def describe_settings(options: argparse.Namespace, threads: Sequence[int]) -> dict[str, object]:
+    """What was asked for, and which version of the peer it was."""
+    names = ("rows", "context", "layers", "steps", "warm_ups")
+    settings: dict[str, object] = {name.replace("_", "-"): getattr(options, name) for name in names}
+    settings["threads"] = "/".join(sorted({str(count) for count in threads}))
     if options.peer is not None:
         program = (options.peer / PROGRAM).read_bytes()
         settings[f"sha256 of the peer's {PROGRAM}"] = hashlib.sha256(program).hexdigest()[:12]
-    return Report(
-        title="One training step of GPT-2 124M on the CPU",
-        headings=("side", "precision", *FIGURES),
-        rows=rows,
-        measured=answers,
-        settings=settings,
-        notes=(
-            f"Times as fast as {reference}: the median of the ratios within each round.",
-            f"While it waited for its turn, no side took more than {busiest:.2%} of a core.",
-        ),
-    )
+    return settings
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
@@ -171,9 +178,7 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12, help="fewer make a quick try")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each side")
     parser.add_argument("--warm-ups", type=int, default=3, help="steps of each side before these")
-    parser.add_argument(
-        "--sides", nargs="+", choices=SIDES, help="which, in which order; all that make sense"
-    )
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="which, and in which order")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="if left out, where there is a C++ compiler"
     )
