@@ -68,6 +68,10 @@ DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None and words[:1] in (["train"], ["quickstart"]) and not {"-h", "--help"} & set(words):
+        from overnight.world import restart_with_large_pages
+
+        restart_with_large_pages(words)
     try:
         return _run(words)
     except ValueError as error:  # what a user wrote

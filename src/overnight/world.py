@@ -1,9 +1,18 @@
-"""Where this process stands among the processes of a run; the only reader of torchrun's environment."""
+"""Where this process stands: its rank, its device, its environment, which only this room reads."""
 
 from __future__ import annotations
 
 import os
+import platform
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+# One heap that grows, is never given back, and lies in large pages. The names are glibc's.
+ALLOCATOR = ":".join(
+    f"glibc.malloc.{name}"
+    for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=100000000000", "top_pad=268435456")
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,18 @@ def open_world(device: str | None) -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a run is trained by one process: start it without torchrun")
     return World(rank=0, size=1, device=_check_device(device) if device else _best_device())
+
+
+def restart_with_large_pages(arguments: Sequence[str]) -> None:
+    """Start this command anew, in this process, with an allocator fit for training; does so once.
+
+    By default glibc returns each large tensor's memory to the kernel when it is freed, and the next step
+    faults every page in again. The setting is read when a process starts, so it takes a new start. It
+    changes no result. Nothing is done without glibc, or where GLIBC_TUNABLES is set already.
+    """
+    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = ALLOCATOR
+        os.execv(sys.executable, [sys.executable, "-m", "overnight", *arguments])
 
 
 def _best_device() -> str:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
+import platform
+import sys
+
 import pytest
 import torch
 
-from overnight.world import open_world
+from overnight.world import open_world, restart_with_large_pages
 
 
 def test_a_single_process_is_the_main_one() -> None:
@@ -38,3 +42,23 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="without torchrun"):
         open_world("cpu")
+
+
+def test_a_training_command_starts_anew_with_large_pages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append([program, *words]))
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    restart_with_large_pages(["train", "quickstart"])
+    restart_with_large_pages(["train", "quickstart"])
+    assert started == [[sys.executable, sys.executable, "-m", "overnight", "train", "quickstart"]]
+
+
+def test_another_c_library_and_a_users_own_setting_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "execv", lambda program, words: pytest.fail("started anew"))
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
+    restart_with_large_pages(["train"])
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=1"
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    restart_with_large_pages(["train"])

@@ -8,14 +8,13 @@ import statistics
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from overnight.run_directory import RunDirectory, write_atomically
+from overnight.stages.materials import open_materials
+from overnight.stages.recipe import Recipe, flatten, load_recipe
+from overnight.stages.train import load_resumed
 from overnight.terminal import progress, say
-
-if TYPE_CHECKING:  # --help is shown without torch
-    from overnight.stages.materials import Materials
-    from overnight.stages.recipe import Recipe
 
 RUN = Path("runs/quickstart")
 
@@ -31,47 +30,54 @@ class QuickstartConfig:
 def run(config: QuickstartConfig) -> None:
     """Prepare, train, evaluate, sample, report; what is there already is reused."""
     from overnight.report.page import write_report
-    from overnight.stages.materials import open_materials
 
     directory = RunDirectory(RUN)
     if config.fresh and directory.path.exists():
         with directory.locked():
             shutil.rmtree(directory.path)
-    recipe = _trained(directory)
-    materials = open_materials(recipe.data)
-    rivals = _compression(directory, materials)
+    recipe = load_recipe("quickstart")
+    _train(recipe, directory)
+    rivals = _compress(recipe, directory)
     page = write_report(directory.path)
     _say_results(directory, rivals, page)
 
 
-def _trained(directory: RunDirectory) -> Recipe:
-    """The recipe of the finished quickstart run, training what is missing of it."""
-    from overnight.settings import from_toml
-    from overnight.stages.pretrain import run as train
-    from overnight.stages.recipe import Recipe, load_recipe
-
+def _train(recipe: Recipe, directory: RunDirectory) -> None:
+    """Train all of the run, or what is missing of it, or nothing."""
     if not directory.exists():
-        return train(load_recipe("quickstart"), directory)
-    recipe = from_toml(Recipe, directory.recipe.read_text(encoding="utf-8"), str(directory.recipe))
-    steps = len(directory.read_metrics())
-    if steps == recipe.schedule.total_steps:
-        say(f"reusing {directory.path}, trained for all of its {steps} steps; --fresh starts over")
-        return recipe
-    say(f"reusing {directory.path}, which was stopped; --fresh starts over")
-    return train(recipe, directory, resume=True)
+        from overnight.stages import pretrain
+
+        pretrain.run(recipe, directory)
+        return
+    before = load_resumed(directory.path)
+    changed = [name for name, value in flatten(recipe).items() if value not in {None, flatten(before)[name]}]
+    if set(changed) - {"data"}:  # a run names the folder that its source was prepared into
+        raise ValueError(
+            f"{directory.path} belongs to another recipe, which differs in {', '.join(changed)}: "
+            "keep it under another name, or start over with `overnight quickstart --fresh`"
+        )
+    done, total = len(directory.read_metrics()), before.schedule.total_steps
+    if done == total:
+        say(f"reusing {directory.path}, trained for all of its {total} steps; --fresh starts over")
+        return
+    from overnight.stages import pretrain
+
+    say(f"going on with {directory.path}, which has done {done} of its {total} steps; --fresh starts over")
+    pretrain.run(before, directory, resume=True)
 
 
-def _compression(directory: RunDirectory, materials: Materials) -> dict[str, float]:
+def _compress(recipe: Recipe, directory: RunDirectory) -> dict[str, float]:
     """Bits per byte of the validation text under its rivals; measured once, kept in compression.json."""
     from overnight.evaluation.compressors import compressed_bits_per_byte
 
     kept = directory.path / "compression.json"
     if not kept.is_file():
-        text = {split: materials.text(split) for split in ("train", "validation")}
-        with progress("compress", 1, "rivals") as advance:
-            measured = compressed_bits_per_byte(text["validation"], text["train"])
+        materials = open_materials(recipe.data)
+        held_out = materials.text("validation")
+        with progress("compress", 1, "validation split") as advance:
+            measured = compressed_bits_per_byte(held_out, materials.text("train"))
             advance()
-        content = {"bytes": len(text["validation"]), "bits_per_byte": measured}
+        content = {"bytes": len(held_out), "bits_per_byte": measured}
         write_atomically(kept, json.dumps(content, indent=2) + "\n")
     found: dict[str, float] = json.loads(kept.read_text())["bits_per_byte"]
     return found
