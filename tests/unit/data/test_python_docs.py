@@ -31,7 +31,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_is_about_two_megabytes_of_english(documents: list[Document]) -> None:
     text = "".join(document.text for document in documents)
     assert 1.5e6 < len(text.encode()) < 3.5e6
-    assert 350 < len(documents) < 1200
+    assert 700 < len(documents) < 2500
     words = re.findall(r"[a-z]+", text.lower())
     assert 0.03 < words.count("the") / len(words) < 0.12
     assert not any(document.damage for document in documents)
@@ -47,9 +47,10 @@ def test_it_holds_the_topics_and_the_docstrings(documents: list[Document]) -> No
     }
     assert by_origin["topic for"] == topics["for"]
     wrapped = by_origin["module textwrap"]
-    assert wrapped.startswith("textwrap\n\nText wrapping and filling.\n\ntextwrap.TextWrapper\n\n")
+    assert wrapped.startswith("textwrap\n\nText wrapping and filling.\n\ntextwrap.wrap\n\n")
     assert "textwrap.dedent\n\nRemove any common leading whitespace from every line in `text`." in wrapped
     assert wrapped.index("textwrap.wrap\n") < wrapped.index("textwrap.dedent\n")
+    assert by_origin["class textwrap.TextWrapper"].startswith("textwrap.TextWrapper\n\nObject for wrapping")
     assert "module json" in by_origin
     assert "module json.decoder" in by_origin
 
@@ -83,14 +84,17 @@ def test_docstrings_stand_in_source_order_under_their_dotted_names(library: Path
     (library / "pack" / "__init__.py").write_text(
         f'"""Pack.\n\n    Indented.\n    {"x" * 200}\n    """\n'
         'def zeta():\n    """Last letter."""\n    def inner():\n        """In it."""\n'
-        'class Alpha:\n    x = 1\n    async def run(self):\n        """It runs."""\n'
+        f'class Alpha:\n    """{"y" * 200}"""\n    async def run(self):\n        """It runs."""\n'
+        'def eta():\n    """Another letter."""\n'
     )
-    *_, document = python_documents()
-    assert document.origin == "module pack"
-    assert document.text == (
+    *_, module, of_class = python_documents()
+    assert module.origin == "module pack"
+    assert module.text == (
         f"pack\n\nPack.\n\nIndented.\n{'x' * 200}\n\n"
-        "pack.zeta\n\nLast letter.\n\npack.zeta.inner\n\nIn it.\n\npack.Alpha.run\n\nIt runs.\n"
+        "pack.zeta\n\nLast letter.\n\npack.zeta.inner\n\nIn it.\n\npack.eta\n\nAnother letter.\n"
     )
+    assert of_class.origin == "class pack.Alpha"
+    assert of_class.text == f"pack.Alpha\n\n{'y' * 200}\n\npack.Alpha.run\n\nIt runs.\n"
 
 
 def test_a_python_without_sources_is_refused(library: Path) -> None:
