@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +128,8 @@ def _train(rest: list[str]) -> None:
         default = load_recipe(rest.pop(0))
     elif not {"-h", "--help"} & set(rest):
         raise ValueError(f"overnight train needs a recipe: {', '.join(recipe_names())}, or a .toml file")
-    recipe = from_arguments(Recipe, rest, prog="overnight train", about=_about("train"), default=default)
+    about = f"{_about('train')}\n\n{textwrap.fill('Recipes: ' + ', '.join(recipe_names()), 78)}"
+    recipe = from_arguments(Recipe, rest, prog="overnight train", about=about, default=default)
     train.run(recipe, Path(resumed) if resumed is not None else None)
 
 
