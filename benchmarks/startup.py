@@ -43,6 +43,7 @@ def write_runs(folder: Path, runs: int = RUNS, steps: int = STEPS) -> None:
             for step in range(1, steps + 1)
         ]
         directory.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (directory.checkpoints / f"step-{steps:08d}").mkdir(parents=True)
         evaluation = {"step": steps, "tokens": steps * 2048, "loss": 8.0, "perplexity": 2981.0}
         counts = {"bits_per_byte": 2.5, "evaluated_tokens": 10_000, "evaluated_bytes": 46_000}
         directory.append_event("evaluations", {**evaluation, **counts})

@@ -16,6 +16,7 @@ import pytest
 
 from overnight import cli
 from overnight.model.config import PRESETS
+from overnight.report import status
 from overnight.stages import train
 from overnight.stages.recipe import Recipe, flatten, load_recipe, recipe_names
 
@@ -112,6 +113,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=without_work))
     monkeypatch.setattr(train, "run", lambda *given: names.append("train"))
     monkeypatch.setattr(train, "load_resumed", lambda path: load_recipe("quickstart"))
+    monkeypatch.setattr(status, "find_run", Path)
     return names
 
 

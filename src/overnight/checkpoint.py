@@ -16,9 +16,9 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,14 +33,19 @@ from overnight.terminal import say
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+Read = TypeVar("Read")
 
 
 def save_checkpoint(state: TrainState, folder: Path, keep: int | None = None) -> Path:
-    """Publish `folder`/step-<8 digits>, then delete all but the newest `keep`; returns its path."""
-    final = folder / f"step-{state.step:08d}"
+    """Publish `folder`/step-<8 digits>, then delete all but the newest `keep`; returns its path.
+
+    There must be no checkpoint of this step or a later one.
+    """
+    final = folder / checkpoint_name(state.step)
     building = folder / f".building-{final.name}"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
+    flush_folder(folder.parent)
     save_file(_for_disk(state.model.weights()), building / "model.safetensors")
     save_file(_for_disk(_moments(state)), building / "optimizer.safetensors")
     about = {"format": FORMAT, "step": state.step, "model": dataclasses.asdict(state.model.config)}
@@ -49,13 +54,24 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int | None = None) ->
         with (building / name).open("rb") as file:
             flush_to_disk(file.fileno())
     write_atomically(building / "MANIFEST.json", _manifest(building))
-    shutil.rmtree(final, ignore_errors=True)
     building.rename(final)
     flush_folder(folder)
     if keep is not None:
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     return final
+
+
+def discard_checkpoints_after(step: int, folder: Path) -> None:
+    """Delete the checkpoints of later steps: damaged, since they were passed over; they are made again."""
+    for checkpoint in list_checkpoints(folder):
+        if checkpoint.name > checkpoint_name(step):
+            shutil.rmtree(checkpoint)
+
+
+def checkpoint_name(step: int) -> str:
+    """step-00001000 for 1000: names sort as their steps do."""
+    return f"step-{step:08d}"
 
 
 def _for_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,19 +109,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + "[0-9]" * 8))
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None if there is none at all.
+def read_newest(folder: Path, read: Callable[[Path], Read]) -> Read | None:
+    """What `read` makes of the newest checkpoint that it can read; None if there is no checkpoint.
 
-    Says which ones it passed over. Raises ValueError if there are some and none is whole.
+    `read` refuses a damaged one with ValueError: that is said, and the one before it is tried. Raises
+    ValueError if there are checkpoints and none can be read.
     """
     found = list_checkpoints(folder)
     for checkpoint in reversed(found):
         try:
-            verify_checkpoint(checkpoint)
+            return read(checkpoint)
         except ValueError as error:
             say(f"{error}; trying the one before it")
-        else:
-            return checkpoint
     if found:
         raise ValueError(f"no checkpoint in {folder} is whole; begin again with another --run-name")
     return None
@@ -126,8 +141,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
 def read_model(checkpoint: Path) -> GPT:
     """The model of a checkpoint, on the CPU, in evaluation mode. Raises ValueError if it is damaged."""
-    verify_checkpoint(checkpoint)
-    about = json.loads((checkpoint / "state.json").read_text())
+    about = _verified_state(checkpoint)
     model = allocate_model(ModelConfig(**about["model"]))
     model.load_weights(load_file(checkpoint / "model.safetensors"))
     return model.eval()
@@ -136,19 +150,30 @@ def read_model(checkpoint: Path) -> GPT:
 @torch.no_grad()
 def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
     """Make `state` what it was when `checkpoint` was saved. Raises ValueError if that is damaged."""
-    verify_checkpoint(checkpoint)
-    about = json.loads((checkpoint / "state.json").read_text())
+    about = _verified_state(checkpoint)
     state.model.load_weights(load_file(checkpoint / "model.safetensors"))
     moments = load_file(checkpoint / "optimizer.safetensors")
+    is_fused = state.optimizer.param_groups[0]["fused"]
     for name, parameter in state.model.named_parameters():
         if f"{name}.{MOMENTS[0]}" not in moments:
             continue  # saved before the first step: there were no moments yet
-        restored: dict[str, Tensor] = {"step": torch.tensor(float(about["step"]))}
+        # Fused AdamW counts its steps beside the parameter, the other kinds on the CPU.
+        steps = torch.tensor(float(about["step"]), device=parameter.device if is_fused else "cpu")
+        restored = {"step": steps}
         for moment in MOMENTS:
             saved = moments[f"{name}.{moment}"]
             restored[moment] = torch.zeros_like(parameter)
             restored[moment][: len(saved)] = saved
-        if state.optimizer.param_groups[0]["fused"]:
-            restored["step"] = restored["step"].to(parameter.device)
         state.optimizer.state[parameter] = restored
     state.step = about["step"]
+
+
+def _verified_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint that is whole and of this format."""
+    verify_checkpoint(checkpoint)
+    about: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    if about["format"] != FORMAT:
+        raise ValueError(
+            f"checkpoint {checkpoint} has format {about['format']}, this overnight reads {FORMAT}"
+        )
+    return about

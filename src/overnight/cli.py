@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import NamedTuple
 
 from overnight import __version__
@@ -78,6 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # what a user wrote
         print(f"overnight: {error}", file=sys.stderr)
         return WRONG_USE
+    except BrokenPipeError:  # whoever read our output has enough
+        sys.stdout = None  # or Python complains once more on leaving
+        return FAILED
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"overnight: {error.strerror}{where}; mend that and go on, a run with --resume", file=sys.stderr
+        )
+        return FAILED
+    except FloatingPointError as error:  # the model's numbers are no numbers
+        print(f"overnight: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("overnight: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -113,24 +124,27 @@ def _call(name: str, rest: list[str]) -> None:
 
 def _train(rest: list[str]) -> None:
     """A recipe's settings are its options; the recipe, or the run that goes on, comes first."""
+    from overnight.report.status import find_run
     from overnight.settings import from_arguments
     from overnight.stages import train
     from overnight.stages.recipe import Recipe, load_recipe, recipe_names
 
-    resumed = _take_option(rest, "--resume")
+    named = _take_option(rest, "--resume")
+    resumed = find_run(named) if named is not None else None
     rest = [
         "--start-from" + word.removeprefix("--from") if _is_option(word, "--from") else word for word in rest
     ]
     default = Recipe(run_name="RECIPE")
     if resumed is not None:
-        default = train.load_resumed(Path(resumed))
+        default = train.load_resumed(resumed)
     elif rest and not rest[0].startswith("-"):
         default = load_recipe(rest.pop(0))
     elif not {"-h", "--help"} & set(rest):
         raise ValueError(f"overnight train needs a recipe: {', '.join(recipe_names())}, or a .toml file")
-    about = f"{_about('train')}\n\n{textwrap.fill('Recipes: ' + ', '.join(recipe_names()), 78)}"
-    recipe = from_arguments(Recipe, rest, prog="overnight train", about=about, default=default)
-    train.run(recipe, Path(resumed) if resumed is not None else None)
+    if any(_is_option(word.replace("_", "-"), "--total-tokens") for word in rest):  # the other way to say it
+        default = replace(default, schedule=replace(default.schedule, total_steps=None))
+    recipe = from_arguments(Recipe, rest, prog="overnight train", about=_about("train"), default=default)
+    train.run(recipe, resumed)
 
 
 def _is_option(word: str, option: str) -> bool:
@@ -149,7 +163,8 @@ def _take_option(words: list[str], option: str) -> str | None:
 
 
 def _about(name: str) -> str:
-    return f"{VERBS[name].about}.\n\nExample: {VERBS[name].example}"
+    more = "\n\n`overnight train` alone lists the recipes." if name == "train" else ""
+    return f"{VERBS[name].about}.{more}\n\nExample: {VERBS[name].example}"
 
 
 def _help() -> str:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from overnight.model.gpt import GPT
+from overnight.model.gpt import GPT, evaluating
 from overnight.sampling import SamplingConfig, sample
 from overnight.text.tokenizer import Tokenizer
 
@@ -133,7 +132,8 @@ class KVCache:
 def generate(model: GPT, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
     """The new ids of each prompt, without the prompt and without the end of text.
 
-    Raises ValueError for prompts that do not fit the model and settings that make no sense.
+    Raises ValueError for prompts that do not fit the model and settings that make no sense, and
+    FloatingPointError for a model that is broken.
     """
     completions: list[list[int]] = [[] for _ in prompts]
     for new in stream_ids(model, prompts, decoding):
@@ -200,7 +200,7 @@ def _write(
 ) -> Iterator[dict[int, int]]:
     """The loop of `stream_ids`: read, draw, and let go the rows that have ended."""
     cache = None
-    with _evaluating(model):
+    with evaluating(model):
         for left in range(decoding.max_new_tokens, 0, -1):
             if not rows:
                 return
@@ -243,17 +243,6 @@ def _next_logits(model: GPT, ids_BT: list[list[int]], cache: KVCache) -> Tensor:
     ids = torch.tensor(ids_BT, device=model.wte.weight.device)
     cache.extend(ids.shape[1])
     return model.head(model.trunk(ids, cache)[:, -1])
-
-
-@contextmanager
-def _evaluating(model: GPT) -> Iterator[None]:
-    """Dropout off, and afterwards as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def complete(

@@ -89,10 +89,18 @@ def find_device_facts(device_name: str) -> DeviceFacts | None:
 
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:
-    """Peak dense FLOP/s in a precision; None where the device or its rate is unknown (every CPU)."""
+    """Peak dense FLOP/s in a precision; None where the device or its rate is unknown."""
     facts = find_device_facts(device_name)
     teraflops: float | None = getattr(facts, precision) if facts else None
     return None if teraflops is None else teraflops * 1e12
+
+
+def find_peak_flops(device: str, precision: Precision) -> float | None:
+    """Peak dense FLOP/s of a torch device in a precision; None where it is unknown.
+
+    It is for every CPU, also those of Apple's chips, which go by the same name as the GPU beside them.
+    """
+    return None if device == "cpu" else peak_flops(find_device_name(device), precision)
 
 
 def find_device_name(device: str) -> str:

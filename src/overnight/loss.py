@@ -13,7 +13,7 @@ class LossSum(NamedTuple):
     """Cross-entropy in nats, summed over `tokens` targets."""
 
     nats: Tensor
-    """float32 scalar."""
+    """A scalar, float32 or float64."""
     tokens: int
     """How many targets were summed."""
 
@@ -26,8 +26,11 @@ class LossSum(NamedTuple):
         return self.nats.item() / self.tokens
 
     def perplexity(self) -> float:
-        """E to the mean."""
-        return math.exp(self.per_token())
+        """Exponential of the mean; infinite beyond 709 nats per token, where a float ends."""
+        try:
+            return math.exp(self.per_token())
+        except OverflowError:
+            return math.inf
 
     def bits_per_byte(self, text_bytes: int) -> float:
         """Bits needed for each byte of the text that the targets spell: comparable across tokenizers."""

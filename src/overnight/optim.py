@@ -49,7 +49,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
 
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    assert len(matrices) + len(vectors) == len(list(model.parameters())), "each parameter in one group"
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from overnight.hardware import native_precision
@@ -26,22 +28,25 @@ class ComputeConfig:
     precision: Literal["fp32", "bf16"] | None = None
     """Of the matrix products; weights, sums and losses stay float32. The device's native one if left out."""
     compile: bool | None = None
-    """Compile the training step with torch.compile; if left out, wherever a C++ compiler is found."""
+    """Compile the training step with torch.compile; if left out, wherever its compiler is found."""
     attention: Literal["fused", "plain"] = "fused"
     """fused: torch's best kernel; plain: the written-out product, for comparison."""
 
 
 def resolve_compute(config: ComputeConfig, device: str) -> ComputeConfig:
     """`config` with everything that was left open decided for `device`."""
-    compiler_found = any(map(shutil.which, ("g++", "c++", "clang++")))
     return dataclasses.replace(
         config,
         device=device,
         precision=config.precision or native_precision(device),
-        compile=(compiler_found and not device.startswith("mps"))
-        if config.compile is None
-        else config.compile,
+        compile=(can_compile() and device != "mps") if config.compile is None else config.compile,
     )
+
+
+def can_compile() -> bool:
+    """True where torch.compile finds what it needs: its C++ compiler, and Python's headers."""
+    compiler = shutil.which("clang++" if sys.platform == "darwin" else "g++")
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def build_loss(
@@ -56,10 +61,14 @@ def build_loss(
 
     assert compute.device is not None
     device_type = torch.device(compute.device).type
-    plain = sdpa_kernel(SDPBackend.MATH) if compute.attention == "plain" else contextlib.nullcontext()
 
     def in_precision(ids: Tensor, targets: Tensor) -> Tensor:
-        with plain, torch.autocast(device_type, torch.bfloat16, enabled=compute.precision == "bf16"):
+        with torch.autocast(device_type, torch.bfloat16, enabled=compute.precision == "bf16"):
             return loss(model, ids, targets)
 
-    return torch.compile(in_precision, dynamic=False, fullgraph=True) if compute.compile else in_precision
+    def written_out(ids: Tensor, targets: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return in_precision(ids, targets)
+
+    chosen = written_out if compute.attention == "plain" else in_precision
+    return torch.compile(chosen, dynamic=False, fullgraph=True) if compute.compile else chosen

@@ -90,6 +90,10 @@ class RunDirectory:
         """Add one line to events/<kind>.jsonl; kind is "evaluations" or "samples"."""
         _append(self._events(kind), line)
 
+    def is_finished(self, total_steps: int) -> bool:
+        """True once the checkpoint of the last step is published: it is what a run writes last."""
+        return (self.checkpoints / f"step-{total_steps:08d}").is_dir()
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every step's line, in order; [] before the first. A torn last line is not returned."""
         return _read_lines(self.metrics)
@@ -111,6 +115,7 @@ class RunDirectory:
             if path.is_file():
                 with path.open("rb") as file:
                     flush_to_disk(file.fileno())
+                flush_folder(path.parent)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -55,14 +55,16 @@ def sample(
 ) -> Tensor:
     """Draw one id for each row, int64 (B,); `rows` and `positions` say where its noise comes from.
 
-    Raises ValueError for logits that are not finite. Of equal logits at the edge of top-k, torch
-    chooses which are kept.
+    The ids lie on the logits' device, but on the CPU for an Apple GPU's. Raises FloatingPointError for
+    logits that are not finite. Of equal logits at the edge of top-k, torch chooses which are kept.
     """
     import torch
 
+    if logits_BV.device.type == "mps":  # it has no float64
+        logits_BV = logits_BV.cpu()
     # A sum finds any NaN or infinity thirty times faster than looking at each; float64 cannot overflow.
     if not torch.isfinite(logits_BV.sum(dtype=torch.float64)):
-        raise ValueError(
+        raise FloatingPointError(
             "the model's logits are not finite numbers: its weights are damaged or its training "
             "diverged; use an earlier checkpoint"
         )

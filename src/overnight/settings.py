@@ -1,8 +1,8 @@
 """Settings: a dataclass, as a TOML file, as command-line options. Knows nothing of what they mean.
 
 A recipe is a dataclass whose fields are values or sections; a section is a dataclass of values. In
-TOML a section is a table. On the command line all names are flat, and unique over the whole recipe:
-`--n_layer=4` and `--n-layer 4` both set `[model] n_layer`.
+TOML a section is a table, and `"off"` is None. On the command line all names are flat, and unique over
+the whole recipe: `--n_layer=4` and `--n-layer 4` both set `[model] n_layer`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
+OFF = "off"  # TOML has no null
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -79,6 +80,8 @@ def _read_table(cls: type, table: dict[str, Any], recipe: type, problems: list[s
             problems.append(_unknown(name, recipe))
         elif is_section(kind) and isinstance(value, dict):
             values[name] = kind(**_read_table(kind, value, recipe, problems))
+        elif value == OFF and type(None) in typing.get_args(kind):
+            values[name] = None
         elif not _fits(value, kind):
             problems.append(f"{name} = {value!r} should be {describe_type(kind)}")
         else:
@@ -124,27 +127,24 @@ def describe_type(kind: Any) -> str:
 
 
 def to_toml(config: Any) -> str:
-    """The whole recipe, defaults included; a setting that is off stands there as a comment."""
-    lines, sections = [], []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            inner = "\n".join(_toml_line(f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-            sections.append(f"\n[{field.name}]\n{inner}")
-        else:
-            lines.append(_toml_line(field.name, value))
+    """The whole recipe, defaults included. What is not set, and need not be, stands there as a comment."""
+    values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
+    lines = [_toml_line(field, value) for field, value in values.items() if not is_section(value)]
+    sections = [
+        f"\n[{field.name}]\n{to_toml(value).rstrip()}" for field, value in values.items() if is_section(value)
+    ]
     return "\n".join(lines + sections) + "\n"
 
 
-def _toml_line(name: str, value: Any) -> str:
-    if value is None:
-        return f"# {name}: not set"
-    if isinstance(value, tuple):
-        return f"{name} = [{', '.join(map(_toml_value, value))}]"
-    return f"{name} = {_toml_value(value)}"
+def _toml_line(field: dataclasses.Field[Any], value: Any) -> str:
+    if value is None and field.default is None:
+        return f"# {field.name}: not set"
+    return f"{field.name} = {_toml_value(OFF if value is None else value)}"
 
 
 def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,6 @@ from overnight.data.stream import Batch
 from overnight.loss import LossSum
 from overnight.optim import apply_gradients
 from overnight.state import TrainState
-
-LARGE_PRIME = 1_000_000_007  # keeps (seed, step, micro-batch) apart when they are folded into one number
 
 
 class StepResult(NamedTuple):
@@ -99,10 +98,16 @@ def train_step(state: TrainState, training: Training) -> StepResult:
     return StepResult(state.step, loss, norm, learning_rate, total.tokens, time.perf_counter() - started_at)
 
 
+def derive_seed(*parts: int) -> int:
+    """One seed from several numbers, another one for other numbers: noise needs no state of its own."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def _seed_dropout(state: TrainState, seed: int, micro_batch: int) -> None:
     """Make the noise a function of (seed, step, micro-batch), so that there is no random state to save."""
     if state.model.config.dropout > 0:
-        torch.manual_seed(((seed * LARGE_PRIME + state.step) * LARGE_PRIME + micro_batch) % 2**63)
+        torch.manual_seed(derive_seed(seed, state.step, micro_batch))
 
 
 @contextmanager

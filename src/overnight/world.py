@@ -1,9 +1,10 @@
-"""Where this process stands: its rank, its device, its environment, which only this room reads."""
+"""Where this process stands: its rank, its device, its environment."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,11 +45,12 @@ def restart_with_large_pages(arguments: Sequence[str]) -> None:
 
     By default glibc returns each large tensor's memory to the kernel when it is freed, and the next step
     faults every page in again. The setting is read when a process starts, so it takes a new start. It
-    changes no result. Nothing is done without glibc, or where GLIBC_TUNABLES is set already.
+    changes no result. Nothing is done without glibc, or where GLIBC_TUNABLES is set already. -P keeps
+    `-m` from looking for modules in the current folder, where a random.py may lie.
     """
     if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-        os.execv(sys.executable, [sys.executable, "-m", "overnight", *arguments])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "overnight", *arguments])
 
 
 def _best_device() -> str:
@@ -63,11 +65,11 @@ def _check_device(device: str) -> str:
     import torch
 
     kind, _, index = device.partition(":")
-    if kind not in {"cpu", "cuda", "mps"} or (index and not index.isdecimal()):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?|mps", device):
         raise ValueError(f"device={device} is not known; there is cpu, cuda, cuda:1 and so on, mps")
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if missing.get(kind, False):
-        raise ValueError(f"device={device}: this machine has none; leave it out to take {_best_device()}")
+        raise ValueError(f"device={device}: this machine has none; choose --device {_best_device()}")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise ValueError(f"device={device}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device

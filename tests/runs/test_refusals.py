@@ -15,7 +15,7 @@ from overnight.run_directory import RunDirectory
 from overnight.schedule import ScheduleConfig
 from overnight.stages import pretrain
 from overnight.stages.materials import DataConfig
-from overnight.stages.recipe import CheckpointsConfig, Recipe
+from overnight.stages.recipe import CheckpointsConfig, Recipe, SamplesConfig
 
 Build = Callable[..., Recipe]
 
@@ -47,6 +47,8 @@ def test_all_problems_of_a_recipe_are_told_at_once(recipe: Build, tmp_path: Path
         ({"model": ModelConfig(n_layer=1, n_head=1, n_embd=8, context_length=10**6)}, "context"),
         ({"model": ModelConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=7)}, "vocab_size=7 contradicts"),
         ({"run_name": "../elsewhere"}, "run_name"),
+        ({"seed": -1}, "seed=-1"),
+        ({"samples": SamplesConfig(sample_prompts=("x" * 99,))}, "sample prompt"),
         ({"data": DataConfig(data="no-such-source")}, "no-such-source"),
         ({"trackers": ("wandbb",)}, "wandb"),
         ({"start_from": "no/such/model/here"}, "no/such/model/here"),
@@ -64,9 +66,17 @@ def test_a_run_that_cannot_be_is_refused(
 def test_a_folder_that_holds_a_run_is_not_overwritten(recipe: Build, tmp_path: Path) -> None:
     pretrain.run(recipe(), RunDirectory(tmp_path / "run"))
     assert "--resume" in refusal(recipe(), tmp_path / "run")
-    other = recipe(model=dataclasses.replace(recipe().model, n_embd=32))
+    again = pretrain.from_toml(Recipe, (tmp_path / "run" / "recipe.toml").read_text(), "recipe.toml")
+    other = dataclasses.replace(again, model=dataclasses.replace(again.model, n_embd=32))
     said = refusal(other, tmp_path / "run", resume=True)
     assert "belongs to another recipe: n_embd=32 (was 16)" in said
+
+
+def test_sizes_that_contradict_the_model_started_from_are_refused(recipe: Build, tmp_path: Path) -> None:
+    pretrain.run(recipe(), RunDirectory(tmp_path / "run"))
+    sizes = ModelConfig(n_layer=3, n_head=2, n_embd=16, context_length=32)
+    other = recipe(start_from=str(tmp_path / "run"), model=sizes)
+    assert "n_layer=3 contradicts" in refusal(other, tmp_path / "other")
 
 
 def test_there_must_be_a_run_to_resume(recipe: Build, tmp_path: Path) -> None:

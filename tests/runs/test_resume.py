@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from overnight.optim import OptimizerConfig
 from overnight.run_directory import RunDirectory
 from overnight.stages import pretrain
 from overnight.stages.recipe import Recipe
@@ -133,6 +135,36 @@ def test_a_kill_between_checkpoints_repeats_the_lost_steps_exactly(
     assert len(directory.read_metrics()) == 8
     pretrain.run(reread(directory), directory, resume=True)
     assert fingerprint(directory) == whole
+
+
+def test_what_was_switched_off_stays_off(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None has no word of its own in TOML, and these settings are on where nothing is said."""
+    off = recipe(
+        optimizer=OptimizerConfig(peak_learning_rate=1e-2, max_grad_norm=None),
+        checkpoints=pretrain_section("CheckpointsConfig", checkpoint_every_steps=2, keep_checkpoints=None),
+    )
+    whole = train_with_stops(off, tmp_path / "whole", [], monkeypatch)
+    resumed = train_with_stops(off, tmp_path / "run", [5], monkeypatch)
+    assert reread(resumed).optimizer.max_grad_norm is None
+    assert len(list(resumed.checkpoints.iterdir())) == 7
+    assert fingerprint(resumed) == fingerprint(whole)
+
+
+def test_a_resumed_run_does_not_ask_again_for_the_model_it_started_from(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train_with_stops(recipe(), tmp_path / "first", [], monkeypatch)
+    tuned = recipe(start_from=str(first.path), run_name="tuned")
+    directory = RunDirectory(tmp_path / "tuned")
+    stop_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run(tuned, directory)
+    shutil.rmtree(first.path)
+    stop_after(monkeypatch, None)
+    pretrain.run(reread(directory), directory, resume=True)
+    assert directory.is_finished(12)
 
 
 def test_the_comparison_sees_a_lost_optimizer(

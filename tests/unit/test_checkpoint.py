@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from overnight import checkpoint as checkpoint_room
 from overnight.checkpoint import (
+    discard_checkpoints_after,
     list_checkpoints,
     load_checkpoint,
-    newest_checkpoint,
     read_model,
+    read_newest,
     save_checkpoint,
     verify_checkpoint,
 )
@@ -41,6 +42,16 @@ def train_on(state: TrainState, steps: int) -> None:
         state.model(ids).logsumexp(-1).sum().backward()
         apply_gradients(state.optimizer, 1e-2, 1.0)
         state.step += 1
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that verifies."""
+
+    def verified(checkpoint: Path) -> Path:
+        verify_checkpoint(checkpoint)
+        return checkpoint
+
+    return read_newest(folder, verified)
 
 
 def everything(state: TrainState) -> dict[str, torch.Tensor]:
@@ -156,15 +167,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(
     good = save_checkpoint(state, tmp_path)
     train_on(state, 1)
     damage(save_checkpoint(state, tmp_path))
-    assert newest_checkpoint(tmp_path) == good
+    assert newest(tmp_path) == good
     assert "step-00000002" in capsys.readouterr().err
     damage(good)
     with pytest.raises(ValueError, match="no checkpoint"):
-        newest_checkpoint(tmp_path)
+        newest(tmp_path)
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "checkpoints") is None
+    assert newest(tmp_path / "checkpoints") is None
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -190,7 +201,28 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_it(
             patched.setattr(checkpoint_room, moment, crash)
             with pytest.raises(OSError, match="no space"):
                 save_checkpoint(state, tmp_path)
-        assert newest_checkpoint(tmp_path) == good, moment
-    assert newest_checkpoint(tmp_path) == good
+        assert newest(tmp_path) == good, moment
+    assert newest(tmp_path) == good
     assert save_checkpoint(state, tmp_path).name == "step-00000002"
     shutil.rmtree(tmp_path)
+
+
+def test_a_passed_over_checkpoint_does_not_crowd_out_a_good_one(tmp_path: Path) -> None:
+    """A damaged one that is newer than where the run goes on would be counted among those to keep."""
+    state = trained_state(1)
+    save_checkpoint(state, tmp_path)
+    later = trained_state(2)
+    truncate(save_checkpoint(later, tmp_path))
+    discard_checkpoints_after(state.step, tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
+    train_on(state, 1)
+    assert newest(tmp_path) != save_checkpoint(state, tmp_path, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_room, "FORMAT", 99)
+        path = save_checkpoint(trained_state(1), tmp_path)
+    with pytest.raises(ValueError, match="damaged|format 99"):
+        read_model(path)

@@ -56,12 +56,12 @@ def test_help_does_not_import_torch(tmp_path: Path) -> None:
         (["train", "mine.toml"], "there is no recipe file mine.toml"),
         (["train", "quickstart", "--n_layr=3"], "no option --n_layr; did you mean n-layer?"),
         (["train", "quickstart", "--n_layer=three"], "--n-layer"),
-        (["train", "quickstart", "--n_head=3"], "n_embd=256 does not divide among n_head=3"),
-        (["train", "quickstart", "--total_tokens=5"], "give only one of total_steps and total_tokens"),
+        (["train", "quickstart", "--n_head=3"], "n_embd=128 does not divide among n_head=3"),
+        (["train", "quickstart", "--warmup_steps=9999"], "warmup_steps=9999 is longer"),
         (["train", "quickstart", "--device=gpu"], "device=gpu"),
         (["train", "quickstart", "--precision=fp8"], "precision"),
         (["train", "--resume"], "needs a run"),
-        (["train", "--resume", "runs/nothing"], "there is no run in runs/nothing"),
+        (["train", "--resume", "runs/nothing"], "there is no run runs/nothing"),
         (["prepare"], "Missing from overnight prepare"),
         (["prepare", "no-such-folder"], "no-such-folder"),
         (["prepare", "python-docs", "--tokenizer=gpt3"], "gpt3"),
@@ -128,6 +128,12 @@ def test_a_run_can_be_continued_with_its_length_changed(workplace: Path) -> None
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
+def test_total_tokens_may_be_given_instead_of_the_recipes_total_steps(workplace: Path) -> None:
+    done = overnight("train", "--resume", "tiny", f"--total-tokens={7 * 128}", folder=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "7 steps" in done.stderr
+
+
 def test_a_run_does_not_change_its_science_on_resuming(workplace: Path) -> None:
     done = overnight("train", "--resume=runs/tiny", "--n_layer=2", folder=workplace)
     assert done.returncode == 2
@@ -146,9 +152,9 @@ def test_a_model_is_evaluated(workplace: Path) -> None:
 
 def test_a_model_begins_with_another_models_weights(workplace: Path) -> None:
     prepared = "data/notes-bpe-300"
-    same = ["--data", prepared, "--run_name=tuned", "--context_length=32", "--tokens_per_step=128"]
-    tune = ["--total_steps=2", "--warmup_steps=0", "--sample_every_steps=None"]
-    done = overnight("train", "quickstart", "--from", "runs/tiny", *same, *tune, folder=workplace)
+    same = ["--data", prepared, "--run_name=tuned", "--tokens_per_step=128"]
+    tune = ["--total_steps=2", "--sample_every_steps=None", "--compile=False"]
+    done = overnight("train", "shakespeare-finetune", "--from", "runs/tiny", *same, *tune, folder=workplace)
     assert done.returncode == 0, done.stderr
     first = json.loads((workplace / "runs/tuned/metrics.jsonl").read_text().splitlines()[0])
     fresh = json.loads((workplace / "runs/tiny/metrics.jsonl").read_text().splitlines()[0])

@@ -187,6 +187,13 @@ def test_training_goes_on_as_if_nothing_had_been_written() -> None:
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.gpu
+def test_a_gpu_writes_what_the_cpu_writes() -> None:
+    decoding = Decoding(max_new_tokens=40, sampling=GREEDY, end_of_text=END)  # beyond the context, too
+    on_gpu = generate(build_model().to("cuda"), PROMPTS, decoding)
+    assert on_gpu == generate(MODEL, PROMPTS, decoding)
+
+
 def test_arranging_for_decoding_changes_no_value() -> None:
     model, arranged = build_model(), build_model()
     arrange_for_decoding(arranged)
@@ -220,7 +227,7 @@ def test_damaged_weights_are_said() -> None:
     model = build_model()
     with torch.no_grad():
         model.ln_f.weight[0] = torch.nan
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(FloatingPointError, match="not finite"):
         generate(model, [[1]], Decoding())
 
 

@@ -16,6 +16,7 @@ from overnight.hardware import (
     find_device_facts,
     find_device_name,
     find_memory_bytes,
+    find_peak_flops,
     native_precision,
     peak_flops,
 )
@@ -130,8 +131,9 @@ def test_a_gpu_is_named_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_apple_chip_is_named_by_its_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(subprocess, "run", lambda command, **options: SimpleNamespace(stdout="Apple M2\n"))
-    assert find_device_name("mps") == "Apple M2"
-    assert peak_flops(find_device_name("mps"), "fp32") == pytest.approx(3.6e12)
+    assert find_device_name("mps") == find_device_name("cpu") == "Apple M2"
+    assert find_peak_flops("mps", "fp32") == pytest.approx(3.6e12)
+    assert find_peak_flops("cpu", "fp32") is None  # the figure is the GPU's
 
 
 def test_memory_is_what_is_installed_or_what_the_container_allows(
@@ -153,3 +155,9 @@ def test_this_gpu_is_known() -> None:
     facts = find_device_facts(name)
     assert facts is not None, f"no published figures for {name!r}"
     assert facts.memory_bytes == pytest.approx(find_memory_bytes("cuda:0"), rel=0.1)
+
+
+@pytest.mark.gpu
+def test_this_gpu_s_precision_agrees_with_torch() -> None:
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    assert native_precision("cuda") == ("bf16" if native else "fp32")

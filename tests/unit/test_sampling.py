@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,12 @@ from torch import Tensor
 from overnight.sampling import SamplingConfig, noise, sample
 
 EVERYTHING = SamplingConfig(top_k=None)
+SETTINGS = [
+    SamplingConfig(),
+    EVERYTHING,
+    SamplingConfig(top_k=None, top_p=0.9),
+    SamplingConfig(top_k=5, top_p=0.5),
+]
 
 
 def draw(logits_V: Tensor, config: SamplingConfig, times: int) -> Counter[int]:
@@ -63,14 +70,15 @@ def test_the_chi_square_test_notices_a_wrong_temperature() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    logits=st.lists(st.floats(-6, 6), min_size=1, max_size=12, unique=True),
+    hundredths=st.lists(st.integers(-600, 600), min_size=1, max_size=12, unique=True),
     temperature=st.sampled_from([0.3, 1.0, 3.0]),
     top_k=st.none() | st.integers(1, 15),
     top_p=st.none() | st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1.0]),
 )
 def test_only_what_top_k_and_top_p_keep_is_drawn(
-    logits: list[float], temperature: float, top_k: int | None, top_p: float | None
+    hundredths: list[int], temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
+    logits = [number / 100 for number in hundredths]  # no two so close that their weights are equal
     given_logits = torch.tensor(logits, dtype=torch.float64)
     config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     drawn = set(draw(given_logits, config, 500))
@@ -97,15 +105,30 @@ def test_top_p_is_the_same_whether_a_few_or_all_weights_are_sorted() -> None:
     assert together[0] < 20
 
 
-@pytest.mark.parametrize(
-    "config",
-    [SamplingConfig(), EVERYTHING, SamplingConfig(top_k=None, top_p=0.9), SamplingConfig(top_k=5, top_p=0.5)],
-)
+@pytest.mark.parametrize("config", SETTINGS)
 def test_a_row_does_not_depend_on_its_neighbours(config: SamplingConfig) -> None:
     logits = torch.randn(8, 1000, generator=torch.Generator().manual_seed(3))
     together = sample(logits, config, range(8), [7] * 8).tolist()
     assert [int(sample(logits[r : r + 1], config, [r], [7])) for r in range(8)] == together
     assert sample(logits.flip(0), config, range(7, -1, -1), [7] * 8).tolist() == together[::-1]
+
+
+@pytest.mark.parametrize("config", [SamplingConfig(temperature=0), *SETTINGS])
+def test_logits_of_an_apple_gpu_are_drawn_from_on_the_cpu(config: SamplingConfig) -> None:
+    """It has no float64; of its tensors, only the way to the CPU is played here."""
+    logits = torch.randn(8, 1000, generator=torch.Generator().manual_seed(3))
+    on_gpu = SimpleNamespace(device=torch.device("mps"), cpu=lambda: logits)
+    drawn = [sample(place, config, range(8), [7] * 8) for place in (on_gpu, logits)]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", SETTINGS)
+def test_a_gpu_draws_what_the_cpu_draws(config: SamplingConfig) -> None:
+    logits = torch.randn(8, 1000, generator=torch.Generator().manual_seed(3))
+    drawn = sample(logits.to("cuda"), config, range(8), [7] * 8)
+    assert drawn.device.type == "cuda"
+    assert torch.equal(drawn.cpu(), sample(logits, config, range(8), [7] * 8))
 
 
 def test_noise_changes_with_seed_row_and_position() -> None:
@@ -129,7 +152,7 @@ def test_extreme_temperatures_stay_in_the_vocabulary(temperature: float) -> None
 def test_logits_that_are_not_finite_are_refused(value: float) -> None:
     logits = torch.zeros(2, 10)
     logits[1, 3] = value
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(FloatingPointError, match="not finite"):
         sample(logits, SamplingConfig(), [0, 1], [0, 0])
 
 

@@ -21,6 +21,8 @@ class Size:
     """Share dropped."""
     vocab_size: int | None = None
     """Ids."""
+    limit: float | None = 1.0
+    """On unless it is switched off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
             n_layer=st.integers(-(2**63), 2**63 - 1),
             dropout=st.floats(allow_nan=False),
             vocab_size=st.none() | st.integers(0, 2**63 - 1),
+            limit=st.none() | st.floats(allow_nan=False),
         ),
     )
 )
@@ -60,6 +63,12 @@ def test_toml_gives_back_what_it_was_given(settings: Settings) -> None:
     written = to_toml(settings)
     tomllib.loads(written)
     assert from_toml(Settings, written, "recipe") == settings
+
+
+def test_a_recipe_can_switch_off_what_is_on() -> None:
+    assert from_toml(Settings, '[size]\nlimit = "off"', "r").size.limit is None
+    with pytest.raises(ValueError, match="n_layer = 'off' should be a whole number"):
+        from_toml(Settings, '[size]\nn_layer = "off"', "r")
 
 
 def test_every_setting_is_named_in_the_resolved_recipe() -> None:

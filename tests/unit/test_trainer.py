@@ -174,10 +174,12 @@ def test_a_compiled_loss_is_the_same_loss() -> None:
     def value(**settings: object) -> float:
         compute = ComputeConfig(device="cpu", **{"precision": "fp32", "compile": False, **settings})
         function: Callable[[Tensor, Tensor], Tensor] = build_loss(state.model, loss, compute)
+        function(batch.ids, batch.targets)  # a second micro-batch takes the same function
         return function(batch.ids, batch.targets).item()
 
     plain = value()
     assert value(attention="plain") == pytest.approx(plain, rel=1e-6)
     assert value(compile=True) == pytest.approx(plain, rel=1e-6)
+    assert value(compile=True, attention="plain") == pytest.approx(plain, rel=1e-6)
     assert value(precision="bf16") == pytest.approx(plain, rel=1e-2)
     assert value(precision="bf16") != plain

@@ -171,7 +171,10 @@ def read_manifest(folder: Path) -> Manifest:
                 fields[split] = tuple(Shard(**shard) for shard in fields[split])
             manifest = Manifest(**fields)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is damaged; {REMEDY}") from None
+        raise ValueError(
+            f"{folder} is no folder that `overnight prepare` wrote, or its manifest.json is damaged: "
+            "prepare the text into another folder"
+        ) from None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version!r}, and this is {FORMAT_VERSION}; {REMEDY}")
     if manifest.to_json().encode() != content:  # to the byte, the checksum in it included

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,11 @@ def source_name(source: str) -> str:
     if source in NAMED_SOURCES:
         return source
     path = Path(source)
+    if not path.exists() and os.sep in source:
+        raise ValueError(
+            f"nothing lies at {source}; what a recipe trains on is prepared first, with "
+            f"`overnight prepare SOURCE --out {source}`, and the recipe's first lines show the command"
+        )
     if not path.exists():
         raise ValueError(
             f"{source!r} is no file or folder, nor a source that is known{nearest(source, NAMED_SOURCES)}"
@@ -117,14 +123,11 @@ def _open_python_docs() -> Source:
 
 
 def _open_shakespeare(from_file: str | None) -> Source:
-    path = _download_shakespeare() if from_file is None else Path(from_file)
-    if not path.is_file():
-        raise ValueError(f"from_file: there is no file {path}")
-    if _sha256(path.read_bytes()) != SHAKESPEARE_SHA256:
-        raise ValueError(
-            f"{path} is not tiny shakespeare as it is published ({SHAKESPEARE_BYTES:,} bytes, sha256 "
-            f"{SHAKESPEARE_SHA256[:12]}...); to prepare a text of your own, give its path as the source"
-        )
+    path = cache_folder() / "shakespeare" / "input.txt"
+    if from_file is not None:
+        write_atomically(path, _read_shakespeare(Path(from_file)))  # from then on no command needs a network
+    elif not path.is_file() or _sha256(path.read_bytes()) != SHAKESPEARE_SHA256:
+        write_atomically(path, _download_shakespeare())
     return Source(
         name="shakespeare",
         licence="public domain",
@@ -135,28 +138,38 @@ def _open_shakespeare(from_file: str | None) -> Source:
     )
 
 
-def _download_shakespeare() -> Path:
-    """The file in the user's cache, fetched if it is not there or not sound; only sound bytes are kept."""
+def _read_shakespeare(path: Path) -> bytes:
+    """The user's own copy. Raises ValueError if it is not the published file."""
+    if not path.is_file():
+        raise ValueError(f"from_file: there is no file {path}")
+    content = path.read_bytes()
+    if _sha256(content) != SHAKESPEARE_SHA256:
+        raise ValueError(
+            f"{path} is not tiny shakespeare as it is published ({SHAKESPEARE_BYTES:,} bytes, sha256 "
+            f"{SHAKESPEARE_SHA256[:12]}...); to prepare a text of your own, give its path as the source"
+        )
+    return content
+
+
+def _download_shakespeare() -> bytes:
+    """The published file, fetched. Raises ValueError if that fails, or something else comes."""
     import http.client
     import urllib.request
 
-    path = cache_folder() / "shakespeare" / "input.txt"
-    if path.is_file() and _sha256(path.read_bytes()) == SHAKESPEARE_SHA256:
-        return path
     say(f"downloading {SHAKESPEARE_URL}")
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer:
-            content = answer.read(SHAKESPEARE_BYTES + 1)  # no server makes us read more
+            content: bytes = answer.read(SHAKESPEARE_BYTES + 1)  # no server makes us read more
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(_instead(f"shakespeare could not be downloaded ({error})")) from None
     if _sha256(content) != SHAKESPEARE_SHA256:
         raise ValueError(_instead("what was downloaded as shakespeare is not the published file"))
-    write_atomically(path, content)
-    return path
+    return content
 
 
 def _instead(problem: str) -> str:
-    return f"{problem}; fetch {SHAKESPEARE_URL} some other way and give it with --from-file PATH"
+    command = "overnight prepare shakespeare --from-file FILE"
+    return f"{problem}; fetch {SHAKESPEARE_URL} some other way, then run `{command}` once"
 
 
 def _sha256(content: bytes) -> str:

@@ -35,8 +35,8 @@ class Batch:
 class TokenStream:
     """One split of a prepared folder, as rows of `tokens_per_row` ids. Holds file maps and nothing else.
 
-    Opening reads every shard of the split once and raises ValueError if one is not as it was written, if
-    another tokenizer than `tokenizer_fingerprint` made them, or if a row is longer than the data.
+    Opening reads every shard of the split once and raises ValueError if one is not as it was written, or
+    if a row is longer than the data.
     """
 
     def __init__(
@@ -46,15 +46,9 @@ class TokenStream:
         *,
         tokens_per_row: int,
         seed: int = 0,
-        tokenizer_fingerprint: str | None = None,
     ) -> None:
         folder = Path(folder)
         self.manifest = verify(folder, split)
-        if tokenizer_fingerprint not in {None, self.manifest.tokenizer_fingerprint}:
-            raise ValueError(
-                f"{folder} was made with another tokenizer than the one asked for, {self.manifest.tokenizer} "
-                f"({self.manifest.tokenizer_fingerprint[:12]}...); prepare the text again with --tokenizer"
-            )
         self._shards = [open_tokens(folder / shard.name) for shard in self.manifest.shards(split)]
         self._ends = list(accumulate(shard.size for shard in self._shards))
         self.split = split

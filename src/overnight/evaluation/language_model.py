@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from overnight.data.stream import Batch
 from overnight.loss import LossSum, cross_entropy_nats
-from overnight.model.gpt import GPT
+from overnight.model.gpt import GPT, evaluating
 
 
 @dataclass(frozen=True)
@@ -35,33 +34,23 @@ def evaluate_language_model(
     """Judge `model` on every target of `batches`; `token_bytes` says what each id spells.
 
     A target near the start of its row is judged on a short context, which makes the loss a little
-    higher than with a sliding window. Training state and random state are left as they were.
+    higher than with a sliding window. Training state and random state are left as they were. Nats
+    are added up in float64 on the CPU, since Apple's GPUs have no float64.
     """
     device = model.wte.weight.device
     lengths = torch.tensor([len(spelt) for spelt in token_bytes])
     total, text_bytes = LossSum(torch.zeros((), dtype=torch.float64), 0), 0
-    with judging(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with evaluating(model), torch.inference_mode(), autocast:
         for batch in batches:
             nats = cross_entropy_nats(model(batch.ids.to(device)), batch.targets.to(device))
-            total = total.plus(LossSum(nats.double().cpu(), batch.targets.numel()))
+            total = total.plus(LossSum(nats.cpu().double(), batch.targets.numel()))
             text_bytes += int(lengths[batch.targets].sum())
     if not text_bytes:
         raise ValueError("there is no text to evaluate on: the validation split is empty")
     return Evaluation(
         total.per_token(), total.perplexity(), total.bits_per_byte(text_bytes), total.tokens, text_bytes
     )
-
-
-@contextlib.contextmanager
-def judging(model: GPT) -> Iterator[None]:
-    """Within, `model` neither drops activations nor keeps anything for a backward pass."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def evaluation_rows(model: GPT) -> int:

@@ -5,7 +5,8 @@ Shapes: B rows, T positions, C channels, V ids. The module knows no files, no ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -128,3 +129,14 @@ def allocate_model(config: ModelConfig) -> GPT:
     with torch.device("meta"):
         model = GPT(config)
     return model.to_empty(device="cpu")
+
+
+@contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """Within, `model` drops no activations; afterwards it is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

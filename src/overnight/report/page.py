@@ -24,6 +24,7 @@ from overnight.report.markup import (
     pairs,
     paragraph,
     section,
+    shown,
     table,
 )
 from overnight.report.record import Record, is_finite, read_run
@@ -199,9 +200,24 @@ def _cell(value: object) -> str:
 def _environment(record: Record) -> Markup:
     if not record.environment:
         return paragraph("The run directory holds no readable environment.json.")
-    command = record.environment.get("command")
-    facts = {name: value for name, value in record.environment.items() if name != "command"}
-    return joined([_cards(_grouped(facts)), code(str(command)) if command else ""])
+    facts = dict(record.environment)
+    command = facts.pop("command", None)
+    resumed = facts.pop("resumed", [])
+    return joined(
+        [
+            _cards(_grouped(facts)),
+            code(str(command)) if command else "",
+            _resumptions(resumed) if _is_table(resumed) else "",
+        ]
+    )
+
+
+def _resumptions(starts: list[dict[str, Any]]) -> Markup:
+    """When and how the run went on, and on what else than at first."""
+    titles = list(dict.fromkeys(name for start in starts for name in start))
+    rows = ([shown(start.get(name, "")) for name in titles] for start in starts)
+    times = "once" if len(starts) == 1 else f"{len(starts):,} times"
+    return folded(f"Resumed {times}", table(titles, rows, numeric_from=len(titles)))
 
 
 def _commands(record: Record) -> Markup:

@@ -30,8 +30,8 @@ class RunStatus:
     path: str
 
     state: State
-    """running: its lock is held; finished: every step is done; stopped: some are; empty: none is;
-    damaged: its files cannot all be read, and `problem` says which."""
+    """running: its lock is held; finished: every step is done and the last checkpoint there; stopped: some
+    steps are done; empty: none is; damaged: its files cannot all be read, and `problem` says which."""
 
     step: int
     """Finished steps."""
@@ -155,7 +155,7 @@ def _state(directory: RunDirectory, step: int, total_steps: int | None, is_damag
         return "damaged"
     if can_ask and directory.is_locked():
         return "running"
-    if total_steps is not None and step >= total_steps:
+    if total_steps is not None and step >= total_steps and directory.is_finished(total_steps):
         return "finished"
     return "stopped" if step else "empty"
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
@@ -17,7 +16,7 @@ if TYPE_CHECKING:  # --help is shown without torch
     from collections.abc import Iterator
 
     from overnight.data.stream import Batch
-    from overnight.stages.models import OpenedModel
+    from overnight.stages.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +36,24 @@ class EvaluateConfig:
 
 
 def run(config: EvaluateConfig) -> None:
-    """Evaluate and print."""
+    """Evaluate and print, a run in the precision it was trained in, any other model in fp32."""
     from overnight.evaluation.language_model import evaluate_language_model, evaluation_rows
     from overnight.stages.materials import DataConfig, open_materials
     from overnight.stages.models import open_model
+    from overnight.stages.train import load_resumed
     from overnight.world import open_world
 
     if config.evaluation_tokens is not None and config.evaluation_tokens < 1:
         raise ValueError(f"--evaluation-tokens={config.evaluation_tokens} must be at least 1, or left out")
     opened = open_model(config.model)
-    materials = open_materials(DataConfig(data=config.data or _own_data(opened)))
+    recipe = load_resumed(opened.run) if opened.run else None
+    precision = (recipe.compute.precision if recipe else None) or "fp32"
+    materials = open_materials(DataConfig(data=config.data or _own_data(recipe)))
     if materials.tokenizer.fingerprint != opened.tokenizer.fingerprint:
         raise ValueError(
             f"{config.model} reads {opened.tokenizer.name}, but {materials.folder} is written with the "
-            f"tokenizer {materials.tokenizer.name}: prepare that text with --tokenizer {opened.origin}"
+            f"tokenizer {materials.tokenizer.name}: prepare that text with "
+            f"--tokenizer {opened.tokenizer_folder}"
         )
     model = opened.model.to(open_world(config.device).device)
     stream = materials.stream("validation", model.config.context_length, seed=0)
@@ -62,24 +65,22 @@ def run(config: EvaluateConfig) -> None:
                 yield batch
                 advance(batch.targets.numel())
 
-        found = evaluate_language_model(model, shown(), materials.tokenizer.token_bytes())
+        found = evaluate_language_model(model, shown(), materials.tokenizer.token_bytes(), precision)
     if config.json:
-        sys.stdout.write(json.dumps({"model": config.model, **dataclasses.asdict(found)}) + "\n")
+        about = {"model": config.model, "precision": precision}
+        sys.stdout.write(json.dumps({**about, **dataclasses.asdict(found)}) + "\n")
     say(f"validation loss  {found.loss:.4f} nats per token")
     say(f"perplexity       {found.perplexity:.2f}")
     say(f"bits per byte    {found.bits_per_byte:.4f}")
     judged = f"{found.evaluated_tokens:,} tokens, {found.evaluated_bytes:,} bytes"
-    say(f"judged on        {judged} of {materials.folder}")
+    say(f"judged on        {judged} of {materials.folder}, in {precision}")
     say(f'next: overnight generate {config.model} "Once upon a time"')
 
 
-def _own_data(opened: OpenedModel) -> str:
+def _own_data(recipe: Recipe | None) -> str:
     """The prepared folder that a run was trained on."""
-    from overnight.stages.train import load_resumed
-
-    run: Path | None = opened.run
-    if run is None:
+    if recipe is None:
         raise ValueError(
             "this model does not say what it was trained on: name prepared text with --data FOLDER"
         )
-    return load_resumed(run).data.data
+    return recipe.data.data

@@ -82,7 +82,7 @@ def run(config: GenerateConfig) -> None:
     arrange_for_decoding(opened.model)
     decoding = Decoding(max_new_tokens=config.max_new_tokens, sampling=config.sampling)
     started_at = time.perf_counter()
-    if config.json or config.samples * len(config.prompts) > 1:
+    if config.json or config.samples > 1 or len(config.prompts) > 1:
         tokens = _write_completions(config, opened, decoding)
     else:
         tokens = _write_as_it_comes(config, opened, decoding)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from overnight.batching import BatchPlan, estimate_rows_that_fit, plan_batches
 from overnight.data.stream import TokenStream
 from overnight.hardware import find_memory_bytes
+from overnight.model.config import ModelConfig
 from overnight.model.gpt import GPT, allocate_model
 from overnight.model.initialization import initialize
 from overnight.optim import build_optimizer
@@ -33,13 +34,17 @@ class Job:
     state: TrainState
 
 
-def build_job(recipe: Recipe) -> Job:
-    """Open the text, build the model, decide what is open. Raises ValueError if these do not fit."""
+def build_job(recipe: Recipe, *, has_checkpoint: bool) -> Job:
+    """Open the text, build the model, decide what is open. Raises ValueError if these do not fit.
+
+    With `has_checkpoint` the weights are left unset: they are about to be loaded.
+    """
     raise_problems(recipe.problems(), f"recipe {recipe.run_name}")
     device = open_world(recipe.compute.device).device
     materials = open_materials(recipe.data)
-    model = build_model(recipe, materials)
+    model = allocate(recipe, materials) if has_checkpoint else build_model(recipe, materials)
     recipe, plan = decide(recipe, model, materials, device)
+    check_prompts(recipe, materials)
     train, validation = (
         materials.stream(split, plan.tokens_per_row, recipe.seed) for split in ("train", "validation")
     )
@@ -50,29 +55,49 @@ def build_job(recipe: Recipe) -> Job:
 
 def build_model(recipe: Recipe, materials: Materials) -> GPT:
     """The model a run begins with: freshly initialised, or with the weights of `start_from`."""
-    tokenizer = materials.tokenizer
-    config = dataclasses.replace(recipe.model, vocab_size=recipe.model.vocab_size or tokenizer.vocab_size)
-    weights = None
-    if recipe.start_from is not None:
-        opened = open_model(recipe.start_from)
-        if opened.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"the data is written with the tokenizer {tokenizer.name}, {recipe.start_from} reads "
-                f"{opened.tokenizer.name}: prepare the data with --tokenizer {opened.tokenizer.name}"
-            )
-        config = dataclasses.replace(opened.model.config, dropout=recipe.model.dropout)
-        weights = opened.model.weights()
-    if config.vocab_size != tokenizer.vocab_size:
+    if recipe.start_from is None:
+        model = allocate(recipe, materials)
+        initialize(model, recipe.seed)
+        return model
+    opened = open_model(recipe.start_from)
+    if opened.tokenizer.fingerprint != materials.tokenizer.fingerprint:
         raise ValueError(
-            f"vocab_size={config.vocab_size} contradicts the tokenizer {tokenizer.name}, which has "
+            f"{materials.folder} is written with the tokenizer {materials.tokenizer.name}, and "
+            f"{recipe.start_from} reads another: prepare the text with --tokenizer {opened.tokenizer_folder}"
+        )
+    sizes = dataclasses.replace(opened.model.config, dropout=recipe.model.dropout)
+    wrong = [
+        f"{name}={wanted} contradicts {recipe.start_from}, which has {getattr(sizes, name)}; leave it out"
+        for name, wanted in vars(recipe.model).items()
+        if wanted not in {getattr(sizes, name), getattr(ModelConfig(), name)}
+    ]
+    raise_problems(wrong, f"recipe {recipe.run_name}")
+    model = allocate(dataclasses.replace(recipe, model=sizes), materials)
+    model.load_weights(opened.model.weights())
+    return model
+
+
+def allocate(recipe: Recipe, materials: Materials) -> GPT:
+    """The recipe's model, its weights not set. Raises ValueError if its vocabulary is not the tokenizer's."""
+    tokenizer = materials.tokenizer
+    vocab_size = recipe.model.vocab_size or tokenizer.vocab_size
+    if vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size} contradicts the tokenizer {tokenizer.name}, which has "
             f"{tokenizer.vocab_size} ids; leave vocab_size out"
         )
-    model = allocate_model(config)
-    if weights is None:
-        initialize(model, recipe.seed)
-    else:
-        model.load_weights(weights)
-    return model
+    return allocate_model(dataclasses.replace(recipe.model, vocab_size=vocab_size))
+
+
+def check_prompts(recipe: Recipe, materials: Materials) -> None:
+    """Raise ValueError now, not after hours, for a sample prompt that does not fit the context."""
+    for prompt in recipe.samples.sample_prompts:
+        length = len(materials.tokenizer.encode(prompt))
+        if length > recipe.model.context_length:
+            raise ValueError(
+                f"the sample prompt {prompt[:40]!r} has {length} tokens, more than "
+                f"context_length={recipe.model.context_length}: shorten it"
+            )
 
 
 def decide(recipe: Recipe, model: GPT, materials: Materials, device: str) -> tuple[Recipe, BatchPlan]:
@@ -85,7 +110,7 @@ def decide(recipe: Recipe, model: GPT, materials: Materials, device: str) -> tup
         schedule = dataclasses.replace(schedule, total_steps=steps, total_tokens=None)
     decided = dataclasses.replace(
         recipe,
-        data=dataclasses.replace(recipe.data, data=str(materials.folder)),
+        data=materials.describe(),
         model=model.config,
         schedule=schedule,
         batch=dataclasses.replace(recipe.batch, rows_per_micro_batch=plan.rows_per_micro_batch),

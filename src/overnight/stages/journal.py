@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 
-from overnight.checkpoint import save_checkpoint
+from overnight.checkpoint import list_checkpoints, save_checkpoint
 from overnight.evaluation.language_model import evaluate_language_model, evaluation_rows
 from overnight.generate import Decoding, complete
-from overnight.hardware import find_device_name, peak_flops
+from overnight.hardware import find_peak_flops
 from overnight.run_directory import RunDirectory
 from overnight.sampling import SamplingConfig
 from overnight.stages.job import Job
 from overnight.stages.recipe import flatten
 from overnight.terminal import progress, say
 from overnight.tracking import open_trackers
-from overnight.trainer import Hook, StepResult, every
+from overnight.trainer import Hook, StepResult, derive_seed, every
 
 
 class Journal:
@@ -26,11 +26,11 @@ class Journal:
     def __init__(self, job: Job, directory: RunDirectory) -> None:
         self.job = job
         self.directory = directory
-        self.saved_step: int | None = None
+        self.saved_step = job.state.step if list_checkpoints(directory.checkpoints) else None
         compute = job.recipe.compute
         assert compute.device is not None
         assert compute.precision is not None
-        peak = peak_flops(find_device_name(compute.device), compute.precision)
+        peak = find_peak_flops(compute.device, compute.precision)
         self.tokens_per_second_at_peak = peak / job.state.model.config.flops_per_token() if peak else None
 
     def __enter__(self) -> Journal:
@@ -51,15 +51,18 @@ class Journal:
     def hooks(self, total_steps: int) -> list[Hook]:
         """In this order: a checkpoint is published after everything else its step has written."""
         recipe = self.job.recipe
-        is_new = not self.directory.read_events("evaluations")
-        if is_new and recipe.evaluation.evaluate_every_steps is not None:
-            self.evaluate()
         return [
             self.log,
             every(recipe.evaluation.evaluate_every_steps, self.evaluate, total_steps),
             every(recipe.samples.sample_every_steps, self.sample, total_steps),
             every(recipe.checkpoints.checkpoint_every_steps, self.save, total_steps),
         ]
+
+    def evaluate_at_start(self) -> None:
+        """The loss of knowing nothing, before the first step of a new run."""
+        is_on = self.job.recipe.evaluation.evaluate_every_steps is not None
+        if is_on and self.job.state.step == 0 and not self.directory.read_events("evaluations"):
+            self.evaluate()
 
     def log(self, result: StepResult) -> None:
         """The step's one metrics line."""
@@ -100,7 +103,7 @@ class Journal:
         job, samples = self.job, self.job.recipe.samples
         decoding = Decoding(
             max_new_tokens=samples.sample_tokens,
-            sampling=SamplingConfig(seed=job.recipe.seed + job.state.step),
+            sampling=SamplingConfig(seed=derive_seed(job.recipe.seed, job.state.step)),
         )
         written = complete(job.state.model, job.materials.tokenizer, samples.sample_prompts, decoding)
         for prompt, completion in zip(samples.sample_prompts, written, strict=True):

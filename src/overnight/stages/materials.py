@@ -32,6 +32,14 @@ class Materials:
     manifest: Manifest
     tokenizer: Tokenizer
 
+    def describe(self) -> DataConfig:
+        """The recipe's section that names exactly these shards."""
+        fraction = self.manifest.request.get("validation_fraction")
+        assert fraction is None or isinstance(fraction, float)
+        return DataConfig(
+            data=str(self.folder), tokenizer=self.manifest.tokenizer, validation_fraction=fraction
+        )
+
     def stream(self, split: str, tokens_per_row: int, seed: int) -> TokenStream:
         """The rows of one split: "train" or "validation"."""
         from overnight.data.stream import TokenStream

@@ -24,6 +24,8 @@ class OpenedModel:
     tokenizer: Tokenizer
     origin: Path
     """The folder its weights were read from."""
+    tokenizer_folder: Path
+    """The folder its tokenizer was read from."""
     run: Path | None
     """The run it comes from; None for a model from elsewhere."""
 
@@ -55,7 +57,7 @@ def _open_folder(folder: Path) -> OpenedModel:
     if RunDirectory(folder).exists():
         return _open_run(folder)
     if (folder / "state.json").is_file():
-        return _open_checkpoint(folder, folder.parent.parent)
+        return _open_checkpoint(folder)
     if (folder / "config.json").is_file():
         return _open_huggingface(folder)
     raise ValueError(
@@ -65,26 +67,32 @@ def _open_folder(folder: Path) -> OpenedModel:
 
 
 def _open_run(folder: Path) -> OpenedModel:
-    from overnight.checkpoint import newest_checkpoint
+    from overnight.checkpoint import read_model, read_newest
 
-    checkpoint = newest_checkpoint(RunDirectory(folder).checkpoints)
-    if checkpoint is None:
+    read = read_newest(RunDirectory(folder).checkpoints, lambda found: (read_model(found), found))
+    if read is None:
         raise ValueError(f"{folder} has no checkpoint yet; go on with overnight train --resume {folder}")
-    return _open_checkpoint(checkpoint, folder)
+    return _with_tokenizer(*read, folder)
 
 
-def _open_checkpoint(checkpoint: Path, run: Path) -> OpenedModel:
-    """A checkpoint of `run`; the run holds the tokenizer."""
+def _open_checkpoint(checkpoint: Path) -> OpenedModel:
     from overnight.checkpoint import read_model
+
+    return _with_tokenizer(read_model(checkpoint), checkpoint, checkpoint.parent.parent)
+
+
+def _with_tokenizer(model: GPT, checkpoint: Path, run: Path) -> OpenedModel:
+    """The model of a checkpoint of `run`; the run holds the tokenizer."""
     from overnight.text.load import load_tokenizer
 
     tokenizer = RunDirectory(run).tokenizer
     if not tokenizer.is_dir():
         raise ValueError(f"{checkpoint} needs its run's tokenizer, and {tokenizer} is not there")
     return OpenedModel(
-        model=read_model(checkpoint),
+        model=model,
         tokenizer=load_tokenizer(tokenizer),
         origin=checkpoint,
+        tokenizer_folder=tokenizer,
         run=run if RunDirectory(run).exists() else None,
     )
 
@@ -93,4 +101,4 @@ def _open_huggingface(folder: Path) -> OpenedModel:
     from overnight.convert.huggingface import read_huggingface
 
     model, tokenizer = read_huggingface(folder)
-    return OpenedModel(model=model, tokenizer=tokenizer, origin=folder, run=None)
+    return OpenedModel(model=model, tokenizer=tokenizer, origin=folder, tokenizer_folder=folder, run=None)

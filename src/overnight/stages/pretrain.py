@@ -8,7 +8,12 @@ import shutil
 
 from torch import Tensor
 
-from overnight.checkpoint import load_checkpoint, newest_checkpoint
+from overnight.checkpoint import (
+    discard_checkpoints_after,
+    list_checkpoints,
+    load_checkpoint,
+    read_newest,
+)
 from overnight.loss import cross_entropy_nats
 from overnight.model.gpt import GPT
 from overnight.parallel import build_loss
@@ -29,13 +34,14 @@ def run(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Rec
     """Train what `recipe` describes into `directory`; returns the recipe with everything decided.
 
     With `resume` the run goes on from its newest good checkpoint. Interrupted by a signal, it is saved
-    after the step it is at, and KeyboardInterrupt is raised. Raises ValueError before the first step,
-    and before anything is written into `directory`, if the recipe can't be trained there.
+    after the step it is at, and KeyboardInterrupt is raised. Raises ValueError if the recipe can't be
+    trained there, before any file of a run is written into `directory`.
     """
     check_directory(recipe, directory, resume=resume)
-    job = build_job(recipe)
+    job = build_job(recipe, has_checkpoint=resume and bool(list_checkpoints(directory.checkpoints)))
+    check_disk(job, directory)
     with directory.locked():
-        check_disk(job, directory)
+        check_directory(recipe, directory, resume=resume)  # another process may have begun here meanwhile
         begin(job, directory, resume=resume)
         train(job, directory)
     return job.recipe
@@ -64,6 +70,7 @@ def train(job: Job, directory: RunDirectory) -> None:
         device=device,
     )
     with Journal(job, directory) as journal, stop_on_signal() as stopped:
+        journal.evaluate_at_start()
         fit(state, training, total_steps, journal.hooks(total_steps), stopped)
         journal.save()
     if state.step < total_steps:
@@ -95,9 +102,13 @@ def check_directory(recipe: Recipe, directory: RunDirectory, *, resume: bool) ->
 
 def check_disk(job: Job, directory: RunDirectory) -> None:
     """Raise ValueError if the checkpoints to be kept, and the one being written, do not fit the disk."""
-    kept = job.recipe.checkpoints.keep_checkpoints or 1
-    needed = (kept + 1) * job.state.model.config.parameter_count() * BYTES_PER_SAVED_PARAMETER
-    free = shutil.disk_usage(directory.path).free
+    wanted = (job.recipe.checkpoints.keep_checkpoints or 1) + 1
+    missing = max(1, wanted - len(list_checkpoints(directory.checkpoints)))
+    needed = missing * job.state.model.config.parameter_count() * BYTES_PER_SAVED_PARAMETER
+    existing = next(
+        folder for folder in (directory.path, *directory.path.absolute().parents) if folder.exists()
+    )
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
             f"the disk of {directory.path} has {free / 1e9:.1f} GB free, the checkpoints need "
@@ -115,9 +126,8 @@ def begin(job: Job, directory: RunDirectory, *, resume: bool) -> None:
                 f"the data in {materials.folder} is not what {directory.path} was trained on: "
                 "put that data back, or give another --run-name"
             )
-        checkpoint = newest_checkpoint(directory.checkpoints)
-        if checkpoint is not None:
-            load_checkpoint(state, checkpoint)
+        read_newest(directory.checkpoints, lambda checkpoint: load_checkpoint(state, checkpoint))
+        discard_checkpoints_after(state.step, directory.checkpoints)
         directory.rewind(state.step)
     if not (directory.tokenizer / "tokenizer.json").is_file():
         materials.tokenizer.save(directory.tokenizer)

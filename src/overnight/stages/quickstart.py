@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from overnight.report.drawing import check_matplotlib
 from overnight.run_directory import RunDirectory, write_atomically
 from overnight.stages.materials import open_materials
 from overnight.stages.recipe import Recipe, flatten, load_recipe
@@ -29,6 +30,7 @@ class QuickstartConfig:
 
 def run(config: QuickstartConfig) -> None:
     """Prepare, train, evaluate, sample, report; what is there already is reused."""
+    check_matplotlib()  # the report comes last: minutes from here
     from overnight.report.page import write_report
 
     directory = RunDirectory(RUN)
@@ -57,7 +59,8 @@ def _train(recipe: Recipe, directory: RunDirectory) -> None:
             "keep it under another name, or start over with `overnight quickstart --fresh`"
         )
     done, total = len(directory.read_metrics()), before.schedule.total_steps
-    if done == total:
+    assert total is not None
+    if directory.is_finished(total):
         say(f"reusing {directory.path}, trained for all of its {total} steps; --fresh starts over")
         return
     from overnight.stages import pretrain

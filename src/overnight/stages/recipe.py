@@ -77,6 +77,8 @@ class Recipe:
         found += find_problems(self.trackers)
         if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
             found.append(f"run_name={self.run_name!r} must be the plain name of a folder")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"seed={self.seed} must be at least 0 and less than 2^63")
         flat = flatten(self)
         for name in flat:
             is_count = name.endswith("_every_steps") or name in AT_LEAST_ONE

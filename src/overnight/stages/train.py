@@ -10,12 +10,10 @@ from overnight.stages.recipe import Recipe
 from overnight.terminal import say
 
 
-def load_resumed(path: Path) -> Recipe:
-    """The complete recipe of a run that is to go on. Raises ValueError if there is no run."""
-    directory = RunDirectory(path)
-    if not directory.exists():
-        raise ValueError(f"there is no run in {path} to resume; `overnight runs` lists the runs")
-    return from_toml(Recipe, directory.recipe.read_text(encoding="utf-8"), str(directory.recipe))
+def load_resumed(run: Path) -> Recipe:
+    """The complete recipe of a run that is to go on."""
+    recipe = RunDirectory(run).recipe
+    return from_toml(Recipe, recipe.read_text(encoding="utf-8"), str(recipe))
 
 
 def run(recipe: Recipe, resumed: Path | None) -> None:

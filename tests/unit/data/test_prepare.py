@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -8,7 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overnight.data import prepare as prepare_module
-from overnight.data import shards, token_file
+from overnight.data import shards, sources, token_file
 from overnight.data.documents import Document
 from overnight.data.prepare import PrepareConfig, encode_documents, prepare
 from overnight.data.selection import judge, split_of
@@ -145,6 +146,26 @@ def test_a_learned_tokenizer_has_not_seen_the_validation_documents(config: Prepa
     prepare(dataclasses.replace(config, tokenizer="learned"))
     learned = (Path(config.out or "") / "tokenizer" / "learned.txt").read_text().split("\n")
     assert learned == documents_in(config.out, "train")
+
+
+def test_one_bar_is_shown_at_a_time(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once overwrite each other on a terminal."""
+    opened: list[str] = []
+    unfinished: list[str] = []
+
+    @contextlib.contextmanager
+    def bar(title: str, total: float | None, unit: str = "") -> Iterator[Callable[..., None]]:
+        assert unfinished == []
+        opened.append(title)
+        unfinished.append(title)
+        yield lambda amount=1, note="": None
+        unfinished.remove(title)
+
+    monkeypatch.setattr(prepare_module, "progress", bar)
+    monkeypatch.setattr(sources, "progress", bar)
+    monkeypatch.setattr(sources, "python_documents", lambda: (Document(text, "") for text in TEXTS))
+    prepare(dataclasses.replace(config, source="python-docs", tokenizer="learned"))
+    assert opened == ["hashing", "reading", "training the tokenizer", "writing shards"]
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 3000, EXACTLY_40, EXACTLY_40 + 1, 10**9])

@@ -160,11 +160,12 @@ def test_a_manifest_leads_nowhere_else(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "content,message",
     [
-        ("", "is damaged"),
-        ("[]", "is damaged"),
-        ("{}", "is damaged"),
-        ("[" * 100_000, "is damaged"),
-        ('{"format_version": 1, "sha256_of_the_above": ""}', "is damaged"),
+        ("", "is no folder that `overnight prepare` wrote"),
+        ("[]", "is no folder that `overnight prepare` wrote"),
+        ('{"name": "a browser extension", "version": 2}', "is no folder that `overnight prepare` wrote"),
+        ('{"format_version": 2}', "is no folder that `overnight prepare` wrote"),
+        ("[" * 100_000, "is no folder that `overnight prepare` wrote"),
+        ('{"format_version": 1, "sha256_of_the_above": ""}', "or its manifest.json is damaged"),
         (
             '{"format_version": 2, "sha256_of_the_above": "", "train": 7}',
             "has format version 2, and this is 1",
@@ -173,8 +174,10 @@ def test_a_manifest_leads_nowhere_else(folder: Path, name: str) -> None:
 )
 def test_any_other_manifest_is_refused(folder: Path, content: str, message: str) -> None:
     (folder / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         read_manifest(folder)
+    is_surely_ours = "has format version" in message
+    assert ("delete the folder" in str(error.value)) == is_surely_ours
 
 
 def test_a_manifest_changed_by_hand_is_refused(folder: Path) -> None:

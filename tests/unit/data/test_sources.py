@@ -56,7 +56,8 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("shakespear", r"'shakespear' is no file or folder, nor a source .*; did you mean shakespeare\?"),
         ("python_docs", r"did you mean python-docs\?"),
-        ("my/texts.jsonl", r"'my/texts.jsonl' is no file or folder, .*; there is python-docs, shakespeare"),
+        ("texts.jsonl", r"'texts.jsonl' is no file or folder, .*; there is python-docs, shakespeare"),
+        ("data/x", r"nothing lies at data/x; .*`overnight prepare SOURCE --out data/x`, and the recipe's"),
     ],
 )
 def test_an_unknown_source_gets_the_nearest_name(source: str, message: str) -> None:
@@ -104,7 +105,9 @@ def test_python_docs_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- shakespeare
 
 
-def test_shakespeare_from_a_file(shakespeare: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_shakespeare_from_a_file(
+    shakespeare: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked = answer_with(monkeypatch, AssertionError("no network"))
     copy = tmp_path / "copy"  # whatever it is called
     copy.write_bytes(shakespeare.read_bytes())
@@ -114,6 +117,8 @@ def test_shakespeare_from_a_file(shakespeare: Path, monkeypatch: pytest.MonkeyPa
     assert 90 < len(documents) < 120
     assert all(document.text.endswith("\n\n") for document in documents[:-1])
     assert (source.sha256, source.text_bytes) == (SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)
+    copy.unlink()
+    assert list(open_source("shakespeare").documents()) == documents  # kept: `train` can't be given a file
     assert asked == []
 
 
@@ -155,7 +160,8 @@ def test_offline_says_what_to_fetch(
 ) -> None:
     answer_with(monkeypatch, failure)
     with pytest.raises(
-        ValueError, match=r"could not be downloaded .*fetch https://.*input\.txt .* --from-file PATH"
+        ValueError,
+        match=r"could not be .*fetch https://.*input\.txt .*`overnight prepare shakespeare --from-file FILE`",
     ):
         open_source("shakespeare")
     assert not empty_cache.exists()
@@ -173,9 +179,10 @@ def test_a_wrong_answer_is_never_kept(
     assert not empty_cache.exists()
 
 
-def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
+def test_a_wrong_file_is_refused(tmp_path: Path, empty_cache: Path) -> None:
     (tmp_path / "other.txt").write_text("To be or not to be")
     with pytest.raises(ValueError, match=r"other\.txt is not tiny shakespeare as it is published"):
         open_source("shakespeare", from_file=str(tmp_path / "other.txt"))
     with pytest.raises(ValueError, match=r"from_file: there is no file .*absent\.txt"):
         open_source("shakespeare", from_file=str(tmp_path / "absent.txt"))
+    assert not empty_cache.exists()

@@ -147,13 +147,6 @@ def test_a_row_longer_than_the_data_is_refused(tmp_path: Path, prepared: Prepare
     assert TokenStream(tmp_path, tokens_per_row=63).windows_per_epoch == 2
 
 
-def test_another_tokenizer_is_refused(tmp_path: Path, prepared: Prepare) -> None:
-    prepared(tmp_path, range(64))
-    with pytest.raises(ValueError, match=r"another tokenizer than the one asked for, gpt2 \(ffffffffffff"):
-        TokenStream(tmp_path, tokens_per_row=8, tokenizer_fingerprint="e" * 64)
-    assert TokenStream(tmp_path, tokens_per_row=8, tokenizer_fingerprint="f" * 64).tokens == 64
-
-
 def test_an_unknown_split_is_refused(tmp_path: Path, prepared: Prepare) -> None:
     prepared(tmp_path, range(64))
     with pytest.raises(ValueError, match="split='test' must be train or validation"):

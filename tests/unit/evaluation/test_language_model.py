@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,22 @@ def test_judging_changes_nothing(model: GPT) -> None:
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), state)
     model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()  # and training goes on
+
+
+def test_nats_become_float64_on_the_cpu(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An Apple GPU has no float64; of its tensors, only the way to the CPU is played here."""
+    nats = SimpleNamespace(cpu=lambda: torch.tensor(30.0))
+    monkeypatch.setattr("overnight.evaluation.language_model.cross_entropy_nats", lambda *_: nats)
+    ids = torch.randint(V, (21,), generator=torch.Generator().manual_seed(3))
+    assert evaluate_language_model(model, rows(ids, 1), SPELT).loss == 3 * 30 / 20
+
+
+@pytest.mark.gpu
+def test_a_gpu_judges_as_the_cpu_does(model: GPT) -> None:
+    ids = torch.randint(V, (61,), generator=torch.Generator().manual_seed(3))
+    on_cpu = evaluate_language_model(model, rows(ids, 3), SPELT)
+    on_gpu = evaluate_language_model(model.to("cuda"), rows(ids, 3), SPELT)
+    assert on_gpu.loss == pytest.approx(on_cpu.loss, abs=1e-4)
 
 
 def test_no_text_is_refused(model: GPT) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from overnight.model.attention import CausalSelfAttention
 from overnight.model.config import PRESETS, ModelConfig
-from overnight.model.gpt import GPT, allocate_model
+from overnight.model.gpt import GPT, allocate_model, evaluating
 from overnight.model.initialization import initialize
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=32, context_length=16, vocab_size=100)
@@ -159,6 +159,17 @@ def test_dropout_acts_only_while_training() -> None:
     ids = torch.randint(30, (1, 8))
     assert torch.equal(model.eval()(ids), model.eval()(ids))
     assert not torch.equal(model.train()(ids), model.train()(ids))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_after_evaluating_a_model_is_as_it_was_whatever_happened(training: bool) -> None:
+    model = small_model().train(training)
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert all(module.training is training for module in model.modules())
+    with pytest.raises(KeyboardInterrupt), evaluating(model):
+        raise KeyboardInterrupt
+    assert all(module.training is training for module in model.modules())
 
 
 def test_an_allocated_model_is_whole_once_it_is_initialised_or_loaded() -> None:

@@ -163,6 +163,7 @@ def write_run(
         for number, (prompt, text) in enumerate(SAMPLES, start=1)
     ]
     write_lines(path / "events" / "samples.jsonl", samples)
+    (path / "checkpoints" / f"step-{steps:08d}").mkdir(parents=True)
     return path
 
 

@@ -230,6 +230,22 @@ def test_a_stopped_run_says_how_to_go_on(make_run):
     assert f"overnight train --resume '{run}'" in text or f"overnight train --resume {run}" in text
 
 
+def test_a_resumed_run_says_when_and_on_what_else(make_run):
+    run = make_run(steps=30)
+    assert "Resumed" not in report(run)
+    environment = json.loads((run / "environment.json").read_text())
+    starts = [
+        {"started_at": "2026-11-21T09:00:00+00:00", "command": "overnight train --resume 'runs/a b'"},
+        {"started_at": "2026-11-22T09:00:00+00:00", "command": "overnight train", "compiled": False},
+    ]
+    (run / "environment.json").write_text(json.dumps({**environment, "resumed": starts}))
+    text = "".join(Document(report(run)).text)
+    assert "Resumed 2 times" in text
+    assert starts[0]["command"] in text
+    assert text.index("2026-11-22T09:00:00+00:00") < text.index("no", text.index("Resumed"))
+    assert environment["command"] in text
+
+
 def test_damage_is_named_on_the_page_and_the_rest_is_shown(make_run):
     run = make_run(steps=120)
     lines = (run / "metrics.jsonl").read_text().splitlines()

@@ -32,6 +32,13 @@ def test_a_stopped_run(make_run):
     assert (status.state, status.step, status.total_steps) == ("stopped", 20, 50)
 
 
+def test_a_run_killed_before_its_last_checkpoint_is_stopped(make_run):
+    run = make_run(steps=50, total_steps=50)
+    (run / "checkpoints" / "step-00000050").rename(run / "checkpoints" / ".building-step-00000050")
+    status = describe_run(run)
+    assert (status.state, status.step, status.total_steps) == ("stopped", 50, 50)
+
+
 def test_an_empty_run(make_run):
     run = make_run(steps=1)
     (run / "metrics.jsonl").unlink()
@@ -143,7 +150,7 @@ def test_fifty_long_runs_are_listed_within_a_second(make_run, tmp_path):
         file.writelines(line.replace('"step": 1,', f'"step": {step},') for step in range(1, 100_001))
     for number in range(50):
         folder = tmp_path / "runs" / f"run-{number:02}"
-        folder.mkdir(exist_ok=True)
+        (folder / "checkpoints" / "step-00100000").mkdir(parents=True)
         (folder / "recipe.toml").write_bytes((run / "recipe.toml").read_bytes())
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         (folder / "metrics.jsonl").symlink_to(long)

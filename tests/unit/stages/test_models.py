@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -69,6 +70,7 @@ def test_a_run_is_opened_at_its_newest_checkpoint(trained: Path, name: str) -> N
     assert opened.tokenizer.fingerprint == TOKENIZER.fingerprint
     assert opened.run == trained
     assert opened.origin == trained / "checkpoints/step-00000002"
+    assert opened.tokenizer_folder == trained / "tokenizer"
 
 
 def test_an_older_checkpoint_is_opened_by_its_path(trained: Path) -> None:
@@ -90,6 +92,7 @@ def test_a_hugging_face_folder_is_opened(place: Path) -> None:
     assert is_model_of(5, opened.model)
     assert opened.tokenizer.fingerprint == TOKENIZER.fingerprint
     assert opened.run is None
+    assert opened.tokenizer_folder == opened.origin == Path("theirs")
 
 
 @pytest.mark.parametrize(
@@ -194,10 +197,12 @@ def test_json_has_one_object_for_each_completion(trained: Path, capsys: pytest.C
 
 def test_stop_and_several_samples(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = GenerateConfig(model="first", samples=3, stop=("e", "o"), max_new_tokens=50, temperature=2.0)
+    generate.run(dataclasses.replace(config, json=True))
+    texts = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
+    assert len(texts) == 3
+    assert not {"e", "o"} & set("".join(texts))
     generate.run(config)
-    out = capsys.readouterr().out
-    assert "e" not in out
-    assert "o" not in out
+    assert capsys.readouterr().out == "\n".join(text + "\n" for text in texts)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_what_was_prepared_reads_back_as_the_text(config: PrepareConfig) -> None
     run(config)
     folder = Path("data/letters-characters")
     tokenizer = load_prepared_tokenizer(folder)
-    stream = TokenStream(folder, "validation", tokens_per_row=16, tokenizer_fingerprint=tokenizer.fingerprint)
+    stream = TokenStream(folder, "validation", tokens_per_row=16)
     ids = [id for batch in stream.evaluation_batches(4) for id in batch.targets.flatten().tolist()]
     text = tokenizer.decode([id for id in ids if id != tokenizer.end_of_text])
     assert text == "".join(letter for letter in TEXTS if letter in text)

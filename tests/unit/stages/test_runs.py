@@ -19,6 +19,7 @@ def begin_run(path: Path, steps: int, total_steps: int = 10, written_at: float =
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.utime(path / "metrics.jsonl", (written_at, written_at))
+    (path / "checkpoints" / f"step-{steps:08d}").mkdir(parents=True)
     return path
 
 
@@ -49,6 +50,14 @@ def test_runs_are_told_on_stderr_with_the_next_command(here, capsys):
     assert lines[1].split()[:3] == ["day", "finished", "10/10"]
     assert lines[2].split()[:3] == ["night", "stopped", "4/10"]
     assert lines[-1] == "next: overnight train --resume runs/night"
+
+
+def test_a_run_without_its_last_checkpoint_is_to_be_resumed(here, capsys):
+    (begin_run(here / "runs" / "day", steps=10) / "checkpoints" / "step-00000010").rmdir()
+    runs.run(runs.RunsConfig())
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1].split()[:3] == ["day", "stopped", "10/10"]
+    assert lines[-1] == "next: overnight train --resume runs/day"
 
 
 def test_json_is_one_list_on_stdout(here, capsys):
