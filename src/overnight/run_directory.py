@@ -77,10 +77,10 @@ class RunDirectory:
         return self.recipe.is_file()
 
     def begin(self, recipe: str, environment: Mapping[str, Any]) -> None:
-        """Write down what is about to run, before any work, so that even a crash can be explained."""
+        """Write down what is about to run, before any work; with the recipe, the last, the run exists."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.recipe, recipe)
         write_atomically(self.environment, json.dumps(environment, indent=2) + "\n")
+        write_atomically(self.recipe, recipe)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one step's line; `line` holds its `step`."""

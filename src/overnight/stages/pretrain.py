@@ -132,5 +132,6 @@ def begin(job: Job, directory: RunDirectory, *, resume: bool) -> None:
     if not (directory.tokenizer / "tokenizer.json").is_file():
         materials.tokenizer.save(directory.tokenizer)
     write_atomically(directory.data, manifest)
-    environment = describe_environment(job.recipe.compute, state.model.config.parameter_count())
-    directory.begin(to_toml(job.recipe), environment)
+    before = json.loads(directory.environment.read_text(encoding="utf-8")) if resume else None
+    parameters = state.model.config.parameter_count()
+    directory.begin(to_toml(job.recipe), describe_environment(job.recipe.compute, parameters, before))
