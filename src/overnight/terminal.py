@@ -9,6 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, Task
 
 
 def say(text: str = "") -> None:
@@ -39,20 +43,21 @@ def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callab
         task = bar.add_task(title, total=total, note="")
 
         def advance(amount: float = 1, note: str = "") -> None:
-            bar.update(task, advance=amount, **({"note": note} if note else {}))
+            bar.update(task, advance=amount, note=note)
 
         yield advance
 
 
-def _live_bar(unit: str):  # type: ignore[no-untyped-def]  # rich is imported only where a bar is drawn
+def _live_bar(unit: str) -> Progress:
+    """A bar of rich's, which is imported only where a bar is drawn."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     class Rate(ProgressColumn):
-        """Units finished per second, and how many in all."""
+        """Units finished, and how many a second."""
 
-        def render(self, task):  # type: ignore[no-untyped-def]
+        def render(self, task: Task) -> Text:
             rate = f" {task.speed:,.0f}/s" if task.speed else ""
             return Text(f"{task.completed:,.0f} {unit}{rate}")
 

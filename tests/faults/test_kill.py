@@ -82,6 +82,7 @@ def load_weights(state, checkpoint, load=pretrain.load_checkpoint):
 pretrain.load_checkpoint = load_weights
 """
 
+SLOW_IMPORTS = ["overnight.cli", "overnight.stages.pretrain", "torch._dynamo", "tyro", "rich.progress"]
 PROCESSES = multiprocessing.get_context("forkserver")
 RUN = Path("runs/small")
 CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change
@@ -107,7 +108,7 @@ def folder(tmp_path: Path, recipe: str) -> Path:
 
 def start(folder: Path, pattern: str | None = None, nth: int = 1, script: str = START) -> BaseProcess:
     """The command one would type: `train` what is not begun yet, `train --resume` what is."""
-    PROCESSES.set_forkserver_preload(["overnight.cli", "overnight.stages.pretrain", "tyro"])
+    PROCESSES.set_forkserver_preload(SLOW_IMPORTS)
     begun = RunDirectory(folder / RUN).exists()
     words = ["train", "--resume", str(RUN)] if begun else ["train", "small.toml"]
     names = {"folder": str(folder), "words": words, "pattern": pattern, "nth": nth}
