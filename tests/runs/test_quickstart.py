@@ -133,7 +133,7 @@ def test_fresh_starts_over(start: Start) -> None:
 def test_another_recipe_is_refused(start: Start, recipe: Callable[..., Recipe]) -> None:
     start()
     wider = dataclasses.replace(recipe().model, n_embd=32)
-    with pytest.raises(ValueError, match="another recipe, which differs in .*n_embd: .* --fresh") as error:
+    with pytest.raises(ValueError, match="another recipe, which differs in n_embd: .* --fresh") as error:
         start(model=wider)
     assert "\n" not in str(error.value)
     start(fresh=True, model=wider)

@@ -79,6 +79,14 @@ def test_sizes_that_contradict_the_model_started_from_are_refused(recipe: Build,
     assert "n_layer=3 contradicts" in refusal(other, tmp_path / "other")
 
 
+def test_a_run_cannot_be_made_shorter_than_it_is(recipe: Build, tmp_path: Path) -> None:
+    pretrain.run(recipe(), RunDirectory(tmp_path / "run"))
+    again = pretrain.from_toml(Recipe, (tmp_path / "run" / "recipe.toml").read_text(), "recipe.toml")
+    shorter = dataclasses.replace(again, schedule=dataclasses.replace(again.schedule, total_steps=5))
+    assert "total_steps=5 is fewer than the 12 steps" in refusal(shorter, tmp_path / "run", resume=True)
+    assert RunDirectory(tmp_path / "run").is_finished(12)
+
+
 def test_there_must_be_a_run_to_resume(recipe: Build, tmp_path: Path) -> None:
     assert "no run" in refusal(recipe(), tmp_path / "run", resume=True)
 

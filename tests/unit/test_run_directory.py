@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,23 +58,24 @@ def test_a_torn_last_line_is_left_out_and_other_damage_is_told(tmp_path: Path) -
         run.read_metrics()
 
 
-def hold_forever(path: Path, ready: multiprocessing.synchronize.Event) -> None:
-    with RunDirectory(path).locked():
-        ready.set()
-        signal.pause()
+HOLD_FOREVER = """
+import signal, sys
+from overnight.run_directory import RunDirectory
+with RunDirectory(sys.argv[1]).locked():
+    print("held", flush=True)
+    signal.pause()
+"""
 
 
 def test_one_run_has_one_owner_and_a_killed_owner_leaves_no_lock(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     assert not run.is_locked()
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    owner = context.Process(target=hold_forever, args=(run.path, ready))
-    owner.start()
-    assert ready.wait(30)
-    assert run.is_locked()
-    with pytest.raises(ValueError, match="another process"), run.locked():
-        pass
-    owner.kill()
-    owner.join()
+    words = [sys.executable, "-c", HOLD_FOREVER, str(run.path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "held\n"
+        assert run.is_locked()
+        with pytest.raises(ValueError, match="another process"), run.locked():
+            pass
+        owner.kill()
     assert not run.is_locked()

@@ -68,8 +68,8 @@ class GPT(nn.Module):
         self.config = config
         self.vocab_size = config.vocab_size
         padded = -(-self.vocab_size // PADDING_MULTIPLE) * PADDING_MULTIPLE
-        self.wte = nn.Embedding(padded, config.n_embd)
-        self.wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.wte = _embedding(padded, config.n_embd)
+        self.wpe = _embedding(config.context_length, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
@@ -119,6 +119,13 @@ class GPT(nn.Module):
     def clear_padding(self) -> None:
         """Make the rows that pad the vocabulary zero; they stay so, since no gradient reaches them."""
         self.wte.weight[self.vocab_size :] = 0.0
+
+
+def _embedding(rows: int, n_embd: int) -> nn.Embedding:
+    """An embedding not drawn yet. To let torch draw one without memory costs two seconds of imports."""
+    empty = torch.empty(rows, n_embd)
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(empty, freeze=False)  # type: ignore[no-untyped-call]
+    return embedding
 
 
 def allocate_model(config: ModelConfig) -> GPT:

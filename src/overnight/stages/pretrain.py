@@ -127,6 +127,12 @@ def begin(job: Job, directory: RunDirectory, *, resume: bool) -> None:
                 "put that data back, or give another --run-name"
             )
         read_newest(directory.checkpoints, lambda checkpoint: load_checkpoint(state, checkpoint))
+        total_steps = job.recipe.schedule.total_steps or 0
+        if state.step > total_steps:
+            raise ValueError(
+                f"total_steps={total_steps} is fewer than the {state.step} steps that {directory.path} "
+                "has done: give more"
+            )
         discard_checkpoints_after(state.step, directory.checkpoints)
         directory.rewind(state.step)
     if not (directory.tokenizer / "tokenizer.json").is_file():

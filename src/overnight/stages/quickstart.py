@@ -52,8 +52,9 @@ def _train(recipe: Recipe, directory: RunDirectory) -> None:
         pretrain.run(recipe, directory)
         return
     before = load_resumed(directory.path)
-    changed = [name for name, value in flatten(recipe).items() if value not in {None, flatten(before)[name]}]
-    if set(changed) - {"data"}:  # a run names the folder that its source was prepared into
+    then = flatten(before) | {"data": recipe.data.data}  # a run names the folder its source was prepared into
+    changed = [name for name, value in flatten(recipe).items() if value not in {None, then[name]}]
+    if changed:
         raise ValueError(
             f"{directory.path} belongs to another recipe, which differs in {', '.join(changed)}: "
             "keep it under another name, or start over with `overnight quickstart --fresh`"
