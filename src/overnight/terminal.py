@@ -62,7 +62,7 @@ def _live_bar(unit: str) -> Progress:
             return Text(f"{task.completed:,.0f} {unit}{rate}")
 
     return Progress(
-        TextColumn("{task.description:<12}"),
+        TextColumn("{task.description:<14}"),
         BarColumn(bar_width=20),
         Rate(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),

@@ -113,7 +113,7 @@ def write_prepared(folder: Path, source: Source, config: PrepareConfig, request:
 def training_texts(source: Source, on_bad_text: str, validation_fraction: float) -> Iterator[str]:
     """What a tokenizer may be trained on: no validation document. Reads nothing until asked for the first."""
     documents = source.documents()  # some sources show a bar of their own while they read
-    with progress("training the tokenizer", source.text_bytes / 1e6, "MB") as advance:
+    with progress("tokenizer", source.text_bytes / 1e6, "MB") as advance:
         for document, fate in judge(documents, on_bad_text):
             advance(len(document.text.encode()) / 1e6)
             if fate in KEPT and split_of(document.text, validation_fraction) == "train":
