@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(
-            f"overnight: {error.strerror}{where}; mend that and go on, a run with --resume", file=sys.stderr
+            f"overnight: {error.strerror or error}{where}; mend that and go on, a run with --resume",
+            file=sys.stderr,
         )
         return FAILED
     except FloatingPointError as error:  # the model's numbers are no numbers

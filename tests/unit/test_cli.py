@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from overnight import cli
 from overnight.cli import VERBS, main
 
 HELP_SECONDS = 0.5
@@ -97,6 +98,25 @@ def test_a_traceback_never_reaches_the_user_for_what_they_wrote(tmp_path: Path) 
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(28, "No space left on device", "runs/x"), "No space left on device (runs/x); mend that"),
+        (OSError("no reason given"), "no reason given; mend that"),
+        (FloatingPointError("the logits are not finite"), "the logits are not finite"),
+    ],
+)
+def test_what_fails_though_well_used_is_one_sentence_too(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert main(["runs"]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
