@@ -19,6 +19,7 @@ from torch import nn
 
 from overnight.model.config import ModelConfig
 from overnight.model.gpt import GPT
+from overnight.model.initialization import initialize
 
 MODULES = ("measure", "peer", "stepper", "sides", "text", "train_step", "generate", "startup", "prepare")
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=8, context_length=16, vocab_size=40)
@@ -159,7 +160,9 @@ def test_another_folder_is_refused_in_one_sentence_with_status_2(
 
 
 def test_the_peer_begins_with_our_weights_but_for_its_padding(peer: Any) -> None:
-    ours = GPT(TINY).weights()
+    model = GPT(TINY)
+    initialize(model, seed=0)
+    ours = model.weights()
     theirs = nn.ModuleDict({"transformer": GPT(dataclasses.replace(TINY, vocab_size=64))})
     for weight in theirs.parameters():
         nn.init.constant_(weight, 7.0)
