@@ -123,8 +123,8 @@ class GPT(nn.Module):
 
 def _embedding(rows: int, n_embd: int) -> nn.Embedding:
     """An embedding not drawn yet. To let torch draw one without memory costs two seconds of imports."""
-    empty = torch.empty(rows, n_embd)
-    embedding: nn.Embedding = nn.Embedding.from_pretrained(empty, freeze=False)  # type: ignore[no-untyped-call]
+    zeros = torch.zeros(rows, n_embd)
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(zeros, freeze=False)  # type: ignore[no-untyped-call]
     return embedding
 
 
