@@ -29,11 +29,20 @@ lint: $(DEV_READY)  ## ruff's rules
 types: $(DEV_READY)  ## mypy, strictly
 	$(BIN)/mypy
 
-benchmark: $(DEV_READY)  ## measure speed; PEER= folder of build-nanogpt, BPE= folder of GPT-2's vocabulary
-	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/prepare.py $(if $(BPE),--bpe "$(BPE)")
-	$(BIN)/python benchmarks/generate.py
-	$(BIN)/python benchmarks/train_step.py $(if $(PEER),--peer "$(PEER)") $(if $(BPE),--bpe "$(BPE)")
+# Folders, each of them optional: PEER of build-nanogpt, NANOGPT, LLMC, BPE of GPT-2's vocabulary; SHAKESPEARE
+# is the text. llm.c steps at the size that its own program has: at 1,024 tokens a step takes it a minute.
+VOCABULARY = $(if $(BPE),--bpe "$(BPE)")
+CHECKOUTS = $(if $(PEER),--peer "$(PEER)") $(if $(NANOGPT),--nanogpt "$(NANOGPT)")
+benchmark: $(DEV_READY)  ## measure speed beside peers; benchmarks/README.md says how to name them
+	$(BIN)/python benchmarks/train_step.py $(CHECKOUTS) $(VOCABULARY) --steps 4 --warm-ups 2
+	$(if $(LLMC),$(BIN)/python benchmarks/train_step.py --llmc "$(LLMC)" $(VOCABULARY) --sides overnight llm.c \
+		--rows 4 --context 64)
+	$(BIN)/python benchmarks/evaluate.py $(CHECKOUTS) $(VOCABULARY)
+	$(if $(SHAKESPEARE),$(BIN)/python benchmarks/shakespeare.py --text "$(SHAKESPEARE)" --repeats 1 \
+		$(if $(NANOGPT),--nanogpt "$(NANOGPT)"))
+	$(BIN)/python benchmarks/generate.py --repeats 3
+	$(BIN)/python benchmarks/startup.py --repeats 3
+	$(BIN)/python benchmarks/prepare.py $(VOCABULARY)
 
 lock: $(DEV_READY)  ## write constraints.txt from what is installed in .venv
 	$(BIN)/python tools/lock.py > constraints.new && mv constraints.new constraints.txt

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, TypeVar
 
+from overnight import __version__
 from overnight.hardware import find_device_name, find_memory_bytes
 from overnight.model.config import ModelConfig
 
@@ -82,16 +83,21 @@ def model_name(config: ModelConfig) -> str:
     return f"GPT-2 {config.parameter_count() / 1e6:.0f}M"
 
 
-def describe_machine() -> dict[str, Any]:
+def on_device(device: str) -> str:
+    """Where something is computed, in words."""
+    return "the CPU" if device == "cpu" else "a GPU"
+
+
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """What the figures were measured on, and how busy it was."""
     return {
-        "cpu": find_device_name("cpu"),
+        "device": find_device_name(device),
         "cores": os.cpu_count(),
         "memory_bytes": find_memory_bytes("cpu"),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": version("torch"),
-        "overnight": version("overnight"),
+        "overnight": __version__,
         "load_average": round(os.getloadavg()[0], 2),
     }
 
@@ -115,7 +121,7 @@ class Report:
         """Title, table, notes, machine and date."""
         machine = self.machine
         where = (
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB; "
+            f"{machine['device']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB; "
             f"Python {machine['python']}, torch {machine['torch']}, overnight {machine['overnight']}; "
             f"{machine['platform']}; load average {machine['load_average']}; {self.date}"
         )

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepper import Task
-
-# glibc then keeps freed memory instead of returning it after every tensor, and asks for large pages. A
-# process reads this variable once, before its first instruction.
-LARGE_PAGES = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
-    "glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=268435456"
-}
+from overnight.world import environment_of_process
+from peers import PEERS
+from stepper import LLM_C, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,57 +22,76 @@ class Side:
     """One way to do the step."""
 
     name: str
-    is_peer: bool = False
+    peer: str | None = None
+    """None: it is overnight."""
     precision: str | None = None
     """fp32 or bf16; None: what `overnight train` takes on this machine."""
     compile: bool = False
     large_pages: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Circumstances:
-    """What a side may need and not find."""
+WAYS = {
+    "fp32": {"precision": "fp32", "compile": False},
+    "fp32-compiled": {"precision": "fp32", "compile": True},
+    "bf16": {"precision": "bf16", "compile": False},
+    "bf16-compiled": {"precision": "bf16", "compile": True},
+}
 
-    peer: bool
-    """A checkout of build-nanogpt was named."""
-    compiler: bool
-    """There is a C++ compiler, and it may be used."""
-    glibc: bool
-    bf16: bool
-    """The CPU multiplies bfloat16 matrices in hardware. Emulated they take ten times as long as float32."""
+
+def _sides_of(peer: str) -> dict[str, Side]:
+    """A peer that is written in PyTorch, in every way."""
+    return {
+        f"{peer}-{way}": Side(name=f"{PEERS[peer]}, {way.replace('-', ' ')}", peer=peer, **settings)  # type: ignore[arg-type]
+        for way, settings in WAYS.items()
+    }
 
 
 SIDES = {
     "overnight": Side(name="overnight, eager"),
     "overnight-compiled": Side(name="overnight, compiled", compile=True),
     "overnight-large-pages": Side(name="overnight, large pages", compile=True, large_pages=True),
-    "peer-float32": Side(name="build-nanogpt, float32", is_peer=True, precision="fp32"),
-    "peer-float32-compiled": Side(
-        name="build-nanogpt, float32 compiled", is_peer=True, precision="fp32", compile=True
-    ),
-    "peer": Side(name="build-nanogpt, bf16 as published", is_peer=True, precision="bf16"),
-    "peer-compiled": Side(name="build-nanogpt, bf16 compiled", is_peer=True, precision="bf16", compile=True),
+    **_sides_of("build-nanogpt"),
+    **_sides_of("nanogpt"),
+    **_sides_of("transformers"),
+    LLM_C: Side(name=LLM_C, peer=LLM_C),
 }
 
 
-def choose_sides(names: Sequence[str] | None, found: Circumstances) -> tuple[list[Side], list[str]]:
-    """The named sides, or if none is named, all that make sense here; and a sentence for each left out.
+@dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """What a side may need, and whether it is there."""
 
-    Without a compiler large pages are measured eagerly. Raises ValueError for a named side that can't run.
+    device: str
+    """cpu or cuda."""
+    missing: Mapping[str, str]
+    """By a peer that can't be measured: why, as a clause."""
+    compiler: bool
+    """torch.compile may be used."""
+    glibc: bool
+    bf16: bool
+    """The device multiplies bfloat16 matrices in hardware; emulated, a CPU takes ten times float32's time."""
+
+
+def choose_sides(names: Sequence[str] | None, found: Circumstances) -> tuple[list[Side], list[str]]:
+    """The named sides, or if none is named, all that make sense here; and a sentence on those left out.
+
+    Of a peer, what makes sense is the shortest precision that the device has. Without a compiler large
+    pages are measured eagerly. Raises ValueError for a named side that can't run.
     """
-    chosen, left_out = [], []
+    chosen: list[Side] = []
+    left_out: dict[str, list[str]] = {}
     for key in SIDES if names is None else names:
         side = _eager_if_need_be(SIDES[key], found)
         obstacle = _find_obstacle(side, found)
         if names is not None and obstacle is not None:
             raise ValueError(f"the side {key} can't run: {obstacle}")
-        if names is None and side.precision == "bf16" and not found.bf16:
-            obstacle = obstacle or f"this CPU only emulates bfloat16; --sides {key} runs it all the same"
+        if names is None and obstacle is None:
+            obstacle = _find_doubt(side, found)
         if obstacle is None:
             chosen.append(side)
         else:
-            left_out.append(f"{side.name} is left out: {obstacle}.")
-    return chosen, left_out
+            left_out.setdefault(obstacle, []).append(side.name)
+    return chosen, [f"Left out, since {why}: {'; '.join(each)}." for why, each in left_out.items()]
 
 
 def _eager_if_need_be(side: Side, found: Circumstances) -> Side:
@@ -87,12 +100,23 @@ def _eager_if_need_be(side: Side, found: Circumstances) -> Side:
 
 def _find_obstacle(side: Side, found: Circumstances) -> str | None:
     """Why a side can't run; None if it can."""
-    if side.is_peer and not found.peer:
-        return "--peer names no checkout"
+    if side.peer is not None and side.peer in found.missing:
+        return found.missing[side.peer]
     if side.compile and not found.compiler:
         return "nothing is compiled here"
+    if side.large_pages and found.device != "cpu":
+        return "large pages are for the memory of a CPU"
     if side.large_pages and not found.glibc:
         return "the C library is not glibc"
+    return None
+
+
+def _find_doubt(side: Side, found: Circumstances) -> str | None:
+    """Why a side that can run is better left out unless it is named; None if it is not."""
+    if side.precision == "bf16" and not found.bf16:
+        return f"this {found.device} only emulates bfloat16 (--sides runs it all the same)"
+    if side.precision == "fp32" and found.bf16:
+        return "bfloat16 is faster here (--sides runs it all the same)"
     return None
 
 
@@ -101,12 +125,11 @@ class Process:
 
     def __init__(self, side: Side, task: Task) -> None:
         self.name = side.name
-        environment = {name: value for name, value in os.environ.items() if name not in LARGE_PAGES}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("stepper.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**environment, **(LARGE_PAGES if side.large_pages else {})},
+            env=environment_of_process(large_pages=side.large_pages),
             text=True,
         )
         self.about = self.ask(json.dumps(dataclasses.asdict(task)))
@@ -126,7 +149,7 @@ class Process:
         return values
 
     def step(self) -> dict[str, Any]:
-        """Do one step."""
+        """Take a turn: one timed step."""
         return self.ask("step")
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""How long a training step of GPT-2 124M takes on the CPU: overnight beside build-nanogpt.
+"""How long a training step of GPT-2 124M takes: overnight beside every peer that is named.
 
-    python benchmarks/train_step.py --peer ../build-nanogpt --rows 2 --context 1024 --steps 5
+    python benchmarks/train_step.py --peer ../build-nanogpt --nanogpt ../nanoGPT --rows 2 --steps 5
 
 Each side is a process of its own, and they step in turn. All begin with the same weights and read the
 same rows of the same text, so that their losses, which are shown, must agree.
@@ -10,32 +10,75 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
+import importlib.util
 import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from measure import Report, interleave, model_name, paired_ratio, run_plainly, spread
+from checkouts import (
+    BUILD_NANOGPT,
+    LLM_C_FILES,
+    NANOGPT,
+    check_llm_c,
+    find_cuda_program,
+    fingerprint,
+    read_definitions,
+)
+from llmc import find_compiler
+from measure import (
+    Report,
+    describe_machine,
+    interleave,
+    model_name,
+    on_device,
+    paired_ratio,
+    run_plainly,
+    spread,
+)
 from overnight.hardware import find_memory_bytes
 from overnight.model.config import PRESETS, ModelConfig
 from overnight.parallel import ComputeConfig, resolve_compute
-from peer import PROGRAM, read_definitions
-from sides import SIDES, Circumstances, Side, at_work, choose_sides
-from stepper import Task
+from overnight.stages.ladder_plan import about_peak, find_peak_flops_or_measure
+from overnight.world import open_world
+from sides import SIDES, Circumstances, Process, Side, at_work, choose_sides
+from stepper import LLM_C, Task
 from text import read_ids
 
 WARM_UPS_AT_LEAST = 2  # in its second step a process's heap still grows
+ROWS_AND_MICRO_BATCHES = {"cpu": (2, 1), "cuda": (64, 8)}  # on a GPU build-nanogpt's: 524,288 tokens a step
 BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, all float32
-FIGURES = ("median ms", "min", "max", "tokens/s", "times as fast", "peak GB", "last loss")
+SAME_LOSS = 0.02  # bfloat16 and a padded vocabulary change a first loss by less, in nats; a mistake by more
+FIGURES = (
+    "median ms",
+    "min",
+    "max",
+    "tokens/s",
+    "MFU",
+    "executed",
+    "overnight is",
+    "peak GB",
+    "first loss",
+    "last",
+)
 
-Answers = Mapping[str, Sequence[Mapping[str, Any]]]
+
+class Measured(NamedTuple):
+    """What the rounds brought, by the side's name."""
+
+    turns: Mapping[str, Sequence[Mapping[str, Any]]]
+    """Those that warm up come first."""
+    about: Mapping[str, Mapping[str, Any]]
+    """What each process says of itself: its precision and its threads."""
+    peak_flops: Mapping[str, float]
+    """By precision: what the device could do."""
 
 
 def measure(options: argparse.Namespace) -> Report:
@@ -43,73 +86,121 @@ def measure(options: argparse.Namespace) -> Report:
     sides, left_out, model = check(options)
     ids = fit_ids(read_ids(options.text, options.data, options.bpe), options, model)
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "ids.npy"
-        np.save(place, ids)
+        np.save(Path(folder) / "ids.npy", ids)
 
         def task(side: Side) -> Task:
+            checkout = checkouts_of(options).get(side.peer)
             return Task(
-                peer=str(options.peer) if side.is_peer else None,
+                peer=side.peer,
+                checkout=None if checkout is None else str(checkout.resolve()),
                 precision=side.precision,
                 compile=side.compile,
+                device=options.device,
                 model=dataclasses.asdict(model),
                 rows=options.rows,
-                ids=str(place),
+                micro_batches=options.micro_batches,
+                folder=folder,
             )
 
         with at_work(sides, task) as processes:
-            steps = {process.name: process.step for process in processes}
-            answers = interleave(steps, options.steps, options.warm_ups)
-            about = {process.name: process.about for process in processes}
+            measured = take_turns(processes, options)
+    ours = find_ours(sides)
     return Report(
-        title=f"One training step of {model_name(model)} on the CPU",
+        title=f"One training step of {model_name(model)} on {on_device(options.device)}",
         headings=("side", "precision", *FIGURES),
-        rows=table_rows(answers, about, find_reference(sides), options.rows * options.context),
-        measured=answers,
-        settings=describe_settings(options, [process["threads"] for process in about.values()]),
-        notes=[
-            f"Times as fast as {find_reference(sides)}: the median of the ratios within each round.",
-            f"While it waited for its turn, no side took more than {busiest_wait(answers):.2%} of a core.",
-            *left_out,
-        ],
+        rows=table_rows(measured, ours, model, options),
+        measured=measured._asdict(),
+        settings=describe_settings(options, measured),
+        notes=[*describe_figures(measured, ours, model, options), *left_out],
+        machine=describe_machine(options.device),
     )
+
+
+def take_turns(processes: Sequence[Process], options: argparse.Namespace) -> Measured:
+    """All rounds; in each, the device's peak is measured as well where its maker publishes none."""
+    about = {process.name: process.about for process in processes}
+    turns: dict[str, Callable[[], Any]] = {process.name: process.step for process in processes}
+    peaks = {
+        each["precision"]: partial(find_peak_flops_or_measure, options.device, each["precision"])
+        for each in about.values()
+    }
+    results: dict[str, list[Any]] = interleave(turns | peaks, options.warm_ups + options.steps)
+    peak_flops = {precision: statistics.median(results.pop(precision)) for precision in peaks}
+    return Measured(results, about, peak_flops)
+
+
+# ---------------------------------------------------------------- what was asked
 
 
 def check(options: argparse.Namespace) -> tuple[list[Side], list[str], ModelConfig]:
     """The sides, which were left out and why, and the model. Raises ValueError if they can't be measured."""
+    open_world(options.device)
+    rows, micro_batches = ROWS_AND_MICRO_BATCHES[options.device]
+    options.rows = rows if options.rows is None else options.rows
+    options.micro_batches = micro_batches if options.micro_batches is None else options.micro_batches
     if options.warm_ups < WARM_UPS_AT_LEAST:
         raise ValueError(f"--warm-ups {options.warm_ups} is too few; give at least {WARM_UPS_AT_LEAST}")
-    for name in ("rows", "steps"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)} is too few; give at least 1")
-    if options.peer is not None:
-        read_definitions(options.peer)
+    for name in ("rows", "micro_batches", "steps"):
+        if (count := getattr(options, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {count} is too few; give at least 1")
     model = dataclasses.replace(PRESETS["gpt2-124m"], context_length=options.context, n_layer=options.layers)
     if problems := model.problems():
         raise ValueError("; ".join(problems))
-    compute = resolve_compute(ComputeConfig(compile=options.compile), "cpu")
+    compute = resolve_compute(ComputeConfig(compile=options.compile), options.device)
     found = Circumstances(
-        peer=options.peer is not None,
+        device=options.device,
+        missing=find_missing(options),
         compiler=bool(compute.compile),
         glibc=platform.libc_ver()[0] == "glibc",
         bf16=compute.precision == "bf16",
     )
     sides, left_out = choose_sides(options.sides, found)
-    check_memory(sides, model, options.rows)
+    check_memory(sides, model, options)
     return sides, left_out, model
 
 
-def check_memory(sides: Sequence[Side], model: ModelConfig, rows: int) -> None:
+def checkouts_of(options: argparse.Namespace) -> dict[str | None, Path]:
+    """Where the peers lie that were named, by the peer."""
+    named = {"build-nanogpt": options.peer, "nanogpt": options.nanogpt, LLM_C: options.llmc}
+    return {peer: path for peer, path in named.items() if path is not None}
+
+
+def find_missing(options: argparse.Namespace) -> dict[str, str]:
+    """By a peer that can't be measured, why. Raises ValueError for a path that is no checkout of it."""
+    named, missing = checkouts_of(options), {}
+    for peer, option in (("build-nanogpt", "--peer"), ("nanogpt", "--nanogpt"), (LLM_C, "--llmc")):
+        if peer not in named:
+            missing[peer] = f"{option} names no checkout"
+    for peer, program in (("build-nanogpt", BUILD_NANOGPT), ("nanogpt", NANOGPT)):
+        if peer in named:
+            read_definitions(program, named[peer])
+    if LLM_C in named:
+        check_llm_c(named[LLM_C], options.device)
+        if options.device == "cpu" and options.micro_batches > 1:
+            missing[LLM_C] = "its program for CPUs has no micro-batches"
+        elif options.device == "cpu" and find_compiler() is None:
+            missing[LLM_C] = "there is no C compiler"
+    if importlib.util.find_spec("transformers") is None:
+        missing["transformers"] = "it is not installed (pip install transformers)"
+    return missing
+
+
+def check_memory(sides: Sequence[Side], model: ModelConfig, options: argparse.Namespace) -> None:
     """Raise ValueError if so many models, one of them stepping, would not fit in memory: an estimate."""
     assert model.vocab_size is not None
-    # Three float32 copies of the logits; about 34 C bytes a token and layer, twice for float32.
-    per_token = 12 * model.vocab_size + 68 * model.n_layer * model.n_embd
+    width = 2 if all(side.precision == "bf16" or side.peer in {None, LLM_C} for side in sides) else 4
+    # Three float32 copies of the logits; about 17 C numbers a token and layer.
+    per_token = 12 * model.vocab_size + 17 * width * model.n_layer * model.n_embd
+    # llm.c keeps attention's weights before and after softmax, and the gradients of everything.
+    per_token_llm_c = 2 * per_token + 16 * model.n_layer * model.n_head * model.context_length
+    tokens = options.rows * model.context_length
     stepping = 1 + sum(side.large_pages for side in sides)  # that side gives nothing back
-    needed = len(sides) * BYTES_PER_PARAMETER * model.parameter_count()
-    needed += stepping * rows * model.context_length * per_token
-    there = find_memory_bytes("cpu")
+    needed = len(sides) * BYTES_PER_PARAMETER * model.parameter_count() + stepping * tokens * per_token
+    needed += sum(side.peer == LLM_C for side in sides) * tokens * per_token_llm_c
+    there = find_memory_bytes(options.device)
     if needed > there:
         raise ValueError(
-            f"{len(sides)} sides at once need about {needed / 1e9:.0f} GB and this machine has "
+            f"{len(sides)} sides at once need about {needed / 1e9:.0f} GB and this {options.device} has "
             f"{there / 1e9:.0f} GB; choose some with --sides, or fewer --rows"
         )
 
@@ -118,62 +209,116 @@ def fit_ids(ids: NDArray[Any], options: argparse.Namespace, model: ModelConfig) 
     """As many ids as all steps read; a short text begins again. Raises ValueError for ids not GPT-2's."""
     if ids.size == 0:
         raise ValueError("the text is empty; name another with --text or --data")
-    needed = (options.warm_ups + options.steps) * options.rows * model.context_length + 1
-    ids = np.resize(ids, needed)
+    # A turn on a GPU has two steps, the first not timed; and rows are read one step ahead.
+    steps = (options.warm_ups + options.steps) * (1 if options.device == "cpu" else 2) + 1
+    ids = np.resize(ids, steps * tokens_per_step(options) + 1)
     if ids.max() >= (model.vocab_size or 0):
         raise ValueError(f"{options.data} holds the id {ids.max()}, GPT-2 knows {model.vocab_size} ids")
     return ids
 
 
-def find_reference(sides: Sequence[Side]) -> str:
-    """The side that the others are compared with: the first peer, or the first of all."""
-    return next((side for side in sides if side.is_peer), sides[0]).name
+def tokens_per_step(options: argparse.Namespace) -> int:
+    """Of one step, all its micro-batches together."""
+    return int(options.rows * options.micro_batches * options.context)
+
+
+# ---------------------------------------------------------------- what came out
+
+
+def find_ours(sides: Sequence[Side]) -> str:
+    """The side that the others are compared with: the last of ours, which is to be the fastest."""
+    return next((side for side in reversed(sides) if side.peer is None), sides[0]).name
 
 
 def table_rows(
-    answers: Answers, about: Mapping[str, Mapping[str, Any]], reference: str, tokens: int
+    measured: Measured, ours: str, model: ModelConfig, options: argparse.Namespace
 ) -> list[list[str]]:
-    """A row for each side; a step has so many `tokens`."""
-    times = {name: [each["milliseconds"] for each in steps] for name, steps in answers.items()}
+    """A row for each side."""
+    timed = {name: turns[options.warm_ups :] for name, turns in measured.turns.items()}
+    times = {name: [turn["milliseconds"] for turn in turns] for name, turns in timed.items()}
+    rows = []
+    for name, turns in timed.items():
+        precision = measured.about[name]["precision"]
+        speed = tokens_per_step(options) / statistics.median(times[name]) * 1e3
+        flops_at_hand = measured.peak_flops[precision] / speed  # what the device could do in a token's time
+        peaks = [turn["peak_bytes"] for turn in turns if turn["peak_bytes"] is not None]
+        rows.append(
+            [
+                name,
+                precision,
+                *spread(times[name]),
+                f"{speed:,.0f}",
+                f"{model.flops_per_token() / flops_at_hand:.1%}",
+                f"{model.executed_flops_per_token('none') / flops_at_hand:.1%}",
+                f"{paired_ratio(times[ours], times[name]):.2f}x as fast",
+                f"{max(peaks) / 1e9:.2f}" if peaks else "",
+                f"{first_loss(measured, name):.4f}",
+                f"{turns[-1]['losses'][-1]:.4f}",
+            ]
+        )
+    return rows
+
+
+def first_loss(measured: Measured, name: str) -> float:
+    """Of a side's very first step: all sides have the same weights there, and the same rows."""
+    return float(measured.turns[name][0]["losses"][0])
+
+
+def describe_figures(
+    measured: Measured, ours: str, model: ModelConfig, options: argparse.Namespace
+) -> list[str]:
+    """What must be known to read the table; and whether the sides did the same work, and rested."""
+    losses = [first_loss(measured, name) for name in measured.turns]
+    apart = max(losses) - min(losses)
+    peaks = [
+        f"{flops / 1e12:.3g} TFLOP/s in {precision} ({about_peak(options.device, precision)})"
+        for precision, flops in measured.peak_flops.items()
+    ]
     return [
-        [
-            name,
-            str(about[name]["precision"]),
-            *spread(times[name]),
-            f"{tokens / statistics.median(times[name]) * 1e3:,.0f}",
-            f"{paired_ratio(times[name], times[reference]):.2f}",
-            f"{steps[-1]['peak_bytes'] / 1e9:.2f}",
-            f"{steps[-1]['loss']:.4f}",
-        ]
-        for name, steps in answers.items()
+        f"overnight is: how many times as fast {ours} is; the median of the ratios within each round.",
+        f"MFU: {model.flops_per_token() / 1e6:.0f} MFLOP a token (6 N + 12 L C T), as a share of "
+        f"{', '.join(peaks)}; executed: the {model.executed_flops_per_token('none') / 1e6:.0f} MFLOP that a "
+        "step has with a padded vocabulary and half the square of attention.",
+        f"The first losses lie within {apart:.4f} nats"
+        + ("." if apart <= SAME_LOSS else ": THE SIDES DO NOT DO THE SAME WORK."),
+        f"While it waited for its turn, no side took more than {busiest_wait(measured):.2%} of a core.",
     ]
 
 
-def busiest_wait(answers: Answers) -> float:
+def busiest_wait(measured: Measured) -> float:
     """The largest share of a core that a side took while it waited for its turn."""
-    every = [each for steps in answers.values() for each in steps]
-    shares = [each["waited_cpu_seconds"] / max(each["waited_seconds"], 1e-9) for each in every]
-    return float(max(shares))
+    every = [turn for turns in measured.turns.values() for turn in turns]
+    return float(max(turn["waited_cpu_seconds"] / max(turn["waited_seconds"], 1e-9) for turn in every))
 
 
-def describe_settings(options: argparse.Namespace, threads: Sequence[int]) -> dict[str, object]:
-    """What was asked for, and which version of the peer it was."""
-    names = ("rows", "context", "layers", "steps", "warm_ups")
+def describe_settings(options: argparse.Namespace, measured: Measured) -> dict[str, object]:
+    """What was asked for, and which versions of the peers it was."""
+    names = ("rows", "micro_batches", "context", "layers", "steps", "warm_ups")
     settings: dict[str, object] = {name.replace("_", "-"): getattr(options, name) for name in names}
-    settings["threads"] = "/".join(sorted({str(count) for count in threads}))
+    settings["tokens-per-step"] = tokens_per_step(options)
+    settings["threads"] = "/".join(sorted({str(each["threads"]) for each in measured.about.values()}))
     if options.peer is not None:
-        program = (options.peer / PROGRAM).read_bytes()
-        settings[f"sha256 of the peer's {PROGRAM}"] = hashlib.sha256(program).hexdigest()[:12]
+        settings["build-nanogpt"] = fingerprint(options.peer / BUILD_NANOGPT.file)
+    if options.nanogpt is not None:
+        settings["nanoGPT"] = fingerprint(options.nanogpt / NANOGPT.file)
+    if options.llmc is not None:
+        is_cpu = options.device == "cpu"
+        program = options.llmc / LLM_C_FILES[0] if is_cpu else find_cuda_program(options.llmc)
+        settings[LLM_C] = fingerprint(program)
     return settings
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--peer", type=Path, help="a checkout of build-nanogpt")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--llmc", type=Path, help="a checkout of llm.c; on a GPU, or its built train_gpt2cu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rows", type=int, help="rows of a micro-batch; 2, or 64 on a GPU, if left out")
     parser.add_argument(
-        "--peer", type=Path, help="a checkout of build-nanogpt; without it, no peer is measured"
+        "--micro-batches", type=int, help="micro-batches of a step; 1, or 8 on a GPU, if left out"
     )
-    parser.add_argument("--rows", type=int, default=2, help="rows of a step")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--layers", type=int, default=12, help="fewer make a quick try")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each side")

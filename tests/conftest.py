@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -34,6 +38,24 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared/data is not beside this checkout")
     return folder
+
+
+class Programs(dict[str, Any]):
+    """The modules of benchmarks/ by their names, imported when they are first asked for."""
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = importlib.import_module(name)
+        return self[name]
+
+
+@pytest.fixture
+def benchmarks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Programs]:
+    """What lies in benchmarks/, imported as a program started there would; forgotten after the test."""
+    folder = repository / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    yield Programs()
+    for name in [*(path.stem for path in folder.glob("*.py")), "build_nanogpt", "nanogpt"]:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(autouse=True)

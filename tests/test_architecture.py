@@ -21,20 +21,21 @@ import pytest
 # From the ground up. A room is a module or a folder of the package; it imports rooms of lower floors only.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
-        {"__init__", "cache", "hardware", "run_directory", "settings", "terminal", "tracking", "world"}
+        {"__init__", "cache", "hardware", "measurement", "run_directory", "settings", "terminal", "tracking"}
+        | {"world"}
     ),
     frozenset({"model", "loss", "optim", "schedule", "sampling"}),
     frozenset({"text"}),
     frozenset({"batching", "data", "state"}),
-    frozenset({"parallel", "checkpoint", "trainer", "generate"}),
-    frozenset({"evaluation", "convert", "report"}),
+    frozenset({"parallel", "checkpoint", "trainer", "decoding", "generate"}),
+    frozenset({"evaluation", "convert", "memory", "report"}),
     frozenset({"stages"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
 ENVIRONMENT_READERS = frozenset({"world", "cache"})
 TORCH_FREE_ROOMS = frozenset(
-    {"cache", "cli", "hardware", "report", "run_directory", "settings", "terminal", "tracking"}
+    {"cache", "cli", "hardware", "measurement", "report", "run_directory", "settings", "terminal", "tracking"}
 )
 FORBIDDEN_WORDS = frozenset(
     {"manager", "helper", "helpers", "handler", "util", "utils", "common", "base", "misc", "wrapper"}

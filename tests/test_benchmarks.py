@@ -1,75 +1,28 @@
-"""What could make a benchmark lie: the order of the sides, the ratios, what is taken from the peer."""
+"""What could make a benchmark lie: the order of the sides, their ratios, whether they do the same work."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import math
+import re
+import shlex
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
 
-MODULES = ("measure", "peer", "stepper", "sides", "text", "train_step", "generate", "startup", "prepare")
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=8, context_length=16, vocab_size=40)
-
-CHECKOUT = """
-import math
-from dataclasses import dataclass
-from hellaswag import render_example
-import torch
-from torch import nn
-
-@dataclass
-class GPTConfig:
-    block_size: int = 4
-    vocab_size: int = 3
-
-class GPT(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.width = math.sqrt(config.block_size)
-
-    def configure_optimizers(self):
-        return "printed" if master_process else "silent"
-
-raise SystemExit("the program runs")
-"""
-
-
-@pytest.fixture
-def benchmarks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Every module of benchmarks/ by its name, imported as a program started there would."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    yield {name: importlib.import_module(name) for name in MODULES}
-    for name in (*MODULES, "build_nanogpt"):
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture
 def measure(benchmarks: dict[str, Any]) -> Any:
     return benchmarks["measure"]
-
-
-@pytest.fixture
-def peer(benchmarks: dict[str, Any]) -> Any:
-    return benchmarks["peer"]
-
-
-def checkout(folder: Path, program: str = CHECKOUT) -> Path:
-    (folder / "train_gpt2.py").write_text(program, encoding="utf-8")
-    return folder
 
 
 # ---------------------------------------------------------------- measuring
@@ -120,212 +73,6 @@ def test_a_report_says_where_and_when_and_holds_every_figure(
     assert json.loads(capsys.readouterr().out)["measured"] == {"a": [1.5]}
 
 
-# ---------------------------------------------------------------- the peer
-
-
-def test_of_the_peer_s_program_only_the_definitions_are_taken(peer: Any, tmp_path: Path) -> None:
-    module = peer.load_definitions(checkout(tmp_path))  # its `raise SystemExit` is not reached
-    model = module.GPT(module.GPTConfig())
-    assert model.width == 2.0  # its own imports are there
-    assert model.configure_optimizers() == "silent"
-    assert "hellaswag" not in sys.modules
-    assert not hasattr(module, "render_example")
-
-
-@pytest.mark.parametrize(
-    ("program", "reason"),
-    [
-        (None, "there is no train_gpt2.py in it"),
-        ("class GPT: ...", "does not define GPTConfig"),
-        ("x = 1", "does not define GPT and GPTConfig"),
-        ("def (", "is not Python"),
-    ],
-)
-def test_another_folder_is_refused_in_one_sentence_with_status_2(
-    benchmarks: dict[str, Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    program: str | None,
-    reason: str,
-) -> None:
-    if program is not None:
-        checkout(tmp_path, program)
-    train_step = benchmarks["train_step"]
-    options = train_step.read_options(["--peer", str(tmp_path)])
-    assert benchmarks["measure"].run_plainly(lambda: train_step.measure(options), as_json=False) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"benchmark: {tmp_path} is not a checkout of build-nanogpt: ")
-    assert reason in said
-    assert said.count("\n") == 1
-
-
-def test_the_peer_begins_with_our_weights_but_for_its_padding(peer: Any) -> None:
-    model = GPT(TINY)
-    initialize(model, seed=0)
-    ours = model.weights()
-    theirs = nn.ModuleDict({"transformer": GPT(dataclasses.replace(TINY, vocab_size=64))})
-    for weight in theirs.parameters():
-        nn.init.constant_(weight, 7.0)
-    peer.copy_weights(ours, theirs)
-    copied = dict(theirs.named_parameters())
-    assert all(torch.equal(copied[f"transformer.{name}"][: len(ours[name])], ours[name]) for name in ours)
-    assert (copied["transformer.wte.weight"][TINY.vocab_size :] == 7.0).all()
-    with pytest.raises(AssertionError, match=r"ln_f\.bias"):
-        peer.copy_weights({name: ours[name] for name in ours if name != "ln_f.bias"}, theirs)
-
-
-# A program whose model is ours under the peer's names, and whose optimizer is written out.
-SAME_MODEL = """
-from dataclasses import dataclass
-import torch
-from torch import nn
-from torch.nn import functional as F
-import overnight.model.gpt
-from overnight.model.config import ModelConfig
-
-@dataclass
-class GPTConfig:
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-
-class GPT(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        sizes = dict(vars(config))
-        self.transformer = overnight.model.gpt.GPT(
-            ModelConfig(context_length=sizes.pop("block_size"), **sizes)
-        )
-
-    def forward(self, ids, targets):
-        logits = self.transformer(ids)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    def configure_optimizers(self, weight_decay, learning_rate, device_type):
-        kinds = [[w for w in self.parameters() if (w.dim() >= 2) == decays] for decays in (True, False)]
-        groups = [{"params": kinds[0], "weight_decay": weight_decay}, {"params": kinds[1], "weight_decay": 0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)
-"""
-
-
-def test_a_peer_with_our_model_has_our_losses(benchmarks: dict[str, Any], tmp_path: Path) -> None:
-    ids = torch.randint(64, (4 * 2 * 16 + 1,), generator=torch.Generator().manual_seed(0)).numpy()
-    np.save(tmp_path / "ids.npy", ids)
-    model = dataclasses.asdict(dataclasses.replace(TINY, vocab_size=64))  # nothing to pad
-    ours = benchmarks["stepper"].Task(
-        peer=None, precision="fp32", compile=False, model=model, rows=2, ids=str(tmp_path / "ids.npy")
-    )
-    theirs = dataclasses.replace(ours, peer=str(checkout(tmp_path, SAME_MODEL)))
-    losses = []
-    for task in (ours, theirs):
-        step, precision = benchmarks["stepper"].build(task)
-        assert precision == "fp32"
-        losses.append([step() for _ in range(4)])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert abs(losses[0][0] - losses[0][3]) > 1e-3  # so the agreement is about updates, too
-
-
-# ---------------------------------------------------------------- sides
-
-
-def chosen(sides: ModuleType, names: list[str] | None = None, **found: bool) -> list[str]:
-    everything = {"peer": True, "compiler": True, "glibc": True, "bf16": True}
-    return [side.name for side in sides.choose_sides(names, sides.Circumstances(**everything | found))[0]]
-
-
-def test_sides_that_can_t_run_are_left_out_and_it_is_said_why(benchmarks: dict[str, Any]) -> None:
-    sides = benchmarks["sides"]
-    assert chosen(sides) == [side.name for side in sides.SIDES.values()]
-    assert not any("nanogpt" in name for name in chosen(sides, peer=False))
-    assert not any("compiled" in name for name in chosen(sides, compiler=False))
-    assert "overnight, large pages" in chosen(sides, compiler=False)
-    assert "overnight, large pages" not in chosen(sides, glibc=False)
-    assert not any("bf16" in name for name in chosen(sides, bf16=False))
-    circumstances = sides.Circumstances(peer=True, compiler=True, glibc=True, bf16=False)
-    _, left_out = sides.choose_sides(None, circumstances)
-    assert left_out[0].startswith("build-nanogpt, bf16 as published is left out: this CPU only emulates")
-
-
-def test_a_named_side_runs_or_is_refused(benchmarks: dict[str, Any]) -> None:
-    sides = benchmarks["sides"]
-    assert chosen(sides, ["peer", "overnight"], bf16=False) == [
-        "build-nanogpt, bf16 as published",
-        "overnight, eager",
-    ]
-    with pytest.raises(ValueError, match="the side peer can't run: --peer names no checkout"):
-        chosen(sides, ["peer"], peer=False)
-
-
-def test_a_process_steps_when_told_with_its_own_environment_and_waits_idly(
-    benchmarks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sides, stepper = benchmarks["sides"], benchmarks["stepper"]
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
-    ids = np.resize(np.arange(TINY.vocab_size or 0, dtype=np.uint16), 3 * 2 * 16 + 1)
-    np.save(tmp_path / "ids.npy", ids)
-    task = stepper.Task(
-        peer=None,
-        precision="fp32",
-        compile=False,
-        model=dataclasses.asdict(TINY),
-        rows=2,
-        ids=str(tmp_path / "ids.npy"),
-    )
-    with sides.at_work(
-        [sides.SIDES["overnight"], sides.SIDES["overnight-large-pages"]], lambda _: task
-    ) as two:
-        assert [process.about["precision"] for process in two] == ["fp32", "fp32"]
-        environments = [read_environment(process) for process in two]
-        answers = [[process.step() for process in two] for _ in range(3)]
-    assert "GLIBC_TUNABLES" not in environments[0]
-    assert "hugetlb=1" in environments[1]["GLIBC_TUNABLES"]
-    losses = [[each["loss"] for each in step] for step in answers]
-    assert losses[0][0] == pytest.approx(math.log(TINY.vocab_size or 0), abs=0.05)
-    assert losses[2][0] < losses[0][0]
-    assert all(one == other for one, other in losses)
-    waited = [answers[2][0][name] for name in ("waited_seconds", "waited_cpu_seconds")]
-    assert waited[1] < 0.5 * waited[0] + 0.01
-
-
-def read_environment(process: Any) -> dict[str, str]:
-    """What the kernel gave a process; {} where it does not tell."""
-    path = Path(f"/proc/{process._process.pid}/environ")
-    if not path.is_file():
-        pytest.skip("this system does not show a process's environment")
-    pairs = path.read_bytes().decode().split("\0")
-    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-
-
-def test_rows_lie_end_to_end(benchmarks: dict[str, Any]) -> None:
-    batches = benchmarks["stepper"].read_rows(np.arange(17, dtype=np.uint16), context_length=4)
-    batch = batches(2, 2)
-    assert batch.ids.tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
-    assert batch.targets.tolist() == [[9, 10, 11, 12], [13, 14, 15, 16]]
-    with pytest.raises(AssertionError, match="too short"):
-        batches(3, 2)
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--warm-ups", "1"], "--warm-ups 1 is too few; give at least 2"),
-        (["--rows", "0"], "--rows 0 is too few"),
-        (["--layers", "0"], "n_layer=0 must be at least 1"),
-        (["--rows", "9999"], "choose some with --sides, or fewer --rows"),
-        (["--text", "nowhere.txt"], "there is no file nowhere.txt"),
-        ([], "name with --bpe a folder"),  # the tests' cache is empty
-    ],
-)
-def test_what_can_t_be_measured_is_refused(
-    benchmarks: dict[str, Any], words: list[str], sentence: str
-) -> None:
-    train_step = benchmarks["train_step"]
-    with pytest.raises(ValueError, match=sentence):
-        train_step.measure(train_step.read_options([*words, "--sides", "overnight"]))
-
-
 # ---------------------------------------------------------------- the other questions
 
 
@@ -355,3 +102,201 @@ def test_both_generators_write_the_same(benchmarks: dict[str, Any]) -> None:
     assert written == generate.write_theirs(theirs, prompts, setting)
     drawn = generate.write_theirs(theirs, prompts, generate.Setting(rows=3, new=8, top_k=5))
     assert [len(ids) for ids in drawn] == [8, 8, 8]
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def far_from_chance(config: ModelConfig) -> Any:
+    """A model whose losses differ from window to window."""
+    from overnight.model.gpt import GPT
+    from overnight.model.initialization import initialize
+
+    model = GPT(config)
+    initialize(model, seed=0)
+    for weight in model.parameters():
+        weight.data.mul_(20.0)
+    model.clear_padding()
+    return model.eval()
+
+
+def ask(evaluate: Any, model: Any, batches: int = 3) -> tuple[Any, torch.Tensor]:
+    """A question of three batches of two rows, and its text."""
+    length = model.config.context_length
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(model.vocab_size, (batches * 2 * length + 1,), generator=generator)
+    batch = evaluate.read_rows(text.numpy(), length)
+    windows = [batch(number * 2, 2) for number in range(batches)]
+    return evaluate.Question(batches=windows, precision="fp32", device="cpu"), text
+
+
+def test_all_judges_agree_on_the_same_windows(benchmarks: dict[str, Any]) -> None:
+    evaluate = benchmarks["evaluate"]
+    model = far_from_chance(TINY)
+    question, _ = ask(evaluate, model)
+    theirs = benchmarks["peers"].build_peer("transformers", None, model)
+    found = evaluate.judge_theirs(theirs, question)
+    assert evaluate.judge_ours(model, question) == pytest.approx(found, abs=1e-4)
+    fewer = dataclasses.replace(question, batches=question.batches[:2])
+    assert abs(evaluate.judge_theirs(theirs, fewer) - found) > 0.01  # another text has another loss
+    assert question.tokens == 3 * 2 * 16
+
+
+def test_overlapping_windows_judge_every_token_once_after_half_a_window(benchmarks: dict[str, Any]) -> None:
+    evaluate = benchmarks["evaluate"]
+    model = far_from_chance(TINY)
+    question, text = ask(evaluate, model)
+    text = text[:-1]  # the last one is only a target
+    nats = []
+    for place in range(1, len(text)):
+        start = 0 if place < 16 else (place // 8 - 1) * 8  # windows begin every 8 tokens
+        logits = model(text[None, start:place])[0, -1]
+        nats.append(-logits.log_softmax(-1)[text[place]].item())
+    theirs = benchmarks["peers"].build_peer("transformers", None, model)
+    assert evaluate.judge_strided(theirs, question) == pytest.approx(sum(nats) / len(nats), abs=1e-4)
+
+
+def test_judges_that_disagree_are_found_out(benchmarks: dict[str, Any]) -> None:
+    evaluate = benchmarks["evaluate"]
+    losses = {"overnight": 10.0, "nanoGPT": 10.001, evaluate.STRIDED: 9.0}
+    assert "within 0.00100 nats." in evaluate.describe_losses(losses)[1]
+    assert "DO NOT JUDGE THE SAME" in evaluate.describe_losses(losses | {"nanoGPT": 10.1})[1]
+
+
+def test_an_evaluation_that_can_t_be_measured_is_refused(benchmarks: dict[str, Any], tmp_path: Path) -> None:
+    evaluate = benchmarks["evaluate"]
+    for words, sentence in (
+        (["--batches", "0"], "--batches 0 is too few"),
+        (["--peer", str(tmp_path)], "is not a checkout of build-nanogpt"),
+        (["--nanogpt", str(tmp_path)], "is not a checkout of nanoGPT"),
+        (["--layers", "0"], "n_layer=0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            evaluate.check(evaluate.read_options(words))
+
+
+# ---------------------------------------------------------------- tiny shakespeare
+
+
+def test_our_shards_are_nanogpt_s_split(benchmarks: dict[str, Any], tmp_path: Path) -> None:
+    from overnight.data.shards import load_prepared_tokenizer, verify
+    from overnight.data.stream import TokenStream
+
+    shakespeare = benchmarks["shakespeare"]
+    characters = "To be, or not to be\n" * 100
+    (tmp_path / "input.txt").write_text(characters, encoding="utf-8")
+    split = shakespeare.read_split(tmp_path / "input.txt", None)
+    assert (split.train, split.validation) == (characters[:1800], characters[1800:])
+    shakespeare.prepare_ours(split, tmp_path / "prepared")
+    manifest = verify(tmp_path / "prepared")
+    assert (manifest.tokens("train"), manifest.tokens("validation")) == (1801, 201)
+    tokenizer = load_prepared_tokenizer(tmp_path / "prepared")
+    (batch,) = TokenStream(tmp_path / "prepared", "validation", tokens_per_row=200).evaluation_batches(1)
+    assert tokenizer.decode(batch.targets[0].tolist()) == split.validation
+    assert batch.targets[0].tolist() == shakespeare.encode(split).tolist()  # their ids are ours
+
+
+def test_a_text_that_is_not_there_is_asked_for(benchmarks: dict[str, Any], tmp_path: Path) -> None:
+    shakespeare = benchmarks["shakespeare"]
+    for text in (None, tmp_path / "input.txt"):
+        with pytest.raises(ValueError, match=r"name with --text the input\.txt of tiny shakespeare"):
+            shakespeare.read_split(text, tmp_path)
+    (tmp_path / "input.txt").write_text("too short", encoding="utf-8")
+    with pytest.raises(ValueError, match="is too short"):
+        shakespeare.read_split(tmp_path / "input.txt", None)
+
+
+def test_both_are_judged_at_every_position_of_every_window(benchmarks: dict[str, Any]) -> None:
+    shakespeare = benchmarks["shakespeare"]
+    model = far_from_chance(dataclasses.replace(TINY, context_length=64))
+    ids = torch.randint(40, (64 * 5 + 30,), generator=torch.Generator().manual_seed(0))
+    nats = []
+    for window in range(5):
+        for place in range(64):
+            start, end = window * 64, window * 64 + place + 1
+            nats.append(-model(ids[None, start:end])[0, -1].log_softmax(-1)[ids[end]].item())
+    found = shakespeare.judge_whole(model, ids.numpy())
+    assert found == pytest.approx(sum(nats) / len(nats), abs=1e-4)
+
+
+def test_our_recipe_is_nanogpt_s(
+    benchmarks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from overnight import cli
+    from overnight.stages import train
+    from overnight.stages.recipe import flatten
+
+    shakespeare, recipes = benchmarks["shakespeare"], []
+    monkeypatch.setattr(train, "run", lambda recipe, resumed: recipes.append(flatten(recipe)))
+    command = shakespeare.command_of_ours(tmp_path, steps=2000, seed=7)
+    assert cli.main(command[command.index("train") :]) == 0
+    theirs = dict(word.removeprefix("--").split("=") for word in shakespeare.command_of_theirs(2000)[3:])
+    pairs = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "dropout": "dropout"}
+    pairs |= {"context_length": "block_size", "total_steps": "max_iters", "device": "device"}
+    assert {name: str(recipes[0][name]) for name in pairs} == {name: theirs[pairs[name]] for name in pairs}
+    assert recipes[0]["tokens_per_step"] == int(theirs["batch_size"]) * int(theirs["block_size"])
+    judged = 2 * int(theirs["eval_iters"]) * recipes[0]["tokens_per_step"]  # theirs judges both splits
+    assert recipes[0]["evaluation_tokens"] == judged
+    # What their config file and train.py say beside the command.
+    expected = {"peak_learning_rate": 1e-3, "beta2": 0.99, "warmup_steps": 100, "weight_decay": 0.1}
+    expected |= {"max_grad_norm": 1.0, "evaluate_every_steps": 250, "final_learning_rate_fraction": 0.1}
+    assert {name: recipes[0][name] for name in expected} == expected
+    assert recipes[0]["learning_rate_decay"] == "cosine"
+    assert recipes[0]["sample_every_steps"] is None
+    assert (recipes[0]["seed"], recipes[0]["data"]) == (7, str(tmp_path))
+
+
+def test_the_two_take_turns_and_each_run_of_ours_has_its_own_seed(
+    benchmarks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shakespeare = benchmarks["shakespeare"]
+    commands = []
+
+    def run(command: list[str], folder: Path) -> tuple[Any, str]:
+        commands.append(command)
+        if "train" in command:
+            (folder / "runs" / "measured").mkdir(parents=True)  # fails if the run before is still there
+            (folder / "runs" / "measured" / "metrics.jsonl").write_text('{"milliseconds": 3}\n' * 3)
+        seconds = 40.0 if "train.py" in command else 10.0
+        printed = "iter 0: loss 4.2, time 9.00ms, mfu\niter 1: loss 4.1, time 7.00ms, mfu\n"
+        return shakespeare.Took(seconds, 2 * seconds), printed
+
+    monkeypatch.setattr(shakespeare, "run_timed", run)
+    monkeypatch.setattr(shakespeare, "load_ours", lambda folder: folder)
+    monkeypatch.setattr(shakespeare, "load_theirs", lambda folder, checkpoint: folder)
+    monkeypatch.setattr(shakespeare, "read_definitions", lambda program, checkout: None)
+    monkeypatch.setattr(shakespeare, "fingerprint", lambda path: "0")
+    monkeypatch.setattr(shakespeare, "judge_whole", lambda logits, ids: 1.9)
+    (tmp_path / "data/shakespeare_char").mkdir(parents=True)
+    (tmp_path / "input.txt").write_text("To be, or not to be\n" * 100, encoding="utf-8")
+    words = ["--nanogpt", str(tmp_path), "--text", str(tmp_path / "input.txt"), "--repeats", "2"]
+    report = shakespeare.measure(shakespeare.read_options(words))
+    trained = [command for command in commands if {"train", "train.py"} & set(command)]
+    assert ["train.py" in command for command in trained] == [False, True, False, True]
+    assert [command[command.index("--seed") + 1] for command in trained[::2]] == ["1337", "1338"]
+    figures = ["40.0", "40.0", "40.0", "80.0", "8.0", "1.9000", "1.9000", "1.9000"]
+    assert report.rows[1] == ["nanoGPT", *figures, "0.25 of its time"]
+
+
+# ---------------------------------------------------------------- all together
+
+
+def shown_commands(repository: Path) -> list[list[str]]:
+    """The benchmark programs that `make benchmark` starts and the README shows, with their words."""
+    variables = ["PEER=p", "NANOGPT=n", "LLMC=l", "BPE=b", "SHAKESPEARE=s"]
+    making = ["make", "--dry-run", "--always-make", "benchmark", *variables]
+    printed = subprocess.run(making, cwd=repository, capture_output=True, text=True, check=True).stdout
+    readme = (repository / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    lines = (printed + readme).replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in lines if re.match(r"(\S*/)?python benchmarks/", line.strip())]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_every_command_shown_has_options_that_its_program_knows(
+    benchmarks: dict[str, Any], repository: Path
+) -> None:
+    commands = shown_commands(repository)
+    for program, *words in commands:
+        benchmarks[Path(program).stem].read_options(words)  # SystemExit if one is unknown
+    shown = {Path(program).name for program, *_ in commands}
+    assert {"train_step.py", "evaluate.py", "shakespeare.py", "startup.py", "prepare.py"} <= shown

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,8 +16,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from overnight import cli
+from overnight.batching import BatchPlan, plan_batches
 from overnight.model.config import PRESETS
 from overnight.report import status
+from overnight.schedule import learning_rate_multiplier
 from overnight.stages import train
 from overnight.stages.recipe import Recipe, flatten, load_recipe, recipe_names
 
@@ -213,7 +216,51 @@ def test_gpt3_s_recipes_follow_its_table(name: str) -> None:
     assert recipe.batch.tokens_per_step % recipe.model.context_length == 0
     assert recipe.optimizer.peak_learning_rate == pytest.approx(rate)
     assert recipe.schedule.total_tokens == 300_000_000_000
-    assert recipe.schedule.warmup_steps * recipe.batch.tokens_per_step == pytest.approx(375e6, rel=0.01)
+    assert recipe.batch.ramp_from_tokens_per_step == 32 * 1024
+    assert 4e9 <= (recipe.batch.ramp_tokens or 0) <= 12e9
+
+
+Rates = Callable[[float], float]
+"""Full steps done before the one in question -> its learning rate, as a share of the peak."""
+
+
+def gpt3_schedule(name: str) -> tuple[BatchPlan, Rates]:
+    """The steps of a GPT-3 recipe, and its learning rates."""
+    recipe = load_recipe(f"gpt3-{name}")
+    plan = plan_batches(recipe.batch, recipe.model.context_length, rows_that_fit=16)
+    length = plan.full_steps_before(plan.steps_for(recipe.schedule.total_tokens or 0))
+    return plan, lambda position: learning_rate_multiplier(position, length, recipe.schedule)
+
+
+@pytest.mark.parametrize("name", GPT3_BATCH_AND_RATE)
+def test_gpt3_s_recipes_peak_at_375_million_tokens_and_are_at_their_floor_at_260_billion(name: str) -> None:
+    plan, rates = gpt3_schedule(name)
+
+    def rate_at(tokens: int) -> float:
+        """Of the first step that begins after so many tokens."""
+        return rates(plan.full_steps_before(plan.steps_for(tokens) + 1) - 1)
+
+    assert rate_at(365_000_000) < 0.99
+    assert rate_at(375_000_000) == pytest.approx(1.0, abs=1e-6)
+    assert rate_at(255_000_000_000) > 0.1005
+    assert rate_at(260_000_000_000) == pytest.approx(0.1, abs=1e-6)
+    assert rate_at(299_000_000_000) == pytest.approx(0.1, abs=1e-6)
+
+
+def papers_rate(tokens: int) -> float:
+    """The learning rate that GPT-3 had after so many tokens, as a share of its peak (appendix B)."""
+    done = min(1.0, max(0.0, (tokens - 375e6) / (260e9 - 375e6)))
+    return min(tokens / 375e6, 0.55 + 0.45 * math.cos(math.pi * done))
+
+
+@pytest.mark.parametrize("name", GPT3_BATCH_AND_RATE)
+def test_gpt3_s_recipes_have_the_paper_s_learning_rate_also_while_the_batch_grows(name: str) -> None:
+    plan, rates = gpt3_schedule(name)
+    steps = [*range(0, 20_000, 20), *range(20_000, plan.steps_for(300_000_000_000), 500)]
+    papers = [papers_rate(plan.tokens_before(step + 1)) for step in steps]
+    assert [rates(plan.full_steps_before(step + 1) - 1) for step in steps] == pytest.approx(papers, abs=0.01)
+    by_steps = max(abs(rates(step) - rate) for step, rate in zip(steps, papers, strict=True))
+    assert by_steps > 0.5  # a ramp's first steps counted as whole ones would be seen
 
 
 # ---------------------------------------------------------------- settings files

@@ -3,7 +3,7 @@
     checkpoints/step-00001000/
       model.safetensors       GPT-2's parameter names, the vocabulary unpadded
       optimizer.safetensors   AdamW's two moments: <parameter>.exp_avg, <parameter>.exp_avg_sq
-      state.json              step, model configuration, formats
+      state.json              step, optimizer updates, float16's loss scale, model configuration, format
       MANIFEST.json           size and sha256 of the three
 
 A checkpoint appears under its name in one rename, after all its bytes are on the disk. It is used only
@@ -30,7 +30,7 @@ from overnight.run_directory import flush_folder, flush_to_disk, write_atomicall
 from overnight.state import TrainState
 from overnight.terminal import say
 
-FORMAT = 1
+FORMAT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 Read = TypeVar("Read")
@@ -48,7 +48,13 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int | None = None) ->
     flush_folder(folder.parent)
     save_file(_for_disk(state.model.weights()), building / "model.safetensors")
     save_file(_for_disk(_moments(state)), building / "optimizer.safetensors")
-    about = {"format": FORMAT, "step": state.step, "model": dataclasses.asdict(state.model.config)}
+    about = {
+        "format": FORMAT,
+        "step": state.step,
+        "updates": _updates(state),
+        "loss_scale": state.scaler.state_dict(),
+        "model": dataclasses.asdict(state.model.config),
+    }
     write_atomically(building / "state.json", json.dumps(about, indent=2) + "\n")
     for name in FILES:
         with (building / name).open("rb") as file:
@@ -87,6 +93,11 @@ def _moments(state: TrainState) -> dict[str, Tensor]:
         if parameter in state.optimizer.state
         for moment in MOMENTS
     }
+
+
+def _updates(state: TrainState) -> int:
+    """How often the weights were changed: `step`, less the steps whose gradients overflowed float16."""
+    return max((int(each["step"]) for each in state.optimizer.state.values()), default=0)
 
 
 def _manifest(checkpoint: Path) -> str:
@@ -157,14 +168,16 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
     for name, parameter in state.model.named_parameters():
         if f"{name}.{MOMENTS[0]}" not in moments:
             continue  # saved before the first step: there were no moments yet
-        # Fused AdamW counts its steps beside the parameter, the other kinds on the CPU.
-        steps = torch.tensor(float(about["step"]), device=parameter.device if is_fused else "cpu")
-        restored = {"step": steps}
+        # Fused AdamW counts its updates beside the parameter, the other kinds on the CPU.
+        updates = torch.tensor(float(about["updates"]), device=parameter.device if is_fused else "cpu")
+        restored = {"step": updates}
         for moment in MOMENTS:
             saved = moments[f"{name}.{moment}"]
             restored[moment] = torch.zeros_like(parameter)
             restored[moment][: len(saved)] = saved
         state.optimizer.state[parameter] = restored
+    if about["loss_scale"]:
+        state.scaler.load_state_dict(about["loss_scale"])
     state.step = about["step"]
 
 

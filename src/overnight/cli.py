@@ -6,9 +6,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from overnight import __version__
+
+if TYPE_CHECKING:  # the list of commands is shown at once
+    from overnight.stages.recipe import Recipe
+
+Settings = TypeVar("Settings", bound="Recipe")
 
 
 class Verb(NamedTuple):
@@ -45,6 +50,16 @@ VERBS = {
         "Loss, perplexity and bits per byte of a model",
         "overnight evaluate runs/quickstart",
     ),
+    "plan": Verb(
+        "PlanConfig",
+        "Will RECIPE fit, how long, how much disk and money?",
+        "overnight plan gpt2-124m --dollars-per-hour 2.50",
+    ),
+    "ladder": Verb(
+        "LadderConfig",
+        "The speed ladder, float32 to everything, on this machine",
+        "overnight ladder --model gpt2-124m --out ladder",
+    ),
     "report": Verb(
         "ReportConfig",
         "The morning page of a run, or several compared",
@@ -68,7 +83,16 @@ DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments is None and words[:1] in (["train"], ["quickstart"]) and not {"-h", "--help"} & set(words):
+    if arguments is None:
+        from overnight.cache import cache_folder
+        from overnight.world import keep_compiled_code
+
+        keep_compiled_code(cache_folder() / "compiled")
+    if (
+        arguments is None
+        and words[:1] in (["train"], ["quickstart"], ["plan"])
+        and not {"-h", "--help"} & set(words)
+    ):
         from overnight.world import restart_with_large_pages
 
         restart_with_large_pages(words)
@@ -109,6 +133,8 @@ def _run(words: list[str]) -> int:
         raise ValueError(f"there is no command {name}{nearest(name, VERBS)}")
     if name == "train":
         _train(rest)
+    elif name == "plan":
+        _plan(rest)
     else:
         _call(name, rest)
     return DONE
@@ -126,26 +152,47 @@ def _call(name: str, rest: list[str]) -> None:
 def _train(rest: list[str]) -> None:
     """A recipe's settings are its options; the recipe, or the run that goes on, comes first."""
     from overnight.report.status import find_run
-    from overnight.settings import from_arguments
     from overnight.stages import train
-    from overnight.stages.recipe import Recipe, load_recipe, recipe_names
+    from overnight.stages.recipe import Recipe
 
     named = _take_option(rest, "--resume")
     resumed = find_run(named) if named is not None else None
-    rest = [
+    default = None if resumed is None else train.load_resumed(resumed)
+    _, recipe = _read_recipe("train", Recipe, rest, default)
+    train.run(recipe, resumed)
+
+
+def _plan(rest: list[str]) -> None:
+    """As `train` takes a recipe, with a few questions more."""
+    plan = importlib.import_module("overnight.stages.plan")
+    name, config = _read_recipe("plan", plan.PlanConfig, rest)
+    plan.run(config, name)
+
+
+def _read_recipe(
+    verb: str, cls: type[Settings], rest: list[str], default: Recipe | None = None
+) -> tuple[str, Settings]:
+    """The name of the recipe that comes first, and that recipe with the options after it.
+
+    With `default` there is no name, and the options change that.
+    """
+    from overnight.settings import from_arguments
+    from overnight.stages.recipe import Recipe, load_recipe, recipe_names
+
+    name = "RECIPE"
+    words = [
         "--start-from" + word.removeprefix("--from") if _is_option(word, "--from") else word for word in rest
     ]
-    default = Recipe(run_name="RECIPE")
-    if resumed is not None:
-        default = train.load_resumed(resumed)
-    elif rest and not rest[0].startswith("-"):
-        default = load_recipe(rest.pop(0))
-    elif not {"-h", "--help"} & set(rest):
-        raise ValueError(f"overnight train needs a recipe: {', '.join(recipe_names())}, or a .toml file")
-    if any(_is_option(word.replace("_", "-"), "--total-tokens") for word in rest):  # the other way to say it
+    if default is None and words and not words[0].startswith("-"):
+        name = words.pop(0)
+        default = load_recipe(name)
+    elif default is None and not {"-h", "--help"} & set(words):
+        raise ValueError(f"overnight {verb} needs a recipe: {', '.join(recipe_names())}, or a .toml file")
+    default = default or Recipe(run_name=name)
+    if any(_is_option(word.replace("_", "-"), "--total-tokens") for word in words):  # the other way to say it
         default = replace(default, schedule=replace(default.schedule, total_steps=None))
-    recipe = from_arguments(Recipe, rest, prog="overnight train", about=_about("train"), default=default)
-    train.run(recipe, resumed)
+    wider = cls(**vars(default))
+    return name, from_arguments(cls, words, prog=f"overnight {verb}", about=_about(verb), default=wider)
 
 
 def _is_option(word: str, option: str) -> bool:
@@ -164,7 +211,7 @@ def _take_option(words: list[str], option: str) -> str | None:
 
 
 def _about(name: str) -> str:
-    more = "\n\n`overnight train` alone lists the recipes." if name == "train" else ""
+    more = f"\n\n`overnight {name}` alone lists the recipes." if name in {"train", "plan"} else ""
     return f"{VERBS[name].about}.{more}\n\nExample: {VERBS[name].example}"
 
 

@@ -12,7 +12,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 
@@ -27,10 +27,26 @@ class DeviceFacts:
     bf16: float | None = None
     fp16: float | None = None
     tf32: float | None = None
-    fp32: float
+    fp32: float | None = None
+    """None of a chip whose maker publishes no rate at all."""
     memory_bytes: int | None = None
     """None where the device shares the machine's memory."""
-    bytes_per_second: float
+    bytes_per_second: float | None = None
+
+    @property
+    def native(self) -> Precision:
+        """The precision that matrices are best multiplied in: see `native_precision`."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+class Device(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    """As one would type it."""
+    pattern: str
+    """Searched in the name that the driver gives."""
+    facts: DeviceFacts
 
 
 def _tensor_cores(
@@ -47,45 +63,82 @@ def _tensor_cores(
     )
 
 
-# Pattern searched in the device's name -> facts; the first that matches. NVIDIA's sheets print most
-# tensor-core figures "with sparsity"; half of those is the dense rate given here.
-DEVICES: tuple[tuple[str, DeviceFacts], ...] = (
+def _before_ampere(fp16: float, fp32: float, memory_gb: int, gb_per_second: float) -> DeviceFacts:
+    """An NVIDIA device whose tensor cores know fp16 only."""
+    return DeviceFacts(fp16=fp16, fp32=fp32, memory_bytes=memory_gb * GB, bytes_per_second=gb_per_second * GB)
+
+
+def _apple(fp32: float | None, gb_per_second: float | None) -> DeviceFacts:
+    """The GPU of an Apple chip."""
+    return DeviceFacts(fp32=fp32, bytes_per_second=gb_per_second and gb_per_second * GB)
+
+
+# The first row whose pattern is found in a name is the device's. NVIDIA's sheets print most tensor-core
+# figures "with sparsity"; half of those is the dense rate given here.
+DEVICES: tuple[Device, ...] = (
     # HGX and DGX B200 data sheets, an eighth of the eight-GPU board's figures.
-    (r"\bB200\b", _tensor_cores(2250, 1125, 75, 180, 8000)),
+    Device("b200", r"\bB200\b", _tensor_cores(2250, 1125, 75, 180, 8000)),
     # H200 and H100 data sheets, columns SXM, NVL and PCIe.
-    (r"\bH200 NVL\b", _tensor_cores(835, 417, 60, 141, 4800)),
-    (r"\bH200\b", _tensor_cores(989, 494, 67, 141, 4800)),
-    (r"\bH100 NVL\b", _tensor_cores(835, 417, 60, 94, 3900)),
-    (r"\bH100 PCIe\b", _tensor_cores(756, 378, 51, 80, 2000)),
-    (r"\bH100\b.*\b(HBM3|SXM5?)\b", _tensor_cores(989, 494, 67, 80, 3350)),
+    Device("h200-nvl", r"\bH200 NVL\b", _tensor_cores(835, 417, 60, 141, 4800)),
+    Device("h200", r"\bH200\b", _tensor_cores(989, 494, 67, 141, 4800)),
+    Device("h100-nvl", r"\bH100 NVL\b", _tensor_cores(835, 417, 60, 94, 3900)),
+    Device("h100-pcie", r"\bH100 PCIe\b", _tensor_cores(756, 378, 51, 80, 2000)),
+    Device("h100", r"\bH100\b.*\b(HBM3|SXM5?)\b", _tensor_cores(989, 494, 67, 80, 3350)),
     # A100 data sheet.
-    (r"\bA100.PCI[Ee].80GB\b|\bA100 80GB PCIe\b", _tensor_cores(312, 156, 19.5, 80, 1935)),
-    (r"\bA100.*80GB\b", _tensor_cores(312, 156, 19.5, 80, 2039)),
-    (r"\bA100.*40GB\b", _tensor_cores(312, 156, 19.5, 40, 1555)),
+    Device(
+        "a100-pcie-80gb",
+        r"\bA100.PCI[Ee].80GB\b|\bA100 80GB PCIe\b",
+        _tensor_cores(312, 156, 19.5, 80, 1935),
+    ),
+    Device("a100-80gb", r"\bA100.*80GB\b", _tensor_cores(312, 156, 19.5, 80, 2039)),
+    Device("a100-40gb", r"\bA100.*40GB\b", _tensor_cores(312, 156, 19.5, 40, 1555)),
     # L40S and L4 data sheets.
-    (r"\bL40S\b", _tensor_cores(362, 183, 91.6, 48, 864)),
-    (r"\bL4\b", _tensor_cores(121, 60, 30.3, 24, 300)),
+    Device("l40s", r"\bL40S\b", _tensor_cores(362, 183, 91.6, 48, 864)),
+    Device("l4", r"\bL4\b", _tensor_cores(121, 60, 30.3, 24, 300)),
     # Ada and GA102 architecture papers, appendix A: the rates with float32 accumulation.
-    (r"\bRTX 4090$", _tensor_cores(165.2, 82.6, 82.6, 24, 1008)),
-    (r"\bRTX 3090$", _tensor_cores(71, 35.6, 35.6, 24, 936)),
-    # V100 and T4 data sheets: tensor cores for fp16 only.
-    (r"\bV100-SXM2-16GB\b", DeviceFacts(fp16=125, fp32=15.7, memory_bytes=16 * GB, bytes_per_second=900e9)),
-    (r"\bV100-SXM2-32GB\b", DeviceFacts(fp16=125, fp32=15.7, memory_bytes=32 * GB, bytes_per_second=900e9)),
-    (r"\bV100-PCIE-16GB\b", DeviceFacts(fp16=112, fp32=14, memory_bytes=16 * GB, bytes_per_second=900e9)),
-    (r"\bV100-PCIE-32GB\b", DeviceFacts(fp16=112, fp32=14, memory_bytes=32 * GB, bytes_per_second=900e9)),
-    (r"\bT4\b", DeviceFacts(fp16=65, fp32=8.1, memory_bytes=16 * GB, bytes_per_second=320e9)),
-    # Apple's announcements of 2020 to 2022; no figure is published for later chips.
-    (r"^Apple M1$", DeviceFacts(fp32=2.6, bytes_per_second=68.25e9)),
-    (r"^Apple M1 Pro$", DeviceFacts(fp32=5.2, bytes_per_second=200e9)),
-    (r"^Apple M1 Max$", DeviceFacts(fp32=10.4, bytes_per_second=400e9)),
-    (r"^Apple M1 Ultra$", DeviceFacts(fp32=21, bytes_per_second=800e9)),
-    (r"^Apple M2$", DeviceFacts(fp32=3.6, bytes_per_second=100e9)),
+    Device("rtx-4090", r"\bRTX 4090$", _tensor_cores(165.2, 82.6, 82.6, 24, 1008)),
+    Device("rtx-3090", r"\bRTX 3090$", _tensor_cores(71, 35.6, 35.6, 24, 936)),
+    # V100 and T4 data sheets.
+    Device("v100-16gb", r"\bV100-SXM2-16GB\b", _before_ampere(125, 15.7, 16, 900)),
+    Device("v100-32gb", r"\bV100-SXM2-32GB\b", _before_ampere(125, 15.7, 32, 900)),
+    Device("v100-pcie-16gb", r"\bV100-PCIE-16GB\b", _before_ampere(112, 14, 16, 900)),
+    Device("v100-pcie-32gb", r"\bV100-PCIE-32GB\b", _before_ampere(112, 14, 32, 900)),
+    Device("t4", r"\bT4\b", _before_ampere(65, 8.1, 16, 320)),
+    # Apple's announcements of 2020 to 2024. It has published no rate since the M2; the bandwidths of the
+    # M3 Max and the M4 Max depend on how many cores were bought.
+    Device("m1", r"^Apple M1$", _apple(2.6, 68.25)),
+    Device("m1-pro", r"^Apple M1 Pro$", _apple(5.2, 200)),
+    Device("m1-max", r"^Apple M1 Max$", _apple(10.4, 400)),
+    Device("m1-ultra", r"^Apple M1 Ultra$", _apple(21, 800)),
+    Device("m2", r"^Apple M2$", _apple(3.6, 100)),
+    Device("m2-pro", r"^Apple M2 Pro$", _apple(None, 200)),
+    Device("m2-max", r"^Apple M2 Max$", _apple(None, 400)),
+    Device("m2-ultra", r"^Apple M2 Ultra$", _apple(None, 800)),
+    Device("m3", r"^Apple M3$", _apple(None, 100)),
+    Device("m3-pro", r"^Apple M3 Pro$", _apple(None, 150)),
+    Device("m3-max", r"^Apple M3 Max$", _apple(None, None)),
+    Device("m4", r"^Apple M4$", _apple(None, 120)),
+    Device("m4-pro", r"^Apple M4 Pro$", _apple(None, 273)),
+    Device("m4-max", r"^Apple M4 Max$", _apple(None, None)),
 )
+BRANDS = re.compile(r"\b(nvidia|geforce|rtx|tesla|apple)-")
+
+
+def find_device(name: str) -> Device | None:
+    """The row of a device, by the name its driver gives or by the table's own; None if it has none.
+
+    Of the table's own names the brand may be left out or added, and case does not matter: 4090, RTX 4090.
+    """
+    typed = BRANDS.sub("", re.sub(r"[\s_-]+", "-", name.strip().lower()))
+    called = (device for device in DEVICES if BRANDS.sub("", device.name) == typed)
+    driven = (device for device in DEVICES if re.search(device.pattern, name))
+    return next(called, None) or next(driven, None)
 
 
 def find_device_facts(device_name: str) -> DeviceFacts | None:
     """What is published about a device, by the name its driver gives; None where nothing is known."""
-    return next((facts for pattern, facts in DEVICES if re.search(pattern, device_name)), None)
+    driven = (device.facts for device in DEVICES if re.search(device.pattern, device_name))
+    return next(driven, None)
 
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:
@@ -123,22 +176,22 @@ def _read_model_name(cpuinfo: Path) -> str | None:
     return found[1].strip() if found else None
 
 
-def native_precision(device: str) -> Literal["bf16", "fp32"]:
-    """bf16 where the device multiplies bfloat16 matrices in hardware, else fp32.
+def native_precision(device: str) -> Literal["bf16", "fp16", "fp32"]:
+    """bf16 where the device multiplies bfloat16 matrices in hardware, fp16 where only those, else fp32.
 
-    A CPU does with AMX tiles (Intel, since 2023) or AVX512-BF16 (AMD, since 2022), an NVIDIA GPU since
-    compute capability 8.0 (2020). Elsewhere torch emulates bfloat16, slower than float32. Apple's GPUs
-    train in fp32.
+    A CPU has bfloat16 with AMX tiles (Intel, since 2023) or AVX512-BF16 (AMD, since 2022), an NVIDIA GPU
+    since compute capability 8.0 (2020), and float16 alone since 7.0 (V100, T4). Elsewhere torch emulates
+    them, slower than float32. Apple's GPUs train in fp32.
     """
     import torch
 
     if device == "cpu":
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    elif device.startswith("cuda"):
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = False
-    return "bf16" if native else "fp32"
+        has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return "bf16" if has_bf16 else "fp32"
+    if not device.startswith("cuda"):
+        return "fp32"
+    capability = torch.cuda.get_device_capability(device)
+    return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
 
 
 def find_memory_bytes(device: str) -> int:

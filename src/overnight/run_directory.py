@@ -12,12 +12,14 @@
       .lock              held by the process that trains here
 
 Whole files are replaced atomically. The line files only grow, except on resuming: then the lines
-after the checkpoint's step are dropped, since those steps are about to be done again.
+after the checkpoint's step are dropped, since those steps are about to be done again. JSON has no
+NaN and no infinity: what is not finite is null there, as the gradients' norm after an overflow of float16.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -107,7 +109,7 @@ class RunDirectory:
         for path in (self.path / name for name in LINE_FILES):
             if path.is_file():
                 kept = [line for line in _read_lines(path) if line["step"] <= step]
-                write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+                write_atomically(path, "".join(map(_to_json, kept)))
 
     def flush(self) -> None:
         """Return once every metrics and event line is on the disk: before a checkpoint is published."""
@@ -158,7 +160,17 @@ class RunDirectory:
 def _append(path: Path, line: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(_to_json(line))
+
+
+def _to_json(line: Mapping[str, Any]) -> str:
+    """One line of strict JSON, its numbers that are not finite as null; they may not stand any deeper."""
+    finite = {name: None if _is_not_finite(value) else value for name, value in line.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

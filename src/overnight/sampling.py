@@ -56,7 +56,8 @@ def sample(
     """Draw one id for each row, int64 (B,); `rows` and `positions` say where its noise comes from.
 
     The ids lie on the logits' device, but on the CPU for an Apple GPU's. Raises FloatingPointError for
-    logits that are not finite. Of equal logits at the edge of top-k, torch chooses which are kept.
+    logits that are not finite. Of equal logits at the edge of top-k, torch chooses which are kept; at the
+    edge of top-p all are.
     """
     import torch
 
@@ -76,28 +77,36 @@ def sample(
     # 0 for the likeliest, less for the others, and in float64: no temperature can overflow the exponential.
     below_BK = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).double()
     weights_BK = (below_BK / config.temperature).exp()
-    total_B1 = weights_BK.sum(dim=-1, keepdim=True)
-    if config.top_p is not None and ids_BK is None:
-        weights_BK, ids_BK = _likeliest_first(weights_BK, config.top_p * total_B1)
-    reached_BK = weights_BK.cumsum(dim=-1)
     if config.top_p is not None:
-        last_B1 = torch.searchsorted(reached_BK, config.top_p * total_B1)
-        reached_BK = reached_BK.minimum(reached_BK.gather(-1, last_B1.clamp(max=reached_BK.shape[-1] - 1)))
+        least_B1 = _least_weight_kept(weights_BK, config.top_p)
+        weights_BK = weights_BK.where(weights_BK >= least_B1, 0.0)
+    reached_BK = weights_BK.cumsum(dim=-1)
     drawn = [[noise(config.seed, row, position)] for row, position in zip(rows, positions, strict=True)]
     drawn_B1 = torch.tensor(drawn, dtype=torch.float64, device=logits_BV.device)
     chosen_B1 = torch.searchsorted(reached_BK, drawn_B1 * reached_BK[:, -1:], right=True)
     return (chosen_B1 if ids_BK is None else ids_BK.gather(-1, chosen_B1)).squeeze(-1)
 
 
-def _likeliest_first(weights_BV: Tensor, wanted_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights in falling order and their ids, (B, K): enough of them to reach `wanted_B1` in every row.
+def _least_weight_kept(weights_BK: Tensor, top_p: float) -> Tensor:
+    """The smallest of the fewest weights that together reach `top_p` of all, (B, 1).
 
-    Sorting 50,257 weights takes several milliseconds a row, and a few hundred usually suffice.
+    A few hundred of 50,257 usually do, and are found fifteen times faster than all are sorted.
     """
-    for K in (512, 8192):
-        if weights_BV.shape[-1] > K:
-            weights_BK, ids_BK = weights_BV.topk(K)
-            if (weights_BK.sum(dim=-1, keepdim=True) >= wanted_B1).all():
-                return weights_BK, ids_BK
-    weights_BV, ids_BV = weights_BV.sort(dim=-1, descending=True)
-    return weights_BV, ids_BV
+    import torch
+
+    wanted_B1 = top_p * weights_BK.sum(dim=-1, keepdim=True)
+    falling = weights_BK.topk(min(512, weights_BK.shape[-1])).values
+    if (falling.sum(dim=-1, keepdim=True) < wanted_B1).any():
+        falling = _sorted(weights_BK).flip(-1)
+    last_B1 = torch.searchsorted(falling.cumsum(dim=-1), wanted_B1)
+    return falling.gather(-1, last_B1.clamp(max=falling.shape[-1] - 1))
+
+
+def _sorted(weights_BK: Tensor) -> Tensor:
+    """Weights in rising order. On a CPU by numpy, which sorts bare numbers twice as fast as torch."""
+    import numpy as np
+    import torch
+
+    if weights_BK.device.type == "cpu":
+        return torch.from_numpy(np.sort(weights_BK.detach().numpy(), axis=-1))
+    return weights_BK.sort(dim=-1).values

@@ -1,9 +1,14 @@
-"""The learning rate as a pure function of the step. Needs no torch."""
+"""The learning rate as a pure function of how far the run has come. Needs no torch.
+
+Far is counted in full steps, so that the rate follows the tokens: a smaller step of a batch ramp counts for
+the share of a full one's tokens that it has. Without a ramp, full steps are the steps.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,36 +20,80 @@ class ScheduleConfig:
     total_tokens: int | None = None
     """Length of the run in tokens, rounded up to whole steps; give this or total_steps."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from near 0 to its peak."""
+    """Full steps over which the learning rate rises to its peak; a ramp's smaller ones count in part."""
+    learning_rate_decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """How it falls after warm-up; wsd (warm-up, stable, decay) keeps the peak, then falls in a line."""
+    decay_steps: int | None = None
+    """Full steps that the fall takes; if left out all after warm-up, with wsd the last fifth of the run."""
     final_learning_rate_fraction: float = 0.1
-    """Where the cosine ends, as a share of the peak (GPT-3 paper, appendix B: 10%); 1 keeps it constant."""
+    """Where the fall ends, as a share of the peak (GPT-3 paper, appendix B: 10%); there it stays."""
 
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
+    def problems(self, full_steps: float | None = None) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing.
+
+        `full_steps` is the run's length; total_steps, at least as many, stands for it while it is unknown.
+        """
         found = []
         if (self.total_steps is None) == (self.total_tokens is None):
             both = self.total_steps is not None
             found.append(f"give {'only one' if both else 'one'} of total_steps and total_tokens")
-        for name in ("total_steps", "total_tokens"):
+        for name in ("total_steps", "total_tokens", "decay_steps"):
             if (length := getattr(self, name)) is not None and length < 1:
                 found.append(f"{name}={length} must be at least 1")
         if self.warmup_steps < 0:
             found.append(f"warmup_steps={self.warmup_steps} must be at least 0")
-        if self.total_steps is not None and 1 <= self.total_steps < self.warmup_steps:
-            found.append(f"warmup_steps={self.warmup_steps} is longer than total_steps={self.total_steps}")
         if not 0.0 <= self.final_learning_rate_fraction <= 1.0:
             found.append(
                 f"final_learning_rate_fraction={self.final_learning_rate_fraction} must lie between 0 and 1"
             )
-        return found
+        return found or self._misfits(self.total_steps if full_steps is None else full_steps)
+
+    def _misfits(self, full_steps: float | None) -> list[str]:
+        """What is wrong between values that are right by themselves."""
+        decay_steps = self.decay_steps
+        if decay_steps is not None and self.learning_rate_decay == "constant":
+            return [
+                f"decay_steps={decay_steps} has no meaning with learning_rate_decay=constant: leave it out"
+            ]
+        if full_steps is None:
+            return []
+        total = f"total_steps={self.total_steps}"
+        if full_steps != self.total_steps:
+            total += f" ({full_steps:.1f} full steps)"
+        if self.warmup_steps > full_steps:
+            return [f"warmup_steps={self.warmup_steps} is longer than {total}"]
+        left = math.floor(full_steps - self.warmup_steps)
+        if decay_steps is not None and decay_steps > left:
+            return [
+                f"decay_steps={decay_steps} is longer than what warmup_steps={self.warmup_steps} leaves of "
+                f"{total}: {f'at most {left}' if left else 'leave it out'}"
+            ]
+        return []
 
 
-def learning_rate_multiplier(step: int, config: ScheduleConfig) -> float:
-    """What the peak learning rate is multiplied by at `step`, counted from 0: linear warm-up, then cosine."""
-    assert config.total_steps is not None, "the run's length is resolved before it starts"
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+def learning_rate_multiplier(position: float, length: float, config: ScheduleConfig) -> float:
+    """What the peak learning rate is multiplied by: linear warm-up, then the decay.
+
+    `position` is how far the run has come and `length` how far it goes, both in full steps: without a ramp
+    the step, counted from 0, and total_steps. The length matters where decay_steps is left out, and with
+    wsd: a run that goes on with another one follows its schedule from there on, and its rate may jump.
+    """
+    if position < config.warmup_steps:
+        return min((position + 1) / config.warmup_steps, 1.0)  # parts of full steps may overshoot
+    if config.learning_rate_decay == "constant":
+        return 1.0
+    begin, full_steps = _decay(length, config)
+    done = min(max(position - begin, 0) / max(1, full_steps), 1.0)
+    left = 0.5 * (1.0 + math.cos(math.pi * done)) if config.learning_rate_decay == "cosine" else 1.0 - done
     floor = config.final_learning_rate_fraction
-    return floor + (1.0 - floor) * cosine
+    return floor + (1.0 - floor) * left
+
+
+def _decay(length: float, config: ScheduleConfig) -> tuple[float, float]:
+    """(where the rate begins to fall, how far it is from there to the floor), in full steps."""
+    after_warmup = length - config.warmup_steps
+    if config.learning_rate_decay == "wsd":
+        # 10 to 20% do as well as a cosine over the whole run (Hägele et al. 2024, arXiv 2405.18392).
+        full_steps = config.decay_steps or min(after_warmup, math.ceil(length / 5))
+        return length - full_steps, full_steps
+    return config.warmup_steps, config.decay_steps or after_warmup

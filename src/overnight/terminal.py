@@ -25,18 +25,20 @@ def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callab
     """Show how far a stage has come; yields `advance(amount=1, note="")`.
 
     On a terminal this is a live bar with the rate and the time left. Elsewhere (a log file, a
-    pipe) it is a single line when the stage ends. `total=None` means the length is unknown.
+    pipe) it is a single line when the stage ends. `total=None` means the length is unknown. Without
+    a `unit` the amounts only move the bar, and the note tells what was done.
     """
     started_at = time.perf_counter()
-    done = 0.0
+    done, told = 0.0, "nothing"
     if not sys.stderr.isatty():
 
-        def count(amount: float = 1, _note: str = "") -> None:
-            nonlocal done
-            done += amount
+        def count(amount: float = 1, note: str = "") -> None:
+            nonlocal done, told
+            done, told = done + amount, note
 
         yield count
-        say(f"{title}: {done:,.0f} {unit} in {time.perf_counter() - started_at:.1f} s".replace("  ", " "))
+        what = f"{done:,.0f} {unit}" if unit else told
+        say(f"{title}: {what} in {time.perf_counter() - started_at:.1f} s".replace("  ", " "))
         return
 
     with _live_bar(unit) as bar:
@@ -59,7 +61,7 @@ def _live_bar(unit: str) -> Progress:
 
         def render(self, task: Task) -> Text:
             rate = f" {task.speed:,.0f}/s" if task.speed else ""
-            return Text(f"{task.completed:,.0f} {unit}{rate}")
+            return Text(f"{task.completed:,.0f} {unit}{rate}" if unit else "")
 
     return Progress(
         TextColumn("{task.description:<14}"),

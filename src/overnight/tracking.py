@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import math
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ def open_trackers(
 
     `folder` is the run's directory; opening the same one again continues its curves. Steps that were logged
     before an interruption and are computed again replace the earlier ones where the tracker can do that.
+    Values that are not finite are left out: a gap in their curve.
     Raises ValueError for an unknown name or one that is not installed, before anything is written.
     """
     problems = find_problems(names)
@@ -49,8 +51,9 @@ def open_trackers(
         logs = [stack.enter_context(TRACKERS[name](run)) for name in names]
 
         def log(step: int, values: Mapping[str, float]) -> None:
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}
             for log_to_one in logs:
-                log_to_one(step, values)
+                log_to_one(step, finite)
 
         yield log
 

@@ -29,7 +29,8 @@ class StepResult(NamedTuple):
     loss: float
     """Mean nats per token over all of the step's tokens, before the update."""
     grad_norm: float
-    """Euclidean norm of all gradients together, before clipping."""
+    """Euclidean norm of all gradients together, before clipping. Not finite: an overflow of float16, and
+    the step has changed no weight."""
     learning_rate: float
     tokens: int
     seconds: float
@@ -43,7 +44,7 @@ class Training:
     """What the loop needs besides the state: where batches come from, what is minimised, and how fast."""
 
     batches: Callable[[int, int], Batch]
-    """(first row, number of rows) -> Batch; rows are numbered from the start of the run."""
+    """(first row, number of rows) -> Batch on `device`; rows are numbered from the start of the run."""
     loss: Callable[[Tensor, Tensor], Tensor]
     """(ids, targets) -> summed nats."""
     plan: BatchPlan
@@ -82,20 +83,48 @@ def train_step(state: TrainState, training: Training) -> StepResult:
     """One update from all of the step's tokens, however they are divided into micro-batches."""
     started_at = time.perf_counter()
     plan = training.plan
+    tokens = plan.tokens(state.step)
     state.model.train()
     total = LossSum(torch.zeros((), device=training.device), 0)
-    for micro_batch in range(plan.micro_batches):
+    for micro_batch in range(plan.micro_batches(state.step)):
         batch = training.batches(*plan.rows(state.step, micro_batch))
         _seed_dropout(state, training.seed, micro_batch)
-        nats = training.loss(batch.ids.to(training.device), batch.targets.to(training.device))
-        (nats / plan.tokens_per_step).backward()  # type: ignore[no-untyped-call]
+        nats = training.loss(batch.ids, batch.targets)
+        state.scaler.scale(nats / tokens).backward()  # type: ignore[no-untyped-call]
         total = total.plus(LossSum(nats.detach(), batch.targets.numel()))
-    assert total.tokens == plan.tokens_per_step, f"{total.tokens} tokens in a step of {plan.tokens_per_step}"
+    assert total.tokens == tokens, f"{total.tokens} tokens in a step of {tokens}"
     learning_rate = training.learning_rate(state.step)
-    grad_norm = apply_gradients(state.optimizer, learning_rate, training.max_grad_norm)
+    grad_norm = apply_gradients(state.optimizer, learning_rate, training.max_grad_norm, state.scaler)
     state.step += 1
     loss, norm = total.per_token(), grad_norm.item()  # waits for the device: the clock is honest
     return StepResult(state.step, loss, norm, learning_rate, total.tokens, time.perf_counter() - started_at)
+
+
+def fits(training: Training, state: TrainState) -> bool:
+    """True if one micro-batch goes forward and backward in the device's memory; the state stays as it is.
+
+    Always true of the CPU, whose operating system gives no answer but to end the process.
+    """
+    if training.device == "cpu":
+        return True
+    try:
+        batch = training.batches(*training.plan.rows(state.step, 0))
+        with _moments_held(state):
+            training.loss(batch.ids, batch.targets).backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+    return True
+
+
+@contextmanager
+def _moments_held(state: TrainState) -> Iterator[None]:
+    """Within, as much memory is taken as AdamW's two moments are going to take."""
+    parameters = () if state.optimizer.state else tuple(state.model.parameters())
+    held = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
+    yield
+    del held
 
 
 def derive_seed(*parts: int) -> int:

@@ -1,33 +1,164 @@
 from __future__ import annotations
 
+from fractions import Fraction
+from itertools import accumulate, pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.batching import BatchConfig, estimate_rows_that_fit, plan_batches
+from overnight.batching import (
+    BatchConfig,
+    BatchPlan,
+    constant_plan,
+    estimate_rows_that_fit,
+    plan_batches,
+)
 from overnight.model.config import PRESETS
+
+GPT3 = BatchConfig(tokens_per_step=524_288, ramp_from_tokens_per_step=32_768, ramp_tokens=4 * 10**9)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[BatchConfig, BatchPlan]:
+    """A config, with a ramp or without, and its plan with any micro-batch."""
+    tokens_per_row, unit_rows, sizes = (
+        draw(st.integers(1, 9)),
+        draw(st.integers(1, 12)),
+        draw(st.integers(1, 9)),
+    )
+    unit = unit_rows * tokens_per_row
+    config = BatchConfig(
+        tokens_per_step=unit * sizes,
+        ramp_from_tokens_per_step=unit if sizes > 1 else None,
+        ramp_tokens=draw(st.integers(1, 40 * unit)) if sizes > 1 else None,
+    )
+    return config, plan_batches(config, tokens_per_row, draw(st.integers(1, 12)))
+
+
+def sizes_step_by_step(config: BatchConfig, steps: int) -> list[int]:
+    """The tokens of each step as the ramp is described: counted one after the other, in fractions."""
+    first, full, ramp_tokens = config.ramp_from_tokens_per_step, config.tokens_per_step, config.ramp_tokens
+    if first is None or ramp_tokens is None:
+        return [full] * steps
+    share = Fraction(ramp_tokens, full // first - 1)
+    sizes: list[int] = []
+    for _ in range(steps):
+        sizes.append(min(full, first + first * (sum(sizes) // share)))
+    return sizes
+
+
+@given(plans())
+def test_a_step_has_the_size_that_the_tokens_seen_before_it_say(drawn: tuple[BatchConfig, BatchPlan]) -> None:
+    config, plan = drawn
+    sizes = sizes_step_by_step(config, 60)
+    assert [plan.tokens(step) for step in range(60)] == sizes
+    assert [plan.tokens_before(step) for step in range(61)] == [0, *accumulate(sizes)]
+
+
+@given(plans())
+def test_full_steps_are_counted_by_tokens_and_without_a_ramp_are_the_steps(
+    drawn: tuple[BatchConfig, BatchPlan],
+) -> None:
+    config, plan = drawn
+    sizes = sizes_step_by_step(config, 60)
+    counted = [plan.full_steps_before(step) for step in range(61)]
+    assert counted == [float(Fraction(seen, config.tokens_per_step)) for seen in (0, *accumulate(sizes))]
+    assert (counted == list(range(61))) == (min(sizes) == config.tokens_per_step)
+
+
+@given(plans())
+def test_a_plan_covers_each_row_once_and_in_order(drawn: tuple[BatchConfig, BatchPlan]) -> None:
+    config, plan = drawn
+    seen: list[int] = []
+    for step, tokens in enumerate(sizes_step_by_step(config, 30)):
+        for micro_batch in range(plan.micro_batches(step)):
+            first, count = plan.rows(step, micro_batch)
+            assert count == plan.rows_per_micro_batch  # one shape: nothing is compiled twice
+            seen += range(first, first + count)
+        assert len(seen) * plan.tokens_per_row == plan.tokens_before(step + 1)
+        assert plan.tokens(step) == tokens
+    assert seen == list(range(len(seen)))
+
+
+@given(plans(), st.integers(0, 3000))
+def test_steps_for_tokens_are_the_fewest_that_have_them(
+    drawn: tuple[BatchConfig, BatchPlan], tokens: int
+) -> None:
+    _, plan = drawn
+    steps = plan.steps_for(tokens)
+    assert plan.tokens_before(steps) >= tokens
+    assert steps == 0 or plan.tokens_before(steps - 1) < tokens
+    assert plan.steps_for(plan.tokens_before(steps)) == steps
+
+
+def test_the_sizes_of_a_ramp_have_equal_shares_of_its_tokens() -> None:
+    plan = plan_batches(GPT3, 2048, 16)
+    assert [stage.micro_batches for stage in plan.stages] == list(range(1, 17))
+    share = 4 * 10**9 / 15
+    for stage, following in pairwise(plan.stages):
+        held = plan.tokens_before(following.first_step) - plan.tokens_before(stage.first_step)
+        assert held == pytest.approx(share, abs=plan.tokens(following.first_step))
+    full_from = plan.stages[-1].first_step
+    assert plan.tokens_before(full_from - 1) < 4 * 10**9 <= plan.tokens_before(full_from)
+    assert plan.tokens(full_from) == plan.tokens(10**9) == 524_288
+
+
+@pytest.mark.parametrize("rows_that_fit, at_once", [(1, 1), (7, 4), (15, 8), (500, 16)])
+def test_the_steps_of_a_ramp_are_the_same_whatever_the_micro_batch(rows_that_fit: int, at_once: int) -> None:
+    plan = plan_batches(GPT3, 2048, rows_that_fit)
+    assert plan.rows_per_micro_batch == at_once
+    twin = plan_batches(GPT3, 2048, 16)
+    for step in (0, 1, 8138, 8139, 8140, 20_000, 10**6):
+        assert plan.tokens(step) == twin.tokens(step)
+        assert plan.rows(step, 0)[0] == twin.rows(step, 0)[0]
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 100))
-def test_a_plan_covers_each_row_of_each_step_once(rows: int, tokens_per_row: int, fit: int) -> None:
-    plan = plan_batches(BatchConfig(tokens_per_step=rows * tokens_per_row), tokens_per_row, fit)
-    assert plan.tokens_per_step == rows * tokens_per_row
-    assert plan.rows_per_micro_batch <= max(1, fit)
-    seen = []
-    for step in range(3):
-        for micro_batch in range(plan.micro_batches):
-            first, count = plan.rows(step, micro_batch)
-            seen += range(first, first + count)
-    assert seen == list(range(3 * rows))
+def test_the_micro_batch_found_is_the_largest_that_divides_and_fits(rows: int, tokens: int, fit: int) -> None:
+    plan = plan_batches(BatchConfig(tokens_per_step=rows * tokens), tokens, fit)
+    assert plan == constant_plan(tokens, plan.rows_per_micro_batch, rows // plan.rows_per_micro_batch)
+    assert plan.tokens(5) == rows * tokens
+    assert [
+        count for count in range(1, fit + 1) if rows % count == 0 and count >= plan.rows_per_micro_batch
+    ] == [plan.rows_per_micro_batch]
 
 
-def test_what_does_not_divide_names_values_that_do() -> None:
-    with pytest.raises(ValueError, match=r"context_length=64; 1024 is"):
-        plan_batches(BatchConfig(tokens_per_step=1000), 64, 8)
-    with pytest.raises(ValueError, match=r"these do: 1, 2, 4, 8, 16"):
-        plan_batches(BatchConfig(tokens_per_step=1024, rows_per_micro_batch=3), 64, 8)
-    with pytest.raises(ValueError, match=r"; 64 is"):
-        plan_batches(BatchConfig(tokens_per_step=32), 64, 8)
+@pytest.mark.parametrize(
+    "settings, complaint",
+    [
+        ({"tokens_per_step": 1000}, "context_length=64; 1024 is"),
+        ({"tokens_per_step": 32}, "; 64 is"),
+        ({"rows_per_micro_batch": 3}, "16 rows of tokens_per_step=1024; these do: 1, 2, 4, 8, 16"),
+        ({"ramp_from_tokens_per_step": 128}, "give both of ramp_from_tokens_per_step and ramp_tokens"),
+        ({"ramp_tokens": 128}, "give both of ramp_from_tokens_per_step and ramp_tokens"),
+        ({"ramp_from_tokens_per_step": 1024, "ramp_tokens": 9}, "=1024 must be less than tokens_per_step"),
+        (
+            {"ramp_from_tokens_per_step": 192, "ramp_tokens": 9},
+            "=1024 is not a multiple .* 960 and 1152 would",
+        ),
+        ({"ramp_from_tokens_per_step": 600, "ramp_tokens": 9}, "=600, as 1200 would be"),
+        ({"ramp_from_tokens_per_step": 32, "ramp_tokens": 9}, "_per_step=32 is not a whole .* 64 is"),
+        (
+            {"tokens_per_step": 768, "ramp_from_tokens_per_step": 96, "ramp_tokens": 9},
+            "_per_step=96 is not a whole number of rows of context_length=64; (64|128) is",
+        ),
+        (
+            {"tokens_per_step": 600, "ramp_from_tokens_per_step": 100, "ramp_tokens": 9},
+            "tokens_per_step=600 is not a whole number of rows",
+        ),
+        ({"ramp_from_tokens_per_step": 0, "ramp_tokens": 0}, "=0 must be at least 1; ramp_tokens=0 must be"),
+        ({"tokens_per_step": 0}, "tokens_per_step=0 must be at least 1"),
+        ({"rows_per_micro_batch": 0}, "rows_per_micro_batch=0 must be at least 1"),
+        (
+            {"ramp_from_tokens_per_step": 256, "ramp_tokens": 9, "rows_per_micro_batch": 8},
+            "8 does not divide the 4 rows of ramp_from_tokens_per_step=256; these do: 1, 2, 4",
+        ),
+    ],
+)
+def test_what_does_not_divide_names_values_that_do(settings: dict[str, int], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        plan_batches(BatchConfig(**{"tokens_per_step": 1024, **settings}), 64, 8)
 
 
 def test_more_memory_holds_more_rows_and_a_bigger_model_fewer() -> None:

@@ -40,7 +40,7 @@ def train_on(state: TrainState, steps: int) -> None:
     for _ in range(steps):
         ids = torch.randint(50, (2, 8), generator=torch.Generator().manual_seed(state.step))
         state.model(ids).logsumexp(-1).sum().backward()
-        apply_gradients(state.optimizer, 1e-2, 1.0)
+        apply_gradients(state.optimizer, 1e-2, 1.0, state.scaler)
         state.step += 1
 
 

@@ -15,7 +15,6 @@ from overnight.generate import (
     Decoding,
     KVCache,
     TextWriter,
-    arrange_for_decoding,
     complete,
     generate,
     stream_ids,
@@ -192,16 +191,6 @@ def test_a_gpu_writes_what_the_cpu_writes() -> None:
     decoding = Decoding(max_new_tokens=40, sampling=GREEDY, end_of_text=END)  # beyond the context, too
     on_gpu = generate(build_model().to("cuda"), PROMPTS, decoding)
     assert on_gpu == generate(MODEL, PROMPTS, decoding)
-
-
-def test_arranging_for_decoding_changes_no_value() -> None:
-    model, arranged = build_model(), build_model()
-    arrange_for_decoding(arranged)
-    weights = arranged.weights()
-    assert not weights["h.0.mlp.c_fc.weight"].is_contiguous()
-    assert all(torch.equal(weights[name], weight) for name, weight in model.weights().items())
-    decoding = Decoding(max_new_tokens=20, sampling=DRAWN)
-    assert generate(model, PROMPTS, decoding) == generate(arranged, PROMPTS, decoding)
 
 
 @pytest.mark.parametrize(

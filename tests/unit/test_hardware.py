@@ -13,6 +13,7 @@ import torch
 from overnight import hardware
 from overnight.hardware import (
     DEVICES,
+    find_device,
     find_device_facts,
     find_device_name,
     find_memory_bytes,
@@ -51,16 +52,70 @@ def test_a_driver_s_name_is_recognised(name: str, flops: float | None) -> None:
 
 def test_every_row_of_the_table_is_reached_by_some_name() -> None:
     names = [*NAMES_AND_BF16, "NVIDIA H100 SXM5", "Tesla V100-SXM2-32GB", "Tesla V100-PCIE-16GB"]
-    names += ["Tesla V100-PCIE-32GB", "Apple M1", "Apple M1 Pro", "Apple M1 Ultra", "Apple M2"]
+    names += ["Tesla V100-PCIE-32GB"]
+    names += [f"Apple M{number}{kind}" for number in (1, 2, 3, 4) for kind in ("", " Pro", " Max", " Ultra")]
     reached = {id(find_device_facts(name)) for name in names}
-    assert [pattern for pattern, facts in DEVICES if id(facts) not in reached] == []
+    assert [device.name for device in DEVICES if id(device.facts) not in reached] == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("h200", "h200"),
+        ("NVIDIA H200", "h200"),
+        ("a100-80gb", "a100-80gb"),
+        ("A100 80GB", "a100-80gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("4090", "rtx-4090"),
+        ("rtx_4090", "rtx-4090"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("t4", "t4"),
+        ("Tesla T4", "t4"),
+        ("v100-32gb", "v100-32gb"),
+        ("Apple M2", "m2"),
+        ("m1 max", "m1-max"),
+    ],
+)
+def test_a_device_is_found_by_what_a_person_types_and_by_its_driver_s_name(typed: str, name: str) -> None:
+    found = find_device(typed)
+    assert found is not None
+    assert found.name == name
+
+
+@pytest.mark.parametrize("typed", ["a100", "v100", "5090", "4090 laptop", "gpu", ""])
+def test_a_name_that_is_nobody_s_or_not_one_device_s_is_not_found(typed: str) -> None:
+    assert find_device(typed) is None
+
+
+def test_every_device_is_found_by_its_own_name() -> None:
+    assert [device.name for device in DEVICES if find_device(device.name) is not device] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [("h200", "bf16"), ("t4", "fp16"), ("v100-16gb", "fp16"), ("m1", "fp32")]
+)
+def test_a_device_of_the_table_has_the_precision_that_it_would_be_found_to_have(
+    name: str, precision: str
+) -> None:
+    device = find_device(name)
+    assert device is not None
+    assert device.facts.native == precision
+
+
+def test_apple_s_later_chips_are_known_without_a_rate() -> None:
+    facts = find_device_facts("Apple M3 Max")
+    assert facts is not None
+    assert (facts.fp32, facts.bytes_per_second) == (None, None)
+    assert peak_flops("Apple M3 Max", "fp32") is None
+    assert peak_flops("Apple M1 Max", "fp32") == pytest.approx(10.4e12)
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "AMD EPYC 9654",
-        "Apple M3 Max",
+        "Apple M5",
         "NVIDIA A10G",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 4090 D",
@@ -74,11 +129,11 @@ def test_a_near_namesake_is_unknown_rather_than_wrong(name: str) -> None:
 
 
 def test_rates_and_sizes_are_in_the_order_physics_gives_them() -> None:
-    for pattern, facts in DEVICES:
+    for name, _, facts in DEVICES:
         rates = [rate for rate in (facts.fp32, facts.tf32, facts.bf16) if rate is not None]
-        assert rates == sorted(rates), pattern
-        assert facts.memory_bytes is None or 16e9 <= facts.memory_bytes < 200e9, pattern
-        assert 60e9 < facts.bytes_per_second < 10e12, pattern
+        assert rates == sorted(rates), name
+        assert facts.memory_bytes is None or 16e9 <= facts.memory_bytes < 200e9, name
+        assert facts.bytes_per_second is None or 60e9 < facts.bytes_per_second < 10e12, name
 
 
 @pytest.mark.parametrize(
@@ -102,9 +157,10 @@ def test_this_cpu_s_precision_agrees_with_linux() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "precision"), [((7, 0), "fp32"), ((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")]
+    ("capability", "precision"),
+    [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")],
 )
-def test_a_gpu_computes_bf16_since_ampere(
+def test_a_gpu_computes_bf16_since_ampere_and_fp16_since_volta(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,6 +35,40 @@ def test_lines_come_back_in_order(tmp_path: Path) -> None:
     assert [line["step"] for line in run.read_metrics()] == [1, 2, 3]
     assert run.read_events("samples")[0]["completion"] == "é\n<b>"
     assert run.read_events("evaluations") == []
+
+
+def test_a_number_that_is_not_finite_is_null_so_that_the_file_is_json(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    run = RunDirectory(tmp_path)
+    run.append_metrics({"step": 1, "loss": 2.5, "grad_norm": math.inf})
+    run.append_metrics({"step": 2, "loss": math.nan, "grad_norm": -math.inf})
+    run.append_event("evaluations", {"step": 2, "loss": math.nan, "perplexity": math.inf})
+    for path in (run.metrics, tmp_path / "events" / "evaluations.jsonl"):
+        for line in path.read_text().splitlines():
+            json.loads(line, parse_constant=refuse)
+    assert run.read_metrics() == [
+        {"step": 1, "loss": 2.5, "grad_norm": None},
+        {"step": 2, "loss": None, "grad_norm": None},
+    ]
+    with pytest.raises(AssertionError, match="NaN is not JSON"):  # what json writes of itself
+        json.loads(json.dumps({"loss": math.nan}), parse_constant=refuse)
+
+
+def test_where_no_null_can_stand_a_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.append_metrics({"step": 1, "losses": [1.0]})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.append_metrics({"step": 2, "losses": [math.nan]})
+    assert [line["step"] for line in run.read_metrics()] == [1]
+
+
+def test_rewinding_makes_json_of_lines_that_were_none(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.metrics.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1.0}\n')
+    run.rewind(1)
+    assert run.metrics.read_text() == '{"step": 1, "loss": null}\n'
 
 
 def test_rewinding_drops_the_steps_that_will_be_done_again(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     assert set(draw(logits, SamplingConfig(top_k=2, top_p=0.6), 2000)) == {1}  # of what top-k left: 5/8
 
 
-def test_top_p_is_the_same_whether_a_few_or_all_weights_are_sorted() -> None:
+def test_top_p_is_the_same_whether_a_few_or_all_weights_are_looked_at() -> None:
     peaked = torch.zeros(20_000)
     peaked[:20] = torch.linspace(20, 15, 20)
     flat = torch.randn(20_000, generator=torch.Generator().manual_seed(2)) / 100
@@ -103,6 +103,12 @@ def test_top_p_is_the_same_whether_a_few_or_all_weights_are_sorted() -> None:
     together = sample(torch.stack([peaked, flat]), config, [0, 1], [5, 5])
     assert torch.equal(torch.cat(apart), together)
     assert together[0] < 20
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_of_equal_weights_at_the_edge_of_top_p_all_are_kept(top_k: int | None) -> None:
+    logits = torch.tensor([0.4, 0.2, 0.2, 0.1, 0.1, 0.0]).log().clamp(min=-100)
+    assert set(draw(logits, SamplingConfig(top_k=top_k, top_p=0.5), 2000)) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("config", SETTINGS)

@@ -21,6 +21,13 @@ def test_without_a_terminal_a_stage_is_one_line_at_its_end(capsys: pytest.Captur
     assert capsys.readouterr().err.startswith("reading: 3 files in 0.")
 
 
+def test_a_stage_without_a_unit_is_told_by_its_last_note(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("train", 3000) as advance:
+        advance(1000, "step 1")
+        advance(2000, "step 2")
+    assert capsys.readouterr().err.startswith("train: step 2 in 0.")
+
+
 def test_a_stage_that_failed_is_not_told_as_done(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="bad"), progress("reading", 3, "files"):
         raise ValueError("bad")
@@ -32,8 +39,14 @@ def test_on_a_terminal_a_bar_is_drawn_in_80_columns(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
-    with progress("train", 2, "steps") as advance:
-        advance(2, "loss 3.142  9,876 tokens/s")
+    with progress("read", 2, "files") as advance:
+        advance(2, "the last")
     drawn = capsys.readouterr().err
-    assert "loss 3.142  9,876 tokens/s" in drawn
-    assert "2 steps" in drawn
+    assert "2 files" in drawn
+    assert "the last" in drawn
+    note = "step 19,073  loss 3.142  1,234,567 tokens/s"
+    with progress("train", 2000) as advance:
+        advance(2000, note)
+    drawn = capsys.readouterr().err
+    assert note in drawn
+    assert "2,000" not in drawn

@@ -35,6 +35,14 @@ def test_tensorboard_s_file_holds_the_curves(tmp_path: Path) -> None:
     assert curves == {"loss": {1: pytest.approx(10.825), 2: 9.5}, "learning_rate": {2: pytest.approx(6e-4)}}
 
 
+def test_a_value_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:
+    with open_trackers(["tensorboard"], tmp_path, "a run", {}) as log:
+        for step, norm in ((1, 2.0), (2, float("nan")), (3, float("inf")), (4, 1.0)):
+            log(step, {"loss": 3.0, "grad_norm": norm})
+    curves = read_tensorboard(tmp_path / "tensorboard")
+    assert curves == {"loss": dict.fromkeys((1, 2, 3, 4), 3.0), "grad_norm": {1: 2.0, 4: 1.0}}
+
+
 def test_tensorboard_forgets_the_steps_a_resumed_run_computes_again(tmp_path: Path) -> None:
     for first, loss in [(1, 5.0), (3, 4.0)]:
         with open_trackers(["tensorboard"], tmp_path, "a run", {}) as log:

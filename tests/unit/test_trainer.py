@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from overnight.model.gpt import GPT
 from overnight.model.initialization import initialize
 from overnight.optim import OptimizerConfig, build_optimizer
 from overnight.state import TrainState
-from overnight.trainer import StepResult, Training, every, fit, stop_on_signal, train_step
+from overnight.trainer import StepResult, Training, every, fit, fits, stop_on_signal, train_step
 
 ROWS, T = 8, 16
 
@@ -161,25 +162,35 @@ def test_the_first_signal_asks_and_the_second_insists() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_a_compiled_loss_is_the_same_loss() -> None:
-    from overnight.parallel import ComputeConfig, build_loss
+def on_a_gpu(training: Training, loss: Callable[[Tensor, Tensor], Tensor]) -> Training:
+    """Anything but "cpu": what is tried does not look at the device itself."""
+    return dataclasses.replace(training, device="a GPU", loss=loss)
 
-    state, _ = build(ROWS)
-    batch = batches(0, ROWS)
 
-    def loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy_nats(model(ids), targets)
+def test_trying_a_micro_batch_leaves_the_state_as_it_was() -> None:
+    state, training = build(rows_at_once=2, dropout=0.5)
+    before = {name: weight.clone() for name, weight in state.model.weights().items()}
+    assert fits(on_a_gpu(training, training.loss), state)
+    assert all(torch.equal(weight, before[name]) for name, weight in state.model.weights().items())
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+    assert (state.step, len(state.optimizer.state)) == (0, 0)
 
-    def value(**settings: object) -> float:
-        compute = ComputeConfig(device="cpu", **{"precision": "fp32", "compile": False, **settings})
-        function: Callable[[Tensor, Tensor], Tensor] = build_loss(state.model, loss, compute)
-        function(batch.ids, batch.targets)  # a second micro-batch takes the same function
-        return function(batch.ids, batch.targets).item()
 
-    plain = value()
-    assert value(attention="plain") == pytest.approx(plain, rel=1e-6)
-    assert value(compile=True) == pytest.approx(plain, rel=1e-6)
-    assert value(compile=True, attention="plain") == pytest.approx(plain, rel=1e-6)
-    assert value(precision="bf16") == pytest.approx(plain, rel=1e-2)
-    assert value(precision="bf16") != plain
+def test_a_micro_batch_that_runs_out_of_memory_does_not_fit() -> None:
+    state, training = build(rows_at_once=2)
+
+    def out_of_memory(ids: Tensor, targets: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert not fits(on_a_gpu(training, out_of_memory), state)
+    assert fits(dataclasses.replace(training, loss=out_of_memory), state), "a CPU is not tried"
+
+
+def test_what_else_goes_wrong_while_trying_is_not_swallowed() -> None:
+    state, training = build(rows_at_once=2)
+
+    def wrong(ids: Tensor, targets: Tensor) -> Tensor:
+        raise RuntimeError("device-side assert")
+
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        fits(on_a_gpu(training, wrong), state)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from overnight.world import open_world, restart_with_large_pages
+from overnight import world
+from overnight.world import count_cores, keep_compiled_code, open_world, restart_with_large_pages
 
 
 def test_a_single_process_is_the_main_one() -> None:
@@ -80,3 +81,48 @@ def test_another_c_library_and_a_users_own_setting_are_left_alone(monkeypatch: p
     monkeypatch.delenv("GLIBC_TUNABLES")
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     restart_with_large_pages(["train"])
+
+
+def test_compiled_code_is_kept_where_the_user_says_or_else_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "chosen")
+    keep_compiled_code(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "chosen"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled_code(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+
+
+def two_threads_a_core(folder: Path) -> Path:
+    """Four processors on two cores, as Linux tells it."""
+    for processor, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
+        place = folder / f"cpu{processor}" / "topology"
+        place.mkdir(parents=True)
+        (place / "thread_siblings_list").write_text(siblings)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 2), ("100000 100000", 1), ("50000 100000", 1), ("800000 100000", 2)]
+)
+def test_the_cores_are_counted_and_not_their_threads_nor_those_of_others(
+    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
+    (tmp_path / "cpu.max").write_text(quota)
+    topology = two_threads_a_core(tmp_path / "cpu")
+    assert count_cores(topology, tmp_path / "cpu.max") == cores
+    assert count_cores(tmp_path / "none", tmp_path / "none") == 4, "a machine that tells nothing"
+
+
+def test_torch_computes_with_a_thread_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(world, "count_cores", lambda: 4)
+    open_world("cpu")
+    assert told == [], "OMP_NUM_THREADS is set, in these tests"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    open_world("cpu")
+    assert told == [4]

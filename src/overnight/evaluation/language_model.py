@@ -10,6 +10,7 @@ import torch
 from overnight.data.stream import Batch
 from overnight.loss import LossSum, cross_entropy_nats
 from overnight.model.gpt import GPT, evaluating
+from overnight.parallel import autocast
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ def evaluate_language_model(
     device = model.wte.weight.device
     lengths = torch.tensor([len(spelt) for spelt in token_bytes])
     total, text_bytes = LossSum(torch.zeros((), dtype=torch.float64), 0), 0
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with evaluating(model), torch.inference_mode(), autocast:
+    with evaluating(model), torch.inference_mode(), autocast(device.type, precision):
         for batch in batches:
             nats = cross_entropy_nats(model(batch.ids.to(device)), batch.targets.to(device))
             total = total.plus(LossSum(nats.cpu().double(), batch.targets.numel()))

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overnight.model.config import ModelConfig
+
+NO_MASKS_IN_TRAINING = "with a mask cuDNN's backward pass gives NaN at some lengths (pytorch #196678)"
 
 
 class Cache(Protocol):
@@ -39,6 +42,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.attend = F.scaled_dot_product_attention
 
     def forward(self, x_BTC: Tensor, cache: Cache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C). With a cache, earlier positions are looked at as well."""
@@ -50,7 +54,8 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             k_BHSD, v_BHSD, mask = cache.append(self.layer, k_BHSD, v_BHSD)
-        mixed_BHTD = F.scaled_dot_product_attention(
+        assert mask is None or not torch.is_grad_enabled(), NO_MASKS_IN_TRAINING
+        mixed_BHTD = self.attend(
             q_BHTD,
             k_BHSD,
             v_BHSD,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+VOCABULARY_MULTIPLE = 64  # 50,257 ids become 50,304 rows: matrix units want even tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,24 @@ class ModelConfig:
         """
         weights = self.parameter_count() - self.context_length * self.n_embd
         return 6 * weights + 12 * self.n_layer * self.n_embd * self.context_length
+
+    def executed_flops_per_token(self, recompute: Literal["none", "selective", "block"]) -> int:
+        """Floating-point operations that a training step really executes for a token, in matrix products.
+
+        6 for each weight of the blocks and of the head, which is computed with its padding. Attention as
+        fused kernels do it: half the square, two products forward and five backward, where the scores are
+        computed again (Dao 2023, arXiv 2307.08691, section 4.1). A recomputed block goes forward once more,
+        but for its last product, whose result nothing needs; selectively, no product is repeated.
+        """
+        square = self.n_layer * self.n_embd**2
+        attention = self.n_layer * self.n_embd * self.context_length  # one product, 2 T C, over half of T
+        executed = 6 * (12 * square + self.padded_vocab_size() * self.n_embd) + 7 * attention
+        return executed + (2 * 8 * square + 2 * attention if recompute == "block" else 0)
+
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the head."""
+        assert self.vocab_size is not None, "the vocabulary's size comes from the tokenizer"
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _gpt(n_layer: int, n_head: int, n_embd: int, context_length: int) -> ModelConfig:

@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overnight.model.attention import Cache, CausalSelfAttention
-from overnight.model.config import ModelConfig
-
-PADDING_MULTIPLE = 64  # 50,257 ids become 50,304 rows: matrix units want even tiles
+from overnight.model.config import VOCABULARY_MULTIPLE, ModelConfig
 
 
 class MLP(nn.Module):
@@ -57,7 +55,7 @@ class GPT(nn.Module):
     `weights` exactly V rows. `initialize` and `load_weights` make them zero.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, vocabulary_multiple: int = VOCABULARY_MULTIPLE) -> None:
         super().__init__()
         problems = config.problems()
         if config.vocab_size is None:
@@ -67,7 +65,7 @@ class GPT(nn.Module):
         assert config.vocab_size is not None
         self.config = config
         self.vocab_size = config.vocab_size
-        padded = -(-self.vocab_size // PADDING_MULTIPLE) * PADDING_MULTIPLE
+        padded = -(-self.vocab_size // vocabulary_multiple) * vocabulary_multiple
         self.wte = _embedding(padded, config.n_embd)
         self.wpe = _embedding(config.context_length, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -128,13 +126,13 @@ def _embedding(rows: int, n_embd: int) -> nn.Embedding:
     return embedding
 
 
-def allocate_model(config: ModelConfig) -> GPT:
+def allocate_model(config: ModelConfig, vocabulary_multiple: int = VOCABULARY_MULTIPLE) -> GPT:
     """A GPT on the CPU whose weights are whatever its memory held: `initialize` it, or load weights.
 
     Torch's own initialisation, which either would overwrite, is half the time of opening a model.
     """
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(config, vocabulary_multiple)
     return model.to_empty(device="cpu")
 
 

@@ -14,4 +14,7 @@ a curve is drawn, so that a report can be made again on any laptop.
     headline     the top of a run's page: state, numbers, rivals
     page         write_report: one run
     comparison   compare_runs: several
+    ladder       what `overnight ladder` measured, and what follows from it
+    ladder_table the same as a table, for a terminal and as Markdown
+    ladder_plot  the same as a picture
 """

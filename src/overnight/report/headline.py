@@ -85,6 +85,10 @@ def _notices(record: Record) -> Markup:
         notices.append(
             f"the training loss was not finite at {broken.size:,} {steps}, first at step {broken[0]:,.0f}"
         )
+    skipped = np.count_nonzero(~np.isfinite(record.metrics["grad_norm"]))
+    if skipped and find_setting(record.recipe, "precision") == "fp16":
+        steps = "step" if skipped == 1 else "steps"
+        notices.append(f"{skipped:,} {steps} skipped: float16 overflow")
     return notice(notices)
 
 
@@ -115,7 +119,9 @@ def _speed_figures(record: Record) -> Iterator[tuple[str, str]]:
     if (speed := median(metrics["tokens_per_second"])) is not None:
         yield "tokens per second, median", short(speed)
     if (share := median(metrics["mfu"])) is not None:
-        yield "of the device's peak FLOP/s, median", f"{share:.1%}"
+        yield "MFU, median (6N + 12LCT)", f"{share:.1%}"
+    if (share := median(metrics["mfu_executed"])) is not None:
+        yield "MFU, median (executed FLOPs)", f"{share:.1%}"
     if np.isfinite(metrics["milliseconds"]).any():
         yield "spent in training steps", duration(float(np.nansum(metrics["milliseconds"])) / 1000)
     if is_finite(record.environment.get("parameters")):

@@ -6,6 +6,7 @@ A last line cut short is no damage: it is what a process leaves behind that was 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ def read_lines(path: Path, numeric_keys: Sequence[str]) -> Lines:
     """Every readable line of `path`; nothing at all if there is no such file.
 
     A line counts as damaged if it is no JSON object, or one of `numeric_keys` is not a number in it, or
-    its `step` or `tokens` no whole one.
+    its `step` or `tokens` no whole one. A loss of null, which was not finite, is read as NaN.
     """
     return _parse(path.name, path.read_bytes(), numeric_keys) if path.is_file() else Lines()
 
@@ -92,9 +93,10 @@ def _value(line: bytes, numeric_keys: Sequence[str]) -> dict[str, Any] | None:
         value = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, not even UTF-8, or brackets without end
         return None
-    if isinstance(value, dict) and all(_is_number(key, value.get(key)) for key in numeric_keys):
-        return value
-    return None
+    if not isinstance(value, dict):
+        return None
+    value |= {key: math.nan for key in numeric_keys if value.get(key, 0) is None}
+    return value if all(_is_number(key, value.get(key)) for key in numeric_keys) else None
 
 
 def _is_number(key: str, value: object) -> bool:

@@ -23,6 +23,7 @@ COLUMNS = (
     "milliseconds",
     "tokens_per_second",
     "mfu",
+    "mfu_executed",
 )
 
 Lines = tuple[dict[str, Any], ...]

@@ -5,6 +5,7 @@ No numpy, no torch, no matplotlib: `overnight runs` must answer at once.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import statistics
@@ -15,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from overnight.batching import BatchConfig, plan_batches
 from overnight.report.lines import EVALUATION_KEYS, METRICS_KEYS, Lines, read_ends
 from overnight.run_directory import RunDirectory
 
@@ -54,7 +56,7 @@ class RunStatus:
     """The median over the last 200 steps."""
 
     seconds_left: float | None
-    """Estimated from the median step; only while it runs."""
+    """Estimated from the tokens left and the median speed; only while it runs."""
 
     last_written_at: datetime | None
     """When the metrics file last grew, UTC."""
@@ -99,13 +101,15 @@ def describe_run(path: Path) -> RunStatus:
     directory = RunDirectory(path)
     metrics = read_ends(directory.metrics, METRICS_KEYS)
     evaluations = read_ends(path / "events" / "evaluations.jsonl", EVALUATION_KEYS)
-    total_steps, recipe_problem = _read_total_steps(directory.recipe)
+    recipe, recipe_problem = _read_recipe(directory.recipe)
+    total_steps = _whole_number(recipe, "total_steps")
     problems = [*metrics.problems, *evaluations.problems, *recipe_problem]
 
     last = metrics.values[-1] if metrics.values else {}
     evaluation = evaluations.values[-1] if evaluations.values else {}
-    step = int(last.get("step", 0))
+    step, tokens = int(last.get("step", 0)), int(last.get("tokens", 0))
     state = _state(directory, step, total_steps, bool(problems))
+    speed = _recent_median(metrics, "tokens_per_second")
     return RunStatus(
         name=path.resolve().name,
         path=str(path),
@@ -115,9 +119,9 @@ def describe_run(path: Path) -> RunStatus:
         loss=last.get("loss"),
         validation_loss=evaluation.get("loss"),
         bits_per_byte=evaluation.get("bits_per_byte"),
-        tokens=int(last.get("tokens", 0)),
-        tokens_per_second=_recent_median(metrics, "tokens_per_second"),
-        seconds_left=_seconds_left(metrics, step, total_steps) if state == "running" else None,
+        tokens=tokens,
+        tokens_per_second=speed,
+        seconds_left=_seconds_left(recipe, tokens, speed) if state == "running" else None,
         last_written_at=_written_at(directory.metrics),
         problem="; ".join(problems) or None,
     )
@@ -137,15 +141,19 @@ def _run_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_run(path)) if folder.is_dir() else []
 
 
-def _read_total_steps(recipe: Path) -> tuple[int | None, Sequence[str]]:
-    """The recipe's total_steps, and what is wrong with the recipe (nothing, or one sentence)."""
+def _read_recipe(recipe: Path) -> tuple[dict[str, Any], Sequence[str]]:
+    """The recipe's table, and what is wrong with the recipe (nothing, or one sentence)."""
     try:
-        total_steps = find_setting(tomllib.loads(recipe.read_text(encoding="utf-8")), "total_steps")
+        return tomllib.loads(recipe.read_text(encoding="utf-8")), []
     except FileNotFoundError:
-        return None, ["recipe.toml is missing"]
+        return {}, ["recipe.toml is missing"]
     except ValueError as error:
-        return None, [f"recipe.toml cannot be read: {error}"]
-    return (total_steps, []) if isinstance(total_steps, int) else (None, [])
+        return {}, [f"recipe.toml cannot be read: {error}"]
+
+
+def _whole_number(recipe: Mapping[str, Any], name: str) -> int | None:
+    value = find_setting(recipe, name)
+    return value if isinstance(value, int) else None
 
 
 def _state(directory: RunDirectory, step: int, total_steps: int | None, is_damaged: bool) -> State:
@@ -166,11 +174,21 @@ def _recent_median(metrics: Lines, key: str) -> float | None:
     return statistics.median(numbers) if numbers else None
 
 
-def _seconds_left(metrics: Lines, step: int, total_steps: int | None) -> float | None:
-    milliseconds = _recent_median(metrics, "milliseconds")
-    if milliseconds is None or total_steps is None:
+def _seconds_left(recipe: Mapping[str, Any], tokens: int, speed: float | None) -> float | None:
+    """What the tokens after these take at so many a second; None if the recipe does not tell how many.
+
+    Of a ramp the steps grow, and with them their time: only the tokens are a measure of what is left.
+    """
+    steps, context_length = (_whole_number(recipe, name) for name in ("total_steps", "context_length"))
+    names = (field.name for field in dataclasses.fields(BatchConfig))
+    batch = {name: number for name in names if (number := _whole_number(recipe, name)) is not None}
+    if not speed or steps is None or context_length is None or "tokens_per_step" not in batch:
         return None
-    return max(0, total_steps - step) * milliseconds / 1000
+    try:
+        plan = plan_batches(BatchConfig(**batch), context_length, rows_that_fit=1)
+    except ValueError:  # the recipe was edited since
+        return None
+    return max(0, plan.tokens_before(steps) - tokens) / speed
 
 
 def _written_at(path: Path) -> datetime | None:

@@ -13,13 +13,33 @@ from typing import Any
 
 from overnight import __version__
 from overnight.hardware import find_device_name
-from overnight.parallel import ComputeConfig
+from overnight.parallel import ComputeConfig, explain_compute, find_attention_kernel
+from overnight.stages.job import Job
+from overnight.stages.recipe import Recipe
 
 ABOUT_EACH_START = {"started_at", "command"}
 
 
+def explain_choices(asked: Recipe, job: Job) -> dict[str, str]:
+    """What was chosen for this machine, and why, by the setting's name."""
+    choices = explain_compute(asked.compute, job.recipe.compute)
+    choices["attention"] += f", kernel {find_attention_kernel(job.recipe.model, job.recipe.compute)}"
+    rows, first, last = job.plan.rows_per_micro_batch, job.plan.stages[0], job.plan.stages[-1]
+    micro_batches = (
+        f"{last.micro_batches}" if first is last else f"{first.micro_batches} to {last.micro_batches}"
+    )
+    reason = "what memory is estimated to hold" if asked.batch.rows_per_micro_batch is None else "as asked"
+    if asked.batch.rows_per_micro_batch not in {None, rows}:
+        reason = "halved until it fitted"
+    choices["rows_per_micro_batch"] = f"{rows} ({reason}), {micro_batches} micro-batches a step"
+    return choices
+
+
 def describe_environment(
-    compute: ComputeConfig, parameters: int, before: Mapping[str, Any] | None = None
+    compute: ComputeConfig,
+    parameters: int,
+    choices: Mapping[str, str],
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Versions, hardware, precision, commit and command of this process, for environment.json.
 
@@ -38,6 +58,7 @@ def describe_environment(
         "device_name": find_device_name(compute.device),
         "precision": compute.precision,
         "compiled": compute.compile,
+        "choices": dict(choices),
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),
         "command": shlex.join(["overnight", *sys.argv[1:]]),

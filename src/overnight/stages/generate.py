@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
@@ -16,6 +16,7 @@ from overnight.sampling import SamplingConfig
 from overnight.terminal import say
 
 if TYPE_CHECKING:  # --help is shown without torch
+    from overnight.decoding import DecodingPrecision
     from overnight.generate import Completion, Decoding
     from overnight.stages.models import OpenedModel
 
@@ -48,6 +49,8 @@ class GenerateConfig:
     """Print one JSON object for each completion to standard output."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; the best one found if left out."""
+    precision: Literal["fp32", "fp16", "bf16", "int8"] | None = None
+    """Of the weights; the best of the device if left out (fp16 on most CPUs). int8 takes least memory."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""
@@ -70,28 +73,40 @@ class GenerateConfig:
 
 def run(config: GenerateConfig) -> None:
     """Write the completions and say how fast. Raises ValueError before any work if something is wrong."""
-    from overnight.generate import Decoding, arrange_for_decoding
+    from overnight.decoding import prepare_for_decoding
+    from overnight.generate import Decoding
     from overnight.settings import raise_problems
     from overnight.stages.models import open_model
     from overnight.world import open_world
 
     raise_problems(config.problems(), "overnight generate")
     device = open_world(config.device).device
+    precision = _choose_precision(config, device)
     opened = open_model(config.model)
     opened.model.to(device)
-    arrange_for_decoding(opened.model)
+    prepare_for_decoding(opened.model, precision)
     decoding = Decoding(max_new_tokens=config.max_new_tokens, sampling=config.sampling)
     started_at = time.perf_counter()
     if config.json or config.samples > 1 or len(config.prompts) > 1:
-        tokens = _write_completions(config, opened, decoding)
+        tokens = _write_completions(config, opened, decoding, precision)
     else:
         tokens = _write_as_it_comes(config, opened, decoding)
     seconds = time.perf_counter() - started_at
-    say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s on {device}")
+    say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s on {device} in {precision}")
     name = opened.run.name if opened.run else "my-model"
     say(
         f"next: overnight {f'convert {config.model} --to hf --out {name}-hf' if opened.run else 'quickstart'}"
     )
+
+
+def _choose_precision(config: GenerateConfig, device: str) -> DecodingPrecision:
+    """The one asked for, or the device's best. Raises ValueError for one that the device lacks."""
+    from overnight.decoding import decoding_precisions
+
+    found = decoding_precisions(device)
+    if config.precision is not None and config.precision not in found:
+        raise ValueError(f"precision={config.precision} is not for {device}; take {' or '.join(found)}")
+    return config.precision or found[0]
 
 
 def _write_as_it_comes(config: GenerateConfig, opened: OpenedModel, decoding: Decoding) -> int:
@@ -109,14 +124,16 @@ def _write_as_it_comes(config: GenerateConfig, opened: OpenedModel, decoding: De
     return written - 1  # the last piece is what was held back, and no token
 
 
-def _write_completions(config: GenerateConfig, opened: OpenedModel, decoding: Decoding) -> int:
+def _write_completions(
+    config: GenerateConfig, opened: OpenedModel, decoding: Decoding, precision: DecodingPrecision
+) -> int:
     """Print every completion, a few at a time; how many tokens were written."""
     tokens = 0
     for number, (prompt, completion) in enumerate(_completions(config, opened, decoding)):
         tokens += len(completion.ids)
         if config.json:
             about = {"model": config.model, "prompt": prompt, "completion": completion.text}
-            ending = {"tokens": len(completion.ids), "ended_by": completion.ended_by}
+            ending = {"tokens": len(completion.ids), "ended_by": completion.ended_by, "precision": precision}
             _print(json.dumps({**about, **ending}) + "\n")
         else:
             _print(("\n" if number else "") + prompt + completion.text + "\n")

@@ -14,10 +14,10 @@ from overnight.model.initialization import initialize
 from overnight.optim import build_optimizer
 from overnight.parallel import resolve_compute
 from overnight.settings import raise_problems
-from overnight.stages.materials import Materials, open_materials
+from overnight.stages.materials import DataConfig, Materials, open_materials
 from overnight.stages.models import open_model
 from overnight.stages.recipe import Recipe
-from overnight.state import TrainState
+from overnight.state import TrainState, build_scaler
 from overnight.world import open_world
 
 
@@ -43,13 +43,14 @@ def build_job(recipe: Recipe, *, has_checkpoint: bool) -> Job:
     device = open_world(recipe.compute.device).device
     materials = open_materials(recipe.data)
     model = allocate(recipe, materials) if has_checkpoint else build_model(recipe, materials)
-    recipe, plan = decide(recipe, model, materials, device)
+    recipe, plan = decide(recipe, model.config, materials.describe(), device)
     check_prompts(recipe, materials)
     train, validation = (
         materials.stream(split, plan.tokens_per_row, recipe.seed) for split in ("train", "validation")
     )
     model.to(device)
-    state = TrainState(model, build_optimizer(model, recipe.optimizer))
+    scaler = build_scaler(device, recipe.compute.precision)
+    state = TrainState(model, build_optimizer(model, recipe.optimizer), scaler=scaler)
     return Job(recipe, plan, materials, train, validation, state)
 
 
@@ -100,21 +101,21 @@ def check_prompts(recipe: Recipe, materials: Materials) -> None:
             )
 
 
-def decide(recipe: Recipe, model: GPT, materials: Materials, device: str) -> tuple[Recipe, BatchPlan]:
+def decide(recipe: Recipe, model: ModelConfig, data: DataConfig, device: str) -> tuple[Recipe, BatchPlan]:
     """`recipe` with everything that was left open decided for this model, text and device."""
-    rows = estimate_rows_that_fit(model.config, find_memory_bytes(device), device)
-    plan = plan_batches(recipe.batch, model.config.context_length, rows)
+    rows = estimate_rows_that_fit(model, find_memory_bytes(device), device)
+    compute = resolve_compute(recipe.compute, device)
+    return settle(dataclasses.replace(recipe, model=model, data=data, compute=compute), rows)
+
+
+def settle(recipe: Recipe, rows_that_fit: int) -> tuple[Recipe, BatchPlan]:
+    """`recipe`, whose model and device are decided, with the length and the division of its steps."""
+    plan = plan_batches(recipe.batch, recipe.model.context_length, rows_that_fit)
     schedule = recipe.schedule
     if schedule.total_tokens is not None:
-        steps = -(-schedule.total_tokens // plan.tokens_per_step)
+        steps = plan.steps_for(schedule.total_tokens)
         schedule = dataclasses.replace(schedule, total_steps=steps, total_tokens=None)
-    decided = dataclasses.replace(
-        recipe,
-        data=materials.describe(),
-        model=model.config,
-        schedule=schedule,
-        batch=dataclasses.replace(recipe.batch, rows_per_micro_batch=plan.rows_per_micro_batch),
-        compute=resolve_compute(recipe.compute, device),
-    )
+    batch = dataclasses.replace(recipe.batch, rows_per_micro_batch=plan.rows_per_micro_batch)
+    decided = dataclasses.replace(recipe, schedule=schedule, batch=batch)
     raise_problems(decided.problems(), f"recipe {recipe.run_name}")
     return decided, plan

@@ -30,17 +30,18 @@ class Journal:
         compute = job.recipe.compute
         assert compute.device is not None
         assert compute.precision is not None
-        peak = find_peak_flops(compute.device, compute.precision)
-        self.tokens_per_second_at_peak = peak / job.state.model.config.flops_per_token() if peak else None
+        self.peak_flops = find_peak_flops(compute.device, compute.precision)
 
     def __enter__(self) -> Journal:
-        recipe, total = self.job.recipe, self.job.recipe.schedule.total_steps
-        assert total is not None
+        recipe, plan, total_steps = self.job.recipe, self.job.plan, self.job.recipe.schedule.total_steps
+        assert total_steps is not None
         self._open = ExitStack()
         self._track: Callable[[int, Mapping[str, float]], None] = self._open.enter_context(
             open_trackers(recipe.trackers, self.directory.path, recipe.run_name, flatten(recipe))
         )
-        self._advance = self._open.enter_context(progress("train", total - self.job.state.step, "steps"))
+        # Counted in tokens, so that the time left is right while the steps still grow.
+        tokens = plan.tokens_before(total_steps) - plan.tokens_before(self.job.state.step)
+        self._advance = self._open.enter_context(progress("train", tokens))
         return self
 
     def __exit__(
@@ -69,18 +70,19 @@ class Journal:
         tokens_per_second = result.tokens / result.seconds
         line: dict[str, float] = {
             "step": result.step,
-            "tokens": result.step * result.tokens,
+            "tokens": self.job.plan.tokens_before(result.step),
             "loss": result.loss,
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
             "milliseconds": round(1000 * result.seconds, 3),
             "tokens_per_second": round(tokens_per_second, 1),
         }
-        if self.tokens_per_second_at_peak:
-            line["mfu"] = round(tokens_per_second / self.tokens_per_second_at_peak, 4)
+        if self.peak_flops is not None:
+            line |= self._shares_of_peak(tokens_per_second / self.peak_flops)
         self.directory.append_metrics(line)
         self._track(result.step, line)
-        self._advance(1, f"loss {result.loss:.3f}  {tokens_per_second:,.0f} tokens/s")
+        about = f"step {result.step:,}  loss {result.loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+        self._advance(result.tokens, about)
 
     def evaluate(self) -> None:
         """Judge the model on the validation split and write the result down."""
@@ -118,7 +120,13 @@ class Journal:
         save_checkpoint(state, self.directory.checkpoints, self.job.recipe.checkpoints.keep_checkpoints)
         self.saved_step = state.step
 
+    def _shares_of_peak(self, tokens_per_flop: float) -> dict[str, float]:
+        """MFU by both definitions: of a model's arithmetic by its size, and of what is really executed."""
+        model, recompute = self.job.state.model.config, self.job.recipe.compute.recompute
+        flops = {"mfu": model.flops_per_token(), "mfu_executed": model.executed_flops_per_token(recompute)}
+        return {name: round(count * tokens_per_flop, 4) for name, count in flops.items()}
+
     def _event(self, kind: str, values: Mapping[str, object]) -> None:
         step = self.job.state.step
-        tokens = step * self.job.plan.tokens_per_step
+        tokens = self.job.plan.tokens_before(step)
         self.directory.append_event(kind, {"step": step, "tokens": tokens, **values})

@@ -5,27 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 
 from torch import Tensor
 
+from overnight.batching import BatchConfig, BatchPlan, plan_batches
 from overnight.checkpoint import (
     discard_checkpoints_after,
     list_checkpoints,
     load_checkpoint,
     read_newest,
 )
-from overnight.loss import cross_entropy_nats
+from overnight.data.ahead import read_ahead
+from overnight.loss import Head, nats_of_hidden
 from overnight.model.gpt import GPT
 from overnight.parallel import build_loss
 from overnight.run_directory import RunDirectory, write_atomically
 from overnight.schedule import learning_rate_multiplier
-from overnight.settings import from_toml, to_toml
-from overnight.stages.environment import describe_environment
+from overnight.settings import from_toml, raise_problems, to_toml
+from overnight.stages.environment import describe_environment, explain_choices
 from overnight.stages.job import Job, build_job
 from overnight.stages.journal import Journal
 from overnight.stages.recipe import Recipe, changed_settings
 from overnight.terminal import say
-from overnight.trainer import Training, fit, stop_on_signal
+from overnight.trainer import Training, fit, fits, stop_on_signal
 
 BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32
 
@@ -40,35 +43,79 @@ def run(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Rec
     check_directory(recipe, directory, resume=resume)
     job = build_job(recipe, has_checkpoint=resume and bool(list_checkpoints(directory.checkpoints)))
     check_disk(job, directory)
+    training, job = fit_into_memory(build_training(job), job)
+    choices = explain_choices(recipe, job)
     with directory.locked():
         check_directory(recipe, directory, resume=resume)  # another process may have begun here meanwhile
-        begin(job, directory, resume=resume)
-        train(job, directory)
+        begin(job, directory, choices, resume=resume)
+        train(job, training, directory)
     return job.recipe
 
 
-def next_token_nats(model: GPT, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+def next_token_nats(model: GPT, ids_BT: Tensor, targets_BT: Tensor, head: Head) -> Tensor:
     """What pretraining minimises: the cross-entropy of every next token, summed, in nats."""
-    return cross_entropy_nats(model(ids_BT), targets_BT)
+    hidden_BTC = model.trunk(ids_BT)
+    return nats_of_hidden(hidden_BTC, model.wte.weight, targets_BT, vocab_size=model.vocab_size, head=head)
 
 
-def train(job: Job, directory: RunDirectory) -> None:
-    """Run the loop to the end, or to a signal, with everything that is to be written on the way."""
-    recipe, state = job.recipe, job.state
-    total_steps, device = recipe.schedule.total_steps, recipe.compute.device
-    assert total_steps is not None
+def build_training(job: Job) -> Training:
+    """What the loop needs besides the state. Raises ValueError if the schedule does not fit the run."""
+    recipe, plan, device = job.recipe, job.plan, job.recipe.compute.device
     assert device is not None
-    training = Training(
-        batches=job.train.batch,
-        loss=build_loss(state.model, next_token_nats, recipe.compute),
-        plan=job.plan,
+    assert recipe.schedule.total_steps is not None
+    length = plan.full_steps_before(recipe.schedule.total_steps)
+    raise_problems(recipe.schedule.problems(length), f"recipe {recipe.run_name}")
+    return Training(
+        batches=read_ahead(job.train.batch, device),
+        loss=build_loss(job.state.model, next_token_nats, recipe.compute),
+        plan=plan,
         learning_rate=lambda step: (
-            recipe.optimizer.peak_learning_rate * learning_rate_multiplier(step, recipe.schedule)
+            recipe.optimizer.peak_learning_rate
+            * learning_rate_multiplier(plan.full_steps_before(step + 1) - 1, length, recipe.schedule)
         ),
         max_grad_norm=recipe.optimizer.max_grad_norm,
         seed=recipe.seed,
         device=device,
     )
+
+
+def fit_into_memory(training: Training, job: Job) -> tuple[Training, Job]:
+    """Both with the micro-batch halved until a GPU can hold it: tried before the run begins.
+
+    Raises ValueError if not even a single row fits.
+    """
+    while not fits(training, job.state):
+        plan = with_fewer_rows(training.plan, job.recipe.batch, training.device)
+        batch = dataclasses.replace(job.recipe.batch, rows_per_micro_batch=plan.rows_per_micro_batch)
+        job = dataclasses.replace(job, plan=plan, recipe=dataclasses.replace(job.recipe, batch=batch))
+        training = dataclasses.replace(training, plan=plan)
+    return training, job
+
+
+def with_fewer_rows(plan: BatchPlan, batch: BatchConfig, device: str) -> BatchPlan:
+    """A plan of the same steps with at most half as many rows at once.
+
+    Raises ValueError if there is a single row already.
+    """
+    at_once = plan.rows_per_micro_batch
+    if at_once == 1:
+        raise ValueError(
+            f"not a single row fits in the memory of {device}: choose --recompute block, "
+            "--head chunked, a smaller model or a shorter --context-length"
+        )
+    open_batch = dataclasses.replace(batch, rows_per_micro_batch=None)
+    smaller = plan_batches(open_batch, plan.tokens_per_row, at_once // 2)
+    say(
+        f"{at_once} rows at once do not fit in the memory of {device}: going on with "
+        f"{smaller.rows_per_micro_batch}, and as many tokens a step"
+    )
+    return smaller
+
+
+def train(job: Job, training: Training, directory: RunDirectory) -> None:
+    """Run the loop to the end, or to a signal, with everything that is to be written on the way."""
+    state, total_steps = job.state, job.recipe.schedule.total_steps
+    assert total_steps is not None
     with Journal(job, directory) as journal, stop_on_signal() as stopped:
         journal.evaluate_at_start()
         fit(state, training, total_steps, journal.hooks(total_steps), stopped)
@@ -116,7 +163,7 @@ def check_disk(job: Job, directory: RunDirectory) -> None:
         )
 
 
-def begin(job: Job, directory: RunDirectory, *, resume: bool) -> None:
+def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resume: bool) -> None:
     """Write down what is about to run; with `resume`, become the newest good checkpoint first."""
     state, materials = job.state, job.materials
     manifest = json.dumps(dataclasses.asdict(materials.manifest), indent=2) + "\n"
@@ -140,4 +187,7 @@ def begin(job: Job, directory: RunDirectory, *, resume: bool) -> None:
     write_atomically(directory.data, manifest)
     before = json.loads(directory.environment.read_text(encoding="utf-8")) if resume else None
     parameters = state.model.config.parameter_count()
-    directory.begin(to_toml(job.recipe), describe_environment(job.recipe.compute, parameters, before))
+    environment = describe_environment(job.recipe.compute, parameters, choices, before)
+    directory.begin(to_toml(job.recipe), environment)
+    for name, choice in choices.items():
+        say(f"{name.replace('_', ' '):<21} {choice}")

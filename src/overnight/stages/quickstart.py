@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import textwrap
@@ -89,7 +90,8 @@ def _compress(recipe: Recipe, directory: RunDirectory) -> dict[str, float]:
 
 def _say_results(directory: RunDirectory, rivals: dict[str, float], page: Path) -> None:
     metrics = directory.read_metrics()
-    evaluation: dict[str, Any] = directory.read_events("evaluations")[-1]
+    told: dict[str, Any] = directory.read_events("evaluations")[-1]
+    evaluation = {name: math.nan if value is None else value for name, value in told.items()}
     sample: dict[str, Any] = directory.read_events("samples")[-1]
     speed = statistics.median(line["tokens_per_second"] for line in metrics)
     wide = max(len(name) for name in rivals)

@@ -74,7 +74,7 @@ class Recipe:
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""
         found = self.model.problems() + self.optimizer.problems() + self.schedule.problems()
-        found += find_problems(self.trackers)
+        found += self.batch.problems() + find_problems(self.trackers)
         if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
             found.append(f"run_name={self.run_name!r} must be the plain name of a folder")
         if not 0 <= self.seed < 2**63:
@@ -87,9 +87,7 @@ class Recipe:
         return found
 
 
-AT_LEAST_ONE = frozenset(
-    {"evaluation_tokens", "sample_tokens", "keep_checkpoints", "tokens_per_step", "rows_per_micro_batch"}
-)
+AT_LEAST_ONE = frozenset({"evaluation_tokens", "sample_tokens", "keep_checkpoints"})
 
 MAY_CHANGE = frozenset(
     {"total_steps", "total_tokens", "trackers", "device", "compile", "attention", "rows_per_micro_batch"}

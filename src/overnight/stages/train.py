@@ -24,5 +24,6 @@ def run(recipe: Recipe, resumed: Path | None) -> None:
     pretrain.run(recipe, directory, resume=resumed is not None)
     last = directory.read_metrics()[-1]
     done = f"{last['step']} steps, {last['tokens']:,} tokens"
-    say(f"trained {directory.path} for {done}; last loss {last['loss']:.4f}")
+    loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+    say(f"trained {directory.path} for {done}; last loss {loss}")
     say(f"next: overnight report {directory.path}")

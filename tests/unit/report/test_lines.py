@@ -54,7 +54,10 @@ def test_a_torn_last_line_is_no_damage(read, torn, tmp_path):
         b'{"step": "3", "tokens": 1, "loss": 1.0}',
         b'{"step": 1e999, "tokens": 1, "loss": 1.0}',
         b'{"step": -1, "tokens": 1, "loss": 1.0}',
-        b'{"step": 3, "tokens": 1, "loss": null}',
+        b'{"step": 3, "tokens": 1, "loss": "null"}',
+        b'{"step": 3, "tokens": 1}',
+        b'{"step": null, "tokens": 1, "loss": 1.0}',
+        b'{"step": 3, "tokens": null, "loss": 1.0}',
         b"[" * 100_000,
     ],
 )
@@ -72,8 +75,15 @@ def test_a_damaged_line_is_left_out_and_named(read, damaged, tmp_path):
 
 def test_a_loss_that_is_not_a_number_is_news_not_damage(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "tokens": 1, "loss": NaN}\n{"step": 2, "tokens": 2, "loss": Infinity}\n')
-    assert len(read_lines(path, METRICS_KEYS).values) == 2
+    path.write_text(
+        '{"step": 1, "tokens": 1, "loss": null, "grad_norm": null}\n'
+        '{"step": 2, "tokens": 2, "loss": NaN}\n'  # as files were written that were not quite JSON
+        '{"step": 3, "tokens": 3, "loss": Infinity}\n'
+    )
+    found = read_lines(path, METRICS_KEYS)
+    assert found.problems == ()
+    assert [str(line["loss"]) for line in found.values] == ["nan", "nan", "inf"]
+    assert found.values[0]["grad_norm"] is None
 
 
 def test_only_the_ends_of_a_long_file_are_read(tmp_path):

@@ -264,19 +264,62 @@ def test_damage_is_named_on_the_page_and_the_rest_is_shown(make_run):
 def test_a_loss_that_is_not_finite_is_told(make_run):
     run = make_run(steps=120)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines[70]["loss"], lines[71]["loss"], lines[71]["grad_norm"] = float("nan"), float("inf"), float("nan")
+    lines[70]["loss"], lines[71]["loss"], lines[71]["grad_norm"] = None, float("inf"), float("nan")
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "not finite at 2 steps, first at step 71" in report(run)
 
 
-def test_a_run_that_only_diverged_still_has_a_page(make_run):
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_run_that_only_diverged_still_has_a_page(make_run, missing):
     run = make_run(steps=5)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     keys = ("loss", "grad_norm", "tokens_per_second", "milliseconds", "learning_rate", "mfu")
-    broken = [{**line, **dict.fromkeys(keys, float("nan"))} for line in lines]
+    broken = [{**line, **dict.fromkeys(keys, missing)} for line in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in broken))
     document = Document(report(run))
     assert "not finite at 5 steps" in "".join(document.text)
+
+
+@pytest.mark.parametrize(
+    "precision, skipped, sentence",
+    [
+        ("fp16", [70, 71], "2 steps skipped: float16 overflow"),
+        ("fp16", [0], "1 step skipped: float16 overflow"),
+        ("fp16", [], None),
+        ("bf16", [70, 71], None),  # nothing is skipped there: such a gradient ends in the weights
+    ],
+)
+def test_steps_skipped_for_an_overflow_are_counted_and_leave_a_gap(make_run, precision, skipped, sentence):
+    run = make_run(steps=120)
+    with (run / "recipe.toml").open("a") as recipe:
+        recipe.write(f'\n[compute]\nprecision = "{precision}"\n')
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for step in skipped:
+        lines[step] |= {"grad_norm": None, "loss": None}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(run)
+    assert re.findall(r"\d+ steps? skipped: float16 overflow", page) == ([sentence] if sentence else [])
+    assert ("the training loss was not finite" in page) == bool(skipped)
+    if skipped == [70, 71]:  # two strokes of the pen for each thin line instead of one
+        assert gaps(page) > gaps(report(make_run("whole", steps=120)))
+
+
+def gaps(page: str) -> int:
+    """How often a curve of the page begins anew."""
+    return sum(path.count("M ") - 1 for path in re.findall(r'<path d="(M [^"]*)"', page))
+
+
+def test_both_definitions_of_mfu_have_their_names(make_run):
+    run = make_run(steps=20)
+    text = "".join(Document(report(run)).text)
+    assert "MFU, median (6N + 12LCT)" in text
+    assert "executed FLOPs" not in text
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [{**line, "mfu": 0.456, "mfu_executed": 0.431} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = re.sub(r"\s+", " ", "".join(Document(report(run)).text))
+    assert "MFU, median (6N + 12LCT)45.6%" in text
+    assert "MFU, median (executed FLOPs)43.1%" in text
 
 
 def test_older_samples_are_folded_and_the_newest_come_first(make_run):

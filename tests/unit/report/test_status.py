@@ -67,9 +67,27 @@ def test_a_run_is_running_while_another_process_holds_its_lock(make_run):
         status = describe_run(run)
         assert status.state == "running"
         assert status.seconds_left == pytest.approx(30 * 0.462, rel=0.05)
+        ramp_from_here(run, status.tokens)
+        steps = [524_288] * 20 + [1_048_576] * 30
+        speed = describe_run(run).tokens_per_second
+        assert describe_run(run).seconds_left == pytest.approx(sum(steps[20:]) / speed)
+        (run / "recipe.toml").write_text(recipe_without(run, "tokens_per_step"))
+        assert describe_run(run).seconds_left is None
         holder.communicate()
     assert (run / ".lock").exists()
     assert describe_run(run).state == "stopped"
+
+
+def ramp_from_here(run: Path, tokens: int) -> None:
+    """Let the steps be twice as large once so many tokens are seen."""
+    recipe = (run / "recipe.toml").read_text()
+    ramp = f"tokens_per_step = 1048576\nramp_from_tokens_per_step = 524288\nramp_tokens = {tokens}"
+    (run / "recipe.toml").write_text(recipe.replace("tokens_per_step = 524288", ramp))
+
+
+def recipe_without(run: Path, setting: str) -> str:
+    lines = (run / "recipe.toml").read_text().splitlines()
+    return "\n".join(line for line in lines if not line.startswith(f"{setting} "))
 
 
 @pytest.mark.parametrize(

@@ -64,15 +64,15 @@ def test_a_package_installed_inside_somebody_s_repository_has_no_commit(
 def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["train", "my recipes/night.toml", "--sample-prompts", "The value of", "it's"]
     monkeypatch.setattr(sys, "argv", ["/bin/overnight", *words])
-    assert shlex.split(describe_environment(CPU, 1)["command"]) == ["overnight", *words]
+    assert shlex.split(describe_environment(CPU, 1, {})["command"]) == ["overnight", *words]
 
 
 def test_a_run_that_goes_on_keeps_how_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["overnight", "train", "quickstart"])
-    first = {**describe_environment(CPU, 7), "started_at": "2026-11-20T22:14:03+0000", "torch": "2.9.0"}
+    first = {**describe_environment(CPU, 7, {}), "started_at": "2026-11-20T22:14:03+0000", "torch": "2.9.0"}
     monkeypatch.setattr(sys, "argv", ["overnight", "train", "--resume", "runs/quickstart"])
-    second = describe_environment(CPU, 7, first)
-    third = describe_environment(CPU, 7, second)
+    second = describe_environment(CPU, 7, {}, first)
+    third = describe_environment(CPU, 7, {}, second)
     assert {name: fact for name, fact in third.items() if name != "resumed"} == first
     assert third["resumed"][:1] == second["resumed"]
     for start in third["resumed"]:

@@ -14,6 +14,7 @@ import torch
 from overnight.checkpoint import save_checkpoint
 from overnight.convert import hub
 from overnight.convert.huggingface import write_huggingface
+from overnight.decoding import DecodingPrecision, decoding_precisions
 from overnight.model.config import ModelConfig
 from overnight.model.gpt import GPT
 from overnight.model.initialization import initialize
@@ -190,6 +191,7 @@ def test_json_has_one_object_for_each_completion(trained: Path, capsys: pytest.C
     assert [line["prompt"] for line in lines] == ["the"] * 6 + ["fox"] * 6
     assert len({line["completion"] for line in lines}) > 6  # each sample has its own noise
     assert all(line["tokens"] == 7 or line["ended_by"] == "end of text" for line in lines)
+    assert {line["precision"] for line in lines} == {decoding_precisions("cpu")[0]}
     single = GenerateConfig(model="first", prompts=("the",), max_new_tokens=7, device="cpu")
     generate.run(single)
     assert capsys.readouterr().out == "the" + lines[0]["completion"] + "\n"
@@ -221,6 +223,20 @@ def test_stop_and_several_samples(trained: Path, capsys: pytest.CaptureFixture[s
 def test_what_cannot_be_generated_is_said(trained: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate.run(GenerateConfig(model="first", **changes))
+
+
+@pytest.mark.parametrize("precision", decoding_precisions("cpu"))
+def test_a_precision_is_taken_and_told(
+    trained: Path, capsys: pytest.CaptureFixture[str], precision: DecodingPrecision
+) -> None:
+    generate.run(GenerateConfig(model="first", prompts=("the",), precision=precision, device="cpu"))
+    assert f"tokens/s on cpu in {precision}" in capsys.readouterr().err
+
+
+def test_a_precision_that_the_device_lacks_is_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overnight.decoding.decoding_precisions", lambda device: ("fp16", "fp32"))
+    with pytest.raises(ValueError, match="precision=bf16 is not for cpu; take fp16 or fp32"):
+        generate.run(GenerateConfig(model="no-such-model", precision="bf16", device="cpu"))
 
 
 def test_half_a_surrogate_pair_is_survived(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

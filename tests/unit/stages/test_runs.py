@@ -60,9 +60,10 @@ def test_a_run_without_its_last_checkpoint_is_to_be_resumed(here, capsys):
     assert lines[-1] == "next: overnight train --resume runs/day"
 
 
-def test_json_is_one_list_on_stdout(here, capsys):
+@pytest.mark.parametrize("loss", ["null", "NaN"])
+def test_json_is_one_list_on_stdout(here, capsys, loss):
     run = begin_run(here / "runs" / "night", steps=4)
-    (run / "metrics.jsonl").write_text('{"step": 4, "tokens": 256, "loss": NaN}\n')
+    (run / "metrics.jsonl").write_text(f'{{"step": 4, "tokens": 256, "loss": {loss}}}\n')
     os.utime(run / "metrics.jsonl", (1e9, 1e9))
     runs.run(runs.RunsConfig(json=True))
     out, err = capsys.readouterr()

@@ -1,0 +1,230 @@
+"""How fast GPT-2 124M is judged on a text: overnight beside what the peers do for a validation loss.
+
+    python benchmarks/evaluate.py --peer ../build-nanogpt --nanogpt ../nanoGPT --repeats 3
+
+All judge the same windows with the same weights, in the same precision and the same batches, so that their
+losses, which are shown, must agree. The last side is the loop of Transformers' documentation, whose windows
+overlap: it judges every token after at least half a context, and computes twice as much for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from checkouts import BUILD_NANOGPT, NANOGPT, read_definitions
+from measure import (
+    Report,
+    describe_machine,
+    interleave,
+    model_name,
+    on_device,
+    paired_ratio,
+    run_plainly,
+    spread,
+    timed,
+)
+from overnight.model.config import PRESETS, ModelConfig
+from overnight.parallel import ComputeConfig, autocast, resolve_compute
+from overnight.stages.stepper import SEED, read_rows
+from overnight.world import open_world
+from peers import PEERS, Peer, build_peer
+from text import read_ids
+
+if TYPE_CHECKING:
+    from overnight.data.stream import Batch
+    from overnight.model.gpt import GPT
+
+OURS, STRIDED = "overnight", "Transformers, strided"
+STRIDE_FRACTION = 0.5  # of a window, as in the documentation's example: 512 of 1,024
+HEADINGS = ("side", "median ms", "min", "max", "tokens/s", "overnight is", "loss")
+SAME_LOSS = 0.002  # a vocabulary padded with 47 ids adds 0.0009 nats to an untrained model's loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is judged, and how."""
+
+    batches: Sequence[Batch]
+    precision: str
+    device: str
+
+    @property
+    def tokens(self) -> int:
+        """Targets to judge."""
+        return sum(batch.targets.numel() for batch in self.batches)
+
+
+def judge_ours(model: GPT, question: Question) -> float:
+    """What `overnight evaluate` does."""
+    from overnight.evaluation.language_model import evaluate_language_model
+
+    spelt = [b"?"] * model.vocab_size  # what the ids spell does not matter to the time
+    return evaluate_language_model(model, question.batches, spelt, question.precision).loss
+
+
+def judge_theirs(peer: Peer, question: Question) -> float:
+    """What build-nanogpt, nanoGPT and Transformers' Trainer do: the mean of the batches' means."""
+    import torch
+
+    total = 0.0
+    peer.model.eval()
+    with torch.no_grad():
+        for batch in question.batches:
+            ids_BT, targets_BT = (ids.to(question.device) for ids in (batch.ids, batch.targets))
+            with autocast(question.device, question.precision):
+                loss = peer.loss(peer.model, ids_BT, targets_BT)
+            total += loss.item()
+    return total / len(question.batches)
+
+
+def judge_strided(peer: Peer, question: Question) -> float:
+    """The perplexity loop of Transformers' documentation: one row at a time, its first half only context."""
+    import torch
+
+    text = torch.cat([batch.ids.flatten() for batch in question.batches]).to(question.device)
+    window = question.batches[0].ids.shape[1]
+    stride = int(window * STRIDE_FRACTION)
+    nats, judged, seen = 0.0, 0, 0
+    peer.model.eval()
+    with torch.no_grad():
+        for start in range(0, len(text), stride):
+            ids_T = text[start : start + window]
+            end = start + len(ids_T)
+            labels_T = ids_T.clone()
+            labels_T[: len(ids_T) - (end - seen)] = -100  # judged before
+            with autocast(question.device, question.precision):
+                loss = peer.model(ids_T[None], labels=labels_T[None]).loss
+            targets = int((labels_T[1:] != -100).sum())
+            nats, judged, seen = nats + loss.item() * targets, judged + targets, end
+            if end == len(text):
+                break
+    return nats / judged
+
+
+def build_sides(
+    model: GPT, question: Question, options: argparse.Namespace
+) -> dict[str, Callable[[], float]]:
+    """Every side that is there, as a function that judges and returns its loss."""
+    sides: dict[str, Callable[[], float]] = {OURS: partial(judge_ours, model, question)}
+    named = {"build-nanogpt": options.peer, "nanogpt": options.nanogpt}
+    for name, checkout in named.items():
+        if checkout is not None:
+            peer = _placed(build_peer(name, checkout, model), question)
+            sides[PEERS[name]] = partial(judge_theirs, peer, question)
+    if importlib.util.find_spec("transformers") is not None:
+        peer = _placed(build_peer("transformers", None, model), question)
+        sides["Transformers"] = partial(judge_theirs, peer, question)
+        sides[STRIDED] = partial(judge_strided, peer, question)
+    return sides
+
+
+def _placed(peer: Peer, question: Question) -> Peer:
+    """With its model on the device."""
+    peer.model.to(question.device)
+    return peer
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Judge with all in turn. Raises ValueError, before any work, for what was asked wrongly."""
+    import torch
+
+    from overnight.model.gpt import allocate_model
+    from overnight.model.initialization import initialize
+
+    config, precision = check(options)
+    tokens = options.batches * options.rows * options.context
+    ids = np.resize(read_ids(options.text, options.data, options.bpe), tokens + 1)
+    batch = read_rows(ids, options.context)
+    batches = [batch(number * options.rows, options.rows) for number in range(options.batches)]
+    question = Question(batches=batches, precision=precision, device=options.device)
+    model = allocate_model(config)
+    initialize(model, SEED)
+    sides = build_sides(model.to(options.device), question, options)
+    losses = {name: side() for name, side in sides.items()}  # the warm-up
+    times = interleave({name: timed(side) for name, side in sides.items()}, options.repeats)
+    rows = [
+        [
+            name,
+            *spread(each),
+            f"{tokens / statistics.median(each) * 1e3:,.0f}",
+            f"{paired_ratio(times[OURS], each):.2f}x as fast",
+            f"{losses[name]:.4f}",
+        ]
+        for name, each in times.items()
+    ]
+    settings = {name: getattr(options, name) for name in ("rows", "context", "batches", "layers", "repeats")}
+    return Report(
+        title=f"{model_name(config)} judged on {tokens:,} tokens on {on_device(options.device)}, {precision}",
+        headings=HEADINGS,
+        rows=rows,
+        measured=times,
+        settings={**settings, "threads": torch.get_num_threads()},
+        notes=describe_losses(losses),
+        machine=describe_machine(options.device),
+    )
+
+
+def describe_losses(losses: dict[str, float]) -> list[str]:
+    """Whether the sides judged the same, and what the ratios are."""
+    comparable = [loss for name, loss in losses.items() if name != STRIDED]
+    apart = max(comparable) - min(comparable)
+    verdict = "." if apart <= SAME_LOSS else ": THE SIDES DO NOT JUDGE THE SAME."
+    notes = [
+        "overnight is: how many times as fast overnight is; the median of the ratios within each round.",
+        f"The losses on the same windows lie within {apart:.5f} nats{verdict}",
+    ]
+    if STRIDED in losses:
+        notes.append(f"{STRIDED} judges every token after at least half a window: its loss is another.")
+    return notes
+
+
+def check(options: argparse.Namespace) -> tuple[ModelConfig, str]:
+    """The model and its precision. Raises ValueError for what can't be measured."""
+    open_world(options.device)
+    for name in ("rows", "batches", "repeats"):
+        if (count := getattr(options, name)) < 1:
+            raise ValueError(f"--{name} {count} is too few; give at least 1")
+    for program, checkout in ((BUILD_NANOGPT, options.peer), (NANOGPT, options.nanogpt)):
+        if checkout is not None:
+            read_definitions(program, checkout)
+    config = dataclasses.replace(PRESETS["gpt2-124m"], context_length=options.context, n_layer=options.layers)
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
+    precision: Any = options.precision
+    return config, str(resolve_compute(ComputeConfig(precision=precision), options.device).precision)
+
+
+def read_options(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--peer", type=Path, help="a checkout of build-nanogpt")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="the device's own if left out")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
+    parser.add_argument("--batches", type=int, default=1, help="batches that are judged")
+    parser.add_argument("--layers", type=int, default=12, help="fewer make a quick try")
+    parser.add_argument("--repeats", type=int, default=3, help="measured judgements of each side")
+    parser.add_argument("--text", type=Path, help="a text file; Python's documentation if left out")
+    parser.add_argument(
+        "--bpe", type=Path, help="folder of encoder.json and vocab.bpe; the cache if left out"
+    )
+    parser.add_argument("--data", type=Path, help="instead of a text: a folder that overnight prepare wrote")
+    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    chosen = read_options(sys.argv[1:])
+    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))

@@ -1,0 +1,278 @@
+"""The command `overnight plan`: whether a run will fit, how long it takes, how much disk and money."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from overnight.batching import ROWS_AT_MOST, BatchPlan, estimate_rows_that_fit
+from overnight.hardware import (
+    DEVICES,
+    Device,
+    find_device,
+    find_device_name,
+    find_memory_bytes,
+    find_peak_flops,
+)
+from overnight.memory import estimate_memory, find_ways_out, fits_into, largest_that_fits
+from overnight.parallel import ComputeConfig
+from overnight.settings import nearest, raise_problems
+from overnight.stages.forecast import FORWARD_SHARE, Pace, count_work, find_sizes, find_text
+from overnight.stages.outlook import Outlook, as_json, as_text
+from overnight.stages.recipe import Recipe, flatten, load_recipe
+from overnight.terminal import say
+
+# What is assumed of a device that is not here: the share of its maker's peak that training reaches. The
+# measurements it comes from are of 124M parameters in 16 bits: build-nanogpt, eager, 33 to 38% on A100 and
+# H200; PyTorch compiled 32% on one A100 PCIe (llm.c, pull request 323) and 42% on one H200 (modded-nanogpt,
+# records/track_3_optimization); llm.c 40% on 8 H100 (the same, records/track_1_short/2024-10-13_llmc) and
+# 60% on 8 A100 (its scripts/run_gpt2_124M.sh). All by the count of `ModelConfig.flops_per_token`.
+SHARES_OF_PEAK = (0.50, 0.40, 0.30)  # fast, likely, slow
+ANCHORS = {
+    "a100": "others measured 32% (PyTorch, one A100) to 60% (llm.c, eight)",
+    "h100": "others measured 40% (llm.c, eight H100)",
+    "h200": "others measured 42% (PyTorch, one H200)",
+}
+NO_ANCHOR = "no measurement of this device stands behind that"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(Recipe):
+    """A recipe, as `overnight train` takes it, and what is asked about it."""
+
+    on: str | None = None
+    """Estimate for a device that is not here (h200, a100-80gb, t4) instead of measuring this machine."""
+    dollars_per_hour: float | None = None
+    """What the machine costs; the plan then says what the run costs."""
+    seconds: float = 40.0
+    """About how long to measure."""
+    json: bool = False
+    """Print one JSON object to standard output."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        found = super().problems()
+        for name in ("dollars_per_hour", "seconds"):
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
+                found.append(f"{name}={value} must be greater than 0")
+        if self.on is not None and self.compute.device is not None:
+            found.append(
+                f"device={self.compute.device} is of this machine, on={self.on} of another: give one"
+            )
+        return found
+
+
+def run(config: PlanConfig, name: str) -> None:
+    """Show the plan of the recipe `name`, changed as `config` has it. Nothing that is trained is kept."""
+    raise_problems(config.problems(), f"recipe {config.run_name}")
+    device = None if config.on is None else find_known_device(config.on)
+    outlook = plan_here(config, name) if device is None else plan_elsewhere(config, name, device)
+    if config.json:
+        sys.stdout.write(json.dumps(as_json(outlook), indent=2) + "\n")
+    else:
+        say(as_text(outlook))
+    say(f"\n{next_command(outlook, config)}")
+
+
+def find_known_device(name: str) -> Device:
+    """A row of the device table. Raises ValueError if there is none, or it holds no rate."""
+    device = find_device(name)
+    if device is None:
+        several = [known for known in names_of_devices() if known.startswith(f"{name.lower()}-")]
+        if len(several) > 1:
+            raise ValueError(f"on={name} is several devices: choose {', '.join(several)}")
+        raise ValueError(
+            f"on={name} is not in the table of devices{nearest(name.lower(), names_of_devices())}"
+        )
+    if device.name not in names_of_devices():
+        raise ValueError(
+            f"on={name} can't be estimated: its maker has not published how fast it multiplies; "
+            "run overnight plan on it, which measures"
+        )
+    return device
+
+
+def names_of_devices() -> list[str]:
+    """Those whose rates are published."""
+    return [device.name for device in DEVICES if device.facts.fp32]
+
+
+def as_recipe(config: PlanConfig) -> Recipe:
+    """The recipe that is asked about."""
+    return Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
+
+
+def plan_here(config: PlanConfig, name: str) -> Outlook:
+    """The plan for this machine: measured, or only estimated if the model can't fit into its memory."""
+    from overnight.stages.job import decide
+    from overnight.world import open_world
+
+    device = open_world(config.compute.device).device
+    text = find_text(config.data, config.model.vocab_size)
+    sizes = find_sizes(config, text.vocab_size)
+    recipe, plan = decide(as_recipe(config), sizes, config.data, device)
+    memory_bytes = find_memory_bytes(device)
+    outlook = Outlook(
+        name=name,
+        recipe=recipe,
+        plan=plan,
+        text=text,
+        device_name=find_device_name(device),
+        assumption=None,
+        memory=estimate_memory(recipe.model, plan.rows_per_micro_batch, recipe.compute),
+        device_memory_bytes=memory_bytes,
+        fits=True,
+        work=count_work(recipe, plan, text.validation_tokens),
+        peak_flops=find_peak_flops(device, recipe.compute.precision or "fp32"),
+        disk_free_bytes=shutil.disk_usage(Path.cwd()).free,
+        load_average=os.getloadavg()[0] if device == "cpu" else 0.0,
+        dollars_per_hour=config.dollars_per_hour,
+        made_at=datetime.now().astimezone(),
+    )
+    if outlook.needed_bytes > memory_bytes:
+        return with_ways_out(outlook, memory_bytes)
+    from overnight.stages.trial import measure
+
+    measured = measure(recipe, plan, config.seconds)
+    if measured is None:
+        return with_ways_out(outlook, memory_bytes)
+    trial, plan = measured
+    return dataclasses.replace(
+        outlook,
+        plan=plan,
+        memory=estimate_memory(recipe.model, plan.rows_per_micro_batch, recipe.compute),
+        process_memory_bytes=trial.process_memory_bytes,
+        peak_memory_bytes=trial.peak_memory_bytes,
+        evaluation_peak_memory_bytes=trial.evaluation_peak_memory_bytes,
+        work=count_work(recipe, plan, text.validation_tokens),
+        paces=trial.paces(),
+    )
+
+
+def plan_elsewhere(config: PlanConfig, name: str, device: Device) -> Outlook:
+    """The plan for a device of the table: an estimate, and nothing is measured."""
+    from overnight.stages.job import settle
+
+    text = find_text(config.data, config.model.vocab_size)
+    compute, memory_bytes = suppose_compute(config.compute, device), device.facts.memory_bytes
+    model = find_sizes(config, text.vocab_size)
+    rows = estimate_rows_that_fit(model, memory_bytes, "cuda") if memory_bytes else 1
+    recipe, plan = settle(dataclasses.replace(as_recipe(config), model=model, compute=compute), rows)
+    precision = compute.precision or "fp32"
+    peak = 1e12 * (getattr(device.facts, precision) or 0)
+    memory = estimate_memory(recipe.model, plan.rows_per_micro_batch, compute)
+    outlook = Outlook(
+        name=name,
+        recipe=recipe,
+        plan=plan,
+        text=text,
+        device_name=f"one {device.name}",
+        assumption=describe_assumption(device, peak, precision),
+        memory=memory,
+        device_memory_bytes=memory_bytes,
+        fits=fits_into(memory_bytes, memory.together) if memory_bytes else None,
+        work=count_work(recipe, plan, text.validation_tokens),
+        peak_flops=peak,
+        dollars_per_hour=config.dollars_per_hour,
+        made_at=datetime.now().astimezone(),
+    )
+    if outlook.fits is False:
+        assert memory_bytes is not None
+        return with_ways_out(outlook, memory_bytes)
+    fast, likely, slow = (suppose_pace(recipe, plan, peak * share) for share in SHARES_OF_PEAK)
+    return dataclasses.replace(outlook, paces=(fast, likely, slow))
+
+
+def suppose_compute(config: ComputeConfig, device: Device) -> ComputeConfig:
+    """What `overnight train` would decide there. Raises ValueError for a precision that it lacks."""
+    precision = config.precision or device.facts.native
+    if not getattr(device.facts, precision):
+        raise ValueError(
+            f"precision={precision}: {device.name} does not multiply that in hardware; "
+            f"choose {device.facts.native}"
+        )
+    is_apple = device.facts.memory_bytes is None
+    return dataclasses.replace(
+        config,
+        device="mps" if is_apple else "cuda",
+        precision=precision,
+        compile=not is_apple if config.compile is None else config.compile,
+        attention=config.attention or "fused",
+        head=config.head or "whole",
+    )
+
+
+def suppose_pace(recipe: Recipe, plan: BatchPlan, flops: float) -> Pace:
+    """The pace of a device that does so many operations a second, whatever it does."""
+    token = recipe.model.flops_per_token() / flops
+    micro_batch = token * plan.rows_per_micro_batch * plan.tokens_per_row
+    return Pace(
+        micro_batch=micro_batch,
+        update=0.0,
+        start=0.0,
+        evaluated_token=FORWARD_SHARE * token,
+        sampled_token=0.0,
+        saved_byte=0.0,
+    )
+
+
+def describe_assumption(device: Device, peak: float, precision: str) -> str:
+    """What an estimate rests on, and how far it is to be trusted."""
+    slow, likely, fast = sorted(SHARES_OF_PEAK)
+    behind = next((words for name, words in ANCHORS.items() if device.name.startswith(name)), NO_ANCHOR)
+    return (
+        f"{likely:.0%} ({slow:.0%} to {fast:.0%}) of the published {peak / 1e12:,.4g} TFLOP/s in "
+        f"{precision}; {behind}"
+    )
+
+
+def with_ways_out(outlook: Outlook, memory_bytes: int) -> Outlook:
+    """`outlook` of a model that does not fit, with what would."""
+    recipe = outlook.recipe
+    smallest = recipe.batch.ramp_from_tokens_per_step or recipe.batch.tokens_per_step
+    rows = smallest // recipe.model.context_length
+    possible = [count for count in range(1, min(rows, ROWS_AT_MOST) + 1) if rows % count == 0]
+    ways = find_ways_out(recipe.model, recipe.compute, possible, memory_bytes)
+    return dataclasses.replace(
+        outlook,
+        fits=False,
+        ways_out=tuple(ways),
+        smaller=largest_that_fits(recipe.compute, memory_bytes),
+    )
+
+
+def next_command(outlook: Outlook, config: PlanConfig) -> str:
+    """What one would want to do now."""
+    changed = changed_options(as_recipe(config), load_recipe(outlook.name))
+    options = " ".join([outlook.name, *changed])
+    on = f" --on {config.on}" if config.on else ""
+    if outlook.fits is False:
+        if outlook.ways_out:
+            way = outlook.ways_out[0].options
+            kept = [option for option in changed if option.split()[0] not in way.split()]
+            return " ".join(["next: overnight plan", outlook.name, *kept, way]) + on
+        return f"next: overnight plan {outlook.smaller[0] if outlook.smaller else 'quickstart'}{on}"
+    if outlook.assumption:
+        return f"next: on that machine, overnight plan {options}, which measures"
+    return f"next: overnight train {options}"
+
+
+def changed_options(recipe: Recipe, original: Recipe) -> list[str]:
+    """What makes `recipe` of the original, as it is given on the command line."""
+    now, before = flatten(recipe), flatten(original)
+    changed = [name for name in now if now[name] != before[name]]
+    if "total_tokens" in changed and "total_steps" in changed:
+        changed.remove("total_steps" if now["total_steps"] is None else "total_tokens")
+    found = []
+    for name in changed:
+        value = now[name]
+        words = [str(word) for word in value] if isinstance(value, tuple) else [str(value)]
+        found.append(shlex.join([f"--{name.replace('_', '-')}", *words]))
+    return found

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from overnight.loss import nats_of_hidden
+from overnight.model.config import PRESETS, ModelConfig
+from overnight.model.gpt import GPT
+from overnight.model.initialization import initialize
+from overnight.parallel import ComputeConfig, Head, build_loss
+
+Recompute = Literal["none", "selective", "block"]
+SMALL = ModelConfig(n_layer=3, n_head=2, n_embd=32, context_length=64, vocab_size=100)
+GPT2 = PRESETS["gpt2-124m"]
+
+
+def next_token_nats(model: GPT, ids_BT: Tensor, targets_BT: Tensor, head: Head) -> Tensor:
+    hidden_BTC = model.trunk(ids_BT)
+    return nats_of_hidden(hidden_BTC, model.wte.weight, targets_BT, vocab_size=model.vocab_size, head=head)
+
+
+def count_flops(model: ModelConfig, recompute: Recompute) -> tuple[float, float]:
+    """(matrix products with weights, attention) of a step for each token, as torch counts them.
+
+    It counts what is dispatched, so with what is recomputed; of attention seven products over the whole
+    square, whether causal or not. It knows the GPUs' kernels, whose formulas are lent to the CPU's.
+    """
+    gpt = GPT(model)
+    initialize(gpt, seed=1)
+    compute = ComputeConfig(
+        device="cpu", precision="fp32", compile=False, attention="fused", head="whole", recompute=recompute
+    )
+    loss = build_loss(gpt, next_token_nats, compute)
+    ids_BT = torch.randint(SMALL.vocab_size or 0, (2, model.context_length))
+    kernel: Any = torch.ops.aten
+    formulas = {
+        kernel._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+            q, k, v
+        ),
+        kernel._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        loss(ids_BT, ids_BT).backward()  # type: ignore[no-untyped-call]
+    counts = counter.get_flop_counts()["Global"]
+    attention = sum(count for operation, count in counts.items() if "attention" in str(operation))
+    return (sum(counts.values()) - attention) / ids_BT.numel(), attention / ids_BT.numel()
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+def test_the_flops_executed_are_those_that_torch_counts(recompute: Recompute) -> None:
+    products, attention = count_flops(SMALL, recompute)
+    assert SMALL.executed_flops_per_token(recompute) == products + attention / 2  # half the square is causal
+
+
+def test_torch_s_count_sees_another_model_and_what_is_recomputed() -> None:
+    """The negative control of the test above."""
+    counts = {
+        count_flops(dataclasses.replace(SMALL, **changes), recompute)
+        for changes in ({}, {"n_layer": 2}, {"vocab_size": 150}, {"context_length": 32})
+        for recompute in ("none", "block")
+    }
+    assert len(counts) == 8
+
+
+def test_gpt2_s_flops_are_the_published_ones() -> None:
+    """By hand: 84.9 million weights in blocks and 38.6 million in the padded head; attention 7 L C T."""
+    assert GPT2.flops_per_token() / 1e6 == pytest.approx(855.2, abs=0.05)  # nanoGPT's estimate_mfu
+    products = 6 * (12 * 12 * 768**2 + 50304 * 768)
+    assert products / 1e6 == pytest.approx(741.4, abs=0.05)
+    executed = GPT2.executed_flops_per_token("none")
+    assert (executed - products) / 1e6 == pytest.approx(66.1, abs=0.05)
+    assert 524_288 * executed / 1e12 == pytest.approx(423.3, abs=0.05)
+    assert GPT2.executed_flops_per_token("selective") == executed
+    assert GPT2.executed_flops_per_token("block") == executed + 2 * 12 * (8 * 768**2 + 768 * 1024)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 64, 65, 50257])
+def test_the_padded_vocabulary_is_the_model_s(vocab_size: int) -> None:
+    model = ModelConfig(n_layer=1, n_head=1, n_embd=2, context_length=2, vocab_size=vocab_size)
+    assert model.padded_vocab_size() == GPT(model).wte.num_embeddings

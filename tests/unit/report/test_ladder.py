@@ -1,0 +1,162 @@
+"""A ladder's figures are computed from times and losses that are made up here, so the truth is known."""
+
+import dataclasses
+import json
+import math
+from xml.etree import ElementTree
+
+import pytest
+
+from overnight.report.ladder import (
+    LadderRecord,
+    RungRecord,
+    as_json,
+    ladder_figures,
+    wrong_rungs,
+)
+from overnight.report.ladder_plot import ladder_svg
+from overnight.report.ladder_table import ladder_markdown, ladder_text
+
+LOSSES = (10.9872, 10.8131, 10.5342, 10.2087, 9.9120, 9.1)
+NAMES = ("float32", "bf16", "compile", "fused-attention", "block-attention", "nice-numbers", "fused-adamw")
+
+
+def rung(name: str, milliseconds: tuple[float, ...], before: tuple[float, ...] = (), **changes) -> RungRecord:
+    values = {
+        "name": name,
+        "about": f"what {name} is",
+        "tolerance": 0.02,
+        "milliseconds": milliseconds,
+        "milliseconds_before": before,
+        "losses": LOSSES,
+        "peak_bytes": 4_710_000_000,
+    }
+    return RungRecord(**{**values, **changes})
+
+
+def ladder(*rungs: RungRecord) -> LadderRecord:
+    return LadderRecord(
+        model="gpt2-124m",
+        device_name="AMD EPYC 9V45 96-Core Processor",
+        tokens_per_step=2048,
+        about_step="a step of 2 x 1,024 = 2,048 tokens",
+        flops_per_token=855_000_000,
+        peak_flops=430e9,
+        about_peak="measured in each round: a large bf16 matrix product",
+        rungs=rungs,
+        environment={"text": "Python's documentation", "torch": "2.13.0"},
+    )
+
+
+def climb(**last) -> LadderRecord:
+    """Seven rungs and a skipped one, each 1.5 times as fast as the one before; `last` changes the highest."""
+    rungs, before = [], ()
+    for place, name in enumerate(NAMES):
+        times = tuple(12_345.0 / 1.5**place * noise for noise in (1.0, 1.1, 0.9))
+        rungs.append(rung(name, times, before))
+        before = times
+    reason = "it takes an NVIDIA GPU since Ampere (2020), not cpu"
+    rungs.insert(1, RungRecord(name="tf32", about="x", skipped=reason))
+    rungs[-1] = dataclasses.replace(rungs[-1], **last)
+    return ladder(*rungs)
+
+
+def test_a_gain_is_the_median_of_the_rounds_ratios_and_the_total_their_product() -> None:
+    slow, fast = (8.0, 80.0, 9.0), (4.0, 20.0, 3.0)  # the second round met a busy machine
+    again, faster = (8.0, 8.0, 8.0), (4.0, 2.0, 4.0)  # of another group: its rounds had another machine
+    figures = ladder_figures(ladder(rung("a", slow), rung("b", fast, slow), rung("c", faster, again)))
+    assert [figures[name].gain for name in "abc"] == [None, 3.0, 2.0]  # the medians' ratio would be 2.25
+    assert [figures[name].total for name in "abc"] == [1.0, 3.0, 6.0]
+    assert figures["b"].milliseconds == 4.0
+    assert figures["b"].tokens_per_second == 512_000
+    assert figures["b"].mfu == pytest.approx(512_000 * 0.855e9 / 430e9)
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_equal", "difference"),
+    [
+        (LOSSES, True, 0.0),
+        ((*LOSSES[:2], 10.5542, *LOSSES[3:]), True, 0.02),
+        ((*LOSSES[:2], 10.5642, *LOSSES[3:]), False, 0.03),  # a step in the middle is compared, too
+        ((*LOSSES[:4], math.nan, 9.1), False, math.nan),
+        ((*LOSSES[:5], 7.0), True, 0.0),  # so late that rounding has grown
+    ],
+)
+def test_a_rung_that_computes_something_else_is_found(
+    losses: tuple[float, ...], is_equal: bool, difference: float
+) -> None:
+    times = (2.0, 2.0)
+    record = ladder(rung("float32", times), rung("other", times, times, losses=losses, tolerance=0.0200001))
+    figures = ladder_figures(record)["other"]
+    assert figures.is_equal is is_equal
+    assert figures.difference == pytest.approx(difference, nan_ok=True)
+    assert wrong_rungs(record) == ([] if is_equal else ["other"])
+    assert ("NOT EQUAL" in ladder_text(record)) is not is_equal
+    assert ("NOT EQUAL" in ladder_markdown(record)) is not is_equal
+    assert ("NOT EQUAL" in ladder_svg(record)) is not is_equal
+
+
+@pytest.mark.parametrize("losses", [LOSSES, (9.0, *LOSSES[1:])])
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_table_fits_its_columns(losses: tuple[float, ...], columns: int) -> None:
+    text = ladder_text(climb(losses=losses), columns)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= columns
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:11]}
+    assert rows["float32"][:5] == ["12,345", "166", "33%", "4.71", "1.00x"]
+    assert rows["bf16"][:6] == ["8,230", "249", "49%", "4.71", "1.50x", "1.50x"]
+    assert rows["bf16"][-2:] == ["0.0000", "ok"]
+    assert " ".join(rows["tf32"]) == "skipped: it takes an NVIDIA GPU since Ampere (2020), not cpu"
+    assert ("loss" in rows["rung"]) is (columns == 100 or losses is LOSSES)  # it gives way to a verdict
+    bars = [line.count("█") for line in lines if "█" in line]
+    assert len(bars) == len(NAMES)
+    assert bars == sorted(bars)
+
+
+def test_everything_is_in_the_json() -> None:
+    written = json.loads(json.dumps(as_json(climb(losses=(math.nan, *LOSSES[1:]))), allow_nan=False))
+    first, skipped, second, *_, last = written["rungs"]
+    assert first["figures"]["gain"] is None
+    assert skipped["figures"] is None
+    assert second["milliseconds"] == pytest.approx([8230.0, 9053.0, 7407.0])
+    assert second["figures"]["gain"] == pytest.approx(1.5)
+    assert last["losses"][0] is None
+    assert last["figures"]["difference"] is None
+    assert last["figures"]["is_equal"] is False
+
+
+def test_the_markdown_is_a_table_with_every_rung_and_what_it_is() -> None:
+    lines = ladder_markdown(climb()).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(NAMES) + 1
+    assert len({line.count("|") for line in table}) == 1
+    assert "* **bf16**: what bf16 is." in lines
+    assert lines[-1] == "text Python's documentation, torch 2.13.0"
+
+
+def test_rungs_of_different_groups_are_said_to_be_so() -> None:
+    together = dataclasses.replace(climb(), groups=(NAMES,))
+    apart = dataclasses.replace(climb(), groups=(NAMES[:4], NAMES[3:]))
+    assert "took turns in groups" not in ladder_markdown(together)
+    assert "took turns in groups" in ladder_markdown(apart)
+
+
+def test_the_picture_stands_by_itself_and_shows_every_figure() -> None:
+    svg = ladder_svg(climb())
+    picture = ElementTree.fromstring(svg)
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    words = {text for text in picture.itertext() if text.strip()}
+    assert {*NAMES, "tf32", "166", "8,230", "1.50x"} <= {word.strip() for word in words}
+    assert "--accent: #2b50d8" in svg
+    assert "--accent: #8fa8ff" in svg
+    assert "body" not in svg  # the page's own rules stay with the page
+    assert ladder_svg(climb()) == svg
+
+
+def test_a_bar_is_as_long_as_its_rung_is_fast() -> None:
+    times = (1000.0, 1000.0)
+    svg = ladder_svg(ladder(rung("a", times), rung("b", (500.0, 500.0), times)))
+    drawn = [path.attrib for path in ElementTree.fromstring(svg).iter() if path.tag.endswith("path")]
+    bars = [path["d"].split() for path in drawn if "fill: var(--accent)" in path.get("style", "")]
+    slow, fast = (float(right) - float(left) for _, left, _, _, right, *_ in bars)
+    assert fast / slow == pytest.approx(2.0, abs=0.01)

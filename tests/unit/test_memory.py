@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from overnight import loss, memory
+from overnight.memory import (
+    count_stored,
+    estimate_memory,
+    find_ways_out,
+    fits_into,
+    kept_per_token,
+    largest_that_fits,
+)
+from overnight.model import blocks
+from overnight.model.config import PRESETS, ModelConfig
+from overnight.model.gpt import GPT
+from overnight.model.initialization import initialize
+from overnight.optim import OptimizerConfig, build_optimizer
+from overnight.parallel import ComputeConfig, build_loss
+from overnight.stages.pretrain import next_token_nats
+
+SIZES = ModelConfig(n_layer=3, n_head=4, n_embd=64, context_length=256, vocab_size=500)
+ROWS = 4
+TOKENS = ROWS * SIZES.context_length
+FLOAT32 = 4
+
+
+def decided(**settings: object) -> ComputeConfig:
+    eager = ComputeConfig(device="cpu", precision="fp32", compile=False, attention="fused", head="whole")
+    return replace(eager, **settings)  # type: ignore[arg-type]
+
+
+def build(sizes: ModelConfig) -> tuple[GPT, torch.Tensor]:
+    model = GPT(sizes)
+    initialize(model, 0)
+    return model, torch.randint(sizes.vocab_size or 0, (ROWS, sizes.context_length))
+
+
+def bytes_kept_by_autograd(model: GPT, loss: Callable[[], torch.Tensor]) -> int:
+    """What a forward pass keeps for the backward pass, parameters and double counting left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        nats = loss()
+    assert nats.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def bytes_at_the_peak(action: Callable[[], object], trace: Path) -> int:
+    """The most that tensors took while `action` ran, beyond what they took before: torch's own book."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    changes = [event["args"]["Bytes"] for event in events if event.get("name") == "[memory]"]
+    taken = peak = 0
+    for change in changes:
+        taken += change
+        peak = max(peak, taken)
+    return peak
+
+
+def test_the_weights_and_what_the_optimizer_remembers_of_them_are_counted_exactly() -> None:
+    model, ids = build(SIZES)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    model(ids).sum().backward()
+    optimizer.step()
+    estimate = estimate_memory(SIZES, ROWS, decided())
+    assert count_stored(SIZES) == sum(parameter.numel() for parameter in model.parameters())
+    assert estimate.weights == sum(parameter.nbytes for parameter in model.parameters())
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert estimate.gradients == sum(gradient.nbytes for gradient in gradients if gradient is not None)
+    states = [optimizer.state[parameter] for parameter in model.parameters()]
+    moments = [state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq")]
+    assert estimate.moments == sum(moments)
+
+
+def test_what_is_said_of_the_model_is_so() -> None:
+    """The size of a block stands in memory.py a second time, since that does without torch."""
+    assert memory.QUERIES == blocks.QUERIES
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "precision, attention",
+    [("fp32", "fused"), ("fp32", "plain"), ("bf16", "fused"), ("bf16", "plain"), ("bf16", "blocks")],
+)
+def test_the_activations_are_what_autograd_keeps(precision: str, attention: str, dropout: float) -> None:
+    """Within 1%; it keeps the loss's logits once, as float32, and in 16 bits the weights that multiply."""
+    sizes = replace(SIZES, dropout=dropout)
+    compute = decided(precision=precision, attention=attention)
+    model, ids = build(sizes)
+    loss = build_loss(model, next_token_nats, compute)
+    estimate = estimate_memory(sizes, ROWS, compute)
+    logits = FLOAT32 * TOKENS * (sizes.vocab_size or 0)
+    kept = bytes_kept_by_autograd(model, lambda: loss(ids, ids))
+    assert estimate.activations + estimate.copies + logits == pytest.approx(kept, rel=0.01)
+    assert estimate.activations == TOKENS * kept_per_token(sizes, compute)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_estimate_is_what_a_pass_takes_at_its_peak(
+    precision: str, recompute: str, tmp_path: Path
+) -> None:
+    """Within 10%, and rather too much: gradients that grow while activations shrink are counted whole."""
+    compute = decided(precision=precision, recompute=recompute)
+    model, ids = build(SIZES)
+    loss = build_loss(model, next_token_nats, compute)
+    loss(ids, ids).backward()  # type: ignore[no-untyped-call]
+    peak = bytes_at_the_peak(lambda: loss(ids, ids).backward(), tmp_path / "trace.json")  # type: ignore[no-untyped-call]
+    estimate = estimate_memory(SIZES, ROWS, compute)
+    passing = estimate.activations + estimate.logits + estimate.copies
+    assert 0.98 * peak < passing < 1.10 * peak
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_chunked_head_takes_a_chunk_s_logits_and_a_gradient_of_its_weights(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK_BYTES_AT_LEAST", 1)  # or these few positions would be a single chunk
+    sizes = replace(SIZES, n_layer=1, vocab_size=20_000)
+    model, ids = build(sizes)
+    taken = {}
+    for head in ("whole", "chunked"):
+        compute = decided(precision=precision, head=head)
+        nats = build_loss(model, next_token_nats, compute)
+        nats(ids, ids).backward()  # type: ignore[no-untyped-call]
+        peak = bytes_at_the_peak(lambda: nats(ids, ids).backward(), tmp_path / "trace.json")  # type: ignore[no-untyped-call]  # noqa: B023
+        estimate = estimate_memory(sizes, ROWS, compute)
+        taken[head] = estimate.activations + estimate.logits + estimate.copies
+        assert 0.98 * peak < taken[head] < 1.15 * peak
+    assert taken["chunked"] < 0.4 * taken["whole"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize("precision, recompute", [("fp32", "none"), ("bf16", "none"), ("bf16", "selective")])
+def test_the_estimate_is_what_a_compiled_pass_takes(precision: str, recompute: str, tmp_path: Path) -> None:
+    """Within 20%: what is kept is the compiler's choice."""
+    compute = decided(precision=precision, recompute=recompute, compile=True)
+    model, ids = build(SIZES)
+    loss = build_loss(model, next_token_nats, compute)
+    loss(ids, ids).backward()  # type: ignore[no-untyped-call]
+    peak = bytes_at_the_peak(lambda: loss(ids, ids).backward(), tmp_path / "trace.json")  # type: ignore[no-untyped-call]
+    estimate = estimate_memory(SIZES, ROWS, compute)
+    passing = estimate.activations + estimate.logits + estimate.copies + estimate.new_gradients
+    assert passing == pytest.approx(peak, rel=0.2)
+
+
+def test_recomputing_takes_less_and_least_for_whole_blocks() -> None:
+    sizes = PRESETS["gpt2-1558m"]
+    taken = [
+        estimate_memory(sizes, 8, decided(precision="bf16", recompute=recompute)).together
+        for recompute in ("none", "selective", "block")
+    ]
+    assert taken == sorted(taken, reverse=True)
+    assert taken[2] < 0.7 * taken[0]
+
+
+def test_a_row_more_takes_as_much_as_the_row_before() -> None:
+    takes = [estimate_memory(SIZES, rows, decided()).together for rows in (1, 2, 3)]
+    assert takes[2] - takes[1] == takes[1] - takes[0] > 0
+
+
+def test_gpt2_124m_takes_16_bytes_a_parameter_before_any_activation() -> None:
+    estimate = estimate_memory(PRESETS["gpt2-124m"], 1, decided())
+    at_rest = estimate.weights + estimate.gradients + estimate.moments
+    assert at_rest == pytest.approx(16 * 124_439_808, rel=1e-3)
+
+
+def test_korthikanti_s_count_is_ours_but_for_the_float32_of_the_stream() -> None:
+    """Equation 2 without attention's square: 34 C a token and layer, of which dropout's masks are 2 C."""
+    one, two = (replace(PRESETS["gpt2-124m"], n_layer=layers) for layers in (1, 2))
+    compute = decided(precision="bf16")
+    layer = kept_per_token(two, compute) - kept_per_token(one, compute)
+    theirs, masks, float32 = 34 * 768, 2 * 768, 4 * 768  # two norms' inputs in 4 bytes instead of 2
+    assert layer == pytest.approx(theirs - masks + float32, rel=0.01)
+
+
+# ---------------------------------------------------------------- what would fit
+
+
+def test_every_way_out_fits_and_the_way_in_does_not() -> None:
+    sizes, compute, there = PRESETS["gpt2-774m"], decided(precision="bf16"), int(24e9)
+    possible = [1, 2, 4, 8, 16]
+    assert not fits_into(there, estimate_memory(sizes, 16, compute).together)
+    ways = list(find_ways_out(sizes, compute, possible, there))
+    assert ways[0].options == "--rows-per-micro-batch 2"
+    assert ways[-1].options.startswith("--recompute block ")
+    assert all(fits_into(there, way.needed_bytes) for way in ways)
+    rows = [int(way.options.split()[-1]) for way in ways]
+    assert rows == sorted(set(rows)), "a way that costs more lets more rows fit"
+    assert set(rows) <= set(possible)
+
+
+def test_there_is_no_way_out_of_a_memory_that_does_not_hold_the_weights() -> None:
+    sizes = PRESETS["gpt3-175b"]
+    assert list(find_ways_out(sizes, decided(precision="bf16"), [1], int(80e9))) == []
+    name, needed = largest_that_fits(decided(precision="bf16"), int(80e9)) or ("", 0)
+    assert name == "gpt3-2.7b"
+    assert fits_into(int(80e9), needed)
+    assert largest_that_fits(decided(), int(1e9)) is None
