@@ -1,4 +1,4 @@
-"""Files and folders as a stream of documents.
+"""Files as a stream of documents.
 
     .txt .md     a document; a file over 20,000 bytes is several: see `end_of_piece`
     .jsonl       a document a line, its text in the text column
@@ -12,17 +12,26 @@ reads the stream decides what becomes of it.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
+
+from overnight.data.files import (
+    DamagedFile,
+    TextFile,
+    first_line,
+    import_pyarrow,
+    open_file,
+    open_parquet,
+)
 
 SHORTEST_PIECE_BYTES = 10_000
 LONGEST_PIECE_BYTES = 20_000
 ENDS_OF_PIECES = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb" "))
 SURROGATE = re.compile("[\ud800-\udfff]")
+ROWS_AT_ONCE = 256
+PACKED_TEXT_BYTES = 3  # of text in a byte of a packed file, roughly
 
 
 @dataclass(frozen=True)
@@ -36,44 +45,45 @@ class Document:
     """What is wrong with the text and where, if it is not sound; `text` is then what could be saved of it."""
 
 
-def readable_files(source: Path) -> list[Path]:
-    """The files that a file or a folder of any depth has to offer, in the order of their paths inside it.
+@dataclass(frozen=True)
+class Part:
+    """A file, or some row groups of a Parquet file: what is read in one piece."""
 
-    Names beginning with a dot are left alone, and so are other kinds of file. Raises ValueError if
-    nothing is left.
+    file: TextFile
+    groups: tuple[int, int] | None = None
+    """The first row group and the end of the last; None: all there is."""
+
+
+def read_part(part: Part, text_column: str = "text") -> Iterator[Document]:
+    """Every document of it, in its order. Memory stays flat.
+
+    Raises ValueError if the text column is missing, DamagedFile if it can't be read to its end.
     """
-    kinds = ", ".join(READERS)
-    if source.is_file():
-        if source.suffix.lower() not in READERS:
-            raise ValueError(f"{source} is not a kind of file that can be read ({kinds})")
-        return [source]
-    found = []
-    for folder, folders, names in os.walk(source):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(folder, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in READERS and path.is_file()]
-    if not found:
-        raise ValueError(f"{source} holds no file that can be read ({kinds})")
-    return sorted(found, key=lambda path: path.relative_to(source).parts)
+    return READERS[part.file.kind](part, text_column)
 
 
-def read_documents(source: Path, text_column: str = "text") -> Iterator[Document]:
-    """Every document of a file or folder, in the order of `readable_files`. Memory stays flat.
+def divide_file(file: TextFile, text_column: str, part_bytes: int) -> list[Part]:
+    """The file as parts of about so many bytes of text, if it is larger and can be divided.
 
-    Raises ValueError if a file lacks the text column or can't be read at all.
+    Raises DamagedFile or ValueError for a Parquet file that can't be read, or has no such column.
     """
-    for path in readable_files(source):
-        yield from READERS[path.suffix.lower()](path, text_column)
+    if file.kind != ".parquet":
+        return [Part(file)]
+    sizes = _row_group_bytes(file, text_column)
+    parts, first, held = [], 0, 0
+    for group, size in enumerate(sizes):
+        if held and held + size > part_bytes:
+            parts.append(Part(file, (first, group)))
+            first, held = group, 0
+        held += size
+    return [*parts, Part(file, (first, len(sizes)) if parts else None)]
 
 
-def estimate_text_bytes(path: Path, text_column: str = "text") -> int:
-    """About how many bytes of text one file holds; of a Parquet file, its text column before compression."""
-    if path.suffix.lower() != ".parquet":
-        return path.stat().st_size
-    metadata = _open_parquet(path, text_column).metadata
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_column)
+def estimate_text_bytes(part: Part, text_column: str = "text") -> int:
+    """About how many bytes of text it holds; of a Parquet file, its text column before compression."""
+    if part.file.kind != ".parquet":
+        return part.file.bytes * (PACKED_TEXT_BYTES if part.file.is_packed else 1)
+    return sum(_row_group_bytes(part.file, text_column)[slice(*(part.groups or (None,)))])
 
 
 def end_of_piece(text: bytes) -> int:
@@ -93,14 +103,12 @@ def end_of_piece(text: bytes) -> int:
     return end
 
 
-def read_text_file(path: Path, text_column: str = "text") -> Iterator[Document]:
-    """The documents of one text file, whatever its name ends in; it has no columns."""
-    del text_column
-    with path.open("rb") as file:
+def _read_text(part: Part, _text_column: str) -> Iterator[Document]:
+    with open_file(part.file) as file:
         for offset, piece in _pieces(file):
             text, bad = _decode(piece)
-            damage = None if bad is None else f"{path} is not UTF-8 at byte {offset + bad:,}"
-            yield Document(text, f"{path.name}, byte {offset:,}", damage)
+            damage = None if bad is None else f"{part.file.address} is not UTF-8 at byte {offset + bad:,}"
+            yield Document(text, f"{part.file.name}, byte {offset:,}", damage)
 
 
 def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -116,14 +124,14 @@ def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         yield offset, waiting
 
 
-def _read_json_lines(path: Path, text_column: str) -> Iterator[Document]:
+def _read_json_lines(part: Part, text_column: str) -> Iterator[Document]:
     offset = 0
-    with path.open("rb") as file:
+    with open_file(part.file) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                place = f"{path} line {number:,}"
+                place = f"{part.file.address} line {number:,}"
                 text, damage = _json_text(line, place, offset, text_column)
-                yield Document(text, f"{path.name}, line {number:,}", damage)
+                yield Document(text, f"{part.file.name}, line {number:,}", damage)
             offset += len(line)
 
 
@@ -147,50 +155,54 @@ def _json_text(line: bytes, place: str, offset: int, text_column: str) -> tuple[
     return text, damage
 
 
-def _read_parquet(path: Path, text_column: str) -> Iterator[Document]:
-    for number, value in enumerate(_parquet_values(path, text_column), start=1):
+def _read_parquet(part: Part, text_column: str) -> Iterator[Document]:
+    file, first_row = _open_column(part.file, text_column), 0
+    groups = range(file.num_row_groups) if part.groups is None else range(*part.groups)
+    if part.groups is not None:
+        first_row = sum(file.metadata.row_group(group).num_rows for group in range(part.groups[0]))
+    values = _parquet_values(file, list(groups), part.file.address, text_column)
+    for number, value in enumerate(values, start=first_row + 1):
         text, bad = ("", None) if value is None else _decode(value)
-        damage = None
+        place, damage = f"{part.file.address} row {number:,}", None
         if value is None:
-            damage = f"{path} row {number:,} holds no text in {text_column!r}"
+            damage = f"{place} holds no text in {text_column!r}"
         elif bad is not None:
-            damage = f"{path} row {number:,} is not UTF-8 at byte {bad:,} of its text"
-        yield Document(text, f"{path.name}, row {number:,}", damage)
+            damage = f"{place} is not UTF-8 at byte {bad:,} of its text"
+        yield Document(text, f"{part.file.name}, row {number:,}", damage)
 
 
-def _parquet_values(path: Path, text_column: str) -> Iterator[bytes | None]:
+def _parquet_values(file: Any, groups: list[int], address: str, text_column: str) -> Iterator[bytes | None]:
     """The text column as bytes: Parquet does not promise that a column of strings is UTF-8."""
-    file = _open_parquet(path, text_column)
-    import pyarrow
-
+    pyarrow = import_pyarrow(address)
     rows = 0
     try:
-        for batch in file.iter_batches(batch_size=256, columns=[text_column]):
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=groups, columns=[text_column]):
             yield from batch.column(0).cast(pyarrow.large_binary()).to_pylist()
             rows += batch.num_rows
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} is damaged after row {rows:,}: {_first_line(error)}") from None
+        raise DamagedFile(f"{address} is damaged after row {rows:,}: {first_line(error)}") from None
 
 
-def _open_parquet(path: Path, text_column: str) -> Any:
-    """A pyarrow ParquetFile whose text column is there and holds text."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(
-            f"{path} needs pyarrow to be read, which is not installed: pip install 'overnight[data]'"
-        ) from None
-    try:
-        file = parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} is damaged or is not a Parquet file: {_first_line(error)}") from None
-    schema = file.schema_arrow
-    _require_column(text_column, schema.names, str(path))
+def _open_column(file: TextFile, text_column: str) -> Any:
+    """The pyarrow ParquetFile, whose text column is there and holds text."""
+    opened = open_parquet(file)
+    schema = opened.schema_arrow
+    _require_column(text_column, schema.names, file.address)
     kind = str(schema.field(text_column).type)
     if kind not in {"string", "large_string", "string_view", "binary", "large_binary"}:
-        raise ValueError(f"{path} holds {kind}, not text, in its column {text_column!r}")
-    return file
+        raise ValueError(f"{file.address} holds {kind}, not text, in its column {text_column!r}")
+    return opened
+
+
+def _row_group_bytes(file: TextFile, text_column: str) -> list[int]:
+    """Bytes of the text column in each row group, before compression."""
+    metadata = _open_column(file, text_column).metadata
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    columns = ([group.column(index) for index in range(group.num_columns)] for group in groups)
+    return [
+        sum(column.total_uncompressed_size for column in each if column.path_in_schema == text_column)
+        for each in columns
+    ]
 
 
 def _require_column(text_column: str, columns: list[str], place: str) -> None:
@@ -209,13 +221,9 @@ def _decode(data: bytes) -> tuple[str, int | None]:
         return data.decode(errors="replace"), error.start
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
-    ".txt": read_text_file,
-    ".md": read_text_file,
+READERS: dict[str, Callable[[Part, str], Iterator[Document]]] = {
+    ".txt": _read_text,
+    ".md": _read_text,
     ".jsonl": _read_json_lines,
     ".parquet": _read_parquet,
 }

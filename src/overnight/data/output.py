@@ -1,10 +1,10 @@
-"""A folder that appears whole or not at all: built beside its place by one process, then renamed."""
+"""A folder that appears whole or not at all: filled in hiding beside its place, then renamed."""
 
 from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,23 +36,39 @@ def alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def appearing_whole(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which becomes `folder` at the end; on an error it is removed.
+def hidden_folder(folder: Path) -> Path:
+    """Where `folder` is filled before it is shown."""
+    return folder.parent / f".{folder.name}.partial"
 
-    What a killed process left half-done is removed first. `folder` itself may be there if it is empty.
-    Needs `alone`.
+
+def shown_folder(place: Path) -> Path:
+    """The folder that is filled at `place`."""
+    return place.parent / place.name.removeprefix(".").removesuffix(".partial")
+
+
+@contextmanager
+def in_hiding(folder: Path, goes_on: Callable[[Path], bool]) -> Iterator[Path]:
+    """Where to fill `folder`: an empty place, or what was begun there before if `goes_on` says so.
+
+    If the block is interrupted, or killed, what it has done stays for the next time. If it refuses
+    (ValueError), nothing stays. Needs `alone`.
     """
-    partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    place = hidden_folder(folder)
+    if not goes_on(place):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
     try:
-        yield partial
-        flush_folder(partial)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        yield place
+    except ValueError:
+        shutil.rmtree(place, ignore_errors=True)
         raise
+
+
+def appear(folder: Path) -> None:
+    """Give `folder`, filled in hiding, its name. It may be there if it is empty."""
+    place = hidden_folder(folder)
+    flush_folder(place)
+    place.rename(folder)
     flush_folder(folder.parent)
 
 
@@ -64,7 +80,8 @@ def plain_disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise ValueError(
-                f"the disk of {folder} is full, and nothing was left behind: free some, or give another --out"
+                f"the disk of {folder} is full: free some, and the same command goes on from what is done (in "
+                f"{hidden_folder(folder)}), or give another --out"
             ) from None
         if error.errno in CLOSED:
             raise ValueError(f"{error.filename or folder} may not be touched ({error.strerror})") from None

@@ -1,205 +1,305 @@
 """Documents to shards: what is left out, which side a document is on, its ids, and the manifest at the end.
 
-    source -> judged documents -> ids -> shards of two splits -> manifest
+    source -> units -> ids of each unit -> what becomes of each document -> shards -> manifest
 
-Each arrow is a function over iterators, so memory stays flat: what is kept is a 16-byte hash per document.
-The result is the same, byte for byte, for any number of workers, and appears under its name only when it is
-complete.
+Units are encoded by whoever has time, then all is decided from a few bytes a document, then the shards are
+written by whoever has time. So memory stays flat, any of it may be killed and goes on where it was, and the
+result is the same, byte for byte, for any number of workers on any number of machines. It appears under its
+name only when it is complete.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from overnight import __version__
-from overnight.data.documents import Document
-from overnight.data.output import alone, appearing_whole, check_disk, plain_disk_errors
-from overnight.data.request import PrepareConfig, output_folder
-from overnight.data.selection import KEPT, Fate, judge, split_of
-from overnight.data.shards import SPLITS, Manifest, ShardWriter, read_manifest, verify, write_manifest
-from overnight.data.sources import Source, open_source
+from overnight.data.assemble import decide, read_layout, write_shard
+from overnight.data.documents import Part, divide_file, estimate_text_bytes
+from overnight.data.encode import count_encoded, encode_documents, encode_unit
+from overnight.data.executors import JOBS, count_workers, run_step, submit_to_slurm
+from overnight.data.files import DamagedFile
+from overnight.data.output import alone, appear, check_disk, in_hiding, plain_disk_errors, shown_folder
+from overnight.data.request import MOST_SHARDS, PrepareConfig, output_folder
+from overnight.data.selection import KEPT, document_hash, judge, split_of
+from overnight.data.shards import SPLITS, Manifest, read_manifest, verify, write_manifest
+from overnight.data.sources import Source, open_source, read_parts
 from overnight.data.token_file import HEADER_BYTES, token_format
+from overnight.data.work import (
+    Request,
+    Work,
+    group_parts,
+    is_begun,
+    open_tokenizer,
+    read_work,
+    remove_traces,
+    want_units,
+    wanted_units,
+    write_work,
+)
+from overnight.run_directory import flush_folder
 from overnight.settings import raise_problems
 from overnight.terminal import progress, say
 
-if TYPE_CHECKING:
-    from overnight.text.tokenizer import Tokenizer
+__all__ = ["PrepareConfig", "output_folder", "prepare", "training_texts"]
 
-__all__ = [
-    "PrepareConfig",
-    "encode_documents",
-    "output_folder",
-    "prepare",
-    "training_texts",
-    "write_prepared",
-]
-
-BATCH_CHARACTERS = 200_000  # what one thread encodes at a time
-BATCHES_AHEAD = 32  # the same for any number of threads, so that they all read equally far
-Judged = tuple[Document, Fate]
-Encoded = tuple[Document, Fate, NDArray[np.uint32]]
-Request = dict[str, str | int | float | None]
+UNIT_BYTES = 64_000_000  # of text: some seconds of one core
+TRAINING_BYTES = 1_000_000_000  # that a tokenizer is trained on, at most
+SAMPLED_DOCUMENTS = 64
+BYTES_PER_TOKEN_AT_MOST = 6  # of English in GPT-2's tokens it is 4.5
 
 
-def prepare(config: PrepareConfig) -> Manifest:
+def prepare(config: PrepareConfig) -> Manifest | None:
     """Fill `output_folder(config)` with shards, or verify and reuse it if the same request filled it before.
 
-    Raises ValueError for a request that can't be met: nothing is there under the folder's name then.
+    None if the work was handed to Slurm, and is not done yet. Raises ValueError for a request that can't
+    be met: nothing is there under the folder's name then.
     """
     raise_problems(config.problems(), "prepare")
     folder = output_folder(config)
     with plain_disk_errors(folder):
-        source = open_source(config.source, config.text_column, config.from_file)
+        source = open_source(config.source, config.subset, config.from_file)
         request = _request(config, source)
         existing = _find_prepared(folder, request)  # needs no lock: a folder appears whole
         if existing is None:
             with alone(folder):
                 existing = _find_prepared(folder, request)  # by another process, while this one waited
                 if existing is None:
-                    with appearing_whole(folder) as partial:
-                        return write_prepared(partial, source, config, request)
+                    return _fill(folder, _plan_work(config, source, request), config)
     say(f"{folder} holds this already, and it is sound")
     return existing
 
 
-def write_prepared(folder: Path, source: Source, config: PrepareConfig, request: Request) -> Manifest:
-    """Write shards, tokenizer and manifest of one source into an empty folder."""
-    from overnight.text.load import build_tokenizer
+def _fill(folder: Path, work: Work, config: PrepareConfig) -> Manifest | None:
+    """Do all the work, or what is left of it."""
+    with in_hiding(folder, lambda place: is_begun(place, work)) as place:
+        if not is_begun(place, work):
+            (place / "units").mkdir()
+            want_units(place, work.units_for(work.tokens, BYTES_PER_TOKEN_AT_MOST))
+            write_work(place, work)
+        if not (place / "tokenizer").is_dir():
+            _build_tokenizer(place, work, config.tokenizer_name)
+            check_disk(place, _estimate_bytes(place, work))
+        if config.executor == "slurm":
+            _hand_to_slurm(place, config)
+            return None
+        _encode_here(place, config)
+        while _is_short(place):
+            want_units(place, min(len(work.units), 2 * wanted_units(place)))
+            _encode_here(place, config)
+        decide_all(place)
+        shards = sum(read_layout(place).shards(split, work.shard_tokens) for split in SPLITS)
+        run_step(write_shards, place, shards if wanted_units(place) > 1 else 1, config)
+        manifest = finish(place)
+    appear(folder)
+    return manifest
 
-    fraction = _validation_fraction(config, source)
-    tokenizer = build_tokenizer(config.tokenizer, training_texts(source, config.on_bad_text, fraction))
-    tokenizer.save(folder / "tokenizer")
-    writers = {
-        split: ShardWriter(folder, split, tokenizer.vocab_size, config.shard_tokens) for split in SPLITS
+
+def _encode_here(place: Path, config: PrepareConfig) -> None:
+    """Encode the units that are wanted and not there yet, with a bar."""
+    work, units = read_work(place), wanted_units(place)
+    step = partial(encode, threads=max(1, count_workers(config) // units))
+    with progress("encoding", sum(work.unit_bytes[:units]) / 1e6, "MB") as advance:
+        shown = 0.0
+
+        def watch() -> None:
+            nonlocal shown
+            read_bytes, tokens = count_encoded(place, work.unit_bytes)
+            advance(read_bytes / 1e6 - shown, f"{tokens / 1e6:,.1f} M tokens")
+            shown = read_bytes / 1e6
+
+        watch()
+        run_step(step, place, units, config, watch)
+
+
+def _hand_to_slurm(place: Path, config: PrepareConfig) -> None:
+    """Submit all steps as a chain of job arrays, unless they are at work already."""
+    jobs = min(wanted_units(place), config.tasks or JOBS)
+    number = submit_to_slurm(
+        [(encode, jobs), (decide_all, 1), (write_shards, jobs), (publish, 1)], place, config
+    )
+    say(f"handed to Slurm, in four arrays of jobs; once job {number} is done, the same command finds it done")
+
+
+def _is_short(place: Path) -> bool:
+    """True if there are fewer tokens than asked for, and units left that could bring more."""
+    work = read_work(place)
+    layout = decide(place)
+    tokens = sum(layout.starts[split][-1] for split in SPLITS)
+    return work.tokens is not None and tokens < work.tokens and wanted_units(place) < len(work.units)
+
+
+# ---------------------------------------------------------------- steps, each of them done by ranks
+
+
+def encode(place: Path, rank: int = 0, ranks: int = 1, threads: int = 1) -> None:
+    """Every `ranks`-th unit to ids."""
+    for number in range(rank, wanted_units(place), ranks):
+        encode_unit(place, number, threads)
+
+
+def decide_all(place: Path, _rank: int = 0, _ranks: int = 1) -> None:
+    """What becomes of each document, and which shards there will be. Raises ValueError if nothing is left."""
+    layout, work = decide(place), read_work(place)
+    documents = sum(layout.fates.get(fate, 0) for fate in KEPT)
+    if documents == 0:
+        raise ValueError(f"{work.source} holds no text")
+    for split in SPLITS:
+        tokens = layout.starts[split][-1]
+        if tokens == 0:
+            direction = "raise" if split == "validation" else "lower"
+            raise ValueError(
+                f"none of the {documents:,} documents of {work.source} fell to {split}, "
+                f"which goes by their hash: {direction} --validation-fraction, or give more text"
+            )
+        if (shards := layout.shards(split, work.shard_tokens)) > MOST_SHARDS:
+            raise ValueError(
+                f"{tokens:,} tokens make {shards:,} shards, more than {MOST_SHARDS:,}: "
+                f"give --shard-tokens {-(-tokens // MOST_SHARDS)} or more"
+            )
+
+
+def write_shards(place: Path, rank: int = 0, ranks: int = 1) -> None:
+    """Every `ranks`-th shard of both splits."""
+    layout, tokens = read_layout(place), read_work(place).shard_tokens
+    all_shards = [(split, index) for split in SPLITS for index in range(layout.shards(split, tokens))]
+    for split, index in all_shards[rank::ranks]:
+        write_shard(place, split, index)
+
+
+def publish(place: Path, _rank: int = 0, _ranks: int = 1) -> None:
+    """The last of Slurm's jobs: the manifest, and the folder's own name."""
+    finish(place)
+    appear(shown_folder(place))
+
+
+def finish(place: Path) -> Manifest:
+    """Write the manifest, and remove what only the work needed."""
+    work, layout, tokenizer = read_work(place), read_layout(place), open_tokenizer(place)
+    shards = {
+        split: tuple(
+            write_shard(place, split, index) for index in range(layout.shards(split, work.shard_tokens))
+        )
+        for split in SPLITS
     }
-    try:
-        fates = _write_documents(writers, source, tokenizer, config)
-        shards = {split: writer.finish() for split, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.abandon()
+    fates = layout.fates
     manifest = Manifest(
         overnight_version=__version__,
-        source=source.name,
-        licence=source.licence,
-        request=request,
-        split_rule=f"validation if the first 8 bytes of the text's blake2b-128 are below {fraction} of 2^64",
+        source=work.source,
+        licence=work.licence,
+        request=work.request,
+        split_rule="validation if the first 8 bytes of the text's blake2b-128 are below "
+        f"{work.validation_fraction} of 2^64",
         tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         end_of_text=tokenizer.end_of_text,
-        documents=fates["kept"] + fates["repaired"],
-        duplicate_documents=fates["duplicate"],
-        empty_documents=fates["empty"],
-        skipped_documents=fates["skipped"],
-        repaired_documents=fates["repaired"],
+        documents=sum(fates.get(fate, 0) for fate in KEPT),
+        duplicate_documents=fates.get("duplicate", 0),
+        empty_documents=fates.get("empty", 0),
+        skipped_documents=fates.get("skipped", 0),
+        repaired_documents=fates.get("repaired", 0),
+        damaged_files=layout.damaged_files,
         train=shards["train"],
         validation=shards["validation"],
     )
-    _check_splits(manifest)
-    write_manifest(folder, manifest)
+    write_manifest(place, manifest)
+    remove_traces(place)
+    flush_folder(place)
     return manifest
 
 
-def training_texts(source: Source, on_bad_text: str, validation_fraction: float) -> Iterator[str]:
-    """What a tokenizer may be trained on: no validation document. Reads nothing until asked for the first."""
-    documents = source.documents()  # some sources show a bar of their own while they read
-    with progress("tokenizer", source.text_bytes / 1e6, "MB") as advance:
-        for document, fate in judge(documents, on_bad_text):
-            advance(len(document.text.encode()) / 1e6)
-            if fate in KEPT and split_of(document.text, validation_fraction) == "train":
-                yield document.text
+# ---------------------------------------------------------------- before the work begins
 
 
-def encode_documents(
-    judged: Iterable[Judged], tokenizer: Tokenizer, workers: int | None = None
-) -> Iterator[Encoded]:
-    """The documents in their order, each with its end-of-text id and its own; one left out has no ids.
+def _plan_work(config: PrepareConfig, source: Source, request: Request) -> Work:
+    """Divide the source into units. Raises ValueError for a file that can't be read, unless it is skipped."""
+    sizes: dict[Part, int] = {}
+    damaged: list[str] = []
+    for file in source.files:
+        try:
+            parts = divide_file(file, config.text_column, UNIT_BYTES)
+            sizes |= {part: estimate_text_bytes(part, config.text_column) for part in parts}
+        except DamagedFile:
+            if config.on_bad_file == "fail":
+                raise
+            damaged.append(file.name)
+    units = group_parts(sizes, UNIT_BYTES)
+    return Work(
+        request=request,
+        source=source.name,
+        licence=source.licence,
+        units=units,
+        unit_bytes=tuple(sum(sizes[part] for part in unit) for unit in units),
+        damaged_files=tuple(damaged),
+        text_column=config.text_column,
+        on_bad_text=config.on_bad_text,
+        on_bad_file=config.on_bad_file,
+        validation_fraction=_validation_fraction(config, source),
+        tokens=config.tokens,
+        shard_tokens=config.shard_tokens,
+    )
 
-    Threads, not processes: the tokenizers release the interpreter while they work.
+
+def _build_tokenizer(place: Path, work: Work, name: str) -> None:
+    """Load or train it, and save it in the folder, whole or not at all."""
+    from overnight.text.load import build_tokenizer
+
+    partial_folder = place / "tokenizer.partial"
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    build_tokenizer(name, training_texts(work)).save(partial_folder)
+    partial_folder.rename(place / "tokenizer")
+
+
+def training_texts(work: Work) -> Iterator[str]:
+    """What a tokenizer may be trained on: no validation document, and none twice; a gigabyte at most.
+
+    Reads nothing until asked for the first.
     """
-    before = np.array([tokenizer.end_of_text], dtype=np.uint32)
-    waiting: deque[tuple[list[Judged], Future[list[NDArray[np.uint32]]]]] = deque()
-
-    def finished() -> Iterator[Encoded]:
-        batch, future = waiting.popleft()
-        for (document, fate), ids in zip(batch, future.result(), strict=True):
-            yield document, fate, np.concatenate([before, ids]) if fate in KEPT else ids
-
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for batch in _in_batches(judged):
-            texts = [document.text if fate in KEPT else "" for document, fate in batch]
-            waiting.append((batch, pool.submit(tokenizer.encode_batch, texts)))
-            if len(waiting) > BATCHES_AHEAD:
-                yield from finished()
-        while waiting:
-            yield from finished()
-
-
-def _write_documents(
-    writers: dict[str, ShardWriter], source: Source, tokenizer: Tokenizer, config: PrepareConfig
-) -> Counter[Fate]:
-    """Send every document to the shards of its split; how many met which fate."""
-    fraction = _validation_fraction(config, source)
-    fates: Counter[Fate] = Counter()
-    tokens = 0
-    encoded = encode_documents(judge(source.documents(), config.on_bad_text), tokenizer, config.workers)
-    with progress("writing shards", source.text_bytes / 1e6, "MB") as advance:
-        first = list(itertools.islice(encoded, 64))
-        check_disk(writers["train"].folder, _estimate_bytes(first, source, tokenizer, config.tokens))
-        for document, fate, ids in itertools.chain(first, encoded):
-            text_bytes = len(document.text.encode())
-            advance(text_bytes / 1e6)
-            fates[fate] += 1
-            if fate in KEPT:
-                writers[split_of(document.text, fraction)].add(ids, text_bytes)
-                tokens += ids.size
-            if config.tokens is not None and tokens >= config.tokens:
-                break
-    return fates
+    seen: set[bytes] = set()
+    parts = itertools.chain.from_iterable(work.units)
+    documents = read_parts(parts, work.text_column)  # some sources show a bar of their own while they read
+    so_far = 0
+    with progress("tokenizer", min(TRAINING_BYTES, sum(work.unit_bytes)) / 1e6, "MB") as advance:
+        for document, fate in judge(documents, work.on_bad_text):
+            size = len(document.text.encode())
+            advance(size / 1e6)
+            so_far += size
+            digest = document_hash(document.text)
+            if fate in KEPT and digest not in seen:
+                seen.add(digest)
+                if split_of(document.text, work.validation_fraction) == "train":
+                    yield document.text
+            if so_far >= TRAINING_BYTES:
+                return
 
 
-def _estimate_bytes(first: list[Encoded], source: Source, tokenizer: Tokenizer, limit: int | None) -> int:
-    """About how large the shards will be, if all documents are like the first ones, and a tenth more."""
-    tokens = sum(ids.size for _, _, ids in first)
-    text_bytes = sum(len(document.text.encode()) for document, _, _ in first)
-    expected = tokens * max(1.0, source.text_bytes / max(1, text_bytes))
-    if limit is not None:
-        expected = min(expected, limit)
-    return round(1.1 * expected * token_format(tokenizer.vocab_size).dtype.itemsize) + 2 * HEADER_BYTES
+def _estimate_bytes(place: Path, work: Work) -> int:
+    """About how much disk the units and the shards need, if all documents are like the first ones."""
+    tokenizer = open_tokenizer(place)
+    documents = read_parts(itertools.chain.from_iterable(work.units), work.text_column)
+    judged = itertools.islice(judge(documents, "replace"), SAMPLED_DOCUMENTS)
+    encoded = list(encode_documents(judged, tokenizer))
+    tokens = sum(ids.size for _, _, ids in encoded)
+    text_bytes = sum(len(document.text.encode()) for document, _, _ in encoded)
+    expected = tokens * max(1.0, sum(work.unit_bytes) / max(1, text_bytes))
+    if work.tokens is not None:
+        expected = min(expected, work.tokens)
+    return 2 * round(1.1 * expected * token_format(tokenizer.vocab_size).dtype.itemsize) + 2 * HEADER_BYTES
 
 
 def _validation_fraction(config: PrepareConfig, source: Source) -> float:
     return source.validation_fraction if config.validation_fraction is None else config.validation_fraction
 
 
-def _check_splits(manifest: Manifest) -> None:
-    """Raise ValueError if nothing is left on one side."""
-    if manifest.documents == 0:
-        raise ValueError(f"{manifest.source} holds no text")
-    for split in SPLITS:
-        if not manifest.shards(split):
-            direction = "raise" if split == "validation" else "lower"
-            raise ValueError(
-                f"none of the {manifest.documents:,} documents of {manifest.source} fell to {split}, "
-                f"which goes by their hash: {direction} --validation-fraction, or give more text"
-            )
-
-
 def _request(config: PrepareConfig, source: Source) -> Request:
     """What decides the content of the shards, in words that mean the same on every machine."""
     from overnight.text.load import NAMES, load_tokenizer
 
-    tokenizer = config.tokenizer
+    tokenizer = config.tokenizer_name
     if tokenizer not in NAMES and not tokenizer.startswith("bpe-"):  # a path: what lies there counts
         tokenizer = f"{Path(tokenizer).name} {load_tokenizer(tokenizer).fingerprint}"
     return {
@@ -207,6 +307,7 @@ def _request(config: PrepareConfig, source: Source) -> Request:
         "source_sha256": source.sha256,
         "text_column": config.text_column,
         "on_bad_text": config.on_bad_text,
+        "on_bad_file": config.on_bad_file,
         "tokenizer": tokenizer,
         "validation_fraction": _validation_fraction(config, source),
         "tokens": config.tokens,
@@ -237,17 +338,3 @@ def _find_prepared(folder: Path, request: Request) -> Manifest | None:
             f"{folder} holds something else ({'; '.join(differing)}): give another --out, or delete it"
         )
     return verify(folder)
-
-
-def _in_batches(judged: Iterable[Judged]) -> Iterator[list[Judged]]:
-    """Lists of consecutive documents of about BATCH_CHARACTERS together."""
-    batch: list[Judged] = []
-    characters = 0
-    for document, fate in judged:
-        batch.append((document, fate))
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

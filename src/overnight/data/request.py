@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from overnight.data.sources import source_name
 
 MOST_TOKENS = 2**31 - 1  # a shard's header counts in an int32
+MOST_SHARDS = 100_000
+POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+
+
+def parse_count(text: str) -> int:
+    """1000, 500K, 10M, 1B, 1.3T as a whole number. Raises ValueError for anything else."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMBT]?)", text.strip().replace("_", ""), re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"{text!r} is no count; write 1000000, 500K, 10M, 1B or 1.3T")
+    return round(float(found[1]) * 10 ** POWERS[found[2].upper()]) if found[2] else int(float(found[1]))
+
+
+Count = Annotated[int, tyro.conf.arg(constructor=parse_count, metavar="COUNT")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,26 +37,41 @@ class PrepareConfig:
     """
 
     source: Positional[str]
-    """python-docs, shakespeare, or a file or folder of .txt, .md, .jsonl or .parquet."""
+    """python-docs, shakespeare, fineweb-edu, openwebtext; a file or folder of .txt, .md, .jsonl (.gz, .zst)
+    or .parquet; hf://datasets/OWNER/NAME, s3://BUCKET/FOLDER."""
     out: str | None = None
     """Where the shards go; data/<source> if left out, or data/<source>-<tokenizer> if that is not gpt2."""
+    subset: str | None = None
+    """Of fineweb-edu: sample-10BT (if left out), sample-100BT, sample-350BT, default."""
     tokenizer: str = "gpt2"
     """gpt2, characters, bpe-N (trained on the training documents: N ids), or the path of one."""
+    train_tokenizer: int | None = None
+    """Train a BPE of so many ids on the training documents: the same as --tokenizer bpe-N."""
     validation_fraction: float | None = None
-    """Share of the documents held out, chosen by their hash; 0.1 for the named sources and 0.01 for your own
-    files if left out."""
+    """Share of the documents held out, chosen by their hash; 0.1 for python-docs and shakespeare, else 0.01
+    if left out."""
     text_column: str = "text"
     """The column of JSON lines and Parquet files that holds the text."""
     on_bad_text: Literal["fail", "replace", "skip"] = "fail"
     """Text that is not UTF-8: stop, keep it with U+FFFD in the bad places, or leave the document out."""
+    on_bad_file: Literal["fail", "skip"] = "fail"
+    """A packed or Parquet file that is cut short or damaged: stop, or leave it out."""
     from_file: str | None = None
     """Your own copy of what would be downloaded, for a machine without a network."""
-    tokens: int | None = None
-    """Stop after the document with which both splits together have this many; all of it if left out."""
-    shard_tokens: int = 100_000_000
+    tokens: Count | None = None
+    """Stop after the document with which both splits together have this many (500M, 10B); all if left out."""
+    shard_tokens: Count = 100_000_000
     """Tokens per shard."""
     workers: int | None = None
-    """Threads that encode; one per core if left out. The shards do not depend on it."""
+    """Documents are encoded by so many at once; one per core if left out. The shards do not depend on it."""
+    executor: Literal["local", "ray", "slurm"] = "local"
+    """Where the workers are: here, on a Ray cluster, or in an array of Slurm jobs."""
+    tasks: int | None = None
+    """How many jobs of Slurm or Ray the work is divided into; 10 if left out."""
+    slurm_partition: str | None = None
+    """Where sbatch is to send the jobs."""
+    slurm_time: str = "04:00:00"
+    """Each job's time limit."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""
@@ -52,15 +82,31 @@ class PrepareConfig:
             found.append(f"on_bad_text={self.on_bad_text!r} must be fail, replace or skip")
         if not 1 <= self.shard_tokens <= MOST_TOKENS:
             found.append(f"shard_tokens={self.shard_tokens} must lie between 1 and {MOST_TOKENS:,}")
-        for name in ("tokens", "workers"):
+        for name in ("tokens", "workers", "tasks"):
             if (count := getattr(self, name)) is not None and count < 1:
                 found.append(f"{name}={count} must be at least 1, or left out")
-        return found
+        if self.train_tokenizer is not None and self.tokenizer != "gpt2":
+            found.append(f"give only one of train_tokenizer and tokenizer={self.tokenizer}")
+        return found + self._misplaced()
+
+    def _misplaced(self) -> list[str]:
+        """Settings that have no meaning with the executor."""
+        if self.executor == "slurm" and self.slurm_partition is None:
+            return ["executor=slurm needs slurm_partition: where sbatch is to send the jobs"]
+        if self.executor == "local" and self.tasks is not None:
+            return ["tasks is for executor=slurm and executor=ray; here, say how many workers"]
+        return []
+
+    @property
+    def tokenizer_name(self) -> str:
+        """gpt2, characters, bpe-N or a path, however it was said."""
+        return self.tokenizer if self.train_tokenizer is None else f"bpe-{self.train_tokenizer}"
 
 
 def output_folder(config: PrepareConfig) -> Path:
     """The folder that `prepare(config)` fills. Raises ValueError if the source does not exist."""
-    name = source_name(config.source)
+    name = source_name(config.source, config.subset)
     if config.out is not None:
         return Path(config.out)
-    return Path("data", name if config.tokenizer == "gpt2" else f"{name}-{Path(config.tokenizer).stem}")
+    tokenizer = config.tokenizer_name
+    return Path("data", name if tokenizer == "gpt2" else f"{name}-{Path(tokenizer).stem}")

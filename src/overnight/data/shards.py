@@ -29,7 +29,7 @@ from overnight.run_directory import write_atomically
 if TYPE_CHECKING:
     from overnight.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
 SHARD_NAME = re.compile(r"(train|validation)-\d{5,}\.bin")
 REMEDY = "delete the folder and prepare it again"
@@ -72,6 +72,8 @@ class Manifest:
     """Not sound text, and left out as on_bad_text="skip" asks."""
     repaired_documents: int
     """Not sound text, and kept with U+FFFD in the bad places as on_bad_text="replace" asks."""
+    damaged_files: int = 0
+    """Cut short or damaged, and left out as on_bad_file="skip" asks."""
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
 

@@ -1,6 +1,7 @@
-"""Where text comes from: the named sources, and any file or folder. Each knows its licence.
+"""Where text comes from: the named sources, any file or folder, any place that fsspec reaches.
 
-`python-docs` is there without a network, `shakespeare` is downloaded once and kept in the user's cache.
+`python-docs` is there without a network, `shakespeare` is downloaded once and kept in the user's cache,
+`fineweb-edu` and `openwebtext` are read where they lie. Each knows its licence.
 """
 
 from __future__ import annotations
@@ -8,18 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from overnight.cache import cache_folder
-from overnight.data.documents import (
-    Document,
-    estimate_text_bytes,
-    read_documents,
-    read_text_file,
-    readable_files,
-)
+from overnight.data.documents import Document, Part, read_part
+from overnight.data.files import TextFile, find_files, hash_files, is_remote
 from overnight.data.python_docs import library_files, library_folder, python_documents
 from overnight.run_directory import write_atomically
 from overnight.settings import nearest
@@ -29,6 +25,19 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
 DOWNLOAD_TIMEOUT_SECONDS = 60
+
+FINEWEB_EDU = "hf://datasets/HuggingFaceFW/fineweb-edu"
+FINEWEB_EDU_SUBSETS = {
+    "sample-10BT": "sample/10BT",
+    "sample-100BT": "sample/100BT",
+    "sample-350BT": "sample/350BT",
+    "default": "data",
+}
+# The hub's own export: the repository's script is refused by today's libraries (nanoGPT, issue 633).
+OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@refs/convert/parquet/plain_text"
+
+PYTHON_DOCS = TextFile("python-docs", "python-docs", 2_300_000)  # CPython 3.11's; it is no file
+NAMED_SOURCES = ("python-docs", "shakespeare", "fineweb-edu", "openwebtext")
 
 
 @dataclass(frozen=True)
@@ -40,21 +49,26 @@ class Source:
     licence: str
     sha256: str
     """Of the files it is read from, names and contents: the same hash, the same documents."""
-    text_bytes: int
-    """About how much text it holds; exact unless it is stored compressed."""
     validation_fraction: float
     """The share of documents held out unless the user says otherwise: small sources need a larger one."""
-    documents: Callable[[], Iterable[Document]]
+    files: tuple[TextFile, ...]
+    """In the order in which they are read."""
 
 
-def source_name(source: str) -> str:
+def source_name(source: str, subset: str | None = None) -> str:
     """What a source is called: its own name, or that of the file or folder. Reads nothing.
 
     A named source comes before a file of the same name; `./shakespeare` is the file. Raises ValueError
     if `source` is neither.
     """
+    if subset is not None and source != "fineweb-edu":
+        raise ValueError(f"subset={subset} is for fineweb-edu, and {source} has none: leave it out")
+    if subset is not None and subset not in FINEWEB_EDU_SUBSETS:
+        raise ValueError(f"fineweb-edu has no subset {subset}{nearest(subset, FINEWEB_EDU_SUBSETS)}")
     if source in NAMED_SOURCES:
         return source
+    if is_remote(source):
+        return PurePosixPath(source.rstrip("/")).name.partition(".")[0]
     path = Path(source)
     if not path.exists() and os.sep in source:
         raise ValueError(
@@ -65,61 +79,62 @@ def source_name(source: str) -> str:
         raise ValueError(
             f"{source!r} is no file or folder, nor a source that is known{nearest(source, NAMED_SOURCES)}"
         )
-    return path.resolve().stem if path.is_file() else path.resolve().name
+    return path.resolve().name.partition(".")[0] if path.is_file() else path.resolve().name
 
 
-def open_source(source: str, text_column: str = "text", from_file: str | None = None) -> Source:
-    """The named source, or the file or folder, downloaded where need be and hashed.
+def open_source(source: str, subset: str | None = None, from_file: str | None = None) -> Source:
+    """The named source, or the file, folder or URL, downloaded where need be and hashed.
 
     `from_file` is a copy that the user already has of what would be downloaded.
     """
-    name = source_name(source)
+    name = source_name(source, subset)
     if from_file is not None and source != "shakespeare":
         raise ValueError(f"from_file is for a source that is downloaded (shakespeare), which {source} is not")
     if source == "python-docs":
         return _open_python_docs()
     if source == "shakespeare":
         return _open_shakespeare(from_file)
-    path = Path(source)
-    files = readable_files(path)
-    return Source(
-        name=name,
-        licence="not stated",
-        sha256=hash_files(files, path if path.is_dir() else path.parent),
-        text_bytes=sum(estimate_text_bytes(file, text_column) for file in files),
-        validation_fraction=0.01,
-        documents=lambda: read_documents(path, text_column),
-    )
+    if source == "fineweb-edu":
+        folder = FINEWEB_EDU_SUBSETS[subset or "sample-10BT"]
+        return _open_elsewhere(name, f"{FINEWEB_EDU}/{folder}", "ODC-BY 1.0")
+    if source == "openwebtext":
+        return _open_elsewhere(name, OPENWEBTEXT, "CC0 1.0 (the packaging; the texts are their authors')")
+    files = tuple(find_files(source))
+    return Source(name, "not stated", hash_files(files), 0.01, files)
 
 
-def hash_files(files: list[Path], root: Path) -> str:
-    """sha256 of the files' contents and of their paths below `root`, in the order given."""
-    total = hashlib.sha256()
-    with progress("hashing", sum(path.stat().st_size for path in files) / 1e6, "MB") as advance:
-        for path in files:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                advance(file.tell() / 1e6)
-            total.update(f"{digest} {path.relative_to(root).as_posix()}\n".encode())
-    return total.hexdigest()
+def read_parts(parts: Iterable[Part], text_column: str) -> Iterator[Document]:
+    """Every document of some parts of a source, in order."""
+    for part in parts:
+        yield from _python_docs() if part.file == PYTHON_DOCS else read_part(part, text_column)
 
 
 def _open_python_docs() -> Source:
     files = library_files()
+    library = [
+        TextFile(str(path), path.relative_to(library_folder()).as_posix(), path.stat().st_size)
+        for path in files
+    ]
+    return Source("python-docs", "PSF-2.0", hash_files(library), 0.1, (PYTHON_DOCS,))
 
-    @functools.cache  # read twice where a tokenizer is trained, and parsing takes seconds
-    def documents() -> tuple[Document, ...]:
-        with progress("reading", None, "documents") as advance:
-            return tuple(document for document in python_documents() if advance() is None)
 
-    return Source(
-        name="python-docs",
-        licence="PSF-2.0",
-        sha256=hash_files(files, library_folder()),
-        text_bytes=2_300_000,  # CPython 3.11's
-        validation_fraction=0.1,
-        documents=documents,
-    )
+@functools.cache  # read twice where a tokenizer is trained, and parsing takes seconds
+def _python_docs() -> tuple[Document, ...]:
+    with progress("reading", None, "documents") as advance:
+        return tuple(document for document in python_documents() if advance() is None)
+
+
+def _open_elsewhere(name: str, address: str, licence: str) -> Source:
+    """A source that lies on Hugging Face's hub. Raises ValueError, with what else can be done, offline."""
+    try:
+        files = tuple(find_files(address))
+    except ValueError as error:
+        folder = address.removeprefix("hf://datasets/")
+        raise ValueError(
+            f"{name} could not be reached ({error}): fetch the .parquet files of "
+            f"https://huggingface.co/datasets/{folder} some other way, then `overnight prepare FOLDER`"
+        ) from None
+    return Source(name, licence, hash_files(files), 0.01, files)
 
 
 def _open_shakespeare(from_file: str | None) -> Source:
@@ -128,14 +143,8 @@ def _open_shakespeare(from_file: str | None) -> Source:
         write_atomically(path, _read_shakespeare(Path(from_file)))  # from then on no command needs a network
     elif not path.is_file() or _sha256(path.read_bytes()) != SHAKESPEARE_SHA256:
         write_atomically(path, _download_shakespeare())
-    return Source(
-        name="shakespeare",
-        licence="public domain",
-        sha256=SHAKESPEARE_SHA256,
-        text_bytes=SHAKESPEARE_BYTES,
-        validation_fraction=0.1,  # nanoGPT's share
-        documents=lambda: read_text_file(path),
-    )
+    file = TextFile(str(path), "input.txt", SHAKESPEARE_BYTES)
+    return Source("shakespeare", "public domain", SHAKESPEARE_SHA256, 0.1, (file,))  # nanoGPT's share
 
 
 def _read_shakespeare(path: Path) -> bytes:
@@ -174,6 +183,3 @@ def _instead(problem: str) -> str:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-NAMED_SOURCES = ("python-docs", "shakespeare")

@@ -41,6 +41,15 @@ def token_format(vocab_size: int) -> TokenFormat:
     return SMALL if vocab_size <= 65_536 else LARGE
 
 
+def check_ids(ids: Tokens, vocab_size: int) -> None:
+    """Raise ValueError if an id lies outside the vocabulary."""
+    if ids.size and (highest := int(ids.max())) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gave the id {highest}, outside its vocabulary of {vocab_size:,}; "
+            "its files do not belong together"
+        )
+
+
 class TokenFile:
     """A shard being written: nothing has its name until it is complete and on the disk."""
 
@@ -53,14 +62,10 @@ class TokenFile:
         self._file = self._partial.open("wb")
         self._file.write(bytes(HEADER_BYTES))
 
-    def append(self, ids: NDArray[np.uint32]) -> None:
+    def append(self, ids: Tokens) -> None:
         """Add ids at the end. Raises ValueError if one lies outside the vocabulary."""
-        if ids.size and (highest := int(ids.max())) >= self.vocab_size:
-            raise ValueError(
-                f"the tokenizer gave the id {highest}, outside its vocabulary of {self.vocab_size:,}; "
-                "its files do not belong together"
-            )
-        self._file.write(ids.astype(self.format.dtype).tobytes())
+        check_ids(ids, self.vocab_size)
+        self._file.write(np.ascontiguousarray(ids, dtype=self.format.dtype))
         self.tokens += ids.size
 
     def close(self) -> str:

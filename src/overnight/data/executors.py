@@ -1,0 +1,189 @@
+"""Who does the work: this process, processes of this machine, a Ray cluster, or an array of Slurm jobs.
+
+A step of the work is a function (place, rank, ranks): it does every `ranks`-th item from `rank` on, leaves
+out what is done already, and the folder `place` is all that the ranks share. datatrove, FineWeb's own
+engine, runs steps on many machines, and marks what is complete; one process needs none of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overnight.data.request import PrepareConfig
+from overnight.world import count_cores
+
+if TYPE_CHECKING:
+    from datatrove.executor.base import PipelineExecutor
+
+Step = Callable[[Path, int, int], object]
+Watch = Callable[[], None]
+
+JOBS = 10  # of Slurm or Ray, unless the user says otherwise
+POLL_SECONDS = 0.3
+
+
+def run_step(step: Step, place: Path, ranks: int, config: PrepareConfig, watch: Watch | None = None) -> None:
+    """Do one step here or on a Ray cluster, in `ranks` pieces, and return when it is done.
+
+    `watch` is called now and then meanwhile. Raises ValueError if a piece is refused or a worker dies.
+    """
+    with _watched(watch):
+        if config.executor == "ray":
+            _run_on_ray(step, place, ranks, config)
+        elif ranks == 1 or count_workers(config) == 1:
+            for rank in range(ranks):
+                step(place, rank, ranks)
+        else:
+            _run_in_processes(step, place, ranks, count_workers(config))
+
+
+def count_workers(config: PrepareConfig) -> int:
+    """How many work at once: as many as there are cores for this process, unless the user says otherwise."""
+    return config.workers or count_cores() or 1
+
+
+def _run_in_processes(step: Step, place: Path, ranks: int, workers: int) -> None:
+    """datatrove's local run, but in a pool that notices when a worker is killed: its own waits for ever."""
+    datatrove = _import_datatrove()
+    executor = datatrove.executor.local.LocalPipelineExecutor(
+        [_as_pipeline_step(step, place)], tasks=ranks, workers=workers, logging_dir=_logs(step, place, ranks)
+    )
+    waiting = executor.get_incomplete_ranks()
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_be_quiet) as pool:
+        try:
+            for _ in pool.map(partial(_run_rank, executor), waiting):
+                pass
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a worker was killed, most likely because memory ran out: give fewer --workers, and run the "
+                "same command again; what is done is kept"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run_rank(executor: PipelineExecutor, rank: int) -> None:
+    executor._run_for_rank(rank, local_rank=1)  # which is one that does not log to the terminal
+
+
+def _be_quiet() -> None:
+    """A worker's errors come back to the parent, which tells them once."""
+    sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
+
+
+def _run_on_ray(step: Step, place: Path, ranks: int, config: PrepareConfig) -> None:
+    datatrove = _import_datatrove()
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("executor=ray needs Ray: pip install 'overnight[ray]'") from None
+    tasks = min(ranks, config.tasks or JOBS)
+    executor = datatrove.executor.ray.RayPipelineExecutor(
+        [_as_pipeline_step(step, place.resolve())],
+        tasks=tasks,
+        workers=config.workers or -1,
+        logging_dir=_logs(step, place.resolve(), tasks),
+        mem_per_cpu_gb=1,
+    )
+    begun = not ray.is_initialized()
+    if begun:
+        ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+    try:
+        executor.run()
+    finally:
+        if begun:
+            ray.shutdown()
+    if left := executor.get_incomplete_ranks():
+        raise ChildProcessError(
+            f"{len(left)} of {tasks} tasks failed; {_logs(step, place, tasks)}/logs tells why, and the same "
+            "command again goes on from what is done"
+        )
+
+
+def submit_to_slurm(steps: list[tuple[Step, int]], place: Path, config: PrepareConfig) -> str:
+    """Hand a chain of steps, each with its number of ranks, to sbatch; the number of the last job."""
+    datatrove = _import_datatrove()
+    before = None
+    for step, ranks in steps:
+        before = datatrove.executor.slurm.SlurmPipelineExecutor(
+            [_as_pipeline_step(step, place.resolve())],
+            tasks=ranks,
+            workers=config.workers or -1,
+            time=config.slurm_time,
+            partition=config.slurm_partition,
+            job_name=f"overnight-{step.__name__.replace('_', '-')}",
+            qos="",
+            logging_dir=_logs(step, place.resolve(), ranks),
+            venv_path=_activation(),
+            depends=before,
+            mem_per_cpu_gb=2,
+        )
+    assert before is not None
+    try:
+        before.launch_job()
+    except FileNotFoundError:
+        raise ValueError("executor=slurm needs sbatch, which is not on this machine") from None
+    return str(before.job_id)
+
+
+def _activation() -> str | None:
+    """The script that makes a job use this very environment; None for the system's Python."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    return str(script) if script.is_file() else None
+
+
+def _logs(step: Step, place: Path, ranks: int) -> str:
+    """Where a step's logs and completion marks lie; another division of the work has its own."""
+    return str(place / "logs" / f"{step.__name__}-{ranks}")
+
+
+def _as_pipeline_step(step: Step, place: Path) -> Any:
+    from overnight.data.datatrove_step import WorkStep
+
+    return WorkStep(step, place)
+
+
+def _import_datatrove() -> Any:
+    try:
+        import datatrove.executor.local
+        import datatrove.executor.ray
+        import datatrove.executor.slurm
+    except ImportError:
+        raise ValueError(
+            "several workers need datatrove, which is not installed: pip install 'overnight[data]', or give "
+            "--workers 1"
+        ) from None
+    return datatrove
+
+
+@contextmanager
+def _watched(watch: Watch | None) -> Iterator[None]:
+    """Call `watch` a few times a second, and once at the end."""
+    if watch is None:
+        yield
+        return
+    over = threading.Event()
+
+    def poll() -> None:
+        while not over.wait(POLL_SECONDS):
+            watch()
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        watch()

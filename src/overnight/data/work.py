@@ -1,0 +1,146 @@
+"""What is to be prepared, as every worker on every machine reads it; and how far it has come.
+
+The folder that is being filled, hidden beside the one that it will be:
+
+    work.json            what is asked for, the units of the source, and what they become
+    tokenizer/
+    units/               what one unit became: 00017.ids, 00017.documents.npy, and, last, 00017.json
+    fates.npy            what became of every document
+    layout.json          where each unit's tokens stand, hence how many shards there are
+    train-00000.bin ...  and last manifest.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overnight.data.documents import Part
+from overnight.data.files import TextFile
+from overnight.run_directory import write_atomically
+
+if TYPE_CHECKING:
+    from overnight.text.tokenizer import Tokenizer
+
+Unit = tuple[Part, ...]
+Request = dict[str, str | int | float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Everything that decides what the shards hold."""
+
+    request: Request
+    """In words that mean the same on every machine: compared when the folder is asked for again."""
+    source: str
+    licence: str
+    units: tuple[Unit, ...]
+    """What is read in one piece, in the source's order. The shards do not depend on where it is cut."""
+    unit_bytes: tuple[int, ...]
+    """About how much text each unit holds."""
+    damaged_files: tuple[str, ...]
+    """Left out as on_bad_file="skip" asks, before a word of them was read."""
+    text_column: str
+    on_bad_text: str
+    on_bad_file: str
+    validation_fraction: float
+    tokens: int | None
+    shard_tokens: int
+
+    def units_for(self, tokens: int | None, bytes_per_token: int) -> int:
+        """How many units hold so many tokens of so many bytes; all of them for None."""
+        if tokens is None:
+            return len(self.units)
+        reached = itertools.accumulate(self.unit_bytes)
+        short = sum(size < tokens * bytes_per_token for size in reached)
+        return min(len(self.units), short + 1)
+
+    def to_json(self) -> str:
+        """The text of work.json."""
+        return json.dumps(dataclasses.asdict(self)) + "\n"
+
+
+def write_work(place: Path, work: Work) -> None:
+    """Say what is to be done in an empty folder."""
+    write_atomically(place / "work.json", work.to_json())
+
+
+def read_work(place: Path) -> Work:
+    """What `write_work` wrote."""
+    return _parse_work((place / "work.json").read_text(encoding="utf-8"))
+
+
+@functools.lru_cache(maxsize=2)
+def _parse_work(text: str) -> Work:
+    values: dict[str, Any] = json.loads(text)
+    units = tuple(tuple(_read_part(part) for part in unit) for unit in values.pop("units"))
+    lists = {name: tuple(values.pop(name)) for name in ("unit_bytes", "damaged_files")}
+    return Work(units=units, **lists, **values)
+
+
+def _read_part(values: dict[str, Any]) -> Part:
+    groups = values["groups"]
+    return Part(TextFile(**values["file"]), groups and tuple(groups))
+
+
+def is_begun(place: Path, work: Work) -> bool:
+    """True if the folder holds a beginning of this very work."""
+    try:
+        return read_work(place).request == work.request
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def want_units(place: Path, units: int) -> None:
+    """Say that the first so many units are to be encoded: as many as the tokens wanted will take."""
+    write_atomically(place / "wanted", f"{units}\n")
+
+
+def wanted_units(place: Path) -> int:
+    """What `want_units` said last."""
+    return int((place / "wanted").read_text(encoding="utf-8"))
+
+
+def remove_traces(place: Path) -> None:
+    """Remove what the work left beside what is to stay: shards, tokenizer, manifest."""
+    for name in ("units", "logs"):
+        shutil.rmtree(place / name, ignore_errors=True)
+    for name in ("work.json", "wanted", "layout.json", "fates.npy"):
+        (place / name).unlink(missing_ok=True)
+    for path in place.glob("*.bin"):
+        path.with_suffix(".json").unlink(missing_ok=True)
+
+
+def group_parts(sizes: Mapping[Part, int], unit_bytes: int) -> tuple[Unit, ...]:
+    """The parts in their order, as many together as have about so many bytes of text."""
+    units: list[Unit] = []
+    waiting: list[Part] = []
+    held = 0
+    for part, size in sizes.items():
+        if waiting and held + size > unit_bytes:
+            units.append(tuple(waiting))
+            waiting, held = [], 0
+        waiting.append(part)
+        held += size
+    return (*units, tuple(waiting))
+
+
+@functools.lru_cache(maxsize=2)
+def _open_tokenizer(folder: str, _state: str) -> Tokenizer:
+    from overnight.text.load import load_tokenizer
+
+    return load_tokenizer(Path(folder))
+
+
+def open_tokenizer(place: Path) -> Tokenizer:
+    """The one in the folder, opened once in a process."""
+    files = sorted((place / "tokenizer").iterdir())
+    state = " ".join(f"{path.name} {path.stat().st_mtime_ns}" for path in files)
+    return _open_tokenizer(str(place / "tokenizer"), state)
