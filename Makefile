@@ -43,6 +43,7 @@ benchmark: $(DEV_READY)  ## measure speed beside peers; benchmarks/README.md say
 	$(BIN)/python benchmarks/generate.py --repeats 3
 	$(BIN)/python benchmarks/startup.py --repeats 3
 	$(BIN)/python benchmarks/prepare.py $(VOCABULARY)
+	$(BIN)/python benchmarks/stream.py
 
 lock: $(DEV_READY)  ## write constraints.txt from what is installed in .venv
 	$(BIN)/python tools/lock.py > constraints.new && mv constraints.new constraints.txt

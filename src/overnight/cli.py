@@ -35,6 +35,11 @@ VERBS = {
         "Text to shards of tokens",
         "overnight prepare ~/my-notes --tokenizer bpe-8192",
     ),
+    "inspect": Verb(
+        "InspectConfig",
+        "What is in prepared shards: counts, duplicates, odd texts",
+        "overnight inspect data/python-docs",
+    ),
     "train": Verb(
         "Recipe",
         "RECIPE to a trained GPT; also --resume RUN, --from MODEL",

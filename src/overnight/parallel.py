@@ -157,6 +157,7 @@ def _adapt_blocks(model: GPT, compute: ComputeConfig) -> None:
 
     from overnight.model.blocks import attend_in_blocks
 
+    _, attend_documents = _attention_within_documents(model.config, compute)
     kernels = _attention_kernels(compute, model.config.context_length)
     again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
     if compute.recompute == "selective":
@@ -165,7 +166,7 @@ def _adapt_blocks(model: GPT, compute: ComputeConfig) -> None:
     for block in model.h:
         vars(block).pop("forward", None)
         attention: Any = block.attn
-        attention.attend = attend
+        attention.attend, attention.attend_documents = attend, attend_documents
         if kernels:
             block.forward = sdpa_kernel(kernels)(block.forward)
         if compute.recompute != "none":
@@ -185,12 +186,43 @@ def _attention_kernels(compute: ComputeConfig, context_length: int) -> list[Any]
     return []
 
 
-def find_attention_kernel(model: ModelConfig, compute: ComputeConfig) -> str:
-    """The kernel that attention is computed with while training: blocks, flash, efficient, cudnn or math."""
+def _attention_within_documents(model: ModelConfig, compute: ComputeConfig) -> tuple[str, Callable[..., Any]]:
+    """The kernel for attention that does not leave a document, in words, and what attends so.
+
+    flex_attention and the CPU's kernel have no dropout. On a GPU no mask comes to cuDNN while training.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from overnight.model.documents import attend_one_by_one, attend_with_mask
+
+    assert compute.device is not None
+    if compute.attention == "plain":
+        return "math with a mask", attend_with_mask
+    if compute.device.startswith("cuda"):
+        from overnight.model.flex import LEAST_CHANNELS, attend_in_compiled_flex, attend_in_flex
+
+        if model.dropout == 0 and model.n_embd // model.n_head >= LEAST_CHANNELS and can_compile():
+            return "flex", attend_in_flex if compute.compile else attend_in_compiled_flex
+        kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        return "efficient with a mask", sdpa_kernel(kernels)(attend_with_mask)
+    if compute.device == "cpu" and model.dropout == 0:
+        return "flash, one document after the other", attend_one_by_one
+    return "torch's choice with a mask", attend_with_mask
+
+
+def find_attention_kernel(
+    model: ModelConfig, compute: ComputeConfig, *, within_documents: bool = False
+) -> str:
+    """The kernel that attention is computed with while training: blocks, flash, efficient, cudnn or math.
+
+    Within documents another, and more words.
+    """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     assert compute.device is not None
+    if within_documents:
+        return _attention_within_documents(model, compute)[0]
     if (compute.attention, compute.precision, model.dropout) == ("blocks", "bf16", 0):
         return "blocks"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(compute.precision or "", torch.float32)
@@ -216,4 +248,7 @@ def _costly_operations() -> list[Any]:
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
     )
-    return [getattr(aten, name).default for name in names] + [torch.ops.overnight.attend_in_blocks.default]
+    ours = ("attend_in_blocks", "attend_documents")
+    return [getattr(aten, name).default for name in names] + [
+        getattr(torch.ops.overnight, name).default for name in ours
+    ]

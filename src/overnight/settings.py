@@ -2,7 +2,8 @@
 
 A recipe is a dataclass whose fields are values or sections; a section is a dataclass of values. In
 TOML a section is a table, and `"off"` is None. On the command line all names are flat, and unique over
-the whole recipe: `--n_layer=4` and `--n-layer 4` both set `[model] n_layer`.
+the whole recipe: `--n_layer=4` and `--n-layer 4` both set `[model] n_layer`. A value may be a list of
+records, dataclasses of plain values: `[{path = "a", weight = 2}]` in TOML, `a=2` on the command line.
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ def is_section(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind)
 
 
+def record_kind(kind: Any) -> type | None:
+    """Of a list of records (tuple[SomeDataclass, ...]) the dataclass; None for any other field type."""
+    arguments = typing.get_args(kind)
+    is_list = typing.get_origin(kind) is tuple and is_section(arguments[0])
+    return arguments[0] if is_list else None
+
+
 def flat_names(cls: type) -> dict[str, str | None]:
     """Every option's name and the section it stands in (None for the top)."""
     found: dict[str, str | None] = {}
@@ -80,6 +88,8 @@ def _read_table(cls: type, table: dict[str, Any], recipe: type, problems: list[s
             problems.append(_unknown(name, recipe))
         elif is_section(kind) and isinstance(value, dict):
             values[name] = kind(**_read_table(kind, value, recipe, problems))
+        elif (record := record_kind(kind)) and isinstance(value, list):
+            values[name] = _read_records(name, record, value, problems)
         elif value == OFF and type(None) in typing.get_args(kind):
             values[name] = None
         elif not _fits(value, kind):
@@ -87,6 +97,23 @@ def _read_table(cls: type, table: dict[str, Any], recipe: type, problems: list[s
         else:
             values[name] = tuple(value) if isinstance(value, list) else value
     return values
+
+
+def _read_records(name: str, record: type, entries: list[Any], problems: list[str]) -> tuple[Any, ...]:
+    """Each entry of a list of tables; those that are not whole are told as problems and left out."""
+    found = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            problems.append(f"{name} = {entry!r} should be {_describe_item(record)}")
+            continue
+        before = len(problems)
+        values = _read_table(record, entry, record, problems)
+        missing = [field for field in field_types(record) if field not in entry]
+        if missing:
+            problems.append(f"{name} = {entry!r} lacks {' and '.join(missing)}")
+        if len(problems) == before:
+            found.append(record(**values))
+    return tuple(found)
 
 
 def _unknown(name: str, recipe: type) -> str:
@@ -120,10 +147,14 @@ def describe_type(kind: Any) -> str:
     if origin is typing.Literal:
         return "one of " + ", ".join(map(repr, arguments))
     if origin is tuple:
-        return f"a list, each {describe_type(arguments[0])}"
+        return f"a list, each {_describe_item(arguments[0])}"
     if is_section(kind):
         return "a section"
     return {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}[kind]
+
+
+def _describe_item(kind: Any) -> str:
+    return f"a table of {' and '.join(field_types(kind))}" if is_section(kind) else describe_type(kind)
 
 
 def to_toml(config: Any) -> str:
@@ -145,6 +176,8 @@ def _toml_line(field: dataclasses.Field[Any], value: Any) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml_value, value))}]"
+    if is_section(value):
+        return f"{{{', '.join(f'{name} = {_toml_value(each)}' for name, each in vars(value).items())}}}"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -170,15 +203,55 @@ def from_arguments(
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            if default is None:
-                return tyro.cli(cls, args=arguments, prog=prog, description=about, config=markers)
-            return tyro.cli(
-                cls, args=arguments, prog=prog, description=about, config=markers, default=default
-            )
+            options: dict[str, Any] = {"prog": prog, "description": about, "config": markers}
+            if default is not None:
+                options["default"] = default
+            read: Config = tyro.cli(cls, args=arguments, registry=_records_as_words(cls), **options)
+            return read
+    except _WordError as wrong:
+        raise ValueError(f"{wrong} (see {prog} --help)") from None
     except SystemExit as stopped:
         if not stopped.code:
             raise
         raise ValueError(f"{_first_sentence(complaint.getvalue())} (see {prog} --help)") from None
+
+
+def _records_as_words(cls: type) -> Any:
+    """What tells tyro that a record is one word: its values in order, `=` between them."""
+    import tyro
+
+    sections = [kind for kind in field_types(cls).values() if is_section(kind)]
+    records = {record_kind(kind) for part in (cls, *sections) for kind in field_types(part).values()}
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(found: Any) -> Any:
+        if found.type not in records:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="=".join(field_types(found.type)).upper(),
+            instance_from_str=lambda words: _record_from_word(found.type, words[0]),
+            is_instance=lambda value: isinstance(value, found.type),
+            str_from_instance=lambda value: ["=".join(map(str, vars(value).values()))],
+        )
+
+    return registry
+
+
+class _WordError(Exception):
+    """A word that is no record. Not a ValueError: of those tyro tells only that there was one."""
+
+
+def _record_from_word(record: type, word: str) -> Any:
+    """The first value may have an `=` in it, the others have none."""
+    kinds = field_types(record)
+    values = word.rsplit("=", len(kinds) - 1)
+    try:
+        pairs = zip(kinds.items(), values, strict=True)
+        return record(**{name: kind(value) for (name, kind), value in pairs})
+    except ValueError:
+        raise _WordError(f"{word!r} should be {'='.join(kinds).upper()}") from None
 
 
 def _first_sentence(box: str) -> str:

@@ -125,8 +125,8 @@ def without_final_norm(ours: GPT, _patch: pytest.MonkeyPatch) -> None:
 
 
 def without_residual(_ours: GPT, patch: pytest.MonkeyPatch) -> None:
-    def forward(self: Block, x_BTC: Tensor, cache: None = None) -> Tensor:
-        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache)
+    def forward(self: Block, x_BTC: Tensor, cache: None = None, document_BT: None = None) -> Tensor:
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache, document_BT)
         return self.mlp(self.ln_2(x_BTC))
 
     patch.setattr(Block, "forward", forward)

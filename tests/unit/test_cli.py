@@ -63,7 +63,7 @@ def test_help_does_not_import_torch(tmp_path: Path) -> None:
         (["train", "quickstart", "--precision=fp8"], "precision"),
         (["train", "--resume"], "needs a run"),
         (["train", "--resume", "runs/nothing"], "there is no run runs/nothing"),
-        (["prepare"], "Missing from overnight prepare"),
+        (["prepare"], "name a source"),
         (["prepare", "no-such-folder"], "no-such-folder"),
         (["prepare", "python-docs", "--tokenizer=gpt3"], "gpt3"),
         (["prepare", "python-docs", "--validation-fraction=2"], "validation_fraction=2"),

@@ -26,6 +26,14 @@ class Size:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """A record."""
+
+    path: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """A recipe."""
 
@@ -37,6 +45,8 @@ class Settings:
     """Compile."""
     prompts: tuple[str, ...] = ("a",)
     """Prompts."""
+    shares: tuple[Share, ...] = ()
+    """Records."""
     size: Size = field(default_factory=Size)
 
 
@@ -50,6 +60,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
         kind=st.sampled_from(["fused", "plain"]),
         compile=st.none() | st.booleans(),
         prompts=st.lists(texts).map(tuple),
+        shares=st.lists(st.builds(Share, path=texts, weight=st.floats(allow_nan=False))).map(tuple),
         size=st.builds(
             Size,
             n_layer=st.integers(-(2**63), 2**63 - 1),
@@ -89,6 +100,11 @@ def test_every_setting_is_named_in_the_resolved_recipe() -> None:
         ("prompts = 'a'", "prompts = 'a' should be a list, each a text in quotes"),
         ("prompts = [1]", "prompts = [1] should be a list"),
         ("size = 3", "size = 3 should be a section"),
+        ("shares = 'a'", "shares = 'a' should be a list, each a table of path and weight"),
+        ("shares = ['a']", "shares = 'a' should be a table of path and weight"),
+        ("shares = [{path = 'a'}]", "shares = {'path': 'a'} lacks weight"),
+        ("shares = [{path = 'a', weight = '1'}]", "weight = '1' should be a number"),
+        ("shares = [{path = 'a', weight = 1, wieght = 1}]", "wieght is not a setting; did you mean weight?"),
         ("n_layer = ", "mine.toml is not TOML"),
     ],
 )
@@ -103,6 +119,17 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ValueError, match=r"n_layr.*dropout") as error:
         from_toml(Settings, "[size]\nn_layr = 3\ndropout = 'much'", "mine.toml")
     assert "\n" not in str(error.value)
+
+
+def test_a_list_of_records_is_read_in_both_of_toml_s_ways() -> None:
+    expected = (Share(path="a", weight=0.7), Share(path="b", weight=2))
+    inline = "shares = [{path = 'a', weight = 0.7}, {path = 'b', weight = 2}]"
+    tables = "[[shares]]\npath = 'a'\nweight = 0.7\n[[shares]]\npath = 'b'\nweight = 2"
+    for text in (inline, tables):
+        assert from_toml(Settings, text, "r").shares == expected
+    assert 'shares = [{path = "a", weight = 0.7}, {path = "b", weight = 2}]' in to_toml(
+        Settings(shares=expected)
+    )
 
 
 def test_an_int_does_for_a_float() -> None:
@@ -124,6 +151,13 @@ def test_options_go_over_the_default() -> None:
     assert changed == Settings(run_name="mine", compile=False, size=Size(n_layer=3, dropout=0.5))
 
 
+def test_a_record_is_one_word() -> None:
+    default = Settings(shares=(Share(path="x", weight=1),))
+    expected = (Share(path="data/a", weight=0.7), Share(path="s3://b/date=1", weight=3.0))
+    assert options("--shares", "data/a=0.7", "s3://b/date=1=3", default=default).shares == expected
+    assert options("--n_layer=4", default=default).shares == default.shares
+
+
 def test_none_switches_off() -> None:
     assert options("--vocab_size=None", default=Settings(size=Size(vocab_size=3))).size.vocab_size is None
 
@@ -135,6 +169,8 @@ def test_none_switches_off() -> None:
         (["--n_layer=four"], "--n-layer"),
         (["stray"], "stray"),
         (["--kind=quick"], "quick"),
+        (["--shares", "a=1", "data/b"], "'data/b' should be PATH=WEIGHT"),
+        (["--shares", "a=much"], "'a=much' should be PATH=WEIGHT"),
     ],
 )
 def test_a_wrong_option_is_one_plain_sentence(words: list[str], complaint: str) -> None:

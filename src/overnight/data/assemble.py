@@ -79,7 +79,11 @@ def write_shard(place: Path, split: str, index: int) -> Shard:
             documents += stretch.documents
             text_bytes += stretch.text_bytes
         shard = Shard(
-            name=path.name, tokens=file.tokens, documents=documents, text_bytes=text_bytes, sha256=file.close()
+            name=path.name,
+            tokens=file.tokens,
+            documents=documents,
+            text_bytes=text_bytes,
+            sha256=file.close(),
         )
     finally:
         file.abandon()

@@ -10,7 +10,7 @@ from datatrove.pipeline.base import PipelineStep
 from overnight.data.executors import Step
 
 
-class WorkStep(PipelineStep):
+class WorkStep(PipelineStep):  # type: ignore[misc]  # untyped there
     """Does a rank's share. Pickled by reference: its machine has the same package."""
 
     type, name = "overnight", "share"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from overnight.data.files import (
-    DamagedFile,
+    DamagedFileError,
     TextFile,
     first_line,
     import_pyarrow,
@@ -57,7 +57,7 @@ class Part:
 def read_part(part: Part, text_column: str = "text") -> Iterator[Document]:
     """Every document of it, in its order. Memory stays flat.
 
-    Raises ValueError if the text column is missing, DamagedFile if it can't be read to its end.
+    Raises ValueError if the text column is missing, DamagedFileError if it can't be read to its end.
     """
     return READERS[part.file.kind](part, text_column)
 
@@ -65,7 +65,7 @@ def read_part(part: Part, text_column: str = "text") -> Iterator[Document]:
 def divide_file(file: TextFile, text_column: str, part_bytes: int) -> list[Part]:
     """The file as parts of about so many bytes of text, if it is larger and can be divided.
 
-    Raises DamagedFile or ValueError for a Parquet file that can't be read, or has no such column.
+    Raises DamagedFileError or ValueError for a Parquet file that can't be read, or has no such column.
     """
     if file.kind != ".parquet":
         return [Part(file)]
@@ -180,7 +180,7 @@ def _parquet_values(file: Any, groups: list[int], address: str, text_column: str
             yield from batch.column(0).cast(pyarrow.large_binary()).to_pylist()
             rows += batch.num_rows
     except (OSError, pyarrow.ArrowException) as error:
-        raise DamagedFile(f"{address} is damaged after row {rows:,}: {first_line(error)}") from None
+        raise DamagedFileError(f"{address} is damaged after row {rows:,}: {first_line(error)}") from None
 
 
 def _open_column(file: TextFile, text_column: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import deque
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overnight.data.documents import Document, Part
-from overnight.data.files import DamagedFile
+from overnight.data.files import DamagedFileError
 from overnight.data.selection import FATES, KEPT, RECORD, Fate, Records, document_hash, judge
 from overnight.data.sources import read_parts
 from overnight.data.token_file import check_ids, token_format
@@ -47,13 +48,13 @@ class EncodedUnit:
 def encode_unit(place: Path, number: int, threads: int = 1) -> None:
     """Write what unit `number` becomes into the folder; nothing if it is there already.
 
-    Raises ValueError for text that on_bad_text, and DamagedFile for a file that on_bad_file refuses.
+    Raises ValueError for text that on_bad_text, and DamagedFileError for a file that on_bad_file refuses.
     """
     path = place / "units" / f"{number:05d}"
     if path.with_suffix(".json").is_file():
         return
     work, tokenizer = read_work(place), open_tokenizer(place)
-    parts, damaged = _sound_parts(work.units[number], work)
+    parts, damaged = sound_parts(work.units[number], work)
     judged = judge(read_parts(parts, work.text_column), work.on_bad_text)
     partial = path.with_suffix(".ids.partial")
     with partial.open("wb", buffering=1 << 20) as file:
@@ -77,6 +78,17 @@ def read_unit(place: Path, number: int) -> EncodedUnit:
     return EncodedUnit(records, path.with_suffix(".ids"), about["damaged_files"])
 
 
+def read_work_in_order(work: Work) -> Iterator[Document]:
+    """Every document of all units, damaged files left out where they are to be skipped.
+
+    Python's documentation is parsed at once, since it shows a bar of its own.
+    """
+    first, *others = work.units
+    documents = read_parts(sound_parts(first, work)[0], work.text_column)
+    later = (read_parts(sound_parts(unit, work)[0], work.text_column) for unit in others)
+    return itertools.chain(documents, itertools.chain.from_iterable(later))
+
+
 def count_documents(place: Path, number: int) -> int:
     """How many documents an encoded unit has."""
     return (place / "units" / f"{number:05d}.documents").stat().st_size // RECORD.itemsize
@@ -91,7 +103,9 @@ def count_encoded(place: Path, unit_bytes: Sequence[int]) -> tuple[int, int]:
         if kind == "ids":
             read_bytes += unit_bytes[int(number)]
         elif kind == "ids.partial":
-            read_bytes += min(unit_bytes[int(number)], round(entry.stat().st_size / itemsize * BYTES_PER_TOKEN))
+            read_bytes += min(
+                unit_bytes[int(number)], round(entry.stat().st_size / itemsize * BYTES_PER_TOKEN)
+            )
         tokens += entry.stat().st_size // itemsize if kind.startswith("ids") else 0
     return read_bytes, tokens
 
@@ -132,7 +146,7 @@ def _write_ids(
         yield high, low, ids.size, len(document.text.encode()), FATES.index(fate)
 
 
-def _sound_parts(unit: Unit, work: Work) -> tuple[list[Part], list[str]]:
+def sound_parts(unit: Unit, work: Work) -> tuple[list[Part], list[str]]:
     """The parts that can be read to their end, and the names of the files of the others.
 
     Only where damaged files are to be skipped; they are read twice then, packed files and Parquet's.
@@ -145,7 +159,7 @@ def _sound_parts(unit: Unit, work: Work) -> tuple[list[Part], list[str]]:
             if part.file.is_packed or part.file.kind == ".parquet":
                 deque(read_parts([part], work.text_column), maxlen=0)
             sound.append(part)
-        except DamagedFile:
+        except DamagedFileError:
             damaged.append(part.file.name)
     return sound, damaged
 

@@ -53,7 +53,7 @@ def count_workers(config: PrepareConfig) -> int:
 
 
 def _run_in_processes(step: Step, place: Path, ranks: int, workers: int) -> None:
-    """datatrove's local run, but in a pool that notices when a worker is killed: its own waits for ever."""
+    """Datatrove's local run, but in a pool that notices when a worker is killed: its own waits for ever."""
     datatrove = _import_datatrove()
     executor = datatrove.executor.local.LocalPipelineExecutor(
         [_as_pipeline_step(step, place)], tasks=ranks, workers=workers, logging_dir=_logs(step, place, ranks)
@@ -122,7 +122,7 @@ def submit_to_slurm(steps: list[tuple[Step, int]], place: Path, config: PrepareC
             workers=config.workers or -1,
             time=config.slurm_time,
             partition=config.slurm_partition,
-            job_name=f"overnight-{step.__name__.replace('_', '-')}",
+            job_name=f"overnight-{_name(step).replace('_', '-')}",
             qos="",
             logging_dir=_logs(step, place.resolve(), ranks),
             venv_path=_activation(),
@@ -145,7 +145,13 @@ def _activation() -> str | None:
 
 def _logs(step: Step, place: Path, ranks: int) -> str:
     """Where a step's logs and completion marks lie; another division of the work has its own."""
-    return str(place / "logs" / f"{step.__name__}-{ranks}")
+    return str(place / "logs" / f"{_name(step)}-{ranks}")
+
+
+def _name(step: Step) -> str:
+    """What the function is called, also with some of its arguments given."""
+    function = step.func if isinstance(step, partial) else step
+    return str(function.__name__)
 
 
 def _as_pipeline_step(step: Step, place: Path) -> Any:
@@ -164,6 +170,9 @@ def _import_datatrove() -> Any:
             "several workers need datatrove, which is not installed: pip install 'overnight[data]', or give "
             "--workers 1"
         ) from None
+    from loguru import logger
+
+    logger.disable("datatrove")  # in this process; what the workers do lies in the folder's logs
     return datatrove
 
 

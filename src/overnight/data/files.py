@@ -26,7 +26,7 @@ KINDS = (".txt", ".md", ".jsonl", ".parquet")
 PACKINGS = (".gz", ".zst")
 
 
-class DamagedFile(ValueError):
+class DamagedFileError(ValueError):
     """A file that can't be read to its end. The message names it."""
 
 
@@ -73,6 +73,14 @@ def kind_of(name: str) -> str | None:
     return suffix if suffix in KINDS else None
 
 
+def plain_name(name: str) -> str:
+    """A file's name without its kind and packing; any other name as it is."""
+    if kind_of(name) is None:
+        return name
+    path = PurePosixPath(name)
+    return path.with_suffix("").stem if path.suffix.lower() in PACKINGS else path.stem
+
+
 def is_remote(source: str) -> bool:
     """True for hf://..., s3://... and every other URL."""
     return "://" in source
@@ -115,8 +123,8 @@ def _find_elsewhere(source: str) -> list[TextFile]:
         entries = store.system.find(store.root, detail=True)
     except FileNotFoundError:
         entries = {}
-    except OSError as error:
-        raise ValueError(f"{source} can't be listed: {error}") from None
+    except Exception as error:  # every store has errors of its own
+        raise ValueError(f"{source} can't be listed: {first_line(error)}") from None
     found = []
     for path, entry in entries.items():
         inside = PurePosixPath(path).relative_to(store.root) if path != store.root else None
@@ -131,7 +139,7 @@ STATES = ("ETag", "etag", "md5Hash", "sha256", "blob_id", "LastModified", "last_
 
 
 def open_store(address: str) -> Store:
-    """fsspec's file system for a URL. Raises ValueError if what it needs is not installed."""
+    """Fsspec's file system for a URL. Raises ValueError if what it needs is not installed."""
     import fsspec
 
     protocol = address.partition("://")[0]
@@ -146,15 +154,15 @@ def open_store(address: str) -> Store:
 
 @contextmanager
 def open_file(file: TextFile) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked. What is cut short or damaged raises DamagedFile where it is read."""
+    """The file's bytes, unpacked. What is cut short or damaged raises DamagedFileError where it is read."""
     try:
         with _open_raw(file) as raw:
             yield _unpacked(raw, file)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DamagedFile(f"{file.address} is damaged: {error}") from None
+        raise DamagedFileError(f"{file.address} is damaged: {error}") from None
     except OSError as error:
         if file.name.lower().endswith(".zst") and error.errno is None:  # pyarrow's way to say it
-            raise DamagedFile(f"{file.address} is damaged: {first_line(error)}") from None
+            raise DamagedFileError(f"{file.address} is damaged: {first_line(error)}") from None
         raise
 
 
@@ -175,7 +183,7 @@ def _unpacked(raw: BinaryIO, file: TextFile) -> BinaryIO:
 
 
 def open_parquet(file: TextFile) -> Any:
-    """A pyarrow ParquetFile. Raises DamagedFile if it is none, or was cut short."""
+    """A pyarrow ParquetFile. Raises DamagedFileError if it is none, or was cut short."""
     pyarrow = import_pyarrow(file.address)
     from pyarrow import parquet
 
@@ -184,7 +192,7 @@ def open_parquet(file: TextFile) -> Any:
             return parquet.ParquetFile(file.address)
         return parquet.ParquetFile(_open_raw(file), pre_buffer=True)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DamagedFile(
+        raise DamagedFileError(
             f"{file.address} is damaged or is not a Parquet file: {first_line(error)}"
         ) from None
 

@@ -80,8 +80,8 @@ def plain_disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise ValueError(
-                f"the disk of {folder} is full: free some, and the same command goes on from what is done (in "
-                f"{hidden_folder(folder)}), or give another --out"
+                f"the disk of {folder} is full: free some, and the same command goes on from what is done "
+                f"(in {hidden_folder(folder)}), or give another --out"
             ) from None
         if error.errno in CLOSED:
             raise ValueError(f"{error.filename or folder} may not be touched ({error.strerror})") from None

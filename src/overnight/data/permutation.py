@@ -15,8 +15,13 @@ import struct
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import numpy as np
+from numpy.typing import NDArray
+
 ROUNDS = 8  # an even number: columns and rows are moved equally often
 MASK = 2**64 - 1
+
+Indices = NDArray[np.uint64]
 
 
 def derive_keys(seed: int, epoch: int, purpose: str, count: int) -> tuple[int, ...]:
@@ -27,7 +32,10 @@ def derive_keys(seed: int, epoch: int, purpose: str, count: int) -> tuple[int, .
 
 @dataclass(frozen=True)
 class Permutation:
-    """range(size) in an order decided by the keys; `permutation(i)` is what stands at place i."""
+    """range(size) in an order decided by the keys; `permutation(i)` is what stands at place i.
+
+    `size` is at most 2^62.
+    """
 
     size: int
     keys: tuple[int, ...]
@@ -43,6 +51,14 @@ class Permutation:
             index = self._scramble(index)
         return index
 
+    def at(self, first: int, count: int) -> NDArray[np.int64]:
+        """What stands at `count` places from `first` on: the same, a thousand at a time and faster for it."""
+        assert 0 <= first <= first + count <= self.size, (first, count)
+        found = self._scramble_all(np.arange(first, first + count, dtype=np.uint64))
+        while (beyond := found >= self.size).any():
+            found[beyond] = self._scramble_all(found[beyond])
+        return found.astype(np.int64)
+
     def _scramble(self, index: int) -> int:
         row, column = divmod(index, self.columns)
         keys = iter(self.keys)
@@ -50,6 +66,17 @@ class Permutation:
             column = (column + _mix(row ^ key)) % self.columns
             row = (row + _mix(column ^ next(keys))) % self.rows
         return row * self.columns + column
+
+    def _scramble_all(self, indices: Indices) -> Indices:
+        """`_scramble` of each. Sums are taken below 2^63, so that none is cut off at 2^64."""
+        columns, rows = np.uint64(self.columns), np.uint64(self.rows)
+        row, column = np.divmod(indices, columns)
+        keys = iter(np.array(self.keys, dtype=np.uint64))
+        for key in keys:
+            column = (column + _mix_all(row ^ key) % columns) % columns
+            row = (row + _mix_all(column ^ next(keys)) % rows) % rows
+        found: Indices = row * columns + column
+        return found
 
 
 def build_permutation(size: int, seed: int, epoch: int) -> Permutation:
@@ -64,3 +91,10 @@ def _mix(number: int) -> int:
     number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 & MASK
     number = (number ^ (number >> 27)) * 0x94D049BB133111EB & MASK
     return number ^ (number >> 31)
+
+
+def _mix_all(numbers: Indices) -> Indices:
+    """`_mix` of each: a product of uint64 is cut off at 2^64 by itself."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))

@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 from overnight import __version__
+from overnight.data.adoption import plan_adoption
 from overnight.data.assemble import decide, read_layout, write_shard
 from overnight.data.documents import Part, divide_file, estimate_text_bytes
-from overnight.data.encode import count_encoded, encode_documents, encode_unit
+from overnight.data.encode import count_encoded, encode_documents, encode_unit, read_work_in_order
 from overnight.data.executors import JOBS, count_workers, run_step, submit_to_slurm
-from overnight.data.files import DamagedFile
+from overnight.data.files import DamagedFileError
 from overnight.data.output import alone, appear, check_disk, in_hiding, plain_disk_errors, shown_folder
 from overnight.data.request import MOST_SHARDS, PrepareConfig, output_folder
 from overnight.data.selection import KEPT, document_hash, judge, split_of
 from overnight.data.shards import SPLITS, Manifest, read_manifest, verify, write_manifest
-from overnight.data.sources import Source, open_source, read_parts
+from overnight.data.sources import Source, open_source
 from overnight.data.token_file import HEADER_BYTES, token_format
 from overnight.data.work import (
     Request,
@@ -61,16 +62,25 @@ def prepare(config: PrepareConfig) -> Manifest | None:
     raise_problems(config.problems(), "prepare")
     folder = output_folder(config)
     with plain_disk_errors(folder):
-        source = open_source(config.source, config.subset, config.from_file)
-        request = _request(config, source)
+        request, fill = _plan(config)
         existing = _find_prepared(folder, request)  # needs no lock: a folder appears whole
         if existing is None:
             with alone(folder):
                 existing = _find_prepared(folder, request)  # by another process, while this one waited
                 if existing is None:
-                    return _fill(folder, _plan_work(config, source, request), config)
+                    return fill(folder)
     say(f"{folder} holds this already, and it is sound")
     return existing
+
+
+def _plan(config: PrepareConfig) -> tuple[Request, Callable[[Path], Manifest | None]]:
+    """What decides the content of the folder, and the function that fills it."""
+    if config.from_shards is not None:
+        return plan_adoption(config)
+    assert config.source is not None  # `problems` asks for it
+    source = open_source(config.source, config.subset, config.from_file)
+    request = _request(config, source)
+    return request, lambda folder: _fill(folder, _plan_work(config, source, request), config)
 
 
 def _fill(folder: Path, work: Work, config: PrepareConfig) -> Manifest | None:
@@ -207,7 +217,7 @@ def finish(place: Path) -> Manifest:
         validation=shards["validation"],
     )
     write_manifest(place, manifest)
-    remove_traces(place)
+    remove_traces(place, {shard.name for split in SPLITS for shard in shards[split]})
     flush_folder(place)
     return manifest
 
@@ -223,7 +233,7 @@ def _plan_work(config: PrepareConfig, source: Source, request: Request) -> Work:
         try:
             parts = divide_file(file, config.text_column, UNIT_BYTES)
             sizes |= {part: estimate_text_bytes(part, config.text_column) for part in parts}
-        except DamagedFile:
+        except DamagedFileError:
             if config.on_bad_file == "fail":
                 raise
             damaged.append(file.name)
@@ -260,8 +270,7 @@ def training_texts(work: Work) -> Iterator[str]:
     Reads nothing until asked for the first.
     """
     seen: set[bytes] = set()
-    parts = itertools.chain.from_iterable(work.units)
-    documents = read_parts(parts, work.text_column)  # some sources show a bar of their own while they read
+    documents = read_work_in_order(work)
     so_far = 0
     with progress("tokenizer", min(TRAINING_BYTES, sum(work.unit_bytes)) / 1e6, "MB") as advance:
         for document, fate in judge(documents, work.on_bad_text):
@@ -280,8 +289,7 @@ def training_texts(work: Work) -> Iterator[str]:
 def _estimate_bytes(place: Path, work: Work) -> int:
     """About how much disk the units and the shards need, if all documents are like the first ones."""
     tokenizer = open_tokenizer(place)
-    documents = read_parts(itertools.chain.from_iterable(work.units), work.text_column)
-    judged = itertools.islice(judge(documents, "replace"), SAMPLED_DOCUMENTS)
+    judged = itertools.islice(judge(read_work_in_order(work), "replace"), SAMPLED_DOCUMENTS)
     encoded = list(encode_documents(judged, tokenizer))
     tokens = sum(ids.size for _, _, ids in encoded)
     text_bytes = sum(len(document.text.encode()) for document, _, _ in encoded)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional
 
 from overnight.data.sources import source_name
 
 MOST_TOKENS = 2**31 - 1  # a shard's header counts in an int32
 MOST_SHARDS = 100_000
 POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+NO_ORIGIN = "name a source (python-docs, shakespeare, a file, a folder), or give from_shards"
+OF_ADOPTION = frozenset({"from_shards", "out", "tokenizer", "shard_tokens"})
 
 
 def parse_count(text: str) -> int:
@@ -25,7 +26,16 @@ def parse_count(text: str) -> int:
     return round(float(found[1]) * 10 ** POWERS[found[2].upper()]) if found[2] else int(float(found[1]))
 
 
-Count = Annotated[int, tyro.conf.arg(constructor=parse_count, metavar="COUNT")]
+Count = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="COUNT",
+        instance_from_str=lambda words: parse_count(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +46,12 @@ class PrepareConfig:
     bytes is cut at blank lines into documents of about 10,000.
     """
 
-    source: Positional[str]
+    source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = None
     """python-docs, shakespeare, fineweb-edu, openwebtext; a file or folder of .txt, .md, .jsonl (.gz, .zst)
     or .parquet; hf://datasets/OWNER/NAME, s3://BUCKET/FOLDER."""
+    from_shards: str | None = None
+    """Instead of a source: a folder of llm.c's or modded-nanogpt's .bin, build-nanogpt's .npy, or nanoGPT's
+    train.bin and val.bin. Goes to data/<folder>-adopted; only --out, --tokenizer, --shard-tokens apply."""
     out: str | None = None
     """Where the shards go; data/<source> if left out, or data/<source>-<tokenizer> if that is not gpt2."""
     subset: str | None = None
@@ -87,7 +100,7 @@ class PrepareConfig:
                 found.append(f"{name}={count} must be at least 1, or left out")
         if self.train_tokenizer is not None and self.tokenizer != "gpt2":
             found.append(f"give only one of train_tokenizer and tokenizer={self.tokenizer}")
-        return found + self._misplaced()
+        return found + self._misplaced() + self._unclear_origin()
 
     def _misplaced(self) -> list[str]:
         """Settings that have no meaning with the executor."""
@@ -97,6 +110,17 @@ class PrepareConfig:
             return ["tasks is for executor=slurm and executor=ray; here, say how many workers"]
         return []
 
+    def _unclear_origin(self) -> list[str]:
+        """Neither a source nor shards, or shards together with what is for a source."""
+        if self.from_shards is None:
+            return [] if self.source is not None else [NO_ORIGIN]
+        misplaced = [
+            field.name
+            for field in fields(self)
+            if field.name not in OF_ADOPTION and getattr(self, field.name) != field.default
+        ]
+        return [f"{name} does not go with from_shards: they are taken as they are" for name in misplaced]
+
     @property
     def tokenizer_name(self) -> str:
         """gpt2, characters, bpe-N or a path, however it was said."""
@@ -105,7 +129,14 @@ class PrepareConfig:
 
 def output_folder(config: PrepareConfig) -> Path:
     """The folder that `prepare(config)` fills. Raises ValueError if the source does not exist."""
-    name = source_name(config.source, config.subset)
+    if config.from_shards is not None:
+        if not Path(config.from_shards).is_dir():
+            raise ValueError(f"from_shards: there is no folder {config.from_shards}")
+        name = f"{Path(config.from_shards).resolve().name}-adopted"
+    elif config.source is None:
+        raise ValueError(NO_ORIGIN)
+    else:
+        name = source_name(config.source, config.subset)
     if config.out is not None:
         return Path(config.out)
     tokenizer = config.tokenizer_name

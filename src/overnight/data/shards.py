@@ -198,7 +198,7 @@ def verify(folder: Path, split: str | None = None) -> Manifest:
         raise ValueError(f"{folder / surplus[0]} is not in the manifest; remove it, or {REMEDY}")
     wanted = [shard for each in SPLITS if split in {None, each} for shard in manifest.shards(each)]
     with ThreadPoolExecutor() as threads:
-        for _ in threads.map(lambda shard: _verify_shard(folder, shard, manifest.vocab_size), wanted):
+        for _ in threads.map(lambda shard: verify_shard(folder, shard, manifest.vocab_size), wanted):
             pass
     return manifest
 
@@ -214,7 +214,8 @@ def load_prepared_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _verify_shard(folder: Path, shard: Shard, vocab_size: int) -> None:
+def verify_shard(folder: Path, shard: Shard, vocab_size: int) -> None:
+    """Read one shard. Raises ValueError, naming the file, if it is not as it was written."""
     path = folder / shard.name
     tokens = open_tokens(path)
     if tokens.size != shard.tokens or tokens.dtype != token_format(vocab_size).dtype:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from overnight.cache import cache_folder
 from overnight.data.documents import Document, Part, read_part
-from overnight.data.files import TextFile, find_files, hash_files, is_remote
+from overnight.data.files import TextFile, find_files, hash_files, is_remote, plain_name
 from overnight.data.python_docs import library_files, library_folder, python_documents
 from overnight.run_directory import write_atomically
 from overnight.settings import nearest
@@ -68,7 +69,7 @@ def source_name(source: str, subset: str | None = None) -> str:
     if source in NAMED_SOURCES:
         return source
     if is_remote(source):
-        return PurePosixPath(source.rstrip("/")).name.partition(".")[0]
+        return plain_name(PurePosixPath(source.rstrip("/")).name)
     path = Path(source)
     if not path.exists() and os.sep in source:
         raise ValueError(
@@ -79,7 +80,7 @@ def source_name(source: str, subset: str | None = None) -> str:
         raise ValueError(
             f"{source!r} is no file or folder, nor a source that is known{nearest(source, NAMED_SOURCES)}"
         )
-    return path.resolve().name.partition(".")[0] if path.is_file() else path.resolve().name
+    return plain_name(path.name) if path.is_file() else path.resolve().name
 
 
 def open_source(source: str, subset: str | None = None, from_file: str | None = None) -> Source:
@@ -103,10 +104,13 @@ def open_source(source: str, subset: str | None = None, from_file: str | None = 
     return Source(name, "not stated", hash_files(files), 0.01, files)
 
 
-def read_parts(parts: Iterable[Part], text_column: str) -> Iterator[Document]:
-    """Every document of some parts of a source, in order."""
-    for part in parts:
-        yield from _python_docs() if part.file == PYTHON_DOCS else read_part(part, text_column)
+def read_parts(parts: Sequence[Part], text_column: str) -> Iterator[Document]:
+    """Every document of some parts of a source, in order. Python's documentation is parsed at once."""
+    if any(part.file == PYTHON_DOCS for part in parts):
+        _python_docs()  # shows a bar of its own, which is to be gone when the reader opens one
+    return itertools.chain.from_iterable(
+        _python_docs() if part.file == PYTHON_DOCS else read_part(part, text_column) for part in parts
+    )
 
 
 def _open_python_docs() -> Source:

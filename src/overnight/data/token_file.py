@@ -65,7 +65,7 @@ class TokenFile:
     def append(self, ids: Tokens) -> None:
         """Add ids at the end. Raises ValueError if one lies outside the vocabulary."""
         check_ids(ids, self.vocab_size)
-        self._file.write(np.ascontiguousarray(ids, dtype=self.format.dtype))
+        self._file.write(np.ascontiguousarray(ids, dtype=self.format.dtype).data)
         self.tokens += ids.size
 
     def close(self) -> str:

@@ -17,7 +17,7 @@ import functools
 import itertools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,8 +81,8 @@ def read_work(place: Path) -> Work:
 def _parse_work(text: str) -> Work:
     values: dict[str, Any] = json.loads(text)
     units = tuple(tuple(_read_part(part) for part in unit) for unit in values.pop("units"))
-    lists = {name: tuple(values.pop(name)) for name in ("unit_bytes", "damaged_files")}
-    return Work(units=units, **lists, **values)
+    unit_bytes, damaged_files = (tuple(values.pop(name)) for name in ("unit_bytes", "damaged_files"))
+    return Work(units=units, unit_bytes=unit_bytes, damaged_files=damaged_files, **values)
 
 
 def _read_part(values: dict[str, Any]) -> Part:
@@ -108,14 +108,15 @@ def wanted_units(place: Path) -> int:
     return int((place / "wanted").read_text(encoding="utf-8"))
 
 
-def remove_traces(place: Path) -> None:
-    """Remove what the work left beside what is to stay: shards, tokenizer, manifest."""
-    for name in ("units", "logs"):
-        shutil.rmtree(place / name, ignore_errors=True)
-    for name in ("work.json", "wanted", "layout.json", "fates.npy"):
-        (place / name).unlink(missing_ok=True)
-    for path in place.glob("*.bin"):
-        path.with_suffix(".json").unlink(missing_ok=True)
+def remove_traces(place: Path, shards: Container[str]) -> None:
+    """Remove everything but what is to stay: the shards of these names, tokenizer and manifest."""
+    for path in place.iterdir():
+        if path.name in {"tokenizer", "manifest.json"} or path.name in shards:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def group_parts(sizes: Mapping[Part, int], unit_bytes: int) -> tuple[Unit, ...]:

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overnight.model.config import ModelConfig
-
-NO_MASKS_IN_TRAINING = "with a mask cuDNN's backward pass gives NaN at some lengths (pytorch #196678)"
+from overnight.model.documents import NO_MASKS_IN_TRAINING, attend_with_mask
 
 
 class Cache(Protocol):
@@ -43,25 +42,36 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.attend = F.scaled_dot_product_attention
+        self.attend_documents = attend_with_mask
 
-    def forward(self, x_BTC: Tensor, cache: Cache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C). With a cache, earlier positions are looked at as well."""
+    def forward(self, x_BTC: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C). With a cache, earlier positions are looked at as well.
+
+        With documents, positions look only at those of their own document; of a model that is judged with
+        torch's kernel, whatever it is trained with.
+        """
         B, T, C = x_BTC.shape
         q_BHTD, k_BHSD, v_BHSD = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
             for part in self.c_attn(x_BTC).split(C, dim=2)
         )
+        dropout = self.dropout if self.training else 0.0
         mask = None
         if cache is not None:
             k_BHSD, v_BHSD, mask = cache.append(self.layer, k_BHSD, v_BHSD)
         assert mask is None or not torch.is_grad_enabled(), NO_MASKS_IN_TRAINING
-        mixed_BHTD = self.attend(
-            q_BHTD,
-            k_BHSD,
-            v_BHSD,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-        )
+        if document_BT is None:
+            mixed_BHTD = self.attend(
+                q_BHTD,
+                k_BHSD,
+                v_BHSD,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None and T > 1,
+            )
+        else:
+            assert cache is None, "a memory holds one document"
+            attend = self.attend_documents if torch.is_grad_enabled() else attend_with_mask
+            mixed_BHTD = attend(q_BHTD, k_BHSD, v_BHSD, document_BT, dropout_p=dropout)
         mixed_BTC = mixed_BHTD.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(mixed_BTC), self.dropout, self.training)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from overnight.model.attention import Cache, CausalSelfAttention
 from overnight.model.config import VOCABULARY_MULTIPLE, ModelConfig
+from overnight.model.documents import Documents
 
 
 class MLP(nn.Module):
@@ -41,9 +42,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache)
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache, document_BT)
         return x_BTC + self.mlp(self.ln_2(x_BTC))  # type: ignore[no-any-return]  # as in GPT.trunk
 
 
@@ -71,19 +72,26 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
+    def forward(self, ids_BT: Tensor, documents: Documents | None = None) -> Tensor:
         """Logits (B, T, V) for the id after each position."""
-        return self.head(self.trunk(ids_BT))
+        return self.head(self.trunk(ids_BT, documents=documents))
 
-    def trunk(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Hidden states (B, T, C) after the final layer norm. Raises IndexError beyond the context."""
+    def trunk(self, ids_BT: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
+        """Hidden states (B, T, C) after the final layer norm. Raises IndexError beyond the context.
+
+        With `documents`, each is by itself: positions begin anew, and attention does not leave it.
+        """
         T = ids_BT.shape[1]
         if self.config.context_length < T:
             raise IndexError(f"{T} positions do not fit context_length={self.config.context_length}")
-        position = self.wpe.weight[:T] if cache is None else self.wpe(cache.positions(T))
+        document_BT = None
+        if documents is not None:
+            document_BT, position = documents.numbers, self.wpe(documents.positions)
+        else:
+            position = self.wpe.weight[:T] if cache is None else self.wpe(cache.positions(T))
         x_BTC = F.dropout(self.wte(ids_BT) + position, self.config.dropout, self.training)
         for block in self.h:
-            x_BTC = block(x_BTC, cache)
+            x_BTC = block(x_BTC, cache, document_BT)
         return self.ln_f(x_BTC)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from overnight import __version__
+from overnight.data.mixture import Mixture, Rows
+from overnight.data.packing import BestFitStream
 from overnight.hardware import find_device_name
 from overnight.parallel import ComputeConfig, explain_compute, find_attention_kernel
 from overnight.stages.job import Job
@@ -23,7 +25,15 @@ ABOUT_EACH_START = {"started_at", "command"}
 def explain_choices(asked: Recipe, job: Job) -> dict[str, str]:
     """What was chosen for this machine, and why, by the setting's name."""
     choices = explain_compute(asked.compute, job.recipe.compute)
-    choices["attention"] += f", kernel {find_attention_kernel(job.recipe.model, job.recipe.compute)}"
+    packing = job.recipe.data.packing
+    kernel = find_attention_kernel(
+        job.recipe.model, job.recipe.compute, within_documents=packing == "documents"
+    )
+    choices["attention"] += f", kernel {kernel}"
+    if packing == "best-fit":
+        choices["packing"] = f"{packing} (as asked), {describe_loss_of_tokens(job.train)}"
+    if isinstance(job.train, Mixture):
+        choices["sources"] = job.train.describe_shares()
     rows, first, last = job.plan.rows_per_micro_batch, job.plan.stages[0], job.plan.stages[-1]
     micro_batches = (
         f"{last.micro_batches}" if first is last else f"{first.micro_batches} to {last.micro_batches}"
@@ -33,6 +43,14 @@ def explain_choices(asked: Recipe, job: Job) -> dict[str, str]:
         reason = "halved until it fitted"
     choices["rows_per_micro_batch"] = f"{rows} ({reason}), {micro_batches} micro-batches a step"
     return choices
+
+
+def describe_loss_of_tokens(rows: Rows | Mixture) -> str:
+    """How much of the text is in no row, in words; of each source of a mixture."""
+    if isinstance(rows, Mixture):
+        sources = zip(rows.names, rows.streams, strict=True)
+        return "; ".join(f"{name}: {describe_loss_of_tokens(stream)}" for name, stream in sources)
+    return rows.describe_loss() if isinstance(rows, BestFitStream) else "nothing cut off"
 
 
 def describe_environment(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # --help is shown without torch
     from collections.abc import Iterator
 
     from overnight.data.stream import Batch
+    from overnight.stages.materials import DataConfig
     from overnight.stages.recipe import Recipe
 
 
@@ -38,7 +39,8 @@ class EvaluateConfig:
 def run(config: EvaluateConfig) -> None:
     """Evaluate and print, a run in the precision it was trained in, any other model in fp32."""
     from overnight.evaluation.language_model import evaluate_language_model, evaluation_rows
-    from overnight.stages.materials import DataConfig, open_materials
+    from overnight.stages.materials import DataConfig
+    from overnight.stages.mixing import gather_materials
     from overnight.stages.models import open_model
     from overnight.stages.train import load_resumed
     from overnight.world import open_world
@@ -48,7 +50,9 @@ def run(config: EvaluateConfig) -> None:
     opened = open_model(config.model)
     recipe = load_resumed(opened.run) if opened.run else None
     precision = (recipe.compute.precision if recipe else None) or "fp32"
-    materials = open_materials(DataConfig(data=config.data or _own_data(recipe)))
+    packing = recipe.data.packing if recipe else "stream"
+    asked = DataConfig(data=config.data, packing=packing) if config.data else _own_data(recipe)
+    materials = gather_materials(asked)
     if materials.tokenizer.fingerprint != opened.tokenizer.fingerprint:
         raise ValueError(
             f"{config.model} reads {opened.tokenizer.name}, but {materials.folder} is written with the "
@@ -65,7 +69,9 @@ def run(config: EvaluateConfig) -> None:
                 yield batch
                 advance(batch.targets.numel())
 
-        found = evaluate_language_model(model, shown(), materials.tokenizer.token_bytes(), precision)
+        found = evaluate_language_model(
+            model, shown(), materials.tokenizer.token_bytes(), precision, materials.boundary
+        )
     if config.json:
         about = {"model": config.model, "precision": precision}
         sys.stdout.write(json.dumps({**about, **dataclasses.asdict(found)}) + "\n")
@@ -77,10 +83,10 @@ def run(config: EvaluateConfig) -> None:
     say(f'next: overnight generate {config.model} "Once upon a time"')
 
 
-def _own_data(recipe: Recipe | None) -> str:
-    """The prepared folder that a run was trained on."""
+def _own_data(recipe: Recipe | None) -> DataConfig:
+    """What a run was trained on."""
     if recipe is None:
         raise ValueError(
             "this model does not say what it was trained on: name prepared text with --data FOLDER"
         )
-    return recipe.data.data
+    return recipe.data

@@ -31,8 +31,8 @@ class Text(NamedTuple):
     """What is known of a recipe's text before it is trained on."""
 
     vocab_size: int
-    folder: Path | None
-    """Where its shards lie; None if it is not prepared yet."""
+    folder: Path | str | None
+    """Where its shards lie, for a message; None if it is not all prepared yet."""
     tokens: int | None
     """Of both splits."""
     validation_tokens: int | None
@@ -43,6 +43,8 @@ def find_text(config: DataConfig, vocab_size: int | None) -> Text:
 
     Nothing is prepared or downloaded for this. Raises ValueError where the vocabulary can't be known yet.
     """
+    if config.sources:
+        return _find_all(config, vocab_size)
     folder = find_prepared(config)
     if folder is None:
         return Text(vocab_size or _vocabulary(config), None, None, None)
@@ -51,6 +53,20 @@ def find_text(config: DataConfig, vocab_size: int | None) -> Text:
     manifest = read_manifest(folder)
     validation = manifest.tokens("validation")
     return Text(manifest.vocab_size, folder, manifest.tokens("train") + validation, validation)
+
+
+def _find_all(config: DataConfig, vocab_size: int | None) -> Text:
+    """The sources of a mixture as one text."""
+    parts = [
+        find_text(dataclasses.replace(config, data=source.path, sources=()), vocab_size)
+        for source in config.sources
+    ]
+    counts = [(part.tokens, part.validation_tokens) for part in parts]
+    if any(None in pair for pair in counts):
+        return Text(parts[0].vocab_size, None, None, None)
+    tokens, validation_tokens = (sum(filter(None, each)) for each in zip(*counts, strict=True))
+    folders = ", ".join(str(part.folder) for part in parts)
+    return Text(parts[0].vocab_size, folders, tokens, validation_tokens)
 
 
 def find_prepared(config: DataConfig) -> Path | None:

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from overnight.batching import BatchPlan, estimate_rows_that_fit, plan_batches
+from overnight.data.mixture import Concatenation, Mixture
+from overnight.data.packing import BestFitStream
 from overnight.data.stream import TokenStream
 from overnight.hardware import find_memory_bytes
 from overnight.model.config import ModelConfig
@@ -14,7 +16,8 @@ from overnight.model.initialization import initialize
 from overnight.optim import build_optimizer
 from overnight.parallel import resolve_compute
 from overnight.settings import raise_problems
-from overnight.stages.materials import DataConfig, Materials, open_materials
+from overnight.stages.materials import DataConfig, Materials
+from overnight.stages.mixing import MixedMaterials, gather_materials
 from overnight.stages.models import open_model
 from overnight.stages.recipe import Recipe
 from overnight.state import TrainState, build_scaler
@@ -28,9 +31,9 @@ class Job:
     recipe: Recipe
     """With everything decided that was left open."""
     plan: BatchPlan
-    materials: Materials
-    train: TokenStream
-    validation: TokenStream
+    materials: Materials | MixedMaterials
+    train: TokenStream | BestFitStream | Mixture
+    validation: TokenStream | Concatenation
     state: TrainState
 
 
@@ -41,20 +44,19 @@ def build_job(recipe: Recipe, *, has_checkpoint: bool) -> Job:
     """
     raise_problems(recipe.problems(), f"recipe {recipe.run_name}")
     device = open_world(recipe.compute.device).device
-    materials = open_materials(recipe.data)
+    materials = gather_materials(recipe.data)
     model = allocate(recipe, materials) if has_checkpoint else build_model(recipe, materials)
     recipe, plan = decide(recipe, model.config, materials.describe(), device)
     check_prompts(recipe, materials)
-    train, validation = (
-        materials.stream(split, plan.tokens_per_row, recipe.seed) for split in ("train", "validation")
-    )
+    train = materials.training_rows(plan.tokens_per_row, recipe.seed)
+    validation = materials.stream("validation", plan.tokens_per_row, recipe.seed)
     model.to(device)
     scaler = build_scaler(device, recipe.compute.precision)
     state = TrainState(model, build_optimizer(model, recipe.optimizer), scaler=scaler)
     return Job(recipe, plan, materials, train, validation, state)
 
 
-def build_model(recipe: Recipe, materials: Materials) -> GPT:
+def build_model(recipe: Recipe, materials: Materials | MixedMaterials) -> GPT:
     """The model a run begins with: freshly initialised, or with the weights of `start_from`."""
     if recipe.start_from is None:
         model = allocate(recipe, materials)
@@ -78,7 +80,7 @@ def build_model(recipe: Recipe, materials: Materials) -> GPT:
     return model
 
 
-def allocate(recipe: Recipe, materials: Materials) -> GPT:
+def allocate(recipe: Recipe, materials: Materials | MixedMaterials) -> GPT:
     """The recipe's model, its weights not set. Raises ValueError if its vocabulary is not the tokenizer's."""
     tokenizer = materials.tokenizer
     vocab_size = recipe.model.vocab_size or tokenizer.vocab_size
@@ -90,7 +92,7 @@ def allocate(recipe: Recipe, materials: Materials) -> GPT:
     return allocate_model(dataclasses.replace(recipe.model, vocab_size=vocab_size))
 
 
-def check_prompts(recipe: Recipe, materials: Materials) -> None:
+def check_prompts(recipe: Recipe, materials: Materials | MixedMaterials) -> None:
     """Raise ValueError now, not after hours, for a sample prompt that does not fit the context."""
     for prompt in recipe.samples.sample_prompts:
         length = len(materials.tokenizer.encode(prompt))

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
+from typing import Any
 
 from overnight.checkpoint import list_checkpoints, save_checkpoint
-from overnight.evaluation.language_model import evaluate_language_model, evaluation_rows
+from overnight.data.mixture import Concatenation, Mixture
+from overnight.data.stream import TokenStream
+from overnight.evaluation.language_model import (
+    Evaluation,
+    evaluate_language_model,
+    evaluation_rows,
+    pool_evaluations,
+)
 from overnight.generate import Decoding, complete
 from overnight.hardware import find_peak_flops
 from overnight.run_directory import RunDirectory
@@ -85,19 +93,32 @@ class Journal:
         self._advance(result.tokens, about)
 
     def evaluate(self) -> None:
-        """Judge the model on the validation split and write the result down."""
-        job, model = self.job, self.job.state.model
-        batches = job.validation.evaluation_batches(
-            evaluation_rows(model), job.recipe.evaluation.evaluation_tokens
-        )
-        precision = job.recipe.compute.precision or "fp32"
-        evaluation = evaluate_language_model(model, batches, job.materials.tokenizer.token_bytes(), precision)
+        """Judge the model on the validation split and write the result down; each source of several, too."""
+        job, wanted = self.job, self.job.recipe.evaluation.evaluation_tokens
+        if isinstance(job.validation, Concatenation):
+            streams = zip(job.validation.streams, job.validation.evaluation_tokens(wanted), strict=True)
+            parts = [self._judge(stream, tokens) for stream, tokens in streams]
+        else:
+            parts = [self._judge(job.validation, wanted)]
+        evaluation = parts[0] if len(parts) == 1 else pool_evaluations(parts)
         values = dataclasses.asdict(evaluation)
-        self._event("evaluations", values)
-        self._track(job.state.step, {f"validation/{name}": value for name, value in values.items()})
+        by_source = describe_sources(job, parts)
+        self._event("evaluations", values | ({"by_source": by_source} if by_source else {}))
+        losses = {f"validation/loss/{line['source']}": line["loss"] for line in by_source}
+        self._track(job.state.step, {f"validation/{name}": value for name, value in values.items()} | losses)
         say(
             f"step {job.state.step:>6}  validation loss {evaluation.loss:.4f}  "
             f"{evaluation.bits_per_byte:.4f} bits per byte"
+        )
+        for line in by_source:
+            say(f"{line['loss']:>29.4f}  {line['source']}, {line['epochs']:.2f} epochs seen")
+
+    def _judge(self, stream: TokenStream, tokens: int | None) -> Evaluation:
+        job, model, materials = self.job, self.job.state.model, self.job.materials
+        batches = stream.evaluation_batches(evaluation_rows(model), tokens)
+        precision = job.recipe.compute.precision or "fp32"
+        return evaluate_language_model(
+            model, batches, materials.tokenizer.token_bytes(), precision, materials.boundary
         )
 
     def sample(self) -> None:
@@ -130,3 +151,23 @@ class Journal:
         step = self.job.state.step
         tokens = self.job.plan.tokens_before(step)
         self.directory.append_event(kind, {"step": step, "tokens": tokens, **values})
+
+
+def describe_sources(job: Job, parts: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Of each source of a mixture: its validation loss, and how much of it was trained on; [] of one text."""
+    if not isinstance(job.train, Mixture):
+        return []
+    rows = job.plan.tokens_before(job.state.step) // job.plan.tokens_per_row
+    seen = zip(
+        job.train.names, parts, job.train.rows_of_each(rows), job.train.epochs_of_each(rows), strict=True
+    )
+    return [
+        {
+            "source": name,
+            "loss": part.loss,
+            "evaluated_tokens": part.evaluated_tokens,
+            "tokens": count * job.plan.tokens_per_row,
+            "epochs": round(epochs, 6),
+        }
+        for name, part, count, epochs in seen
+    ]

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # a recipe is read without torch, so that --help is instant
+    from overnight.data.packing import BestFitStream
+    from overnight.data.remote import RemoteFolder
     from overnight.data.shards import Manifest
     from overnight.data.stream import TokenStream
     from overnight.text.tokenizer import Tokenizer
+
+
+Packing = Literal["stream", "documents", "best-fit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One text of a mixture. Its share of the rows is its weight by the sum of all weights."""
+
+    path: str
+    """What `data` may be."""
+    weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,31 +33,79 @@ class DataConfig:
     """The text to train on, and what turns it into ids."""
 
     data: str = "python-docs"
-    """A named source, a file or folder of text, or a folder that `overnight prepare` wrote."""
+    """A named source, a file or folder of text, or a folder that `overnight prepare` wrote, here or at a URL
+    (s3://bucket/folder)."""
+    sources: tuple[Source, ...] = ()
+    """Instead of `data`: several, mixed by weight. [{path = "data/a", weight = 0.7}, ...] in a recipe,
+    --sources data/a=0.7 data/b=0.3 here."""
+    cache_bytes: int | None = None
+    """Shards from a URL that are kept on this machine, the least recently used deleted; all if left out."""
     tokenizer: str = "gpt2"
     """gpt2, characters, bpe-N (trained on the text, N ids), or a folder or file that holds one."""
     validation_fraction: float | None = None
     """Share of the documents held out, chosen by their hash; `prepare`'s own choice if left out."""
+    packing: Packing = "stream"
+    """How documents become rows. stream: windows over all of them, end to end; documents: the same, but
+    attention stays within a document; best-fit: whole documents, as few as possible of them cut off."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        found = []
+        if self.sources and self.data not in {"", DataConfig.data}:
+            found.append(f"give only one of data={self.data} and sources")
+        paths = [source.path for source in self.sources]
+        found += [f"{path} stands twice in sources" for path in sorted({*paths}) if paths.count(path) > 1]
+        found += [
+            f"the weight {source.weight} of {source.path} must be a finite number above 0"
+            for source in self.sources
+            if not 0 < source.weight < math.inf
+        ]
+        if self.cache_bytes is not None and self.cache_bytes < 1:
+            found.append(f"cache_bytes={self.cache_bytes} must be at least 1, or left out")
+        return found
 
 
 @dataclass(frozen=True)
 class Materials:
     """A folder of shards, verified, and its tokenizer."""
 
-    folder: Path
+    folder: Path | RemoteFolder
     manifest: Manifest
     tokenizer: Tokenizer
+    packing: Packing = "stream"
+    cache_bytes: int | None = None
+
+    @property
+    def boundary(self) -> int | None:
+        """The id that begins a document into which none before it is to be seen; None if all of a row is."""
+        return self.manifest.end_of_text if self.packing == "documents" else None
 
     def describe(self) -> DataConfig:
         """The recipe's section that names exactly these shards."""
         fraction = self.manifest.request.get("validation_fraction")
         assert fraction is None or isinstance(fraction, float)
         return DataConfig(
-            data=str(self.folder), tokenizer=self.manifest.tokenizer, validation_fraction=fraction
+            data=str(self.folder),
+            tokenizer=self.manifest.tokenizer,
+            validation_fraction=fraction,
+            packing=self.packing,
+            cache_bytes=self.cache_bytes,
         )
 
+    def record(self) -> dict[str, Any]:
+        """What a run writes down of its text, by which it is known again."""
+        return dataclasses.asdict(self.manifest)
+
+    def training_rows(self, tokens_per_row: int, seed: int) -> TokenStream | BestFitStream:
+        """The rows of the training split, as `packing` has them."""
+        if self.packing != "best-fit":
+            return self.stream("train", tokens_per_row, seed)
+        from overnight.data.packing import BestFitStream
+
+        return BestFitStream(self.folder, tokens_per_row=tokens_per_row, seed=seed)
+
     def stream(self, split: str, tokens_per_row: int, seed: int) -> TokenStream:
-        """The rows of one split: "train" or "validation"."""
+        """The rows of one split, "train" or "validation", as windows over its tokens."""
         from overnight.data.stream import TokenStream
 
         return TokenStream(self.folder, split, tokens_per_row=tokens_per_row, seed=seed)
@@ -55,10 +119,15 @@ class Materials:
 
 
 def open_materials(config: DataConfig) -> Materials:
-    """Open the shards `config` names, preparing them first where they are not there yet."""
+    """Open the shards that `data` names, preparing them first where they are not there yet."""
     from overnight.data.prepare import PrepareConfig, output_folder, prepare
+    from overnight.data.remote import RemoteFolder, is_prepared_elsewhere
     from overnight.data.shards import load_prepared_tokenizer, read_manifest
 
+    if is_prepared_elsewhere(config.data):
+        remote = RemoteFolder(config.data, config.cache_bytes)
+        tokenizer = load_prepared_tokenizer(remote.folder)
+        return Materials(remote, remote.manifest, tokenizer, config.packing, config.cache_bytes)
     folder = Path(config.data)
     if not (folder / "manifest.json").is_file():
         request = PrepareConfig(
@@ -66,4 +135,4 @@ def open_materials(config: DataConfig) -> Materials:
         )
         prepare(request)
         folder = output_folder(request)
-    return Materials(folder, read_manifest(folder), load_prepared_tokenizer(folder))
+    return Materials(folder, read_manifest(folder), load_prepared_tokenizer(folder), config.packing)

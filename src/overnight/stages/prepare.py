@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from overnight.data.shards import Manifest
 
 
-def run(config: PrepareConfig) -> Manifest:
-    """Fill the output folder, or verify and reuse it, and say what it holds."""
+def run(config: PrepareConfig) -> Manifest | None:
+    """Fill the output folder, or verify and reuse it, and say what it holds; None if Slurm is at it."""
     from overnight.data.prepare import output_folder, prepare
 
     started_at = time.perf_counter()
     manifest = prepare(config)
+    if manifest is None:
+        return None
     folder = output_folder(config)
     for line in summarize(manifest):
         say(line)
@@ -35,6 +37,7 @@ def summarize(manifest: Manifest) -> list[str]:
         "duplicates": manifest.duplicate_documents,
         "empty": manifest.empty_documents,
         "not sound text": manifest.skipped_documents,
+        "damaged files": manifest.damaged_files,
     }
     lines = [
         f"{manifest.source} (licence: {manifest.licence}) in ids of {manifest.tokenizer}",

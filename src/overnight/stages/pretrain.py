@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from overnight.checkpoint import (
 )
 from overnight.data.ahead import read_ahead
 from overnight.loss import Head, nats_of_hidden
+from overnight.model.documents import find_documents
 from overnight.model.gpt import GPT
 from overnight.parallel import build_loss
 from overnight.run_directory import RunDirectory, write_atomically
@@ -52,9 +54,15 @@ def run(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Rec
     return job.recipe
 
 
-def next_token_nats(model: GPT, ids_BT: Tensor, targets_BT: Tensor, head: Head) -> Tensor:
-    """What pretraining minimises: the cross-entropy of every next token, summed, in nats."""
-    hidden_BTC = model.trunk(ids_BT)
+def next_token_nats(
+    model: GPT, ids_BT: Tensor, targets_BT: Tensor, head: Head, boundary: int | None = None
+) -> Tensor:
+    """What pretraining minimises: the cross-entropy of every next token, summed, in nats.
+
+    `boundary` is the id at which a document begins that sees nothing before it; None if a row sees itself.
+    """
+    documents = None if boundary is None else find_documents(ids_BT, boundary)
+    hidden_BTC = model.trunk(ids_BT, documents=documents)
     return nats_of_hidden(hidden_BTC, model.wte.weight, targets_BT, vocab_size=model.vocab_size, head=head)
 
 
@@ -65,9 +73,10 @@ def build_training(job: Job) -> Training:
     assert recipe.schedule.total_steps is not None
     length = plan.full_steps_before(recipe.schedule.total_steps)
     raise_problems(recipe.schedule.problems(length), f"recipe {recipe.run_name}")
+    loss = functools.partial(next_token_nats, boundary=job.materials.boundary)
     return Training(
         batches=read_ahead(job.train.batch, device),
-        loss=build_loss(job.state.model, next_token_nats, recipe.compute),
+        loss=build_loss(job.state.model, loss, recipe.compute),
         plan=plan,
         learning_rate=lambda step: (
             recipe.optimizer.peak_learning_rate
@@ -166,7 +175,7 @@ def check_disk(job: Job, directory: RunDirectory) -> None:
 def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resume: bool) -> None:
     """Write down what is about to run; with `resume`, become the newest good checkpoint first."""
     state, materials = job.state, job.materials
-    manifest = json.dumps(dataclasses.asdict(materials.manifest), indent=2) + "\n"
+    manifest = json.dumps(materials.record(), indent=2) + "\n"
     if resume:
         if directory.data.read_text(encoding="utf-8") != manifest:
             raise ValueError(

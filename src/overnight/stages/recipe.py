@@ -73,7 +73,8 @@ class Recipe:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""
-        found = self.model.problems() + self.optimizer.problems() + self.schedule.problems()
+        found = self.data.problems() + self.model.problems() + self.optimizer.problems()
+        found += self.schedule.problems()
         found += self.batch.problems() + find_problems(self.trackers)
         if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
             found.append(f"run_name={self.run_name!r} must be the plain name of a folder")
@@ -91,6 +92,7 @@ AT_LEAST_ONE = frozenset({"evaluation_tokens", "sample_tokens", "keep_checkpoint
 
 MAY_CHANGE = frozenset(
     {"total_steps", "total_tokens", "trackers", "device", "compile", "attention", "rows_per_micro_batch"}
+    | {"cache_bytes"}
     | {
         field.name
         for part in (EvaluationConfig, SamplesConfig, CheckpointsConfig)

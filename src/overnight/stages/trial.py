@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import statistics
 import tempfile
@@ -130,9 +131,11 @@ def build(recipe: Recipe, plan: BatchPlan) -> tuple[TrainState, Training]:
     initialize(model, recipe.seed)
     model.to(device)
     scaler = build_scaler(device, recipe.compute.precision)
+    # Any id may stand for the one that begins a document: all are as rare in these rows.
+    boundary = 0 if recipe.data.packing == "documents" else None
     training = Training(
         batches=read_ahead(random_batches(model), device),
-        loss=build_loss(model, next_token_nats, recipe.compute),
+        loss=build_loss(model, functools.partial(next_token_nats, boundary=boundary), recipe.compute),
         plan=plan,
         learning_rate=lambda _step: recipe.optimizer.peak_learning_rate,
         max_grad_norm=recipe.optimizer.max_grad_norm,

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import builtins
+import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,19 @@ from pyarrow import parquet
 from overnight.data.documents import (
     LONGEST_PIECE_BYTES,
     SHORTEST_PIECE_BYTES,
+    Document,
+    Part,
+    divide_file,
     estimate_text_bytes,
-    read_documents,
-    readable_files,
+    read_part,
 )
+from overnight.data.files import DamagedFileError, find_files
+
+
+def read_documents(path: Path, text_column: str = "text") -> Iterator[Document]:
+    """All of a file or folder, in its order."""
+    for file in find_files(str(path)):
+        yield from read_part(Part(file), text_column)
 
 
 def texts(path: Path, **options: Any) -> list[str]:
@@ -67,7 +78,8 @@ def test_a_parquet_file_of_the_corpus(shared_data: Path) -> None:
     path = shared_data / "corpus" / "validation.parquet"
     expected = parquet.read_table(path, columns=["text"]).column("text").to_pylist()
     assert texts(path) == expected
-    estimated = estimate_text_bytes(path)
+    (file,) = find_files(str(path))
+    estimated = estimate_text_bytes(Part(file))
     assert 0.5 < estimated / sum(len(text.encode()) for text in expected) < 1.5
 
 
@@ -84,6 +96,46 @@ def test_a_folder_of_any_depth_is_read_in_the_order_of_its_paths(tmp_path: Path)
     (tmp_path / ".git" / "description.txt").write_text("no")
     assert texts(tmp_path) == ["a/deep/z", "a/y", "a.txt", "b1", "b2", "c1"]
     assert texts(tmp_path) == texts(tmp_path)
+
+
+def pack(path: Path) -> Path:
+    """The file packed beside itself, as .gz or .zst; itself removed."""
+    content, unpacked = path.read_bytes(), path.with_suffix("")
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content))
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.CompressedOutputStream(file, "zstd") as packed:
+            packed.write(content)
+    assert not unpacked.exists()
+    return path
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_packed_files_are_their_contents(tmp_path: Path, kind: str, packing: str) -> None:
+    written = ["one", "zwei\n", "日本"] if kind == ".jsonl" else ["one\n" * 3000]
+    path = tmp_path / f"a{kind}{packing}"
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in written) if kind == ".jsonl" else written[0]
+    )
+    assert texts(pack(path)) == written
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DamagedFileError, match=rf"a\{kind}\{packing} is damaged: "):
+        texts(path)
+
+
+def test_a_large_parquet_file_is_divided_between_row_groups(tmp_path: Path) -> None:
+    values = [f"{number} " * 50 for number in range(20)]
+    (file,) = find_files(str(write_parquet(tmp_path / "a.parquet", values)))
+    parts = divide_file(file, "text", part_bytes=600)
+    assert len(parts) > 3
+    assert [text for part in parts for text in (d.text for d in read_part(part))] == values
+    origins = [document.origin for part in parts for document in read_part(part)]
+    assert origins == [f"a.parquet, row {number}" for number in range(1, 21)]
+    whole = estimate_text_bytes(Part(file))
+    assert sum(estimate_text_bytes(part) for part in parts) == whole
+    assert divide_file(file, "text", part_bytes=10 * whole) == [Part(file)]
 
 
 # ---------------------------------------------------------------- long text files
@@ -227,11 +279,12 @@ def test_parquet_without_pyarrow_says_what_to_install(
 
 def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"holds no file that can be read \(\.txt, \.md, \.jsonl, \.parquet\)"
+        ValueError,
+        match=r"holds no file that can be read \(\.txt, \.md, \.jsonl, \.parquet; packed: \.gz, \.zst\)",
     ):
-        readable_files(tmp_path)
+        find_files(str(tmp_path))
     (tmp_path / "a.docx").write_text("x")
     with pytest.raises(ValueError, match="holds no file that can be read"):
-        readable_files(tmp_path)
+        find_files(str(tmp_path))
     with pytest.raises(ValueError, match=r"a\.docx is not a kind of file that can be read"):
-        readable_files(tmp_path / "a.docx")
+        find_files(str(tmp_path / "a.docx"))

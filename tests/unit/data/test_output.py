@@ -8,47 +8,67 @@ from types import SimpleNamespace
 
 import pytest
 
-from overnight.data.output import alone, appearing_whole, check_disk, plain_disk_errors
+from overnight.data.output import (
+    alone,
+    appear,
+    check_disk,
+    in_hiding,
+    plain_disk_errors,
+    shown_folder,
+)
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def never(place: Path) -> bool:
+    return False
+
+
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
-    with appearing_whole(tmp_path / "data") as partial:
-        (partial / "a").write_text("a")
+    with in_hiding(tmp_path / "data", never) as place:
+        (place / "a").write_text("a")
         assert not (tmp_path / "data").exists()
+    assert shown_folder(place) == tmp_path / "data"
+    appear(tmp_path / "data")
     assert names(tmp_path) == ["data"]
     assert names(tmp_path / "data") == ["a"]
 
 
-def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with appearing_whole(tmp_path / "data") as partial:
-            (partial / "a").write_text("a")
-            raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    "error,left", [(KeyboardInterrupt(), True), (OSError("disk"), True), (ValueError("no"), False)]
+)
+def test_an_interruption_leaves_what_is_done_and_a_refusal_nothing(
+    tmp_path: Path, error: BaseException, left: bool
+) -> None:
+    def stopped() -> None:
+        with in_hiding(tmp_path / "data", never) as place:
+            (place / "a").write_text("a")
+            raise error
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert names(tmp_path) == []
+    with pytest.raises(type(error)):
+        stopped()
+    assert names(tmp_path) == ([".data.partial"] if left else [])
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_a_killed_process_left_is_gone_on_with_or_removed(tmp_path: Path, goes_on: bool) -> None:
     (tmp_path / ".data.partial").mkdir()
     (tmp_path / ".data.partial" / "old").write_text("old")
-    with appearing_whole(tmp_path / "data") as partial:
-        (partial / "new").write_text("new")
-    assert names(tmp_path / "data") == ["new"]
+    with in_hiding(tmp_path / "data", lambda place: goes_on) as place:
+        (place / "new").write_text("new")
+    appear(tmp_path / "data")
+    assert names(tmp_path / "data") == (["new", "old"] if goes_on else ["new"])
 
 
 def test_an_empty_folder_is_filled_and_a_full_one_is_kept(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    with appearing_whole(tmp_path / "data") as partial:
-        (partial / "a").write_text("a")
-    with pytest.raises(OSError, match="not empty"), appearing_whole(tmp_path / "data"):
-        pass
-    assert names(tmp_path) == ["data"]
+    with in_hiding(tmp_path / "data", never) as place:
+        (place / "a").write_text("a")
+    appear(tmp_path / "data")
+    with in_hiding(tmp_path / "data", never), pytest.raises(OSError, match="not empty"):
+        appear(tmp_path / "data")
     assert names(tmp_path / "data") == ["a"]
 
 
@@ -72,7 +92,7 @@ def test_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_a_sentence(code: int) -> None:
-    message = r"the disk of data is full, and nothing was left behind: .* --out"
+    message = r"the disk of data is full: free some, and the same command goes on .* --out"
     with pytest.raises(ValueError, match=message), plain_disk_errors(Path("data")):
         raise OSError(code, "No space left on device")
 

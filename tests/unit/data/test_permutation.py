@@ -66,6 +66,20 @@ def test_neighbours_do_not_stay_neighbours() -> None:
     assert sum(step == 1 for step in steps) < 10
 
 
+@given(size=st.integers(1, 2**62), seed=seeds, epoch=st.integers(0, 2**40), data=st.data())
+def test_many_at_once_are_the_same(size: int, seed: int, epoch: int, data: st.DataObject) -> None:
+    order = build_permutation(size, seed, epoch)
+    first = data.draw(st.integers(0, size - 1))
+    count = min(20, size - first)
+    assert order.at(first, count).tolist() == [order(first + place) for place in range(count)]
+
+
+def test_many_at_once_walk_back_below_the_size() -> None:
+    order = build_permutation(10_101, 3, 0)  # of a grid of 101 x 101: 100 cells are spare
+    assert any(order._scramble(index) >= 10_101 for index in range(10_101))
+    assert order.at(0, 10_101).tolist() == [order(index) for index in range(10_101)]
+
+
 def test_large_sizes_cost_nothing() -> None:
     size = 10**15
     order = build_permutation(size, 0, 0)

@@ -165,10 +165,10 @@ def test_a_manifest_leads_nowhere_else(folder: Path, name: str) -> None:
         ('{"name": "a browser extension", "version": 2}', "is no folder that `overnight prepare` wrote"),
         ('{"format_version": 2}', "is no folder that `overnight prepare` wrote"),
         ("[" * 100_000, "is no folder that `overnight prepare` wrote"),
-        ('{"format_version": 1, "sha256_of_the_above": ""}', "or its manifest.json is damaged"),
+        ('{"format_version": 2, "sha256_of_the_above": ""}', "or its manifest.json is damaged"),
         (
-            '{"format_version": 2, "sha256_of_the_above": "", "train": 7}',
-            "has format version 2, and this is 1",
+            '{"format_version": 1, "sha256_of_the_above": "", "train": 7}',
+            "has format version 1, and this is 2",
         ),
     ],
 )

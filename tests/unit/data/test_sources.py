@@ -4,14 +4,27 @@ import http.client
 import io
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from overnight.cache import cache_folder
 from overnight.data import sources
-from overnight.data.sources import SHAKESPEARE_BYTES, SHAKESPEARE_SHA256, hash_files, open_source, source_name
+from overnight.data.documents import Document, Part
+from overnight.data.files import TextFile, hash_files
+from overnight.data.sources import (
+    SHAKESPEARE_BYTES,
+    SHAKESPEARE_SHA256,
+    Source,
+    open_source,
+    read_parts,
+    source_name,
+)
 
 
 @pytest.fixture
@@ -39,6 +52,10 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, answer: bytes | Exception) -> l
     return asked
 
 
+def documents_of(source: Source) -> list[Document]:
+    return list(read_parts([Part(file) for file in source.files], "text"))
+
+
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("books.v2").mkdir()
@@ -48,6 +65,10 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert source_name("books.v2") == source_name("./books.v2/") == "books.v2"
     assert source_name(str(tmp_path / "notes.txt")) == "notes"
     assert source_name("./shakespeare") == "shakespeare"
+    Path("a.b.jsonl.zst").write_text("x")
+    assert source_name("a.b.jsonl.zst") == "a.b"
+    assert source_name("s3://bucket/books/") == "books"
+    assert source_name("hf://datasets/owner/name/part.parquet") == "part"
     assert source_name(".") == tmp_path.name
 
 
@@ -56,7 +77,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("shakespear", r"'shakespear' is no file or folder, nor a source .*; did you mean shakespeare\?"),
         ("python_docs", r"did you mean python-docs\?"),
-        ("texts.jsonl", r"'texts.jsonl' is no file or folder, .*; there is python-docs, shakespeare"),
+        ("texts.jsonl", r"'texts.jsonl' is no file or folder, .*; there is fineweb-edu, openwebtext, python"),
         ("data/x", r"nothing lies at data/x; .*`overnight prepare SOURCE --out data/x`, and the recipe's"),
     ],
 )
@@ -69,9 +90,8 @@ def test_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("bb")
     (tmp_path / "a.txt").write_text("a")
     source = open_source(str(tmp_path))
-    assert [document.text for document in source.documents()] == ["a", "bb"]
-    assert [document.text for document in source.documents()] == ["a", "bb"]
-    assert (source.name, source.licence, source.text_bytes) == (tmp_path.name, "not stated", 3)
+    assert [document.text for document in documents_of(source)] == ["a", "bb"]
+    assert (source.name, source.licence) == (tmp_path.name, "not stated")
     with pytest.raises(ValueError, match="from_file is for a source that is downloaded"):
         open_source(str(tmp_path), from_file="x")
 
@@ -82,7 +102,9 @@ def test_the_hash_is_of_names_and_contents_and_not_of_the_place(tmp_path: Path) 
         folder.mkdir()
         for name, content in contents.items():
             (folder / name).write_text(content)
-        return hash_files(sorted(folder.iterdir()), folder)
+        return hash_files(
+            TextFile(str(path), path.name, path.stat().st_size) for path in sorted(folder.iterdir())
+        )
 
     first = hash_of(a="x", b="y")
     assert hash_of(a="x", b="y") == first
@@ -95,11 +117,88 @@ def test_the_hash_is_of_names_and_contents_and_not_of_the_place(tmp_path: Path) 
 def test_python_docs_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(sources, "python_documents", lambda: calls.append(1) or iter(["document"]))
+    sources._python_docs.cache_clear()
     source = open_source("python-docs")
     assert calls == []
-    assert list(source.documents()) == list(source.documents()) == ["document"]
+    parts = [Part(file) for file in source.files]
+    assert list(read_parts(parts, "text")) == list(read_parts(parts, "text")) == ["document"]
     assert calls == [1]
+    sources._python_docs.cache_clear()
     assert source.licence == "PSF-2.0"
+
+
+# ---------------------------------------------------------------- elsewhere
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    """Fsspec's file system in memory stands for every place that is not this machine."""
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+
+
+def test_a_folder_elsewhere_is_read_as_one_here(store: Any, tmp_path: Path) -> None:
+    contents = {"b/x.jsonl": '{"text": "two"}\n', "a.txt": "one", ".hidden.txt": "no", "c.png": "no"}
+    for name, content in contents.items():
+        store.pipe(f"/books/{name}", content.encode())
+        (tmp_path / "books" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "books" / name).write_text(content)
+    parquet.write_table(pyarrow.table({"text": ["three", "four"]}), tmp_path / "books" / "z.parquet")
+    store.pipe("/books/z.parquet", (tmp_path / "books" / "z.parquet").read_bytes())
+    there, here = open_source("memory://books"), open_source(str(tmp_path / "books"))
+    assert [document.text for document in documents_of(there)] == ["one", "two", "three", "four"]
+    assert [document.text for document in documents_of(here)] == ["one", "two", "three", "four"]
+    assert there.name == here.name == "books"
+    single = open_source("memory://books/a.txt")
+    assert [document.text for document in documents_of(single)] == ["one"]
+
+
+def test_a_changed_file_elsewhere_is_another_source(store: Any) -> None:
+    store.pipe("/books/a.txt", b"one")
+    before = open_source("memory://books").sha256
+    assert open_source("memory://books").sha256 == before
+    store.pipe("/books/a.txt", b"two")
+    assert open_source("memory://books").sha256 != before
+
+
+def test_nothing_elsewhere_is_refused(store: Any) -> None:
+    with pytest.raises(ValueError, match="memory://none holds no file that can be read"):
+        open_source("memory://none")
+    with pytest.raises(ValueError, match="gopher:// is no place that fsspec knows"):
+        open_source("gopher://books")
+
+
+def test_the_named_ones_lie_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def find(address: str) -> list[TextFile]:
+        asked.append(address)
+        return [TextFile(f"{address}/000.parquet", "000.parquet", 10, "etag")]
+
+    monkeypatch.setattr(sources, "find_files", find)
+    assert open_source("fineweb-edu").licence == "ODC-BY 1.0"
+    open_source("fineweb-edu", subset="sample-100BT")
+    open_source("openwebtext")
+    assert asked == [
+        "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT",
+        "hf://datasets/HuggingFaceFW/fineweb-edu/sample/100BT",
+        "hf://datasets/Skylion007/openwebtext@refs/convert/parquet/plain_text",
+    ]
+    with pytest.raises(ValueError, match=r"has no subset sample-10B; did you mean sample-10BT\?"):
+        open_source("fineweb-edu", subset="sample-10B")
+    with pytest.raises(ValueError, match="subset=default is for fineweb-edu, and openwebtext has none"):
+        open_source("openwebtext", subset="default")
+
+
+def test_without_a_network_it_is_said_what_to_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(address: str) -> list[TextFile]:
+        raise ValueError(f"{address} can't be listed: no route")
+
+    monkeypatch.setattr(sources, "find_files", find)
+    message = r"fineweb-edu could not be reached .*huggingface\.co/datasets/HuggingFaceFW/.*prepare FOLDER"
+    with pytest.raises(ValueError, match=message):
+        open_source("fineweb-edu")
 
 
 # ---------------------------------------------------------------- shakespeare
@@ -112,13 +211,14 @@ def test_shakespeare_from_a_file(
     copy = tmp_path / "copy"  # whatever it is called
     copy.write_bytes(shakespeare.read_bytes())
     source = open_source("shakespeare", from_file=str(copy))
-    documents = list(source.documents())
+    documents = documents_of(source)
     assert "".join(document.text for document in documents).encode() == shakespeare.read_bytes()
     assert 90 < len(documents) < 120
     assert all(document.text.endswith("\n\n") for document in documents[:-1])
-    assert (source.sha256, source.text_bytes) == (SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)
+    assert source.sha256 == SHAKESPEARE_SHA256
+    assert [file.bytes for file in source.files] == [SHAKESPEARE_BYTES]
     copy.unlink()
-    assert list(open_source("shakespeare").documents()) == documents  # kept: `train` can't be given a file
+    assert documents_of(open_source("shakespeare")) == documents  # kept: `train` can't be given a file
     assert asked == []
 
 
@@ -139,9 +239,8 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(
     asked = answer_with(monkeypatch, shakespeare.read_bytes())
     open_source("shakespeare")
     (empty_cache / "shakespeare" / "input.txt").write_bytes(shakespeare.read_bytes()[:-1])
-    assert "".join(document.text for document in open_source("shakespeare").documents()).encode() == (
-        shakespeare.read_bytes()
-    )
+    documents = documents_of(open_source("shakespeare"))
+    assert "".join(document.text for document in documents).encode() == shakespeare.read_bytes()
     assert len(asked) == 2
 
 

@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from overnight.data import shard_file
+from overnight.data.permutation import build_permutation, derive_keys
 from overnight.data.shards import Manifest
 from overnight.data.stream import Batch, TokenStream
 
@@ -101,6 +105,70 @@ def test_rows_do_not_depend_on_the_past_or_on_shards(stream_of: Callable[..., To
         many.batch(row, 2)
     assert torch.equal(many.batch(100, 8).ids, expected.ids)
     assert torch.equal(many.batch(100, 8).targets, expected.targets)
+
+
+def naive_rows(ids: list[int], length: int, seed: int, rows: range) -> list[list[int]]:
+    """Row by row and index by index: the order that every run so far was trained in."""
+    n, found = len(ids), []
+    windows = -(-n // length)
+    for row in rows:
+        epoch, place = divmod(row, windows)
+        (shift,) = derive_keys(seed, epoch, "shift", 1)
+        start = shift % n + build_permutation(windows, seed, epoch)(place) * length
+        found.append([ids[(start + offset) % n] for offset in range(length + 1)])
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_the_order_of_the_rows_is_the_naive_one(prepared: Prepare, data: st.DataObject) -> None:
+    n = data.draw(st.integers(2, 20_000), "tokens")
+    length = data.draw(st.integers(1, min(n - 1, 64)), "tokens_per_row")
+    seed = data.draw(st.integers(0, 2**63 - 1), "seed")
+    first = data.draw(st.integers(0, 5 * n), "first_row")
+    ids = np.random.default_rng(seed).integers(0, 50_257, n).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        prepared(Path(folder), ids, shard_tokens=data.draw(st.integers(max(1, n // 40), n), "shard_tokens"))
+        batch = TokenStream(folder, tokens_per_row=length, seed=seed).batch(first, 40)
+    expected = naive_rows(ids, length, seed, range(first, first + 40))
+    assert batch.ids.tolist() == [row[:-1] for row in expected]
+    assert batch.targets.tolist() == [row[1:] for row in expected]
+
+
+def test_the_order_of_the_rows_is_pinned(tmp_path: Path, prepared: Prepare) -> None:
+    """A resumed run must find the same rows, whatever version it began with."""
+    prepared(tmp_path, [place % 50_000 for place in range(100_000)], shard_tokens=30_000)
+    stream = TokenStream(tmp_path, tokens_per_row=16, seed=1337)
+    assert [stream.window_start(row) for row in range(4)] == [38_410, 19_834, 7_706, 11_562]
+    later = [stream.window_start(10**9 + row) for row in range(4)]
+    assert later == [19_189, 9_285, 98_597, 74_693]
+
+
+def test_a_shard_cut_short_meanwhile_is_refused(tmp_path: Path, prepared: Prepare) -> None:
+    prepared(tmp_path, range(300), shard_tokens=1000)
+    stream = TokenStream(tmp_path, tokens_per_row=200)
+    os.truncate(tmp_path / "train-00000.bin", 1024 + 300)
+    with pytest.raises(ValueError, match=r"train-00000\.bin is damaged|was cut short while it was read"):
+        list(stream.evaluation_batches(1))
+    stream = TokenStream(tmp_path, "validation", tokens_per_row=1)
+    next(stream.evaluation_batches(1))
+    os.truncate(tmp_path / "validation-00000.bin", 1024 + 1)
+    with pytest.raises(ValueError, match="was cut short while it was read"):
+        stream.batch(0, 1)
+
+
+def test_more_shards_than_a_process_may_open(
+    tmp_path: Path, prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(tmp_path, range(3000), shard_tokens=10)
+    monkeypatch.setattr(shard_file, "files_at_once", lambda: 16)
+    before = len(os.listdir("/dev/fd"))
+    stream = TokenStream(tmp_path, tokens_per_row=16)
+    batch = stream.batch(0, stream.windows_per_epoch)
+    assert set(batch.targets.flatten().tolist()) == set(range(3000))
+    assert len(os.listdir("/dev/fd")) - before == 16
+    del stream
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_a_batch_is_two_contiguous_int64_tensors(stream_of: Callable[..., TokenStream]) -> None:

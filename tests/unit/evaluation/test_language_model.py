@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from overnight.data.stream import Batch
-from overnight.evaluation.language_model import evaluate_language_model
+from overnight.evaluation.language_model import evaluate_language_model, pool_evaluations
 from overnight.model.config import ModelConfig
 from overnight.model.gpt import GPT
 from overnight.model.initialization import initialize
@@ -100,3 +100,14 @@ def test_a_gpu_judges_as_the_cpu_does(model: GPT) -> None:
 def test_no_text_is_refused(model: GPT) -> None:
     with pytest.raises(ValueError, match="no text"):
         evaluate_language_model(model, [], SPELT)
+
+
+@torch.no_grad()
+def test_several_texts_pooled_are_one_text(model: GPT) -> None:
+    generator = torch.Generator().manual_seed(4)
+    short, long = (rows(torch.randint(V, (count,), generator=generator), 2) for count in (9, 90))
+    whole = evaluate_language_model(model, [*short, *long], SPELT)
+    parts = [evaluate_language_model(model, each, SPELT) for each in (short, long)]
+    pooled = pool_evaluations(parts)
+    assert vars(pooled) == pytest.approx(vars(whole), rel=1e-12)
+    assert pooled.loss != pytest.approx((parts[0].loss + parts[1].loss) / 2, rel=1e-3)  # no mean of means

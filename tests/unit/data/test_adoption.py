@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from overnight.data import adoption
+from overnight.data.adoption import find_foreign
+from overnight.data.prepare import prepare
+from overnight.data.request import PrepareConfig, output_folder
+from overnight.data.shards import Manifest, load_prepared_tokenizer, read_manifest, verify
+from overnight.data.stream import TokenStream
+from overnight.text.byte_pair import BytePair, byte_characters
+from overnight.text.characters import Characters
+
+# Ids 0 to 255 are bytes, 256 to 258 are " t", "he" and " the", 259 is end-of-text.
+BYTES = sorted(byte_characters())
+SPACE = byte_characters()[32]
+MERGES = [(SPACE, "t"), ("h", "e"), (SPACE + "t", "he")]
+END = 259
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    BytePair(MERGES).save(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_ids(seed: int, documents: int) -> list[int]:
+    """Documents of 3 to 40 ids, each behind an end-of-text id."""
+    draw = np.random.default_rng(seed)
+    return [
+        id for _ in range(documents) for id in (END, *draw.integers(0, END, draw.integers(3, 41)).tolist())
+    ]
+
+
+TRAIN = [make_ids(1, 30), make_ids(2, 20), make_ids(3, 1)]
+VALIDATION = make_ids(4, 9)
+
+
+def write_llm_c(path: Path, ids: Sequence[int], version: int = 1) -> None:
+    """As llm.c's data_common.py writes, by `struct` alone."""
+    magic, letter = {1: (20240520, "H"), 7: (20240801, "I")}[version]
+    head = struct.pack("<256i", magic, version, len(ids), *[0] * 253)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(head + struct.pack(f"<{len(ids)}{letter}", *ids))
+
+
+def write_numpy(path: Path, ids: Sequence[int]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    np.save(path, np.array(ids, dtype=np.uint16))
+
+
+def write_nanogpt(path: Path, ids: Sequence[int]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    np.array(ids, dtype=np.uint16).tofile(path)
+
+
+@pytest.fixture
+def llm_c(here: Path) -> Path:
+    for number, ids in enumerate(TRAIN, start=9):  # 9, 10, 11: not in the order of the letters
+        write_llm_c(here / "fineweb" / f"fineweb_train_{number}.bin", ids)
+    write_llm_c(here / "fineweb" / "fineweb_val_0.bin", VALIDATION)
+    return here / "fineweb"
+
+
+@pytest.fixture
+def build_nanogpt(here: Path) -> Path:
+    for number, ids in enumerate(TRAIN, start=1):
+        write_numpy(here / "edu" / f"edufineweb_train_{number:06d}.npy", ids)
+    write_numpy(here / "edu" / "edufineweb_val_000000.npy", VALIDATION)
+    return here / "edu"
+
+
+@pytest.fixture
+def nanogpt(here: Path) -> Path:
+    write_nanogpt(here / "owt" / "train.bin", sum(TRAIN, []))
+    write_nanogpt(here / "owt" / "val.bin", VALIDATION)
+    return here / "owt"
+
+
+def adopt(folder: Path, tokenizer: str, **more: object) -> Manifest:
+    config = PrepareConfig(from_shards=str(folder), tokenizer=tokenizer, out="adopted", **more)  # type: ignore[arg-type]
+    manifest = prepare(config)
+    assert manifest is not None
+    return manifest
+
+
+def ids_of(folder: Path, split: str) -> list[int]:
+    """A split in its own order, as training streams it; its first id is no target."""
+    stream = TokenStream(folder, split, tokens_per_row=16)
+    batches = list(stream.evaluation_batches(4))
+    first = int(batches[0].ids[0, 0])
+    return [first, *(id for batch in batches for id in batch.targets.flatten().tolist())]
+
+
+@pytest.mark.parametrize("kind", ["llm_c", "build_nanogpt", "nanogpt"])
+def test_what_is_streamed_are_the_ids_that_were_put_in(
+    kind: str, here: Path, tokenizer: str, request: pytest.FixtureRequest
+) -> None:
+    manifest = adopt(request.getfixturevalue(kind), tokenizer)
+    folder = here / "adopted"
+    assert verify(folder) == read_manifest(folder) == manifest
+    assert ids_of(folder, "train") == sum(TRAIN, [])
+    assert ids_of(folder, "validation") == VALIDATION
+    decoded = b"".join(BytePair(MERGES).token_bytes()[id] for id in sum(TRAIN, []))
+    assert manifest.text_bytes("train") == len(decoded)
+    assert sum(shard.documents for shard in manifest.train) == sum(TRAIN, []).count(END) == 51
+    assert manifest.documents == 60
+    assert manifest.split_rule == "as the adopted shards have it"
+    assert manifest.request["from_shards"] in manifest.source
+    assert "adopted from" in manifest.source
+    assert load_prepared_tokenizer(folder).fingerprint == manifest.tokenizer_fingerprint
+
+
+def test_files_of_our_own_format_take_no_more_disk(llm_c: Path, here: Path, tokenizer: str) -> None:
+    adopt(llm_c, tokenizer)
+    for number in range(3):
+        shard = here / "adopted" / f"train-{number:05d}.bin"
+        assert shard.samefile(llm_c / f"fineweb_train_{number + 9}.bin")
+
+
+def test_another_disk_gets_a_copy(
+    llm_c: Path, here: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*paths: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    manifest = adopt(llm_c, tokenizer)
+    assert verify(here / "adopted") == manifest
+    assert not (here / "adopted" / "train-00000.bin").samefile(llm_c / "fineweb_train_9.bin")
+
+
+def test_a_link_in_the_source_is_followed(llm_c: Path, here: Path, tokenizer: str) -> None:
+    """As a cache of downloads has them."""
+    for path in llm_c.iterdir():
+        target = path.rename(here / f"blob-{path.stem}")
+        path.symlink_to(target)
+    adopt(llm_c, tokenizer)
+    assert not (here / "adopted" / "train-00000.bin").is_symlink()
+    shutil.rmtree(llm_c)
+    assert ids_of(here / "adopted", "validation") == VALIDATION
+
+
+def test_wider_ids_than_the_vocabulary_needs_are_narrowed(here: Path, tokenizer: str) -> None:
+    write_llm_c(here / "wide" / "a_train.bin", TRAIN[0], version=7)
+    write_llm_c(here / "wide" / "a_val.bin", VALIDATION, version=7)
+    manifest = adopt(here / "wide", tokenizer)
+    assert ids_of(here / "adopted", "train") == TRAIN[0]
+    assert (here / "adopted" / manifest.train[0].name).stat().st_size == 1024 + 2 * len(TRAIN[0])
+
+
+def test_long_files_are_cut_and_documents_counted_where_they_begin(
+    nanogpt: Path, here: Path, tokenizer: str
+) -> None:
+    manifest = adopt(nanogpt, tokenizer, shard_tokens=100)
+    ids = sum(TRAIN, [])
+    pieces = [ids[start : start + 100] for start in range(0, len(ids), 100)]
+    assert [shard.tokens for shard in manifest.train] == [len(piece) for piece in pieces]
+    assert [shard.documents for shard in manifest.train] == [piece.count(END) for piece in pieces]
+    assert verify(here / "adopted") == manifest
+    assert ids_of(here / "adopted", "train") == ids
+
+
+def test_the_same_adoption_again_is_found_done(
+    llm_c: Path, here: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = adopt(llm_c, tokenizer)
+    capsys.readouterr()
+    assert adopt(llm_c, tokenizer) == manifest
+    assert "adopted holds this already, and it is sound" in capsys.readouterr().err
+    (llm_c / "fineweb_train_9.bin").unlink()
+    with pytest.raises(
+        ValueError, match=r"adopted holds something else \(the text of the source has changed"
+    ):
+        adopt(llm_c, tokenizer)
+
+
+def test_characters_need_their_own_tokenizer(
+    here: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "to be or not to be, that is the question " * 20
+    characters = sorted(set(text))
+    ids = [characters.index(character) for character in text]  # nanoGPT's shakespeare_char
+    write_nanogpt(here / "char" / "train.bin", ids[:600])
+    write_nanogpt(here / "char" / "val.bin", ids[600:])
+    (here / "char" / "meta.pkl").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match=r"meta\.pkl .* is never opened: name the tokenizer .* --tokenizer"):
+        adopt(here / "char", "gpt2")
+    Characters(text).save(here / "letters")
+    manifest = adopt(here / "char", str(here / "letters"))
+    said = capsys.readouterr().err
+    assert "char/meta.pkl is ignored" in said
+    assert "no end-of-text id is in train.bin, val.bin: one document each" in said
+    assert "if this does not read as text, --tokenizer is wrong: 'to be or not to be, that'" in said
+    assert not (here / "sprung").exists()
+    assert [shard.documents for shard in (*manifest.train, *manifest.validation)] == [1, 1]
+    assert Characters(text).decode(ids_of(here / "adopted", "train")) == text[:600]
+    assert manifest.text_bytes("train") == 600
+
+
+class Trap:
+    """What leaves a file where it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, ("sprung", "w")
+
+
+def test_the_trap_works(here: Path) -> None:
+    """The negative control: opening it does what the test above finds not done."""
+    pickle.loads(pickle.dumps(Trap())).close()
+    assert (here / "sprung").exists()
+
+
+def test_what_was_interrupted_does_not_show_and_is_begun_anew(
+    llm_c: Path, here: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adoption, "write_manifest", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            adopt(llm_c, tokenizer)
+    assert not (here / "adopted").exists()
+    (here / ".adopted.partial" / "train-00007.bin").write_text("surplus")
+    manifest = adopt(llm_c, tokenizer)
+    assert verify(here / "adopted") == manifest
+
+
+def test_an_id_that_the_tokenizer_lacks_is_refused_and_nothing_stays(
+    llm_c: Path, here: Path, tokenizer: str
+) -> None:
+    write_llm_c(llm_c / "fineweb_train_10.bin", [*TRAIN[1], 260])
+    with pytest.raises(
+        ValueError,
+        match=r"fineweb_train_10\.bin holds the id 260, outside a vocabulary of 260, .* --tokenizer",
+    ):
+        adopt(llm_c, tokenizer)
+    assert not (here / "adopted").exists()
+    assert not (here / ".adopted.partial").exists()
+
+
+def spoil(path: Path, change: str) -> None:
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "cut": content[:-1],
+            "grown": content + b"\0\0",
+            "empty": b"",
+            "no mark": b"\0" + content[1:],
+            "another version": content[:4] + b"\x02" + content[5:],
+            "within the header": content[:500],
+        }[change]
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, name, change, message",
+    [
+        ("llm_c", "fineweb_train_9.bin", "cut", "is damaged: .* tokens make"),
+        ("llm_c", "fineweb_val_0.bin", "grown", "is damaged: .* tokens make"),
+        ("llm_c", "fineweb_train_9.bin", "empty", "does not begin with the header"),
+        ("llm_c", "fineweb_train_9.bin", "no mark", "does not begin with the header of llm.c's shards"),
+        ("llm_c", "fineweb_train_9.bin", "another version", "begins with 20240520, version 2"),
+        ("llm_c", "fineweb_train_9.bin", "within the header", "ends after 500 bytes, within its header"),
+        ("build_nanogpt", "edufineweb_val_000000.npy", "cut", "is damaged, or no array of ids"),
+        ("build_nanogpt", "edufineweb_val_000000.npy", "grown", "is damaged: 2 bytes follow the"),
+        ("build_nanogpt", "edufineweb_val_000000.npy", "empty", "is damaged, or no array of ids"),
+        ("build_nanogpt", "edufineweb_val_000000.npy", "no mark", "is damaged, or no array of ids"),
+        ("nanogpt", "train.bin", "cut", "is damaged, or none of nanoGPT's: it has .* bytes"),
+        ("nanogpt", "val.bin", "empty", "is damaged, or none of nanoGPT's: it has 0 bytes"),
+    ],
+)
+def test_damage_is_named(
+    kind: str, name: str, change: str, message: str, here: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    assert find_foreign(folder)
+    spoil(folder / name, change)
+    with pytest.raises(ValueError, match=message) as error:
+        find_foreign(folder)
+    assert name in str(error.value)
+
+
+def test_a_header_that_was_damaged_is_not_taken_for_ids(nanogpt: Path) -> None:
+    """Those of nanoGPT have none, so every file called train.bin could be one."""
+    write_llm_c(nanogpt / "train.bin", TRAIN[0])
+    spoil(nanogpt / "train.bin", "no mark")
+    with pytest.raises(ValueError, match=r"train\.bin is damaged: it begins like a shard with a header"):
+        find_foreign(nanogpt)
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.zeros((3, 4), np.uint16), r"holds uint16 in the shape \(3, 4\)"),
+        (np.zeros(5, np.int64), "holds int64 in the shape"),
+        (np.zeros(5, np.float32), "holds float32"),
+        (np.array([Trap()], dtype=object), "Python objects|objects"),
+    ],
+)
+def test_another_array_is_refused(build_nanogpt: Path, here: Path, array: np.ndarray, message: str) -> None:
+    np.save(build_nanogpt / "edufineweb_val_000000.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=message):
+        find_foreign(build_nanogpt)
+    assert not (here / "sprung").exists()
+
+
+def test_a_folder_without_shards_is_refused(here: Path, llm_c: Path, tokenizer: str) -> None:
+    (here / "none").mkdir()
+    with pytest.raises(ValueError, match=r"none holds no shards: neither \.bin nor \.npy"):
+        find_foreign(here / "none")
+    with pytest.raises(ValueError, match="there is no folder nowhere"):
+        adopt(Path("nowhere"), tokenizer)
+    adopt(llm_c, tokenizer)
+    with pytest.raises(ValueError, match="use it as it is, with --data adopted"):
+        find_foreign(Path("adopted"))
+
+
+def test_one_split_is_not_enough(llm_c: Path, nanogpt: Path) -> None:
+    (llm_c / "fineweb_val_0.bin").unlink()
+    remedy = r"none of the 3 files .* is validation.*: rename one, for example (.*) to val_\1"
+    with pytest.raises(ValueError, match=remedy):
+        find_foreign(llm_c)
+    for path in list(llm_c.iterdir()):
+        path.rename(llm_c / path.name.replace("train", "val"))
+    with pytest.raises(ValueError, match=r"is train.*: rename one, for example (.*)_val_(.*) to \1_train_\2"):
+        find_foreign(llm_c)
+    for number in (9, 10):
+        (llm_c / f"fineweb_val_{number}.bin").unlink()
+    with pytest.raises(ValueError, match=r"holds fineweb_val_11\.bin alone.*put a file for the other beside"):
+        find_foreign(llm_c)
+    (nanogpt / "val.bin").unlink()
+    with pytest.raises(ValueError, match=r"holds train\.bin alone: nanoGPT's prepare\.py writes"):
+        find_foreign(nanogpt)
+
+
+def test_files_of_two_programs_are_not_mixed(llm_c: Path) -> None:
+    write_numpy(llm_c / "edufineweb_train_000001.npy", TRAIN[0])
+    with pytest.raises(ValueError, match="several programs .* give each a folder of its own"):
+        find_foreign(llm_c)
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("fineweb_val_000000", "validation"),
+        ("val", "validation"),
+        ("tiny-VALID-1", "validation"),
+        ("x.validation.3", "validation"),
+        ("train", "train"),
+        ("interval_train_1", "train"),
+        ("valley_1", "train"),
+    ],
+)
+def test_a_split_goes_by_the_word_in_the_name(name: str, split: str) -> None:
+    assert bool(adoption.VALIDATION_NAME.search(name)) == (split == "validation")
+
+
+def test_what_is_for_a_source_has_no_place_with_shards(llm_c: Path) -> None:
+    config = PrepareConfig(from_shards=str(llm_c), source="shakespeare", tokens=5, subset="x")
+    assert config.problems() == [
+        f"{name} does not go with from_shards: they are taken as they are"
+        for name in ("source", "subset", "tokens")
+    ]
+    assert PrepareConfig(from_shards=str(llm_c), out="x", tokenizer="y", shard_tokens=7).problems() == []
+
+
+def test_neither_a_source_nor_shards_is_refused() -> None:
+    with pytest.raises(ValueError, match="name a source .*, or give from_shards"):
+        prepare(PrepareConfig())
+    with pytest.raises(ValueError, match="name a source"):
+        output_folder(PrepareConfig())
+
+
+def test_the_folder_is_never_the_shards_own(llm_c: Path) -> None:
+    assert output_folder(PrepareConfig(from_shards="fineweb")) == Path("data/fineweb-adopted")
+    assert output_folder(PrepareConfig(from_shards="fineweb/")) == Path("data/fineweb-adopted")
+    named = PrepareConfig(from_shards="fineweb", tokenizer="mine/tokenizer.json")
+    assert output_folder(named) == Path("data/fineweb-adopted-tokenizer")

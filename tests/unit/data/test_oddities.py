@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+
+from overnight.data.oddities import BLANK, LATIN, LETTER, UPPER, _classes, oddities_of
+
+ENGLISH = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in "
+    "want of a wife. However little known the feelings or views of such a man may be on his first entering a "
+    "neighbourhood, this truth is so well fixed in the minds of the surrounding families, that he is "
+    "considered the rightful property of some one or other of their daughters."
+)
+GERMAN = (
+    "Jemand musste Josef K. verleumdet haben, denn ohne dass er etwas Böses getan hätte, wurde er eines "
+    "Morgens verhaftet. Die Köchin der Frau Grubach, seiner Zimmervermieterin, die ihm jeden Tag gegen acht "
+    "Uhr früh das Frühstück brachte, kam diesmal nicht. Das war noch niemals geschehen. K. wartete noch ein "
+    "Weilchen, sah von seinem Kopfkissen aus die alte Frau, die ihm gegenüber wohnte."
+)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", set()),
+        (ENGLISH, set()),
+        (ENGLISH.replace(" ", "\n\t"), set()),
+        (ENGLISH + "\ufffd", {"replacement_character"}),
+        (ENGLISH + "\x00", {"control_characters"}),
+        (ENGLISH + "\x1b[0m", {"control_characters"}),
+        (ENGLISH + "\x85", {"control_characters"}),
+        (ENGLISH + "\r\n\f", set()),
+        (f"{'of the ' * 1428}end", set()),  # 9,999 characters
+        (f"{'of the ' * 1428}every", {"very_long_line"}),
+        (f"{'of the ' * 1428}\nevery", set()),
+        ("12.5 | 13.6 | 14.7 | mean", {"mostly_not_letters"}),
+        ("ab12", set()),
+        ("ab123", {"mostly_not_letters"}),
+        (ENGLISH.upper(), {"mostly_upper_case"}),
+        ("ABab", set()),
+        ("ABCab", {"mostly_upper_case"}),
+        (GERMAN, {"few_english_words"}),
+        (GERMAN[:200], set()),  # too short to tell
+        ("Привет, как дела", {"not_latin"}),
+        ("你好,世界", {"not_latin"}),
+        ("Café für Ærø", set()),
+    ],
+)
+def test_each_oddity_is_found_and_no_other(text: str, expected: set[str]) -> None:
+    assert oddities_of(text) == expected
+
+
+@pytest.mark.parametrize("text", ["Café", "it’s", "“quoted”", "a – b", "n° 5", "\ufeffmark", "naïve"])
+def test_what_was_decoded_wrongly_once_is_mojibake(text: str) -> None:
+    """A text in UTF-8, read as Windows-1252 or Latin-1; as it is, it is sound."""
+    assert "mojibake" not in oddities_of(text)
+    assert "mojibake" in oddities_of(text.encode().decode("latin-1"))
+    assert "mojibake" in oddities_of(text.encode().decode("cp1252", errors="ignore"))
+
+
+@pytest.mark.parametrize("text", ["NÃO", "Ângela", "pâté", "â la carte", "ÃO", "São Paulo", "¿Qué?"])
+def test_letters_that_only_look_so_are_not(text: str) -> None:
+    assert "mojibake" not in oddities_of(text)
+
+
+def test_letters_and_capitals_are_unicode_s() -> None:
+    for point in range(0, 0x30000, 7):
+        character, classes = chr(point), int(_classes()[point])
+        is_letter = character.isalpha()
+        assert bool(classes & LETTER) == is_letter
+        assert bool(classes & UPPER) == (is_letter and character.isupper())
+        assert bool(classes & BLANK) == character.isspace()
+
+
+def test_letters_are_latin_by_their_names() -> None:
+    ordinals_and_micro = {0xAA, 0xB5, 0xBA}
+    for point in [*range(0x2B0), *range(0x1E00, 0x1F00)]:
+        is_latin = chr(point).isalpha() and unicodedata.name(chr(point)).startswith("LATIN ")
+        assert bool(_classes()[point] & LATIN) == (is_latin or point in ordinals_and_micro)
+    scripts = ("GREEK", "CYRILLIC", "HEBREW", "ARABIC", "DEVANAGARI", "THAI", "HANGUL", "CJK", "HIRAGANA")
+    others = [p for p in range(0x2B0, 0x30000) if unicodedata.name(chr(p), "").startswith(scripts)]
+    assert len(others) > 90_000
+    assert not (_classes()[others] & LATIN).any()

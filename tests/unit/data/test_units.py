@@ -1,0 +1,303 @@
+"""Work in units: however the source is divided, and whoever does it, the bytes are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from overnight.data import encode as encode_module
+from overnight.data import executors
+from overnight.data import prepare as prepare_module
+from overnight.data.output import hidden_folder
+from overnight.data.prepare import PrepareConfig, prepare
+from overnight.data.shards import read_manifest
+
+TEXTS = [f"Document {number} of them: " + "word " * (number % 37) for number in range(400)]
+
+
+def contents(folder: str | Path | None) -> dict[str, bytes]:
+    assert folder is not None
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PrepareConfig:
+    """A folder of several kinds of file, one text in it twice, far apart."""
+    source = tmp_path / "texts"
+    source.mkdir()
+    for number in range(4):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[number * 50 : number * 50 + 50])
+        (source / f"{number}.jsonl").write_text(lines)
+    (source / "4.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": TEXTS[3]}).encode() + b"\n"))
+    table = pyarrow.table({"text": TEXTS[200:]})
+    parquet.write_table(table, source / "5.parquet", row_group_size=40)
+    return PrepareConfig(
+        source=str(source),
+        out=str(tmp_path / "out"),
+        tokenizer="characters",
+        validation_fraction=0.2,
+        shard_tokens=5000,
+        workers=1,
+    )
+
+
+def elsewhere(config: PrepareConfig, name: str, **changes: Any) -> PrepareConfig:
+    return dataclasses.replace(config, out=f"{config.out}-{name}", **changes)
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "UNIT_BYTES", 3000)
+
+
+def test_the_shards_do_not_depend_on_where_the_source_is_cut(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = prepare(config)
+    assert manifest is not None
+    assert (manifest.documents, manifest.duplicate_documents) == (400, 1)
+    for unit_bytes in (1, 700, 3000, 20_000):
+        monkeypatch.setattr(prepare_module, "UNIT_BYTES", unit_bytes)
+        other = elsewhere(config, str(unit_bytes))
+        assert prepare(other) == manifest
+        assert contents(other.out) == contents(config.out)
+
+
+def test_a_limit_on_tokens_is_kept_whatever_the_units(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = elsewhere(config, "whole", tokens=9000)
+    prepare(whole)
+    monkeypatch.setattr(prepare_module, "UNIT_BYTES", 700)
+    encoded: list[int] = []
+    real = encode_module.encode_unit
+    monkeypatch.setattr(
+        prepare_module,
+        "encode_unit",
+        lambda place, number, threads: encoded.append(number) or real(place, number),
+    )
+    for per_token in (6, 1 / 20):  # expected too long, and much too short: then more units are asked for
+        monkeypatch.setattr(prepare_module, "BYTES_PER_TOKEN_AT_MOST", per_token)
+        other = elsewhere(config, f"at-{per_token}", tokens=9000)
+        prepare(other)
+        assert contents(other.out) == contents(whole.out)
+        assert max(encoded) < 60
+        encoded.clear()
+
+
+@pytest.mark.usefixtures("small_units")
+def test_processes_write_the_same_bytes(config: PrepareConfig) -> None:
+    prepare(config)
+    other = elsewhere(config, "processes", workers=2)
+    prepare(other)
+    assert contents(other.out) == contents(config.out)
+
+
+def test_what_was_encoded_before_an_interruption_is_not_encoded_again(
+    config: PrepareConfig, small_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = encode_module.encode_documents, 0
+
+    def stop_at_the_third(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(encode_module, "encode_documents", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    units = hidden_folder(Path(config.out or "")) / "units"
+    done = {path.name: path.stat().st_mtime_ns for path in units.glob("*.json")}
+    assert len(done) == 2
+    seen: dict[str, int] = {}
+    finish = prepare_module.finish
+
+    def look(place: Path) -> Any:
+        seen.update({path.name: path.stat().st_mtime_ns for path in (place / "units").glob("*.json")})
+        return finish(place)
+
+    monkeypatch.setattr(prepare_module, "finish", look)
+    prepare(config)
+    assert {name: seen[name] for name in done} == done
+    assert len(seen) == 10
+
+
+def test_a_beginning_of_something_else_is_not_gone_on_with(config: PrepareConfig) -> None:
+    place = hidden_folder(Path(config.out or ""))
+    (place / "units").mkdir(parents=True)
+    (place / "work.json").write_text('{"request": {}}')
+    (place / "units" / "00000.json").write_text("{}")
+    prepare(config)
+    clean = elsewhere(config, "clean")
+    prepare(clean)
+    assert contents(config.out) == contents(clean.out)
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+def test_a_damaged_file_is_named_or_left_out(config: PrepareConfig, small_units: None) -> None:
+    source = Path(config.source)
+    whole = (source / "4.jsonl.gz").read_bytes()
+    (source / "4.jsonl.gz").write_bytes(whole[:-9])
+    (source / "5.parquet").write_bytes((source / "5.parquet").read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"5\.parquet is damaged or is not a Parquet file"):
+        prepare(config)
+    assert not Path(config.out or "").exists()
+    skipping = dataclasses.replace(config, on_bad_file="skip")
+    manifest = prepare(skipping)
+    assert manifest is not None
+    assert (manifest.documents, manifest.damaged_files) == (200, 2)
+    (source / "5.parquet").unlink()
+    with pytest.raises(ValueError, match=r"4\.jsonl\.gz is damaged: "):
+        prepare(elsewhere(config, "again"))
+    parallel = elsewhere(skipping, "parallel", workers=2)
+    assert getattr(prepare(parallel), "damaged_files", None) == 1
+
+
+# ---------------------------------------------------------------- workers that die
+
+
+def die_once(place: Path, rank: int, ranks: int, threads: int = 1) -> None:
+    """A step whose third rank kills its process, but only the first time."""
+    mark = place / "died"
+    if rank == 2 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    prepare_module.encode(place, rank, ranks)
+
+
+def test_a_killed_worker_ends_the_run_which_then_goes_on(
+    config: PrepareConfig, small_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = elsewhere(config, "expected")
+    prepare(expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "encode", die_once)
+        with pytest.raises(
+            ChildProcessError, match=r"a worker was killed, .*fewer --workers, and run the same"
+        ):
+            prepare(dataclasses.replace(config, workers=2))
+    assert not Path(config.out or "").exists()
+    prepare(dataclasses.replace(config, workers=2))
+    assert contents(config.out) == contents(expected.out)
+
+
+def test_several_workers_need_datatrove(
+    config: PrepareConfig, small_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datatrove.executor.local", None)
+    with pytest.raises(ValueError, match=r"pip install 'overnight\[data\]', or give --workers 1"):
+        prepare(dataclasses.replace(config, workers=2))
+
+
+# ---------------------------------------------------------------- clusters
+
+SBATCH = """#!{python}
+import os, re, subprocess, sys
+script = sys.stdin.read() if sys.argv[-1] == "-" else open(sys.argv[-1]).read()
+last = re.search(r"--array=0-(\\d+)", script)
+number = len(os.listdir({jobs!r})) + 1
+open(os.path.join({jobs!r}, str(number)), "w").write(" ".join(sys.argv[1:]) + "\\n" + script)
+for task in range(int(last[1]) + 1) if last else []:
+    variables = dict(os.environ, SLURM_ARRAY_TASK_ID=str(task), SLURM_NODELIST="here", RUN_OFFSET="0")
+    done = subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True)
+    open({log!r}, "a").write(done.stdout + done.stderr)
+print("Submitted batch job", number)
+"""
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for Slurm, which runs each array at once, one task after the other; the scripts it got."""
+    programs, jobs = tmp_path / "programs", tmp_path / "jobs"
+    programs.mkdir()
+    jobs.mkdir()
+    names = {"python": sys.executable, "jobs": str(jobs), "log": str(tmp_path / "log")}
+    scripts = {
+        "sbatch": SBATCH.replace("{python}", names["python"])
+        .replace("{jobs!r}", repr(names["jobs"]))
+        .replace("{log!r}", repr(names["log"])),
+        "srun": '#!/bin/bash\nwhile [[ "$1" == -* ]]; do [[ "$1" == -n ]] && shift; shift; done\nexec "$@"\n',
+        "scontrol": "#!/bin/bash\necho here\n",
+    }
+    for name, text in scripts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod((programs / name).stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    return jobs
+
+
+def test_slurm_writes_the_same_bytes(config: PrepareConfig, small_units: None, sbatch: Path) -> None:
+    prepare(config)
+    slurm = elsewhere(config, "slurm", executor="slurm", tasks=3, slurm_partition="cpu", workers=None)
+    assert prepare(slurm) is None
+    log = sbatch.parent / "log"
+    assert Path(slurm.out or "").is_dir(), log.read_text()[-3000:]
+    assert prepare(slurm) == read_manifest(Path(slurm.out or ""))  # the same command finds it complete
+    assert contents(slurm.out) == contents(config.out)
+    scripts = [path.read_text() for path in sorted(sbatch.iterdir(), key=lambda path: int(path.name))]
+    arrays = [script for script in scripts if "launch_pickled_pipeline" in script]
+    assert [next(word for word in script.split() if word.startswith("--array")) for script in arrays] == [
+        "--array=0-2",
+        "--array=0-0",
+        "--array=0-2",
+        "--array=0-0",
+    ]
+    assert all("--partition=cpu" in script for script in arrays)
+    assert all("--dependency=afterok:" in script.splitlines()[0] for script in arrays[1:])
+
+
+def test_slurm_needs_sbatch_and_a_partition(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = dataclasses.replace(config, executor="slurm", workers=None)
+    with pytest.raises(ValueError, match="executor=slurm needs slurm_partition"):
+        prepare(slurm)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="needs sbatch, which is not on this machine"):
+        prepare(dataclasses.replace(slurm, slurm_partition="cpu"))
+
+
+ON_RAY = """
+import sys
+from overnight.data import prepare
+if __name__ == "__main__":
+    prepare.UNIT_BYTES = 3000
+    options = dict(tokenizer="characters", validation_fraction=0.2, shard_tokens=5000)
+    prepare.prepare(
+        prepare.PrepareConfig(
+            source=sys.argv[1], out=sys.argv[2], executor="ray", tasks=2, workers=2, **options
+        )
+    )
+"""
+
+
+def test_ray_writes_the_same_bytes(config: PrepareConfig, small_units: None, tmp_path: Path) -> None:
+    """In a process of its own: Ray warns of much, and a warning is an error here."""
+    prepare(config)
+    (tmp_path / "on_ray.py").write_text(ON_RAY)
+    out = f"{config.out}-ray"
+    command = [sys.executable, str(tmp_path / "on_ray.py"), config.source, out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert contents(out) == contents(config.out)
+
+
+def test_how_many_work_at_once(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "count_cores", lambda: 5)
+    assert executors.count_workers(dataclasses.replace(config, workers=None)) == 5
+    assert executors.count_workers(dataclasses.replace(config, workers=3)) == 3
