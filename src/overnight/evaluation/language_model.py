@@ -13,6 +13,9 @@ from overnight.model.gpt import GPT, evaluating
 from overnight.parallel import autocast
 
 
+LOGITS_AT_ONCE = 1024  # positions: all logits of a batch would take gigabytes, and more time
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A model's loss on some text, in three units."""
@@ -43,8 +46,12 @@ def evaluate_language_model(
     total, text_bytes = LossSum(torch.zeros((), dtype=torch.float64), 0), 0
     with evaluating(model), torch.inference_mode(), autocast(device.type, precision):
         for batch in batches:
-            nats = cross_entropy_nats(model(batch.ids.to(device)), batch.targets.to(device))
-            total = total.plus(LossSum(nats.cpu().double(), batch.targets.numel()))
+            hidden_NC = model.trunk(batch.ids.to(device)).flatten(0, 1)
+            targets_N = batch.targets.to(device).flatten()
+            parts = zip(hidden_NC.split(LOGITS_AT_ONCE), targets_N.split(LOGITS_AT_ONCE), strict=True)
+            for hidden, targets in parts:
+                nats = cross_entropy_nats(model.head(hidden[None]), targets[None])
+                total = total.plus(LossSum(nats.cpu().double(), len(targets)))
             text_bytes += int(lengths[batch.targets].sum())
     if not text_bytes:
         raise ValueError("there is no text to evaluate on: the validation split is empty")
