@@ -12,7 +12,6 @@ from overnight.loss import LossSum, cross_entropy_nats
 from overnight.model.gpt import GPT, evaluating
 from overnight.parallel import autocast
 
-
 LOGITS_AT_ONCE = 1024  # positions: all logits of a batch would take gigabytes, and more time
 
 
