@@ -47,8 +47,8 @@ def evaluate_language_model(
         for batch in batches:
             hidden_NC = model.trunk(batch.ids.to(device)).flatten(0, 1)
             targets_N = batch.targets.to(device).flatten()
-            parts = zip(hidden_NC.split(LOGITS_AT_ONCE), targets_N.split(LOGITS_AT_ONCE), strict=True)
-            for hidden, targets in parts:
+            pieces = (torch.split(each, LOGITS_AT_ONCE) for each in (hidden_NC, targets_N))
+            for hidden, targets in zip(*pieces, strict=True):
                 nats = cross_entropy_nats(model.head(hidden[None]), targets[None])
                 total = total.plus(LossSum(nats.cpu().double(), len(targets)))
             text_bytes += int(lengths[batch.targets].sum())
