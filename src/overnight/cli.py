@@ -194,8 +194,11 @@ def _read_recipe(
     elif default is None and not {"-h", "--help"} & set(words):
         raise ValueError(f"overnight {verb} needs a recipe: {', '.join(recipe_names())}, or a .toml file")
     default = default or Recipe(run_name=name)
-    if any(_is_option(word.replace("_", "-"), "--total-tokens") for word in words):  # the other way to say it
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    if "--total-tokens" in given:  # there are two ways to say how long: one takes the place of the other
         default = replace(default, schedule=replace(default.schedule, total_steps=None))
+    if "--total-steps" in given:
+        default = replace(default, schedule=replace(default.schedule, total_tokens=None))
     wider = cls(**vars(default))
     return name, from_arguments(cls, words, prog=f"overnight {verb}", about=_about(verb), default=wider)
 

@@ -154,6 +154,16 @@ def test_total_tokens_may_be_given_instead_of_the_recipes_total_steps(workplace:
     assert "7 steps" in done.stderr
 
 
+def test_total_steps_may_be_given_instead_of_the_recipes_total_tokens(tmp_path: Path) -> None:
+    options = ("--total-steps", "500_000", "--on", "h200", "--json", "--vocab-size", "50257")
+    done = overnight("plan", "gpt3-125m", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["total_steps"] == 500_000
+    both = overnight("plan", "gpt3-125m", *options, "--total-tokens", "300000000000", folder=tmp_path)
+    assert both.returncode == 2
+    assert "only one of total_steps and total_tokens" in both.stderr
+
+
 def test_a_run_does_not_change_its_science_on_resuming(workplace: Path) -> None:
     done = overnight("train", "--resume=runs/tiny", "--n_layer=2", folder=workplace)
     assert done.returncode == 2

@@ -13,6 +13,8 @@ from overnight.model.documents import find_documents
 from overnight.model.gpt import GPT, evaluating
 from overnight.parallel import autocast
 
+LOGITS_AT_ONCE = 1024  # positions: all logits of a batch would take gigabytes, and more time
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -50,10 +52,13 @@ def evaluate_language_model(
     total, text_bytes = LossSum(torch.zeros((), dtype=torch.float64), 0), 0
     with evaluating(model), torch.inference_mode(), autocast(device.type, precision):
         for batch in batches:
-            ids_BT = batch.ids.to(device)
+            ids_BT, targets_N = batch.ids.to(device), batch.targets.to(device).flatten()
             documents = None if boundary is None else find_documents(ids_BT, boundary)
-            nats = cross_entropy_nats(model(ids_BT, documents), batch.targets.to(device))
-            total = total.plus(LossSum(nats.cpu().double(), batch.targets.numel()))
+            hidden_NC = model.trunk(ids_BT, documents=documents).flatten(0, 1)
+            pieces = (torch.split(each, LOGITS_AT_ONCE) for each in (hidden_NC, targets_N))
+            for hidden, targets in zip(*pieces, strict=True):
+                nats = cross_entropy_nats(model.head(hidden[None]), targets[None])
+                total = total.plus(LossSum(nats.cpu().double(), len(targets)))
             text_bytes += int(lengths[batch.targets].sum())
     if not text_bytes:
         raise ValueError("there is no text to evaluate on: the validation split is empty")
