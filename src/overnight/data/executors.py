@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Step = Callable[[Path, int, int], object]
 Watch = Callable[[], None]
 
+THREADS_OF_PROCESS = 4  # with more, what Python does between the tokenizer's calls is in their way
 JOBS = 10  # of Slurm or Ray, unless the user says otherwise
 POLL_SECONDS = 0.3
 
@@ -40,16 +41,31 @@ def run_step(step: Step, place: Path, ranks: int, config: PrepareConfig, watch: 
     with _watched(watch):
         if config.executor == "ray":
             _run_on_ray(step, place, ranks, config)
-        elif ranks == 1 or count_workers(config) == 1:
+        elif count_processes(config, ranks) == 1:
             for rank in range(ranks):
                 step(place, rank, ranks)
         else:
-            _run_in_processes(step, place, ranks, count_workers(config))
+            _run_in_processes(step, place, ranks, count_processes(config, ranks))
 
 
 def count_workers(config: PrepareConfig) -> int:
     """How many work at once: as many as there are cores for this process, unless the user says otherwise."""
     return config.workers or count_cores() or 1
+
+
+def count_processes(config: PrepareConfig, ranks: int) -> int:
+    """How many processes that is on this machine: up to four workers are threads of one.
+
+    Tokenizers let other threads work, and a process takes a second to start.
+    """
+    return min(ranks, -(-count_workers(config) // THREADS_OF_PROCESS))
+
+
+def count_threads(config: PrepareConfig, ranks: int) -> int:
+    """How many threads each process has; one where the work is on other machines."""
+    if config.executor != "local":
+        return 1
+    return max(1, count_workers(config) // count_processes(config, ranks))
 
 
 def _run_in_processes(step: Step, place: Path, ranks: int, workers: int) -> None:

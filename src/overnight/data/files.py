@@ -97,7 +97,16 @@ def find_files(source: str) -> list[TextFile]:
         raise ValueError(
             f"{source} holds no file that can be read ({', '.join(KINDS)}; packed: {', '.join(PACKINGS)})"
         )
-    return sorted(found, key=lambda file: PurePosixPath(file.name).parts)
+    return sorted(_without_cards(found), key=lambda file: PurePosixPath(file.name).parts)
+
+
+def _without_cards(files: Iterable[TextFile]) -> list[TextFile]:
+    """All but each README.md that has tables of text beside or below it: that tells of them."""
+    files = list(files)
+    tables = [PurePosixPath(file.name) for file in files if file.kind in {".jsonl", ".parquet"}]
+    described = {folder for table in tables for folder in table.parents}
+    paths = ((file, PurePosixPath(file.name)) for file in files)
+    return [file for file, path in paths if path.name.lower() != "readme.md" or path.parent not in described]
 
 
 def _find_here(source: Path) -> list[TextFile]:

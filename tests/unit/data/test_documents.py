@@ -36,6 +36,7 @@ def texts(path: Path, **options: Any) -> list[str]:
 
 
 def write_lines(path: Path, *values: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     return path
 
@@ -136,6 +137,15 @@ def test_a_large_parquet_file_is_divided_between_row_groups(tmp_path: Path) -> N
     whole = estimate_text_bytes(Part(file))
     assert sum(estimate_text_bytes(part) for part in parts) == whole
     assert divide_file(file, "text", part_bytes=10 * whole) == [Part(file)]
+
+
+def test_a_readme_beside_tables_tells_of_them_and_is_no_text(tmp_path: Path) -> None:
+    write_lines(tmp_path / "tables" / "train" / "a.jsonl", {"text": "a"})
+    for folder in ("tables", "notes"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "README.md").write_text(folder)
+        (tmp_path / folder / "more.md").write_text(f"more {folder}")
+    assert texts(tmp_path) == ["notes", "more notes", "more tables", "a"]
 
 
 # ---------------------------------------------------------------- long text files

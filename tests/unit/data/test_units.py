@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -22,7 +23,11 @@ from overnight.data import executors
 from overnight.data import prepare as prepare_module
 from overnight.data.output import hidden_folder
 from overnight.data.prepare import PrepareConfig, prepare
+from overnight.data.selection import split_of
 from overnight.data.shards import read_manifest
+from overnight.data.token_file import open_tokens
+from overnight.text.load import load_tokenizer
+from overnight.text.tokenizer import Tokenizer
 
 TEXTS = [f"Document {number} of them: " + "word " * (number % 37) for number in range(400)]
 
@@ -101,7 +106,7 @@ def test_a_limit_on_tokens_is_kept_whatever_the_units(
 @pytest.mark.usefixtures("small_units")
 def test_processes_write_the_same_bytes(config: PrepareConfig) -> None:
     prepare(config)
-    other = elsewhere(config, "processes", workers=2)
+    other = elsewhere(config, "processes", workers=8)
     prepare(other)
     assert contents(other.out) == contents(config.out)
 
@@ -166,7 +171,7 @@ def test_a_damaged_file_is_named_or_left_out(config: PrepareConfig, small_units:
     (source / "5.parquet").unlink()
     with pytest.raises(ValueError, match=r"4\.jsonl\.gz is damaged: "):
         prepare(elsewhere(config, "again"))
-    parallel = elsewhere(skipping, "parallel", workers=2)
+    parallel = elsewhere(skipping, "parallel", workers=8)
     assert getattr(prepare(parallel), "damaged_files", None) == 1
 
 
@@ -192,9 +197,9 @@ def test_a_killed_worker_ends_the_run_which_then_goes_on(
         with pytest.raises(
             ChildProcessError, match=r"a worker was killed, .*fewer --workers, and run the same"
         ):
-            prepare(dataclasses.replace(config, workers=2))
+            prepare(dataclasses.replace(config, workers=8))
     assert not Path(config.out or "").exists()
-    prepare(dataclasses.replace(config, workers=2))
+    prepare(dataclasses.replace(config, workers=8))
     assert contents(config.out) == contents(expected.out)
 
 
@@ -203,7 +208,7 @@ def test_several_workers_need_datatrove(
 ) -> None:
     monkeypatch.setitem(sys.modules, "datatrove.executor.local", None)
     with pytest.raises(ValueError, match=r"pip install 'overnight\[data\]', or give --workers 1"):
-        prepare(dataclasses.replace(config, workers=2))
+        prepare(dataclasses.replace(config, workers=8))
 
 
 # ---------------------------------------------------------------- clusters
@@ -301,3 +306,44 @@ def test_how_many_work_at_once(config: PrepareConfig, monkeypatch: pytest.Monkey
     monkeypatch.setattr(executors, "count_cores", lambda: 5)
     assert executors.count_workers(dataclasses.replace(config, workers=None)) == 5
     assert executors.count_workers(dataclasses.replace(config, workers=3)) == 3
+    for workers, ranks, processes, threads in (
+        (1, 9, 1, 1),
+        (4, 9, 1, 4),
+        (8, 9, 2, 4),
+        (64, 9, 9, 7),
+        (9, 1, 1, 9),
+    ):
+        asked = dataclasses.replace(config, workers=workers)
+        assert executors.count_processes(asked, ranks) == processes
+        assert executors.count_threads(asked, ranks) == threads
+    assert executors.count_threads(dataclasses.replace(config, workers=8, executor="ray"), 9) == 1
+
+
+# ---------------------------------------------------------------- a real corpus
+
+
+def documents_of(folder: Path, split: str, tokenizer: Tokenizer) -> list[str]:
+    """The documents of one split, decoded from its shards."""
+    manifest = read_manifest(folder)
+    ids = np.concatenate([open_tokens(folder / shard.name) for shard in manifest.shards(split)])
+    starts = np.flatnonzero(ids == tokenizer.end_of_text)
+    assert starts[0] == 0
+    return [tokenizer.decode(part[1:].tolist()) for part in np.split(ids, starts[1:])]
+
+
+def test_decoded_shards_are_the_documents(shared_data: Path, tmp_path: Path) -> None:
+    """And there are as many tokens as the corpus says of each document, and one more for each."""
+    path, bpe = shared_data / "corpus" / "validation.parquet", shared_data / "gpt2-bpe"
+    out = tmp_path / "out"
+    config = PrepareConfig(
+        source=str(path), out=str(out), tokenizer=str(bpe), validation_fraction=0.1, shard_tokens=50_000
+    )
+    manifest = prepare(config)
+    assert manifest is not None
+    table = parquet.read_table(path, columns=["text", "token_count"])
+    texts, counts = (table.column(name).to_pylist() for name in ("text", "token_count"))
+    assert manifest.tokens("train") + manifest.tokens("validation") == sum(counts) + len(texts)
+    tokenizer = load_tokenizer(bpe)
+    for split in ("train", "validation"):
+        expected = [text for text in texts if split_of(text, 0.1) == split]
+        assert documents_of(out, split, tokenizer) == expected

@@ -1,0 +1,185 @@
+"""How long a corpus of Parquet files takes to become shards of GPT-2's tokens: whole processes, in turn.
+
+    python benchmarks/corpus.py --corpus FOLDER --bpe gpt2-bpe --peer ../build-nanogpt --nanogpt ../nanoGPT
+
+overnight's command beside build-nanogpt's fineweb.py and nanoGPT's data/openwebtext/prepare.py, which run as
+they are, in a copy, but for three things: what they would download is read from FOLDER instead, GPT-2's
+vocabulary from `--bpe`, and nanoGPT's writes its splits in one part instead of 1,024, since it fails where
+a split has fewer documents. They need the package `datasets`; each has a cache of its own, at first empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import importlib.util
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from checkouts import fingerprint
+from measure import Report, interleave, paired_ratio, run_plainly, spread
+
+OURS = "overnight"
+FINEWEB, OPENWEBTEXT = "fineweb.py", "data/openwebtext/prepare.py"
+HEADINGS = ("side", "median s", "min", "max", "MB/s", "M tokens/s", "overnight is", "peak GB")
+PARTS = "total_batches = 1024\n"
+# Where tiktoken fetches GPT-2's files from; by the hash of that it names them in its cache.
+ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+
+# Reads the corpus where the program asks for its own; the program is the second argument.
+LAUNCHER = """
+import runpy, sys
+import datasets
+real, files, program = datasets.load_dataset, sys.argv[1].split("|"), sys.argv[2]
+
+def load_dataset(*_, split=None, num_proc=None, **__):
+    read = real("parquet", data_files={"train": files}, columns=["text"], split=split)
+    return read
+
+datasets.load_dataset = load_dataset
+sys.argv = [program]
+runpy.run_path(program, run_name="__main__")
+"""
+
+
+class Took(NamedTuple):
+    """What one whole run took."""
+
+    seconds: float
+    peak_bytes: int
+    """The most that one of its processes had resident."""
+    tokens: int
+
+
+def call(command: Sequence[str], tokens: Callable[[], int], **environment: str) -> Took:
+    """Run a command to its end. Raises ValueError, with what it said last, if it fails."""
+    started_at = time.perf_counter()
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, errors="replace", check=False
+    )
+    seconds = time.perf_counter() - started_at
+    if done.returncode:
+        raise ValueError(f"{' '.join(command[:3])} ... failed: {done.stderr.strip()[-1500:]}")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return Took(seconds, peak, tokens())
+
+
+def prepare_ours(files: Sequence[Path], bpe: Path) -> Took:
+    """`overnight prepare` on a folder with these files, as one would type it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder, "corpus"), Path(folder, "out")
+        source.mkdir()
+        for file in files:
+            (source / file.name).symlink_to(file.resolve())
+        words = ["prepare", str(source), "--tokenizer", str(bpe), "--out", str(out)]
+        return call([sys.executable, "-m", "overnight", *words], lambda: count_ours(out))
+
+
+def count_ours(folder: Path) -> int:
+    """Tokens in both splits."""
+    from overnight.data.shards import SPLITS, read_manifest
+
+    manifest = read_manifest(folder)
+    return sum(manifest.tokens(split) for split in SPLITS)
+
+
+def prepare_theirs(program: Path, files: Sequence[Path], bpe: Path) -> Took:
+    """A peer's program in a copy of its own folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, program.name)
+        copy.write_text(program.read_text(encoding="utf-8").replace(PARTS, "total_batches = 1\n"))
+        cache = Path(folder, "tiktoken")
+        cache.mkdir()
+        for name in ("vocab.bpe", "encoder.json"):
+            shutil.copy(bpe / name, cache / hashlib.sha1(f"{ADDRESS}/{name}".encode()).hexdigest())
+        names = "|".join(str(file.resolve()) for file in files)
+        return call(
+            [sys.executable, "-c", LAUNCHER, names, str(copy)],
+            lambda: count_theirs(Path(folder)),
+            TIKTOKEN_CACHE_DIR=str(cache),
+            HF_HOME=str(Path(folder, "hf")),
+            HF_DATASETS_OFFLINE="1",
+        )
+
+
+def count_theirs(folder: Path) -> int:
+    """Tokens in what a peer wrote: two bytes each, behind 128 bytes of header in an .npy file."""
+    written = [(path.stat().st_size - 128) // 2 for path in folder.rglob("edufineweb_*.npy")]
+    return sum(written) + sum(path.stat().st_size // 2 for path in folder.glob("*.bin"))
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """All sides in turn."""
+    files = sorted(options.corpus.glob("*.parquet"))[: options.files]
+    if not files:
+        raise ValueError(f"{options.corpus} holds no .parquet file")
+    sides: dict[str, Callable[[], Took]] = {OURS: functools.partial(prepare_ours, files, options.bpe)}
+    notes = []
+    for checkout, name in ((options.peer, FINEWEB), (options.nanogpt, OPENWEBTEXT)):
+        if checkout is None:
+            continue
+        program = checkout / name
+        if not program.is_file():
+            raise ValueError(f"there is no {name} in {checkout}; give the folder that holds one")
+        if importlib.util.find_spec("datasets") is None:
+            raise ValueError(f"{name} needs the package datasets: pip install datasets")
+        sides[name] = functools.partial(prepare_theirs, program, files, options.bpe)
+        notes.append(f"{name}: {fingerprint(program)}, as it is; it chooses its processes itself.")
+    took = interleave(sides, options.repeats)
+    megabytes = sum(text_bytes(file) for file in files) / 1e6
+    ours = [each.seconds for each in took[OURS]]
+    rows = []
+    for name, runs in took.items():
+        seconds = [each.seconds for each in runs]
+        median = statistics.median(seconds)
+        rates = [f"{megabytes / median:.1f}", f"{runs[0].tokens / median / 1e6:.2f}"]
+        ratio = f"{paired_ratio(ours, seconds):.2f}x as fast"
+        rows.append(
+            [name, *spread(seconds, 1), *rates, ratio, f"{max(r.peak_bytes for r in runs) / 1e9:.2f}"]
+        )
+    tokens = ", ".join(f"{name} {runs[0].tokens:,}" for name, runs in took.items())
+    notes.append(f"Tokens written: {tokens}. Peak: of the largest process so far, the sides before included.")
+    return Report(
+        title=f"{len(files)} Parquet files to GPT-2's tokens: {megabytes:,.0f} MB of text",
+        headings=HEADINGS,
+        rows=rows,
+        measured={name: [run._asdict() for run in runs] for name, runs in took.items()},
+        settings={"repeats": options.repeats, "cores": os.cpu_count()},
+        notes=notes,
+    )
+
+
+def text_bytes(file: Path) -> int:
+    """Bytes of text in a Parquet file, before compression."""
+    from overnight.data.documents import Part, estimate_text_bytes
+    from overnight.data.files import TextFile
+
+    return estimate_text_bytes(Part(TextFile(str(file), file.name, file.stat().st_size)))
+
+
+def read_options(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--corpus", type=Path, required=True, help="a folder of .parquet files with text")
+    parser.add_argument("--bpe", type=Path, required=True, help="folder of encoder.json and vocab.bpe")
+    parser.add_argument("--peer", type=Path, help="a checkout of build-nanogpt")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--files", type=int, help="only so many of the files")
+    parser.add_argument("--repeats", type=int, default=3, help="whole runs of each side")
+    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    chosen = read_options(sys.argv[1:])
+    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
