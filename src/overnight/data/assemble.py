@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.data.encode import count_documents, read_unit
+from overnight.data.encode import EncodedUnit, count_documents, read_unit
+from overnight.data.near_duplicates import find_near_duplicates
 from overnight.data.selection import FATES, Fate, Records, are_kept, find_duplicates, is_validation
 from overnight.data.shards import SPLITS, Shard
 from overnight.data.token_file import TokenFile, Tokens, token_format
@@ -32,6 +33,8 @@ class Layout:
     fates: dict[Fate, int]
     """How many documents met which; those behind the last that was wanted are not counted."""
     damaged_files: int
+    contaminated: dict[str, int]
+    """By benchmark: how many of the documents counted above, none of them a duplicate, share a passage."""
 
     def shards(self, split: str, shard_tokens: int) -> int:
         """How many shards a split becomes."""
@@ -44,14 +47,19 @@ def decide(place: Path) -> Layout:
     units = [read_unit(place, number) for number in range(wanted_units(place))]
     groups = [unit.records for unit in units]
     fates = [records["fate"].copy() for records in groups]
-    for group, duplicates in zip(fates, find_duplicates(groups), strict=True):
-        group[duplicates] = FATES.index("duplicate")
+    _mark(fates, find_duplicates(groups), "duplicate")
+    if work.on_contaminated == "drop":
+        shared = [(unit.shared > 0) & are_kept(group) for unit, group in zip(units, fates, strict=True)]
+        _mark(fates, shared, "contaminated")
+    if work.near_duplicates == "drop":
+        _mark(fates, find_near_duplicates(place, fates), "near-duplicate")
     _stop_after(fates, groups, work.tokens)
     np.save(place / "fates.npy", np.concatenate(fates) if fates else np.zeros(0, np.uint8))
     layout = Layout(
         starts={split: _starts(split, fates, groups, work) for split in SPLITS},
         fates=dict(Counter(FATES[code] for group in fates for code in group if code < len(FATES))),
         damaged_files=len(work.damaged_files) + len({n for unit in units for n in unit.damaged_files}),
+        contaminated=_count_contaminated(fates, units, work.benchmarks),
     )
     write_atomically(place / "layout.json", json.dumps(asdict(layout)) + "\n")
     return layout
@@ -155,6 +163,23 @@ def _starts(split: str, fates: list[NDArray[np.uint8]], groups: list[Records], w
         for group, records in zip(fates, groups, strict=True)
     ]
     return [0, *np.cumsum(sizes).tolist()] if sizes else [0]
+
+
+def _mark(fates: list[NDArray[np.uint8]], chosen: list[NDArray[np.bool_]], fate: Fate) -> None:
+    for group, documents in zip(fates, chosen, strict=True):
+        group[documents] = FATES.index(fate)
+
+
+def _count_contaminated(
+    fates: list[NDArray[np.uint8]], units: list[EncodedUnit], benchmarks: Sequence[str]
+) -> dict[str, int]:
+    """By benchmark, how many documents share a passage with it: those kept, or left out for that."""
+    counted = [are_kept(group) | (group == FATES.index("contaminated")) for group in fates]
+    shared = [unit.shared[group] for unit, group in zip(units, counted, strict=True)]
+    return {
+        name: sum(int(np.count_nonzero(bits & np.uint64(1 << number))) for bits in shared)
+        for number, name in enumerate(benchmarks)
+    }
 
 
 def _stop_after(fates: Sequence[NDArray[np.uint8]], groups: Sequence[Records], tokens: int | None) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from overnight.data.contamination import BenchmarkSearch, open_search
 from overnight.data.documents import Document, Part
 from overnight.data.files import DamagedFileError
 from overnight.data.selection import FATES, KEPT, RECORD, Fate, Records, document_hash, judge
@@ -43,6 +44,8 @@ class EncodedUnit:
     """The ids of all documents that were encoded, end to end, each with its end-of-text id before it."""
     damaged_files: list[str]
     """Left out as on_bad_file="skip" asks."""
+    shared: NDArray[np.uint64]
+    """(documents,): the sum of the bits of the benchmarks that it shares a passage with."""
 
 
 def encode_unit(place: Path, number: int, threads: int = 1) -> None:
@@ -56,6 +59,9 @@ def encode_unit(place: Path, number: int, threads: int = 1) -> None:
     work, tokenizer = read_work(place), open_tokenizer(place)
     parts, damaged = sound_parts(work.units[number], work)
     judged = judge(read_parts(parts, work.text_column), work.on_bad_text)
+    shared: dict[int, int] = {}
+    if work.benchmarks:
+        judged = _searched(judged, open_search(place), shared)
     partial = path.with_suffix(".ids.partial")
     with partial.open("wb", buffering=1 << 20) as file:
         rows = list(_write_ids(file, encode_documents(judged, tokenizer, threads), tokenizer))
@@ -66,7 +72,7 @@ def encode_unit(place: Path, number: int, threads: int = 1) -> None:
     write_atomically(path.with_suffix(".documents"), records.tobytes())
     text_bytes = int(records["bytes"].sum())
     tokens = int(records["tokens"].sum())
-    about = {"damaged_files": damaged, "text_bytes": text_bytes, "tokens": tokens}
+    about = {"damaged_files": damaged, "text_bytes": text_bytes, "tokens": tokens, "shared": shared}
     write_atomically(path.with_suffix(".json"), json.dumps(about) + "\n")
 
 
@@ -75,7 +81,10 @@ def read_unit(place: Path, number: int) -> EncodedUnit:
     path = place / "units" / f"{number:05d}"
     about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     records = np.fromfile(path.with_suffix(".documents"), dtype=RECORD)
-    return EncodedUnit(records, path.with_suffix(".ids"), about["damaged_files"])
+    shared = np.zeros(len(records), dtype=np.uint64)
+    for document, bits in about["shared"].items():
+        shared[int(document)] = bits
+    return EncodedUnit(records, path.with_suffix(".ids"), about["damaged_files"], shared)
 
 
 def read_work_in_order(work: Work) -> Iterator[Document]:
@@ -144,6 +153,16 @@ def _write_ids(
         digest = document_hash(document.text)
         high, low = (int.from_bytes(half) for half in (digest[:8], digest[8:]))
         yield high, low, ids.size, len(document.text.encode()), FATES.index(fate)
+
+
+def _searched(judged: Iterable[Judged], search: BenchmarkSearch, shared: dict[int, int]) -> Iterator[Judged]:
+    """The same documents; `shared` receives the bits of those that share a passage with a benchmark."""
+    before = 0
+    for batch in _in_batches(judged):
+        bits = search.find([document.text if fate in KEPT else "" for document, fate in batch])
+        shared |= {before + int(place): int(bits[place]) for place in np.flatnonzero(bits)}
+        before += len(batch)
+        yield from batch
 
 
 def sound_parts(unit: Unit, work: Work) -> tuple[list[Part], list[str]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from overnight.data.files import DamagedFileError
 from overnight.run_directory import flush_folder
 from overnight.terminal import say
 
@@ -73,10 +74,15 @@ def appear(folder: Path) -> None:
 
 
 @contextmanager
-def plain_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write into a sentence (ValueError); other errors pass."""
+def plain_file_errors(folder: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into a sentence (ValueError); other errors pass.
+
+    A damaged file's sentence gets its remedy.
+    """
     try:
         yield
+    except DamagedFileError as error:
+        raise ValueError(f"{error}; mend it or fetch it again, or give --on-bad-file skip") from None
     except OSError as error:
         if error.errno in FULL:
             raise ValueError(

@@ -19,11 +19,13 @@ from pathlib import Path
 from overnight import __version__
 from overnight.data.adoption import plan_adoption
 from overnight.data.assemble import decide, read_layout, write_shard
+from overnight.data.contamination import benchmark_names, build_index, describe_benchmarks, save_index
 from overnight.data.documents import Part, divide_file, estimate_text_bytes
 from overnight.data.encode import count_encoded, encode_documents, encode_unit, read_work_in_order
-from overnight.data.executors import JOBS, count_workers, run_step, submit_to_slurm
+from overnight.data.executors import JOBS, count_threads, run_step, submit_to_slurm
 from overnight.data.files import DamagedFileError
-from overnight.data.output import alone, appear, check_disk, in_hiding, plain_disk_errors, shown_folder
+from overnight.data.near_duplicates import compare_units, comparing_steps, forget_clusters, require_datatrove
+from overnight.data.output import alone, appear, check_disk, in_hiding, plain_file_errors, shown_folder
 from overnight.data.request import MOST_SHARDS, PrepareConfig, output_folder
 from overnight.data.selection import KEPT, document_hash, judge, split_of
 from overnight.data.shards import SPLITS, Manifest, read_manifest, verify, write_manifest
@@ -47,8 +49,10 @@ from overnight.terminal import progress, say
 
 __all__ = ["PrepareConfig", "output_folder", "prepare", "training_texts"]
 
-UNIT_BYTES = 64_000_000  # of text: some seconds of one core
+UNIT_BYTES = 16_000_000  # of text: a second of one core
+MOST_UNITS = 10_000  # so that a terabyte does not become as many files
 TRAINING_BYTES = 1_000_000_000  # that a tokenizer is trained on, at most
+TOKENS_OF_WRITER = 1_000_000_000  # that one process puts together: some seconds
 SAMPLED_DOCUMENTS = 64
 BYTES_PER_TOKEN_AT_MOST = 6  # of English in GPT-2's tokens it is 4.5
 
@@ -61,7 +65,7 @@ def prepare(config: PrepareConfig) -> Manifest | None:
     """
     raise_problems(config.problems(), "prepare")
     folder = output_folder(config)
-    with plain_disk_errors(folder):
+    with plain_file_errors(folder):
         request, fill = _plan(config)
         existing = _find_prepared(folder, request)  # needs no lock: a folder appears whole
         if existing is None:
@@ -85,11 +89,15 @@ def _plan(config: PrepareConfig) -> tuple[Request, Callable[[Path], Manifest | N
 
 def _fill(folder: Path, work: Work, config: PrepareConfig) -> Manifest | None:
     """Do all the work, or what is left of it."""
+    if work.near_duplicates == "drop":
+        require_datatrove()
     with in_hiding(folder, lambda place: is_begun(place, work)) as place:
         if not is_begun(place, work):
             (place / "units").mkdir()
             want_units(place, work.units_for(work.tokens, BYTES_PER_TOKEN_AT_MOST))
             write_work(place, work)
+        if work.benchmarks and not (place / "benchmarks").is_dir():
+            save_index(place, build_index(benchmark_names(config.benchmark_paths)))
         if not (place / "tokenizer").is_dir():
             _build_tokenizer(place, work, config.tokenizer_name)
             check_disk(place, _estimate_bytes(place, work))
@@ -98,20 +106,21 @@ def _fill(folder: Path, work: Work, config: PrepareConfig) -> Manifest | None:
             return None
         _encode_here(place, config)
         while _is_short(place):
+            forget_clusters(place)
             want_units(place, min(len(work.units), 2 * wanted_units(place)))
             _encode_here(place, config)
         decide_all(place)
-        shards = sum(read_layout(place).shards(split, work.shard_tokens) for split in SPLITS)
-        run_step(write_shards, place, shards if wanted_units(place) > 1 else 1, config)
+        tokens = sum(read_layout(place).starts[split][-1] for split in SPLITS)
+        run_step(write_shards, place, -(-tokens // TOKENS_OF_WRITER), config)
         manifest = finish(place)
     appear(folder)
     return manifest
 
 
 def _encode_here(place: Path, config: PrepareConfig) -> None:
-    """Encode the units that are wanted and not there yet, with a bar."""
+    """Encode the units that are wanted and not there yet, with a bar; find near-duplicates if asked to."""
     work, units = read_work(place), wanted_units(place)
-    step = partial(encode, threads=max(1, count_workers(config) // units))
+    step = partial(encode, threads=count_threads(config, units))
     with progress("encoding", sum(work.unit_bytes[:units]) / 1e6, "MB") as advance:
         shown = 0.0
 
@@ -123,15 +132,20 @@ def _encode_here(place: Path, config: PrepareConfig) -> None:
 
         watch()
         run_step(step, place, units, config, watch)
+    if work.near_duplicates == "drop":
+        compare_units(place, config)
 
 
 def _hand_to_slurm(place: Path, config: PrepareConfig) -> None:
     """Submit all steps as a chain of job arrays, unless they are at work already."""
     jobs = min(wanted_units(place), config.tasks or JOBS)
-    number = submit_to_slurm(
-        [(encode, jobs), (decide_all, 1), (write_shards, jobs), (publish, 1)], place, config
+    comparing = comparing_steps(jobs) if config.near_duplicates == "drop" else []
+    steps = [(encode, jobs), *comparing, (decide_all, 1), (write_shards, jobs), (publish, 1)]
+    number = submit_to_slurm(steps, place, config)
+    say(
+        f"handed to Slurm, in {len(steps)} arrays of jobs; once job {number} is done, "
+        "the same command finds it done"
     )
-    say(f"handed to Slurm, in four arrays of jobs; once job {number} is done, the same command finds it done")
 
 
 def _is_short(place: Path) -> bool:
@@ -155,6 +169,8 @@ def decide_all(place: Path, _rank: int = 0, _ranks: int = 1) -> None:
     """What becomes of each document, and which shards there will be. Raises ValueError if nothing is left."""
     layout, work = decide(place), read_work(place)
     documents = sum(layout.fates.get(fate, 0) for fate in KEPT)
+    if documents == 0 and layout.fates.get("contaminated"):
+        raise ValueError(f"every document of {work.source} shares a passage with a benchmark")
     if documents == 0:
         raise ValueError(f"{work.source} holds no text")
     for split in SPLITS:
@@ -213,6 +229,8 @@ def finish(place: Path) -> Manifest:
         skipped_documents=fates.get("skipped", 0),
         repaired_documents=fates.get("repaired", 0),
         damaged_files=layout.damaged_files,
+        near_duplicate_documents=fates.get("near-duplicate", 0),
+        contaminated_documents=layout.contaminated,
         train=shards["train"],
         validation=shards["validation"],
     )
@@ -229,15 +247,16 @@ def _plan_work(config: PrepareConfig, source: Source, request: Request) -> Work:
     """Divide the source into units. Raises ValueError for a file that can't be read, unless it is skipped."""
     sizes: dict[Part, int] = {}
     damaged: list[str] = []
+    unit_bytes = max(UNIT_BYTES, sum(file.bytes for file in source.files) // MOST_UNITS)
     for file in source.files:
         try:
-            parts = divide_file(file, config.text_column, UNIT_BYTES)
+            parts = divide_file(file, config.text_column, unit_bytes)
             sizes |= {part: estimate_text_bytes(part, config.text_column) for part in parts}
         except DamagedFileError:
             if config.on_bad_file == "fail":
                 raise
             damaged.append(file.name)
-    units = group_parts(sizes, UNIT_BYTES)
+    units = group_parts(sizes, unit_bytes)
     return Work(
         request=request,
         source=source.name,
@@ -251,6 +270,9 @@ def _plan_work(config: PrepareConfig, source: Source, request: Request) -> Work:
         validation_fraction=_validation_fraction(config, source),
         tokens=config.tokens,
         shard_tokens=config.shard_tokens,
+        benchmarks=tuple(benchmark_names(config.benchmark_paths)),
+        on_contaminated=config.on_contaminated,
+        near_duplicates=config.near_duplicates,
     )
 
 
@@ -310,7 +332,7 @@ def _request(config: PrepareConfig, source: Source) -> Request:
     tokenizer = config.tokenizer_name
     if tokenizer not in NAMES and not tokenizer.startswith("bpe-"):  # a path: what lies there counts
         tokenizer = f"{Path(tokenizer).name} {load_tokenizer(tokenizer).fingerprint}"
-    return {
+    request: Request = {
         "source": source.name,
         "source_sha256": source.sha256,
         "text_column": config.text_column,
@@ -321,6 +343,12 @@ def _request(config: PrepareConfig, source: Source) -> Request:
         "tokens": config.tokens,
         "shard_tokens": config.shard_tokens,
     }
+    if config.benchmark_paths:
+        request["decontaminate"] = describe_benchmarks(benchmark_names(config.benchmark_paths))
+        request["on_contaminated"] = config.on_contaminated
+    if config.near_duplicates == "drop":
+        request["near_duplicates"] = "drop"
+    return request
 
 
 def _find_prepared(folder: Path, request: Request) -> Manifest | None:
@@ -335,9 +363,9 @@ def _find_prepared(folder: Path, request: Request) -> Manifest | None:
     manifest = read_manifest(folder)
     before = manifest.request
     differing = [
-        f"{name} is {before.get(name)} there and {request[name]} here"
-        for name in request
-        if before.get(name) != request[name] and name != "source_sha256"
+        f"{name} is {before.get(name)} there and {request.get(name)} here"
+        for name in {**request, **before}
+        if before.get(name) != request.get(name) and name != "source_sha256"
     ]
     if not differing and before != request:
         differing = ["the text of the source has changed since"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,6 +15,7 @@ MOST_TOKENS = 2**31 - 1  # a shard's header counts in an int32
 MOST_SHARDS = 100_000
 POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 NO_ORIGIN = "name a source (python-docs, shakespeare, a file, a folder), or give from_shards"
+BENCHMARK_KINDS = (".jsonl", ".txt", ".tokens")
 OF_ADOPTION = frozenset({"from_shards", "out", "tokenizer", "shard_tokens"})
 
 
@@ -26,16 +27,19 @@ def parse_count(text: str) -> int:
     return round(float(found[1]) * 10 ** POWERS[found[2].upper()]) if found[2] else int(float(found[1]))
 
 
-Count = Annotated[
-    int,
-    tyro.constructors.PrimitiveConstructorSpec(
+def _count_option(*, may_be_none: bool) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """How tyro reads a count, and shows one."""
+
+    def read(words: list[str]) -> int | None:
+        return None if may_be_none and words == ["None"] else parse_count(words[0])
+
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="COUNT",
-        instance_from_str=lambda words: parse_count(words[0]),
-        is_instance=lambda value: isinstance(value, int),
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int) or (may_be_none and value is None),
         str_from_instance=lambda value: [str(value)],
-    ),
-]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +75,16 @@ class PrepareConfig:
     """A packed or Parquet file that is cut short or damaged: stop, or leave it out."""
     from_file: str | None = None
     """Your own copy of what would be downloaded, for a machine without a network."""
-    tokens: Count | None = None
+    decontaminate: tuple[str, ...] = ()
+    """Benchmarks' files (.jsonl, .txt, .tokens; spaces or commas between them): count the documents that
+    share 13 words in a row with one."""
+    on_contaminated: Literal["report", "drop"] = "report"
+    """Documents that share a passage with a benchmark: keep and count them, or leave them out."""
+    near_duplicates: Literal["keep", "drop"] = "keep"
+    """Documents that differ in a few words (MinHash): keep all, or only the first of those alike."""
+    tokens: Annotated[int | None, _count_option(may_be_none=True)] = None
     """Stop after the document with which both splits together have this many (500M, 10B); all if left out."""
-    shard_tokens: Count = 100_000_000
+    shard_tokens: Annotated[int, _count_option(may_be_none=False)] = 100_000_000
     """Tokens per shard."""
     workers: int | None = None
     """Documents are encoded by so many at once; one per core if left out. The shards do not depend on it."""
@@ -93,6 +104,8 @@ class PrepareConfig:
             found.append(f"validation_fraction={self.validation_fraction} must lie between 0 and 1")
         if self.on_bad_text not in {"fail", "replace", "skip"}:
             found.append(f"on_bad_text={self.on_bad_text!r} must be fail, replace or skip")
+        if self.near_duplicates not in {"keep", "drop"}:
+            found.append(f"near_duplicates={self.near_duplicates!r} must be keep or drop")
         if not 1 <= self.shard_tokens <= MOST_TOKENS:
             found.append(f"shard_tokens={self.shard_tokens} must lie between 1 and {MOST_TOKENS:,}")
         for name in ("tokens", "workers", "tasks"):
@@ -100,7 +113,21 @@ class PrepareConfig:
                 found.append(f"{name}={count} must be at least 1, or left out")
         if self.train_tokenizer is not None and self.tokenizer != "gpt2":
             found.append(f"give only one of train_tokenizer and tokenizer={self.tokenizer}")
-        return found + self._misplaced() + self._unclear_origin()
+        return found + self._unclear_benchmarks() + self._misplaced() + self._unclear_origin()
+
+    def _unclear_benchmarks(self) -> list[str]:
+        """Benchmarks that are no files, or none where one is needed."""
+        found = [
+            f"decontaminate: {path} is no {', '.join(BENCHMARK_KINDS)} file that is there; give its path, "
+            "for benchmarks are not downloaded"
+            for path in self.benchmark_paths
+            if not path.lower().endswith(BENCHMARK_KINDS) or not Path(path).is_file()
+        ]
+        if self.on_contaminated not in {"report", "drop"}:
+            found.append(f"on_contaminated={self.on_contaminated!r} must be report or drop")
+        if self.on_contaminated == "drop" and not self.benchmark_paths:
+            found.append("on_contaminated=drop needs decontaminate: the benchmarks' files")
+        return found
 
     def _misplaced(self) -> list[str]:
         """Settings that have no meaning with the executor."""
@@ -120,6 +147,11 @@ class PrepareConfig:
             if field.name not in OF_ADOPTION and getattr(self, field.name) != field.default
         ]
         return [f"{name} does not go with from_shards: they are taken as they are" for name in misplaced]
+
+    @property
+    def benchmark_paths(self) -> tuple[str, ...]:
+        """The benchmarks' files, said in several words or with commas between them."""
+        return tuple(path.strip() for word in self.decontaminate for path in word.split(",") if path.strip())
 
     @property
     def tokenizer_name(self) -> str:

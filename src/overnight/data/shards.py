@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
 SHARD_NAME = re.compile(r"(train|validation)-\d{5,}\.bin")
+ADDED_LATER = ("near_duplicate_documents", "contaminated_documents")
 REMEDY = "delete the folder and prepare it again"
 
 
@@ -74,6 +75,10 @@ class Manifest:
     """Not sound text, and kept with U+FFFD in the bad places as on_bad_text="replace" asks."""
     damaged_files: int = 0
     """Cut short or damaged, and left out as on_bad_file="skip" asks."""
+    near_duplicate_documents: int = 0
+    """Left out as near_duplicates="drop" asks."""
+    contaminated_documents: dict[str, int] = field(default_factory=dict)
+    """By benchmark: how many share a passage with it; kept, or left out as on_contaminated="drop" asks."""
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
 
@@ -94,6 +99,9 @@ class Manifest:
     def to_json(self) -> str:
         """The text of manifest.json; its last field is the sha256 of the others."""
         fields = dataclasses.asdict(self)
+        for name in ADDED_LATER:  # left out where they say nothing: folders from before still verify
+            if not fields[name]:
+                del fields[name]
         checksum = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
         return json.dumps(fields | {"sha256_of_the_above": checksum}, indent=2) + "\n"
 

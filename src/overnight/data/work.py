@@ -4,6 +4,8 @@ The folder that is being filled, hidden beside the one that it will be:
 
     work.json            what is asked for, the units of the source, and what they become
     tokenizer/
+    benchmarks/          passages that are looked for, see contamination.py
+    near/                near-duplicates, see near_duplicates.py
     units/               what one unit became: 00017.ids, 00017.documents.npy, and, last, 00017.json
     fates.npy            what became of every document
     layout.json          where each unit's tokens stand, hence how many shards there are
@@ -53,6 +55,10 @@ class Work:
     validation_fraction: float
     tokens: int | None
     shard_tokens: int
+    benchmarks: tuple[str, ...] = ()
+    """Whose passages are looked for; in the order of their bits."""
+    on_contaminated: str = "report"
+    near_duplicates: str = "keep"
 
     def units_for(self, tokens: int | None, bytes_per_token: int) -> int:
         """How many units hold so many tokens of so many bytes; all of them for None."""
@@ -81,8 +87,8 @@ def read_work(place: Path) -> Work:
 def _parse_work(text: str) -> Work:
     values: dict[str, Any] = json.loads(text)
     units = tuple(tuple(_read_part(part) for part in unit) for unit in values.pop("units"))
-    unit_bytes, damaged_files = (tuple(values.pop(name)) for name in ("unit_bytes", "damaged_files"))
-    return Work(units=units, unit_bytes=unit_bytes, damaged_files=damaged_files, **values)
+    values |= {name: tuple(values[name]) for name in ("unit_bytes", "damaged_files", "benchmarks")}
+    return Work(units=units, **values)
 
 
 def _read_part(values: dict[str, Any]) -> Part:

@@ -35,6 +35,7 @@ def summarize(manifest: Manifest) -> list[str]:
     text_bytes = manifest.text_bytes("train") + manifest.text_bytes("validation")
     left_out = {
         "duplicates": manifest.duplicate_documents,
+        "near-duplicates": manifest.near_duplicate_documents,
         "empty": manifest.empty_documents,
         "not sound text": manifest.skipped_documents,
         "damaged files": manifest.damaged_files,
@@ -49,6 +50,12 @@ def summarize(manifest: Manifest) -> list[str]:
     if any(left_out.values()):
         counts = ", ".join(f"{name} {count:,}" for name, count in left_out.items() if count)
         lines.append(f"left out: {counts}")
+    if manifest.contaminated_documents:
+        found = ", ".join(
+            f"{name} {count:,} documents" for name, count in manifest.contaminated_documents.items()
+        )
+        dropped = manifest.request.get("on_contaminated") == "drop"
+        lines.append(f"contaminated: {found} ({'left out' if dropped else 'reported, kept'})")
     if manifest.repaired_documents:
         lines.append(f"repaired: {manifest.repaired_documents:,} documents hold U+FFFD where a byte was bad")
     return lines

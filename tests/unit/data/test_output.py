@@ -13,7 +13,7 @@ from overnight.data.output import (
     appear,
     check_disk,
     in_hiding,
-    plain_disk_errors,
+    plain_file_errors,
     shown_folder,
 )
 
@@ -93,18 +93,18 @@ def test_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_a_sentence(code: int) -> None:
     message = r"the disk of data is full: free some, and the same command goes on .* --out"
-    with pytest.raises(ValueError, match=message), plain_disk_errors(Path("data")):
+    with pytest.raises(ValueError, match=message), plain_file_errors(Path("data")):
         raise OSError(code, "No space left on device")
 
 
 def test_a_closed_folder_is_a_sentence() -> None:
     message = r"/x/y may not be touched \(Permission denied\)"
-    with pytest.raises(ValueError, match=message), plain_disk_errors(Path("data")):
+    with pytest.raises(ValueError, match=message), plain_file_errors(Path("data")):
         raise PermissionError(errno.EACCES, "Permission denied", "/x/y")
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(OSError, match="Input/output error"), plain_disk_errors(Path("data")):
+    with pytest.raises(OSError, match="Input/output error"), plain_file_errors(Path("data")):
         raise OSError(errno.EIO, "Input/output error")
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from overnight.data.request import PrepareConfig, output_folder
+from overnight.data.request import PrepareConfig, output_folder, parse_count
+from overnight.settings import from_arguments
 
 
 def test_each_problem_is_named() -> None:
@@ -48,3 +49,26 @@ def test_help_needs_neither_torch_nor_numpy() -> None:
     code = "import overnight.data.request, sys; print({'torch', 'numpy', 'pyarrow'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "text,count",
+    [("1000", 1000), ("1_000", 1000), ("500K", 500_000), ("1.3T", 1_300_000_000_000), ("10b", 10**10)],
+)
+def test_counts_are_read_as_people_write_them(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["many", "-5", "1.5.2K", "10 Q", ""])
+def test_what_is_no_count_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no count; write 1000000, 500K, 10M, 1B or 1.3T"):
+        parse_count(text)
+
+
+def test_the_command_line_reads_counts() -> None:
+    words = ["python-docs", "--tokens", "2M", "--shard-tokens=10K"]
+    config = from_arguments(PrepareConfig, words, prog="overnight prepare", about="")
+    assert (config.tokens, config.shard_tokens) == (2_000_000, 10_000)
+    assert from_arguments(PrepareConfig, ["x"], prog="overnight prepare", about="").tokens is None
+    with pytest.raises(ValueError, match="'many' is no count"):
+        from_arguments(PrepareConfig, ["x", "--tokens", "many"], prog="overnight prepare", about="")
