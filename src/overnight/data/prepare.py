@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -122,12 +123,14 @@ def _encode_here(place: Path, config: PrepareConfig) -> None:
     work, units = read_work(place), wanted_units(place)
     step = partial(encode, threads=count_threads(config, units))
     with progress("encoding", sum(work.unit_bytes[:units]) / 1e6, "MB") as advance:
-        shown = 0.0
+        shown, started_at = 0.0, time.perf_counter()
+        before = count_encoded(place, work.unit_bytes)[1]  # by an earlier run that was interrupted
 
         def watch() -> None:
             nonlocal shown
             read_bytes, tokens = count_encoded(place, work.unit_bytes)
-            advance(read_bytes / 1e6 - shown, f"{tokens / 1e6:,.1f} M tokens")
+            rate = (tokens - before) / max(1e-3, time.perf_counter() - started_at)
+            advance(read_bytes / 1e6 - shown, f"{tokens / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M/s")
             shown = read_bytes / 1e6
 
         watch()
