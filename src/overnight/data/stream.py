@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from overnight.data.permutation import Permutation, build_permutation, derive_keys
-from overnight.data.shard_file import LocalFolder, Shelf, files_at_once
-from overnight.data.shards import Manifest, Shard
-from overnight.data.token_file import Tokens, open_tokens, token_format
+from overnight.data.shard_file import LocalFolder, Shelf
+from overnight.data.token_file import Tokens, token_format
 
 PLACES_AT_ONCE = 1024  # worked out together, a row's place takes a twentieth of what it takes alone
 
@@ -118,18 +117,6 @@ class TokenStream:
                 return file.read(start - self._begins[index], stretch)
             file.read(start - self._begins[index], stretch[:left])
             start, stretch = (start + left) % self.tokens, stretch[left:]
-
-
-def open_split(folder: Path | str | Shelf, split: str) -> tuple[Manifest, Callable[[Shard], Tokens]]:
-    """The manifest of a prepared folder, and what maps one shard of a split into memory, whole.
-
-    For work that goes through shards from end to end; rows from anywhere are faster, and take no memory,
-    by `ShardFile.read`. Raises ValueError for a shard that is not as it was written.
-    """
-    shelf = LocalFolder(Path(folder), split) if isinstance(folder, Path | str) else folder
-    shelf.manifest.shards(split)
-    opened = functools.lru_cache(files_at_once())(lambda shard: open_tokens(shelf.path(shard)))
-    return shelf.manifest, opened
 
 
 @functools.lru_cache(maxsize=16)
