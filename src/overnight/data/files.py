@@ -179,7 +179,10 @@ def _open_raw(file: TextFile) -> BinaryIO:
     if not is_remote(file.address):
         return Path(file.address).open("rb")
     store = open_store(file.address)
-    return cast(BinaryIO, store.system.open(store.root, "rb"))
+    try:
+        return cast(BinaryIO, store.system.open(store.root, "rb"))
+    except Exception as error:  # every store has errors of its own
+        raise ValueError(f"{file.address} can't be opened: {first_line(error) or repr(error)}") from None
 
 
 def _unpacked(raw: BinaryIO, file: TextFile) -> BinaryIO:

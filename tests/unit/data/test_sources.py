@@ -162,6 +162,23 @@ def test_a_changed_file_elsewhere_is_another_source(store: Any) -> None:
     assert open_source("memory://books").sha256 != before
 
 
+def test_a_store_that_refuses_is_a_sentence(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCredentialsError(Exception):
+        """Of no kind that Python knows."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NoCredentialsError("no credentials")
+
+    store.pipe("/books/a.txt", b"one")
+    source = open_source("memory://books")
+    monkeypatch.setattr(type(store), "open", refuse)
+    with pytest.raises(ValueError, match=r"memory://.*a\.txt can't be opened: no credentials"):
+        documents_of(source)
+    monkeypatch.setattr(type(store), "find", refuse)
+    with pytest.raises(ValueError, match="memory://books can't be listed: no credentials"):
+        open_source("memory://books")
+
+
 def test_nothing_elsewhere_is_refused(store: Any) -> None:
     with pytest.raises(ValueError, match="memory://none holds no file that can be read"):
         open_source("memory://none")
