@@ -17,7 +17,7 @@ from overnight.settings import from_arguments, from_toml
 from overnight.stages import evaluate, pretrain
 from overnight.stages.evaluate import EvaluateConfig
 from overnight.stages.forecast import find_text
-from overnight.stages.materials import DataConfig, Source
+from overnight.stages.materials import DataConfig, MixedText
 from overnight.stages.recipe import Recipe
 
 Build = Callable[..., Recipe]
@@ -43,7 +43,7 @@ def second(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def mixed(recipe: Build, prepared: Path, second: Path) -> Recipe:
     """The small recipe over both, 2 : 1."""
-    sources = (Source(path=str(prepared), weight=2), Source(path=str(second), weight=1))
+    sources = (MixedText(path=str(prepared), weight=2), MixedText(path=str(second), weight=1))
     return recipe(data=DataConfig(sources=sources))
 
 
@@ -127,7 +127,10 @@ def test_the_same_mixture_in_toml_and_on_the_command_line() -> None:
     words = ["--sources", "data/a=0.7", "data/b=0.3"]
     read = from_toml(Recipe, text, "recipe.toml")
     assert from_arguments(Recipe, words, prog="overnight train", about="").data == read.data
-    assert read.data.sources == (Source(path="data/a", weight=0.7), Source(path="data/b", weight=0.3))
+    assert read.data.sources == (
+        MixedText(path="data/a", weight=0.7),
+        MixedText(path="data/b", weight=0.3),
+    )
 
 
 def refusal(recipe: Recipe, folder: Path) -> str:
@@ -141,7 +144,7 @@ def test_sources_of_different_tokenizers_are_refused_by_name(
     recipe: Build, prepared: Path, tmp_path: Path
 ) -> None:
     third = prepare_more(tmp_path / "third", "Other characters: {number} €!\n", "characters")
-    sources = (Source(path=str(prepared), weight=1), Source(path=str(third), weight=1))
+    sources = (MixedText(path=str(prepared), weight=1), MixedText(path=str(third), weight=1))
     told = refusal(recipe(data=DataConfig(sources=sources)), tmp_path / "run")
     assert told.startswith(f"{third} is written with the tokenizer characters and {prepared} with another")
     assert told.endswith(f"prepare {third} again with --tokenizer {prepared}/tokenizer")
@@ -150,13 +153,16 @@ def test_sources_of_different_tokenizers_are_refused_by_name(
 @pytest.mark.parametrize(
     "data, sentence",
     [
-        (DataConfig(data="a", sources=(Source(path="b", weight=1),)), "give only one of data=a and sources"),
-        (DataConfig(sources=(Source(path="b", weight=1),) * 2), "b stands twice in sources"),
         (
-            DataConfig(sources=(Source(path="b", weight=0),)),
+            DataConfig(data="a", sources=(MixedText(path="b", weight=1),)),
+            "give only one of data=a and sources",
+        ),
+        (DataConfig(sources=(MixedText(path="b", weight=1),) * 2), "b stands twice in sources"),
+        (
+            DataConfig(sources=(MixedText(path="b", weight=0),)),
             "the weight 0 of b must be a finite number above 0",
         ),
-        (DataConfig(sources=(Source(path="b", weight=float("nan")),)), "the weight nan of b must be"),
+        (DataConfig(sources=(MixedText(path="b", weight=float("nan")),)), "the weight nan of b must be"),
         (DataConfig(cache_bytes=0), "cache_bytes=0 must be at least 1"),
     ],
 )
@@ -167,7 +173,7 @@ def test_a_mixture_that_makes_no_sense_is_refused(
 
 
 def test_two_names_of_one_folder_are_refused(recipe: Build, prepared: Path, tmp_path: Path) -> None:
-    sources = (Source(path=str(prepared), weight=1), Source(path=f"{prepared}/", weight=1))
+    sources = (MixedText(path=str(prepared), weight=1), MixedText(path=f"{prepared}/", weight=1))
     told = refusal(recipe(data=DataConfig(sources=sources)), tmp_path / "run")
     assert told == f"two of the sources are {prepared}: give it once, with the sum of their weights"
 

@@ -19,7 +19,7 @@ from overnight.schedule import ScheduleConfig
 from overnight.settings import from_toml
 from overnight.stages import evaluate, pretrain
 from overnight.stages.evaluate import EvaluateConfig
-from overnight.stages.materials import Source, open_materials
+from overnight.stages.materials import MixedText, open_materials
 from overnight.stages.models import open_model
 from overnight.stages.recipe import Recipe, changed_settings
 
@@ -89,7 +89,7 @@ def test_each_source_of_a_mixture_is_packed_and_says_what_it_cuts_off(
 ) -> None:
     other = shutil.copytree(prepared, tmp_path / "other")
     small = packed(recipe, "best-fit")
-    sources = (Source(path=str(prepared), weight=2), Source(path=str(other), weight=1))
+    sources = (MixedText(path=str(prepared), weight=2), MixedText(path=str(other), weight=1))
     mixed = dataclasses.replace(small, data=dataclasses.replace(small.data, data="", sources=sources))
     whole = train(mixed, tmp_path / "whole", None, monkeypatch)
     said = json.loads(whole.environment.read_text())["choices"]["packing"]

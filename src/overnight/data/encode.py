@@ -87,7 +87,7 @@ def read_unit(place: Path, number: int) -> EncodedUnit:
     return EncodedUnit(records, path.with_suffix(".ids"), about["damaged_files"], shared)
 
 
-def read_work_in_order(work: Work) -> Iterator[Document]:
+def documents_in_order(work: Work) -> Iterator[Document]:
     """Every document of all units, damaged files left out where they are to be skipped.
 
     Python's documentation is parsed at once, since it shows a bar of its own.

@@ -8,6 +8,7 @@ engine, runs steps on many machines, and marks what is complete; one process nee
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from overnight.data.files import first_line
 from overnight.data.request import PrepareConfig
 from overnight.world import count_cores
 
@@ -114,7 +116,10 @@ def _run_on_ray(step: Step, place: Path, ranks: int, config: PrepareConfig) -> N
     )
     begun = not ray.is_initialized()
     if begun:
-        ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+        try:
+            ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+        except Exception as error:  # of many kinds, and none of them the user's words
+            raise ValueError(f"Ray could not be started: {first_line(error)}") from None
     try:
         executor.run()
     finally:
@@ -150,7 +155,21 @@ def submit_to_slurm(steps: list[tuple[Step, int]], place: Path, config: PrepareC
         before.launch_job()
     except FileNotFoundError:
         raise ValueError("executor=slurm needs sbatch, which is not on this machine") from None
+    except subprocess.CalledProcessError as error:
+        raise ValueError(
+            f"sbatch refused the jobs (exit status {error.returncode}), and what it said stands above: "
+            "slurm_partition and slurm_time must be ones that this cluster has"
+        ) from None
     return str(before.job_id)
+
+
+def is_at_work(job: str) -> bool:
+    """True while Slurm has that job, waiting or running. False where it can't be asked."""
+    try:
+        listed = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, check=False)
+    except FileNotFoundError:
+        return False
+    return listed.returncode == 0 and bool(listed.stdout.strip())
 
 
 def _activation() -> str | None:

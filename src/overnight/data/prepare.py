@@ -22,8 +22,8 @@ from overnight.data.adoption import plan_adoption
 from overnight.data.assemble import decide, read_layout, write_shard
 from overnight.data.contamination import benchmark_names, build_index, describe_benchmarks, save_index
 from overnight.data.documents import Part, divide_file, estimate_text_bytes
-from overnight.data.encode import count_encoded, encode_documents, encode_unit, read_work_in_order
-from overnight.data.executors import JOBS, count_threads, run_step, submit_to_slurm
+from overnight.data.encode import count_encoded, documents_in_order, encode_documents, encode_unit
+from overnight.data.executors import JOBS, count_threads, is_at_work, run_step, submit_to_slurm
 from overnight.data.files import DamagedFileError
 from overnight.data.near_duplicates import compare_units, comparing_steps, forget_clusters, require_datatrove
 from overnight.data.output import alone, appear, check_disk, in_hiding, plain_file_errors, shown_folder
@@ -44,7 +44,7 @@ from overnight.data.work import (
     wanted_units,
     write_work,
 )
-from overnight.run_directory import flush_folder
+from overnight.run_directory import flush_folder, write_atomically
 from overnight.settings import raise_problems
 from overnight.terminal import progress, say
 
@@ -141,10 +141,16 @@ def _encode_here(place: Path, config: PrepareConfig) -> None:
 
 def _hand_to_slurm(place: Path, config: PrepareConfig) -> None:
     """Submit all steps as a chain of job arrays, unless they are at work already."""
+    submitted = place / "slurm-job"
+    if submitted.is_file() and is_at_work(number := submitted.read_text(encoding="utf-8").strip()):
+        say(f"Slurm is at it already: see squeue --jobs {number}, or cancel that to begin again")
+        return
     jobs = min(wanted_units(place), config.tasks or JOBS)
     comparing = comparing_steps(jobs) if config.near_duplicates == "drop" else []
     steps = [(encode, jobs), *comparing, (decide_all, 1), (write_shards, jobs), (publish, 1)]
     number = submit_to_slurm(steps, place, config)
+    if place.is_dir():  # it may be done by now
+        write_atomically(submitted, f"{number}\n")
     say(
         f"handed to Slurm, in {len(steps)} arrays of jobs; once job {number} is done, "
         "the same command finds it done"
@@ -295,7 +301,7 @@ def training_texts(work: Work) -> Iterator[str]:
     Reads nothing until asked for the first.
     """
     seen: set[bytes] = set()
-    documents = read_work_in_order(work)
+    documents = documents_in_order(work)
     so_far = 0
     with progress("tokenizer", min(TRAINING_BYTES, sum(work.unit_bytes)) / 1e6, "MB") as advance:
         for document, fate in judge(documents, work.on_bad_text):
@@ -314,7 +320,7 @@ def training_texts(work: Work) -> Iterator[str]:
 def _estimate_bytes(place: Path, work: Work) -> int:
     """About how much disk the units and the shards need, if all documents are like the first ones."""
     tokenizer = open_tokenizer(place)
-    judged = itertools.islice(judge(read_work_in_order(work), "replace"), SAMPLED_DOCUMENTS)
+    judged = itertools.islice(judge(documents_in_order(work), "replace"), SAMPLED_DOCUMENTS)
     encoded = list(encode_documents(judged, tokenizer))
     tokens = sum(ids.size for _, _, ids in encoded)
     text_bytes = sum(len(document.text.encode()) for document, _, _ in encoded)

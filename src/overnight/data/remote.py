@@ -170,6 +170,8 @@ class RemoteFolder:
                     "--cache-bytes"
                 ) from None
             raise ValueError(f"{self.address}/{shard.name} can't be fetched: {first_line(error)}") from None
+        except Exception as error:  # every store has errors of its own
+            raise ValueError(f"{self.address}/{shard.name} can't be fetched: {first_line(error)}") from None
         finally:
             arriving.unlink(missing_ok=True)
 
@@ -213,7 +215,7 @@ class RemoteFolder:
         root = f"{self._store.root}/tokenizer"
         try:
             paths = self._store.system.find(root)
-        except OSError as error:
+        except Exception as error:  # every store has errors of its own
             raise ValueError(f"{self.address}/tokenizer can't be read: {first_line(error)}") from None
         for path in map(PurePosixPath, paths):
             place = self.folder / "tokenizer" / path.name
@@ -227,7 +229,7 @@ class RemoteFolder:
             raise ValueError(
                 f"{self.address} has no {name}: it is not a folder that `overnight prepare` finished"
             ) from None
-        except OSError as error:
+        except Exception as error:  # every store has errors of its own
             raise ValueError(f"{self.address}/{name} can't be read: {first_line(error)}") from None
         return content
 

@@ -20,7 +20,7 @@ Packing = Literal["stream", "documents", "best-fit"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class MixedText:
     """One text of a mixture. Its share of the rows is its weight by the sum of all weights."""
 
     path: str
@@ -35,7 +35,7 @@ class DataConfig:
     data: str = "python-docs"
     """A named source, a file or folder of text, or a folder that `overnight prepare` wrote, here or at a URL
     (s3://bucket/folder)."""
-    sources: tuple[Source, ...] = ()
+    sources: tuple[MixedText, ...] = ()
     """Instead of `data`: several, mixed by weight. [{path = "data/a", weight = 0.7}, ...] in a recipe,
     --sources data/a=0.7 data/b=0.3 here."""
     cache_bytes: int | None = None

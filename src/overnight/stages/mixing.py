@@ -8,7 +8,7 @@ from typing import Any
 
 from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.shards import SPLITS
-from overnight.stages.materials import DataConfig, Materials, Source, open_materials
+from overnight.stages.materials import DataConfig, Materials, MixedText, open_materials
 from overnight.text.tokenizer import Tokenizer
 
 
@@ -38,7 +38,7 @@ class MixedMaterials:
     def describe(self) -> DataConfig:
         """The recipe's section that names exactly these shards."""
         sources = tuple(
-            Source(path=str(part.folder), weight=weight)
+            MixedText(path=str(part.folder), weight=weight)
             for part, weight in zip(self.parts, self.weights, strict=True)
         )
         tokenizer = self.parts[0].describe().tokenizer

@@ -268,6 +268,35 @@ def test_slurm_writes_the_same_bytes(config: PrepareConfig, small_units: None, s
     assert all("--dependency=afterok:" in script.splitlines()[0] for script in arrays[1:])
 
 
+def test_what_slurm_is_at_is_not_handed_to_it_again(
+    config: PrepareConfig, small_units: None, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two jobs that write one unit would write into each other's file."""
+    slurm = dataclasses.replace(config, executor="slurm", slurm_partition="cpu", workers=None)
+    queue = sbatch.parent / "programs" / "squeue"
+    (sbatch.parent / "programs" / "sbatch").write_text("#!/bin/bash\necho Submitted batch job 17\n")
+    queue.write_text('#!/bin/bash\n[[ "$*" == *17* ]] && echo 17 cpu overnight\n')
+    queue.chmod(0o755)
+    assert prepare(slurm) is None
+    assert "handed to Slurm" in capsys.readouterr().err
+    assert prepare(slurm) is None
+    err = capsys.readouterr().err
+    assert "Slurm is at it already: see squeue --jobs 17" in err
+    assert "handed to Slurm" not in err
+    queue.write_text("#!/bin/bash\nexit 0\n")  # it has failed, or was cancelled
+    prepare(slurm)
+    assert "handed to Slurm" in capsys.readouterr().err
+
+
+def test_jobs_that_sbatch_refuses_are_a_sentence(
+    config: PrepareConfig, small_units: None, sbatch: Path
+) -> None:
+    (sbatch.parent / "programs" / "sbatch").write_text("#!/bin/bash\necho invalid partition >&2\nexit 1\n")
+    slurm = dataclasses.replace(config, executor="slurm", slurm_partition="gone", workers=None)
+    with pytest.raises(ValueError, match=r"sbatch refused the jobs \(exit status 1\)"):
+        prepare(slurm)
+
+
 def test_slurm_needs_sbatch_and_a_partition(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = dataclasses.replace(config, executor="slurm", workers=None)
     with pytest.raises(ValueError, match="executor=slurm needs slurm_partition"):
