@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from overnight.batching import BatchConfig
 from overnight.data.prepare import PrepareConfig, prepare
@@ -14,8 +15,11 @@ from overnight.model.config import ModelConfig
 from overnight.optim import OptimizerConfig
 from overnight.parallel import ComputeConfig
 from overnight.schedule import ScheduleConfig
+from overnight.stages import pretrain
+from overnight.stages.job import Job
 from overnight.stages.materials import DataConfig
 from overnight.stages.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
+from overnight.trainer import Training
 
 LINES = "".join(
     f"Line {number} of a small text about the number {number * 7 % 100}.\n" for number in range(60)
@@ -61,3 +65,23 @@ def recipe(prepared: Path) -> Callable[..., Recipe]:
         return dataclasses.replace(small, **changes)
 
     return build
+
+
+@pytest.fixture
+def overflow_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
+    """Lets the loss be infinite at some steps, counted from 0, as float16 makes it now and then."""
+    build = pretrain.build_training
+
+    def overflow_at(steps: set[int]) -> None:
+        def build_overflowing(job: Job) -> Training:
+            training = build(job)
+
+            def loss(ids: Tensor, targets: Tensor) -> Tensor:
+                nats = training.loss(ids, targets)
+                return nats * float("inf") if job.state.step in steps else nats
+
+            return dataclasses.replace(training, loss=loss)
+
+        monkeypatch.setattr(pretrain, "build_training", build_overflowing)
+
+    return overflow_at

@@ -17,7 +17,6 @@ from overnight.run_directory import RunDirectory
 from overnight.settings import from_toml
 from overnight.stages import pretrain
 from overnight.stages.recipe import Recipe
-from overnight.trainer import Training
 
 Build = Callable[..., Recipe]
 
@@ -41,27 +40,14 @@ def in_fp16(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, compute=compute)
 
 
-def overflow_at(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """Let the loss be infinite at these steps, as float16 makes it now and then."""
-    build = pretrain.build_training
-
-    def build_overflowing(job: pretrain.Job) -> Training:
-        training = build(job)
-
-        def loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            nats = training.loss(ids, targets)
-            return nats * float("inf") if job.state.step in steps else nats
-
-        return dataclasses.replace(training, loss=loss)
-
-    monkeypatch.setattr(pretrain, "build_training", build_overflowing)
-
-
 def test_an_overflow_of_fp16_skips_the_step_and_resuming_stays_exact(
-    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overflow_at: Callable[[set[int]], None],
 ) -> None:
     small = in_fp16(recipe())
-    overflow_at(monkeypatch, {4, 5})
+    overflow_at({4, 5})
     whole = train(small, tmp_path / "whole")
     norms = [line["grad_norm"] for line in whole.read_metrics()]
     assert [step for step, norm in enumerate(norms) if norm is None] == [4, 5]

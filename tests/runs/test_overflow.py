@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from overnight.model.config import ModelConfig
 from overnight.parallel import ComputeConfig
@@ -17,9 +16,7 @@ from overnight.report.page import write_report
 from overnight.run_directory import RunDirectory
 from overnight.schedule import ScheduleConfig
 from overnight.stages import journal, pretrain, runs, train
-from overnight.stages.job import Job
 from overnight.stages.recipe import Recipe
-from overnight.trainer import Training
 
 Build = Callable[..., Recipe]
 
@@ -34,33 +31,21 @@ def small(recipe: Build) -> Recipe:
     )
 
 
-def overflow_at(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """Let the loss be infinite at these steps, counted from 0."""
-    build = pretrain.build_training
-
-    def build_overflowing(job: Job) -> Training:
-        training = build(job)
-
-        def loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            nats = training.loss(ids, targets)
-            return nats * float("inf") if job.state.step in steps else nats
-
-        return dataclasses.replace(training, loss=loss)
-
-    monkeypatch.setattr(pretrain, "build_training", build_overflowing)
-
-
 def refuse(constant: str) -> None:
     raise AssertionError(f"{constant} is not JSON")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_skipped_steps_are_null_and_every_reader_copes(
-    small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overflow_at: Callable[[set[int]], None],
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    overflow_at(monkeypatch, {1, 3})
+    overflow_at({1, 3})
     monkeypatch.chdir(tmp_path)
     train.run(small, None)
     directory = RunDirectory(Path("runs") / small.run_name)
