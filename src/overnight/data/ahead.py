@@ -29,7 +29,8 @@ def read_ahead(batches: Batches, device: str) -> Batches:
 
     def next_batch(first_row: int, rows: int) -> Batch:
         found = waiting.pop((first_row, rows), None)
-        batch = found.result() if found else read(first_row, rows)
+        is_read = found is not None and found.exception() is None  # rows may not have been prepared then
+        batch = found.result() if found is not None and is_read else read(first_row, rows)
         waiting.clear()
         waiting[first_row + rows, rows] = pool.submit(read, first_row + rows, rows)
         return batch

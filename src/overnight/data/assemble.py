@@ -72,31 +72,37 @@ def read_layout(place: Path) -> Layout:
 
 def write_shard(place: Path, split: str, index: int) -> Shard:
     """Write one shard of a split from the encoded units; nothing if it is there already."""
-    work, layout, tokenizer = read_work(place), read_layout(place), open_tokenizer(place)
-    path = place / f"{split}-{index:05d}.bin"
-    about = path.with_suffix(".json")
+    tokens, last = read_work(place).shard_tokens, read_layout(place).starts[split][-1]
+    name = f"{split}-{index:05d}"
+    about = place / f"{name}.json"
     if about.is_file():
         return Shard(**json.loads(about.read_text(encoding="utf-8")))
-    begin = index * work.shard_tokens
-    end = min(begin + work.shard_tokens, layout.starts[split][-1])
-    file = TokenFile(path, tokenizer.vocab_size)
+    shard = _write(place, f"{name}.bin", split, (index * tokens, min((index + 1) * tokens, last)))
+    write_atomically(about, json.dumps(asdict(shard)) + "\n")
+    return shard
+
+
+def write_beginning(place: Path, split: str) -> list[Shard]:
+    """Write the beginning of the first shard that is not complete yet: what there is of it, if anything."""
+    tokens, end = read_work(place).shard_tokens, read_layout(place).starts[split][-1]
+    index, rest = divmod(end, tokens)
+    return [_write(place, f"{split}-{index:05d}-{rest}.bin", split, (end - rest, end))] if rest else []
+
+
+def _write(place: Path, name: str, split: str, wanted: tuple[int, int]) -> Shard:
+    """A file of the tokens of a split from the first to before the second of these places."""
+    file = TokenFile(place / name, open_tokenizer(place).vocab_size)
     documents = text_bytes = 0
     try:
-        for stretch in _stretches(place, split, begin, end):
+        for stretch in _stretches(place, split, *wanted):
             file.append(stretch.ids)
             documents += stretch.documents
             text_bytes += stretch.text_bytes
-        shard = Shard(
-            name=path.name,
-            tokens=file.tokens,
-            documents=documents,
-            text_bytes=text_bytes,
-            sha256=file.close(),
+        return Shard(
+            name=name, tokens=file.tokens, documents=documents, text_bytes=text_bytes, sha256=file.close()
         )
     finally:
         file.abandon()
-    write_atomically(about, json.dumps(asdict(shard)) + "\n")
-    return shard
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def alone(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    lock = FileLock(_lock_file(folder))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -35,6 +35,21 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_being_filled(folder: Path) -> bool:
+    """True while some process holds the place of `folder`."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(_lock_file(folder), timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"
 
 
 def hidden_folder(folder: Path) -> Path:
@@ -52,16 +67,18 @@ def in_hiding(folder: Path, goes_on: Callable[[Path], bool]) -> Iterator[Path]:
     """Where to fill `folder`: an empty place, or what was begun there before if `goes_on` says so.
 
     If the block is interrupted, or killed, what it has done stays for the next time. If it refuses
-    (ValueError), nothing stays. Needs `alone`.
+    (ValueError), nothing stays but what was begun before. Needs `alone`.
     """
     place = hidden_folder(folder)
-    if not goes_on(place):
+    is_begun = goes_on(place)
+    if not is_begun:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
     try:
         yield place
     except ValueError:
-        shutil.rmtree(place, ignore_errors=True)
+        if not is_begun:
+            shutil.rmtree(place, ignore_errors=True)
         raise
 
 
@@ -86,8 +103,8 @@ def plain_file_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise ValueError(
-                f"the disk of {folder} is full: free some, and the same command goes on from what is done "
-                f"(in {hidden_folder(folder)}), or give another --out"
+                f"the disk of {folder} is full: free some and give the same command again, or give another "
+                f"--out (what is done lies in {hidden_folder(folder)})"
             ) from None
         if error.errno in CLOSED:
             raise ValueError(f"{error.filename or folder} may not be touched ({error.strerror})") from None

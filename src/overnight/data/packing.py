@@ -14,7 +14,7 @@ from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from overnight.data.permutation import Permutation, build_permutation
-from overnight.data.shard_file import LocalFolder, Shelf
+from overnight.data.shard_file import Line, LocalFolder, Shelf
 from overnight.data.stream import Batch, TokenStream
-from overnight.data.token_file import Tokens, token_format
+from overnight.data.token_file import Tokens
 
 BUFFER_DOCUMENTS = 1024
 ORDERED_DOCUMENTS = 1 << 14  # at a time: as arrays of 8 bytes each, and as Python's numbers
@@ -65,9 +65,7 @@ class BestFitStream:
         self._windows = TokenStream(self._shelf, split, tokens_per_row=tokens_per_row, seed=seed)
         self.manifest, self.split, self.seed = self._shelf.manifest, split, seed
         self.tokens, self.tokens_per_row = self._windows.tokens, tokens_per_row
-        self._shards = self.manifest.shards(split)
-        self._begins = [0, *accumulate(shard.tokens for shard in self._shards)]
-        self._dtype = token_format(self.manifest.vocab_size).dtype
+        self._line = Line(self._shelf, split)
         end_of_text = self.manifest.end_of_text
         starts = self._find(end_of_text)
         if not starts.size or starts[0]:
@@ -82,7 +80,7 @@ class BestFitStream:
 
     def batch(self, first_row: int, rows: int) -> Batch:
         """Rows first_row, first_row + 1, ... of the endless sequence of epochs."""
-        stretches = np.empty((rows, self.tokens_per_row + 1), dtype=self._dtype)
+        stretches = np.empty((rows, self.tokens_per_row + 1), dtype=self._line.dtype)
         for row, stretch in enumerate(stretches, first_row):
             self._fill(stretch, row)
         arrays = np.empty((2, rows, self.tokens_per_row), dtype=np.int64)
@@ -122,7 +120,7 @@ class BestFitStream:
         for document in packed.documents[packed.row_starts[index] : packed.row_starts[index + 1]]:
             start, end = self._starts[document : document + 2].tolist()
             part, stretch = stretch[: end - start], stretch[end - start :]
-            self._read(start, part)
+            self._line.read(start, part)
         assert not stretch.size
 
     def _locate(self, row: int) -> tuple[int, int]:
@@ -133,21 +131,13 @@ class BestFitStream:
         epoch = bisect_right(ends, row)
         return epoch, row - (ends[epoch - 1] if epoch else 0)
 
-    def _read(self, start: int, stretch: Tokens) -> None:
-        """Fill `stretch` with the tokens from `start` on, across shards."""
-        while stretch.size:
-            index = bisect_right(self._begins, start) - 1
-            part = stretch[: self._begins[index + 1] - start]
-            self._shelf.open(self._shards[index]).read(start - self._begins[index], part)
-            start, stretch = start + part.size, stretch[part.size :]
-
     def _find(self, wanted: int) -> NDArray[np.int64]:
         """Every place of one id."""
         found = [np.empty(0, dtype=np.int64)]
-        stretch = np.empty(min(SCANNED_TOKENS, self.tokens), dtype=self._dtype)
+        stretch = np.empty(min(SCANNED_TOKENS, self.tokens), dtype=self._line.dtype)
         for start in range(0, self.tokens, SCANNED_TOKENS):
             part = stretch[: self.tokens - start]
-            self._read(start, part)
+            self._line.read(start, part)
             found.append(np.flatnonzero(part == wanted) + start)
         return np.concatenate(found)
 

@@ -79,11 +79,11 @@ class Permutation:
         return found
 
 
-def build_permutation(size: int, seed: int, epoch: int) -> Permutation:
-    """The order of `size` things in one epoch."""
+def build_permutation(size: int, seed: int, epoch: int, purpose: str = "order") -> Permutation:
+    """The order of `size` things in one epoch; another one for another purpose."""
     columns = math.isqrt(size - 1) + 1
     rows = -(-size // columns)
-    return Permutation(size, derive_keys(seed, epoch, "order", ROUNDS), columns, rows)
+    return Permutation(size, derive_keys(seed, epoch, purpose, ROUNDS), columns, rows)
 
 
 def _mix(number: int) -> int:

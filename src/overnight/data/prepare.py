@@ -17,20 +17,30 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from overnight import __version__
 from overnight.data.adoption import plan_adoption
-from overnight.data.assemble import decide, read_layout, write_shard
+from overnight.data.assemble import decide
 from overnight.data.contamination import benchmark_names, build_index, describe_benchmarks, save_index
 from overnight.data.documents import Part, divide_file, estimate_text_bytes
-from overnight.data.encode import count_encoded, documents_in_order, encode_documents, encode_unit
+from overnight.data.encode import count_encoded, documents_in_order, encode_documents
 from overnight.data.executors import JOBS, count_threads, is_at_work, run_step, submit_to_slurm
 from overnight.data.files import DamagedFileError
 from overnight.data.near_duplicates import compare_units, comparing_steps, forget_clusters, require_datatrove
-from overnight.data.output import alone, appear, check_disk, in_hiding, plain_file_errors, shown_folder
-from overnight.data.request import MOST_SHARDS, PrepareConfig, output_folder
+from overnight.data.output import alone, appear, check_disk, in_hiding, plain_file_errors
+from overnight.data.request import PrepareConfig, output_folder
 from overnight.data.selection import KEPT, document_hash, judge, split_of
-from overnight.data.shards import SPLITS, Manifest, read_manifest, verify, write_manifest
+from overnight.data.shards import MANIFEST, SPLITS, Manifest, read_manifest, verify
 from overnight.data.sources import Source, open_source
+from overnight.data.steps import (
+    count_writers,
+    decide_all,
+    decide_so_far,
+    encode,
+    finish,
+    publish,
+    show_so_far,
+    write_complete_shards,
+    write_shards,
+)
 from overnight.data.token_file import HEADER_BYTES, token_format
 from overnight.data.work import (
     Request,
@@ -39,12 +49,11 @@ from overnight.data.work import (
     is_begun,
     open_tokenizer,
     read_work,
-    remove_traces,
     want_units,
     wanted_units,
     write_work,
 )
-from overnight.run_directory import flush_folder, write_atomically
+from overnight.run_directory import write_atomically
 from overnight.settings import raise_problems
 from overnight.terminal import progress, say
 
@@ -53,7 +62,7 @@ __all__ = ["PrepareConfig", "output_folder", "prepare", "training_texts"]
 UNIT_BYTES = 16_000_000  # of text: a second of one core
 MOST_UNITS = 10_000  # so that a terabyte does not become as many files
 TRAINING_BYTES = 1_000_000_000  # that a tokenizer is trained on, at most
-TOKENS_OF_WRITER = 1_000_000_000  # that one process puts together: some seconds
+EARLY_BYTES = 1_000_000_000  # of text, after which the first shards are shown: a minute of two cores
 SAMPLED_DOCUMENTS = 64
 BYTES_PER_TOKEN_AT_MOST = 6  # of English in GPT-2's tokens it is 4.5
 
@@ -92,10 +101,11 @@ def _fill(folder: Path, work: Work, config: PrepareConfig) -> Manifest | None:
     """Do all the work, or what is left of it."""
     if work.near_duplicates == "drop":
         require_datatrove()
+    enough = work.units_for(float("inf") if work.tokens is None else work.tokens * BYTES_PER_TOKEN_AT_MOST)
     with in_hiding(folder, lambda place: is_begun(place, work)) as place:
         if not is_begun(place, work):
             (place / "units").mkdir()
-            want_units(place, work.units_for(work.tokens, BYTES_PER_TOKEN_AT_MOST))
+            want_units(place, min(enough, work.units_for(EARLY_BYTES)) if _shows_early(config) else enough)
             write_work(place, work)
         if work.benchmarks and not (place / "benchmarks").is_dir():
             save_index(place, build_index(benchmark_names(config.benchmark_paths)))
@@ -105,38 +115,67 @@ def _fill(folder: Path, work: Work, config: PrepareConfig) -> Manifest | None:
         if config.executor == "slurm":
             _hand_to_slurm(place, config)
             return None
-        _encode_here(place, config)
+        _encode_here(place, config, enough)
         while _is_short(place):
             forget_clusters(place)
-            want_units(place, min(len(work.units), 2 * wanted_units(place)))
-            _encode_here(place, config)
+            enough = min(len(work.units), 2 * wanted_units(place))
+            _encode_here(place, config, enough)
         decide_all(place)
-        tokens = sum(read_layout(place).starts[split][-1] for split in SPLITS)
-        run_step(write_shards, place, -(-tokens // TOKENS_OF_WRITER), config)
+        run_step(write_shards, place, count_writers(place), config)
         manifest = finish(place)
     appear(folder)
     return manifest
 
 
-def _encode_here(place: Path, config: PrepareConfig) -> None:
-    """Encode the units that are wanted and not there yet, with a bar; find near-duplicates if asked to."""
-    work, units = read_work(place), wanted_units(place)
-    step = partial(encode, threads=count_threads(config, units))
-    with progress("encoding", sum(work.unit_bytes[:units]) / 1e6, "MB") as advance:
-        shown, started_at = 0.0, time.perf_counter()
-        before = count_encoded(place, work.unit_bytes)[1]  # by an earlier run that was interrupted
+def _shows_early(config: PrepareConfig) -> bool:
+    """True if shards are shown as soon as they are complete.
 
-        def watch() -> None:
-            nonlocal shown
-            read_bytes, tokens = count_encoded(place, work.unit_bytes)
-            rate = (tokens - before) / max(1e-3, time.perf_counter() - started_at)
-            advance(read_bytes / 1e6 - shown, f"{tokens / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M/s")
-            shown = read_bytes / 1e6
+    Which documents are near-duplicates is known only at the end; on a cluster, each pause costs a start.
+    """
+    return config.executor == "local" and config.near_duplicates == "keep"
 
-        watch()
-        run_step(step, place, units, config, watch)
+
+def _encode_here(place: Path, config: PrepareConfig, enough: int) -> None:
+    """Encode so many units, those that are not there yet, with a bar; find near-duplicates if asked to.
+
+    Wave by wave, each as large as all before it together, and after each but the last, shards are shown.
+    """
+    work = read_work(place)
+    with progress("encoding", sum(work.unit_bytes[:enough]) / 1e6, "MB") as advance:
+        watch = _watch_encoding(place, work, advance)
+        while True:
+            units = wanted_units(place)
+            run_step(partial(encode, threads=count_threads(config, units)), place, units, config, watch)
+            if units >= enough:
+                break
+            if _shows_early(config):
+                _show_early(place, config)
+            want_units(place, min(enough, 2 * units))
     if work.near_duplicates == "drop":
         compare_units(place, config)
+
+
+def _show_early(place: Path, config: PrepareConfig) -> None:
+    """Write the shards that are complete, and say so to whoever wants to train on them."""
+    decide_so_far(place)
+    run_step(write_complete_shards, place, count_writers(place), config)
+    show_so_far(place)
+
+
+def _watch_encoding(place: Path, work: Work, advance: Callable[..., None]) -> Callable[[], None]:
+    """A function that moves the bar to where the work is."""
+    shown, started_at = 0.0, time.perf_counter()
+    before = count_encoded(place, work.unit_bytes)[1]  # by an earlier run that was interrupted
+
+    def watch() -> None:
+        nonlocal shown
+        read_bytes, tokens = count_encoded(place, work.unit_bytes)
+        rate = (tokens - before) / max(1e-3, time.perf_counter() - started_at)
+        advance(read_bytes / 1e6 - shown, f"{tokens / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M/s")
+        shown = read_bytes / 1e6
+
+    watch()
+    return watch
 
 
 def _hand_to_slurm(place: Path, config: PrepareConfig) -> None:
@@ -163,90 +202,6 @@ def _is_short(place: Path) -> bool:
     layout = decide(place)
     tokens = sum(layout.starts[split][-1] for split in SPLITS)
     return work.tokens is not None and tokens < work.tokens and wanted_units(place) < len(work.units)
-
-
-# ---------------------------------------------------------------- steps, each of them done by ranks
-
-
-def encode(place: Path, rank: int = 0, ranks: int = 1, threads: int = 1) -> None:
-    """Every `ranks`-th unit to ids."""
-    for number in range(rank, wanted_units(place), ranks):
-        encode_unit(place, number, threads)
-
-
-def decide_all(place: Path, _rank: int = 0, _ranks: int = 1) -> None:
-    """What becomes of each document, and which shards there will be. Raises ValueError if nothing is left."""
-    layout, work = decide(place), read_work(place)
-    documents = sum(layout.fates.get(fate, 0) for fate in KEPT)
-    if documents == 0 and layout.fates.get("contaminated"):
-        raise ValueError(f"every document of {work.source} shares a passage with a benchmark")
-    if documents == 0:
-        raise ValueError(f"{work.source} holds no text")
-    for split in SPLITS:
-        tokens = layout.starts[split][-1]
-        if tokens == 0:
-            direction = "raise" if split == "validation" else "lower"
-            raise ValueError(
-                f"none of the {documents:,} documents of {work.source} fell to {split}, "
-                f"which goes by their hash: {direction} --validation-fraction, or give more text"
-            )
-        if (shards := layout.shards(split, work.shard_tokens)) > MOST_SHARDS:
-            raise ValueError(
-                f"{tokens:,} tokens make {shards:,} shards, more than {MOST_SHARDS:,}: "
-                f"give --shard-tokens {-(-tokens // MOST_SHARDS)} or more"
-            )
-
-
-def write_shards(place: Path, rank: int = 0, ranks: int = 1) -> None:
-    """Every `ranks`-th shard of both splits."""
-    layout, tokens = read_layout(place), read_work(place).shard_tokens
-    all_shards = [(split, index) for split in SPLITS for index in range(layout.shards(split, tokens))]
-    for split, index in all_shards[rank::ranks]:
-        write_shard(place, split, index)
-
-
-def publish(place: Path, _rank: int = 0, _ranks: int = 1) -> None:
-    """The last of Slurm's jobs: the manifest, and the folder's own name."""
-    finish(place)
-    appear(shown_folder(place))
-
-
-def finish(place: Path) -> Manifest:
-    """Write the manifest, and remove what only the work needed."""
-    work, layout, tokenizer = read_work(place), read_layout(place), open_tokenizer(place)
-    shards = {
-        split: tuple(
-            write_shard(place, split, index) for index in range(layout.shards(split, work.shard_tokens))
-        )
-        for split in SPLITS
-    }
-    fates = layout.fates
-    manifest = Manifest(
-        overnight_version=__version__,
-        source=work.source,
-        licence=work.licence,
-        request=work.request,
-        split_rule="validation if the first 8 bytes of the text's blake2b-128 are below "
-        f"{work.validation_fraction} of 2^64",
-        tokenizer=tokenizer.name,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text=tokenizer.end_of_text,
-        documents=sum(fates.get(fate, 0) for fate in KEPT),
-        duplicate_documents=fates.get("duplicate", 0),
-        empty_documents=fates.get("empty", 0),
-        skipped_documents=fates.get("skipped", 0),
-        repaired_documents=fates.get("repaired", 0),
-        damaged_files=layout.damaged_files,
-        near_duplicate_documents=fates.get("near-duplicate", 0),
-        contaminated_documents=layout.contaminated,
-        train=shards["train"],
-        validation=shards["validation"],
-    )
-    write_manifest(place, manifest)
-    remove_traces(place, {shard.name for split in SPLITS for shard in shards[split]})
-    flush_folder(place)
-    return manifest
 
 
 # ---------------------------------------------------------------- before the work begins
@@ -367,7 +322,7 @@ def _find_prepared(folder: Path, request: Request) -> Manifest | None:
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    if not (folder / "manifest.json").is_file():
+    if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} is there and holds no shards of ours; give another --out")
     manifest = read_manifest(folder)
     before = manifest.request

@@ -6,11 +6,13 @@ import functools
 import os
 import resource
 import weakref
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
 from overnight.data.shards import Manifest, Shard, verify
-from overnight.data.token_file import HEADER_BYTES, Tokens, open_tokens
+from overnight.data.token_file import HEADER_BYTES, Tokens, open_tokens, token_format
 
 
 class ShardFile:
@@ -78,6 +80,28 @@ class LocalFolder:
 
     def __str__(self) -> str:
         return str(self.folder)
+
+
+class Line:
+    """The tokens of a split, end to end from shard to shard."""
+
+    def __init__(self, shelf: Shelf, split: str) -> None:
+        self._shelf = shelf
+        self._shards = shelf.manifest.shards(split)
+        self._begins = [0, *accumulate(shard.tokens for shard in self._shards)]
+        self.tokens = self._begins[-1]
+        self.dtype = token_format(shelf.manifest.vocab_size).dtype
+
+    def read(self, start: int, into: Tokens) -> None:
+        """Fill `into`, a contiguous array of `dtype`, with the tokens from `start` on."""
+        while True:
+            index = bisect_right(self._begins, start) - 1
+            file = self._shelf.open(self._shards[index])
+            left = self._begins[index + 1] - start
+            if into.size <= left:
+                return file.read(start - self._begins[index], into)
+            file.read(start - self._begins[index], into[:left])
+            start, into = start + left, into[left:]
 
 
 def files_at_once() -> int:

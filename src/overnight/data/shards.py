@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
-SHARD_NAME = re.compile(r"(train|validation)-\d{5,}\.bin")
+MANIFEST = "manifest.json"
+SO_FAR = "so-far.json"  # the manifest of what is complete, while more is being prepared
+SHARD_NAME = re.compile(r"(train|validation)-\d{5,}(-\d+)?\.bin")
 ADDED_LATER = ("near_duplicate_documents", "contaminated_documents")
 REMEDY = "delete the folder and prepare it again"
 
@@ -47,6 +49,11 @@ class Shard:
     """UTF-8 bytes of the documents' text."""
     sha256: str
     """Of the whole file, its header included."""
+
+    @property
+    def is_growing(self) -> bool:
+        """True of the beginning of a shard, shown while the rest is being prepared: train-00007-12345.bin."""
+        return self.name.count("-") > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,18 +166,16 @@ class ShardWriter:
         return self._file
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Vouch for `folder`; everything else in it is complete and on the disk."""
-    write_atomically(folder / "manifest.json", manifest.to_json())
+def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
+    """Vouch for the shards in `folder`: all of them are complete and on the disk."""
+    write_atomically(folder / name, manifest.to_json())
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """The manifest of a prepared folder. Raises ValueError if it is missing or not as it was written."""
-    path = folder / "manifest.json"
+    path = folder / name
     if not path.is_file():
-        raise ValueError(
-            f"{folder} has no manifest.json: it is not a folder that `overnight prepare` finished"
-        )
+        raise ValueError(f"{folder} has no {name}: it is not a folder that `overnight prepare` finished")
     content = path.read_bytes()
     try:
         fields = json.loads(content)
@@ -182,7 +187,7 @@ def read_manifest(folder: Path) -> Manifest:
             manifest = Manifest(**fields)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(
-            f"{folder} is no folder that `overnight prepare` wrote, or its manifest.json is damaged: "
+            f"{folder} is no folder that `overnight prepare` wrote, or its {name} is damaged: "
             "prepare the text into another folder"
         ) from None
     if version != FORMAT_VERSION:
@@ -211,11 +216,11 @@ def verify(folder: Path, split: str | None = None) -> Manifest:
     return manifest
 
 
-def load_prepared_tokenizer(folder: Path) -> Tokenizer:
+def load_prepared_tokenizer(folder: Path, manifest: Manifest | None = None) -> Tokenizer:
     """The tokenizer that made a folder's shards. Raises ValueError if what lies there is another."""
     from overnight.text.load import load_tokenizer
 
-    manifest = read_manifest(folder)
+    manifest = manifest or read_manifest(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise ValueError(f"{folder / 'tokenizer'} is not the tokenizer that made the shards; {REMEDY}")

@@ -4,15 +4,18 @@ The tokens of a split form a circle of N. An epoch has W = ceil(N / T) rows of T
 around the circle from a starting point of its own, so in each epoch every token is a target at least once,
 fewer than T of them twice, and no shard's tail is lost. Row g belongs to epoch g // W and is the window
 that the epoch's permutation puts at place g % W.
+
+With `shuffle_tokens` S the split is gone through in portions, each a circle with an order of its own: the
+first S tokens, the next S, and so on, the last portion with what is left over, so with less than 2 S. Where
+a row lies depends only on the tokens up to the end of its portion, and on there being S more behind it: rows
+can be read while the text is still being prepared, and stay what they are.
 """
 
 from __future__ import annotations
 
 import functools
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +23,8 @@ import torch
 from torch import Tensor
 
 from overnight.data.permutation import Permutation, build_permutation, derive_keys
-from overnight.data.shard_file import LocalFolder, Shelf
-from overnight.data.token_file import Tokens, token_format
+from overnight.data.shard_file import Line, LocalFolder, Shelf
+from overnight.data.token_file import Tokens
 
 PLACES_AT_ONCE = 1024  # worked out together, a row's place takes a twentieth of what it takes alone
 
@@ -39,7 +42,7 @@ class TokenStream:
 
     Opening a path reads every shard of the split once and raises ValueError if one is not as it was
     written; another shelf verifies each shard in its own time. Raises ValueError, too, if a row is longer
-    than the data.
+    than the data, or than what is shuffled at a time.
     """
 
     def __init__(
@@ -49,28 +52,37 @@ class TokenStream:
         *,
         tokens_per_row: int,
         seed: int = 0,
+        shuffle_tokens: int | None = None,
     ) -> None:
-        self._shelf = LocalFolder(Path(folder), split) if isinstance(folder, Path | str) else folder
-        self.manifest = self._shelf.manifest
-        self._shards = self.manifest.shards(split)
-        self._begins = [0, *accumulate(shard.tokens for shard in self._shards)]
-        self._dtype = token_format(self.manifest.vocab_size).dtype
+        shelf = LocalFolder(Path(folder), split) if isinstance(folder, Path | str) else folder
+        self.manifest = shelf.manifest
+        self._line = Line(shelf, split)
         self.split = split
         self.seed = seed
-        self.tokens = self._begins[-1]
+        self.tokens = self._line.tokens
         self.tokens_per_row = tokens_per_row
         if not 1 <= tokens_per_row < self.tokens:
             raise ValueError(
                 f"a row of {tokens_per_row:,} tokens and its targets do not fit in the {self.tokens:,} of "
                 f"the {split} split of {folder}: shorten the context, or prepare more text"
             )
-        self.windows_per_epoch = -(-self.tokens // tokens_per_row)
+        if shuffle_tokens is not None and shuffle_tokens <= tokens_per_row:
+            raise ValueError(
+                f"shuffle_tokens={shuffle_tokens} is no more than a row of {tokens_per_row:,}: give a "
+                "thousand times as many, or more"
+            )
+        self._portion_tokens = min(shuffle_tokens or self.tokens, self.tokens)
+        self._portion_rows = -(-self._portion_tokens // tokens_per_row)
+        self._last_portion = self.tokens // self._portion_tokens - 1
+        self.rows_before_last_portion = self._last_portion * self._portion_rows
+        last_tokens = self.tokens - self._last_portion * self._portion_tokens
+        self.windows_per_epoch = self.rows_before_last_portion + -(-last_tokens // tokens_per_row)
 
     def batch(self, first_row: int, rows: int) -> Batch:
         """Rows first_row, first_row + 1, ... of the endless sequence of epochs."""
-        stretches = np.empty((rows, self.tokens_per_row + 1), dtype=self._dtype)
+        stretches = np.empty((rows, self.tokens_per_row + 1), dtype=self._line.dtype)
         for row, stretch in enumerate(stretches, first_row):
-            self._read(self.window_start(row), stretch)
+            self._read_window(row, stretch)
         # Two passes over what lies in the processor's cache now, instead of two calls for each row.
         arrays = np.empty((2, rows, self.tokens_per_row), dtype=np.int64)
         arrays[0] = stretches[:, :-1]
@@ -79,10 +91,8 @@ class TokenStream:
         return Batch(ids, targets)
 
     def window_start(self, row: int) -> int:
-        """Where on the circle of tokens a row begins."""
-        epoch, place = divmod(row, self.windows_per_epoch)
-        block, within = divmod(place, PLACES_AT_ONCE)
-        return _window_starts(self.seed, epoch, block, self.tokens, self.tokens_per_row)[within]
+        """Where among the tokens of the split a row begins."""
+        return self._locate(row)[0]
 
     def evaluation_batches(self, rows: int, tokens: int | None = None) -> Iterator[Batch]:
         """The split in its own order: the first `tokens` targets, or all of them, each exactly once.
@@ -100,29 +110,38 @@ class TokenStream:
             yield self._in_order(full_rows * self.tokens_per_row, (1, rest))
 
     def _in_order(self, start: int, shape: tuple[int, int]) -> Batch:
-        stretch = np.empty(shape[0] * shape[1] + 1, dtype=self._dtype)
-        self._read(start, stretch)
+        stretch = np.empty(shape[0] * shape[1] + 1, dtype=self._line.dtype)
+        self._line.read(start, stretch)
         ids, targets = (
             torch.from_numpy(each.reshape(shape).astype(np.int64)) for each in (stretch[:-1], stretch[1:])
         )
         return Batch(ids, targets)
 
-    def _read(self, start: int, stretch: Tokens) -> None:
-        """Fill `stretch` with the tokens from `start` on, across shards and past the end to the beginning."""
-        while True:
-            index = bisect_right(self._begins, start) - 1
-            file = self._shelf.open(self._shards[index])
-            left = self._begins[index + 1] - start
-            if stretch.size <= left:
-                return file.read(start - self._begins[index], stretch)
-            file.read(start - self._begins[index], stretch[:left])
-            start, stretch = (start + left) % self.tokens, stretch[left:]
+    def _read_window(self, row: int, stretch: Tokens) -> None:
+        """Fill `stretch` with a row and its last target, past the end of its portion to the beginning."""
+        start, begin, end = self._locate(row)
+        ahead = end - start
+        self._line.read(start, stretch[:ahead])
+        if stretch.size > ahead:
+            self._line.read(begin, stretch[ahead:])
+
+    def _locate(self, row: int) -> tuple[int, int, int]:
+        """Where a row begins, and where its portion begins and ends."""
+        epoch, place = divmod(row, self.windows_per_epoch)
+        portion = min(place // self._portion_rows, self._last_portion)
+        begin = portion * self._portion_tokens
+        end = self.tokens if portion == self._last_portion else begin + self._portion_tokens
+        block, within = divmod(place - portion * self._portion_rows, PLACES_AT_ONCE)
+        starts = _window_starts(self.seed, epoch, portion, end - begin, self.tokens_per_row, block)
+        return begin + starts[within], begin, end
 
 
 @functools.lru_cache(maxsize=16)
-def _window_starts(seed: int, epoch: int, block: int, tokens: int, tokens_per_row: int) -> list[int]:
-    """Where on the circle the windows at PLACES_AT_ONCE neighbouring places of an epoch begin."""
-    shift, order = _epoch(seed, epoch, tokens, -(-tokens // tokens_per_row))
+def _window_starts(
+    seed: int, epoch: int, portion: int, tokens: int, tokens_per_row: int, block: int
+) -> list[int]:
+    """Where on a portion's circle the windows at PLACES_AT_ONCE neighbouring places of an epoch begin."""
+    shift, order = _order(seed, epoch, portion, tokens, -(-tokens // tokens_per_row))
     first = block * PLACES_AT_ONCE
     windows = order.at(first, min(PLACES_AT_ONCE, order.size - first))
     starts: list[int] = ((shift + windows * tokens_per_row) % tokens).tolist()
@@ -130,7 +149,8 @@ def _window_starts(seed: int, epoch: int, block: int, tokens: int, tokens_per_ro
 
 
 @functools.lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, tokens: int, windows: int) -> tuple[int, Permutation]:
-    """Where on the circle the epoch's first window begins, and the order of its windows."""
-    (draw,) = derive_keys(seed, epoch, "shift", 1)
-    return draw % tokens, build_permutation(windows, seed, epoch)
+def _order(seed: int, epoch: int, portion: int, tokens: int, windows: int) -> tuple[int, Permutation]:
+    """Where on a portion's circle the epoch's first window begins, and the order of its windows."""
+    which = f" of portion {portion}" if portion else ""
+    (draw,) = derive_keys(seed, epoch, f"shift{which}", 1)
+    return draw % tokens, build_permutation(windows, seed, epoch, f"order{which}")

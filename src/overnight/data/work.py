@@ -10,6 +10,7 @@ The folder that is being filled, hidden beside the one that it will be:
     fates.npy            what became of every document
     layout.json          where each unit's tokens stand, hence how many shards there are
     train-00000.bin ...  and last manifest.json
+    so-far.json          a manifest of the shards that are complete, while there is more to come
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from overnight.data.documents import Part
 from overnight.data.files import TextFile
+from overnight.data.shards import MANIFEST
 from overnight.run_directory import write_atomically
 
 if TYPE_CHECKING:
@@ -60,12 +62,9 @@ class Work:
     on_contaminated: str = "report"
     near_duplicates: str = "keep"
 
-    def units_for(self, tokens: int | None, bytes_per_token: int) -> int:
-        """How many units hold so many tokens of so many bytes; all of them for None."""
-        if tokens is None:
-            return len(self.units)
-        reached = itertools.accumulate(self.unit_bytes)
-        short = sum(size < tokens * bytes_per_token for size in reached)
+    def units_for(self, text_bytes: float) -> int:
+        """How many units hold so much text; all of them if there is less."""
+        short = sum(size < text_bytes for size in itertools.accumulate(self.unit_bytes))
         return min(len(self.units), short + 1)
 
     def to_json(self) -> str:
@@ -117,7 +116,7 @@ def wanted_units(place: Path) -> int:
 def remove_traces(place: Path, shards: Container[str]) -> None:
     """Remove everything but what is to stay: the shards of these names, tokenizer and manifest."""
     for path in place.iterdir():
-        if path.name in {"tokenizer", "manifest.json"} or path.name in shards:
+        if path.name in {"tokenizer", MANIFEST} or path.name in shards:
             continue
         if path.is_dir():
             shutil.rmtree(path)

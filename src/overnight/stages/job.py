@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from overnight.batching import BatchPlan, estimate_rows_that_fit, plan_batches
+from overnight.data.growing import GrowingStream
 from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.packing import BestFitStream
 from overnight.data.stream import TokenStream
@@ -32,7 +33,7 @@ class Job:
     """With everything decided that was left open."""
     plan: BatchPlan
     materials: Materials | MixedMaterials
-    train: TokenStream | BestFitStream | Mixture
+    train: TokenStream | BestFitStream | GrowingStream | Mixture
     validation: TokenStream | Concatenation
     state: TrainState
 
@@ -49,6 +50,7 @@ def build_job(recipe: Recipe, *, has_checkpoint: bool) -> Job:
     recipe, plan = decide(recipe, model.config, materials.describe(), device)
     check_prompts(recipe, materials)
     train = materials.training_rows(plan.tokens_per_row, recipe.seed)
+    check_evaluation(recipe, materials)
     validation = materials.stream("validation", plan.tokens_per_row, recipe.seed)
     model.to(device)
     scaler = build_scaler(device, recipe.compute.precision)
@@ -101,6 +103,20 @@ def check_prompts(recipe: Recipe, materials: Materials | MixedMaterials) -> None
                 f"the sample prompt {prompt[:40]!r} has {length} tokens, more than "
                 f"context_length={recipe.model.context_length}: shorten it"
             )
+
+
+def check_evaluation(recipe: Recipe, materials: Materials | MixedMaterials) -> None:
+    """Raise ValueError if the run is to be judged on more held-out text than there is yet."""
+    wanted = recipe.evaluation.evaluation_tokens
+    record = materials.record()
+    if recipe.evaluation.evaluate_every_steps is None or record.get("is_complete", True):
+        return
+    there = sum(shard["tokens"] for shard in record["validation"]) - 1
+    if wanted is None or wanted > there:
+        raise ValueError(
+            f"{materials.folder} is still being prepared, and a run is judged on the same text throughout: "
+            f"give --evaluation-tokens, {max(0, there)} or fewer, or wait until it is complete"
+        )
 
 
 def decide(recipe: Recipe, model: ModelConfig, data: DataConfig, device: str) -> tuple[Recipe, BatchPlan]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # a recipe is read without torch, so that --help is instant
+    from overnight.data.growing import GrowingFolder, GrowingStream
     from overnight.data.packing import BestFitStream
     from overnight.data.remote import RemoteFolder
     from overnight.data.shards import Manifest
@@ -47,6 +48,9 @@ class DataConfig:
     packing: Packing = "stream"
     """How documents become rows. stream: windows over all of them, end to end; documents: the same, but
     attention stays within a document; best-fit: whole documents, as few as possible of them cut off."""
+    shuffle_tokens: int | None = None
+    """Shuffle rows among so many tokens at a time, not among all: then training may begin while the text is
+    being prepared, once twice as many tokens are there, and shards elsewhere are fetched one by one."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""
@@ -60,8 +64,11 @@ class DataConfig:
             for source in self.sources
             if not 0 < source.weight < math.inf
         ]
-        if self.cache_bytes is not None and self.cache_bytes < 1:
-            found.append(f"cache_bytes={self.cache_bytes} must be at least 1, or left out")
+        for name in ("cache_bytes", "shuffle_tokens"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                found.append(f"{name}={count} must be at least 1, or left out")
+        if self.shuffle_tokens is not None and self.packing == "best-fit":
+            found.append("shuffle_tokens does not go with packing=best-fit, which orders whole documents")
         return found
 
 
@@ -69,40 +76,47 @@ class DataConfig:
 class Materials:
     """A folder of shards, verified, and its tokenizer."""
 
-    folder: Path | RemoteFolder
+    folder: Path | RemoteFolder | GrowingFolder
     manifest: Manifest
+    """As it was when the folder was opened."""
     tokenizer: Tokenizer
-    packing: Packing = "stream"
-    cache_bytes: int | None = None
+    config: DataConfig
 
     @property
     def boundary(self) -> int | None:
         """The id that begins a document into which none before it is to be seen; None if all of a row is."""
-        return self.manifest.end_of_text if self.packing == "documents" else None
+        return self.manifest.end_of_text if self.config.packing == "documents" else None
 
     def describe(self) -> DataConfig:
         """The recipe's section that names exactly these shards."""
         fraction = self.manifest.request.get("validation_fraction")
         assert fraction is None or isinstance(fraction, float)
-        return DataConfig(
+        return dataclasses.replace(
+            self.config,
             data=str(self.folder),
             tokenizer=self.manifest.tokenizer,
             validation_fraction=fraction,
-            packing=self.packing,
-            cache_bytes=self.cache_bytes,
         )
 
     def record(self) -> dict[str, Any]:
         """What a run writes down of its text, by which it is known again."""
-        return dataclasses.asdict(self.manifest)
+        if isinstance(self.folder, Path):
+            return dataclasses.asdict(self.manifest)
+        is_complete = getattr(self.folder, "is_complete", True)
+        return dataclasses.asdict(self.folder.manifest) | ({} if is_complete else {"is_complete": False})
 
-    def training_rows(self, tokens_per_row: int, seed: int) -> TokenStream | BestFitStream:
+    def training_rows(self, tokens_per_row: int, seed: int) -> TokenStream | BestFitStream | GrowingStream:
         """The rows of the training split, as `packing` has them."""
-        if self.packing != "best-fit":
-            return self.stream("train", tokens_per_row, seed)
+        from overnight.data.growing import GrowingFolder, GrowingStream
         from overnight.data.packing import BestFitStream
+        from overnight.data.stream import TokenStream
 
-        return BestFitStream(self.folder, tokens_per_row=tokens_per_row, seed=seed)
+        folder, portion = self.folder, self.config.shuffle_tokens
+        if self.config.packing == "best-fit":
+            return BestFitStream(folder, tokens_per_row=tokens_per_row, seed=seed)
+        if portion is not None and isinstance(folder, GrowingFolder):
+            return GrowingStream(folder, tokens_per_row=tokens_per_row, seed=seed, shuffle_tokens=portion)
+        return TokenStream(folder, tokens_per_row=tokens_per_row, seed=seed, shuffle_tokens=portion)
 
     def stream(self, split: str, tokens_per_row: int, seed: int) -> TokenStream:
         """The rows of one split, "train" or "validation", as windows over its tokens."""
@@ -119,20 +133,44 @@ class Materials:
 
 
 def open_materials(config: DataConfig) -> Materials:
-    """Open the shards that `data` names, preparing them first where they are not there yet."""
+    """Open the shards that `data` names, preparing them first where they are not there yet.
+
+    Where they are being prepared, and `shuffle_tokens` allows to begin, those that are complete. Raises
+    ValueError if it does not, and for a folder that is there in part and that nobody prepares any more.
+    """
+    from overnight.data.growing import is_in_preparation, open_growing
     from overnight.data.prepare import PrepareConfig, output_folder, prepare
     from overnight.data.remote import RemoteFolder, is_prepared_elsewhere
-    from overnight.data.shards import load_prepared_tokenizer, read_manifest
+    from overnight.data.shards import MANIFEST, load_prepared_tokenizer, read_manifest
 
     if is_prepared_elsewhere(config.data):
         remote = RemoteFolder(config.data, config.cache_bytes)
-        tokenizer = load_prepared_tokenizer(remote.folder)
-        return Materials(remote, remote.manifest, tokenizer, config.packing, config.cache_bytes)
+        return Materials(remote, remote.manifest, load_prepared_tokenizer(remote.folder), config)
+    request = PrepareConfig(
+        source=config.data, tokenizer=config.tokenizer, validation_fraction=config.validation_fraction
+    )
     folder = Path(config.data)
-    if not (folder / "manifest.json").is_file():
-        request = PrepareConfig(
-            source=config.data, tokenizer=config.tokenizer, validation_fraction=config.validation_fraction
+    is_named = (folder / MANIFEST).is_file() or is_in_preparation(folder)
+    folder = folder if is_named else output_folder(request)
+    if (folder / MANIFEST).is_file():
+        return Materials(folder, read_manifest(folder), load_prepared_tokenizer(folder), config)
+    if config.shuffle_tokens is not None and is_in_preparation(folder):
+        growing = open_growing(folder, config.shuffle_tokens)
+        tokenizer = load_prepared_tokenizer(growing.place, growing.manifest)
+        return Materials(growing, growing.manifest, tokenizer, config)
+    if is_named:
+        raise ValueError(
+            f"{folder} is not prepared to its end: wait until it is, or give the command that began it once "
+            "more; with --shuffle-tokens 100_000_000, training begins with what is complete"
         )
-        prepare(request)
-        folder = output_folder(request)
-    return Materials(folder, read_manifest(folder), load_prepared_tokenizer(folder), config.packing)
+    prepare(request)
+    return Materials(folder, read_manifest(folder), load_prepared_tokenizer(folder), config)
+
+
+def is_same_text(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """True if a run that recorded its text as `before` may go on with `now`: more of it may be complete."""
+    if before.get("is_complete", True):
+        return before == now
+    facts = ("request", "tokenizer_fingerprint", "split_rule")
+    shards = now["train"][: len(before["train"])]
+    return before["train"] == shards and all(before[name] == now[name] for name in facts)

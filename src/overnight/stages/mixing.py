@@ -88,6 +88,8 @@ def gather_materials(config: DataConfig) -> Materials | MixedMaterials:
                 f"another, {first.tokenizer.name}: prepare {part.folder} again with "
                 f"--tokenizer {first.folder}/tokenizer"
             )
+    if growing := next((part.folder for part in parts if "is_complete" in part.record()), None):
+        raise ValueError(f"{growing} is still being prepared, and the texts of a mixture must be complete")
     folders = [str(part.folder) for part in parts]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise ValueError(f"two of the sources are {twice}: give it once, with the sum of their weights")

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from overnight.checkpoint import (
     read_newest,
 )
 from overnight.data.ahead import read_ahead
+from overnight.data.growing import GrowingStream
 from overnight.loss import Head, nats_of_hidden
 from overnight.model.documents import find_documents
 from overnight.model.gpt import GPT
@@ -28,6 +29,7 @@ from overnight.settings import from_toml, raise_problems, to_toml
 from overnight.stages.environment import describe_environment, explain_choices
 from overnight.stages.job import Job, build_job
 from overnight.stages.journal import Journal
+from overnight.stages.materials import is_same_text
 from overnight.stages.recipe import Recipe, changed_settings
 from overnight.terminal import say
 from overnight.trainer import Training, fit, fits, stop_on_signal
@@ -127,12 +129,30 @@ def train(job: Job, training: Training, directory: RunDirectory) -> None:
     assert total_steps is not None
     with Journal(job, directory) as journal, stop_on_signal() as stopped:
         journal.evaluate_at_start()
-        fit(state, training, total_steps, journal.hooks(total_steps), stopped)
+        may_not_go_on = functools.partial(is_to_stop, job, stopped)
+        fit(state, training, total_steps, journal.hooks(total_steps), may_not_go_on)
         journal.save()
+        record_text(job, directory)
     if state.step < total_steps:
         say(f"stopped and saved after step {state.step} of {total_steps}")
         say(f"next: overnight train --resume {directory.path}")
         raise KeyboardInterrupt
+
+
+def is_to_stop(job: Job, stopped: Callable[[], bool]) -> bool:
+    """True if the run was told to stop, or if the text of its next step is not there and will not come.
+
+    Waits for text that is being prepared.
+    """
+    if not isinstance(job.train, GrowingStream):
+        return stopped()
+    rows = job.plan.tokens_before(job.state.step + 1) // job.plan.tokens_per_row
+    return stopped() or not job.train.wait_for(rows, stopped)
+
+
+def record_text(job: Job, directory: RunDirectory) -> None:
+    """Write down by what the text of the run is known again."""
+    write_atomically(directory.data, json.dumps(job.materials.record(), indent=2) + "\n")
 
 
 def check_directory(recipe: Recipe, directory: RunDirectory, *, resume: bool) -> None:
@@ -175,9 +195,9 @@ def check_disk(job: Job, directory: RunDirectory) -> None:
 def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resume: bool) -> None:
     """Write down what is about to run; with `resume`, become the newest good checkpoint first."""
     state, materials = job.state, job.materials
-    manifest = json.dumps(materials.record(), indent=2) + "\n"
     if resume:
-        if directory.data.read_text(encoding="utf-8") != manifest:
+        now = json.loads(json.dumps(materials.record()))
+        if not is_same_text(json.loads(directory.data.read_text(encoding="utf-8")), now):
             raise ValueError(
                 f"the data in {materials.folder} is not what {directory.path} was trained on: "
                 "put that data back, or give another --run-name"
@@ -193,7 +213,7 @@ def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resu
         directory.rewind(state.step)
     if not (directory.tokenizer / "tokenizer.json").is_file():
         materials.tokenizer.save(directory.tokenizer)
-    write_atomically(directory.data, manifest)
+    record_text(job, directory)
     before = json.loads(directory.environment.read_text(encoding="utf-8")) if resume else None
     parameters = state.model.config.parameter_count()
     environment = describe_environment(job.recipe.compute, parameters, choices, before)

@@ -92,7 +92,7 @@ def test_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_a_sentence(code: int) -> None:
-    message = r"the disk of data is full: free some, and the same command goes on .* --out"
+    message = r"the disk of data is full: free some and give the same command again, .* --out"
     with pytest.raises(ValueError, match=message), plain_file_errors(Path("data")):
         raise OSError(code, "No space left on device")
 

@@ -335,7 +335,7 @@ def test_after_a_failure_at_any_step_the_same_command_completes_it(
                 prepare(config)
             assert count == failing + 1
         if isinstance(raised.value, ValueError):
-            assert "is full: free some, and the same command goes on" in str(raised.value)
+            assert "is full: free some and give the same command again" in str(raised.value)
         assert not out.exists()
         prepare(config)
         assert not out.with_name(".out.partial").exists()

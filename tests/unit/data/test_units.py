@@ -21,6 +21,7 @@ from pyarrow import parquet
 from overnight.data import encode as encode_module
 from overnight.data import executors
 from overnight.data import prepare as prepare_module
+from overnight.data import steps as steps_module
 from overnight.data.output import hidden_folder
 from overnight.data.prepare import PrepareConfig, prepare
 from overnight.data.selection import split_of
@@ -90,7 +91,7 @@ def test_a_limit_on_tokens_is_kept_whatever_the_units(
     encoded: list[int] = []
     real = encode_module.encode_unit
     monkeypatch.setattr(
-        prepare_module,
+        steps_module,
         "encode_unit",
         lambda place, number, threads: encoded.append(number) or real(place, number),
     )
