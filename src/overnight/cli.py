@@ -112,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(
-            f"overnight: {error.strerror or error}{where}; mend that, and give the command again; a run goes on "
-            "with --resume",
+            f"overnight: {error.strerror or error}{where}; mend that, and give the command again; "
+            "a run goes on with --resume",
             file=sys.stderr,
         )
         return FAILED
