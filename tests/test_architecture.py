@@ -22,13 +22,14 @@ import pytest
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"__init__", "cache", "hardware", "measurement", "run_directory", "settings", "terminal", "tracking"}
-        | {"world"}
+        | {"tensor_files", "watch", "world"}
     ),
-    frozenset({"model", "loss", "optim", "schedule", "sampling"}),
+    frozenset({"model", "loss", "optim", "ownership", "schedule", "sampling"}),
     frozenset({"text"}),
-    frozenset({"batching", "data", "state"}),
-    frozenset({"parallel", "checkpoint", "trainer", "decoding", "generate"}),
-    frozenset({"evaluation", "convert", "memory", "report"}),
+    frozenset({"batching", "data", "gradients", "state"}),
+    frozenset({"parallel", "checkpoint", "trainer", "decoding", "generate", "processes"}),
+    frozenset({"sharding"}),
+    frozenset({"evaluation", "communication", "convert", "memory", "report"}),
     frozenset({"stages"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

@@ -86,6 +86,23 @@ class BatchPlan:
         """How many tokens the step has."""
         return self.micro_batches(step) * self._tokens_per_micro_batch
 
+    def share(self, step: int, rank: int, size: int) -> range:
+        """The micro-batches of the step that process `rank` of `size` computes: neighbours, all as many."""
+        count = self.micro_batches(step) // size
+        assert count * size == self.micro_batches(step), (step, size)
+        return range(rank * count, (rank + 1) * count)
+
+    def following_row(self, first_row: int, rank: int, size: int) -> int:
+        """The first row of what `rank` computes after the micro-batch that begins with `first_row`."""
+        number = first_row // self.rows_per_micro_batch
+        index = bisect_right(self.stages, number, key=lambda stage: stage.first_micro_batch) - 1
+        stage = self.stages[index]
+        steps, within = divmod(number - stage.first_micro_batch, stage.micro_batches)
+        step = stage.first_step + steps
+        if within + 1 in self.share(step, rank, size):
+            return first_row + self.rows_per_micro_batch
+        return self.rows(step + 1, self.share(step + 1, rank, size)[0])[0]
+
     def rows(self, step: int, micro_batch: int) -> tuple[int, int]:
         """(first row, number of rows) of one micro-batch."""
         return (self._before(step) + micro_batch) * self.rows_per_micro_batch, self.rows_per_micro_batch
@@ -123,21 +140,33 @@ def constant_plan(tokens_per_row: int, rows_per_micro_batch: int, micro_batches:
     return BatchPlan(tokens_per_row, rows_per_micro_batch, (Stage(0, 0, micro_batches),))
 
 
-def plan_batches(config: BatchConfig, tokens_per_row: int, rows_that_fit: int) -> BatchPlan:
+def plan_batches(
+    config: BatchConfig, tokens_per_row: int, rows_that_fit: int, processes: int = 1
+) -> BatchPlan:
     """Divide the steps; a micro-batch has at most `rows_that_fit` rows where the config leaves it open.
 
-    Raises ValueError, with values that would do, where something does not divide.
+    Every process computes as many micro-batches. Raises ValueError, with values that would do, where
+    something does not divide.
     """
     if problems := config.problems():
         raise ValueError("; ".join(problems))
     smallest, rows = _smallest_step(config, tokens_per_row)
+    if rows % processes:
+        above = -(-rows // processes) * processes
+        fitting = [count * tokens_per_row for count in (above - processes, above) if count]
+        raise ValueError(
+            f"the {rows} rows of {smallest}={rows * tokens_per_row} can't be divided among {processes} "
+            f"processes; {' and '.join(map(str, fitting))} can, or start {_nearest_divisor(rows, processes)}"
+        )
+    of_process = rows // processes
     at_once = config.rows_per_micro_batch
     if at_once is None:
-        at_once = max(count for count in _divisors(rows) if count <= max(1, rows_that_fit))
-    if rows % at_once:
+        at_once = max(count for count in _divisors(of_process) if count <= max(1, rows_that_fit))
+    if of_process % at_once:
+        whose = f"the {of_process} rows of each process" if processes > 1 else f"the {rows} rows"
         raise ValueError(
-            f"rows_per_micro_batch={at_once} does not divide the {rows} rows of {smallest}="
-            f"{rows * tokens_per_row}; these do: {', '.join(map(str, _divisors(rows)))}"
+            f"rows_per_micro_batch={at_once} does not divide {whose} of {smallest}="
+            f"{rows * tokens_per_row}; these do: {', '.join(map(str, _divisors(of_process)))}"
         )
     return BatchPlan(tokens_per_row, at_once, _stages(config, rows // at_once))
 
@@ -161,6 +190,11 @@ def _smallest_step(config: BatchConfig, tokens_per_row: int) -> tuple[str, int]:
             f"context_length={tokens_per_row}; {min(smaller, key=lambda tokens: abs(tokens - first))} is"
         )
     return "ramp_from_tokens_per_step", first // tokens_per_row
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """The largest divisor that is no more than `wanted`."""
+    return max(count for count in _divisors(number) if count <= wanted)
 
 
 def _divisors(number: int) -> list[int]:

@@ -138,8 +138,8 @@ def _run(words: list[str]) -> int:
     if name not in VERBS:
         raise ValueError(f"there is no command {name}{nearest(name, VERBS)}")
     if name == "train":
-        _train(rest)
-    elif name == "plan":
+        return _train(rest)
+    if name == "plan":
         _plan(rest)
     else:
         _call(name, rest)
@@ -155,17 +155,25 @@ def _call(name: str, rest: list[str]) -> None:
     stage.run(from_arguments(config, rest, prog=f"overnight {name}", about=_about(name)))
 
 
-def _train(rest: list[str]) -> None:
-    """A recipe's settings are its options; the recipe, or the run that goes on, comes first."""
+def _train(rest: list[str]) -> int:
+    """A recipe's settings are its options; the recipe, or the run that goes on, comes first.
+
+    Where it asks for several processes, each does this again, by itself.
+    """
+    words = ["train", *rest]
     from overnight.report.status import find_run
     from overnight.stages import train
     from overnight.stages.recipe import Recipe
+    from overnight.world import is_launched
 
     named = _take_option(rest, "--resume")
     resumed = find_run(named) if named is not None else None
     default = None if resumed is None else train.load_resumed(resumed)
     _, recipe = _read_recipe("train", Recipe, rest, default)
+    if recipe.compute.processes is not None and not is_launched():
+        return train.run_in_processes(recipe, resumed, words)
     train.run(recipe, resumed)
+    return DONE
 
 
 def _plan(rest: list[str]) -> None:

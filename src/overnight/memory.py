@@ -3,17 +3,23 @@
 Counted operation by operation: what autograd keeps of each for the backward pass. In 16 bits that is 36 C
 bytes for a token and layer. Korthikanti et al. 2022, equation 2, without the square that fused attention
 never writes down, has 34 C: there dropout's masks are counted in, here the float32 of the residual stream.
+
+Several processes may divide what they hold (ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054). Weights,
+gradients and moments are then counted parameter by parameter, as they are divided: moments by whole
+parameters, each its owner's; everything, as FSDP2 does it, by rows, of which each process takes as many.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from overnight.model.config import PRESETS, ModelConfig
-from overnight.parallel import ComputeConfig
+from overnight.ownership import largest_share
+from overnight.parallel import ComputeConfig, Sharding
 
 FLOAT32 = 4
 QUERIES = 128  # of a block of attention on a CPU: model/blocks.py's, which needs torch
@@ -31,7 +37,7 @@ CHANGES: tuple[dict[str, str], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes at the fullest moment of a step, by what they hold."""
+    """Bytes of one process at the fullest moment of a step, by what they hold; of the fullest process."""
 
     weights: int
     gradients: int
@@ -46,6 +52,8 @@ class MemoryEstimate:
     new_gradients: int
     """A compiled backward pass hands over all gradients at once, before they are added to those of the
     micro-batches before it: what these take beyond the activations, which are gone by then."""
+    gathered: int = 0
+    """Where weights are divided: those that are whole for the moment, and their gradients."""
 
     @property
     def together(self) -> int:
@@ -53,28 +61,85 @@ class MemoryEstimate:
         return sum(vars(self).values())
 
 
-def estimate_memory(model: ModelConfig, rows: int, compute: ComputeConfig) -> MemoryEstimate:
-    """What a step takes whose micro-batches have `rows` rows of the whole context.
+def estimate_memory(
+    model: ModelConfig,
+    rows: int,
+    compute: ComputeConfig,
+    processes: int = 1,
+    processes_per_machine: int | None = None,
+) -> MemoryEstimate:
+    """What a step takes in one process whose micro-batches have `rows` rows of the whole context.
 
-    `compute` has everything decided. A step of a single micro-batch takes less, at most by its gradients,
-    which are not there yet while it goes forward.
+    `compute` has everything decided; its `sharding` says what the processes divide, nothing if it is None.
+    A step of a single micro-batch takes less, at most by its gradients, which are not there yet while it
+    goes forward. All processes are on one machine if `processes_per_machine` is None.
     """
-    weights = FLOAT32 * count_stored(model)
     tokens = rows * model.context_length
     logits = _logits_bytes(model, tokens, compute)
     again = tokens * _again_per_token(model, compute)
     if not (compute.compile and compute.recompute == "block"):
         again = max(0, again - logits)  # the loss is done with by then; compiled, its memory is not yet free
     activations = tokens * kept_per_token(model, compute) + again
+    sharers = count_sharers(compute.sharding, processes, processes_per_machine or processes)
+    weights = FLOAT32 * _largest_shard(model, sharers)
+    hands_over = compute.compile and sharers == 1  # divided, a block's gradients leave it at once
     return MemoryEstimate(
         weights=weights,
         gradients=weights,
-        moments=2 * weights,
-        copies=0 if _product_bytes(compute) == FLOAT32 else 2 * _count_multiplied(model),
+        moments=2 * (FLOAT32 * _most_owned(model, processes) if compute.sharding == "optimizer" else weights),
+        copies=_copies_bytes(model, compute, sharers),
         activations=activations,
         logits=logits,
-        new_gradients=max(0, weights - activations - logits) if compute.compile else 0,
+        new_gradients=max(0, weights - activations - logits) if hands_over else 0,
+        gathered=_gathered_bytes(model) if sharers > 1 else 0,
     )
+
+
+def count_sharers(sharding: Sharding | None, processes: int, processes_per_machine: int) -> int:
+    """How many processes have one set of weights between them."""
+    return {"full": processes, "hybrid": processes_per_machine}.get(sharding or "none", 1)
+
+
+def try_shardings(
+    model: ModelConfig,
+    rows: int,
+    compute: ComputeConfig,
+    memory_bytes: int,
+    processes: int,
+    processes_per_machine: int,
+) -> dict[Sharding, int]:
+    """Bytes that one process needs with each sharding until one fits, those that say least to others first.
+
+    The last one fits, or else takes least. Hybrid is tried where there are several machines with several
+    processes each. `memory_bytes` are one process's.
+    """
+    found: dict[Sharding, int] = {}
+    possible: list[Sharding] = ["none"]
+    if processes > 1:
+        possible += ["optimizer"]
+        possible += ["hybrid"] if 1 < processes_per_machine < processes else []
+        possible += ["full"]
+    for sharding in possible:
+        changed = dataclasses.replace(compute, sharding=sharding)
+        found[sharding] = estimate_memory(model, rows, changed, processes, processes_per_machine).together
+        if fits_into(memory_bytes, found[sharding]):
+            break
+    return found
+
+
+def choose_sharding(
+    model: ModelConfig,
+    rows: int,
+    compute: ComputeConfig,
+    memory_bytes: int,
+    processes: int,
+    processes_per_machine: int,
+) -> Sharding:
+    """The first of none, optimizer, hybrid and full with which a process fits into its `memory_bytes`.
+
+    Full if none does. Hybrid is for several machines with several processes each.
+    """
+    return [*try_shardings(model, rows, compute, memory_bytes, processes, processes_per_machine)][-1]
 
 
 class WayOut(NamedTuple):
@@ -86,18 +151,29 @@ class WayOut(NamedTuple):
 
 
 def find_ways_out(
-    model: ModelConfig, compute: ComputeConfig, possible_rows: Sequence[int], memory_bytes: int
+    model: ModelConfig,
+    compute: ComputeConfig,
+    possible_rows: Sequence[int],
+    memory_bytes: int,
+    processes: int = 1,
+    processes_per_machine: int | None = None,
 ) -> Iterator[WayOut]:
     """What makes a model fit, with as many of the `possible_rows` as then do; the cheapest in time first.
 
     A change that costs time and does not let more rows fit is left out.
     """
     most_rows = 0
-    for change in CHANGES:
+    changes = [*CHANGES]
+    if processes > 1 and compute.sharding != "full":
+        changes += [{**change, "sharding": "full"} for change in CHANGES]
+    for change in changes:
         changed = dataclasses.replace(compute, **change)  # type: ignore[arg-type]
         if change and changed == compute:
             continue
-        needed = {rows: estimate_memory(model, rows, changed).together for rows in possible_rows}
+        needed = {
+            rows: estimate_memory(model, rows, changed, processes, processes_per_machine).together
+            for rows in possible_rows
+        }
         rows = max((rows for rows in possible_rows if fits_into(memory_bytes, needed[rows])), default=0)
         if rows > most_rows:
             most_rows = rows
@@ -106,9 +182,14 @@ def find_ways_out(
             yield WayOut(words, needed[rows])
 
 
-def largest_that_fits(compute: ComputeConfig, memory_bytes: int) -> tuple[str, int] | None:
+def largest_that_fits(
+    compute: ComputeConfig, memory_bytes: int, processes: int = 1, processes_per_machine: int | None = None
+) -> tuple[str, int] | None:
     """The largest published model of which a single row fits, and its bytes; None if there is none."""
-    needed = {name: estimate_memory(model, 1, compute).together for name, model in PRESETS.items()}
+    needed = {
+        name: estimate_memory(model, 1, compute, processes, processes_per_machine).together
+        for name, model in PRESETS.items()
+    }
     fitting = [name for name in PRESETS if fits_into(memory_bytes, needed[name])]
     if not fitting:
         return None
@@ -125,6 +206,46 @@ def count_stored(model: ModelConfig) -> int:
     """Parameters as they lie in memory, the rows that pad the vocabulary among them."""
     assert model.vocab_size is not None
     return model.parameter_count() + (model.padded_vocab_size() - model.vocab_size) * model.n_embd
+
+
+def _largest_shard(model: ModelConfig, sharers: int) -> int:
+    """Parameters in the fullest process: of each the rows divided among them, rounded up."""
+    shapes = model.parameter_shapes().values()
+    return sum(-(-rows // sharers) * math.prod(columns) for rows, *columns in shapes)
+
+
+def _most_owned(model: ModelConfig, processes: int) -> int:
+    """Parameters whose moments the fullest process holds."""
+    sizes = {name: math.prod(shape) for name, shape in model.parameter_shapes().items()}
+    return largest_share(sizes, processes)
+
+
+def _copies_bytes(model: ModelConfig, compute: ComputeConfig, sharers: int) -> int:
+    """Of the weights in 16 bits, which autograd keeps for the backward pass, also where weights are divided.
+
+    Blocks that are gathered and recomputed make theirs again. Compiled, they keep none; eager, autocast has
+    them all until the forward pass ends, when no gradients are there yet.
+    """
+    if _product_bytes(compute) == FLOAT32:
+        return 0
+    whole = 2 * _count_multiplied(model)
+    if sharers == 1 or compute.recompute == "none":
+        return whole
+    gathered = _gathered_bytes(model)
+    weights_alone = gathered // 2
+    return 0 if compute.compile else max(weights_alone // 2, whole + weights_alone - gathered)
+
+
+def _gathered_bytes(model: ModelConfig) -> int:
+    """Of whole weights and gradients, in the backward pass, where most of them are there.
+
+    The weights of the block at work and of the next one, which is fetched meanwhile; its gradients and those
+    of the block before, which are on their way. What belongs to no block is there from end to end.
+    """
+    shapes = model.parameter_shapes()
+    block = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("h.0."))
+    others = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("h."))
+    return FLOAT32 * 2 * (min(2, model.n_layer) * block + others)
 
 
 def kept_per_token(model: ModelConfig, compute: ComputeConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,15 +45,23 @@ class OptimizerConfig:
         return found
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | None = None) -> AdamW:
-    """AdamW over all of `model`: matrices and embeddings decay, biases and layer norms do not.
+def build_optimizer(
+    model: nn.Module,
+    config: OptimizerConfig,
+    *,
+    fused: bool | None = None,
+    names: Container[str] | None = None,
+) -> AdamW:
+    """AdamW over `model`: matrices and embeddings decay, biases and layer norms do not.
 
-    `fused` is one pass over each parameter instead of a dozen; None: wherever torch has it.
+    `fused` is one pass over each parameter instead of a dozen; None: wherever torch has it. With `names`,
+    only these parameters are updated.
     """
     import torch
 
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    owned = [parameter for name, parameter in model.named_parameters() if names is None or name in names]
+    matrices = [parameter for parameter in owned if parameter.dim() >= 2]
+    vectors = [parameter for parameter in owned if parameter.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -62,27 +71,33 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | 
         lr=config.peak_learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
-        fused=matrices[0].device.type in {"cpu", "cuda"} if fused is None else fused,
+        fused=all(each.device.type in {"cpu", "cuda"} for each in owned) if fused is None else fused,
     )
 
 
 def apply_gradients(
-    optimizer: AdamW, learning_rate: float, max_grad_norm: float | None, scaler: GradScaler
+    optimizer: AdamW,
+    parameters: Sequence[Tensor],
+    learning_rate: float,
+    max_grad_norm: float | None,
+    scaler: GradScaler,
 ) -> Tensor:
     """Clip, update, and forget the gradients; returns their norm before clipping, a float32 scalar.
 
-    Nothing here waits for the device. Where `scaler` is on, gradients that are not finite leave the
-    weights as they are and lower the scale; their norm tells.
+    The norm is that of all `parameters`, of which the optimizer may update a share only. Nothing here waits
+    for the device. Where `scaler` is on, gradients that are not finite leave the weights as they are and
+    lower the scale; their norm tells.
     """
     import torch
 
     scaler.unscale_(optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return grad_norm
+    for parameter in parameters:
+        parameter.grad = None
+    whole: Callable[[], Tensor] | None = getattr(grad_norm, "full_tensor", None)  # of FSDP's shards
+    return grad_norm if whole is None else whole()

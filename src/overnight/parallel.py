@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # a recipe is read without torch, so that --help is instant
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Head = Literal["whole", "chunked", "fp8"]
+Sharding = Literal["none", "optimizer", "full", "hybrid"]
 Loss = Callable[["GPT", "Tensor", "Tensor", Head], "Tensor"]
 """(model, ids, targets, how the head is computed) -> summed nats."""
 
@@ -46,6 +47,23 @@ class ComputeConfig:
     recompute: Literal["none", "selective", "block"] = "none"
     """Activations computed again in the backward pass instead of kept: all but the matrix products and
     attention (selective), or all of each block; less memory, more time, the same numbers."""
+    processes: int | Literal["auto"] | None = None
+    """Train with so many processes on this machine, one for each GPU; auto: all of its GPUs. Leave it out
+    under torchrun or srun, which start the processes themselves."""
+    sharding: Sharding | None = None
+    """What several processes divide among them instead of each holding all of it. none: nothing; optimizer:
+    AdamW's moments (ZeRO-1); full: weights and gradients, too (FSDP2); hybrid: that within each machine.
+    The first that fits into memory if left out."""
+    bitwise: bool = False
+    """Add gradients up in one fixed binary tree, so that weights do not depend on the number of processes, to
+    the bit; on a CPU, compute with one thread."""
+    timeout_seconds: int = 600
+    """A process that makes no progress for so long ends the run, and shows where every process stands."""
+    max_restarts: int = 0
+    """How often a run one of whose processes dies is begun again, from its last checkpoint."""
+
+
+OF_PROCESSES = frozenset({"processes", "sharding", "bitwise", "timeout_seconds", "max_restarts"})
 
 
 def resolve_compute(config: ComputeConfig, device: str) -> ComputeConfig:
@@ -92,7 +110,10 @@ def can_compile() -> bool:
 
 
 def explain_compute(asked: ComputeConfig, decided: ComputeConfig) -> dict[str, str]:
-    """Why each setting is what it is, by name: a few words to be printed and kept with the run."""
+    """Why each setting is what it is, by name: a few words to be printed and kept with the run.
+
+    What concerns several processes is left out.
+    """
     reasons = {
         "device": "the best one found",
         "precision": {
@@ -111,6 +132,8 @@ def explain_compute(asked: ComputeConfig, decided: ComputeConfig) -> dict[str, s
     defaults = ComputeConfig()
     found = {}
     for name, value in vars(decided).items():
+        if name in OF_PROCESSES:
+            continue
         given = getattr(asked, name)
         reason = "as asked" if given != getattr(defaults, name) else reasons.get(name, "the default")
         found[name] = f"{value} ({reason})"
@@ -125,10 +148,13 @@ def autocast(device: str, precision: str | None) -> AbstractContextManager[Any]:
     return torch.autocast(device.partition(":")[0], dtype) if dtype else nullcontext()
 
 
-def build_loss(model: GPT, loss: Loss, compute: ComputeConfig) -> Callable[[Tensor, Tensor], Tensor]:
+def build_loss(
+    model: GPT, loss: Loss, compute: ComputeConfig, *, by_block: bool = False
+) -> Callable[[Tensor, Tensor], Tensor]:
     """`loss` of `model` as a function (ids, targets) -> nats, as `compute` has it, compiled if asked.
 
-    Compiled for one fixed shape; whatever else the model is used for takes the plain module.
+    Compiled for one fixed shape; whatever else the model is used for takes the plain module. With `by_block`
+    each block is compiled by itself, since between them weights are gathered and given back.
     """
     import torch
 
@@ -142,6 +168,10 @@ def build_loss(model: GPT, loss: Loss, compute: ComputeConfig) -> Callable[[Tens
         with autocast(device, compute.precision):
             return loss(model, ids_BT, targets_BT, head)
 
+    if by_block and compute.compile:
+        for block in model.h:
+            block.forward = torch.compile(block.forward)
+        return nats
     return torch.compile(nats, dynamic=False, fullgraph=True) if compute.compile else nats
 
 

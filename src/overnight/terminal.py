@@ -5,10 +5,12 @@ Standard output stays free for what a program would read (`--json`, generated te
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +20,16 @@ if TYPE_CHECKING:
 def say(text: str = "") -> None:
     """Print one plain line to stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def hushed(yes: bool) -> Iterator[None]:
+    """Within, if `yes`, nothing is said: of several processes one speaks for all. Errors still are, later."""
+    if not yes:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 @contextmanager

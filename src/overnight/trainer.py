@@ -16,9 +16,11 @@ from torch import Tensor
 
 from overnight.batching import BatchPlan
 from overnight.data.stream import Batch
+from overnight.gradients import AddUp, add_up
 from overnight.loss import LossSum
 from overnight.optim import apply_gradients
 from overnight.state import TrainState
+from overnight.world import ALONE, World
 
 
 class StepResult(NamedTuple):
@@ -53,6 +55,11 @@ class Training:
     max_grad_norm: float | None
     seed: int
     device: str
+    world: World = ALONE
+    add_up: AddUp = add_up
+    """What adds up gradients over micro-batches and processes."""
+    after_update: Callable[[], None] = lambda: None
+    """What makes all processes' weights alike again, where each has updated its own only."""
 
 
 def fit(
@@ -85,16 +92,23 @@ def train_step(state: TrainState, training: Training) -> StepResult:
     plan = training.plan
     tokens = plan.tokens(state.step)
     state.model.train()
-    total = LossSum(torch.zeros((), device=training.device), 0)
-    for micro_batch in range(plan.micro_batches(state.step)):
+    world, parameters = training.world, list(state.model.parameters())
+    mine = plan.share(state.step, world.rank, world.size)
+
+    def backward(micro_batch: int) -> Tensor:
         batch = training.batches(*plan.rows(state.step, micro_batch))
+        assert batch.targets.numel() * len(mine) * world.size == tokens
         _seed_dropout(state, training.seed, micro_batch)
         nats = training.loss(batch.ids, batch.targets)
         state.scaler.scale(nats / tokens).backward()  # type: ignore[no-untyped-call]
-        total = total.plus(LossSum(nats.detach(), batch.targets.numel()))
-    assert total.tokens == tokens, f"{total.tokens} tokens in a step of {tokens}"
+        return nats.detach()
+
+    total = LossSum(training.add_up(backward, mine, parameters, world), tokens)
     learning_rate = training.learning_rate(state.step)
-    grad_norm = apply_gradients(state.optimizer, learning_rate, training.max_grad_norm, state.scaler)
+    grad_norm = apply_gradients(
+        state.optimizer, parameters, learning_rate, training.max_grad_norm, state.scaler
+    )
+    training.after_update()
     state.step += 1
     loss, norm = total.per_token(), grad_norm.item()  # waits for the device: the clock is honest
     return StepResult(state.step, loss, norm, learning_rate, total.tokens, time.perf_counter() - started_at)

@@ -75,8 +75,8 @@ sys.exit(main(words))
 FORGETFUL = """
 from overnight.stages import pretrain
 
-def load_weights(state, checkpoint, load=pretrain.load_checkpoint):
-    load(state, checkpoint)
+def load_weights(state, checkpoint, world, load=pretrain.load_checkpoint):
+    load(state, checkpoint, world)
     state.optimizer.state.clear()
 
 pretrain.load_checkpoint = load_weights

@@ -157,7 +157,7 @@ def optimizer_losses(ours: GPT, theirs: GPT2LMHeadModel, decay_of_vectors: float
         our_loss, their_loss = mean_loss(ours(ids), targets), mean_loss(theirs(ids).logits, targets)
         worst = max(worst, abs(our_loss.item() - their_loss.item()))
         our_loss.backward()
-        apply_gradients(our_optimizer, 1e-3, 1.0, GradScaler(enabled=False))
+        apply_gradients(our_optimizer, list(ours.parameters()), 1e-3, 1.0, GradScaler(enabled=False))
         their_loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         their_optimizer.step()

@@ -21,6 +21,7 @@ from overnight.stages.plan import PlanConfig, as_recipe, plan_here
 from overnight.stages.recipe import Recipe
 from overnight.stages.trial import Trial, build, measure, time_parts, time_writing
 from overnight.trainer import train_step
+from overnight.world import ALONE
 
 SIZES = ModelConfig(n_layer=2, n_head=2, n_embd=64, context_length=32)
 NOISE = 3.0  # other tests run beside this one, on the same cores
@@ -38,7 +39,7 @@ def planned(recipe: Callable[..., Recipe]) -> Recipe:
 
 def with_vocabulary(recipe: Recipe) -> Recipe:
     """Decided, as a run would decide it."""
-    return build_job(recipe, has_checkpoint=False).recipe
+    return build_job(recipe, ALONE, has_checkpoint=False).recipe
 
 
 def test_what_is_foretold_is_what_a_run_does(
@@ -66,9 +67,8 @@ def test_what_is_foretold_is_what_a_run_does(
 
 
 def test_a_plan_decides_what_a_run_decides(planned: Recipe) -> None:
-    job = build_job(
-        dataclasses.replace(planned, batch=BatchConfig(tokens_per_step=64 * 32)), has_checkpoint=False
-    )
+    longer = dataclasses.replace(planned, batch=BatchConfig(tokens_per_step=64 * 32))
+    job = build_job(longer, ALONE, has_checkpoint=False)
     asked = PlanConfig(**vars(planned))
     asked = dataclasses.replace(asked, batch=BatchConfig(tokens_per_step=64 * 32))
     recipe, plan = decide(as_recipe(asked), job.recipe.model, job.recipe.data, "cpu")

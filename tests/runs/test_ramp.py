@@ -102,7 +102,7 @@ def test_a_resumed_run_that_forgot_its_ramp_would_be_noticed(
     whole = fingerprint(train(ramped, tmp_path / "whole", monkeypatch))
     directory = train(ramped, tmp_path / "run", monkeypatch, 5)
 
-    def forgetful(config: BatchConfig, tokens_per_row: int, rows_that_fit: int) -> BatchPlan:
+    def forgetful(config: BatchConfig, tokens_per_row: int, rows_that_fit: int, processes: int) -> BatchPlan:
         return constant_plan(tokens_per_row, 4, 8)
 
     monkeypatch.setattr("overnight.stages.job.plan_batches", forgetful)

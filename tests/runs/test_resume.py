@@ -15,6 +15,7 @@ from overnight.optim import OptimizerConfig
 from overnight.run_directory import RunDirectory
 from overnight.stages import pretrain
 from overnight.stages.recipe import Recipe
+from overnight.world import World
 
 CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change
 
@@ -174,8 +175,8 @@ def test_the_comparison_sees_a_lost_optimizer(
     whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
     load = pretrain.load_checkpoint
 
-    def weights_only(state: pretrain.TrainState, checkpoint: Path) -> None:
-        load(state, checkpoint)
+    def weights_only(state: pretrain.TrainState, checkpoint: Path, world: World) -> None:
+        load(state, checkpoint, world)
         state.optimizer.state.clear()
 
     monkeypatch.setattr(pretrain, "load_checkpoint", weights_only)

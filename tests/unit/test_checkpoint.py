@@ -40,7 +40,7 @@ def train_on(state: TrainState, steps: int) -> None:
     for _ in range(steps):
         ids = torch.randint(50, (2, 8), generator=torch.Generator().manual_seed(state.step))
         state.model(ids).logsumexp(-1).sum().backward()
-        apply_gradients(state.optimizer, 1e-2, 1.0, state.scaler)
+        apply_gradients(state.optimizer, list(state.model.parameters()), 1e-2, 1.0, state.scaler)
         state.step += 1
 
 
@@ -124,7 +124,7 @@ def test_without_verification_most_flipped_bits_would_pass(
 ) -> None:
     """The negative control: it is the manifest that protects, not the file format."""
     path = save_checkpoint(trained_state(1), tmp_path)
-    monkeypatch.setattr(checkpoint_room, "verify_checkpoint", lambda checkpoint: None)
+    monkeypatch.setattr(checkpoint_room, "verify_checkpoint", lambda checkpoint, world: None)
     sound = (path / "model.safetensors").read_bytes()
     where, passed = random.Random(0), 0
     for _ in range(20):
@@ -192,7 +192,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_it(
     state = trained_state(1)
     good = save_checkpoint(state, tmp_path)
     train_on(state, 1)
-    for moment in ("save_file", "_manifest", "flush_to_disk", "write_atomically"):
+    for moment in ("write_tensors", "_manifest", "flush_to_disk", "write_atomically"):
         with monkeypatch.context() as patched:
 
             def crash(*_: object, **__: object) -> None:

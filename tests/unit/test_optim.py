@@ -49,7 +49,7 @@ def test_the_update_is_adamw() -> None:
     for step in range(5):
         for parameter, gradient in zip(net.parameters(), gradients[step], strict=True):
             parameter.grad = gradient.clone()
-        apply_gradients(optimizer, 1e-2, None, GradScaler(enabled=False))
+        apply_gradients(optimizer, list(net.parameters()), 1e-2, None, GradScaler(enabled=False))
     for index, parameter in enumerate(net.parameters()):
         decay = 0.1 if parameter.dim() >= 2 else 0.0
         expected = adamw_by_hand(before[index], [step[index] for step in gradients], 1e-2, decay)
@@ -64,7 +64,7 @@ def test_the_norm_returned_is_the_one_before_clipping_and_the_update_is_clipped(
         for parameter in module.parameters():
             parameter.grad = torch.full_like(parameter, scale)
         elements = sum(parameter.numel() for parameter in module.parameters())
-        norm = apply_gradients(optimizer, 1e-3, 1e-9, GradScaler(enabled=False))
+        norm = apply_gradients(optimizer, list(module.parameters()), 1e-3, 1e-9, GradScaler(enabled=False))
         assert norm.item() == pytest.approx(scale * elements**0.5, rel=1e-5)
         assert all(parameter.grad is None for parameter in module.parameters())
     for one, other in zip(net.parameters(), twin.parameters(), strict=True):

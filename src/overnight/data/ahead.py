@@ -12,10 +12,11 @@ from overnight.data.stream import Batch
 Batches = Callable[[int, int], Batch]
 
 
-def read_ahead(batches: Batches, device: str) -> Batches:
-    """`batches` on `device`. While one is worked on, a thread reads, pins and sends the rows after it.
+def read_ahead(batches: Batches, device: str, following: Callable[[int], int] | None = None) -> Batches:
+    """`batches` on `device`. While one is worked on, a thread reads, pins and sends the next one.
 
-    On the CPU nothing would be won: there it is `batches` itself.
+    `following` says which row that begins with, from the first row of this one; the row after its last if
+    left out. On the CPU nothing would be won: there it is `batches` itself.
     """
     if device == "cpu":
         return batches
@@ -32,7 +33,8 @@ def read_ahead(batches: Batches, device: str) -> Batches:
         is_read = found is not None and found.exception() is None  # rows may not have been prepared then
         batch = found.result() if found is not None and is_read else read(first_row, rows)
         waiting.clear()
-        waiting[first_row + rows, rows] = pool.submit(read, first_row + rows, rows)
+        after = first_row + rows if following is None else following(first_row)
+        waiting[after, rows] = pool.submit(read, after, rows)
         return batch
 
     return next_batch

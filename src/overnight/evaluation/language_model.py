@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,7 @@ from overnight.loss import LossSum, cross_entropy_nats
 from overnight.model.documents import find_documents
 from overnight.model.gpt import GPT, evaluating
 from overnight.parallel import autocast
+from overnight.world import ALONE, World
 
 LOGITS_AT_ONCE = 1024  # positions: all logits of a batch would take gigabytes, and more time
 
@@ -38,33 +41,57 @@ def evaluate_language_model(
     token_bytes: Sequence[bytes],
     precision: str = "fp32",
     boundary: int | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Judge `model` on every target of `batches`; `token_bytes` says what each id spells.
 
     A target near the start of its row is judged on a short context, which makes the loss a little
     higher than with a sliding window. `boundary` is the id at which a document begins that is judged by
     itself, for a model that is trained so; None where a row is one text to the model. Training state and
-    random state are left as they were. Nats are added up in float64 on the CPU, since Apple's GPUs have no
-    float64.
+    random state are left as they were. The batches are divided among the processes of `world`, and the result
+    is the same to the digit for any number of them: nats are added up exactly.
     """
-    device = model.wte.weight.device
+    device = torch.device(world.device) if world.size > 1 else model.wte.weight.device
     lengths = torch.tensor([len(spelt) for spelt in token_bytes])
-    total, text_bytes = LossSum(torch.zeros((), dtype=torch.float64), 0), 0
-    with evaluating(model), torch.inference_mode(), autocast(device.type, precision):
-        for batch in batches:
+    nats: list[float] = []
+    tokens = text_bytes = 0
+    with evaluating(model), torch.no_grad(), autocast(device.type, precision):
+        for batch, is_mine in _share(batches, world):
             ids_BT, targets_N = batch.ids.to(device), batch.targets.to(device).flatten()
             documents = None if boundary is None else find_documents(ids_BT, boundary)
             hidden_NC = model.trunk(ids_BT, documents=documents).flatten(0, 1)
+            if not is_mine:
+                continue
             pieces = (torch.split(each, LOGITS_AT_ONCE) for each in (hidden_NC, targets_N))
             for hidden, targets in zip(*pieces, strict=True):
-                nats = cross_entropy_nats(model.head(hidden[None]), targets[None])
-                total = total.plus(LossSum(nats.cpu().double(), len(targets)))
+                nats.append(cross_entropy_nats(model.head(hidden[None]), targets[None]).item())
+            tokens += targets_N.numel()
             text_bytes += int(lengths[batch.targets].sum())
+    shares = [json.loads(told) for told in world.gather(json.dumps([nats, tokens, text_bytes]))]
+    total_nats = math.fsum(value for values, _, _ in shares for value in values)
+    tokens, text_bytes = (sum(share[place] for share in shares) for place in (1, 2))
+    total = LossSum(torch.tensor(total_nats, dtype=torch.float64), tokens)
     if not text_bytes:
         raise ValueError("there is no text to evaluate on: the validation split is empty")
     return Evaluation(
         total.per_token(), total.perplexity(), total.bits_per_byte(text_bytes), total.tokens, text_bytes
     )
+
+
+def _share(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
+    """Every `world.size`-th batch, and True; where the last ones are too few, another's batch, and False.
+
+    So all processes do as many forward passes, and none waits for weights that nobody gathers.
+    """
+    waiting: list[Batch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) == world.size:
+            yield waiting[world.rank], True
+            waiting = []
+    if waiting:
+        is_mine = world.rank < len(waiting)
+        yield waiting[world.rank if is_mine else 0], is_mine
 
 
 def pool_evaluations(parts: Sequence[Evaluation]) -> Evaluation:

@@ -44,6 +44,31 @@ class ModelConfig:
         block = 12 * self.n_embd**2 + 13 * self.n_embd
         return (self.vocab_size + self.context_length + 2) * self.n_embd + self.n_layer * block
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter as it lies in memory, the embedding padded, by its name and in the model's order."""
+        C = self.n_embd
+        of_block = {
+            "ln_1.weight": (C,),
+            "ln_1.bias": (C,),
+            "attn.c_attn.weight": (3 * C, C),
+            "attn.c_attn.bias": (3 * C,),
+            "attn.c_proj.weight": (C, C),
+            "attn.c_proj.bias": (C,),
+            "ln_2.weight": (C,),
+            "ln_2.bias": (C,),
+            "mlp.c_fc.weight": (4 * C, C),
+            "mlp.c_fc.bias": (4 * C,),
+            "mlp.c_proj.weight": (C, 4 * C),
+            "mlp.c_proj.bias": (C,),
+        }
+        return {
+            "wte.weight": (self.padded_vocab_size(), C),
+            "wpe.weight": (self.context_length, C),
+            **{f"h.{i}.{name}": shape for i in range(self.n_layer) for name, shape in of_block.items()},
+            "ln_f.weight": (C,),
+            "ln_f.bias": (C,),
+        }
+
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token: 6 N + 12 L C T, with N without `wpe`.
 

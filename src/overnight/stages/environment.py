@@ -34,6 +34,8 @@ def explain_choices(asked: Recipe, job: Job) -> dict[str, str]:
         choices["packing"] = f"{packing} (as asked), {describe_loss_of_tokens(job.train)}"
     if isinstance(job.train, Mixture):
         choices["sources"] = job.train.describe_shares()
+    if job.world.is_joined:
+        choices["processes"] = describe_processes(asked, job)
     rows, first, last = job.plan.rows_per_micro_batch, job.plan.stages[0], job.plan.stages[-1]
     micro_batches = (
         f"{last.micro_batches}" if first is last else f"{first.micro_batches} to {last.micro_batches}"
@@ -43,6 +45,15 @@ def explain_choices(asked: Recipe, job: Job) -> dict[str, str]:
         reason = "halved until it fitted"
     choices["rows_per_micro_batch"] = f"{rows} ({reason}), {micro_batches} micro-batches a step"
     return choices
+
+
+def describe_processes(asked: Recipe, job: Job) -> str:
+    """How many there are, what they divide among them, and why."""
+    reason = "as asked" if asked.compute.sharding is not None else "the first that fits"
+    order = ", gradients summed in one tree" if job.recipe.compute.bitwise else ""
+    machines = job.world.size // job.world.local_size
+    where = f" on {machines} machines" if machines > 1 else ""
+    return f"{job.world.size}{where}, sharding {job.sharding} ({reason}){order}"
 
 
 def describe_loss_of_tokens(rows: Rows | Mixture) -> str:

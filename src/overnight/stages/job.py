@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from overnight.batching import BatchPlan, estimate_rows_that_fit, plan_batches
 from overnight.data.growing import GrowingStream
@@ -11,18 +14,18 @@ from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.packing import BestFitStream
 from overnight.data.stream import TokenStream
 from overnight.hardware import find_memory_bytes
+from overnight.memory import choose_sharding
 from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT, allocate_model
-from overnight.model.initialization import initialize
-from overnight.optim import build_optimizer
-from overnight.parallel import resolve_compute
+from overnight.model.initialization import draw_weights, weight_shapes
+from overnight.parallel import Sharding, resolve_compute
 from overnight.settings import raise_problems
+from overnight.sharding import build_optimizer_of, compute_with_one_thread, find_obstacles, place_model
 from overnight.stages.materials import DataConfig, Materials
 from overnight.stages.mixing import MixedMaterials, gather_materials
 from overnight.stages.models import open_model
 from overnight.stages.recipe import Recipe
 from overnight.state import TrainState, build_scaler
-from overnight.world import open_world
+from overnight.world import World
 
 
 @dataclass(frozen=True)
@@ -36,34 +39,61 @@ class Job:
     train: TokenStream | BestFitStream | GrowingStream | Mixture
     validation: TokenStream | Concatenation
     state: TrainState
+    world: World
+    sharding: Sharding
+    """Of this world's processes; another world may choose another."""
 
 
-def build_job(recipe: Recipe, *, has_checkpoint: bool) -> Job:
+def build_job(recipe: Recipe, world: World, *, has_checkpoint: bool) -> Job:
     """Open the text, build the model, decide what is open. Raises ValueError if these do not fit.
 
-    With `has_checkpoint` the weights are left unset: they are about to be loaded.
+    With `has_checkpoint` the weights are whatever memory held: they are about to be loaded.
     """
     raise_problems(recipe.problems(), f"recipe {recipe.run_name}")
-    device = open_world(recipe.compute.device).device
     materials = gather_materials(recipe.data)
-    model = allocate(recipe, materials) if has_checkpoint else build_model(recipe, materials)
-    recipe, plan = decide(recipe, model.config, materials.describe(), device)
+    model, weights = find_model(recipe, materials, has_checkpoint=has_checkpoint)
+    recipe, plan = decide(recipe, model, materials.describe(), world.device, world.size)
+    sharding = choose_sharding_for(recipe, plan, world)
+    raise_problems(find_obstacles(recipe.compute, sharding, world), f"recipe {recipe.run_name}")
     check_prompts(recipe, materials)
     train = materials.training_rows(plan.tokens_per_row, recipe.seed)
     check_evaluation(recipe, materials)
     validation = materials.stream("validation", plan.tokens_per_row, recipe.seed)
-    model.to(device)
-    scaler = build_scaler(device, recipe.compute.precision)
-    state = TrainState(model, build_optimizer(model, recipe.optimizer), scaler=scaler)
-    return Job(recipe, plan, materials, train, validation, state)
+    compute_with_one_thread(recipe.compute)
+    placed = place_model(model, weights, world, sharding)
+    optimizer = build_optimizer_of(placed, recipe.optimizer, world, sharding)
+    state = TrainState(placed, optimizer, scaler=build_scaler(world.device, recipe.compute.precision))
+    return Job(recipe, plan, materials, train, validation, state, world, sharding)
 
 
-def build_model(recipe: Recipe, materials: Materials | MixedMaterials) -> GPT:
-    """The model a run begins with: freshly initialised, or with the weights of `start_from`."""
-    if recipe.start_from is None:
-        model = allocate(recipe, materials)
-        initialize(model, recipe.seed)
-        return model
+def choose_sharding_for(recipe: Recipe, plan: BatchPlan, world: World) -> Sharding:
+    """What the processes divide among them: as asked, or the least that fits into their memory."""
+    if world.size == 1 or recipe.compute.sharding is not None:
+        return recipe.compute.sharding or "none"
+    return choose_sharding(
+        recipe.model,
+        plan.rows_per_micro_batch,
+        recipe.compute,
+        find_memory_bytes(world.device),
+        processes=world.size,
+        processes_per_machine=world.local_size,
+    )
+
+
+Weights = Iterable[tuple[str, Tensor]] | None
+
+
+def find_model(
+    recipe: Recipe, materials: Materials | MixedMaterials, *, has_checkpoint: bool
+) -> tuple[ModelConfig, Weights]:
+    """The sizes of the model that a run begins with, and its weights, one after the other.
+
+    They are drawn, or those of `start_from`; None for a run that has a checkpoint.
+    """
+    if recipe.start_from is None or has_checkpoint:
+        model = with_vocabulary(recipe.model, materials)
+        drawn = draw_weights(weight_shapes(model), model.n_layer, recipe.seed)
+        return model, None if has_checkpoint else drawn
     opened = open_model(recipe.start_from)
     if opened.tokenizer.fingerprint != materials.tokenizer.fingerprint:
         raise ValueError(
@@ -77,21 +107,19 @@ def build_model(recipe: Recipe, materials: Materials | MixedMaterials) -> GPT:
         if wanted not in {getattr(sizes, name), getattr(ModelConfig(), name)}
     ]
     raise_problems(wrong, f"recipe {recipe.run_name}")
-    model = allocate(dataclasses.replace(recipe, model=sizes), materials)
-    model.load_weights(opened.model.weights())
-    return model
+    return with_vocabulary(sizes, materials), opened.model.weights().items()
 
 
-def allocate(recipe: Recipe, materials: Materials | MixedMaterials) -> GPT:
-    """The recipe's model, its weights not set. Raises ValueError if its vocabulary is not the tokenizer's."""
+def with_vocabulary(model: ModelConfig, materials: Materials | MixedMaterials) -> ModelConfig:
+    """The model's sizes with the tokenizer's. Raises ValueError if its vocabulary is another one."""
     tokenizer = materials.tokenizer
-    vocab_size = recipe.model.vocab_size or tokenizer.vocab_size
+    vocab_size = model.vocab_size or tokenizer.vocab_size
     if vocab_size != tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size={vocab_size} contradicts the tokenizer {tokenizer.name}, which has "
             f"{tokenizer.vocab_size} ids; leave vocab_size out"
         )
-    return allocate_model(dataclasses.replace(recipe.model, vocab_size=vocab_size))
+    return dataclasses.replace(model, vocab_size=vocab_size)
 
 
 def check_prompts(recipe: Recipe, materials: Materials | MixedMaterials) -> None:
@@ -119,16 +147,18 @@ def check_evaluation(recipe: Recipe, materials: Materials | MixedMaterials) -> N
         )
 
 
-def decide(recipe: Recipe, model: ModelConfig, data: DataConfig, device: str) -> tuple[Recipe, BatchPlan]:
+def decide(
+    recipe: Recipe, model: ModelConfig, data: DataConfig, device: str, processes: int = 1
+) -> tuple[Recipe, BatchPlan]:
     """`recipe` with everything that was left open decided for this model, text and device."""
     rows = estimate_rows_that_fit(model, find_memory_bytes(device), device)
     compute = resolve_compute(recipe.compute, device)
-    return settle(dataclasses.replace(recipe, model=model, data=data, compute=compute), rows)
+    return settle(dataclasses.replace(recipe, model=model, data=data, compute=compute), rows, processes)
 
 
-def settle(recipe: Recipe, rows_that_fit: int) -> tuple[Recipe, BatchPlan]:
+def settle(recipe: Recipe, rows_that_fit: int, processes: int = 1) -> tuple[Recipe, BatchPlan]:
     """`recipe`, whose model and device are decided, with the length and the division of its steps."""
-    plan = plan_batches(recipe.batch, recipe.model.context_length, rows_that_fit)
+    plan = plan_batches(recipe.batch, recipe.model.context_length, rows_that_fit, processes)
     schedule = recipe.schedule
     if schedule.total_tokens is not None:
         steps = plan.steps_for(schedule.total_tokens)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 from overnight.checkpoint import list_checkpoints, save_checkpoint
 from overnight.data.mixture import Concatenation, Mixture
-from overnight.data.stream import TokenStream
+from overnight.data.stream import Batch, TokenStream
 from overnight.evaluation.language_model import (
     Evaluation,
     evaluate_language_model,
@@ -21,19 +21,20 @@ from overnight.generate import Decoding, complete
 from overnight.hardware import find_peak_flops
 from overnight.run_directory import RunDirectory
 from overnight.sampling import SamplingConfig
+from overnight.sharding import SHARDS, gather_model, reshard
 from overnight.stages.job import Job
 from overnight.stages.recipe import flatten
 from overnight.terminal import progress, say
 from overnight.tracking import open_trackers
 from overnight.trainer import Hook, StepResult, derive_seed, every
+from overnight.watch import Watch
 
 
 class Journal:
     """A run's periodic work, as hooks of the loop. Entered as a context: it owns the bar and the trackers."""
 
-    def __init__(self, job: Job, directory: RunDirectory) -> None:
-        self.job = job
-        self.directory = directory
+    def __init__(self, job: Job, directory: RunDirectory, watch: Watch) -> None:
+        self.job, self.directory, self._watch = job, directory, watch
         self.saved_step = job.state.step if list_checkpoints(directory.checkpoints) else None
         compute = job.recipe.compute
         assert compute.device is not None
@@ -44,8 +45,9 @@ class Journal:
         recipe, plan, total_steps = self.job.recipe, self.job.plan, self.job.recipe.schedule.total_steps
         assert total_steps is not None
         self._open = ExitStack()
+        trackers = recipe.trackers if self.job.world.is_main else ()
         self._track: Callable[[int, Mapping[str, float]], None] = self._open.enter_context(
-            open_trackers(recipe.trackers, self.directory.path, recipe.run_name, flatten(recipe))
+            open_trackers(trackers, self.directory.path, recipe.run_name, flatten(recipe))
         )
         # Counted in tokens, so that the time left is right while the steps still grow.
         tokens = plan.tokens_before(total_steps) - plan.tokens_before(self.job.state.step)
@@ -75,6 +77,8 @@ class Journal:
 
     def log(self, result: StepResult) -> None:
         """The step's one metrics line."""
+        if not self.job.world.is_main:
+            return
         tokens_per_second = result.tokens / result.seconds
         line: dict[str, float] = {
             "step": result.step,
@@ -86,7 +90,7 @@ class Journal:
             "tokens_per_second": round(tokens_per_second, 1),
         }
         if self.peak_flops is not None:
-            line |= self._shares_of_peak(tokens_per_second / self.peak_flops)
+            line |= self._shares_of_peak(tokens_per_second / self.peak_flops / self.job.world.size)
         self.directory.append_metrics(line)
         self._track(result.step, line)
         about = f"step {result.step:,}  loss {result.loss:.3f}  {tokens_per_second:,.0f} tokens/s"
@@ -117,18 +121,31 @@ class Journal:
         job, model, materials = self.job, self.job.state.model, self.job.materials
         batches = stream.evaluation_batches(evaluation_rows(model), tokens)
         precision = job.recipe.compute.precision or "fp32"
-        return evaluate_language_model(
-            model, batches, materials.tokenizer.token_bytes(), precision, materials.boundary
+        spelt, boundary = materials.tokenizer.token_bytes(), materials.boundary
+        found = evaluate_language_model(
+            model, self._watched(batches), spelt, precision, boundary, world=job.world
         )
+        reshard(model)
+        return found
+
+    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same; each is a sign of life."""
+        for batch in batches:
+            self._watch.still_going()
+            yield batch
 
     def sample(self) -> None:
         """Continue every prompt; the noise is a function of the seed and the step."""
         job, samples = self.job, self.job.recipe.samples
+        is_sharded = job.sharding in SHARDS
+        model = gather_model(job.state.model, job.world) if is_sharded else job.state.model
+        if model is None or not job.world.is_main:
+            return
         decoding = Decoding(
             max_new_tokens=samples.sample_tokens,
             sampling=SamplingConfig(seed=derive_seed(job.recipe.seed, job.state.step)),
         )
-        written = complete(job.state.model, job.materials.tokenizer, samples.sample_prompts, decoding)
+        written = complete(model, job.materials.tokenizer, samples.sample_prompts, decoding)
         for prompt, completion in zip(samples.sample_prompts, written, strict=True):
             self._event("samples", {"prompt": prompt, "completion": completion.text})
 
@@ -137,8 +154,10 @@ class Journal:
         state = self.job.state
         if self.saved_step == state.step:
             return
-        self.directory.flush()
-        save_checkpoint(state, self.directory.checkpoints, self.job.recipe.checkpoints.keep_checkpoints)
+        if self.job.world.is_main:
+            self.directory.flush()
+        keep = self.job.recipe.checkpoints.keep_checkpoints
+        save_checkpoint(state, self.directory.checkpoints, keep, self.job.world)
         self.saved_step = state.step
 
     def _shares_of_peak(self, tokens_per_flop: float) -> dict[str, float]:
@@ -148,6 +167,8 @@ class Journal:
         return {name: round(count * tokens_per_flop, 4) for name, count in flops.items()}
 
     def _event(self, kind: str, values: Mapping[str, object]) -> None:
+        if not self.job.world.is_main:
+            return
         step = self.job.state.step
         tokens = self.job.plan.tokens_before(step)
         self.directory.append_event(kind, {"step": step, "tokens": tokens, **values})

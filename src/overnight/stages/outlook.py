@@ -1,29 +1,17 @@
-"""What `overnight plan` has found out, and how it is told: as a page for people, as JSON for programs."""
+"""What `overnight plan` has found out, and how programs are told: as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 from overnight.batching import BatchPlan
 from overnight.memory import MemoryEstimate, WayOut
-from overnight.report.words import duration, short
 from overnight.stages.forecast import Cost, Pace, Text, Work, predict_cost, predict_disk, predict_seconds
 from overnight.stages.recipe import Recipe
-
-COLUMNS = 80
-BUSY = 0.5  # of a load average
-HOLDS = {
-    "weights": ("weights", "float32"),
-    "gradients": ("gradients", "float32"),
-    "moments": ("optimizer", "AdamW's two moments, float32"),
-    "copies": ("weights again", "in 16 bits, for the products"),
-    "activations": ("activations", ""),
-    "logits": ("logits", "and what the loss makes of them"),
-    "new_gradients": ("gradients again", "handed over by a compiled backward pass"),
-}
+from overnight.stages.team import Shared, Team
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +27,12 @@ class Outlook:
     device_name: str
     assumption: str | None
     """What an estimate rests on; None if the machine was measured."""
+    team: Team = Team()
+    """The processes that train together."""
     memory: MemoryEstimate
+    """Of one process."""
     device_memory_bytes: int | None
-    """None of a device that shares the memory of a machine which is not here."""
+    """That a process may use; None of a device that shares the memory of a machine which is not here."""
     process_memory_bytes: int = 0
     """Of a CPU: what a process holds besides, torch and its libraries above all."""
     peak_memory_bytes: int | None = None
@@ -56,14 +47,17 @@ class Outlook:
     """The largest published model that fits, and its bytes, if this one does not."""
     work: Work
     paces: tuple[Pace, Pace, Pace] | None = None
-    """Fast, likely and slow; None if there was nothing to measure."""
+    """Fast, likely and slow, of all processes together; None if there was nothing to measure."""
+    shared: Shared | None = None
+    """What several processes make of the paces of one."""
     peak_flops: float | None = None
-    """Of the device in the recipe's precision, as its maker publishes it."""
+    """Of all devices together in the recipe's precision, as their maker publishes it."""
     disk_free_bytes: int | None = None
     """None of another machine's disk."""
     load_average: float = 0.0
     """How many programs competed for this machine's cores in the minute before; 0 where a GPU computes."""
     dollars_per_hour: float | None = None
+    """Of all machines together."""
     made_at: datetime
 
     @property
@@ -146,7 +140,42 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
         "disk_free_bytes": outlook.disk_free_bytes,
         "load_average": outlook.load_average,
     }
+    found |= _team(outlook.team)
+    found |= _step(outlook.shared) if outlook.shared else {}
     return found | (_forecast(outlook, outlook.paces) if outlook.paces else {})
+
+
+def _team(team: Team) -> dict[str, Any]:
+    """Who trains, and what they divide; the memory above is that of each."""
+    cluster = team.cluster
+    return {
+        "machines": team.machines,
+        "processes_per_machine": team.processes_per_machine,
+        "all_processes": team.processes,
+        "sharding": team.sharding,
+        "needed_bytes_by_sharding": team.tried,
+        "link_within": dataclasses.asdict(cluster.within) if cluster else None,
+        "link_between": dataclasses.asdict(cluster.between) if cluster and cluster.between else None,
+    }
+
+
+def _step(shared: Shared) -> dict[str, Any]:
+    """What is predicted of communication: of one process in a full step."""
+    step = shared.step
+    if step is None:
+        return {}
+    return {
+        "compute_seconds_per_step": step.compute_seconds,
+        "communication_seconds_per_step": step.communication_seconds,
+        "communication_bytes_per_step": step.communication_bytes,
+        "communication_overlaps": step.overlaps,
+        "efficiency_range": step.efficiency_range,
+        "efficiency_range_by_network": {
+            name: other.efficiency_range for name, other in shared.networks.items()
+        },
+        "faster_options": shared.faster[0] if shared.faster else None,
+        "faster_step_seconds": shared.faster[1] if shared.faster else None,
+    }
 
 
 def _forecast(outlook: Outlook, paces: tuple[Pace, Pace, Pace]) -> dict[str, Any]:
@@ -170,187 +199,3 @@ def _forecast(outlook: Outlook, paces: tuple[Pace, Pace, Pace]) -> dict[str, Any
         "dollars": cost.run if cost else None,
         "dollars_per_billion_tokens": cost.billion_tokens if cost else None,
     }
-
-
-# ---------------------------------------------------------------- for people
-
-
-class Line(NamedTuple):
-    """One line of the page."""
-
-    label: str
-    figure: str = ""
-    note: str = ""
-
-
-def as_text(outlook: Outlook) -> str:
-    """The page, no wider than 80 columns; headings stand out where stderr is a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text as Words
-
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, min_width=22)
-    table.add_column(no_wrap=True, justify="right", min_width=10)
-    table.add_column()
-    for heading, answer, lines in _sections(outlook):
-        table.add_row("")
-        table.add_row(Words(heading, "bold"), Words(answer.figure, "bold"), answer.note)
-        for line in lines:
-            table.add_row(f"  {line.label}", line.figure, Words(line.note, "dim"))
-    console = Console(stderr=True, width=COLUMNS, highlight=False)
-    with console.capture() as captured:
-        console.print(_title(outlook))
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
-
-
-def _title(outlook: Outlook) -> str:
-    compute, model = outlook.recipe.compute, outlook.recipe.model
-    how = [str(compute.precision), "compiled" if compute.compile else "not compiled"]
-    how += [f"{name} {getattr(compute, name)}" for name in ("attention", "head")]
-    how += [f"recompute {compute.recompute}"] if compute.recompute != "none" else []
-    rests_on = (
-        f"ESTIMATE, not measured: {outlook.assumption}" if outlook.assumption else "measured here and now"
-    )
-    size = f"{model.parameter_count():,} parameters"
-    return f"{outlook.name}, {size}\non {outlook.device_name}: {', '.join(how)}\n{rests_on}"
-
-
-Section = tuple[str, Line, list[Line]]
-
-
-def _sections(outlook: Outlook) -> list[Section]:
-    """Question, answer, and what the answer is made of."""
-    sections = [_memory(outlook)]
-    if outlook.paces:
-        sections += [_speed(outlook, outlook.paces), _time(outlook, outlook.paces)]
-    sections.append(_disk(outlook))
-    if outlook.paces and outlook.dollars_per_hour is not None:
-        sections.append(_money(outlook, outlook.paces))
-    return sections
-
-
-def _memory(outlook: Outlook) -> Section:
-    rows, context = outlook.plan.rows_per_micro_batch, outlook.recipe.model.context_length
-    at_once = f"{plural(rows, 'row')} of {context:,} tokens at once"
-    lines = [
-        Line(HOLDS[name][0], size(count), HOLDS[name][1] or at_once)
-        for name, count in vars(outlook.memory).items()
-        if count
-    ]
-    if outlook.process_memory_bytes:
-        lines.append(Line("the process", size(outlook.process_memory_bytes), "torch and its libraries"))
-    lines.append(Line("estimated together", size(outlook.needed_bytes)))
-    if outlook.peak_memory_bytes:
-        lines.append(Line("measured peak", size(outlook.peak_memory_bytes), "while training"))
-    evaluating = outlook.evaluation_peak_memory_bytes or 0
-    if evaluating > (outlook.peak_memory_bytes or 0):
-        lines.append(Line("", size(evaluating), "while evaluating"))
-    for way in outlook.ways_out:
-        lines.append(Line("would fit", size(way.needed_bytes), way.options.replace(" --", "\n--")))
-    if outlook.smaller and not outlook.ways_out:
-        name, count = outlook.smaller
-        lines.append(Line("largest that would", size(count), f"{name}, one row at once"))
-    there = outlook.device_memory_bytes
-    has = f"there are {size(there)}" if there else "the chip shares the memory of its machine"
-    answer = {True: "yes", False: "no", None: "see below"}[outlook.fits]
-    return "Does it fit?", Line("", answer, has), lines
-
-
-def _speed(outlook: Outlook, paces: tuple[Pace, Pace, Pace]) -> Section:
-    fast, likely, slow = paces
-    rows, step = outlook.plan.rows_per_micro_batch, likely.step(outlook.micro_batches)
-    lines = [
-        Line("a step", brief(step), f"{outlook.recipe.batch.tokens_per_step:,} tokens"),
-        Line("", "", f"{plural(outlook.micro_batches, 'micro-batch', 'es')} of {plural(rows, 'row')}"),
-    ]
-    if likely.update:
-        lines.append(Line("its update", brief(likely.update), "AdamW, once a step"))
-    if mfu := outlook.mfu(likely):
-        lines.append(Line("MFU", f"{mfu:.1%}", "of the peak; 6 N + 12 L C T a token"))
-    if outlook.load_average >= BUSY:
-        busy = f"load average {outlook.load_average:.1f} before: measure in quiet"
-        lines.append(Line("the machine was busy", "", busy))
-    range_ = f"{short(outlook.tokens_per_second(slow))} to {short(outlook.tokens_per_second(fast))}"
-    return (
-        "How fast?",
-        Line("", short(outlook.tokens_per_second(likely)), f"tokens per second ({range_})"),
-        lines,
-    )
-
-
-def _time(outlook: Outlook, paces: tuple[Pace, Pace, Pace]) -> Section:
-    fast, likely, slow = (sum(outlook.seconds(pace).values()) for pace in paces)
-    work, parts = outlook.work, outlook.seconds(paces[1])
-    each = (work.evaluated_tokens or 0) / max(1, work.evaluations)
-    notes = {
-        "training": f"{work.steps:,} steps, {short(work.tokens)} tokens",
-        "evaluation": f"{work.evaluations} times {short(each)} tokens",
-        "samples": f"{short(work.sampled_tokens)} tokens",
-        "checkpoints": f"{work.checkpoints} times {size(work.checkpoint_bytes)}",
-        "compilation": "and all else that only the first step does",
-    }
-    lines = [Line(name, duration(seconds), notes[name]) for name, seconds in parts.items() if seconds]
-    if work.evaluated_tokens is None:
-        lines.append(Line("evaluation", "?", "not counted: the text is not prepared yet"))
-    if ends_at := outlook.ends_at(paces[1]):
-        lines.append(Line("begun now it ends", "", f"{ends_at:%a %d %b %Y %H:%M}"))
-    return "How long?", Line("", duration(likely), f"({duration(fast)} to {duration(slow)})"), lines
-
-
-def _disk(outlook: Outlook) -> Section:
-    needed, text = outlook.disk_bytes, outlook.text
-    kept = needed["checkpoints"] // outlook.work.checkpoint_bytes - 1
-    notes = {
-        "shards": f"lie in {text.folder} already" if text.folder else "at most; the text is not prepared yet",
-        "checkpoints": f"{kept} kept and one being written",
-        "metrics": "a line for each step",
-    }
-    lines = [Line(name, size(count), notes[name]) for name, count in needed.items()]
-    free, new = outlook.disk_free_bytes, outlook.new_disk_bytes
-    has = "" if free is None else f"{size(free)} free" + (": TOO LITTLE" if new > free else "")
-    return "How much disk?", Line("", size(sum(needed.values())), has), lines
-
-
-def _money(outlook: Outlook, paces: tuple[Pace, Pace, Pace]) -> Section:
-    fast, likely, slow = (outlook.cost(pace) for pace in paces)
-    assert fast is not None
-    assert likely is not None
-    assert slow is not None
-    lines = [
-        Line(
-            "a billion tokens",
-            dollars(likely.billion_tokens),
-            f"at {dollars(outlook.dollars_per_hour or 0)} an hour",
-        )
-    ]
-    return (
-        "How much money?",
-        Line("", dollars(likely.run), f"({dollars(fast.run)} to {dollars(slow.run)})"),
-        lines,
-    )
-
-
-def plural(count: int, noun: str, ending: str = "s") -> str:
-    """1 row, 2 rows."""
-    return f"{count:,} {noun}{ending if count != 1 else ''}"
-
-
-def size(count: int) -> str:
-    """Bytes as a person reads them: 1.49 GB, 14.9 MB, 149 kB."""
-    for power, unit in ((9, "GB"), (6, "MB")):
-        if count >= 0.9995 * 10**power:
-            value = count / 10**power
-            return f"{value:,.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
-    return f"{count / 1000:,.0f} kB"
-
-
-def brief(seconds: float) -> str:
-    """A duration; one below a second in milliseconds."""
-    return f"{1000 * seconds:,.{1 if seconds < 0.1 else 0}f} ms" if seconds < 1 else duration(seconds)
-
-
-def dollars(amount: float) -> str:
-    """$0.0312, $3.12, $312, $31,200."""
-    return f"${amount:,.{0 if amount >= 100 else 2 if amount >= 1 else 4}f}"

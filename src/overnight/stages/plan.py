@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from overnight.batching import ROWS_AT_MOST, BatchPlan, estimate_rows_that_fit
 from overnight.hardware import (
@@ -21,12 +22,14 @@ from overnight.hardware import (
     find_memory_bytes,
     find_peak_flops,
 )
-from overnight.memory import estimate_memory, find_ways_out, fits_into, largest_that_fits
+from overnight.memory import find_ways_out, fits_into, largest_that_fits
 from overnight.parallel import ComputeConfig
 from overnight.settings import nearest, raise_problems
 from overnight.stages.forecast import FORWARD_SHARE, Pace, count_work, find_sizes, find_text
-from overnight.stages.outlook import Outlook, as_json, as_text
+from overnight.stages.outlook import Outlook, as_json
+from overnight.stages.plan_page import as_text
 from overnight.stages.recipe import Recipe, flatten, load_recipe
+from overnight.stages.team import assemble_team, share, with_sharding
 from overnight.terminal import say
 
 # What is assumed of a device that is not here: the share of its maker's peak that training reaches. The
@@ -49,8 +52,12 @@ class PlanConfig(Recipe):
 
     on: str | None = None
     """Estimate for a device that is not here (h200, a100-80gb, t4) instead of measuring this machine."""
+    machines: int = 1
+    """How many machines, each with as many processes; the plan is then a prediction."""
+    network: Literal["100g", "400g", "8x400g"] = "400g"
+    """Between machines: an adapter of 100 or 400 Gb/s in each, or eight of 400 Gb/s."""
     dollars_per_hour: float | None = None
-    """What the machine costs; the plan then says what the run costs."""
+    """What a machine costs; the plan then says what the run costs."""
     seconds: float = 40.0
     """About how long to measure."""
     json: bool = False
@@ -66,6 +73,12 @@ class PlanConfig(Recipe):
             found.append(
                 f"device={self.compute.device} is of this machine, on={self.on} of another: give one"
             )
+        processes = self.compute.processes
+        if self.on is not None and processes == "auto":
+            found.append(f"processes=auto counts this machine's GPUs, and on={self.on} is another: give a number")
+        for name, count in (("machines", self.machines), ("processes", processes)):
+            if isinstance(count, int) and count < 1:
+                found.append(f"{name}={count} must be at least 1")
         return found
 
 
@@ -112,84 +125,41 @@ def as_recipe(config: PlanConfig) -> Recipe:
 def plan_here(config: PlanConfig, name: str) -> Outlook:
     """The plan for this machine: measured, or only estimated if the model can't fit into its memory."""
     from overnight.stages.job import decide
-    from overnight.world import open_world
+    from overnight.world import count_processes, open_world
 
-    device = open_world(config.compute.device).device
+    alone = open_world(config.compute.device)
+    device = alone.device
+    processes = count_processes(config.compute.processes or 1, device)
     text = find_text(config.data, config.model.vocab_size)
     sizes = find_sizes(config, text.vocab_size)
-    recipe, plan = decide(as_recipe(config), sizes, config.data, device)
-    memory_bytes = find_memory_bytes(device)
+    world = dataclasses.replace(alone, size=config.machines * processes, local_size=processes)
+    recipe, plan = decide(as_recipe(config), sizes, config.data, world)
+    memory_bytes = find_memory_bytes(device) // (processes if device == "cpu" else 1)
+    row = None if device == "cpu" else find_device(find_device_name(device)) or UNKNOWN
+    team = assemble_team(config.machines, processes, row, config.network)
+    team = with_sharding(team, recipe, plan, memory_bytes)
+    peak = find_peak_flops(device, recipe.compute.precision or "fp32")
     outlook = Outlook(
         name=name,
         recipe=recipe,
         plan=plan,
         text=text,
-        device_name=find_device_name(device),
+        device_name=team.describe(find_device_name(device)),
         assumption=None,
-        memory=estimate_memory(recipe.model, plan.rows_per_micro_batch, recipe.compute),
+        team=team,
+        memory=team.estimate_memory(recipe.model, plan.rows_per_micro_batch, recipe.compute),
         device_memory_bytes=memory_bytes,
         fits=True,
         work=count_work(recipe, plan, text.validation_tokens),
-        peak_flops=find_peak_flops(device, recipe.compute.precision or "fp32"),
+        peak_flops=peak and peak * team.processes,
         disk_free_bytes=shutil.disk_usage(Path.cwd()).free,
         load_average=os.getloadavg()[0] if device == "cpu" else 0.0,
-        dollars_per_hour=config.dollars_per_hour,
+        dollars_per_hour=config.dollars_per_hour and config.dollars_per_hour * config.machines,
         made_at=datetime.now().astimezone(),
     )
     if outlook.needed_bytes > memory_bytes:
         return with_ways_out(outlook, memory_bytes)
-    from overnight.stages.trial import measure
-
-    measured = measure(recipe, plan, config.seconds)
-    if measured is None:
-        return with_ways_out(outlook, memory_bytes)
-    trial, plan = measured
-    return dataclasses.replace(
-        outlook,
-        plan=plan,
-        memory=estimate_memory(recipe.model, plan.rows_per_micro_batch, recipe.compute),
-        process_memory_bytes=trial.process_memory_bytes,
-        peak_memory_bytes=trial.peak_memory_bytes,
-        evaluation_peak_memory_bytes=trial.evaluation_peak_memory_bytes,
-        work=count_work(recipe, plan, text.validation_tokens),
-        paces=trial.paces(),
-    )
-
-
-def plan_elsewhere(config: PlanConfig, name: str, device: Device) -> Outlook:
-    """The plan for a device of the table: an estimate, and nothing is measured."""
-    from overnight.stages.job import settle
-
-    text = find_text(config.data, config.model.vocab_size)
-    compute, memory_bytes = suppose_compute(config.compute, device), device.facts.memory_bytes
-    model = find_sizes(config, text.vocab_size)
-    rows = estimate_rows_that_fit(model, memory_bytes, "cuda") if memory_bytes else 1
-    recipe, plan = settle(dataclasses.replace(as_recipe(config), model=model, compute=compute), rows)
-    precision = compute.precision or "fp32"
-    peak = 1e12 * (getattr(device.facts, precision) or 0)
-    memory = estimate_memory(recipe.model, plan.rows_per_micro_batch, compute)
-    outlook = Outlook(
-        name=name,
-        recipe=recipe,
-        plan=plan,
-        text=text,
-        device_name=f"one {device.name}",
-        assumption=describe_assumption(device, peak, precision),
-        memory=memory,
-        device_memory_bytes=memory_bytes,
-        fits=fits_into(memory_bytes, memory.together) if memory_bytes else None,
-        work=count_work(recipe, plan, text.validation_tokens),
-        peak_flops=peak,
-        dollars_per_hour=config.dollars_per_hour,
-        made_at=datetime.now().astimezone(),
-    )
-    if outlook.fits is False:
-        assert memory_bytes is not None
-        return with_ways_out(outlook, memory_bytes)
-    fast, likely, slow = (suppose_pace(recipe, plan, peak * share) for share in SHARES_OF_PEAK)
-    return dataclasses.replace(outlook, paces=(fast, likely, slow))
-
-
+    return measured(outlook, config.seconds)
 def suppose_compute(config: ComputeConfig, device: Device) -> ComputeConfig:
     """What `overnight train` would decide there. Raises ValueError for a precision that it lacks."""
     precision = config.precision or device.facts.native

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
+import torch
 from torch import Tensor
 
+from overnight import __version__
 from overnight.batching import BatchConfig, BatchPlan, plan_batches
 from overnight.checkpoint import (
     discard_checkpoints_after,
@@ -26,13 +30,16 @@ from overnight.parallel import build_loss
 from overnight.run_directory import RunDirectory, write_atomically
 from overnight.schedule import learning_rate_multiplier
 from overnight.settings import from_toml, raise_problems, to_toml
+from overnight.sharding import SHARDS, choose_sum, spread_updates
 from overnight.stages.environment import describe_environment, explain_choices
 from overnight.stages.job import Job, build_job
 from overnight.stages.journal import Journal
 from overnight.stages.materials import is_same_text
-from overnight.stages.recipe import Recipe, changed_settings
+from overnight.stages.recipe import Recipe, changed_settings, flatten
 from overnight.terminal import say
 from overnight.trainer import Training, fit, fits, stop_on_signal
+from overnight.watch import Watch, watched
+from overnight.world import count_restarts, join_world
 
 BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32
 
@@ -40,19 +47,27 @@ BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32
 def run(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Recipe:
     """Train what `recipe` describes into `directory`; returns the recipe with everything decided.
 
-    With `resume` the run goes on from its newest good checkpoint. Interrupted by a signal, it is saved
-    after the step it is at, and KeyboardInterrupt is raised. Raises ValueError if the recipe can't be
-    trained there, before any file of a run is written into `directory`.
+    With `resume` the run goes on from its newest good checkpoint, as it does where torchrun has begun a run
+    anew. Interrupted by a signal, it is saved after the step it is at, and KeyboardInterrupt is raised.
+    Raises ValueError if the recipe can't be trained there, before any file of a run is written.
     """
-    check_directory(recipe, directory, resume=resume)
-    job = build_job(recipe, has_checkpoint=resume and bool(list_checkpoints(directory.checkpoints)))
-    check_disk(job, directory)
-    training, job = fit_into_memory(build_training(job), job)
-    choices = explain_choices(recipe, job)
-    with directory.locked():
-        check_directory(recipe, directory, resume=resume)  # another process may have begun here meanwhile
-        begin(job, directory, choices, resume=resume)
-        train(job, training, directory)
+    with join_world(recipe.compute.device, recipe.compute.timeout_seconds) as world:
+        resume = resume or (count_restarts() > 0 and directory.exists())
+        with world.together():
+            check_directory(recipe, directory, resume=resume)
+            has_checkpoint = resume and bool(list_checkpoints(directory.checkpoints))
+            job = build_job(recipe, world, has_checkpoint=has_checkpoint)
+            check_disk(job, directory)
+        check_agreement(job)
+        training, job = fit_into_memory(build_training(job), job)
+        choices = explain_choices(recipe, job)
+        with ExitStack() as held:
+            with world.together():
+                if world.is_main:
+                    held.enter_context(directory.locked())
+                    check_directory(recipe, directory, resume=resume)  # another may have begun meanwhile
+            begin(job, directory, choices, resume=resume)
+            train(job, training, directory)
     return job.recipe
 
 
@@ -76,9 +91,11 @@ def build_training(job: Job) -> Training:
     length = plan.full_steps_before(recipe.schedule.total_steps)
     raise_problems(recipe.schedule.problems(length), f"recipe {recipe.run_name}")
     loss = functools.partial(next_token_nats, boundary=job.materials.boundary)
+    world, model = job.world, job.state.model
+    following = functools.partial(plan.following_row, rank=world.rank, size=world.size)
     return Training(
-        batches=read_ahead(job.train.batch, device),
-        loss=build_loss(job.state.model, loss, recipe.compute),
+        batches=read_ahead(job.train.batch, device, following),
+        loss=build_loss(model, loss, recipe.compute, by_block=job.sharding in SHARDS),
         plan=plan,
         learning_rate=lambda step: (
             recipe.optimizer.peak_learning_rate
@@ -87,23 +104,29 @@ def build_training(job: Job) -> Training:
         max_grad_norm=recipe.optimizer.max_grad_norm,
         seed=recipe.seed,
         device=device,
+        world=world,
+        add_up=choose_sum(recipe.compute, job.sharding),
+        after_update=spread_updates(model, world, job.sharding),
     )
 
 
 def fit_into_memory(training: Training, job: Job) -> tuple[Training, Job]:
     """Both with the micro-batch halved until a GPU can hold it: tried before the run begins.
 
-    Raises ValueError if not even a single row fits.
+    Shards are not tried: there, a process that has no memory left would be waited for. Raises ValueError if
+    not even a single row fits.
     """
-    while not fits(training, job.state):
-        plan = with_fewer_rows(training.plan, job.recipe.batch, training.device)
+    if job.sharding in SHARDS:
+        return training, job
+    while job.world.any(not fits(training, job.state)):
+        plan = with_fewer_rows(training.plan, job.recipe.batch, training.device, job.world.size)
         batch = dataclasses.replace(job.recipe.batch, rows_per_micro_batch=plan.rows_per_micro_batch)
         job = dataclasses.replace(job, plan=plan, recipe=dataclasses.replace(job.recipe, batch=batch))
         training = dataclasses.replace(training, plan=plan)
     return training, job
 
 
-def with_fewer_rows(plan: BatchPlan, batch: BatchConfig, device: str) -> BatchPlan:
+def with_fewer_rows(plan: BatchPlan, batch: BatchConfig, device: str, processes: int = 1) -> BatchPlan:
     """A plan of the same steps with at most half as many rows at once.
 
     Raises ValueError if there is a single row already.
@@ -115,7 +138,7 @@ def with_fewer_rows(plan: BatchPlan, batch: BatchConfig, device: str) -> BatchPl
             "--head chunked, a smaller model or a shorter --context-length"
         )
     open_batch = dataclasses.replace(batch, rows_per_micro_batch=None)
-    smaller = plan_batches(open_batch, plan.tokens_per_row, at_once // 2)
+    smaller = plan_batches(open_batch, plan.tokens_per_row, at_once // 2, processes)
     say(
         f"{at_once} rows at once do not fit in the memory of {device}: going on with "
         f"{smaller.rows_per_micro_batch}, and as many tokens a step"
@@ -127,9 +150,14 @@ def train(job: Job, training: Training, directory: RunDirectory) -> None:
     """Run the loop to the end, or to a signal, with everything that is to be written on the way."""
     state, total_steps = job.state, job.recipe.schedule.total_steps
     assert total_steps is not None
-    with Journal(job, directory) as journal, stop_on_signal() as stopped:
+    world = job.world
+    with (
+        watched(world.rank, world.size, job.recipe.compute.timeout_seconds) as watch,
+        Journal(job, directory, watch) as journal,
+        stop_on_signal() as stopped,
+    ):
         journal.evaluate_at_start()
-        may_not_go_on = functools.partial(is_to_stop, job, stopped)
+        may_not_go_on = functools.partial(is_to_stop, job, stopped, watch)
         fit(state, training, total_steps, journal.hooks(total_steps), may_not_go_on)
         journal.save()
         record_text(job, directory)
@@ -139,20 +167,40 @@ def train(job: Job, training: Training, directory: RunDirectory) -> None:
         raise KeyboardInterrupt
 
 
-def is_to_stop(job: Job, stopped: Callable[[], bool]) -> bool:
-    """True if the run was told to stop, or if the text of its next step is not there and will not come.
+def is_to_stop(job: Job, stopped: Callable[[], bool], watch: Watch) -> bool:
+    """True if any process was told to stop, or if the text of the next step is not there and will not come.
 
     Waits for text that is being prepared.
     """
+    watch.still_going()
     if not isinstance(job.train, GrowingStream):
-        return stopped()
+        return job.world.any(stopped())
     rows = job.plan.tokens_before(job.state.step + 1) // job.plan.tokens_per_row
-    return stopped() or not job.train.wait_for(rows, stopped)
+    with watch.paused():
+        return job.world.any(stopped() or not job.train.wait_for(rows, stopped))
 
 
 def record_text(job: Job, directory: RunDirectory) -> None:
     """Write down by what the text of the run is known again."""
-    write_atomically(directory.data, json.dumps(job.materials.record(), indent=2) + "\n")
+    if job.world.is_main:
+        write_atomically(directory.data, json.dumps(job.materials.record(), indent=2) + "\n")
+
+
+def check_agreement(job: Job) -> None:
+    """Raise ValueError, naming what, unless all processes are about to train the same."""
+    text = json.dumps(job.materials.record(), sort_keys=True)
+    facts = {name: str(value) for name, value in flatten(job.recipe).items() if name != "device"}
+    facts |= {"the data": hashlib.sha256(text.encode()).hexdigest()[:12], "sharding": job.sharding}
+    facts |= {"overnight's version": __version__, "torch's version": str(torch.__version__)}
+    told = [json.loads(words) for words in job.world.gather(json.dumps(facts))]
+    differing = [
+        f"{name} is {other[name]} in rank {rank} and {told[0][name]} in rank 0"
+        for rank, other in enumerate(told)
+        for name in facts
+        if other[name] != told[0][name]
+    ]
+    if differing:
+        raise ValueError(f"the processes do not agree: {'; '.join(differing)}")
 
 
 def check_directory(recipe: Recipe, directory: RunDirectory, *, resume: bool) -> None:
@@ -202,13 +250,24 @@ def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resu
                 f"the data in {materials.folder} is not what {directory.path} was trained on: "
                 "put that data back, or give another --run-name"
             )
-        read_newest(directory.checkpoints, lambda checkpoint: load_checkpoint(state, checkpoint))
+        read_newest(directory.checkpoints, lambda found: load_checkpoint(state, found, job.world))
         total_steps = job.recipe.schedule.total_steps or 0
         if state.step > total_steps:
             raise ValueError(
                 f"total_steps={total_steps} is fewer than the {state.step} steps that {directory.path} "
                 "has done: give more"
             )
+    if job.world.is_main:
+        write_beginning(job, directory, choices, resume=resume)
+    job.world.wait_for_all()
+    for name, choice in choices.items():
+        say(f"{name.replace('_', ' '):<21} {choice}")
+
+
+def write_beginning(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resume: bool) -> None:
+    """The run's files as they are to be at the step that it is at."""
+    state, materials = job.state, job.materials
+    if resume:
         discard_checkpoints_after(state.step, directory.checkpoints)
         directory.rewind(state.step)
     if not (directory.tokenizer / "tokenizer.json").is_file():
@@ -217,6 +276,6 @@ def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resu
     before = json.loads(directory.environment.read_text(encoding="utf-8")) if resume else None
     parameters = state.model.config.parameter_count()
     environment = describe_environment(job.recipe.compute, parameters, choices, before)
-    directory.begin(to_toml(job.recipe), environment)
-    for name, choice in choices.items():
-        say(f"{name.replace('_', ' '):<21} {choice}")
+    device = job.world.device.partition(":")[0] if job.world.is_joined else job.world.device
+    compute = dataclasses.replace(job.recipe.compute, device=device)
+    directory.begin(to_toml(dataclasses.replace(job.recipe, compute=compute)), environment)

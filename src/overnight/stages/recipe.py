@@ -92,7 +92,7 @@ AT_LEAST_ONE = frozenset({"evaluation_tokens", "sample_tokens", "keep_checkpoint
 
 MAY_CHANGE = frozenset(
     {"total_steps", "total_tokens", "trackers", "device", "compile", "attention", "rows_per_micro_batch"}
-    | {"cache_bytes"}
+    | {"cache_bytes", "processes", "sharding", "timeout_seconds", "max_restarts"}
     | {
         field.name
         for part in (EvaluationConfig, SamplesConfig, CheckpointsConfig)

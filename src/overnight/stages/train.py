@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from overnight.run_directory import RunDirectory
-from overnight.settings import from_toml
+from overnight.settings import from_toml, raise_problems
 from overnight.stages.recipe import Recipe
-from overnight.terminal import say
+from overnight.terminal import hushed, say
 
 
 def load_resumed(run: Path) -> Recipe:
@@ -16,12 +17,55 @@ def load_resumed(run: Path) -> Recipe:
     return from_toml(Recipe, recipe.read_text(encoding="utf-8"), str(recipe))
 
 
-def run(recipe: Recipe, resumed: Path | None) -> None:
-    """Train `recipe` in runs/<run_name>, or go on in `resumed`."""
-    from overnight.stages import pretrain
+def run_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str]) -> int:
+    """Let several processes on this machine each run the command of these words; returns the exit status.
 
-    directory = RunDirectory(resumed or Path("runs") / recipe.run_name)
-    pretrain.run(recipe, directory, resume=resumed is not None)
+    What can be refused before they start is refused here, once.
+    """
+    from overnight.processes import run_processes
+    from overnight.stages.pretrain import check_directory
+    from overnight.world import count_processes, divide_cores
+
+    compute = recipe.compute
+    assert compute.processes is not None
+    raise_problems(recipe.problems(), f"recipe {recipe.run_name}")
+    directory = find_directory(recipe, resumed)
+    check_directory(recipe, directory, resume=resumed is not None)
+    count = count_processes(compute.processes, compute.device)
+    divide_cores(count)
+    status = run_processes(words, count, compute.max_restarts)
+    total_steps = load_resumed(directory.path).schedule.total_steps if directory.exists() else None
+    if status == 0 and not directory.is_finished(total_steps or 0):
+        raise KeyboardInterrupt
+    return status
+
+
+def find_directory(recipe: Recipe, resumed: Path | None) -> RunDirectory:
+    """Where a new run is written, or the one that goes on."""
+    return RunDirectory(resumed or Path("runs") / recipe.run_name)
+
+
+def run(recipe: Recipe, resumed: Path | None) -> None:
+    """Train `recipe` in runs/<run_name>, or go on in `resumed`; of several processes the main one speaks.
+
+    A launcher must not take a process that was told to stop, and has saved, for one that failed.
+    """
+    from overnight.stages import pretrain
+    from overnight.world import is_launched, is_main_process
+
+    directory = find_directory(recipe, resumed)
+    with hushed(not is_main_process()):
+        try:
+            pretrain.run(recipe, directory, resume=resumed is not None)
+        except KeyboardInterrupt:
+            if not is_launched():
+                raise
+            return
+        tell(directory)
+
+
+def tell(directory: RunDirectory) -> None:
+    """What was trained, and what to do next."""
     last = directory.read_metrics()[-1]
     done = f"{last['step']} steps, {last['tokens']:,} tokens"
     loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"

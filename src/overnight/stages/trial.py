@@ -176,7 +176,8 @@ def time_parts(state: TrainState, training: Training, micro_batches: int) -> tup
         synchronize(device)
         times.append(time.perf_counter() - started_at)
     started_at = time.perf_counter()
-    apply_gradients(state.optimizer, training.learning_rate(state.step), training.max_grad_norm, state.scaler)
+    parameters, learning_rate = list(state.model.parameters()), training.learning_rate(state.step)
+    apply_gradients(state.optimizer, parameters, learning_rate, training.max_grad_norm, state.scaler)
     synchronize(device)
     return times[-1], time.perf_counter() - started_at
 

@@ -83,7 +83,7 @@ def test_judging_changes_nothing(model: GPT) -> None:
 
 def test_nats_become_float64_on_the_cpu(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     """An Apple GPU has no float64; of its tensors, only the way to the CPU is played here."""
-    nats = SimpleNamespace(cpu=lambda: torch.tensor(30.0))
+    nats = SimpleNamespace(item=lambda: 30.0)
     monkeypatch.setattr("overnight.evaluation.language_model.cross_entropy_nats", lambda *_: nats)
     ids = torch.randint(V, (21,), generator=torch.Generator().manual_seed(3))
     assert evaluate_language_model(model, rows(ids, 1), SPELT).loss == 3 * 30 / 20

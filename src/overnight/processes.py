@@ -1,0 +1,57 @@
+"""Several processes of one command on this machine, started and watched by torchrun's own agent."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from overnight.terminal import say
+
+LINES_SHOWN = 40
+SECONDS_TO_SAVE = 300  # that the others have after one was told to stop, before they are killed
+
+
+def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
+    """Run `overnight` with these words in `count` processes; 0, or the exit status of the first that failed.
+
+    The main one has the terminal. What the others say is kept, and its end shown if they fail. When one dies,
+    all are begun anew, up to `max_restarts` times.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="overnight-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=max_restarts,
+            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects={rank: Std.ALL for rank in range(1, count)}),
+            shutdown_timeout=SECONDS_TO_SAVE,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-P", "-m", "overnight", *words)
+        except ChildFailedError as error:
+            return _tell_failure(error, Path(logs))
+        except SignalException:
+            raise KeyboardInterrupt from None
+    return 0
+
+
+def _tell_failure(error: Any, logs: Path) -> int:
+    """Say which process failed first, and what it said last; returns its exit status."""
+    rank, failure = error.get_first_failure()
+    how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
+    say(f"overnight: rank {rank} failed ({how})")
+    for path in sorted(logs.rglob(f"{failure.local_rank}/stderr.log"))[-1:]:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:]
+        say("\n".join(f"rank {rank}: {line}" for line in lines))
+    return failure.exitcode if failure.exitcode > 0 else 1

@@ -1,0 +1,156 @@
+"""What several processes divide among them, applied from outside to a finished model.
+
+none: nothing; each has all weights, gradients and moments, and gradients are summed once a step. optimizer:
+each keeps AdamW's moments of whole parameters that it owns, updates these and sends them to the others
+(Rajbhandari et al. 2020, ZeRO, stage 1). full: each keeps rows of every weight, gradient and moment, and a
+block's weights are gathered while it computes (stage 3, torch's `fully_shard`). hybrid: that among the
+processes of each machine, and the machines hold the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from overnight.gradients import AddUp, add_up, add_up_in_tree, add_up_shards
+from overnight.model.config import ModelConfig
+from overnight.model.gpt import GPT, allocate_model
+from overnight.model.initialization import weight_shapes
+from overnight.optim import OptimizerConfig, build_optimizer
+from overnight.ownership import assign_parameters
+from overnight.parallel import ComputeConfig, Sharding
+from overnight.state import set_weights
+from overnight.world import World
+
+SHARDS = ("full", "hybrid")
+
+
+def place_model(
+    config: ModelConfig, weights: Iterable[tuple[str, Tensor]] | None, world: World, sharding: Sharding
+) -> GPT:
+    """A model on the world's device with these weights, or, sharded, with this process's rows of them.
+
+    They are taken one at a time, so that a model that is sharded never is in one piece anywhere. With None
+    the weights are whatever memory held.
+    """
+    if sharding in SHARDS:
+        with torch.device("meta"):
+            model = GPT(config)
+        _shard(model, world, sharding)
+        model.to_empty(device=world.device)
+        if weights is not None:
+            set_weights(model, weights)
+        return model
+    model = allocate_model(config)
+    if weights is not None:
+        set_weights(model, weights)
+    model.to(world.device)
+    world.spread([parameter.detach() for parameter in model.parameters()], owner=0)
+    return model
+
+
+def _shard(model: GPT, world: World, sharding: Sharding) -> None:
+    """Let each block, and what is outside of them, be gathered when it is used, and not before."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    kind = world.device.partition(":")[0]
+    machines = world.size // world.local_size if sharding == "hybrid" else 1
+    if machines > 1:
+        mesh = init_device_mesh(kind, (machines, world.local_size), mesh_dim_names=("machines", "processes"))
+    else:
+        mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("processes",))
+    for block in model.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "trunk")
+    for module in (model, *model.h):
+        sharded: Any = module
+        sharded.set_gradient_divide_factor(1.0)  # sums, not means
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no sum that divides
+
+
+def build_optimizer_of(model: GPT, config: OptimizerConfig, world: World, sharding: Sharding) -> AdamW:
+    """AdamW over what this process updates."""
+    names = None
+    if sharding == "optimizer":
+        names = {name for name, owner in find_owners(model, world).items() if owner == world.rank}
+    return build_optimizer(model, config, names=names)
+
+
+def find_owners(model: GPT, world: World) -> dict[str, int]:
+    """The rank that updates each parameter, where every one has its owner."""
+    return assign_parameters(
+        {name: parameter.numel() for name, parameter in model.named_parameters()}, world.size
+    )
+
+
+def choose_sum(compute: ComputeConfig, sharding: Sharding) -> AddUp:
+    """What adds up a step's gradients."""
+    if sharding in SHARDS:
+        return add_up_shards
+    return add_up_in_tree if compute.bitwise else add_up
+
+
+def spread_updates(model: GPT, world: World, sharding: Sharding) -> Callable[[], None]:
+    """What is done after each update: owners send their parameters to all others."""
+    if sharding != "optimizer":
+        return lambda: None
+    owners, named = find_owners(model, world), dict(model.named_parameters())
+
+    def spread() -> None:
+        for rank in range(world.size):
+            world.spread([named[name].detach() for name, owner in owners.items() if owner == rank], rank)
+
+    return spread
+
+
+def reshard(model: GPT) -> None:
+    """Give back what was gathered for the last forward pass, if anything was: there was no backward pass."""
+    put_back: Callable[[], None] | None = getattr(model, "reshard", None)
+    if put_back is not None:
+        put_back()
+
+
+@torch.no_grad()
+def gather_model(model: GPT, world: World) -> GPT | None:
+    """The whole model where there are shards of it, on the main process; None on the others."""
+    whole = allocate_model(model.config) if world.is_main else None
+    shapes = weight_shapes(model.config)
+    own = dict(whole.named_parameters()) if whole is not None else {}
+    for name, parameter in model.named_parameters():
+        full: Tensor = parameter.full_tensor()  # type: ignore[attr-defined]
+        if whole is not None:
+            own[name].zero_()[: shapes[name][0]].copy_(full[: shapes[name][0]])
+    return whole.to(world.device).eval() if whole is not None else None
+
+
+def find_obstacles(compute: ComputeConfig, sharding: Sharding, world: World) -> list[str]:
+    """What of `compute` the processes can't do, one plain sentence each; [] if nothing."""
+    found = []
+    if sharding != "none" and not world.is_joined:
+        found.append(
+            f"sharding={sharding} is for processes that were started together: give --processes 1 or more"
+        )
+    if compute.precision == "fp16" and sharding != "none":
+        found.append(f"precision=fp16 scales gradients, which sharding={sharding} can't: choose bf16")
+    if compute.bitwise and sharding in SHARDS:
+        found.append(
+            f"bitwise=True adds gradients up in a tree, sharding={sharding} in torch's own way: choose "
+            "sharding none or optimizer"
+        )
+    if compute.bitwise and world.size & (world.size - 1):
+        found.append(f"bitwise=True takes 1, 2, 4, 8, ... processes, not {world.size}")
+    if sharding == "hybrid" and world.size % world.local_size:
+        found.append(f"sharding=hybrid takes as many processes on each machine, not {world.size} in all")
+    return found
+
+
+def compute_with_one_thread(compute: ComputeConfig) -> None:
+    """On a CPU, products of another number of threads are rounded otherwise: bitwise computes with one."""
+    if compute.bitwise and compute.device == "cpu":
+        torch.set_num_threads(1)
