@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 import uuid
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from overnight.terminal import say
+from overnight.watch import FROZEN
 
 LINES_SHOWN = 40
 SECONDS_TO_SAVE = 300  # that the others have after one was told to stop, before they are killed
@@ -25,6 +27,7 @@ def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what follows says it all
     with tempfile.TemporaryDirectory(prefix="overnight-") as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -49,9 +52,18 @@ def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
 def _tell_failure(error: Any, logs: Path) -> int:
     """Say which process failed first, and what it said last; returns its exit status."""
     rank, failure = error.get_first_failure()
+    if failure.exitcode == FROZEN:
+        _show_logs(logs, "*")  # where all stand
     how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
     say(f"overnight: rank {rank} failed ({how})")
-    for path in sorted(logs.rglob(f"{failure.local_rank}/stderr.log"))[-1:]:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:]
-        say("\n".join(f"rank {rank}: {line}" for line in lines))
+    if failure.exitcode != FROZEN:
+        _show_logs(logs, str(failure.local_rank))
     return failure.exitcode if failure.exitcode > 0 else 1
+
+
+def _show_logs(logs: Path, local_rank: str) -> None:
+    """The end of what a process of the last attempt has said."""
+    attempts = sorted(logs.rglob("attempt_*"))
+    for path in sorted(attempts[-1].glob(f"{local_rank}/stderr.log")) if attempts else ():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:]
+        say("\n".join(f"rank {path.parent.name}: {line}" for line in lines))

@@ -173,8 +173,9 @@ def _open_alone(device: str | None) -> World:
 def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
     """This process among those that a launcher has started, or by itself; on one GPU each, or all on the CPU.
 
-    Whoever waits for the others longer than `timeout_seconds` fails. Raises ValueError for a device this
-    machine lacks, and if the others can't be reached.
+    Whoever waits for the others longer than twice `timeout_seconds` fails. Raises ValueError for a device
+    this machine lacks, and if there is no place to meet; ConnectionError, then or later, if the others are
+    lost.
     """
     place = find_place(os.environ)
     if place is None:
@@ -186,12 +187,13 @@ def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
     if "OMP_NUM_THREADS" not in os.environ:
         _compute_with_threads(max(1, (count_cores() or 1) // world.local_size))
     try:
+        # The watch speaks before a collective gives up: it knows where everybody stands.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if world.device.startswith("cuda") else "gloo",
             init_method=f"tcp://{place.address}" if place.address else "env://",
             rank=place.rank,
             world_size=place.size,
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timedelta(seconds=2 * timeout_seconds),
         )
     except dist.DistNetworkError as error:
         address = place.address or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -199,10 +201,20 @@ def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
             f"the processes can't meet at {address} ({str(error).splitlines()[0]}): if its port is in use, "
             "give the launcher another one"
         ) from None
+    except RuntimeError as error:
+        raise _lost(place.rank, error) from None
     try:
         yield world
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
+            raise
+        raise _lost(place.rank, error) from None
     finally:
         dist.destroy_process_group()
+
+
+def _lost(rank: int, error: Exception) -> ConnectionError:
+    return ConnectionError(f"rank {rank} has lost the others ({str(error).splitlines()[0]})")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ class Outlook:
     """None where the device's memory is not known."""
     ways_out: tuple[WayOut, ...] = ()
     """What would make it fit, if it does not."""
+    several: WayOut | None = None
+    """With how many GPUs of a machine it fits, up to eight, if it does not with one."""
     smaller: tuple[str, int] | None = None
     """The largest published model that fits, and its bytes, if this one does not."""
     work: Work
@@ -129,6 +131,7 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
         "peak_memory_bytes": outlook.peak_memory_bytes,
         "evaluation_peak_memory_bytes": outlook.evaluation_peak_memory_bytes,
         "ways_out": [way._asdict() for way in outlook.ways_out],
+        "fits_in_processes": outlook.several.options if outlook.several else None,
         "rows_per_micro_batch": outlook.plan.rows_per_micro_batch,
         "micro_batches_per_step": outlook.micro_batches,
         "tokens_per_step": recipe.batch.tokens_per_step,

@@ -17,19 +17,20 @@ from overnight.batching import ROWS_AT_MOST, BatchPlan, estimate_rows_that_fit
 from overnight.hardware import (
     DEVICES,
     Device,
+    DeviceFacts,
     find_device,
     find_device_name,
     find_memory_bytes,
     find_peak_flops,
 )
-from overnight.memory import find_ways_out, fits_into, largest_that_fits
+from overnight.memory import estimate_memory, find_ways_out, fits_into, largest_that_fits
 from overnight.parallel import ComputeConfig
 from overnight.settings import nearest, raise_problems
 from overnight.stages.forecast import FORWARD_SHARE, Pace, count_work, find_sizes, find_text
 from overnight.stages.outlook import Outlook, as_json
 from overnight.stages.plan_page import as_text
 from overnight.stages.recipe import Recipe, flatten, load_recipe
-from overnight.stages.team import assemble_team, share, with_sharding
+from overnight.stages.team import assemble_team, find_processes, share, with_sharding
 from overnight.terminal import say
 
 # What is assumed of a device that is not here: the share of its maker's peak that training reaches. The
@@ -44,6 +45,7 @@ ANCHORS = {
     "h200": "others measured 42% (PyTorch, one H200)",
 }
 NO_ANCHOR = "no measurement of this device stands behind that"
+UNKNOWN = Device("unknown", r"(?!)", DeviceFacts())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,9 @@ class PlanConfig(Recipe):
             )
         processes = self.compute.processes
         if self.on is not None and processes == "auto":
-            found.append(f"processes=auto counts this machine's GPUs, and on={self.on} is another: give a number")
+            found.append(
+                f"processes=auto counts this machine's GPUs, and on={self.on} is another: give a number"
+            )
         for name, count in (("machines", self.machines), ("processes", processes)):
             if isinstance(count, int) and count < 1:
                 found.append(f"{name}={count} must be at least 1")
@@ -127,13 +131,11 @@ def plan_here(config: PlanConfig, name: str) -> Outlook:
     from overnight.stages.job import decide
     from overnight.world import count_processes, open_world
 
-    alone = open_world(config.compute.device)
-    device = alone.device
+    device = open_world(config.compute.device).device
     processes = count_processes(config.compute.processes or 1, device)
     text = find_text(config.data, config.model.vocab_size)
     sizes = find_sizes(config, text.vocab_size)
-    world = dataclasses.replace(alone, size=config.machines * processes, local_size=processes)
-    recipe, plan = decide(as_recipe(config), sizes, config.data, world)
+    recipe, plan = decide(as_recipe(config), sizes, config.data, device, config.machines * processes)
     memory_bytes = find_memory_bytes(device) // (processes if device == "cpu" else 1)
     row = None if device == "cpu" else find_device(find_device_name(device)) or UNKNOWN
     team = assemble_team(config.machines, processes, row, config.network)
@@ -159,7 +161,97 @@ def plan_here(config: PlanConfig, name: str) -> Outlook:
     )
     if outlook.needed_bytes > memory_bytes:
         return with_ways_out(outlook, memory_bytes)
-    return measured(outlook, config.seconds)
+    return measured(outlook, memory_bytes, config.seconds)
+
+
+def measured(outlook: Outlook, memory_bytes: int, seconds: float) -> Outlook:
+    """`outlook` with what one process of the team does here, measured, and what follows for all of them.
+
+    Only estimated where the whole model does not fit into one device.
+    """
+    recipe, team = outlook.recipe, outlook.team
+    whole = estimate_memory(recipe.model, outlook.plan.rows_per_micro_batch, recipe.compute)
+    if team.processes > 1 and not fits_into(memory_bytes, whole.together):
+        return estimated(outlook, "the model is too large to be measured with one of them")
+    from overnight.stages.trial import measure
+
+    found = measure(recipe, outlook.plan, seconds, team.processes)
+    if found is None:
+        return with_ways_out(outlook, memory_bytes)
+    trial, plan = found
+    is_whole = team.sharding == "none"
+    outlook = dataclasses.replace(
+        outlook,
+        plan=plan,
+        memory=team.estimate_memory(recipe.model, plan.rows_per_micro_batch, recipe.compute),
+        process_memory_bytes=trial.process_memory_bytes,
+        peak_memory_bytes=trial.peak_memory_bytes if is_whole else None,
+        evaluation_peak_memory_bytes=trial.evaluation_peak_memory_bytes if is_whole else None,
+        work=count_work(recipe, plan, outlook.text.validation_tokens),
+    )
+    return with_paces(outlook, trial.paces())
+
+
+def plan_elsewhere(config: PlanConfig, name: str, device: Device) -> Outlook:
+    """The plan for a device of the table: an estimate, and nothing is measured."""
+    from overnight.stages.job import settle
+
+    processes = config.compute.processes or 1
+    assert isinstance(processes, int)
+    text = find_text(config.data, config.model.vocab_size)
+    compute, memory_bytes = suppose_compute(config.compute, device), device.facts.memory_bytes
+    if compute.device != "cuda" and config.machines * processes > 1:
+        raise ValueError(f"processes={processes}: only NVIDIA's GPUs train together, not {device.name}")
+    model = find_sizes(config, text.vocab_size)
+    rows = estimate_rows_that_fit(model, memory_bytes, "cuda") if memory_bytes else 1
+    asked = dataclasses.replace(as_recipe(config), model=model, compute=compute)
+    recipe, plan = settle(asked, rows, config.machines * processes)
+    team = assemble_team(config.machines, processes, device, config.network)
+    team = with_sharding(team, recipe, plan, memory_bytes)
+    precision = compute.precision or "fp32"
+    peak = 1e12 * (getattr(device.facts, precision) or 0)
+    memory = team.estimate_memory(recipe.model, plan.rows_per_micro_batch, compute)
+    outlook = Outlook(
+        name=name,
+        recipe=recipe,
+        plan=plan,
+        text=text,
+        device_name=f"one {device.name}" if team.processes == 1 else team.describe(device.name),
+        assumption=describe_assumption(device.name, peak, precision),
+        team=team,
+        memory=memory,
+        device_memory_bytes=memory_bytes,
+        fits=fits_into(memory_bytes, memory.together) if memory_bytes else None,
+        work=count_work(recipe, plan, text.validation_tokens),
+        peak_flops=peak * team.processes,
+        dollars_per_hour=config.dollars_per_hour and config.dollars_per_hour * config.machines,
+        made_at=datetime.now().astimezone(),
+    )
+    if outlook.fits is False:
+        assert memory_bytes is not None
+        return with_ways_out(outlook, memory_bytes)
+    return estimated(outlook)
+
+
+def estimated(outlook: Outlook, why: str = "") -> Outlook:
+    """`outlook` with paces that are only supposed; without any where no peak of the device is published."""
+    if outlook.peak_flops is None:
+        return dataclasses.replace(outlook, assumption=why)
+    peak, recipe = outlook.peak_flops / outlook.team.processes, outlook.recipe
+    supposed = describe_assumption("", peak, recipe.compute.precision or "fp32")
+    fast, likely, slow = (suppose_pace(recipe, outlook.plan, peak * share) for share in SHARES_OF_PEAK)
+    outlook = dataclasses.replace(outlook, assumption=outlook.assumption or f"{why}: {supposed}")
+    return with_paces(outlook, (fast, likely, slow))
+
+
+def with_paces(outlook: Outlook, paces: tuple[Pace, Pace, Pace]) -> Outlook:
+    """`outlook` with the paces of one process, and what its team makes of them."""
+    if outlook.team.processes == 1:
+        return dataclasses.replace(outlook, paces=paces)
+    shared = share(outlook.team, outlook.recipe, outlook.plan, paces, outlook.device_memory_bytes)
+    return dataclasses.replace(outlook, paces=shared.paces, shared=shared)
+
+
 def suppose_compute(config: ComputeConfig, device: Device) -> ComputeConfig:
     """What `overnight train` would decide there. Raises ValueError for a precision that it lacks."""
     precision = config.precision or device.facts.native
@@ -180,9 +272,12 @@ def suppose_compute(config: ComputeConfig, device: Device) -> ComputeConfig:
 
 
 def suppose_pace(recipe: Recipe, plan: BatchPlan, flops: float) -> Pace:
-    """The pace of a device that does so many operations a second, whatever it does."""
-    token = recipe.model.flops_per_token() / flops
-    micro_batch = token * plan.rows_per_micro_batch * plan.tokens_per_row
+    """The pace of a device that does so many operations a second, and more where some are done twice."""
+    model = recipe.model
+    again = model.executed_flops_per_token(recipe.compute.recompute) / model.executed_flops_per_token("none")
+    token = model.flops_per_token() / flops
+    trained = again * token
+    micro_batch = trained * plan.rows_per_micro_batch * plan.tokens_per_row
     return Pace(
         micro_batch=micro_batch,
         update=0.0,
@@ -193,10 +288,10 @@ def suppose_pace(recipe: Recipe, plan: BatchPlan, flops: float) -> Pace:
     )
 
 
-def describe_assumption(device: Device, peak: float, precision: str) -> str:
+def describe_assumption(device_name: str, peak: float, precision: str) -> str:
     """What an estimate rests on, and how far it is to be trusted."""
     slow, likely, fast = sorted(SHARES_OF_PEAK)
-    behind = next((words for name, words in ANCHORS.items() if device.name.startswith(name)), NO_ANCHOR)
+    behind = next((words for name, words in ANCHORS.items() if device_name.startswith(name)), NO_ANCHOR)
     return (
         f"{likely:.0%} ({slow:.0%} to {fast:.0%}) of the published {peak / 1e12:,.4g} TFLOP/s in "
         f"{precision}; {behind}"
@@ -205,33 +300,44 @@ def describe_assumption(device: Device, peak: float, precision: str) -> str:
 
 def with_ways_out(outlook: Outlook, memory_bytes: int) -> Outlook:
     """`outlook` of a model that does not fit, with what would."""
-    recipe = outlook.recipe
+    recipe, team = outlook.recipe, outlook.team
+    compute = dataclasses.replace(recipe.compute, sharding=team.sharding)
     smallest = recipe.batch.ramp_from_tokens_per_step or recipe.batch.tokens_per_step
-    rows = smallest // recipe.model.context_length
+    rows = smallest // recipe.model.context_length // team.processes
     possible = [count for count in range(1, min(rows, ROWS_AT_MOST) + 1) if rows % count == 0]
-    ways = find_ways_out(recipe.model, recipe.compute, possible, memory_bytes)
+    group = (team.processes, team.processes_per_machine)
     return dataclasses.replace(
         outlook,
         fits=False,
-        ways_out=tuple(ways),
-        smaller=largest_that_fits(recipe.compute, memory_bytes),
+        ways_out=tuple(find_ways_out(recipe.model, compute, possible, memory_bytes, *group)),
+        several=find_processes(team, recipe, memory_bytes),
+        smaller=largest_that_fits(compute, memory_bytes, *group),
     )
 
 
 def next_command(outlook: Outlook, config: PlanConfig) -> str:
     """What one would want to do now."""
     changed = changed_options(as_recipe(config), load_recipe(outlook.name))
-    options = " ".join([outlook.name, *changed])
-    on = f" --on {config.on}" if config.on else ""
+    asked = [f"--{name} {getattr(config, name)}" for name in ("machines", "network", "on")]
+    only = [words for words in asked if not words.endswith((" 1", " 400g", " None"))]
     if outlook.fits is False:
         if outlook.ways_out:
             way = outlook.ways_out[0].options
             kept = [option for option in changed if option.split()[0] not in way.split()]
-            return " ".join(["next: overnight plan", outlook.name, *kept, way]) + on
-        return f"next: overnight plan {outlook.smaller[0] if outlook.smaller else 'quickstart'}{on}"
+            return " ".join(["next: overnight plan", outlook.name, *kept, way, *only])
+        processes = [option for option in changed if option.startswith("--processes")]
+        smaller = outlook.smaller[0] if outlook.smaller else "quickstart"
+        return " ".join(["next: overnight plan", smaller, *processes, *only])
     if outlook.assumption:
-        return f"next: on that machine, overnight plan {options}, which measures"
-    return f"next: overnight train {options}"
+        options = [outlook.name, *changed, *only[:-1]] if config.on else [outlook.name, *changed, *only]
+        return f"next: on that machine, overnight plan {' '.join(options)}, which measures"
+    if config.machines > 1:
+        trained = [option for option in changed if not option.startswith("--processes")]
+        processes = outlook.team.processes_per_machine
+        start = f"torchrun --nnodes {config.machines} --nproc-per-node {processes} --rdzv-backend c10d"
+        words = " ".join([start, "--rdzv-endpoint HOST:29500 -m overnight train", outlook.name, *trained])
+        return f"next: on each machine, HOST being the first, {words}"
+    return " ".join(["next: overnight train", outlook.name, *changed])
 
 
 def changed_options(recipe: Recipe, original: Recipe) -> list[str]:

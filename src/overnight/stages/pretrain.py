@@ -39,7 +39,7 @@ from overnight.stages.recipe import Recipe, changed_settings, flatten
 from overnight.terminal import say
 from overnight.trainer import Training, fit, fits, stop_on_signal
 from overnight.watch import Watch, watched
-from overnight.world import count_restarts, join_world
+from overnight.world import join_world
 
 BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32
 
@@ -47,12 +47,11 @@ BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32
 def run(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Recipe:
     """Train what `recipe` describes into `directory`; returns the recipe with everything decided.
 
-    With `resume` the run goes on from its newest good checkpoint, as it does where torchrun has begun a run
-    anew. Interrupted by a signal, it is saved after the step it is at, and KeyboardInterrupt is raised.
-    Raises ValueError if the recipe can't be trained there, before any file of a run is written.
+    With `resume` the run goes on from its newest good checkpoint. Interrupted by a signal, it is saved
+    after the step it is at, and KeyboardInterrupt is raised. Raises ValueError if the recipe can't be
+    trained there, before any file of a run is written into `directory`.
     """
     with join_world(recipe.compute.device, recipe.compute.timeout_seconds) as world:
-        resume = resume or (count_restarts() > 0 and directory.exists())
         with world.together():
             check_directory(recipe, directory, resume=resume)
             has_checkpoint = resume and bool(list_checkpoints(directory.checkpoints))

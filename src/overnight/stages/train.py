@@ -34,9 +34,11 @@ def run_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str])
     count = count_processes(compute.processes, compute.device)
     divide_cores(count)
     status = run_processes(words, count, compute.max_restarts)
-    total_steps = load_resumed(directory.path).schedule.total_steps if directory.exists() else None
-    if status == 0 and not directory.is_finished(total_steps or 0):
-        raise KeyboardInterrupt
+    if status == 0:
+        if not directory.is_finished(load_resumed(directory.path).schedule.total_steps or 0):
+            raise KeyboardInterrupt
+    elif any(directory.checkpoints.glob("step-*")):
+        say(f"next: overnight train --resume {directory.path}")
     return status
 
 
@@ -48,12 +50,15 @@ def find_directory(recipe: Recipe, resumed: Path | None) -> RunDirectory:
 def run(recipe: Recipe, resumed: Path | None) -> None:
     """Train `recipe` in runs/<run_name>, or go on in `resumed`; of several processes the main one speaks.
 
-    A launcher must not take a process that was told to stop, and has saved, for one that failed.
+    A run that torchrun has begun anew goes on. A launcher must not take a process that was told to stop, and
+    has saved, for one that failed.
     """
     from overnight.stages import pretrain
-    from overnight.world import is_launched, is_main_process
+    from overnight.world import count_restarts, is_launched, is_main_process
 
     directory = find_directory(recipe, resumed)
+    if resumed is None and count_restarts() and directory.exists():
+        recipe, resumed = load_resumed(directory.path), directory.path
     with hushed(not is_main_process()):
         try:
             pretrain.run(recipe, directory, resume=resumed is not None)

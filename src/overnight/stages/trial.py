@@ -78,8 +78,12 @@ class Trial:
         )
 
 
-def measure(recipe: Recipe, plan: BatchPlan, seconds: float) -> tuple[Trial, BatchPlan] | None:
+def measure(
+    recipe: Recipe, plan: BatchPlan, seconds: float, processes: int = 1
+) -> tuple[Trial, BatchPlan] | None:
     """Train a decided recipe for about so long; also the plan, whose rows are fewer if a GPU needs it.
+
+    It is a plan for so many processes; this one does with all micro-batches of a step what it has time for.
 
     None if not even a single row fits into the GPU's memory.
     """
@@ -94,7 +98,7 @@ def measure(recipe: Recipe, plan: BatchPlan, seconds: float) -> tuple[Trial, Bat
         while not fits(training, state):
             if training.plan.rows_per_micro_batch == 1:
                 return None
-            plan = with_fewer_rows(training.plan, recipe.batch, device)
+            plan = with_fewer_rows(training.plan, recipe.batch, device, processes)
             training = dataclasses.replace(training, plan=plan)
         _step(state, training, 1)
         first = time.perf_counter() - first_at

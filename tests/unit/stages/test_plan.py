@@ -14,7 +14,7 @@ from overnight.cli import main
 from overnight.hardware import DEVICES, GB
 from overnight.stages import plan
 from overnight.stages.forecast import Pace
-from overnight.stages.outlook import Outlook, as_json, as_text, brief, dollars, size
+from overnight.stages.outlook import Outlook, as_json
 from overnight.stages.plan import (
     PlanConfig,
     as_recipe,
@@ -24,6 +24,7 @@ from overnight.stages.plan import (
     plan_elsewhere,
     plan_here,
 )
+from overnight.stages.plan_page import as_text, brief, dollars, size
 from overnight.stages.recipe import load_recipe
 
 
