@@ -27,16 +27,16 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"model", "loss", "optim", "ownership", "schedule", "sampling"}),
     frozenset({"text"}),
     frozenset({"batching", "data", "gradients", "state"}),
-    frozenset({"parallel", "checkpoint", "trainer", "decoding", "generate", "processes"}),
-    frozenset({"sharding"}),
-    frozenset({"evaluation", "communication", "convert", "memory", "report"}),
+    frozenset({"parallel", "checkpoint", "trainer", "decoding", "generate", "processes", "sharding"}),
+    frozenset({"evaluation", "communication", "convert", "jobs", "memory", "report"}),
     frozenset({"stages"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
 ENVIRONMENT_READERS = frozenset({"world", "cache"})
 TORCH_FREE_ROOMS = frozenset(
-    {"cache", "cli", "hardware", "measurement", "report", "run_directory", "settings", "terminal", "tracking"}
+    {"cache", "cli", "hardware", "jobs", "measurement", "report", "run_directory", "settings", "terminal"}
+    | {"tracking"}
 )
 FORBIDDEN_WORDS = frozenset(
     {"manager", "helper", "helpers", "handler", "util", "utils", "common", "base", "misc", "wrapper"}

@@ -1,7 +1,6 @@
-"""`python -m overnight` is `overnight`."""
-
-import sys
+"""`python -m overnight` is the command `overnight`."""
 
 from overnight.cli import main
+from overnight.world import leave
 
-sys.exit(main())
+leave(main())

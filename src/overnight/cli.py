@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -60,6 +62,11 @@ VERBS = {
         "Will RECIPE fit, how long, how much disk and money?",
         "overnight plan gpt2-124m --dollars-per-hour 2.50",
     ),
+    "launch": Verb(
+        "LaunchConfig",
+        "A job file that trains RECIPE on a cluster: Slurm, SkyPilot, ...",
+        "overnight launch gpt2-124m --slurm --nodes 2 --gpus-per-node 8",
+    ),
     "ladder": Verb(
         "LadderConfig",
         "The speed ladder, float32 to everything, on this machine",
@@ -82,6 +89,8 @@ VERBS = {
     ),
 }
 
+FLAGS_BEFORE_RECIPE = frozenset({"--slurm", "--skypilot", "--sagemaker", "--kubernetes"})
+SECONDS_TO_SPEAK = 2.0
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -104,8 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except ValueError as error:  # what a user wrote
-        print(f"overnight: {error}", file=sys.stderr)
-        return WRONG_USE
+        return _refuse(error)
     except BrokenPipeError:  # whoever read our output has enough
         sys.stdout = None  # or Python complains once more on leaving
         return FAILED
@@ -125,6 +133,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _refuse(error: ValueError) -> int:
+    """Say what is wrong with what a user wrote. What several processes refuse together, the main one says."""
+    from overnight.world import RefusedTogetherError, is_main_process
+
+    if isinstance(error, RefusedTogetherError) and not is_main_process():
+        time.sleep(SECONDS_TO_SPEAK)  # a launcher ends all when the first has ended
+    else:
+        print(f"overnight: {error}", file=sys.stderr)
+    return WRONG_USE
+
+
 def _run(words: list[str]) -> int:
     if not words or words[0] in {"-h", "--help", "help"}:
         print(_help())
@@ -139,8 +158,8 @@ def _run(words: list[str]) -> int:
         raise ValueError(f"there is no command {name}{nearest(name, VERBS)}")
     if name == "train":
         return _train(rest)
-    if name == "plan":
-        _plan(rest)
+    if name in {"plan", "launch"}:
+        _run_on_recipe(name, rest)
     else:
         _call(name, rest)
     return DONE
@@ -176,11 +195,12 @@ def _train(rest: list[str]) -> int:
     return DONE
 
 
-def _plan(rest: list[str]) -> None:
-    """As `train` takes a recipe, with a few questions more."""
-    plan = importlib.import_module("overnight.stages.plan")
-    name, config = _read_recipe("plan", plan.PlanConfig, rest)
-    plan.run(config, name)
+def _run_on_recipe(verb: str, rest: list[str]) -> None:
+    """As `train` takes a recipe, with a few options more; flags may stand before its name."""
+    stage = importlib.import_module(f"overnight.stages.{verb}")
+    flags = list(itertools.takewhile(lambda word: word in FLAGS_BEFORE_RECIPE, rest))
+    name, config = _read_recipe(verb, getattr(stage, VERBS[verb].config), rest[len(flags) :] + flags)
+    stage.run(config, name)
 
 
 def _read_recipe(
@@ -228,7 +248,7 @@ def _take_option(words: list[str], option: str) -> str | None:
 
 
 def _about(name: str) -> str:
-    more = f"\n\n`overnight {name}` alone lists the recipes." if name in {"train", "plan"} else ""
+    more = f"\n\n`overnight {name}` alone lists the recipes." if name in {"train", "plan", "launch"} else ""
     return f"{VERBS[name].about}.{more}\n\nExample: {VERBS[name].example}"
 
 

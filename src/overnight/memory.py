@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from overnight.model.config import PRESETS, ModelConfig
-from overnight.ownership import largest_share
-from overnight.parallel import ComputeConfig, Sharding
+from overnight.ownership import Sharding, largest_share
+from overnight.parallel import ComputeConfig
 
 FLOAT32 = 4
 QUERIES = 128  # of a block of attention on a CPU: model/blocks.py's, which needs torch

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from overnight.hardware import native_precision
+from overnight.ownership import Sharding
 
 if TYPE_CHECKING:  # a recipe is read without torch, so that --help is instant
     from torch import Tensor
@@ -23,7 +24,6 @@ if TYPE_CHECKING:  # a recipe is read without torch, so that --help is instant
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Head = Literal["whole", "chunked", "fp8"]
-Sharding = Literal["none", "optimizer", "full", "hybrid"]
 Loss = Callable[["GPT", "Tensor", "Tensor", Head], "Tensor"]
 """(model, ids, targets, how the head is computed) -> summed nats."""
 

@@ -13,6 +13,7 @@ from typing import Any
 from overnight.terminal import say
 from overnight.watch import FROZEN
 
+REFUSED = 2  # the exit status of wrong use
 LINES_SHOWN = 40
 SECONDS_TO_SAVE = 300  # that the others have after one was told to stop, before they are killed
 
@@ -50,8 +51,13 @@ def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
 
 
 def _tell_failure(error: Any, logs: Path) -> int:
-    """Say which process failed first, and what it said last; returns its exit status."""
+    """Say which process failed first, and what it said last; returns its exit status.
+
+    What was refused the main one has said already.
+    """
     rank, failure = error.get_first_failure()
+    if failure.exitcode == REFUSED:
+        return REFUSED
     if failure.exitcode == FROZEN:
         _show_logs(logs, "*")  # where all stand
     how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"

@@ -21,8 +21,7 @@ from overnight.model.config import ModelConfig
 from overnight.model.gpt import GPT, allocate_model
 from overnight.model.initialization import weight_shapes
 from overnight.optim import OptimizerConfig, build_optimizer
-from overnight.ownership import assign_parameters
-from overnight.parallel import ComputeConfig, Sharding
+from overnight.ownership import Sharding, assign_parameters
 from overnight.state import set_weights
 from overnight.world import World
 
@@ -89,11 +88,11 @@ def find_owners(model: GPT, world: World) -> dict[str, int]:
     )
 
 
-def choose_sum(compute: ComputeConfig, sharding: Sharding) -> AddUp:
+def choose_sum(sharding: Sharding, *, bitwise: bool) -> AddUp:
     """What adds up a step's gradients."""
     if sharding in SHARDS:
         return add_up_shards
-    return add_up_in_tree if compute.bitwise else add_up
+    return add_up_in_tree if bitwise else add_up
 
 
 def spread_updates(model: GPT, world: World, sharding: Sharding) -> Callable[[], None]:
@@ -129,28 +128,22 @@ def gather_model(model: GPT, world: World) -> GPT | None:
     return whole.to(world.device).eval() if whole is not None else None
 
 
-def find_obstacles(compute: ComputeConfig, sharding: Sharding, world: World) -> list[str]:
-    """What of `compute` the processes can't do, one plain sentence each; [] if nothing."""
+def find_obstacles(sharding: Sharding, precision: str | None, world: World, *, bitwise: bool) -> list[str]:
+    """What the processes can't do, one plain sentence each; [] if nothing."""
     found = []
     if sharding != "none" and not world.is_joined:
         found.append(
             f"sharding={sharding} is for processes that were started together: give --processes 1 or more"
         )
-    if compute.precision == "fp16" and sharding != "none":
+    if precision == "fp16" and sharding != "none":
         found.append(f"precision=fp16 scales gradients, which sharding={sharding} can't: choose bf16")
-    if compute.bitwise and sharding in SHARDS:
+    if bitwise and sharding in SHARDS:
         found.append(
             f"bitwise=True adds gradients up in a tree, sharding={sharding} in torch's own way: choose "
             "sharding none or optimizer"
         )
-    if compute.bitwise and world.size & (world.size - 1):
+    if bitwise and world.size & (world.size - 1):
         found.append(f"bitwise=True takes 1, 2, 4, 8, ... processes, not {world.size}")
     if sharding == "hybrid" and world.size % world.local_size:
         found.append(f"sharding=hybrid takes as many processes on each machine, not {world.size} in all")
     return found
-
-
-def compute_with_one_thread(compute: ComputeConfig) -> None:
-    """On a CPU, products of another number of threads are rounded otherwise: bitwise computes with one."""
-    if compute.bitwise and compute.device == "cpu":
-        torch.set_num_threads(1)

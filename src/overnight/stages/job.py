@@ -17,15 +17,16 @@ from overnight.hardware import find_memory_bytes
 from overnight.memory import choose_sharding
 from overnight.model.config import ModelConfig
 from overnight.model.initialization import draw_weights, weight_shapes
-from overnight.parallel import Sharding, resolve_compute
+from overnight.ownership import Sharding
+from overnight.parallel import resolve_compute
 from overnight.settings import raise_problems
-from overnight.sharding import build_optimizer_of, compute_with_one_thread, find_obstacles, place_model
+from overnight.sharding import build_optimizer_of, find_obstacles, place_model
 from overnight.stages.materials import DataConfig, Materials
 from overnight.stages.mixing import MixedMaterials, gather_materials
 from overnight.stages.models import open_model
 from overnight.stages.recipe import Recipe
 from overnight.state import TrainState, build_scaler
-from overnight.world import World
+from overnight.world import World, compute_with_threads
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,15 @@ def build_job(recipe: Recipe, world: World, *, has_checkpoint: bool) -> Job:
     model, weights = find_model(recipe, materials, has_checkpoint=has_checkpoint)
     recipe, plan = decide(recipe, model, materials.describe(), world.device, world.size)
     sharding = choose_sharding_for(recipe, plan, world)
-    raise_problems(find_obstacles(recipe.compute, sharding, world), f"recipe {recipe.run_name}")
+    compute = recipe.compute
+    obstacles = find_obstacles(sharding, compute.precision, world, bitwise=compute.bitwise)
+    raise_problems(obstacles, f"recipe {recipe.run_name}")
     check_prompts(recipe, materials)
     train = materials.training_rows(plan.tokens_per_row, recipe.seed)
     check_evaluation(recipe, materials)
     validation = materials.stream("validation", plan.tokens_per_row, recipe.seed)
-    compute_with_one_thread(recipe.compute)
+    if compute.bitwise:
+        compute_with_threads(1)  # products of another number of threads are rounded otherwise
     placed = place_model(model, weights, world, sharding)
     optimizer = build_optimizer_of(placed, recipe.optimizer, world, sharding)
     state = TrainState(placed, optimizer, scaler=build_scaler(world.device, recipe.compute.precision))
@@ -70,11 +74,12 @@ def choose_sharding_for(recipe: Recipe, plan: BatchPlan, world: World) -> Shardi
     """What the processes divide among them: as asked, or the least that fits into their memory."""
     if world.size == 1 or recipe.compute.sharding is not None:
         return recipe.compute.sharding or "none"
+    sharing = world.local_size if world.device == "cpu" else 1  # a GPU is one process's own
     return choose_sharding(
         recipe.model,
         plan.rows_per_micro_batch,
         recipe.compute,
-        find_memory_bytes(world.device),
+        find_memory_bytes(world.device) // sharing,
         processes=world.size,
         processes_per_machine=world.local_size,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -135,19 +136,24 @@ class Journal:
             yield batch
 
     def sample(self) -> None:
-        """Continue every prompt; the noise is a function of the seed and the step."""
+        """Continue every prompt; the noise is a function of the seed, the step and the prompt's place."""
         job, samples = self.job, self.job.recipe.samples
-        is_sharded = job.sharding in SHARDS
-        model = gather_model(job.state.model, job.world) if is_sharded else job.state.model
-        if model is None or not job.world.is_main:
-            return
+        world, prompts = job.world, samples.sample_prompts
+        if job.sharding in SHARDS:
+            model, (first, end) = gather_model(job.state.model, world), (0, len(prompts))
+        else:
+            model = job.state.model
+            first, end = (len(prompts) * rank // world.size for rank in (world.rank, world.rank + 1))
         decoding = Decoding(
             max_new_tokens=samples.sample_tokens,
             sampling=SamplingConfig(seed=derive_seed(job.recipe.seed, job.state.step)),
+            first_row=first,
         )
-        written = complete(model, job.materials.tokenizer, samples.sample_prompts, decoding)
-        for prompt, completion in zip(samples.sample_prompts, written, strict=True):
-            self._event("samples", {"prompt": prompt, "completion": completion.text})
+        written = complete(model, job.materials.tokenizer, prompts[first:end], decoding) if model else []
+        told = world.gather(json.dumps([completion.text for completion in written]))
+        texts = [text for share in told for text in json.loads(share)]
+        for prompt, text in zip(prompts, texts, strict=True):
+            self._event("samples", {"prompt": prompt, "completion": text})
 
     def save(self) -> None:
         """Publish a checkpoint of this step, once."""

@@ -333,8 +333,8 @@ def next_command(outlook: Outlook, config: PlanConfig) -> str:
         return f"next: on that machine, overnight plan {' '.join(options)}, which measures"
     if config.machines > 1:
         trained = [option for option in changed if not option.startswith("--processes")]
-        processes = outlook.team.processes_per_machine
-        start = f"torchrun --nnodes {config.machines} --nproc-per-node {processes} --rdzv-backend c10d"
+        each = outlook.team.processes_per_machine
+        start = f"torchrun --nnodes {config.machines} --nproc-per-node {each} --rdzv-backend c10d"
         words = " ".join([start, "--rdzv-endpoint HOST:29500 -m overnight train", outlook.name, *trained])
         return f"next: on each machine, HOST being the first, {words}"
     return " ".join(["next: overnight train", outlook.name, *changed])

@@ -57,7 +57,8 @@ def run(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Rec
             has_checkpoint = resume and bool(list_checkpoints(directory.checkpoints))
             job = build_job(recipe, world, has_checkpoint=has_checkpoint)
             check_disk(job, directory)
-        check_agreement(job)
+        with world.together():
+            check_agreement(job)
         training, job = fit_into_memory(build_training(job), job)
         choices = explain_choices(recipe, job)
         with ExitStack() as held:
@@ -104,7 +105,7 @@ def build_training(job: Job) -> Training:
         seed=recipe.seed,
         device=device,
         world=world,
-        add_up=choose_sum(recipe.compute, job.sharding),
+        add_up=choose_sum(job.sharding, bitwise=recipe.compute.bitwise),
         after_update=spread_updates(model, world, job.sharding),
     )
 

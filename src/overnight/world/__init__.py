@@ -6,13 +6,14 @@ import os
 import platform
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
+
+from overnight.world.place import Place, find_place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,6 @@ ALLOCATOR = ":".join(
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds of each so many; or "max 100000"
-SECONDS_TO_SPEAK = 2.0
 BUCKET_BYTES = 100_000_000  # sent at once: large enough for full speed, small beside the gradients
 
 
@@ -117,9 +117,11 @@ class World:
             refusal = str(error)
         refusals = self.gather(refusal)
         if any(refusals):
-            if not self.is_main:
-                time.sleep(SECONDS_TO_SPEAK)  # who ends first is told of, and the main one speaks for all
-            raise ValueError(_describe_refusals(refusals))
+            raise RefusedTogetherError(_describe_refusals(refusals))
+
+
+class RefusedTogetherError(ValueError):
+    """What every process refuses, with the same words: one speaks for all."""
 
 
 ALONE = World(rank=0, size=1, device="cpu")
@@ -165,7 +167,7 @@ def open_world(device: str | None) -> World:
 def _open_alone(device: str | None) -> World:
     chosen = _check_device(device) if device else _best_device()
     if "OMP_NUM_THREADS" not in os.environ:
-        _compute_with_threads(count_cores())
+        compute_with_threads(count_cores())
     return World(rank=0, size=1, device=chosen)
 
 
@@ -185,7 +187,7 @@ def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
 
     world = _find_device(place, device)
     if "OMP_NUM_THREADS" not in os.environ:
-        _compute_with_threads(max(1, (count_cores() or 1) // world.local_size))
+        compute_with_threads(max(1, (count_cores() or 1) // world.local_size))
     try:
         # The watch speaks before a collective gives up: it knows where everybody stands.
         dist.init_process_group(
@@ -205,6 +207,7 @@ def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
         raise _lost(place.rank, error) from None
     try:
         yield world
+        world.wait_for_all()
     except RuntimeError as error:
         if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
             raise
@@ -217,38 +220,6 @@ def _lost(rank: int, error: Exception) -> ConnectionError:
     return ConnectionError(f"rank {rank} has lost the others ({str(error).splitlines()[0]})")
 
 
-@dataclass(frozen=True)
-class Place:
-    """What a launcher says of a process."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    address: str | None
-    """Where the processes meet; None where the launcher's environment says so in torch's own words."""
-
-
-def find_place(environment: Mapping[str, str]) -> Place | None:
-    """What torchrun, or srun, says in `environment`; None of a process that was started by itself."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    missing = [name for name in names if name not in environment]
-    if not missing:
-        rank, size, local_rank, local_size = (int(environment[name]) for name in names)
-        return Place(rank, size, local_rank, local_size, None)
-    if int(environment.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"WORLD_SIZE is set and {missing[0]} is not: start with torchrun, or unset it")
-    size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if size == 1:
-        return None
-    tasks = re.match(r"[0-9]+", environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
-    assert tasks is not None
-    host = _first_host(environment.get("SLURM_STEP_NODELIST", "localhost"))
-    port = environment.get("MASTER_PORT") or str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000)
-    rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
-    return Place(rank, size, local_rank, int(tasks[0]), f"{environment.get('MASTER_ADDR', host)}:{port}")
-
-
 def is_launched() -> bool:
     """True in a process that a launcher has started beside others."""
     return find_place(os.environ) is not None
@@ -258,6 +229,19 @@ def is_main_process() -> bool:
     """True in a process by itself, and in the first of several."""
     place = find_place(os.environ)
     return place is None or place.rank == 0
+
+
+def leave(status: int) -> NoReturn:
+    """End this process. One of several ends without Python's tidying up: what was to be written is.
+
+    Once in some dozens of runs the threads of torch's communication brought a process down that had done all
+    its work, while Python was taking itself apart; a launcher takes that for a failure.
+    """
+    if is_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def count_restarts() -> int:
@@ -285,13 +269,6 @@ def count_processes(asked: int | str, device: str | None) -> int:
     if count < 1 or (gpus is not None and count > gpus):
         raise ValueError(f"processes={count} must be at least 1, and at most {gpus or 'what memory holds'}")
     return count
-
-
-def _first_host(nodes: str) -> str:
-    """node003 of node[003-007,12],other1 : the first of Slurm's list."""
-    found = re.match(r"([^,\[]+)(?:\[([0-9]+))?", nodes)
-    assert found is not None, nodes
-    return found[1] + (found[2] or "")
 
 
 def _find_device(place: Place, device: str | None) -> World:
@@ -336,7 +313,8 @@ def count_cores(topology: Path = TOPOLOGY, quota: Path = CPU_QUOTA) -> int | Non
     return cores if share == "max" else max(1, min(cores, round(int(share) / int(period))))
 
 
-def _compute_with_threads(threads: int | None) -> None:
+def compute_with_threads(threads: int | None) -> None:
+    """Let torch compute with so many threads at most, on the CPU."""
     import torch
 
     if threads is not None and threads < torch.get_num_threads():

@@ -1,0 +1,39 @@
+"""A recipe as the options that `overnight train` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Set
+from typing import Any
+
+from overnight.settings import field_types, flat_names
+from overnight.stages.recipe import Recipe, flatten
+
+
+def changed_options(recipe: Recipe, original: Recipe, left_out: Set[str] = frozenset()) -> list[str]:
+    """The words that make `recipe` of `original`, but for the settings in `left_out`."""
+    now, before = flatten(recipe), flatten(original)
+    changed = [name for name in now if name not in left_out and now[name] != before[name]]
+    if {"total_tokens", "total_steps"} <= {*changed}:  # to give one is to take the other back
+        changed.remove("total_steps" if now["total_steps"] is None else "total_tokens")
+    sections = flat_names(Recipe)
+    kinds = {
+        name: field_types(type(getattr(recipe, part)) if part else Recipe) for name, part in sections.items()
+    }
+    return [word for name in changed for word in as_option(name, now[name], kinds[name][name])]
+
+
+def as_option(name: str, value: Any, kind: Any) -> list[str]:
+    """One setting of the type `kind` as words of a command line."""
+    option = f"--{name.replace('_', '-')}"
+    if kind is bool:
+        assert value, f"there is no option that takes {option} back"
+        return [option]
+    if isinstance(value, tuple):
+        return [option, *map(_as_word, value)]
+    return [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
+
+
+def _as_word(value: Any) -> str:
+    """An item of a list: a record is its values, with `=` between them."""
+    return "=".join(map(str, vars(value).values())) if dataclasses.is_dataclass(value) else str(value)
