@@ -24,7 +24,7 @@ def run_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str])
     """
     from overnight.processes import run_processes
     from overnight.stages.pretrain import check_directory
-    from overnight.world import count_processes, divide_cores
+    from overnight.world import count_processes, divide_cores, meet_anew_each_time
 
     compute = recipe.compute
     assert compute.processes is not None
@@ -33,6 +33,7 @@ def run_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str])
     check_directory(recipe, directory, resume=resumed is not None)
     count = count_processes(compute.processes, compute.device)
     divide_cores(count)
+    meet_anew_each_time()
     status = run_processes(words, count, compute.max_restarts)
     if status == 0:
         if not directory.is_finished(load_resumed(directory.path).schedule.total_steps or 0):

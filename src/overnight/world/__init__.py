@@ -254,6 +254,15 @@ def divide_cores(processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (count_cores() or 1) // processes)))
 
 
+def meet_anew_each_time() -> None:
+    """Let torchrun's agent, if this process becomes one, open another store for each attempt.
+
+    By itself it keeps the first, where processes that are begun anew find the addresses of dead ones and now
+    and then believe them (pytorch's issue 135712).
+    """
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+
+
 def count_processes(asked: int | str, device: str | None) -> int:
     """How many processes to start: as many as asked for; for "auto", one for each GPU.
 
