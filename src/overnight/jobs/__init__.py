@@ -1,0 +1,1 @@
+"""Job files for other people's machines: Slurm, SkyPilot, SageMaker, Kubernetes. Text from a request."""

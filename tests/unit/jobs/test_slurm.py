@@ -1,0 +1,257 @@
+"""The batch script, read as sbatch reads it and run with programs that stand for Slurm's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overnight.jobs.request import JobRequest, Text
+from overnight.jobs.slurm import WARNING_SECONDS, submit_command, write_job
+
+# Runs the command once for each node, as its own process, which scancel then knows.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for node in $(seq 0 $((SLURM_NNODES - 1))); do
+  SLURM_NODEID=$node "$@" & echo $! >> "$STAND_INS/tasks"
+done
+for task in $(jobs -p); do wait "$task" || status=$?; done
+exit "${status:-0}"
+"""
+SCANCEL = """#!/bin/bash
+[ "$*" = "--signal=TERM 4711" ] && kill -TERM $(cat "$STAND_INS/tasks")
+"""
+SCONTROL = """#!/bin/bash
+case "$*" in
+  "show hostnames node[1-2]") printf 'localhost\\nlocalhost\\n' ;;
+  "requeue 4711") echo 4711 >> "$STAND_INS/requeued" ;;
+  *) exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def slurm(machines: Any, text_is_there: None) -> Any:
+    for name, script in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
+        machines.add(name, script)
+    return machines
+
+
+def submit(slurm: Any, job: str, job_id: str = "4711", **more: str) -> subprocess.Popen[str]:
+    path = slurm.work / "mine.sbatch"
+    path.write_text(job)
+    for kind in ("told", "saved", "tasks"):
+        (slurm.notes / kind).unlink(missing_ok=True)
+    allocation = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    process: subprocess.Popen[str] = slurm.start("bash", str(path), SLURM_JOB_ID=job_id, **allocation, **more)
+    return process
+
+
+def read_options(job: str) -> argparse.Namespace:
+    """The options in the script's head, by sbatch's rules: up to the first command, unknown ones refused."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    for name in ("job-name", "output", "open-mode", "gpus-per-node", "time", "signal", "partition"):
+        parser.add_argument(f"--{name}")
+    for name in ("nodes", "ntasks-per-node", "cpus-per-gpu"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("requeue", "exclusive"):
+        parser.add_argument(f"--{name}", action="store_true")
+    words = []
+    for line in job.splitlines()[1:]:
+        if line.startswith("#SBATCH"):
+            words += shlex.split(line.removeprefix("#SBATCH"), comments=True)
+        elif line and not line.startswith("#"):
+            break
+    return parser.parse_args(words)
+
+
+def test_the_head_asks_for_what_the_run_needs(request_job: Callable[..., JobRequest]) -> None:
+    job = write_job(request_job(nodes=2, gpus_per_node=4, hours=30.5, partition="gpu", gpu="h100"))
+    assert job.startswith("#!/bin/bash\n")
+    options = read_options(job)
+    assert (options.nodes, options.ntasks_per_node, options.gpus_per_node) == (2, 1, "h100:4")
+    assert (options.time, options.partition, options.requeue) == ("1-06:30:00", "gpu", True)
+    assert options.signal == f"B:USR1@{WARNING_SECONDS}"
+    assert options.open_mode == "append", "a job that is queued again goes on with its log"
+    assert not options.exclusive
+
+
+def test_a_job_without_gpus_asks_for_whole_nodes(request_job: Callable[..., JobRequest]) -> None:
+    job = write_job(request_job(gpus_per_node=0))
+    options = read_options(job)
+    assert options.gpus_per_node is None
+    assert options.partition is None
+    assert options.exclusive
+    assert "--nproc-per-node 1 " in job
+
+
+def test_the_shell_can_read_it(request_job: Callable[..., JobRequest], tmp_path: Path) -> None:
+    awkward = ("--sample-prompts", "it's", 'a "b"', "$(touch x)", "two\nlines")
+    job = write_job(request_job(run_name="a run's", words=("long", *awkward), made_by="a\nb"))
+    path = tmp_path / "job"
+    path.write_text(job)
+    assert subprocess.run(["bash", "-n", path], capture_output=True, check=True).stderr == b""
+    assert all(len(line) <= 110 for line in write_job(request_job()).splitlines())
+
+
+def test_torchrun_understands_its_options(
+    slurm: Any,
+    request_job: Callable[..., JobRequest],
+    ended: Any,
+    parse_torchrun: Callable[[list[str]], Any],
+) -> None:
+    job = write_job(request_job(words=("short", "--seed", "5"), nodes=2, max_restarts=4))
+    assert ended(submit(slurm, job, job_id="70001"))[0] == 0
+    first, second = sorted(
+        (parse_torchrun(words) for words in slurm.noted("torchrun")), key=lambda a: a.rdzv_conf
+    )
+    assert (first.rdzv_conf, second.rdzv_conf) == ("is_host=0", "is_host=1")
+    assert (first.nnodes, first.nproc_per_node, first.max_restarts) == ("2", "8", 4)
+    assert (first.rdzv_backend, first.rdzv_endpoint, first.rdzv_id) == ("c10d", "localhost:30001", "70001")
+    assert [told["words"] for told in slurm.noted("told")] == 2 * [["train", "short", "--seed", "5"]]
+
+
+def test_two_nodes_meet_are_saved_at_the_time_limit_and_go_on(
+    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
+) -> None:
+    """For real, but for Slurm: two agents of torchrun's, their rendezvous, a sum over both processes."""
+    slurm.use_real_torchrun()
+    job = write_job(request_job(nodes=2, gpus_per_node=1))
+    job_id = {"job_id": "4711", "TOGETHER": "yes", "OMP_NUM_THREADS": "1"}
+    process = submit(slurm, job, **job_id)
+    slurm.wait_for("told", 2, process)
+    told = sorted(slurm.noted("told"), key=lambda line: line["RANK"])
+    assert [(line["RANK"], line["WORLD_SIZE"], line["LOCAL_RANK"]) for line in told] == [
+        ("0", "2", "0"),
+        ("1", "2", "0"),
+    ]
+    assert [line["sum_of_ranks"] for line in told] == [1.0, 1.0]
+    assert [line["words"] for line in told] == 2 * [["train", "long"]]
+    os.kill(process.pid, signal.SIGUSR1)  # the batch shell alone, as B: has it
+    status, said = ended(process)
+    assert status != 0
+    assert sorted(slurm.noted("saved")) == [0, 1], said
+    assert slurm.noted("requeued") == [4711]
+
+    status, said = ended(submit(slurm, job, **job_id))
+    assert status == 0, said
+    assert [line["words"] for line in slurm.noted("told")] == 2 * [["train", "--resume", "runs/mine"]]
+    assert slurm.noted("requeued") == [4711], "a run that is done is not queued again"
+
+
+@pytest.mark.slow
+def test_a_run_of_overnight_s_own_goes_on_after_the_time_limit(
+    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
+) -> None:
+    """As above, with the program itself: every step is there once. It takes half a minute."""
+    slurm.use_real_torchrun()
+    (slurm.programs / "overnight").unlink()
+    text = "\n\n".join(f"Paragraph {number} says that {number} is a number." for number in range(4000))
+    (slurm.work / "notes.txt").write_text(text)
+    prepare = ("prepare", "notes.txt", "--tokenizer=bpe-300", "--validation-fraction=0.3", "--out=data/mine")
+    assert ended(slurm.start(sys.executable, "-m", "overnight", *prepare))[0] == 0
+    sizes = ("--n-layer=1", "--n-head=2", "--n-embd=16", "--context-length=32", "--tokens-per-step=128")
+    length = ("--total-steps=600", "--warmup-steps=1", "--evaluate-every-steps=None", "--sample-tokens=8")
+    words = ("quickstart", "--run-name=mine", "--data=data/mine", "--compile=False", *sizes, *length)
+    programs = f"{slurm.programs}:{sysconfig.get_path('scripts')}"
+    job = write_job(request_job(nodes=2, gpus_per_node=0, words=words, texts=(Text("data/mine"),)))
+    process = submit(slurm, job, PATH=f"{programs}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
+    metrics = slurm.work / "runs/mine/metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 10:
+            break
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGUSR1)
+    _, said = ended(process)
+    done = len(metrics.read_text().splitlines())
+    assert 10 <= done < 600, said
+    assert [path.name for path in (slurm.work / "runs/mine/checkpoints").iterdir()] == [f"step-{done:08d}"]
+    assert slurm.noted("requeued") == [4711]
+    again = submit(slurm, job, PATH=f"{programs}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
+    status, said = ended(again)
+    assert status == 0, said
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 601))
+    assert slurm.noted("requeued") == [4711]
+
+
+def test_without_the_trap_nothing_is_saved(
+    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
+) -> None:
+    job = write_job(request_job(nodes=2))
+    without = re.sub("^trap .* USR1$", "", job, flags=re.MULTILINE)
+    assert without != job
+    for script, is_saved in ((job, True), (without, False)):
+        (slurm.notes / "requeued").unlink(missing_ok=True)
+        (slurm.work / "runs/mine/recipe.toml").unlink(missing_ok=True)
+        process = submit(slurm, script)
+        slurm.wait_for("told", 2, process)
+        os.kill(process.pid, signal.SIGUSR1)
+        if not is_saved:
+            assert process.wait(timeout=10) == -signal.SIGUSR1
+            os.killpg(process.pid, signal.SIGKILL)
+        ended(process)
+        assert bool(slurm.noted("saved")) is is_saved
+        assert bool(slurm.noted("requeued")) is is_saved
+
+
+def test_a_cancelled_job_saves_and_is_not_queued_again(
+    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
+) -> None:
+    """Scancel tells every process, the batch shell too."""
+    process = submit(slurm, write_job(request_job(nodes=2)))
+    slurm.wait_for("told", 2, process)
+    os.kill(process.pid, signal.SIGTERM)
+    for task in (slurm.notes / "tasks").read_text().split():
+        os.kill(int(task), signal.SIGTERM)
+    _, said = ended(process)
+    assert len(slurm.noted("saved")) == 2, said
+    assert slurm.noted("requeued") == []
+
+
+def test_an_error_ends_the_job_with_its_status(
+    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
+) -> None:
+    assert ended(submit(slurm, write_job(request_job(words=("wrong",)))))[0] == 2
+    assert slurm.noted("requeued") == []
+
+
+def test_a_job_without_its_text_ends_at_once(
+    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
+) -> None:
+    texts = (
+        Text("s3://elsewhere/text"),
+        Text("data/other", ("overnight", "prepare", "other", "--out", "a b")),
+    )
+    status, said = ended(submit(slurm, write_job(request_job(texts=texts))))
+    assert status == 2
+    assert said == "data/other is not prepared: overnight prepare other --out 'a b'\n"
+    assert slurm.noted("torchrun") == []
+
+
+def test_programs_of_this_machine_come_first(
+    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
+) -> None:
+    elsewhere = slurm.work / "my env"
+    elsewhere.mkdir()
+    slurm.programs.joinpath("overnight").rename(elsewhere / "overnight")
+    job = write_job(request_job(words=("short",), programs=str(elsewhere)))
+    assert ended(submit(slurm, job))[0] == 0
+    assert len(slurm.noted("told")) == 2
+
+
+def test_it_is_submitted_by_sbatch(request_job: Callable[..., JobRequest]) -> None:
+    assert submit_command(request_job(path="my jobs/a.sbatch")) == "sbatch 'my jobs/a.sbatch'"

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from overnight.cli import main
+from overnight.stages import train
+from overnight.stages.options import changed_options
+from overnight.stages.recipe import Recipe, load_recipe, recipe_names
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The recipe that `overnight train` makes of words."""
+
+    def read(*words: str) -> Recipe:
+        found: list[Recipe] = []
+        monkeypatch.setattr(train, "run", lambda recipe, resumed: found.append(recipe))
+        assert main(["train", *words]) == 0
+        return found[0]
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--seed", "7", "--n_layer=3"],
+        ["--total-tokens", "1_000_000"],
+        ["--total-steps=10", "--warmup-steps=1"],
+        ["--bitwise"],
+        ["--compile", "False"],
+        ["--compile=True"],
+        ["--evaluate-every-steps", "None"],
+        ["--sources", "data/a=b=0.5", "s3://c/d=1.5"],
+        ["--sample-prompts", "", "it's $HOME", "two\nlines"],
+        ["--sample-prompts"],
+        ["--trackers", "tensorboard", "wandb"],
+        ["--run-name=-x", "--start-from", "gpt2"],
+        ["--peak-learning-rate", "1e-05", "--dropout", "0"],
+        ["--sharding", "full", "--precision", "bf16"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("name", ["gpt2-124m", "gpt3-125m", "shakespeare-char"])
+def test_the_options_are_read_as_the_recipe_they_are_of(name: str, words: list[str], parse: Any) -> None:
+    wanted = parse(name, *words)
+    options = changed_options(wanted, load_recipe(name))
+    assert bool(options) is bool(words)
+    assert parse(name, *options) == wanted
+
+
+@pytest.mark.parametrize("original", ["gpt2-124m", "quickstart"])
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_becomes_any_other_by_options(name: str, original: str, parse: Any) -> None:
+    wanted = load_recipe(name)
+    assert parse(original, *changed_options(wanted, load_recipe(original))) == wanted
+
+
+def test_what_is_left_out_stays_as_it_is(parse: Any) -> None:
+    wanted, original = parse("gpt2-124m", "--seed=7", "--bitwise"), load_recipe("gpt2-124m")
+    assert changed_options(wanted, original, {"bitwise"}) == ["--seed", "7"]
