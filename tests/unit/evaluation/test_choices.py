@@ -1,0 +1,96 @@
+"""Endings judged together are endings judged one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overnight.evaluation import choices as choices_room
+from overnight.evaluation.choices import Choice, judge_choices
+from overnight.model.config import ModelConfig
+from overnight.model.gpt import GPT
+from overnight.model.initialization import initialize
+from overnight.world import World
+
+CONTEXT = 48
+IDS = st.integers(0, 96)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    """Small, with weights large enough for endings to differ."""
+    found = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=CONTEXT, vocab_size=97))
+    initialize(found, seed=0)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.mul_(4)
+    return found
+
+
+def one_by_one(model: GPT, choice: Choice) -> list[float]:
+    """As a script would have it: each ending after its context in a row of its own, every logit computed."""
+    room = CONTEXT + 1 - max(map(len, choice.endings))
+    found = []
+    for ending in choice.endings:
+        context = choice.context[-room:]
+        row = torch.tensor([[*context, *ending]])
+        logits = model.eval()(row[:, :-1])[0, len(context) - 1 :]
+        found.append(F.cross_entropy(logits, row[0, len(context) :], reduction="sum").item())
+    return found
+
+
+sequences = st.lists(IDS, min_size=1, max_size=20).map(tuple)
+questions = st.builds(
+    lambda context, endings, answer: Choice(
+        tuple(context), tuple(endings), tuple(3 * len(each) for each in endings), answer % len(endings)
+    ),
+    st.lists(IDS, min_size=1, max_size=60),
+    st.lists(sequences, min_size=2, max_size=5),
+    st.integers(0, 4),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(asked=st.lists(questions, min_size=1, max_size=12), at_once=st.sampled_from([1, 200, 4096]))
+@torch.no_grad()
+def test_together_is_one_by_one(model: GPT, asked: list[Choice], at_once: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choices_room, "TOKENS_AT_ONCE", at_once)
+        judged = {id(each.choice): each for each in judge_choices(model, asked)}
+    assert len(judged) == len({id(choice) for choice in asked})
+    for choice in asked:
+        expected = one_by_one(model, choice)
+        assert judged[id(choice)].nats == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_the_three_accuracies_differ_as_they_should() -> None:
+    choice = Choice((1,), ((2,), (3, 4), (5, 6, 7)), (10, 9, 30), answer=2)
+    judged = choices_room.Judged((1.0, 2.2, 2.7), choice)
+    assert judged.likeliest([1, 1, 1]) == 0
+    assert judged.likeliest([1, 2, 3]) == 2
+    assert (judged.by_sum, judged.by_token, judged.by_character) == (False, True, True)
+
+
+def test_processes_divide_the_questions(model: GPT) -> None:
+    asked = [Choice((1,) * length, ((2, 3), (4,)), (1, 1), 0) for length in range(1, 40)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choices_room, "TOKENS_AT_ONCE", 100)
+        whole = {id(each.choice): each.nats for each in judge_choices(model, asked)}
+        shares = [
+            {id(each.choice): each.nats for each in judge_choices(model, asked, world=World(rank, 3, "cpu"))}
+            for rank in range(3)
+        ]
+    assert all(shares)
+    assert shares[0] | shares[1] | shares[2] == whole
+    assert sum(map(len, shares)) == len(whole)
+
+
+def test_what_does_not_fit_is_refused(model: GPT) -> None:
+    with pytest.raises(ValueError, match="does not fit the model's context of 48"):
+        list(judge_choices(model, [Choice((1,), ((2,) * 49, (3,)), (1, 1), 0)]))
+    fitting = Choice((1,) * 60, ((2,) * 48, (3,)), (1, 1), 0)
+    (judged,) = judge_choices(model, [fitting])
+    assert judged.nats == pytest.approx(one_by_one(model, fitting), rel=1e-5)
