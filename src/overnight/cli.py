@@ -64,7 +64,7 @@ VERBS = {
     ),
     "launch": Verb(
         "LaunchConfig",
-        "A job file that trains RECIPE on a cluster: Slurm, SkyPilot, ...",
+        "RECIPE as a job file for Slurm, SkyPilot, SageMaker, Kubernetes",
         "overnight launch gpt2-124m --slurm --nodes 2 --gpus-per-node 8",
     ),
     "ladder": Verb(
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "a run goes on with --resume",
             file=sys.stderr,
         )
-        return FAILED
+        return _status_of(error)
     except FloatingPointError as error:  # the model's numbers are no numbers
         print(f"overnight: {error}", file=sys.stderr)
         return FAILED
@@ -142,6 +142,13 @@ def _refuse(error: ValueError) -> int:
     else:
         print(f"overnight: {error}", file=sys.stderr)
     return WRONG_USE
+
+
+def _status_of(error: OSError) -> int:
+    """A process that ends because others have is not the one that failed."""
+    from overnight.world import LOST, LostOthersError
+
+    return LOST if isinstance(error, LostOthersError) else FAILED
 
 
 def _run(words: list[str]) -> int:

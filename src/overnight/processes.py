@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from overnight.terminal import say
 from overnight.watch import FROZEN
+from overnight.world import LOST
 
 REFUSED = 2  # the exit status of wrong use
 LINES_SHOWN = 40
@@ -55,8 +57,9 @@ def _tell_failure(error: Any, logs: Path) -> int:
 
     What was refused the main one has said already.
     """
-    rank, failure = error.get_first_failure()
-    if failure.exitcode == REFUSED:
+    rank = _find_cause(error.failures)
+    failure = error.failures[rank]
+    if failure.exitcode == REFUSED and rank == 0:
         return REFUSED
     if failure.exitcode == FROZEN:
         _show_logs(logs, "*")  # where all stand
@@ -64,7 +67,17 @@ def _tell_failure(error: Any, logs: Path) -> int:
     say(f"overnight: rank {rank} failed ({how})")
     if failure.exitcode != FROZEN:
         _show_logs(logs, str(failure.local_rank))
-    return failure.exitcode if failure.exitcode > 0 else 1
+    return failure.exitcode if failure.exitcode > 0 and failure.exitcode != LOST else 1
+
+
+def _find_cause(failures: Mapping[int, Any]) -> int:
+    """The rank that failed first, and of those that failed at once, one that did not only lose another."""
+
+    def order(rank: int) -> tuple[bool, float, int]:
+        failure = failures[rank]
+        return failure.exitcode in {LOST, -signal.SIGTERM}, failure.timestamp, rank
+
+    return min(failures, key=order)
 
 
 def _show_logs(logs: Path, local_rank: str) -> None:

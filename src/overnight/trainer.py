@@ -20,7 +20,7 @@ from overnight.gradients import AddUp, add_up
 from overnight.loss import LossSum
 from overnight.optim import apply_gradients
 from overnight.state import TrainState
-from overnight.world import ALONE, World
+from overnight.world import ALONE, World, is_launched
 
 
 class StepResult(NamedTuple):
@@ -155,11 +155,15 @@ def _seed_dropout(state: TrainState, seed: int, micro_batch: int) -> None:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Yields `stopped()`: True once Ctrl-C or SIGTERM came. A second one interrupts at once."""
+    """Yields `stopped()`: True once Ctrl-C or SIGTERM came. A second one interrupts at once.
+
+    A process that a launcher has started may get one from whoever sends it to all, and one more from the
+    launcher that hands it on: there the second one is ignored.
+    """
     received: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
-        if received:
+        if received and not is_launched():
             raise KeyboardInterrupt
         received.append(number)
 

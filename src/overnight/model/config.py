@@ -45,7 +45,7 @@ class ModelConfig:
         return (self.vocab_size + self.context_length + 2) * self.n_embd + self.n_layer * block
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter as it lies in memory, the embedding padded, by its name and in the model's order."""
+        """Every parameter as it lies in memory, the embedding padded, by name and in the model's order."""
         C = self.n_embd
         of_block = {
             "ln_1.weight": (C,),

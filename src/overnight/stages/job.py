@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from overnight import __version__
 from overnight.batching import BatchPlan, estimate_rows_that_fit, plan_batches
 from overnight.data.growing import GrowingStream
 from overnight.data.mixture import Concatenation, Mixture
@@ -24,7 +28,7 @@ from overnight.sharding import build_optimizer_of, find_obstacles, place_model
 from overnight.stages.materials import DataConfig, Materials
 from overnight.stages.mixing import MixedMaterials, gather_materials
 from overnight.stages.models import open_model
-from overnight.stages.recipe import Recipe
+from overnight.stages.recipe import Recipe, flatten
 from overnight.state import TrainState, build_scaler
 from overnight.world import World, compute_with_threads
 
@@ -48,26 +52,49 @@ class Job:
 def build_job(recipe: Recipe, world: World, *, has_checkpoint: bool) -> Job:
     """Open the text, build the model, decide what is open. Raises ValueError if these do not fit.
 
-    With `has_checkpoint` the weights are whatever memory held: they are about to be loaded.
+    With `has_checkpoint` the weights are whatever memory held: they are about to be loaded. What one process
+    refuses all refuse, before any takes part in placing a model that others will never place.
     """
-    raise_problems(recipe.problems(), f"recipe {recipe.run_name}")
-    materials = gather_materials(recipe.data)
-    model, weights = find_model(recipe, materials, has_checkpoint=has_checkpoint)
-    recipe, plan = decide(recipe, model, materials.describe(), world.device, world.size)
-    sharding = choose_sharding_for(recipe, plan, world)
-    compute = recipe.compute
-    obstacles = find_obstacles(sharding, compute.precision, world, bitwise=compute.bitwise)
-    raise_problems(obstacles, f"recipe {recipe.run_name}")
-    check_prompts(recipe, materials)
-    train = materials.training_rows(plan.tokens_per_row, recipe.seed)
-    check_evaluation(recipe, materials)
-    validation = materials.stream("validation", plan.tokens_per_row, recipe.seed)
+    with world.together():
+        raise_problems(recipe.problems(), f"recipe {recipe.run_name}")
+        materials = gather_materials(recipe.data)
+        model, weights = find_model(recipe, materials, has_checkpoint=has_checkpoint)
+        recipe, plan = decide(recipe, model, materials.describe(), world.device, world.size)
+        sharding = choose_sharding_for(recipe, plan, world)
+        compute = recipe.compute
+        obstacles = find_obstacles(sharding, compute.precision, world, bitwise=compute.bitwise)
+        raise_problems(obstacles, f"recipe {recipe.run_name}")
+        check_prompts(recipe, materials)
+        train = materials.training_rows(plan.tokens_per_row, recipe.seed)
+        check_evaluation(recipe, materials)
+        validation = materials.stream("validation", plan.tokens_per_row, recipe.seed)
+    with world.together():
+        check_agreement(recipe, materials, sharding, world)
     if compute.bitwise:
         compute_with_threads(1)  # products of another number of threads are rounded otherwise
     placed = place_model(model, weights, world, sharding)
     optimizer = build_optimizer_of(placed, recipe.optimizer, world, sharding)
     state = TrainState(placed, optimizer, scaler=build_scaler(world.device, recipe.compute.precision))
     return Job(recipe, plan, materials, train, validation, state, world, sharding)
+
+
+def check_agreement(
+    recipe: Recipe, materials: Materials | MixedMaterials, sharding: Sharding, world: World
+) -> None:
+    """Raise ValueError, naming what, unless all processes are about to train the same."""
+    text = json.dumps(materials.record(), sort_keys=True)
+    facts = {name: str(value) for name, value in flatten(recipe).items() if name != "device"}
+    facts |= {"the data": hashlib.sha256(text.encode()).hexdigest()[:12], "sharding": sharding}
+    facts |= {"overnight's version": __version__, "torch's version": str(torch.__version__)}
+    told = [json.loads(words) for words in world.gather(json.dumps(facts))]
+    differing = [
+        f"{name} is {other[name]} in rank {rank} and {told[0][name]} in rank 0"
+        for rank, other in enumerate(told)
+        for name in facts
+        if other[name] != told[0][name]
+    ]
+    if differing:
+        raise ValueError(f"the processes do not agree: {'; '.join(differing)}")
 
 
 def choose_sharding_for(recipe: Recipe, plan: BatchPlan, world: World) -> Sharding:

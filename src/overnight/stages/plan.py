@@ -133,6 +133,7 @@ def plan_here(config: PlanConfig, name: str) -> Outlook:
 
     device = open_world(config.compute.device).device
     processes = count_processes(config.compute.processes or 1, device)
+    check_together(device, config.machines * processes)
     text = find_text(config.data, config.model.vocab_size)
     sizes = find_sizes(config, text.vocab_size)
     recipe, plan = decide(as_recipe(config), sizes, config.data, device, config.machines * processes)
@@ -162,6 +163,14 @@ def plan_here(config: PlanConfig, name: str) -> Outlook:
     if outlook.needed_bytes > memory_bytes:
         return with_ways_out(outlook, memory_bytes)
     return measured(outlook, memory_bytes, config.seconds)
+
+
+def check_together(device: str, processes: int) -> None:
+    """Raise ValueError if such devices can't train together."""
+    if processes > 1 and device.partition(":")[0] not in {"cpu", "cuda"}:
+        raise ValueError(
+            f"{processes} processes train together on NVIDIA's GPUs or on a CPU, not on {device}"
+        )
 
 
 def measured(outlook: Outlook, memory_bytes: int, seconds: float) -> Outlook:
@@ -200,8 +209,7 @@ def plan_elsewhere(config: PlanConfig, name: str, device: Device) -> Outlook:
     assert isinstance(processes, int)
     text = find_text(config.data, config.model.vocab_size)
     compute, memory_bytes = suppose_compute(config.compute, device), device.facts.memory_bytes
-    if compute.device != "cuda" and config.machines * processes > 1:
-        raise ValueError(f"processes={processes}: only NVIDIA's GPUs train together, not {device.name}")
+    check_together(compute.device or "", config.machines * processes)
     model = find_sizes(config, text.vocab_size)
     rows = estimate_rows_that_fit(model, memory_bytes, "cuda") if memory_bytes else 1
     asked = dataclasses.replace(as_recipe(config), model=model, compute=compute)

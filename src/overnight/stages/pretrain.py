@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor
 
-from overnight import __version__
 from overnight.batching import BatchConfig, BatchPlan, plan_batches
 from overnight.checkpoint import (
     discard_checkpoints_after,
@@ -35,11 +32,11 @@ from overnight.stages.environment import describe_environment, explain_choices
 from overnight.stages.job import Job, build_job
 from overnight.stages.journal import Journal
 from overnight.stages.materials import is_same_text
-from overnight.stages.recipe import Recipe, changed_settings, flatten
+from overnight.stages.recipe import Recipe, changed_settings
 from overnight.terminal import say
 from overnight.trainer import Training, fit, fits, stop_on_signal
 from overnight.watch import Watch, watched
-from overnight.world import join_world
+from overnight.world import World, join_world
 
 BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32
 
@@ -55,10 +52,9 @@ def run(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Rec
         with world.together():
             check_directory(recipe, directory, resume=resume)
             has_checkpoint = resume and bool(list_checkpoints(directory.checkpoints))
-            job = build_job(recipe, world, has_checkpoint=has_checkpoint)
-            check_disk(job, directory)
+        job = build_job(recipe, world, has_checkpoint=has_checkpoint)
         with world.together():
-            check_agreement(job)
+            check_disk(job, directory)
         training, job = fit_into_memory(build_training(job), job)
         choices = explain_choices(recipe, job)
         with ExitStack() as held:
@@ -186,23 +182,6 @@ def record_text(job: Job, directory: RunDirectory) -> None:
         write_atomically(directory.data, json.dumps(job.materials.record(), indent=2) + "\n")
 
 
-def check_agreement(job: Job) -> None:
-    """Raise ValueError, naming what, unless all processes are about to train the same."""
-    text = json.dumps(job.materials.record(), sort_keys=True)
-    facts = {name: str(value) for name, value in flatten(job.recipe).items() if name != "device"}
-    facts |= {"the data": hashlib.sha256(text.encode()).hexdigest()[:12], "sharding": job.sharding}
-    facts |= {"overnight's version": __version__, "torch's version": str(torch.__version__)}
-    told = [json.loads(words) for words in job.world.gather(json.dumps(facts))]
-    differing = [
-        f"{name} is {other[name]} in rank {rank} and {told[0][name]} in rank 0"
-        for rank, other in enumerate(told)
-        for name in facts
-        if other[name] != told[0][name]
-    ]
-    if differing:
-        raise ValueError(f"the processes do not agree: {'; '.join(differing)}")
-
-
 def check_directory(recipe: Recipe, directory: RunDirectory, *, resume: bool) -> None:
     """Raise ValueError unless `directory` is free for a new run, or holds the run that is to go on."""
     path = directory.path
@@ -251,6 +230,7 @@ def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resu
                 "put that data back, or give another --run-name"
             )
         read_newest(directory.checkpoints, lambda found: load_checkpoint(state, found, job.world))
+        check_step(state.step, job.world)
         total_steps = job.recipe.schedule.total_steps or 0
         if state.step > total_steps:
             raise ValueError(
@@ -262,6 +242,16 @@ def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resu
     job.world.wait_for_all()
     for name, choice in choices.items():
         say(f"{name.replace('_', ' '):<21} {choice}")
+
+
+def check_step(step: int, world: World) -> None:
+    """Raise ValueError unless all processes go on from the same checkpoint."""
+    steps = world.gather(str(step))
+    if len({*steps}) > 1:
+        raise ValueError(
+            f"the processes have loaded checkpoints of different steps ({', '.join(steps)}): a run's folder "
+            "must lie on a disk that all of them see, and see alike"
+        )
 
 
 def write_beginning(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resume: bool) -> None:

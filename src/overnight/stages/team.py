@@ -53,7 +53,9 @@ class Team:
         return estimate_memory(model, rows, compute, self.processes, self.processes_per_machine)
 
     def describe(self, device_name: str) -> str:
-        """The machines, in words."""
+        """The machines, in words; one device by its bare name."""
+        if self.processes == 1:
+            return device_name
         each = f"{self.processes_per_machine} x {device_name}"
         if self.cluster is None:
             each = f"{self.processes_per_machine} processes on {device_name}"

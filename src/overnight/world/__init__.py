@@ -26,6 +26,7 @@ ALLOCATOR = ":".join(
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds of each so many; or "max 100000"
+LOST = 71  # the exit status of a process that ends because others have
 BUCKET_BYTES = 100_000_000  # sent at once: large enough for full speed, small beside the gradients
 
 
@@ -120,6 +121,10 @@ class World:
             raise RefusedTogetherError(_describe_refusals(refusals))
 
 
+class LostOthersError(ConnectionError):
+    """The other processes have ended, or can't be reached."""
+
+
 class RefusedTogetherError(ValueError):
     """What every process refuses, with the same words: one speaks for all."""
 
@@ -176,7 +181,7 @@ def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
     """This process among those that a launcher has started, or by itself; on one GPU each, or all on the CPU.
 
     Whoever waits for the others longer than twice `timeout_seconds` fails. Raises ValueError for a device
-    this machine lacks, and if there is no place to meet; ConnectionError, then or later, if the others are
+    this machine lacks, and if there is no place to meet; LostOthersError, then or later, if the others are
     lost.
     """
     place = find_place(os.environ)
@@ -216,8 +221,10 @@ def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _lost(rank: int, error: Exception) -> ConnectionError:
-    return ConnectionError(f"rank {rank} has lost the others ({str(error).splitlines()[0]})")
+def _lost(rank: int, error: Exception) -> LostOthersError:
+    """What torch says of it, less the file of its own where it noticed, and its advice."""
+    reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
+    return LostOthersError(f"rank {rank} has lost the others ({reason})")
 
 
 def is_launched() -> bool:
@@ -266,18 +273,27 @@ def meet_anew_each_time() -> None:
 def count_processes(asked: int | str, device: str | None) -> int:
     """How many processes to start: as many as asked for; for "auto", one for each GPU.
 
-    Raises ValueError for more than there are GPUs to compute on.
+    Raises ValueError for more than there are GPUs to compute on, and for a device that they can't share.
     """
     import torch
 
-    chosen = device or _best_device()
+    chosen = _check_device(device) if device else _best_device()
     gpus = torch.cuda.device_count() if chosen == "cuda" else None
     if asked == "auto":
-        return max(1, gpus or 1)
+        return gpus or 1
     count = int(asked)
     if count < 1 or (gpus is not None and count > gpus):
-        raise ValueError(f"processes={count} must be at least 1, and at most {gpus or 'what memory holds'}")
+        at_most = f", and at most {gpus}, a GPU for each" if gpus is not None else ""
+        raise ValueError(f"processes={count} must be at least 1{at_most}")
+    _check_shared(chosen, count)
     return count
+
+
+def _check_shared(device: str, processes: int) -> None:
+    if device != "cpu" and not device.startswith("cuda"):
+        raise ValueError(f"several processes compute on the CPU or on NVIDIA's GPUs, not on {device}")
+    if device.startswith("cuda:"):
+        raise ValueError(f"device={device} is one device, and processes={processes}: say cuda")
 
 
 def _find_device(place: Place, device: str | None) -> World:
@@ -286,10 +302,7 @@ def _find_device(place: Place, device: str | None) -> World:
     import torch.distributed as dist
 
     chosen = _check_device(device) if device else _best_device()
-    if chosen != "cpu" and not chosen.startswith("cuda"):
-        raise ValueError(f"several processes compute on the CPU or on NVIDIA's GPUs, not on {chosen}")
-    if chosen.startswith("cuda:"):
-        raise ValueError(f"device={chosen} is one device, and there are {place.size} processes: say cuda")
+    _check_shared(chosen, place.size)
     if chosen == "cuda":
         if place.local_size > (count := torch.cuda.device_count()):
             raise ValueError(
