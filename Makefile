@@ -7,7 +7,7 @@ USER_READY := .venv/ready-report-data
 DEV_READY := .venv/ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format lint types benchmark lock clean
+.PHONY: help quickstart test distributed check format lint types benchmark lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,10 @@ quickstart: $(USER_READY)  ## train a small GPT on this machine, offline, and op
 
 test: $(DEV_READY)  ## the whole test suite, on the CPU and without a network
 	$(BIN)/pytest -q
+
+# One test at a time: each keeps two to four processes busy.
+distributed: $(DEV_READY)  ## runs in several processes, killed and frozen: what `make test` has no time for
+	$(BIN)/pytest -q -n0 -m distributed
 
 check: format lint types test  ## everything a change must pass
 

@@ -130,7 +130,7 @@ def list_collectives(
     Gradients are summed once, in buckets (`World.sum`); where parameters have owners, these send them out.
     Divided weights are gathered for each micro-batch: a block's twice, what is in no block once, since
     FSDP2 keeps it from the forward to the backward pass; and gradients are added up block by block. Hybrid,
-    that happens within machines, and what has been added up in each is added up over all, as often.
+    that happens within machines, and what has been added up in each is added up over all once a step.
     """
     if cluster.processes == 1:
         return []
@@ -150,8 +150,8 @@ def list_collectives(
         Collective("reduce-scatter", among, groups * times, total * times),
     ]
     if sharding == "hybrid" and cluster.machines > 1:
-        shards = total * times // cluster.processes_per_machine
-        found.append(Collective("all-reduce", "machines", groups * times, shards))
+        shards = total // cluster.processes_per_machine
+        found.append(Collective("all-reduce", "machines", groups, shards))
     return [each for each in found if count_members(each.among, cluster) > 1]
 
 

@@ -140,12 +140,17 @@ def explain_compute(asked: ComputeConfig, decided: ComputeConfig) -> dict[str, s
     return found
 
 
-def autocast(device: str, precision: str | None) -> AbstractContextManager[Any]:
-    """Within, matrix products are computed in `precision`; weights, norms and losses stay float32."""
+def autocast(device: str, precision: str | None, *, keeps_copies: bool = True) -> AbstractContextManager[Any]:
+    """Within, matrix products are computed in `precision`; weights, norms and losses stay float32.
+
+    `keeps_copies`: of each weight in that precision, to the end, in case that it is used again.
+    """
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "")
-    return torch.autocast(device.partition(":")[0], dtype) if dtype else nullcontext()
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.partition(":")[0], dtype, cache_enabled=keeps_copies)
 
 
 def build_loss(
@@ -165,7 +170,7 @@ def build_loss(
     _adapt_blocks(model, compute)
 
     def nats(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        with autocast(device, compute.precision):
+        with autocast(device, compute.precision, keeps_copies=not by_block):  # a whole model of shards
             return loss(model, ids_BT, targets_BT, head)
 
     if by_block and compute.compile:

@@ -9,14 +9,15 @@ processes of each machine, and the machines hold the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from overnight.gradients import AddUp, add_up, add_up_in_tree, add_up_shards
+from overnight.gradients import AddUp, Backward, add_up, add_up_in_tree, add_up_shards
 from overnight.model.config import ModelConfig
 from overnight.model.gpt import GPT, allocate_model
 from overnight.model.initialization import weight_shapes
@@ -88,11 +89,26 @@ def find_owners(model: GPT, world: World) -> dict[str, int]:
     )
 
 
-def choose_sum(sharding: Sharding, *, bitwise: bool) -> AddUp:
+def choose_sum(model: GPT, sharding: Sharding, *, bitwise: bool) -> AddUp:
     """What adds up a step's gradients."""
-    if sharding in SHARDS:
+    if sharding == "hybrid":
+        return functools.partial(_add_up_within_machines, model)
+    if sharding == "full":
         return add_up_shards
     return add_up_in_tree if bitwise else add_up
+
+
+def _add_up_within_machines(
+    model: GPT, backward: Backward, micro_batches: range, parameters: Sequence[Tensor], world: World
+) -> Tensor:
+    """`add_up_shards` that crosses from machine to machine once a step, after the last micro-batch."""
+    sharded: Any = model
+
+    def once(micro_batch: int) -> Tensor:
+        sharded.set_requires_all_reduce(micro_batch == micro_batches[-1])
+        return backward(micro_batch)
+
+    return add_up_shards(once, micro_batches, parameters, world)
 
 
 def spread_updates(model: GPT, world: World, sharding: Sharding) -> Callable[[], None]:

@@ -92,6 +92,73 @@ def test_steps_for_tokens_are_the_fewest_that_have_them(
     assert plan.steps_for(plan.tokens_before(steps)) == steps
 
 
+@st.composite
+def shared_plans(draw: st.DrawFn) -> tuple[BatchPlan, int]:
+    """A plan, with a ramp or without, and a number of processes that share its steps."""
+    size, tokens_per_row = draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    unit = draw(st.integers(1, 6)) * size * tokens_per_row
+    sizes = draw(st.integers(1, 5))
+    config = BatchConfig(
+        tokens_per_step=unit * sizes,
+        ramp_from_tokens_per_step=unit if sizes > 1 else None,
+        ramp_tokens=draw(st.integers(1, 30 * unit)) if sizes > 1 else None,
+    )
+    return plan_batches(config, tokens_per_row, draw(st.integers(1, 8)), size), size
+
+
+@given(shared_plans())
+def test_processes_share_a_step_in_order_and_evenly(drawn: tuple[BatchPlan, int]) -> None:
+    plan, size = drawn
+    for step in range(40):
+        shares = [plan.share(step, rank, size) for rank in range(size)]
+        assert [number for share in shares for number in share] == list(range(plan.micro_batches(step)))
+        assert len({len(share) for share in shares}) == 1
+
+
+@given(shared_plans())
+def test_what_follows_a_row_is_what_the_process_computes_next(drawn: tuple[BatchPlan, int]) -> None:
+    """The naive twin writes down all that a process computes and looks one further."""
+    plan, size = drawn
+    for rank in range(size):
+        firsts = [plan.rows(step, number)[0] for step in range(40) for number in plan.share(step, rank, size)]
+        assert [plan.following_row(first, rank, size) for first in firsts[:-1]] == firsts[1:]
+
+
+@given(shared_plans())
+def test_a_step_does_not_depend_on_the_number_of_processes(drawn: tuple[BatchPlan, int]) -> None:
+    plan, size = drawn
+    rows = plan.rows_per_micro_batch
+    alone = constant_plan(plan.tokens_per_row, rows, 1)
+    assert plan.share(7, 0, 1) == range(plan.micro_batches(7))
+    assert plan.following_row(0, 0, 1) == alone.following_row(0, 0, 1) == rows
+
+
+@pytest.mark.parametrize(
+    "settings, processes, complaint",
+    [
+        ({}, 3, "16 rows of tokens_per_step=1024 can't be .* 3 processes; 960 and 1152 can, or start 2"),
+        ({}, 32, "among 32 processes; 2048 can, or start 16"),
+        ({"rows_per_micro_batch": 8}, 4, "8 does not divide the 4 rows of each process .* do: 1, 2, 4"),
+        (
+            {"ramp_from_tokens_per_step": 256, "ramp_tokens": 9},
+            8,
+            "the 4 rows of ramp_from_tokens_per_step=256 can't be divided among 8 .*; 512 can, or start 4",
+        ),
+    ],
+)
+def test_what_processes_can_t_share_names_values_that_they_can(
+    settings: dict[str, int], processes: int, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        plan_batches(BatchConfig(**{"tokens_per_step": 1024, **settings}), 64, 8, processes)
+
+
+def test_the_micro_batch_found_is_one_of_every_process() -> None:
+    """Of 48 rows, each of three processes has 16, and five fit: four at once."""
+    plan = plan_batches(BatchConfig(tokens_per_step=48 * 64), 64, 5, 3)
+    assert plan == constant_plan(64, 4, 12)
+
+
 def test_the_sizes_of_a_ramp_have_equal_shares_of_its_tokens() -> None:
     plan = plan_batches(GPT3, 2048, 16)
     assert [stage.micro_batches for stage in plan.stages] == list(range(1, 17))

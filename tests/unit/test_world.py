@@ -10,7 +10,33 @@ import pytest
 import torch
 
 from overnight import world
-from overnight.world import count_cores, keep_compiled_code, open_world, restart_with_large_pages
+from overnight.world import (
+    ALONE,
+    RefusedTogetherError,
+    World,
+    count_cores,
+    count_processes,
+    count_restarts,
+    divide_cores,
+    is_launched,
+    is_main_process,
+    join_world,
+    keep_compiled_code,
+    meet_anew_each_time,
+    open_world,
+    restart_with_large_pages,
+)
+from overnight.world.place import Place, find_place
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_STEP_NODELIST": "node[03-04]",
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+}
 
 
 def test_a_single_process_is_the_main_one() -> None:
@@ -130,3 +156,220 @@ def test_torch_computes_with_a_thread_for_each_core(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("OMP_NUM_THREADS")
     open_world("cpu")
     assert told == [4]
+
+
+# ---------------------------------------------------------------- a place among others
+
+
+@pytest.mark.parametrize(
+    "environment, place",
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        (TORCHRUN, Place(5, 8, 1, 4, None)),
+        (TORCHRUN | SLURM, Place(5, 8, 1, 4, None)),
+        (SLURM, Place(9, 16, 1, 8, "node03:34567")),
+        (SLURM | {"MASTER_PORT": "29500"}, Place(9, 16, 1, 8, "node03:29500")),
+        (SLURM | {"MASTER_ADDR": "10.0.0.1"}, Place(9, 16, 1, 8, "10.0.0.1:34567")),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),
+    ],
+    ids=[
+        "by itself",
+        "nothing said",
+        "torchrun",
+        "torchrun in a job of Slurm's",
+        "srun",
+        "srun, a port",
+        "srun, an address",
+        "srun, a single task",
+        "a batch script",
+    ],
+)
+def test_a_launcher_s_environment_says_the_place(environment: dict[str, str], place: Place | None) -> None:
+    assert find_place(environment) == place
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [
+        ("localhost", "localhost"),
+        ("node3", "node3"),
+        ("node003,node004", "node003"),
+        ("node[003-007,12],other1", "node003"),
+        ("gpu-a-[1,3]", "gpu-a-1"),
+        ("login1,node[1-2]", "login1"),
+    ],
+)
+def test_the_first_of_slurm_s_hosts_is_where_they_meet(nodes: str, first: str) -> None:
+    found = find_place(SLURM | {"SLURM_STEP_NODELIST": nodes})
+    assert found is not None
+    assert found.address == f"{first}:34567"
+
+
+@pytest.mark.parametrize("missing", TORCHRUN)
+def test_half_a_launcher_is_refused(missing: str) -> None:
+    environment = {name: value for name, value in TORCHRUN.items() if name != missing}
+    if missing == "WORLD_SIZE":
+        assert find_place(environment) is None
+    else:
+        with pytest.raises(ValueError, match=f"WORLD_SIZE is set and {missing} is not: start with torchrun"):
+            find_place(environment)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of one of several processes."""
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_a_process_knows_whether_it_was_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (is_launched(), is_main_process(), count_restarts()) == (False, True, 0)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert (is_launched(), is_main_process(), count_restarts()) == (True, False, 2)
+    monkeypatch.setenv("RANK", "0")
+    assert is_main_process()
+
+
+@pytest.mark.parametrize(
+    "device, gpus, nccl, complaint",
+    [
+        ("cuda", 2, True, "4 processes on this machine are more than its 2 GPUs: start 2"),
+        ("cuda", 8, False, "this torch has no NCCL, by which GPUs talk: .* give --device cpu"),
+        ("cuda:1", 8, True, "device=cuda:1 is one device, and processes=8: say cuda"),
+        ("mps", 0, True, "on the CPU or on NVIDIA's GPUs, not on mps"),
+        ("gpu", 8, True, "device=gpu is not known"),
+    ],
+)
+def test_a_device_that_several_can_t_share_is_refused(
+    launched: pytest.MonkeyPatch, device: str, gpus: int, nccl: bool, complaint: str
+) -> None:
+    launched.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    launched.setattr(torch.backends.mps, "is_available", lambda: True)
+    launched.setattr(torch.cuda, "device_count", lambda: gpus)
+    launched.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    with pytest.raises(ValueError, match=complaint), join_world(device, 5):
+        pass
+
+
+@pytest.mark.parametrize(
+    "asked, device, gpus, count",
+    [("auto", None, 4, 4), ("auto", "cpu", 4, 1), ("auto", None, 0, 1), (3, None, 4, 3), (7, "cpu", 0, 7)],
+)
+def test_processes_are_counted(
+    monkeypatch: pytest.MonkeyPatch, asked: int | str, device: str | None, gpus: int, count: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert count_processes(asked, device) == count
+
+
+@pytest.mark.parametrize(
+    "asked, device, complaint",
+    [
+        (0, "cpu", "^processes=0 must be at least 1$"),
+        (0, "cuda", "^processes=0 must be at least 1, and at most 4, a GPU for each$"),
+        (5, "cuda", "^processes=5 must be at least 1, and at most 4"),
+        (5, None, "at most 4"),
+        (2, "cuda:1", "device=cuda:1 is one device, and processes=2: say cuda"),
+        (2, "mps", "device=mps: this machine has none"),
+    ],
+)
+def test_more_processes_than_devices_are_refused(
+    monkeypatch: pytest.MonkeyPatch, asked: int, device: str | None, complaint: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=complaint):
+        count_processes(asked, device)
+
+
+def test_what_is_started_finds_its_share_of_the_cores_and_a_store_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(world, "count_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for processes, threads in ((2, "4"), (3, "2"), (64, "1")):
+        divide_cores(processes)
+        assert os.environ["OMP_NUM_THREADS"] == threads
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0")
+    meet_anew_each_time()
+    assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "0", "as the user has set it"
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+    meet_anew_each_time()
+    assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+# ---------------------------------------------------------------- what one process says to itself
+
+
+def test_alone_everything_is_said_and_nothing_sent() -> None:
+    tensors = [torch.ones(2), torch.ones(3)]
+    ALONE.sum(tensors)
+    ALONE.sum_in_tree(tensors)
+    ALONE.spread(tensors, 0)
+    ALONE.wait_for_all()
+    assert all(tensor.eq(1).all() for tensor in tensors)
+    assert (ALONE.any(True), ALONE.any(False), ALONE.gather("word")) == (True, False, ["word"])
+
+
+def test_alone_a_refusal_is_as_it_was() -> None:
+    refusal = ValueError("too large")
+    with pytest.raises(ValueError, match="too large") as refused, ALONE.together():
+        raise refusal
+    assert refused.value is refusal
+
+
+@pytest.mark.parametrize(
+    "refusals, said",
+    [
+        (["too large"] * 3, "too large"),
+        (["", "too large", ""], "rank 1: too large"),
+        (["no", "", "too large"], "rank 0: no; rank 2: too large"),
+    ],
+)
+def test_refusals_of_several_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, refusals: list[str], said: str
+) -> None:
+    monkeypatch.setattr(World, "gather", lambda self, word: refusals)
+
+    def refuse() -> None:
+        with World(1, 3, "cpu").together():
+            if refusals[1]:
+                raise ValueError(refusals[1])
+
+    with pytest.raises(RefusedTogetherError) as refused:
+        refuse()
+    assert str(refused.value) == said
+
+
+def test_another_error_is_not_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are not asked: they will lose this process."""
+    monkeypatch.setattr(World, "gather", lambda self, word: pytest.fail("asked"))
+    with pytest.raises(KeyError), World(0, 2, "cpu").together():
+        raise KeyError("ours")
+
+
+@pytest.mark.parametrize(
+    "sizes, stretches", [([10, 10, 10], [30]), ([40, 1], [40, 1]), ([39, 1, 5], [40, 5])]
+)
+def test_a_bucket_is_full_with_the_tensor_that_fills_it(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], stretches: list[int]
+) -> None:
+    monkeypatch.setattr(world, "BUCKET_BYTES", 160)
+    said: list[int] = []
+
+    def double(flat: torch.Tensor) -> None:
+        said.append(len(flat))
+        flat *= 2
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", double)
+    tensors = [torch.full((size,), float(place)) for place, size in enumerate(sizes)]
+    World(0, 2, "cpu").sum(tensors)
+    assert said == stretches
+    assert all(tensor.eq(2 * place).all() for place, tensor in enumerate(tensors))

@@ -1,12 +1,16 @@
 """Multiple choice: the nats of each ending after its context, the context read once for all of its endings.
 
-Shapes: Q questions, E endings of each, P positions of a context, R of an ending, B = Q x E rows.
+A row is a tree: the context, then the endings one after the other, each of which looks at the context and at
+itself, and counts its positions from the context's end. Rows of about the same length go together.
+
+Shapes: B rows, T positions of a row, C channels, N tokens that count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +20,9 @@ from overnight.model.gpt import GPT, evaluating
 from overnight.parallel import autocast
 from overnight.world import ALONE, World
 
-TOKENS_AT_ONCE = 4096  # of contexts and of endings, padding included
+TOKENS_AT_ONCE = 4096  # padding included
 LOGITS_AT_ONCE = 1024  # positions: all logits of a batch would take a gigabyte
-SHAPE = 8  # lengths are padded to multiples of this, so that shapes come again
+SHAPE = 8  # rows are padded to multiples of so many tokens, so that shapes come again
 
 
 @dataclass(frozen=True)
@@ -62,47 +66,53 @@ class Judged:
         return self.likeliest(self.choice.characters) == self.choice.answer
 
 
-class ContextMemory:
-    """Keys and values of the contexts, lent to their endings: the model's cache protocol in two calls."""
+@dataclass(frozen=True)
+class Tree:
+    """A row: a context and some of its endings."""
 
-    def __init__(self, contexts_Q: Tensor, endings: int, context_length: int) -> None:
-        self._contexts_Q, self._endings, self._last = contexts_Q, endings, context_length - 1
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._mask: Tensor | None = None
-        self._is_read = False
+    place: int
+    """Of the question."""
+    context: tuple[int, ...]
+    endings: tuple[int, ...]
+    """Their numbers."""
+    choice: Choice
 
-    def begin_endings(self) -> None:
-        """From now on, rows are endings."""
-        self._is_read = True
+    @property
+    def parts(self) -> list[tuple[int, ...]]:
+        """What is read after the context: the endings without their last tokens, which are only targets."""
+        return [self.choice.endings[number][:-1] for number in self.endings]
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(map(len, self.parts))
+
+
+class TreeMask:
+    """What the rows' positions are, and who may look at whom: the model's cache protocol, in one call."""
+
+    def __init__(self, trees: Sequence[Tree], length: int, device: torch.device) -> None:
+        positions = torch.zeros(len(trees), length, dtype=torch.long)
+        branches = torch.full((len(trees), length), -1)  # of the padding, which looks at itself alone
+        for row, tree in enumerate(trees):
+            end = len(tree.context)
+            positions[row, :end] = torch.arange(end)
+            branches[row, :end] = 0
+            for branch, part in enumerate(tree.parts, start=1):
+                start, end = end, end + len(part)
+                positions[row, start:end] = len(tree.context) + torch.arange(len(part))
+                branches[row, start:end] = branch
+        self._positions_BT, branches_BT = positions.to(device), branches.to(device)
+        same = branches_BT[:, :, None] == branches_BT[:, None, :]
+        of_context = (branches_BT == 0)[:, None, :] & (branches_BT > 0)[:, :, None]
+        before = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        self._mask = ((same | of_context) & before)[:, None]
 
     def positions(self, length: int) -> Tensor:
-        """Positions (T,) of contexts, (B, T) of endings, which go on where their contexts end."""
-        places_T = torch.arange(length, device=self._contexts_Q.device)
-        if not self._is_read:
-            return places_T
-        contexts_B = self._contexts_Q.repeat_interleave(self._endings)
-        return (contexts_B[:, None] + places_T).clamp(max=self._last)  # beyond it there is only padding
+        """(B, T): an ending goes on where its context ends."""
+        return self._positions_BT[:, :length]
 
-    def append(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep a context's; put them before an ending's."""
-        if not self._is_read:
-            self._kept[layer] = k_BHTD, v_BHTD
-            return k_BHTD, v_BHTD, None
-        before = (kept.repeat_interleave(self._endings, 0) for kept in self._kept[layer])
-        k, v = (torch.cat([old, new], 2) for old, new in zip(before, (k_BHTD, v_BHTD), strict=True))
-        if self._mask is None:
-            self._mask = self._visible(k.shape[2] - k_BHTD.shape[2], k_BHTD.shape[2])
-        return k, v, self._mask
-
-    def _visible(self, context: int, ending: int) -> Tensor:
-        """Who may look at whom, bool (B, 1, R, P + R): at all of the context, and back in the ending."""
-        device = self._contexts_Q.device
-        contexts_B = self._contexts_Q.repeat_interleave(self._endings)
-        of_context = torch.arange(context, device=device) < contexts_B[:, None, None]
-        of_ending = torch.ones(ending, ending, dtype=torch.bool, device=device).tril()
-        rows = len(contexts_B)
-        parts = (of_context.expand(rows, ending, context), of_ending.expand(rows, ending, ending))
-        return torch.cat(parts, 2)[:, None]
+    def append(self, _layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Nothing is remembered; the mask is bool (B, 1, T, T)."""
+        return k_BHTD, v_BHTD, self._mask
 
 
 @torch.no_grad()
@@ -115,75 +125,82 @@ def judge_choices(
     the processes of `world`, each of which yields its own. Raises ValueError for an ending that leaves no
     room for a token before it.
     """
-    cut = [_fit(choice, model.config.context_length) for choice in choices]
-    order = sorted(range(len(cut)), key=lambda place: (_shape(cut[place]), place))
+    trees = [plant(place, choice, model.config.context_length) for place, choice in enumerate(choices)]
+    order = sorted(range(len(trees)), key=lambda place: (max(map(len, trees[place])), place))
     with evaluating(model), autocast(model.wte.weight.device.type, precision):
-        for batch in list(_batches(cut, order))[world.rank :: world.size]:
-            nats = _judge([cut[place] for place in batch], model)
-            yield from (Judged(each, choices[place]) for each, place in zip(nats, batch, strict=True))
+        for batch in list(_batches([trees[place] for place in order]))[world.rank :: world.size]:
+            nats = _judge([tree for rows in batch for tree in rows], model)
+            for rows in batch:
+                place = rows[0].place
+                count = len(choices[place].endings)
+                yield Judged(tuple(nats[place, number] for number in range(count)), choices[place])
 
 
-def _fit(choice: Choice, context_length: int) -> Choice:
-    """The question with as much of its context as the model can read beside the longest ending."""
-    room = context_length - max(map(len, choice.endings)) + 1  # the last token of an ending is only a target
-    if room < 1 or not choice.context or not all(choice.endings):
+def plant(place: int, choice: Choice, context_length: int) -> list[Tree]:
+    """A question's rows: one, or several that share its endings where the model can't read them at once.
+
+    Of the context as much is kept as can be read beside the longest ending.
+    """
+    longest = max(map(len, choice.endings)) - 1
+    if longest >= context_length or not choice.context or not all(choice.endings):
         raise ValueError(
             f"a question with {len(choice.context)} tokens before endings of "
             f"{', '.join(str(len(ending)) for ending in choice.endings)} does not fit the model's context of "
             f"{context_length}"
         )
-    return Choice(choice.context[-room:], choice.endings, choice.characters, choice.answer)
+    context = choice.context[-(context_length - longest) :]
+    trees: list[Tree] = []
+    for number in range(len(choice.endings)):
+        grown = Tree(place, context, (*trees[-1].endings, number) if trees else (number,), choice)
+        if trees and len(grown) <= context_length:
+            trees[-1] = grown
+        else:
+            trees.append(Tree(place, context, (number,), choice))
+    return trees
 
 
-def _shape(choice: Choice) -> tuple[int, int, int]:
-    """(endings, positions of the context, of the longest ending), lengths padded."""
-    longest = max(map(len, choice.endings))
-    return len(choice.endings), _padded(len(choice.context)), _padded(longest)
+def _batches(questions: Sequence[list[Tree]]) -> Iterator[list[list[Tree]]]:
+    """Neighbours, as many as have TOKENS_AT_ONCE together at most, padding included."""
+    batch: list[list[Tree]] = []
+    for trees in questions:
+        rows = sum(map(len, [*batch, trees]))
+        if batch and rows * _padded(max(map(len, trees))) > TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(trees)
+    if batch:
+        yield batch
 
 
 def _padded(length: int) -> int:
     return -(-length // SHAPE) * SHAPE
 
 
-def _batches(choices: Sequence[Choice], order: Sequence[int]) -> Iterator[list[int]]:
-    """Neighbours in `order` with as many endings, so many that neither pass has too many tokens."""
-    batch: list[int] = []
-    for place in order:
-        endings, context, ending = _shape(choices[place])
-        alike = not batch or len(choices[batch[0]].endings) == endings
-        longest = max([ending, *(_shape(choices[each])[2] for each in batch)])
-        if batch and (not alike or (len(batch) + 1) * max(context, endings * longest) > TOKENS_AT_ONCE):
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
-
-
-def _judge(choices: Sequence[Choice], model: GPT) -> list[tuple[float, ...]]:
+def _judge(trees: Sequence[Tree], model: GPT) -> dict[tuple[int, int], float]:
+    """The nats of each ending, by (place of the question, number of the ending)."""
     device = model.wte.weight.device
-    E = len(choices[0].endings)
-    contexts_QP = _rows([choice.context for choice in choices], device)
-    endings_BR = _rows([ending for choice in choices for ending in choice.endings], device)
-    contexts_Q = torch.tensor([len(choice.context) for choice in choices], device=device)
-    endings_B = torch.tensor([len(each) for choice in choices for each in choice.endings], device=device)
-    memory = ContextMemory(contexts_Q, E, model.config.context_length)
-    hidden_QPC = model.trunk(contexts_QP, memory)
-    last_QC = hidden_QPC[torch.arange(len(choices), device=device), contexts_Q - 1]
-    hidden_BRC = last_QC.repeat_interleave(E, 0)[:, None]
-    if endings_BR.shape[1] > 1:
-        memory.begin_endings()
-        hidden_BRC = torch.cat([hidden_BRC, model.trunk(endings_BR[:, :-1], memory)], 1)
-    counted_BR = torch.arange(endings_BR.shape[1], device=device) < endings_B[:, None]
-    hidden_NC, targets_N = hidden_BRC[counted_BR], endings_BR[counted_BR]  # nowhere but where a token counts
+    T = min(_padded(max(map(len, trees))), model.config.context_length)
+    ids_BT = torch.zeros(len(trees), T, dtype=torch.long)
+    counted: list[int] = []
+    targets: list[int] = []
+    ends: list[int] = []
+    for row, tree in enumerate(trees):
+        ids_BT[row, : len(tree)] = torch.tensor(
+            [*tree.context, *(token for part in tree.parts for token in part)]
+        )
+        start = row * T + len(tree.context)
+        for number, part in zip(tree.endings, tree.parts, strict=True):
+            # The first token of an ending is foretold by the last of the context.
+            counted += [row * T + len(tree.context) - 1, *range(start, start + len(part))]
+            targets += tree.choice.endings[number]
+            ends.append(len(targets))
+            start += len(part)
+    hidden_BTC = model.trunk(ids_BT.to(device), TreeMask(trees, T, device))
+    hidden_NC = hidden_BTC.flatten(0, 1)[torch.tensor(counted, device=device)]  # nowhere but where it counts
+    targets_N = torch.tensor(targets, device=device)
     pieces = zip(*(torch.split(each, LOGITS_AT_ONCE) for each in (hidden_NC, targets_N)), strict=True)
     nats = [F.cross_entropy(model.head(each).float(), ids, reduction="none") for each, ids in pieces]
-    nats_BR = torch.zeros(counted_BR.shape, device=device)
-    nats_BR[counted_BR] = torch.cat(nats)
-    return [tuple(row) for row in nats_BR.cpu().double().sum(1).view(-1, E).tolist()]
-
-
-def _rows(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """One below the other, padded on the right with any id: it is seen by nothing that counts."""
-    longest = _padded(max(map(len, sequences)))
-    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences], device=device)
+    lengths = [end - start for start, end in pairwise([0, *ends])]
+    parts = torch.split(torch.cat(nats).cpu().double(), lengths)
+    keys = [(tree.place, number) for tree in trees for number in tree.endings]
+    return {key: part.sum().item() for key, part in zip(keys, parts, strict=True)}

@@ -12,6 +12,11 @@ from overnight.stages.recipe import Recipe, flatten
 
 def changed_options(recipe: Recipe, original: Recipe, left_out: Set[str] = frozenset()) -> list[str]:
     """The words that make `recipe` of `original`, but for the settings in `left_out`."""
+    return [word for option in list_options(recipe, original, left_out) for word in option]
+
+
+def list_options(recipe: Recipe, original: Recipe, left_out: Set[str] = frozenset()) -> list[list[str]]:
+    """The same, option by option."""
     now, before = flatten(recipe), flatten(original)
     changed = [name for name in now if name not in left_out and now[name] != before[name]]
     if {"total_tokens", "total_steps"} <= {*changed}:  # to give one is to take the other back
@@ -20,7 +25,7 @@ def changed_options(recipe: Recipe, original: Recipe, left_out: Set[str] = froze
     kinds = {
         name: field_types(type(getattr(recipe, part)) if part else Recipe) for name, part in sections.items()
     }
-    return [word for name in changed for word in as_option(name, now[name], kinds[name][name])]
+    return [as_option(name, now[name], kinds[name][name]) for name in changed]
 
 
 def as_option(name: str, value: Any, kind: Any) -> list[str]:

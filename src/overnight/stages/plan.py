@@ -27,9 +27,10 @@ from overnight.memory import estimate_memory, find_ways_out, fits_into, largest_
 from overnight.parallel import ComputeConfig
 from overnight.settings import nearest, raise_problems
 from overnight.stages.forecast import FORWARD_SHARE, Pace, count_work, find_sizes, find_text
+from overnight.stages.options import list_options
 from overnight.stages.outlook import Outlook, as_json
 from overnight.stages.plan_page import as_text
-from overnight.stages.recipe import Recipe, flatten, load_recipe
+from overnight.stages.recipe import Recipe, load_recipe
 from overnight.stages.team import assemble_team, find_processes, share, with_sharding
 from overnight.terminal import say
 
@@ -168,9 +169,7 @@ def plan_here(config: PlanConfig, name: str) -> Outlook:
 def check_together(device: str, processes: int) -> None:
     """Raise ValueError if such devices can't train together."""
     if processes > 1 and device.partition(":")[0] not in {"cpu", "cuda"}:
-        raise ValueError(
-            f"{processes} processes train together on NVIDIA's GPUs or on a CPU, not on {device}"
-        )
+        raise ValueError(f"{processes} processes train together on NVIDIA GPUs or a CPU, not on {device}")
 
 
 def measured(outlook: Outlook, memory_bytes: int, seconds: float) -> Outlook:
@@ -325,7 +324,7 @@ def with_ways_out(outlook: Outlook, memory_bytes: int) -> Outlook:
 
 def next_command(outlook: Outlook, config: PlanConfig) -> str:
     """What one would want to do now."""
-    changed = changed_options(as_recipe(config), load_recipe(outlook.name))
+    changed = [shlex.join(words) for words in list_options(as_recipe(config), load_recipe(outlook.name))]
     asked = [f"--{name} {getattr(config, name)}" for name in ("machines", "network", "on")]
     only = [words for words in asked if not words.endswith((" 1", " 400g", " None"))]
     if outlook.fits is False:
@@ -346,17 +345,3 @@ def next_command(outlook: Outlook, config: PlanConfig) -> str:
         words = " ".join([start, "--rdzv-endpoint HOST:29500 -m overnight train", outlook.name, *trained])
         return f"next: on each machine, HOST being the first, {words}"
     return " ".join(["next: overnight train", outlook.name, *changed])
-
-
-def changed_options(recipe: Recipe, original: Recipe) -> list[str]:
-    """What makes `recipe` of the original, as it is given on the command line."""
-    now, before = flatten(recipe), flatten(original)
-    changed = [name for name in now if now[name] != before[name]]
-    if "total_tokens" in changed and "total_steps" in changed:
-        changed.remove("total_steps" if now["total_steps"] is None else "total_tokens")
-    found = []
-    for name in changed:
-        value = now[name]
-        words = [str(word) for word in value] if isinstance(value, tuple) else [str(value)]
-        found.append(shlex.join([f"--{name.replace('_', '-')}", *words]))
-    return found

@@ -101,7 +101,7 @@ def build_training(job: Job) -> Training:
         seed=recipe.seed,
         device=device,
         world=world,
-        add_up=choose_sum(job.sharding, bitwise=recipe.compute.bitwise),
+        add_up=choose_sum(model, job.sharding, bitwise=recipe.compute.bitwise),
         after_update=spread_updates(model, world, job.sharding),
     )
 

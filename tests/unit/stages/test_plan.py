@@ -14,11 +14,11 @@ from overnight.cli import main
 from overnight.hardware import DEVICES, GB
 from overnight.stages import plan
 from overnight.stages.forecast import Pace
+from overnight.stages.options import list_options
 from overnight.stages.outlook import Outlook, as_json
 from overnight.stages.plan import (
     PlanConfig,
     as_recipe,
-    changed_options,
     find_known_device,
     next_command,
     plan_elsewhere,
@@ -171,14 +171,13 @@ def test_the_next_command_repeats_what_was_changed() -> None:
         schedule=replace(config.schedule, total_steps=None, total_tokens=1_000_000),
         samples=replace(config.samples, sample_prompts=("Hello, you", "x")),
     )
-    changed = changed_options(as_recipe(config), load_recipe("gpt2-124m"))
-    assert sorted(changed) == [
-        "--n-layer 6",
-        "--sample-prompts 'Hello, you' x",
-        "--seed 7",
-        "--total-tokens 1000000",
+    assert sorted(list_options(as_recipe(config), load_recipe("gpt2-124m"))) == [
+        ["--n-layer", "6"],
+        ["--sample-prompts", "Hello, you", "x"],
+        ["--seed", "7"],
+        ["--total-tokens", "1000000"],
     ]
-    assert changed_options(load_recipe("quickstart"), load_recipe("quickstart")) == []
+    assert list_options(load_recipe("quickstart"), load_recipe("quickstart")) == []
 
 
 def test_json_goes_to_standard_output_alone(
