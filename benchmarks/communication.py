@@ -43,7 +43,8 @@ from overnight.communication import (
 from overnight.model.config import ModelConfig
 from overnight.ownership import assign_parameters
 from overnight.parallel import Sharding
-from overnight.world import BUCKET_BYTES, World, environment_of_process
+from overnight.world import BUCKET_BYTES, World
+from overnight.world.cores import environment_of_process
 
 HEADINGS = ("what is said", "processes", "MB", "measured, ms", "foretold, ms", "error", "")
 KINDS: tuple[Kind, ...] = ("all-reduce", "all-gather", "reduce-scatter", "broadcast")

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
         from overnight.cache import cache_folder
-        from overnight.world import keep_compiled_code
+        from overnight.world.cores import keep_compiled_code
 
         keep_compiled_code(cache_folder() / "compiled")
     if (
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         and words[:1] in (["train"], ["quickstart"], ["plan"])
         and not {"-h", "--help"} & set(words)
     ):
-        from overnight.world import restart_with_large_pages
+        from overnight.world.cores import restart_with_large_pages
 
         restart_with_large_pages(words)
     try:
@@ -135,13 +135,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse(error: ValueError) -> int:
     """Say what is wrong with what a user wrote. What several processes refuse together, the main one says."""
-    from overnight.world import RefusedTogetherError, is_main_process
+    from overnight.world import RefusedTogetherError, is_main_process, note_refusal
 
-    if isinstance(error, RefusedTogetherError) and not is_main_process():
+    is_shared = isinstance(error, RefusedTogetherError)
+    if is_shared and not is_main_process():
         time.sleep(SECONDS_TO_SPEAK)  # a launcher ends all when the first has ended
     else:
         print(f"overnight: {error}", file=sys.stderr)
-    return WRONG_USE
+    return DONE if is_shared and note_refusal() else WRONG_USE
 
 
 def _status_of(error: OSError) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from overnight.terminal import say
 from overnight.watch import FROZEN
-from overnight.world import LOST
+from overnight.world import LOST, expect_refusals
 
 REFUSED = 2  # the exit status of wrong use
 LINES_SHOWN = 40
@@ -43,13 +43,15 @@ def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=logs, redirects={rank: Std.ALL for rank in range(1, count)}),
             shutdown_timeout=SECONDS_TO_SAVE,
         )
+        refusals = Path(logs) / "refused"
+        expect_refusals(refusals)
         try:
             elastic_launch(config, sys.executable)("-P", "-m", "overnight", *words)
         except ChildFailedError as error:
             return _tell_failure(error, Path(logs))
         except SignalException:
             raise KeyboardInterrupt from None
-    return 0
+        return REFUSED if refusals.exists() else 0
 
 
 def _tell_failure(error: Any, logs: Path) -> int:

@@ -52,9 +52,10 @@ class Watch:
 
     def _watch(self) -> None:
         poll = min(1.0, self._timeout_seconds / 10)
+        # This thread, too, stands still where nobody lets go of the interpreter.
+        late = self._timeout_seconds + SECONDS_TO_SPEAK
+        faulthandler.dump_traceback_later(late, exit=True, file=STDERR)
         while not self._is_over.wait(poll):
-            # This thread, too, stands still where nobody lets go of the interpreter.
-            late = self._timeout_seconds + SECONDS_TO_SPEAK
             faulthandler.dump_traceback_later(late, exit=True, file=STDERR)
             if not self._paused and time.monotonic() - self._last > self._timeout_seconds:
                 self._end()

@@ -14,16 +14,19 @@ from overnight.world import (
     ALONE,
     RefusedTogetherError,
     World,
-    count_cores,
+    cores,
     count_processes,
     count_restarts,
-    divide_cores,
     is_launched,
     is_main_process,
     join_world,
-    keep_compiled_code,
     meet_anew_each_time,
     open_world,
+)
+from overnight.world.cores import (
+    count_cores,
+    divide_cores,
+    keep_compiled_code,
     restart_with_large_pages,
 )
 from overnight.world.place import Place, find_place
@@ -291,7 +294,7 @@ def test_more_processes_than_devices_are_refused(
 def test_what_is_started_finds_its_share_of_the_cores_and_a_store_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(world, "count_cores", lambda: 8)
+    monkeypatch.setattr(cores, "count_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS")
     for processes, threads in ((2, "4"), (3, "2"), (64, "1")):
         divide_cores(processes)

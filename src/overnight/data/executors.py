@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from overnight.data.files import first_line
 from overnight.data.request import PrepareConfig
-from overnight.world import count_cores
+from overnight.world.cores import count_cores
 
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor

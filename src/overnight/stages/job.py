@@ -30,7 +30,8 @@ from overnight.stages.mixing import MixedMaterials, gather_materials
 from overnight.stages.models import open_model
 from overnight.stages.recipe import Recipe, flatten
 from overnight.state import TrainState, build_scaler
-from overnight.world import World, compute_with_threads
+from overnight.world import World
+from overnight.world.cores import compute_with_threads
 
 
 @dataclass(frozen=True)

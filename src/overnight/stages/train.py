@@ -24,7 +24,8 @@ def run_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str])
     """
     from overnight.processes import run_processes
     from overnight.stages.pretrain import check_directory
-    from overnight.world import count_processes, divide_cores, meet_anew_each_time
+    from overnight.world import count_processes, meet_anew_each_time
+    from overnight.world.cores import divide_cores
 
     compute = recipe.compute
     assert compute.processes is not None

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from overnight.stages.stepper import StepTask
 from overnight.terminal import progress
-from overnight.world import environment_of_process
+from overnight.world.cores import environment_of_process
 
 PROGRAM = ("-P", "-m", "overnight.stages.stepper")  # -P: not a module that lies in the current folder
 REMEDY = "take fewer --rows, or a smaller --model"

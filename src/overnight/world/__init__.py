@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,20 +12,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from overnight.world.cores import compute_with_threads, count_cores
 from overnight.world.place import Place, find_place
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# One heap that grows, is never given back, and lies in large pages. The names are glibc's.
-ALLOCATOR = ":".join(
-    f"glibc.malloc.{name}"
-    for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=100000000000", "top_pad=268435456")
-)
-
-TOPOLOGY = Path("/sys/devices/system/cpu")
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds of each so many; or "max 100000"
 LOST = 71  # the exit status of a process that ends because others have
+REFUSALS = "OVERNIGHT_REFUSALS_FILE"
 BUCKET_BYTES = 100_000_000  # sent at once: large enough for full speed, small beside the gradients
 
 
@@ -238,6 +231,18 @@ def is_main_process() -> bool:
     return place is None or place.rank == 0
 
 
+def expect_refusals(file: Path) -> None:
+    """Let processes that this one is about to start say in `file` that they refuse what a user wrote."""
+    os.environ[REFUSALS] = str(file)
+
+
+def note_refusal() -> bool:
+    """Say so, if somebody wants to know: then it is no failure, after which all would be begun anew."""
+    if REFUSALS in os.environ:
+        Path(os.environ[REFUSALS]).touch()
+    return REFUSALS in os.environ
+
+
 def leave(status: int) -> NoReturn:
     """End this process. One of several ends without Python's tidying up: what was to be written is.
 
@@ -254,11 +259,6 @@ def leave(status: int) -> NoReturn:
 def count_restarts() -> int:
     """How often torchrun has begun this process anew."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def divide_cores(processes: int) -> None:
-    """Let each of so many processes that are about to be started on this machine compute with its share."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (count_cores() or 1) // processes)))
 
 
 def meet_anew_each_time() -> None:
@@ -316,58 +316,6 @@ def _find_device(place: Place, device: str | None) -> World:
         chosen = f"cuda:{place.local_rank}"
         torch.cuda.set_device(place.local_rank)
     return World(place.rank, place.size, chosen, place.local_rank, place.local_size, is_joined=True)
-
-
-def count_cores(topology: Path = TOPOLOGY, quota: Path = CPU_QUOTA) -> int | None:
-    """How many cores this process may keep busy: torch's threads, one each. None where nobody says.
-
-    torch takes as many threads as there are processors to be seen: two on each core of most machines,
-    where they share its arithmetic, and all of the host's in a container that may use a few.
-    """
-    if not hasattr(os, "sched_getaffinity"):
-        return None
-    processors = os.sched_getaffinity(0)
-    siblings = [
-        topology / f"cpu{processor}" / "topology" / "thread_siblings_list" for processor in processors
-    ]
-    cores = len({path.read_text() if path.is_file() else path for path in siblings})
-    share, _, period = quota.read_text().partition(" ") if quota.is_file() else ("max", "", "")
-    return cores if share == "max" else max(1, min(cores, round(int(share) / int(period))))
-
-
-def compute_with_threads(threads: int | None) -> None:
-    """Let torch compute with so many threads at most, on the CPU."""
-    import torch
-
-    if threads is not None and threads < torch.get_num_threads():
-        torch.set_num_threads(threads)
-
-
-def restart_with_large_pages(arguments: Sequence[str]) -> None:
-    """Start this command anew, in this process, with an allocator fit for training; does so once.
-
-    By default glibc returns each large tensor's memory to the kernel when it is freed, and the next step
-    faults every page in again. The setting is read when a process starts, so it takes a new start. It
-    changes no result. Nothing is done without glibc, or where GLIBC_TUNABLES is set already. -P keeps
-    `-m` from looking for modules in the current folder, where a random.py may lie.
-    """
-    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "overnight", *arguments])
-
-
-def keep_compiled_code(folder: Path) -> None:
-    """Let torch.compile keep what it compiles in `folder`, not where every restart of the machine wipes it.
-
-    A later run with the same shapes then starts in seconds. A folder that the user has set stays.
-    """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-
-
-def environment_of_process(*, large_pages: bool) -> dict[str, str]:
-    """This process's environment for one to be started, with that allocator or with glibc's own way."""
-    inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    return inherited | ({"GLIBC_TUNABLES": ALLOCATOR} if large_pages else {})
 
 
 def _best_device() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from overnight import cli, world
+from overnight import cli
 from overnight.data.prepare import PrepareConfig, prepare
 from overnight.data.shards import read_manifest
 from overnight.model import config as sizes
@@ -26,6 +26,7 @@ from overnight.stages.ladder_plan import (
 from overnight.stages.rungs import ground_compute
 from overnight.stages.stepper import StepTask
 from overnight.stages.turns import SteppingProcess, Turn, at_work
+from overnight.world import cores
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=32, context_length=16, vocab_size=300)
 GB = 10**9
@@ -256,7 +257,7 @@ def test_memory_that_does_not_suffice_is_the_user_s_to_mend(
 
 def test_a_process_is_started_with_the_allocator_it_is_to_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "of the user's own")
-    assert world.environment_of_process(large_pages=True)["GLIBC_TUNABLES"] == world.ALLOCATOR
-    plain = world.environment_of_process(large_pages=False)
+    assert cores.environment_of_process(large_pages=True)["GLIBC_TUNABLES"] == cores.ALLOCATOR
+    plain = cores.environment_of_process(large_pages=False)
     assert "GLIBC_TUNABLES" not in plain
     assert plain["PATH"] == os.environ["PATH"]

@@ -230,10 +230,10 @@ def test_wrong_use_is_one_plain_sentence(
 
 
 def test_a_plan_is_measured_under_the_conditions_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from overnight import world
+    from overnight.world import cores
 
     restarted: list[list[str]] = []
-    monkeypatch.setattr(world, "restart_with_large_pages", restarted.append)
+    monkeypatch.setattr(cores, "restart_with_large_pages", restarted.append)
     for verb in ("train", "plan"):
         monkeypatch.setattr(sys, "argv", ["overnight", verb, "no-such-recipe"])
         assert main() == 2
