@@ -71,3 +71,60 @@ def test_text_of_another_tokenizer_is_answered_with_the_folder_of_the_right_one(
             evaluate.run(EvaluateConfig(model=str(model), data=strange, device="cpu"))
         remedy = prepare_with(str(folder), f"as-{folder.name}")
         evaluate.run(EvaluateConfig(model=str(model), data=remedy, device="cpu"))
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """A folder with a file of HellaSwag's kind, in characters that the model knows."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    lines = [
+        {"ctx": f"Line {number}", "endings": ["of", "a text", "about", "the line"], "label": number % 4}
+        for number in range(40)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "hellaswag_val.jsonl").write_text(text)
+    return folder
+
+
+def test_tasks_are_judged_beside_the_validation_loss(
+    trained: RunDirectory, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = EvaluateConfig(
+        model=str(trained.path),
+        tasks=("validation,hellaswag",),
+        task_files=str(questions),
+        against=str(trained.path),
+        device="cpu",
+        json=True,
+    )
+    evaluate.run(config)
+    out, said = capsys.readouterr()
+    found = json.loads(out)
+    assert found["loss"] == pytest.approx(trained.read_events("evaluations")[-1]["loss"], rel=1e-9)
+    metrics = {each["metric"]: each for each in found["tasks"]}
+    assert metrics.keys() == {"accuracy_per_token", "accuracy_per_character", "accuracy_by_sum"}
+    for each in metrics.values():
+        assert each["questions"] == 40
+        assert each["value"] == each["right"] / 40
+        assert each["interval"]["low"] <= each["value"] <= each["interval"]["high"]
+        assert each["against"]["probability"] == 1.0, "a model beside itself"
+        assert each["against"]["only_here"] == each["against"]["only_there"] == 0
+    assert "hellaswag: 40 questions, chance 0.25" in said
+    assert "0.2955   OpenAI 124M" in said
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"tasks": ("helaswag",)}, "there is no task helaswag; did you mean hellaswag"),
+        ({"tasks": ("piqa",)}, r"has no piqa_valid\.jsonl: fetch https://"),
+        ({"against": "runs/other"}, "--against compares two models on tasks"),
+    ],
+)
+def test_a_task_that_can_not_be_judged_is_refused(
+    trained: RunDirectory, questions: Path, changes: dict[str, object], complaint: str
+) -> None:
+    values: dict[str, object] = {"model": str(trained.path), "task_files": str(questions), "device": "cpu"}
+    with pytest.raises(ValueError, match=complaint):
+        evaluate.run(EvaluateConfig(**{**values, **changes}))  # type: ignore[arg-type]

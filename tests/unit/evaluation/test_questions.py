@@ -1,0 +1,112 @@
+"""Lines of the official files, as their publishers write them, become questions; anything else is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overnight.evaluation.questions import CHOICE_TASKS, encode_question, read_questions
+from overnight.text.byte_pair import BytePair
+
+SCIENCE = {
+    "question": {
+        "stem": "What is hot?",
+        "choices": [{"text": "ice", "label": "A"}, {"text": "the sun", "label": "B"}]
+        + [{"text": text, "label": label} for text, label in (("the moon", "C"), ("snow", "D"))],
+    },
+    "answerKey": "B",
+}
+LINES: dict[str, tuple[dict[str, Any], str, list[str], int]] = {
+    "hellaswag": (
+        {"ctx": "A man sits. he", "endings": ["runs.", "eats.", "is a roof.", "sleeps."], "label": 3},
+        "A man sits. he",
+        [" runs.", " eats.", " is a roof.", " sleeps."],
+        3,
+    ),
+    "arc-easy": (
+        SCIENCE,
+        "Question: What is hot?\nAnswer:",
+        [" ice", " the sun", " the moon", " snow"],
+        1,
+    ),
+    "arc-challenge": (
+        {**SCIENCE, "answerKey": "D"},
+        "Question: What is hot?\nAnswer:",
+        [" ice", " the sun", " the moon", " snow"],
+        3,
+    ),
+    "openbookqa": (SCIENCE, "What is hot?", [" ice", " the sun", " the moon", " snow"], 1),
+    "piqa": (
+        {"goal": "Open a jar", "sol1": "turn it", "sol2": "eat it", "label": 0},
+        "Question: Open a jar\nAnswer:",
+        [" turn it", " eat it"],
+        0,
+    ),
+    "boolq": (
+        {"passage": "Snow is cold.", "question": "is snow cold", "label": True},
+        "Snow is cold.\nQuestion: is snow cold?\nAnswer:",
+        [" no", " yes"],
+        1,
+    ),
+    "copa": (
+        {
+            "premise": "He fell.",
+            "question": "cause",
+            "choice1": "It froze.",
+            "choice2": "He sang.",
+            "label": 0,
+        },
+        "He fell because",
+        [" it froze.", " he sang."],
+        0,
+    ),
+}
+
+
+def test_every_task_has_an_example_here() -> None:
+    assert LINES.keys() == CHOICE_TASKS.keys()
+
+
+@pytest.mark.parametrize("name", CHOICE_TASKS)
+def test_a_line_becomes_a_question(name: str, tmp_path: Path) -> None:
+    line, context, endings, answer = LINES[name]
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps(line) + "\n" + json.dumps(line) + "\n")
+    first, second = read_questions(CHOICE_TASKS[name], path)
+    assert first == second == (context, tuple(endings), answer)
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("{", "line 2 is no question of hellaswag"),
+        ('{"ctx": "x"}', "line 2 is no question of hellaswag"),
+        ('{"ctx": "x", "endings": ["a", "b", "c"], "label": 0}', "line 2 has 3 endings, and hellaswag has 4"),
+        (
+            '{"ctx": "x", "endings": ["a", "b", "c", "d"], "label": 4}',
+            "the answer is number 4, and there are 4",
+        ),
+        ('{"ctx": "x", "endings": ["a", "b", "c", "d"], "label": "?"}', "line 2 is no question"),
+    ],
+)
+def test_a_damaged_line_is_named(line: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps(LINES["hellaswag"][0]) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=complaint):
+        list(read_questions(CHOICE_TASKS["hellaswag"], path))
+
+
+def test_a_question_is_encoded_part_by_part() -> None:
+    tokenizer = BytePair([])
+    choice = encode_question(next(iter([read_one("copa")])), tokenizer)
+    assert tokenizer.decode(list(choice.context)) == "He fell because"
+    assert [tokenizer.decode(list(ending)) for ending in choice.endings] == [" it froze.", " he sang."]
+    assert choice.characters == (9, 8)
+    assert choice.answer == 0
+
+
+def read_one(name: str) -> Any:
+    return CHOICE_TASKS[name].read(LINES[name][0])
