@@ -24,7 +24,10 @@ from overnight.stages import train
 from overnight.stages.recipe import Recipe, flatten, load_recipe, recipe_names
 
 REPOSITORY = Path(__file__).parents[1]
-DOCUMENTS = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "NOTEBOOK.md")]
+DOCUMENTS = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "NOTEBOOK.md")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+]
 RECIPES = REPOSITORY / "src/overnight/recipes"
 
 
@@ -34,7 +37,7 @@ CACHES = {"__pycache__", ".mypy_cache", ".ruff_cache"}
 def our_files() -> Iterator[Path]:
     """Every text file of the repository that is ours; neither the environment nor what runs have written."""
     yield from (path for path in REPOSITORY.iterdir() if path.is_file())
-    for folder in ("src", "tests", "tools", "benchmarks", ".ci"):
+    for folder in ("src", "tests", "tools", "benchmarks", "docs", ".ci"):
         paths = (REPOSITORY / folder).rglob("*")
         yield from (path for path in paths if path.is_file() and not CACHES & set(path.parts))
 
@@ -70,7 +73,7 @@ def test_every_path_a_document_names_exists() -> None:
         match
         for document in DOCUMENTS
         for match in re.findall(
-            r"(?:src|tests|tools|benchmarks|\.ci)/[\w./]+", document.read_text(encoding="utf-8")
+            r"(?:src|tests|tools|benchmarks|docs|\.ci)/[\w./]+", document.read_text(encoding="utf-8")
         )
     }
     assert "tests/test_architecture.py" in named

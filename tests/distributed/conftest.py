@@ -1,0 +1,249 @@
+"""Several processes that meet through gloo, started cheaply, and a small run for them.
+
+The processes are forked from one that has imported everything and computed nothing, with the environment that
+torchrun gives. As under torchrun, the store where they meet is opened before they start: its port is free
+without having to be guessed. What they do is a function of roles.py, called by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing
+import pickle
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from filelock import FileLock
+
+from overnight.batching import BatchConfig
+from overnight.data.prepare import PrepareConfig, prepare
+from overnight.model.config import ModelConfig
+from overnight.optim import OptimizerConfig
+from overnight.parallel import ComputeConfig
+from overnight.run_directory import RunDirectory
+from overnight.schedule import ScheduleConfig
+from overnight.stages.materials import DataConfig
+from overnight.stages.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
+
+PROCESSES = multiprocessing.get_context("forkserver")
+SLOW_IMPORTS = [
+    *("overnight.cli", "overnight.stages.pretrain", "torch._dynamo", "tyro", "rich.progress"),
+    *("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh"),
+]
+START = "import sys; sys.path.insert(0, folder); import roles; roles.play(*given)"
+SECONDS = 120
+LINES = "".join(
+    f"Line {number} of a small text about the number {number * 7 % 100}.\n" for number in range(60)
+)
+CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change
+
+
+@dataclasses.dataclass
+class Member:
+    """One process of a team."""
+
+    process: BaseProcess
+    answer: Connection
+    log: Path
+    """What it writes to standard output and standard error."""
+
+    def outcome(self, seconds: float = SECONDS) -> tuple[str, Any]:
+        """("returned", value), (the name of an exception, its words), or ("ended", exit status)."""
+        if not self.answer.poll(seconds):
+            self.process.kill()
+            pytest.fail(f"a process does not end; it has said: {self.log.read_text()[-4000:]}")
+        told = None
+        with contextlib.suppress(EOFError):
+            told = self.answer.recv()
+        self.process.join()
+        return told or ("ended", self.process.exitcode)
+
+
+@dataclasses.dataclass
+class Teams:
+    """Starts processes that play roles."""
+
+    folder: Path
+    numbers: itertools.count[int] = dataclasses.field(default_factory=itertools.count)
+
+    def start(
+        self,
+        role: str,
+        *given: object,
+        size: int,
+        machines: int = 1,
+        each: Sequence[Sequence[object]] = (),
+        environment: dict[str, str] | None = None,
+    ) -> list[Member]:
+        """The role in so many processes; `each` holds what only one of them is given, after the rest."""
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        PROCESSES.set_forkserver_preload(SLOW_IMPORTS)
+        folder = self.folder / str(next(self.numbers))
+        folder.mkdir()
+        team = []
+        for rank in range(size):
+            told = launcher_environment(rank, size, size // machines, store.port) | (environment or {})
+            answer, sent = PROCESSES.Pipe(duplex=False)
+            log = folder / f"rank-{rank}.log"
+            mine = [*given, *(each[rank] if each else ())]
+            names = {"folder": str(Path(__file__).parent), "given": (role, mine, told, str(log), sent)}
+            process = PROCESSES.Process(target=exec, args=(START, names))
+            process.start()
+            sent.close()
+            team.append(Member(process, answer, log))
+        team[0].store = store  # type: ignore[attr-defined]  # held for as long as the team is
+        return team
+
+    def outcomes(self, role: str, *given: object, **how: Any) -> list[tuple[str, Any]]:
+        """How the role ended in each process."""
+        return [member.outcome() for member in self.start(role, *given, **how)]
+
+    def __call__(self, role: str, *given: object, **how: Any) -> list[Any]:
+        """What the role returned in each process."""
+        found = self.outcomes(role, *given, **how)
+        assert [how for how, _ in found] == ["returned"] * len(found), found
+        return [value for _, value in found]
+
+
+def launcher_environment(rank: int, size: int, local_size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size, "LOCAL_WORLD_SIZE": local_size}
+    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    return {name: str(value) for name, value in told.items()}
+
+
+@pytest.fixture
+def team(tmp_path_factory: pytest.TempPathFactory) -> Teams:
+    """Plays roles in several processes."""
+    return Teams(tmp_path_factory.mktemp("team"))
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """One folder for all processes that pytest tests with: what one has made, the others find."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(shared_folder: Path) -> Path:
+    """Shards of some 40 documents in characters, about 5,000 training tokens."""
+    with FileLock(shared_folder / "text.lock"):
+        return prepare_text(shared_folder / "text", LINES)
+
+
+@pytest.fixture(scope="session")
+def other_text(shared_folder: Path) -> Path:
+    """Shards of another text, as many."""
+    with FileLock(shared_folder / "text.lock"):
+        return prepare_text(shared_folder / "other", LINES.replace("small", "other"))
+
+
+def prepare_text(root: Path, lines: str) -> Path:
+    """The folder of shards below `root`."""
+    if not root.is_dir():
+        root.mkdir()
+        for number in range(40):
+            (root / f"{number:02}.txt").write_text(lines[number * 37 : number * 37 + 150])
+        prepare(
+            PrepareConfig(
+                source=str(root),
+                out=str(root / "shards"),
+                tokenizer="characters",
+                validation_fraction=0.2,
+                shard_tokens=1500,
+            )
+        )
+    return root / "shards"
+
+
+Build = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="session")
+def recipe(text: Path) -> Build:
+    """Builds a recipe of 20 steps of 8 micro-batches, with dropout, over two epochs."""
+
+    def build(
+        *,
+        total_steps: int = 20,
+        rows: int = 16,
+        learning_rate: float = 1e-3,
+        seed: int = 1337,
+        **compute: Any,
+    ) -> Recipe:
+        return Recipe(
+            run_name="small",
+            seed=seed,
+            data=DataConfig(data=str(text)),
+            model=ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=32, dropout=0.1),
+            optimizer=OptimizerConfig(peak_learning_rate=learning_rate),
+            schedule=ScheduleConfig(total_steps=total_steps, warmup_steps=3),
+            batch=BatchConfig(tokens_per_step=rows * 32, rows_per_micro_batch=2),
+            compute=ComputeConfig(device="cpu", precision="fp32", compile=False, **compute),
+            evaluation=EvaluationConfig(evaluate_every_steps=10),
+            samples=SamplesConfig(sample_every_steps=10, sample_prompts=("", "Line", "L"), sample_tokens=8),
+            checkpoints=CheckpointsConfig(checkpoint_every_steps=5),
+        )
+
+    return build
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run that several processes have done."""
+
+    path: Path
+    asked: Sequence[Sequence[tuple[Any, ...]]]
+    """By rank, every batch that it asked for: (step, first row, rows, digest)."""
+
+    @property
+    def directory(self) -> RunDirectory:
+        """What it wrote."""
+        return RunDirectory(self.path)
+
+    @property
+    def newest(self) -> Path:
+        """Its last checkpoint."""
+        return max(self.directory.checkpoints.glob("step-*"))
+
+    def losses(self) -> list[float]:
+        """Of every step, each of which has one line."""
+        lines = self.directory.read_metrics()
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        return [line["loss"] for line in lines]
+
+    def ledger(self) -> list[tuple[Any, ...]]:
+        """Every batch that was trained on, in the order of the steps and, within each, of the ranks."""
+        return sorted(itertools.chain(*self.asked), key=lambda batch: batch[0])
+
+
+@pytest.fixture(scope="session")
+def trained(
+    shared_folder: Path, tmp_path_factory: pytest.TempPathFactory, recipe: Build
+) -> Callable[..., Trained]:
+    """The run of so many processes with such settings, trained by whichever test needs it first."""
+    teams = Teams(tmp_path_factory.mktemp("trained"))
+
+    def train(size: int, *, machines: int = 1, rows_judged: int | None = None, **settings: Any) -> Trained:
+        words = [f"{name}-{value}" for name, value in sorted(settings.items())]
+        name = "-".join([str(size), str(machines), str(rows_judged), *words])
+        path, notes = shared_folder / name, shared_folder / f"{name}.pickle"
+        with FileLock(shared_folder / f"{name}.lock"):
+            if not notes.is_file():
+                given = (recipe(**settings), path, None, rows_judged)
+                asked = teams("train", *given, size=size, machines=machines)
+                notes.write_bytes(pickle.dumps(asked))
+        return Trained(path, pickle.loads(notes.read_bytes()))
+
+    return train

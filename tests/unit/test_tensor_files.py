@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import itertools
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from overnight.tensor_files import Piece, TensorFiles, write_tensors
+
+SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=4)
+
+
+def draw_tensors(shapes: list[list[int]]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"t{place}": torch.randn(shape, generator=generator) for place, shape in enumerate(shapes)}
+
+
+def cut(tensors: dict[str, torch.Tensor], draw: st.DataObject, files: int) -> list[dict[str, Piece]]:
+    """Each tensor cut anywhere, at most once for each file, and the pieces dealt out."""
+    dealt: list[dict[str, Piece]] = [{} for _ in range(files)]
+    for name, tensor in tensors.items():
+        places = draw.draw(st.sets(st.integers(1, len(tensor)), max_size=files - 1))
+        ends = sorted({*places, len(tensor)})
+        owners = draw.draw(st.permutations(range(files)))
+        for owner, (first, end) in zip(owners, itertools.pairwise([0, *ends]), strict=False):
+            dealt[owner][name] = Piece(tensor[first:end], first)
+    return dealt
+
+
+def write_all(folder: Path, dealt: list[dict[str, Piece]]) -> list[Path]:
+    paths = [folder / f"{number}.safetensors" for number in range(len(dealt))]
+    for path, pieces in zip(paths, dealt, strict=True):
+        write_tensors(path, pieces)
+    return paths
+
+
+@settings(max_examples=60)
+@given(SHAPES, st.integers(1, 4), st.data())
+def test_pieces_cut_anywhere_are_read_back_whole(
+    shapes: list[list[int]], files: int, draw: st.DataObject
+) -> None:
+    tensors = draw_tensors(shapes)
+    with tempfile.TemporaryDirectory() as folder:
+        found = TensorFiles(write_all(Path(folder), cut(tensors, draw, files)))
+        assert found.shapes == {name: tensor.shape for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            whole = torch.full_like(tensor, float("nan"))
+            found.read(name, whole)
+            assert torch.equal(whole, tensor)
+
+
+@settings(max_examples=60)
+@given(SHAPES, st.integers(1, 4), st.data())
+def test_any_rows_are_read_and_those_behind_the_last_are_zero(
+    shapes: list[list[int]], files: int, draw: st.DataObject
+) -> None:
+    """As a process reads its share of the embedding, which is padded at its end."""
+    tensors = draw_tensors(shapes)
+    with tempfile.TemporaryDirectory() as folder:
+        found = TensorFiles(write_all(Path(folder), cut(tensors, draw, files)))
+        for name, tensor in tensors.items():
+            padded = torch.cat([tensor, torch.zeros(4, *tensor.shape[1:])])
+            first = draw.draw(st.integers(0, len(tensor)))
+            count = draw.draw(st.integers(0, len(padded) - first))
+            rows = torch.full((count, *tensor.shape[1:]), float("nan"))
+            found.read(name, rows, first)
+            assert torch.equal(rows, padded[first : first + count])
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 9), st.data())
+def test_rows_that_are_in_no_file_are_missed(rows: int, draw: st.DataObject) -> None:
+    """Any piece but the last: how long a tensor was nobody knows but the model that reads it."""
+    tensor = torch.arange(rows * 2.0).view(rows, 2)
+    place = draw.draw(st.integers(1, rows - 1))
+    pieces = [{"t": Piece(tensor[:place], 0)}, {"t": Piece(tensor[place:], place)}]
+    with tempfile.TemporaryDirectory() as folder:
+        first, last = write_all(Path(folder), pieces)
+        with pytest.raises(ValueError, match="rows of t are missing"):
+            _ = TensorFiles([last]).shapes
+        assert TensorFiles([first]).shapes == {"t": torch.Size([place, 2])}
+        with pytest.raises(ValueError, match="rows of t are missing"):
+            _ = TensorFiles([first, last, last]).shapes
+
+
+def test_a_file_of_whole_tensors_is_a_plain_one(tmp_path: Path) -> None:
+    """What others read has nothing unusual in it."""
+    tensors = draw_tensors([[3, 2], [4]])
+    write_tensors(tmp_path / "a", {name: Piece(tensor, 0) for name, tensor in tensors.items()})
+    assert b"first_rows" not in (tmp_path / "a").read_bytes()
+    assert all(torch.equal(load_file(tmp_path / "a")[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_process_may_have_nothing_to_write(tmp_path: Path) -> None:
+    tensor = torch.ones(2, 2)
+    found = TensorFiles(write_all(tmp_path, [{}, {"t": Piece(tensor, 0)}, {}]))
+    assert found.shapes == {"t": tensor.shape}
+
+
+def test_a_view_is_written_by_itself(tmp_path: Path) -> None:
+    """Rows of a larger tensor, and a transposed one, are copied, not what lies around them."""
+    large = torch.arange(200_000.0).view(100, 2000)
+    write_tensors(tmp_path / "a", {"rows": Piece(large[3:5], 3), "turned": Piece(large[:2, :3].t(), 0)})
+    assert (tmp_path / "a").stat().st_size < 20_000
+    stored = load_file(tmp_path / "a")
+    assert torch.equal(stored["rows"], large[3:5])
+    assert torch.equal(stored["turned"], large[:2, :3].t())
