@@ -35,6 +35,7 @@ HERE = Path(__file__).parent
 PARTS = ("equality", "kills", "frozen", "communication")
 CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change
 TIMEOUT_SECONDS = 5
+SECONDS_AT_MOST = 600  # of a command
 FROZEN = 70  # the exit status of a process that made no progress
 
 RECIPE = """
@@ -154,12 +155,16 @@ def started(place: Place, command: Sequence[str]) -> Iterator[subprocess.Popen[s
 
 
 def wait_for(process: subprocess.Popen[str], since: float | None = None) -> Ended:
-    """The command's end, and how long it took since then."""
+    """The command's end, and how long it took since then. Raises ValueError if it does not end."""
     since = time.monotonic() if since is None else since
-    status = process.wait(300)
-    seconds = time.monotonic() - since
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(SECONDS_AT_MOST)
+    status, seconds = process.poll(), time.monotonic() - since
     process.said.seek(0)  # type: ignore[attr-defined]
-    return Ended(status, process.said.read(), seconds)  # type: ignore[attr-defined]
+    said = process.said.read()  # type: ignore[attr-defined]
+    if status is None:
+        raise ValueError(f"a command does not end: {shlex.join(map(str, process.args))}: {said}")  # type: ignore[arg-type]
+    return Ended(status, said, seconds)
 
 
 def train(place: Place, name: str, *words: str) -> Path:

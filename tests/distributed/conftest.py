@@ -81,15 +81,19 @@ class Teams:
         machines: int = 1,
         each: Sequence[Sequence[object]] = (),
         environment: dict[str, str] | None = None,
+        launcher: Callable[[int, int, int, int], dict[str, str]] | None = None,
     ) -> list[Member]:
-        """The role in so many processes; `each` holds what only one of them is given, after the rest."""
+        """The role in so many processes; `each` holds what only one of them is given, after the rest.
+
+        `launcher` is what tells them where they are, from rank, size, size on a machine and the store's port.
+        """
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         PROCESSES.set_forkserver_preload(SLOW_IMPORTS)
         folder = self.folder / str(next(self.numbers))
         folder.mkdir()
         team = []
         for rank in range(size):
-            told = launcher_environment(rank, size, size // machines, store.port) | (environment or {})
+            told = (launcher or torchrun)(rank, size, size // machines, store.port) | (environment or {})
             answer, sent = PROCESSES.Pipe(duplex=False)
             log = folder / f"rank-{rank}.log"
             mine = [*given, *(each[rank] if each else ())]
@@ -112,7 +116,7 @@ class Teams:
         return [value for _, value in found]
 
 
-def launcher_environment(rank: int, size: int, local_size: int, port: int) -> dict[str, str]:
+def torchrun(rank: int, size: int, local_size: int, port: int) -> dict[str, str]:
     """What torchrun tells a process."""
     told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size, "LOCAL_WORLD_SIZE": local_size}
     told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from typing import Any
@@ -87,6 +88,23 @@ def test_small_questions_are_answered_the_same_everywhere(team: Any, size: int) 
 )
 def test_what_one_refuses_all_refuse(team: Any, refusals: list[str | None], said: str) -> None:
     assert team("refuse", refusals, size=2) == [said, said]
+
+
+def srun(rank: int, size: int, local_size: int, _port: int) -> dict[str, str]:
+    """What Slurm tells the tasks of a step, on nodes of this name; the port follows from the job."""
+    told = {"SLURM_STEP_NUM_TASKS": size, "SLURM_STEP_TASKS_PER_NODE": f"{local_size}(x{size // local_size})"}
+    told |= {
+        "SLURM_PROCID": rank,
+        "SLURM_LOCALID": rank % local_size,
+        "SLURM_JOB_ID": 4_000_000 + os.getpid(),
+    }
+    return {name: str(value) for name, value in told.items()} | {"SLURM_STEP_NODELIST": "localhost"}
+
+
+def test_tasks_of_slurm_find_each_other(team: Any) -> None:
+    answers = team("find_out", size=2, machines=2, launcher=srun)
+    assert [answer["place"] for answer in answers] == [(0, 2, 0, 1, "cpu"), (1, 2, 0, 1, "cpu")]
+    assert answers[0]["gather"] == answers[1]["gather"]
 
 
 # ---------------------------------------------------------------- left alone
