@@ -147,17 +147,27 @@ def test_figures_come_with_their_commit_date_and_command(campaign: Any, tmp_path
 
 @pytest.mark.distributed
 def test_a_small_campaign(repository: Path, tmp_path: Path) -> None:
-    """In real processes: kills, a frozen one, and what they say."""
+    """In real processes: two kills and a frozen one."""
     document = tmp_path / "distributed.md"
     shutil.copy(repository / "docs/distributed.md", document)
-    words = ["--kills", "2", "--frozen", "1", "--steps", "40", "--heard-steps", "6", "--write", str(document)]
-    parts = ["--parts", "kills", "frozen", "communication"]
+    words = ["--parts", "kills", "frozen", "--kills", "2", "--frozen", "1", "--steps", "40"]
     done = subprocess.run(
-        [sys.executable, str(repository / "benchmarks/distributed.py"), *words, *parts],
+        [sys.executable, str(repository / "benchmarks/distributed.py"), *words, "--write", str(document)],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "2/2" in document.read_text()
-    assert "1/1" in document.read_text()
+    assert " 2/2 |" in document.read_text()
+    assert " 1/1 |" in document.read_text()
+
+
+@pytest.mark.distributed
+def test_talk_is_heard(campaign: Any, tmp_path: Path) -> None:
+    """Of two processes that add up in a tree: each sends all its gradients to the other, and little else."""
+    talks = campaign.listen_to(campaign.prepare(tmp_path, steps=9), 2, ("none", "--bitwise"), 6)
+    parameters = 4 * 12 * 256**2 + 256 * 256
+    for talk in talks:
+        assert 4 * parameters < talk.bytes < 1.1 * 4 * parameters
+        assert 0 < talk.moving < talk.seconds
+    assert len(talks) == 6 - 1 - 3, "the last has no end, and the first three do not count"

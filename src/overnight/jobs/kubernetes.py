@@ -122,6 +122,9 @@ exit "$status"
               env:
                 - name: TORCH_ELASTIC_SHUTDOWN_TIMEOUT
                   value: "{SAVE_SECONDS}"
+                # Processes that torchrun begins anew meet anew (pytorch's issue 135712).
+                - name: TORCH_DISABLE_SHARE_RDZV_TCP_STORE
+                  value: "1"
 {gpus if request.gpus_per_node else ""}\
               volumeMounts:
                 - name: overnight

@@ -140,6 +140,8 @@ def _environment(request: JobRequest) -> str:
 Environment:
   # So many seconds a process has for saving, before torchrun kills it; SageMaker waits for 120.
   TORCH_ELASTIC_SHUTDOWN_TIMEOUT: "{SAVE_SECONDS}"
+  # Processes that torchrun begins anew meet anew (pytorch's issue 135712).
+  TORCH_DISABLE_SHARE_RDZV_TCP_STORE: "1"
   OVERNIGHT_NAME: {yaml_text(request.run_name)}
 {told}"""
 

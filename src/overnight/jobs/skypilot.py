@@ -106,6 +106,8 @@ cd {PLACE}
 # SKYPILOT_NODE_IPS has one address a line, the first node's first.
 first=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
 here=$(echo "$SKYPILOT_NODE_IPS" | sed -n "$((SKYPILOT_NODE_RANK + 1))p")
+# Processes that torchrun begins anew meet anew (pytorch's issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 torchrun \\
   --nnodes "$SKYPILOT_NUM_NODES" --nproc-per-node {processes} --max-restarts {request.max_restarts} \\
   --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SKYPILOT_TASK_ID" \\

@@ -79,6 +79,8 @@ def _body(request: JobRequest) -> str:
             *(programs or []),
             "# So many seconds a process has for saving, before torchrun kills it.",
             f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={SAVE_SECONDS}",
+            "# Processes that torchrun begins anew meet anew (pytorch's issue 135712).",
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
             *texts,
             "",
         ]

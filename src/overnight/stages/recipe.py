@@ -76,6 +76,11 @@ class Recipe:
         found = self.data.problems() + self.model.problems() + self.optimizer.problems()
         found += self.schedule.problems()
         found += self.batch.problems() + find_problems(self.trackers)
+        if self.compute.bitwise and self.batch.rows_per_micro_batch is None:
+            found.append(
+                "bitwise=True needs rows_per_micro_batch: what a machine can hold depends on the number of "
+                "processes, and the rounding on it"
+            )
         if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
             found.append(f"run_name={self.run_name!r} must be the plain name of a folder")
         if not 0 <= self.seed < 2**63:
