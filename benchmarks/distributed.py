@@ -338,7 +338,13 @@ def kill(place: Place, name: str, rank: int, moment: float, restarts: int) -> Ki
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(moment)
             return None
-        ended = wait_for(process, send(process, rank, signal.SIGKILL))
+        try:
+            since = send(process, rank, signal.SIGKILL)
+        except ValueError:
+            if process.poll() == 0:  # it was done while the process to be killed was looked for
+                return None
+            raise
+        ended = wait_for(process, since)
     if ended.status == 0:
         return Kill(ended.seconds, by_itself=True)
     is_begun = (place.run(name) / "recipe.toml").is_file()
