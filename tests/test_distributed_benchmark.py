@@ -31,6 +31,11 @@ def campaign(benchmarks: dict[str, Any]) -> Any:
 
 
 @pytest.fixture
+def teams(benchmarks: dict[str, Any]) -> Any:
+    return benchmarks["teams"]
+
+
+@pytest.fixture
 def overheard(benchmarks: dict[str, Any]) -> Any:
     return benchmarks["overheard"]
 
@@ -101,7 +106,7 @@ def test_differences_are_the_largest(campaign: Any, write_run: Callable[..., Pat
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="needs Linux's /proc")
-def test_the_processes_of_a_run_are_found_by_their_rank(campaign: Any) -> None:
+def test_the_processes_of_a_run_are_found_by_their_rank(teams: Any) -> None:
     started = {}
     try:
         for rank in (0, 3):
@@ -109,7 +114,7 @@ def test_the_processes_of_a_run_are_found_by_their_rank(campaign: Any) -> None:
             started[rank] = subprocess.Popen(
                 [sys.executable, "-c", "input()"], env=environment, stdin=subprocess.PIPE
             )
-        assert campaign.ranks_of(os.getpid()) == {rank: process.pid for rank, process in started.items()}
+        assert teams.ranks_of(os.getpid()) == {rank: process.pid for rank, process in started.items()}
     finally:
         for process in started.values():
             process.communicate(b"\n")
