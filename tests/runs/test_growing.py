@@ -91,19 +91,31 @@ def outcome(directory: RunDirectory) -> tuple[str, list[float], list[dict[str, o
     return digest, losses, directory.read_events("evaluations"), json.loads(directory.data.read_text())
 
 
-def test_a_run_goes_as_far_as_the_text_and_on_when_there_is_more(
+@pytest.fixture
+def begun(
     early: Recipe, config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> RunDirectory:
+    """A run that has come to the end of what an interrupted preparation has shown."""
     interrupt(config, monkeypatch)
     directory = RunDirectory(tmp_path / "early")
     with pytest.raises(KeyboardInterrupt):
         pretrain.run(early, directory)
-    done = len(directory.read_metrics())
-    assert 0 < done < 12
-    assert json.loads(directory.data.read_text())["is_complete"] is False
-    prepare(config)
+    assert 0 < len(directory.read_metrics()) < 12
+    return directory
+
+
+def go_on(directory: RunDirectory) -> None:
     again = pretrain.from_toml(Recipe, directory.recipe.read_text(), "recipe.toml")
     pretrain.run(again, directory, resume=True)
+
+
+def test_a_run_goes_as_far_as_the_text_and_on_when_there_is_more(
+    begun: RunDirectory, early: Recipe, config: PrepareConfig, tmp_path: Path
+) -> None:
+    directory = begun
+    assert json.loads(directory.data.read_text())["is_complete"] is False
+    prepare(config)
+    go_on(directory)
     patient = RunDirectory(tmp_path / "patient")
     pretrain.run(early, patient)
     assert outcome(directory) == outcome(patient)
@@ -133,19 +145,12 @@ def test_a_run_waits_for_a_preparation_at_work(
     assert recorded == shards[: len(recorded)]
 
 
-def test_another_text_is_refused_on_going_on(
-    early: Recipe, config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupt(config, monkeypatch)
-    directory = RunDirectory(tmp_path / "early")
-    with pytest.raises(KeyboardInterrupt):
-        pretrain.run(early, directory)
+def test_another_text_is_refused_on_going_on(begun: RunDirectory, config: PrepareConfig) -> None:
     changed = Path(config.source or "") / "00.jsonl"
     changed.write_text(changed.read_text().replace("Document 1:", "Document one:"))
     prepare(config)
-    again = pretrain.from_toml(Recipe, directory.recipe.read_text(), "recipe.toml")
     with pytest.raises(ValueError, match="is not what .* was trained on"):
-        pretrain.run(again, directory, resume=True)
+        go_on(begun)
 
 
 def refusal(recipe: Recipe, tmp_path: Path) -> str:

@@ -150,7 +150,7 @@ CHOICE_TASKS = {
 
 def read_questions(task: ChoiceTask, path: Path) -> Iterator[Question]:
     """Every question of a task's file. Raises ValueError, naming the line, for one that is not sound."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 question = task.read(json.loads(line))
@@ -158,6 +158,8 @@ def read_questions(task: ChoiceTask, path: Path) -> Iterator[Question]:
                 raise ValueError(
                     f"{path}, line {number} is no question of {task.name}: fetch the file again"
                 ) from None
+            if not isinstance(question.context, str):
+                raise ValueError(f"{path}, line {number}: its context {question.context!r} is no text")
             count = len(question.endings)
             if task.endings not in {None, count} or count < 2:
                 raise ValueError(

@@ -37,7 +37,8 @@ def run_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str])
     meet_anew_each_time()
     status = run_processes(words, count, compute.max_restarts)
     if status == 0:
-        if not directory.is_finished(load_resumed(directory.path).schedule.total_steps or 0):
+        is_begun = directory.exists()  # or all were told to stop before
+        if not is_begun or not directory.is_finished(load_resumed(directory.path).schedule.total_steps or 0):
             raise KeyboardInterrupt
     elif any(directory.checkpoints.glob("step-*")):
         say(f"next: overnight train --resume {directory.path}")

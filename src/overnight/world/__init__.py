@@ -207,7 +207,7 @@ def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
         yield world
         world.wait_for_all()
     except RuntimeError as error:
-        if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise _lost(place.rank, error) from None
     finally:

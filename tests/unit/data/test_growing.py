@@ -244,6 +244,7 @@ def test_rows_are_read_as_they_become_ready(
     validation = TokenStream(growing, "validation", tokens_per_row=ROW)
     judged = next(validation.evaluation_batches(4, 64))
     ready = next(rows for rows in range(10_000) if not stream.is_ready(rows + 1))
+    assert ready > 3
     first = stream.batch(0, ready)
     with pytest.raises(ValueError, match=f"row {ready + 1} is not prepared yet"):
         stream.batch(ready, 1)

@@ -83,6 +83,8 @@ def test_a_line_becomes_a_question(name: str, tmp_path: Path) -> None:
     "line, complaint",
     [
         ("{", "line 2 is no question of hellaswag"),
+        ("\udcff", "line 2 is no question of hellaswag"),
+        ('{"ctx": 5, "endings": ["a", "b", "c", "d"], "label": 0}', "line 2: its context 5 is no text"),
         ('{"ctx": "x"}', "line 2 is no question of hellaswag"),
         ('{"ctx": "x", "endings": ["a", "b", "c"], "label": 0}', "line 2 has 3 endings, and hellaswag has 4"),
         (
@@ -94,7 +96,7 @@ def test_a_line_becomes_a_question(name: str, tmp_path: Path) -> None:
 )
 def test_a_damaged_line_is_named(line: str, complaint: str, tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
-    path.write_text(json.dumps(LINES["hellaswag"][0]) + "\n" + line + "\n")
+    path.write_text(json.dumps(LINES["hellaswag"][0]) + "\n" + line + "\n", errors="surrogateescape")
     with pytest.raises(ValueError, match=complaint):
         list(read_questions(CHOICE_TASKS["hellaswag"], path))
 
