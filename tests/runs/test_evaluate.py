@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from overnight.data.prepare import PrepareConfig, prepare
+from overnight.evaluation import choices as choices_room
 from overnight.parallel import ComputeConfig
 from overnight.run_directory import RunDirectory
 from overnight.schedule import ScheduleConfig
@@ -102,16 +104,76 @@ def test_tasks_are_judged_beside_the_validation_loss(
     out, said = capsys.readouterr()
     found = json.loads(out)
     assert found["loss"] == pytest.approx(trained.read_events("evaluations")[-1]["loss"], rel=1e-9)
-    metrics = {each["metric"]: each for each in found["tasks"]}
-    assert metrics.keys() == {"accuracy_per_token", "accuracy_per_character", "accuracy_by_sum"}
-    for each in metrics.values():
-        assert each["questions"] == 40
-        assert each["value"] == each["right"] / 40
-        assert each["interval"]["low"] <= each["value"] <= each["interval"]["high"]
+    scores = {(each["task"], each["metric"]): each for each in found["tasks"]}
+    assert scores["validation", "nats_per_token"]["value"] == pytest.approx(found["loss"], rel=1e-12)
+    assert scores["validation", "bits_per_byte"]["value"] == pytest.approx(found["bits_per_byte"], rel=1e-12)
+    assert scores["validation", "nats_per_token"]["against"]["difference"]["high"] == 0.0
+    accuracies = ("accuracy_per_token", "accuracy_per_character", "accuracy_by_sum")
+    assert [metric for task, metric in scores if task == "hellaswag"] == list(accuracies)
+    for metric in accuracies:
+        each = scores["hellaswag", metric]
+        assert each["examples"] == 40
         assert each["against"]["probability"] == 1.0, "a model beside itself"
         assert each["against"]["only_here"] == each["against"]["only_there"] == 0
+    for each in scores.values():
+        assert each["interval"]["low"] <= each["value"] <= each["interval"]["high"]
     assert "hellaswag: 40 questions, chance 0.25" in said
     assert "0.2955   OpenAI 124M" in said
+    assert max(map(len, said.splitlines())) <= 80 or str(trained.path) in said
+
+
+def test_a_stride_judges_the_same_tokens_after_more_of_the_text(
+    trained: RunDirectory, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for stride in (None, 16, 4):
+        evaluate.run(EvaluateConfig(model=str(trained.path), stride=stride, device="cpu", json=True))
+        found[stride] = json.loads(capsys.readouterr().out)
+    amounts = {(each["evaluated_tokens"], each["evaluated_bytes"]) for each in found.values()}
+    assert len(amounts) == 1
+    assert len({each["loss"] for each in found.values()}) == 3
+    assert found[4]["loss"] == pytest.approx(found[None]["loss"], abs=0.1)
+    with pytest.raises(ValueError, match="a stride of 4000 must be at least 1 and at most the context"):
+        evaluate.run(EvaluateConfig(model=str(trained.path), stride=4000, device="cpu"))
+
+
+def test_an_interrupted_evaluation_goes_on(
+    trained: RunDirectory,
+    questions: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = EvaluateConfig(
+        model=str(trained.path),
+        tasks=("hellaswag",),
+        task_files=str(questions),
+        device="cpu",
+        json=True,
+    )
+    evaluate.run(config)
+    whole = capsys.readouterr().out
+    monkeypatch.setattr(choices_room, "TOKENS_AT_ONCE", 100)
+    judge, judged = choices_room._judge, 0
+
+    def cut_short(*arguments: Any) -> Any:
+        nonlocal judged
+        judged += 1
+        if judged == 4:
+            raise KeyboardInterrupt
+        return judge(*arguments)
+
+    monkeypatch.setattr(choices_room, "_judge", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(config)
+    before = judged
+    evaluate.run(config)
+    rest = judged - before
+    assert capsys.readouterr().out == whole
+    judged = 100
+    evaluate.run(config)
+    assert judged - 100 == rest + 3, "the control: nothing is remembered of what is finished"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +181,9 @@ def test_tasks_are_judged_beside_the_validation_loss(
     [
         ({"tasks": ("helaswag",)}, "there is no task helaswag; did you mean hellaswag"),
         ({"tasks": ("piqa",)}, r"has no piqa_valid\.jsonl: fetch https://"),
-        ({"against": "runs/other"}, "--against compares two models on tasks"),
+        ({"tasks": ()}, "name a task: validation, hellaswag"),
+        ({"against": "./other"}, "there is no model ./other"),
+        ({"examples": 0}, "--examples=0 must be at least 1, or left out"),
     ],
 )
 def test_a_task_that_can_not_be_judged_is_refused(

@@ -35,6 +35,12 @@ class Choice:
     """Of each ending's text, the blank before it not counted."""
     answer: int
     """The number of the right ending."""
+    leads: tuple[tuple[int, ...], ...] = ()
+    """Of each ending what is read between the context and it, and is not judged; () where nothing is."""
+
+    def branch(self, number: int) -> tuple[int, ...]:
+        """What follows the context: a lead, if there is one, and the ending."""
+        return (self.leads[number] if self.leads else ()) + self.endings[number]
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,8 @@ class Tree:
 
     @property
     def parts(self) -> list[tuple[int, ...]]:
-        """What is read after the context: the endings without their last tokens, which are only targets."""
-        return [self.choice.endings[number][:-1] for number in self.endings]
+        """What is read after the context: the branches without their last tokens, which are only targets."""
+        return [self.choice.branch(number)[:-1] for number in self.endings]
 
     def __len__(self) -> int:
         return len(self.context) + sum(map(len, self.parts))
@@ -118,8 +124,8 @@ class TreeMask:
 @torch.no_grad()
 def judge_choices(
     model: GPT, choices: Sequence[Choice], precision: str = "fp32", world: World = ALONE
-) -> Iterator[Judged]:
-    """Every question judged, in batches of questions that are about as long, not in their order.
+) -> Iterator[tuple[int, Judged]]:
+    """Every question's place and what comes of it, in batches of questions that are about as long.
 
     The first tokens of a context that is too long for the model are left out. Questions are divided among
     the processes of `world`, each of which yields its own. Raises ValueError for an ending that leaves no
@@ -133,7 +139,7 @@ def judge_choices(
             for rows in batch:
                 place = rows[0].place
                 count = len(choices[place].endings)
-                yield Judged(tuple(nats[place, number] for number in range(count)), choices[place])
+                yield place, Judged(tuple(nats[place, number] for number in range(count)), choices[place])
 
 
 def plant(place: int, choice: Choice, context_length: int) -> list[Tree]:
@@ -141,7 +147,7 @@ def plant(place: int, choice: Choice, context_length: int) -> list[Tree]:
 
     Of the context as much is kept as can be read beside the longest ending.
     """
-    longest = max(map(len, choice.endings)) - 1
+    longest = max(len(choice.branch(number)) for number in range(len(choice.endings))) - 1
     if longest >= context_length or not choice.context or not all(choice.endings):
         raise ValueError(
             f"a question with {len(choice.context)} tokens before endings of "
@@ -190,9 +196,11 @@ def _judge(trees: Sequence[Tree], model: GPT) -> dict[tuple[int, int], float]:
         )
         start = row * T + len(tree.context)
         for number, part in zip(tree.endings, tree.parts, strict=True):
-            # The first token of an ending is foretold by the last of the context.
-            counted += [row * T + len(tree.context) - 1, *range(start, start + len(part))]
-            targets += tree.choice.endings[number]
+            # The first token of a branch is foretold by the last of the context.
+            foretelling = [row * T + len(tree.context) - 1, *range(start, start + len(part))]
+            ending = tree.choice.endings[number]
+            counted += foretelling[-len(ending) :]
+            targets += ending
             ends.append(len(targets))
             start += len(part)
     hidden_BTC = model.trunk(ids_BT.to(device), TreeMask(trees, T, device))

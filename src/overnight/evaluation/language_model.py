@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
 from overnight.data.stream import Batch
+from overnight.evaluation.measured import Measured, count_characters
 from overnight.loss import LossSum, cross_entropy_nats
 from overnight.model.documents import find_documents
 from overnight.model.gpt import GPT, evaluating
@@ -43,18 +45,31 @@ def evaluate_language_model(
     boundary: int | None = None,
     world: World = ALONE,
 ) -> Evaluation:
-    """Judge `model` on every target of `batches`; `token_bytes` says what each id spells.
+    """Judge `model` on every target of `batches`; see `measure_language_model`."""
+    return sum_up(measure_language_model(model, batches, token_bytes, precision, boundary, world))
+
+
+def measure_language_model(
+    model: GPT,
+    batches: Iterable[Batch],
+    token_bytes: Sequence[bytes],
+    precision: str = "fp32",
+    boundary: int | None = None,
+    world: World = ALONE,
+) -> Measured:
+    """The nats of all targets of `batches`, LOGITS_AT_ONCE at a time; `token_bytes` says what each id spells.
 
     A target near the start of its row is judged on a short context, which makes the loss a little
     higher than with a sliding window. `boundary` is the id at which a document begins that is judged by
     itself, for a model that is trained so; None where a row is one text to the model. Training state and
     random state are left as they were. The batches are divided among the processes of `world`, and the result
-    is the same to the digit for any number of them: nats are added up exactly.
+    is the same to the digit for any number of them: nats are added up exactly. Raises ValueError if there
+    is no text.
     """
     device = torch.device(world.device) if world.size > 1 else model.wte.weight.device
-    lengths = torch.tensor([len(spelt) for spelt in token_bytes])
-    nats: list[float] = []
-    tokens = text_bytes = 0
+    spelling = torch.tensor([list(map(len, token_bytes)), count_characters(token_bytes)])
+    spelt = torch.zeros(2, dtype=torch.long)
+    pieces: list[list[tuple[float, int]]] = []
     with evaluating(model), torch.no_grad(), autocast(device.type, precision):
         for batch, is_mine in _share(batches, world):
             ids_BT, targets_N = batch.ids.to(device), batch.targets.to(device).flatten()
@@ -62,19 +77,34 @@ def evaluate_language_model(
             hidden_NC = model.trunk(ids_BT, documents=documents).flatten(0, 1)
             if not is_mine:
                 continue
-            pieces = (torch.split(each, LOGITS_AT_ONCE) for each in (hidden_NC, targets_N))
-            for hidden, targets in zip(*pieces, strict=True):
-                nats.append(cross_entropy_nats(model.head(hidden[None]), targets[None]).item())
-            tokens += targets_N.numel()
-            text_bytes += int(lengths[batch.targets].sum())
-    shares = [json.loads(told) for told in world.gather(json.dumps([nats, tokens, text_bytes]))]
-    total_nats = math.fsum(value for values, _, _ in shares for value in values)
-    tokens, text_bytes = (sum(share[place] for share in shares) for place in (1, 2))
-    total = LossSum(torch.tensor(total_nats, dtype=torch.float64), tokens)
+            parts = (torch.split(each, LOGITS_AT_ONCE) for each in (hidden_NC, targets_N))
+            pieces.append(
+                [
+                    (cross_entropy_nats(model.head(hidden[None]), targets[None]).item(), targets.numel())
+                    for hidden, targets in zip(*parts, strict=True)
+                ]
+            )
+            spelt += spelling[:, batch.targets.flatten()].sum(1)
+    shares = [json.loads(told) for told in world.gather(json.dumps([pieces, spelt.tolist()]))]
+    # Batches went round: the first of each process, then the second of each.
+    rounds = zip_longest(*(share[0] for share in shares), fillvalue=())
+    in_order = [piece for turn in rounds for batch in turn for piece in batch]
+    text_bytes, characters = (sum(share[1][place] for share in shares) for place in (0, 1))
     if not text_bytes:
         raise ValueError("there is no text to evaluate on: the validation split is empty")
+    return Measured(
+        nats=tuple(nats for nats, _ in in_order),
+        tokens=tuple(tokens for _, tokens in in_order),
+        units={"byte": text_bytes, "character": characters},
+    )
+
+
+def sum_up(measured: Measured) -> Evaluation:
+    """Sums, divided once."""
+    tokens, text_bytes = int(measured.count("token")), int(measured.count("byte"))
+    total = LossSum(torch.tensor(math.fsum(measured.nats), dtype=torch.float64), tokens)
     return Evaluation(
-        total.per_token(), total.perplexity(), total.bits_per_byte(text_bytes), total.tokens, text_bytes
+        total.per_token(), total.perplexity(), total.bits_per_byte(text_bytes), tokens, text_bytes
     )
 
 

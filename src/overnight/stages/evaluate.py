@@ -1,4 +1,4 @@
-"""The command `overnight evaluate`: a model's loss on text it has not seen."""
+"""The command `overnight evaluate`: a model's loss on text it has not seen, and what it makes of tasks."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from overnight.stages.tasks import VALIDATION, as_values, describe, judge_tasks, split_names
-from overnight.terminal import progress, say
+from overnight.stages.tasks import TaskNames, as_values, describe, judge_task, open_tasks, split_names
+from overnight.stages.validation import METRICS, HeldOut, check_tokenizer, measure, open_held_out
+from overnight.terminal import hushed, say
 
 if TYPE_CHECKING:  # --help is shown without torch
-    from collections.abc import Iterator
-
-    from overnight.data.stream import Batch
-    from overnight.evaluation.language_model import Evaluation
+    from overnight.evaluation.measured import Measured
+    from overnight.evaluation.scores import Score
     from overnight.stages.materials import DataConfig
     from overnight.stages.models import OpenedModel
     from overnight.stages.recipe import Recipe
 
+TIMEOUT_SECONDS = 1800  # a process may judge for so long while another waits for it
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Validation loss, perplexity and bits per byte of a model on prepared text; accuracy on tasks."""
+    """Validation loss, perplexity and bits per byte of a model on prepared text; results on tasks.
+
+    Tasks: validation; hellaswag, hellaswag-lm-eval, arc-easy, arc-challenge, openbookqa, piqa, boolq, copa,
+    winogrande; cbt-common-nouns, cbt-named-entities, lambada, lambada-plain, wikitext-2,
+    wikitext-2-validation, wikitext-103, ptb, enwik8, text8; lm-eval:NAME for lm-evaluation-harness.
+    """
 
     model: Positional[str]
     """A run, a checkpoint, a Hugging Face folder or name."""
@@ -34,89 +40,143 @@ class EvaluateConfig:
     """A folder that `overnight prepare` wrote; the run's own if left out."""
     evaluation_tokens: int | None = None
     """How many validation tokens; all of them if left out."""
-    tasks: tuple[str, ...] = (VALIDATION,)
-    """validation, hellaswag, arc-easy, arc-challenge, openbookqa, piqa, boolq, copa; spaces or commas
-    between."""
+    stride: int | None = None
+    """Judge a text so many ids at a time, each after the context before it; a context at a time, each
+    beginning anew, if left out."""
+    tasks: tuple[str, ...] = ("validation",)
+    """Spaces or commas between; see above."""
+    examples: int | None = None
+    """The first so many of each task (thousand characters of a text); all if left out."""
     task_files: str | None = None
     """A folder that holds the tasks' official files; fetched once if left out."""
     against: str | None = None
-    """Another model, judged on the same questions."""
+    """Another model, judged on the same."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; the best one found if left out."""
     json: bool = False
     """Print one JSON object to standard output."""
 
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        names = ("evaluation_tokens", "stride", "examples")
+        counts = {name: getattr(self, name) for name in names}
+        return [
+            f"--{name.replace('_', '-')}={count} must be at least 1, or left out"
+            for name, count in counts.items()
+            if count is not None and count < 1
+        ]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be judged, and how."""
+
+    opened: OpenedModel
+    name: str
+    recipe: Recipe | None
+    precision: str
+    """A run's own; of any other model fp32."""
+
 
 def run(config: EvaluateConfig) -> None:
-    """Evaluate and print, a run in the precision it was trained in, any other model in fp32."""
+    """Evaluate and print. Started by torchrun, its processes share the work, and the main one speaks."""
+    from overnight.settings import raise_problems
+    from overnight.world import join_world
+
+    raise_problems(config.problems(), "overnight evaluate")
+    names = split_names(config.tasks)
+    with join_world(config.device, TIMEOUT_SECONDS) as world, hushed(not world.is_main):
+        with world.together():
+            subjects = open_subjects(config, world.device)
+            held_out = open_validation(config, subjects) if names.validation else None
+            tasks = open_tasks(names.own, config.task_files, config.examples, config.stride)
+        values: dict[str, Any] = {"model": config.model, "precision": subjects[0].precision}
+        scores: list[Score] = []
+        if held_out is not None:
+            measured = [measure(held_out, each.opened.model, each.precision, world) for each in subjects]
+            values |= _summary(measured[0])
+            scores += score_validation(held_out, measured)
+            tell(scores, f"of {held_out.materials.folder}, in {subjects[0].precision}")
+        for task in tasks:
+            sides = [
+                judge_task(task, each.opened.model, each.opened.tokenizer, each.precision, world)
+                for each in subjects
+            ]
+            found = task.score(sides[0], sides[1] if len(sides) > 1 else None)
+            scores += found
+            tell(found)
+        values["tasks"] = as_values(scores)
+        if names.harness and world.is_main:
+            values["lm_eval"] = judge_by_harness(config, names, subjects[0])
+        if config.json and world.is_main:
+            sys.stdout.write(json.dumps(values) + "\n")
+        say(f'next: overnight generate {config.model} "Once upon a time"')
+
+
+def open_subjects(config: EvaluateConfig, device: str) -> list[Subject]:
+    """The model, and the other one if there is one."""
     from overnight.stages.models import open_model
     from overnight.stages.train import load_resumed
-    from overnight.world import open_world
 
-    if config.evaluation_tokens is not None and config.evaluation_tokens < 1:
-        raise ValueError(f"--evaluation-tokens={config.evaluation_tokens} must be at least 1, or left out")
-    names = split_names(config.tasks)
-    tasks = [name for name in names if name != VALIDATION]
-    if config.against is not None and not tasks:
-        raise ValueError("--against compares two models on tasks: name some with --tasks")
-    device = open_world(config.device).device
-    opened = open_model(config.model)
-    opened.model.to(device)
-    recipe = load_resumed(opened.run) if opened.run else None
-    precision = (recipe.compute.precision if recipe else None) or "fp32"
-    values: dict[str, Any] = {"model": config.model, "precision": precision}
-    if VALIDATION in names:
-        values |= dataclasses.asdict(judge_validation(config, opened, recipe, precision))
-    if tasks:
-        other = open_model(config.against) if config.against is not None else None
-        if other is not None:
-            other.model.to(device)
-        folder = Path(config.task_files) if config.task_files is not None else None
-        accuracies = judge_tasks(tasks, folder, opened, other, precision)
-        values["tasks"] = as_values(accuracies)
-        for line in describe(accuracies):
-            say(line)
-    if config.json:
-        sys.stdout.write(json.dumps(values) + "\n")
-    say(f'next: overnight generate {config.model} "Once upon a time"')
+    subjects = []
+    for name in filter(None, (config.model, config.against)):
+        opened = open_model(name)
+        opened.model.to(device)
+        recipe = load_resumed(opened.run) if opened.run else None
+        precision = (recipe.compute.precision if recipe else None) or "fp32"
+        subjects.append(Subject(opened, name, recipe, precision))
+    return subjects
 
 
-def judge_validation(
-    config: EvaluateConfig, opened: OpenedModel, recipe: Recipe | None, precision: str
-) -> Evaluation:
-    """The model's loss on prepared text, told."""
-    from overnight.evaluation.language_model import evaluate_language_model, evaluation_rows
+def open_validation(config: EvaluateConfig, subjects: list[Subject]) -> HeldOut:
+    """Text that every model reads in its own tokens."""
     from overnight.stages.materials import DataConfig
-    from overnight.stages.mixing import gather_materials
 
+    recipe = subjects[0].recipe
     packing = recipe.data.packing if recipe else "stream"
     asked = DataConfig(data=config.data, packing=packing) if config.data else _own_data(recipe)
-    materials = gather_materials(asked)
-    if materials.tokenizer.fingerprint != opened.tokenizer.fingerprint:
-        raise ValueError(
-            f"{config.model} reads {opened.tokenizer.name}, but {materials.folder} is written with the "
-            f"tokenizer {materials.tokenizer.name}: prepare that text with "
-            f"--tokenizer {opened.tokenizer_folder}"
-        )
-    model = opened.model
-    stream = materials.stream("validation", model.config.context_length, seed=0)
-    wanted = config.evaluation_tokens or stream.tokens - 1
-    with progress("evaluate", wanted, "tokens") as advance:
+    held_out = open_held_out(asked, config.evaluation_tokens, config.stride)
+    for each in subjects:
+        check_tokenizer(held_out, each.opened.tokenizer, each.name, each.opened.tokenizer_folder)
+    return held_out
 
-        def shown() -> Iterator[Batch]:
-            for batch in stream.evaluation_batches(evaluation_rows(model), config.evaluation_tokens):
-                yield batch
-                advance(batch.targets.numel())
 
-        found = evaluate_language_model(
-            model, shown(), materials.tokenizer.token_bytes(), precision, materials.boundary
-        )
-    say(f"validation loss  {found.loss:.4f} nats per token")
-    say(f"perplexity       {found.perplexity:.2f}")
-    say(f"bits per byte    {found.bits_per_byte:.4f}")
-    judged = f"{found.evaluated_tokens:,} tokens, {found.evaluated_bytes:,} bytes"
-    say(f"judged on        {judged} of {materials.folder}, in {precision}")
-    return found
+def score_validation(held_out: HeldOut, measured: list[Measured]) -> list[Score]:
+    """The losses in all units, beside what others reached on such text."""
+    from overnight.evaluation.scores import score_text
+
+    against = measured[1] if len(measured) > 1 else None
+    kind = "pieces" if held_out.stride is None else "windows"
+    first, *others = score_text("validation", METRICS, measured[0], against, kind)
+    return [dataclasses.replace(first, references=held_out.references()), *others]
+
+
+def tell(scores: list[Score], where: str | None = None) -> None:
+    """The table of one task."""
+    for line in describe(scores):
+        say(line)
+    if where is not None:
+        say(f"  {where}")
+
+
+def judge_by_harness(config: EvaluateConfig, names: TaskNames, subject: Subject) -> list[dict[str, Any]]:
+    """Tasks of lm-evaluation-harness, told as it tells them."""
+    from overnight.evaluation.harness import harness_scores
+
+    folder = Path(config.task_files) if config.task_files is not None else None
+    opened = subject.opened
+    found = harness_scores(
+        opened.model, opened.tokenizer, names.harness, subject.precision, folder, config.examples
+    )
+    for each in found:
+        say(str(each))
+    return [dataclasses.asdict(each) for each in found]
+
+
+def _summary(measured: Measured) -> dict[str, Any]:
+    from overnight.evaluation.language_model import sum_up
+
+    return dataclasses.asdict(sum_up(measured))
 
 
 def _own_data(recipe: Recipe | None) -> DataConfig:

@@ -1,9 +1,11 @@
-"""`overnight evaluate --tasks`: multiple-choice tasks, told with their intervals."""
+"""Tasks for `overnight evaluate` and for runs: named, opened, judged, told with their intervals."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,84 +13,129 @@ from overnight.settings import nearest
 from overnight.terminal import progress
 
 if TYPE_CHECKING:
-    from overnight.evaluation.choices import Choice, Judged
-    from overnight.evaluation.multiple_choice import Accuracy
+    from overnight.evaluation.scores import AccuracyComparison, LossComparison, Score
+    from overnight.evaluation.tasks import Judgement, Numbers, Task
     from overnight.model.gpt import GPT
-    from overnight.stages.models import OpenedModel
+    from overnight.text.tokenizer import Tokenizer
+    from overnight.world import World
 
 VALIDATION = "validation"
+HARNESS = "lm-eval:"
 
 
-def split_names(tasks: Sequence[str]) -> list[str]:
+@dataclass(frozen=True)
+class TaskNames:
+    """What is to be judged, by what judges it."""
+
+    validation: bool
+    own: tuple[str, ...]
+    harness: tuple[str, ...]
+    """Tasks of lm-evaluation-harness, by its names."""
+
+
+def split_names(tasks: Sequence[str]) -> TaskNames:
     """The tasks, said in several words or with commas between them; each once.
 
     Raises ValueError for one that there is not, with the nearest.
     """
-    from overnight.evaluation.questions import CHOICE_TASKS
+    from overnight.evaluation.tasks import TASKS
 
-    names = [name.strip() for word in tasks for name in word.split(",") if name.strip()]
-    for name in names:
-        if name != VALIDATION and name not in CHOICE_TASKS:
-            known = [VALIDATION, *CHOICE_TASKS]
-            raise ValueError(f"there is no task {name}{nearest(name, known)}; there are {', '.join(known)}")
-    return list(dict.fromkeys(names))
-
-
-def judge_tasks(
-    names: Sequence[str], folder: Path | None, opened: OpenedModel, other: OpenedModel | None, precision: str
-) -> list[Accuracy]:
-    """The accuracies of each task, in the order of `names`; beside another model if one is given."""
-    from overnight.evaluation.files import find_file
-    from overnight.evaluation.multiple_choice import sum_up
-    from overnight.evaluation.questions import CHOICE_TASKS, encode_question, read_questions
-
-    paths = {name: find_file(CHOICE_TASKS[name].file, CHOICE_TASKS[name].url, folder) for name in names}
-    found = []
-    for name, path in paths.items():
-        task = CHOICE_TASKS[name]
-        questions = list(read_questions(task, path))
-        if not questions:
-            raise ValueError(f"{path} holds no question")
-        sides = []
-        for model in filter(None, (opened, other)):
-            choices = [encode_question(question, model.tokenizer) for question in questions]
-            sides.append(_judge(name, model.model, choices, precision))
-        found += sum_up(name, sides[0], task.chance, sides[1] if other else None)
-    return found
+    names = list(dict.fromkeys(name.strip() for word in tasks for name in word.split(",") if name.strip()))
+    if not names:
+        raise ValueError(f"name a task: {VALIDATION}, {', '.join(TASKS)}, {HARNESS}NAME")
+    harness = tuple(name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS))
+    others = [name for name in names if not name.startswith(HARNESS)]
+    for name in others:
+        if name != VALIDATION and name not in TASKS:
+            known = [VALIDATION, *TASKS]
+            raise ValueError(
+                f"there is no task {name}{nearest(name, known)}; there are {', '.join(known)}, and "
+                f"{HARNESS}NAME for those of lm-evaluation-harness"
+            )
+    return TaskNames(VALIDATION in others, tuple(name for name in others if name != VALIDATION), harness)
 
 
-def _judge(name: str, model: GPT, choices: Sequence[Choice], precision: str) -> list[Judged]:
-    """Every question judged, in the order of `choices`, with a bar."""
-    from overnight.evaluation.choices import judge_choices
+def judge_task(task: Task, model: GPT, tokenizer: Tokenizer, precision: str, world: World) -> Judgement:
+    """What the model makes of every example, in their order, with a bar; the same in all processes.
 
-    places = {id(choice): place for place, choice in enumerate(choices)}
-    found: dict[int, Judged] = {}
-    with progress(name, len(choices), "questions") as advance:
-        for judged in judge_choices(model, choices, precision):
-            found[places[id(judged.choice)]] = judged
-            advance()
-    return [found[place] for place in range(len(choices))]
+    An evaluation that was interrupted goes on where it was.
+    """
+    from overnight.cache import cache_folder
+    from overnight.evaluation.remembered import derive_key, forget, judge_the_rest
+    from overnight.evaluation.tasks import Judgement, judge
+
+    examples = task.encode(tokenizer, model.config.context_length)
+    folder = cache_folder() / "judged" / derive_key(model, examples, precision)
+
+    def judge_some(left: Any) -> Iterator[tuple[int, Numbers]]:
+        return judge(model, left, precision, world)
+
+    with progress(task.name, len(examples), "examples") as advance:
+        mine = [
+            _counted(pair, advance, world) for pair in judge_the_rest(folder, examples, judge_some, world)
+        ]
+    found = gather(mine, world)
+    if world.is_main:
+        forget(folder)
+    return Judgement(examples, found)
 
 
-def describe(accuracies: Sequence[Accuracy]) -> Iterator[str]:
+def _counted(pair: tuple[int, Numbers], advance: Any, world: World) -> tuple[int, Numbers]:
+    advance(world.size)
+    return pair
+
+
+def gather(mine: Iterable[tuple[int, Numbers]], world: World) -> list[Numbers]:
+    """What all processes have found, by place."""
+    told = world.gather(json.dumps(list(mine)))
+    found = {place: tuple(numbers) for share in told for place, numbers in json.loads(share)}
+    return [found[place] for place in range(len(found))]
+
+
+def describe(scores: Sequence[Score]) -> Iterator[str]:
     """The lines of a table of at most 80 columns."""
     task = None
-    for each in accuracies:
+    for each in scores:
         if each.task != task:
             task = each.task
-            yield f"{task}: {each.questions:,} questions, chance {each.chance:.2f}"
-        interval = f"{each.interval.low:.4f} to {each.interval.high:.4f}"
-        yield f"  {each.metric:<23}{each.value:.4f}   95% {interval} ({each.interval.method})"
+            chance = "" if each.chance is None else f", chance {each.chance:.2f}"
+            yield f"{task}: {each.examples:,} {each.kind}{chance}"
+        interval = f"{_number(each.interval.low)} to {_number(each.interval.high)}"
+        yield f"  {each.metric:<23}{_number(each.value):<8} 95% {interval} ({each.interval.method})"
+        source = None
         for reference in each.references:
-            yield f"  {'':<23}{reference.value:.4f}   {reference.whose} ({reference.source})"
+            told = f" ({reference.source})" if reference.source != source else ""
+            source = reference.source
+            yield f"  {'':<23}{_number(reference.value):<8} {reference.whose}{told}"
         if each.against is not None:
-            rival = each.against
-            yield (
-                f"  {'':<23}{rival.right / each.questions:.4f}   the other model; alone right "
-                f"{rival.only_here:,} here, {rival.only_there:,} there, p = {rival.probability:.3g} (McNemar)"
-            )
+            yield f"  {'':<23}{_number(each.against.value):<8} the other model{_compare(each.against)}"
 
 
-def as_values(accuracies: Sequence[Accuracy]) -> list[dict[str, Any]]:
+def _compare(rival: AccuracyComparison | LossComparison) -> str:
+    from overnight.evaluation.scores import AccuracyComparison
+
+    if isinstance(rival, AccuracyComparison):
+        alone = f"alone right {rival.only_here:,} here, {rival.only_there:,} there"
+        return f": {alone}\n{'':<34}p = {rival.probability:.3g} (McNemar)"
+    if rival.difference is None:
+        return ", which reads the text in other windows"
+    low, high = rival.difference.low, rival.difference.high
+    return f": this one less\n{'':<34}that one {low:+.4f} to {high:+.4f} nats (paired bootstrap)"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100_000 else f"{value:.3g}"
+
+
+def as_values(scores: Sequence[Score]) -> list[dict[str, Any]]:
     """The same for a program."""
-    return [{**dataclasses.asdict(each), "value": each.value} for each in accuracies]
+    return [dataclasses.asdict(each) for each in scores]
+
+
+def open_tasks(
+    names: Sequence[str], folder: str | None, most: int | None = None, stride: int | None = None
+) -> list[Task]:
+    """Their files found or fetched, and read; see `open_task`."""
+    from overnight.evaluation.tasks import open_task
+
+    return [open_task(name, Path(folder) if folder is not None else None, most, stride) for name in names]

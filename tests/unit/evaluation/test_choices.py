@@ -32,10 +32,10 @@ def model() -> GPT:
 
 def one_by_one(model: GPT, choice: Choice) -> list[float]:
     """As a script would have it: each ending after its context in a row of its own, every logit computed."""
-    room = CONTEXT + 1 - max(map(len, choice.endings))
+    room = CONTEXT + 1 - max(len(choice.branch(number)) for number in range(len(choice.endings)))
     found = []
-    for ending in choice.endings:
-        context = choice.context[-room:]
+    for ending, lead in zip(choice.endings, choice.leads or [()] * len(choice.endings), strict=True):
+        context = [*choice.context[-room:], *lead]
         row = torch.tensor([[*context, *ending]])
         logits = model.eval()(row[:, :-1])[0, len(context) - 1 :]
         found.append(F.cross_entropy(logits, row[0, len(context) :], reduction="sum").item())
@@ -44,12 +44,17 @@ def one_by_one(model: GPT, choice: Choice) -> list[float]:
 
 sequences = st.lists(IDS, min_size=1, max_size=20).map(tuple)
 questions = st.builds(
-    lambda context, endings, answer: Choice(
-        tuple(context), tuple(endings), tuple(3 * len(each) for each in endings), answer % len(endings)
+    lambda context, endings, answer, leads: Choice(
+        tuple(context),
+        tuple(endings),
+        tuple(3 * len(each) for each in endings),
+        answer % len(endings),
+        tuple(map(tuple, leads[: len(endings)])),
     ),
     st.lists(IDS, min_size=1, max_size=60),
     st.lists(sequences, min_size=2, max_size=5),
     st.integers(0, 4),
+    st.just([]) | st.lists(st.lists(IDS, max_size=4), min_size=5, max_size=5),
 )
 
 
@@ -59,11 +64,11 @@ questions = st.builds(
 def test_together_is_one_by_one(model: GPT, asked: list[Choice], at_once: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choices_room, "TOKENS_AT_ONCE", at_once)
-        judged = {id(each.choice): each for each in judge_choices(model, asked)}
-    assert len(judged) == len({id(choice) for choice in asked})
-    for choice in asked:
-        expected = one_by_one(model, choice)
-        assert judged[id(choice)].nats == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        judged = dict(judge_choices(model, asked))
+    assert sorted(judged) == list(range(len(asked)))
+    for place, choice in enumerate(asked):
+        assert judged[place].choice is choice
+        assert judged[place].nats == pytest.approx(one_by_one(model, choice), rel=1e-5, abs=1e-5)
 
 
 def test_the_three_accuracies_differ_as_they_should() -> None:
@@ -78,11 +83,8 @@ def test_processes_divide_the_questions(model: GPT) -> None:
     asked = [Choice((1,) * length, ((2, 3), (4,)), (1, 1), 0) for length in range(1, 40)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choices_room, "TOKENS_AT_ONCE", 100)
-        whole = {id(each.choice): each.nats for each in judge_choices(model, asked)}
-        shares = [
-            {id(each.choice): each.nats for each in judge_choices(model, asked, world=World(rank, 3, "cpu"))}
-            for rank in range(3)
-        ]
+        whole = dict(judge_choices(model, asked))
+        shares = [dict(judge_choices(model, asked, world=World(rank, 3, "cpu"))) for rank in range(3)]
     assert all(shares)
     assert shares[0] | shares[1] | shares[2] == whole
     assert sum(map(len, shares)) == len(whole)
@@ -92,5 +94,5 @@ def test_what_does_not_fit_is_refused(model: GPT) -> None:
     with pytest.raises(ValueError, match="does not fit the model's context of 48"):
         list(judge_choices(model, [Choice((1,), ((2,) * 49, (3,)), (1, 1), 0)]))
     fitting = Choice((1,) * 60, ((2,) * 48, (3,)), (1, 1), 0)
-    (judged,) = judge_choices(model, [fitting])
+    ((_, judged),) = judge_choices(model, [fitting])
     assert judged.nats == pytest.approx(one_by_one(model, fitting), rel=1e-5)

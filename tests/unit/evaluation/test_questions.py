@@ -19,7 +19,36 @@ SCIENCE = {
     },
     "answerKey": "B",
 }
-LINES: dict[str, tuple[dict[str, Any], str, list[str], int]] = {
+STORY = "".join(f"{number} Sentence {number} .\n" for number in range(1, 21))
+BEASTS = ["crow", "dog", "king", "cat", "rat", "owl", "bee", "fly", "ant", "elk"]
+STORY += "21 `` The XXXXX , '' said he .\tking\t\t" + "|".join(BEASTS) + "\n"
+LINES: dict[str, tuple[dict[str, Any] | str, str, list[str], int]] = {
+    "hellaswag-lm-eval": (
+        {
+            "activity_label": "Sitting",
+            "ctx": "[header] A man sits. he",
+            "endings": ["runs [substeps] away.", "eats.", "is [title] a roof.", "sleeps."],
+            "label": "3",
+        },
+        "Sitting: A man sits. he",
+        [" runs away.", " eats.", " is. a roof.", " sleeps."],
+        3,
+    ),
+    "winogrande": (
+        {"sentence": "Ann paid Eve since _ was rich.", "option1": "Ann", "option2": "Eve", "answer": "1"},
+        "Ann paid Eve since",
+        [" was rich.", " was rich."],
+        0,
+    ),
+    **{
+        name: (
+            STORY,
+            " ".join(f"Sentence {number}." for number in range(1, 21)) + ' "The',
+            [f' {word}," said he.' for word in BEASTS],
+            2,
+        )
+        for name in ("cbt-common-nouns", "cbt-named-entities")
+    },
     "hellaswag": (
         {"ctx": "A man sits. he", "endings": ["runs.", "eats.", "is a roof.", "sleeps."], "label": 3},
         "A man sits. he",
@@ -74,9 +103,12 @@ def test_every_task_has_an_example_here() -> None:
 def test_a_line_becomes_a_question(name: str, tmp_path: Path) -> None:
     line, context, endings, answer = LINES[name]
     path = tmp_path / "task.jsonl"
-    path.write_text(json.dumps(line) + "\n" + json.dumps(line) + "\n")
+    record = line if isinstance(line, str) else json.dumps(line)
+    path.write_text(f"{record}\n{record}\n")
     first, second = read_questions(CHOICE_TASKS[name], path)
-    assert first == second == (context, tuple(endings), answer)
+    assert first == second
+    assert first[:3] == (context, tuple(endings), answer)
+    assert first.leads == ((" Ann", " Eve") if name == "winogrande" else ())
 
 
 @pytest.mark.parametrize(
