@@ -231,6 +231,36 @@ def judge(recipe: Any, checkpoint: Path, path: Path, rows_judged: int) -> None:
             journal.sample()
 
 
+def judge_tasks(recipe: Any, checkpoint: Path, path: Path) -> None:
+    """Judge the model of a checkpoint on the recipe's tasks, into the run directory `path`."""
+    from overnight.checkpoint import load_checkpoint
+    from overnight.evaluation import choices, passages
+    from overnight.run_directory import RunDirectory
+    from overnight.stages.journal import Journal
+    from overnight.stages.run_tasks import open_run_tasks
+    from overnight.watch import Watch
+
+    choices.TOKENS_AT_ONCE = passages.TOKENS_AT_ONCE = 200  # several batches for each process
+    with opened(recipe) as job:
+        load_checkpoint(job.state, checkpoint, job.world)
+        tasks = open_run_tasks(recipe.evaluation, job.materials.tokenizer, job.plan.tokens_per_row)
+        with Journal(job, RunDirectory(path), Watch(job.world.rank, 60), tasks) as journal:
+            journal.judge_tasks()
+
+
+def evaluate(values: dict[str, Any]) -> str:
+    """What `overnight evaluate --json` prints here."""
+    import io
+
+    from overnight.evaluation import choices, passages
+    from overnight.stages import evaluate as command
+
+    choices.TOKENS_AT_ONCE = passages.TOKENS_AT_ONCE = 200
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        command.run(command.EvaluateConfig(**values))
+    return printed.getvalue()
+
+
 # ---------------------------------------------------------------- what processes say to each other
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from torch import Tensor
@@ -33,6 +33,7 @@ from overnight.stages.job import Job, build_job
 from overnight.stages.journal import Journal
 from overnight.stages.materials import is_same_text
 from overnight.stages.recipe import Recipe, changed_settings
+from overnight.stages.run_tasks import RunTask, open_run_tasks
 from overnight.terminal import say
 from overnight.trainer import Training, fit, fits, stop_on_signal
 from overnight.watch import Watch, watched
@@ -55,6 +56,7 @@ def run(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Rec
         job = build_job(recipe, world, has_checkpoint=has_checkpoint)
         with world.together():
             check_disk(job, directory)
+            tasks = open_run_tasks(recipe.evaluation, job.materials.tokenizer, job.plan.tokens_per_row)
         training, job = fit_into_memory(build_training(job), job)
         choices = explain_choices(recipe, job)
         with ExitStack() as held:
@@ -63,7 +65,7 @@ def run(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Rec
                     held.enter_context(directory.locked())
                     check_directory(recipe, directory, resume=resume)  # another may have begun meanwhile
             begin(job, directory, choices, resume=resume)
-            train(job, training, directory)
+            train(job, training, directory, tasks)
     return job.recipe
 
 
@@ -142,14 +144,14 @@ def with_fewer_rows(plan: BatchPlan, batch: BatchConfig, device: str, processes:
     return smaller
 
 
-def train(job: Job, training: Training, directory: RunDirectory) -> None:
+def train(job: Job, training: Training, directory: RunDirectory, tasks: Sequence[RunTask]) -> None:
     """Run the loop to the end, or to a signal, with everything that is to be written on the way."""
     state, total_steps = job.state, job.recipe.schedule.total_steps
     assert total_steps is not None
     world = job.world
     with (
         watched(world.rank, world.size, job.recipe.compute.timeout_seconds) as watch,
-        Journal(job, directory, watch) as journal,
+        Journal(job, directory, watch, tasks) as journal,
         stop_on_signal() as stopped,
     ):
         journal.evaluate_at_start()

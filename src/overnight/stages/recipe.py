@@ -25,6 +25,14 @@ class EvaluationConfig:
     """Steps between evaluations; there is one before the first step and one after the last, too."""
     evaluation_tokens: int | None = None
     """How many validation tokens, always the same ones; all of them if left out."""
+    tasks: tuple[str, ...] = ()
+    """Judge the run on these as well: hellaswag, lambada, ...; `overnight evaluate --help` names all."""
+    tasks_every_steps: int | None = None
+    """Steps between judging tasks, and after the last; with each evaluation if left out."""
+    task_examples: int | None = None
+    """The first so many of each task (thousand characters of a text); all if left out."""
+    task_files: str | None = None
+    """A folder that holds the tasks' official files; fetched once if left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,7 @@ class Recipe:
         return found
 
 
-AT_LEAST_ONE = frozenset({"evaluation_tokens", "sample_tokens", "keep_checkpoints"})
+AT_LEAST_ONE = frozenset({"evaluation_tokens", "task_examples", "sample_tokens", "keep_checkpoints"})
 
 MAY_CHANGE = frozenset(
     {"total_steps", "total_tokens", "trackers", "device", "compile", "attention", "rows_per_micro_batch"}

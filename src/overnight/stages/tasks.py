@@ -111,6 +111,12 @@ def describe(scores: Sequence[Score]) -> Iterator[str]:
             yield f"  {'':<23}{_number(each.against.value):<8} the other model{_compare(each.against)}"
 
 
+def describe_briefly(score: Score) -> str:
+    """One line: hellaswag accuracy_per_token 0.2912 (0.2713 to 0.3120)."""
+    low, high = (_number(end) for end in (score.interval.low, score.interval.high))
+    return f"{score.task} {score.metric} {_number(score.value)} ({low} to {high})"
+
+
 def _compare(rival: AccuracyComparison | LossComparison) -> str:
     from overnight.evaluation.scores import AccuracyComparison
 

@@ -12,7 +12,6 @@ from overnight.evaluation.tasks import TASKS, Judgement, open_task
 from overnight.evaluation.texts import CLOZE_TASKS, TEXT_TASKS, Cloze, encode_cloze, encode_text
 from overnight.text.byte_pair import BytePair
 
-DATA = Path(__file__).parents[4] / "shared" / "data"
 ARTICLE = " \n = Title = \n \n It was <unk> , he said . \n"
 
 
@@ -31,10 +30,9 @@ def test_wikitext_is_put_together_and_its_words_are_counted_as_published(tmp_pat
     assert text.units() == {"word": 14, "byte": len(text.text), "character": len(text.text)}
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="WikiText-2 is not here")
-def test_the_words_of_the_real_wikitext_are_as_many_as_its_authors_say() -> None:
-    words = TEXT_TASKS["wikitext-2-validation"].read(DATA / "wikitext-2" / "wiki.valid.tokens", None).words
-    assert words == 217_646  # Merity et al. 2016, table 1
+def test_the_words_of_the_real_wikitext_are_as_many_as_its_authors_say(shared_data: Path) -> None:
+    text = TEXT_TASKS["wikitext-2-validation"].read(shared_data / "wikitext-2" / "wiki.valid.tokens", None)
+    assert text.words == 217_646  # Merity et al. 2016, table 1
 
 
 def test_the_last_twentieth_of_wikipedia_is_judged(tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""Tasks on real data against a script: Hugging Face's model and tokenizer, one example at a time.
+
+The model is trained a little on the real corpus, so that its choices are not all near ties.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from overnight.batching import BatchConfig
+from overnight.data.prepare import PrepareConfig, prepare
+from overnight.evaluation.tasks import Judgement, judge, open_task
+from overnight.evaluation.texts import TEXT_TASKS
+from overnight.model.config import ModelConfig
+from overnight.optim import OptimizerConfig
+from overnight.parallel import ComputeConfig
+from overnight.run_directory import RunDirectory
+from overnight.schedule import ScheduleConfig
+from overnight.stages import convert, pretrain
+from overnight.stages.convert import ConvertConfig
+from overnight.stages.materials import DataConfig
+from overnight.stages.models import OpenedModel, open_model
+from overnight.stages.recipe import Recipe
+
+CONTEXT = 256
+
+
+class Rival:
+    """The same model as Transformers opens it, asked one example at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        transformers = pytest.importorskip("transformers")
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    @torch.no_grad()
+    def nats(self, context: Sequence[int], ending: Sequence[int]) -> tuple[float, bool]:
+        """Of an ending after its context, and whether each of its ids is the likeliest."""
+        row = torch.tensor([[*context, *ending]])[:, -(CONTEXT + 1) :]
+        logs = self.model(row[:, :-1]).logits[0, -len(ending) :].double().log_softmax(-1)
+        targets = torch.tensor(ending)
+        chosen = logs.gather(1, targets[:, None]).sum()
+        return -chosen.item(), bool((logs.argmax(-1) == targets).all())
+
+
+@pytest.fixture(scope="module")
+def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A hundred steps on the corpus, with a BPE of its own."""
+    root = tmp_path_factory.mktemp("trained")
+    source, out = shared_data / "corpus" / "validation.parquet", root / "shards"
+    prepare(PrepareConfig(source=str(source), out=str(out), tokenizer="bpe-2048", validation_fraction=0.1))
+    directory = RunDirectory(root / "run")
+    recipe = Recipe(
+        run_name="run",
+        data=DataConfig(data=str(out)),
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=64, context_length=CONTEXT),
+        optimizer=OptimizerConfig(peak_learning_rate=4e-3),
+        schedule=ScheduleConfig(total_steps=100, warmup_steps=10),
+        batch=BatchConfig(tokens_per_step=2048),
+        compute=ComputeConfig(device="cpu", precision="fp32", compile=False),
+    )
+    pretrain.run(recipe, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ours(trained: RunDirectory) -> OpenedModel:
+    """The run, opened as any command opens it."""
+    return open_model(str(trained.path))
+
+
+@pytest.fixture(scope="module")
+def theirs(trained: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Rival:
+    """The run, converted."""
+    folder = convert.run(
+        ConvertConfig(model=str(trained.path), out=str(tmp_path_factory.mktemp("hf") / "run"))
+    )
+    return Rival(folder)
+
+
+def judge_all(name: str, opened: OpenedModel, folder: Path, most: int | None) -> tuple[Judgement, Any]:
+    task = open_task(name, folder, most)
+    examples = task.encode(opened.tokenizer, CONTEXT)
+    found = dict(judge(opened.model, examples, "fp32"))
+    judgement = Judgement(examples, [found[place] for place in range(len(examples))])
+    return judgement, {score.metric: score.value for score in task.score(judgement, None)}
+
+
+some = pytest.param(60, id="some")
+every = pytest.param(None, id="all", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("most", [some, every])
+def test_hellaswag(
+    ours: OpenedModel, theirs: Rival, shared_data: Path, tmp_path: Path, most: int | None
+) -> None:
+    file = shared_data / "hellaswag" / "hellaswag_val_first2000.jsonl"
+    (tmp_path / "hellaswag_val.jsonl").write_bytes(file.read_bytes())
+    judgement, values = judge_all("hellaswag", ours, tmp_path, most)
+    right = {"accuracy_by_sum": 0, "accuracy_per_token": 0, "accuracy_per_character": 0}
+    with file.open() as lines:
+        for line, numbers in zip(map(json.loads, islice(lines, most)), judgement.numbers, strict=True):
+            context = theirs.encode(line["ctx"])
+            endings = [theirs.encode(f" {ending}") for ending in line["endings"]]
+            nats = [theirs.nats(context, ending)[0] for ending in endings]
+            assert numbers == pytest.approx(nats, abs=1e-3, rel=1e-5)
+            lengths = {
+                "accuracy_by_sum": [1] * 4,
+                "accuracy_per_token": list(map(len, endings)),
+                "accuracy_per_character": list(map(len, line["endings"])),
+            }
+            for metric, counts in lengths.items():
+                means = [each / count for each, count in zip(nats, counts, strict=True)]
+                right[metric] += means.index(min(means)) == int(line["label"])
+    assert values == {metric: count / len(judgement.numbers) for metric, count in right.items()}
+
+
+@pytest.mark.parametrize("most", [some, every])
+def test_lambada(
+    ours: OpenedModel, theirs: Rival, shared_data: Path, tmp_path: Path, most: int | None
+) -> None:
+    file = shared_data / "lambada" / "lambada_test_first500.jsonl"
+    (tmp_path / "lambada_test.jsonl").write_bytes(file.read_bytes())
+    judgement, values = judge_all("lambada", ours, tmp_path, most)
+    found = []
+    with file.open() as lines:
+        for line in islice(lines, most):
+            context, _, word = json.loads(line)["text"].strip().rpartition(" ")
+            found.append(theirs.nats(theirs.encode(context), theirs.encode(f" {word}")))
+    assert [bool(greedy) for _, greedy in judgement.numbers] == [greedy for _, greedy in found]
+    assert values["accuracy"] == sum(greedy for _, greedy in found) / len(found)
+    mean = sum(nats for nats, _ in found) / len(found)
+    assert math.log(values["perplexity_per_word"]) == pytest.approx(mean, abs=1e-4)
+
+
+@pytest.mark.parametrize("most", [some, every])
+def test_wikitext(
+    ours: OpenedModel, theirs: Rival, shared_data: Path, tmp_path: Path, most: int | None
+) -> None:
+    (tmp_path / "wikitext-2").symlink_to(shared_data / "wikitext-2")
+    _, values = judge_all("wikitext-2-validation", ours, tmp_path, most)
+    raw = (shared_data / "wikitext-2" / "wiki.valid.tokens").read_text()[: most and 1000 * most]
+    task = TEXT_TASKS["wikitext-2-validation"]
+    ids = theirs.encode(task.read(tmp_path / task.file, most and 1000 * most).text)
+    ids = [theirs.tokenizer.eos_token_id, *ids]
+    nats, judged = 0.0, 1
+    while judged < len(ids):
+        end = min(judged + CONTEXT, len(ids))
+        nats += theirs.nats(ids[max(0, end - CONTEXT - 1) : judged], ids[judged:end])[0]
+        judged = end
+    words = len(raw.split()) + raw.count("\n")
+    assert values["nats_per_token"] == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
+    assert math.log(values["perplexity_per_word"]) == pytest.approx(nats / words, abs=1e-4)
+
+
+def test_another_model_is_told_apart(ours: OpenedModel, theirs: Rival, shared_data: Path) -> None:
+    """The control: what these tests compare differs at once if one weight does."""
+    context, ending = theirs.encode("The cell is the"), theirs.encode(" smallest unit")
+    before = theirs.nats(context, ending)[0]
+    with torch.no_grad():
+        theirs.model.transformer.h[0].mlp.c_fc.bias += 0.1
+    try:
+        assert abs(theirs.nats(context, ending)[0] - before) > 1e-4
+    finally:
+        with torch.no_grad():
+            theirs.model.transformer.h[0].mlp.c_fc.bias -= 0.1
