@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from overnight.cli import main
 from overnight.data.prepare import PrepareConfig, prepare
 from overnight.evaluation import choices as choices_room
+from overnight.evaluation.tasks import TASKS
 from overnight.parallel import ComputeConfig
 from overnight.run_directory import RunDirectory
 from overnight.schedule import ScheduleConfig
@@ -179,7 +181,7 @@ def test_an_interrupted_evaluation_goes_on(
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        ({"tasks": ("helaswag",)}, "there is no task helaswag; did you mean hellaswag"),
+        ({"tasks": ("helaswag",)}, "there is no task helaswag among .*; did you mean hellaswag"),
         ({"tasks": ("piqa",)}, r"has no piqa_valid\.jsonl: fetch https://"),
         ({"tasks": ()}, "name a task: validation, hellaswag"),
         ({"against": "./other"}, "there is no model ./other"),
@@ -192,3 +194,10 @@ def test_a_task_that_can_not_be_judged_is_refused(
     values: dict[str, object] = {"model": str(trained.path), "task_files": str(questions), "device": "cpu"}
     with pytest.raises(ValueError, match=complaint):
         evaluate.run(EvaluateConfig(**{**values, **changes}))  # type: ignore[arg-type]
+
+
+def test_the_help_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    words = re.findall(r"[a-z0-9-]+", capsys.readouterr().out)
+    assert not {"validation", *TASKS} - {*words}

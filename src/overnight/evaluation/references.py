@@ -21,9 +21,8 @@ SCRIPT = "build-nanogpt, hellaswag.py"
 HARNESS = "lm-eval, as told in hellaswag.py"
 
 
-def _paper(*values: float, note: str = "") -> tuple[Reference, ...]:
-    """A column of the GPT-2 paper's table 3: of its four sizes, or of the first few."""
-    source = f"{PAPER}{note}"
+def _paper(*values: float, source: str = PAPER) -> tuple[Reference, ...]:
+    """A column of the GPT-2 paper's table 3, by its four sizes."""
     return tuple(Reference(whose, value, source) for whose, value in zip(OPENAI, values, strict=True))
 
 
@@ -50,7 +49,7 @@ REFERENCES: Mapping[tuple[str, str], tuple[Reference, ...]] = {
     ("cbt-common-nouns", "accuracy_by_sum"): _paper(0.8765, 0.9235, 0.9345, 0.9330),
     ("cbt-named-entities", "accuracy_by_sum"): _paper(0.8340, 0.8710, 0.8800, 0.8905),
     ("lambada", "accuracy"): (
-        *_paper(0.4599, 0.5548, 0.6012, 0.6324, note=", with a stop-word filter"),
+        *_paper(0.4599, 0.5548, 0.6012, 0.6324, source="GPT-2 table 3, stop words out"),
         *_gpt3(0.427),
     ),
     ("lambada", "perplexity_per_word"): (*_paper(35.13, 15.60, 10.87, 8.63), *_gpt3(18.6)),

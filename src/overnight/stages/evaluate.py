@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -27,12 +28,7 @@ TIMEOUT_SECONDS = 1800  # a process may judge for so long while another waits fo
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Validation loss, perplexity and bits per byte of a model on prepared text; results on tasks.
-
-    Tasks: validation; hellaswag, hellaswag-lm-eval, arc-easy, arc-challenge, openbookqa, piqa, boolq, copa,
-    winogrande; cbt-common-nouns, cbt-named-entities, lambada, lambada-plain, wikitext-2,
-    wikitext-2-validation, wikitext-103, ptb, enwik8, text8; lm-eval:NAME for lm-evaluation-harness.
-    """
+    """What a model is judged on: prepared text, tasks."""
 
     model: Positional[str]
     """A run, a checkpoint, a Hugging Face folder or name."""
@@ -44,7 +40,10 @@ class EvaluateConfig:
     """Judge a text so many ids at a time, each after the context before it; a context at a time, each
     beginning anew, if left out."""
     tasks: tuple[str, ...] = ("validation",)
-    """Spaces or commas between; see above."""
+    """validation; hellaswag, hellaswag-lm-eval, arc-easy, arc-challenge, openbookqa, piqa, boolq, copa,
+    winogrande, cbt-common-nouns, cbt-named-entities; lambada, lambada-plain; wikitext-2,
+    wikitext-2-validation, wikitext-103, ptb, enwik8, text8; lm-eval:NAME for a task of lm-evaluation-harness.
+    Spaces or commas between."""
     examples: int | None = None
     """The first so many of each task (thousand characters of a text); all if left out."""
     task_files: str | None = None
@@ -53,6 +52,8 @@ class EvaluateConfig:
     """Another model, judged on the same."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; the best one found if left out."""
+    processes: int | Literal["auto"] | None = None
+    """Share the work among so many on this machine; auto: one for each GPU. One by itself if left out."""
     json: bool = False
     """Print one JSON object to standard output."""
 
@@ -79,7 +80,7 @@ class Subject:
 
 
 def run(config: EvaluateConfig) -> None:
-    """Evaluate and print. Started by torchrun, its processes share the work, and the main one speaks."""
+    """Evaluate and print. Of processes started together each does its share, and the main one speaks."""
     from overnight.settings import raise_problems
     from overnight.world import join_world
 
@@ -111,6 +112,22 @@ def run(config: EvaluateConfig) -> None:
         if config.json and world.is_main:
             sys.stdout.write(json.dumps(values) + "\n")
         say(f'next: overnight generate {config.model} "Once upon a time"')
+
+
+def run_in_processes(config: EvaluateConfig, words: Sequence[str]) -> int:
+    """Let several processes on this machine each run the command of these words; returns the exit status."""
+    from overnight.processes import run_processes
+    from overnight.settings import raise_problems
+    from overnight.world import count_processes, meet_anew_each_time
+    from overnight.world.cores import divide_cores
+
+    assert config.processes is not None
+    raise_problems(config.problems(), "overnight evaluate")
+    split_names(config.tasks)
+    count = count_processes(config.processes, config.device)
+    divide_cores(count)
+    meet_anew_each_time()
+    return run_processes(words, count, max_restarts=0)
 
 
 def open_subjects(config: EvaluateConfig, device: str) -> list[Subject]:

@@ -49,8 +49,8 @@ def split_names(tasks: Sequence[str]) -> TaskNames:
         if name != VALIDATION and name not in TASKS:
             known = [VALIDATION, *TASKS]
             raise ValueError(
-                f"there is no task {name}{nearest(name, known)}; there are {', '.join(known)}, and "
-                f"{HARNESS}NAME for those of lm-evaluation-harness"
+                f"there is no task {name} among {', '.join(known)} and {HARNESS}NAME, those of "
+                f"lm-evaluation-harness{nearest(name, known)}"
             )
     return TaskNames(VALIDATION in others, tuple(name for name in others if name != VALIDATION), harness)
 
@@ -70,19 +70,15 @@ def judge_task(task: Task, model: GPT, tokenizer: Tokenizer, precision: str, wor
     def judge_some(left: Any) -> Iterator[tuple[int, Numbers]]:
         return judge(model, left, precision, world)
 
+    mine: list[tuple[int, Numbers]] = []
     with progress(task.name, len(examples), "examples") as advance:
-        mine = [
-            _counted(pair, advance, world) for pair in judge_the_rest(folder, examples, judge_some, world)
-        ]
+        for pair in judge_the_rest(folder, examples, judge_some, world):
+            mine.append(pair)
+            advance(min(world.size, max(0, len(examples) - world.size * (len(mine) - 1))))
     found = gather(mine, world)
     if world.is_main:
         forget(folder)
     return Judgement(examples, found)
-
-
-def _counted(pair: tuple[int, Numbers], advance: Any, world: World) -> tuple[int, Numbers]:
-    advance(world.size)
-    return pair
 
 
 def gather(mine: Iterable[tuple[int, Numbers]], world: World) -> list[Numbers]:
@@ -93,22 +89,29 @@ def gather(mine: Iterable[tuple[int, Numbers]], world: World) -> list[Numbers]:
 
 
 def describe(scores: Sequence[Score]) -> Iterator[str]:
-    """The lines of a table of at most 80 columns."""
-    task = None
+    """The lines of a table of one task, of at most 80 columns."""
+    from overnight.evaluation.scores import LossComparison
+
+    first = scores[0]
+    chance = "" if first.chance is None else f", chance {first.chance:.2f}"
+    yield f"{first.task}: {first.examples:,} {first.kind}{chance}"
     for each in scores:
-        if each.task != task:
-            task = each.task
-            chance = "" if each.chance is None else f", chance {each.chance:.2f}"
-            yield f"{task}: {each.examples:,} {each.kind}{chance}"
         interval = f"{_number(each.interval.low)} to {_number(each.interval.high)}"
-        yield f"  {each.metric:<23}{_number(each.value):<8} 95% {interval} ({each.interval.method})"
+        yield _line(each.metric, _number(each.value), f"95% {interval} ({each.interval.method})")
         source = None
         for reference in each.references:
             told = f" ({reference.source})" if reference.source != source else ""
             source = reference.source
-            yield f"  {'':<23}{_number(reference.value):<8} {reference.whose}{told}"
+            yield _line("", f"{reference.value:g}", f"{reference.whose}{told}")
         if each.against is not None:
-            yield f"  {'':<23}{_number(each.against.value):<8} the other model{_compare(each.against)}"
+            yield from _compare(each.against)
+    last = scores[-1].against
+    if isinstance(last, LossComparison):
+        yield _tell_difference(last, first.kind)
+
+
+def _line(name: str, number: str, about: str) -> str:
+    return f"  {name:<23}{number:<8} {about}"
 
 
 def describe_briefly(score: Score) -> str:
@@ -117,16 +120,24 @@ def describe_briefly(score: Score) -> str:
     return f"{score.task} {score.metric} {_number(score.value)} ({low} to {high})"
 
 
-def _compare(rival: AccuracyComparison | LossComparison) -> str:
+def _compare(rival: AccuracyComparison | LossComparison) -> Iterator[str]:
     from overnight.evaluation.scores import AccuracyComparison
 
-    if isinstance(rival, AccuracyComparison):
-        alone = f"alone right {rival.only_here:,} here, {rival.only_there:,} there"
-        return f": {alone}\n{'':<34}p = {rival.probability:.3g} (McNemar)"
+    if not isinstance(rival, AccuracyComparison):
+        yield _line("", _number(rival.value), "the other model")
+        return
+    alone = f"alone right {rival.only_here:,} here, {rival.only_there:,} there"
+    yield _line("", _number(rival.value), f"the other model; {alone}")
+    yield _line("", "", f"p = {rival.probability:.3g} (McNemar)")
+
+
+def _tell_difference(rival: LossComparison, kind: str) -> str:
+    """Once for all units: between two models on the same text."""
     if rival.difference is None:
-        return ", which reads the text in other windows"
+        return "  no paired test: the other model reads the text in other windows"
     low, high = rival.difference.low, rival.difference.high
-    return f": this one less\n{'':<34}that one {low:+.4f} to {high:+.4f} nats (paired bootstrap)"
+    per = "word" if kind == "passages" else "token"
+    return f"  this less the other: {low:+.4f} to {high:+.4f} nats per {per} (paired bootstrap)"
 
 
 def _number(value: float) -> str:
