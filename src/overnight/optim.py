@@ -81,23 +81,45 @@ def apply_gradients(
     learning_rate: float,
     max_grad_norm: float | None,
     scaler: GradScaler,
+    nats: Tensor | None = None,
 ) -> Tensor:
     """Clip, update, and forget the gradients; returns their norm before clipping, a float32 scalar.
 
-    The norm is that of all `parameters`, of which the optimizer may update a share only. Nothing here waits
-    for the device. Where `scaler` is on, gradients that are not finite leave the weights as they are and
-    lower the scale; their norm tells.
+    The norm is that of all `parameters`, of which the optimizer may update a share only. A norm that is not
+    finite, or `nats` that are not, leave weights and moments as they are, to the bit, and lower `scaler`'s
+    scale where it is on. Nothing here waits for the device, if the optimizer is fused.
     """
     import torch
 
     scaler.unscale_(optimizer)
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    whole: Callable[[], Tensor] | None = getattr(grad_norm, "full_tensor", None)  # of FSDP's shards
+    grad_norm = grad_norm if whole is None else whole()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    scaler.step(optimizer)
-    scaler.update()
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        is_sound = grad_norm.isfinite() if nats is None else grad_norm.isfinite() & nats.isfinite()
+        _step_if(optimizer, is_sound)
     for parameter in parameters:
         parameter.grad = None
-    whole: Callable[[], Tensor] | None = getattr(grad_norm, "full_tensor", None)  # of FSDP's shards
-    return grad_norm if whole is None else whole()
+    return grad_norm
+
+
+def _step_if(optimizer: AdamW, is_sound: Tensor) -> None:
+    """One step of the optimizer if the scalar says so: to multiply by 0 would keep what is not finite.
+
+    A fused optimizer is told where the weights lie, by the way that torch keeps for its gradient scaler.
+    """
+    if not optimizer.defaults["fused"]:
+        if is_sound:
+            optimizer.step()
+        return
+    optimizer.found_inf = (~is_sound).float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]

@@ -31,8 +31,8 @@ class StepResult(NamedTuple):
     loss: float
     """Mean nats per token over all of the step's tokens, before the update."""
     grad_norm: float
-    """Euclidean norm of all gradients together, before clipping. Not finite: an overflow of float16, and
-    the step has changed no weight."""
+    """Euclidean norm of all gradients together, before clipping. If it or the loss is not finite, the
+    step has changed no weight."""
     learning_rate: float
     tokens: int
     seconds: float
@@ -106,7 +106,7 @@ def train_step(state: TrainState, training: Training) -> StepResult:
     total = LossSum(training.add_up(backward, mine, parameters, world), tokens)
     learning_rate = training.learning_rate(state.step)
     grad_norm = apply_gradients(
-        state.optimizer, parameters, learning_rate, training.max_grad_norm, state.scaler
+        state.optimizer, parameters, learning_rate, training.max_grad_norm, state.scaler, total.nats
     )
     training.after_update()
     state.step += 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -85,3 +86,78 @@ def test_the_norm_returned_is_the_one_before_clipping_and_the_update_is_clipped(
 def test_what_makes_no_sense_is_told(wrong: dict[str, float]) -> None:
     (problem,) = OptimizerConfig(**wrong).problems()
     assert next(iter(wrong)) in problem
+
+
+POISONS = (float("nan"), float("inf"), float("-inf"))
+
+
+def state_of(net: nn.Module, optimizer: torch.optim.AdamW) -> list[bytes]:
+    """Every byte of the weights, of both moments and of the counts of updates."""
+    tensors = [parameter.detach() for parameter in net.parameters()]
+    for parameter in net.parameters():
+        tensors += [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+    return [tensor.numpy().tobytes() for tensor in tensors]
+
+
+def update(
+    net: nn.Module, optimizer: torch.optim.AdamW, poison: tuple[int, int, float] | None, nats: float = 1.0
+) -> float:
+    """One step on gradients of noise, an element of one of which is poisoned."""
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    if poison is not None:
+        number, place, value = poison
+        gradient = list(net.parameters())[number].grad
+        assert gradient is not None
+        gradient.view(-1)[place % gradient.numel()] = value
+    norm = apply_gradients(
+        optimizer, list(net.parameters()), 1e-2, 1.0, GradScaler(enabled=False), torch.tensor(nats)
+    )
+    return norm.item()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_not_finite_never_reaches_the_weights(fused: bool) -> None:
+    """300 gradients with one bad element, and losses that are bad themselves: not a byte changes."""
+    net = small_net()
+    optimizer = build_optimizer(net, OptimizerConfig(), fused=fused)
+    update(net, optimizer, None)
+    before = state_of(net, optimizer)
+    parameters = len(list(net.parameters()))
+    for number in range(300):
+        norm = update(net, optimizer, (number % parameters, 7 * number, POISONS[number // 100]))
+        assert not math.isfinite(norm)
+        assert state_of(net, optimizer) == before
+    for nats in POISONS:
+        update(net, optimizer, None, nats)
+        assert state_of(net, optimizer) == before
+    update(net, optimizer, None)
+    after = state_of(net, optimizer)
+    assert not {*after} & {*before}, "a sound step changes everything"
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+
+
+def test_without_the_guard_one_bad_element_is_the_end() -> None:
+    """The control: what torch does by itself, and what multiplying the step by 0 would do."""
+    net = small_net()
+    optimizer = build_optimizer(net, OptimizerConfig())
+    update(net, optimizer, None)
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.step()
+    assert all(parameter.isnan().all() for parameter in net.parameters())
+    assert math.isnan(0 * float("nan"))
+
+
+def test_a_bad_first_step_leaves_nothing_behind() -> None:
+    runs = []
+    for is_poisoned in (True, False):
+        torch.manual_seed(3)
+        net = small_net()
+        optimizer = build_optimizer(net, OptimizerConfig())
+        if is_poisoned:
+            update(net, optimizer, (0, 0, float("nan")))
+        torch.manual_seed(4)
+        update(net, optimizer, None)
+        runs.append(state_of(net, optimizer))
+    assert runs[0] == runs[1]
