@@ -24,19 +24,32 @@ FLOORS: tuple[frozenset[str], ...] = (
         {"__init__", "cache", "hardware", "measurement", "run_directory", "settings", "terminal", "tracking"}
         | {"tensor_files", "watch", "world"}
     ),
-    frozenset({"model", "loss", "optim", "ownership", "schedule", "sampling"}),
+    frozenset({"guard", "model", "loss", "optim", "ownership", "schedule", "sampling"}),
     frozenset({"text"}),
     frozenset({"batching", "data", "gradients", "state"}),
-    frozenset({"parallel", "checkpoint", "trainer", "decoding", "generate", "processes", "sharding"}),
-    frozenset({"evaluation", "communication", "convert", "jobs", "memory", "report"}),
+    frozenset(
+        {"parallel", "checkpoint", "trainer", "decoding", "generate", "on_track", "processes", "sharding"}
+    ),
+    frozenset({"checks", "evaluation", "communication", "convert", "jobs", "memory", "report"}),
     frozenset({"stages"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
 ENVIRONMENT_READERS = frozenset({"world", "cache"})
 TORCH_FREE_ROOMS = frozenset(
-    {"cache", "cli", "hardware", "jobs", "measurement", "report", "run_directory", "settings", "terminal"}
-    | {"tracking"}
+    {
+        "cache",
+        "cli",
+        "hardware",
+        "jobs",
+        "measurement",
+        "on_track",
+        "report",
+        "run_directory",
+        "settings",
+        "terminal",
+    }
+    | {"guard", "tracking"}
 )
 FORBIDDEN_WORDS = frozenset(
     {"manager", "helper", "helpers", "handler", "util", "utils", "common", "base", "misc", "wrapper"}

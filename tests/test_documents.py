@@ -111,9 +111,13 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def without_work(module: str) -> ModuleType:
         stage = importlib.import_module(module)
-        monkeypatch.setattr(
-            stage, "run", lambda *given: names.append(module.removeprefix("overnight.stages."))
-        )
+        for entrance in ("run", "run_in_processes"):
+            monkeypatch.setattr(
+                stage,
+                entrance,
+                lambda *given: names.append(module.removeprefix("overnight.stages.")) or cli.DONE,
+                raising=False,
+            )
         return stage
 
     monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=without_work))

@@ -3,7 +3,7 @@
     checkpoints/step-00001000/
       model.safetensors       GPT-2's parameter names, the vocabulary unpadded
       optimizer.safetensors   AdamW's two moments: <parameter>.exp_avg, <parameter>.exp_avg_sq
-      state.json              step, optimizer updates, float16's loss scale, model configuration, format
+      state.json              step, updates, float16's loss scale, how the last steps went, model, format
       MANIFEST.json           size and sha256 of all others
 
 Several processes write as many files of each kind, model-00000-of-00004.safetensors and so on, each what it
@@ -19,13 +19,14 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from overnight.guard import Guard
 from overnight.model.config import ModelConfig
 from overnight.model.gpt import GPT, allocate_model
 from overnight.model.initialization import weight_shapes
@@ -36,15 +37,15 @@ from overnight.tensor_files import Piece, TensorFiles, write_tensors
 from overnight.terminal import say
 from overnight.world import ALONE, World
 
-FORMAT = 3
-READABLE = (2, 3)  # 2 had a single file of each kind, and did not name them
+FORMAT = 4
+READABLE = (2, 3, 4)  # 3 knew no guard; 2 had a single file of each kind, and did not name them
 KINDS = ("model", "optimizer")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Read = TypeVar("Read")
 
 
-def save_checkpoint(state: TrainState, folder: Path, keep: int | None = None, world: World = ALONE) -> Path:
-    """Publish `folder`/step-<8 digits>, then delete all but the newest `keep`; returns its path.
+def save_checkpoint(state: TrainState, folder: Path, world: World = ALONE) -> Path:
+    """Publish `folder`/step-<8 digits>; returns its path.
 
     All processes write at the same time, into a folder that all of them see. There must be no checkpoint of
     this step or a later one.
@@ -60,9 +61,6 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int | None = None, wo
     if world.is_main:
         files = {name: identity for each in written for name, identity in json.loads(each).items()}
         _publish(state, building, files)
-        if keep is not None:
-            for old in list_checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
     world.wait_for_all()
     return final
 
@@ -89,6 +87,7 @@ def _publish(state: TrainState, building: Path, files: dict[str, Any]) -> None:
         "step": state.step,
         "updates": _updates(state),
         "loss_scale": state.scaler.state_dict(),
+        "guard": state.guard.to_values(),
         "model": dataclasses.asdict(state.model.config),
         "files": {kind: sorted(name for name in files if name.startswith(kind)) for kind in KINDS},
     }
@@ -97,6 +96,27 @@ def _publish(state: TrainState, building: Path, files: dict[str, Any]) -> None:
     write_atomically(building / "MANIFEST.json", _manifest(files, FORMAT))
     building.rename(building.with_name(checkpoint_name(state.step)))
     flush_folder(building.parent)
+
+
+def choose_kept(
+    steps: Sequence[int], last: int | None, every: int | None = None, best: int | None = None
+) -> set[int]:
+    """Of the steps with a checkpoint, in order, those to be kept.
+
+    The newest `last` of them, all if None; multiples of `every`; `best`, if it is one of them. The newest is
+    always kept: it is the one whose bytes have just been brought to the disk.
+    """
+    if last is None:
+        return {*steps}
+    kept = {*steps[-max(1, last) :]}
+    return kept | {step for step in steps if (every and step % every == 0) or step == best}
+
+
+def keep_only(kept: Collection[int], folder: Path) -> None:
+    """Delete the checkpoints of all other steps."""
+    for checkpoint in list_checkpoints(folder):
+        if read_step(checkpoint) not in kept:
+            shutil.rmtree(checkpoint)
 
 
 def discard_checkpoints_after(step: int, folder: Path) -> None:
@@ -109,6 +129,11 @@ def discard_checkpoints_after(step: int, folder: Path) -> None:
 def checkpoint_name(step: int) -> str:
     """step-00001000 for 1000: names sort as their steps do."""
     return f"step-{step:08d}"
+
+
+def read_step(checkpoint: Path) -> int:
+    """1000 for step-00001000."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _file_names(kind: str, count: int) -> list[str]:
@@ -246,6 +271,7 @@ def load_checkpoint(state: TrainState, checkpoint: Path, world: World = ALONE) -
         state.optimizer.state[parameter] = restored
     if about["loss_scale"]:
         state.scaler.load_state_dict(about["loss_scale"])
+    state.guard = Guard.from_values(about["guard"]) if "guard" in about else Guard()
     state.step = about["step"]
 
 

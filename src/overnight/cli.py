@@ -57,6 +57,11 @@ VERBS = {
         "Loss, perplexity and bits per byte of a model",
         "overnight evaluate runs/quickstart",
     ),
+    "doctor": Verb(
+        "DoctorConfig",
+        "RECIPE checked before the night: what would go wrong?",
+        "overnight doctor quickstart",
+    ),
     "plan": Verb(
         "PlanConfig",
         "Will RECIPE fit, how long, how much disk and money?",
@@ -104,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep_compiled_code(cache_folder() / "compiled")
     if (
         arguments is None
-        and words[:1] in (["train"], ["quickstart"], ["plan"])
+        and words[:1] in (["train"], ["quickstart"], ["plan"], ["doctor"])
         and not {"-h", "--help"} & set(words)
     ):
         from overnight.world.cores import restart_with_large_pages
@@ -166,20 +171,27 @@ def _run(words: list[str]) -> int:
         raise ValueError(f"there is no command {name}{nearest(name, VERBS)}")
     if name == "train":
         return _train(rest)
-    if name in {"plan", "launch"}:
-        _run_on_recipe(name, rest)
-    else:
-        _call(name, rest)
-    return DONE
+    if name in {"doctor", "plan", "launch"}:
+        return _run_on_recipe(name, rest)
+    return _call(name, rest)
 
 
-def _call(name: str, rest: list[str]) -> None:
-    """Parse the stage's own Config and hand it to the stage."""
+def _call(name: str, rest: list[str]) -> int:
+    """Parse the stage's own Config and hand it to the stage.
+
+    Where it asks for several processes, each does this again, by itself.
+    """
     from overnight.settings import from_arguments
+    from overnight.world import is_launched
 
     stage = importlib.import_module(f"overnight.stages.{name}")
     config = getattr(stage, VERBS[name].config)
-    stage.run(from_arguments(config, rest, prog=f"overnight {name}", about=_about(name)))
+    asked = from_arguments(config, rest, prog=f"overnight {name}", about=_about(name))
+    if getattr(asked, "processes", None) is not None and not is_launched():
+        status: int = stage.run_in_processes(asked, [name, *rest])
+        return status
+    stage.run(asked)
+    return DONE
 
 
 def _train(rest: list[str]) -> int:
@@ -203,12 +215,12 @@ def _train(rest: list[str]) -> int:
     return DONE
 
 
-def _run_on_recipe(verb: str, rest: list[str]) -> None:
+def _run_on_recipe(verb: str, rest: list[str]) -> int:
     """As `train` takes a recipe, with a few options more; flags may stand before its name."""
     stage = importlib.import_module(f"overnight.stages.{verb}")
     flags = list(itertools.takewhile(lambda word: word in FLAGS_BEFORE_RECIPE, rest))
     name, config = _read_recipe(verb, getattr(stage, VERBS[verb].config), rest[len(flags) :] + flags)
-    stage.run(config, name)
+    return stage.run(config, name) or DONE
 
 
 def _read_recipe(
@@ -256,7 +268,11 @@ def _take_option(words: list[str], option: str) -> str | None:
 
 
 def _about(name: str) -> str:
-    more = f"\n\n`overnight {name}` alone lists the recipes." if name in {"train", "plan", "launch"} else ""
+    more = (
+        f"\n\n`overnight {name}` alone lists the recipes."
+        if name in {"train", "doctor", "plan", "launch"}
+        else ""
+    )
     return f"{VERBS[name].about}.{more}\n\nExample: {VERBS[name].example}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # a recipe is read without torch, so that --help is instant
     from torch import Tensor, nn
@@ -75,19 +75,28 @@ def build_optimizer(
     )
 
 
+class Update(NamedTuple):
+    """What became of a step's gradients."""
+
+    grad_norm: Tensor
+    """Before clipping, a float32 scalar."""
+    is_done: Tensor
+    """A bool scalar; False: nothing was changed."""
+
+
 def apply_gradients(
     optimizer: AdamW,
     parameters: Sequence[Tensor],
     learning_rate: float,
     max_grad_norm: float | None,
     scaler: GradScaler,
-    nats: Tensor | None = None,
-) -> Tensor:
-    """Clip, update, and forget the gradients; returns their norm before clipping, a float32 scalar.
+    accept: Callable[[Tensor], Tensor] = lambda norm: norm.isfinite(),
+) -> Update:
+    """Clip, update, and forget the gradients.
 
-    The norm is that of all `parameters`, of which the optimizer may update a share only. A norm that is not
-    finite, or `nats` that are not, leave weights and moments as they are, to the bit, and lower `scaler`'s
-    scale where it is on. Nothing here waits for the device, if the optimizer is fused.
+    The norm is that of all `parameters`, of which the optimizer may update a share only. Where `accept` says
+    no to it, weights and moments are left as they are, to the bit; where `scaler` is on, it decides, and
+    lowers its scale. Nothing here waits for the device, if the optimizer is fused.
     """
     import torch
 
@@ -98,15 +107,15 @@ def apply_gradients(
     grad_norm = grad_norm if whole is None else whole()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    is_done = grad_norm.isfinite() if scaler.is_enabled() else accept(grad_norm)
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
     else:
-        is_sound = grad_norm.isfinite() if nats is None else grad_norm.isfinite() & nats.isfinite()
-        _step_if(optimizer, is_sound)
+        _step_if(optimizer, is_done)
     for parameter in parameters:
         parameter.grad = None
-    return grad_norm
+    return Update(grad_norm, is_done)
 
 
 def _step_if(optimizer: AdamW, is_sound: Tensor) -> None:

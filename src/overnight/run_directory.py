@@ -5,7 +5,7 @@
       environment.json   versions, hardware, git commit
       data.json          the manifest of the shards it was trained on
       metrics.jsonl      one line per step, exactly once
-      events/            evaluations.jsonl, samples.jsonl, tasks.jsonl: keyed by step as well
+      events/            evaluations.jsonl, samples, tasks, rollbacks: keyed by step as well
       checkpoints/       step-00001000/ ...
       tokenizer/         what turns its ids into text
       report.html        written by `overnight report`
@@ -27,7 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-LINE_FILES = ("metrics.jsonl", "events/evaluations.jsonl", "events/samples.jsonl", "events/tasks.jsonl")
+EVENTS = ("evaluations", "samples", "tasks", "rollbacks")
+LINE_FILES = ("metrics.jsonl", *(f"events/{kind}.jsonl" for kind in EVENTS))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -89,7 +90,7 @@ class RunDirectory:
         _append(self.metrics, line)
 
     def append_event(self, kind: str, line: Mapping[str, Any]) -> None:
-        """Add one line to events/<kind>.jsonl; kind is "evaluations", "samples" or "tasks"."""
+        """Add one line to events/<kind>.jsonl; kind is one of EVENTS."""
         _append(self._events(kind), line)
 
     def is_finished(self, total_steps: int) -> bool:
@@ -153,7 +154,7 @@ class RunDirectory:
             return True
 
     def _events(self, kind: str) -> Path:
-        assert kind in {"evaluations", "samples", "tasks"}, kind
+        assert kind in EVENTS, kind
         return self.path / "events" / f"{kind}.jsonl"
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import io
 import json
+import re
 import tomllib
 import types
 import typing
@@ -37,6 +38,15 @@ def raise_problems(problems: Sequence[str], where: str) -> None:
     """Raise one ValueError that lists all of `problems`; nothing if there are none."""
     if problems:
         raise ValueError(f"{where}: " + "; ".join(problems))
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of 7h50m, 90m, 45s, 1d12h. Raises ValueError for anything else."""
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    if not text.strip() or found is None:
+        raise ValueError(f"{text!r} is no length of time; write 7h50m, 90m, 45s or 1d12h")
+    days, hours, minutes, seconds = (int(count or 0) for count in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
 def field_types(cls: type) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Everything that training changes: weights, optimizer, step. The rest of a run is a function of these."""
+"""Everything that training changes: weights, optimizer, step. The rest of a run is a function of these.
+
+What it has learnt beside them is little: how the last steps went, and float16's scale.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import AdamW
 
+from overnight.guard import Guard
 from overnight.model.gpt import GPT
 from overnight.tensor_files import Piece
 
@@ -67,5 +71,7 @@ class TrainState:
     optimizer: AdamW
     step: int = 0
     """Finished optimizer steps."""
+    guard: Guard = field(default_factory=Guard)
+    """What is known of the steps before."""
     scaler: GradScaler = field(default_factory=lambda: build_scaler("cpu", None))
-    """The one thing that a run learns beside its weights, and only in fp16."""
+    """On in fp16 only."""

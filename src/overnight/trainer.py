@@ -31,13 +31,15 @@ class StepResult(NamedTuple):
     loss: float
     """Mean nats per token over all of the step's tokens, before the update."""
     grad_norm: float
-    """Euclidean norm of all gradients together, before clipping. If it or the loss is not finite, the
-    step has changed no weight."""
+    """Euclidean norm of all gradients together, before clipping."""
     learning_rate: float
     tokens: int
     seconds: float
+    is_done: bool = True
+    """False: the step has changed no weight, since it was not finite, or stood out (GuardConfig)."""
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1 is what Slurm can send before its limit
 Hook = Callable[[StepResult], None]
 
 
@@ -55,11 +57,15 @@ class Training:
     max_grad_norm: float | None
     seed: int
     device: str
+    spike_deviations: float | None = None
+    """See GuardConfig."""
     world: World = ALONE
     add_up: AddUp = add_up
     """What adds up gradients over micro-batches and processes."""
     after_update: Callable[[], None] = lambda: None
     """What makes all processes' weights alike again, where each has updated its own only."""
+    go_back: Callable[[], bool] = lambda: False
+    """After each step: makes the state an earlier one if too many steps were bad, and says whether it did."""
 
 
 def fit(
@@ -72,8 +78,9 @@ def fit(
     """Train until `total_steps`, or until `stopped()` after a step; every hook sees every step, in order."""
     while state.step < total_steps and not stopped():
         result = train_step(state, training)
-        for hook in hooks:
-            hook(result)
+        if not training.go_back():
+            for hook in hooks:
+                hook(result)
 
 
 def every(steps: int | None, function: Callable[[], None], total_steps: int) -> Hook:
@@ -95,8 +102,11 @@ def train_step(state: TrainState, training: Training) -> StepResult:
     world, parameters = training.world, list(state.model.parameters())
     mine = plan.share(state.step, world.rank, world.size)
 
+    left_out = state.guard.rows_left_out(state.step)
+
     def backward(micro_batch: int) -> Tensor:
-        batch = training.batches(*plan.rows(state.step, micro_batch))
+        first_row, rows = plan.rows(state.step, micro_batch)
+        batch = training.batches(first_row + left_out, rows)
         assert batch.targets.numel() * len(mine) * world.size == tokens
         _seed_dropout(state, training.seed, micro_batch)
         nats = training.loss(batch.ids, batch.targets)
@@ -104,14 +114,22 @@ def train_step(state: TrainState, training: Training) -> StepResult:
         return nats.detach()
 
     total = LossSum(training.add_up(backward, mine, parameters, world), tokens)
+    limits = state.guard.limits(training.spike_deviations)
+
+    def accept(norm: Tensor) -> Tensor:
+        is_finite = norm.isfinite() & total.nats.isfinite()
+        return is_finite & (norm <= limits.grad_norm) & (total.nats <= limits.loss * tokens)
+
     learning_rate = training.learning_rate(state.step)
-    grad_norm = apply_gradients(
-        state.optimizer, parameters, learning_rate, training.max_grad_norm, state.scaler, total.nats
+    grad_norm, is_done = apply_gradients(
+        state.optimizer, parameters, learning_rate, training.max_grad_norm, state.scaler, accept
     )
     training.after_update()
     state.step += 1
-    loss, norm = total.per_token(), grad_norm.item()  # waits for the device: the clock is honest
-    return StepResult(state.step, loss, norm, learning_rate, total.tokens, time.perf_counter() - started_at)
+    loss, norm, done = total.per_token(), grad_norm.item(), bool(is_done)  # waits: the clock is honest
+    state.guard = state.guard.after(loss, norm, is_done=done, is_scaled=state.scaler.is_enabled())
+    seconds = time.perf_counter() - started_at
+    return StepResult(state.step, loss, norm, learning_rate, total.tokens, seconds, done)
 
 
 def fits(training: Training, state: TrainState) -> bool:
@@ -155,7 +173,7 @@ def _seed_dropout(state: TrainState, seed: int, micro_batch: int) -> None:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Yields `stopped()`: True once Ctrl-C or SIGTERM came. A second one interrupts at once.
+    """Yields `stopped()`: True once Ctrl-C, SIGTERM or SIGUSR1 came. A second one interrupts at once.
 
     A process that a launcher has started may get one from whoever sends it to all, and one more from the
     launcher that hands it on: there the second one is ignored.
@@ -167,7 +185,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in STOPPING}
     try:
         yield lambda: bool(received)
     finally:

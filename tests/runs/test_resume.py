@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -209,3 +210,19 @@ def test_a_loss_that_can_be_learnt_is_learnt(
     _, lines, events = expected(recipe, undisturbed, tmp_path, monkeypatch)  # type: ignore[misc]
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     assert events[-1]["step"] == 12
+
+
+def test_a_run_stops_by_the_clock_and_goes_on(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The clock moves ten minutes a glance: the time is over before the third step."""
+    whole = fingerprint(train_with_stops(recipe(), tmp_path / "whole", [], monkeypatch))
+    directory, glances = RunDirectory(tmp_path / "small"), iter(range(0, 10**6, 600))
+    checkpoints = pretrain_section("CheckpointsConfig", checkpoint_every_steps=3, stop_after="25m")
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "time", SimpleNamespace(monotonic=lambda: float(next(glances))))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(recipe(checkpoints=checkpoints), directory)
+    assert "stopped and saved after step 2 of 12" in capsys.readouterr().err
+    pretrain.run(reread(directory), directory, resume=True)
+    assert fingerprint(directory) == whole

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from overnight import checkpoint as checkpoint_room
 from overnight.checkpoint import (
+    choose_kept,
     discard_checkpoints_after,
+    keep_only,
     list_checkpoints,
     load_checkpoint,
     read_model,
@@ -182,8 +184,51 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     state = trained_state(0)
     for _ in range(4):
         train_on(state, 1)
-        save_checkpoint(state, tmp_path, keep=2)
+        save_checkpoint(state, tmp_path)
+        keep_only(choose_kept([*range(1, state.step + 1)], 2), tmp_path)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+class Folder:
+    """Ten thousand steps of a run as sets of numbers: what is saved, judged, damaged, deleted."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.steps: list[int] = []
+        self.losses: dict[int, float] = {}
+        self.deleted: set[int] = set()
+
+    def save(self, step: int, last: int | None, every: int | None, *, is_best_kept: bool) -> None:
+        self.steps.append(step)
+        if self.draw.random() < 0.7:
+            self.losses[step] = self.draw.random()
+        judged = [each for each in self.steps if each in self.losses]
+        best = min(judged, key=self.losses.__getitem__) if judged and is_best_kept else None
+        kept = choose_kept(self.steps, last, every, best)
+        assert kept <= {*self.steps}
+        assert {*self.steps[-max(1, last or len(self.steps)) :]} <= kept, "the newest"
+        assert best is None or best in kept
+        assert every is None or {each for each in self.steps if each % every == 0} <= kept
+        self.deleted |= {*self.steps} - kept
+        self.steps = sorted(kept)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_retention_never_deletes_what_is_to_be_kept(seed: int) -> None:
+    folder = Folder(seed)
+    last, every = folder.draw.choice([None, 1, 2, 5]), folder.draw.choice([None, 7, 100])
+    for step in range(1, 1001):
+        if folder.draw.random() < 0.02:
+            last = folder.draw.choice([1, 2, 5])  # the run was resumed with another setting
+        folder.save(step, last, every, is_best_kept=seed % 2 == 0)
+        assert folder.steps[-1] == step
+    assert folder.deleted, "the control: something is deleted"
+
+
+def test_the_newest_is_kept_whatever_is_asked() -> None:
+    assert choose_kept([1, 2, 3], 0) == {3}
+    assert choose_kept([], 2) == set()
+    assert choose_kept([1, 2, 3], 1, best=9) == {3}
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before_it(
@@ -216,7 +261,8 @@ def test_a_passed_over_checkpoint_does_not_crowd_out_a_good_one(tmp_path: Path) 
     discard_checkpoints_after(state.step, tmp_path)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
     train_on(state, 1)
-    assert newest(tmp_path) != save_checkpoint(state, tmp_path, keep=1)
+    assert newest(tmp_path) != save_checkpoint(state, tmp_path)
+    keep_only(choose_kept([1, 2], 1), tmp_path)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
 
 

@@ -175,7 +175,7 @@ def test_a_model_is_evaluated(workplace: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["bits_per_byte"] > 0
-    assert f"{result['loss']:.4f} nats per token" in done.stderr
+    assert f"nats_per_token         {result['loss']:.4f}" in done.stderr
     events = (workplace / "runs/tiny/events/evaluations.jsonl").read_text().splitlines()
     assert json.loads(events[-1])["loss"] == pytest.approx(result["loss"], rel=1e-6)
 

@@ -65,9 +65,10 @@ def test_the_norm_returned_is_the_one_before_clipping_and_the_update_is_clipped(
         for parameter in module.parameters():
             parameter.grad = torch.full_like(parameter, scale)
         elements = sum(parameter.numel() for parameter in module.parameters())
-        norm = apply_gradients(optimizer, list(module.parameters()), 1e-3, 1e-9, GradScaler(enabled=False))
+        parameters = list(module.parameters())
+        norm, _ = apply_gradients(optimizer, parameters, 1e-3, 1e-9, GradScaler(enabled=False))
         assert norm.item() == pytest.approx(scale * elements**0.5, rel=1e-5)
-        assert all(parameter.grad is None for parameter in module.parameters())
+        assert all(parameter.grad is None for parameter in parameters)
     for one, other in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -110,10 +111,17 @@ def update(
         gradient = list(net.parameters())[number].grad
         assert gradient is not None
         gradient.view(-1)[place % gradient.numel()] = value
-    norm = apply_gradients(
-        optimizer, list(net.parameters()), 1e-2, 1.0, GradScaler(enabled=False), torch.tensor(nats)
+    told = torch.tensor(nats)
+    found = apply_gradients(
+        optimizer,
+        list(net.parameters()),
+        1e-2,
+        1.0,
+        GradScaler(enabled=False),
+        lambda norm: norm.isfinite() & told.isfinite(),
     )
-    return norm.item()
+    assert bool(found.is_done) == (poison is None and math.isfinite(nats))
+    return found.grad_norm.item()
 
 
 @pytest.mark.parametrize("fused", [True, False])

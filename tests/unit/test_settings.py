@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.settings import flat_names, from_arguments, from_toml, nearest, to_toml
+from overnight.settings import flat_names, from_arguments, from_toml, nearest, parse_duration, to_toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,3 +191,16 @@ def test_help_exits_with_success_and_tells_every_option(capsys: pytest.CaptureFi
 
 def test_nearest_lists_what_there_is_when_nothing_is_near() -> None:
     assert nearest("zzz", ["gpt2", "characters"]) == "; there is characters, gpt2"
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("7h50m", 28_200), ("90m", 5400), ("45s", 45), ("1d12h", 129_600), (" 2d ", 172_800)]
+)
+def test_a_length_of_time(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "  ", "90", "7:50", "5m1h", "-1h", "1.5h", "h", "7 h"])
+def test_what_is_no_length_of_time(text: str) -> None:
+    with pytest.raises(ValueError, match="is no length of time; write 7h50m"):
+        parse_duration(text)

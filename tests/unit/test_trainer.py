@@ -151,15 +151,16 @@ def test_every(interval: int | None, expected: list[int]) -> None:
     assert called == expected
 
 
-def test_the_first_signal_asks_and_the_second_insists() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_the_first_signal_asks_and_the_second_insists(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     with stop_on_signal() as stopped:
         assert not stopped()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert stopped()
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
 
 
 def on_a_gpu(training: Training, loss: Callable[[Tensor, Tensor], Tensor]) -> Training:

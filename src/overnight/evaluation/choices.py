@@ -20,9 +20,23 @@ from overnight.model.gpt import GPT, evaluating
 from overnight.parallel import autocast
 from overnight.world import ALONE, World
 
-TOKENS_AT_ONCE = 4096  # padding included
-LOGITS_AT_ONCE = 1024  # positions: all logits of a batch would take a gigabyte
-SHAPE = 8  # rows are padded to multiples of so many tokens, so that shapes come again
+# On a CPU as much as its caches hold, which also pads little.
+TOKENS_AT_ONCE = 512  # padding included
+IDS_AT_ONCE = 2048  # of the vocabulary: a quarter less time than with all logits of a position at once
+GPU_TOKENS_AT_ONCE = 8192
+GPU_SHAPE = 8  # a GPU's rows are padded to a multiple of so many tokens, for even tiles
+
+
+@dataclass(frozen=True)
+class Portion:
+    """How much is computed at once."""
+
+    tokens: int
+    """Of a batch, padding included."""
+    ids: int
+    """Of the vocabulary."""
+    multiple: int
+    """Rows are padded to a multiple of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +147,13 @@ def judge_choices(
     """
     trees = [plant(place, choice, model.config.context_length) for place, choice in enumerate(choices)]
     order = sorted(range(len(trees)), key=lambda place: (max(map(len, trees[place])), place))
-    with evaluating(model), autocast(model.wte.weight.device.type, precision):
-        for batch in list(_batches([trees[place] for place in order]))[world.rank :: world.size]:
-            nats = _judge([tree for rows in batch for tree in rows], model)
+    device = model.wte.weight.device.type
+    portion = Portion(TOKENS_AT_ONCE, IDS_AT_ONCE, 1)
+    if device != "cpu":
+        portion = Portion(GPU_TOKENS_AT_ONCE, model.vocab_size, GPU_SHAPE)
+    with evaluating(model), autocast(device, precision):
+        for batch in list(_batches([trees[place] for place in order], portion))[world.rank :: world.size]:
+            nats = _judge([tree for rows in batch for tree in rows], model, portion)
             for rows in batch:
                 place = rows[0].place
                 count = len(choices[place].endings)
@@ -165,12 +183,12 @@ def plant(place: int, choice: Choice, context_length: int) -> list[Tree]:
     return trees
 
 
-def _batches(questions: Sequence[list[Tree]]) -> Iterator[list[list[Tree]]]:
-    """Neighbours, as many as have TOKENS_AT_ONCE together at most, padding included."""
+def _batches(questions: Sequence[list[Tree]], portion: Portion) -> Iterator[list[list[Tree]]]:
+    """Neighbours, as many as have `portion.tokens` together at most, padding included."""
     batch: list[list[Tree]] = []
     for trees in questions:
         rows = sum(map(len, [*batch, trees]))
-        if batch and rows * _padded(max(map(len, trees))) > TOKENS_AT_ONCE:
+        if batch and rows * _padded(max(map(len, trees)), portion) > portion.tokens:
             yield batch
             batch = []
         batch.append(trees)
@@ -178,16 +196,17 @@ def _batches(questions: Sequence[list[Tree]]) -> Iterator[list[list[Tree]]]:
         yield batch
 
 
-def _padded(length: int) -> int:
-    return -(-length // SHAPE) * SHAPE
+def _padded(length: int, portion: Portion) -> int:
+    return -(-length // portion.multiple) * portion.multiple
 
 
-def _judge(trees: Sequence[Tree], model: GPT) -> dict[tuple[int, int], float]:
+def _judge(trees: Sequence[Tree], model: GPT, portion: Portion) -> dict[tuple[int, int], float]:
     """The nats of each ending, by (place of the question, number of the ending)."""
     device = model.wte.weight.device
-    T = min(_padded(max(map(len, trees))), model.config.context_length)
+    T = min(_padded(max(map(len, trees)), portion), model.config.context_length)
     ids_BT = torch.zeros(len(trees), T, dtype=torch.long)
-    counted: list[int] = []
+    counted: dict[int, int] = {}  # places that foretell something, and their numbers: N of them
+    foretelling: list[int] = []  # the number for each target: M of them, since a context foretells several
     targets: list[int] = []
     ends: list[int] = []
     for row, tree in enumerate(trees):
@@ -197,18 +216,34 @@ def _judge(trees: Sequence[Tree], model: GPT) -> dict[tuple[int, int], float]:
         start = row * T + len(tree.context)
         for number, part in zip(tree.endings, tree.parts, strict=True):
             # The first token of a branch is foretold by the last of the context.
-            foretelling = [row * T + len(tree.context) - 1, *range(start, start + len(part))]
+            places = [row * T + len(tree.context) - 1, *range(start, start + len(part))]
             ending = tree.choice.endings[number]
-            counted += foretelling[-len(ending) :]
+            foretelling += [counted.setdefault(place, len(counted)) for place in places[-len(ending) :]]
             targets += ending
             ends.append(len(targets))
             start += len(part)
     hidden_BTC = model.trunk(ids_BT.to(device), TreeMask(trees, T, device))
-    hidden_NC = hidden_BTC.flatten(0, 1)[torch.tensor(counted, device=device)]  # nowhere but where it counts
-    targets_N = torch.tensor(targets, device=device)
-    pieces = zip(*(torch.split(each, LOGITS_AT_ONCE) for each in (hidden_NC, targets_N)), strict=True)
-    nats = [F.cross_entropy(model.head(each).float(), ids, reduction="none") for each, ids in pieces]
+    hidden_NC = hidden_BTC.flatten(0, 1)[torch.tensor(list(counted), device=device)]
+    asked = torch.tensor(foretelling, device=device), torch.tensor(targets, device=device)
     lengths = [end - start for start, end in pairwise([0, *ends])]
-    parts = torch.split(torch.cat(nats).cpu().double(), lengths)
+    parts = torch.split(_nats(hidden_NC, model, asked, portion.ids).cpu().double(), lengths)
     keys = [(tree.place, number) for tree in trees for number in tree.endings]
     return {key: part.sum().item() for key, part in zip(keys, parts, strict=True)}
+
+
+def _nats(hidden_NC: Tensor, model: GPT, asked: tuple[Tensor, Tensor], at_once: int) -> Tensor:
+    """Of M targets, each foretold by one of the hidden states: float32 (M,).
+
+    Of the vocabulary `at_once` ids at a time.
+    """
+    foretelling_M, targets_M = asked
+    logsums = []
+    logits_M = hidden_NC.new_zeros(len(targets_M), dtype=torch.float32)
+    for first in range(0, model.vocab_size, at_once):
+        weight = model.wte.weight[first : min(first + at_once, model.vocab_size)]
+        logits_NV = F.linear(hidden_NC, weight).float()
+        logsums.append(logits_NV.logsumexp(-1))
+        ids_M = targets_M - first
+        here_M = logits_NV[foretelling_M, ids_M.clamp(0, len(weight) - 1)]
+        logits_M = torch.where((ids_M >= 0) & (ids_M < len(weight)), here_M, logits_M)
+    return torch.stack(logsums).logsumexp(0)[foretelling_M] - logits_M

@@ -30,7 +30,9 @@ def wilson(right: int, count: int) -> Interval:
     share = right / count
     middle = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
     spread = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
-    return Interval(max(0.0, middle - spread), min(1.0, middle + spread), "Wilson")
+    low = middle - spread if right else 0.0  # to the digit, where rounding would leave a little
+    high = middle + spread if right < count else 1.0
+    return Interval(max(0.0, low), min(1.0, high), "Wilson")
 
 
 def bootstrap(sums: Sequence[float], counts: Sequence[float]) -> Interval:

@@ -85,16 +85,23 @@ def _notices(record: Record) -> Markup:
         notices.append(
             f"the training loss was not finite at {broken.size:,} {steps}, first at step {broken[0]:,.0f}"
         )
+    notices += [
+        f"steps {line.get('first_bad_step')} to {line.get('last_bad_step')} went wrong: the run went back to "
+        f"step {line['step'] - 1:,} and on without their {line.get('rows')} rows"
+        for line in record.rollbacks
+    ]
     skipped = np.count_nonzero(~np.isfinite(record.metrics["grad_norm"]))
     if skipped and find_setting(record.recipe, "precision") == "fp16":
         steps = "step" if skipped == 1 else "steps"
         notices.append(f"{skipped:,} {steps} skipped: float16 overflow")
+    if record.verdict is not None and not record.verdict.is_on_track:
+        notices += map(_capitalised, record.verdict.sentences())
     return notice(notices)
 
 
 def _headline(record: Record) -> Markup:
     """The handful of numbers one looks for first."""
-    entries = [*_loss_figures(record), *_speed_figures(record)]
+    entries = [*_loss_figures(record), *_place_figure(record), *_speed_figures(record)]
     items = (f"<div>{element('dt', label)}{element('dd', value)}</div>" for label, value in entries)
     return Markup('<dl class="figures">\n' + "\n".join(items) + "\n</dl>") if entries else Markup("")
 
@@ -110,6 +117,16 @@ def _loss_figures(record: Record) -> Iterator[tuple[str, str]]:
         yield "perplexity per token", significant(evaluation["perplexity"])
     if is_finite(evaluation.get("bits_per_byte")):
         yield "bits per byte of text", significant(evaluation["bits_per_byte"])
+
+
+def _place_figure(record: Record) -> Iterator[tuple[str, str]]:
+    """One word, and beside what."""
+    if (verdict := record.verdict) is not None:
+        yield f"beside {verdict.band.source}", verdict.word
+
+
+def _capitalised(sentence: str) -> str:
+    return f"{sentence[0].upper()}{sentence[1:]}"
 
 
 def _speed_figures(record: Record) -> Iterator[tuple[str, str]]:

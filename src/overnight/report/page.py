@@ -29,6 +29,7 @@ from overnight.report.markup import (
 )
 from overnight.report.record import Record, is_finite, read_run
 from overnight.report.status import find_setting
+from overnight.report.tasks import tasks
 from overnight.report.words import scientific, short, significant
 from overnight.run_directory import write_atomically
 
@@ -55,6 +56,7 @@ def report_page(record: Record) -> str:
             header(record),
             compression(record),
             section("Loss", _loss(record)),
+            tasks(record),
             section("Samples", _samples(record)),
             section("Recipe", _recipe(record)),
             section("Data", _data(record)),
@@ -75,7 +77,7 @@ def _loss(record: Record) -> Markup:
     above = f" It began at {significant(first)}, above the picture." if first > top else ""
     averaged = " is faint for each step, and averaged over about a hundredth of the run"
     how = averaged if record.steps >= 2 * WINDOWS_PER_RUN else " is shown for each step"
-    caption = f"<strong>Nats per token.</strong> The training loss{how}.{escape(above)}"
+    caption = f"<strong>Nats per token.</strong> The training loss{how}.{escape(above + _reference(record))}"
     return joined(
         [
             Markup(f"<figure><figcaption>{caption}</figcaption>{plots.loss_charts(record)}</figure>"),
@@ -83,6 +85,15 @@ def _loss(record: Record) -> Markup:
             _evaluations(record),
         ]
     )
+
+
+def _reference(record: Record) -> str:
+    """What the light areas are, if there are any."""
+    if record.verdict is None or not plots.references(record):
+        return ""
+    band = record.verdict.band
+    told = f"Healthy runs lie in the light areas: {band.recipe}, {band.source}, {band.date}. {band.notes}"
+    return f" {told.strip()}"
 
 
 def _small_charts(record: Record) -> Markup:

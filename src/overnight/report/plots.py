@@ -25,6 +25,9 @@ from overnight.report.words import scientific, short, significant
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+REFERENCES = {"loss": PLAIN, "validation_loss": ACCENT}
+"""The curves of a reference that are drawn, in the colours of the run's own."""
+TASK_COLUMNS = ("step", "value", "low", "high", "chance")
 RAW_POINTS = 1_500
 SMOOTH_POINTS = 500
 
@@ -86,6 +89,20 @@ def throughput_chart(record: Record) -> Markup:
     return _small_chart(record, "tokens_per_second", short, is_smoothed=True)
 
 
+def task_chart(lines: Sequence[dict[str, Any]], description: str) -> Markup:
+    """A task's results over steps, with their intervals, and a dashed line where guessing is."""
+    columns = [np.array([line.get(name, np.nan) for line in lines], float) for name in TASK_COLUMNS]
+    steps, values, low, high, chance = columns
+    with house_style(description):
+        figure, axes = new_axes(SMALL.size, SMALL.margins)
+        axes.fill_between(steps, low, high, color=PLAIN, alpha=0.15, linewidth=0)
+        axes.plot(steps, values, color=PLAIN, linewidth=1.6, marker="o", markersize=3)
+        axes.plot(steps, chance, color=PLAIN, linewidth=0.9, linestyle=(0, (3, 3)))
+        axes.set_xlim(0, steps[-1])
+        _set_ticks(axes, SMALL, "")
+        return to_svg(figure, description)
+
+
 def visible_loss(records: Sequence[Record], against: str) -> tuple[float, float]:
     """The ends of the loss axis over `against`, which the first twentieth of a long run may exceed.
 
@@ -99,6 +116,12 @@ def visible_loss(records: Sequence[Record], against: str) -> tuple[float, float]
         at = np.concatenate([record.metrics[against], evaluated_at])
         losses = np.concatenate([record.smoothed_loss(), evaluated])
         parts.append(losses[np.isfinite(losses) & (at >= settled_at)])
+        if against == "step":  # over tokens, several runs are drawn, without their references
+            parts += [
+                edge[(steps >= settled_at) & (steps <= at.max(initial=0))]
+                for steps, *edges in references(record).values()
+                for edge in edges
+            ]
     finite = np.concatenate(parts)
     if not finite.size:
         return 0.0, 1.0
@@ -113,11 +136,32 @@ def evaluated_losses(record: Record, against: str) -> tuple[Series, Series]:
     return rows[:, 0], rows[:, 1]
 
 
+def references(record: Record) -> dict[str, tuple[Series, Series, Series]]:
+    """(steps, low, high) of each curve of the reference that is drawn; {} if there is no reference.
+
+    What was taken over a stretch of steps lies in its middle.
+    """
+    curves = record.verdict.band.curves if record.verdict and record.steps >= 2 else {}
+    seen = np.append(0.0, record.metrics["tokens"])
+    steps = np.append(0.0, record.metrics["step"])
+    found = {}
+    for name in REFERENCES.keys() & curves.keys():
+        curve = curves[name]
+        tokens = np.array(curve.tokens, np.float64)
+        if name == "loss":
+            tokens = (tokens + np.append(0.0, tokens[:-1])) / 2
+        ahead = np.maximum(tokens - seen[-1], 0.0) / (seen[-1] - seen[-2])
+        found[name] = (np.interp(tokens, seen, steps) + ahead, np.array(curve.low), np.array(curve.high))
+    return found
+
+
 def _loss_chart(record: Record, layout: Layout) -> Markup:
     steps, smooth = record.metrics["step"], record.smoothed_loss()
     evaluated_at, evaluated = evaluated_losses(record, "step")
     with house_style(f"loss {layout.css}"):
         figure, axes = new_axes(layout.size, layout.margins)
+        for name, (at, low, high) in references(record).items():
+            axes.fill_between(at, low, high, color=REFERENCES[name], alpha=0.16, linewidth=0)
         _plot(axes, steps, record.metrics["loss"], layout.raw_points, color=PLAIN, alpha=0.28, linewidth=0.7)
         _plot(axes, steps, smooth, SMOOTH_POINTS, color=PLAIN, linewidth=1.6)
         ends = [LineEnd(height=smooth[-1], text=_labelled("training", smooth[-1], layout), colour=PLAIN)]

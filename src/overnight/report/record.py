@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
+from overnight.on_track.band import find_band
+from overnight.on_track.course import COLUMNS as COMPARED_COLUMNS
+from overnight.on_track.verdict import Verdict, judge
 from overnight.report.curves import Series, column, smoothed, tokens_of_each_step
 from overnight.report.lines import EVALUATION_KEYS, METRICS_KEYS, SAMPLE_KEYS, read_lines
 from overnight.report.status import RunStatus, describe_run
@@ -46,6 +50,11 @@ class Record:
 
     evaluations: Lines
     samples: Lines
+    tasks: Lines
+    rollbacks: Lines
+
+    verdict: Verdict | None
+    """How the run lies beside its recipe's reference; None if there is none, or nothing to compare yet."""
 
     problems: tuple[str, ...]
     """One sentence for everything that could not be read."""
@@ -63,18 +72,36 @@ class Record:
 def read_run(path: Path) -> Record:
     """Read the run in `path`. Damaged parts are left out and named in `problems`."""
     problems: list[str] = []
-    metrics = _read_steps(path / "metrics.jsonl", METRICS_KEYS, problems)
+    lines = _read_steps(path / "metrics.jsonl", METRICS_KEYS, problems)
+    metrics = {name: column(lines, name) for name in COLUMNS}
+    evaluations = _read_steps(path / "events" / "evaluations.jsonl", EVALUATION_KEYS, problems)
+    recipe, data = (_read_object(path / name, problems) for name in ("recipe.toml", "data.json"))
     return Record(
         status=describe_run(path),
-        recipe=_read_object(path / "recipe.toml", problems),
+        recipe=recipe,
         environment=_read_object(path / "environment.json", problems),
-        data=_read_object(path / "data.json", problems),
+        data=data,
         compression=_read_object(path / "compression.json", problems),
-        metrics={name: column(metrics, name) for name in COLUMNS},
-        evaluations=_read_steps(path / "events" / "evaluations.jsonl", EVALUATION_KEYS, problems),
+        metrics=metrics,
+        evaluations=evaluations,
         samples=_read_events(path / "events" / "samples.jsonl", SAMPLE_KEYS, problems),
+        tasks=_read_events(path / "events" / "tasks.jsonl", SAMPLE_KEYS, problems),
+        rollbacks=_read_events(path / "events" / "rollbacks.jsonl", SAMPLE_KEYS, problems),
+        verdict=_compare(recipe, data, metrics, evaluations),
         problems=tuple(problems),
     )
+
+
+def _compare(
+    recipe: Mapping[str, Any], data: Mapping[str, Any], metrics: Mapping[str, Series], evaluations: Lines
+) -> Verdict | None:
+    """The run beside its recipe's reference, if there is one."""
+    settings = {name: value for name, value in recipe.items() if not isinstance(value, dict)}
+    for part in recipe.values():
+        settings |= part if isinstance(part, dict) else {}
+    band = find_band(settings, data)
+    columns = {name: metrics[name].tolist() for name in COMPARED_COLUMNS}
+    return judge(band, columns, evaluations, settings) if band else None
 
 
 def _read_events(path: Path, numeric_keys: tuple[str, ...], problems: list[str]) -> Lines:

@@ -49,6 +49,13 @@ class RunStatus:
     bits_per_byte: float | None
     """The last evaluation's."""
 
+    on_track: str | None
+    """Beside the recipe's reference, at the last evaluation: within, below, above; or suspect, which is
+    within, with a sign of a mistake. None where there is no reference."""
+
+    likely_mistake: str | None
+    """The known mistake that fits best, if the run is off."""
+
     tokens: int
     """Tokens trained on."""
 
@@ -119,6 +126,8 @@ def describe_run(path: Path) -> RunStatus:
         loss=last.get("loss"),
         validation_loss=evaluation.get("loss"),
         bits_per_byte=evaluation.get("bits_per_byte"),
+        on_track=evaluation.get("on_track"),
+        likely_mistake=evaluation.get("likely_mistake"),
         tokens=tokens,
         tokens_per_second=speed,
         seconds_left=_seconds_left(recipe, tokens, speed) if state == "running" else None,

@@ -90,6 +90,7 @@ def run(config: EvaluateConfig) -> None:
         with world.together():
             subjects = open_subjects(config, world.device)
             held_out = open_validation(config, subjects) if names.validation else None
+            check_harness_tasks(config, names)
             tasks = open_tasks(names.own, config.task_files, config.examples, config.stride)
         values: dict[str, Any] = {"model": config.model, "precision": subjects[0].precision}
         scores: list[Score] = []
@@ -176,18 +177,29 @@ def tell(scores: list[Score], where: str | None = None) -> None:
         say(f"  {where}")
 
 
+def check_harness_tasks(config: EvaluateConfig, names: TaskNames) -> None:
+    """Raise ValueError for a task that lm-evaluation-harness does not know, or if it is not installed."""
+    if names.harness:
+        from overnight.evaluation.harness import check_harness
+
+        check_harness(names.harness, _folder(config))
+
+
 def judge_by_harness(config: EvaluateConfig, names: TaskNames, subject: Subject) -> list[dict[str, Any]]:
     """Tasks of lm-evaluation-harness, told as it tells them."""
     from overnight.evaluation.harness import harness_scores
 
-    folder = Path(config.task_files) if config.task_files is not None else None
-    opened = subject.opened
+    opened, folder = subject.opened, _folder(config)
     found = harness_scores(
         opened.model, opened.tokenizer, names.harness, subject.precision, folder, config.examples
     )
     for each in found:
         say(str(each))
     return [dataclasses.asdict(each) for each in found]
+
+
+def _folder(config: EvaluateConfig) -> Path | None:
+    return Path(config.task_files) if config.task_files is not None else None
 
 
 def _summary(measured: Measured) -> dict[str, Any]:

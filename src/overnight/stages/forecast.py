@@ -208,7 +208,7 @@ def predict_disk(recipe: Recipe, work: Work, text: Text) -> dict[str, int]:
     from overnight.data.token_file import token_format
 
     width = token_format(text.vocab_size).dtype.itemsize
-    kept = min(recipe.checkpoints.keep_checkpoints or work.checkpoints, work.checkpoints)
+    kept = recipe.checkpoints.count_kept(work.steps)
     return {
         "shards": width * (work.tokens if text.tokens is None else text.tokens),
         "checkpoints": (kept + 1) * work.checkpoint_bytes,  # the one being written is one more

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from overnight.checkpoint import list_checkpoints, save_checkpoint
+from overnight.checkpoint import choose_kept, keep_only, list_checkpoints, read_step, save_checkpoint
 from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.stream import Batch, TokenStream
 from overnight.evaluation.language_model import (
@@ -20,11 +20,17 @@ from overnight.evaluation.language_model import (
 )
 from overnight.generate import Decoding, complete
 from overnight.hardware import find_peak_flops
+from overnight.on_track.band import find_band
+from overnight.on_track.course import columns_of
+from overnight.on_track.verdict import judge
 from overnight.run_directory import RunDirectory
 from overnight.sampling import SamplingConfig
 from overnight.sharding import SHARDS, gather_model, reshard
 from overnight.stages.job import Job
 from overnight.stages.recipe import flatten
+from overnight.stages.run_tasks import RunTask, judge_run
+from overnight.stages.tasks import describe_briefly
+from overnight.stages.weight_facts import describe_weights
 from overnight.terminal import progress, say
 from overnight.tracking import open_trackers
 from overnight.trainer import Hook, StepResult, derive_seed, every
@@ -34,13 +40,16 @@ from overnight.watch import Watch
 class Journal:
     """A run's periodic work, as hooks of the loop. Entered as a context: it owns the bar and the trackers."""
 
-    def __init__(self, job: Job, directory: RunDirectory, watch: Watch) -> None:
-        self.job, self.directory, self._watch = job, directory, watch
+    def __init__(
+        self, job: Job, directory: RunDirectory, watch: Watch, tasks: Sequence[RunTask] = ()
+    ) -> None:
+        self.job, self.directory, self._watch, self._tasks = job, directory, watch, tasks
         self.saved_step = job.state.step if list_checkpoints(directory.checkpoints) else None
         compute = job.recipe.compute
         assert compute.device is not None
         assert compute.precision is not None
         self.peak_flops = find_peak_flops(compute.device, compute.precision)
+        self._reference = find_band(flatten(job.recipe), job.materials.record())
 
     def __enter__(self) -> Journal:
         recipe, plan, total_steps = self.job.recipe, self.job.plan, self.job.recipe.schedule.total_steps
@@ -66,8 +75,9 @@ class Journal:
         return [
             self.log,
             every(recipe.evaluation.evaluate_every_steps, self.evaluate, total_steps),
+            every(self._steps_between_tasks(), self.judge_tasks, total_steps),
             every(recipe.samples.sample_every_steps, self.sample, total_steps),
-            every(recipe.checkpoints.checkpoint_every_steps, self.save, total_steps),
+            every(recipe.checkpoints.checkpoint_every_steps, self.save_if_sound, total_steps),
         ]
 
     def evaluate_at_start(self) -> None:
@@ -90,6 +100,8 @@ class Journal:
             "milliseconds": round(1000 * result.seconds, 3),
             "tokens_per_second": round(tokens_per_second, 1),
         }
+        if not result.is_done:
+            line["skipped"] = True
         if self.peak_flops is not None:
             line |= self._shares_of_peak(tokens_per_second / self.peak_flops / self.job.world.size)
         self.directory.append_metrics(line)
@@ -106,9 +118,9 @@ class Journal:
         else:
             parts = [self._judge(job.validation, wanted)]
         evaluation = parts[0] if len(parts) == 1 else pool_evaluations(parts)
-        values = dataclasses.asdict(evaluation)
+        values = dataclasses.asdict(evaluation) | describe_weights(job.state.model, job.world)
+        values["applied_learning_rate"] = job.state.optimizer.param_groups[0]["lr"]
         by_source = describe_sources(job, parts)
-        self._event("evaluations", values | ({"by_source": by_source} if by_source else {}))
         losses = {f"validation/loss/{line['source']}": line["loss"] for line in by_source}
         self._track(job.state.step, {f"validation/{name}": value for name, value in values.items()} | losses)
         say(
@@ -117,6 +129,50 @@ class Journal:
         )
         for line in by_source:
             say(f"{line['loss']:>29.4f}  {line['source']}, {line['epochs']:.2f} epochs seen")
+        beside = {"by_source": by_source} if by_source else {}
+        self._event("evaluations", values | beside | self._compare(values))
+
+    def _compare(self, values: Mapping[str, float]) -> dict[str, str | None]:
+        """How the run lies beside its reference, if there is one; told where that has changed."""
+        if self._reference is None or not self.job.world.is_main:
+            return {}
+        before = self.directory.read_events("evaluations")
+        now = {"tokens": self.job.plan.tokens_before(self.job.state.step), **values}
+        columns = columns_of(self.directory.read_metrics())
+        verdict = judge(self._reference, columns, [*before, now], flatten(self.job.recipe))
+        if verdict is None:
+            return {}
+        brief = verdict.brief()
+        told = {name: before[-1].get(name) for name in brief} if before else {}
+        if brief != told and (told.get("on_track") or not verdict.is_on_track):
+            say(f"{'':>13}{verdict.line()}")
+        return brief
+
+    def _steps_between_tasks(self) -> int | None:
+        evaluation = self.job.recipe.evaluation
+        return (evaluation.tasks_every_steps or evaluation.evaluate_every_steps) if self._tasks else None
+
+    def judge_tasks(self) -> None:
+        """Judge the model on the recipe's tasks, and write each metric down with its interval."""
+        scores = judge_run(self.job, self._tasks, self._watch)
+        for score in scores:
+            self._event(
+                "tasks",
+                {
+                    "task": score.task,
+                    "metric": score.metric,
+                    "value": score.value,
+                    "low": score.interval.low,
+                    "high": score.interval.high,
+                    "method": score.interval.method,
+                    "examples": score.examples,
+                    "chance": score.chance,
+                },
+            )
+        self._track(self.job.state.step, {f"{score.task}/{score.metric}": score.value for score in scores})
+        for task in dict.fromkeys(score.task for score in scores):
+            score = next(score for score in scores if score.task == task)
+            say(f"{'':>13}{describe_briefly(score)}")
 
     def _judge(self, stream: TokenStream, tokens: int | None) -> Evaluation:
         job, model, materials = self.job, self.job.state.model, self.job.materials
@@ -162,9 +218,28 @@ class Journal:
             return
         if self.job.world.is_main:
             self.directory.flush()
-        keep = self.job.recipe.checkpoints.keep_checkpoints
-        save_checkpoint(state, self.directory.checkpoints, keep, self.job.world)
+        save_checkpoint(state, self.directory.checkpoints, self.job.world)
         self.saved_step = state.step
+        if self.job.world.is_main:
+            self._delete_old()
+
+    def _delete_old(self) -> None:
+        """Of the checkpoints, keep what the recipe asks for."""
+        config, folder = self.job.recipe.checkpoints, self.directory.checkpoints
+        steps = [read_step(checkpoint) for checkpoint in list_checkpoints(folder)]
+        losses = {line["step"]: line["loss"] for line in self.directory.read_events("evaluations")}
+        judged = [step for step in steps if losses.get(step) is not None]
+        best = min(judged, key=lambda step: losses[step]) if judged and config.keep_best else None
+        keep_only(choose_kept(steps, config.keep_checkpoints, config.keep_every_steps, best), folder)
+
+    def save_if_sound(self) -> None:
+        """`save`, unless the last steps went wrong: what they may have spoilt is no place to go back to."""
+        if not self.job.state.guard.bad_steps:
+            self.save()
+
+    def note_return(self) -> None:
+        """The state is that of a checkpoint again."""
+        self.saved_step = self.job.state.step
 
     def _shares_of_peak(self, tokens_per_flop: float) -> dict[str, float]:
         """MFU by both definitions: of a model's arithmetic by its size, and of what is really executed."""

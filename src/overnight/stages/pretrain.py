@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -26,13 +27,14 @@ from overnight.model.gpt import GPT
 from overnight.parallel import build_loss
 from overnight.run_directory import RunDirectory, write_atomically
 from overnight.schedule import learning_rate_multiplier
-from overnight.settings import from_toml, raise_problems, to_toml
+from overnight.settings import from_toml, parse_duration, raise_problems, to_toml
 from overnight.sharding import SHARDS, choose_sum, spread_updates
 from overnight.stages.environment import describe_environment, explain_choices
 from overnight.stages.job import Job, build_job
 from overnight.stages.journal import Journal
 from overnight.stages.materials import is_same_text
 from overnight.stages.recipe import Recipe, changed_settings
+from overnight.stages.rollback import build_go_back
 from overnight.stages.run_tasks import RunTask, open_run_tasks
 from overnight.terminal import say
 from overnight.trainer import Training, fit, fits, stop_on_signal
@@ -100,6 +102,7 @@ def build_training(job: Job) -> Training:
             * learning_rate_multiplier(plan.full_steps_before(step + 1) - 1, length, recipe.schedule)
         ),
         max_grad_norm=recipe.optimizer.max_grad_norm,
+        spike_deviations=recipe.guard.spike_deviations,
         seed=recipe.seed,
         device=device,
         world=world,
@@ -155,7 +158,9 @@ def train(job: Job, training: Training, directory: RunDirectory, tasks: Sequence
         stop_on_signal() as stopped,
     ):
         journal.evaluate_at_start()
-        may_not_go_on = functools.partial(is_to_stop, job, stopped, watch)
+        training = dataclasses.replace(training, go_back=build_go_back(job, directory, journal))
+        is_over = functools.partial(is_out_of_time, job.recipe.checkpoints.stop_after, time.monotonic())
+        may_not_go_on = functools.partial(is_to_stop, job, lambda: stopped() or is_over(), watch)
         fit(state, training, total_steps, journal.hooks(total_steps), may_not_go_on)
         journal.save()
         record_text(job, directory)
@@ -163,6 +168,11 @@ def train(job: Job, training: Training, directory: RunDirectory, tasks: Sequence
         say(f"stopped and saved after step {state.step} of {total_steps}")
         say(f"next: overnight train --resume {directory.path}")
         raise KeyboardInterrupt
+
+
+def is_out_of_time(stop_after: str | None, begun_at: float) -> bool:
+    """True once so long has passed since that moment of the monotonic clock."""
+    return stop_after is not None and time.monotonic() - begun_at >= parse_duration(stop_after)
 
 
 def is_to_stop(job: Job, stopped: Callable[[], bool], watch: Watch) -> bool:
@@ -174,6 +184,7 @@ def is_to_stop(job: Job, stopped: Callable[[], bool], watch: Watch) -> bool:
     if not isinstance(job.train, GrowingStream):
         return job.world.any(stopped())
     rows = job.plan.tokens_before(job.state.step + 1) // job.plan.tokens_per_row
+    rows += job.state.guard.rows_left_out(job.state.step)
     with watch.paused():
         return job.world.any(stopped() or not job.train.wait_for(rows, stopped))
 
@@ -207,7 +218,8 @@ def check_directory(recipe: Recipe, directory: RunDirectory, *, resume: bool) ->
 
 def check_disk(job: Job, directory: RunDirectory) -> None:
     """Raise ValueError if the checkpoints to be kept, and the one being written, do not fit the disk."""
-    wanted = (job.recipe.checkpoints.keep_checkpoints or 1) + 1
+    assert job.recipe.schedule.total_steps is not None
+    wanted = job.recipe.checkpoints.count_kept(job.recipe.schedule.total_steps) + 1
     missing = max(1, wanted - len(list_checkpoints(directory.checkpoints)))
     needed = missing * job.state.model.config.parameter_count() * BYTES_PER_SAVED_PARAMETER
     existing = next(

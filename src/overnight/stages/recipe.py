@@ -8,11 +8,12 @@ from importlib import resources
 from pathlib import Path
 
 from overnight.batching import BatchConfig
+from overnight.guard import GuardConfig
 from overnight.model.config import ModelConfig
 from overnight.optim import OptimizerConfig
 from overnight.parallel import ComputeConfig
 from overnight.schedule import ScheduleConfig
-from overnight.settings import flat_names, from_toml, nearest
+from overnight.settings import flat_names, from_toml, nearest, parse_duration
 from overnight.stages.materials import DataConfig
 from overnight.tracking import find_problems
 
@@ -55,6 +56,21 @@ class CheckpointsConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int | None = 2
     """How many of the newest are kept; all if left out."""
+    keep_every_steps: int | None = None
+    """Keep those of every so many steps besides."""
+    keep_best: bool = False
+    """Keep the one with the lowest validation loss besides, of those there are when it is evaluated."""
+    stop_after: str | None = None
+    """Save and stop after the step at which the command has run for so long: 7h50m, 90m, 1d12h."""
+
+
+    def count_kept(self, steps: int) -> int:
+        """How many checkpoints a run of so many steps has in the end, the last one included, at the most."""
+        saved = -(-steps // self.checkpoint_every_steps) if self.checkpoint_every_steps else 1
+        if self.keep_checkpoints is None:
+            return saved
+        besides = steps // self.keep_every_steps if self.keep_every_steps else 0
+        return min(saved, self.keep_checkpoints + besides + self.keep_best)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +94,26 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""
         found = self.data.problems() + self.model.problems() + self.optimizer.problems()
         found += self.schedule.problems()
-        found += self.batch.problems() + find_problems(self.trackers)
+        found += self.batch.problems() + self.guard.problems() + find_problems(self.trackers)
+        if self.guard.spike_deviations is not None and self.compute.precision == "fp16":
+            found.append(
+                "spike_deviations does not go with precision=fp16, whose scaler decides: choose bf16"
+            )
         if self.compute.bitwise and self.batch.rows_per_micro_batch is None:
             found.append(
                 "bitwise=True needs rows_per_micro_batch: what a machine can hold depends on the number of "
                 "processes, and the rounding on it"
             )
+        try:
+            parse_duration(self.checkpoints.stop_after or "0s")
+        except ValueError as error:
+            found.append(f"stop_after: {error}")
         if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
             found.append(f"run_name={self.run_name!r} must be the plain name of a folder")
         if not 0 <= self.seed < 2**63:

@@ -22,6 +22,7 @@ FOLDER = "runs"
 
 TITLES = ("run", "state", "step", "val loss", "bits/byte", "tokens/s", "written")
 GAP = 2
+SIGNS = {"above": " ↑", "below": " ↓", "suspect": " ?"}
 COLOURS = {"running": "green", "finished": "bold", "stopped": "yellow", "empty": "dim", "damaged": "red"}
 
 
@@ -53,6 +54,8 @@ def run(config: RunsConfig) -> None:
     for one in runs:
         if one.problem:
             say(f"{one.path}: {one.problem}")
+        if one.on_track in SIGNS:
+            say(f"{one.path}: {describe_place(one)}")
     say(next_command(runs))
 
 
@@ -65,6 +68,15 @@ def as_json(run: RunStatus) -> dict[str, object]:
         else:
             values[name] = None if isinstance(value, float) and not math.isfinite(value) else value
     return values
+
+
+def describe_place(run: RunStatus) -> str:
+    """Where a run that is off lies beside its reference, and what fits."""
+    likely = f"; likeliest: {run.likely_mistake}" if run.likely_mistake else ""
+    place = (
+        "within its reference, and suspect" if run.on_track == "suspect" else f"{run.on_track} its reference"
+    )
+    return f"{SIGNS[run.on_track or ''].strip()} {place}{likely}"
 
 
 def next_command(runs: Sequence[RunStatus]) -> str:
@@ -99,12 +111,13 @@ def runs_table(runs: Sequence[RunStatus], now: datetime, columns: int = 80) -> s
 def _cells(run: RunStatus, now: datetime) -> list[str]:
     """The row's plain text, in the order of TITLES."""
     written = run.last_written_at
+    sign = SIGNS.get(run.on_track or "", "")
     left = f"{duration(run.seconds_left)} left" if run.seconds_left else ""
     return [
         run.name,
         run.state,
         short(run.step) + (f"/{short(run.total_steps)}" if run.total_steps else ""),
-        f"{run.validation_loss:.4f}" if run.validation_loss is not None else "–",
+        f"{run.validation_loss:.4f}{sign}" if run.validation_loss is not None else "–",
         f"{run.bits_per_byte:.4f}" if run.bits_per_byte is not None else "–",
         short(run.tokens_per_second) if run.tokens_per_second is not None else "–",
         left or (ago((now - written).total_seconds()) if written else "–"),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overnight.evaluation import choices as choices_room
-from overnight.evaluation.choices import Choice, judge_choices
+from overnight.evaluation.choices import Choice, judge_choices, plant
 from overnight.model.config import ModelConfig
 from overnight.model.gpt import GPT
 from overnight.model.initialization import initialize
@@ -59,11 +59,16 @@ questions = st.builds(
 
 
 @settings(deadline=None, max_examples=40)
-@given(asked=st.lists(questions, min_size=1, max_size=12), at_once=st.sampled_from([1, 200, 4096]))
+@given(
+    asked=st.lists(questions, min_size=1, max_size=12),
+    at_once=st.sampled_from([1, 200, 4096]),
+    ids=st.sampled_from([10, 97, 2048]),
+)
 @torch.no_grad()
-def test_together_is_one_by_one(model: GPT, asked: list[Choice], at_once: int) -> None:
+def test_together_is_one_by_one(model: GPT, asked: list[Choice], at_once: int, ids: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choices_room, "TOKENS_AT_ONCE", at_once)
+        patch.setattr(choices_room, "IDS_AT_ONCE", ids)
         judged = dict(judge_choices(model, asked))
     assert sorted(judged) == list(range(len(asked)))
     for place, choice in enumerate(asked):
@@ -96,3 +101,27 @@ def test_what_does_not_fit_is_refused(model: GPT) -> None:
     fitting = Choice((1,) * 60, ((2,) * 48, (3,)), (1, 1), 0)
     ((_, judged),) = judge_choices(model, [fitting])
     assert judged.nats == pytest.approx(one_by_one(model, fitting), rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_gpu_s_portions_come_to_the_same(model: GPT) -> None:
+    asked = [Choice((1,) * length, ((2, 3, 96), (4,)), (1, 1), 0) for length in range(1, 30)]
+    trees = [tree for place, choice in enumerate(asked) for tree in plant(place, choice, CONTEXT)]
+    cut = choices_room._judge(trees, model, choices_room.Portion(100, 10, 1))
+    whole = choices_room._judge(trees, model, choices_room.Portion(8192, 97, 8))
+    assert cut.keys() == whole.keys()
+    assert [cut[key] for key in whole] == pytest.approx(list(whole.values()), rel=1e-5)
+
+
+@torch.no_grad()
+def test_blocks_of_the_vocabulary_are_the_whole_of_it(model: GPT) -> None:
+    hidden = torch.linspace(-2, 2, 64).view(2, 32)
+    asked = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 9, 10, 96])
+    expected = -model.head(hidden).log_softmax(-1)[asked]
+    for at_once in (1, 10, 97, 1000):
+        assert choices_room._nats(hidden, model, asked, at_once).tolist() == pytest.approx(expected.tolist())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            model, "vocab_size", 90
+        )  # the control: ids that are left out take their probability along
+        assert choices_room._nats(hidden, model, asked, 10)[0] < expected[0] - 1e-3

@@ -28,6 +28,7 @@ def status(**changes: object) -> RunStatus:
         **{"name": "night", "path": "runs/night", "state": "finished", "step": 19_073, "total_steps": 19_073},
         **{"loss": 3.2, "validation_loss": 3.2812, "bits_per_byte": 0.9812, "tokens": 10**10},
         **{"tokens_per_second": 1.2e6, "seconds_left": None, "problem": None},
+        **{"on_track": None, "likely_mistake": None},
         **{"last_written_at": datetime(2026, 11, 20, tzinfo=UTC)},
     }
     return RunStatus(**{**values, **changes})  # type: ignore[arg-type]
@@ -105,6 +106,44 @@ def test_damage_is_told_below_the_table(here, capsys):
     (run / "recipe.toml").write_text("=")
     runs.run(runs.RunsConfig())
     assert "runs/night: recipe.toml cannot be read" in capsys.readouterr().err
+
+
+def evaluate(run: Path, **facts: object) -> None:
+    (run / "events").mkdir()
+    line = {"step": 4, "tokens": 256, "loss": 4.0, "bits_per_byte": 1.5} | facts
+    (run / "events" / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+
+
+@pytest.mark.parametrize(
+    "facts, sign, told",
+    [
+        (
+            {"on_track": "above", "likely_mistake": "dropout is on"},
+            " ↑",
+            "above its reference; likeliest: dropout is on",
+        ),
+        ({"on_track": "below", "likely_mistake": None}, " ↓", "below its reference"),
+        (
+            {"on_track": "suspect", "likely_mistake": "layer norms are decayed"},
+            " ?",
+            "within its reference, and suspect; likeliest: layer norms are decayed",
+        ),
+        ({"on_track": "within", "likely_mistake": None}, "", None),
+        ({}, "", None),
+    ],
+)
+def test_a_run_that_is_off_its_reference_is_marked(here, capsys, facts, sign, told):
+    evaluate(begin_run(here / "runs" / "night", steps=4), **facts)
+    runs.run(runs.RunsConfig())
+    lines = capsys.readouterr().err.splitlines()
+    assert f"4.0000{sign}  1.5000" in lines[1].replace("     ", "  ")
+    assert lines[2:-1] == ([f"runs/night:{sign} {told}"] if told else [])
+    runs.run(runs.RunsConfig(json=True))
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["on_track"], found["likely_mistake"]) == (
+        facts.get("on_track"),
+        facts.get("likely_mistake"),
+    )
 
 
 def test_the_table_keeps_to_its_width_and_shortens_only_names():

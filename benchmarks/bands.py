@@ -1,0 +1,186 @@
+"""Records how healthy runs of a recipe look, as the reference that `overnight` lays beside other runs.
+
+    python benchmarks/bands.py --recipe quickstart --seeds 5 --write quickstart.json
+
+Trains the recipe once for each seed, into runs/bands of the current folder, and takes a run that is finished
+there already as it is. Then each run is laid beside the band of the others: how near it comes to an edge
+shows how much room a band leaves. The package reads those that lie in src/overnight/on_track/bands/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from measure import Report, run_plainly
+from overnight import __version__
+from overnight.on_track.band import TEXT, Band
+from overnight.on_track.course import Course, columns_of, observe, stretch_ends
+from overnight.on_track.recording import describe_settings, record_curves
+from overnight.on_track.verdict import compare
+from overnight.run_directory import RunDirectory
+from overnight.settings import from_toml
+from overnight.stages import pretrain
+from overnight.stages.recipe import Recipe, flatten, load_recipe
+
+HEADINGS = (
+    "seed",
+    "validation loss",
+    "training loss",
+    "nearest to an edge",
+    "at tokens",
+    "of its half width",
+)
+
+
+class Run(NamedTuple):
+    """A finished run."""
+
+    seed: int
+    recipe: Recipe
+    """With everything decided."""
+    text: Mapping[str, Any]
+    """Its data.json."""
+    course: Course
+
+
+def train(recipe: Recipe, folder: Path, evaluations: int) -> RunDirectory:
+    """The run of this recipe and seed in `folder`; trained unless it is there and finished."""
+    steps = recipe.schedule.total_steps
+    if steps is None:
+        raise ValueError(f"the recipe {recipe.run_name} gives total_tokens: give it as --total-steps")
+    directory = RunDirectory(folder / f"{recipe.run_name}-{recipe.seed}")
+    if not directory.is_finished(steps):
+        every = math.ceil(steps / evaluations)
+        often = replace(recipe.evaluation, evaluate_every_steps=every)
+        pretrain.run(replace(recipe, evaluation=often), directory, resume=directory.exists())
+    return directory
+
+
+def read(directory: RunDirectory) -> Run:
+    """What a finished run's files tell."""
+    recipe = from_toml(Recipe, directory.recipe.read_text(encoding="utf-8"), str(directory.recipe))
+    lines = directory.read_metrics()
+    ends = [lines[step - 1]["tokens"] for step in stretch_ends(len(lines))]
+    course = observe(columns_of(lines), directory.read_events("evaluations"), ends)
+    return Run(recipe.seed, recipe, json.loads(directory.data.read_text(encoding="utf-8")), course)
+
+
+def unigram_nats(run: Run) -> float:
+    """The entropy of the training text's single tokens."""
+    from overnight.data.token_file import open_tokens
+
+    folder = Path(run.recipe.data.data)
+    counts = np.zeros(run.text["vocab_size"], np.int64)
+    for shard in run.text["train"]:
+        counts += np.bincount(open_tokens(folder / shard["name"]), minlength=counts.size)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def build_band(name: str, runs: Sequence[Run]) -> Band:
+    """The band of these runs, which must be of one recipe on one text."""
+    identity, settings = describe_settings(flatten(runs[0].recipe))
+    facts = {key: runs[0].text[key] for key in TEXT}
+    for run in runs[1:]:
+        if (identity, settings) != describe_settings(flatten(run.recipe)):
+            raise ValueError(f"the runs of seeds {runs[0].seed} and {run.seed} are not of one recipe")
+        if facts != {key: run.text[key] for key in TEXT}:
+            raise ValueError(f"the runs of seeds {runs[0].seed} and {run.seed} are not on one text")
+    compute = runs[0].recipe.compute
+    return Band(
+        recipe=name,
+        source=f"{len(runs)} recorded runs",
+        date=f"{datetime.now(UTC):%Y-%m-%d}",
+        notes=f"Recorded with overnight {__version__} on {compute.device} in {compute.precision}.",
+        identity=identity,
+        settings=settings,
+        text={key: (value,) for key, value in facts.items()},
+        unigram_nats=unigram_nats(runs[0]),
+        curves=record_curves([run.course for run in runs]),
+    )
+
+
+def open_to_versions(band: Band, share: float) -> Band:
+    """The band for other versions of its text as well, whose tokenizer is another: losses widened by a share.
+
+    Of the gap, in nats, as much as of the validation loss beside it.
+    """
+    curves = dict(band.curves)
+    for name in ("loss", "validation_loss", "gap"):
+        curve, beside = curves[name], band.curves["loss" if name == "loss" else "validation_loss"]
+        rooms = [share * beside.middle[beside.tokens.index(tokens)] for tokens in curve.tokens]
+        curves[name] = replace(
+            curve,
+            low=tuple(round(low - room, 6) for low, room in zip(curve.low, rooms, strict=True)),
+            high=tuple(round(high + room, 6) for high, room in zip(curve.high, rooms, strict=True)),
+        )
+    text = {key: known for key, known in band.text.items() if key != "tokenizer_fingerprint"}
+    told = f"Losses are widened by {share:.0%}, for the text differs a little with its version."
+    return replace(band, curves=curves, text=text, notes=f"{band.notes} {told}")
+
+
+def hold_out(runs: Sequence[Run], at: int) -> list[str]:
+    """A run beside the band of the others, as a row of the table."""
+    others = record_curves([run.course for place, run in enumerate(runs) if place != at])
+    found = compare(runs[at].course, others)
+    worst = max(found, key=lambda name: max(abs(each.excess) for each in found[name]))
+    place = max(found[worst], key=lambda each: abs(each.excess))
+    last = {name: runs[at].course[name][-1].value for name in ("validation_loss", "loss")}
+    return [
+        str(runs[at].seed),
+        f"{last['validation_loss']:.4f}",
+        f"{last['loss']:.4f}",
+        worst,
+        f"{place.tokens:,}",
+        f"{abs(place.excess):.2f}",
+    ]
+
+
+def record(options: argparse.Namespace) -> Report:
+    """Train what is missing, and write the band. Raises ValueError for what was asked wrongly."""
+    if options.seeds < 2:
+        raise ValueError(f"--seeds {options.seeds} is too few for a band: give 3 or more")
+    recipe = load_recipe(options.recipe)
+    runs = [
+        read(train(replace(recipe, seed=seed), options.folder, options.evaluations))
+        for seed in range(1, options.seeds + 1)
+    ]
+    band = build_band(recipe.run_name, runs)
+    if options.other_versions is not None:
+        band = open_to_versions(band, options.other_versions)
+    if options.write is not None:
+        options.write.write_text(band.to_json(), encoding="utf-8")
+    return Report(
+        title=f"Healthy runs of {recipe.run_name}, each beside the band of the others",
+        headings=HEADINGS,
+        rows=[hold_out(runs, at) for at in range(len(runs))] if len(runs) > 2 else [],
+        measured={str(run.seed): run.course for run in runs},
+    )
+
+
+def read_options(words: Sequence[str]) -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--recipe", required=True, help="its name, or a .toml file")
+    parser.add_argument("--seeds", type=int, default=5, help="train with the seeds 1, 2, ... to this one")
+    parser.add_argument("--evaluations", type=int, default=20, help="of each run")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bands"), help="where the runs are kept")
+    parser.add_argument("--other-versions", type=float, help="widen losses by this share, for any version")
+    parser.add_argument("--write", type=Path, help="the band's file")
+    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    options: Any = read_options(sys.argv[1:])
+    sys.exit(run_plainly(lambda: record(options), as_json=options.json))

@@ -1,0 +1,1 @@
+"""What `overnight doctor` looks at before a run: each check by itself, on the model and text it is given."""

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from overnight.checks.writing import check_reference
+from overnight.convert.huggingface import read_huggingface, write_huggingface
+from overnight.model.config import ModelConfig
+from overnight.model.gpt import GPT
+from overnight.model.initialization import initialize
+from overnight.text.characters import Characters
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small GPT-2 as Transformers opens it, its biases not zero."""
+    tokenizer = Characters("abc")
+    model = GPT(
+        ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=tokenizer.vocab_size)
+    )
+    initialize(model, 0)
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=noise))
+    model.clear_padding()
+    write_huggingface(model, tokenizer, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_our_logits_are_those_of_transformers(folder: Path) -> None:
+    pytest.importorskip("transformers")
+    model, _ = read_huggingface(folder)
+    found = check_reference(model, folder)
+    assert found.passed
+    assert found.figures["largest_logit"] > 1
+
+
+def test_another_nonlinearity_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    model, _ = read_huggingface(folder)
+    gelu = F.gelu
+
+    def exact(x: Tensor, approximate: str = "none") -> Tensor:
+        return gelu(x)
+
+    monkeypatch.setattr("overnight.model.gpt.F.gelu", exact)
+    found = check_reference(model, folder)
+    assert found.passed is False
+    assert "the architecture is no longer GPT-2's (tanh GELU" in found.cause
+
+
+def test_without_transformers_it_is_skipped_and_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    model, _ = read_huggingface(folder)
+    found = check_reference(model, folder)
+    assert found.passed is None
+    assert "pip install transformers" in found.cause

@@ -1,0 +1,110 @@
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from overnight.on_track.band import TEXT, Band, Curve, Reference, find_band, load_bands, read_band
+from overnight.on_track.recording import LEAST
+from overnight.stages.recipe import flatten, load_recipe
+
+BAND = Band(
+    recipe="small",
+    source="3 runs",
+    date="2026-11-21",
+    identity={"n_layer": 2, "start_from": None},
+    settings={"dropout": 0.0, "decay_steps": None},
+    text={"source": ("a", "b"), "tokenizer": ("characters",)},
+    unigram_nats=3.0,
+    curves={
+        "loss": Curve(tokens=(0, 100, 1000), low=(9, 4, 2), middle=(10, 5, 3), high=(12, 6, 4)),
+    },
+)
+SETTINGS = {"n_layer": 2, "dropout": 0.0, "peak_learning_rate": 1.0}
+TEXT_FACTS = {"source": "b", "tokenizer": "characters", "documents": 3}
+
+
+def test_a_band_fits_the_run_of_its_recipe_on_its_text() -> None:
+    assert find_band(SETTINGS, TEXT_FACTS, [BAND]) is BAND
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        ({"n_layer": 3}, {}),
+        ({"start_from": "gpt2"}, {}),
+        ({}, {"source": "c"}),
+        ({}, {"tokenizer": "gpt2"}),
+    ],
+)
+def test_none_fits_another_experiment(settings: dict[str, object], text: dict[str, object]) -> None:
+    assert find_band(SETTINGS | settings, TEXT_FACTS | text, [BAND]) is None
+    assert find_band(SETTINGS | settings, {}, [BAND]) is None
+
+
+def test_settings_that_differ_are_told_with_both_values() -> None:
+    assert BAND.differences(SETTINGS) == {}
+    assert BAND.differences(SETTINGS | {"dropout": 0.1, "decay_steps": 7}) == {
+        "dropout": "dropout is 0.1, and 0.0 in the reference",
+        "decay_steps": "decay_steps is 7, and left out in the reference",
+    }
+
+
+def test_a_curve_is_a_straight_line_over_the_logarithm() -> None:
+    curve = BAND.curves["loss"]
+    assert curve.at(0) == Reference(9, 10, 12)
+    assert curve.at(100) == Reference(4, 5, 6)
+    assert curve.at(50) is None  # what falls from the start on is not known in between
+    assert curve.at(1001) is None
+    between = curve.at(round(100 * math.sqrt(10)))
+    assert between is not None
+    assert list(between) == [pytest.approx(value, rel=1e-3) for value in (3, 4, 5)]
+
+
+def test_an_edge_is_one_from_the_middle() -> None:
+    reference = Reference(9, 10, 12)
+    assert [reference.excess(value) for value in (8, 9, 10, 11, 12, 14)] == [-2, -1, 0, 0.5, 1, 2]
+    assert reference.excess(math.nan) == reference.excess(math.inf) == math.inf
+    assert Reference(1, 1, 1).excess(1.5) == math.inf
+
+
+def test_a_band_is_read_as_it_was_written() -> None:
+    assert read_band(BAND.to_json()) == BAND
+
+
+def test_every_band_of_the_package_belongs_to_a_recipe_of_the_package() -> None:
+    bands = load_bands()
+    assert bands
+    for band in bands:
+        settings = flatten(load_recipe(band.recipe.split()[0]))
+        known = {name: value for name, value in settings.items() if value is not None}
+        assert not {name for name in band.identity if name not in settings}
+        for name, value in {**band.identity, **band.settings}.items():
+            if name in known and name != "vocab_size":
+                assert known[name] == value, (band.recipe, name)
+        assert set(band.text) | {"tokenizer_fingerprint"} == set(TEXT)
+        assert set(band.curves) <= set(LEAST)
+        assert band.source
+        for curve in band.curves.values():
+            assert list(curve.tokens) == sorted({*curve.tokens})
+            for low, middle, high in zip(curve.low, curve.middle, curve.high, strict=True):
+                assert low <= middle <= high
+
+
+def test_the_published_curve_is_llm_c_s_and_for_its_text_only() -> None:
+    settings = flatten(load_recipe("gpt2-124m")) | {"vocab_size": 50257}
+    (band,) = (band for band in load_bands() if "FineWeb" in band.recipe)
+    facts = {name: known[0] for name, known in band.text.items()}
+    assert find_band(settings, facts) is band
+    assert find_band(settings, facts | {"source": "fineweb-edu"}) is None
+    reference = band.curves["validation_loss"].at(10_000 * 524_288)
+    assert reference == Reference(3.342, 3.392, 3.472)
+    assert band.differences(settings) == {}
+    assert "chosen, not measured" in band.notes
+
+
+def test_the_bands_are_small() -> None:
+    folder = Path(load_bands.__wrapped__.__code__.co_filename).parent / "bands"
+    assert {path.suffix for path in folder.iterdir()} == {".json"}
+    assert all(path.stat().st_size < 40_000 for path in folder.iterdir())
+    assert dataclasses.asdict(BAND)["recipe"] == "small"

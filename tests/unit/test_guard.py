@@ -1,0 +1,108 @@
+"""What counts as a bad step, by made-up runs; nothing that is not finite spoils the memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overnight.guard import AT_LEAST, HISTORY, Detour, Guard, GuardConfig, Limits, find_limit
+
+
+def seen(steps: int, seed: int = 0, loss: float = 4.0) -> Guard:
+    """A guard that has seen so many sound steps, their losses falling with some noise."""
+    noise = random.Random(seed)
+    guard = Guard()
+    for step in range(steps):
+        value = loss + math.exp(-step / 50) + noise.gauss(0, 0.05)
+        guard = guard.after(value, 1 + noise.gauss(0, 0.1), is_done=True)
+    return guard
+
+
+def test_nothing_stands_out_before_enough_is_known() -> None:
+    assert seen(AT_LEAST - 1).limits(5.0) == Limits()
+    assert seen(AT_LEAST - 1).after(1e9, 1.0, is_done=True).bad_steps == 0
+    assert seen(500).limits(None) == Limits(), "off"
+    assert math.isfinite(seen(AT_LEAST).limits(5.0).loss)
+
+
+def test_the_limit_is_a_median_and_deviations_from_it() -> None:
+    values = [1.0, 2.0, 3.0, 4.0, 100.0]
+    assert find_limit(values, 2.0) == pytest.approx(3 + 2 * 1.4826 * 1.0)
+    assert find_limit([2.0] * 9, 5.0) == pytest.approx(2 + 5 * 0.02), (
+        "a spread of its own where there is none"
+    )
+    noise = random.Random(1)
+    many = [noise.gauss(10, 1) for _ in range(4000)]
+    assert find_limit(many, 3.0) == pytest.approx(13, abs=0.2)
+    assert find_limit([*many, *[1e12] * 100], 3.0) == pytest.approx(13, abs=0.3), "robust"
+    naive = statistics.mean([*many, 1e12]) + 3 * statistics.stdev([*many, 1e12])
+    assert naive > 1e9, "the control: a mean and a standard deviation are not"
+
+
+@given(
+    poison=st.lists(
+        st.tuples(st.sampled_from([math.nan, math.inf, -math.inf, 1e30]), st.booleans()),
+        min_size=1,
+        max_size=9,
+    )
+)
+def test_bad_steps_are_counted_and_forgotten(poison: list[tuple[float, bool]]) -> None:
+    before = guard = seen(200)
+    for value, is_loss in poison:
+        bad = (value, 1.0) if is_loss else (4.0, value)
+        is_done = math.isfinite(value) and not is_loss
+        guard = guard.after(*bad, is_done=is_done)
+        if is_done:
+            return  # a large norm alone is clipped
+    assert guard.bad_steps == len(poison)
+    assert (guard.losses, guard.norms) == (before.losses, before.norms)
+    assert guard.limits(6.0) == before.limits(6.0)
+    assert guard.after(4.0, 1.0, is_done=True).bad_steps == 0
+
+
+def test_a_loss_that_explodes_is_bad_and_one_that_wavers_is_not() -> None:
+    guard = seen(300)
+    assert guard.after(4.2, 1.0, is_done=True).bad_steps == 0
+    assert guard.after(4.9, 1.0, is_done=True).bad_steps == 0, "less than a nat"
+    assert guard.after(5.6, 1.0, is_done=True).bad_steps == 1
+    wild = Guard()
+    noise = random.Random(2)
+    for _ in range(200):
+        wild = wild.after(4 + noise.gauss(0, 0.5), 1.0, is_done=True)
+    assert wild.after(5.6, 1.0, is_done=True).bad_steps == 0, "usual here"
+
+
+def test_an_overflow_of_float16_is_no_trouble() -> None:
+    guard = seen(50)
+    assert guard.after(4.0, math.inf, is_done=False, is_scaled=True) == guard
+    assert guard.after(math.nan, math.inf, is_done=False, is_scaled=True).bad_steps == 1
+    assert guard.after(4.0, math.inf, is_done=False).bad_steps == 1
+
+
+def test_only_so_much_is_remembered_and_json_keeps_it_to_the_bit() -> None:
+    guard = seen(1000)
+    assert len(guard.losses) == len(guard.norms) == HISTORY
+    detoured = Guard(guard.losses, guard.norms, 2, (Detour(5, 16), Detour(9, 8)))
+    again = Guard.from_values(json.loads(json.dumps(detoured.to_values())))
+    assert again == detoured
+    assert again.limits(4.0) == guard.limits(4.0)
+
+
+def test_rows_are_left_out_from_a_step_on() -> None:
+    guard = Guard(detours=(Detour(5, 16), Detour(9, 8)))
+    assert [guard.rows_left_out(step) for step in (0, 4, 5, 8, 9, 100)] == [0, 0, 16, 16, 24, 24]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"spike_deviations": 0.5}, {"spike_deviations": math.nan}, {"rollback_after_steps": 0}]
+    + [{"max_rollbacks": -1}],
+)  # fmt: skip
+def test_what_makes_no_sense_is_told(wrong: dict[str, float]) -> None:
+    (problem,) = GuardConfig(**wrong).problems()  # type: ignore[arg-type]
+    assert next(iter(wrong)) in problem
