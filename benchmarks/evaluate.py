@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from overnight.data.stream import Batch
     from overnight.model.gpt import GPT
 
-OURS, STRIDED = "overnight", "Transformers, strided"
+OURS, FORWARD, STRIDED = "overnight", "overnight's training forward", "Transformers, strided"
 STRIDE_FRACTION = 0.5  # of a window, as in the documentation's example: 512 of 1,024
 HEADINGS = ("side", "median ms", "min", "max", "tokens/s", "overnight is", "loss")
 SAME_LOSS = 0.002  # a vocabulary padded with 47 ids adds 0.0009 nats to an untrained model's loss
@@ -70,6 +70,21 @@ def judge_ours(model: GPT, question: Question) -> float:
 
     spelt = [b"?"] * model.vocab_size  # what the ids spell does not matter to the time
     return evaluate_language_model(model, question.batches, spelt, question.precision).loss
+
+
+def train_forward(model: GPT, question: Question) -> float:
+    """The forward pass of `overnight train` on the same batches, everything kept for the backward pass."""
+    from overnight.parallel import build_loss
+    from overnight.stages.pretrain import next_token_nats
+
+    asked = ComputeConfig(device=question.device, precision=question.precision, compile=False)
+    compute = resolve_compute(asked, question.device)
+    loss = build_loss(model, next_token_nats, compute)
+    total = 0.0
+    model.train()
+    for batch in question.batches:
+        total += loss(batch.ids.to(question.device), batch.targets.to(question.device)).item()
+    return total / question.tokens
 
 
 def judge_theirs(peer: Peer, question: Question) -> float:
@@ -115,7 +130,10 @@ def build_sides(
     model: GPT, question: Question, options: argparse.Namespace
 ) -> dict[str, Callable[[], float]]:
     """Every side that is there, as a function that judges and returns its loss."""
-    sides: dict[str, Callable[[], float]] = {OURS: partial(judge_ours, model, question)}
+    sides: dict[str, Callable[[], float]] = {
+        OURS: partial(judge_ours, model, question),
+        FORWARD: partial(train_forward, model, question),
+    }
     named = {"build-nanogpt": options.peer, "nanogpt": options.nanogpt}
     for name, checkout in named.items():
         if checkout is not None:
