@@ -9,6 +9,7 @@
       checkpoints/       step-00001000/ ...
       tokenizer/         what turns its ids into text
       report.html        written by `overnight report`
+      ended.json         at which step it ended, and by what; not there while it trains, or if it was killed
       .lock              held by the process that trains here
 
 Whole files are replaced atomically. The line files only grow, except on resuming: then the lines
@@ -39,6 +40,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
+            file.flush()  # or the disk is asked for what Python still holds
             flush_to_disk(file.fileno())
         Path(temporary).chmod(0o644)  # mkstemp's files are private; a run is not
         Path(temporary).replace(path)
@@ -74,6 +76,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer"
         self.report = self.path / "report.html"
+        self.ended = self.path / "ended.json"
 
     def exists(self) -> bool:
         """True if a run was ever begun here."""
@@ -81,9 +84,14 @@ class RunDirectory:
 
     def begin(self, recipe: str, environment: Mapping[str, Any]) -> None:
         """Write down what is about to run, before any work; with the recipe, the last, the run exists."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make()
+        self.ended.unlink(missing_ok=True)
         write_atomically(self.environment, json.dumps(environment, indent=2) + "\n")
         write_atomically(self.recipe, recipe)
+
+    def note_end(self, step: int, reason: str) -> None:
+        """Write down at which step the run ended, and by what, in words."""
+        write_atomically(self.ended, json.dumps({"step": step, "reason": reason}) + "\n")
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one step's line; `line` holds its `step`."""
@@ -128,7 +136,7 @@ class RunDirectory:
         """
         from filelock import FileLock, Timeout
 
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make()
         lock = FileLock(self.path / ".lock", timeout=1)  # `is_locked` elsewhere holds it for an instant
         try:
             lock.acquire()
@@ -152,6 +160,13 @@ class RunDirectory:
                 return False
         except Timeout:
             return True
+
+    def _make(self) -> None:
+        """The folder itself, so that its name, too, survives a power cut."""
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            flush_folder(folder.parent)
 
     def _events(self, kind: str) -> Path:
         assert kind in EVENTS, kind

@@ -249,12 +249,12 @@ def exploding_gradients(patch: pytest.MonkeyPatch) -> None:
     """Now and then a kernel overflows, and nothing is clipped."""
     right, calls = trainer.apply_gradients, []
 
-    def apply(optimizer: Any, parameters: Any, rate: float, _limit: float | None, scaler: Any) -> Tensor:
+    def apply(optimizer: Any, parameters: Any, rate: float, _limit: float | None, *rest: Any) -> Any:
         calls.append(rate)
         if len(calls) % 30 == 0:
             for parameter in parameters:
                 parameter.grad.add_(torch.randn_like(parameter.grad), alpha=100.0)
-        return right(optimizer, parameters, rate, None, scaler)
+        return right(optimizer, parameters, rate, None, *rest)
 
     patch.setattr(trainer, "apply_gradients", apply)
 

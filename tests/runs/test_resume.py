@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from overnight.optim import OptimizerConfig
+from overnight.report.status import describe_run
 from overnight.run_directory import RunDirectory
-from overnight.stages import pretrain
+from overnight.stages import pretrain, runs
 from overnight.stages.recipe import Recipe
 from overnight.world import World
 
@@ -44,6 +45,17 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int | None) -> None:
         yield lambda: steps is not None and next(asked) >= steps
 
     monkeypatch.setattr(pretrain, "stop_on_signal", signalled)
+
+
+def one_signal(steps: int) -> Callable[[], contextlib.AbstractContextManager[Callable[[], bool]]]:
+    """Stands for stop_on_signal: a signal comes after so many steps, and stays received."""
+
+    @contextlib.contextmanager
+    def signalled() -> Iterator[Callable[[], bool]]:
+        asked = iter([False] * steps)
+        yield lambda: next(asked, True)
+
+    return signalled
 
 
 def train_with_stops(
@@ -224,5 +236,26 @@ def test_a_run_stops_by_the_clock_and_goes_on(
         with pytest.raises(KeyboardInterrupt):
             pretrain.run(recipe(checkpoints=checkpoints), directory)
     assert "stopped and saved after step 2 of 12" in capsys.readouterr().err
+    stopped = describe_run(directory.path)
+    assert (stopped.state, stopped.step, stopped.ended_by) == ("stopped", 2, "its time limit")
     pretrain.run(reread(directory), directory, resume=True)
     assert fingerprint(directory) == whole
+    assert (describe_run(directory.path).state, describe_run(directory.path).ended_by) == ("finished", None)
+
+
+def test_runs_says_what_stopped_a_run(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = RunDirectory(tmp_path / "small")
+    monkeypatch.setattr(pretrain, "stop_on_signal", one_signal(2))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run(recipe(), directory)
+    capsys.readouterr()
+    runs.run(runs.RunsConfig(folder=str(directory.path)))
+    said = capsys.readouterr().err
+    assert f"{directory.path}: stopped by a signal\n" in said
+    assert f"next: overnight train --resume {directory.path}\n" in said
+    directory.ended.unlink()
+    assert describe_run(directory.path).ended_by == "a kill, or a loss of power: nothing was noted"
+    directory.ended.write_text("{")
+    assert describe_run(directory.path).ended_by == "a kill, or a loss of power: nothing was noted"

@@ -18,6 +18,7 @@ from overnight.batching import BatchConfig
 from overnight.checkpoint import list_checkpoints
 from overnight.data.stream import Batch
 from overnight.guard import AT_LEAST, Detour, Guard, GuardConfig
+from overnight.report.status import describe_run
 from overnight.run_directory import RunDirectory
 from overnight.schedule import ScheduleConfig
 from overnight.settings import from_toml
@@ -54,7 +55,7 @@ class Poison:
 
             def batches(first: int, count: int) -> Batch:
                 nonlocal is_bad
-                is_bad = bool({*range(first, first + count)} & {*rows})
+                is_bad = any(row in rows for row in range(first, first + count))
                 self.times_read += is_bad
                 return training.batches(first, count)
 
@@ -195,6 +196,10 @@ def test_trouble_that_is_everywhere_ends_the_run_in_a_sentence(
     poison.put(range(rows_of(10, 1).start, 10**9), math.nan)
     with pytest.raises(FloatingPointError, match=r"steps 11 to 13 went wrong .* after going back 3 times"):
         pretrain.run(asked, RunDirectory(tmp_path / "run"))
+    found = describe_run(tmp_path / "run")
+    assert (found.state, found.rollbacks) == ("diverged", 3)
+    assert found.ended_by is not None
+    assert found.ended_by.startswith("steps 11 to 13 went wrong")
     poison.put(rows_of(0, 9), math.nan)
     with pytest.raises(FloatingPointError, match=r"steps 1 to 3 went wrong .* no checkpoint is from before"):
         pretrain.run(asked, RunDirectory(tmp_path / "begun"))
@@ -210,13 +215,13 @@ def test_without_the_guard_the_run_goes_on_through_the_explosion(
     pretrain.run(off, run)
     assert run.read_events("rollbacks") == []
     assert poison.times_read == 2 * LIMIT
-    assert max(line["loss"] for line in run.read_metrics()[45:48]) > 10
+    assert min(line["loss"] for line in run.read_metrics()[45:48]) > 6
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.5])
+@pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_a_spike_is_left_out_if_asked(asked: Recipe, poison: Poison, tmp_path: Path, factor: float) -> None:
     poison.put(rows_of(50, 1), factor)
-    spiky = dataclasses.replace(asked, guard=GuardConfig(spike_deviations=8.0, rollback_after_steps=None))
+    spiky = dataclasses.replace(asked, guard=GuardConfig(spike_deviations=4.0, rollback_after_steps=None))
     run = RunDirectory(tmp_path / "run")
     pretrain.run(spiky, run)
     skipped = [line["step"] for line in run.read_metrics() if line.get("skipped")]
@@ -224,7 +229,7 @@ def test_a_spike_is_left_out_if_asked(asked: Recipe, poison: Poison, tmp_path: P
 
 
 def test_the_spike_guard_decides_the_same_when_resumed(asked: Recipe, poison: Poison, tmp_path: Path) -> None:
-    poison.put(range(rows_of(40, 1).start, 10**9, 3 * ROWS), 1.4)
+    poison.put(range(rows_of(40, 1).start, 10**9, 3 * ROWS), 4.0)
     spiky = dataclasses.replace(asked, guard=GuardConfig(spike_deviations=6.0, rollback_after_steps=None))
     whole, stopped = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "stopped")
     pretrain.run(spiky, whole)

@@ -10,7 +10,7 @@ from typing import Any
 from overnight.on_track.band import IDENTITY, SETTINGS, Curve
 from overnight.on_track.course import Course
 
-DEVIATIONS = 5.0
+DEVIATIONS = 4.0
 """Half of a band's width in standard deviations: a run is compared at a hundred places, and a handful of
 seeds gives their spread only roughly."""
 NEIGHBOURS = 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import statistics
 import tomllib
@@ -20,7 +21,8 @@ from overnight.batching import BatchConfig, plan_batches
 from overnight.report.lines import EVALUATION_KEYS, METRICS_KEYS, Lines, read_ends
 from overnight.run_directory import RunDirectory
 
-State = Literal["running", "finished", "stopped", "empty", "damaged"]
+State = Literal["running", "finished", "stopped", "diverged", "empty", "damaged"]
+KILLED = "a kill, or a loss of power: nothing was noted"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class RunStatus:
 
     state: State
     """running: its lock is held; finished: every step is done and the last checkpoint there; stopped: some
-    steps are done; empty: none is; damaged: its files cannot all be read, and `problem` says which."""
+    steps are done; diverged: it gave up, since its numbers went wrong; empty: no step is done; damaged: its
+    files cannot all be read, and `problem` says which."""
 
     step: int
     """Finished steps."""
@@ -70,6 +73,12 @@ class RunStatus:
 
     problem: str | None
     """What is damaged, and where."""
+
+    ended_by: str | None = None
+    """What stopped it, in words; None while it runs, and of one that is finished or empty."""
+
+    rollbacks: int = 0
+    """How often it went back to a checkpoint, and left rows out."""
 
 
 def is_run(path: Path) -> bool:
@@ -116,6 +125,9 @@ def describe_run(path: Path) -> RunStatus:
     evaluation = evaluations.values[-1] if evaluations.values else {}
     step, tokens = int(last.get("step", 0)), int(last.get("tokens", 0))
     state = _state(directory, step, total_steps, bool(problems))
+    ended_by = _read_end(directory.ended)
+    if state == "stopped" and ended_by.startswith("FloatingPointError: "):
+        state, ended_by = "diverged", ended_by.removeprefix("FloatingPointError: ")
     speed = _recent_median(metrics, "tokens_per_second")
     return RunStatus(
         name=path.resolve().name,
@@ -133,6 +145,8 @@ def describe_run(path: Path) -> RunStatus:
         seconds_left=_seconds_left(recipe, tokens, speed) if state == "running" else None,
         last_written_at=_written_at(directory.metrics),
         problem="; ".join(problems) or None,
+        ended_by=ended_by if state in {"stopped", "diverged"} else None,
+        rollbacks=len(read_ends(path / "events" / "rollbacks.jsonl", ("step",)).values),
     )
 
 
@@ -175,6 +189,14 @@ def _state(directory: RunDirectory, step: int, total_steps: int | None, is_damag
     if total_steps is not None and step >= total_steps and directory.is_finished(total_steps):
         return "finished"
     return "stopped" if step else "empty"
+
+
+def _read_end(ended: Path) -> str:
+    """What was noted when the run ended."""
+    try:
+        return str(json.loads(ended.read_text(encoding="utf-8"))["reason"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return KILLED
 
 
 def _recent_median(metrics: Lines, key: str) -> float | None:

@@ -212,14 +212,13 @@ class Journal:
             self._event("samples", {"prompt": prompt, "completion": text})
 
     def save(self) -> None:
-        """Publish a checkpoint of this step, once."""
+        """Publish a checkpoint of this step, once, and delete old ones: also what a killed run left to do."""
         state = self.job.state
-        if self.saved_step == state.step:
-            return
-        if self.job.world.is_main:
-            self.directory.flush()
-        save_checkpoint(state, self.directory.checkpoints, self.job.world)
-        self.saved_step = state.step
+        if self.saved_step != state.step:
+            if self.job.world.is_main:
+                self.directory.flush()
+            save_checkpoint(state, self.directory.checkpoints, self.job.world)
+            self.saved_step = state.step
         if self.job.world.is_main:
             self._delete_old()
 

@@ -7,8 +7,8 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 from torch import Tensor
 
@@ -161,13 +161,30 @@ def train(job: Job, training: Training, directory: RunDirectory, tasks: Sequence
         training = dataclasses.replace(training, go_back=build_go_back(job, directory, journal))
         is_over = functools.partial(is_out_of_time, job.recipe.checkpoints.stop_after, time.monotonic())
         may_not_go_on = functools.partial(is_to_stop, job, lambda: stopped() or is_over(), watch)
-        fit(state, training, total_steps, journal.hooks(total_steps), may_not_go_on)
-        journal.save()
+        with noting_failure(job, directory):
+            fit(state, training, total_steps, journal.hooks(total_steps), may_not_go_on)
+            journal.save()
         record_text(job, directory)
-    if state.step < total_steps:
+        reason = "its time limit" if is_over() else "a signal" if stopped() else "a lack of text"
+        is_finished = state.step == total_steps
+        if world.is_main:
+            directory.note_end(state.step, "its last step" if is_finished else reason)
+    if not is_finished:
         say(f"stopped and saved after step {state.step} of {total_steps}")
         say(f"next: overnight train --resume {directory.path}")
         raise KeyboardInterrupt
+
+
+@contextmanager
+def noting_failure(job: Job, directory: RunDirectory) -> Iterator[None]:
+    """Within, what the run fails by is written down, if the disk takes it."""
+    try:
+        yield
+    except (FloatingPointError, OSError) as error:
+        if job.world.is_main:
+            with suppress(OSError):
+                directory.note_end(job.state.step, f"{type(error).__name__}: {error}")
+        raise
 
 
 def is_out_of_time(stop_after: str | None, begun_at: float) -> bool:

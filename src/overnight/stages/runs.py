@@ -23,7 +23,14 @@ FOLDER = "runs"
 TITLES = ("run", "state", "step", "val loss", "bits/byte", "tokens/s", "written")
 GAP = 2
 SIGNS = {"above": " ↑", "below": " ↓", "suspect": " ?"}
-COLOURS = {"running": "green", "finished": "bold", "stopped": "yellow", "empty": "dim", "damaged": "red"}
+COLOURS = {
+    "running": "green",
+    "finished": "bold",
+    "stopped": "yellow",
+    "diverged": "red",
+    "empty": "dim",
+    "damaged": "red",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,12 @@ def run(config: RunsConfig) -> None:
     for one in runs:
         if one.problem:
             say(f"{one.path}: {one.problem}")
+        if one.ended_by:
+            how = "stopped by" if one.state == "stopped" else "diverged:"
+            say(f"{one.path}: {how} {one.ended_by}")
+        if one.rollbacks:
+            times = "once" if one.rollbacks == 1 else f"{one.rollbacks} times"
+            say(f"{one.path}: went back to a checkpoint {times} (events/rollbacks.jsonl)")
         if one.on_track in SIGNS:
             say(f"{one.path}: {describe_place(one)}")
     say(next_command(runs))

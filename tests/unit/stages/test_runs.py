@@ -137,7 +137,8 @@ def test_a_run_that_is_off_its_reference_is_marked(here, capsys, facts, sign, to
     runs.run(runs.RunsConfig())
     lines = capsys.readouterr().err.splitlines()
     assert f"4.0000{sign}  1.5000" in lines[1].replace("     ", "  ")
-    assert lines[2:-1] == ([f"runs/night:{sign} {told}"] if told else [])
+    killed = "runs/night: stopped by a kill, or a loss of power: nothing was noted"
+    assert lines[2:-1] == [killed, *([f"runs/night:{sign} {told}"] if told else [])]
     runs.run(runs.RunsConfig(json=True))
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["on_track"], found["likely_mistake"]) == (
