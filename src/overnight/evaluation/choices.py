@@ -168,8 +168,8 @@ def plant(place: int, choice: Choice, context_length: int) -> list[Tree]:
     longest = max(len(choice.branch(number)) for number in range(len(choice.endings))) - 1
     if longest >= context_length or not choice.context or not all(choice.endings):
         raise ValueError(
-            f"a question with {len(choice.context)} tokens before endings of "
-            f"{', '.join(str(len(ending)) for ending in choice.endings)} does not fit the model's context of "
+            f"question {place + 1}, with {len(choice.context)} tokens before endings of "
+            f"{', '.join(str(len(ending)) for ending in choice.endings)}, does not fit the model's context of "
             f"{context_length}"
         )
     context = choice.context[-(context_length - longest) :]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +56,13 @@ def judge_the_rest(
     if world.is_main:
         yield from before.items()
     left = [place for place in range(len(examples)) if place not in before]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{world.rank}.jsonl").open("a") as file:
-        file.write("\n")  # a line that was torn ends here
+    with ExitStack() as held:
+        file = None
         for place, numbers in judge([examples[place] for place in left]):
+            if file is None:  # examples that can't be judged leave nothing behind
+                folder.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context((folder / f"{world.rank}.jsonl").open("a"))
+                file.write("\n")  # a line that was torn ends here
             file.write(json.dumps([left[place], numbers]) + "\n")
             file.flush()
             yield left[place], numbers
