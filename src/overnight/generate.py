@@ -232,6 +232,11 @@ def _next_logits(model: GPT, ids_BT: list[list[int]], cache: KVCache) -> Tensor:
     return model.head(model.trunk(ids, cache)[:, -1])
 
 
+def check_prompts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], decoding: Decoding) -> None:
+    """Raise ValueError where `complete` would, for as many prompts as there are: before any is continued."""
+    stream_ids(model, [tokenizer.encode(prompt) for prompt in prompts], _with_vocabulary(decoding, tokenizer))
+
+
 def complete(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], decoding: Decoding, stop: Sequence[str] = ()
 ) -> list[Completion]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,14 +34,14 @@ class OptimizerConfig:
         """What is wrong with these values, one plain sentence each; [] if nothing."""
         found = []
         for name in ("peak_learning_rate", "epsilon"):
-            if not getattr(self, name) > 0:
-                found.append(f"{name}={getattr(self, name)} must be greater than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                found.append(f"{name}={getattr(self, name)} must be greater than 0, and finite")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
-        if not self.weight_decay >= 0:
-            found.append(f"weight_decay={self.weight_decay} must be at least 0")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+        if not 0 <= self.weight_decay < math.inf:
+            found.append(f"weight_decay={self.weight_decay} must be at least 0, and finite")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
             found.append(f"max_grad_norm={self.max_grad_norm} must be greater than 0, or left out")
         return found
 

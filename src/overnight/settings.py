@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")
 OFF = "off"  # TOML has no null
+LARGEST_FLOAT = 2**1024  # a whole number as large is none that computes
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -81,7 +82,9 @@ def from_toml(cls: type[Config], text: str, origin: str) -> Config:
     """Read a recipe; what it leaves out keeps its default. Raises one ValueError with all problems."""
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ValueError(f"{origin} is not TOML that can be read: it is nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python reads is one, too
         raise ValueError(f"{origin} is not TOML: {error}") from None
     problems: list[str] = []
     values = _read_table(cls, table, cls, problems)
@@ -145,7 +148,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is tuple:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return type(value) is float or (type(value) is int and abs(value) < LARGEST_FLOAT)
     return type(value) is kind
 
 

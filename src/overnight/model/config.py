@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+MOST_PARAMETERS = 10**13  # fifty of the largest GPT-3: sizes beyond are a slip of the finger
 VOCABULARY_MULTIPLE = 64  # 50,257 ids become 50,304 rows: matrix units want even tiles
 
 
@@ -32,11 +33,20 @@ class ModelConfig:
             for name in ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
             if (value := getattr(self, name)) is not None and value < 1
         ]
-        if not found and self.n_embd % self.n_head:
-            found.append(f"n_embd={self.n_embd} does not divide among n_head={self.n_head} heads")
+        if not found:
+            found = self._misfits()
         if not 0.0 <= self.dropout < 1.0:
             found.append(f"dropout={self.dropout} must be at least 0 and less than 1")
         return found
+
+    def _misfits(self) -> list[str]:
+        """What is wrong between values that are right by themselves."""
+        if self.n_embd % self.n_head:
+            return [f"n_embd={self.n_embd} does not divide among n_head={self.n_head} heads"]
+        count = replace(self, vocab_size=self.vocab_size or 1).parameter_count()
+        if count > MOST_PARAMETERS:
+            return [f"these sizes make {count:,} parameters, and the most is {MOST_PARAMETERS:,}"]
+        return []
 
     def parameter_count(self) -> int:
         """Parameters, the tied head counted once and the vocabulary unpadded (GPT-2 124M: 124,439,808)."""

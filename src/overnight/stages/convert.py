@@ -16,7 +16,7 @@ class ConvertConfig:
     """Write a model as a folder that Hugging Face Transformers opens, and all that reads its format."""
 
     model: Positional[str]
-    """A run, a checkpoint, a Hugging Face folder or name."""
+    """A run, a checkpoint, a Hugging Face folder or name, a .pt file of nanoGPT or build-nanogpt."""
     to: Literal["hf"] = "hf"
     """The format: hf is Hugging Face's."""
     out: str | None = None
@@ -29,7 +29,8 @@ def run(config: ConvertConfig) -> Path:
     from overnight.stages.models import open_model
 
     opened = open_model(config.model)
-    name = (opened.run or Path(config.model)).resolve().name
+    origin = opened.run or Path(config.model)
+    name = origin.stem if origin.is_file() else origin.resolve().name
     folder = Path(config.out) if config.out else Path(f"{name}-{config.to}")
     write_huggingface(opened.model, opened.tokenizer, folder)
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -144,9 +144,10 @@ def _completions(
     config: GenerateConfig, opened: OpenedModel, decoding: Decoding
 ) -> Iterator[tuple[str, Completion]]:
     """Each prompt with each of its completions. Their number is not bounded by memory."""
-    from overnight.generate import complete
+    from overnight.generate import check_prompts, complete
 
     prompts = config.prompts or ("",)
+    check_prompts(opened.model, opened.tokenizer, prompts, decoding)
     total = len(prompts) * config.samples
     for first in range(0, total, ROWS_AT_ONCE):
         asked = [prompts[row // config.samples] for row in range(first, min(first + ROWS_AT_ONCE, total))]

@@ -1,4 +1,4 @@
-"""A model by any name: a run, a checkpoint, a Hugging Face folder, a name on the Hub."""
+"""A model by any name: a run, a checkpoint, a Hugging Face folder, a name on the Hub, nanoGPT's .pt file."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class OpenedModel:
     model: GPT
     tokenizer: Tokenizer
     origin: Path
-    """The folder its weights were read from."""
+    """The folder or file its weights were read from."""
     tokenizer_folder: Path
-    """The folder its tokenizer was read from."""
+    """The folder its tokenizer was read from, or its name."""
     run: Path | None
     """The run it comes from; None for a model from elsewhere."""
 
 
 def open_model(name: str) -> OpenedModel:
-    """The model called `name`, looked for as a folder, in runs/, and on the Hugging Face Hub.
+    """The model called `name`, looked for as a folder, in runs/, as a file, and on the Hugging Face Hub.
 
     Raises ValueError, which says where it was looked for, if there is none or it cannot be read.
     """
@@ -40,6 +40,8 @@ def open_model(name: str) -> OpenedModel:
     for folder in (Path(name), RUNS / name):
         if name and folder.is_dir():
             return _open_folder(folder)
+    if name and Path(name).is_file():
+        return _open_nanogpt(Path(name))
     found = repository(name)
     is_path = Path(name).parent != Path() and Path(name).parent.is_dir()
     if found is not None and not is_path:
@@ -47,7 +49,7 @@ def open_model(name: str) -> OpenedModel:
     runs = [str(path) for path in sorted(RUNS.glob("*")) if RunDirectory(path).exists()]
     near = nearest(name, [*runs, *(Path(run).name for run in runs)]) if runs else ""
     raise ValueError(
-        f"there is no model {name}: it is neither a folder, nor a run in {RUNS}/, nor a name on the "
+        f"there is no model {name}: it is neither a folder or file, nor a run in {RUNS}/, nor a name on the "
         f"Hugging Face Hub ({', '.join(GPT2)}, OWNER/NAME){near}"
     )
 
@@ -102,3 +104,12 @@ def _open_huggingface(folder: Path) -> OpenedModel:
 
     model, tokenizer = read_huggingface(folder)
     return OpenedModel(model=model, tokenizer=tokenizer, origin=folder, tokenizer_folder=folder, run=None)
+
+
+def _open_nanogpt(file: Path) -> OpenedModel:
+    from overnight.convert.nanogpt import TOKENIZER, read_nanogpt
+
+    model, tokenizer = read_nanogpt(file)
+    return OpenedModel(
+        model=model, tokenizer=tokenizer, origin=file, tokenizer_folder=Path(TOKENIZER), run=None
+    )

@@ -37,6 +37,7 @@ from overnight.stages.recipe import Recipe, changed_settings
 from overnight.stages.rollback import build_go_back
 from overnight.stages.run_tasks import RunTask, open_run_tasks
 from overnight.terminal import say
+from overnight.text.load import load_tokenizer
 from overnight.trainer import Training, fit, fits, stop_on_signal
 from overnight.watch import Watch, watched
 from overnight.world import World, join_world
@@ -252,14 +253,10 @@ def check_disk(job: Job, directory: RunDirectory) -> None:
 
 def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resume: bool) -> None:
     """Write down what is about to run; with `resume`, become the newest good checkpoint first."""
-    state, materials = job.state, job.materials
+    state = job.state
     if resume:
-        now = json.loads(json.dumps(materials.record()))
-        if not is_same_text(json.loads(directory.data.read_text(encoding="utf-8")), now):
-            raise ValueError(
-                f"the data in {materials.folder} is not what {directory.path} was trained on: "
-                "put that data back, or give another --run-name"
-            )
+        with job.world.together():
+            check_text(job, directory)
         read_newest(directory.checkpoints, lambda found: load_checkpoint(state, found, job.world))
         check_step(state.step, job.world)
         total_steps = job.recipe.schedule.total_steps or 0
@@ -273,6 +270,30 @@ def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resu
     job.world.wait_for_all()
     for name, choice in choices.items():
         say(f"{name.replace('_', ' '):<21} {choice}")
+
+
+def check_text(job: Job, directory: RunDirectory) -> None:
+    """Raise ValueError unless text and tokenizer are those of the run that is to go on."""
+    materials, path = job.materials, directory.path
+    now = json.loads(json.dumps(materials.record()))
+    try:
+        before = json.loads(directory.data.read_text(encoding="utf-8"))
+        is_same = is_same_text(before, now)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{directory.data} is damaged: take it from a copy of the run") from None
+    if not is_same:
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        raise ValueError(
+            f"the data in {materials.folder} is not what {path} was trained on: other {', '.join(names)}; "
+            "put that data back, or give another --run-name"
+        )
+    if not (directory.tokenizer / "tokenizer.json").is_file():
+        return  # it is about to be written again
+    if load_tokenizer(directory.tokenizer).fingerprint != materials.tokenizer.fingerprint:
+        raise ValueError(
+            f"{directory.tokenizer} is not the tokenizer that {path} was trained with: delete that folder, "
+            "and it is written again"
+        )
 
 
 def check_step(step: int, world: World) -> None:

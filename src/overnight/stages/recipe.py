@@ -63,7 +63,6 @@ class CheckpointsConfig:
     stop_after: str | None = None
     """Save and stop after the step at which the command has run for so long: 7h50m, 90m, 1d12h."""
 
-
     def count_kept(self, steps: int) -> int:
         """How many checkpoints a run of so many steps has in the end, the last one included, at the most."""
         saved = -(-steps // self.checkpoint_every_steps) if self.checkpoint_every_steps else 1
@@ -119,6 +118,11 @@ class Recipe:
         if not 0 <= self.seed < 2**63:
             found.append(f"seed={self.seed} must be at least 0 and less than 2^63")
         flat = flatten(self)
+        found += [
+            f"{name}={value} must be less than 2^63"
+            for name, value in flat.items()
+            if isinstance(value, int) and value >= 2**63 and name != "seed"
+        ]
         for name in flat:
             is_count = name.endswith("_every_steps") or name in AT_LEAST_ONE
             if is_count and (count := flat[name]) is not None and count < 1:  # type: ignore[operator]
@@ -172,7 +176,10 @@ def load_recipe(name: str) -> Recipe:
     if path.suffix == ".toml":
         if not path.is_file():
             raise ValueError(f"there is no recipe file {name}")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is no text in UTF-8: {error.reason} at byte {error.start}") from None
     elif name in recipe_names():
         text = (resources.files("overnight") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     else:

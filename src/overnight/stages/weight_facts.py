@@ -31,7 +31,10 @@ def describe_weights(model: GPT, world: World) -> dict[str, float]:
                 sums[kind] += torch.stack([sums.new_tensor(rows.numel()), rows.sum(), rows.square().sum()])
     world.sum([sums])
     gains, into, beside = sums.cpu().tolist()
-    return {"norm_gain": gains[1] / gains[0], "residual_ratio": _deviation(into) / _deviation(beside)}
+    ratio = _deviation(into) / (
+        _deviation(beside) or math.nan
+    )  # weights of which nothing is left but infinity
+    return {"norm_gain": gains[1] / gains[0], "residual_ratio": ratio}
 
 
 def _deviation(sums: list[float]) -> float:

@@ -85,3 +85,10 @@ def test_gpt2_s_flops_are_the_published_ones() -> None:
 def test_the_padded_vocabulary_is_the_model_s(vocab_size: int) -> None:
     model = ModelConfig(n_layer=1, n_head=1, n_embd=2, context_length=2, vocab_size=vocab_size)
     assert model.padded_vocab_size() == GPT(model).wte.num_embeddings
+
+
+@pytest.mark.parametrize("sizes", [{"n_layer": 10**9}, {"n_embd": 12 * 10**8}, {"context_length": 10**20}])
+def test_sizes_that_no_machine_holds_are_refused(sizes: dict[str, int]) -> None:
+    (problem,) = ModelConfig(**sizes).problems()
+    assert "parameters, and the most is 10,000,000,000,000" in problem
+    assert not any(preset.problems() for preset in PRESETS.values())

@@ -167,6 +167,25 @@ def test_folders_without_a_model_are_refused(trained: Path) -> None:
         open_model("first")
 
 
+def test_a_checkpoint_of_nanogpt_is_opened_and_converted(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overnight.convert.nanogpt.load_tokenizer", lambda name: TOKENIZER)
+    model = build_model(7)
+    state = {f"transformer.{name}": weight for name, weight in model.weights().items()}
+    torch.save({"model": state, "model_args": {"n_head": 2, "block_size": 16}}, place / "ckpt.pt")
+    opened = open_model("ckpt.pt")
+    assert is_model_of(7, opened.model)
+    assert (opened.run, opened.origin, str(opened.tokenizer_folder)) == (None, Path("ckpt.pt"), "gpt2")
+    assert convert.run(ConvertConfig(model="ckpt.pt")) == Path("ckpt-hf")
+    assert is_model_of(7, open_model("ckpt-hf").model)
+    (place / "no-model").write_text("hello")
+    with pytest.raises(
+        ValueError, match=r"no-model is not read: it is cut short, damaged, or not written by"
+    ):
+        open_model("no-model")
+
+
 # generate and convert, as the commands call them
 
 

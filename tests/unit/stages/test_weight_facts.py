@@ -75,3 +75,10 @@ def test_nothing_is_changed(model: GPT) -> None:
     assert torch.equal(torch.get_rng_state(), noise)
     for name, weight in model.weights().items():
         assert torch.equal(weight, before[name])
+
+
+def test_weights_of_which_only_infinity_is_left_have_no_ratio(model: GPT) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.inf)
+    assert math.isnan(describe_weights(model, ALONE)["residual_ratio"])

@@ -1,0 +1,128 @@
+"""Checkpoints as nanoGPT and build-nanogpt write them, made by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from overnight.convert import nanogpt, pickled
+from overnight.model.config import ModelConfig
+from overnight.model.gpt import GPT
+from overnight.model.initialization import initialize
+from overnight.text.load import build_tokenizer
+
+TOKENIZER = build_tokenizer("characters", ["the quick brown fox"])
+SIZES = ModelConfig(n_layer=2, n_head=2, n_embd=8, context_length=16, vocab_size=TOKENIZER.vocab_size)
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _gpt2_of_few_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another vocabulary stands for GPT-2's, so that a checkpoint is small."""
+    monkeypatch.setattr(nanogpt, "load_tokenizer", lambda name: {"gpt2": TOKENIZER}[name])
+
+
+@pytest.fixture(scope="session")
+def original() -> GPT:
+    """The model that the checkpoints hold; every weight and bias differs from every other."""
+    model = GPT(SIZES)
+    initialize(model, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    model.clear_padding()
+    return model.eval()
+
+
+def state_dict(model: GPT, *, bias: bool = True, padded: bool = False, prefix: str = "") -> dict[str, Any]:
+    """As nanoGPT's own modules name their weights: the head is the embedding's tensor itself."""
+    found = {f"transformer.{name}": weight for name, weight in model.weights().items()}
+    if padded:
+        found["transformer.wte.weight"] = model.wte.weight.detach().clone()
+        found["transformer.wte.weight"][model.vocab_size :] = -1.0
+    found["lm_head.weight"] = found["transformer.wte.weight"]
+    return {prefix + name: tensor for name, tensor in found.items() if bias or not name.endswith(".bias")}
+
+
+def model_args(vocab_size: int, *, bias: bool = True) -> dict[str, Any]:
+    """What nanoGPT writes of the sizes."""
+    return {
+        "n_layer": SIZES.n_layer,
+        "n_head": SIZES.n_head,
+        "n_embd": SIZES.n_embd,
+        "block_size": SIZES.context_length,
+        "bias": bias,
+        "vocab_size": vocab_size,
+        "dropout": 0.1,
+    }
+
+
+@pytest.fixture
+def write(original: GPT, tmp_path: Path) -> Write:
+    """`write(bias=, padded=, prefix=, **changes)`: the path of a checkpoint of nanoGPT's."""
+
+    def write(*, bias: bool = True, padded: bool = False, prefix: str = "", **changes: Any) -> Path:
+        state = state_dict(original, bias=bias, padded=padded, prefix=prefix)
+        rows = len(state[f"{prefix}transformer.wte.weight"])
+        content = {
+            "model": state,
+            "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(9)}}},
+            "model_args": model_args(rows, bias=bias),
+            "iter_num": 3,
+            "best_val_loss": torch.tensor(4.5),
+            "config": {"out_dir": "out", "learning_rate": 6e-4, "compile": True},
+        }
+        path = tmp_path / "ckpt.pt"
+        torch.save({**content, **changes}, path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_build_nanogpt(original: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """`write_build_nanogpt(**changes)`: a checkpoint of build-nanogpt's, whose sizes are an object."""
+
+    def write(**changes: Any) -> Path:
+        kind = type("GPTConfig", (SimpleNamespace,), {"__module__": "__main__", "__reduce__": _plainly})
+        monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", kind, raising=False)
+        sizes = model_args(TOKENIZER.vocab_size)
+        del sizes["bias"], sizes["dropout"]
+        content = {"model": state_dict(original), "config": kind(**{**sizes, **changes}), "step": 19072}
+        path = tmp_path / "model_19072.pt"
+        torch.save({**content, "val_loss": 3.0}, path)
+        return path
+
+    return write
+
+
+def _plainly(self: Any) -> Any:
+    """As a dataclass is pickled: a new object of the class, then its fields."""
+    import copyreg
+
+    return copyreg.__newobj__, (type(self),), dict(vars(self))  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child's reading is done here, without its limits, which spares two seconds a file."""
+
+    def run(command: list[str], **_options: Any) -> subprocess.CompletedProcess[bytes]:
+        *_, path, out = command
+        said = tmp_path / "said"
+        with pytest.MonkeyPatch.context() as patch, said.open("w") as file:
+            patch.setattr(pickled, "limit_resources", lambda size: None)
+            patch.setattr(sys, "stdout", file)
+            status = pickled.hand_over(path, out)
+        return subprocess.CompletedProcess(command, status, stdout=said.read_bytes())
+
+    monkeypatch.setattr(subprocess, "run", run)

@@ -1,0 +1,201 @@
+"""Recipes and command lines with anything in them are read or refused, in one sentence, and never run."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+import time
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from overnight.schedule import ScheduleConfig
+from overnight.settings import flat_names, from_arguments, from_toml, to_toml
+from overnight.stages.recipe import Recipe, changed_settings, load_recipe, recipe_names
+
+NAMES = flat_names(Recipe)
+SECTIONS = sorted({*filter(None, NAMES.values())})
+DEFAULT = Recipe(run_name="fuzzed", schedule=ScheduleConfig(total_steps=10))
+CALL = "__import__('pathlib').Path('mark').touch()"
+
+NUMBERS = (
+    *("0", "-1", "1", "9" * 30, "-" + "9" * 400, "0x" + "f" * 300, "9" * 5000, "0b1", "1_000"),
+    *("1e400", "-1e400", "nan", "-nan", "inf", "-inf", "-0.0", "1e-400", "0.5"),
+)
+TEXTS = (
+    *('""', '"off"', '"x"', "'''\n'''", r'"\u0000"', r'"\ud800"', '"../../x"', '"/etc/passwd"', '"a/b"'),
+    *('"."', r'"a\nb"', '"1h"', '"1e3h"', '"' + "9" * 5000 + 'h"', '"!!python/object/apply:os.system [x]"'),
+    *('"${HOME}"', '"{0.__class__}"', '"%s%n"', f'"{CALL}"', CALL, f"'''{CALL}'''"),
+)
+OTHERS = (
+    *("true", "false", "[]", "[[]]", "[1, 2]", '["a"]', "[{}]", "{}", "{a = 1}", "{a.b.c = 1}"),
+    *('[{path = "a", weight = 1}]', '[{path = "a", weight = nan}]', '[{path = 1, weight = "x"}]'),
+    *('[{path = "a", weight = 1}, {path = "a", weight = 1}]', "1979-05-27", "07:32:00"),
+    *("1979-05-27T07:32:00Z", "[" * 2000 + "]" * 2000, "{a = " * 300 + "1" + "}" * 300),
+)
+VALUES = NUMBERS + TEXTS + OTHERS
+STRANGE_NAMES = ("__class__", "__init__", "problems", "a.b", '"n_layer"', '""', "model.n_layer", "модель")
+CHARACTERS = (*map(ord, "\t\n\"'=[]{}#.,\x7f\x00"), 0xD800, 0x1F600, 0xFEFF)
+
+
+def shipped_recipes() -> list[str]:
+    folder = resources.files("overnight") / "recipes"
+    shipped = [(folder / f"{name}.toml").read_text(encoding="utf-8") for name in recipe_names()]
+    return [*shipped, to_toml(DEFAULT)]
+
+
+def with_a_character(draw: random.Random, text: str) -> str:
+    place, gone = draw.randrange(len(text) + 1), draw.choice((0, 1, 2, 40))
+    return text[:place] + chr(draw.choice((*CHARACTERS, draw.randrange(0x110000)))) + text[place + gone :]
+
+
+def with_a_line_twice(draw: random.Random, text: str) -> str:
+    lines = text.split("\n")
+    lines.insert(draw.randrange(len(lines)), draw.choice(lines))
+    return "\n".join(lines)
+
+
+def with_another_value(draw: random.Random, text: str) -> str:
+    lines = text.split("\n")
+    settings = [number for number, line in enumerate(lines) if re.match(r"\w+ *=", line)]
+    if settings:
+        number = draw.choice(settings)
+        lines[number] = lines[number].partition("=")[0] + "= " + draw.choice(VALUES)
+    return "\n".join(lines)
+
+
+def with_a_setting(draw: random.Random, text: str) -> str:
+    name = draw.choice((*NAMES, *STRANGE_NAMES))
+    section = draw.choice((*[NAMES.get(name)] * 4, *SECTIONS, "x", None))
+    line = f"{name} = {draw.choice(VALUES)}\n"
+    if section is None:
+        return line + text
+    head = f"[{section}]\n"
+    return text.replace(head, head + line, 1) if head in text else f"{text}\n{head}{line}"
+
+
+def with_another_head(draw: random.Random, text: str) -> str:
+    lines = text.split("\n")
+    lines[draw.randrange(len(lines))] = f"[{draw.choice((*SECTIONS, '[model]', '[data.sources]', 'a.b'))}]"
+    return "\n".join(lines)
+
+
+MUTATIONS = (
+    with_a_character,
+    with_a_line_twice,
+    with_another_value,
+    with_another_value,
+    with_a_setting,
+    with_a_setting,
+    with_another_head,
+)
+
+
+def fuzzed(draw: random.Random, recipes: list[str]) -> str:
+    text = draw.choice(recipes)
+    for _ in range(draw.choice((1, 1, 1, 2, 5))):
+        text = draw.choice(MUTATIONS)(draw, text)
+    return text
+
+
+def read(text: str) -> str:
+    """What becomes of a recipe: "sound", "faulty" or "refused". Whatever else happens is raised."""
+    recipe, said = None, ""
+    try:
+        recipe = from_toml(Recipe, text, "mine.toml")
+    except ValueError as error:
+        said = str(error)
+    if recipe is None:
+        assert said.startswith("mine.toml")
+        return "refused"
+    assert "nan" in text or changed_settings(recipe, recipe) == []
+    recipe = dataclasses.replace(recipe, run_name=recipe.run_name or "fuzzed")
+    faulty = recipe.problems()
+    assert all(isinstance(problem, str) for problem in faulty)
+    if not faulty:
+        assert from_toml(Recipe, to_toml(recipe), "again") == recipe
+    return "faulty" if faulty else "sound"
+
+
+def fuzz_recipes(count: int) -> dict[str, int]:
+    recipes, outcomes = shipped_recipes(), {"sound": 0, "faulty": 0, "refused": 0}
+    for seed in range(count):
+        outcomes[read(fuzzed(random.Random(seed), recipes))] += 1
+    return outcomes
+
+
+def fuzz_words(count: int) -> dict[str, int]:
+    """The same by the command line: options in any order with any values."""
+    outcomes = {"sound": 0, "faulty": 0, "refused": 0}
+    words = [value.strip("\"'\n")[:200] for value in VALUES] + [
+        "--",
+        "-",
+        "--help=1",
+        "=",
+        "None",
+        "\0",
+        "a=b",
+    ]
+    for seed in range(count):
+        draw = random.Random(seed)
+        given = []
+        for _ in range(draw.choice((1, 1, 2, 4))):
+            name = draw.choice((*NAMES, *NAMES, "n_layr", "", "model.n_layer", "__class__"))
+            name = name.replace("_", draw.choice("_-"))
+            value = draw.choice(words)
+            given += [f"--{name}={value}"] if draw.random() < 0.5 else [f"--{name}", value]
+        recipe, said = None, ""
+        try:
+            recipe = from_arguments(Recipe, given, prog="overnight train", about="", default=DEFAULT)
+        except ValueError as error:
+            said = str(error)
+        assert recipe or "overnight train" in said
+        outcomes["refused" if recipe is None else "faulty" if recipe.problems() else "sound"] += 1
+    return outcomes
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("recipes, words", [(500, 60), pytest.param(10_000, 1_000, marks=pytest.mark.slow)])
+def test_anything_is_read_or_refused(recipes: int, words: int) -> None:
+    for outcomes, least in ((fuzz_recipes(recipes), recipes // 100), (fuzz_words(words), 1)):
+        assert min(outcomes.values()) >= least, outcomes  # the fuzzing reaches every ending
+    assert not Path("mark").exists()
+
+
+def test_a_reader_that_runs_what_it_reads_is_caught() -> None:
+    """The negative control: as nanoGPT's configurator reads its files."""
+    settings = to_toml(dataclasses.replace(DEFAULT, run_name=CALL))
+    assert read(settings) == "sound"
+    assert not Path("mark").exists()
+    values = {"run_name": from_toml(Recipe, settings, "mine.toml").run_name}
+    eval(values["run_name"])
+    assert Path("mark").exists()
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    draw = random.Random(0)
+    path.write_bytes(b"run_name = 'a\xff'")
+    with pytest.raises(ValueError, match=r"mine\.toml is no text in UTF-8: invalid start byte at byte 13"):
+        load_recipe(str(path))
+    for _ in range(200):
+        path.write_bytes(draw.randbytes(draw.randrange(60)))
+        try:
+            load_recipe(str(path))
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017 - either way is right
+
+
+def test_a_recipe_takes_a_moment_to_refuse() -> None:
+    """Nothing in a file makes reading slow: a megabyte of brackets, of dots, of one name."""
+    started_at = time.process_time()
+    for text in ("[" * 10**6, "a" * 10**6, "x = " + "[" * 10**6, 'x = "' + "a" * 10**6, "#" * 10**6):
+        with pytest.raises(ValueError, match=r"mine\.toml"):
+            from_toml(Recipe, f"{text}\ny", "mine.toml")
+    assert time.process_time() - started_at < 10
