@@ -7,7 +7,7 @@ USER_READY := .venv/ready-report-data
 DEV_READY := .venv/ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test distributed check format lint types benchmark lock clean
+.PHONY: help quickstart test distributed faults check format lint types benchmark lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ test: $(DEV_READY)  ## the whole test suite, on the CPU and without a network
 # One test at a time: each keeps two to four processes busy.
 distributed: $(DEV_READY)  ## runs in several processes, killed and frozen: what `make test` has no time for
 	$(BIN)/pytest -q -n0 -m distributed
+
+faults: $(DEV_READY)  ## stop, kill, starve and damage runs for an hour, and write docs/reliability.md
+	$(BIN)/python benchmarks/faults.py --write docs/reliability.md
 
 check: format lint types test  ## everything a change must pass
 

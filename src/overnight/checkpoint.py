@@ -53,7 +53,8 @@ def save_checkpoint(state: TrainState, folder: Path, world: World = ALONE) -> Pa
     final = folder / checkpoint_name(state.step)
     building = folder / f".building-{final.name}"
     if world.is_main:
-        shutil.rmtree(building, ignore_errors=True)
+        for unfinished in folder.glob(".building-*"):  # of a save that was killed, of whatever step
+            shutil.rmtree(unfinished, ignore_errors=True)
         building.mkdir(parents=True)
         flush_folder(folder.parent)
     world.wait_for_all()

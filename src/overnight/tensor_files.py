@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,10 +28,13 @@ class Piece(NamedTuple):
 
 
 def write_tensors(path: Path, pieces: Mapping[str, Piece]) -> None:
-    """Write the pieces, copied to the CPU, into one file."""
+    """Write the pieces, copied to the CPU, into one file. Raises OSError if the disk does not take it."""
     firsts = {name: piece.first for name, piece in pieces.items() if piece.first}
     tensors = {name: piece.rows.to("cpu", copy=True).contiguous() for name, piece in pieces.items()}
-    save_file(tensors, path, metadata={METADATA: json.dumps(firsts)} if firsts else None)
+    try:
+        save_file(tensors, path, metadata={METADATA: json.dumps(firsts)} if firsts else None)
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}") from None
 
 
 class TensorFiles:

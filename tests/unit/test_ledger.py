@@ -1,0 +1,79 @@
+"""Plan and stream together: each window once an epoch, in one order, however a step is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from overnight.batching import BatchConfig, BatchPlan, plan_batches
+from overnight.data.prepare import PrepareConfig, prepare
+from overnight.data.stream import TokenStream
+
+Share = Callable[[BatchPlan, int, int, int], range]
+T = 8
+EPOCHS = 2
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 1,500 tokens of characters, in several shards."""
+    root = tmp_path_factory.mktemp("text")
+    for number in range(20):
+        (root / f"{number:02}.txt").write_text(f"Line {number} tells of {number * 7 % 100}.\n" * 4)
+    out = root / "shards"
+    prepare(
+        PrepareConfig(
+            source=str(root), out=str(out), tokenizer="characters", validation_fraction=0.2, shard_tokens=400
+        )
+    )
+    return out
+
+
+@st.composite
+def divisions(draw: st.DrawFn) -> tuple[BatchPlan, int]:
+    """A plan, with a ramp or without, and how many processes share it."""
+    processes, at_once = draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    unit = processes * at_once * draw(st.integers(1, 3)) * T
+    sizes = draw(st.integers(1, 3))
+    ramp = {"ramp_from_tokens_per_step": unit, "ramp_tokens": draw(st.integers(1, 2000))} if sizes > 1 else {}
+    config = BatchConfig(tokens_per_step=unit * sizes, rows_per_micro_batch=at_once, **ramp)
+    return plan_batches(config, T, at_once, processes), processes
+
+
+def windows(stream: TokenStream, plan: BatchPlan, processes: int, share: Share) -> list[int]:
+    """Where each row begins of what all processes read, step by step, until the epochs are over."""
+    found: list[int] = []
+    step = 0
+    while len(found) < EPOCHS * stream.windows_per_epoch:
+        for rank in range(processes):
+            for micro_batch in share(plan, step, rank, processes):
+                first, rows = plan.rows(step, micro_batch)
+                found += [stream.window_start(row) for row in range(first, first + rows)]
+        step += 1
+    return found[: EPOCHS * stream.windows_per_epoch]
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=divisions(), seed=st.integers(0, 3), shuffled=st.sampled_from([None, 300]))
+def test_each_window_is_read_once_an_epoch_in_one_order(
+    shards: Path, drawn: tuple[BatchPlan, int], seed: int, shuffled: int | None
+) -> None:
+    plan, processes = drawn
+    stream = TokenStream(shards, tokens_per_row=T, seed=seed, shuffle_tokens=shuffled)
+    per_epoch = stream.windows_per_epoch
+    found = windows(stream, plan, processes, BatchPlan.share)
+    for epoch in range(EPOCHS):
+        assert len({*found[epoch * per_epoch : (epoch + 1) * per_epoch]}) == per_epoch
+    assert found == [stream.window_start(row) for row in range(EPOCHS * per_epoch)]
+
+
+def test_the_ledger_sees_a_share_that_is_another_s(shards: Path) -> None:
+    """The negative control: each process computes what the first one does."""
+    plan = plan_batches(BatchConfig(tokens_per_step=4 * T, rows_per_micro_batch=1), T, 1, 2)
+    stream = TokenStream(shards, tokens_per_row=T)
+    found = windows(stream, plan, 2, lambda plan, step, rank, size: plan.share(step, 0, size))
+    assert len({*found[: stream.windows_per_epoch]}) < stream.windows_per_epoch
