@@ -11,7 +11,6 @@ import pytest
 PARTS = ["corruption", "fallback", "crashes", "errors", "starts", "signals"]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="descriptors get their names from /proc")
 def test_a_few_trials_of_each_kind(repository: Path, tmp_path: Path) -> None:
     """All parts in one process, whose start takes as long as a dozen trials."""
