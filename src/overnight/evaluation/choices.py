@@ -169,8 +169,8 @@ def plant(place: int, choice: Choice, context_length: int) -> list[Tree]:
     if longest >= context_length or not choice.context or not all(choice.endings):
         raise ValueError(
             f"question {place + 1}, with {len(choice.context)} tokens before endings of "
-            f"{', '.join(str(len(ending)) for ending in choice.endings)}, does not fit the model's context of "
-            f"{context_length}"
+            f"{', '.join(str(len(ending)) for ending in choice.endings)}, does not fit the model's context "
+            f"of {context_length}"
         )
     context = choice.context[-(context_length - longest) :]
     trees: list[Tree] = []
