@@ -141,9 +141,12 @@ def test_the_same_weights_are_judged_the_same_to_the_digit(
     for kind in ("evaluations", "samples"):
         expected = [line for line in run.directory.read_events(kind) if line["step"] == 20]
         found = judged.read_events(kind)
-        # How far a run is, and the rate it came with, are no matter of the weights.
-        beside = {"tokens": 0, "applied_learning_rate": 0}
+        # How far a run is, and the rate it came with, are no matter of the weights; what is said of the
+        # weights themselves is a sum over shards.
+        beside = {"tokens": 0, "applied_learning_rate": 0, "norm_gain": 0, "residual_ratio": 0}
         assert [line | beside for line in found] == [line | beside for line in expected]
+        for name in {"norm_gain", "residual_ratio"} & {*expected[0]}:
+            assert found[0][name] == pytest.approx(expected[0][name], rel=1e-6)
         assert expected
     rows, rest = divmod(judged.read_events("evaluations")[0]["evaluated_tokens"], 32)
     assert (-(-rows // ROWS_JUDGED), rest > 0) == (16, True), "else let the text be another"
