@@ -120,7 +120,7 @@ CHOSEN = [(5, math.nan), (45, 3.0)]
 DRAWN = [
     pytest.param(random.Random(number).randrange(low, STEPS - LIMIT), factor, marks=pytest.mark.slow)
     for number in range(9)
-    for low, factor in ((4, math.nan), (AT_LEAST + 1, 2.0 + number))
+    for low, factor in ((4, math.nan), (AT_LEAST + 1, 4.0 + number))
 ]
 
 
