@@ -85,6 +85,38 @@ def note_batches(recipe: Any, path: Path, stop: int | None, *, resume: bool) -> 
     return asked
 
 
+def train_poisoned(recipe: Any, path: Path, steps: Sequence[int]) -> tuple[str, list[int]]:
+    """A run whose rows of these steps have no finite loss; how it failed, and which rows were left out."""
+    from overnight.run_directory import RunDirectory
+    from overnight.stages import pretrain
+
+    build, jobs = pretrain.build_training, []
+
+    def build_poisoned(job: Any) -> Any:
+        training, is_bad, plan = build(job), False, job.plan
+        jobs.append(job)
+        ends = [[plan.tokens_before(each) // plan.tokens_per_row for each in (s, s + 1)] for s in steps]
+
+        def batches(first_row: int, rows: int) -> Any:
+            nonlocal is_bad
+            is_bad = any(first <= first_row < end for first, end in ends)
+            return training.batches(first_row, rows)
+
+        def loss(ids: Any, targets: Any) -> Any:
+            nats = training.loss(ids, targets)
+            return nats * float("nan") if is_bad else nats
+
+        return dataclasses.replace(training, batches=batches, loss=loss)
+
+    pretrain.build_training = build_poisoned
+    said = ""
+    try:
+        pretrain.run(recipe, RunDirectory(path))
+    except FloatingPointError as error:
+        said = str(error)
+    return said, [detour.rows for detour in jobs[-1].state.guard.detours]
+
+
 def judge_rows(at_once: int | None) -> None:
     from overnight.stages import journal
 

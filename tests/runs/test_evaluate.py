@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from overnight.cli import main
 from overnight.data.prepare import PrepareConfig, prepare
@@ -201,3 +203,32 @@ def test_the_help_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
         main(["evaluate", "--help"])
     words = re.findall(r"[a-z0-9-]+", capsys.readouterr().out)
     assert not {"validation", *TASKS} - {*words}
+
+
+def test_a_model_of_no_numbers_is_told_in_strict_json(
+    trained: RunDirectory,
+    converted: Path,
+    prepared: Path,
+    questions: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    weights = load_file(converted / "model.safetensors")
+    name = next(name for name in weights if name.endswith("ln_f.weight"))
+    save_file({**weights, name: weights[name] * math.nan}, converted / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    evaluate.run(
+        EvaluateConfig(
+            model=str(converted),
+            data=str(prepared),
+            tasks=("validation,hellaswag",),
+            task_files=str(questions),
+            device="cpu",
+            json=True,
+        )
+    )
+    out = capsys.readouterr().out
+    found = json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["loss"] is None
+    assert found["tasks"][0]["value"] is None
+    reference = next(each for each in found["tasks"] if each["references"])["references"][0]
+    assert reference == {"whose": "OpenAI 124M", "value": 0.2955, "source": "build-nanogpt, hellaswag.py"}

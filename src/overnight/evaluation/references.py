@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Reference(NamedTuple):
+@dataclass(frozen=True)
+class Reference:
     """A result to stand beside a model's."""
 
     whose: str

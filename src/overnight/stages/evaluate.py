@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from overnight.stages.tasks import TaskNames, as_values, describe, judge_task, open_tasks, split_names
+from overnight.stages.tasks import (
+    TaskNames,
+    as_json,
+    as_values,
+    describe,
+    judge_task,
+    open_tasks,
+    split_names,
+)
 from overnight.stages.validation import METRICS, HeldOut, check_tokenizer, measure, open_held_out
 from overnight.terminal import hushed, say
 
@@ -111,7 +119,7 @@ def run(config: EvaluateConfig) -> None:
         if names.harness and world.is_main:
             values["lm_eval"] = judge_by_harness(config, names, subjects[0])
         if config.json and world.is_main:
-            sys.stdout.write(json.dumps(values) + "\n")
+            sys.stdout.write(json.dumps(values, allow_nan=False) + "\n")
         say(f'next: overnight generate {config.model} "Once upon a time"')
 
 
@@ -195,7 +203,7 @@ def judge_by_harness(config: EvaluateConfig, names: TaskNames, subject: Subject)
     )
     for each in found:
         say(str(each))
-    return [dataclasses.asdict(each) for each in found]
+    return [as_json(dataclasses.asdict(each)) for each in found]
 
 
 def _folder(config: EvaluateConfig) -> Path | None:
@@ -205,7 +213,8 @@ def _folder(config: EvaluateConfig) -> Path | None:
 def _summary(measured: Measured) -> dict[str, Any]:
     from overnight.evaluation.language_model import sum_up
 
-    return dataclasses.asdict(sum_up(measured))
+    summary: dict[str, Any] = as_json(dataclasses.asdict(sum_up(measured)))
+    return summary
 
 
 def _own_data(recipe: Recipe | None) -> DataConfig:

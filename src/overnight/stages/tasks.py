@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,8 +146,17 @@ def _number(value: float) -> str:
 
 
 def as_values(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """The same for a program."""
-    return [dataclasses.asdict(each) for each in scores]
+    """The same for a program; JSON has no infinity and no NaN, which are null there."""
+    return [as_json(dataclasses.asdict(each)) for each in scores]
+
+
+def as_json(value: Any) -> Any:
+    """Numbers, lists and objects, what is not finite as null."""
+    if isinstance(value, dict):
+        return {name: as_json(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_tasks(
