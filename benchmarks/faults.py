@@ -24,6 +24,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every trial
 
 from distributed import find_commit, put
+from faults_background import measure_background
 from faults_crashes import measure_crashes, measure_errors
 from faults_damage import measure_corruption, measure_fallback
 from faults_kills import measure_kills, measure_starts
@@ -50,6 +51,11 @@ PARTS: dict[str, tuple[Measure, dict[str, Any], dict[str, Any]]] = {
         measure_errors,
         {"errors": None, "resumed": 25, "limits": 30, "controls": 12},
         {"errors": 2, "resumed": 1, "limits": 1, "controls": 4},
+    ),
+    "background": (
+        measure_background,
+        {"changed": 40, "killed": 40, "failed": 40},
+        {"changed": 2, "killed": 2, "failed": 2},
     ),
     "stops": (measure_stops, {"schedules": 100, "of_each": 10}, {"schedules": 4, "of_each": 2}),
     "kills": (measure_kills, {"kills": 100}, {"kills": 5}),

@@ -24,7 +24,8 @@ from faults_trials import (
     train,
 )
 from measure import Report
-from overnight.checkpoint import list_checkpoints, read_step, verify_checkpoint
+from overnight.checkpoint.layout import list_checkpoints, read_step
+from overnight.checkpoint.loading import verify_checkpoint
 
 DEAD = 137
 PUBLISHED = "rename small/checkpoints/step-"
@@ -39,15 +40,17 @@ class Course(NamedTuple):
     changes: list[str]
     record: dict[str, Any]
     """Of the run in peace."""
+    background: str = "false"
+    """Whether a thread saves: then the order of changes varies."""
 
 
 def watch_courses(place: Place) -> list[Course]:
     """A whole run, and the second half of one that was killed between two checkpoints."""
-    whole = place.new("watched")
+    whole = place.new("watched", background="false")
     finish(whole, functools.partial(install, None, whole / "changes"))
     changes, expected = list_changes(whole / "changes"), record(whole)
     first = next(number for number, change in enumerate(changes, 1) if change.startswith(PUBLISHED))
-    killed = place.new("killed")
+    killed = place.new("killed", background="false")
     # Four lines behind the first checkpoint: an evaluation and a sample are to be taken back as well.
     train(killed, functools.partial(install, Fault(first + 6, "kill")))
     again = place.folder / "killed-watched"
@@ -59,10 +62,10 @@ def watch_courses(place: Place) -> list[Course]:
     ]
 
 
-def published_before(course: Course, fault: Fault) -> int:
-    """The step of the newest checkpoint that must be there when this fault has happened; 0 if none must."""
+def published_before(course: Course, fault: Fault, changes: list[str]) -> int:
+    """The step of the newest checkpoint that must be there after these changes, the last of them struck."""
     step = 0 if course.begin is None else 3
-    done = course.changes[: fault.at - 1]
+    done = changes[: fault.at - 1]
     for number, change in enumerate(done):
         kept = "fsync small/checkpoints" in done[number:] or fault.kind != "power"
         if change.startswith(PUBLISHED) and kept:
@@ -85,7 +88,7 @@ def strike(place: Place, course: Course, fault: Fault, mutant: Before | None = N
     """Let the fault happen, go on; what is wrong with it, if anything. A mutant does both."""
     name = f"{course.name}-{fault.kind}-{fault.at}-{fault.lasting}".replace(" ", "-")
     if course.begin is None:
-        folder = place.new(name)
+        folder = place.new(name, background=course.background)
     else:
         folder = place.folder / name
         shutil.copytree(course.begin, folder)
@@ -96,14 +99,15 @@ def strike(place: Place, course: Course, fault: Fault, mutant: Before | None = N
 
 
 def _strike(folder: Path, course: Course, fault: Fault, mutant: Before | None) -> str | None:
-    before = functools.partial(set_trap, fault, mutant)
+    before = functools.partial(set_trap, fault, mutant, folder / "struck")
     ended = train(folder, before)
     is_error = fault.kind.startswith("E")
     if ended.status != (FAILED if is_error else DEAD):
         return f"status {ended.status}: {ended.said[-500:]}"
     if is_error and not ended.is_a_sentence():
         return f"no sentence: {ended.said[-1500:]}"
-    found, wanted = newest_whole(folder), published_before(course, fault)
+    changes = list_changes(folder / "struck") if course.background == "true" else course.changes
+    found, wanted = newest_whole(folder), published_before(course, fault, changes)
     if found < wanted:
         return f"checkpoint {wanted} was published, the newest whole one is {found}"
     again = start(folder, mutant).ended()
@@ -112,11 +116,11 @@ def _strike(folder: Path, course: Course, fault: Fault, mutant: Before | None) -
     return find_difference(folder, course.record)
 
 
-def set_trap(fault: Fault, break_it: Before | None) -> None:
+def set_trap(fault: Fault, break_it: Before | None, log: Path) -> None:
     """In the process that is to fail."""
+    install(fault, log)
     if break_it is not None:
         break_it()
-    install(fault)
 
 
 def crashes(course: Course, kind: str) -> Iterator[Fault]:
@@ -143,10 +147,10 @@ def spread_out(faults: list[Fault], most: int | None) -> list[Fault]:
     return [faults[number * len(faults) // most] for number in range(most)]
 
 
-def strike_all(place: Place, course: Course, faults: list[Fault]) -> str:
+def strike_all(place: Place, course: Course, faults: list[Fault], before: Before | None = None) -> str:
     """`k/k` if nothing is ever wrong. Raises ValueError otherwise."""
     for fault in faults:
-        if wrong := strike(place, course, fault):
+        if wrong := strike(place, course, fault, before):
             raise ValueError(f"{course.name}, {course.changes[fault.at - 1]!r}, {fault}: {wrong}")
     return f"{len(faults)}/{len(faults)}"
 
@@ -205,16 +209,16 @@ def measure_crashes(place: Place, counts: dict[str, Any], seed: int) -> Report:
 
 def delete_first() -> None:
     """A mutant: room is made by deleting the old checkpoints before the new one is written."""
-    from overnight.stages import journal
+    from overnight.checkpoint import background
 
-    save = journal.save_checkpoint
+    make_building = background.make_building
 
-    def save_into_room(state: Any, folder: Path, world: Any) -> Path:
+    def make_room(step: int, folder: Path, world: Any) -> Path:
         for checkpoint in list_checkpoints(folder):
             shutil.rmtree(checkpoint)
-        return save(state, folder, world)
+        return make_building(step, folder, world)
 
-    journal.save_checkpoint = save_into_room
+    background.make_building = make_room
 
 
 def limit_files(most: int) -> None:

@@ -13,7 +13,9 @@ import errno
 import io
 import os
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ class Disk:
     fault: Fault | None
     log: Path | None = None
     count: int = 0
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Held during a change: one happens after the other, whichever thread makes it, and none after a cut."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Of files that were written to since their last fsync: their length at that time."""
     names: set[str] = field(default_factory=set)
@@ -47,10 +51,17 @@ class Disk:
     renames: list[tuple[str, str, bytes | None]] = field(default_factory=list)
     """(old name, new name, what had the new name before), since then."""
 
-    def change(self, what: str, path: str, torn: Callable[[], object] = lambda: None) -> None:
-        """Called before each change of something in a run's folder; `torn` does half of it."""
+    @contextmanager
+    def change(self, what: str, path: str, torn: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Around each change of something in a run's folder; `torn` does half of it."""
         if WHERE not in path + os.sep:
+            yield
             return
+        with self.lock:
+            self._strike(what, path, torn)
+            yield
+
+    def _strike(self, what: str, path: str, torn: Callable[[], object]) -> None:
         self.count += 1
         if self.log is not None:
             with open(self.log, "a") as file:  # noqa: PTH123 - Path.open is what is watched
@@ -131,9 +142,10 @@ class Pen(io.FileIO):
     def write(self, data: Any) -> int:
         """Some bytes, once the disk has let them pass."""
         whole = bytes(data)
-        self.disk.change("write", self.path, lambda: io.FileIO.write(self, whole[: len(whole) // 2]))
-        self.disk.sizes.setdefault(self.path, os.fstat(self.fileno()).st_size)
-        return super().write(data) or 0
+        half = whole[: len(whole) // 2]
+        with self.disk.change("write", self.path, lambda: io.FileIO.write(self, half)):
+            self.disk.sizes.setdefault(self.path, os.fstat(self.fileno()).st_size)
+            return super().write(data) or 0
 
 
 def install(fault: Fault | None = None, log: Path | None = None) -> None:
@@ -151,32 +163,32 @@ def watch_names(disk: Disk) -> None:
 
     def mkdir(path: Any, *rest: Any, **more: Any) -> None:
         name = full_name(path)
-        if not os.path.isdir(name):  # noqa: PTH112
-            disk.change("mkdir", name)
-        REAL["mkdir"](path, *rest, **more)
-        disk.names.add(name)
+        is_new = not os.path.isdir(name)  # noqa: PTH112
+        with disk.change("mkdir", name) if is_new else nullcontext():
+            REAL["mkdir"](path, *rest, **more)
+            disk.names.add(name)
 
     def rename(source: Any, target: Any, **more: Any) -> None:
         old, new = full_name(source), full_name(target)
-        disk.change("rename", new)
-        before = Path(new).read_bytes() if Path(new).is_file() else None
-        REAL["rename"](source, target, **more)
-        disk.renames.append((old, new, before))
-        disk.renamed(old, new)
+        with disk.change("rename", new):
+            before = Path(new).read_bytes() if Path(new).is_file() else None
+            REAL["rename"](source, target, **more)
+            disk.renames.append((old, new, before))
+            disk.renamed(old, new)
 
     def unlink(path: Any, *, dir_fd: int | None = None) -> None:
-        disk.change("unlink", full_name(path, dir_fd))
-        REAL["unlink"](path, dir_fd=dir_fd)
+        with disk.change("unlink", full_name(path, dir_fd)):
+            REAL["unlink"](path, dir_fd=dir_fd)
 
     def rmdir(path: Any, *, dir_fd: int | None = None) -> None:
-        disk.change("rmdir", full_name(path, dir_fd))
-        REAL["rmdir"](path, dir_fd=dir_fd)
+        with disk.change("rmdir", full_name(path, dir_fd)):
+            REAL["rmdir"](path, dir_fd=dir_fd)
 
     def fsync(descriptor: int) -> None:
         path = full_name(descriptor)
-        disk.change("fsync", path)
-        REAL["fsync"](descriptor)
-        disk.kept(path)
+        with disk.change("fsync", path):
+            REAL["fsync"](descriptor)
+            disk.kept(path)
 
     os.mkdir, os.rename, os.replace, os.fsync = mkdir, rename, rename, fsync
     os.unlink = os.remove = unlink
@@ -190,19 +202,20 @@ def watch_files(disk: Disk) -> None:
     def make(path: Any, flags: int, *rest: Any, **more: Any) -> int:
         name = full_name(path, more.get("dir_fd"))
         is_new = bool(flags & os.O_CREAT) and not os.path.exists(name)  # noqa: PTH110
-        if is_new:
-            disk.change("create", name)
-        descriptor: int = REAL["open"](path, flags, *rest, **more)
-        if is_new:
+        if not is_new:
+            return int(REAL["open"](path, flags, *rest, **more))
+        with disk.change("create", name):
+            descriptor: int = REAL["open"](path, flags, *rest, **more)
             disk.names.add(name)
         return descriptor
 
     def watched(target: Any, mode: str) -> io.BufferedWriter:
         name = full_name(target)
-        if not isinstance(target, int) and not os.path.exists(name):  # noqa: PTH110
-            disk.change("create", name)
-            disk.names.add(name)
-        pen = Pen(target, mode.replace("b", "").replace("t", ""))
+        is_new = not isinstance(target, int) and not os.path.exists(name)  # noqa: PTH110
+        with disk.change("create", name) if is_new else nullcontext():
+            pen = Pen(target, mode.replace("b", "").replace("t", ""))
+            if is_new:
+                disk.names.add(name)
         pen.disk, pen.path = disk, name
         return io.BufferedWriter(pen)
 
@@ -231,15 +244,15 @@ def watch_tensors(disk: Disk, save: Callable[..., None]) -> Callable[..., None]:
             save(tensors, path, metadata=metadata)
             REAL["truncate"](path, Path(path).stat().st_size // 2)
 
-        disk.names.add(name)
         try:
-            disk.change("write", name, half)
+            with disk.change("write", name, half):
+                disk.names.add(name)
+                save(tensors, path, metadata=metadata)
+                disk.sizes.setdefault(name, 0)
         except OSError as error:
             raise SafetensorError(
                 f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
             ) from None
-        save(tensors, path, metadata=metadata)
-        disk.sizes.setdefault(name, 0)
 
     return save_file
 
@@ -256,20 +269,19 @@ def without_fsync() -> None:
 
 def in_place() -> None:
     """A mutant: checkpoints are written under their final name, and believed; as most scripts do."""
-    from overnight import checkpoint
+    from overnight.checkpoint import background, loading
+    from overnight.checkpoint.layout import checkpoint_name
 
-    write_own = checkpoint._write_own
+    write_own, publish = background.write_own, background.publish
 
-    def write_in_place(state: Any, building: Path, world: Any) -> dict[str, Any]:
-        final = building.with_name(checkpoint.checkpoint_name(state.step))
+    def write_in_place(snapshot: Any, building: Path, world: Any) -> str:
+        final = building.with_name(checkpoint_name(snapshot.step))
         shutil.rmtree(final, ignore_errors=True)
         REAL["rename"](building, final)
-        return write_own(state, final, world)
+        return write_own(snapshot, final, world)
 
-    def publish(state: Any, building: Path, files: dict[str, Any]) -> None:
-        final = building.with_name(checkpoint.checkpoint_name(state.step))
-        publish_(state, final, files)
+    def publish_in_place(snapshot: Any, building: Path, written: Any) -> None:
+        publish(snapshot, building.with_name(checkpoint_name(snapshot.step)), written)
 
-    publish_ = checkpoint._publish
-    checkpoint._write_own, checkpoint._publish = write_in_place, publish
-    checkpoint.verify_checkpoint = lambda *_: None
+    background.write_own, background.publish = write_in_place, publish_in_place
+    loading.verify_checkpoint = lambda *_: None

@@ -128,21 +128,20 @@ def note_memory(notes: Path, mutant: Before | None = None) -> None:
 def keep_a_little() -> None:
     """A mutant: 4 KB of each step stay, and the file of each save stays open."""
     from overnight import trainer
-    from overnight.stages import journal
+    from overnight.checkpoint import background
 
     kept: list[object] = []
-    step, save = trainer.train_step, journal.save_checkpoint
+    step, publish = trainer.train_step, background.publish
 
     def step_and_keep(*given: Any) -> Any:
         kept.append(os.urandom(4096))
         return step(*given)
 
-    def save_and_keep(*given: Any) -> Path:
-        path = save(*given)
-        kept.append((path / "state.json").open())
-        return path
+    def keep_and_publish(snapshot: Any, building: Path, written: Any) -> None:
+        publish(snapshot, building, written)
+        kept.append(next(building.parent.glob("step-*/state.json")).open())
 
-    trainer.train_step, journal.save_checkpoint = step_and_keep, save_and_keep
+    trainer.train_step, background.publish = step_and_keep, keep_and_publish
 
 
 def watch_memory(place: Place, name: str, steps: int, mutant: Before | None = None) -> tuple[float, int]:

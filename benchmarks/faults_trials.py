@@ -63,6 +63,7 @@ sample_tokens = 2
 [checkpoints]
 checkpoint_every_steps = {save}
 keep_checkpoints = {keep}
+save_in_background = {background}
 """
 
 SETTINGS: dict[str, object] = {
@@ -73,6 +74,7 @@ SETTINGS: dict[str, object] = {
     "evaluate": 4,
     "save": 3,
     "keep": 2,
+    "background": "true",
 }
 SLOW_IMPORTS = [
     *("overnight.cli", "overnight.stages.train", "overnight.stages.pretrain", "overnight.report.status"),

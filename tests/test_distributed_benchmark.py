@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.checkpoint import save_checkpoint
+from overnight.checkpoint.saving import save_checkpoint
 from overnight.model.config import ModelConfig
 from overnight.model.gpt import GPT
 from overnight.model.initialization import initialize

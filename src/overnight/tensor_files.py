@@ -28,9 +28,9 @@ class Piece(NamedTuple):
 
 
 def write_tensors(path: Path, pieces: Mapping[str, Piece]) -> None:
-    """Write the pieces, copied to the CPU, into one file. Raises OSError if the disk does not take it."""
+    """Write the pieces, of the CPU's memory, into one file. Raises OSError if the disk does not take it."""
     firsts = {name: piece.first for name, piece in pieces.items() if piece.first}
-    tensors = {name: piece.rows.to("cpu", copy=True).contiguous() for name, piece in pieces.items()}
+    tensors = {name: piece.rows.contiguous() for name, piece in pieces.items()}
     try:
         save_file(tensors, path, metadata={METADATA: json.dumps(firsts)} if firsts else None)
     except SafetensorError as error:

@@ -218,7 +218,8 @@ def forget(state: Any) -> None:
 
 def save_again(recipe: Any, checkpoints: Sequence[Path], folder: Path) -> None:
     """Load each checkpoint and save it below `folder`, in a folder of its own."""
-    from overnight.checkpoint import load_checkpoint, save_checkpoint
+    from overnight.checkpoint.loading import load_checkpoint
+    from overnight.checkpoint.saving import save_checkpoint
 
     with opened(recipe) as job:
         for number, checkpoint in enumerate(checkpoints):
@@ -229,19 +230,17 @@ def save_again(recipe: Any, checkpoints: Sequence[Path], folder: Path) -> None:
 
 def load_newest(recipe: Any, folders: Sequence[Path]) -> list[tuple[int, str]]:
     """Of each folder of checkpoints the step that is loaded, -1 for none, and what is said on the way."""
-    from overnight import checkpoint
+    from overnight.checkpoint import loading
 
     said: list[str] = []
-    checkpoint.say = said.append
+    loading.say = said.append
     found = []
     with opened(recipe) as job:
         for folder in folders:
             forget(job.state)
             said.clear()
             try:
-                checkpoint.read_newest(
-                    folder, lambda path: checkpoint.load_checkpoint(job.state, path, job.world)
-                )
+                loading.read_newest(folder, lambda path: loading.load_checkpoint(job.state, path, job.world))
             except ValueError as error:
                 said.append(str(error))
             found.append((job.state.step, "\n".join(said)))
@@ -250,7 +249,7 @@ def load_newest(recipe: Any, folders: Sequence[Path]) -> list[tuple[int, str]]:
 
 def judge(recipe: Any, checkpoint: Path, path: Path, rows_judged: int) -> None:
     """Evaluate the model of a checkpoint and let it write, into the run directory `path`."""
-    from overnight.checkpoint import load_checkpoint
+    from overnight.checkpoint.loading import load_checkpoint
     from overnight.run_directory import RunDirectory
     from overnight.stages.journal import Journal
     from overnight.watch import Watch
@@ -265,7 +264,7 @@ def judge(recipe: Any, checkpoint: Path, path: Path, rows_judged: int) -> None:
 
 def judge_tasks(recipe: Any, checkpoint: Path, path: Path) -> None:
     """Judge the model of a checkpoint on the recipe's tasks, into the run directory `path`."""
-    from overnight.checkpoint import load_checkpoint
+    from overnight.checkpoint.loading import load_checkpoint
     from overnight.evaluation import choices, passages
     from overnight.run_directory import RunDirectory
     from overnight.stages.journal import Journal

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.checkpoint import read_model
+from overnight.checkpoint.loading import read_model
 from overnight.run_directory import RunDirectory
 from overnight.tensor_files import TensorFiles
 

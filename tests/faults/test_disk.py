@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from overnight import run_directory, tensor_files
-from overnight.checkpoint import list_checkpoints, save_checkpoint
+from overnight.checkpoint.layout import list_checkpoints
+from overnight.checkpoint.saving import save_checkpoint
 from overnight.model.config import ModelConfig
 from overnight.model.gpt import GPT
 from overnight.model.initialization import initialize

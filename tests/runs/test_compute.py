@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from overnight.batching import BatchConfig
-from overnight.checkpoint import list_checkpoints, read_model
+from overnight.checkpoint.layout import list_checkpoints
+from overnight.checkpoint.loading import read_model
 from overnight.parallel import ComputeConfig
 from overnight.run_directory import RunDirectory
 from overnight.settings import from_toml

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overnight import checkpoint, generate, loss, sharding, trainer
+from overnight import generate, loss, sharding, trainer
+from overnight.checkpoint import loading
+from overnight.checkpoint import saving as writing
 from overnight.checks import saving
 from overnight.checks.check import Check
 from overnight.cli import main
@@ -236,27 +238,27 @@ def shift_cached_positions(patch: Patch) -> None:
 
 
 def lose_the_moments(patch: Patch) -> None:
-    patch.setattr(checkpoint, "_moments", lambda state, parameters: iter(()))
+    patch.setattr(writing, "_moments", lambda state, parameters: iter(()))
 
 
 def save_in_bfloat16(patch: Patch) -> None:
-    weights = checkpoint._weights
+    weights = writing._weights
 
     def rounded(state: Any, parameters: Any) -> Iterator[tuple[str, Any]]:
         for name, piece in weights(state, parameters):
             yield name, piece._replace(rows=piece.rows.bfloat16().float())
 
-    patch.setattr(checkpoint, "_weights", rounded)
+    patch.setattr(writing, "_weights", rounded)
 
 
 def forget_the_step(patch: Patch) -> None:
-    load = checkpoint.load_checkpoint
+    load = loading.load_checkpoint
 
     def load_without(state: Any, *given: Any) -> None:
         load(state, *given)
         state.step = 0
 
-    patch.setattr(checkpoint, "load_checkpoint", load_without)
+    patch.setattr(loading, "load_checkpoint", load_without)
 
 
 def predict_the_same_id(patch: Patch) -> None:

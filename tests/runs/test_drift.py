@@ -202,13 +202,13 @@ def test_a_recipe_of_another_package_is_told(directory: RunDirectory) -> None:
 def test_a_checkpoint_of_another_format_is_told(
     directory: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from overnight.checkpoint import _identity, _manifest, list_checkpoints
+    from overnight.checkpoint.layout import identify, list_checkpoints, manifest
 
     for checkpoint in list_checkpoints(directory.checkpoints):
-        state, manifest = checkpoint / "state.json", checkpoint / "MANIFEST.json"
+        state, told_in = checkpoint / "state.json", checkpoint / "MANIFEST.json"
         state.write_text(json.dumps({**json.loads(state.read_text()), "format": 99}))
-        told = json.loads(manifest.read_text())
-        told["files"]["state.json"] = _identity(state)
-        manifest.write_text(_manifest(told["files"], told["format"]))
+        told = json.loads(told_in.read_text())
+        told["files"]["state.json"] = identify(state)
+        told_in.write_text(manifest(told["files"], told["format"]))
     assert "no checkpoint in" in refusal(directory)
     assert "has format 99, this overnight reads" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from overnight.batching import BatchConfig, plan_batches
-from overnight.checkpoint import list_checkpoints
+from overnight.checkpoint.layout import list_checkpoints
 from overnight.cli import main
 from overnight.model.config import ModelConfig
 from overnight.run_directory import RunDirectory

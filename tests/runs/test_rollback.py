@@ -15,7 +15,7 @@ import pytest
 from torch import Tensor
 
 from overnight.batching import BatchConfig
-from overnight.checkpoint import list_checkpoints
+from overnight.checkpoint.layout import list_checkpoints
 from overnight.data.stream import Batch
 from overnight.guard import AT_LEAST, Detour, Guard, GuardConfig
 from overnight.report.status import describe_run

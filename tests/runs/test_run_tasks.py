@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from overnight.checkpoint import read_model
+from overnight.checkpoint.loading import read_model
 from overnight.evaluation.tasks import judge, open_task
 from overnight.run_directory import RunDirectory
 from overnight.stages import evaluate, pretrain

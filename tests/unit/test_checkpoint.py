@@ -9,18 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from overnight import checkpoint as checkpoint_room
-from overnight.checkpoint import (
-    choose_kept,
-    discard_checkpoints_after,
-    keep_only,
-    list_checkpoints,
-    load_checkpoint,
-    read_model,
-    read_newest,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from overnight.checkpoint import loading, saving
+from overnight.checkpoint.layout import choose_kept, discard_checkpoints_after, keep_only, list_checkpoints
+from overnight.checkpoint.loading import load_checkpoint, read_model, read_newest, verify_checkpoint
+from overnight.checkpoint.saving import save_checkpoint
 from overnight.model.config import ModelConfig
 from overnight.model.gpt import GPT
 from overnight.model.initialization import initialize
@@ -126,7 +118,7 @@ def test_without_verification_most_flipped_bits_would_pass(
 ) -> None:
     """The negative control: it is the manifest that protects, not the file format."""
     path = save_checkpoint(trained_state(1), tmp_path)
-    monkeypatch.setattr(checkpoint_room, "verify_checkpoint", lambda checkpoint, world: None)
+    monkeypatch.setattr(loading, "verify_checkpoint", lambda checkpoint, world: None)
     sound = (path / "model.safetensors").read_bytes()
     where, passed = random.Random(0), 0
     for _ in range(20):
@@ -237,13 +229,13 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_it(
     state = trained_state(1)
     good = save_checkpoint(state, tmp_path)
     train_on(state, 1)
-    for moment in ("write_tensors", "_manifest", "flush_to_disk", "write_atomically"):
+    for moment in ("write_tensors", "manifest", "flush_to_disk", "write_atomically"):
         with monkeypatch.context() as patched:
 
             def crash(*_: object, **__: object) -> None:
                 raise OSError("no space left on device")
 
-            patched.setattr(checkpoint_room, moment, crash)
+            patched.setattr(saving, moment, crash)
             with pytest.raises(OSError, match="no space"):
                 save_checkpoint(state, tmp_path)
         assert newest(tmp_path) == good, moment
@@ -268,7 +260,7 @@ def test_a_passed_over_checkpoint_does_not_crowd_out_a_good_one(tmp_path: Path) 
 
 def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_room, "FORMAT", 99)
+        patched.setattr(saving, "FORMAT", 99)
         path = save_checkpoint(trained_state(1), tmp_path)
     with pytest.raises(ValueError, match="damaged|format 99"):
         read_model(path)

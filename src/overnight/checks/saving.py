@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from overnight import checkpoint, trainer
+from overnight import trainer
+from overnight.checkpoint import loading, saving
 from overnight.checks.check import Build, Finding
 from overnight.state import TrainState
 
@@ -18,8 +19,8 @@ def check_saving(build: Build, folder: Path) -> Finding:
     saved, loaded = build(), build()
     for _ in range(STEPS):
         trainer.train_step(saved.state, saved.training)
-    written = checkpoint.save_checkpoint(saved.state, folder)
-    checkpoint.load_checkpoint(loaded.state, written)
+    written = saving.save_checkpoint(saved.state, folder)
+    loading.load_checkpoint(loaded.state, written)
     faults = _compare(saved.state, loaded.state)
     parameters = len(dict(saved.state.model.named_parameters()))
     return Finding(
@@ -27,7 +28,7 @@ def check_saving(build: Build, folder: Path) -> Finding:
         measured="the same to the bit" if not faults else f"{len(faults)} differ",
         bound=f"{parameters} weights, moments, step",
         cause=f"a run that is resumed would not go on as it was: {'; '.join(faults[:3])}; look at "
-        "save_checkpoint and load_checkpoint in checkpoint.py",
+        "save_checkpoint and load_checkpoint in the folder checkpoint",
         figures={"differences": len(faults)},
     )
 

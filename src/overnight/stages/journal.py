@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from overnight.checkpoint import choose_kept, keep_only, list_checkpoints, read_step, save_checkpoint
+from overnight.checkpoint.background import Saver
+from overnight.checkpoint.layout import choose_kept, keep_only, list_checkpoints, read_step
 from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.stream import Batch, TokenStream
 from overnight.evaluation.language_model import (
@@ -49,6 +50,7 @@ class Journal:
         assert compute.device is not None
         assert compute.precision is not None
         self.peak_flops = find_peak_flops(compute.device, compute.precision)
+        self._saver = Saver(directory.checkpoints, job.world, directory.flush, self._delete_old)
         self._reference = find_band(flatten(job.recipe), job.materials.record())
 
     def __enter__(self) -> Journal:
@@ -67,6 +69,8 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not isinstance(error, KeyboardInterrupt):
+            self._saver.settle()
         self._open.__exit__(kind, error, trace)
 
     def hooks(self, total_steps: int) -> list[Hook]:
@@ -74,6 +78,7 @@ class Journal:
         recipe = self.job.recipe
         return [
             self.log,
+            lambda _: self._saver.look(),
             every(recipe.evaluation.evaluate_every_steps, self.evaluate, total_steps),
             every(self._steps_between_tasks(), self.judge_tasks, total_steps),
             every(recipe.samples.sample_every_steps, self.sample, total_steps),
@@ -212,13 +217,17 @@ class Journal:
             self._event("samples", {"prompt": prompt, "completion": text})
 
     def save(self) -> None:
-        """Publish a checkpoint of this step, once, and delete old ones: also what a killed run left to do."""
+        """Begin a checkpoint of this step, once; it is published soon, or, if the recipe says so, now."""
         state = self.job.state
         if self.saved_step != state.step:
-            if self.job.world.is_main:
-                self.directory.flush()
-            save_checkpoint(state, self.directory.checkpoints, self.job.world)
+            self._saver.save(state)
             self.saved_step = state.step
+        if not self.job.recipe.checkpoints.save_in_background:
+            self._saver.finish()
+
+    def finish_saving(self) -> None:
+        """Return when what was begun is published, and old ones are gone, also those a killed run left."""
+        self._saver.finish()
         if self.job.world.is_main:
             self._delete_old()
 

@@ -69,7 +69,7 @@ def _open_folder(folder: Path) -> OpenedModel:
 
 
 def _open_run(folder: Path) -> OpenedModel:
-    from overnight.checkpoint import read_model, read_newest
+    from overnight.checkpoint.loading import read_model, read_newest
 
     read = read_newest(RunDirectory(folder).checkpoints, lambda found: (read_model(found), found))
     if read is None:
@@ -78,7 +78,7 @@ def _open_run(folder: Path) -> OpenedModel:
 
 
 def _open_checkpoint(checkpoint: Path) -> OpenedModel:
-    from overnight.checkpoint import read_model
+    from overnight.checkpoint.loading import read_model
 
     return _with_tokenizer(read_model(checkpoint), checkpoint, checkpoint.parent.parent)
 

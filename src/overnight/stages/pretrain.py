@@ -13,12 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from torch import Tensor
 
 from overnight.batching import BatchConfig, BatchPlan, plan_batches
-from overnight.checkpoint import (
-    discard_checkpoints_after,
-    list_checkpoints,
-    load_checkpoint,
-    read_newest,
-)
+from overnight.checkpoint.layout import discard_checkpoints_after, list_checkpoints
+from overnight.checkpoint.loading import load_checkpoint, read_newest
 from overnight.data.ahead import read_ahead
 from overnight.data.growing import GrowingStream
 from overnight.loss import Head, nats_of_hidden
@@ -165,6 +161,7 @@ def train(job: Job, training: Training, directory: RunDirectory, tasks: Sequence
         with noting_failure(job, directory):
             fit(state, training, total_steps, journal.hooks(total_steps), may_not_go_on)
             journal.save()
+            journal.finish_saving()
         record_text(job, directory)
         reason = "its time limit" if is_over() else "a signal" if stopped() else "a lack of text"
         is_finished = state.step == total_steps

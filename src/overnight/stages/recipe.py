@@ -60,6 +60,8 @@ class CheckpointsConfig:
     """Keep those of every so many steps besides."""
     keep_best: bool = False
     """Keep the one with the lowest validation loss besides, of those there are when it is evaluated."""
+    save_in_background: bool = True
+    """Go on training while a checkpoint is written, from a copy in the host's memory; else wait for it."""
     stop_after: str | None = None
     """Save and stop after the step at which the command has run for so long: 7h50m, 90m, 1d12h."""
 

@@ -6,13 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from overnight.checkpoint import (
-    checkpoint_name,
-    discard_checkpoints_after,
-    list_checkpoints,
-    load_checkpoint,
-    read_newest,
-)
+from overnight.checkpoint.layout import checkpoint_name, discard_checkpoints_after, list_checkpoints
+from overnight.checkpoint.loading import load_checkpoint, read_newest
 from overnight.guard import Detour
 from overnight.run_directory import RunDirectory
 from overnight.stages.job import Job
@@ -31,6 +26,7 @@ def build_go_back(job: Job, directory: RunDirectory, journal: Journal) -> Callab
     def go_back() -> bool:
         if limit is None or job.state.guard.bad_steps < limit:
             return False
+        journal.finish_saving()
         roll_back(job, directory)
         journal.note_return()
         return True

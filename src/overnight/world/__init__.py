@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from overnight.world.place import Place, find_place
 if TYPE_CHECKING:
     from torch import Tensor
 
+LEFT_BEHIND = "left behind"  # the name of threads that the end of the process does not wait for
 LOST = 71  # the exit status of a process that ends because others have
 REFUSALS = "OVERNIGHT_REFUSALS_FILE"
 BUCKET_BYTES = 100_000_000  # sent at once: large enough for full speed, small beside the gradients
@@ -247,9 +249,10 @@ def leave(status: int) -> NoReturn:
     """End this process. One of several ends without Python's tidying up: what was to be written is.
 
     Once in some dozens of runs the threads of torch's communication brought a process down that had done all
-    its work, while Python was taking itself apart; a launcher takes that for a failure.
+    its work, while Python was taking itself apart; a launcher takes that for a failure. So does a process
+    that leaves a thread in the middle of its work.
     """
-    if is_launched():
+    if is_launched() or any(thread.name == LEFT_BEHIND for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

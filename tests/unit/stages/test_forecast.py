@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from overnight.batching import BatchConfig, constant_plan, plan_batches
-from overnight.checkpoint import save_checkpoint
+from overnight.checkpoint.saving import save_checkpoint
 from overnight.data.prepare import PrepareConfig, prepare
 from overnight.model.config import PRESETS, ModelConfig
 from overnight.model.gpt import GPT

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from overnight.checkpoint import save_checkpoint
+from overnight.checkpoint.saving import save_checkpoint
 from overnight.convert import hub
 from overnight.convert.huggingface import write_huggingface
 from overnight.decoding import DecodingPrecision, decoding_precisions

@@ -1,0 +1,138 @@
+"""A checkpoint -> TrainState, or a model: only if every byte is still the one that was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from overnight.checkpoint.layout import (
+    FORMAT,
+    MOMENTS,
+    READABLE,
+    file_names,
+    identify,
+    list_checkpoints,
+    manifest,
+)
+from overnight.guard import Guard
+from overnight.model.config import ModelConfig
+from overnight.model.gpt import GPT, allocate_model
+from overnight.model.initialization import weight_shapes
+from overnight.state import TrainState, own_rows
+from overnight.tensor_files import TensorFiles
+from overnight.terminal import say
+from overnight.world import ALONE, World
+
+Read = TypeVar("Read")
+
+
+def read_newest(folder: Path, read: Callable[[Path], Read]) -> Read | None:
+    """What `read` makes of the newest checkpoint that it can read; None if there is no checkpoint.
+
+    `read` refuses a damaged one with ValueError: that is said, and the one before it is tried. Raises
+    ValueError if there are checkpoints and none can be read.
+    """
+    found = list_checkpoints(folder)
+    for checkpoint in reversed(found):
+        try:
+            return read(checkpoint)
+        except ValueError as error:
+            say(f"{error}; trying the one before it")
+    if found:
+        raise ValueError(f"no checkpoint in {folder} is whole; begin again with another --run-name")
+    return None
+
+
+def verify_checkpoint(checkpoint: Path, world: World = ALONE) -> None:
+    """Raise ValueError unless every byte of `checkpoint` is as it was written; each process reads a share."""
+    with world.together():
+        try:
+            written = (checkpoint / "MANIFEST.json").read_bytes()
+            told = json.loads(written)
+            names = sorted(told["files"])
+            found = dict(told["files"])
+            for name in names[world.rank :: world.size]:
+                found[name] = identify(checkpoint / name)
+            sound = written == manifest(found, told["format"]).encode() and "state.json" in names
+        except OSError as error:
+            raise ValueError(
+                f"checkpoint {checkpoint} is incomplete: {error.strerror} ({error.filename})"
+            ) from None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise ValueError(
+                f"checkpoint {checkpoint} is damaged: its files are not what its MANIFEST.json says"
+            )
+
+
+def read_model(checkpoint: Path) -> GPT:
+    """The model of a checkpoint, on the CPU, in evaluation mode. Raises ValueError if it is damaged."""
+    about = _verified_state(checkpoint, ALONE)
+    model = allocate_model(ModelConfig(**about["model"]))
+    _read_weights(model, checkpoint, about)
+    return model.eval()
+
+
+@torch.no_grad()
+def load_checkpoint(state: TrainState, checkpoint: Path, world: World = ALONE) -> None:
+    """Make `state` what it was when `checkpoint` was saved. Raises ValueError if that is damaged.
+
+    Each process reads what it holds of the weights and moments, whoever wrote them.
+    """
+    about = _verified_state(checkpoint, world)
+    _read_weights(state.model, checkpoint, about)
+    moments = _open_files(checkpoint, about, "optimizer")
+    is_fused = state.optimizer.param_groups[0]["fused"]
+    updated = {parameter for group in state.optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in state.model.named_parameters():
+        if f"{name}.{MOMENTS[0]}" not in moments.shapes or parameter not in updated:
+            continue  # saved before the first step, when there were no moments; or another's to update
+        # Fused AdamW counts its updates beside the parameter, the other kinds on the CPU.
+        updates = torch.tensor(float(about["updates"]), device=parameter.device if is_fused else "cpu")
+        restored = {"step": updates}
+        for moment in MOMENTS:
+            restored[moment] = torch.zeros_like(parameter)
+            rows, first = own_rows(restored[moment])
+            moments.read(f"{name}.{moment}", rows, first)
+        state.optimizer.state[parameter] = restored
+    if about["loss_scale"]:
+        state.scaler.load_state_dict(about["loss_scale"])
+    state.guard = Guard.from_values(about["guard"]) if "guard" in about else Guard()
+    state.step = about["step"]
+
+
+@torch.no_grad()
+def _read_weights(model: GPT, checkpoint: Path, about: dict[str, Any]) -> None:
+    """Fill what this process holds of the parameters. Raises ValueError if they are not this model's."""
+    files = _open_files(checkpoint, about, "model")
+    shapes, expected = files.shapes, weight_shapes(model.config)
+    wrong = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+    if wrong:
+        raise ValueError(f"the weights of {checkpoint} do not fit the model: {', '.join(wrong)}")
+    for name, parameter in model.named_parameters():
+        rows, first = own_rows(parameter.detach())
+        files.read(name, rows, first)
+
+
+def _open_files(checkpoint: Path, about: dict[str, Any], kind: str) -> TensorFiles:
+    names: Sequence[str] = about.get("files", {}).get(kind) or file_names(kind, 1)
+    return TensorFiles([checkpoint / name for name in names])
+
+
+def _verified_state(checkpoint: Path, world: World) -> dict[str, Any]:
+    """state.json of a checkpoint that is whole and of this format."""
+    verify_checkpoint(checkpoint, world)
+    about: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    if about["format"] not in READABLE:
+        raise ValueError(
+            f"checkpoint {checkpoint} has format {about['format']}, this overnight reads {FORMAT}"
+        )
+    named = {name for names in about.get("files", {}).values() for name in names}
+    if missing := sorted(name for name in named if not (checkpoint / name).is_file()):
+        raise ValueError(f"checkpoint {checkpoint} is incomplete: {', '.join(missing)} is missing")
+    return about
