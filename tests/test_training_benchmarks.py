@@ -569,3 +569,13 @@ def test_every_figure_can_be_had_as_json(
     report = measure.Report(title="T", headings=["side"], rows=[], measured=measured._asdict())
     report.show(as_json=True)
     assert json.loads(capsys.readouterr().out)["measured"]["turns"]["a"][0]["milliseconds"] == 1.0
+
+
+def test_a_save_that_is_waited_for_and_one_that_is_not(benchmarks: dict[str, Any], tmp_path: Path) -> None:
+    saving = benchmarks["saving"]
+    state = saving.build_state(
+        ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=128, vocab_size=50), "cpu"
+    )
+    assert all(side() > 0 for side in saving.sides(state, tmp_path).values())
+    assert len(saving.step_beside(state, tmp_path, repeats=2)) == 2
+    assert list(tmp_path.iterdir()) == []

@@ -108,6 +108,9 @@ def _memory(outlook: Outlook) -> Section:
     evaluating = outlook.evaluation_peak_memory_bytes or 0
     if evaluating > (outlook.peak_memory_bytes or 0):
         lines.append(Line("", size(evaluating), "while evaluating"))
+    if outlook.recipe.checkpoints.save_in_background:
+        held = outlook.work.checkpoint_bytes // outlook.team.processes
+        lines.append(Line("besides", size(held), "of the CPU's memory, while a checkpoint is written"))
     for way in outlook.ways_out:
         lines.append(Line("would fit", size(way.needed_bytes), way.options.replace(" --", "\n--")))
     if outlook.several:
@@ -200,11 +203,12 @@ def _time(outlook: Outlook, paces: tuple[Pace, Pace, Pace]) -> Section:
     fast, likely, slow = (sum(outlook.seconds(pace).values()) for pace in paces)
     work, parts = outlook.work, outlook.seconds(paces[1])
     each = (work.evaluated_tokens or 0) / max(1, work.evaluations)
+    meanwhile = ", at most: it trains meanwhile" if outlook.recipe.checkpoints.save_in_background else ""
     notes = {
         "training": f"{work.steps:,} steps, {short(work.tokens)} tokens",
         "evaluation": f"{work.evaluations} times {short(each)} tokens",
         "samples": f"{short(work.sampled_tokens)} tokens",
-        "checkpoints": f"{work.checkpoints} times {size(work.checkpoint_bytes)}",
+        "checkpoints": f"{work.checkpoints} times {size(work.checkpoint_bytes)}{meanwhile}",
         "compilation": "and all else that only the first step does",
     }
     lines = [Line(name, duration(seconds), notes[name]) for name, seconds in parts.items() if seconds]

@@ -1,0 +1,140 @@
+"""How long training waits for a checkpoint: until it is on the disk, or until it is copied for a thread.
+
+    python benchmarks/saving.py --repeats 5 --folder .
+
+The state has the size of a GPT-2 with AdamW's moments; each side saves it in turn, into a folder on the disk
+that is to be measured. Beside it: how much longer a step takes while the thread writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from measure import Report, interleave, milliseconds, paired_ratio, run_plainly, spread
+from overnight.model.config import PRESETS, ModelConfig
+
+HEADINGS = ("training waits", "median ms", "min", "max", "times as short")
+FOREGROUND, BACKGROUND = "until it is on the disk", "until it is copied"
+
+
+def build_state(config: ModelConfig, device: str) -> Any:
+    """A model of that size and its optimizer, with moments of noise."""
+    import torch
+
+    from overnight.model.gpt import GPT
+    from overnight.model.initialization import initialize
+    from overnight.optim import OptimizerConfig, build_optimizer
+    from overnight.state import TrainState
+
+    model = GPT(config)
+    initialize(model, 0)
+    model.to(device)
+    state = TrainState(model, build_optimizer(model, OptimizerConfig()))
+    for parameter in model.parameters():
+        moments = {name: torch.randn_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        state.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
+    return state
+
+
+def sides(state: Any, folder: Path) -> dict[str, Callable[[], float]]:
+    """Milliseconds that `save` takes, and with `finish`; what a side has written is deleted after it."""
+    from overnight.checkpoint.background import Saver
+    from overnight.world import ALONE
+
+    numbers: Iterator[int] = itertools.count()
+
+    def save(*, waits: bool) -> float:
+        place = folder / f"run-{next(numbers)}" / "checkpoints"
+        saver = Saver(place, ALONE, lambda: None, lambda: None)
+
+        def begin() -> None:
+            saver.save(state)
+            if waits:
+                saver.finish()
+
+        spent = milliseconds(begin)
+        saver.finish()
+        shutil.rmtree(place.parent)
+        return spent
+
+    return {FOREGROUND: lambda: save(waits=True), BACKGROUND: lambda: save(waits=False)}
+
+
+def step_beside(state: Any, folder: Path, repeats: int) -> list[tuple[float, float]]:
+    """(milliseconds of a forward and backward pass alone, the same while a thread writes), in turn."""
+    import torch
+
+    from overnight.checkpoint.background import Saver
+    from overnight.world import ALONE
+
+    config, device = state.model.config, next(state.model.parameters()).device
+    ids = torch.randint(config.vocab_size, (1, 128), device=device)
+
+    def step() -> None:
+        state.model(ids).logsumexp(-1).mean().backward()
+        state.optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    step()
+    found = []
+    for number in range(repeats):
+        alone = milliseconds(step)
+        place = folder / f"beside-{number}" / "checkpoints"
+        saver = Saver(place, ALONE, lambda: None, lambda: None)
+        saver.save(state)
+        found.append((alone, milliseconds(step)))
+        saver.finish()
+        shutil.rmtree(place.parent)
+    return found
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Save in turn."""
+    state = build_state(PRESETS[options.preset], options.device)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        found = interleave(sides(state, Path(folder)), options.repeats, warm_ups=1)
+        beside = step_beside(state, Path(folder), options.repeats)
+    ratio = paired_ratio(found[BACKGROUND], found[FOREGROUND])
+    slower = statistics.median(meanwhile / alone for alone, meanwhile in beside)
+    size = 12 * state.model.config.parameter_count() / 1e9
+    return Report(
+        title="How long training waits for a checkpoint",
+        headings=HEADINGS,
+        rows=[
+            [FOREGROUND, *spread(found[FOREGROUND]), "1"],
+            [BACKGROUND, *spread(found[BACKGROUND]), f"{ratio:.1f}"],
+        ],
+        measured={**found, "alone_meanwhile": beside},
+        notes=[
+            f"{size:.2f} GB; forward and backward of 128 tokens take {slower:.2f} times as long while the "
+            "thread writes."
+        ],
+        settings={"model": options.preset, "device": options.device, "repeats": options.repeats},
+    )
+
+
+def read_options(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="gpt2-124m", help="the size of the model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to be measured; the temporary one's if left out"
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    chosen = read_options(sys.argv[1:])
+    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
