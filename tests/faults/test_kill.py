@@ -72,6 +72,23 @@ from overnight.cli import main
 sys.exit(main(words))
 """
 
+# A checkpoint whose writing has no end; and the end of the process as `overnight` has it.
+STUCK = """
+import os, time
+
+os.chdir(folder)
+from overnight.checkpoint import background
+
+def write_for_ever(*given):
+    open("writing", "w").close()
+    time.sleep(900)
+
+background.write_own = write_for_ever
+from overnight.cli import main
+from overnight.world import leave
+leave(main(words))
+"""
+
 FORGETFUL = """
 from overnight.stages import pretrain
 
@@ -216,3 +233,18 @@ def test_the_comparison_sees_a_lost_optimizer(folder: Path, undisturbed: dict[st
     assert outcome(start(folder, r"open .*metrics\.jsonl a", 8)) == -signal.SIGKILL
     assert outcome(start(folder, script=FORGETFUL + START)) == 0
     assert record(folder)["metrics"] != undisturbed["metrics"]
+
+
+def test_told_twice_it_does_not_wait_for_a_checkpoint_that_is_written(folder: Path) -> None:
+    """The first signal lets the step end, and its save waits for a thread; the second ends it all."""
+    process = start(folder, script=STUCK)
+    while not (folder / "writing").exists():
+        assert process.is_alive()
+        time.sleep(0.001)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(1)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    assert outcome(process) == 130
+    assert outcome(start(folder)) == 0
