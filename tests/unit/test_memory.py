@@ -145,7 +145,7 @@ def test_a_chunked_head_takes_a_chunk_s_logits_and_a_gradient_of_its_weights(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "CHUNK_BYTES_AT_LEAST", 1)  # or these few positions would be a single chunk
-    sizes = replace(SIZES, n_layer=1, vocab_size=20_000)
+    sizes = replace(SIZES, n_layer=1, vocab_size=8_000)
     model, ids = build(sizes)
     taken = {}
     for head in ("whole", "chunked"):

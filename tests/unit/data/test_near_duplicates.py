@@ -259,7 +259,7 @@ def test_more_units_are_compared_anew(config: PrepareConfig, monkeypatch: pytest
         prepare_module, "want_units", lambda place, units: wanted.append(units) or real(place, units)
     )
     monkeypatch.setattr(prepare_module, "BYTES_PER_TOKEN_AT_MOST", 1)
-    for workers in (1, 8):
+    for workers in (1, 3):
         cut = elsewhere(config, f"cut-{workers}", tokens=tokens, workers=workers)
         prepare(cut)
         for name, content in contents(whole.out).items():
