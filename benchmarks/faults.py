@@ -29,6 +29,7 @@ from faults_crashes import measure_crashes, measure_errors
 from faults_damage import measure_corruption, measure_fallback
 from faults_kills import measure_kills, measure_starts
 from faults_long import measure_leaks, measure_rows
+from faults_preparation import measure_preparation
 from faults_stops import measure_signals, measure_stops
 from faults_trials import Place, prepare_place
 from measure import Report, run_plainly
@@ -65,6 +66,18 @@ PARTS: dict[str, tuple[Measure, dict[str, Any], dict[str, Any]]] = {
         measure_leaks,
         {"steps": 10_000, "control_steps": 2000},
         {"steps": 1200, "control_steps": 1200},
+    ),
+    "preparation": (
+        measure_preparation,
+        {
+            "preparations": 50,
+            "changes": None,
+            "controls": 12,
+            "crowds": 20,
+            "commands": 8,
+            "surroundings": None,
+        },
+        {"preparations": 2, "changes": 2, "controls": 2, "crowds": 1, "commands": 3, "surroundings": 1},
     ),
     "starts": (measure_starts, {"rounds": 20, "starts": 50}, {"rounds": 1, "starts": 10}),
 }

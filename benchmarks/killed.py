@@ -4,13 +4,13 @@
 
 `overnight prepare` is started and killed (SIGKILL) after a random time, until it was killed so often; each
 time the same command follows, and goes on. Whenever it completes, the folder is held against one that was
-written in peace.
+written in peace. This is the form for a real corpus; `faults.py --parts preparation` makes a small one, and
+tries every change of the disk, many commands at once and other surroundings as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import random
 import shutil
 import subprocess
@@ -20,45 +20,32 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from faults_corpus import digest, find_wrong
 from measure import Report, run_plainly
 
 HEADINGS = ("what", "count")
 
 
-def digest(folder: Path) -> str:
-    """Of all names and contents below a folder."""
-    total = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        total.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
 def measure(options: argparse.Namespace) -> Report:
-    """Kill and go on. Raises ValueError if a folder differs."""
+    """Kill and go on. Raises ValueError if a folder differs, or something is left beside it."""
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "overnight", "prepare", str(options.corpus)]
         command += ["--tokenizer", str(options.bpe), "--out"]
         started_at = time.perf_counter()
-        subprocess.run([*command, f"{place}/peace"], check=True, capture_output=True)
+        subprocess.run([*command, f"{place}/in/peace"], check=True, capture_output=True)
         seconds = time.perf_counter() - started_at
-        expected = digest(Path(place, "peace"))
+        expected = digest(Path(place, "in", "peace"))
         kills = completed = 0
-        out = Path(place, "killed")
+        out = Path(place, "out", "killed")
         while kills < options.kills or not out.exists():
-            process = subprocess.Popen(
-                [*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            kills += kill_after(
+                [*command, str(out)], draw.uniform(0, seconds) if kills < options.kills else None
             )
-            try:
-                process.wait(draw.uniform(0, seconds) if kills < options.kills else None)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                kills += 1
             if out.exists():
                 completed += 1
-                if digest(out) != expected:
-                    raise ValueError(f"after {kills} kills the folder differs from one written in peace")
+                if wrong := find_wrong(out, expected):
+                    raise ValueError(f"after {kills} kills: {wrong}")
                 if kills < options.kills:
                     shutil.rmtree(out)
     return Report(
@@ -72,6 +59,22 @@ def measure(options: argparse.Namespace) -> Report:
         measured={"kills": kills, "completed": completed},
         settings={"seed": options.seed, "sha256": expected[:16]},
     )
+
+
+def kill_after(command: Sequence[str], seconds: float | None) -> bool:
+    """True if the command was killed, since it was not done after so many seconds.
+
+    Raises ValueError if it ends in another way.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        if status := process.wait(seconds):
+            raise ValueError(f"the command ended with status {status}: {' '.join(command)}")
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return True
+    return False
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:

@@ -95,6 +95,26 @@ def test_killed_it_goes_on_and_a_difference_is_noticed(
     assert json.loads(report.as_json())["measured"]["kills"] == 2
     assert report.measured["completed"] >= 1
     real = module.digest
-    monkeypatch.setattr(module, "digest", lambda folder: real(folder) + folder.name)
+    monkeypatch.setattr(module, "digest", lambda folder: real(folder) + "another")
     with pytest.raises(ValueError, match="the folder differs from one written in peace"):
         module.measure(asked)
+
+
+def test_a_command_that_fails_is_told(benchmarks: dict[str, Any], tmp_path: Path) -> None:
+    """Or the same command would be given for ever."""
+    with pytest.raises(ValueError, match="ended with status 1"):
+        benchmarks["killed"].kill_after(["false"], None)
+    assert benchmarks["killed"].kill_after(["sleep", "60"], 0.05)
+
+
+def test_what_is_left_beside_a_folder_is_told(benchmarks: dict[str, Any], tmp_path: Path) -> None:
+    corpus = benchmarks["faults_corpus"]
+    out = corpus.make_corpus(tmp_path / "out", seed=1, text_bytes=20_000)
+    assert len([path for path in out.rglob("*") if path.is_file()]) == len(corpus.NAMES)
+    expected = corpus.digest(out)
+    (tmp_path / ".out.lock").touch()
+    assert corpus.find_wrong(out, expected) is None
+    (tmp_path / ".out.partial").mkdir()
+    assert corpus.find_wrong(out, expected) == "left beside the folder: .out.partial"
+    (out / "9.txt").write_text("other")
+    assert corpus.find_wrong(out, expected) == "the folder differs from one written in peace"

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from overnight import __version__
 from overnight.data.counting import byte_lengths, chunks, count_ids
-from overnight.data.files import TextFile, first_line, hash_files
+from overnight.data.files import TextFile, as_utf8, first_line, hash_files
 from overnight.data.output import appear, check_disk, in_hiding
 from overnight.data.shards import SPLITS, Manifest, Shard, write_manifest
 from overnight.data.token_file import (
@@ -94,14 +94,14 @@ def plan_adoption(config: PrepareConfig) -> tuple[Request, Callable[[Path], Mani
     _mind_pickle(folder, config.tokenizer_name)
     tokenizer = load_tokenizer(config.tokenizer_name)
     request: Request = {
-        "from_shards": folder.resolve().name,
+        "from_shards": as_utf8(folder.resolve().name),
         "source_sha256": hash_files(
-            TextFile(str(file.path), file.path.name, file.path.stat().st_size) for file in files
+            TextFile(str(file.path), as_utf8(file.path.name), file.path.stat().st_size) for file in files
         ),
         "tokenizer": f"{tokenizer.name} {tokenizer.fingerprint}",
         "shard_tokens": config.shard_tokens,
     }
-    adoption = Adoption(folder.resolve().name, files, tokenizer, request, config.shard_tokens)
+    adoption = Adoption(as_utf8(folder.resolve().name), files, tokenizer, request, config.shard_tokens)
     return request, lambda shown: fill_adopted(shown, adoption)
 
 

@@ -81,6 +81,11 @@ def plain_name(name: str) -> str:
     return path.with_suffix("").stem if path.suffix.lower() in PACKINGS else path.stem
 
 
+def as_utf8(name: str) -> str:
+    """A file's name read as UTF-8, whatever the locale says: the same on every machine."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def is_remote(source: str) -> bool:
     """True for hf://..., s3://... and every other URL."""
     return "://" in source
@@ -113,13 +118,13 @@ def _find_here(source: Path) -> list[TextFile]:
     if source.is_file():
         if kind_of(source.name) is None:
             raise ValueError(f"{source} is not a kind of file that can be read ({', '.join(KINDS)})")
-        return [TextFile(str(source), source.name, source.stat().st_size)]
+        return [TextFile(str(source), as_utf8(source.name), source.stat().st_size)]
     found = []
     for folder, folders, names in os.walk(source):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(folder, name) for name in names if not name.startswith(".") and kind_of(name)]
         found += [
-            TextFile(str(path), path.relative_to(source).as_posix(), path.stat().st_size)
+            TextFile(str(path), as_utf8(path.relative_to(source).as_posix()), path.stat().st_size)
             for path in paths
             if path.is_file()
         ]

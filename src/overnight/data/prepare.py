@@ -43,10 +43,12 @@ from overnight.data.steps import (
 )
 from overnight.data.token_file import HEADER_BYTES, token_format
 from overnight.data.work import (
+    SLURM_JOB,
     Request,
     Work,
     group_parts,
     is_begun,
+    is_complete,
     open_tokenizer,
     read_work,
     want_units,
@@ -101,30 +103,37 @@ def _fill(folder: Path, work: Work, config: PrepareConfig) -> Manifest | None:
     """Do all the work, or what is left of it."""
     if work.near_duplicates == "drop":
         require_datatrove()
-    enough = work.units_for(float("inf") if work.tokens is None else work.tokens * BYTES_PER_TOKEN_AT_MOST)
     with in_hiding(folder, lambda place: is_begun(place, work)) as place:
-        if not is_begun(place, work):
-            (place / "units").mkdir()
-            want_units(place, min(enough, work.units_for(EARLY_BYTES)) if _shows_early(config) else enough)
-            write_work(place, work)
-        if work.benchmarks and not (place / "benchmarks").is_dir():
-            save_index(place, build_index(benchmark_names(config.benchmark_paths)))
-        if not (place / "tokenizer").is_dir():
-            _build_tokenizer(place, work, config.tokenizer_name)
-            check_disk(place, _estimate_bytes(place, work))
-        if config.executor == "slurm":
-            _hand_to_slurm(place, config)
+        if _is_with_slurm(place) or not (is_complete(place) or _fill_place(place, work, config)):
             return None
-        _encode_here(place, config, enough)
-        while _is_short(place):
-            forget_clusters(place)
-            enough = min(len(work.units), 2 * wanted_units(place))
-            _encode_here(place, config, enough)
-        decide_all(place)
-        run_step(write_shards, place, count_writers(place), config)
         manifest = finish(place)
     appear(folder)
     return manifest
+
+
+def _fill_place(place: Path, work: Work, config: PrepareConfig) -> bool:
+    """Everything but the manifest; False if it was handed to Slurm."""
+    enough = work.units_for(float("inf") if work.tokens is None else work.tokens * BYTES_PER_TOKEN_AT_MOST)
+    if not is_begun(place, work):
+        (place / "units").mkdir()
+        want_units(place, min(enough, work.units_for(EARLY_BYTES)) if _shows_early(config) else enough)
+        write_work(place, work)
+    if work.benchmarks and not (place / "benchmarks").is_dir():
+        save_index(place, build_index(benchmark_names(config.benchmark_paths)))
+    if not (place / "tokenizer").is_dir():
+        _build_tokenizer(place, work, config.tokenizer_name)
+        check_disk(place, _estimate_bytes(place, work))
+    if config.executor == "slurm":
+        _hand_to_slurm(place, config)
+        return False
+    _encode_here(place, config, enough)
+    while _is_short(place):
+        forget_clusters(place)
+        enough = min(len(work.units), 2 * wanted_units(place))
+        _encode_here(place, config, enough)
+    decide_all(place)
+    run_step(write_shards, place, count_writers(place), config)
+    return True
 
 
 def _shows_early(config: PrepareConfig) -> bool:
@@ -178,18 +187,23 @@ def _watch_encoding(place: Path, work: Work, advance: Callable[..., None]) -> Ca
     return watch
 
 
+def _is_with_slurm(place: Path) -> bool:
+    """True, and said, if Slurm was given this work and has not ended it."""
+    submitted = place / SLURM_JOB
+    if not (submitted.is_file() and is_at_work(number := submitted.read_text(encoding="utf-8").strip())):
+        return False
+    say(f"Slurm is at it already: see squeue --jobs {number}, or cancel that to begin again")
+    return True
+
+
 def _hand_to_slurm(place: Path, config: PrepareConfig) -> None:
-    """Submit all steps as a chain of job arrays, unless they are at work already."""
-    submitted = place / "slurm-job"
-    if submitted.is_file() and is_at_work(number := submitted.read_text(encoding="utf-8").strip()):
-        say(f"Slurm is at it already: see squeue --jobs {number}, or cancel that to begin again")
-        return
+    """Submit all steps as a chain of job arrays."""
     jobs = min(wanted_units(place), config.tasks or JOBS)
     comparing = comparing_steps(jobs) if config.near_duplicates == "drop" else []
     steps = [(encode, jobs), *comparing, (decide_all, 1), (write_shards, jobs), (publish, 1)]
     number = submit_to_slurm(steps, place, config)
     if place.is_dir():  # it may be done by now
-        write_atomically(submitted, f"{number}\n")
+        write_atomically(place / SLURM_JOB, f"{number}\n")
     say(
         f"handed to Slurm, in {len(steps)} arrays of jobs; once job {number} is done, "
         "the same command finds it done"

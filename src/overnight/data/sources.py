@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from overnight.cache import cache_folder
 from overnight.data.documents import Document, Part, read_part
-from overnight.data.files import TextFile, find_files, hash_files, is_remote, plain_name
+from overnight.data.files import TextFile, as_utf8, find_files, hash_files, is_remote, plain_name
 from overnight.data.python_docs import library_files, library_folder, python_documents
 from overnight.run_directory import write_atomically
 from overnight.settings import nearest
@@ -101,7 +101,7 @@ def open_source(source: str, subset: str | None = None, from_file: str | None = 
     if source == "openwebtext":
         return _open_elsewhere(name, OPENWEBTEXT, "CC0 1.0 (the packaging; the texts are their authors')")
     files = tuple(find_files(source))
-    return Source(name, "not stated", hash_files(files), 0.01, files)
+    return Source(as_utf8(name), "not stated", hash_files(files), 0.01, files)
 
 
 def read_parts(parts: Sequence[Part], text_column: str) -> Iterator[Document]:

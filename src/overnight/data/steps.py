@@ -14,8 +14,8 @@ from overnight.data.encode import encode_unit
 from overnight.data.output import appear, shown_folder
 from overnight.data.request import MOST_SHARDS
 from overnight.data.selection import KEPT
-from overnight.data.shards import SO_FAR, SPLITS, Manifest, Shard, write_manifest
-from overnight.data.work import open_tokenizer, read_work, remove_traces, wanted_units
+from overnight.data.shards import SO_FAR, SPLITS, Manifest, Shard, read_manifest, write_manifest
+from overnight.data.work import is_complete, open_tokenizer, read_work, remove_traces, wanted_units
 from overnight.run_directory import flush_folder
 
 TOKENS_OF_WRITER = 1_000_000_000  # that one process puts together: some seconds
@@ -86,17 +86,22 @@ def publish(place: Path, _rank: int = 0, _ranks: int = 1) -> None:
 
 
 def finish(place: Path) -> Manifest:
-    """Write the manifest, and remove what only the work needed."""
+    """Write the manifest, and remove what only the work needed; goes on where it was killed."""
+    if not is_complete(place):
+        write_manifest(place, _describe_all(place))
+    manifest = read_manifest(place)
+    remove_traces(place, {shard.name for split in SPLITS for shard in manifest.shards(split)})
+    flush_folder(place)
+    return manifest
+
+
+def _describe_all(place: Path) -> Manifest:
     layout, tokens = read_layout(place), read_work(place).shard_tokens
     shards = {
         split: tuple(write_shard(place, split, index) for index in range(layout.shards(split, tokens)))
         for split in SPLITS
     }
-    manifest = _describe(place, layout, shards)
-    write_manifest(place, manifest)
-    remove_traces(place, {shard.name for split in SPLITS for shard in shards[split]})
-    flush_folder(place)
-    return manifest
+    return _describe(place, layout, shards)
 
 
 def show_so_far(place: Path) -> None:

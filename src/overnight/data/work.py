@@ -8,6 +8,7 @@ The folder that is being filled, hidden beside the one that it will be:
     near/                near-duplicates, see near_duplicates.py
     units/               what one unit became: 00017.ids, 00017.documents.npy, and, last, 00017.json
     fates.npy            what became of every document
+    slurm-job            its number, if Slurm does the work
     layout.json          where each unit's tokens stand, hence how many shards there are
     train-00000.bin ...  and last manifest.json
     so-far.json          a manifest of the shards that are complete, while there is more to come
@@ -27,12 +28,13 @@ from typing import TYPE_CHECKING, Any
 
 from overnight.data.documents import Part
 from overnight.data.files import TextFile
-from overnight.data.shards import MANIFEST
+from overnight.data.shards import MANIFEST, read_manifest
 from overnight.run_directory import write_atomically
 
 if TYPE_CHECKING:
     from overnight.text.tokenizer import Tokenizer
 
+SLURM_JOB = "slurm-job"
 Unit = tuple[Part, ...]
 Request = dict[str, str | int | float | None]
 
@@ -95,10 +97,16 @@ def _read_part(values: dict[str, Any]) -> Part:
     return Part(TextFile(**values["file"]), groups and tuple(groups))
 
 
+def is_complete(place: Path) -> bool:
+    """True if all is done but for removing what only the work needed; some of that may be gone."""
+    return (place / MANIFEST).is_file()
+
+
 def is_begun(place: Path, work: Work) -> bool:
-    """True if the folder holds a beginning of this very work."""
+    """True if the folder holds a beginning of this very work, or all of it."""
     try:
-        return read_work(place).request == work.request
+        request = read_manifest(place).request if is_complete(place) else read_work(place).request
+        return request == work.request
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
@@ -114,8 +122,11 @@ def wanted_units(place: Path) -> int:
 
 
 def remove_traces(place: Path, shards: Container[str]) -> None:
-    """Remove everything but what is to stay: the shards of these names, tokenizer and manifest."""
-    for path in place.iterdir():
+    """Remove everything but what is to stay: the shards of these names, tokenizer and manifest.
+
+    The last to go says who is at it.
+    """
+    for path in sorted(place.iterdir(), key=lambda path: path.name == SLURM_JOB):
         if path.name in {"tokenizer", MANIFEST} or path.name in shards:
             continue
         if path.is_dir():

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import http.client
 import io
+import os
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -94,6 +97,36 @@ def test_files_and_folders(tmp_path: Path) -> None:
     assert (source.name, source.licence) == (tmp_path.name, "not stated")
     with pytest.raises(ValueError, match="from_file is for a source that is downloaded"):
         open_source(str(tmp_path), from_file="x")
+
+
+ELSEWHERE = """
+import sys
+from overnight.data.sources import open_source
+opened = open_source(sys.argv[1])
+print(ascii([opened.name, opened.sha256, [file.name for file in opened.files]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a name must be UTF-8")
+def test_names_that_the_locale_can_not_read_are_the_same(tmp_path: Path) -> None:
+    """C without Python's UTF-8: names arrive as surrogates, which nothing can encode."""
+    folder = tmp_path / "Texte-中"
+    folder.mkdir()
+    for name in ("Äpfel.txt", "zebra.txt", "中.txt", os.fsdecode(b"not-\xff-utf8.txt")):
+        (folder / name).write_text("a text")
+    said = []
+    for variables in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        done = subprocess.run(
+            [sys.executable, "-c", ELSEWHERE, str(folder)],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert not done.returncode, done.stderr
+        said.append(done.stdout)
+    assert said[0] == said[1]
+    assert ascii(["not-\\xff-utf8.txt", "zebra.txt", "Äpfel.txt", "中.txt"]) in said[0]
 
 
 def test_the_hash_is_of_names_and_contents_and_not_of_the_place(tmp_path: Path) -> None:

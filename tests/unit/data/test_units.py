@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -141,6 +142,35 @@ def test_what_was_encoded_before_an_interruption_is_not_encoded_again(
     prepare(config)
     assert {name: seen[name] for name in done} == done
     assert len(seen) == 10
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        *(["wanted"], ["units"], ["layout.json"], ["fates.npy"], ["train-00000.json"], ["work.json"]),
+        ["work.json", "units", "wanted", "fates.npy", "layout.json", "so-far.json"],
+    ],
+)
+def test_killed_while_it_clears_up_it_goes_on(
+    config: PrepareConfig, small_units: None, monkeypatch: pytest.MonkeyPatch, gone: list[str]
+) -> None:
+    """A folder lists what it holds in any order, and so any of it may be the first that is gone."""
+    expected = elsewhere(config, "expected")
+    prepare(expected)
+
+    def remove_some(place: Path, _shards: Any) -> None:
+        for name in gone:
+            path = place / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps_module, "remove_traces", remove_some)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    monkeypatch.setattr(prepare_module, "encode", None)  # nothing is done twice
+    prepare(config)
+    assert contents(config.out) == contents(expected.out)
 
 
 def test_a_beginning_of_something_else_is_not_gone_on_with(config: PrepareConfig) -> None:
