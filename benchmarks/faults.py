@@ -27,10 +27,12 @@ from distributed import find_commit, put
 from faults_background import measure_background
 from faults_crashes import measure_crashes, measure_errors
 from faults_damage import measure_corruption, measure_fallback
+from faults_environments import measure_environments
 from faults_kills import measure_kills, measure_starts
 from faults_long import measure_leaks, measure_rows
 from faults_preparation import measure_preparation
-from faults_stops import measure_signals, measure_stops
+from faults_signals import measure_signals
+from faults_stops import measure_stops
 from faults_trials import Place, prepare_place
 from measure import Report, run_plainly
 
@@ -50,7 +52,7 @@ PARTS: dict[str, tuple[Measure, dict[str, Any], dict[str, Any]]] = {
     ),
     "errors": (
         measure_errors,
-        {"errors": None, "resumed": 25, "limits": 30, "controls": 12},
+        {"errors": None, "resumed": None, "limits": 30, "controls": 12},
         {"errors": 2, "resumed": 1, "limits": 1, "controls": 4},
     ),
     "background": (
@@ -58,9 +60,18 @@ PARTS: dict[str, tuple[Measure, dict[str, Any], dict[str, Any]]] = {
         {"changed": 40, "killed": 40, "failed": 40},
         {"changed": 2, "killed": 2, "failed": 2},
     ),
+    "environments": (
+        measure_environments,
+        {"troubles": None, "mutants": None},
+        {"troubles": 5, "mutants": 1},
+    ),
     "stops": (measure_stops, {"schedules": 100, "of_each": 10}, {"schedules": 4, "of_each": 2}),
     "kills": (measure_kills, {"kills": 100}, {"kills": 5}),
-    "signals": (measure_signals, {"signals": 60, "twice": 10}, {"signals": 3, "twice": 1}),
+    "signals": (
+        measure_signals,
+        {"phases": 5, "of_each_phase": 12, "signals": 60, "twice": 10},
+        {"phases": 1, "of_each_phase": 1, "signals": 1, "twice": 1},
+    ),
     "rows": (measure_rows, {"streams": 2}, {"streams": 1}),
     "leaks": (
         measure_leaks,

@@ -1,33 +1,24 @@
-"""R1, S1: runs are told to stop, at random steps and at random moments, and go on to the same bits."""
+"""R1: runs are told to stop at random steps, again and again, and go on to the same bits."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import random
-import re
 import shutil
 import signal
-import statistics
-import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from faults_crashes import newest_whole
-from faults_kills import count_lines, forget_moments
+from faults_kills import forget_moments
 from faults_trials import (
     DONE,
     INTERRUPTED,
     Before,
     Place,
-    check_lines,
     finish,
     record,
     report,
-    start,
     train,
 )
 from measure import Report
@@ -143,153 +134,3 @@ def catch_stopped(place: Place, mutant: Before, seed: int) -> str:
     if essence(stopped) == essence(whole):
         raise ValueError(f"the mutant {name} was not caught: the campaign proves nothing")
     return "1/1"
-
-
-# ---------------------------------------------------------------- signals
-
-
-LONGER: dict[str, object] = {"steps": 60, "save": 4, "evaluate": 3}
-
-
-class Stopped(NamedTuple):
-    """What a signal did."""
-
-    phase: str
-    seconds: float
-    """From the signal to the end of the process."""
-
-
-def signal_once(folder: Path, number: int, moment: float, before: Before | None = None) -> Stopped | None:
-    """Send a signal after so many seconds; None if the run was done before.
-
-    Raises ValueError if it did not stop as promised: the step saved, status 130; before training there is
-    nothing to save, and the signal ends the process.
-    """
-    trial = start(folder, before)
-    if trial.wait(moment):
-        trial.ended()
-        return None
-    while not trial.said.exists() and not trial.wait(0.001):
-        pass  # the process is not the command's yet
-    phase = find_phase(folder)
-    sent_at = time.monotonic()
-    trial.send(number)
-    ended = trial.ended()
-    seconds = time.monotonic() - sent_at
-    told = re.search(r"stopped and saved after step (\d+)", ended.said)
-    if told and ended.status == INTERRUPTED and "next: overnight train --resume" in ended.said:
-        step = int(told.group(1))
-        if len(check_lines(folder)) != step or (newest_whole(folder) != step):
-            raise ValueError(f"step {step} was not saved: {ended.said[-500:]}")
-        return Stopped(phase, seconds)
-    if ended.status == DONE or "trained runs/small" in ended.said:
-        return None
-    if phase == "starting" and ended.status in {INTERRUPTED, -number} and "Traceback" not in ended.said:
-        return Stopped(phase, seconds)
-    raise ValueError(f"signal {number} while {phase}: status {ended.status}: {ended.said[-1500:]}")
-
-
-def find_phase(folder: Path) -> str:
-    """What a run is doing, as its files tell."""
-    from overnight.run_directory import RunDirectory
-
-    directory = RunDirectory(folder / "runs/small")
-    if any(directory.checkpoints.glob(".building-*")):
-        return "saving"
-    with contextlib.suppress(ValueError):
-        if directory.read_metrics():
-            return "training"
-    return "starting"
-
-
-def slow_step() -> None:
-    """Each step takes a quarter of an hour."""
-    from overnight import trainer
-
-    step = trainer.train_step
-
-    def wait_and_step(*given: Any) -> Any:
-        Path("in-step").touch()
-        time.sleep(900)
-        return step(*given)
-
-    trainer.train_step = wait_and_step
-
-
-def signal_twice(folder: Path) -> float:
-    """Seconds from the second signal, in the middle of a step, to the end. Raises ValueError if it waits."""
-    trial = start(folder, slow_step)
-    while not (folder / "in-step").exists():
-        time.sleep(0.005)
-    trial.send(signal.SIGTERM)
-    time.sleep(0.1)
-    if trial.wait(0):
-        raise ValueError("the first signal did not wait for the step")
-    sent_at = time.monotonic()
-    trial.send(signal.SIGTERM)
-    ended = trial.ended()
-    if ended.status != INTERRUPTED:
-        raise ValueError(f"a second signal: status {ended.status}: {ended.said[-500:]}")
-    return time.monotonic() - sent_at
-
-
-def deaf() -> None:
-    """A mutant: nobody has told the system what to do about signals."""
-    from overnight.stages import pretrain
-
-    @contextlib.contextmanager
-    def ignore() -> Iterator[Any]:
-        yield lambda: False
-
-    pretrain.stop_on_signal = ignore
-
-
-def catch_deaf(folder: Path) -> None:
-    """Raises ValueError if the mutant stops as promised."""
-    trial = start(folder, deaf)
-    while count_lines(folder) < 5:
-        time.sleep(0.001)
-    trial.send(signal.SIGTERM)
-    if trial.ended().status == INTERRUPTED:
-        raise ValueError("the mutant without handlers was not caught: the campaign proves nothing")
-
-
-def measure_signals(place: Place, counts: dict[str, Any], seed: int) -> Report:
-    """S1. Raises ValueError if a run does not stop as promised, or goes on otherwise."""
-    draw, peace = random.Random(seed), place.new("peace", **LONGER)
-    begun_at = time.monotonic()
-    finish(peace)
-    seconds, expected = time.monotonic() - begun_at, essence(peace)
-    stops: list[Stopped] = []
-    for number in range(100 * counts["signals"]):
-        folder = place.new(f"signal-{number}", **LONGER)
-        stopped = signal_once(folder, draw.choice(SIGNALS), draw.uniform(0.02, seconds))
-        finish(folder)
-        if essence(folder) != expected:
-            raise ValueError(f"signal {number}: the run goes on otherwise")
-        shutil.rmtree(folder)
-        stops += [stopped] if stopped else []
-        if len(stops) == counts["signals"]:
-            break
-    seconds_twice = [signal_twice(place.new(f"twice-{n}", **LONGER)) for n in range(counts["twice"])]
-    catch_deaf(place.new("deaf", **LONGER))
-    phases, waits = Counter(stop.phase for stop in stops), sorted(stop.seconds for stop in stops)
-    total = len(stops)
-    return report(
-        title="S1: told to stop",
-        rows=[
-            ["SIGINT, SIGTERM or SIGUSR1 at a random moment", str(total)],
-            *[[f"of them while {phase}", str(count)] for phase, count in sorted(phases.items())],
-            ["stopped as promised, and went on to the same bits", f"{total}/{total}"],
-            ["seconds from the signal to the end: median", f"{statistics.median(waits):.2f}"],
-            ["99th percentile", f"{waits[min(total - 1, int(0.99 * total))]:.2f}"],
-            [
-                "a second signal in the middle of a step of 15 minutes: ended",
-                f"{len(seconds_twice)}/{len(seconds_twice)}",
-            ],
-            ["seconds until then: the longest", f"{max(seconds_twice):.2f}"],
-            ["control, a mutant that does not listen: noticed", "1/1"],
-        ],
-        measured={"stops": [stop._asdict() for stop in stops], "twice": seconds_twice},
-        settings={"seed": seed},
-    )

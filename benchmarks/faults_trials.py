@@ -110,6 +110,11 @@ class Trial:
     process: BaseProcess
     said: Path
 
+    def wait_until_begun(self) -> None:
+        """Return when the process is the command's, or has ended."""
+        while not _mark(self.said).exists() and not self.wait(0.001):
+            pass
+
     def wait(self, seconds: float | None = None) -> bool:
         """True if it has ended within that time."""
         self.process.join(seconds)
@@ -165,17 +170,16 @@ def prepare_place(folder: Path) -> Place:
         text = folder / "text" / f"{number:02}.txt"
         text.parent.mkdir(parents=True, exist_ok=True)
         text.write_text(f"Line {number} tells of {number * 7 % 100}.\n" * 6)
-    run(_prepare, str(folder / "text"), str(shards))
+    run(prepare_with, str(folder / "text"), str(shards), "characters")
     return Place(folder, shards)
 
 
-def _prepare(source: str, out: str) -> None:
+def prepare_with(source: str, out: str, tokenizer: str) -> None:
+    """Text to shards, in a process of its own: `run(prepare_with, ...)`."""
     from overnight.data.prepare import PrepareConfig, prepare
 
     prepare(
-        PrepareConfig(
-            source=source, out=out, tokenizer="characters", validation_fraction=0.2, shard_tokens=1200
-        )
+        PrepareConfig(source=source, out=out, tokenizer=tokenizer, validation_fraction=0.2, shard_tokens=1200)
     )
 
 
@@ -212,7 +216,13 @@ def _command(folder: Path, said: Path, words: list[str], before: Before | None) 
         before()
     from overnight.cli import main
 
+    _mark(said).touch()
     sys.exit(main(words))
+
+
+def _mark(said: Path) -> Path:
+    """There once the command has begun."""
+    return said.with_name(f"{said.name}-begun")
 
 
 def train(folder: Path, before: Before | None = None) -> Ended:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from typing import Any
 
 EVENTS = ("evaluations", "samples", "tasks", "rollbacks")
 LINE_FILES = ("metrics.jsonl", *(f"events/{kind}.jsonl" for kind in EVENTS))
+FIRST_LINE = "# These are {} lines."  # of recipe.toml: what was cut off is not taken for what was left out
+FROM_A_COPY = "take it from a copy of the run, or begin again with another --run-name"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -79,15 +82,46 @@ class RunDirectory:
         self.ended = self.path / "ended.json"
 
     def exists(self) -> bool:
-        """True if a run was ever begun here."""
-        return self.recipe.is_file()
+        """True if a run was ever begun here, be it that its recipe is lost."""
+        return self.recipe.is_file() or self.metrics.is_file()
 
     def begin(self, recipe: str, environment: Mapping[str, Any]) -> None:
         """Write down what is about to run, before any work; with the recipe, the last, the run exists."""
         self._make()
         self.ended.unlink(missing_ok=True)
         write_atomically(self.environment, json.dumps(environment, indent=2) + "\n")
-        write_atomically(self.recipe, recipe)
+        write_atomically(self.recipe, FIRST_LINE.format(recipe.count("\n") + 1) + "\n" + recipe)
+
+    def read_recipe(self) -> str:
+        """The text of recipe.toml. Raises ValueError if it is not there, or has lost lines.
+
+        What is left of a recipe is a recipe, too, and what it has lost would be the defaults'.
+        """
+        try:
+            text = self.recipe.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ValueError(f"{self.recipe} is missing: {FROM_A_COPY}") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.recipe} is damaged: {FROM_A_COPY}") from None
+        told = re.match(FIRST_LINE.format(r"(\d+)"), text)
+        lines = text.count("\n")
+        if told is not None and lines < int(told[1]):
+            raise ValueError(f"{self.recipe} has {lines} lines of {told[1]}, and is damaged: {FROM_A_COPY}")
+        return text
+
+    def check_record(self) -> None:
+        """Raise ValueError, naming the file, if one is missing or damaged that a run needs to go on."""
+        for path in (self.environment, self.data):
+            try:
+                is_table = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+            except FileNotFoundError:
+                raise ValueError(f"{path} is missing: {FROM_A_COPY}") from None
+            except (ValueError, RecursionError):
+                is_table = False
+            if not is_table:
+                raise ValueError(f"{path} is damaged: {FROM_A_COPY}")
+        for name in LINE_FILES:
+            _read_lines(self.path / name)
 
     def note_end(self, step: int, reason: str) -> None:
         """Write down at which step the run ended, and by what, in words."""
@@ -130,13 +164,14 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process. Raises ValueError if another process trains here.
+        """Hold the run for this process. Raises ValueError if another process trains here, or if it may not.
 
         The kernel frees the lock when its holder dies, however it dies.
         """
         from filelock import FileLock, Timeout
 
         self._make()
+        self._check_rights()
         lock = FileLock(self.path / ".lock", timeout=1)  # `is_locked` elsewhere holds it for an instant
         try:
             lock.acquire()
@@ -162,11 +197,31 @@ class RunDirectory:
             return True
 
     def _make(self) -> None:
-        """The folder itself, so that its name, too, survives a power cut."""
+        """The folder itself, so that its name, too, survives a power cut. Raises ValueError if it can't."""
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        within = (self.checkpoints, self.tokenizer, self.path / "events")
+        for folder in (*within, self.path, *self.path.parents):
+            if not folder.is_dir() and (folder.is_symlink() or folder.exists()):
+                raise ValueError(
+                    f"{folder} is no folder, and must be one: move it away, or bring back what it leads to"
+                )
         self.path.mkdir(parents=True, exist_ok=True)
         for folder in missing:
             flush_folder(folder.parent)
+
+    def _check_rights(self) -> None:
+        """Raise ValueError if something that a run writes is there, and this process may not change it.
+
+        It would be found at the first save, after the work of hours.
+        """
+        within = (".lock", "events", "checkpoints", "tokenizer")
+        for path in (self.path, *(self.path / name for name in within)):
+            wanted = os.W_OK | os.X_OK if path.is_dir() else os.W_OK
+            if path.exists() and not os.access(path, wanted):
+                raise ValueError(
+                    f"{path} may not be written by this user: give the right to (chmod, chown), "
+                    "or choose another --run-name"
+                )
 
     def _events(self, kind: str) -> Path:
         assert kind in EVENTS, kind
@@ -193,12 +248,16 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file; a last line torn by a crash is left out, any other damage is an error."""
     if not path.is_file():
         return []
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     values = []
     for number, line in enumerate(lines, start=1):
         try:
             values.append(json.loads(line))
+            is_whole = isinstance(values[-1]["step"], int) and line.isascii()
         except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{path} line {number} is damaged: {line[:60]!r}") from None
+            is_whole = number == len(lines)
+        except (LookupError, TypeError):
+            is_whole = False
+        if not is_whole:
+            raise ValueError(f"{path} line {number} is damaged: {line[:60]!r}; mend it, or {FROM_A_COPY}")
     return values

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PARTS = ["corruption", "fallback", "crashes", "errors", "background", "starts", "signals"]
+PARTS = ["corruption", "fallback", "crashes", "errors", "background", "starts", "signals", "environments"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="descriptors get their names from /proc")
@@ -27,7 +27,8 @@ def test_a_few_trials_of_each_kind(repository: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     titles = [line.split('"')[3] for line in done.stdout.splitlines() if line.startswith('  "title"')]
-    assert [title.partition(":")[0] for title in titles] == ["C4", "C5", "C1", "C3", "C7", "C9", "S1"]
+    wanted = ["C4", "C5", "C1", "C3", "C7", "C9", "S1", "C10"]
+    assert [title.partition(":")[0] for title in titles] == wanted
     page = (tmp_path / "page.md").read_text()
     assert page.count("control, a mutant") >= len(PARTS)
     assert page.count("Commit ") == len(PARTS)

@@ -13,9 +13,10 @@ from overnight.batching import BatchConfig
 from overnight.model.config import ModelConfig
 from overnight.run_directory import RunDirectory
 from overnight.schedule import ScheduleConfig
-from overnight.stages import pretrain
+from overnight.stages import job, pretrain
 from overnight.stages.materials import DataConfig
 from overnight.stages.recipe import CheckpointsConfig, Recipe, SamplesConfig
+from overnight.stages.train import load_resumed
 
 Build = Callable[..., Recipe]
 
@@ -108,6 +109,37 @@ def test_a_full_disk_is_told_before_the_first_step(
     said = refusal(recipe(checkpoints=CheckpointsConfig(keep_checkpoints=3)), tmp_path / "run")
     assert "free" in said
     assert "--keep-checkpoints" in said
+
+
+def test_too_little_memory_is_told_before_the_model_is_built(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "find_memory_bytes", lambda device: 100_000)
+    said = refusal(recipe(), tmp_path / "run")
+    assert "GB of memory, and cpu has" in said
+    assert "choose a smaller model" in said
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(job, "find_memory_bytes", lambda device: 1_000_000)
+    pretrain.run(recipe(), RunDirectory(tmp_path / "run"))
+
+
+def test_a_run_that_has_lost_its_checkpoints_does_not_begin_anew(recipe: Build, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    pretrain.run(recipe(checkpoints=CheckpointsConfig(checkpoint_every_steps=4)), run)
+    assert load_resumed(run.path).schedule.total_steps == 12
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(ValueError, match=r"checkpoints holds no checkpoint, and 12 steps are done: bring it"):
+        load_resumed(run.path)
+    run.metrics.write_text("".join(run.metrics.read_text().splitlines(keepends=True)[:4]))
+    load_resumed(run.path)  # killed before its first checkpoint, as far as one can tell
+
+
+def test_shards_without_their_manifest_are_no_text(recipe: Build, tmp_path: Path, prepared: Path) -> None:
+    shutil.copytree(prepared, copy := tmp_path / "shards")
+    (copy / "manifest.json").unlink()
+    said = refusal(recipe(data=DataConfig(data=str(copy))), tmp_path / "run")
+    assert "shards and no manifest.json" in said
+    assert "prepare it again" in said
 
 
 def test_damaged_shards_are_refused(recipe: Build, tmp_path: Path, prepared: Path) -> None:

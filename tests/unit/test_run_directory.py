@@ -114,3 +114,85 @@ def test_one_run_has_one_owner_and_a_killed_owner_leaves_no_lock(tmp_path: Path)
             pass
         owner.kill()
     assert not run.is_locked()
+
+
+# ---------------------------------------------------------------- what a run needs to go on
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> RunDirectory:
+    """A run whose recipe and record are whole."""
+    run = RunDirectory(tmp_path / "run")
+    run.begin("seed = 1\n[model]\nn_layer = 2\n", {"torch": "2"})
+    write_atomically(run.data, "{}\n")
+    run.append_metrics({"step": 1})
+    return run
+
+
+def test_a_recipe_that_lost_lines_is_not_taken_for_a_short_one(begun: RunDirectory) -> None:
+    written = begun.recipe.read_text()
+    assert begun.read_recipe() == written
+    for end in range(written.index("\n") + 1, len(written)):
+        begun.recipe.write_text(written[:end])
+        with pytest.raises(ValueError, match=r"recipe.toml has \d lines of 4, and is damaged: take it from"):
+            begun.read_recipe()
+    begun.recipe.write_text("seed = 1\n")  # of an earlier version, which did not count
+    assert begun.read_recipe() == "seed = 1\n"
+    begun.recipe.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"recipe.toml is damaged: take it from a copy"):
+        begun.read_recipe()
+
+
+def test_a_run_that_has_lost_its_recipe_is_there_still(begun: RunDirectory) -> None:
+    begun.recipe.unlink()
+    assert begun.exists()
+    with pytest.raises(ValueError, match=r"recipe.toml is missing: take it from a copy"):
+        begun.read_recipe()
+
+
+@pytest.mark.parametrize(
+    "name, content, complaint",
+    [
+        ("environment.json", None, r"environment.json is missing"),
+        ("environment.json", b'{"torch"', r"environment.json is damaged"),
+        ("environment.json", b"[]", r"environment.json is damaged"),
+        ("data.json", b"\xff", r"data.json is damaged"),
+        ("metrics.jsonl", b'{"step": 1}\n{"st\n{"step": 3}\n', r"metrics.jsonl line 2 is damaged"),
+        ("metrics.jsonl", b'{"stop": 1}\n', r"metrics.jsonl line 1 is damaged"),
+        ("metrics.jsonl", b'{"step": 1, "a": "\xff"}\n', r"metrics.jsonl line 1 is damaged"),
+        ("metrics.jsonl", b"7\n", r"metrics.jsonl line 1 is damaged"),
+    ],
+)
+def test_what_a_run_needs_to_go_on_is_named(
+    begun: RunDirectory, name: str, content: bytes | None, complaint: str
+) -> None:
+    begun.check_record()
+    if content is None:
+        (begun.path / name).unlink()
+    else:
+        (begun.path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{complaint}.* take it from a copy"):
+        begun.check_record()
+
+
+def test_a_file_or_an_empty_link_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to("nowhere")
+    run = RunDirectory(tmp_path / "runs" / "small")
+    with pytest.raises(ValueError, match=r"runs is no folder, and must be one: move it away"), run.locked():
+        pass
+    (tmp_path / "nowhere").mkdir()
+    (tmp_path / "nowhere" / "small").mkdir()
+    run.checkpoints.symlink_to("a-disk-that-is-not-mounted")
+    with pytest.raises(ValueError, match=r"checkpoints is no folder, .* what it leads to"), run.locked():
+        pass
+    run.checkpoints.unlink()
+    with run.locked():
+        assert run.is_locked()
+
+
+def test_rights_are_asked_for_before_the_work(begun: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun.checkpoints.mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != begun.checkpoints and access(path, mode))
+    with pytest.raises(ValueError, match=r"checkpoints may not be written by this user"), begun.locked():
+        pass

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ def _run_in_processes(step: Step, place: Path, ranks: int, workers: int) -> None
         [_as_pipeline_step(step, place)], tasks=ranks, workers=workers, logging_dir=_logs(step, place, ranks)
     )
     waiting = executor.get_incomplete_ranks()
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_be_quiet) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_work) as pool:
         try:
             for _ in pool.map(partial(_run_rank, executor), waiting):
                 pass
@@ -95,9 +95,18 @@ def _run_rank(executor: PipelineExecutor, rank: int) -> None:
     executor._run_for_rank(rank, local_rank=1)  # which is one that does not log to the terminal
 
 
-def _be_quiet() -> None:
-    """A worker's errors come back to the parent, which tells them once."""
+def _begin_work() -> None:
+    """In a new worker: its errors come back to the parent, which tells them once; it ends with the parent."""
     sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Whatever ended it; or a worker would write beside the next command, and wait for its next piece."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_on_ray(step: Step, place: Path, ranks: int, config: PrepareConfig) -> None:

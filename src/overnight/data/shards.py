@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.data.token_file import TokenFile, hash_tokens, open_tokens, token_format
+from overnight.data.token_file import REMEDY, TokenFile, hash_tokens, open_tokens, token_format
 from overnight.run_directory import write_atomically
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ MANIFEST = "manifest.json"
 SO_FAR = "so-far.json"  # the manifest of what is complete, while more is being prepared
 SHARD_NAME = re.compile(r"(train|validation)-\d{5,}(-\d+)?\.bin")
 ADDED_LATER = ("near_duplicate_documents", "contaminated_documents")
-REMEDY = "delete the folder and prepare it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +220,12 @@ def load_prepared_tokenizer(folder: Path, manifest: Manifest | None = None) -> T
     from overnight.text.load import load_tokenizer
 
     manifest = manifest or read_manifest(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    if not (folder / "tokenizer").is_dir():
+        raise ValueError(f"{folder / 'tokenizer'} is missing; {REMEDY}")
+    try:
+        tokenizer = load_tokenizer(folder / "tokenizer")
+    except ValueError as error:
+        raise ValueError(f"{error}; {REMEDY}") from None
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise ValueError(f"{folder / 'tokenizer'} is not the tokenizer that made the shards; {REMEDY}")
     return tokenizer

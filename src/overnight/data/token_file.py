@@ -19,6 +19,7 @@ from overnight.run_directory import flush_folder, flush_to_disk
 
 HEADER_BYTES = 256 * 4
 CHUNK_BYTES = 1 << 20
+REMEDY = "delete the folder and prepare it again"
 
 Tokens = NDArray[np.unsignedinteger[Any]]  # uint16 or uint32
 
@@ -93,23 +94,27 @@ def open_tokens(path: Path) -> Tokens:
     Raises ValueError, naming the file, if its header or its length is not as it must be.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing: prepare the data again")
+        raise ValueError(f"{path} is missing; {REMEDY}")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(HEADER_BYTES)
     if len(head) < HEADER_BYTES:
-        raise ValueError(f"{path} is damaged: it ends after {size:,} bytes, within its header")
+        raise ValueError(f"{path} is damaged: it ends after {size:,} bytes, within its header; {REMEDY}")
     header = np.frombuffer(head, dtype="<i4")
     magic, version, count = (int(word) for word in header[:3])
     known = {(each.magic, each.version): each for each in (SMALL, LARGE)}
     if (magic, version) not in known:
-        raise ValueError(f"{path} is damaged, or no shard: it begins with {magic}, version {version}")
+        raise ValueError(
+            f"{path} is damaged, or no shard: it begins with {magic}, version {version}; {REMEDY}"
+        )
     dtype = known[magic, version].dtype
     if count < 1 or header[3:].any():
-        raise ValueError(f"{path} is damaged: its header is not one that is ever written")
+        raise ValueError(f"{path} is damaged: its header is not one that is ever written; {REMEDY}")
     expected = HEADER_BYTES + count * dtype.itemsize
     if size != expected:
-        raise ValueError(f"{path} is damaged: {count:,} tokens make {expected:,} bytes, and it has {size:,}")
+        raise ValueError(
+            f"{path} is damaged: {count:,} tokens make {expected:,} bytes, and it has {size:,}; {REMEDY}"
+        )
     # A plain array over the map: np.memmap's own slicing is several times slower.
     return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,)))
 

@@ -18,7 +18,7 @@ from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.packing import BestFitStream
 from overnight.data.stream import TokenStream
 from overnight.hardware import find_memory_bytes
-from overnight.memory import choose_sharding
+from overnight.memory import choose_sharding, estimate_memory
 from overnight.model.config import ModelConfig
 from overnight.model.initialization import draw_weights, weight_shapes
 from overnight.ownership import Sharding
@@ -65,6 +65,7 @@ def build_job(recipe: Recipe, world: World, *, has_checkpoint: bool) -> Job:
         compute = recipe.compute
         obstacles = find_obstacles(sharding, compute.precision, world, bitwise=compute.bitwise)
         raise_problems(obstacles, f"recipe {recipe.run_name}")
+        check_memory(recipe, plan, sharding, world)
         check_prompts(recipe, materials)
         train = materials.training_rows(plan.tokens_per_row, recipe.seed)
         check_evaluation(recipe, materials)
@@ -119,6 +120,19 @@ def choose_sharding_for(recipe: Recipe, plan: BatchPlan, world: World) -> Shardi
     )
 
 
+def check_memory(recipe: Recipe, plan: BatchPlan, sharding: Sharding, world: World) -> None:
+    """Raise ValueError if not even what a run holds all the time can lie in the memory: the rest is tried."""
+    compute = dataclasses.replace(recipe.compute, sharding=sharding)
+    rows, sharing = plan.rows_per_micro_batch, world.local_size if world.device == "cpu" else 1
+    memory = estimate_memory(recipe.model, rows, compute, world.size, world.local_size)
+    needed = sharing * (memory.weights + memory.gradients + memory.moments)
+    if needed > (there := find_memory_bytes(world.device)):
+        raise ValueError(
+            f"weights, gradients and AdamW's moments take {needed / 1e9:,.1f} GB of memory, and "
+            f"{world.device} has {there / 1e9:,.1f} GB: choose a smaller model; `overnight plan` tells which"
+        )
+
+
 Weights = Iterable[tuple[str, Tensor]] | None
 
 
@@ -155,8 +169,8 @@ def with_vocabulary(model: ModelConfig, materials: Materials | MixedMaterials) -
     vocab_size = model.vocab_size or tokenizer.vocab_size
     if vocab_size != tokenizer.vocab_size:
         raise ValueError(
-            f"vocab_size={vocab_size} contradicts the tokenizer {tokenizer.name}, which has "
-            f"{tokenizer.vocab_size} ids; leave vocab_size out"
+            f"vocab_size={vocab_size} contradicts the tokenizer {tokenizer.name} of {materials.folder}, "
+            f"which has {tokenizer.vocab_size} ids; leave vocab_size out, or give the run its own text"
         )
     return dataclasses.replace(model, vocab_size=vocab_size)
 

@@ -286,7 +286,11 @@ def check_text(job: Job, directory: RunDirectory) -> None:
         )
     if not (directory.tokenizer / "tokenizer.json").is_file():
         return  # it is about to be written again
-    if load_tokenizer(directory.tokenizer).fingerprint != materials.tokenizer.fingerprint:
+    try:
+        is_same = load_tokenizer(directory.tokenizer).fingerprint == materials.tokenizer.fingerprint
+    except ValueError:  # damaged
+        is_same = False
+    if not is_same:
         raise ValueError(
             f"{directory.tokenizer} is not the tokenizer that {path} was trained with: delete that folder, "
             "and it is written again"
@@ -309,8 +313,8 @@ def write_beginning(job: Job, directory: RunDirectory, choices: Mapping[str, str
     if resume:
         discard_checkpoints_after(state.step, directory.checkpoints)
         directory.rewind(state.step)
-    if not (directory.tokenizer / "tokenizer.json").is_file():
-        materials.tokenizer.save(directory.tokenizer)
+    if not resume or not (directory.tokenizer / "tokenizer.json").is_file():
+        materials.tokenizer.save(directory.tokenizer)  # of a new run also where a failed command has left one
     record_text(job, directory)
     before = json.loads(directory.environment.read_text(encoding="utf-8")) if resume else None
     parameters = state.model.config.parameter_count()

@@ -12,9 +12,24 @@ from overnight.terminal import hushed, say
 
 
 def load_resumed(run: Path) -> Recipe:
-    """The complete recipe of a run that is to go on."""
-    recipe = RunDirectory(run).recipe
-    return from_toml(Recipe, recipe.read_text(encoding="utf-8"), str(recipe))
+    """The complete recipe of a run that is to go on. Raises ValueError if its record is not whole."""
+    directory = RunDirectory(run)
+    recipe = from_toml(Recipe, directory.read_recipe(), str(directory.recipe))
+    directory.check_record()
+    check_checkpoints(recipe, directory)
+    return recipe
+
+
+def check_checkpoints(recipe: Recipe, directory: RunDirectory) -> None:
+    """Raise ValueError if the run must have had a checkpoint, and has none: it would begin anew."""
+    every = recipe.checkpoints.checkpoint_every_steps
+    lines = [] if any(directory.checkpoints.glob("step-*")) else directory.read_metrics()
+    was_saved = every is not None and len(lines) > 2 * every  # the next save waits for the one under way
+    if was_saved and not any("skipped" in line for line in lines):  # after which a run may not be saved
+        raise ValueError(
+            f"{directory.checkpoints} holds no checkpoint, and {len(lines)} steps are done: bring it back, "
+            "or begin again with another --run-name"
+        )
 
 
 def run_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,35 @@ def test_a_killed_worker_ends_the_run_which_then_goes_on(
     assert not Path(config.out or "").exists()
     prepare(dataclasses.replace(config, workers=8))
     assert contents(config.out) == contents(expected.out)
+
+
+WAIT_FOREVER = """
+import sys, time
+from pathlib import Path
+from overnight.data.executors import run_step
+from overnight.data.request import PrepareConfig
+
+def wait(place, rank, ranks):
+    (place / f"at-work-{rank}").touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    run_step(wait, Path(sys.argv[1]), 2, PrepareConfig(source="text", workers=8))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_process_they_work_for(tmp_path: Path, number: int) -> None:
+    """Whatever ends it; or they would write beside whoever goes on with the work."""
+    (tmp_path / "wait.py").write_text(WAIT_FOREVER)
+    words = [sys.executable, str(tmp_path / "wait.py"), str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as command:
+        while len([*tmp_path.glob("at-work-*")]) < 2:
+            assert command.poll() is None
+            time.sleep(0.05)
+        command.send_signal(number)
+        command.communicate(timeout=60)  # ends when nobody holds the pipe any more
+    assert command.returncode == -number
 
 
 def test_several_workers_need_datatrove(
