@@ -39,13 +39,13 @@ def forget_moments() -> None:
     """A mutant: it goes on with fresh moments, as many scripts do."""
     from overnight.stages import pretrain
 
-    load = pretrain.load_checkpoint
+    restore = pretrain.restore
 
-    def load_weights(state: Any, checkpoint: Path, *rest: Any) -> None:
-        load(state, checkpoint, *rest)
+    def restore_weights(state: Any, opened: Any) -> None:
+        restore(state, opened)
         state.optimizer.state.clear()
 
-    pretrain.load_checkpoint = load_weights
+    pretrain.restore = restore_weights
 
 
 def never_rewind() -> None:

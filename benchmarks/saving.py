@@ -53,7 +53,7 @@ def sides(state: Any, folder: Path) -> dict[str, Callable[[], float]]:
 
     def save(*, waits: bool) -> float:
         place = folder / f"run-{next(numbers)}" / "checkpoints"
-        saver = Saver(place, ALONE, lambda: None, lambda: None)
+        saver = Saver(place, ALONE, lambda: None, lambda: None, {})
 
         def begin() -> None:
             saver.save(state)
@@ -89,7 +89,7 @@ def step_beside(state: Any, folder: Path, repeats: int) -> list[tuple[float, flo
     for number in range(repeats):
         alone = milliseconds(step)
         place = folder / f"beside-{number}" / "checkpoints"
-        saver = Saver(place, ALONE, lambda: None, lambda: None)
+        saver = Saver(place, ALONE, lambda: None, lambda: None, {})
         saver.save(state)
         found.append((alone, milliseconds(step)))
         saver.finish()

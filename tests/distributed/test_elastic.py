@@ -29,14 +29,14 @@ LOADERS = [(1, 1, "none"), (2, 1, "full")]
 
 
 def contents(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Every weight and moment of a checkpoint, whole, and what its state.json says besides the files."""
+    """Every weight and moment of a checkpoint, whole, and what its state.json says of the state."""
     about = json.loads((checkpoint / "state.json").read_text())
     tensors = dict(read_model(checkpoint).weights())
     moments = TensorFiles(sorted(checkpoint.glob("optimizer*.safetensors")))
     for name, shape in moments.shapes.items():
         tensors[name] = torch.full(shape, float("nan"))
         moments.read(name, tensors[name])
-    return tensors, {key: value for key, value in about.items() if key != "files"}
+    return tensors, {key: value for key, value in about.items() if key not in {"files", "settings"}}
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -188,4 +188,4 @@ def test_damage_is_refused_by_all_and_they_fall_back_together(
         assert "trying the one before it" in said
     assert whole == (20, "")
     assert none[0] == -1
-    assert "is whole; begin again with another --run-name" in none[1]
+    assert "is whole; take one from a copy, or begin with another --run-name" in none[1]

@@ -92,11 +92,11 @@ leave(main(words))
 FORGETFUL = """
 from overnight.stages import pretrain
 
-def load_weights(state, checkpoint, world, load=pretrain.load_checkpoint):
-    load(state, checkpoint, world)
+def restore_weights(state, opened, restore=pretrain.restore):
+    restore(state, opened)
     state.optimizer.state.clear()
 
-pretrain.load_checkpoint = load_weights
+pretrain.restore = restore_weights
 """
 
 SLOW_IMPORTS = ["overnight.cli", "overnight.stages.pretrain", "torch._dynamo", "tyro", "rich.progress"]

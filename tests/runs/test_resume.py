@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from overnight.checkpoint.loading import Opened
 from overnight.optim import OptimizerConfig
 from overnight.report.status import describe_run
 from overnight.run_directory import RunDirectory
 from overnight.stages import pretrain, runs
 from overnight.stages.recipe import Recipe
-from overnight.world import World
+from overnight.state import TrainState
 
 CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change
 
@@ -186,13 +187,13 @@ def test_the_comparison_sees_a_lost_optimizer(
 ) -> None:
     """The negative control: resuming with fresh moments, as many scripts do, is noticed."""
     whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
-    load = pretrain.load_checkpoint
+    restore = pretrain.restore
 
-    def weights_only(state: pretrain.TrainState, checkpoint: Path, world: World) -> None:
-        load(state, checkpoint, world)
+    def weights_only(state: TrainState, opened: Opened) -> None:
+        restore(state, opened)
         state.optimizer.state.clear()
 
-    monkeypatch.setattr(pretrain, "load_checkpoint", weights_only)
+    monkeypatch.setattr(pretrain, "restore", weights_only)
     assert fingerprint(train_with_stops(recipe(), tmp_path / "run", [6], monkeypatch)) != whole
 
 

@@ -68,7 +68,7 @@ def test_what_is_saved_is_the_state_as_it_was(
 ) -> None:
     """Bytes as in the foreground, though every weight, moment and count has changed by then."""
     expected = contents(save_checkpoint(state, tmp_path / "foreground"))
-    saver = Saver(tmp_path / "background", ALONE, nothing, nothing)
+    saver = Saver(tmp_path / "background", ALONE, nothing, nothing, {})
     saver.save(state)
     for _ in range(3):
         train_on(state)
@@ -87,7 +87,7 @@ def test_without_a_copy_it_would_not_be(
     """The negative control."""
     monkeypatch.setattr(saving, "_copy", dict)
     expected = contents(save_checkpoint(state, tmp_path / "foreground"))
-    saver = Saver(tmp_path / "background", ALONE, nothing, nothing)
+    saver = Saver(tmp_path / "background", ALONE, nothing, nothing, {})
     saver.save(state)
     train_on(state)
     gate.set()
@@ -103,7 +103,7 @@ def test_one_after_the_other_and_each_flushed_before_and_tidied_after(
     def note(what: str) -> Callable[[], None]:
         return lambda: seen.append((what, len(list_checkpoints(tmp_path))))
 
-    saver = Saver(tmp_path, ALONE, note("flush"), note("tidy"))
+    saver = Saver(tmp_path, ALONE, note("flush"), note("tidy"), {})
     for _ in range(3):
         saver.save(state)
         train_on(state)
@@ -118,7 +118,7 @@ def test_one_after_the_other_and_each_flushed_before_and_tidied_after(
 def test_what_goes_wrong_in_a_thread_is_told_once(
     tmp_path: Path, state: TrainState, monkeypatch: pytest.MonkeyPatch, moment: str, told_by: str
 ) -> None:
-    saver = Saver(tmp_path, ALONE, nothing, nothing)
+    saver = Saver(tmp_path, ALONE, nothing, nothing, {})
 
     def crash(*_: object, **__: object) -> None:
         raise OSError("no space left on device")

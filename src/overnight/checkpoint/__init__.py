@@ -3,7 +3,8 @@
 checkpoints/step-00001000/
   model.safetensors       GPT-2's parameter names, the vocabulary unpadded
   optimizer.safetensors   AdamW's two moments: <parameter>.exp_avg, <parameter>.exp_avg_sq
-  state.json              step, updates, float16's loss scale, how the last steps went, model, format
+  state.json              step, updates, float16's loss scale, how the last steps went, model, format; of a
+                          run also its settings, those that may not change
   MANIFEST.json           size and sha256 of all others
 
 Several processes write as many files of each kind, model-00000-of-00004.safetensors and so on, each what it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,29 @@ class Saver:
     """Saves a run's checkpoints, one at a time, each by a thread.
 
     `flush` is called before a checkpoint is published, and `tidy` after it; both by the main process's
-    thread. Threads say nothing to other processes: with several of them, each thread writes its own files,
-    and the checkpoint is published at the end of the first step at which all are written. All processes call
-    `save`, `look` and `finish` after the same steps. What goes wrong in a thread (OSError) is raised by the
-    next of these.
+    thread. `settings` are written down with each. Threads say nothing to other processes: with several of
+    them, each thread writes its own files, and the checkpoint is published at the end of the first step at
+    which all are written. All processes call `save`, `look` and `finish` after the same steps. What goes
+    wrong in a thread (OSError) is raised by the next of these.
     """
 
-    def __init__(self, folder: Path, world: World, flush: Work, tidy: Work) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        flush: Work,
+        tidy: Work,
+        settings: Mapping[str, object],
+    ) -> None:
         self._folder, self._world, self._flush, self._tidy = folder, world, flush, tidy
+        self._settings = settings
         self._work: Future[Any] | None = None
         self._next: Callable[[list[str]], None] | None = None
 
     def save(self, state: TrainState) -> None:
         """Copy the state, and begin to write it, when the checkpoint before is published."""
         self.finish()
-        snapshot = take_snapshot(state, self._world)
+        snapshot = take_snapshot(state, self._world, self._settings)
         building = make_building(snapshot.step, self._folder, self._world)
         write = functools.partial(write_own, snapshot, building, self._world)
 

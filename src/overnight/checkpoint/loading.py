@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -43,7 +43,9 @@ def read_newest(folder: Path, read: Callable[[Path], Read]) -> Read | None:
         except ValueError as error:
             say(f"{error}; trying the one before it")
     if found:
-        raise ValueError(f"no checkpoint in {folder} is whole; begin again with another --run-name")
+        raise ValueError(
+            f"no checkpoint in {folder} is whole; take one from a copy, or begin with another --run-name"
+        )
     return None
 
 
@@ -70,23 +72,55 @@ def verify_checkpoint(checkpoint: Path, world: World = ALONE) -> None:
             )
 
 
+class Opened(NamedTuple):
+    """A checkpoint of which every byte is as it was written."""
+
+    path: Path
+    about: Mapping[str, Any]
+    """What its state.json says."""
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The run's, by name, those that may not change; {} if they were not written down."""
+        return dict(self.about.get("settings", {}))
+
+
+def open_checkpoint(checkpoint: Path, world: World = ALONE) -> Opened:
+    """Verify it, each process a share. Raises ValueError if it is damaged, or of another format."""
+    verify_checkpoint(checkpoint, world)
+    about: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    if about["format"] not in READABLE:
+        raise ValueError(
+            f"checkpoint {checkpoint} has format {about['format']}, this overnight reads {FORMAT}"
+        )
+    named = {name for names in about.get("files", {}).values() for name in names}
+    if missing := sorted(name for name in named if not (checkpoint / name).is_file()):
+        raise ValueError(f"checkpoint {checkpoint} is incomplete: {', '.join(missing)} is missing")
+    return Opened(checkpoint, about)
+
+
 def read_model(checkpoint: Path) -> GPT:
     """The model of a checkpoint, on the CPU, in evaluation mode. Raises ValueError if it is damaged."""
-    about = _verified_state(checkpoint, ALONE)
-    model = allocate_model(ModelConfig(**about["model"]))
-    _read_weights(model, checkpoint, about)
+    opened = open_checkpoint(checkpoint)
+    model = allocate_model(ModelConfig(**opened.about["model"]))
+    _read_weights(model, opened)
     return model.eval()
 
 
-@torch.no_grad()
 def load_checkpoint(state: TrainState, checkpoint: Path, world: World = ALONE) -> None:
-    """Make `state` what it was when `checkpoint` was saved. Raises ValueError if that is damaged.
+    """Make `state` what it was when `checkpoint` was saved. Raises ValueError if that is damaged."""
+    restore(state, open_checkpoint(checkpoint, world))
+
+
+@torch.no_grad()
+def restore(state: TrainState, opened: Opened) -> None:
+    """Make `state` what it was when it was saved. Raises ValueError if the model is another one.
 
     Each process reads what it holds of the weights and moments, whoever wrote them.
     """
-    about = _verified_state(checkpoint, world)
-    _read_weights(state.model, checkpoint, about)
-    moments = _open_files(checkpoint, about, "optimizer")
+    about = opened.about
+    _read_weights(state.model, opened)
+    moments = _open_files(opened, "optimizer")
     is_fused = state.optimizer.param_groups[0]["fused"]
     updated = {parameter for group in state.optimizer.param_groups for parameter in group["params"]}
     for name, parameter in state.model.named_parameters():
@@ -107,32 +141,18 @@ def load_checkpoint(state: TrainState, checkpoint: Path, world: World = ALONE) -
 
 
 @torch.no_grad()
-def _read_weights(model: GPT, checkpoint: Path, about: dict[str, Any]) -> None:
+def _read_weights(model: GPT, opened: Opened) -> None:
     """Fill what this process holds of the parameters. Raises ValueError if they are not this model's."""
-    files = _open_files(checkpoint, about, "model")
+    files = _open_files(opened, "model")
     shapes, expected = files.shapes, weight_shapes(model.config)
     wrong = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
     if wrong:
-        raise ValueError(f"the weights of {checkpoint} do not fit the model: {', '.join(wrong)}")
+        raise ValueError(f"the weights of {opened.path} do not fit the model: {', '.join(wrong)}")
     for name, parameter in model.named_parameters():
         rows, first = own_rows(parameter.detach())
         files.read(name, rows, first)
 
 
-def _open_files(checkpoint: Path, about: dict[str, Any], kind: str) -> TensorFiles:
-    names: Sequence[str] = about.get("files", {}).get(kind) or file_names(kind, 1)
-    return TensorFiles([checkpoint / name for name in names])
-
-
-def _verified_state(checkpoint: Path, world: World) -> dict[str, Any]:
-    """state.json of a checkpoint that is whole and of this format."""
-    verify_checkpoint(checkpoint, world)
-    about: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    if about["format"] not in READABLE:
-        raise ValueError(
-            f"checkpoint {checkpoint} has format {about['format']}, this overnight reads {FORMAT}"
-        )
-    named = {name for names in about.get("files", {}).values() for name in names}
-    if missing := sorted(name for name in named if not (checkpoint / name).is_file()):
-        raise ValueError(f"checkpoint {checkpoint} is incomplete: {', '.join(missing)} is missing")
-    return about
+def _open_files(opened: Opened, kind: str) -> TensorFiles:
+    names: Sequence[str] = opened.about.get("files", {}).get(kind) or file_names(kind, 1)
+    return TensorFiles([opened.path / name for name in names])

@@ -55,8 +55,8 @@ def save_checkpoint(state: TrainState, folder: Path, world: World = ALONE) -> Pa
 
 
 @torch.no_grad()
-def take_snapshot(state: TrainState, world: World) -> Snapshot:
-    """Copy what this process is to write."""
+def take_snapshot(state: TrainState, world: World, settings: Mapping[str, object] | None = None) -> Snapshot:
+    """Copy what this process is to write; `settings` are of the run, by name, values as JSON has them."""
     mine = _own_parameters(state, world)
     about = {
         "format": FORMAT,
@@ -65,6 +65,7 @@ def take_snapshot(state: TrainState, world: World) -> Snapshot:
         "loss_scale": state.scaler.state_dict(),
         "guard": state.guard.to_values(),
         "model": dataclasses.asdict(state.model.config),
+        "settings": dict(settings or {}),
     }
     tensors = {"model": _copy(_weights(state, mine)), "optimizer": _copy(_moments(state, mine))}
     return Snapshot(state.step, about, tensors)

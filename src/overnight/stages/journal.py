@@ -28,7 +28,7 @@ from overnight.run_directory import RunDirectory
 from overnight.sampling import SamplingConfig
 from overnight.sharding import SHARDS, gather_model, reshard
 from overnight.stages.job import Job
-from overnight.stages.recipe import flatten
+from overnight.stages.recipe import flatten, lasting_settings
 from overnight.stages.run_tasks import RunTask, judge_run
 from overnight.stages.tasks import describe_briefly
 from overnight.stages.weight_facts import describe_weights
@@ -50,7 +50,8 @@ class Journal:
         assert compute.device is not None
         assert compute.precision is not None
         self.peak_flops = find_peak_flops(compute.device, compute.precision)
-        self._saver = Saver(directory.checkpoints, job.world, directory.flush, self._delete_old)
+        settings = lasting_settings(job.recipe)
+        self._saver = Saver(directory.checkpoints, job.world, directory.flush, self._delete_old, settings)
         self._reference = find_band(flatten(job.recipe), job.materials.record())
 
     def __enter__(self) -> Journal:

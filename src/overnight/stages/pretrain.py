@@ -14,7 +14,7 @@ from torch import Tensor
 
 from overnight.batching import BatchConfig, BatchPlan, plan_batches
 from overnight.checkpoint.layout import discard_checkpoints_after, list_checkpoints
-from overnight.checkpoint.loading import load_checkpoint, read_newest
+from overnight.checkpoint.loading import Opened, open_checkpoint, read_newest, restore
 from overnight.data.ahead import read_ahead
 from overnight.data.growing import GrowingStream
 from overnight.loss import Head, nats_of_hidden
@@ -29,7 +29,7 @@ from overnight.stages.environment import describe_environment, explain_choices
 from overnight.stages.job import Job, build_job
 from overnight.stages.journal import Journal
 from overnight.stages.materials import is_same_text
-from overnight.stages.recipe import Recipe, changed_settings
+from overnight.stages.recipe import Recipe, changed_settings, lasting_settings
 from overnight.stages.rollback import build_go_back
 from overnight.stages.run_tasks import RunTask, open_run_tasks
 from overnight.terminal import say
@@ -222,7 +222,7 @@ def check_directory(recipe: Recipe, directory: RunDirectory, *, resume: bool) ->
             f"{path} already holds a run: go on with `overnight train --resume {path}`, "
             "or give another --run-name"
         )
-    before = from_toml(Recipe, directory.recipe.read_text(encoding="utf-8"), str(directory.recipe))
+    before = from_toml(Recipe, directory.read_recipe(), str(directory.recipe))
     changed = changed_settings(recipe, before)
     if changed:
         raise ValueError(
@@ -254,7 +254,10 @@ def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resu
     if resume:
         with job.world.together():
             check_text(job, directory)
-        read_newest(directory.checkpoints, lambda found: load_checkpoint(state, found, job.world))
+        newest = read_newest(directory.checkpoints, lambda found: open_checkpoint(found, job.world))
+        if newest is not None:
+            check_settings(job, directory, newest)
+            restore(state, newest)
         check_step(state.step, job.world)
         total_steps = job.recipe.schedule.total_steps or 0
         if state.step > total_steps:
@@ -267,6 +270,21 @@ def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resu
     job.world.wait_for_all()
     for name, choice in choices.items():
         say(f"{name.replace('_', ' '):<21} {choice}")
+
+
+def check_settings(job: Job, directory: RunDirectory, newest: Opened) -> None:
+    """Raise ValueError unless the recipe is the one by which it was saved: its file may have been edited."""
+    now = lasting_settings(job.recipe)
+    changed = [
+        f"{name}={now[name]} (was {before})"
+        for name, before in newest.settings.items()
+        if name in now and now[name] != before
+    ]
+    if changed:
+        raise ValueError(
+            f"{directory.recipe} is not the recipe that the newest checkpoint was trained by: "
+            f"{'; '.join(changed)}; take these back, or begin another run with --run-name"
+        )
 
 
 def check_text(job: Job, directory: RunDirectory) -> None:

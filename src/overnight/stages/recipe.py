@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -152,6 +153,12 @@ def flatten(recipe: Recipe) -> dict[str, object]:
     for name, section in flat_names(Recipe).items():
         found[name] = getattr(getattr(recipe, section) if section else recipe, name)
     return found
+
+
+def lasting_settings(recipe: Recipe) -> dict[str, object]:
+    """Those that may not change in the course of a run, as JSON has them."""
+    lasting = {name: value for name, value in flatten(recipe).items() if name not in MAY_CHANGE}
+    return dict(json.loads(json.dumps(lasting)))
 
 
 def changed_settings(recipe: Recipe, before: Recipe) -> list[str]:
