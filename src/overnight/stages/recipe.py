@@ -158,7 +158,7 @@ def flatten(recipe: Recipe) -> dict[str, object]:
 def lasting_settings(recipe: Recipe) -> dict[str, object]:
     """Those that may not change in the course of a run, as JSON has them."""
     lasting = {name: value for name, value in flatten(recipe).items() if name not in MAY_CHANGE}
-    return dict(json.loads(json.dumps(lasting)))
+    return dict(json.loads(json.dumps(lasting, default=dataclasses.asdict)))
 
 
 def changed_settings(recipe: Recipe, before: Recipe) -> list[str]:
