@@ -280,12 +280,14 @@ def put(document: str, part: str, figures: str) -> str:
 
 
 def find_commit() -> str:
-    """Of the checkout, with a word if it has been changed since."""
+    """Of the checkout, with a word if its code has been changed since."""
     git = ["git", "-C", str(HERE)]
     commit = subprocess.run(
         [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", ":/src", ":/benchmarks"], capture_output=True, text=True, check=False
+    )
     return (commit.stdout.strip() or "unknown") + (" and changes" if changed.stdout else "")
 
 
