@@ -38,12 +38,12 @@ from measure import Report, run_plainly
 
 Measure = Callable[[Place, dict[str, Any], int], Report]
 PARTS: dict[str, tuple[Measure, dict[str, Any], dict[str, Any]]] = {
-    "corruption": (measure_corruption, {"flips": 1000, "damages": 200}, {"flips": 60, "damages": 12}),
+    "corruption": (measure_corruption, {"flips": 1000, "damages": 200}, {"flips": 30, "damages": 12}),
     "fallback": (measure_fallback, {"fallbacks": 200}, {"fallbacks": 3}),
     "crashes": (
         measure_crashes,
         {"course": 0, "crashes": None, "controls": 12},
-        {"course": 0, "crashes": 2, "controls": 2},
+        {"course": 0, "crashes": 1, "controls": 2},
     ),
     "resumes": (
         measure_crashes,
@@ -53,12 +53,12 @@ PARTS: dict[str, tuple[Measure, dict[str, Any], dict[str, Any]]] = {
     "errors": (
         measure_errors,
         {"errors": None, "resumed": None, "limits": 30, "controls": 12},
-        {"errors": 2, "resumed": 1, "limits": 1, "controls": 4},
+        {"errors": 1, "resumed": 1, "limits": 1, "controls": 2},
     ),
     "background": (
         measure_background,
         {"changed": 40, "killed": 40, "failed": 40},
-        {"changed": 2, "killed": 2, "failed": 2},
+        {"changed": 1, "killed": 1, "failed": 1},
     ),
     "environments": (
         measure_environments,
@@ -90,7 +90,7 @@ PARTS: dict[str, tuple[Measure, dict[str, Any], dict[str, Any]]] = {
         },
         {"preparations": 2, "changes": 2, "controls": 2, "crowds": 1, "commands": 3, "surroundings": 1},
     ),
-    "starts": (measure_starts, {"rounds": 20, "starts": 50}, {"rounds": 1, "starts": 10}),
+    "starts": (measure_starts, {"rounds": 20, "starts": 50}, {"rounds": 1, "starts": 4}),
 }
 """By name: what measures it, how often, and how often in a hurry."""
 
