@@ -117,7 +117,7 @@ def describe_run(path: Path) -> RunStatus:
     directory = RunDirectory(path)
     metrics = read_ends(directory.metrics, METRICS_KEYS)
     evaluations = read_ends(path / "events" / "evaluations.jsonl", EVALUATION_KEYS)
-    recipe, recipe_problem = _read_recipe(directory.recipe)
+    recipe, recipe_problem = _read_recipe(directory)
     total_steps = _whole_number(recipe, "total_steps")
     problems = [*metrics.problems, *evaluations.problems, *recipe_problem]
 
@@ -164,14 +164,14 @@ def _run_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_run(path)) if folder.is_dir() else []
 
 
-def _read_recipe(recipe: Path) -> tuple[dict[str, Any], Sequence[str]]:
+def _read_recipe(directory: RunDirectory) -> tuple[dict[str, Any], Sequence[str]]:
     """The recipe's table, and what is wrong with the recipe (nothing, or one sentence)."""
     try:
-        return tomllib.loads(recipe.read_text(encoding="utf-8")), []
-    except FileNotFoundError:
-        return {}, ["recipe.toml is missing"]
-    except ValueError as error:
+        return tomllib.loads(directory.read_recipe()), []
+    except tomllib.TOMLDecodeError as error:
         return {}, [f"recipe.toml cannot be read: {error}"]
+    except ValueError as error:
+        return {}, [str(error).removeprefix(f"{directory.path}{os.sep}")]
 
 
 def _whole_number(recipe: Mapping[str, Any], name: str) -> int | None:

@@ -95,7 +95,7 @@ def describe_place(run: RunStatus) -> str:
 def next_command(runs: Sequence[RunStatus]) -> str:
     """What one would want to do about the latest run."""
     latest = runs[-1]
-    if latest.state in {"stopped", "empty"}:
+    if latest.state in {"stopped", "empty", "damaged"}:  # which says what is to be mended
         return f"next: overnight train --resume {latest.path}"
     return f"next: overnight report {latest.path}"
 
