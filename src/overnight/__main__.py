@@ -1,6 +1,5 @@
 """`python -m overnight` is the command `overnight`."""
 
-from overnight.cli import main
-from overnight.world import leave
+from overnight.cli import run_command
 
-leave(main())
+run_command()

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from overnight import __version__
 
@@ -97,6 +97,13 @@ VERBS = {
 FLAGS_BEFORE_RECIPE = frozenset({"--slurm", "--skypilot", "--sagemaker", "--kubernetes"})
 SECONDS_TO_SPEAK = 2.0
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+
+def run_command() -> NoReturn:
+    """The command `overnight`, to the end of its process."""
+    from overnight.world import leave
+
+    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

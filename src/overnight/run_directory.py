@@ -82,7 +82,7 @@ class RunDirectory:
         self.ended = self.path / "ended.json"
 
     def exists(self) -> bool:
-        """True if a run was ever begun here, be it that its recipe is lost."""
+        """True if a run was ever begun here, also if its recipe is lost."""
         return self.recipe.is_file() or self.metrics.is_file()
 
     def begin(self, recipe: str, environment: Mapping[str, Any]) -> None:
@@ -104,9 +104,14 @@ class RunDirectory:
         except UnicodeDecodeError:
             raise ValueError(f"{self.recipe} is damaged: {FROM_A_COPY}") from None
         told = re.match(FIRST_LINE.format(r"(\d+)"), text)
+        if not text.strip() or (told is None and FIRST_LINE.startswith(text[: len("# These")])):
+            raise ValueError(f"{self.recipe} is damaged: {FROM_A_COPY}")
         lines = text.count("\n")
         if told is not None and lines < int(told[1]):
-            raise ValueError(f"{self.recipe} has {lines} lines of {told[1]}, and is damaged: {FROM_A_COPY}")
+            raise ValueError(
+                f"{self.recipe} has {lines} lines of {told[1]}: {FROM_A_COPY}; if you have taken lines out, "
+                "take out the first one, too"
+            )
         return text
 
     def check_record(self) -> None:
@@ -214,8 +219,10 @@ class RunDirectory:
 
         It would be found at the first save, after the work of hours.
         """
-        within = (".lock", "events", "checkpoints", "tokenizer")
-        for path in (self.path, *(self.path / name for name in within)):
+        written = [self.path, self.path / ".lock", self.path / "events", self.checkpoints]
+        written += self.checkpoints.glob("*step-*")  # which are deleted in time
+        written += [] if (self.tokenizer / "tokenizer.json").is_file() else [self.tokenizer]
+        for path in written:
             wanted = os.W_OK | os.X_OK if path.is_dir() else os.W_OK
             if path.exists() and not os.access(path, wanted):
                 raise ValueError(

@@ -202,7 +202,8 @@ def from_arguments(
     cls: type[Config], arguments: Sequence[str], *, prog: str, about: str, default: Config | None = None
 ) -> Config:
     """Read command-line options over `default`. Raises ValueError, one sentence; --help prints and exits."""
-    known = flat_names(cls)
+    is_on = _switches(cls, default)
+    known = {*flat_names(cls), *(f"no_{name}" for name in is_on)}
     for argument in arguments:
         name = argument.removeprefix("--").split("=")[0].replace("-", "_")
         if argument.startswith("--") and name and name not in {*known, "help"}:
@@ -212,6 +213,9 @@ def from_arguments(
             )
     import tyro
 
+    # Of each switch tyro knows the word that changes it, which is all that --help needs to show.
+    already = {f"__{name}" if value else f"__no_{name}" for name, value in is_on.items()}
+    arguments = [word for word in arguments if word.replace("-", "_") not in already]
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     complaint = io.StringIO()
     try:
@@ -229,12 +233,29 @@ def from_arguments(
         raise ValueError(f"{_first_sentence(complaint.getvalue())} (see {prog} --help)") from None
 
 
+def _parts_of(cls: type) -> list[type]:
+    """The config and its sections."""
+    return [cls, *(kind for kind in field_types(cls).values() if is_section(kind))]
+
+
+def _switches(cls: type, default: Any) -> dict[str, bool]:
+    """Every option that is on or off, and whether it is."""
+    found = {}
+    for name, section in flat_names(cls).items():
+        part = default if default is not None else cls
+        if section is not None:
+            part = getattr(default, section) if default is not None else field_types(cls)[section]
+        kind = field_types(part if isinstance(part, type) else type(part))[name]
+        if kind is bool:
+            found[name] = bool(getattr(part, name))
+    return found
+
+
 def _records_as_words(cls: type) -> Any:
     """What tells tyro that a record is one word: its values in order, `=` between them."""
     import tyro
 
-    sections = [kind for kind in field_types(cls).values() if is_section(kind)]
-    records = {record_kind(kind) for part in (cls, *sections) for kind in field_types(part).values()}
+    records = {record_kind(kind) for part in _parts_of(cls) for kind in field_types(part).values()}
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule

@@ -189,6 +189,30 @@ def test_help_exits_with_success_and_tells_every_option(capsys: pytest.CaptureFi
     assert all("--" + name.replace("_", "-") in shown for name in flat_names(Settings))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Switches:
+    """Two switches, one of them on."""
+
+    fast: bool = False
+    """Off by default."""
+    safe: bool = True
+    """On by default."""
+
+
+@pytest.mark.parametrize("default", [None, Switches(fast=True, safe=False), Switches(fast=True)])
+def test_a_switch_can_be_turned_on_and_off_whatever_its_default(default: Switches | None) -> None:
+    def read(*words: str) -> Switches:
+        return from_arguments(Switches, words, prog="overnight", about="", default=default)
+
+    assert read("--fast", "--safe") == Switches(fast=True)
+    assert read("--no-fast", "--no_safe") == Switches(safe=False)
+    assert read() == (default or Switches())
+    with pytest.raises(ValueError, match="no option --no-quick"):
+        read("--no-quick")
+    with pytest.raises(ValueError, match="no_safe"):
+        read("no_safe")
+
+
 def test_nearest_lists_what_there_is_when_nothing_is_near() -> None:
     assert nearest("zzz", ["gpt2", "characters"]) == "; there is characters, gpt2"
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from overnight.checkpoint.saving import make_building, publish, take_snapshot, write_own
 from overnight.state import TrainState
-from overnight.world import LEFT_BEHIND, World
+from overnight.terminal import say
+from overnight.world import World, leave_behind
 
 Work = Callable[[], Any]
 
@@ -45,10 +45,11 @@ class Saver:
         snapshot = take_snapshot(state, self._world, self._settings)
         building = make_building(snapshot.step, self._folder, self._world)
         write = functools.partial(write_own, snapshot, building, self._world)
+        without_tensors = snapshot._replace(tensors={})
 
         def publish_all(written: list[str]) -> None:
             self._flush()
-            publish(snapshot, building, written)
+            publish(without_tensors, building, written)
             self._tidy()
 
         if self._world.size == 1:
@@ -67,9 +68,12 @@ class Saver:
             self._go_on()
 
     def settle(self) -> None:
-        """Before a failing run ends: let its thread write to the end, whatever becomes of it."""
-        if self._work is not None:
-            wait([self._work])
+        """Before a failing run ends: let its thread come to the end, and say if it failed as well.
+
+        Of several processes nothing is published any more.
+        """
+        if self._work is not None and (error := self._work.exception()) is not None:
+            say(f"the checkpoint under way is lost: {error}")
 
     def _go_on(self) -> None:
         """Wait for the thread; where all have written, let the main process publish."""
@@ -85,7 +89,7 @@ class Saver:
 
 
 def _begin(work: Work) -> Future[Any]:
-    """Let a thread do it, for which the end of the process does not wait."""
+    """Let a thread do it."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -94,5 +98,5 @@ def _begin(work: Work) -> Future[Any]:
         except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name=LEFT_BEHIND).start()
+    leave_behind(run)
     return future

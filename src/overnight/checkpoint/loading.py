@@ -147,7 +147,9 @@ def _read_weights(model: GPT, opened: Opened) -> None:
     shapes, expected = files.shapes, weight_shapes(model.config)
     wrong = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
     if wrong:
-        raise ValueError(f"the weights of {opened.path} do not fit the model: {', '.join(wrong)}")
+        raise ValueError(
+            f"the weights of {opened.path} do not fit the model: {', '.join(wrong)}; give its sizes"
+        )
     for name, parameter in model.named_parameters():
         rows, first = own_rows(parameter.detach())
         files.read(name, rows, first)

@@ -161,7 +161,7 @@ def open_foreign(path: Path) -> ForeignFile:
         head = np.frombuffer(file.read(HEADER_BYTES)[:HEADER_BYTES], dtype="u1")
     magic = int.from_bytes(head[:4].tobytes(), "little")
     if magic in {SMALL.magic, LARGE.magic}:
-        return ForeignFile(path, LLM_C, split, open_tokens(path))
+        return ForeignFile(path, LLM_C, split, open_tokens(path, "fetch or write that file again"))
     if path.name not in {"train.bin", "val.bin"}:
         raise ValueError(
             f"{path} does not begin with the header of llm.c's shards, and only nanoGPT's train.bin and "

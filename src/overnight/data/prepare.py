@@ -104,7 +104,10 @@ def _fill(folder: Path, work: Work, config: PrepareConfig) -> Manifest | None:
     if work.near_duplicates == "drop":
         require_datatrove()
     with in_hiding(folder, lambda place: is_begun(place, work)) as place:
-        if _is_with_slurm(place) or not (is_complete(place) or _fill_place(place, work, config)):
+        if _is_with_slurm(place):
+            return None
+        is_filled = is_complete(place) or _fill_place(place, work, config)
+        if not is_filled:
             return None
         manifest = finish(place)
     appear(folder)

@@ -88,32 +88,32 @@ class TokenFile:
         self._partial.unlink(missing_ok=True)
 
 
-def open_tokens(path: Path) -> Tokens:
+def open_tokens(path: Path, remedy: str = REMEDY) -> Tokens:
     """The tokens of a shard, mapped into memory and not yet read.
 
     Raises ValueError, naming the file, if its header or its length is not as it must be.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing; {REMEDY}")
+        raise ValueError(f"{path} is missing; {remedy}")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(HEADER_BYTES)
     if len(head) < HEADER_BYTES:
-        raise ValueError(f"{path} is damaged: it ends after {size:,} bytes, within its header; {REMEDY}")
+        raise ValueError(f"{path} is damaged: it ends after {size:,} bytes, within its header; {remedy}")
     header = np.frombuffer(head, dtype="<i4")
     magic, version, count = (int(word) for word in header[:3])
     known = {(each.magic, each.version): each for each in (SMALL, LARGE)}
     if (magic, version) not in known:
         raise ValueError(
-            f"{path} is damaged, or no shard: it begins with {magic}, version {version}; {REMEDY}"
+            f"{path} is damaged, or no shard: it begins with {magic}, version {version}; {remedy}"
         )
     dtype = known[magic, version].dtype
     if count < 1 or header[3:].any():
-        raise ValueError(f"{path} is damaged: its header is not one that is ever written; {REMEDY}")
+        raise ValueError(f"{path} is damaged: its header is not one that is ever written; {remedy}")
     expected = HEADER_BYTES + count * dtype.itemsize
     if size != expected:
         raise ValueError(
-            f"{path} is damaged: {count:,} tokens make {expected:,} bytes, and it has {size:,}; {REMEDY}"
+            f"{path} is damaged: {count:,} tokens make {expected:,} bytes, and it has {size:,}; {remedy}"
         )
     # A plain array over the map: np.memmap's own slicing is several times slower.
     return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,)))

@@ -83,8 +83,7 @@ class RunStatus:
 
 def is_run(path: Path) -> bool:
     """True if a run was ever begun in this folder."""
-    directory = RunDirectory(path)
-    return directory.exists() or directory.metrics.is_file()
+    return RunDirectory(path).exists()
 
 
 def find_run(name: str, folder: Path = Path("runs")) -> Path:

@@ -142,13 +142,13 @@ def run_in_processes(config: EvaluateConfig, words: Sequence[str]) -> int:
 def open_subjects(config: EvaluateConfig, device: str) -> list[Subject]:
     """The model, and the other one if there is one."""
     from overnight.stages.models import open_model
-    from overnight.stages.train import load_resumed
+    from overnight.stages.train import read_recipe_of
 
     subjects = []
     for name in filter(None, (config.model, config.against)):
         opened = open_model(name)
         opened.model.to(device)
-        recipe = load_resumed(opened.run) if opened.run else None
+        recipe = read_recipe_of(opened.run) if opened.run else None
         precision = (recipe.compute.precision if recipe else None) or "fp32"
         subjects.append(Subject(opened, name, recipe, precision))
     return subjects

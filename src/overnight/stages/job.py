@@ -18,7 +18,7 @@ from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.packing import BestFitStream
 from overnight.data.stream import TokenStream
 from overnight.hardware import find_memory_bytes
-from overnight.memory import choose_sharding, estimate_memory
+from overnight.memory import FLOAT32, choose_sharding, estimate_memory
 from overnight.model.config import ModelConfig
 from overnight.model.initialization import draw_weights, weight_shapes
 from overnight.ownership import Sharding
@@ -121,15 +121,23 @@ def choose_sharding_for(recipe: Recipe, plan: BatchPlan, world: World) -> Shardi
 
 
 def check_memory(recipe: Recipe, plan: BatchPlan, sharding: Sharding, world: World) -> None:
-    """Raise ValueError if not even what a run holds all the time can lie in the memory: the rest is tried."""
+    """Raise ValueError if not even what a run holds all the time can lie in the memory.
+
+    What a step takes besides is tried before the run begins, on a GPU that holds a whole model.
+    """
     compute = dataclasses.replace(recipe.compute, sharding=sharding)
     rows, sharing = plan.rows_per_micro_batch, world.local_size if world.device == "cpu" else 1
     memory = estimate_memory(recipe.model, rows, compute, world.size, world.local_size)
     needed = sharing * (memory.weights + memory.gradients + memory.moments)
-    if needed > (there := find_memory_bytes(world.device)):
+    there, told = find_memory_bytes(world.device), "weights, gradients and AdamW's moments"
+    way_out = "a smaller model, or, of several processes, fewer, or --sharding full"
+    if world.device == "cpu" and recipe.checkpoints.save_in_background and needed <= there:
+        needed += 3 * FLOAT32 * recipe.model.parameter_count()
+        told, way_out = f"{told}, and a copy while a checkpoint is written,", "--no-save-in-background"
+    if needed > there:
         raise ValueError(
-            f"weights, gradients and AdamW's moments take {needed / 1e9:,.1f} GB of memory, and "
-            f"{world.device} has {there / 1e9:,.1f} GB: choose a smaller model; `overnight plan` tells which"
+            f"{told} take {needed / 1e9:,.1f} GB of memory, and {world.device} has {there / 1e9:,.1f} GB: "
+            f"choose {way_out}; `overnight plan` tells what fits"
         )
 
 

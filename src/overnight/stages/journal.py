@@ -224,11 +224,15 @@ class Journal:
             self._saver.save(state)
             self.saved_step = state.step
         if not self.job.recipe.checkpoints.save_in_background:
-            self._saver.finish()
+            self.wait_until_saved()
+
+    def wait_until_saved(self) -> None:
+        """Return when what was begun is published."""
+        self._saver.finish()
 
     def finish_saving(self) -> None:
-        """Return when what was begun is published, and old ones are gone, also those a killed run left."""
-        self._saver.finish()
+        """The same; and old ones are gone, also those that a killed run has left."""
+        self.wait_until_saved()
         if self.job.world.is_main:
             self._delete_old()
 

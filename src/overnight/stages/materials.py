@@ -141,8 +141,7 @@ def open_materials(config: DataConfig) -> Materials:
     from overnight.data.growing import is_in_preparation, open_growing
     from overnight.data.prepare import PrepareConfig, output_folder, prepare
     from overnight.data.remote import RemoteFolder, is_prepared_elsewhere
-    from overnight.data.shards import MANIFEST, load_prepared_tokenizer, read_manifest
-    from overnight.data.token_file import REMEDY
+    from overnight.data.shards import MANIFEST, SHARD_NAME, load_prepared_tokenizer, read_manifest
 
     if is_prepared_elsewhere(config.data):
         remote = RemoteFolder(config.data, config.cache_bytes)
@@ -164,9 +163,13 @@ def open_materials(config: DataConfig) -> Materials:
             f"{folder} is not prepared to its end: wait until it is, or give the command that began it once "
             "more; with --shuffle-tokens 100_000_000, training begins with what is complete"
         )
-    if any(Path(config.data).glob("*.bin")):
-        raise ValueError(f"{config.data} holds shards and no {MANIFEST} that vouches for them; {REMEDY}")
-    prepare(request)
+    if any(SHARD_NAME.fullmatch(path.name) for path in Path(config.data).glob("*.bin")):
+        raise ValueError(
+            f"{config.data} holds shards and no {MANIFEST} that vouches for them: bring it back from a "
+            "copy, or prepare the text again into another folder"
+        )
+    if prepare(request) is None:
+        raise ValueError(f"{folder} is being prepared by Slurm's jobs: wait until they are done")
     return Materials(folder, read_manifest(folder), load_prepared_tokenizer(folder), config)
 
 

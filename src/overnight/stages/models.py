@@ -56,12 +56,12 @@ def open_model(name: str) -> OpenedModel:
 
 def _open_folder(folder: Path) -> OpenedModel:
     """A run, one of its checkpoints, or a Hugging Face folder, whichever its files say it is."""
-    if RunDirectory(folder).exists():
-        return _open_run(folder)
     if (folder / "state.json").is_file():
         return _open_checkpoint(folder)
     if (folder / "config.json").is_file():
         return _open_huggingface(folder)
+    if RunDirectory(folder).exists():
+        return _open_run(folder)
     raise ValueError(
         f"{folder} holds no model: neither a run (recipe.toml), nor a checkpoint (state.json), "
         "nor a Hugging Face model (config.json)"

@@ -157,7 +157,7 @@ def train(job: Job, training: Training, directory: RunDirectory, tasks: Sequence
         journal.evaluate_at_start()
         training = dataclasses.replace(training, go_back=build_go_back(job, directory, journal))
         is_over = functools.partial(is_out_of_time, job.recipe.checkpoints.stop_after, time.monotonic())
-        may_not_go_on = functools.partial(is_to_stop, job, lambda: stopped() or is_over(), watch)
+        may_not_go_on = functools.partial(is_to_stop, job, lambda: stopped() or is_over(), watch, journal)
         with noting_failure(job, directory):
             fit(state, training, total_steps, journal.hooks(total_steps), may_not_go_on)
             journal.save()
@@ -190,16 +190,19 @@ def is_out_of_time(stop_after: str | None, begun_at: float) -> bool:
     return stop_after is not None and time.monotonic() - begun_at >= parse_duration(stop_after)
 
 
-def is_to_stop(job: Job, stopped: Callable[[], bool], watch: Watch) -> bool:
+def is_to_stop(job: Job, stopped: Callable[[], bool], watch: Watch, journal: Journal) -> bool:
     """True if any process was told to stop, or if the text of the next step is not there and will not come.
 
-    Waits for text that is being prepared.
+    Waits for text that is being prepared; before that, where there are several processes, for a checkpoint
+    under way: they publish it after a step only.
     """
     watch.still_going()
     if not isinstance(job.train, GrowingStream):
         return job.world.any(stopped())
     rows = job.plan.tokens_before(job.state.step + 1) // job.plan.tokens_per_row
     rows += job.state.guard.rows_left_out(job.state.step)
+    if job.world.size > 1:
+        journal.wait_until_saved()
     with watch.paused():
         return job.world.any(stopped() or not job.train.wait_for(rows, stopped))
 
@@ -255,9 +258,10 @@ def begin(job: Job, directory: RunDirectory, choices: Mapping[str, str], *, resu
         with job.world.together():
             check_text(job, directory)
         newest = read_newest(directory.checkpoints, lambda found: open_checkpoint(found, job.world))
-        if newest is not None:
-            check_settings(job, directory, newest)
-            restore(state, newest)
+        with job.world.together():
+            if newest is not None:
+                check_settings(job, directory, newest)
+                restore(state, newest)
         check_step(state.step, job.world)
         total_steps = job.recipe.schedule.total_steps or 0
         if state.step > total_steps:

@@ -15,7 +15,7 @@ from overnight.report.drawing import check_matplotlib
 from overnight.run_directory import RunDirectory, write_atomically
 from overnight.stages.materials import open_materials
 from overnight.stages.recipe import Recipe, flatten, load_recipe
-from overnight.stages.train import load_resumed
+from overnight.stages.train import load_resumed, read_recipe_of
 from overnight.terminal import progress, say
 
 RUN = Path("runs/quickstart")
@@ -52,7 +52,7 @@ def _train(recipe: Recipe, directory: RunDirectory) -> None:
 
         pretrain.run(recipe, directory)
         return
-    before = load_resumed(directory.path)
+    before = read_recipe_of(directory.path)
     then = flatten(before) | {"data": recipe.data.data}  # a run names the folder its source was prepared into
     changed = [name for name, value in flatten(recipe).items() if value not in {None, then[name]}]
     if changed:
@@ -68,7 +68,7 @@ def _train(recipe: Recipe, directory: RunDirectory) -> None:
     from overnight.stages import pretrain
 
     say(f"going on with {directory.path}, which has done {done} of its {total} steps; --fresh starts over")
-    pretrain.run(before, directory, resume=True)
+    pretrain.run(load_resumed(directory.path), directory, resume=True)
 
 
 def _compress(recipe: Recipe, directory: RunDirectory) -> dict[str, float]:

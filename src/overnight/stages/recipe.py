@@ -156,8 +156,13 @@ def flatten(recipe: Recipe) -> dict[str, object]:
 
 
 def lasting_settings(recipe: Recipe) -> dict[str, object]:
-    """Those that may not change in the course of a run, as JSON has them."""
-    lasting = {name: value for name, value in flatten(recipe).items() if name not in MAY_CHANGE}
+    """Those that may not change in the course of a run, as JSON has them; but for names of places."""
+    may_differ = MAY_CHANGE | {
+        "run_name",
+        "start_from",
+        "data",
+    }  # which may be moved; text is compared itself
+    lasting = {name: value for name, value in flatten(recipe).items() if name not in may_differ}
     return dict(json.loads(json.dumps(lasting, default=dataclasses.asdict)))
 
 

@@ -26,7 +26,7 @@ def build_go_back(job: Job, directory: RunDirectory, journal: Journal) -> Callab
     def go_back() -> bool:
         if limit is None or job.state.guard.bad_steps < limit:
             return False
-        journal.finish_saving()
+        journal.wait_until_saved()
         roll_back(job, directory)
         journal.note_return()
         return True
@@ -52,6 +52,7 @@ def roll_back(job: Job, directory: RunDirectory) -> None:
             f"{trouble}, after going back {len(now.detours)} times (max_rollbacks): their rows are not the "
             "reason; look at the learning rate, the precision and the initialisation"
         )
+    job.world.wait_for_all()
     earlier = [
         path for path in list_checkpoints(directory.checkpoints) if path.name <= checkpoint_name(first)
     ]
@@ -73,6 +74,7 @@ def roll_back(job: Job, directory: RunDirectory) -> None:
     rows = (plan.tokens_before(last) - plan.tokens_before(first)) // plan.tokens_per_row
     state.guard = dataclasses.replace(state.guard, detours=(*now.detours, Detour(first, rows)))
     if job.world.is_main:
+        discard_checkpoints_after(state.step, directory.checkpoints)  # passed over, since they are damaged
         write_down(directory, state.step, {"first_bad_step": first + 1, "last_bad_step": last, "rows": rows})
     say(f"{trouble}: went back to step {state.step:,}, and goes on without their {rows:,} rows")
     job.world.wait_for_all()

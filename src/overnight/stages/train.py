@@ -11,10 +11,15 @@ from overnight.stages.recipe import Recipe
 from overnight.terminal import hushed, say
 
 
-def load_resumed(run: Path) -> Recipe:
-    """The complete recipe of a run that is to go on. Raises ValueError if its record is not whole."""
+def read_recipe_of(run: Path) -> Recipe:
+    """The complete recipe of a run. Raises ValueError if it is not whole."""
     directory = RunDirectory(run)
-    recipe = from_toml(Recipe, directory.read_recipe(), str(directory.recipe))
+    return from_toml(Recipe, directory.read_recipe(), str(directory.recipe))
+
+
+def load_resumed(run: Path) -> Recipe:
+    """The same of a run that is to go on. Raises ValueError if its record is not whole."""
+    directory, recipe = RunDirectory(run), read_recipe_of(run)
     directory.check_record()
     check_checkpoints(recipe, directory)
     return recipe
@@ -27,8 +32,8 @@ def check_checkpoints(recipe: Recipe, directory: RunDirectory) -> None:
     was_saved = every is not None and len(lines) > 2 * every  # the next save waits for the one under way
     if was_saved and not any("skipped" in line for line in lines):  # after which a run may not be saved
         raise ValueError(
-            f"{directory.checkpoints} holds no checkpoint, and {len(lines)} steps are done: bring it back, "
-            "or begin again with another --run-name"
+            f"{directory.checkpoints} holds no checkpoint, and {len(lines)} steps are done: bring it "
+            "back, or begin again with another --run-name, or take metrics.jsonl away"
         )
 
 

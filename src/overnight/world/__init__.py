@@ -19,7 +19,7 @@ from overnight.world.place import Place, find_place
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEFT_BEHIND = "left behind"  # the name of threads that the end of the process does not wait for
+LEFT_BEHIND = "left behind"  # the name of such threads
 LOST = 71  # the exit status of a process that ends because others have
 REFUSALS = "OVERNIGHT_REFUSALS_FILE"
 BUCKET_BYTES = 100_000_000  # sent at once: large enough for full speed, small beside the gradients
@@ -245,12 +245,17 @@ def note_refusal() -> bool:
     return REFUSALS in os.environ
 
 
+def leave_behind(work: Callable[[], object]) -> None:
+    """Let a thread do it, for which the end of the process does not wait."""
+    threading.Thread(target=work, daemon=True, name=LEFT_BEHIND).start()
+
+
 def leave(status: int) -> NoReturn:
     """End this process. One of several ends without Python's tidying up: what was to be written is.
 
     Once in some dozens of runs the threads of torch's communication brought a process down that had done all
-    its work, while Python was taking itself apart; a launcher takes that for a failure. So does a process
-    that leaves a thread in the middle of its work.
+    its work, while Python was taking itself apart; a launcher takes that for a failure. So ends, too, a
+    process that leaves a thread in the middle of its work.
     """
     if is_launched() or any(thread.name == LEFT_BEHIND for thread in threading.enumerate()):
         sys.stdout.flush()

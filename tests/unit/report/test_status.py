@@ -97,7 +97,7 @@ def recipe_without(run: Path, setting: str) -> str:
         ("events/evaluations.jsonl", b"x\n{}\n", "evaluations.jsonl line 1 is damaged"),
         ("recipe.toml", b"total_steps = = 3", "recipe.toml cannot be read"),
         ("recipe.toml", b"\xff", "recipe.toml is damaged"),
-        ("recipe.toml", b"# These are 2 lines.\n", "recipe.toml has 1 lines of 2"),
+        ("recipe.toml", b"# These are 2 lines.\n", "recipe.toml has 1 lines of 2: take it from"),
         ("recipe.toml", None, "recipe.toml is missing"),
     ],
 )
