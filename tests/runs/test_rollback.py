@@ -22,7 +22,7 @@ from overnight.report.status import describe_run
 from overnight.run_directory import RunDirectory
 from overnight.schedule import ScheduleConfig
 from overnight.settings import from_toml
-from overnight.stages import pretrain
+from overnight.stages import pretrain, rollback
 from overnight.stages.recipe import CheckpointsConfig, Recipe
 
 STEPS, ROWS, LIMIT = 60, 8, 3
@@ -143,6 +143,27 @@ def test_the_run_goes_back_and_is_the_run_that_never_read_those_rows(
     assert run.read_events("rollbacks") == [
         {"step": back_to + 1, "first_bad_step": first + 1, "last_bad_step": first + LIMIT, "rows": len(rows)}
     ]
+
+
+def test_it_goes_back_past_a_damaged_checkpoint_and_makes_it_again(
+    asked: Recipe, poison: Poison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, twin, rows = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "twin"), rows_of(9, LIMIT)
+    real = rollback.roll_back
+
+    def damage_and_roll_back(*given: Any) -> None:
+        newest = list_checkpoints(run.checkpoints)[-1]
+        assert newest.name == "step-00000008"
+        (newest / "model.safetensors").write_bytes(b"")
+        real(*given)
+
+    monkeypatch.setattr(rollback, "roll_back", damage_and_roll_back)
+    poison.put(rows, math.nan)
+    pretrain.run(asked, run)
+    poison.leave_out(rows)
+    pretrain.run(asked, twin)
+    assert weights_of(run) == weights_of(twin)
+    assert lines_of(run) == lines_of(twin)
 
 
 @pytest.mark.parametrize("stop", [7, 9])
