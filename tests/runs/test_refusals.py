@@ -139,7 +139,7 @@ def test_shards_without_their_manifest_are_no_text(recipe: Build, tmp_path: Path
     (copy / "manifest.json").unlink()
     said = refusal(recipe(data=DataConfig(data=str(copy))), tmp_path / "run")
     assert "shards and no manifest.json" in said
-    assert "prepare it again" in said
+    assert "prepare the text again" in said
 
 
 def test_damaged_shards_are_refused(recipe: Build, tmp_path: Path, prepared: Path) -> None:
