@@ -115,7 +115,7 @@ DISK = (
 )
 TEXT = (
     of_text("shards missing", ("'shards' is no file or folder",), remove("shards")),
-    of_text("manifest missing", ("manifest.json", AGAIN), remove("shards/manifest.json")),
+    of_text("manifest missing", ("manifest.json", "prepare the text again"), remove("shards/manifest.json")),
     of_text("manifest torn", ("shards", "manifest.json is damaged"), change("shards/manifest.json", half)),
     of_file("shards/manifest.json", "manifest changed", AGAIN, lambda data: data.replace(b"char", b"cher")),
     of_text("a shard missing", (SHARD, AGAIN), remove(SHARD)),
