@@ -334,8 +334,8 @@ MISTAKES = (
     (tokens_shuffled, "tokens are shuffled within rows"),
     (decay_on_everything, "layer norms are decayed"),
     (rate_times(10.0), "the learning rate is off by a factor"),
-    (rate_times(0.1), "the learning rate is off by a factor"),
-    (rate_applied_times_ten, "the learning rate is off by a factor"),
+    pytest.param(rate_times(0.1), "the learning rate is off by a factor", marks=pytest.mark.slow),
+    pytest.param(rate_applied_times_ten, "the learning rate is off by a factor", marks=pytest.mark.slow),
     (gradients_summed, "gradients are summed over micro-batches, not averaged"),
     (no_causal_mask, "the model sees what it is to predict"),
 )

@@ -164,7 +164,11 @@ def test_recomputation_keeps_less() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("settings", [{}, {"attention": "plain", "recompute": "block"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"attention": "plain", "recompute": "block"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_compiled_loss_is_the_same_loss(settings: dict[str, object]) -> None:
     model = small_model()
     loss_off, gradient_off = off_by(

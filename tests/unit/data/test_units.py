@@ -381,6 +381,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_ray_writes_the_same_bytes(config: PrepareConfig, small_units: None, tmp_path: Path) -> None:
     """In a process of its own: Ray warns of much, and a warning is an error here."""
     prepare(config)

@@ -107,7 +107,7 @@ def test_each_document_has_the_logits_it_has_alone(attend: str, graded: bool) ->
         {"attention": "plain"},
         {"recompute": "selective"},
         {"recompute": "block"},
-        {"compile": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
         {"compile": True, "recompute": "selective"},
     ],
     ids=str,
