@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-import re
-import shlex
 import signal
 import statistics
 import subprocess
@@ -25,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from figures import put, write_figures
 from measure import Report, run_plainly, spread
 from overheard import Talk, read_notes
 from teams import (
@@ -269,36 +268,6 @@ MEASURES = dict(
 )
 
 
-def put(document: str, part: str, figures: str) -> str:
-    """The document with these figures in their place. Raises ValueError if it has none for them."""
-    begin, end = f"<!-- figures: {part} -->", "<!-- end of figures -->"
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    found, count = pattern.subn(lambda _: f"{begin}\n\n{figures}\n\n{end}", document)
-    if count != 1:
-        raise ValueError(f"the document has no place for {part}: write {begin} and {end} where it is to be")
-    return found
-
-
-def find_commit() -> str:
-    """Of the checkout, with a word if its code has been changed since."""
-    git = ["git", "-C", str(HERE)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", ":/src", ":/benchmarks"], capture_output=True, text=True, check=False
-    )
-    return (commit.stdout.strip() or "unknown") + (" and changes" if changed.stdout else "")
-
-
-def write(path: Path, part: str, report: Report, words: Sequence[str]) -> None:
-    """Put a report into the document, with the commit, the date and the command, and without its title."""
-    _, *paragraphs = report.as_markdown().split("\n\n")
-    command = shlex.join(["python", "benchmarks/distributed.py", *words])
-    source = f"Commit {find_commit()}; `{command}`."
-    path.write_text(put(path.read_text(encoding="utf-8"), part, "\n\n".join([*paragraphs, source])))
-
-
 def run_campaign(options: argparse.Namespace, words: Sequence[str]) -> int:
     """One part after the other; each is shown, and written, when it is done. The exit status."""
     if options.write is not None:
@@ -311,7 +280,7 @@ def run_campaign(options: argparse.Namespace, words: Sequence[str]) -> int:
         def measure(part: str) -> Report:
             report = MEASURES[part](place, options)
             if options.write is not None:
-                write(options.write, part, report, words)
+                write_figures(options.write, part, report, ["benchmarks/distributed.py", *words])
             return report
 
         for part in options.parts:

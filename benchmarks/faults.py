@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -23,7 +22,6 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every trial
 
-from distributed import find_commit, put
 from faults_background import measure_background
 from faults_crashes import measure_crashes, measure_errors
 from faults_damage import measure_corruption, measure_fallback
@@ -34,6 +32,7 @@ from faults_preparation import measure_preparation
 from faults_signals import measure_signals
 from faults_stops import measure_stops
 from faults_trials import Place, prepare_place
+from figures import put, write_figures
 from measure import Report, run_plainly
 
 Measure = Callable[[Place, dict[str, Any], int], Report]
@@ -95,14 +94,6 @@ PARTS: dict[str, tuple[Measure, dict[str, Any], dict[str, Any]]] = {
 """By name: what measures it, how often, and how often in a hurry."""
 
 
-def write(path: Path, part: str, report: Report, words: Sequence[str]) -> None:
-    """Put a report into the document, with the commit, the date and the command, and without its title."""
-    _, *paragraphs = report.as_markdown().split("\n\n")
-    command = shlex.join(["python", "benchmarks/faults.py", *words])
-    source = f"Commit {find_commit()}; `{command}`."
-    path.write_text(put(path.read_text(encoding="utf-8"), part, "\n\n".join([*paragraphs, source])))
-
-
 def run_campaign(options: argparse.Namespace, words: Sequence[str]) -> int:
     """One part after the other; each is shown, and written, when it is done. The exit status."""
     if options.write is not None:
@@ -124,7 +115,7 @@ def measure(part: str, options: argparse.Namespace, words: Sequence[str]) -> Rep
     with tempfile.TemporaryDirectory() as folder:
         report = work(prepare_place(Path(folder)), counts, options.seed)
     if options.write is not None:
-        write(options.write, part, report, words)
+        write_figures(options.write, part, report, ["benchmarks/faults.py", *words])
     print(f"{part}: {time.monotonic() - begun_at:.0f} s", file=sys.stderr)
     return report
 

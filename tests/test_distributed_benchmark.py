@@ -141,7 +141,7 @@ def test_figures_come_with_their_commit_date_and_command(campaign: Any, tmp_path
     path = tmp_path / "document.md"
     path.write_text("# Text\n\n<!-- figures: kills -->\n\nold\n\n<!-- end of figures -->\n\nmore\n")
     report = campaign.Report(title="T", headings=["what"], rows=[["a"]], measured={})
-    campaign.write(path, "kills", report, ["--kills", "2"])
+    campaign.write_figures(path, "kills", report, ["benchmarks/distributed.py", "--kills", "2"])
     text = path.read_text()
     assert "old" not in text
     assert text.startswith("# Text\n\n<!-- figures: kills -->\n\n| what |")
