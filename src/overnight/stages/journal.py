@@ -240,8 +240,9 @@ class Journal:
         """Of the checkpoints, keep what the recipe asks for."""
         config, folder = self.job.recipe.checkpoints, self.directory.checkpoints
         steps = [read_step(checkpoint) for checkpoint in list_checkpoints(folder)]
-        losses = {line["step"]: line["loss"] for line in self.directory.read_events("evaluations")}
-        judged = [step for step in steps if losses.get(step) is not None]
+        lines = self.directory.read_events("evaluations")
+        losses = {line["step"]: line["loss"] for line in lines if line.get("loss") is not None}
+        judged = [step for step in steps if step in losses]
         best = min(judged, key=lambda step: losses[step]) if judged and config.keep_best else None
         keep_only(choose_kept(steps, config.keep_checkpoints, config.keep_every_steps, best), folder)
 
