@@ -55,6 +55,13 @@ def test_a_run_is_judged_in_its_own_precision_and_any_other_model_in_fp32(
     assert found["bf16"] == pytest.approx(found["fp32"], abs=0.01)
 
 
+def test_a_run_without_what_only_going_on_needs_is_judged(trained: RunDirectory) -> None:
+    """As one publishes it: recipe, tokenizer, checkpoints."""
+    for path in (trained.environment, trained.metrics):
+        path.unlink()
+    assert evaluate.open_subjects(EvaluateConfig(model=str(trained.path)), "cpu")[0].recipe is not None
+
+
 def test_text_of_another_tokenizer_is_answered_with_the_folder_of_the_right_one(
     trained: RunDirectory, converted: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from overnight.stages import job, pretrain
 from overnight.stages.materials import DataConfig
 from overnight.stages.recipe import CheckpointsConfig, Recipe, SamplesConfig
 from overnight.stages.train import load_resumed
+from overnight.world import ALONE
 
 Build = Callable[..., Recipe]
 
@@ -123,6 +124,19 @@ def test_too_little_memory_is_told_before_the_model_is_built(
     pretrain.run(recipe(), RunDirectory(tmp_path / "run"))
 
 
+def test_the_copy_that_a_thread_saves_from_must_fit_as_well(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU: 16 bytes of each weight are held all the time, and 12 more while a checkpoint is written."""
+    parameters = pretrain.build_job(recipe(), ALONE, has_checkpoint=False).recipe.model.parameter_count()
+    monkeypatch.setattr(job, "find_memory_bytes", lambda device: 22 * parameters)
+    said = refusal(recipe(), tmp_path / "run")
+    assert "a copy while a checkpoint is written" in said
+    assert "choose --no-save-in-background" in said
+    waits = recipe(checkpoints=CheckpointsConfig(save_in_background=False))
+    pretrain.run(waits, RunDirectory(tmp_path / "run"))
+
+
 def test_a_run_that_has_lost_its_checkpoints_does_not_begin_anew(recipe: Build, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     pretrain.run(recipe(checkpoints=CheckpointsConfig(checkpoint_every_steps=4)), run)
@@ -140,6 +154,11 @@ def test_shards_without_their_manifest_are_no_text(recipe: Build, tmp_path: Path
     said = refusal(recipe(data=DataConfig(data=str(copy))), tmp_path / "run")
     assert "shards and no manifest.json" in said
     assert "prepare the text again" in said
+    for path in copy.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (copy / "model.bin").write_bytes(b"no shard")
+    (copy / "notes.txt").write_text("Something is told. " * 400)
+    assert "shards" not in refusal(recipe(data=DataConfig(data=str(copy))), tmp_path / "run").split(": ")[0]
 
 
 def test_damaged_shards_are_refused(recipe: Build, tmp_path: Path, prepared: Path) -> None:

@@ -116,7 +116,12 @@ def test_one_after_the_other_and_each_flushed_before_and_tidied_after(
 @pytest.mark.parametrize("told_by", ["look", "finish", "save"])
 @pytest.mark.parametrize("moment", ["write_tensors", "flush_to_disk", "manifest", "write_atomically"])
 def test_what_goes_wrong_in_a_thread_is_told_once(
-    tmp_path: Path, state: TrainState, monkeypatch: pytest.MonkeyPatch, moment: str, told_by: str
+    tmp_path: Path,
+    state: TrainState,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+    told_by: str,
 ) -> None:
     saver = Saver(tmp_path, ALONE, nothing, nothing, {})
 
@@ -127,6 +132,7 @@ def test_what_goes_wrong_in_a_thread_is_told_once(
         patched.setattr(saving, moment, crash)
         saver.save(state)
         saver.settle()
+    assert "the checkpoint under way is lost: no space" in capsys.readouterr().err
     train_on(state)
     with pytest.raises(OSError, match="no space"):
         saver.save(state) if told_by == "save" else getattr(saver, told_by)()

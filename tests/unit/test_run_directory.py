@@ -196,3 +196,23 @@ def test_rights_are_asked_for_before_the_work(begun: RunDirectory, monkeypatch: 
     monkeypatch.setattr(os, "access", lambda path, mode: path != begun.checkpoints and access(path, mode))
     with pytest.raises(ValueError, match=r"checkpoints may not be written by this user"), begun.locked():
         pass
+    (old := begun.checkpoints / "step-00000003").mkdir()  # which is deleted in time
+    monkeypatch.setattr(os, "access", lambda path, mode: path != old and access(path, mode))
+    with pytest.raises(ValueError, match=r"step-00000003 may not be written by this user"), begun.locked():
+        pass
+    monkeypatch.setattr(os, "access", lambda path, mode: path != begun.tokenizer and access(path, mode))
+    begun.tokenizer.mkdir()
+    with pytest.raises(ValueError, match=r"tokenizer may not be written by this user"), begun.locked():
+        pass
+    (begun.tokenizer / "tokenizer.json").touch()  # it is there, and not written again
+    with begun.locked():
+        pass
+
+
+@pytest.mark.parametrize("left", ["", "\n", "# These", "# These are 4"])
+def test_a_recipe_of_which_less_than_its_first_line_is_left_is_damaged(
+    begun: RunDirectory, left: str
+) -> None:
+    begun.recipe.write_text(left)
+    with pytest.raises(ValueError, match=r"recipe.toml is damaged: take it from a copy"):
+        begun.read_recipe()

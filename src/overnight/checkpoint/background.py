@@ -27,12 +27,7 @@ class Saver:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        world: World,
-        flush: Work,
-        tidy: Work,
-        settings: Mapping[str, object],
+        self, folder: Path, world: World, flush: Work, tidy: Work, settings: Mapping[str, object]
     ) -> None:
         self._folder, self._world, self._flush, self._tidy = folder, world, flush, tidy
         self._settings = settings

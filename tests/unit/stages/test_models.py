@@ -94,6 +94,8 @@ def test_a_hugging_face_folder_is_opened(place: Path) -> None:
     assert opened.tokenizer.fingerprint == TOKENIZER.fingerprint
     assert opened.run is None
     assert opened.tokenizer_folder == opened.origin == Path("theirs")
+    (place / "theirs" / "metrics.jsonl").write_text("{}\n")  # somebody's, which makes it no run
+    assert is_model_of(5, open_model("theirs").model)
 
 
 @pytest.mark.parametrize(
