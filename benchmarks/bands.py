@@ -23,14 +23,21 @@ import numpy as np
 
 from measure import Report, run_plainly
 from overnight import __version__
-from overnight.on_track.band import TEXT, Band
-from overnight.on_track.course import Course, columns_of, observe, stretch_ends
-from overnight.on_track.recording import describe_settings, record_curves
-from overnight.on_track.verdict import compare
+from overnight.baselines.band import (
+    TEXT,
+    Course,
+    ReferenceBand,
+    columns_of,
+    describe_settings,
+    record_curves,
+    run_stats,
+    window_ends,
+)
+from overnight.baselines.verdict import deviation_at
+from overnight.config import from_toml
+from overnight.recipe import Recipe, flatten, load_recipe
+from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
-from overnight.settings import from_toml
-from overnight.stages import pretrain
-from overnight.stages.recipe import Recipe, flatten, load_recipe
 
 HEADINGS = (
     "seed",
@@ -62,7 +69,7 @@ def train(recipe: Recipe, folder: Path, evaluations: int) -> RunDirectory:
     if not directory.is_finished(steps):
         every = math.ceil(steps / evaluations)
         often = replace(recipe.evaluation, evaluate_every_steps=every)
-        pretrain.run(replace(recipe, evaluation=often), directory, resume=directory.exists())
+        train_module.run(replace(recipe, evaluation=often), directory, resume=directory.exists())
     return directory
 
 
@@ -70,14 +77,14 @@ def read(directory: RunDirectory) -> Run:
     """What a finished run's files tell."""
     recipe = from_toml(Recipe, directory.recipe.read_text(encoding="utf-8"), str(directory.recipe))
     lines = directory.read_metrics()
-    ends = [lines[step - 1]["tokens"] for step in stretch_ends(len(lines))]
-    course = observe(columns_of(lines), directory.read_events("evaluations"), ends)
+    ends = [lines[step - 1]["tokens"] for step in window_ends(len(lines))]
+    course = run_stats(columns_of(lines), directory.read_events("evaluations"), ends)
     return Run(recipe.seed, recipe, json.loads(directory.data.read_text(encoding="utf-8")), course)
 
 
 def unigram_nats(run: Run) -> float:
     """The entropy of the training text's single tokens."""
-    from overnight.data.token_file import open_tokens
+    from overnight.data.shards import open_tokens
 
     folder = Path(run.recipe.data.data)
     counts = np.zeros(run.text["vocab_size"], np.int64)
@@ -87,7 +94,7 @@ def unigram_nats(run: Run) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def build_band(name: str, runs: Sequence[Run]) -> Band:
+def build_band(name: str, runs: Sequence[Run]) -> ReferenceBand:
     """The band of these runs, which must be of one recipe on one text."""
     identity, settings = describe_settings(flatten(runs[0].recipe))
     facts = {key: runs[0].text[key] for key in TEXT}
@@ -97,7 +104,7 @@ def build_band(name: str, runs: Sequence[Run]) -> Band:
         if facts != {key: run.text[key] for key in TEXT}:
             raise ValueError(f"the runs of seeds {runs[0].seed} and {run.seed} are not on one text")
     compute = runs[0].recipe.compute
-    return Band(
+    return ReferenceBand(
         recipe=name,
         source=f"{len(runs)} recorded runs",
         date=f"{datetime.now(UTC):%Y-%m-%d}",
@@ -110,7 +117,7 @@ def build_band(name: str, runs: Sequence[Run]) -> Band:
     )
 
 
-def open_to_versions(band: Band, share: float) -> Band:
+def open_to_versions(band: ReferenceBand, share: float) -> ReferenceBand:
     """The band for other versions of its text as well, whose tokenizer is another: losses widened by a share.
 
     Of the gap, in nats, as much as of the validation loss beside it.
@@ -132,7 +139,7 @@ def open_to_versions(band: Band, share: float) -> Band:
 def hold_out(runs: Sequence[Run], at: int) -> list[str]:
     """A run beside the band of the others, as a row of the table."""
     others = record_curves([run.course for place, run in enumerate(runs) if place != at])
-    found = compare(runs[at].course, others)
+    found = deviation_at(runs[at].course, others)
     worst = max(found, key=lambda name: max(abs(each.excess) for each in found[name]))
     place = max(found[worst], key=lambda each: abs(each.excess))
     last = {name: runs[at].course[name][-1].value for name in ("validation_loss", "loss")}

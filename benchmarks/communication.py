@@ -31,7 +31,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from measure import Report, interleave, run_plainly
-from overnight.communication import (
+from overnight.distributed.machine import environment_of_process
+from overnight.distributed.world import BUCKET_BYTES, World
+from overnight.model.model_config import ModelConfig
+from overnight.planning.network import (
     Cluster,
     Collective,
     Kind,
@@ -40,11 +43,7 @@ from overnight.communication import (
     list_collectives,
     sent_bytes,
 )
-from overnight.model.config import ModelConfig
-from overnight.ownership import assign_parameters
-from overnight.parallel import Sharding
-from overnight.world import BUCKET_BYTES, World
-from overnight.world.cores import environment_of_process
+from overnight.training.ownership import Sharding, assign_parameters
 
 HEADINGS = ("what is said", "processes", "MB", "measured, ms", "foretold, ms", "error", "")
 KINDS: tuple[Kind, ...] = ("all-reduce", "all-gather", "reduce-scatter", "broadcast")

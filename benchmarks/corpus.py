@@ -161,8 +161,8 @@ def measure(options: argparse.Namespace) -> Report:
 
 def text_bytes(file: Path) -> int:
     """Bytes of text in a Parquet file, before compression."""
-    from overnight.data.documents import Part, estimate_text_bytes
-    from overnight.data.files import TextFile
+    from overnight.data.text_files import TextFile
+    from overnight.preparation.documents import Part, estimate_text_bytes
 
     return estimate_text_bytes(Part(TextFile(str(file), file.name, file.stat().st_size)))
 

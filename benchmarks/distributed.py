@@ -63,7 +63,7 @@ def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def compare_weights(ours: Path, theirs: Path) -> float:
     """The largest difference between two models' weights; 0.0 says that they are equal to the bit."""
-    from overnight.checkpoint.loading import read_model
+    from overnight.training.checkpoint.load import read_model
 
     mine, other = (read_model(newest(run)).weights() for run in (ours, theirs))
     return max(float((mine[name] - other[name]).abs().max()) for name in other)

@@ -33,15 +33,15 @@ from measure import (
     spread,
     timed,
 )
-from overnight.model.config import PRESETS, ModelConfig
-from overnight.parallel import ComputeConfig, autocast, resolve_compute
-from overnight.stages.stepper import SEED, read_rows
-from overnight.world import open_world
+from overnight.bench.worker import SEED, read_rows
+from overnight.distributed.world import open_world
+from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.training.compute import ComputeConfig, autocast, resolve_compute
 from peers import PEERS, Peer, build_peer
 from text import read_ids
 
 if TYPE_CHECKING:
-    from overnight.data.stream import Batch
+    from overnight.data.loader import Batch
     from overnight.model.gpt import GPT
 
 OURS, FORWARD, STRIDED = "overnight", "overnight's training forward", "Transformers, strided"
@@ -66,7 +66,7 @@ class Question:
 
 def judge_ours(model: GPT, question: Question) -> float:
     """What `overnight evaluate` does."""
-    from overnight.evaluation.language_model import evaluate_language_model
+    from overnight.evaluation.perplexity import evaluate_language_model
 
     spelt = [b"?"] * model.vocab_size  # what the ids spell does not matter to the time
     return evaluate_language_model(model, question.batches, spelt, question.precision).loss
@@ -74,12 +74,12 @@ def judge_ours(model: GPT, question: Question) -> float:
 
 def train_forward(model: GPT, question: Question) -> float:
     """The forward pass of `overnight train` on the same batches, everything kept for the backward pass."""
-    from overnight.parallel import build_loss
-    from overnight.stages.pretrain import next_token_nats
+    from overnight.model.loss import next_token_loss
+    from overnight.training.compute import build_loss
 
     asked = ComputeConfig(device=question.device, precision=question.precision, compile=False)
     compute = resolve_compute(asked, question.device)
-    loss = build_loss(model, next_token_nats, compute)
+    loss = build_loss(model, next_token_loss, compute)
     total = 0.0
     model.train()
     for batch in question.batches:
@@ -156,8 +156,7 @@ def measure(options: argparse.Namespace) -> Report:
     """Judge with all in turn. Raises ValueError, before any work, for what was asked wrongly."""
     import torch
 
-    from overnight.model.gpt import allocate_model
-    from overnight.model.initialization import initialize
+    from overnight.model.gpt import empty_model, initialize
 
     config, precision = check(options)
     tokens = options.batches * options.rows * options.context
@@ -165,7 +164,7 @@ def measure(options: argparse.Namespace) -> Report:
     batch = read_rows(ids, options.context)
     batches = [batch(number * options.rows, options.rows) for number in range(options.batches)]
     question = Question(batches=batches, precision=precision, device=options.device)
-    model = allocate_model(config)
+    model = empty_model(config)
     initialize(model, SEED)
     sides = build_sides(model.to(options.device), question, options)
     losses = {name: side() for name, side in sides.items()}  # the warm-up

@@ -23,9 +23,8 @@ SLOW_SECONDS = 0.01  # of each write and each fsync: a step takes half of that
 
 def slow_disk(notes: Path | None = None, mutant: Before | None = None) -> None:
     """In the new process: threads that save wait at each write; steps done meanwhile are noted."""
-    from overnight import tensor_files
-    from overnight.checkpoint import saving
-    from overnight.world import LEFT_BEHIND
+    from overnight.distributed.world import LEFT_BEHIND
+    from overnight.training.checkpoint import format, save
 
     if mutant is not None:
         mutant()
@@ -38,8 +37,8 @@ def slow_disk(notes: Path | None = None, mutant: Before | None = None) -> None:
 
         return wait_and_do
 
-    tensor_files.save_file = slowly(tensor_files.save_file)
-    saving.flush_to_disk = slowly(saving.flush_to_disk)
+    format.save_file = slowly(format.save_file)
+    save.flush_to_disk = slowly(save.flush_to_disk)
     append = RunDirectory.append_metrics
 
     def append_and_note(self: RunDirectory, line: Any) -> None:
@@ -81,14 +80,14 @@ def listen(log: Path) -> None:
 
 def aliases() -> None:
     """A mutant: what is saved is not copied, and changes while it is written."""
-    from overnight.checkpoint import saving
+    from overnight.training.checkpoint import save
 
-    saving._copy = dict  # type: ignore[assignment]
+    save._copy = dict  # type: ignore[assignment]
 
 
 def does_not_wait() -> None:
     """A mutant: the run ends, whether its last checkpoint is there or not."""
-    from overnight.checkpoint.background import Saver
+    from overnight.training.checkpoint.save import Saver
 
     Saver.finish = Saver.settle = lambda _: None  # type: ignore[method-assign]
 

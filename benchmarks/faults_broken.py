@@ -37,9 +37,9 @@ def trap_disk() -> None:
 
 def trap_memory() -> None:
     """A machine with ten thousand bytes of memory, as a container may have it that was given too few."""
-    from overnight.stages import job
+    from overnight.run import setup
 
-    job.find_memory_bytes = lambda _: 10_000
+    setup.find_memory_bytes = lambda _: 10_000
 
 
 def limit_memory() -> None:

@@ -72,7 +72,7 @@ def command(corpus: Path | str, *more: str) -> list[str]:
 
 def small_units() -> None:
     """In a new process: the source is cut small, so that little text goes the ways of much."""
-    from overnight.data import prepare
+    from overnight.preparation import prepare
 
     prepare.UNIT_BYTES, prepare.EARLY_BYTES = UNIT_BYTES, EARLY_BYTES
 

@@ -24,8 +24,8 @@ from faults_trials import (
     train,
 )
 from measure import Report
-from overnight.checkpoint.layout import list_checkpoints, read_step
-from overnight.checkpoint.loading import verify_checkpoint
+from overnight.training.checkpoint.format import list_checkpoints, read_step
+from overnight.training.checkpoint.load import verify_checkpoint
 
 DEAD = 137
 PUBLISHED = "rename small/checkpoints/step-"
@@ -209,16 +209,16 @@ def measure_crashes(place: Place, counts: dict[str, Any], seed: int) -> Report:
 
 def delete_first() -> None:
     """A mutant: room is made by deleting the old checkpoints before the new one is written."""
-    from overnight.checkpoint import background
+    from overnight.training.checkpoint import save
 
-    make_building = background.make_building
+    make_building = save.make_building
 
     def make_room(step: int, folder: Path, world: Any) -> Path:
         for checkpoint in list_checkpoints(folder):
             shutil.rmtree(checkpoint)
         return make_building(step, folder, world)
 
-    background.make_building = make_room
+    save.make_building = make_room
 
 
 def limit_files(most: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from faults_trials import RUN, Place, find_difference, finish, record, report, run, train
 from measure import Report
-from overnight.checkpoint.layout import list_checkpoints
+from overnight.training.checkpoint.format import list_checkpoints
 
 Damage = Callable[[Path, random.Random], None]
 
@@ -80,17 +80,17 @@ def choose(number: int, flips: int) -> Damage:
 
 def accept_all() -> None:
     """The mutant: a package that believes what it reads."""
-    from overnight.checkpoint import loading
+    from overnight.training.checkpoint import load
 
-    loading.verify_checkpoint = lambda *_: None
+    load.verify_checkpoint = lambda *_: None
 
 
 def load_damaged(folder: Path, out: Path, counts: tuple[int, int], seed: int, *, mutant: bool) -> None:
     """Load the newest checkpoint, damaged each time anew; what became of it, as JSON, into `out`."""
-    from overnight.checkpoint.loading import load_checkpoint, read_model
-    from overnight.model.initialization import initialize
-    from overnight.optim import OptimizerConfig, build_optimizer
-    from overnight.state import TrainState
+    from overnight.model.gpt import initialize
+    from overnight.training.checkpoint.load import load_checkpoint, read_model
+    from overnight.training.optim import OptimizerConfig, build_optimizer
+    from overnight.training.state import TrainState
 
     if mutant:
         accept_all()

@@ -150,12 +150,12 @@ class Pen(io.FileIO):
 
 def install(fault: Fault | None = None, log: Path | None = None) -> None:
     """From here on this process's changes are counted, and `fault` happens to one of them."""
-    import overnight.tensor_files
+    import overnight.training.checkpoint.format
 
     disk = Disk(fault, log)
     watch_names(disk)
     watch_files(disk)
-    overnight.tensor_files.save_file = watch_tensors(disk, overnight.tensor_files.save_file)
+    overnight.training.checkpoint.format.save_file = watch_tensors(disk, overnight.tensor_files.save_file)
 
 
 def watch_names(disk: Disk) -> None:
@@ -269,10 +269,11 @@ def without_fsync() -> None:
 
 def in_place() -> None:
     """A mutant: checkpoints are written under their final name, and believed; as most scripts do."""
-    from overnight.checkpoint import background, loading
-    from overnight.checkpoint.layout import checkpoint_name
+    from overnight.training.checkpoint import load
+    from overnight.training.checkpoint import save as save_module
+    from overnight.training.checkpoint.format import checkpoint_name
 
-    write_own, publish = background.write_own, background.publish
+    write_own, publish = save_module.write_own, save_module.publish
 
     def write_in_place(snapshot: Any, building: Path, world: Any) -> str:
         final = building.with_name(checkpoint_name(snapshot.step))
@@ -283,5 +284,5 @@ def in_place() -> None:
     def publish_in_place(snapshot: Any, building: Path, written: Any) -> None:
         publish(snapshot, building.with_name(checkpoint_name(snapshot.step)), written)
 
-    background.write_own, background.publish = write_in_place, publish_in_place
-    loading.verify_checkpoint = lambda *_: None
+    save_module.write_own, save_module.publish = write_in_place, publish_in_place
+    load.verify_checkpoint = lambda *_: None

@@ -37,15 +37,15 @@ REFUSALS = ("is being trained by another process", "already holds a run")
 
 def forget_moments() -> None:
     """A mutant: it goes on with fresh moments, as many scripts do."""
-    from overnight.stages import pretrain
+    from overnight.run import train
 
-    restore = pretrain.restore
+    restore = train.restore
 
     def restore_weights(state: Any, opened: Any) -> None:
         restore(state, opened)
         state.optimizer.state.clear()
 
-    pretrain.restore = restore_weights
+    train.restore = restore_weights
 
 
 def never_rewind() -> None:
@@ -158,7 +158,7 @@ def count_lines(folder: Path) -> int:
 
 def wait_at(gate: Path, mutant: Before | None = None) -> None:
     """In a new process: stand ready until the gate is open."""
-    import overnight.stages.train  # noqa: F401 - what would be loaded behind the gate
+    import overnight.run.command  # noqa: F401 - what would be loaded behind the gate
 
     if mutant is not None:
         mutant()
@@ -168,11 +168,11 @@ def wait_at(gate: Path, mutant: Before | None = None) -> None:
 
 def unlocked() -> None:
     """A mutant: nobody asks whether another trains here."""
+    from overnight.run import resume
     from overnight.run_directory import RunDirectory
-    from overnight.stages import pretrain
 
     RunDirectory.locked = lambda _: contextlib.nullcontext()  # type: ignore[method-assign, assignment]
-    pretrain.check_directory = lambda *_, **__: None
+    resume.check_directory = lambda *_, **__: None
 
 
 def race(folder: Path, count: int) -> list[Trial]:

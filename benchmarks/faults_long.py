@@ -13,8 +13,8 @@ from typing import Any
 
 from faults_trials import Before, Place, finish, report
 from measure import Report
-from overnight.batching import BatchConfig, BatchPlan, plan_batches
-from overnight.data.stream import TokenStream
+from overnight.data.loader import TokenStream
+from overnight.training.batch import BatchConfig, BatchPlan, plan_batches
 
 TOKENS_PER_ROW = 8
 ROWS_PER_STEP = 48
@@ -127,11 +127,11 @@ def note_memory(notes: Path, mutant: Before | None = None) -> None:
 
 def keep_a_little() -> None:
     """A mutant: 4 KB of each step stay, and the file of each save stays open."""
-    from overnight import trainer
-    from overnight.checkpoint import background
+    from overnight.training import step as step_module
+    from overnight.training.checkpoint import save
 
     kept: list[object] = []
-    step, publish = trainer.train_step, background.publish
+    step, publish = step_module.train_step, save.publish
 
     def step_and_keep(*given: Any) -> Any:
         kept.append(os.urandom(4096))
@@ -141,7 +141,7 @@ def keep_a_little() -> None:
         publish(snapshot, building, written)
         kept.append(next(building.parent.glob("step-*/state.json")).open())
 
-    trainer.train_step, background.publish = step_and_keep, keep_and_publish
+    step_module.train_step, save.publish = step_and_keep, keep_and_publish
 
 
 def watch_memory(place: Place, name: str, steps: int, mutant: Before | None = None) -> tuple[float, int]:

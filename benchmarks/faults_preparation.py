@@ -200,30 +200,30 @@ def require(caught: int, tried: int) -> str:
 
 def write_in_place() -> None:
     """A mutant: the folder is filled where everybody sees it."""
-    from overnight.data import output
+    from overnight.data import atomic_folder
 
-    output.hidden_folder = lambda folder: folder
+    atomic_folder.staging_path = lambda folder: folder
 
 
 def publish_by_copying() -> None:
     """A mutant: the finished folder is copied, file by file."""
-    from overnight.data import prepare
-    from overnight.data.output import hidden_folder
+    from overnight.data.atomic_folder import staging_path
+    from overnight.preparation import prepare
 
     def appear(folder: Path) -> None:
         folder.mkdir()
-        for path in sorted(hidden_folder(folder).rglob("*")):
-            copy = folder / path.relative_to(hidden_folder(folder))
+        for path in sorted(staging_path(folder).rglob("*")):
+            copy = folder / path.relative_to(staging_path(folder))
             copy.mkdir() if path.is_dir() else copy.write_bytes(path.read_bytes())
             time.sleep(0.005)
-        shutil.rmtree(hidden_folder(folder))
+        shutil.rmtree(staging_path(folder))
 
     prepare.appear = appear
 
 
 def unlocked() -> None:
     """A mutant: nobody asks whether another fills the same folder."""
-    from overnight.data import prepare
+    from overnight.preparation import prepare
 
     prepare.alone = lambda _: contextlib.nullcontext()
 
@@ -242,7 +242,7 @@ class Seen(NamedTuple):
 
 def wait_at(gate: Path) -> None:
     """In a new process: stand ready until the gate is open."""
-    from overnight.data import prepare, shards  # noqa: F401 - what would be loaded behind the gate
+    from overnight.data import shards  # noqa: F401 - what would be loaded behind the gate
 
     while not gate.exists():
         time.sleep(0.001)
@@ -250,7 +250,7 @@ def wait_at(gate: Path) -> None:
 
 def read_on(folder: Path) -> None:
     """Open what is there again and again until all commands have ended; note what was found."""
-    from overnight.data.stream import TokenStream
+    from overnight.data.loader import TokenStream
 
     out, openings, wrong = folder / OUT, 0, ""
     while not (folder / "over").exists() and not wrong:
@@ -269,16 +269,16 @@ def read_along(folder: Path) -> None:
     """Train, so to say, on what is not complete yet, row after row; note whether they are the final rows."""
     import torch
 
-    from overnight.data import growing
-    from overnight.data.stream import TokenStream
+    from overnight.data import incremental
+    from overnight.data.loader import TokenStream
 
-    growing.POLL_SECONDS, growing.say = 0.002, lambda _: None
+    incremental.POLL_SECONDS, incremental.say = 0.002, lambda _: None
     out, options = folder / OUT, {"tokens_per_row": 64, "seed": 1, "shuffle_tokens": 20_000}
     is_over = (folder / "over").exists
-    while not (growing.is_in_preparation(out) or out.exists() or is_over()):
+    while not (incremental.is_being_prepared(out) or out.exists() or is_over()):
         time.sleep(0.001)
     try:
-        stream = growing.GrowingStream(growing.open_growing(out, 20_000), **options)
+        stream = incremental.IncrementalStream(incremental.open_incremental(out, 20_000), **options)
         batches = []
         while not stream.folder.is_complete and stream.wait_for(len(batches) + 1, is_over):
             batches.append(stream.batch(len(batches), 1))

@@ -62,19 +62,19 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase("starting", "overnight.stages.pretrain:build_job", 1),
-    Phase("training", "overnight.trainer:train_step", 38),
-    Phase("evaluating", "overnight.stages.journal:Journal.evaluate", 13),
-    Phase("sampling", "overnight.stages.journal:Journal.sample", 9),
+    Phase("starting", "overnight.run.train:build_job", 1),
+    Phase("training", "overnight.training.step:train_step", 38),
+    Phase("evaluating", "overnight.run.log:Journal.evaluate", 13),
+    Phase("sampling", "overnight.run.log:Journal.sample", 9),
     Phase("saving", "os:fsync", 45, writes_checkpoint),
 )
 PREPARATION = (
-    Phase("preparing", "overnight.data.prepare:_plan_work", 1),
-    Phase("preparing", "overnight.data.prepare:_build_tokenizer", 1),
-    Phase("preparing", "overnight.data.prepare:_encode_here", 1),
-    Phase("preparing", "overnight.data.prepare:decide_all", 1),
-    Phase("preparing", "overnight.data.prepare:write_shards", 1),
-    Phase("preparing", "overnight.data.prepare:finish", 1),
+    Phase("preparing", "overnight.preparation.prepare:_plan_work", 1),
+    Phase("preparing", "overnight.preparation.prepare:_build_tokenizer", 1),
+    Phase("preparing", "overnight.preparation.prepare:_encode_here", 1),
+    Phase("preparing", "overnight.preparation.prepare:decide_all", 1),
+    Phase("preparing", "overnight.preparation.prepare:write_shards", 1),
+    Phase("preparing", "overnight.preparation.prepare:finish", 1),
 )
 
 
@@ -230,16 +230,16 @@ def stop_preparations(place: Place, most: int, draw: random.Random) -> list[Stop
 
 def slow_step() -> None:
     """Each step takes a quarter of an hour."""
-    from overnight import trainer
+    from overnight.training import step as step_module
 
-    step = trainer.train_step
+    step = step_module.train_step
 
     def wait_and_step(*given: Any) -> Any:
         Path("in-step").touch()
         time.sleep(900)
         return step(*given)
 
-    trainer.train_step = wait_and_step
+    step_module.train_step = wait_and_step
 
 
 def signal_twice(folder: Path) -> float:
@@ -261,13 +261,13 @@ def signal_twice(folder: Path) -> float:
 
 def deaf() -> None:
     """A mutant: nobody has told the system what to do about signals."""
-    from overnight.stages import pretrain
+    from overnight.run import train
 
     @contextlib.contextmanager
     def ignore() -> Iterator[Any]:
         yield lambda: False
 
-    pretrain.stop_on_signal = ignore
+    train.stop_on_signal = ignore
 
 
 def catch_deaf(folder: Path) -> None:
@@ -282,7 +282,7 @@ def catch_deaf(folder: Path) -> None:
 
 def impatient() -> None:
     """A mutant: a signal ends what is being done, and does not wait for the step."""
-    from overnight.stages import pretrain
+    from overnight.run import train
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -293,7 +293,7 @@ def impatient() -> None:
             signal.signal(number, interrupt)
         yield lambda: False
 
-    pretrain.stop_on_signal = stop_at_once
+    train.stop_on_signal = stop_at_once
 
 
 def catch_impatient(folder: Path, draw: random.Random) -> None:

@@ -48,10 +48,10 @@ def same_noise_each_time() -> None:
     """A mutant: dropout draws from torch's own generator, whose state nobody saves."""
     import torch
 
-    from overnight import trainer
+    from overnight.training import step
 
     torch.manual_seed(1)
-    trainer._seed_dropout = lambda *_: None
+    step._seed_dropout = lambda *_: None
 
 
 def draw_settings(draw: random.Random) -> dict[str, object]:

@@ -143,20 +143,20 @@ def shuffle_folders(seed: int) -> None:
 
 def order_by_workers() -> None:
     """What another worker has done comes first."""
-    from overnight.data import encode
+    from overnight.preparation import tokenize
 
-    real = encode.encode_documents
+    real = tokenize.tokenize_documents
 
     def turned(judged: Any, tokenizer: Any, threads: int = 1) -> list[Any]:
         found = list(real(judged, tokenizer, threads))
         return found[threads - 1 :] + found[: threads - 1]
 
-    encode.encode_documents = turned
+    tokenize.tokenize_documents = turned
 
 
 def order_of_hashes() -> None:
     """The files are held in a set."""
-    from overnight.data import sources
+    from overnight.preparation import sources
 
     real = sources.find_files
 
@@ -169,21 +169,22 @@ def order_of_hashes() -> None:
 
 def order_of_listing() -> None:
     """The files are read as the folder lists them."""
-    from overnight.data import files, sources
+    from overnight.data import text_files
+    from overnight.preparation import sources
 
-    sources.find_files = lambda source: files._find_here(Path(source))
+    sources.find_files = lambda source: text_files._find_here(Path(source))
 
 
 def decode_by_locale() -> None:
     """Texts are decoded as the locale says, as open() does if nothing is said."""
-    from overnight.data import documents
+    from overnight.preparation import documents
 
     documents._decode = lambda data: (data.decode(locale.getencoding(), "replace"), None)
 
 
 def name_the_path() -> None:
     """The source is called by the path that was typed."""
-    from overnight.data import prepare
+    from overnight.preparation import prepare
 
     real = prepare._request
     prepare._request = lambda config, source: real(config, source) | {"source": config.source}
@@ -191,10 +192,10 @@ def name_the_path() -> None:
 
 def note_the_hour() -> None:
     """The hour on the wall is written down."""
-    from overnight.data import steps
+    from overnight.preparation import prepare as prepare_module
 
-    real, hour = steps._describe, datetime.datetime.fromtimestamp(0).hour
-    steps._describe = lambda *words: dataclasses.replace(real(*words), licence=f"from {hour} on")
+    real, hour = prepare_module._describe, datetime.datetime.fromtimestamp(0).hour
+    prepare_module._describe = lambda *words: dataclasses.replace(real(*words), licence=f"from {hour} on")
 
 
 PLAIN = Surroundings("as it is", variables={"PYTHONHASHSEED": "0"})

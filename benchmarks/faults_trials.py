@@ -77,8 +77,14 @@ SETTINGS: dict[str, object] = {
     "background": "true",
 }
 SLOW_IMPORTS = [
-    *("overnight.cli", "overnight.stages.train", "overnight.stages.pretrain", "overnight.report.status"),
-    *("overnight.data.prepare", "overnight.model.blocks", "overnight.model.flex", "filelock", "typeguard"),
+    *("overnight.cli", "overnight.run.command", "overnight.run.train", "overnight.runs.status"),
+    *(
+        "overnight.preparation.prepare",
+        "overnight.model.kernels",
+        "overnight.model.kernels",
+        "filelock",
+        "typeguard",
+    ),
     *("torch._dynamo", "tyro", "rich.progress", "safetensors.torch"),
 ]
 PROCESSES = multiprocessing.get_context("fork")
@@ -155,8 +161,8 @@ def warm_up() -> None:
     """Once, what each command would do anew: import, and learn what options there are."""
     for name in SLOW_IMPORTS:
         importlib.import_module(name)
-    from overnight.settings import from_arguments
-    from overnight.stages.recipe import Recipe
+    from overnight.config import from_arguments
+    from overnight.recipe import Recipe
 
     from_arguments(Recipe, ["--seed", "1"], prog="", about="", default=Recipe(run_name="small"))
     gc.freeze()
@@ -176,7 +182,8 @@ def prepare_place(folder: Path) -> Place:
 
 def prepare_with(source: str, out: str, tokenizer: str) -> None:
     """Text to shards, in a process of its own: `run(prepare_with, ...)`."""
-    from overnight.data.prepare import PrepareConfig, prepare
+    from overnight.preparation.prepare import prepare
+    from overnight.preparation.prepare_config import PrepareConfig
 
     prepare(
         PrepareConfig(source=source, out=out, tokenizer=tokenizer, validation_fraction=0.2, shard_tokens=1200)

@@ -309,24 +309,25 @@ TROUBLES: tuple[Trouble, ...] = (*DISK, *TEXT, *MODEL, *MACHINE, *SETTINGS, *OF_
 
 def without_disk_check() -> None:
     """Nobody asks how much space there is."""
-    from overnight.stages import pretrain
+    from overnight.run import resume
 
-    pretrain.check_disk = nothing
+    resume.check_checkpoint_space = nothing
 
 
 def without_shard_check() -> None:
     """Shards are believed."""
-    from overnight.data import shard_file, shards
+    from overnight.data import shards
+    from overnight.data import shards as shards_module
 
-    shards.verify_shard = shard_file.verify_shard = nothing
-    shards.verify = shard_file.verify = lambda folder, _=None: shards.read_manifest(folder)
+    shards.verify_shard = shards_module.verify_shard = nothing
+    shards.verify = shards_module.verify = lambda folder, _=None: shards.read_manifest(folder)
 
 
 def without_memory_check() -> None:
     """Nobody asks how much memory there is."""
-    from overnight.stages import job
+    from overnight.run import setup
 
-    job.check_memory = nothing
+    setup.require_memory = nothing
 
 
 def without_rights_check() -> None:
@@ -346,9 +347,9 @@ def without_record_check() -> None:
 
 def without_verification() -> None:
     """Checkpoints are believed."""
-    from overnight.checkpoint import loading
+    from overnight.training.checkpoint import load
 
-    loading.verify_checkpoint = nothing
+    load.verify_checkpoint = nothing
 
 
 MUTANTS: tuple[tuple[Before, str, str], ...] = (

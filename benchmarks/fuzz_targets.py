@@ -41,15 +41,15 @@ def check_generation() -> Check:
     """P3: any prompt and any way of sampling is answered, or refused in a sentence before a word."""
     import torch
 
-    from overnight.decoding import decoding_precisions
-    from overnight.model.config import ModelConfig
-    from overnight.model.gpt import GPT
-    from overnight.model.initialization import initialize
-    from overnight.stages import generate, models
+    from overnight.conversion import open_model as open_model_module
+    from overnight.generation import command as generation_command
+    from overnight.generation.quantize import generation_precisions
+    from overnight.model.gpt import GPT, initialize
+    from overnight.model.model_config import ModelConfig
 
     torch.set_num_threads(1)
     tokenizer = make_tokenizers()[2]
-    precision = decoding_precisions("cpu")[0]
+    precision = generation_precisions("cpu")[0]
 
     def open_model(name: str) -> Any:
         model = GPT(
@@ -59,18 +59,18 @@ def check_generation() -> Check:
         )
         initialize(model, seed=1)
         here = Path(name)
-        return models.OpenedModel(
+        return open_model_module.OpenedModel(
             model=model.eval(), tokenizer=tokenizer, origin=here, tokenizer_folder=here, run=None
         )
 
-    models.open_model = open_model
+    open_model_module.open_model = open_model
 
     def check(data: bytes) -> None:
         config = draw_generation(data, precision)
         written, said = io.StringIO(), ""
         with contextlib.redirect_stdout(written), contextlib.redirect_stderr(io.StringIO()):
             try:
-                generate.run(config)
+                generation_command.run(config)
             except ValueError as error:
                 said = str(error) or "nothing"
         text = written.getvalue()
@@ -87,7 +87,7 @@ def draw_generation(data: bytes, precision: Any) -> Any:
     """What bytes ask of `overnight generate`: little of it usual."""
     import atheris
 
-    from overnight.stages.generate import GenerateConfig
+    from overnight.generation.command import GenerateConfig
 
     draw = atheris.FuzzedDataProvider(data)
 
@@ -115,7 +115,7 @@ def draw_generation(data: bytes, precision: Any) -> Any:
 
 def forget_problems() -> None:
     """A mutant of `generation`: how tokens are drawn is not looked at before."""
-    from overnight.sampling import SamplingConfig
+    from overnight.generation.sampling import SamplingConfig
 
     SamplingConfig.problems = lambda _: []  # type: ignore[method-assign]
 
@@ -124,8 +124,8 @@ def check_recipes() -> Check:
     """U3: any text is a recipe or is refused with a ValueError; a sound one is written and read again."""
     import dataclasses
 
-    from overnight.settings import from_toml, to_toml
-    from overnight.stages.recipe import Recipe
+    from overnight.config import from_toml, to_toml
+    from overnight.recipe import Recipe
 
     def check(data: bytes) -> None:
         try:
@@ -144,21 +144,21 @@ def check_recipes() -> Check:
 
 def take_any_type() -> None:
     """A mutant of `recipes`: a value of any type is taken."""
-    from overnight import settings
+    from overnight import config as config_module
 
-    settings._fits = lambda *_: True
+    config_module._fits = lambda *_: True
 
 
 def check_archive() -> Check:
     """U1: the index of a .pt, which is a zip archive, is sound or refused with a ValueError."""
-    from overnight.convert import pickled
+    from overnight.conversion import safe_unpickle
 
     path = Path("any.pt")
 
     def check(data: bytes) -> None:
         path.write_bytes(data)
         with contextlib.suppress(ValueError):
-            pickled._check_archive(path)
+            safe_unpickle._check_archive(path)
 
     return check
 
@@ -167,13 +167,13 @@ def believe_archives() -> None:
     """A mutant of `archive`: a damaged one is met by whoever reads on."""
     import zipfile
 
-    from overnight.convert import pickled
+    from overnight.conversion import safe_unpickle
 
     def believe(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             archive.testzip()
 
-    pickled._check_archive = believe
+    safe_unpickle._check_archive = believe
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def recipe_seeds() -> list[bytes]:
     """The recipes that are shipped."""
     from importlib import resources
 
-    from overnight.stages.recipe import recipe_names
+    from overnight.recipe import recipe_names
 
     folder = resources.files("overnight") / "recipes"
     return [(folder / f"{name}.toml").read_bytes() for name in recipe_names()]
@@ -208,8 +208,8 @@ def recipe_seeds() -> list[bytes]:
 
 def recipe_words() -> list[str]:
     """Names, and values that TOML has."""
-    from overnight.settings import flat_names
-    from overnight.stages.recipe import Recipe
+    from overnight.config import flat_names
+    from overnight.recipe import Recipe
 
     sections = {f"[{section}]" for section in flat_names(Recipe).values() if section}
     values = ["nan", "-inf", "1e400", "0x", "'off'", "[[", "{a = 1}", "1979-05-27", "true", '"""', "\n"]

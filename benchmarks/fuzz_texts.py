@@ -24,10 +24,10 @@ def any_text(data: bytes) -> str:
 @functools.cache
 def make_tokenizers() -> list[Any]:
     """Of each kind one; GPT-2's own if the cache holds it."""
-    from overnight.cache import cache_folder
-    from overnight.text.characters import Characters
-    from overnight.text.gpt2 import FILES, is_genuine, read_gpt2
-    from overnight.text.load import build_tokenizer
+    from overnight.run_directory import cache_folder
+    from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
+    from overnight.tokenizer.characters import Characters
+    from overnight.tokenizer.open_tokenizer import build_tokenizer
 
     made = [Characters([]), *(build_tokenizer(name, DOCUMENTS) for name in ("characters", "bpe-300"))]
     made.append(make_foreign(made[-1]))
@@ -37,7 +37,7 @@ def make_tokenizers() -> list[Any]:
 
 def make_foreign(bpe: Any) -> Any:
     """A tokenizer.json as others write it: with special tokens of its own, run by `tokenizers`."""
-    from overnight.text.load import load_tokenizer
+    from overnight.tokenizer.open_tokenizer import load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         bpe.save(Path(folder))
@@ -69,9 +69,9 @@ def check_encoding() -> Check:
 
 def drop_half_pairs() -> None:
     """A mutant of `encoding`: what is no character is left out."""
-    from overnight.text import byte_pair
+    from overnight.tokenizer import bpe as bpe_module
 
-    byte_pair.clean = lambda text: text.encode(errors="ignore").decode()
+    bpe_module.clean = lambda text: text.encode(errors="ignore").decode()
 
 
 def check_special() -> Check:
@@ -101,7 +101,7 @@ def spell_special(data: bytes) -> str:
 
 def trust_text() -> None:
     """A mutant of `special`: special tokens are read from the text."""
-    from overnight.text.byte_pair import BytePair
+    from overnight.tokenizer.bpe import BytePair
 
     encode = BytePair._encode
 
@@ -116,7 +116,7 @@ def trust_text() -> None:
 
 def check_stream() -> Check:
     """P4: any ids, decoded one by one, are UTF-8 at each step and in the end the text of the whole."""
-    from overnight.generate import TextWriter
+    from overnight.generation.generate import TextWriter
 
     tokenizers = make_tokenizers()
 
@@ -142,6 +142,6 @@ def check_stream() -> Check:
 
 def token_by_token() -> None:
     """A mutant of `stream`: each token is decoded by itself, though characters may lie across two."""
-    from overnight.generate import TextWriter
+    from overnight.generation.generate import TextWriter
 
     TextWriter.write = lambda self, token: self._bytes[token].decode(errors="replace")  # type: ignore[method-assign]

@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 from measure import Report, interleave, model_name, paired_ratio, run_plainly, spread
-from overnight.model.config import PRESETS, ModelConfig
+from overnight.model.model_config import PRESETS, ModelConfig
 
 OURS, THEIRS, CTRANSLATE2 = "overnight", "transformers", "ctranslate2"
 PRECISIONS = {
@@ -57,8 +57,7 @@ Writer = Callable[[Completions, Setting], Completions]
 
 def build_ours(config: ModelConfig, seed: int = 1337) -> Any:
     """Our model as it is trained, with random weights."""
-    from overnight.model.gpt import GPT
-    from overnight.model.initialization import initialize
+    from overnight.model.gpt import GPT, initialize
 
     model = GPT(config)
     initialize(model, seed)
@@ -67,10 +66,10 @@ def build_ours(config: ModelConfig, seed: int = 1337) -> Any:
 
 def prepare_ours(model: Any, precision: Any) -> Any:
     """A copy of our model as `overnight generate` has it when it begins to write."""
-    from overnight.decoding import prepare_for_decoding
+    from overnight.generation.quantize import prepare_for_generation
 
     prepared = copy.deepcopy(model)
-    prepare_for_decoding(prepared, precision)
+    prepare_for_generation(prepared, precision)
     return prepared
 
 
@@ -112,8 +111,8 @@ def build_ctranslate2(theirs: Any, precision: str) -> Any:
 
 def write_ours(model: Any, prompts: Completions, setting: Setting) -> Completions:
     """The new ids of each prompt, by overnight."""
-    from overnight.generate import Decoding, generate
-    from overnight.sampling import SamplingConfig
+    from overnight.generation.generate import Decoding, generate
+    from overnight.generation.sampling import SamplingConfig
 
     sampling = SamplingConfig(temperature=0.0 if setting.top_k is None else 1.0, top_k=setting.top_k)
     return generate(model, prompts, Decoding(max_new_tokens=setting.new, sampling=sampling))
@@ -165,13 +164,13 @@ def build_writers(config: ModelConfig, chosen: Sequence[str]) -> tuple[dict[str,
     """Each side's writer by its name and precision, and sentences about those that can't run."""
     import torch
 
-    from overnight.decoding import decoding_precisions
+    from overnight.generation.quantize import generation_precisions
 
     ours = build_ours(config)
     theirs = build_theirs(config, ours)
     writers: dict[str, Writer] = {}
     left_out = []
-    here = decoding_precisions("cpu")
+    here = generation_precisions("cpu")
     for precision in PRECISIONS[OURS]:
         if precision in here:
             writers[f"{OURS}, {precision}"] = partial(write_ours, prepare_ours(ours, precision))

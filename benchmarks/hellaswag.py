@@ -38,17 +38,17 @@ from measure import (
     run_plainly,
     spread,
 )
-from overnight.model.config import PRESETS, ModelConfig
-from overnight.parallel import ComputeConfig, autocast, resolve_compute
-from overnight.stages.stepper import SEED
-from overnight.world import open_world
+from overnight.bench.worker import SEED
+from overnight.distributed.world import open_world
+from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.training.compute import ComputeConfig, autocast, resolve_compute
 from peers import build_peer
 from text import load_bpe
 
 if TYPE_CHECKING:
-    from overnight.evaluation.questions import Question
+    from overnight.evaluation.choice_tasks import Question
     from overnight.model.gpt import GPT
-    from overnight.text.tokenizer import Tokenizer
+    from overnight.tokenizer.tokenizer import Tokenizer
 
 OURS, PROGRAM, TRAINING = "overnight", "build-nanogpt, hellaswag.py", "build-nanogpt, train_gpt2.py"
 HEADINGS = ("side", "median s", "min", "max", "questions/s", "overnight is")
@@ -89,12 +89,12 @@ def answer_as_ours(model: GPT, asked: Asked) -> list[int]:
     """What `overnight evaluate --tasks hellaswag` does."""
     import torch
 
-    from overnight.evaluation.choices import judge_choices
-    from overnight.evaluation.questions import encode_question
+    from overnight.evaluation.choice_tasks import encode_question
+    from overnight.evaluation.multiple_choice import evaluate_choices
 
     torch.set_float32_matmul_precision("highest")  # the program allows a GPU less
     choices = [encode_question(question, asked.tokenizer) for question in asked.questions]
-    found = dict(judge_choices(model, choices, asked.precision))
+    found = dict(evaluate_choices(model, choices, asked.precision))
     return [
         found[place].likeliest([len(ending) for ending in choice.endings])
         for place, choice in enumerate(choices)
@@ -172,9 +172,8 @@ def measure(options: argparse.Namespace) -> Report:
     """Answer with all in turn. Raises ValueError, before any work, for what was asked wrongly."""
     import torch
 
-    from overnight.evaluation.questions import CHOICE_TASKS
-    from overnight.model.gpt import allocate_model
-    from overnight.model.initialization import initialize
+    from overnight.evaluation.choice_tasks import CHOICE_TASKS
+    from overnight.model.gpt import empty_model, initialize
 
     config, precision = check(options)
     examples = read_examples(options.questions, options.count)
@@ -185,7 +184,7 @@ def measure(options: argparse.Namespace) -> Report:
         precision=precision,
         device=options.device,
     )
-    model = allocate_model(config)
+    model = empty_model(config)
     initialize(model, SEED)
     sides = build_sides(model.to(options.device), asked, options.peer)
     answers: dict[str, list[int]] = {}

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from overnight import __version__
 from overnight.hardware import find_device_name, find_memory_bytes
-from overnight.model.config import ModelConfig
+from overnight.model.model_config import ModelConfig
 
 T = TypeVar("T")
 

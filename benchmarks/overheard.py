@@ -67,7 +67,7 @@ def listen(folder: Path) -> Callable[[], None]:
     """Begin to take notes; returns what writes them."""
     import torch.distributed as dist
 
-    from overnight import trainer
+    from overnight.training import step as step_module
 
     notes: list[Step] = []
     calls: list[tuple[float, float, int]] = []
@@ -93,7 +93,7 @@ def listen(folder: Path) -> Callable[[], None]:
     for name in CALLS:
         if hasattr(dist, name):
             setattr(dist, name, timed(getattr(dist, name)))
-    train_step = trainer.train_step
+    train_step = step_module.train_step
 
     def step(state: Any, training: Any) -> Any:
         now = time.monotonic()
@@ -103,7 +103,7 @@ def listen(folder: Path) -> Callable[[], None]:
         calls.clear()
         return train_step(state, training)
 
-    trainer.train_step = step
+    step_module.train_step = step
 
     def write() -> None:
         folder.mkdir(exist_ok=True)
@@ -121,20 +121,20 @@ def bytes_of(given: Sequence[Any], named: dict[str, Any]) -> int:
 def main(words: Sequence[str]) -> int:
     """Train and take notes; the exit status is that of `overnight`."""
     from overnight.cli import main as overnight
-    from overnight.stages import pretrain
+    from overnight.run import train
 
     write = listen(Path(words[0]))
-    fit = pretrain.fit
+    fit = train.fit
 
     def fit_and_write(*given: Any) -> None:
         fit(*given)
         write()
 
-    pretrain.fit = fit_and_write
+    train.fit = fit_and_write
     return overnight(words[1:])
 
 
 if __name__ == "__main__":
-    from overnight.world import leave
+    from overnight.distributed.world import exit_process
 
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

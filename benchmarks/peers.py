@@ -14,9 +14,9 @@ from checkouts import BUILD_NANOGPT, NANOGPT, Program, load_definitions
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from overnight.data.ahead import Batches
-    from overnight.model.config import ModelConfig
+    from overnight.data.loader import Batches
     from overnight.model.gpt import GPT
+    from overnight.model.model_config import ModelConfig
 
 PEERS = {"build-nanogpt": "build-nanogpt", "nanogpt": "nanoGPT", "transformers": "Transformers"}
 PADDING_MULTIPLE = 64  # build-nanogpt and nanoGPT ask for 50,304 ids: 50,257 rounded up to whole tiles
@@ -179,8 +179,8 @@ def build_step(peer: Peer, stepping: Stepping) -> Callable[[], Step]:
     """A function that does the next step, as the loops of all three do it."""
     import torch
 
-    from overnight.measurement import synchronize
-    from overnight.parallel import autocast
+    from overnight.hardware import synchronize
+    from overnight.training.compute import autocast
 
     device = stepping.device
     torch.set_float32_matmul_precision("high" if peer.allows_tf32 else "highest")

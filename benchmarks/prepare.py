@@ -22,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from measure import Report, interleave, paired_ratio, run_plainly, spread, timed
-from overnight.data.prepare import PrepareConfig, encode_documents, prepare
-from overnight.text.tokenizer import Tokenizer
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.preparation.tokenize import tokenize_documents
+from overnight.tokenizer.tokenizer import Tokenizer
 from text import load_bpe, python_texts
 
 HEADINGS = ("what", "median ms", "min", "max", "MB/s", "times as fast")
@@ -55,12 +57,11 @@ def encoders(texts: Sequence[str], folder: Path) -> dict[str, Callable[[], NDArr
 
 def encode_ours(tokenizer: Tokenizer, texts: Sequence[str], threads: int) -> NDArray[Any]:
     """As `prepare` does it, without the end-of-text ids that it puts before each document."""
-    from overnight.data.documents import Document
-    from overnight.data.selection import Fate
+    from overnight.preparation.documents import Document, Fate
 
     kept: Fate = "kept"
     judged = ((Document(text, ""), kept) for text in texts)
-    return np.concatenate([ids[1:] for _, _, ids in encode_documents(judged, tokenizer, threads)])
+    return np.concatenate([ids[1:] for _, _, ids in tokenize_documents(judged, tokenizer, threads)])
 
 
 def measure(options: argparse.Namespace) -> Report:

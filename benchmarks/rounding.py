@@ -25,8 +25,8 @@ def measure(options: argparse.Namespace) -> Report:
     """Judge the text with every precision."""
     import torch
 
-    from overnight.decoding import decoding_precisions, prepare_for_decoding
-    from overnight.stages.models import open_model
+    from overnight.conversion.open_model import open_model
+    from overnight.generation.quantize import generation_precisions, prepare_for_generation
 
     text = Path(options.text)
     if not text.is_file():
@@ -38,10 +38,10 @@ def measure(options: argparse.Namespace) -> Report:
         raise ValueError(f"{text} holds {len(ids):,} tokens; give more than the context's {context:,}")
     windows = [ids[i : i + context + 1] for i in range(0, len(ids) - context, context)]
     batches = torch.split(torch.tensor(windows), ROWS_AT_ONCE)
-    precisions = ["fp32", *(name for name in decoding_precisions("cpu") if name != "fp32")]
+    precisions = ["fp32", *(name for name in generation_precisions("cpu") if name != "fp32")]
     models = {name: copy.deepcopy(opened.model) for name in precisions}
     for name, model in models.items():
-        prepare_for_decoding(model, name)  # type: ignore[arg-type]  # a list of them, in another order
+        prepare_for_generation(model, name)  # type: ignore[arg-type]  # a list of them, in another order
     found = [judge(models, batch) for batch in batches]
     judged = {
         name: [torch.cat(parts) for parts in zip(*(each[name] for each in found), strict=True)]

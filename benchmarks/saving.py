@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import Report, interleave, milliseconds, paired_ratio, run_plainly, spread
-from overnight.model.config import PRESETS, ModelConfig
+from overnight.model.model_config import PRESETS, ModelConfig
 
 HEADINGS = ("training waits", "median ms", "min", "max", "times as short")
 FOREGROUND, BACKGROUND = "until it is on the disk", "until it is copied"
@@ -29,10 +29,9 @@ def build_state(config: ModelConfig, device: str) -> Any:
     """A model of that size and its optimizer, with moments of noise."""
     import torch
 
-    from overnight.model.gpt import GPT
-    from overnight.model.initialization import initialize
-    from overnight.optim import OptimizerConfig, build_optimizer
-    from overnight.state import TrainState
+    from overnight.model.gpt import GPT, initialize
+    from overnight.training.optim import OptimizerConfig, build_optimizer
+    from overnight.training.state import TrainState
 
     model = GPT(config)
     initialize(model, 0)
@@ -46,14 +45,14 @@ def build_state(config: ModelConfig, device: str) -> Any:
 
 def sides(state: Any, folder: Path) -> dict[str, Callable[[], float]]:
     """Milliseconds that `save` takes, and with `finish`; what a side has written is deleted after it."""
-    from overnight.checkpoint.background import Saver
-    from overnight.world import ALONE
+    from overnight.distributed.world import SINGLE_PROCESS
+    from overnight.training.checkpoint.save import Saver
 
     numbers: Iterator[int] = itertools.count()
 
     def save(*, waits: bool) -> float:
         place = folder / f"run-{next(numbers)}" / "checkpoints"
-        saver = Saver(place, ALONE, lambda: None, lambda: None, {})
+        saver = Saver(place, SINGLE_PROCESS, lambda: None, lambda: None, {})
 
         def begin() -> None:
             saver.save(state)
@@ -72,8 +71,8 @@ def step_beside(state: Any, folder: Path, repeats: int) -> list[tuple[float, flo
     """(milliseconds of a forward and backward pass alone, the same while a thread writes), in turn."""
     import torch
 
-    from overnight.checkpoint.background import Saver
-    from overnight.world import ALONE
+    from overnight.distributed.world import SINGLE_PROCESS
+    from overnight.training.checkpoint.save import Saver
 
     config, device = state.model.config, next(state.model.parameters()).device
     ids = torch.randint(config.vocab_size, (1, 128), device=device)
@@ -89,7 +88,7 @@ def step_beside(state: Any, folder: Path, repeats: int) -> list[tuple[float, flo
     for number in range(repeats):
         alone = milliseconds(step)
         place = folder / f"beside-{number}" / "checkpoints"
-        saver = Saver(place, ALONE, lambda: None, lambda: None, {})
+        saver = Saver(place, SINGLE_PROCESS, lambda: None, lambda: None, {})
         saver.save(state)
         found.append((alone, milliseconds(step)))
         saver.finish()

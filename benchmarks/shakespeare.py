@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from checkouts import NANOGPT, fingerprint, load_definitions, read_definitions
 from measure import Report, interleave, paired_ratio, run_plainly, spread
-from overnight.world.cores import environment_of_process
+from overnight.distributed.machine import environment_of_process
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +86,7 @@ class Split:
 
 def read_split(text: Path | None, checkout: Path | None) -> Split:
     """Of the file that is named, of the cache's or the checkout's. Raises ValueError if there is none."""
-    from overnight.cache import cache_folder
+    from overnight.run_directory import cache_folder
 
     places = [cache_folder() / "shakespeare" / "input.txt"]
     if checkout is not None:
@@ -111,7 +111,7 @@ def prepare_ours(split: Split, folder: Path) -> None:
     """A folder as `overnight prepare` writes it, with exactly that split."""
     from overnight import __version__
     from overnight.data.shards import Manifest, ShardWriter, write_manifest
-    from overnight.text.characters import train_characters
+    from overnight.tokenizer.characters import train_characters
 
     tokenizer = train_characters([split.train, split.validation])
     folder.mkdir(parents=True)
@@ -177,7 +177,7 @@ def train_ours(folder: Path, steps: int, seeds: itertools.count[int], judge: Jud
 
 def load_ours(run: Path) -> Callable[[Tensor], Tensor]:
     """The trained model as a function ids -> logits."""
-    from overnight.stages.models import open_model
+    from overnight.conversion.open_model import open_model
 
     return open_model(str(run)).model
 
@@ -270,8 +270,8 @@ def judge_whole(logits: Callable[[Tensor], Tensor], ids: NDArray[np.int64]) -> f
     """Nats per character over all windows of 64 characters that lie end to end, at all their positions."""
     import torch
 
-    from overnight.loss import cross_entropy_nats
-    from overnight.stages.stepper import read_rows
+    from overnight.bench.worker import read_rows
+    from overnight.model.loss import cross_entropy_nats
 
     windows, batch = (ids.size - 1) // CONTEXT, read_rows(ids, CONTEXT)
     nats = 0.0

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import llmc
 import peers
-from overnight.model.config import VOCABULARY_MULTIPLE, ModelConfig
-from overnight.stages.stepper import (
+from overnight.bench.worker import (
     PEAK_LEARNING_RATE,
     SEED,
     WARMUP_STEPS,
@@ -26,8 +25,9 @@ from overnight.stages.stepper import (
     build_step,
     learning_rate,
     read_rows,
-    take_turn,
+    time_steps,
 )
+from overnight.model.model_config import VOCABULARY_MULTIPLE, ModelConfig
 
 if TYPE_CHECKING:
     from overnight.model.gpt import GPT
@@ -72,22 +72,21 @@ def build(task: Task) -> tuple[Callable[[], Mapping[str, Any]], str]:
         return llmc.build_cuda_turn(task, build_model(task), SCHEDULE), "bf16"
     else:
         step, precision = build_theirs(task, build_model(task))
-    return lambda: take_turn(step, task.device), precision
+    return lambda: time_steps(step, task.device), precision
 
 
 def build_model(task: Task) -> GPT:
     """The model that all sides begin with."""
-    from overnight.model.gpt import allocate_model
-    from overnight.model.initialization import initialize
+    from overnight.model.gpt import empty_model, initialize
 
-    model = allocate_model(ModelConfig(**task.model))
+    model = empty_model(ModelConfig(**task.model))
     initialize(model, SEED)
     return model
 
 
 def build_ours(task: Task) -> tuple[Callable[[], Any], str]:
     """The step of `overnight train`."""
-    from overnight.parallel import ComputeConfig, resolve_compute
+    from overnight.training.compute import ComputeConfig, resolve_compute
 
     chosen: Any = task.precision
     compute = resolve_compute(ComputeConfig(precision=chosen, compile=task.compile), task.device)

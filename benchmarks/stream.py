@@ -23,11 +23,9 @@ import torch
 from torch import Tensor
 
 from measure import Report, interleave, paired_ratio, run_plainly, spread, timed
-from overnight.data.shard_file import ShardFile
-from overnight.data.shards import Manifest, Shard
-from overnight.data.stream import TokenStream
-from overnight.data.token_file import HEADER_BYTES, SMALL
-from overnight.measurement import peak_memory_bytes, reset_peak_memory
+from overnight.data.loader import TokenStream
+from overnight.data.shards import HEADER_BYTES, SMALL, Manifest, Shard, ShardFile
+from overnight.hardware import peak_memory_bytes, reset_peak_memory
 
 HEADINGS = ("batches of", "median ms", "min", "max", "million tokens/s", "times as fast", "MB more")
 SHARD_TOKENS = 100_000_000

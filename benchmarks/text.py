@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from overnight.text.tokenizer import Tokenizer
+    from overnight.tokenizer.tokenizer import Tokenizer
 
 
 def read_ids(text: Path | None, data: Path | None, bpe: Path | None) -> NDArray[Any]:
@@ -18,8 +18,7 @@ def read_ids(text: Path | None, data: Path | None, bpe: Path | None) -> NDArray[
     Raises ValueError for a file or folder that is not there.
     """
     if data is not None:
-        from overnight.data.shards import read_manifest
-        from overnight.data.token_file import open_tokens
+        from overnight.data.shards import open_tokens, read_manifest
 
         shards = read_manifest(data).shards("train")
         return np.concatenate([open_tokens(data / shard.name) for shard in shards])
@@ -32,7 +31,7 @@ def read_ids(text: Path | None, data: Path | None, bpe: Path | None) -> NDArray[
 
 def python_texts() -> list[str]:
     """Every document of the source python-docs."""
-    from overnight.data.python_docs import python_documents
+    from overnight.preparation.sources import python_documents
 
     return [document.text for document in python_documents()]
 
@@ -42,8 +41,8 @@ def load_bpe(folder: Path | None) -> Tokenizer:
 
     Raises ValueError, with the remedy, if its files are not there.
     """
-    from overnight.cache import cache_folder
-    from overnight.text.gpt2 import FILES, is_genuine, read_gpt2
+    from overnight.run_directory import cache_folder
+    from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
 
     cached = cache_folder() / "gpt2"
     if folder is None and not all(is_genuine(cached / name) for name in FILES):

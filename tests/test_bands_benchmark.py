@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from overnight.on_track.band import find_band, read_band
-from overnight.on_track.course import Point
-from overnight.stages.materials import open_materials
-from overnight.stages.recipe import flatten
+from overnight.baselines.band import Point, find_band, read_band
+from overnight.data.dataset import open_one_dataset
+from overnight.recipe import flatten
 
 RECIPE = """
 [data]
@@ -87,7 +86,7 @@ def test_other_versions_of_a_text_get_room_and_need_no_fingerprint(bands: Any) -
 def test_unigram_nats_are_the_entropy_of_the_training_ids(bands: Any) -> None:
     recipe = bands.replace(bands.load_recipe("small.toml"), seed=1)
     run = bands.read(bands.train(recipe, Path("runs"), 1))
-    materials = open_materials(run.recipe.data)
+    materials = open_one_dataset(run.recipe.data)
     stream = materials.stream("train", 1, 0)
     counts: Counter[int] = Counter()
     for batch in stream.evaluation_batches(64):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.model.config import ModelConfig
+from overnight.model.model_config import ModelConfig
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=8, context_length=16, vocab_size=40)
 
@@ -77,7 +77,7 @@ def test_a_report_says_where_and_when_and_holds_every_figure(
 
 
 def test_the_runs_that_are_measured_are_runs(benchmarks: dict[str, Any], tmp_path: Path) -> None:
-    from overnight.report.status import list_runs
+    from overnight.runs.status import list_runs
 
     benchmarks["startup"].write_runs(tmp_path, runs=2, steps=5)
     found = list_runs(tmp_path)
@@ -109,8 +109,7 @@ def test_both_generators_write_the_same(benchmarks: dict[str, Any]) -> None:
 
 def far_from_chance(config: ModelConfig) -> Any:
     """A model whose losses differ from window to window."""
-    from overnight.model.gpt import GPT
-    from overnight.model.initialization import initialize
+    from overnight.model.gpt import GPT, initialize
 
     model = GPT(config)
     initialize(model, seed=0)
@@ -179,8 +178,8 @@ def test_an_evaluation_that_can_t_be_measured_is_refused(benchmarks: dict[str, A
 
 
 def test_our_shards_are_nanogpt_s_split(benchmarks: dict[str, Any], tmp_path: Path) -> None:
+    from overnight.data.loader import TokenStream
     from overnight.data.shards import load_prepared_tokenizer, verify
-    from overnight.data.stream import TokenStream
 
     shakespeare = benchmarks["shakespeare"]
     characters = "To be, or not to be\n" * 100
@@ -223,11 +222,11 @@ def test_our_recipe_is_nanogpt_s(
     benchmarks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from overnight import cli
-    from overnight.stages import train
-    from overnight.stages.recipe import flatten
+    from overnight.recipe import flatten
+    from overnight.run import command as run_command
 
     shakespeare, recipes = benchmarks["shakespeare"], []
-    monkeypatch.setattr(train, "run", lambda recipe, resumed: recipes.append(flatten(recipe)))
+    monkeypatch.setattr(run_command, "run", lambda recipe, resumed: recipes.append(flatten(recipe)))
     command = shakespeare.command_of_ours(tmp_path, steps=2000, seed=7)
     assert cli.main(command[command.index("train") :]) == 0
     theirs = dict(word.removeprefix("--").split("=") for word in shakespeare.command_of_theirs(2000)[3:])

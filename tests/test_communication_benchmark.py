@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.communication import Cluster, Collective, Link, collective_seconds
+from overnight.planning.network import Cluster, Collective, Link, collective_seconds
 
 
 @pytest.fixture

@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.checkpoint.saving import save_checkpoint
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.optim import OptimizerConfig, build_optimizer
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
 from overnight.run_directory import RunDirectory
-from overnight.state import TrainState
+from overnight.training.checkpoint.save import save_checkpoint
+from overnight.training.optim import OptimizerConfig, build_optimizer
+from overnight.training.state import TrainState
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=8, context_length=16, vocab_size=40)
 

@@ -16,12 +16,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from overnight import cli
-from overnight.batching import BatchPlan, plan_batches
-from overnight.model.config import PRESETS
-from overnight.report import status
-from overnight.schedule import learning_rate_multiplier
-from overnight.stages import train
-from overnight.stages.recipe import Recipe, flatten, load_recipe, recipe_names
+from overnight.model.model_config import PRESETS
+from overnight.recipe import Recipe, flatten, load_recipe, recipe_names
+from overnight.run import command as run_command
+from overnight.runs import status
+from overnight.training.batch import BatchPlan, plan_batches
+from overnight.training.schedule import learning_rate_multiplier
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -115,15 +115,15 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             monkeypatch.setattr(
                 stage,
                 entrance,
-                lambda *given: names.append(module.removeprefix("overnight.stages.")) or cli.DONE,
+                lambda *given: names.append(module) or cli.DONE,
                 raising=False,
             )
         return stage
 
     monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=without_work))
-    monkeypatch.setattr(train, "run", lambda *given: names.append("train"))
-    monkeypatch.setattr(train, "run_in_processes", lambda *given: names.append("train") or cli.DONE)
-    monkeypatch.setattr(train, "load_resumed", lambda path: load_recipe("quickstart"))
+    monkeypatch.setattr(run_command, "run", lambda *given: names.append("train"))
+    monkeypatch.setattr(run_command, "train_in_processes", lambda *given: names.append("train") or cli.DONE)
+    monkeypatch.setattr(run_command, "load_resumed", lambda path: load_recipe("quickstart"))
     monkeypatch.setattr(status, "find_run", Path)
     return names
 

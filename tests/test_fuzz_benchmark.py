@@ -67,15 +67,15 @@ def test_a_target_takes_any_bytes(
 
 def test_a_wrong_answer_is_seen(benchmarks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each mutant that replaces one function, against an input that shows it."""
-    from overnight import settings
-    from overnight.generate import TextWriter
-    from overnight.text import byte_pair
+    from overnight import config
+    from overnight.generation.generate import TextWriter
+    from overnight.tokenizer import bpe
 
     module = benchmarks["fuzz_targets"]
     for place, name, target, data in (
-        (byte_pair, "clean", "encoding", b"\0a\xffb"),
+        (bpe, "clean", "encoding", b"\0a\xffb"),
         (TextWriter, "write", "stream", b"\0\0\0\xc3\0\xa9"),
-        (settings, "_fits", "recipes", b"[schedule]\ntotal_steps = 'x'"),
+        (config, "_fits", "recipes", b"[schedule]\ntotal_steps = 'x'"),
     ):
         check = module.TARGETS[target].make()
         check(data)

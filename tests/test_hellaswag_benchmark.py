@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.evaluation.questions import CHOICE_TASKS
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.text.load import build_tokenizer
+from overnight.evaluation.choice_tasks import CHOICE_TASKS
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+from overnight.tokenizer.open_tokenizer import build_tokenizer
 
 WORDS = [
     "a",

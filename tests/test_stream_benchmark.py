@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from overnight.data.stream import TokenStream
-from overnight.data.token_file import HEADER_BYTES
+from overnight.data.loader import TokenStream
+from overnight.data.shards import HEADER_BYTES
 
 
 def test_both_sides_draw_batches_of_one_kind(benchmarks: dict[str, Any], tmp_path: Path) -> None:

@@ -18,9 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=8, context_length=16, vocab_size=64)  # nothing to pad
 
@@ -293,7 +292,7 @@ def test_llm_c_begins_with_our_weights(benchmarks: dict[str, Any], tmp_path: Pat
 
 
 def test_llm_c_reads_ids_where_our_shards_have_them(benchmarks: dict[str, Any], tmp_path: Path) -> None:
-    from overnight.data.token_file import open_tokens
+    from overnight.data.shards import open_tokens
 
     benchmarks["llmc"].write_tokens(tmp_path / "ids.bin", np.arange(1000))
     assert open_tokens(tmp_path / "ids.bin").tolist() == list(range(1000))

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.convert.huggingface import write_huggingface
-from overnight.decoding import decoding_precisions
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.text.load import build_tokenizer
+from overnight.conversion.huggingface import write_huggingface
+from overnight.generation.quantize import generation_precisions
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+from overnight.tokenizer.open_tokenizer import build_tokenizer
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50)
 PROMPTS = [[1, 2, 3], [4, 5, 6]]
@@ -25,7 +24,7 @@ def build_model(config: ModelConfig = TINY) -> GPT:
     return model.eval()
 
 
-@pytest.mark.parametrize("precision", decoding_precisions("cpu"))
+@pytest.mark.parametrize("precision", generation_precisions("cpu"))
 def test_every_precision_writes_what_is_asked(benchmarks: dict[str, Any], precision: str) -> None:
     generate = benchmarks["generate"]
     model = build_model()
@@ -89,7 +88,7 @@ def test_a_trained_model_is_judged_in_every_precision(benchmarks: dict[str, Any]
     (tmp_path / "text").write_text("the quick brown fox " * 5)
     options = rounding.read_options([str(tmp_path / "model"), "--text", str(tmp_path / "text")])
     report = rounding.measure(options)
-    assert {row[0] for row in report.rows} == set(decoding_precisions("cpu"))
+    assert {row[0] for row in report.rows} == set(generation_precisions("cpu"))
     assert report.rows[0][2] == "+0.00000"
     with pytest.raises(ValueError, match="there is no file nowhere"):
         rounding.measure(rounding.read_options(["model", "--text", "nowhere"]))

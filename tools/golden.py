@@ -17,18 +17,19 @@ from typing import Any
 
 import torch
 
-from overnight.batching import BatchConfig
-from overnight.data.prepare import PrepareConfig, prepare
+from overnight.data.dataset import DataConfig
 from overnight.hardware import find_device_name
-from overnight.model.config import ModelConfig
-from overnight.optim import OptimizerConfig
-from overnight.parallel import ComputeConfig
+from overnight.model.model_config import ModelConfig
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.recipe import Recipe
+from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.stages import pretrain
-from overnight.stages.materials import DataConfig
-from overnight.stages.recipe import Recipe
-from overnight.terminal import hushed
+from overnight.terminal import quiet
+from overnight.training.batch import BatchConfig
+from overnight.training.compute import ComputeConfig
+from overnight.training.optim import OptimizerConfig
+from overnight.training.schedule import ScheduleConfig
 
 FOLDER = Path(__file__).parents[1] / "tests" / "runs" / "golden"
 STEPS = 20
@@ -79,8 +80,8 @@ def train(name: str, folder: Path) -> list[float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with hushed(True):
-            pretrain.run(Recipe(**given), directory)
+        with quiet(True):
+            train_module.run(Recipe(**given), directory)
     finally:
         torch.set_num_threads(threads)
     return [line["loss"] for line in directory.read_metrics()]

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from overnight import __version__
 
-if TYPE_CHECKING:  # the list of commands is shown at once
-    from overnight.stages.recipe import Recipe
+if TYPE_CHECKING:
+    from overnight.recipe import Recipe
 
 Settings = TypeVar("Settings", bound="Recipe")
 
 
 class Verb(NamedTuple):
-    """A command: `overnight.stages.<name>` holds its Config and its `run`."""
+    """A command: `module` holds its Config and its `run`."""
 
+    module: str
     config: str
     about: str
     example: str
@@ -28,66 +29,79 @@ class Verb(NamedTuple):
 
 VERBS = {
     "quickstart": Verb(
+        "overnight.quickstart",
         "QuickstartConfig",
         "Everything on a laptop, offline, in a few minutes",
         "overnight quickstart",
     ),
     "prepare": Verb(
+        "overnight.preparation.command",
         "PrepareConfig",
         "Text to shards of tokens",
         "overnight prepare ~/my-notes --tokenizer bpe-8192",
     ),
     "inspect": Verb(
+        "overnight.inspection.command",
         "InspectConfig",
         "What is in prepared shards: counts, duplicates, odd texts",
         "overnight inspect data/python-docs",
     ),
     "train": Verb(
+        "overnight.run.command",
         "Recipe",
         "RECIPE to a trained GPT; also --resume RUN, --from MODEL",
         "overnight train shakespeare-char-cpu --n_layer=4 --dropout 0.1",
     ),
     "generate": Verb(
+        "overnight.generation.command",
         "GenerateConfig",
         "Let a model write",
         'overnight generate runs/quickstart "The value of" --temperature 0.8',
     ),
     "evaluate": Verb(
+        "overnight.evaluation.command",
         "EvaluateConfig",
         "Loss, perplexity and bits per byte of a model",
         "overnight evaluate runs/quickstart",
     ),
     "doctor": Verb(
+        "overnight.doctor.command",
         "DoctorConfig",
         "RECIPE checked before the night: what would go wrong?",
         "overnight doctor quickstart",
     ),
     "plan": Verb(
+        "overnight.planning.command",
         "PlanConfig",
         "Will RECIPE fit, how long, how much disk and money?",
         "overnight plan gpt2-124m --dollars-per-hour 2.50",
     ),
     "launch": Verb(
+        "overnight.jobs.command",
         "LaunchConfig",
         "RECIPE as a job file for Slurm, SkyPilot, SageMaker, Kubernetes",
         "overnight launch gpt2-124m --slurm --nodes 2 --gpus-per-node 8",
     ),
     "ladder": Verb(
-        "LadderConfig",
+        "overnight.bench.command",
+        "BenchConfig",
         "The speed ladder, float32 to everything, on this machine",
         "overnight ladder --model gpt2-124m --out ladder",
     ),
     "report": Verb(
+        "overnight.report.command",
         "ReportConfig",
         "The morning page of a run, or several compared",
         "overnight report runs/quickstart",
     ),
     "runs": Verb(
+        "overnight.runs.command",
         "RunsConfig",
         "What is in runs/, and how each is doing",
         "overnight runs --json",
     ),
     "convert": Verb(
+        "overnight.conversion.command",
         "ConvertConfig",
         "Write a model for other programs",
         "overnight convert runs/quickstart --to hf --out quickstart-hf",
@@ -101,17 +115,17 @@ DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 def run_command() -> NoReturn:
     """The command `overnight`, to the end of its process."""
-    from overnight.world import leave
+    from overnight.distributed.world import exit_process
 
-    leave(main())
+    exit_process(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
-        from overnight.cache import cache_folder
-        from overnight.world.cores import keep_compiled_code
+        from overnight.distributed.machine import keep_compiled_code
+        from overnight.run_directory import cache_folder
 
         keep_compiled_code(cache_folder() / "compiled")
     if (
@@ -119,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         and words[:1] in (["train"], ["quickstart"], ["plan"], ["doctor"])
         and not {"-h", "--help"} & set(words)
     ):
-        from overnight.world.cores import restart_with_large_pages
+        from overnight.distributed.machine import restart_with_large_pages
 
         restart_with_large_pages(words)
     try:
@@ -147,21 +161,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse(error: ValueError) -> int:
     """Say what is wrong with what a user wrote. What several processes refuse together, the main one says."""
-    from overnight.world import RefusedTogetherError, is_main_process, note_refusal
+    from overnight.distributed.world import CollectiveValueError, is_main_process, record_usage_error
 
-    is_shared = isinstance(error, RefusedTogetherError)
+    is_shared = isinstance(error, CollectiveValueError)
     if is_shared and not is_main_process():
         time.sleep(SECONDS_TO_SPEAK)  # a launcher ends all when the first has ended
     else:
         print(f"overnight: {error}", file=sys.stderr)
-    return DONE if is_shared and note_refusal() else WRONG_USE
+    return DONE if is_shared and record_usage_error() else WRONG_USE
 
 
 def _status_of(error: OSError) -> int:
     """A process that ends because others have is not the one that failed."""
-    from overnight.world import LOST, LostOthersError
+    from overnight.distributed.world import LOST, PeerLostError
 
-    return LOST if isinstance(error, LostOthersError) else FAILED
+    return LOST if isinstance(error, PeerLostError) else FAILED
 
 
 def _run(words: list[str]) -> int:
@@ -171,7 +185,7 @@ def _run(words: list[str]) -> int:
     if words[0] == "--version":
         print(__version__)
         return DONE
-    from overnight.settings import nearest
+    from overnight.config import nearest
 
     name, *rest = words
     if name not in VERBS:
@@ -188,10 +202,10 @@ def _call(name: str, rest: list[str]) -> int:
 
     Where it asks for several processes, each does this again, by itself.
     """
-    from overnight.settings import from_arguments
-    from overnight.world import is_launched
+    from overnight.config import from_arguments
+    from overnight.distributed.world import is_launched
 
-    stage = importlib.import_module(f"overnight.stages.{name}")
+    stage = importlib.import_module(VERBS[name].module)
     config = getattr(stage, VERBS[name].config)
     asked = from_arguments(config, rest, prog=f"overnight {name}", about=_about(name))
     if getattr(asked, "processes", None) is not None and not is_launched():
@@ -207,24 +221,24 @@ def _train(rest: list[str]) -> int:
     Where it asks for several processes, each does this again, by itself.
     """
     words = ["train", *rest]
-    from overnight.report.status import find_run
-    from overnight.stages import train
-    from overnight.stages.recipe import Recipe
-    from overnight.world import is_launched
+    from overnight.distributed.world import is_launched
+    from overnight.recipe import Recipe
+    from overnight.run import command as run_command
+    from overnight.runs.status import find_run
 
     named = _take_option(rest, "--resume")
     resumed = find_run(named) if named is not None else None
-    default = None if resumed is None else train.load_resumed(resumed)
+    default = None if resumed is None else run_command.load_resumed(resumed)
     _, recipe = _read_recipe("train", Recipe, rest, default)
     if recipe.compute.processes is not None and not is_launched():
-        return train.run_in_processes(recipe, resumed, words)
-    train.run(recipe, resumed)
+        return run_command.train_in_processes(recipe, resumed, words)
+    run_command.run(recipe, resumed)
     return DONE
 
 
 def _run_on_recipe(verb: str, rest: list[str]) -> int:
     """As `train` takes a recipe, with a few options more; flags may stand before its name."""
-    stage = importlib.import_module(f"overnight.stages.{verb}")
+    stage = importlib.import_module(VERBS[verb].module)
     flags = list(itertools.takewhile(lambda word: word in FLAGS_BEFORE_RECIPE, rest))
     name, config = _read_recipe(verb, getattr(stage, VERBS[verb].config), rest[len(flags) :] + flags)
     return stage.run(config, name) or DONE
@@ -237,8 +251,8 @@ def _read_recipe(
 
     With `default` there is no name, and the options change that.
     """
-    from overnight.settings import from_arguments
-    from overnight.stages.recipe import Recipe, load_recipe, recipe_names
+    from overnight.config import from_arguments
+    from overnight.recipe import Recipe, load_recipe, recipe_names
 
     name = "RECIPE"
     words = [

@@ -268,3 +268,12 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         if not is_whole:
             raise ValueError(f"{path} line {number} is damaged: {line[:60]!r}; mend it, or {FROM_A_COPY}")
     return values
+
+
+# ---------------------------------------------------------------- where downloads are kept between runs
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/overnight`, or `~/.cache/overnight`; not created here."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "overnight"

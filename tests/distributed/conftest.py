@@ -22,19 +22,20 @@ import pytest
 import torch.distributed as dist
 from filelock import FileLock
 
-from overnight.batching import BatchConfig
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.model.config import ModelConfig
-from overnight.optim import OptimizerConfig
-from overnight.parallel import ComputeConfig
+from overnight.data.dataset import DataConfig
+from overnight.model.model_config import ModelConfig
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
 from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.stages.materials import DataConfig
-from overnight.stages.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
+from overnight.training.batch import BatchConfig
+from overnight.training.compute import ComputeConfig
+from overnight.training.optim import OptimizerConfig
+from overnight.training.schedule import ScheduleConfig
 
 PROCESSES = multiprocessing.get_context("forkserver")
 SLOW_IMPORTS = [
-    *("overnight.cli", "overnight.stages.pretrain", "torch._dynamo", "tyro", "rich.progress"),
+    *("overnight.cli", "overnight.run.train", "torch._dynamo", "tyro", "rich.progress"),
     *("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh"),
 ]
 START = "import sys; sys.path.insert(0, folder); import roles; roles.play(*given)"

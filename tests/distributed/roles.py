@@ -51,7 +51,7 @@ def train(recipe: Any, path: Path, stop: int | None = None, rows_judged: int | N
 
 def go_on(path: Path, stop: int | None, compute: dict[str, Any], rows_judged: int | None = None) -> Batches:
     """`train`, of the run in `path`, with these settings otherwise than before."""
-    from overnight.stages.train import load_resumed
+    from overnight.run.command import load_resumed
 
     judge_rows(rows_judged)
     before = load_resumed(path)
@@ -60,11 +60,11 @@ def go_on(path: Path, stop: int | None, compute: dict[str, Any], rows_judged: in
 
 
 def note_batches(recipe: Any, path: Path, stop: int | None, *, resume: bool) -> Batches:
+    from overnight.run import setup, train
     from overnight.run_directory import RunDirectory
-    from overnight.stages import pretrain
 
     asked: Batches = []
-    build = pretrain.build_training
+    build = setup.build_training
 
     def build_noting(job: Any) -> Any:
         training = build(job)
@@ -77,20 +77,20 @@ def note_batches(recipe: Any, path: Path, stop: int | None, *, resume: bool) -> 
 
         return dataclasses.replace(training, batches=batches)
 
-    pretrain.build_training = build_noting
+    setup.build_training = build_noting
     if stop is not None:
-        pretrain.stop_on_signal = stop_after(stop)
+        train.stop_on_signal = stop_after(stop)
     with contextlib.suppress(KeyboardInterrupt):
-        pretrain.run(recipe, RunDirectory(path), resume=resume)
+        train.run(recipe, RunDirectory(path), resume=resume)
     return asked
 
 
 def train_poisoned(recipe: Any, path: Path, steps: Sequence[int]) -> tuple[str, list[int]]:
     """A run whose rows of these steps have no finite loss; how it failed, and which rows were left out."""
+    from overnight.run import setup, train
     from overnight.run_directory import RunDirectory
-    from overnight.stages import pretrain
 
-    build, jobs = pretrain.build_training, []
+    build, jobs = setup.build_training, []
 
     def build_poisoned(job: Any) -> Any:
         training, is_bad, plan = build(job), False, job.plan
@@ -108,20 +108,20 @@ def train_poisoned(recipe: Any, path: Path, steps: Sequence[int]) -> tuple[str, 
 
         return dataclasses.replace(training, batches=batches, loss=loss)
 
-    pretrain.build_training = build_poisoned
+    setup.build_training = build_poisoned
     said = ""
     try:
-        pretrain.run(recipe, RunDirectory(path))
+        train.run(recipe, RunDirectory(path))
     except FloatingPointError as error:
         said = str(error)
     return said, [detour.rows for detour in jobs[-1].state.guard.detours]
 
 
 def judge_rows(at_once: int | None) -> None:
-    from overnight.stages import journal
+    from overnight.run import log as log_module
 
     if at_once is not None:
-        journal.evaluation_rows = lambda model: at_once
+        log_module.evaluation_rows = lambda model: at_once
 
 
 def stop_after(steps: int) -> Callable[[], Any]:
@@ -138,19 +138,19 @@ def stop_after(steps: int) -> Callable[[], Any]:
 
 def train_until(recipe: Any, path: Path, step: int, rank: int, ending: str) -> None:
     """A run in which something becomes of one process once so many steps are done."""
-    from overnight import trainer
+    from overnight.run import train
     from overnight.run_directory import RunDirectory
-    from overnight.stages import pretrain
+    from overnight.training import step as step_module
 
-    train_step = trainer.train_step
+    train_step = step_module.train_step
 
     def watched(state: Any, training: Any) -> Any:
         if state.step == step and training.world.rank == rank:
             ENDINGS[ending]()
         return train_step(state, training)
 
-    trainer.train_step = watched
-    pretrain.run(recipe, RunDirectory(path))
+    step_module.train_step = watched
+    train.run(recipe, RunDirectory(path))
 
 
 def sleep_in_python() -> None:
@@ -181,11 +181,11 @@ ENDINGS = {
 def command(folder: Path, words: Sequence[str], version: str | None = None) -> tuple[int, str]:
     """`overnight` with these words in `folder`, of that version; the exit status and what it says."""
     from overnight import cli
-    from overnight.stages import job
+    from overnight.run import setup
 
     os.chdir(folder)
     cli.SECONDS_TO_SPEAK = 0.0
-    job.__version__ = version or job.__version__
+    setup.__version__ = version or setup.__version__
     with contextlib.redirect_stderr(io.StringIO()) as said:
         status = cli.main(words)
     return status, said.getvalue()
@@ -197,11 +197,11 @@ def command(folder: Path, words: Sequence[str], version: str | None = None) -> t
 @contextlib.contextmanager
 def opened(recipe: Any) -> Iterator[Any]:
     """The job of a run that has a checkpoint, with weights and moments that are no numbers yet."""
-    from overnight.stages.job import build_job
-    from overnight.world import join_world
+    from overnight.distributed.world import join_world
+    from overnight.run.setup import build_setup
 
     with join_world("cpu", 60) as world:
-        job = build_job(recipe, world, has_checkpoint=True)
+        job = build_setup(recipe, world, has_checkpoint=True)
         forget(job.state)
         yield job
 
@@ -218,8 +218,8 @@ def forget(state: Any) -> None:
 
 def save_again(recipe: Any, checkpoints: Sequence[Path], folder: Path) -> None:
     """Load each checkpoint and save it below `folder`, in a folder of its own."""
-    from overnight.checkpoint.loading import load_checkpoint
-    from overnight.checkpoint.saving import save_checkpoint
+    from overnight.training.checkpoint.load import load_checkpoint
+    from overnight.training.checkpoint.save import save_checkpoint
 
     with opened(recipe) as job:
         for number, checkpoint in enumerate(checkpoints):
@@ -230,17 +230,17 @@ def save_again(recipe: Any, checkpoints: Sequence[Path], folder: Path) -> None:
 
 def load_newest(recipe: Any, folders: Sequence[Path]) -> list[tuple[int, str]]:
     """Of each folder of checkpoints the step that is loaded, -1 for none, and what is said on the way."""
-    from overnight.checkpoint import loading
+    from overnight.training.checkpoint import load
 
     said: list[str] = []
-    loading.say = said.append
+    load.say = said.append
     found = []
     with opened(recipe) as job:
         for folder in folders:
             forget(job.state)
             said.clear()
             try:
-                loading.read_newest(folder, lambda path: loading.load_checkpoint(job.state, path, job.world))
+                load.read_newest(folder, lambda path: load.load_checkpoint(job.state, path, job.world))
             except ValueError as error:
                 said.append(str(error))
             found.append((job.state.step, "\n".join(said)))
@@ -249,33 +249,32 @@ def load_newest(recipe: Any, folders: Sequence[Path]) -> list[tuple[int, str]]:
 
 def judge(recipe: Any, checkpoint: Path, path: Path, rows_judged: int) -> None:
     """Evaluate the model of a checkpoint and let it write, into the run directory `path`."""
-    from overnight.checkpoint.loading import load_checkpoint
+    from overnight.distributed.watchdog import Watchdog
+    from overnight.run.log import RunLog
     from overnight.run_directory import RunDirectory
-    from overnight.stages.journal import Journal
-    from overnight.watch import Watch
+    from overnight.training.checkpoint.load import load_checkpoint
 
     judge_rows(rows_judged)
     with opened(recipe) as job:
         load_checkpoint(job.state, checkpoint, job.world)
-        with Journal(job, RunDirectory(path), Watch(job.world.rank, 60)) as journal:
+        with RunLog(job, RunDirectory(path), Watchdog(job.world.rank, 60)) as journal:
             journal.evaluate()
             journal.sample()
 
 
 def judge_tasks(recipe: Any, checkpoint: Path, path: Path) -> None:
     """Judge the model of a checkpoint on the recipe's tasks, into the run directory `path`."""
-    from overnight.checkpoint.loading import load_checkpoint
-    from overnight.evaluation import choices, passages
+    from overnight.distributed.watchdog import Watchdog
+    from overnight.evaluation import multiple_choice, passages
+    from overnight.run.log import RunLog, open_run_tasks
     from overnight.run_directory import RunDirectory
-    from overnight.stages.journal import Journal
-    from overnight.stages.run_tasks import open_run_tasks
-    from overnight.watch import Watch
+    from overnight.training.checkpoint.load import load_checkpoint
 
-    choices.TOKENS_AT_ONCE = passages.TOKENS_AT_ONCE = 200  # several batches for each process
+    multiple_choice.TOKENS_AT_ONCE = passages.TOKENS_AT_ONCE = 200  # several batches for each process
     with opened(recipe) as job:
         load_checkpoint(job.state, checkpoint, job.world)
         tasks = open_run_tasks(recipe.evaluation, job.materials.tokenizer, job.plan.tokens_per_row)
-        with Journal(job, RunDirectory(path), Watch(job.world.rank, 60), tasks) as journal:
+        with RunLog(job, RunDirectory(path), Watchdog(job.world.rank, 60), tasks) as journal:
             journal.judge_tasks()
 
 
@@ -283,12 +282,12 @@ def evaluate(values: dict[str, Any]) -> str:
     """What `overnight evaluate --json` prints here."""
     import io
 
-    from overnight.evaluation import choices, passages
-    from overnight.stages import evaluate as command
+    from overnight.evaluation import command as evaluation_command
+    from overnight.evaluation import multiple_choice, passages
 
-    choices.TOKENS_AT_ONCE = passages.TOKENS_AT_ONCE = 200
+    multiple_choice.TOKENS_AT_ONCE = passages.TOKENS_AT_ONCE = 200
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        command.run(command.EvaluateConfig(**values))
+        evaluation_command.run(evaluation_command.EvaluateConfig(**values))
     return printed.getvalue()
 
 
@@ -298,7 +297,7 @@ def evaluate(values: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def joined(bucket_bytes: int | None = None) -> Iterator[Any]:
     """The world, whose buckets hold so much."""
-    from overnight import world
+    from overnight.distributed import world
 
     world.BUCKET_BYTES = bucket_bytes or world.BUCKET_BYTES
     with world.join_world("cpu", 20) as joining:
@@ -362,8 +361,8 @@ def add_up_in_tree(micro_batches: int) -> list[list[float]]:
     """The gradients of so many micro-batches, which these processes share."""
     import torch
 
-    from overnight.batching import constant_plan
-    from overnight.gradients import add_up_in_tree as add_up
+    from overnight.training.batch import constant_plan
+    from overnight.training.sharding import accumulate_gradients_bitwise as add_up
 
     weights = [torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(2, 2))]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from overnight import cli
-from overnight.settings import to_toml
+from overnight.config import to_toml
 
 PREPARED = Path("text/shards")
 

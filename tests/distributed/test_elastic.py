@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.checkpoint.loading import read_model
 from overnight.run_directory import RunDirectory
-from overnight.tensor_files import TensorFiles
+from overnight.training.checkpoint.format import TensorFiles
+from overnight.training.checkpoint.load import read_model
 
 Train = Callable[..., Any]
 ROWS_JUDGED = 3  # at once: the runs are those that other tests here compare

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from overnight.config import to_toml
+from overnight.recipe import load_recipe
 from overnight.run_directory import RunDirectory
-from overnight.settings import to_toml
-from overnight.stages.recipe import load_recipe
 
 CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change
 FROZEN = 70

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from overnight.guard import GuardConfig
+from overnight.recipe import CheckpointsConfig
 from overnight.run_directory import RunDirectory
-from overnight.stages.recipe import CheckpointsConfig
+from overnight.training.guard import GuardConfig
 
 distributed = pytest.mark.distributed
 TEAMS = [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.checkpoint.loading import read_model
+from overnight.training.checkpoint.load import read_model
 
 RELATIVE = 1e-6
 ROWS_JUDGED = 3  # at once: then there are 16 batches and a shorter one

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from overnight.stages.recipe import EvaluationConfig
+from overnight.recipe import EvaluationConfig
 
 distributed = pytest.mark.distributed
 

@@ -9,16 +9,15 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from overnight import run_directory, tensor_files
-from overnight.checkpoint.layout import list_checkpoints
-from overnight.checkpoint.saving import save_checkpoint
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.optim import OptimizerConfig, build_optimizer
+from overnight import run_directory
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
 from overnight.run_directory import RunDirectory, write_atomically
-from overnight.state import TrainState
-from overnight.tensor_files import Piece, write_tensors
+from overnight.training.checkpoint import format
+from overnight.training.checkpoint.format import TensorShard, list_checkpoints, write_tensors
+from overnight.training.checkpoint.save import save_checkpoint
+from overnight.training.optim import OptimizerConfig, build_optimizer
+from overnight.training.state import TrainState
 
 
 @pytest.fixture
@@ -60,9 +59,9 @@ def test_what_the_disk_refuses_is_an_error_of_the_disk(
     def refuse(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(tensor_files, "save_file", refuse)
+    monkeypatch.setattr(format, "save_file", refuse)
     with pytest.raises(OSError, match=r"model.safetensors can't be written: .*No space left"):
-        write_tensors(tmp_path / "model.safetensors", {"wte": Piece(torch.zeros(2), 0)})
+        write_tensors(tmp_path / "model.safetensors", {"wte": TensorShard(torch.zeros(2), 0)})
 
 
 def test_what_a_killed_save_has_left_is_gone_after_the_next(tmp_path: Path) -> None:

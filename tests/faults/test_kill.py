@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from overnight.data.prepare import PrepareConfig, prepare
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
 from overnight.run_directory import RunDirectory
 
 RECIPE = """
@@ -77,29 +78,29 @@ STUCK = """
 import os, time
 
 os.chdir(folder)
-from overnight.checkpoint import background
+from overnight.training.checkpoint import save
 
 def write_for_ever(*given):
     open("writing", "w").close()
     time.sleep(900)
 
-background.write_own = write_for_ever
+save.write_rank_files = write_for_ever
 from overnight.cli import main
-from overnight.world import leave
-leave(main(words))
+from overnight.distributed.world import exit_process
+exit_process(main(words))
 """
 
 FORGETFUL = """
-from overnight.stages import pretrain
+from overnight.run import resume
 
-def restore_weights(state, opened, restore=pretrain.restore):
+def restore_weights(state, opened, restore=resume.restore):
     restore(state, opened)
     state.optimizer.state.clear()
 
-pretrain.restore = restore_weights
+resume.restore = restore_weights
 """
 
-SLOW_IMPORTS = ["overnight.cli", "overnight.stages.pretrain", "torch._dynamo", "tyro", "rich.progress"]
+SLOW_IMPORTS = ["overnight.cli", "overnight.run.train", "torch._dynamo", "tyro", "rich.progress"]
 PROCESSES = multiprocessing.get_context("forkserver")
 RUN = Path("runs/small")
 CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change

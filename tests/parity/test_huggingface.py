@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from overnight.convert.huggingface import read_huggingface, write_huggingface
-from overnight.model import gpt as gpt_module
-from overnight.model.config import PRESETS, ModelConfig
+from overnight.conversion.huggingface import read_huggingface, write_huggingface
+from overnight.model import gpt
 from overnight.model.gpt import GPT, Block
-from overnight.optim import OptimizerConfig, apply_gradients, build_optimizer
-from overnight.text.load import build_tokenizer, load_tokenizer
-from overnight.text.tokenizer import Tokenizer
+from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.training.optim import OptimizerConfig, apply_gradients, build_optimizer
 
 SIZES = {
     "small": ModelConfig(n_layer=2, n_head=2, n_embd=48, context_length=96, vocab_size=301),
@@ -117,7 +117,7 @@ def test_every_gradient(size: str, length: int | None) -> None:
 
 def without_tanh(_ours: GPT, patch: pytest.MonkeyPatch) -> None:
     exact = SimpleNamespace(**{**vars(F), "gelu": lambda x, approximate: F.gelu(x)})
-    patch.setattr(gpt_module, "F", exact)
+    patch.setattr(gpt, "F", exact)
 
 
 def without_final_norm(ours: GPT, _patch: pytest.MonkeyPatch) -> None:
@@ -277,7 +277,7 @@ def test_a_failed_conversion_leaves_nothing(
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("overnight.convert.huggingface.write_atomically", fail)
+    monkeypatch.setattr("overnight.conversion.huggingface.write_atomically", fail)
     with pytest.raises(OSError, match="no space"):
         write_huggingface(model, tokenizer, tmp_path / "again")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

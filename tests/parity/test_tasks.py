@@ -15,20 +15,22 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.batching import BatchConfig
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.evaluation.tasks import Judgement, judge, open_task
-from overnight.evaluation.texts import TEXT_TASKS
-from overnight.model.config import ModelConfig
-from overnight.optim import OptimizerConfig
-from overnight.parallel import ComputeConfig
+from overnight.conversion import command as conversion_command
+from overnight.conversion.command import ConvertConfig
+from overnight.conversion.open_model import OpenedModel, open_model
+from overnight.data.dataset import DataConfig
+from overnight.evaluation.tasks import TaskResult, evaluate_task, open_task
+from overnight.evaluation.text_tasks import TEXT_TASKS
+from overnight.model.model_config import ModelConfig
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.recipe import Recipe
+from overnight.run import train
 from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.stages import convert, pretrain
-from overnight.stages.convert import ConvertConfig
-from overnight.stages.materials import DataConfig
-from overnight.stages.models import OpenedModel, open_model
-from overnight.stages.recipe import Recipe
+from overnight.training.batch import BatchConfig
+from overnight.training.compute import ComputeConfig
+from overnight.training.optim import OptimizerConfig
+from overnight.training.schedule import ScheduleConfig
 
 CONTEXT = 256
 
@@ -71,7 +73,7 @@ def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunD
         batch=BatchConfig(tokens_per_step=2048),
         compute=ComputeConfig(device="cpu", precision="fp32", compile=False),
     )
-    pretrain.run(recipe, directory)
+    train.run(recipe, directory)
     return directory
 
 
@@ -84,17 +86,17 @@ def ours(trained: RunDirectory) -> OpenedModel:
 @pytest.fixture(scope="module")
 def theirs(trained: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Rival:
     """The run, converted."""
-    folder = convert.run(
+    folder = conversion_command.run(
         ConvertConfig(model=str(trained.path), out=str(tmp_path_factory.mktemp("hf") / "run"))
     )
     return Rival(folder)
 
 
-def judge_all(name: str, opened: OpenedModel, folder: Path, most: int | None) -> tuple[Judgement, Any]:
+def judge_all(name: str, opened: OpenedModel, folder: Path, most: int | None) -> tuple[TaskResult, Any]:
     task = open_task(name, folder, most)
     examples = task.encode(opened.tokenizer, CONTEXT)
-    found = dict(judge(opened.model, examples, "fp32"))
-    judgement = Judgement(examples, [found[place] for place in range(len(examples))])
+    found = dict(evaluate_task(opened.model, examples, "fp32"))
+    judgement = TaskResult(examples, [found[place] for place in range(len(examples))])
     return judgement, {score.metric: score.value for score in task.score(judgement, None)}
 
 

@@ -17,9 +17,9 @@ from tiktoken_ext import openai_public
 from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from overnight.text import gpt2 as room
-from overnight.text.load import build_tokenizer, load_tokenizer
-from overnight.text.tokenizer import Tokenizer
+from overnight.tokenizer import bpe
+from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
 
 PECULIAR = (
     "it's, IT'S, they'll, 'sfoo, x'9",
@@ -72,8 +72,8 @@ def by_tiktoken(folder: Path) -> tiktoken.Encoding:
 
 def test_the_published_addresses_and_hashes_are_tiktokens() -> None:
     published = inspect.getsource(openai_public.gpt2)
-    for name, sha256 in room.FILES.items():
-        assert f'"{room.ADDRESS}/{name}"' in published
+    for name, sha256 in bpe.FILES.items():
+        assert f'"{bpe.ADDRESS}/{name}"' in published
         assert f'"{sha256}"' in published
 
 

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from overnight.batching import BatchConfig
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.model.config import ModelConfig
-from overnight.optim import OptimizerConfig
-from overnight.parallel import ComputeConfig
-from overnight.schedule import ScheduleConfig
-from overnight.stages import pretrain
-from overnight.stages.job import Job
-from overnight.stages.materials import DataConfig
-from overnight.stages.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
-from overnight.trainer import Training
+from overnight.data.dataset import DataConfig
+from overnight.model.model_config import ModelConfig
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
+from overnight.run import setup, train
+from overnight.run.setup import TrainSetup
+from overnight.training.batch import BatchConfig
+from overnight.training.compute import ComputeConfig
+from overnight.training.optim import OptimizerConfig
+from overnight.training.schedule import ScheduleConfig
+from overnight.training.step import Training
 
 LINES = "".join(
     f"Line {number} of a small text about the number {number * 7 % 100}.\n" for number in range(60)
@@ -70,10 +71,10 @@ def recipe(prepared: Path) -> Callable[..., Recipe]:
 @pytest.fixture
 def overflow_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
     """Lets the loss be infinite at some steps, counted from 0, as float16 makes it now and then."""
-    build = pretrain.build_training
+    build = setup.build_training
 
     def overflow_at(steps: set[int]) -> None:
-        def build_overflowing(job: Job) -> Training:
+        def build_overflowing(job: TrainSetup) -> Training:
             training = build(job)
 
             def loss(ids: Tensor, targets: Tensor) -> Tensor:
@@ -82,6 +83,6 @@ def overflow_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
 
             return dataclasses.replace(training, loss=loss)
 
-        monkeypatch.setattr(pretrain, "build_training", build_overflowing)
+        monkeypatch.setattr(train, "build_training", build_overflowing)
 
     return overflow_at

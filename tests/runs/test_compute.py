@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from overnight.batching import BatchConfig
-from overnight.checkpoint.layout import list_checkpoints
-from overnight.checkpoint.loading import read_model
-from overnight.parallel import ComputeConfig
+from overnight.config import from_toml
+from overnight.recipe import Recipe
+from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
-from overnight.settings import from_toml
-from overnight.stages import pretrain
-from overnight.stages.recipe import Recipe
+from overnight.training.batch import BatchConfig
+from overnight.training.checkpoint.format import list_checkpoints
+from overnight.training.checkpoint.load import read_model
+from overnight.training.compute import ComputeConfig
 
 Build = Callable[..., Recipe]
 
 
 def train(recipe: Recipe, path: Path, *, resume: bool = False) -> RunDirectory:
     directory = RunDirectory(path)
-    pretrain.run(recipe, directory, resume=resume)
+    train_module.run(recipe, directory, resume=resume)
     return directory
 
 
@@ -58,8 +58,8 @@ def test_an_overflow_of_fp16_skips_the_step_and_resuming_stays_exact(
 
     stops = iter([False] * 6 + [True])
     with monkeypatch.context() as patch:
-        fit = pretrain.fit
-        patch.setattr(pretrain, "fit", lambda *given: fit(*given[:4], lambda: next(stops)))
+        fit = train_module.fit
+        patch.setattr(train_module, "fit", lambda *given: fit(*given[:4], lambda: next(stops)))
         with pytest.raises(KeyboardInterrupt):
             train(small, tmp_path / "stopped")
     written = (tmp_path / "stopped" / "recipe.toml").read_text()
@@ -72,7 +72,9 @@ def test_an_overflow_of_fp16_skips_the_step_and_resuming_stays_exact(
 def test_what_does_not_fit_is_halved_and_the_step_stays_the_same(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrain, "fits", lambda training, state: training.plan.rows_per_micro_batch <= 10)
+    monkeypatch.setattr(
+        train_module, "fits", lambda training, state: training.plan.rows_per_micro_batch <= 10
+    )
     small = recipe(model=dataclasses.replace(recipe().model, dropout=0.0))
     halved = train(small, tmp_path / "halved")
     assert "rows_per_micro_batch = 8" in halved.recipe.read_text()
@@ -86,7 +88,7 @@ def test_what_does_not_fit_is_halved_and_the_step_stays_the_same(
 def test_where_not_a_row_fits_nothing_is_begun(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrain, "fits", lambda training, state: False)
+    monkeypatch.setattr(train_module, "fits", lambda training, state: False)
     with pytest.raises(ValueError, match="not a single row fits .* --recompute block"):
         train(recipe(), tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -18,29 +18,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overnight import generate, loss, sharding, trainer
-from overnight.checkpoint import loading
-from overnight.checkpoint import saving as writing
-from overnight.checks import saving
-from overnight.checks.check import Check
 from overnight.cli import main
-from overnight.data import stream
-from overnight.data.inspection import documents_of, stretches
-from overnight.data.shards import ShardWriter, load_prepared_tokenizer, read_manifest, write_manifest
-from overnight.data.token_file import HEADER_BYTES
-from overnight.gradients import Backward
-from overnight.model import gpt, initialization
-from overnight.optim import OptimizerConfig
-from overnight.parallel import ComputeConfig
-from overnight.schedule import ScheduleConfig
-from overnight.settings import to_toml
-from overnight.stages import examination, foresight, job, pretrain
-from overnight.stages.doctor import CHECKS, DoctorConfig, perform_all, run
-from overnight.stages.examination import open_examination
-from overnight.stages.materials import DataConfig
-from overnight.stages.recipe import Recipe
-from overnight.text.characters import Characters
-from overnight.world import World
+from overnight.config import to_toml
+from overnight.data import loader
+from overnight.data.dataset import DataConfig
+from overnight.data.shards import (
+    HEADER_BYTES,
+    ShardWriter,
+    load_prepared_tokenizer,
+    read_manifest,
+    write_manifest,
+)
+from overnight.distributed.world import World
+from overnight.doctor import command as doctor_command
+from overnight.doctor import model_checks
+from overnight.doctor.check import Check
+from overnight.doctor.command import CHECKS, DoctorConfig, open_doctor_context, run, run_checks
+from overnight.generation import generate
+from overnight.inspection.statistics import documents_of, shard_spans
+from overnight.model import gpt, loss
+from overnight.model import gpt as gpt_module
+from overnight.planning import command as planning_command
+from overnight.recipe import Recipe
+from overnight.run import setup
+from overnight.run import train as train_module
+from overnight.tokenizer.characters import Characters
+from overnight.training import sharding, step
+from overnight.training.checkpoint import load as load_module
+from overnight.training.checkpoint import save
+from overnight.training.compute import ComputeConfig
+from overnight.training.optim import OptimizerConfig
+from overnight.training.schedule import ScheduleConfig
+from overnight.training.step import Backward
 
 SLOW = ("compiled", "processes", "time")
 FAST = tuple(name for name in CHECKS if name not in SLOW)
@@ -59,8 +68,8 @@ def look(recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: Patch) -> L
         scratch.mkdir()
         (tmp_path / "small.toml").write_text(to_toml(recipe(**changes)))
         config = DoctorConfig(**vars(recipe(**changes)), **(asked or {}))
-        to_do = open_examination(config, "small.toml", scratch).checks()
-        return {check.name: check for check in perform_all(to_do, only or FAST)}
+        to_do = open_doctor_context(config, "small.toml", scratch).checks()
+        return {check.name: check for check in run_checks(to_do, only or FAST)}
 
     return look
 
@@ -156,18 +165,18 @@ def test_a_compiled_step_is_compared(look: Look) -> None:
 
 
 def draw_ten_times_too_wide(patch: Patch) -> None:
-    patch.setattr(initialization, "STANDARD_DEVIATION", 0.2)
+    patch.setattr(gpt_module, "STANDARD_DEVIATION", 0.2)
 
 
 def freeze_a_parameter(patch: Patch) -> None:
-    place = job.place_model
+    place = setup.place_model
 
     def place_frozen(*given: Any) -> gpt.GPT:
         model = place(*given)
         model.h[1].ln_2.bias.requires_grad = False
         return model
 
-    patch.setattr(job, "place_model", place_frozen)
+    patch.setattr(setup, "build_sharded_model", place_frozen)
 
 
 def detach_attention(patch: Patch) -> None:
@@ -179,14 +188,14 @@ def detach_attention(patch: Patch) -> None:
 
 
 def forget_a_parameter_in_the_optimizer(patch: Patch) -> None:
-    build = job.build_optimizer_of
+    build = setup.build_optimizer_of
 
     def build_forgetful(*given: Any) -> torch.optim.AdamW:
         optimizer = build(*given)
         del optimizer.param_groups[0]["params"][0]
         return optimizer
 
-    patch.setattr(job, "build_optimizer_of", build_forgetful)
+    patch.setattr(setup, "build_sharded_optimizer", build_forgetful)
 
 
 def let_the_future_through(patch: Patch) -> None:
@@ -207,7 +216,7 @@ def scale_accumulated(patch: Patch, factor: Callable[[int], float]) -> None:
             parameter.grad *= factor(len(mine))
         return nats
 
-    patch.setattr(sharding, "add_up", add_up_scaled)
+    patch.setattr(sharding, "accumulate_gradients", add_up_scaled)
 
 
 def average_averages(patch: Patch) -> None:
@@ -222,12 +231,12 @@ def log_the_last_micro_batch(patch: Patch) -> None:
     def add_up(backward: Backward, mine: range, parameters: Any, world: World) -> Tensor:
         return [backward(number) for number in mine][-1]
 
-    patch.setattr(sharding, "add_up", add_up)
+    patch.setattr(sharding, "accumulate_gradients", add_up)
 
 
 def update_nothing(patch: Patch) -> None:
-    apply = trainer.apply_gradients
-    patch.setattr(trainer, "apply_gradients", lambda o, p, _rate, *rest: apply(o, p, 0.0, *rest))
+    apply = step.apply_gradients
+    patch.setattr(step, "apply_gradients", lambda o, p, _rate, *rest: apply(o, p, 0.0, *rest))
 
 
 def shift_cached_positions(patch: Patch) -> None:
@@ -238,54 +247,54 @@ def shift_cached_positions(patch: Patch) -> None:
 
 
 def lose_the_moments(patch: Patch) -> None:
-    patch.setattr(writing, "_moments", lambda state, parameters: iter(()))
+    patch.setattr(save, "_moments", lambda state, parameters: iter(()))
 
 
 def save_in_bfloat16(patch: Patch) -> None:
-    weights = writing._weights
+    weights = save._weights
 
     def rounded(state: Any, parameters: Any) -> Iterator[tuple[str, Any]]:
         for name, piece in weights(state, parameters):
             yield name, piece._replace(rows=piece.rows.bfloat16().float())
 
-    patch.setattr(writing, "_weights", rounded)
+    patch.setattr(save, "_weights", rounded)
 
 
 def forget_the_step(patch: Patch) -> None:
-    load = loading.load_checkpoint
+    load = load_module.load_checkpoint
 
     def load_without(state: Any, *given: Any) -> None:
         load(state, *given)
         state.step = 0
 
-    patch.setattr(loading, "load_checkpoint", load_without)
+    patch.setattr(load_module, "load_checkpoint", load_without)
 
 
 def predict_the_same_id(patch: Patch) -> None:
-    batch = stream.TokenStream.batch
+    batch = loader.TokenStream.batch
 
-    def unshifted(self: Any, first_row: int, rows: int) -> stream.Batch:
+    def unshifted(self: Any, first_row: int, rows: int) -> loader.Batch:
         found = batch(self, first_row, rows)
-        return stream.Batch(found.ids, found.ids)
+        return loader.Batch(found.ids, found.ids)
 
-    patch.setattr(stream.TokenStream, "batch", unshifted)
+    patch.setattr(loader.TokenStream, "batch", unshifted)
 
 
 def never_come_to_an_end(patch: Patch) -> None:
-    multiplier = pretrain.learning_rate_multiplier
+    multiplier = train_module.learning_rate_multiplier
     patch.setattr(
-        pretrain,
+        train_module,
         "learning_rate_multiplier",
         lambda position, length, config: multiplier(position, 10 * length, config),
     )
 
 
 def fill_the_disk(patch: Patch) -> None:
-    patch.setattr(foresight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    patch.setattr(planning_command.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
 
 
 def take_the_memory_away(patch: Patch) -> None:
-    patch.setattr(foresight, "find_memory_bytes", lambda device: 100_000)
+    patch.setattr(planning_command, "find_memory_bytes", lambda device: 100_000)
 
 
 @pytest.mark.parametrize(
@@ -330,16 +339,16 @@ def test_what_needs_gradients_is_not_looked_at_without(look: Look, monkeypatch: 
 
 def test_compiled_code_that_differs_is_named(look: Look, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch, "compile", lambda nats, **how: lambda ids, targets: nats(ids, targets) * 1.001)
-    monkeypatch.setattr(examination, "can_compile", lambda: True)
-    monkeypatch.setattr("overnight.parallel.can_compile", lambda: True)
+    monkeypatch.setattr(doctor_command, "can_compile", lambda: True)
+    monkeypatch.setattr("overnight.training.compute.can_compile", lambda: True)
     found = look("compiled", compute=ComputeConfig(device="cpu", precision="fp32"))
     assert "torch.compile makes another computation" in cause(found, "compiled")
 
 
 def test_compiled_code_that_is_the_same_passes(look: Look, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch, "compile", lambda nats, **how: nats)
-    monkeypatch.setattr(examination, "can_compile", lambda: True)
-    monkeypatch.setattr("overnight.parallel.can_compile", lambda: True)
+    monkeypatch.setattr(doctor_command, "can_compile", lambda: True)
+    monkeypatch.setattr("overnight.training.compute.can_compile", lambda: True)
     found = look("compiled", compute=ComputeConfig(device="cpu", precision="fp32"))
     assert found["compiled"].finding.passed, found["compiled"].finding.cause
 
@@ -362,7 +371,7 @@ def test_gradients_that_two_processes_do_not_sum_are_named(
 ) -> None:
     """The sabotage lies where each Python looks when it starts."""
     (tmp_path / "sitecustomize.py").write_text(
-        "from overnight.world import World\nWorld.sum = lambda self, tensors: None\n"
+        "from overnight.distributed.world import World\nWorld.sum = lambda self, tensors: None\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = look("processes")
@@ -373,7 +382,7 @@ def test_a_check_that_raises_has_failed_and_the_others_go_on(look: Look, monkeyp
     def fail(*given: object) -> None:
         raise RuntimeError("the disk said no\nand no again")
 
-    monkeypatch.setattr(saving, "check_saving", fail)
+    monkeypatch.setattr(model_checks, "check_saving", fail)
     found = look("generation", "checkpoint", "learning-rate")
     assert failed(found) == {"checkpoint"}
     assert cause(found, "checkpoint").endswith("as a run would: the disk said no and no again")
@@ -406,7 +415,7 @@ def write_anew(folder: Path, out: Path, change: Callable[[Split, Split], None]) 
     """The documents of a prepared folder, changed, with a manifest that vouches for them."""
     manifest = read_manifest(folder)
     train, validation = (
-        [np.concatenate(pieces) for pieces in documents_of(stretches(folder, manifest, split, None))]
+        [np.concatenate(pieces) for pieces in documents_of(shard_spans(folder, manifest, split, None))]
         for split in ("train", "validation")
     )
     change(train, validation)
@@ -509,7 +518,7 @@ def test_a_tokenizer_that_reads_other_ids_is_named(look: Look, prepared: Path, t
 def test_contaminated_text_is_named(thorough: bool, look: Look, prepared: Path, tmp_path: Path) -> None:
     manifest = read_manifest(prepared)
     tokenizer = load_prepared_tokenizer(prepared)
-    ids = np.concatenate(next(documents_of(stretches(prepared, manifest, "train", 1))))
+    ids = np.concatenate(next(documents_of(shard_spans(prepared, manifest, "train", 1))))
     benchmark = tmp_path / "exam.jsonl"
     benchmark.write_text(json.dumps({"question": tokenizer.decode(ids.tolist())}) + "\n")
     found = look(*("contamination", "shards"), asked={"benchmarks": (str(benchmark),), "thorough": thorough})

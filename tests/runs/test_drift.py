@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
+from overnight import recipe as recipe_module
+from overnight.config import flat_names, from_toml, to_toml
+from overnight.recipe import RESUME_MUTABLE, Recipe, flatten
+from overnight.run import resume, train
 from overnight.run_directory import RunDirectory
-from overnight.settings import flat_names, from_toml, to_toml
-from overnight.stages import pretrain
-from overnight.stages import recipe as recipes
-from overnight.stages.recipe import MAY_CHANGE, Recipe, flatten
-from overnight.text.load import build_tokenizer
+from overnight.tokenizer.open_tokenizer import build_tokenizer
 
 Build = Callable[..., Recipe]
-SCIENCE = sorted(set(flat_names(Recipe)) - MAY_CHANGE)
+SCIENCE = sorted(set(flat_names(Recipe)) - RESUME_MUTABLE)
 
 # A sound other value of each setting that may change.
 OTHERWISE: dict[str, Any] = {
@@ -66,7 +66,7 @@ def directory(begun: Path, recipe: Build, tmp_path: Path) -> RunDirectory:
     if not begun.exists():
         small = recipe()
         schedule = dataclasses.replace(small.schedule, total_steps=4)
-        pretrain.run(dataclasses.replace(small, schedule=schedule), RunDirectory(begun))
+        train.run(dataclasses.replace(small, schedule=schedule), RunDirectory(begun))
     shutil.copytree(begun, tmp_path / "run")
     return RunDirectory(tmp_path / "run")
 
@@ -103,7 +103,7 @@ def refusal(directory: RunDirectory, recipe: Recipe | None = None) -> str:
     """The sentence with which going on is refused; nothing of the run was changed by then."""
     before = identity(directory)
     with pytest.raises(ValueError, match=".") as error:
-        pretrain.run(recipe or reread(directory), directory, resume=True)
+        train.run(recipe or reread(directory), directory, resume=True)
     assert "\n" not in str(error.value)
     assert identity(directory) == before
     return str(error.value)
@@ -123,20 +123,20 @@ def test_every_setting_that_may_not_change_is_named(directory: RunDirectory, nam
 
 
 def test_the_list_of_what_may_change_is_whole() -> None:
-    assert {*OTHERWISE, *BY_OTHER_TESTS, "total_tokens"} >= MAY_CHANGE
+    assert {*OTHERWISE, *BY_OTHER_TESTS, "total_tokens"} >= RESUME_MUTABLE
 
 
 @pytest.mark.parametrize("name", BY_OTHER_TESTS)
 def test_nor_does_what_takes_long_or_needs_others(directory: RunDirectory, name: str) -> None:
     """Only asked here whether the run is still its own."""
-    pretrain.check_directory(changed(reread(directory), name, BY_OTHER_TESTS[name]), directory, resume=True)
+    resume.check_directory(changed(reread(directory), name, BY_OTHER_TESTS[name]), directory, resume=True)
 
 
-@pytest.mark.parametrize("name", sorted(MAY_CHANGE & set(OTHERWISE)))
+@pytest.mark.parametrize("name", sorted(RESUME_MUTABLE & set(OTHERWISE)))
 def test_what_may_change_does_not_stop_a_run(directory: RunDirectory, name: str) -> None:
     before = reread(directory)
     longer = changed(before, "total_steps", 5)
-    pretrain.run(changed(longer, name, OTHERWISE[name]), directory, resume=True)
+    train.run(changed(longer, name, OTHERWISE[name]), directory, resume=True)
     steps = [line["step"] for line in directory.read_metrics()]
     assert steps == list(range(1, 7 if name == "total_steps" else 6))
 
@@ -144,7 +144,7 @@ def test_what_may_change_does_not_stop_a_run(directory: RunDirectory, name: str)
 def test_a_length_in_tokens_may_take_the_place_of_one_in_steps(directory: RunDirectory) -> None:
     before = reread(directory)
     tokens = changed(changed(before, "total_steps", None), "total_tokens", 5 * before.batch.tokens_per_step)
-    pretrain.run(tokens, directory, resume=True)
+    train.run(tokens, directory, resume=True)
     assert directory.is_finished(5)
 
 
@@ -152,9 +152,9 @@ def test_a_change_that_is_overlooked_is_caught(
     directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: were one setting more on the list, the run would go on otherwise, silently."""
-    monkeypatch.setattr(recipes, "MAY_CHANGE", MAY_CHANGE | {"weight_decay"})
+    monkeypatch.setattr(recipe_module, "RESUME_MUTABLE", RESUME_MUTABLE | {"weight_decay"})
     otherwise = changed(changed(reread(directory), "total_steps", 5), "weight_decay", 0.7)
-    pretrain.run(otherwise, directory, resume=True)
+    train.run(otherwise, directory, resume=True)
     assert directory.is_finished(5)
 
 
@@ -165,7 +165,7 @@ def test_a_setting_edited_in_the_run_s_recipe_is_named(directory: RunDirectory, 
     otherwise = another(flatten(before)[name])
     directory.recipe.write_text(to_toml(changed(before, name, otherwise)))
     with pytest.raises(ValueError, match=rf"\b{name}\b|{re.escape(str(otherwise))}"):
-        pretrain.run(reread(directory), directory, resume=True)
+        train.run(reread(directory), directory, resume=True)
 
 
 def test_without_the_record_an_edited_recipe_goes_on(
@@ -173,8 +173,8 @@ def test_without_the_record_an_edited_recipe_goes_on(
 ) -> None:
     """The negative control."""
     directory.recipe.write_text(to_toml(changed(reread(directory), "weight_decay", 0.7)))
-    monkeypatch.setattr(pretrain, "check_settings", lambda *_: None)
-    pretrain.run(changed(reread(directory), "total_steps", 5), directory, resume=True)
+    monkeypatch.setattr(train, "check_settings", lambda *_: None)
+    train.run(changed(reread(directory), "total_steps", 5), directory, resume=True)
     assert directory.is_finished(5)
 
 
@@ -209,7 +209,7 @@ def test_another_tokenizer_in_the_run_is_refused_and_a_missing_one_written(direc
     (directory.tokenizer / "tokenizer.json").write_text("{}")
     assert "tokenizer is not the tokenizer that" in refusal(directory)
     shutil.rmtree(directory.tokenizer)
-    pretrain.run(reread(directory), directory, resume=True)
+    train.run(reread(directory), directory, resume=True)
     assert (directory.tokenizer / "tokenizer.json").is_file()
 
 
@@ -225,13 +225,13 @@ def test_a_recipe_of_another_package_is_told(directory: RunDirectory) -> None:
 def test_a_checkpoint_of_another_format_is_told(
     directory: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from overnight.checkpoint.layout import identify, list_checkpoints, manifest
+    from overnight.training.checkpoint.format import file_digest, list_checkpoints, manifest
 
     for checkpoint in list_checkpoints(directory.checkpoints):
         state, told_in = checkpoint / "state.json", checkpoint / "MANIFEST.json"
         state.write_text(json.dumps({**json.loads(state.read_text()), "format": 99}))
         told = json.loads(told_in.read_text())
-        told["files"]["state.json"] = identify(state)
+        told["files"]["state.json"] = file_digest(state)
         told_in.write_text(manifest(told["files"], told["format"]))
     assert "no checkpoint in" in refusal(directory)
     assert "has format 99, this overnight reads" in capsys.readouterr().err

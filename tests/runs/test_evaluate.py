@@ -13,16 +13,19 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from overnight.cli import main
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.evaluation import choices as choices_room
+from overnight.conversion import command as conversion_command
+from overnight.conversion.command import ConvertConfig
+from overnight.evaluation import command as evaluation_command
+from overnight.evaluation import multiple_choice
+from overnight.evaluation.command import EvaluateConfig
 from overnight.evaluation.tasks import TASKS
-from overnight.parallel import ComputeConfig
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.recipe import Recipe
+from overnight.run import train
 from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.stages import convert, evaluate, pretrain
-from overnight.stages.convert import ConvertConfig
-from overnight.stages.evaluate import EvaluateConfig
-from overnight.stages.recipe import Recipe
+from overnight.training.compute import ComputeConfig
+from overnight.training.schedule import ScheduleConfig
 
 
 @pytest.fixture
@@ -30,14 +33,14 @@ def trained(recipe: Callable[..., Recipe], tmp_path: Path) -> RunDirectory:
     """A run of two steps in bf16."""
     directory = RunDirectory(tmp_path / "small")
     compute = ComputeConfig(device="cpu", precision="bf16", compile=False)
-    pretrain.run(recipe(compute=compute, schedule=ScheduleConfig(total_steps=2, warmup_steps=0)), directory)
+    train.run(recipe(compute=compute, schedule=ScheduleConfig(total_steps=2, warmup_steps=0)), directory)
     return directory
 
 
 @pytest.fixture
 def converted(trained: RunDirectory, tmp_path: Path) -> Path:
     """The same model as a Hugging Face folder."""
-    return convert.run(ConvertConfig(model=str(trained.path), out=str(tmp_path / "theirs")))
+    return conversion_command.run(ConvertConfig(model=str(trained.path), out=str(tmp_path / "theirs")))
 
 
 def test_a_run_is_judged_in_its_own_precision_and_any_other_model_in_fp32(
@@ -45,7 +48,7 @@ def test_a_run_is_judged_in_its_own_precision_and_any_other_model_in_fp32(
 ) -> None:
     found = {}
     for model, precision in ((trained.path, "bf16"), (converted, "fp32")):
-        evaluate.run(EvaluateConfig(model=str(model), data=str(prepared), device="cpu", json=True))
+        evaluation_command.run(EvaluateConfig(model=str(model), data=str(prepared), device="cpu", json=True))
         out, said = capsys.readouterr()
         assert json.loads(out)["precision"] == precision
         assert f"of {prepared}, in {precision}\n" in said
@@ -59,7 +62,10 @@ def test_a_run_without_what_only_going_on_needs_is_judged(trained: RunDirectory)
     """As one publishes it: recipe, tokenizer, checkpoints."""
     for path in (trained.environment, trained.metrics):
         path.unlink()
-    assert evaluate.open_subjects(EvaluateConfig(model=str(trained.path)), "cpu")[0].recipe is not None
+    assert (
+        evaluation_command.open_evaluated_models(EvaluateConfig(model=str(trained.path)), "cpu")[0].recipe
+        is not None
+    )
 
 
 def test_text_of_another_tokenizer_is_answered_with_the_folder_of_the_right_one(
@@ -81,9 +87,9 @@ def test_text_of_another_tokenizer_is_answered_with_the_folder_of_the_right_one(
     strange = prepare_with("characters", "strange")
     for model, folder in ((trained.path, trained.tokenizer), (converted, converted)):
         with pytest.raises(ValueError, match=f"--tokenizer {re.escape(str(folder))}$"):
-            evaluate.run(EvaluateConfig(model=str(model), data=strange, device="cpu"))
+            evaluation_command.run(EvaluateConfig(model=str(model), data=strange, device="cpu"))
         remedy = prepare_with(str(folder), f"as-{folder.name}")
-        evaluate.run(EvaluateConfig(model=str(model), data=remedy, device="cpu"))
+        evaluation_command.run(EvaluateConfig(model=str(model), data=remedy, device="cpu"))
 
 
 @pytest.fixture
@@ -111,7 +117,7 @@ def test_tasks_are_judged_beside_the_validation_loss(
         device="cpu",
         json=True,
     )
-    evaluate.run(config)
+    evaluation_command.run(config)
     out, said = capsys.readouterr()
     found = json.loads(out)
     assert found["loss"] == pytest.approx(trained.read_events("evaluations")[-1]["loss"], rel=1e-9)
@@ -138,14 +144,16 @@ def test_a_stride_judges_the_same_tokens_after_more_of_the_text(
 ) -> None:
     found = {}
     for stride in (None, 16, 4):
-        evaluate.run(EvaluateConfig(model=str(trained.path), stride=stride, device="cpu", json=True))
+        evaluation_command.run(
+            EvaluateConfig(model=str(trained.path), stride=stride, device="cpu", json=True)
+        )
         found[stride] = json.loads(capsys.readouterr().out)
     amounts = {(each["evaluated_tokens"], each["evaluated_bytes"]) for each in found.values()}
     assert len(amounts) == 1
     assert len({each["loss"] for each in found.values()}) == 3
     assert found[4]["loss"] == pytest.approx(found[None]["loss"], abs=0.1)
     with pytest.raises(ValueError, match="a stride of 4000 must be at least 1 and at most the context"):
-        evaluate.run(EvaluateConfig(model=str(trained.path), stride=4000, device="cpu"))
+        evaluation_command.run(EvaluateConfig(model=str(trained.path), stride=4000, device="cpu"))
 
 
 def test_an_interrupted_evaluation_goes_on(
@@ -163,10 +171,10 @@ def test_an_interrupted_evaluation_goes_on(
         device="cpu",
         json=True,
     )
-    evaluate.run(config)
+    evaluation_command.run(config)
     whole = capsys.readouterr().out
-    monkeypatch.setattr(choices_room, "TOKENS_AT_ONCE", 100)
-    judge, judged = choices_room._judge, 0
+    monkeypatch.setattr(multiple_choice, "TOKENS_AT_ONCE", 100)
+    judge, judged = multiple_choice._judge, 0
 
     def cut_short(*arguments: Any) -> Any:
         nonlocal judged
@@ -175,15 +183,15 @@ def test_an_interrupted_evaluation_goes_on(
             raise KeyboardInterrupt
         return judge(*arguments)
 
-    monkeypatch.setattr(choices_room, "_judge", cut_short)
+    monkeypatch.setattr(multiple_choice, "_judge", cut_short)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(config)
+        evaluation_command.run(config)
     before = judged
-    evaluate.run(config)
+    evaluation_command.run(config)
     rest = judged - before
     assert capsys.readouterr().out == whole
     judged = 100
-    evaluate.run(config)
+    evaluation_command.run(config)
     assert judged - 100 == rest + 3, "the control: nothing is remembered of what is finished"
 
 
@@ -202,7 +210,7 @@ def test_a_task_that_can_not_be_judged_is_refused(
 ) -> None:
     values: dict[str, object] = {"model": str(trained.path), "task_files": str(questions), "device": "cpu"}
     with pytest.raises(ValueError, match=complaint):
-        evaluate.run(EvaluateConfig(**{**values, **changes}))  # type: ignore[arg-type]
+        evaluation_command.run(EvaluateConfig(**{**values, **changes}))  # type: ignore[arg-type]
 
 
 def test_the_help_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +231,7 @@ def test_a_model_of_no_numbers_is_told_in_strict_json(
     name = next(name for name in weights if name.endswith("ln_f.weight"))
     save_file({**weights, name: weights[name] * math.nan}, converted / "model.safetensors", {"format": "pt"})
     capsys.readouterr()
-    evaluate.run(
+    evaluation_command.run(
         EvaluateConfig(
             model=str(converted),
             data=str(prepared),

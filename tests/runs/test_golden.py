@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from overnight.optim import OptimizerConfig
+from overnight.training.optim import OptimizerConfig
 
 ELSEWHERE = 1e-5  # relative, on another processor or torch
 

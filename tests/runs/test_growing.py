@@ -13,20 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from overnight.batching import BatchConfig
-from overnight.data import prepare as prepare_module
-from overnight.data.prepare import PrepareConfig, prepare
+from overnight.data.dataset import DataConfig, MixtureSource
 from overnight.data.shards import read_manifest
+from overnight.preparation import prepare as prepare_module
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.recipe import EvaluationConfig, Recipe
+from overnight.run import train
 from overnight.run_directory import RunDirectory
-from overnight.stages import pretrain
-from overnight.stages.materials import DataConfig, MixedText
-from overnight.stages.recipe import EvaluationConfig, Recipe
+from overnight.training.batch import BatchConfig
 
 Build = Callable[..., Recipe]
 WORK = """
 import sys, time
-from overnight.data import prepare as module
-from overnight.data.prepare import PrepareConfig, prepare
+from overnight.preparation import prepare as module
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
 module.UNIT_BYTES, module.EARLY_BYTES = 2000, 12_000
 show = module.show_so_far
 def slowly(place):
@@ -99,14 +101,14 @@ def begun(
     interrupt(config, monkeypatch)
     directory = RunDirectory(tmp_path / "early")
     with pytest.raises(KeyboardInterrupt):
-        pretrain.run(early, directory)
+        train.run(early, directory)
     assert 0 < len(directory.read_metrics()) < 12
     return directory
 
 
 def go_on(directory: RunDirectory) -> None:
-    again = pretrain.from_toml(Recipe, directory.recipe.read_text(), "recipe.toml")
-    pretrain.run(again, directory, resume=True)
+    again = train.from_toml(Recipe, directory.recipe.read_text(), "recipe.toml")
+    train.run(again, directory, resume=True)
 
 
 def test_a_run_goes_as_far_as_the_text_and_on_when_there_is_more(
@@ -117,7 +119,7 @@ def test_a_run_goes_as_far_as_the_text_and_on_when_there_is_more(
     prepare(config)
     go_on(directory)
     patient = RunDirectory(tmp_path / "patient")
-    pretrain.run(early, patient)
+    train.run(early, patient)
     assert outcome(directory) == outcome(patient)
 
 
@@ -133,11 +135,11 @@ def test_a_run_waits_for_a_preparation_at_work(
             assert work.poll() is None
             time.sleep(0.02)
         directory = RunDirectory(tmp_path / "early")
-        pretrain.run(early, directory)
+        train.run(early, directory)
         assert work.wait() == 0
     assert "waiting for the preparation of" in capsys.readouterr().err
     patient = RunDirectory(tmp_path / "patient")
-    pretrain.run(early, patient)
+    train.run(early, patient)
     assert outcome(directory)[:3] == outcome(patient)[:3]
     recorded = json.loads(directory.data.read_text())["train"]
     shards = [dataclasses.asdict(shard) for shard in read_manifest(Path(config.out)).train]
@@ -155,7 +157,7 @@ def test_another_text_is_refused_on_going_on(begun: RunDirectory, config: Prepar
 
 def refusal(recipe: Recipe, tmp_path: Path) -> str:
     with pytest.raises(ValueError, match=".") as error:
-        pretrain.run(recipe, RunDirectory(tmp_path / "run"))
+        train.run(recipe, RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run" / "recipe.toml").exists()
     return str(error.value)
 
@@ -173,7 +175,8 @@ def test_what_needs_the_whole_text_is_refused(
     assert "does not go with packing=best-fit" in refusal(with_data(packing="best-fit"), tmp_path)
     assert "shuffle_tokens=0 must be at least 1" in refusal(with_data(shuffle_tokens=0), tmp_path)
     mixed = with_data(
-        data="", sources=(MixedText(path=shards, weight=1.0), MixedText(path=shards + "/", weight=1.0))
+        data="",
+        sources=(MixtureSource(path=shards, weight=1.0), MixtureSource(path=shards + "/", weight=1.0)),
     )
     assert "is still being prepared, and the texts of a mixture must be complete" in refusal(mixed, tmp_path)
     for tokens in (None, 10**6):

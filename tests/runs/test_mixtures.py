@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from overnight.data.prepare import PrepareConfig, prepare
+from overnight.config import from_arguments, from_toml
+from overnight.data.dataset import DataConfig, MixtureSource
+from overnight.evaluation import command as evaluation_command
+from overnight.evaluation.command import EvaluateConfig
+from overnight.planning.estimate import find_token_counts
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.recipe import Recipe
+from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
-from overnight.settings import from_arguments, from_toml
-from overnight.stages import evaluate, pretrain
-from overnight.stages.evaluate import EvaluateConfig
-from overnight.stages.forecast import find_text
-from overnight.stages.materials import DataConfig, MixedText
-from overnight.stages.recipe import Recipe
 
 Build = Callable[..., Recipe]
 
@@ -43,7 +45,7 @@ def second(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def mixed(recipe: Build, prepared: Path, second: Path) -> Recipe:
     """The small recipe over both, 2 : 1."""
-    sources = (MixedText(path=str(prepared), weight=2), MixedText(path=str(second), weight=1))
+    sources = (MixtureSource(path=str(prepared), weight=2), MixtureSource(path=str(second), weight=1))
     return recipe(data=DataConfig(sources=sources))
 
 
@@ -57,7 +59,7 @@ def test_a_mixture_is_trained_judged_and_resumed_to_the_bit(
     mixed: Recipe, second: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = RunDirectory(tmp_path / "whole")
-    pretrain.run(mixed, whole)
+    train_module.run(mixed, whole)
     last = whole.read_events("evaluations")[-1]
     by_source = last["by_source"]
     assert [line["source"] for line in by_source] == [str(prepared), str(second)]
@@ -77,12 +79,12 @@ def test_a_mixture_is_trained_judged_and_resumed_to_the_bit(
         yield lambda: next(answers, True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "stop_on_signal", stop_soon)
+        patch.setattr(train_module, "stop_on_signal", stop_soon)
         with pytest.raises(KeyboardInterrupt):
-            pretrain.run(mixed, parted)
+            train_module.run(mixed, parted)
     reread = from_toml(Recipe, parted.recipe.read_text(), "recipe.toml")
     assert not reread.problems()
-    pretrain.run(reread, parted, resume=True)
+    train_module.run(reread, parted, resume=True)
     assert fingerprint(parted) == fingerprint(whole)
 
 
@@ -97,7 +99,7 @@ def test_a_mixture_is_not_any_of_its_sources(mixed: Recipe, recipe: Build, tmp_p
     for number, each in enumerate((mixed, other, recipe())):
         short = dataclasses.replace(each, schedule=dataclasses.replace(each.schedule, total_steps=4))
         directory = RunDirectory(tmp_path / str(number))
-        pretrain.run(short, directory)
+        train_module.run(short, directory)
         losses.append(directory.read_metrics()[-1]["loss"])
     assert len(set(losses)) == 3
 
@@ -107,12 +109,12 @@ def test_a_run_on_a_mixture_can_be_judged_and_planned(
 ) -> None:
     directory = RunDirectory(tmp_path / "run")
     short = dataclasses.replace(mixed, schedule=dataclasses.replace(mixed.schedule, total_steps=4))
-    pretrain.run(short, directory)
+    train_module.run(short, directory)
     capsys.readouterr()
-    evaluate.run(EvaluateConfig(model=str(directory.path), device="cpu", json=True))
+    evaluation_command.run(EvaluateConfig(model=str(directory.path), device="cpu", json=True))
     found = json.loads(capsys.readouterr().out)
     assert found["loss"] == pytest.approx(directory.read_events("evaluations")[-1]["loss"], rel=1e-9)
-    text = find_text(mixed.data, None)
+    text = find_token_counts(mixed.data, None)
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (prepared, second)]
     train, validation = (
         sum(shard["tokens"] for manifest in manifests for shard in manifest[split])
@@ -128,14 +130,14 @@ def test_the_same_mixture_in_toml_and_on_the_command_line() -> None:
     read = from_toml(Recipe, text, "recipe.toml")
     assert from_arguments(Recipe, words, prog="overnight train", about="").data == read.data
     assert read.data.sources == (
-        MixedText(path="data/a", weight=0.7),
-        MixedText(path="data/b", weight=0.3),
+        MixtureSource(path="data/a", weight=0.7),
+        MixtureSource(path="data/b", weight=0.3),
     )
 
 
 def refusal(recipe: Recipe, folder: Path) -> str:
     with pytest.raises(ValueError, match=".") as error:
-        pretrain.run(recipe, RunDirectory(folder))
+        train_module.run(recipe, RunDirectory(folder))
     assert not folder.exists()
     return str(error.value)
 
@@ -144,7 +146,7 @@ def test_sources_of_different_tokenizers_are_refused_by_name(
     recipe: Build, prepared: Path, tmp_path: Path
 ) -> None:
     third = prepare_more(tmp_path / "third", "Other characters: {number} €!\n", "characters")
-    sources = (MixedText(path=str(prepared), weight=1), MixedText(path=str(third), weight=1))
+    sources = (MixtureSource(path=str(prepared), weight=1), MixtureSource(path=str(third), weight=1))
     told = refusal(recipe(data=DataConfig(sources=sources)), tmp_path / "run")
     assert told.startswith(f"{third} is written with the tokenizer characters and {prepared} with another")
     assert told.endswith(f"prepare {third} again with --tokenizer {prepared}/tokenizer")
@@ -154,15 +156,15 @@ def test_sources_of_different_tokenizers_are_refused_by_name(
     "data, sentence",
     [
         (
-            DataConfig(data="a", sources=(MixedText(path="b", weight=1),)),
+            DataConfig(data="a", sources=(MixtureSource(path="b", weight=1),)),
             "give only one of data=a and sources",
         ),
-        (DataConfig(sources=(MixedText(path="b", weight=1),) * 2), "b stands twice in sources"),
+        (DataConfig(sources=(MixtureSource(path="b", weight=1),) * 2), "b stands twice in sources"),
         (
-            DataConfig(sources=(MixedText(path="b", weight=0),)),
+            DataConfig(sources=(MixtureSource(path="b", weight=0),)),
             "the weight 0 of b must be a finite number above 0",
         ),
-        (DataConfig(sources=(MixedText(path="b", weight=float("nan")),)), "the weight nan of b must be"),
+        (DataConfig(sources=(MixtureSource(path="b", weight=float("nan")),)), "the weight nan of b must be"),
         (DataConfig(cache_bytes=0), "cache_bytes=0 must be at least 1"),
     ],
 )
@@ -173,7 +175,7 @@ def test_a_mixture_that_makes_no_sense_is_refused(
 
 
 def test_two_names_of_one_folder_are_refused(recipe: Build, prepared: Path, tmp_path: Path) -> None:
-    sources = (MixedText(path=str(prepared), weight=1), MixedText(path=f"{prepared}/", weight=1))
+    sources = (MixtureSource(path=str(prepared), weight=1), MixtureSource(path=f"{prepared}/", weight=1))
     told = refusal(recipe(data=DataConfig(sources=sources)), tmp_path / "run")
     assert told == f"two of the sources are {prepared}: give it once, with the sum of their weights"
 
@@ -183,9 +185,9 @@ def test_text_elsewhere_trains_the_same_model(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     here, elsewhere = RunDirectory(tmp_path / "here"), RunDirectory(tmp_path / "elsewhere")
-    pretrain.run(recipe(), here)
+    train_module.run(recipe(), here)
     largest = max(path.stat().st_size for path in prepared.glob("*.bin"))
-    resolved = pretrain.run(
+    resolved = train_module.run(
         recipe(data=DataConfig(data=f"file://{prepared}", cache_bytes=2 * largest)), elsewhere
     )
     assert fingerprint(elsewhere) == fingerprint(here)

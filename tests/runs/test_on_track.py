@@ -19,24 +19,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overnight import trainer
-from overnight.batching import BatchConfig
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.data.stream import TokenStream
-from overnight.model.config import ModelConfig
-from overnight.on_track.band import Band, find_band
-from overnight.on_track.course import columns_of, observe, stretch_ends
-from overnight.on_track.recording import describe_settings, record_curves
-from overnight.on_track.verdict import Verdict, judge
-from overnight.optim import OptimizerConfig
-from overnight.parallel import ComputeConfig
-from overnight.report.status import describe_run
+from overnight.baselines.band import (
+    ReferenceBand,
+    columns_of,
+    describe_settings,
+    find_band,
+    record_curves,
+    run_stats,
+    window_ends,
+)
+from overnight.baselines.verdict import BandComparison, compare_with_band
+from overnight.data.dataset import DataConfig
+from overnight.data.loader import TokenStream
+from overnight.model.model_config import ModelConfig
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, flatten
+from overnight.run import log, setup
+from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.stages import job, journal, pretrain
-from overnight.stages.materials import DataConfig
-from overnight.stages.recipe import CheckpointsConfig, EvaluationConfig, Recipe, flatten
-from overnight.state import TrainState
+from overnight.runs.status import describe_run
+from overnight.training import step as step_module
+from overnight.training.batch import BatchConfig
+from overnight.training.compute import ComputeConfig
+from overnight.training.optim import OptimizerConfig
+from overnight.training.schedule import ScheduleConfig
+from overnight.training.state import TrainState
 
 STEPS, ROWS, MICRO_BATCHES, CONTEXT = 128, 32, 2, 32
 SEEDS = (1, 2, 3, 4)
@@ -85,7 +93,7 @@ def recipe_on(text: Path, seed: int, **changes: Any) -> Recipe:
 
 def train(recipe: Recipe, folder: Path) -> RunDirectory:
     directory = RunDirectory(folder)
-    pretrain.run(recipe, directory)
+    train_module.run(recipe, directory)
     return directory
 
 
@@ -97,17 +105,17 @@ def healthy(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, R
 
 
 @pytest.fixture(scope="module")
-def band(text: Path, healthy: dict[int, RunDirectory]) -> Band:
+def band(text: Path, healthy: dict[int, RunDirectory]) -> ReferenceBand:
     """Recorded from healthy runs."""
     courses = []
     for directory in healthy.values():
         lines = directory.read_metrics()
-        ends = [lines[step - 1]["tokens"] for step in stretch_ends(STEPS)]
-        courses.append(observe(columns_of(lines), directory.read_events("evaluations"), ends))
+        ends = [lines[step - 1]["tokens"] for step in window_ends(STEPS)]
+        courses.append(run_stats(columns_of(lines), directory.read_events("evaluations"), ends))
     ids = np.concatenate([np.fromfile(path, np.uint16)[512:] for path in sorted(text.glob("train*.bin"))])
     shares = np.unique(ids, return_counts=True)[1] / ids.size
     identity, settings = describe_settings(flatten(recipe_on(text, 0)))
-    return Band(
+    return ReferenceBand(
         recipe="tiny",
         source=f"{len(SEEDS)} recorded runs",
         date="2026-11-21",
@@ -120,13 +128,13 @@ def band(text: Path, healthy: dict[int, RunDirectory]) -> Band:
 
 
 @pytest.fixture
-def patch_reference(band: Band, monkeypatch: pytest.MonkeyPatch) -> None:
+def patch_reference(band: ReferenceBand, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs find the band while they train."""
-    monkeypatch.setattr(journal, "find_band", lambda settings, text: find_band(settings, text, [band]))
+    monkeypatch.setattr(log, "find_band", lambda settings, text: find_band(settings, text, [band]))
 
 
-def verdict_on(directory: RunDirectory, band: Band, recipe: Recipe) -> Verdict:
-    found = judge(
+def verdict_on(directory: RunDirectory, band: ReferenceBand, recipe: Recipe) -> BandComparison:
+    found = compare_with_band(
         band,
         columns_of(directory.read_metrics()),
         directory.read_events("evaluations"),
@@ -138,7 +146,7 @@ def verdict_on(directory: RunDirectory, band: Band, recipe: Recipe) -> Verdict:
 
 @pytest.mark.parametrize("seed", [11])
 def test_a_healthy_run_with_another_seed_is_on_track(
-    text: Path, band: Band, tmp_path: Path, seed: int
+    text: Path, band: ReferenceBand, tmp_path: Path, seed: int
 ) -> None:
     recipe = recipe_on(text, seed)
     verdict = verdict_on(train(recipe, tmp_path / "run"), band, recipe)
@@ -148,7 +156,7 @@ def test_a_healthy_run_with_another_seed_is_on_track(
 
 def test_a_run_with_a_reference_is_the_run_without(
     text: Path,
-    band: Band,
+    band: ReferenceBand,
     healthy: dict[int, RunDirectory],
     tmp_path: Path,
     patch_reference: None,
@@ -178,17 +186,17 @@ def rate_times(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
     """The schedule's function returns another multiple of the peak."""
 
     def inject(patch: pytest.MonkeyPatch) -> None:
-        right = pretrain.learning_rate_multiplier
-        patch.setattr(pretrain, "learning_rate_multiplier", lambda *given: factor * right(*given))
+        right = train_module.learning_rate_multiplier
+        patch.setattr(train_module, "learning_rate_multiplier", lambda *given: factor * right(*given))
 
     return inject
 
 
 def rate_applied_times_ten(patch: pytest.MonkeyPatch) -> None:
     """The optimizer's rate is not the one that is logged."""
-    right = trainer.apply_gradients
+    right = step_module.apply_gradients
     patch.setattr(
-        trainer,
+        step_module,
         "apply_gradients",
         lambda optimizer, parameters, rate, *rest: right(optimizer, parameters, 10 * rate, *rest),
     )
@@ -197,7 +205,7 @@ def rate_applied_times_ten(patch: pytest.MonkeyPatch) -> None:
 def schedule_without_end(patch: pytest.MonkeyPatch) -> None:
     """After warm-up the rate stays."""
     patch.setattr(
-        pretrain,
+        train_module,
         "learning_rate_multiplier",
         lambda position, length, config: min(1.0, (position + 1) / config.warmup_steps),
     )
@@ -205,9 +213,9 @@ def schedule_without_end(patch: pytest.MonkeyPatch) -> None:
 
 def optimizer_deaf_to_its_schedule(patch: pytest.MonkeyPatch) -> None:
     """The rate is worked out, logged, and never given to the optimizer."""
-    right = trainer.apply_gradients
+    right = step_module.apply_gradients
     patch.setattr(
-        trainer,
+        step_module,
         "apply_gradients",
         lambda optimizer, parameters, rate, *rest: right(optimizer, parameters, 8e-3, *rest),
     )
@@ -215,24 +223,24 @@ def optimizer_deaf_to_its_schedule(patch: pytest.MonkeyPatch) -> None:
 
 def no_residual_scale(patch: pytest.MonkeyPatch) -> None:
     """c_proj is drawn as wide as everything else."""
-    right = job.draw_weights
+    right = setup.draw_weights
 
     def draw(shapes: Mapping[str, torch.Size], n_layer: int, seed: int) -> Iterator[tuple[str, Tensor]]:
         for name, weight in right(shapes, n_layer, seed):
             yield name, weight * math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else weight
 
-    patch.setattr(job, "draw_weights", draw)
+    patch.setattr(setup, "init_weights", draw)
 
 
 def no_initialisation(patch: pytest.MonkeyPatch) -> None:
     """Embeddings as torch makes them: N(0, 1)."""
-    right = job.draw_weights
+    right = setup.draw_weights
 
     def draw(*given: Any) -> Iterator[tuple[str, Tensor]]:
         for name, weight in right(*given):
             yield name, torch.randn_like(weight) if name in {"wte.weight", "wpe.weight"} else weight
 
-    patch.setattr(job, "draw_weights", draw)
+    patch.setattr(setup, "init_weights", draw)
 
 
 def dropout_of(share: float) -> Callable[[pytest.MonkeyPatch], None]:
@@ -247,7 +255,7 @@ def dropout_of(share: float) -> Callable[[pytest.MonkeyPatch], None]:
 
 def exploding_gradients(patch: pytest.MonkeyPatch) -> None:
     """Now and then a kernel overflows, and nothing is clipped."""
-    right, calls = trainer.apply_gradients, []
+    right, calls = step_module.apply_gradients, []
 
     def apply(optimizer: Any, parameters: Any, rate: float, _limit: float | None, *rest: Any) -> Any:
         calls.append(rate)
@@ -256,31 +264,31 @@ def exploding_gradients(patch: pytest.MonkeyPatch) -> None:
                 parameter.grad.add_(torch.randn_like(parameter.grad), alpha=100.0)
         return right(optimizer, parameters, rate, None, *rest)
 
-    patch.setattr(trainer, "apply_gradients", apply)
+    patch.setattr(step_module, "apply_gradients", apply)
 
 
 def loss_scaled_and_not_unscaled(patch: pytest.MonkeyPatch) -> None:
     """The loss is scaled for the backward pass, as float16 needs it, and the gradients are used so."""
-    right = pretrain.build_training
+    right = setup.build_training
 
     def build(of: Any) -> Any:
         training = right(of)
         of.state.scaler.scale = lambda loss: 1024.0 * loss
         return training
 
-    patch.setattr(pretrain, "build_training", build)
+    patch.setattr(train_module, "build_training", build)
 
 
 def gradients_summed(patch: pytest.MonkeyPatch) -> None:
     """Each micro-batch's loss is divided by its own tokens, and the sum by nothing."""
-    right = pretrain.build_training
+    right = setup.build_training
 
     def build(of: Any) -> Any:
         training = right(of)
         of.state.scaler.scale = lambda loss: MICRO_BATCHES * loss
         return training
 
-    patch.setattr(pretrain, "build_training", build)
+    patch.setattr(train_module, "build_training", build)
 
 
 def data_repeating(patch: pytest.MonkeyPatch) -> None:
@@ -344,7 +352,7 @@ MISTAKES = (
 @pytest.mark.parametrize("inject, name", MISTAKES)
 def test_a_mistake_in_the_code_is_noticed_and_named(
     text: Path,
-    band: Band,
+    band: ReferenceBand,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     inject: Callable[[pytest.MonkeyPatch], None],

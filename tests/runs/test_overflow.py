@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from overnight.model.config import ModelConfig
-from overnight.parallel import ComputeConfig
-from overnight.report.comparison import compare_runs
+from overnight.model.model_config import ModelConfig
+from overnight.recipe import Recipe
+from overnight.report.compare import compare_runs
 from overnight.report.page import write_report
+from overnight.run import command as run_command
+from overnight.run import log
+from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.stages import journal, pretrain, runs, train
-from overnight.stages.recipe import Recipe
+from overnight.runs import command as runs_command
+from overnight.training.compute import ComputeConfig
+from overnight.training.schedule import ScheduleConfig
 
 Build = Callable[..., Recipe]
 
@@ -47,7 +50,7 @@ def test_skipped_steps_are_null_and_every_reader_copes(
 
     overflow_at({1, 3})
     monkeypatch.chdir(tmp_path)
-    train.run(small, None)
+    run_command.run(small, None)
     directory = RunDirectory(Path("runs") / small.run_name)
     lines = [json.loads(line, parse_constant=refuse) for line in directory.metrics.read_text().splitlines()]
     assert [line["grad_norm"] is None for line in lines] == [False, True, False, True]
@@ -59,7 +62,7 @@ def test_skipped_steps_are_null_and_every_reader_copes(
     assert "the training loss was not finite at 2 steps, first at step 2" in page
     assert "side by side" in compare_runs([directory.path, directory.path])
 
-    runs.run(runs.RunsConfig(json=True))
+    runs_command.run(runs_command.RunsConfig(json=True))
     (told,) = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert (told["state"], told["step"], told["loss"]) == ("finished", 4, None)
     assert told["validation_loss"] is not None
@@ -73,7 +76,7 @@ def test_skipped_steps_are_null_and_every_reader_copes(
 def test_a_run_that_does_not_overflow_says_nothing_of_it(small: Recipe, tmp_path: Path) -> None:
     """The negative control of the test above."""
     directory = RunDirectory(tmp_path / "run")
-    pretrain.run(dataclasses.replace(small, trackers=()), directory)
+    train_module.run(dataclasses.replace(small, trackers=()), directory)
     assert "null" not in directory.metrics.read_text()
     assert "float16 overflow" not in write_report(directory.path).read_text()
 
@@ -81,11 +84,11 @@ def test_a_run_that_does_not_overflow_says_nothing_of_it(small: Recipe, tmp_path
 def test_both_shares_of_the_peak_are_logged_where_it_is_known(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "find_peak_flops", lambda device, precision: 1e9)
+    monkeypatch.setattr(log, "find_peak_flops", lambda device, precision: 1e9)
     directory = RunDirectory(tmp_path / "run")
     model = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=32)
     compute = ComputeConfig(device="cpu", precision="fp32", compile=False, recompute="block")
-    decided = pretrain.run(
+    decided = train_module.run(
         recipe(model=model, compute=compute, schedule=ScheduleConfig(total_steps=2)), directory
     ).model
     for line in directory.read_metrics():

@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 from overnight.cli import main
-from overnight.evaluation.language_model import evaluate_language_model
-from overnight.model.config import ModelConfig
+from overnight.config import from_toml
+from overnight.conversion.open_model import open_model
+from overnight.data.dataset import MixtureSource, open_one_dataset
+from overnight.evaluation import command as evaluation_command
+from overnight.evaluation.command import EvaluateConfig
+from overnight.evaluation.perplexity import evaluate_language_model
+from overnight.model.model_config import ModelConfig
+from overnight.recipe import Recipe, incompatible_settings
+from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.settings import from_toml
-from overnight.stages import evaluate, pretrain
-from overnight.stages.evaluate import EvaluateConfig
-from overnight.stages.materials import MixedText, open_materials
-from overnight.stages.models import open_model
-from overnight.stages.recipe import Recipe, changed_settings
+from overnight.training.schedule import ScheduleConfig
 
 CLOCK = {"milliseconds", "tokens_per_second", "mfu", "mfu_executed"}
 PACKINGS = ("stream", "documents", "best-fit")
@@ -46,9 +47,9 @@ def train(recipe: Recipe, path: Path, stop: int | None, patch: pytest.MonkeyPatc
             asked = iter(range(100))
             yield lambda: steps is not None and next(asked) >= steps
 
-        patch.setattr(pretrain, "stop_on_signal", signalled)
+        patch.setattr(train_module, "stop_on_signal", signalled)
         with pytest.raises(KeyboardInterrupt) if steps is not None else contextlib.nullcontext():
-            pretrain.run(recipe, directory, resume=bool(begun))
+            train_module.run(recipe, directory, resume=bool(begun))
         recipe = from_toml(Recipe, directory.recipe.read_text(), "recipe.toml")
     return directory
 
@@ -89,7 +90,7 @@ def test_each_source_of_a_mixture_is_packed_and_says_what_it_cuts_off(
 ) -> None:
     other = shutil.copytree(prepared, tmp_path / "other")
     small = packed(recipe, "best-fit")
-    sources = (MixedText(path=str(prepared), weight=2), MixedText(path=str(other), weight=1))
+    sources = (MixtureSource(path=str(prepared), weight=2), MixtureSource(path=str(other), weight=1))
     mixed = dataclasses.replace(small, data=dataclasses.replace(small.data, data="", sources=sources))
     whole = train(mixed, tmp_path / "whole", None, monkeypatch)
     said = json.loads(whole.environment.read_text())["choices"]["packing"]
@@ -104,9 +105,9 @@ def test_a_run_within_documents_is_judged_within_documents(
     small = packed(recipe, "documents")
     directory = train(small, tmp_path / "run", None, monkeypatch)
     recorded = directory.read_events("evaluations")[-1]["loss"]
-    evaluate.run(EvaluateConfig(model=str(directory.path), device="cpu", json=True))
+    evaluation_command.run(EvaluateConfig(model=str(directory.path), device="cpu", json=True))
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(recorded, rel=1e-6)
-    materials = open_materials(small.data)
+    materials = open_one_dataset(small.data)
     batches = materials.stream("validation", 32, seed=0).evaluation_batches(8)
     across = evaluate_language_model(
         open_model(str(directory.path)).model, batches, materials.tokenizer.token_bytes()
@@ -115,7 +116,7 @@ def test_a_run_within_documents_is_judged_within_documents(
 
 
 def test_packing_may_not_change_when_a_run_goes_on(recipe: Build) -> None:
-    changed = changed_settings(packed(recipe, "best-fit"), packed(recipe, "stream"))
+    changed = incompatible_settings(packed(recipe, "best-fit"), packed(recipe, "stream"))
     assert changed == ["packing=best-fit (was stream)"]
 
 

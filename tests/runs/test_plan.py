@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from overnight.batching import BatchConfig, plan_batches
-from overnight.checkpoint.layout import list_checkpoints
 from overnight.cli import main
-from overnight.model.config import ModelConfig
+from overnight.distributed.world import SINGLE_PROCESS
+from overnight.model.model_config import ModelConfig
+from overnight.planning import measure as measure_module
+from overnight.planning.command import PlanConfig, plan_here, planned_recipe
+from overnight.planning.measure import Trial, build, measure_step_costs, time_parts, time_writing
+from overnight.recipe import Recipe
+from overnight.run import train
+from overnight.run.setup import build_setup, resolve_recipe
 from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.stages import pretrain, trial
-from overnight.stages.job import build_job, decide
-from overnight.stages.plan import PlanConfig, as_recipe, plan_here
-from overnight.stages.recipe import Recipe
-from overnight.stages.trial import Trial, build, measure, time_parts, time_writing
-from overnight.trainer import train_step
-from overnight.world import ALONE
+from overnight.training.batch import BatchConfig, plan_batches
+from overnight.training.checkpoint.format import list_checkpoints
+from overnight.training.schedule import ScheduleConfig
+from overnight.training.step import train_step
 
 SIZES = ModelConfig(n_layer=2, n_head=2, n_embd=64, context_length=32)
 NOISE = 3.0  # other tests run beside this one, on the same cores
@@ -39,7 +40,7 @@ def planned(recipe: Callable[..., Recipe]) -> Recipe:
 
 def with_vocabulary(recipe: Recipe) -> Recipe:
     """Decided, as a run would decide it."""
-    return build_job(recipe, ALONE, has_checkpoint=False).recipe
+    return build_setup(recipe, SINGLE_PROCESS, has_checkpoint=False).recipe
 
 
 def test_what_is_foretold_is_what_a_run_does(
@@ -51,7 +52,7 @@ def test_what_is_foretold_is_what_a_run_does(
     assert outlook.paces is not None
     _, likely, _ = outlook.paces
     directory = RunDirectory(tmp_path / "runs" / "small")
-    pretrain.run(planned, directory)
+    train.run(planned, directory)
     steps = directory.read_metrics()[2:]
     measured = statistics.median(step["tokens_per_second"] for step in steps)
     assert measured / NOISE < outlook.tokens_per_second(likely) < measured * NOISE
@@ -68,10 +69,10 @@ def test_what_is_foretold_is_what_a_run_does(
 
 def test_a_plan_decides_what_a_run_decides(planned: Recipe) -> None:
     longer = dataclasses.replace(planned, batch=BatchConfig(tokens_per_step=64 * 32))
-    job = build_job(longer, ALONE, has_checkpoint=False)
+    job = build_setup(longer, SINGLE_PROCESS, has_checkpoint=False)
     asked = PlanConfig(**vars(planned))
     asked = dataclasses.replace(asked, batch=BatchConfig(tokens_per_step=64 * 32))
-    recipe, plan = decide(as_recipe(asked), job.recipe.model, job.recipe.data, "cpu")
+    recipe, plan = resolve_recipe(planned_recipe(asked), job.recipe.model, job.recipe.data, "cpu")
     assert recipe == job.recipe
     assert plan == job.plan
 
@@ -80,7 +81,7 @@ def test_a_step_too_long_to_be_run_is_put_together_from_its_parts(planned: Recip
     """Of 100 micro-batches a few are timed; the rest is arithmetic, which a whole step confirms."""
     recipe = with_vocabulary(dataclasses.replace(planned, batch=BatchConfig(tokens_per_step=200 * 32)))
     plan = plan_batches(dataclasses.replace(recipe.batch, rows_per_micro_batch=2), 32, 2)
-    measured = measure(recipe, plan, seconds=0.2)
+    measured = measure_step_costs(recipe, plan, seconds=0.2)
     assert measured is not None
     found, _ = measured
     assert found.micro_batches < plan.micro_batches(0) == 100
@@ -128,8 +129,10 @@ def test_a_micro_batch_that_does_not_fit_is_halved_as_a_run_would_halve_it(
     planned: Recipe, enough: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = with_vocabulary(planned)
-    monkeypatch.setattr(trial, "fits", lambda training, state: training.plan.rows_per_micro_batch <= enough)
-    measured = measure(recipe, plan_batches(recipe.batch, 32, 8), seconds=0.2)
+    monkeypatch.setattr(
+        measure_module, "fits", lambda training, state: training.plan.rows_per_micro_batch <= enough
+    )
+    measured = measure_step_costs(recipe, plan_batches(recipe.batch, 32, 8), seconds=0.2)
     if enough:
         assert measured is not None
         assert measured[1].rows_per_micro_batch == 4

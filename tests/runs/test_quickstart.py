@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from overnight import quickstart
+from overnight.data.dataset import DataConfig
 from overnight.data.shards import read_manifest
 from overnight.evaluation import compressors
+from overnight.recipe import Recipe
+from overnight.run import train
 from overnight.run_directory import RunDirectory
-from overnight.stages import pretrain, quickstart
-from overnight.stages.materials import DataConfig
-from overnight.stages.recipe import Recipe
 
 RUN = Path("runs/quickstart")
 
@@ -81,7 +82,7 @@ def test_a_second_time_it_says_what_it_reuses_and_trains_nothing(
 ) -> None:
     first = start()
     before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
-    monkeypatch.setattr(pretrain, "run", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(train, "run", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(compressors, "compressed_bits_per_byte", lambda *_: pytest.fail("compressed again"))
     second = start()
     assert "reusing runs/quickstart, trained for all of its 12 steps; --fresh starts over" in second

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from overnight.batching import BatchConfig, BatchPlan, constant_plan
-from overnight.data.stream import Batch, TokenStream
-from overnight.model.config import ModelConfig
+from overnight.config import from_toml
+from overnight.data.loader import Batch, TokenStream
+from overnight.model.model_config import ModelConfig
+from overnight.recipe import Recipe
+from overnight.run import log
+from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.settings import from_toml
-from overnight.stages import journal, pretrain
-from overnight.stages.recipe import Recipe
+from overnight.training.batch import BatchConfig, BatchPlan, constant_plan
+from overnight.training.schedule import ScheduleConfig
 
 CLOCK = {"milliseconds", "tokens_per_second", "mfu", "mfu_executed"}
 RAMP = BatchConfig(
@@ -59,9 +60,9 @@ def train(recipe: Recipe, path: Path, patch: pytest.MonkeyPatch, stop: int | Non
 
     directory = RunDirectory(path)
     resume = directory.exists()
-    patch.setattr(pretrain, "stop_on_signal", signalled)
+    patch.setattr(train_module, "stop_on_signal", signalled)
     with pytest.raises(KeyboardInterrupt) if stop is not None else contextlib.nullcontext():
-        pretrain.run(recipe, directory, resume=resume)
+        train_module.run(recipe, directory, resume=resume)
     return directory
 
 
@@ -105,7 +106,7 @@ def test_a_resumed_run_that_forgot_its_ramp_would_be_noticed(
     def forgetful(config: BatchConfig, tokens_per_row: int, rows_that_fit: int, processes: int) -> BatchPlan:
         return constant_plan(tokens_per_row, 4, 8)
 
-    monkeypatch.setattr("overnight.stages.job.plan_batches", forgetful)
+    monkeypatch.setattr("overnight.run.setup.plan_batches", forgetful)
     assert fingerprint(train(reread(directory), directory.path, monkeypatch)) != whole
 
 
@@ -138,7 +139,7 @@ def test_the_learning_rate_of_a_ramp_follows_the_tokens(
 def test_a_ramp_too_short_for_its_schedule_is_refused_before_any_work(ramped: Recipe, tmp_path: Path) -> None:
     long = dataclasses.replace(ramped, schedule=dataclasses.replace(ramped.schedule, warmup_steps=6))
     with pytest.raises(ValueError, match=r"warmup_steps=6 is longer than total_steps=10 \(5\.5 full steps\)"):
-        pretrain.run(long, RunDirectory(tmp_path / "run"))
+        train_module.run(long, RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -155,7 +156,7 @@ def test_the_bar_of_a_ramp_moves_with_the_tokens(
         moved.append((total, title))
         yield lambda amount, note: moved.append((amount, note))
 
-    monkeypatch.setattr(journal, "progress", bar)
+    monkeypatch.setattr(log, "progress", bar)
     train(reread(directory) if done else ramped, directory.path, monkeypatch)
     (total, _), *advances = moved
     assert [amount for amount, _ in advances] == [32 * rows for rows in ROWS_OF_STEPS[done:]]
@@ -199,11 +200,11 @@ def test_another_ramp_is_another_run(ramped: Recipe, tmp_path: Path, monkeypatch
     again = reread(directory)
     other = dataclasses.replace(again, batch=dataclasses.replace(again.batch, ramp_tokens=4096))
     with pytest.raises(ValueError, match=r"another recipe: ramp_tokens=4096 \(was 3072\)"):
-        pretrain.run(other, directory, resume=True)
+        train_module.run(other, directory, resume=True)
 
 
 def test_a_ramp_that_cannot_be_is_refused_before_any_work(recipe: Build, tmp_path: Path) -> None:
     half = recipe(batch=dataclasses.replace(RAMP, ramp_tokens=None))
     with pytest.raises(ValueError, match="give both of ramp_from_tokens_per_step and ramp_tokens"):
-        pretrain.run(half, RunDirectory(tmp_path / "run"))
+        train_module.run(half, RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

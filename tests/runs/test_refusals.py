@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from overnight.batching import BatchConfig
-from overnight.model.config import ModelConfig
+from overnight.data.dataset import DataConfig
+from overnight.distributed.world import SINGLE_PROCESS
+from overnight.model.model_config import ModelConfig
+from overnight.recipe import CheckpointsConfig, Recipe, SamplesConfig
+from overnight.run import setup, train
+from overnight.run.command import load_resumed
 from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.stages import job, pretrain
-from overnight.stages.materials import DataConfig
-from overnight.stages.recipe import CheckpointsConfig, Recipe, SamplesConfig
-from overnight.stages.train import load_resumed
-from overnight.world import ALONE
+from overnight.training.batch import BatchConfig
+from overnight.training.schedule import ScheduleConfig
 
 Build = Callable[..., Recipe]
 
@@ -25,7 +25,7 @@ Build = Callable[..., Recipe]
 def refusal(recipe: Recipe, path: Path, *, resume: bool = False) -> str:
     """The sentence with which `recipe` is refused."""
     with pytest.raises(ValueError, match=".") as error:
-        pretrain.run(recipe, RunDirectory(path), resume=resume)
+        train.run(recipe, RunDirectory(path), resume=resume)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -66,24 +66,24 @@ def test_a_run_that_cannot_be_is_refused(
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(recipe: Build, tmp_path: Path) -> None:
-    pretrain.run(recipe(), RunDirectory(tmp_path / "run"))
+    train.run(recipe(), RunDirectory(tmp_path / "run"))
     assert "--resume" in refusal(recipe(), tmp_path / "run")
-    again = pretrain.from_toml(Recipe, (tmp_path / "run" / "recipe.toml").read_text(), "recipe.toml")
+    again = train.from_toml(Recipe, (tmp_path / "run" / "recipe.toml").read_text(), "recipe.toml")
     other = dataclasses.replace(again, model=dataclasses.replace(again.model, n_embd=32))
     said = refusal(other, tmp_path / "run", resume=True)
     assert "belongs to another recipe: n_embd=32 (was 16)" in said
 
 
 def test_sizes_that_contradict_the_model_started_from_are_refused(recipe: Build, tmp_path: Path) -> None:
-    pretrain.run(recipe(), RunDirectory(tmp_path / "run"))
+    train.run(recipe(), RunDirectory(tmp_path / "run"))
     sizes = ModelConfig(n_layer=3, n_head=2, n_embd=16, context_length=32)
     other = recipe(start_from=str(tmp_path / "run"), model=sizes)
     assert "n_layer=3 contradicts" in refusal(other, tmp_path / "other")
 
 
 def test_a_run_cannot_be_made_shorter_than_it_is(recipe: Build, tmp_path: Path) -> None:
-    pretrain.run(recipe(), RunDirectory(tmp_path / "run"))
-    again = pretrain.from_toml(Recipe, (tmp_path / "run" / "recipe.toml").read_text(), "recipe.toml")
+    train.run(recipe(), RunDirectory(tmp_path / "run"))
+    again = train.from_toml(Recipe, (tmp_path / "run" / "recipe.toml").read_text(), "recipe.toml")
     shorter = dataclasses.replace(again, schedule=dataclasses.replace(again.schedule, total_steps=5))
     assert "total_steps=5 is fewer than the 12 steps" in refusal(shorter, tmp_path / "run", resume=True)
     assert RunDirectory(tmp_path / "run").is_finished(12)
@@ -95,10 +95,10 @@ def test_there_must_be_a_run_to_resume(recipe: Build, tmp_path: Path) -> None:
 
 def test_other_data_is_refused_on_resuming(recipe: Build, tmp_path: Path, prepared: Path) -> None:
     path = tmp_path / "run"
-    pretrain.run(recipe(), RunDirectory(path))
+    train.run(recipe(), RunDirectory(path))
     data = path / "data.json"
     data.write_text(data.read_text().replace('"source": "', '"source": "another '))
-    again = pretrain.from_toml(Recipe, (path / "recipe.toml").read_text(), "recipe.toml")
+    again = train.from_toml(Recipe, (path / "recipe.toml").read_text(), "recipe.toml")
     assert "is not what" in refusal(again, path, resume=True)
 
 
@@ -106,7 +106,7 @@ def test_a_full_disk_is_told_before_the_first_step(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(pretrain.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: full)
     said = refusal(recipe(checkpoints=CheckpointsConfig(keep_checkpoints=3)), tmp_path / "run")
     assert "free" in said
     assert "--keep-checkpoints" in said
@@ -115,31 +115,33 @@ def test_a_full_disk_is_told_before_the_first_step(
 def test_too_little_memory_is_told_before_the_model_is_built(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "find_memory_bytes", lambda device: 100_000)
+    monkeypatch.setattr(setup, "find_memory_bytes", lambda device: 100_000)
     said = refusal(recipe(), tmp_path / "run")
     assert "GB of memory, and cpu has" in said
     assert "choose a smaller model" in said
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(job, "find_memory_bytes", lambda device: 1_000_000)
-    pretrain.run(recipe(), RunDirectory(tmp_path / "run"))
+    monkeypatch.setattr(setup, "find_memory_bytes", lambda device: 1_000_000)
+    train.run(recipe(), RunDirectory(tmp_path / "run"))
 
 
 def test_the_copy_that_a_thread_saves_from_must_fit_as_well(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU: 16 bytes of each weight are held all the time, and 12 more while a checkpoint is written."""
-    parameters = pretrain.build_job(recipe(), ALONE, has_checkpoint=False).recipe.model.parameter_count()
-    monkeypatch.setattr(job, "find_memory_bytes", lambda device: 22 * parameters)
+    parameters = train.build_job(
+        recipe(), SINGLE_PROCESS, has_checkpoint=False
+    ).recipe.model.parameter_count()
+    monkeypatch.setattr(setup, "find_memory_bytes", lambda device: 22 * parameters)
     said = refusal(recipe(), tmp_path / "run")
     assert "a copy while a checkpoint is written" in said
     assert "choose --no-save-in-background" in said
     waits = recipe(checkpoints=CheckpointsConfig(save_in_background=False))
-    pretrain.run(waits, RunDirectory(tmp_path / "run"))
+    train.run(waits, RunDirectory(tmp_path / "run"))
 
 
 def test_a_run_that_has_lost_its_checkpoints_does_not_begin_anew(recipe: Build, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    pretrain.run(recipe(checkpoints=CheckpointsConfig(checkpoint_every_steps=4)), run)
+    train.run(recipe(checkpoints=CheckpointsConfig(checkpoint_every_steps=4)), run)
     assert load_resumed(run.path).schedule.total_steps == 12
     shutil.rmtree(run.checkpoints)
     with pytest.raises(ValueError, match=r"checkpoints holds no checkpoint, and 12 steps are done: bring it"):
@@ -172,7 +174,7 @@ def test_damaged_shards_are_refused(recipe: Build, tmp_path: Path, prepared: Pat
 
 
 def test_another_tokenizer_is_refused(recipe: Build, tmp_path: Path, prepared: Path) -> None:
-    from overnight.text.load import build_tokenizer
+    from overnight.tokenizer.open_tokenizer import build_tokenizer
 
     copy = tmp_path / "shards"
     shutil.copytree(prepared, copy)

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from overnight.checkpoint.loading import Opened
-from overnight.optim import OptimizerConfig
-from overnight.report.status import describe_run
+from overnight.recipe import Recipe
+from overnight.run import train
 from overnight.run_directory import RunDirectory
-from overnight.stages import pretrain, runs
-from overnight.stages.recipe import Recipe
-from overnight.state import TrainState
+from overnight.runs import command as runs_command
+from overnight.runs.status import describe_run
+from overnight.training.checkpoint.load import VerifiedCheckpoint
+from overnight.training.optim import OptimizerConfig
+from overnight.training.state import TrainState
 
 CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change
 
@@ -45,7 +46,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int | None) -> None:
         asked = iter(range(10**6))
         yield lambda: steps is not None and next(asked) >= steps
 
-    monkeypatch.setattr(pretrain, "stop_on_signal", signalled)
+    monkeypatch.setattr(train, "stop_on_signal", signalled)
 
 
 def one_signal(steps: int) -> Callable[[], contextlib.AbstractContextManager[Callable[[], bool]]]:
@@ -67,16 +68,16 @@ def train_with_stops(
     for steps in stops:
         stop_after(monkeypatch, steps)
         with pytest.raises(KeyboardInterrupt):
-            pretrain.run(recipe, directory, resume=begun)
+            train.run(recipe, directory, resume=begun)
         recipe, begun = reread(directory), True
     stop_after(monkeypatch, None)
-    pretrain.run(recipe, directory, resume=begun)
+    train.run(recipe, directory, resume=begun)
     return directory
 
 
 def reread(directory: RunDirectory) -> Recipe:
     """The recipe as `overnight train --resume` reads it."""
-    return pretrain.from_toml(Recipe, directory.recipe.read_text(), "recipe.toml")
+    return train.from_toml(Recipe, directory.recipe.read_text(), "recipe.toml")
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +120,9 @@ def test_stopping_several_times_changes_nothing(
 
 def test_the_run_crosses_epochs_and_shards(recipe: Build, tmp_path: Path) -> None:
     """The promises above are about something: the 12 steps hold several epochs of several shards."""
-    from overnight.stages.materials import open_materials
+    from overnight.data.dataset import open_one_dataset
 
-    materials = open_materials(recipe().data)
+    materials = open_one_dataset(recipe().data)
     stream = materials.stream("train", 32, 1337)
     assert 4 * stream.windows_per_epoch < 12 * 96
     assert len(materials.manifest.train) >= 3
@@ -146,9 +147,9 @@ def test_a_kill_between_checkpoints_repeats_the_lost_steps_exactly(
     with monkeypatch.context() as patched:
         patched.setattr(RunDirectory, "append_metrics", killed)
         with pytest.raises(MemoryError):
-            pretrain.run(recipe(), directory)
+            train.run(recipe(), directory)
     assert len(directory.read_metrics()) == 8
-    pretrain.run(reread(directory), directory, resume=True)
+    train.run(reread(directory), directory, resume=True)
     assert fingerprint(directory) == whole
 
 
@@ -175,10 +176,10 @@ def test_a_resumed_run_does_not_ask_again_for_the_model_it_started_from(
     directory = RunDirectory(tmp_path / "tuned")
     stop_after(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        pretrain.run(tuned, directory)
+        train.run(tuned, directory)
     shutil.rmtree(first.path)
     stop_after(monkeypatch, None)
-    pretrain.run(reread(directory), directory, resume=True)
+    train.run(reread(directory), directory, resume=True)
     assert directory.is_finished(12)
 
 
@@ -187,13 +188,13 @@ def test_the_comparison_sees_a_lost_optimizer(
 ) -> None:
     """The negative control: resuming with fresh moments, as many scripts do, is noticed."""
     whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
-    restore = pretrain.restore
+    restore = train.restore
 
-    def weights_only(state: TrainState, opened: Opened) -> None:
+    def weights_only(state: TrainState, opened: VerifiedCheckpoint) -> None:
         restore(state, opened)
         state.optimizer.state.clear()
 
-    monkeypatch.setattr(pretrain, "restore", weights_only)
+    monkeypatch.setattr(train, "restore", weights_only)
     assert fingerprint(train_with_stops(recipe(), tmp_path / "run", [6], monkeypatch)) != whole
 
 
@@ -212,7 +213,7 @@ def test_evaluating_sampling_and_saving_never_change_the_training(
 
 
 def pretrain_section(name: str, **values: object) -> object:
-    from overnight.stages import recipe
+    from overnight import recipe
 
     return getattr(recipe, name)(**values)
 
@@ -233,13 +234,13 @@ def test_a_run_stops_by_the_clock_and_goes_on(
     directory, glances = RunDirectory(tmp_path / "small"), iter(range(0, 10**6, 600))
     checkpoints = pretrain_section("CheckpointsConfig", checkpoint_every_steps=3, stop_after="25m")
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "time", SimpleNamespace(monotonic=lambda: float(next(glances))))
+        patch.setattr(train, "time", SimpleNamespace(monotonic=lambda: float(next(glances))))
         with pytest.raises(KeyboardInterrupt):
-            pretrain.run(recipe(checkpoints=checkpoints), directory)
+            train.run(recipe(checkpoints=checkpoints), directory)
     assert "stopped and saved after step 2 of 12" in capsys.readouterr().err
     stopped = describe_run(directory.path)
     assert (stopped.state, stopped.step, stopped.ended_by) == ("stopped", 2, "its time limit")
-    pretrain.run(reread(directory), directory, resume=True)
+    train.run(reread(directory), directory, resume=True)
     assert fingerprint(directory) == whole
     assert (describe_run(directory.path).state, describe_run(directory.path).ended_by) == ("finished", None)
 
@@ -248,11 +249,11 @@ def test_runs_says_what_stopped_a_run(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = RunDirectory(tmp_path / "small")
-    monkeypatch.setattr(pretrain, "stop_on_signal", one_signal(2))
+    monkeypatch.setattr(train, "stop_on_signal", one_signal(2))
     with pytest.raises(KeyboardInterrupt):
-        pretrain.run(recipe(), directory)
+        train.run(recipe(), directory)
     capsys.readouterr()
-    runs.run(runs.RunsConfig(folder=str(directory.path)))
+    runs_command.run(runs_command.RunsConfig(folder=str(directory.path)))
     said = capsys.readouterr().err
     assert f"{directory.path}: stopped by a signal\n" in said
     assert f"next: overnight train --resume {directory.path}\n" in said

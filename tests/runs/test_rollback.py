@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from overnight.batching import BatchConfig
-from overnight.checkpoint.layout import list_checkpoints
-from overnight.data.stream import Batch
-from overnight.guard import AT_LEAST, Detour, Guard, GuardConfig
-from overnight.report.status import describe_run
+from overnight.config import from_toml
+from overnight.data.loader import Batch
+from overnight.recipe import CheckpointsConfig, Recipe
+from overnight.run import rollback, setup, train
 from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.settings import from_toml
-from overnight.stages import pretrain, rollback
-from overnight.stages.recipe import CheckpointsConfig, Recipe
+from overnight.runs.status import describe_run
+from overnight.training.batch import BatchConfig
+from overnight.training.checkpoint.format import list_checkpoints
+from overnight.training.guard import AT_LEAST, Guard, GuardConfig, SkippedRows
+from overnight.training.schedule import ScheduleConfig
 
 STEPS, ROWS, LIMIT = 60, 8, 3
 CLOCK = {"milliseconds", "tokens_per_second", "mfu"}
@@ -44,7 +44,7 @@ class Poison:
     """Patches what training is built of: some rows' loss is multiplied; counts the batches of such rows."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._patch, self._build = monkeypatch, pretrain.build_training
+        self._patch, self._build = monkeypatch, setup.build_training
         self.times_read = 0
 
     def put(self, rows: range, factor: float) -> None:
@@ -65,7 +65,7 @@ class Poison:
 
             return dataclasses.replace(training, batches=batches, loss=loss)
 
-        self._patch.setattr(pretrain, "build_training", build)
+        self._patch.setattr(train, "build_training", build)
 
     def leave_out(self, rows: range) -> None:
         """From now on such rows are never read at all: the independent twin of a detour."""
@@ -78,7 +78,7 @@ class Poison:
 
             return dataclasses.replace(training, batches=batches)
 
-        self._patch.setattr(pretrain, "build_training", build)
+        self._patch.setattr(train, "build_training", build)
 
     def stop_after(self, steps: int | None) -> None:
         """The next run sees a signal after so many steps."""
@@ -88,7 +88,7 @@ class Poison:
             asked = iter(range(10**6))
             yield lambda: steps is not None and next(asked) >= steps
 
-        self._patch.setattr(pretrain, "stop_on_signal", signalled)
+        self._patch.setattr(train, "stop_on_signal", signalled)
 
 
 @pytest.fixture
@@ -131,10 +131,10 @@ def test_the_run_goes_back_and_is_the_run_that_never_read_those_rows(
     rows = rows_of(first, LIMIT)
     poison.put(rows, factor)
     run, twin = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "twin")
-    pretrain.run(asked, run)
+    train.run(asked, run)
     assert poison.times_read == 2 * LIMIT, "once: both micro-batches of each step"
     poison.leave_out(rows)
-    pretrain.run(asked, twin)
+    train.run(asked, twin)
     assert weights_of(run) == weights_of(twin)
     assert lines_of(run) == lines_of(twin)
     assert [line["step"] for line in run.read_metrics()] == list(range(1, STEPS + 1))
@@ -159,9 +159,9 @@ def test_it_goes_back_past_a_damaged_checkpoint_and_makes_it_again(
 
     monkeypatch.setattr(rollback, "roll_back", damage_and_roll_back)
     poison.put(rows, math.nan)
-    pretrain.run(asked, run)
+    train.run(asked, run)
     poison.leave_out(rows)
-    pretrain.run(asked, twin)
+    train.run(asked, twin)
     assert weights_of(run) == weights_of(twin)
     assert lines_of(run) == lines_of(twin)
 
@@ -172,13 +172,13 @@ def test_a_run_that_is_stopped_around_the_trouble_decides_the_same(
 ) -> None:
     poison.put(rows_of(6, LIMIT), math.nan)
     whole, stopped = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "stopped")
-    pretrain.run(asked, whole)
+    train.run(asked, whole)
     poison.stop_after(stop)
     with pytest.raises(KeyboardInterrupt):
-        pretrain.run(asked, stopped)
+        train.run(asked, stopped)
     poison.stop_after(None)
     complete = from_toml(Recipe, stopped.recipe.read_text(), "recipe.toml")
-    pretrain.run(complete, stopped, resume=True)
+    train.run(complete, stopped, resume=True)
     assert weights_of(stopped) == weights_of(whole)
     assert lines_of(stopped) == lines_of(whole)
     assert stopped.read_events("rollbacks") == whole.read_events("rollbacks")
@@ -189,7 +189,7 @@ def test_a_few_bad_steps_are_left_out_without_going_back(
 ) -> None:
     poison.put(rows_of(10, LIMIT - 1), math.nan)
     run = RunDirectory(tmp_path / "run")
-    pretrain.run(asked, run)
+    train.run(asked, run)
     lines = run.read_metrics()
     assert [line["step"] for line in lines if line.get("skipped")] == [11, 12]
     assert [line["step"] for line in lines if line["loss"] is None] == [11, 12]
@@ -201,14 +201,14 @@ def test_a_few_bad_steps_are_left_out_without_going_back(
 def test_several_troubles_are_several_detours(asked: Recipe, poison: Poison, tmp_path: Path) -> None:
     poison.put(range(rows_of(10, 1).start, rows_of(10, 2 * LIMIT).stop), math.nan)
     run = RunDirectory(tmp_path / "run")
-    pretrain.run(asked, run)
+    train.run(asked, run)
     assert [(event["first_bad_step"], event["rows"]) for event in run.read_events("rollbacks")] == [
         (11, LIMIT * ROWS),
         (11, LIMIT * ROWS),
     ]
     about = json.loads((list_checkpoints(run.checkpoints)[-1] / "state.json").read_text())
     guard = Guard.from_values(about["guard"])
-    assert guard.detours == (Detour(10, LIMIT * ROWS), Detour(10, LIMIT * ROWS))
+    assert guard.detours == (SkippedRows(10, LIMIT * ROWS), SkippedRows(10, LIMIT * ROWS))
 
 
 def test_trouble_that_is_everywhere_ends_the_run_in_a_sentence(
@@ -216,14 +216,14 @@ def test_trouble_that_is_everywhere_ends_the_run_in_a_sentence(
 ) -> None:
     poison.put(range(rows_of(10, 1).start, 10**9), math.nan)
     with pytest.raises(FloatingPointError, match=r"steps 11 to 13 went wrong .* after going back 3 times"):
-        pretrain.run(asked, RunDirectory(tmp_path / "run"))
+        train.run(asked, RunDirectory(tmp_path / "run"))
     found = describe_run(tmp_path / "run")
     assert (found.state, found.rollbacks) == ("diverged", 3)
     assert found.ended_by is not None
     assert found.ended_by.startswith("steps 11 to 13 went wrong")
     poison.put(rows_of(0, 9), math.nan)
     with pytest.raises(FloatingPointError, match=r"steps 1 to 3 went wrong .* no checkpoint is from before"):
-        pretrain.run(asked, RunDirectory(tmp_path / "begun"))
+        train.run(asked, RunDirectory(tmp_path / "begun"))
 
 
 def test_without_the_guard_the_run_goes_on_through_the_explosion(
@@ -233,7 +233,7 @@ def test_without_the_guard_the_run_goes_on_through_the_explosion(
     poison.put(rows_of(45, LIMIT), 3.0)
     off = dataclasses.replace(asked, guard=GuardConfig(rollback_after_steps=None))
     run = RunDirectory(tmp_path / "run")
-    pretrain.run(off, run)
+    train.run(off, run)
     assert run.read_events("rollbacks") == []
     assert poison.times_read == 2 * LIMIT
     assert min(line["loss"] for line in run.read_metrics()[45:48]) > 6
@@ -244,7 +244,7 @@ def test_a_spike_is_left_out_if_asked(asked: Recipe, poison: Poison, tmp_path: P
     poison.put(rows_of(50, 1), factor)
     spiky = dataclasses.replace(asked, guard=GuardConfig(spike_deviations=4.0, rollback_after_steps=None))
     run = RunDirectory(tmp_path / "run")
-    pretrain.run(spiky, run)
+    train.run(spiky, run)
     skipped = [line["step"] for line in run.read_metrics() if line.get("skipped")]
     assert skipped == ([51] if factor > 1 else [])
 
@@ -253,13 +253,13 @@ def test_the_spike_guard_decides_the_same_when_resumed(asked: Recipe, poison: Po
     poison.put(range(rows_of(40, 1).start, 10**9, 3 * ROWS), 4.0)
     spiky = dataclasses.replace(asked, guard=GuardConfig(spike_deviations=6.0, rollback_after_steps=None))
     whole, stopped = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "stopped")
-    pretrain.run(spiky, whole)
+    train.run(spiky, whole)
     assert sum("skipped" in line for line in whole.read_metrics()) >= 3
     recipe: Recipe = spiky
     for number, stop in enumerate((38, 5, 7, None)):
         poison.stop_after(stop)
         with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
-            pretrain.run(recipe, stopped, resume=number > 0)
+            train.run(recipe, stopped, resume=number > 0)
         recipe = from_toml(Recipe, stopped.recipe.read_text(), "recipe.toml")
     assert lines_of(stopped) == lines_of(whole)
     assert weights_of(stopped) == weights_of(whole)

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from overnight.checkpoint.loading import read_model
-from overnight.evaluation.tasks import judge, open_task
+from overnight.conversion.open_model import open_model
+from overnight.evaluation import command as evaluation_command
+from overnight.evaluation.command import EvaluateConfig
+from overnight.evaluation.tasks import evaluate_task, open_task
+from overnight.recipe import EvaluationConfig, Recipe
+from overnight.run import train
 from overnight.run_directory import RunDirectory
-from overnight.stages import evaluate, pretrain
-from overnight.stages.evaluate import EvaluateConfig
-from overnight.stages.models import open_model
-from overnight.stages.recipe import EvaluationConfig, Recipe
+from overnight.training.checkpoint.load import read_model
 
 METRICS = ("accuracy_per_token", "accuracy_per_character", "accuracy_by_sum")
 
@@ -46,9 +47,9 @@ def test_a_run_with_tasks_is_the_run_without_them(
     recipe: Callable[..., Recipe], files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain, judged = RunDirectory(tmp_path / "plain"), RunDirectory(tmp_path / "judged")
-    pretrain.run(recipe(), plain)
+    train.run(recipe(), plain)
     capsys.readouterr()
-    pretrain.run(recipe(evaluation=evaluation(files)), judged)
+    train.run(recipe(evaluation=evaluation(files)), judged)
     assert "hellaswag accuracy_per_token 0." in capsys.readouterr().err
 
     def trace(directory: RunDirectory) -> list[tuple[float, ...]]:
@@ -67,13 +68,13 @@ def test_each_metric_has_a_line_that_the_command_confirms(
     recipe: Callable[..., Recipe], files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = RunDirectory(tmp_path / "judged")
-    pretrain.run(recipe(evaluation=evaluation(files, tasks_every_steps=5)), directory)
+    train.run(recipe(evaluation=evaluation(files, tasks_every_steps=5)), directory)
     lines = directory.read_events("tasks")
     assert [line["step"] for line in lines if line["metric"] == "accuracy"] == [5, 10, 12]
     assert [line["metric"] for line in lines[:5]] == [*METRICS, "accuracy", "perplexity_per_word"]
     capsys.readouterr()
     tasks = ("hellaswag,lambada",)
-    evaluate.run(
+    evaluation_command.run(
         EvaluateConfig(
             model=str(directory.path),
             tasks=tasks,
@@ -95,10 +96,10 @@ def test_lines_of_steps_that_are_done_again_are_written_once(
 ) -> None:
     directory = RunDirectory(tmp_path / "judged")
     asked = recipe(evaluation=evaluation(files, tasks_every_steps=2))
-    complete = pretrain.run(asked, directory)
+    complete = train.run(asked, directory)
     whole = directory.read_events("tasks")
     (directory.checkpoints / "step-00000012").rename(tmp_path / "lost")
-    pretrain.run(complete, directory, resume=True)
+    train.run(complete, directory, resume=True)
     assert directory.read_events("tasks") == whole
 
 
@@ -117,7 +118,7 @@ def test_tasks_that_can_not_be_judged_are_refused_before_the_run(
 ) -> None:
     directory = RunDirectory(tmp_path / "judged")
     with pytest.raises(ValueError, match=complaint):
-        pretrain.run(recipe(evaluation=evaluation(files, **changes)), directory)
+        train.run(recipe(evaluation=evaluation(files, **changes)), directory)
     assert not directory.path.exists()
 
 
@@ -125,12 +126,12 @@ def test_judging_leaves_the_model_and_the_noise_as_they_were(
     recipe: Callable[..., Recipe], files: Path, tmp_path: Path
 ) -> None:
     directory = RunDirectory(tmp_path / "run")
-    pretrain.run(recipe(), directory)
+    train.run(recipe(), directory)
     model = read_model(directory.checkpoints / "step-00000012").train()
     torch.manual_seed(5)
     before = torch.get_rng_state()
     task = open_task("lambada", files)
     tokenizer = open_model(str(directory.path)).tokenizer
-    assert list(judge(model, task.encode(tokenizer, 32), "fp32"))
+    assert list(evaluate_task(model, task.encode(tokenizer, 32), "fp32"))
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from overnight.recipe import Recipe
+from overnight.run import train
 from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.stages import pretrain
-from overnight.stages.recipe import Recipe
+from overnight.training.schedule import ScheduleConfig
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -18,7 +18,7 @@ def test_tensorboard_holds_the_metrics_lines(recipe: Callable[..., Recipe], tmp_
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     directory = RunDirectory(tmp_path / "run")
-    pretrain.run(recipe(trackers=("tensorboard",), schedule=ScheduleConfig(total_steps=5)), directory)
+    train.run(recipe(trackers=("tensorboard",), schedule=ScheduleConfig(total_steps=5)), directory)
     (events,) = directory.path.rglob("events.out.tfevents.*")
     read = EventAccumulator(str(events.parent))
     read.Reload()

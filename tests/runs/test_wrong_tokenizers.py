@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from overnight.data.prepare import PrepareConfig, prepare
+from overnight.config import from_toml
+from overnight.data.dataset import DataConfig
 from overnight.data.shards import load_prepared_tokenizer
+from overnight.evaluation import command as evaluation_command
+from overnight.evaluation.command import EvaluateConfig
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.recipe import Recipe
+from overnight.run import train
 from overnight.run_directory import RunDirectory
-from overnight.settings import from_toml
-from overnight.stages import evaluate, pretrain
-from overnight.stages.evaluate import EvaluateConfig
-from overnight.stages.materials import DataConfig
-from overnight.stages.recipe import Recipe
 
 Build = Callable[..., Recipe]
 
@@ -61,7 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(name: str, recipe: Build, folders: dict[str, Path], runs: Path) -> RunDirectory:
     directory = RunDirectory(runs / name)
     if not directory.exists():
-        pretrain.run(on(recipe, folders[name]), directory)
+        train.run(on(recipe, folders[name]), directory)
     return directory
 
 
@@ -81,7 +83,7 @@ def test_shards_and_a_tokenizer_that_did_not_make_them(
     with pytest.raises(ValueError, match="is not the tokenizer that made the shards"):
         load_prepared_tokenizer(folder)
     with pytest.raises(ValueError, match="is not the tokenizer that made the shards"):
-        pretrain.run(on(recipe, folder), RunDirectory(tmp_path / "run"))
+        train.run(on(recipe, folder), RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -93,20 +95,20 @@ def test_a_model_and_shards_of_another_tokenizer(
     run = trained(tokenizer, recipe, folders, runs)
     other = on(recipe, folders[shards], start_from=str(run.path))
     with pytest.raises(ValueError, match="reads another: prepare the text with --tokenizer"):
-        pretrain.run(other, RunDirectory(tmp_path / "tuned"))
+        train.run(other, RunDirectory(tmp_path / "tuned"))
     with pytest.raises(ValueError, match="prepare that text with --tokenizer"):
-        evaluate.run(EvaluateConfig(model=str(run.path), data=str(folders[shards]), device="cpu"))
+        evaluation_command.run(EvaluateConfig(model=str(run.path), data=str(folders[shards]), device="cpu"))
     begun = from_toml(Recipe, run.recipe.read_text(), "recipe.toml")
     swapped = dataclasses.replace(begun, data=dataclasses.replace(begun.data, data=str(folders[shards])))
     with pytest.raises(ValueError, match="belongs to another recipe: data="):
-        pretrain.run(swapped, run, resume=True)
+        train.run(swapped, run, resume=True)
     in_its_place = tmp_path / "copy"
     shutil.copytree(run.path, in_its_place)
     recipe_file = in_its_place / "recipe.toml"
     recipe_file.write_text(recipe_file.read_text().replace(str(folders[tokenizer]), str(folders[shards])))
     unseen = from_toml(Recipe, recipe_file.read_text(), "recipe.toml")
     with pytest.raises(ValueError, match="is not what .* was trained on|belongs|vocab_size"):
-        pretrain.run(unseen, RunDirectory(in_its_place), resume=True)
+        train.run(unseen, RunDirectory(in_its_place), resume=True)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -116,5 +118,5 @@ def test_what_belongs_together_is_not_refused(
     """The control: the same without a swap."""
     run = trained(name, recipe, folders, runs)
     tuned = on(recipe, folders[name], start_from=str(run.path))
-    pretrain.run(tuned, RunDirectory(tmp_path / "tuned"))
-    evaluate.run(EvaluateConfig(model=str(run.path), data=str(folders[name]), device="cpu"))
+    train.run(tuned, RunDirectory(tmp_path / "tuned"))
+    evaluation_command.run(EvaluateConfig(model=str(run.path), data=str(folders[name]), device="cpu"))

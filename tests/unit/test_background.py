@@ -10,17 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.checkpoint import background, saving
-from overnight.checkpoint.background import Saver
-from overnight.checkpoint.layout import list_checkpoints
-from overnight.checkpoint.loading import verify_checkpoint
-from overnight.checkpoint.saving import save_checkpoint
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.optim import OptimizerConfig, apply_gradients, build_optimizer
-from overnight.state import TrainState
-from overnight.world import ALONE
+from overnight.distributed.world import SINGLE_PROCESS
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+from overnight.training.checkpoint import save
+from overnight.training.checkpoint.format import list_checkpoints
+from overnight.training.checkpoint.load import verify_checkpoint
+from overnight.training.checkpoint.save import Saver, save_checkpoint
+from overnight.training.optim import OptimizerConfig, apply_gradients, build_optimizer
+from overnight.training.state import TrainState
 
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8, vocab_size=50)
 
@@ -53,13 +51,13 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Threads write nothing before it is set."""
     gate = threading.Event()
-    write_own = saving.write_own
+    write_own = save.write_rank_files
 
     def wait_and_write(*given: Any) -> str:
         assert gate.wait(60)
         return write_own(*given)
 
-    monkeypatch.setattr(background, "write_own", wait_and_write)
+    monkeypatch.setattr(save, "write_rank_files", wait_and_write)
     return gate
 
 
@@ -68,7 +66,7 @@ def test_what_is_saved_is_the_state_as_it_was(
 ) -> None:
     """Bytes as in the foreground, though every weight, moment and count has changed by then."""
     expected = contents(save_checkpoint(state, tmp_path / "foreground"))
-    saver = Saver(tmp_path / "background", ALONE, nothing, nothing, {})
+    saver = Saver(tmp_path / "background", SINGLE_PROCESS, nothing, nothing, {})
     saver.save(state)
     for _ in range(3):
         train_on(state)
@@ -85,9 +83,9 @@ def test_without_a_copy_it_would_not_be(
     tmp_path: Path, state: TrainState, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control."""
-    monkeypatch.setattr(saving, "_copy", dict)
+    monkeypatch.setattr(save, "_copy", dict)
     expected = contents(save_checkpoint(state, tmp_path / "foreground"))
-    saver = Saver(tmp_path / "background", ALONE, nothing, nothing, {})
+    saver = Saver(tmp_path / "background", SINGLE_PROCESS, nothing, nothing, {})
     saver.save(state)
     train_on(state)
     gate.set()
@@ -103,7 +101,7 @@ def test_one_after_the_other_and_each_flushed_before_and_tidied_after(
     def note(what: str) -> Callable[[], None]:
         return lambda: seen.append((what, len(list_checkpoints(tmp_path))))
 
-    saver = Saver(tmp_path, ALONE, note("flush"), note("tidy"), {})
+    saver = Saver(tmp_path, SINGLE_PROCESS, note("flush"), note("tidy"), {})
     for _ in range(3):
         saver.save(state)
         train_on(state)
@@ -123,13 +121,13 @@ def test_what_goes_wrong_in_a_thread_is_told_once(
     moment: str,
     told_by: str,
 ) -> None:
-    saver = Saver(tmp_path, ALONE, nothing, nothing, {})
+    saver = Saver(tmp_path, SINGLE_PROCESS, nothing, nothing, {})
 
     def crash(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(saving, moment, crash)
+        patched.setattr(save, moment, crash)
         saver.save(state)
         saver.settle()
     assert "the checkpoint under way is lost: no space" in capsys.readouterr().err

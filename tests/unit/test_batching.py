@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.batching import (
+from overnight.model.model_config import PRESETS
+from overnight.training.batch import (
     BatchConfig,
     BatchPlan,
     constant_plan,
     estimate_rows_that_fit,
     plan_batches,
 )
-from overnight.model.config import PRESETS
 
 GPT3 = BatchConfig(tokens_per_step=524_288, ramp_from_tokens_per_step=32_768, ramp_tokens=4 * 10**9)
 

@@ -9,15 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from overnight.checkpoint import loading, saving
-from overnight.checkpoint.layout import choose_kept, discard_checkpoints_after, keep_only, list_checkpoints
-from overnight.checkpoint.loading import load_checkpoint, read_model, read_newest, verify_checkpoint
-from overnight.checkpoint.saving import save_checkpoint
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.optim import OptimizerConfig, apply_gradients, build_optimizer
-from overnight.state import TrainState
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+from overnight.training.checkpoint import load, save
+from overnight.training.checkpoint.format import (
+    discard_checkpoints_after,
+    keep_only,
+    list_checkpoints,
+    retained_steps,
+)
+from overnight.training.checkpoint.load import load_checkpoint, read_model, read_newest, verify_checkpoint
+from overnight.training.checkpoint.save import save_checkpoint
+from overnight.training.optim import OptimizerConfig, apply_gradients, build_optimizer
+from overnight.training.state import TrainState
 
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8, vocab_size=50)
 
@@ -118,7 +122,7 @@ def test_without_verification_most_flipped_bits_would_pass(
 ) -> None:
     """The negative control: it is the manifest that protects, not the file format."""
     path = save_checkpoint(trained_state(1), tmp_path)
-    monkeypatch.setattr(loading, "verify_checkpoint", lambda checkpoint, world: None)
+    monkeypatch.setattr(load, "verify_checkpoint", lambda checkpoint, world: None)
     sound = (path / "model.safetensors").read_bytes()
     where, passed = random.Random(0), 0
     for _ in range(20):
@@ -177,7 +181,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for _ in range(4):
         train_on(state, 1)
         save_checkpoint(state, tmp_path)
-        keep_only(choose_kept([*range(1, state.step + 1)], 2), tmp_path)
+        keep_only(retained_steps([*range(1, state.step + 1)], 2), tmp_path)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
 
 
@@ -196,7 +200,7 @@ class Folder:
             self.losses[step] = self.draw.random()
         judged = [each for each in self.steps if each in self.losses]
         best = min(judged, key=self.losses.__getitem__) if judged and is_best_kept else None
-        kept = choose_kept(self.steps, last, every, best)
+        kept = retained_steps(self.steps, last, every, best)
         assert kept <= {*self.steps}
         assert {*self.steps[-max(1, last or len(self.steps)) :]} <= kept, "the newest"
         assert best is None or best in kept
@@ -218,9 +222,9 @@ def test_retention_never_deletes_what_is_to_be_kept(seed: int) -> None:
 
 
 def test_the_newest_is_kept_whatever_is_asked() -> None:
-    assert choose_kept([1, 2, 3], 0) == {3}
-    assert choose_kept([], 2) == set()
-    assert choose_kept([1, 2, 3], 1, best=9) == {3}
+    assert retained_steps([1, 2, 3], 0) == {3}
+    assert retained_steps([], 2) == set()
+    assert retained_steps([1, 2, 3], 1, best=9) == {3}
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before_it(
@@ -235,7 +239,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_it(
             def crash(*_: object, **__: object) -> None:
                 raise OSError("no space left on device")
 
-            patched.setattr(saving, moment, crash)
+            patched.setattr(save, moment, crash)
             with pytest.raises(OSError, match="no space"):
                 save_checkpoint(state, tmp_path)
         assert newest(tmp_path) == good, moment
@@ -254,13 +258,13 @@ def test_a_passed_over_checkpoint_does_not_crowd_out_a_good_one(tmp_path: Path) 
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
     train_on(state, 1)
     assert newest(tmp_path) != save_checkpoint(state, tmp_path)
-    keep_only(choose_kept([1, 2], 1), tmp_path)
+    keep_only(retained_steps([1, 2], 1), tmp_path)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
 
 
 def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(saving, "FORMAT", 99)
+        patched.setattr(save, "FORMAT", 99)
         path = save_checkpoint(trained_state(1), tmp_path)
     with pytest.raises(ValueError, match="damaged|format 99"):
         read_model(path)

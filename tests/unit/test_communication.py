@@ -14,8 +14,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from overnight import communication, world
-from overnight.communication import (
+from overnight.distributed import world
+from overnight.distributed.world import World
+from overnight.hardware import DEVICES
+from overnight.model.gpt import GPT, init_weights, weight_shapes
+from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.planning import network as network_module
+from overnight.planning.network import (
     BETWEEN,
     PCIE,
     WITHIN,
@@ -29,13 +34,8 @@ from overnight.communication import (
     predict_step,
     sent_bytes,
 )
-from overnight.hardware import DEVICES
-from overnight.model.config import PRESETS, ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import draw_weights, weight_shapes
-from overnight.ownership import Sharding
-from overnight.sharding import choose_sum, place_model, spread_updates
-from overnight.world import World
+from overnight.training.ownership import Sharding
+from overnight.training.sharding import broadcast_updates, build_sharded_model, gradient_reduction
 
 SIZES = ModelConfig(n_layer=3, n_head=4, n_embd=64, context_length=32, vocab_size=1000)  # all divides by 16
 NATS_BYTES = 4  # of the loss, which is summed as well
@@ -93,9 +93,9 @@ def step(model: GPT, here: World, sharding: Sharding, micro_batches: int) -> Non
         nats.backward()  # type: ignore[no-untyped-call]
         return nats.detach()
 
-    add_up = choose_sum(model, sharding, bitwise=False)
+    add_up = gradient_reduction(model, sharding, bitwise=False)
     add_up(backward, range(micro_batches), list(model.parameters()), here)
-    spread_updates(model, here, sharding)()
+    broadcast_updates(model, here, sharding)()
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
@@ -115,7 +115,7 @@ def test_what_is_listed_is_what_a_step_says(
 ) -> None:
     """Every call of torch's, by kind, and all its bytes, in a step of the engine's own parts."""
     here = one_of(size, local_size)
-    model = place_model(SIZES, draw_weights(weight_shapes(SIZES), SIZES.n_layer, 0), here, sharding)
+    model = build_sharded_model(SIZES, init_weights(weight_shapes(SIZES), SIZES.n_layer, 0), here, sharding)
     step(model, here, sharding, micro_batches)
     with Overheard() as overheard:
         step(model, here, sharding, micro_batches)
@@ -135,7 +135,7 @@ def test_gradients_are_summed_in_buckets(
     one_of: Callable[[int, int], World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bucket ends with the parameter that fills it, so there are no more than are reckoned with."""
-    for module in (world, communication):
+    for module in (world, network_module):
         monkeypatch.setattr(module, "BUCKET_BYTES", 20_000)
     here = one_of(4, 4)
     gradients = [torch.zeros(shape) for shape in SIZES.parameter_shapes().values()]

@@ -9,22 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from overnight import decoding
-from overnight.decoding import (
+from overnight.generation import quantize
+from overnight.generation.generate import Decoding, generate
+from overnight.generation.quantize import (
     DecodingPrecision,
     HalfLinear,
     PackedLinear,
     QuantizedLinear,
-    decoding_precisions,
-    prepare_for_decoding,
+    generation_precisions,
+    prepare_for_generation,
 )
-from overnight.generate import Decoding, generate
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.sampling import SamplingConfig
+from overnight.generation.sampling import SamplingConfig
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
 
-HERE = decoding_precisions("cpu")
+HERE = generation_precisions("cpu")
 # Greatest difference of a logit, in standard deviations of all logits. Measured: 3e-6, 0.003, 0.05, 0.09.
 TOLERANCES: dict[DecodingPrecision, float] = {"fp32": 2e-5, "fp16": 0.01, "bf16": 0.15, "int8": 0.25}
 
@@ -65,7 +64,7 @@ def error_of(model: GPT) -> float:
 @every_precision
 def test_a_prepared_model_has_the_logits_of_the_model(precision: DecodingPrecision) -> None:
     model = copy.deepcopy(MODEL)
-    prepare_for_decoding(model, precision)
+    prepare_for_generation(model, precision)
     assert error_of(model) < TOLERANCES[precision]
     assert error_of(MODEL) == 0  # which is as it was
 
@@ -80,14 +79,14 @@ def test_a_coarser_rounding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     initialize_rightly = QuantizedLinear.__init__
     monkeypatch.setattr(QuantizedLinear, "__init__", with_one_scale)
     model = copy.deepcopy(MODEL)
-    prepare_for_decoding(model, "int8")
+    prepare_for_generation(model, "int8")
     assert error_of(model) > 2 * TOLERANCES["int8"]
 
 
 @every_precision
 def test_every_matrix_is_stored_anew_and_keeps_its_name(precision: DecodingPrecision) -> None:
     model = copy.deepcopy(MODEL)
-    prepare_for_decoding(model, precision)
+    prepare_for_generation(model, precision)
     kinds = {"fp16": HalfLinear, "int8": QuantizedLinear}
     changed = {
         name for name, module in model.named_modules() if type(module) is not type(MODEL.get_submodule(name))
@@ -105,7 +104,7 @@ NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 @every_precision
 def test_a_prepared_model_writes(precision: DecodingPrecision) -> None:
     model = copy.deepcopy(MODEL)
-    prepare_for_decoding(model, precision)
+    prepare_for_generation(model, precision)
     greedy = Decoding(max_new_tokens=80, sampling=SamplingConfig(temperature=0))  # beyond the context, too
     prompts = IDS[:, :20].tolist()
     written = generate(model, prompts, greedy)
@@ -156,26 +155,26 @@ def test_a_row_in_int8_is_the_same_to_the_last_bit_beside_others() -> None:
 def test_a_device_writes_in_what_it_has(
     monkeypatch: pytest.MonkeyPatch, native: str, device: str, found: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(decoding, "native_precision", lambda _: native)
+    monkeypatch.setattr(quantize, "native_precision", lambda _: native)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["none", "fbgemm"]))
-    assert decoding_precisions(device) == found
+    assert generation_precisions(device) == found
 
 
 def test_a_cpu_without_these_libraries_writes_as_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["none"]))
-    assert decoding_precisions("cpu") == ("fp32",)
+    assert generation_precisions("cpu") == ("fp32",)
     model = copy.deepcopy(MODEL)
-    prepare_for_decoding(model, "fp32")
+    prepare_for_generation(model, "fp32")
     assert error_of(model) == 0
 
 
 def test_a_gpu_s_way_keeps_the_logits_apart() -> None:
     """Played on the CPU."""
     model = copy.deepcopy(MODEL)
-    decoding._narrow(model, torch.bfloat16)
+    quantize._narrow(model, torch.bfloat16)
     assert error_of(model) < TOLERANCES["bf16"]
     greedy = Decoding(max_new_tokens=3, sampling=SamplingConfig(temperature=0))
     assert [len(ids) for ids in generate(model, IDS[:, :20].tolist(), greedy)] == [3, 3, 3]
@@ -190,7 +189,7 @@ def test_a_gpu_s_way_keeps_the_logits_apart() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_gpu_has_the_logits_of_the_model(precision: DecodingPrecision) -> None:
     model = copy.deepcopy(MODEL).to("cuda")
-    prepare_for_decoding(model, precision)
+    prepare_for_generation(model, precision)
     with torch.inference_mode():
         logits = model(IDS.to("cuda"))
     assert logits.dtype == torch.float32

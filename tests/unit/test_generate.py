@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overnight.generate import (
+from overnight.generation.generate import (
     Decoding,
     KVCache,
     TextWriter,
@@ -20,11 +20,10 @@ from overnight.generate import (
     stream_ids,
     stream_text,
 )
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.sampling import SamplingConfig, sample
-from overnight.text.load import build_tokenizer
+from overnight.generation.sampling import SamplingConfig, sample
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+from overnight.tokenizer.open_tokenizer import build_tokenizer
 
 GREEDY = SamplingConfig(temperature=0)
 DRAWN = SamplingConfig(top_k=20, seed=3)

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overnight.gradients import add_up, add_up_in_tree, add_up_shards
-from overnight.world import ALONE, World
+from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.training.sharding import accumulate_gradients_bitwise, accumulate_gradients_fsdp
+from overnight.training.step import accumulate_gradients
 
 SHAPES = [(3, 4), (5,)]
 Leaf = list[Tensor]
@@ -75,7 +76,9 @@ def in_order(leaves: list[Leaf]) -> Leaf:
     return total
 
 
-def summed(way: Callable[..., Tensor], leaves: list[Leaf], part: range, world: World = ALONE) -> Leaf:
+def summed(
+    way: Callable[..., Tensor], leaves: list[Leaf], part: range, world: World = SINGLE_PROCESS
+) -> Leaf:
     """What a way of adding up leaves in the parameters, and the nats."""
     parameters, backward = build(leaves)
     nats = way(backward, part, parameters, world)
@@ -89,13 +92,13 @@ def are_equal(one: Leaf, other: Leaf) -> bool:
 @given(st.integers(1, 40))
 def test_micro_batches_are_added_one_after_the_other(count: int) -> None:
     leaves = draw_leaves(count)
-    assert are_equal(summed(add_up, leaves, range(count)), in_order(leaves))
+    assert are_equal(summed(accumulate_gradients, leaves, range(count)), in_order(leaves))
 
 
 @given(st.integers(1, 40))
 def test_the_tree_is_made_of_halves_of_halves(count: int) -> None:
     leaves = draw_leaves(count)
-    assert are_equal(summed(add_up_in_tree, leaves, range(count)), halves(leaves))
+    assert are_equal(summed(accumulate_gradients_bitwise, leaves, range(count)), halves(leaves))
 
 
 @given(st.integers(0, 4), st.integers(1, 6))
@@ -104,12 +107,17 @@ def test_the_tree_does_not_depend_on_who_computes_its_branches(height: int, each
     size = 2**height
     leaves = draw_leaves(size * each)
     sums = [
-        summed(add_up_in_tree, leaves, range(rank * each, (rank + 1) * each), Overheard(rank, size, "cpu"))
+        summed(
+            accumulate_gradients_bitwise,
+            leaves,
+            range(rank * each, (rank + 1) * each),
+            Overheard(rank, size, "cpu"),
+        )
         for rank in range(size)
     ]
     while len(sums) > 1:
         sums = [add(sums[place], sums[place + 1]) for place in range(0, len(sums), 2)]
-    assert are_equal(sums[0], summed(add_up_in_tree, leaves, range(size * each)))
+    assert are_equal(sums[0], summed(accumulate_gradients_bitwise, leaves, range(size * each)))
 
 
 def test_one_after_the_other_does_depend_on_it() -> None:
@@ -120,7 +128,10 @@ def test_one_after_the_other_does_depend_on_it() -> None:
     assert not are_equal(halves(leaves), in_order(leaves))
 
 
-@pytest.mark.parametrize("way, depth", [(add_up, lambda n: n), (add_up_in_tree, lambda n: math.log2(n) + 1)])
+@pytest.mark.parametrize(
+    "way, depth",
+    [(accumulate_gradients, lambda n: n), (accumulate_gradients_bitwise, lambda n: math.log2(n) + 1)],
+)
 def test_sums_are_as_near_to_float64_s_as_their_depth_allows(
     way: Callable[..., Tensor], depth: Callable[[int], float]
 ) -> None:
@@ -147,25 +158,25 @@ def test_a_tree_holds_no_more_sums_than_it_is_high() -> None:
         most = max(most, len(held))
         return nats
 
-    add_up_in_tree(backward, range(64), parameters, ALONE)
+    accumulate_gradients_bitwise(backward, range(64), parameters, SINGLE_PROCESS)
     assert most <= 6 + 1
 
 
 def test_processes_talk_once_a_step() -> None:
     """All gradients and the nats go together; where torch has summed the gradients, only the nats."""
     for way, said in (
-        (add_up, ("sum", 3)),
-        (add_up_in_tree, ("sum_in_tree", 3)),
-        (add_up_shards, ("sum", 1)),
+        (accumulate_gradients, ("sum", 3)),
+        (accumulate_gradients_bitwise, ("sum_in_tree", 3)),
+        (accumulate_gradients_fsdp, ("sum", 1)),
     ):
         world = Overheard(0, 2, "cpu")
         summed(way, draw_leaves(6), range(3), world)
         assert world.said == [said]
 
 
-@pytest.mark.parametrize("way", [add_up, add_up_in_tree])
+@pytest.mark.parametrize("way", [accumulate_gradients, accumulate_gradients_bitwise])
 def test_a_parameter_without_a_gradient_is_noticed(way: Callable[..., Tensor]) -> None:
     parameters, backward = build(draw_leaves(2))
     forgotten = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(AssertionError, match="a parameter got no gradient"):
-        way(backward, range(2), [*parameters, forgotten], ALONE)
+        way(backward, range(2), [*parameters, forgotten], SINGLE_PROCESS)

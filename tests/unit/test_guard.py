@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.guard import AT_LEAST, HISTORY, Detour, Guard, GuardConfig, Limits, find_limit
+from overnight.training.guard import AT_LEAST, HISTORY, Guard, GuardConfig, Limits, SkippedRows, find_limit
 
 
 def seen(steps: int, seed: int = 0, loss: float = 4.0) -> Guard:
@@ -88,14 +88,14 @@ def test_an_overflow_of_float16_is_no_trouble() -> None:
 def test_only_so_much_is_remembered_and_json_keeps_it_to_the_bit() -> None:
     guard = seen(1000)
     assert len(guard.losses) == len(guard.norms) == HISTORY
-    detoured = Guard(guard.losses, guard.norms, 2, (Detour(5, 16), Detour(9, 8)))
+    detoured = Guard(guard.losses, guard.norms, 2, (SkippedRows(5, 16), SkippedRows(9, 8)))
     again = Guard.from_values(json.loads(json.dumps(detoured.to_values())))
     assert again == detoured
     assert again.limits(4.0) == guard.limits(4.0)
 
 
 def test_rows_are_left_out_from_a_step_on() -> None:
-    guard = Guard(detours=(Detour(5, 16), Detour(9, 8)))
+    guard = Guard(detours=(SkippedRows(5, 16), SkippedRows(9, 8)))
     assert [guard.rows_left_out(step) for step in (0, 4, 5, 8, 9, 100)] == [0, 0, 16, 16, 24, 24]
 
 

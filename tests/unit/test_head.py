@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overnight import loss
-from overnight.loss import Head, fp8_obstacle, nats_of_hidden, rows_of_chunk
+from overnight.model import loss
+from overnight.model.loss import Head, fp8_obstacle, head_loss, rows_of_chunk
 
 C, V, VOCAB_SIZE = 32, 64, 50
 
@@ -32,7 +32,7 @@ def mean_and_gradients(
 
     def compute(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            return nats_of_hidden(hidden, weight, targets, vocab_size=VOCAB_SIZE, head=head)
+            return head_loss(hidden, weight, targets, vocab_size=VOCAB_SIZE, head=head)
 
     function = torch.compile(compute, fullgraph=True, dynamic=False) if compiled else compute
     mean = function(hidden, weight, targets) * scale / targets.numel()
@@ -105,7 +105,7 @@ def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) ->
     zeros = torch.zeros_like
     monkeypatch.setattr(torch, "zeros_like", lambda *given, **named: pytest.fail("a gradient was allocated"))
     with torch.no_grad():
-        ours = nats_of_hidden(hidden, weight, targets, vocab_size=VOCAB_SIZE, head="chunked")
+        ours = head_loss(hidden, weight, targets, vocab_size=VOCAB_SIZE, head="chunked")
     monkeypatch.setattr(torch, "zeros_like", zeros)
     assert ours.item() / targets.numel() == pytest.approx(naive()[0].item(), rel=1e-6)
 
@@ -128,7 +128,7 @@ def test_in_eight_bits_the_loss_is_near_and_the_gradients_point_the_same_way() -
     targets = torch.randint(VOCAB_SIZE, (2, 16), generator=generator)
 
     def both(head: Head) -> tuple[Tensor, ...]:
-        mean = nats_of_hidden(hidden, weight, targets, vocab_size=VOCAB_SIZE, head=head) / targets.numel()
+        mean = head_loss(hidden, weight, targets, vocab_size=VOCAB_SIZE, head=head) / targets.numel()
         return mean.detach(), *torch.autograd.grad(mean, (hidden, weight))
 
     ours, truth = both("fp8"), both("whole")

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from overnight.batching import BatchConfig, BatchPlan, plan_batches
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.data.stream import TokenStream
+from overnight.data.loader import TokenStream
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.training.batch import BatchConfig, BatchPlan, plan_batches
 
 Share = Callable[[BatchPlan, int, int, int], range]
 T = 8

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from overnight.loss import LossSum, cross_entropy_nats
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
+from overnight.model.gpt import GPT, initialize
+from overnight.model.loss import LossSum, cross_entropy_nats
+from overnight.model.model_config import ModelConfig
 
 
 def small_model() -> GPT:

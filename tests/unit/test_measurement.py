@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from overnight import measurement
-from overnight.measurement import measure_matmul_flops, peak_memory_bytes, reset_peak_memory
+from overnight import hardware
+from overnight.hardware import measure_matmul_flops, peak_memory_bytes, reset_peak_memory
 
 
-@pytest.mark.skipif(not measurement.CLEAR_REFS.exists(), reason="only Linux forgets a peak")
+@pytest.mark.skipif(not hardware.CLEAR_REFS.exists(), reason="only Linux forgets a peak")
 def test_the_peak_is_that_since_the_last_reset() -> None:
     size = 200_000_000
     before = peak_memory_bytes("cpu")
@@ -27,7 +27,7 @@ def test_a_device_that_does_not_say_has_no_peak() -> None:
 
 
 def test_a_product_is_timed_and_torchs_setting_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurement, "SIDE_ON_CPU", 256)
+    monkeypatch.setattr(hardware, "SIDE_ON_CPU", 256)
     before = torch.get_float32_matmul_precision()
     assert 1e8 < measure_matmul_flops("cpu", "fp32") < 1e14
     assert torch.get_float32_matmul_precision() == before

@@ -13,26 +13,26 @@ from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from overnight import loss, memory, parallel
-from overnight.memory import (
+from overnight.model import kernels, loss
+from overnight.model.gpt import GPT, initialize
+from overnight.model.loss import next_token_loss
+from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.training import compute as compute_module
+from overnight.training import memory
+from overnight.training.compute import ComputeConfig, build_loss
+from overnight.training.memory import (
     MemoryEstimate,
     choose_sharding,
     count_stored,
     estimate_memory,
-    find_ways_out,
     fits_into,
     kept_per_token,
     largest_that_fits,
+    suggest_fits,
     try_shardings,
 )
-from overnight.model import blocks
-from overnight.model.config import PRESETS, ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.optim import OptimizerConfig, build_optimizer
-from overnight.ownership import assign_parameters
-from overnight.parallel import ComputeConfig, build_loss
-from overnight.stages.pretrain import next_token_nats
+from overnight.training.optim import OptimizerConfig, build_optimizer
+from overnight.training.ownership import assign_parameters
 
 SIZES = ModelConfig(n_layer=3, n_head=4, n_embd=64, context_length=256, vocab_size=500)
 ROWS = 4
@@ -103,7 +103,7 @@ def test_the_weights_and_what_the_optimizer_remembers_of_them_are_counted_exactl
 
 def test_what_is_said_of_the_model_is_so() -> None:
     """The size of a block stands in memory.py a second time, since that does without torch."""
-    assert memory.QUERIES == blocks.QUERIES
+    assert memory.QUERIES == kernels.QUERIES
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -116,7 +116,7 @@ def test_the_activations_are_what_autograd_keeps(precision: str, attention: str,
     sizes = replace(SIZES, dropout=dropout)
     compute = decided(precision=precision, attention=attention)
     model, ids = build(sizes)
-    loss = build_loss(model, next_token_nats, compute)
+    loss = build_loss(model, next_token_loss, compute)
     estimate = estimate_memory(sizes, ROWS, compute)
     logits = FLOAT32 * TOKENS * (sizes.vocab_size or 0)
     kept = bytes_kept_by_autograd(model, lambda: loss(ids, ids))
@@ -132,7 +132,7 @@ def test_the_estimate_is_what_a_pass_takes_at_its_peak(
     """Within 10%, and rather too much: gradients that grow while activations shrink are counted whole."""
     compute = decided(precision=precision, recompute=recompute)
     model, ids = build(SIZES)
-    loss = build_loss(model, next_token_nats, compute)
+    loss = build_loss(model, next_token_loss, compute)
     loss(ids, ids).backward()  # type: ignore[no-untyped-call]
     peak = bytes_at_the_peak(lambda: loss(ids, ids).backward(), tmp_path / "trace.json")  # type: ignore[no-untyped-call]
     estimate = estimate_memory(SIZES, ROWS, compute)
@@ -150,7 +150,7 @@ def test_a_chunked_head_takes_a_chunk_s_logits_and_a_gradient_of_its_weights(
     taken = {}
     for head in ("whole", "chunked"):
         compute = decided(precision=precision, head=head)
-        nats = build_loss(model, next_token_nats, compute)
+        nats = build_loss(model, next_token_loss, compute)
         nats(ids, ids).backward()  # type: ignore[no-untyped-call]
         peak = bytes_at_the_peak(lambda: nats(ids, ids).backward(), tmp_path / "trace.json")  # type: ignore[no-untyped-call]  # noqa: B023
         estimate = estimate_memory(sizes, ROWS, compute)
@@ -166,7 +166,7 @@ def test_the_estimate_is_what_a_compiled_pass_takes(precision: str, recompute: s
     """Within 20%: what is kept is the compiler's choice."""
     compute = decided(precision=precision, recompute=recompute, compile=True)
     model, ids = build(SIZES)
-    loss = build_loss(model, next_token_nats, compute)
+    loss = build_loss(model, next_token_loss, compute)
     loss(ids, ids).backward()  # type: ignore[no-untyped-call]
     peak = bytes_at_the_peak(lambda: loss(ids, ids).backward(), tmp_path / "trace.json")  # type: ignore[no-untyped-call]
     estimate = estimate_memory(SIZES, ROWS, compute)
@@ -211,7 +211,7 @@ def test_every_way_out_fits_and_the_way_in_does_not() -> None:
     sizes, compute, there = PRESETS["gpt2-774m"], decided(precision="bf16"), int(24e9)
     possible = [1, 2, 4, 8, 16]
     assert not fits_into(there, estimate_memory(sizes, 16, compute).together)
-    ways = list(find_ways_out(sizes, compute, possible, there))
+    ways = list(suggest_fits(sizes, compute, possible, there))
     assert ways[0].options == "--rows-per-micro-batch 2"
     assert ways[-1].options.startswith("--recompute block ")
     assert all(fits_into(there, way.needed_bytes) for way in ways)
@@ -222,7 +222,7 @@ def test_every_way_out_fits_and_the_way_in_does_not() -> None:
 
 def test_there_is_no_way_out_of_a_memory_that_does_not_hold_the_weights() -> None:
     sizes = PRESETS["gpt3-175b"]
-    assert list(find_ways_out(sizes, decided(precision="bf16"), [1], int(80e9))) == []
+    assert list(suggest_fits(sizes, decided(precision="bf16"), [1], int(80e9))) == []
     name, needed = largest_that_fits(decided(precision="bf16"), int(80e9)) or ("", 0)
     assert name == "gpt3-2.7b"
     assert fits_into(int(80e9), needed)
@@ -246,7 +246,7 @@ def one_of(request: pytest.FixtureRequest) -> Iterator[Callable[[int], None]]:
 def divided(sizes: ModelConfig, compute: ComputeConfig) -> GPT:
     model = GPT(sizes)
     initialize(model, 0)
-    parallel._adapt_blocks(model, compute)
+    compute_module._adapt_blocks(model, compute)
     for block in model.h:
         fully_shard(block)
     fully_shard(model)
@@ -296,7 +296,7 @@ def test_the_estimate_is_what_a_divided_pass_takes_at_its_peak(
     ids = torch.randint(1000, (1, WIDE.context_length))
 
     def go() -> None:
-        with parallel.autocast("cpu", precision):
+        with compute_module.autocast("cpu", precision):
             logits = model(ids)
             nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
         nats.backward()  # type: ignore[no-untyped-call]
@@ -405,10 +405,10 @@ def test_what_is_asked_for_does_not_sway_the_choice() -> None:
 
 def test_dividing_is_a_way_out() -> None:
     sizes, there = PRESETS["gpt3-6.7b"], 80 * GB
-    alone = list(find_ways_out(sizes, ON_H100, [1, 2], there, 8))
+    alone = list(suggest_fits(sizes, ON_H100, [1, 2], there, 8))
     assert alone[0].options == "--sharding full --rows-per-micro-batch 2"
     assert fits_into(there, alone[0].needed_bytes)
-    assert list(find_ways_out(sizes, ON_H100, [1, 2], there)) == []
+    assert list(suggest_fits(sizes, ON_H100, [1, 2], there)) == []
     name, _ = largest_that_fits(replace(ON_H100, sharding="full"), there, 64) or ("", 0)
     assert name == "gpt3-13b"
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from overnight.optim import OptimizerConfig, apply_gradients, build_optimizer
+from overnight.training.optim import OptimizerConfig, apply_gradients, build_optimizer
 
 
 def small_net() -> nn.Module:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.model.config import PRESETS
-from overnight.ownership import assign_parameters, largest_share
+from overnight.model.model_config import PRESETS
+from overnight.training.ownership import assign_parameters, largest_share
 
 SIZES = st.dictionaries(st.text(max_size=3), st.integers(0, 1000), max_size=12)
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from overnight import parallel
-from overnight.loss import cross_entropy_nats
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.parallel import (
+from overnight.model.gpt import GPT, initialize
+from overnight.model.loss import cross_entropy_nats
+from overnight.model.model_config import ModelConfig
+from overnight.training import compute as compute_module
+from overnight.training.compute import (
     OF_PROCESSES,
     ComputeConfig,
     Head,
@@ -63,8 +62,8 @@ def off_by(ours: tuple[float, Tensor], truth: tuple[float, Tensor]) -> tuple[flo
 
 
 def test_what_is_left_open_is_decided_and_what_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "native_precision", lambda device: "bf16")
-    monkeypatch.setattr(parallel, "can_compile", lambda: True)
+    monkeypatch.setattr(compute_module, "native_precision", lambda device: "bf16")
+    monkeypatch.setattr(compute_module, "can_compile", lambda: True)
     decided = resolve_compute(ComputeConfig(), "cpu")
     assert (decided.device, decided.precision, decided.compile) == ("cpu", "bf16", True)
     assert (decided.attention, decided.head) == ("blocks", "whole")
@@ -82,7 +81,7 @@ def test_what_the_device_lacks_is_refused(setting: str, value: str) -> None:
 
 
 def test_compiling_without_a_compiler_is_refused_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "can_compile", lambda: False)
+    monkeypatch.setattr(compute_module, "can_compile", lambda: False)
     with pytest.raises(ValueError, match=r"compile=True needs a C\+\+ compiler"):
         resolve_compute(ComputeConfig(compile=True), "cpu")
     decided = resolve_compute(ComputeConfig(), "cpu")

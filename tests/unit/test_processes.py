@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from overnight import __version__
-from overnight.processes import LINES_SHOWN, REFUSED, _tell_failure
-from overnight.watch import FROZEN
-from overnight.world import LOST
+from overnight.distributed.processes import LINES_SHOWN, REFUSED, _tell_failure
+from overnight.distributed.watchdog import FROZEN
+from overnight.distributed.world import LOST
 
 
 def failed(ends: dict[int, tuple[int, float]]) -> Any:
@@ -94,7 +94,7 @@ def test_without_logs_nothing_is_shown(tmp_path: Path, capsys: pytest.CaptureFix
 def test_the_command_is_run_in_each_process_and_heard(word: str, status: int, heard: str) -> None:
     """By torch's own agent, which changes what signals do, and so in a process of its own."""
     script = (
-        "import sys; from overnight.processes import run_processes as run; sys.exit(run([sys.argv[1]], 2, 0))"
+        "import sys; from overnight.distributed.processes import run_processes as run; sys.exit(run([sys.argv[1]], 2, 0))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, word], capture_output=True, text=True, check=False, timeout=60

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overnight.sampling import SamplingConfig, noise, sample
+from overnight.generation.sampling import SamplingConfig, noise, sample
 
 EVERYTHING = SamplingConfig(top_k=None)
 SETTINGS = [

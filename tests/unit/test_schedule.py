@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from overnight.schedule import ScheduleConfig, learning_rate_multiplier
+from overnight.training.schedule import ScheduleConfig, learning_rate_multiplier
 
 KINDS: tuple[Literal["cosine", "linear", "wsd", "constant"], ...] = ("cosine", "linear", "wsd", "constant")
 Part = tuple[Callable[..., lr_scheduler.LRScheduler], dict[str, float], int]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.settings import flat_names, from_arguments, from_toml, nearest, parse_duration, to_toml
+from overnight.config import flat_names, from_arguments, from_toml, nearest, parse_duration, to_toml
 
 
 @dataclass(frozen=True, kw_only=True)

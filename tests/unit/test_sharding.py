@@ -5,21 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from overnight.gradients import add_up, add_up_in_tree, add_up_shards
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import draw_weights, initialize, weight_shapes
-from overnight.optim import OptimizerConfig
-from overnight.sharding import (
-    build_optimizer_of,
-    choose_sum,
-    find_obstacles,
-    place_model,
+from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.model.gpt import GPT, init_weights, initialize, weight_shapes
+from overnight.model.model_config import ModelConfig
+from overnight.training.optim import OptimizerConfig
+from overnight.training.sharding import (
+    accumulate_gradients_bitwise,
+    accumulate_gradients_fsdp,
+    broadcast_updates,
+    build_sharded_model,
+    build_sharded_optimizer,
+    gradient_reduction,
     reshard,
-    spread_updates,
+    unsupported_reasons,
 )
-from overnight.state import is_to_write, own_rows, set_weights
-from overnight.world import ALONE, World
+from overnight.training.state import is_writer, local_shard, set_weights
+from overnight.training.step import accumulate_gradients
 
 SIZES = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=8, vocab_size=50)
 
@@ -29,7 +30,7 @@ def one_of(size: int, rank: int = 0, local_size: int | None = None, *, is_joined
 
 
 def drawn(seed: int = 1) -> dict[str, torch.Tensor]:
-    return dict(draw_weights(weight_shapes(SIZES), SIZES.n_layer, seed))
+    return dict(init_weights(weight_shapes(SIZES), SIZES.n_layer, seed))
 
 
 # ---------------------------------------------------------------- weights
@@ -38,7 +39,7 @@ def drawn(seed: int = 1) -> dict[str, torch.Tensor]:
 def test_one_process_places_what_it_is_given() -> None:
     expected = GPT(SIZES)
     initialize(expected, seed=1)
-    placed = place_model(SIZES, drawn().items(), ALONE, "none")
+    placed = build_sharded_model(SIZES, drawn().items(), SINGLE_PROCESS, "none")
     for (name, one), (other, two) in zip(placed.named_parameters(), expected.named_parameters(), strict=True):
         assert name == other
         assert torch.equal(one, two), "and the padding of the vocabulary is zero"
@@ -53,11 +54,11 @@ def test_every_weight_has_to_be_given() -> None:
 
 def test_a_process_by_itself_has_and_writes_all_rows() -> None:
     tensor = torch.ones(3, 2)
-    rows, first = own_rows(tensor)
+    rows, first = local_shard(tensor)
     assert rows is tensor
     assert first == 0
-    assert is_to_write(tensor, is_owner=True)
-    assert not is_to_write(tensor, is_owner=False)
+    assert is_writer(tensor, is_owner=True)
+    assert not is_writer(tensor, is_owner=False)
 
 
 def test_nothing_is_put_back_that_was_never_gathered() -> None:
@@ -73,7 +74,7 @@ def test_every_parameter_is_updated_by_exactly_one(size: int) -> None:
     model = GPT(SIZES)
     updated: list[int] = []
     for rank in range(size):
-        optimizer = build_optimizer_of(model, OptimizerConfig(), one_of(size, rank), "optimizer")
+        optimizer = build_sharded_optimizer(model, OptimizerConfig(), one_of(size, rank), "optimizer")
         updated += [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
         matrices, vectors = optimizer.param_groups
         assert all(parameter.dim() >= 2 for parameter in matrices["params"])
@@ -84,7 +85,7 @@ def test_every_parameter_is_updated_by_exactly_one(size: int) -> None:
 @pytest.mark.parametrize("sharding", ["none", "full", "hybrid"])
 def test_without_it_each_process_updates_all_it_holds(sharding: str) -> None:
     model = GPT(SIZES)
-    optimizer = build_optimizer_of(model, OptimizerConfig(), one_of(4, 2), sharding)
+    optimizer = build_sharded_optimizer(model, OptimizerConfig(), one_of(4, 2), sharding)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
@@ -96,14 +97,14 @@ def test_updates_are_sent_by_their_owner_and_each_once(monkeypatch: pytest.Monke
         sent.setdefault(owner, []).extend(tensor.data_ptr() for tensor in tensors)
 
     monkeypatch.setattr(World, "spread", overhear)
-    spread_updates(model, one_of(3), "optimizer")()
+    broadcast_updates(model, one_of(3), "optimizer")()
     for rank in range(3):
-        optimizer = build_optimizer_of(model, OptimizerConfig(), one_of(3, rank), "optimizer")
+        optimizer = build_sharded_optimizer(model, OptimizerConfig(), one_of(3, rank), "optimizer")
         owned = [parameter.data_ptr() for group in optimizer.param_groups for parameter in group["params"]]
         assert sorted(sent[rank]) == sorted(owned)
     sent.clear()
     for sharding in ("none", "full", "hybrid"):
-        spread_updates(model, one_of(3), sharding)()
+        broadcast_updates(model, one_of(3), sharding)()
     assert sent == {}
 
 
@@ -113,15 +114,15 @@ def test_updates_are_sent_by_their_owner_and_each_once(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "sharding, bitwise, expected",
     [
-        ("none", False, add_up),
-        ("none", True, add_up_in_tree),
-        ("optimizer", False, add_up),
-        ("optimizer", True, add_up_in_tree),
-        ("full", False, add_up_shards),
+        ("none", False, accumulate_gradients),
+        ("none", True, accumulate_gradients_bitwise),
+        ("optimizer", False, accumulate_gradients),
+        ("optimizer", True, accumulate_gradients_bitwise),
+        ("full", False, accumulate_gradients_fsdp),
     ],
 )
 def test_gradients_are_added_up_by(sharding: str, bitwise: bool, expected: object) -> None:
-    assert choose_sum(GPT(SIZES), sharding, bitwise=bitwise) is expected
+    assert gradient_reduction(GPT(SIZES), sharding, bitwise=bitwise) is expected
 
 
 def test_machines_are_crossed_once_a_step() -> None:
@@ -132,7 +133,7 @@ def test_machines_are_crossed_once_a_step() -> None:
     def backward(micro_batch: int) -> torch.Tensor:
         return torch.tensor(float(micro_batch))
 
-    nats = choose_sum(model, "hybrid", bitwise=False)(backward, range(4, 8), [], ALONE)
+    nats = gradient_reduction(model, "hybrid", bitwise=False)(backward, range(4, 8), [], SINGLE_PROCESS)
     assert crossings == [False, False, False, True]
     assert nats == 4 + 5 + 6 + 7
 
@@ -140,7 +141,7 @@ def test_machines_are_crossed_once_a_step() -> None:
 @pytest.mark.parametrize(
     "sharding, precision, world, bitwise, complaint",
     [
-        ("full", "fp32", ALONE, False, "sharding=full is for processes that were started together"),
+        ("full", "fp32", SINGLE_PROCESS, False, "sharding=full is for processes that were started together"),
         ("optimizer", "fp16", one_of(2), False, "precision=fp16 scales gradients, which sharding=optimizer"),
         ("full", "fp32", one_of(2), True, "choose sharding none or optimizer"),
         ("hybrid", "fp32", one_of(2), True, "choose sharding none or optimizer"),
@@ -152,14 +153,14 @@ def test_machines_are_crossed_once_a_step() -> None:
 def test_what_does_not_go_together_is_said(
     sharding: str, precision: str, world: World, bitwise: bool, complaint: str
 ) -> None:
-    (found,) = find_obstacles(sharding, precision, world, bitwise=bitwise)
+    (found,) = unsupported_reasons(sharding, precision, world, bitwise=bitwise)
     assert complaint in found
 
 
 @pytest.mark.parametrize(
     "sharding, precision, world, bitwise",
     [
-        ("none", "fp32", ALONE, True),
+        ("none", "fp32", SINGLE_PROCESS, True),
         ("none", "fp16", one_of(2), False),
         ("full", "bf16", one_of(3), False),
         ("full", "fp32", one_of(1), False),
@@ -168,4 +169,4 @@ def test_what_does_not_go_together_is_said(
     ],
 )
 def test_what_goes_together_is_not(sharding: str, precision: str, world: World, bitwise: bool) -> None:
-    assert find_obstacles(sharding, precision, world, bitwise=bitwise) == []
+    assert unsupported_reasons(sharding, precision, world, bitwise=bitwise) == []

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from overnight.tensor_files import Piece, TensorFiles, write_tensors
+from overnight.training.checkpoint.format import TensorFiles, TensorShard, write_tensors
 
 SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=4)
 
@@ -20,19 +20,19 @@ def draw_tensors(shapes: list[list[int]]) -> dict[str, torch.Tensor]:
     return {f"t{place}": torch.randn(shape, generator=generator) for place, shape in enumerate(shapes)}
 
 
-def cut(tensors: dict[str, torch.Tensor], draw: st.DataObject, files: int) -> list[dict[str, Piece]]:
+def cut(tensors: dict[str, torch.Tensor], draw: st.DataObject, files: int) -> list[dict[str, TensorShard]]:
     """Each tensor cut anywhere, at most once for each file, and the pieces dealt out."""
-    dealt: list[dict[str, Piece]] = [{} for _ in range(files)]
+    dealt: list[dict[str, TensorShard]] = [{} for _ in range(files)]
     for name, tensor in tensors.items():
         places = draw.draw(st.sets(st.integers(1, len(tensor)), max_size=files - 1))
         ends = sorted({*places, len(tensor)})
         owners = draw.draw(st.permutations(range(files)))
         for owner, (first, end) in zip(owners, itertools.pairwise([0, *ends]), strict=False):
-            dealt[owner][name] = Piece(tensor[first:end], first)
+            dealt[owner][name] = TensorShard(tensor[first:end], first)
     return dealt
 
 
-def write_all(folder: Path, dealt: list[dict[str, Piece]]) -> list[Path]:
+def write_all(folder: Path, dealt: list[dict[str, TensorShard]]) -> list[Path]:
     paths = [folder / f"{number}.safetensors" for number in range(len(dealt))]
     for path, pieces in zip(paths, dealt, strict=True):
         write_tensors(path, pieces)
@@ -78,7 +78,7 @@ def test_rows_that_are_in_no_file_are_missed(rows: int, draw: st.DataObject) -> 
     """Any piece but the last: how long a tensor was nobody knows but the model that reads it."""
     tensor = torch.arange(rows * 2.0).view(rows, 2)
     place = draw.draw(st.integers(1, rows - 1))
-    pieces = [{"t": Piece(tensor[:place], 0)}, {"t": Piece(tensor[place:], place)}]
+    pieces = [{"t": TensorShard(tensor[:place], 0)}, {"t": TensorShard(tensor[place:], place)}]
     with tempfile.TemporaryDirectory() as folder:
         first, last = write_all(Path(folder), pieces)
         with pytest.raises(ValueError, match="rows of t are missing"):
@@ -91,21 +91,23 @@ def test_rows_that_are_in_no_file_are_missed(rows: int, draw: st.DataObject) -> 
 def test_a_file_of_whole_tensors_is_a_plain_one(tmp_path: Path) -> None:
     """What others read has nothing unusual in it."""
     tensors = draw_tensors([[3, 2], [4]])
-    write_tensors(tmp_path / "a", {name: Piece(tensor, 0) for name, tensor in tensors.items()})
+    write_tensors(tmp_path / "a", {name: TensorShard(tensor, 0) for name, tensor in tensors.items()})
     assert b"first_rows" not in (tmp_path / "a").read_bytes()
     assert all(torch.equal(load_file(tmp_path / "a")[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_process_may_have_nothing_to_write(tmp_path: Path) -> None:
     tensor = torch.ones(2, 2)
-    found = TensorFiles(write_all(tmp_path, [{}, {"t": Piece(tensor, 0)}, {}]))
+    found = TensorFiles(write_all(tmp_path, [{}, {"t": TensorShard(tensor, 0)}, {}]))
     assert found.shapes == {"t": tensor.shape}
 
 
 def test_a_view_is_written_by_itself(tmp_path: Path) -> None:
     """Rows of a larger tensor, and a transposed one, are copied, not what lies around them."""
     large = torch.arange(200_000.0).view(100, 2000)
-    write_tensors(tmp_path / "a", {"rows": Piece(large[3:5], 3), "turned": Piece(large[:2, :3].t(), 0)})
+    write_tensors(
+        tmp_path / "a", {"rows": TensorShard(large[3:5], 3), "turned": TensorShard(large[:2, :3].t(), 0)}
+    )
     assert (tmp_path / "a").stat().st_size < 20_000
     stored = load_file(tmp_path / "a")
     assert torch.equal(stored["rows"], large[3:5])

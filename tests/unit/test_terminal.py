@@ -4,11 +4,11 @@ import sys
 
 import pytest
 
-from overnight.terminal import progress, say
+from overnight.terminal import echo, progress
 
 
 def test_people_are_told_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    say("hello")
+    echo("hello")
     told = capsys.readouterr()
     assert (told.out, told.err) == ("", "hello\n")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from overnight import tracking
-from overnight.tracking import find_problems, open_trackers
+from overnight import trackers
+from overnight.trackers import find_problems, open_trackers
 
 VALUES = {1: {"loss": 10.825}, 2: {"loss": 9.5, "learning_rate": 6e-4}}
 
@@ -54,7 +54,7 @@ def test_tensorboard_forgets_the_steps_a_resumed_run_computes_again(tmp_path: Pa
 LOG_TWO_STEPS = """
 import sys
 from pathlib import Path
-from overnight.tracking import open_trackers
+from overnight.trackers import open_trackers
 
 with open_trackers([sys.argv[1]], Path(sys.argv[2]), "a run", {"seed": 1337}) as log:
     log(1, {"loss": 10.825})
@@ -108,9 +108,9 @@ def test_wandb_without_a_login_logs_offline_into_the_run_directory(tmp_path: Pat
 
 def test_a_resumed_run_keeps_its_wandb_identity(tmp_path: Path) -> None:
     path = tmp_path / "wandb-id"
-    first = tracking._identity(path)
-    assert tracking._identity(path) == first
-    assert tracking._identity(tmp_path / "another") != first
+    first = trackers._identity(path)
+    assert trackers._identity(path) == first
+    assert trackers._identity(tmp_path / "another") != first
 
 
 def test_trackio_logs_into_its_local_database(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_an_unknown_tracker_gets_the_nearest_name_before_anything_is_written(tmp
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     assert find_problems(["wandb"]) == [
         "the tracker 'wandb' is not installed; pip install 'overnight[wandb]'"
     ]

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from overnight.batching import BatchConfig, plan_batches
-from overnight.data.stream import Batch
-from overnight.loss import cross_entropy_nats
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.optim import OptimizerConfig, build_optimizer
-from overnight.state import TrainState
-from overnight.trainer import StepResult, Training, every, fit, fits, stop_on_signal, train_step
+from overnight.data.loader import Batch
+from overnight.model.gpt import GPT, initialize
+from overnight.model.loss import cross_entropy_nats
+from overnight.model.model_config import ModelConfig
+from overnight.training.batch import BatchConfig, plan_batches
+from overnight.training.optim import OptimizerConfig, build_optimizer
+from overnight.training.state import TrainState
+from overnight.training.step import StepResult, Training, every, fit, fits, stop_on_signal, train_step
 
 ROWS, T = 8, 16
 

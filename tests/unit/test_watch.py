@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from overnight.watch import FROZEN, watched
+from overnight.distributed.watchdog import FROZEN, watchdog
 
 START = """
 import ctypes, sys, time
@@ -69,5 +69,5 @@ def test_after_a_wait_it_is_watched_again() -> None:
 
 
 def test_an_error_passes_through() -> None:
-    with pytest.raises(KeyError), watched(0, 2, 60):
+    with pytest.raises(KeyError), watchdog(0, 2, 60):
         raise KeyError("not the watch's")

@@ -9,27 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from overnight import world
-from overnight.world import (
-    ALONE,
-    RefusedTogetherError,
-    World,
-    cores,
-    count_processes,
-    count_restarts,
-    is_launched,
-    is_main_process,
-    join_world,
-    meet_anew_each_time,
-    open_world,
-)
-from overnight.world.cores import (
+from overnight.distributed import machine, world
+from overnight.distributed.machine import (
     count_cores,
     divide_cores,
     keep_compiled_code,
     restart_with_large_pages,
 )
-from overnight.world.place import Place, find_place
+from overnight.distributed.world import (
+    SINGLE_PROCESS,
+    CollectiveValueError,
+    LauncherEnv,
+    World,
+    count_processes,
+    count_restarts,
+    is_launched,
+    is_main_process,
+    join_world,
+    open_world,
+    read_launcher_env,
+    use_new_rendezvous_store,
+)
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {
@@ -169,11 +169,11 @@ def test_torch_computes_with_a_thread_for_each_core(monkeypatch: pytest.MonkeyPa
     [
         ({}, None),
         ({"WORLD_SIZE": "1"}, None),
-        (TORCHRUN, Place(5, 8, 1, 4, None)),
-        (TORCHRUN | SLURM, Place(5, 8, 1, 4, None)),
-        (SLURM, Place(9, 16, 1, 8, "node03:34567")),
-        (SLURM | {"MASTER_PORT": "29500"}, Place(9, 16, 1, 8, "node03:29500")),
-        (SLURM | {"MASTER_ADDR": "10.0.0.1"}, Place(9, 16, 1, 8, "10.0.0.1:34567")),
+        (TORCHRUN, LauncherEnv(5, 8, 1, 4, None)),
+        (TORCHRUN | SLURM, LauncherEnv(5, 8, 1, 4, None)),
+        (SLURM, LauncherEnv(9, 16, 1, 8, "node03:34567")),
+        (SLURM | {"MASTER_PORT": "29500"}, LauncherEnv(9, 16, 1, 8, "node03:29500")),
+        (SLURM | {"MASTER_ADDR": "10.0.0.1"}, LauncherEnv(9, 16, 1, 8, "10.0.0.1:34567")),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),
     ],
@@ -189,8 +189,10 @@ def test_torch_computes_with_a_thread_for_each_core(monkeypatch: pytest.MonkeyPa
         "a batch script",
     ],
 )
-def test_a_launcher_s_environment_says_the_place(environment: dict[str, str], place: Place | None) -> None:
-    assert find_place(environment) == place
+def test_a_launcher_s_environment_says_the_place(
+    environment: dict[str, str], place: LauncherEnv | None
+) -> None:
+    assert read_launcher_env(environment) == place
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_a_launcher_s_environment_says_the_place(environment: dict[str, str], pl
     ],
 )
 def test_the_first_of_slurm_s_hosts_is_where_they_meet(nodes: str, first: str) -> None:
-    found = find_place(SLURM | {"SLURM_STEP_NODELIST": nodes})
+    found = read_launcher_env(SLURM | {"SLURM_STEP_NODELIST": nodes})
     assert found is not None
     assert found.address == f"{first}:34567"
 
@@ -214,10 +216,10 @@ def test_the_first_of_slurm_s_hosts_is_where_they_meet(nodes: str, first: str) -
 def test_half_a_launcher_is_refused(missing: str) -> None:
     environment = {name: value for name, value in TORCHRUN.items() if name != missing}
     if missing == "WORLD_SIZE":
-        assert find_place(environment) is None
+        assert read_launcher_env(environment) is None
     else:
         with pytest.raises(ValueError, match=f"WORLD_SIZE is set and {missing} is not: start with torchrun"):
-            find_place(environment)
+            read_launcher_env(environment)
 
 
 @pytest.fixture
@@ -294,17 +296,17 @@ def test_more_processes_than_devices_are_refused(
 def test_what_is_started_finds_its_share_of_the_cores_and_a_store_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cores, "count_cores", lambda: 8)
+    monkeypatch.setattr(machine, "count_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS")
     for processes, threads in ((2, "4"), (3, "2"), (64, "1")):
         divide_cores(processes)
         assert os.environ["OMP_NUM_THREADS"] == threads
         monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0")
-    meet_anew_each_time()
+    use_new_rendezvous_store()
     assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "0", "as the user has set it"
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
-    meet_anew_each_time()
+    use_new_rendezvous_store()
     assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
@@ -313,17 +315,21 @@ def test_what_is_started_finds_its_share_of_the_cores_and_a_store_of_its_own(
 
 def test_alone_everything_is_said_and_nothing_sent() -> None:
     tensors = [torch.ones(2), torch.ones(3)]
-    ALONE.sum(tensors)
-    ALONE.sum_in_tree(tensors)
-    ALONE.spread(tensors, 0)
-    ALONE.wait_for_all()
+    SINGLE_PROCESS.sum(tensors)
+    SINGLE_PROCESS.sum_in_tree(tensors)
+    SINGLE_PROCESS.spread(tensors, 0)
+    SINGLE_PROCESS.wait_for_all()
     assert all(tensor.eq(1).all() for tensor in tensors)
-    assert (ALONE.any(True), ALONE.any(False), ALONE.gather("word")) == (True, False, ["word"])
+    assert (SINGLE_PROCESS.any(True), SINGLE_PROCESS.any(False), SINGLE_PROCESS.gather("word")) == (
+        True,
+        False,
+        ["word"],
+    )
 
 
 def test_alone_a_refusal_is_as_it_was() -> None:
     refusal = ValueError("too large")
-    with pytest.raises(ValueError, match="too large") as refused, ALONE.together():
+    with pytest.raises(ValueError, match="too large") as refused, SINGLE_PROCESS.together():
         raise refusal
     assert refused.value is refusal
 
@@ -346,7 +352,7 @@ def test_refusals_of_several_are_one_sentence(
             if refusals[1]:
                 raise ValueError(refusals[1])
 
-    with pytest.raises(RefusedTogetherError) as refused:
+    with pytest.raises(CollectiveValueError) as refused:
         refuse()
     assert str(refused.value) == said
 

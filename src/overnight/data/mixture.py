@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from overnight.data.stream import Batch, TokenStream
+from overnight.data.loader import Batch, TokenStream
 
 
 class Rows(Protocol):

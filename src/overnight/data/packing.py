@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from overnight.data.loader import Batch, TokenStream
 from overnight.data.permutation import Permutation, build_permutation
-from overnight.data.shard_file import Line, LocalFolder, Shelf
-from overnight.data.stream import Batch, TokenStream
-from overnight.data.token_file import Tokens
+from overnight.data.shards import LocalStore, ShardStore, TokenReader, Tokens
 
 BUFFER_DOCUMENTS = 1024
 ORDERED_DOCUMENTS = 1 << 14  # at a time: as arrays of 8 bytes each, and as Python's numbers
@@ -59,13 +58,13 @@ class BestFitStream:
     """
 
     def __init__(
-        self, folder: Path | str | Shelf, split: str = "train", *, tokens_per_row: int, seed: int = 0
+        self, folder: Path | str | ShardStore, split: str = "train", *, tokens_per_row: int, seed: int = 0
     ) -> None:
-        self._shelf = LocalFolder(Path(folder), split) if isinstance(folder, Path | str) else folder
+        self._shelf = LocalStore(Path(folder), split) if isinstance(folder, Path | str) else folder
         self._windows = TokenStream(self._shelf, split, tokens_per_row=tokens_per_row, seed=seed)
         self.manifest, self.split, self.seed = self._shelf.manifest, split, seed
         self.tokens, self.tokens_per_row = self._windows.tokens, tokens_per_row
-        self._line = Line(self._shelf, split)
+        self._line = TokenReader(self._shelf, split)
         end_of_text = self.manifest.end_of_text
         starts = self._find(end_of_text)
         if not starts.size or starts[0]:

@@ -30,13 +30,20 @@ from typing import BinaryIO
 
 import numpy as np
 
-from overnight.cache import cache_folder
-from overnight.data.files import first_line, is_remote, open_store
-from overnight.data.shard_file import Reader, ShardFile, files_at_once
-from overnight.data.shards import Shard, read_manifest, verify_shard
-from overnight.data.token_file import HEADER_BYTES, Tokens, token_format
-from overnight.run_directory import write_atomically
-from overnight.terminal import say
+from overnight.data.shards import (
+    HEADER_BYTES,
+    Shard,
+    ShardFile,
+    ShardReader,
+    Tokens,
+    files_at_once,
+    read_manifest,
+    token_format,
+    verify_shard,
+)
+from overnight.data.text_files import first_line, is_remote, open_store
+from overnight.run_directory import cache_folder, write_atomically
+from overnight.terminal import echo
 
 PIECE_BYTES = 1 << 16
 DIGEST_BYTES = 16
@@ -85,12 +92,12 @@ class RemoteFolder:
             self._open_here(shard)
         return self.folder / shard.name
 
-    def open(self, shard: Shard) -> Reader:
+    def open(self, shard: Shard) -> ShardReader:
         """A shard, to be read anywhere. Raises ValueError as `path` does."""
         with self._one_at_a_time:
             file = self._opened.get(shard.name)
             if file is None:
-                return DistantShard(self, shard) if self._is_distant(shard) else self._open_here(shard)
+                return RemoteShard(self, shard) if self._is_distant(shard) else self._open_here(shard)
             if self.cache_bytes is not None:
                 _touch(self.folder / shard.name)
             return file
@@ -151,7 +158,7 @@ class RemoteFolder:
         """Bring a shard here; it has its place once it is complete and verified."""
         arriving = self.folder / ".arriving" / shard.name
         arriving.parent.mkdir(exist_ok=True)
-        say(f"fetching {self.address}/{shard.name} ({self._bytes(shard) / 1e6:,.1f} MB)")
+        echo(f"fetching {self.address}/{shard.name} ({self._bytes(shard) / 1e6:,.1f} MB)")
         try:
             self._store.system.get_file(f"{self._store.root}/{shard.name}", str(arriving))
             verify_shard(arriving.parent, shard, self.manifest.vocab_size)
@@ -201,7 +208,7 @@ class RemoteFolder:
             )
         whole = sum(map(self._bytes, self.manifest.train))
         if self.cache_bytes < whole:
-            say(
+            echo(
                 f"{self.address} has {whole / 1e9:,.2f} GB of training shards and the cache keeps "
                 f"{self.cache_bytes / 1e9:,.2f}: rows are drawn from all of them, so about "
                 f"{1 - self.cache_bytes / whole:.0%} of the rows will be read from there one by one"
@@ -235,7 +242,7 @@ class RemoteFolder:
 
 
 @dataclass(frozen=True)
-class DistantShard:
+class RemoteShard:
     """A shard that is read where it lies: each call is a request for the pieces that hold the tokens."""
 
     folder: RemoteFolder

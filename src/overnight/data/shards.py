@@ -12,22 +12,29 @@ The manifest is written last. A folder is used only if it verifies, byte for byt
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 import re
+import resource
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.data.token_file import REMEDY, TokenFile, hash_tokens, open_tokens, token_format
-from overnight.run_directory import write_atomically
+from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
 
 if TYPE_CHECKING:
-    from overnight.text.tokenizer import Tokenizer
+    from overnight.tokenizer.tokenizer import Tokenizer
+
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
@@ -217,7 +224,7 @@ def verify(folder: Path, split: str | None = None) -> Manifest:
 
 def load_prepared_tokenizer(folder: Path, manifest: Manifest | None = None) -> Tokenizer:
     """The tokenizer that made a folder's shards. Raises ValueError if what lies there is another."""
-    from overnight.text.load import load_tokenizer
+    from overnight.tokenizer.open_tokenizer import load_tokenizer
 
     manifest = manifest or read_manifest(folder)
     if not (folder / "tokenizer").is_dir():
@@ -257,3 +264,259 @@ def _check_names(manifest: Manifest, path: Path) -> None:
         for shard in manifest.shards(split):
             if not SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(split):
                 raise ValueError(f"{path} names {shard.name!r}, which is no shard of {split}; {REMEDY}")
+
+
+# ---------------------------------------------------------------- the binary format of token shards, as llm.c and modded-nanogpt read it
+
+
+HEADER_BYTES = 256 * 4
+CHUNK_BYTES = 1 << 20
+REMEDY = "delete the folder and prepare it again"
+
+Tokens = NDArray[np.unsignedinteger[Any]]  # uint16 or uint32
+
+
+@dataclass(frozen=True)
+class TokenFormat:
+    """One of the two variants."""
+
+    magic: int
+    version: int
+    dtype: np.dtype[Any]
+
+
+SMALL = TokenFormat(20240520, 1, np.dtype("<u2"))
+LARGE = TokenFormat(20240801, 7, np.dtype("<u4"))
+
+
+def token_format(vocab_size: int) -> TokenFormat:
+    """The smaller variant that holds every id below `vocab_size`."""
+    return SMALL if vocab_size <= 65_536 else LARGE
+
+
+def check_ids(ids: Tokens, vocab_size: int) -> None:
+    """Raise ValueError if an id lies outside the vocabulary."""
+    if ids.size and (highest := int(ids.max())) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gave the id {highest}, outside its vocabulary of {vocab_size:,}; "
+            "its files do not belong together"
+        )
+
+
+class TokenFile:
+    """A shard being written: nothing has its name until it is complete and on the disk."""
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self.path = path
+        self.tokens = 0
+        self.vocab_size = vocab_size
+        self.format = token_format(vocab_size)
+        self._partial = path.with_name(path.name + ".partial")
+        self._file = self._partial.open("wb")
+        self._file.write(bytes(HEADER_BYTES))
+
+    def append(self, ids: Tokens) -> None:
+        """Add ids at the end. Raises ValueError if one lies outside the vocabulary."""
+        check_ids(ids, self.vocab_size)
+        self._file.write(np.ascontiguousarray(ids, dtype=self.format.dtype).data)
+        self.tokens += ids.size
+
+    def close(self) -> str:
+        """Complete the shard, give it its name, and return the sha256 of the file as it is on the disk."""
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = self.format.magic, self.format.version, self.tokens
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+        flush_to_disk(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self.path)
+        flush_folder(self.path.parent)
+        return hash_tokens(self.path).sha256
+
+    def abandon(self) -> None:
+        """Drop a shard that is not to be completed."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def open_tokens(path: Path, remedy: str = REMEDY) -> Tokens:
+    """The tokens of a shard, mapped into memory and not yet read.
+
+    Raises ValueError, naming the file, if its header or its length is not as it must be.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {remedy}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEADER_BYTES)
+    if len(head) < HEADER_BYTES:
+        raise ValueError(f"{path} is damaged: it ends after {size:,} bytes, within its header; {remedy}")
+    header = np.frombuffer(head, dtype="<i4")
+    magic, version, count = (int(word) for word in header[:3])
+    known = {(each.magic, each.version): each for each in (SMALL, LARGE)}
+    if (magic, version) not in known:
+        raise ValueError(
+            f"{path} is damaged, or no shard: it begins with {magic}, version {version}; {remedy}"
+        )
+    dtype = known[magic, version].dtype
+    if count < 1 or header[3:].any():
+        raise ValueError(f"{path} is damaged: its header is not one that is ever written; {remedy}")
+    expected = HEADER_BYTES + count * dtype.itemsize
+    if size != expected:
+        raise ValueError(
+            f"{path} is damaged: {count:,} tokens make {expected:,} bytes, and it has {size:,}; {remedy}"
+        )
+    # A plain array over the map: np.memmap's own slicing is several times slower.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,)))
+
+
+@dataclass(frozen=True)
+class TokenSummary:
+    """What reading a shard to its end tells."""
+
+    sha256: str
+    highest_id: int
+
+
+def hash_tokens(path: Path) -> TokenSummary:
+    """Read a shard once: the sha256 of the whole file, and the highest id in it."""
+    tokens = open_tokens(path)
+    digest, highest = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        digest.update(file.read(HEADER_BYTES))
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            highest = max(highest, int(np.frombuffer(chunk, dtype=tokens.dtype).max()))
+    return TokenSummary(digest.hexdigest(), highest)
+
+
+# ---------------------------------------------------------------- a shard opened for reading anywhere in it, and where a stream gets its shards from
+
+
+class ShardFile:
+    """Reads a shard's tokens from any place; the file is closed when nothing refers to this any more.
+
+    It is read, not mapped: a map counts every page that was ever touched as this process's memory, and
+    where the pages are not in memory yet, each touch waits for the megabytes the kernel reads around it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tokens = open_tokens(path).size
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def read(self, first: int, into: Tokens) -> None:
+        """Fill `into`, a contiguous array of the shard's own type, with the tokens from `first` on.
+
+        Raises ValueError if the file ends before them.
+        """
+        if os.preadv(self._file, [into.data], HEADER_BYTES + first * into.itemsize) != into.nbytes:
+            raise ValueError(f"{self.path} was cut short while it was read: prepare the data again")
+
+
+class ShardReader(Protocol):
+    """A shard, wherever it lies."""
+
+    def read(self, first: int, into: Tokens) -> None:
+        """Fill `into` with the tokens from `first` on, which are as they were written."""
+        ...
+
+
+class ShardStore(Protocol):
+    """A prepared folder, wherever it lies."""
+
+    manifest: Manifest
+
+    def open(self, shard: Shard) -> ShardReader:
+        """One of its shards, to be read anywhere."""
+        ...
+
+    def path(self, shard: Shard) -> Path:
+        """Where one of its shards lies on this machine, whole and verified."""
+        ...
+
+
+class LocalStore:
+    """A split of a prepared folder on this machine, every shard of it read here and found as it was written.
+
+    Raises ValueError, naming the file, if one is not.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder = folder
+        self.manifest = verify(folder, split)
+        self._open = functools.lru_cache(files_at_once())(lambda name: ShardFile(folder / name))
+
+    def open(self, shard: Shard) -> ShardFile:
+        """One of its shards."""
+        return self._open(shard.name)
+
+    def path(self, shard: Shard) -> Path:
+        """Where it lies."""
+        return self.folder / shard.name
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+class TokenReader:
+    """The tokens of a split, end to end from shard to shard."""
+
+    def __init__(self, shelf: ShardStore, split: str) -> None:
+        self._shelf = shelf
+        self._shards = shelf.manifest.shards(split)
+        self._begins = [0, *accumulate(shard.tokens for shard in self._shards)]
+        self.tokens = self._begins[-1]
+        self.dtype = token_format(shelf.manifest.vocab_size).dtype
+
+    def read(self, start: int, into: Tokens) -> None:
+        """Fill `into`, a contiguous array of `dtype`, with the tokens from `start` on."""
+        while True:
+            index = bisect_right(self._begins, start) - 1
+            file = self._shelf.open(self._shards[index])
+            left = self._begins[index + 1] - start
+            if into.size <= left:
+                return file.read(start - self._begins[index], into)
+            file.read(start - self._begins[index], into[:left])
+            start, into = start + left, into[left:]
+
+
+def files_at_once() -> int:
+    """How many shards are kept open at once: an eighth of the files that this process may have open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, limit // 8) if limit != resource.RLIM_INFINITY else 1 << 16
+
+
+# ---------------------------------------------------------------- how often each id occurs, in passes over mapped tokens that leave nothing behind in memory
+
+
+AT_ONCE = 1 << 20  # tokens: what bincount needs for them stays within a processor's cache
+
+
+def chunks(ids: Tokens, size: int = AT_ONCE) -> Iterator[Tokens]:
+    """The ids in their order, at most `size` at a time."""
+    for start in range(0, ids.size, size):
+        yield ids[start : start + size]
+
+
+def count_ids(ids: Tokens, vocab_size: int) -> NDArray[np.int64]:
+    """(vocab_size,): how often each id occurs. Raises ValueError, giving the id, for one outside."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for chunk in chunks(ids):
+        if (highest := int(chunk.max())) >= vocab_size:
+            raise ValueError(f"the id {highest}, outside a vocabulary of {vocab_size:,}")
+        counts += np.bincount(chunk, minlength=vocab_size)
+    return counts
+
+
+def places_of(id: int, ids: Tokens) -> NDArray[np.int64]:
+    """Where one id stands, in order."""
+    found = [np.flatnonzero(chunk == id) + number * AT_ONCE for number, chunk in enumerate(chunks(ids))]
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+
+
+def byte_lengths(token_bytes: list[bytes]) -> NDArray[np.int64]:
+    """(vocab_size,): how many bytes of text each id stands for."""
+    return np.array([len(each) for each in token_bytes], dtype=np.int64)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from overnight.model.gpt import GPT, evaluating
-from overnight.parallel import autocast
-from overnight.world import ALONE, World
+from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.model.gpt import GPT, eval_mode
+from overnight.training.compute import autocast
 
 TOKENS_AT_ONCE = 8192  # padding included
 LOGITS_AT_ONCE = 1024  # positions: all logits of a batch would take gigabytes
@@ -34,7 +34,7 @@ class Passage:
     scored: int
 
 
-class Scored(NamedTuple):
+class SpanResult(NamedTuple):
     """What a model makes of a passage."""
 
     nats: float
@@ -44,9 +44,9 @@ class Scored(NamedTuple):
 
 
 @torch.no_grad()
-def judge_passages(
-    model: GPT, passages: Sequence[Passage], precision: str = "fp32", world: World = ALONE
-) -> Iterator[tuple[int, Scored]]:
+def evaluate_passages(
+    model: GPT, passages: Sequence[Passage], precision: str = "fp32", world: World = SINGLE_PROCESS
+) -> Iterator[tuple[int, SpanResult]]:
     """Every passage's place and what comes of it, in batches of passages that are about as long.
 
     Passages are divided among the processes of `world`, each of which yields its own. Raises ValueError for
@@ -55,7 +55,7 @@ def judge_passages(
     for passage in passages:
         _check(passage, model.config.context_length)
     order = sorted(range(len(passages)), key=lambda place: (len(passages[place].ids), place))
-    with evaluating(model), autocast(model.wte.weight.device.type, precision):
+    with eval_mode(model), autocast(model.wte.weight.device.type, precision):
         for places in list(_batches(passages, order))[world.rank :: world.size]:
             yield from zip(places, _judge([passages[place] for place in places], model), strict=True)
 
@@ -103,7 +103,7 @@ def _padded(length: int) -> int:
     return -(-length // SHAPE) * SHAPE
 
 
-def _judge(passages: Sequence[Passage], model: GPT) -> Iterator[Scored]:
+def _judge(passages: Sequence[Passage], model: GPT) -> Iterator[SpanResult]:
     device = model.wte.weight.device
     longest = max(len(passage.ids) for passage in passages) - 1
     T = min(_padded(longest), model.config.context_length)
@@ -127,4 +127,4 @@ def _judge(passages: Sequence[Passage], model: GPT) -> Iterator[Scored]:
     nats_N, greedy_N = torch.cat(nats).cpu().double(), torch.cat(greedy).cpu()
     ends = np.cumsum([0, *(passage.scored for passage in passages)])
     for start, end in pairwise(ends.tolist()):
-        yield Scored(nats_N[start:end].sum().item(), bool(greedy_N[start:end].all()))
+        yield SpanResult(nats_N[start:end].sum().item(), bool(greedy_N[start:end].all()))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Reference:
+class PublishedResult:
     """A result to stand beside a model's."""
 
     whose: str
@@ -22,24 +22,24 @@ SCRIPT = "build-nanogpt, hellaswag.py"
 HARNESS = "lm-eval, as told in hellaswag.py"
 
 
-def _paper(*values: float, source: str = PAPER) -> tuple[Reference, ...]:
+def _paper(*values: float, source: str = PAPER) -> tuple[PublishedResult, ...]:
     """A column of the GPT-2 paper's table 3, by its four sizes."""
-    return tuple(Reference(whose, value, source) for whose, value in zip(OPENAI, values, strict=True))
+    return tuple(PublishedResult(whose, value, source) for whose, value in zip(OPENAI, values, strict=True))
 
 
-def _gpt3(value: float, note: str = "") -> tuple[Reference, ...]:
-    return (Reference("GPT-3 125M", value, f"{GPT3}{note}"),)
+def _gpt3(value: float, note: str = "") -> tuple[PublishedResult, ...]:
+    return (PublishedResult("GPT-3 125M", value, f"{GPT3}{note}"),)
 
 
-REFERENCES: Mapping[tuple[str, str], tuple[Reference, ...]] = {
+REFERENCES: Mapping[tuple[str, str], tuple[PublishedResult, ...]] = {
     ("hellaswag", "accuracy_per_token"): (
-        Reference("OpenAI 124M", 0.2955, SCRIPT),
+        PublishedResult("OpenAI 124M", 0.2955, SCRIPT),
         *_gpt3(0.337),
-        Reference("people", 0.956, "Zellers et al. 2019, table 1"),
+        PublishedResult("people", 0.956, "Zellers et al. 2019, table 1"),
     ),
-    ("hellaswag", "accuracy_by_sum"): (Reference("OpenAI 124M", 0.2859, SCRIPT),),
-    ("hellaswag-lm-eval", "accuracy_per_character"): (Reference("OpenAI 124M", 0.3114, HARNESS),),
-    ("hellaswag-lm-eval", "accuracy_by_sum"): (Reference("OpenAI 124M", 0.2892, HARNESS),),
+    ("hellaswag", "accuracy_by_sum"): (PublishedResult("OpenAI 124M", 0.2859, SCRIPT),),
+    ("hellaswag-lm-eval", "accuracy_per_character"): (PublishedResult("OpenAI 124M", 0.3114, HARNESS),),
+    ("hellaswag-lm-eval", "accuracy_by_sum"): (PublishedResult("OpenAI 124M", 0.2892, HARNESS),),
     ("arc-easy", "accuracy_per_character"): _gpt3(0.436, ", by its own norm"),
     ("arc-challenge", "accuracy_per_character"): _gpt3(0.266, ", by its own norm"),
     ("openbookqa", "accuracy_per_character"): _gpt3(0.356, ", by its own norm"),
@@ -64,8 +64,8 @@ REFERENCES: Mapping[tuple[str, str], tuple[Reference, ...]] = {
 stood before each word when its perplexities were measured."""
 
 VALIDATION_LOSSES = {
-    "fineweb-edu": (Reference("OpenAI 124M", 3.2924, "build-nanogpt, play.ipynb"),),
-    "openwebtext": (Reference("OpenAI 124M", 3.12, "nanoGPT, README"),),
+    "fineweb-edu": (PublishedResult("OpenAI 124M", 3.2924, "build-nanogpt, play.ipynb"),),
+    "openwebtext": (PublishedResult("OpenAI 124M", 3.12, "nanoGPT, README"),),
 }
 """By source, in nats per token of GPT-2's BPE; never to be compared across texts. Others' held-out documents
 are not ours: the same text, other pieces of it."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from overnight.evaluation.choices import Judged
-from overnight.evaluation.intervals import Interval, bootstrap, bootstrap_difference, mcnemar, wilson
-from overnight.evaluation.measured import Measured, Unit
-from overnight.evaluation.passages import Scored
-from overnight.evaluation.references import REFERENCES, Reference
+import numpy as np
+from numpy.typing import NDArray
+
+from overnight.evaluation.multiple_choice import ChoiceResult
+from overnight.evaluation.passages import SpanResult
+from overnight.evaluation.perplexity import TextLoss, Unit
+from overnight.evaluation.references import REFERENCES, PublishedResult
 
 ACCURACIES = {
     "accuracy_per_token": "by_token",
@@ -36,7 +38,7 @@ class Score:
     interval: Interval
     chance: float | None = None
     """What guessing reaches."""
-    references: tuple[Reference, ...] = ()
+    references: tuple[PublishedResult, ...] = ()
     against: AccuracyComparison | LossComparison | None = None
 
 
@@ -64,9 +66,9 @@ class LossComparison:
 
 def score_choices(
     task: str,
-    judged: Sequence[Judged],
+    judged: Sequence[ChoiceResult],
     chance: float,
-    against: Sequence[Judged] | None = None,
+    against: Sequence[ChoiceResult] | None = None,
     metrics: Sequence[str] = tuple(ACCURACIES),
 ) -> list[Score]:
     """A task's accuracies from its questions; `against` are the same ones, judged by another model."""
@@ -82,7 +84,10 @@ def score_choices(
 
 
 def score_passages(
-    task: str, scored: Sequence[Scored], measured: Measured, against: tuple[Sequence[Scored], Measured] | None
+    task: str,
+    scored: Sequence[SpanResult],
+    measured: TextLoss,
+    against: tuple[Sequence[SpanResult], TextLoss] | None,
 ) -> list[Score]:
     """The accuracy of greedy decoding on passages' last words, and their perplexity."""
     here = [each.is_greedy for each in scored]
@@ -113,8 +118,8 @@ LOSS_METRICS: dict[str, tuple[Unit, Callable[[float], float]]] = {
 def score_text(
     task: str,
     metrics: Sequence[str],
-    measured: Measured,
-    against: Measured | None = None,
+    measured: TextLoss,
+    against: TextLoss | None = None,
     kind: str = "windows",
 ) -> list[Score]:
     """A text's losses. The interval is that of the nats per token, over the examples, in other units."""
@@ -143,7 +148,7 @@ def score_text(
     return found
 
 
-def compare(here: Sequence[bool], there: Sequence[bool]) -> AccuracyComparison:
+def compare_scores(here: Sequence[bool], there: Sequence[bool]) -> AccuracyComparison:
     """Two models on the same questions, in the same order."""
     only_here = sum(one and not other for one, other in zip(here, there, strict=True))
     only_there = sum(other and not one for one, other in zip(here, there, strict=True))
@@ -162,6 +167,75 @@ def _accuracy(
         examples=len(here),
         interval=wilson(right, len(here)),
         references=REFERENCES.get((task, metric), ()),
-        against=None if there is None else compare(here, there),
+        against=None if there is None else compare_scores(here, there),
         **told,
     )
+
+
+# ---------------------------------------------------------------- how far a result may be off
+
+
+RESAMPLES = 2000
+Z = 1.959963984540054  # of the normal distribution, 97.5% lie below
+SEED = 0
+DRAWN_AT_ONCE = 1 << 22  # numbers, in 32 MB
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Where the value lies with 95% confidence, if the examples were drawn at random from many more."""
+
+    low: float
+    high: float
+    method: Literal["Wilson", "bootstrap"]
+
+
+def wilson(right: int, count: int) -> Interval:
+    """Of a share, `right` of `count`: holds near 0 and 1 as well (Wilson 1927)."""
+    share = right / count
+    middle = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    spread = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
+    low = middle - spread if right else 0.0  # to the digit, where rounding would leave a little
+    high = middle + spread if right < count else 1.0
+    return Interval(max(0.0, low), min(1.0, high), "Wilson")
+
+
+def bootstrap(sums: Sequence[float], counts: Sequence[float]) -> Interval:
+    """Of sum(sums) / sum(counts), where each example has one of either: nats and tokens of a document, say.
+
+    Examples are drawn again with replacement (Efron 1979); the noise is always the same.
+    """
+    low, high = np.quantile(_resampled(np.asarray(sums), np.asarray(counts)), [0.025, 0.975])
+    return Interval(float(low), float(high), "bootstrap")
+
+
+def bootstrap_difference(
+    first: Sequence[float], second: Sequence[float], counts: Sequence[float]
+) -> Interval:
+    """Of sum(first) / sum(counts) less sum(second) / sum(counts): two models judged on the same examples."""
+    return bootstrap(np.subtract(first, second).tolist(), counts)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The probability that two models that are as good differ at least so much on the same questions.
+
+    Only questions count that one of them answers rightly and the other does not; exact (McNemar 1947).
+    """
+    count, fewer = only_first + only_second, min(only_first, only_second)
+    logs = [_log_choose(count, number) - count * math.log(2) for number in range(fewer + 1)]
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+
+
+def _log_choose(count: int, number: int) -> float:
+    return math.lgamma(count + 1) - math.lgamma(number + 1) - math.lgamma(count - number + 1)
+
+
+def _resampled(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The ratio of each of RESAMPLES samples."""
+    random = np.random.default_rng(SEED)
+    at_once = max(1, DRAWN_AT_ONCE // len(sums))
+    found = []
+    for first in range(0, RESAMPLES, at_once):
+        drawn = random.integers(0, len(sums), (min(at_once, RESAMPLES - first), len(sums)))
+        found.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    return np.concatenate(found)

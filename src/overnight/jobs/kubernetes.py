@@ -21,7 +21,7 @@ PLACE = "/overnight"
 CLAIM = "overnight"
 
 
-def write_job(request: JobRequest) -> str:
+def write_kubernetes_job(request: JobRequest) -> str:
     """The YAML for `kubectl apply`: a claim of the volume, unless there is one, and the job."""
     parts = [_head(request), _job(request), _pod(request)]
     if request.shared_disk is None:
@@ -29,7 +29,7 @@ def write_job(request: JobRequest) -> str:
     return "\n".join(parts)
 
 
-def submit_command(request: JobRequest) -> str:
+def kubernetes_submit_command(request: JobRequest) -> str:
     """What hands the file to Kubernetes."""
     return join(("kubectl", "apply", "-f", request.path))
 

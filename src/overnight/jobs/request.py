@@ -13,25 +13,10 @@ import shlex
 import textwrap
 from dataclasses import dataclass
 
+from overnight.preparation.prepare_commands import JobText
+
 SAVE_SECONDS = 150  # between SIGTERM and the end of a process that has not saved by then
 LONGEST_NAME = 45  # Kubernetes has 63 for a pod's, which ends in -worker-N
-
-
-@dataclass(frozen=True)
-class Text:
-    """A folder of shards that the run reads."""
-
-    folder: str
-    """As the recipe names it; or a URL, which every machine reads for itself."""
-    prepare: tuple[str, ...] = ()
-    """The command that fills it; () if that needs files of the machine at hand, or is not known."""
-    weight: float | None = None
-    """In a mixture."""
-
-    @property
-    def is_remote(self) -> bool:
-        """True for a URL."""
-        return "://" in self.folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +30,7 @@ class JobRequest:
     run_name: str
     words: tuple[str, ...]
     """The recipe and the options, as they follow `overnight train`."""
-    texts: tuple[Text, ...] = ()
+    texts: tuple[JobText, ...] = ()
     """What must be prepared before the run begins."""
     nodes: int = 1
     gpus_per_node: int = 8
@@ -176,7 +161,7 @@ def prepare_texts(request: JobRequest, is_first: str) -> str:
     return "\n".join([*lines, ""]) if lines else ""
 
 
-def refuse_without(text: Text) -> str:
+def refuse_without(text: JobText) -> str:
     """Lines that end the job where the text is not there."""
     how = f": {join(text.prepare)}" if text.prepare else ""
     return f"""\

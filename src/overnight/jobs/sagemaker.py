@@ -7,17 +7,9 @@ no line break, and a variable 512.
 
 from __future__ import annotations
 
-from overnight.jobs.request import (
-    WAIT_FOR_IT,
-    JobRequest,
-    Text,
-    block,
-    define_is_finished,
-    join,
-    quote,
-    yaml_text,
-)
-from overnight.settings import nearest
+from overnight.config import nearest
+from overnight.jobs.request import WAIT_FOR_IT, JobRequest, block, define_is_finished, join, quote, yaml_text
+from overnight.preparation.prepare_commands import JobText
 
 SAVE_SECONDS = 100  # SageMaker kills 120 seconds after SIGTERM
 LONGEST_ARGUMENT, MOST_ARGUMENTS, LONGEST_VARIABLE = 256, 100, 512
@@ -38,7 +30,7 @@ INSTANCES = {
 WITHOUT_GPU = "ml.c7i.8xlarge"
 
 
-def write_job(request: JobRequest) -> str:
+def write_sagemaker_job(request: JobRequest) -> str:
     """The request as YAML. Raises ValueError for what SageMaker has no instance or no room for."""
     if request.hours > LONGEST_HOURS:
         raise ValueError(f"hours={request.hours:g}: a SageMaker job has at most {LONGEST_HOURS}")
@@ -46,7 +38,7 @@ def write_job(request: JobRequest) -> str:
     return "\n".join([*parts, _machines(request), _outputs(request)])
 
 
-def submit_command(request: JobRequest) -> str:
+def sagemaker_submit_command(request: JobRequest) -> str:
     """What hands the file to SageMaker, after the text; a job's name can't be used twice."""
     uploads = [
         f"{join(('aws', 's3', 'sync', text.folder, _address(request, text.folder)))} && "
@@ -203,7 +195,7 @@ exit "$status"
 """
 
 
-def _name_channels(request: JobRequest) -> dict[str, Text]:
+def _name_channels(request: JobRequest) -> dict[str, JobText]:
     """Channel -> the text that it brings from the bucket."""
     texts = [text for text in request.texts if not text.is_remote]
     names = (

@@ -17,12 +17,12 @@ from overnight.jobs.request import (
 PLACE = "/overnight"
 
 
-def write_job(request: JobRequest) -> str:
+def write_skypilot_job(request: JobRequest) -> str:
     """The YAML of a task for `sky jobs launch`."""
     return "\n".join([_head(request), _resources(request), _storage(request), _setup(request), _run(request)])
 
 
-def submit_command(request: JobRequest) -> str:
+def skypilot_submit_command(request: JobRequest) -> str:
     """What hands the file to SkyPilot."""
     return join(("sky", "jobs", "launch", request.path))
 

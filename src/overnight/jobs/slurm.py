@@ -15,14 +15,14 @@ from overnight.jobs.request import (
 WARNING_SECONDS = SAVE_SECONDS + 30
 
 
-def write_job(request: JobRequest) -> str:
+def write_slurm_job(request: JobRequest) -> str:
     """The script for `sbatch`. It queues itself again when its time is up, until the run is done."""
     is_finished = define_is_finished(quote(request.run))
     parts = [_head(request), _body(request), define_train(request), is_finished, _start(request), WAIT]
     return "\n".join(parts)
 
 
-def submit_command(request: JobRequest) -> str:
+def slurm_submit_command(request: JobRequest) -> str:
     """What hands the file to Slurm."""
     return join(("sbatch", request.path))
 

@@ -1,20 +1,86 @@
-"""GPT-2, exactly: pre-layer-norm blocks, learned positions, tanh GELU, a head tied to the embedding.
+"""Causal self-attention, and the protocol by which a generator lends it a memory.
 
-Shapes: B rows, T positions, C channels, V ids. The module knows no files, no ranks and no tokenizer.
+Shapes: B rows, T positions of this call, S positions in all, C channels, H heads, D channels a head.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from overnight.model.attention import Cache, CausalSelfAttention
-from overnight.model.config import VOCABULARY_MULTIPLE, ModelConfig
-from overnight.model.documents import Documents
+from overnight.model.kernels import NO_MASKS_IN_TRAINING, Documents, attend_with_mask
+from overnight.model.model_config import VOCABULARY_MULTIPLE, ModelConfig
+
+
+class Cache(Protocol):
+    """Keys and values of earlier positions. The generator owns, fills and resets it."""
+
+    def positions(self, length: int) -> Tensor:
+        """Positions of the next `length` ids, int64 (T,) or, where rows differ, (B, T)."""
+        ...
+
+    def append(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Remember these; return all keys and values so far (B, H, S, D) and who may look at whom.
+
+        The last is a boolean mask broadcastable to (B, H, T, S), or None: nothing was cached before
+        and attention is plainly causal, or T is 1 and everything may be seen.
+        """
+        ...
+
+
+class CausalSelfAttention(nn.Module):
+    """Every position looks at itself and what stands before it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.attend = F.scaled_dot_product_attention
+        self.attend_documents = attend_with_mask
+
+    def forward(self, x_BTC: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C). With a cache, earlier positions are looked at as well.
+
+        With documents, positions look only at those of their own document; of a model that is judged with
+        torch's kernel, whatever it is trained with.
+        """
+        B, T, C = x_BTC.shape
+        q_BHTD, k_BHSD, v_BHSD = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            for part in self.c_attn(x_BTC).split(C, dim=2)
+        )
+        dropout = self.dropout if self.training else 0.0
+        mask = None
+        if cache is not None:
+            k_BHSD, v_BHSD, mask = cache.append(self.layer, k_BHSD, v_BHSD)
+        assert mask is None or not torch.is_grad_enabled(), NO_MASKS_IN_TRAINING
+        if document_BT is None:
+            mixed_BHTD = self.attend(
+                q_BHTD,
+                k_BHSD,
+                v_BHSD,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None and T > 1,
+            )
+        else:
+            assert cache is None, "a memory holds one document"
+            attend = self.attend_documents if torch.is_grad_enabled() else attend_with_mask
+            mixed_BHTD = attend(q_BHTD, k_BHSD, v_BHSD, document_BT, dropout_p=dropout)
+        mixed_BTC = mixed_BHTD.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(mixed_BTC), self.dropout, self.training)
+
+
+# ---------------------------------------------------------------- gpt-2, exactly
 
 
 class MLP(nn.Module):
@@ -134,7 +200,7 @@ def _embedding(rows: int, n_embd: int) -> nn.Embedding:
     return embedding
 
 
-def allocate_model(config: ModelConfig, vocabulary_multiple: int = VOCABULARY_MULTIPLE) -> GPT:
+def empty_model(config: ModelConfig, vocabulary_multiple: int = VOCABULARY_MULTIPLE) -> GPT:
     """A GPT on the CPU whose weights are whatever its memory held: `initialize` it, or load weights.
 
     Torch's own initialisation, which either would overwrite, is half the time of opening a model.
@@ -145,7 +211,7 @@ def allocate_model(config: ModelConfig, vocabulary_multiple: int = VOCABULARY_MU
 
 
 @contextmanager
-def evaluating(model: GPT) -> Iterator[None]:
+def eval_mode(model: GPT) -> Iterator[None]:
     """Within, `model` drops no activations; afterwards it is as it was."""
     was_training = model.training
     model.eval()
@@ -153,3 +219,46 @@ def evaluating(model: GPT) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+# ---------------------------------------------------------------- how gpt-2's weights begin
+
+
+STANDARD_DEVIATION = 0.02  # GPT-2's released code, model.py: initializer_range of every matrix
+
+
+@torch.no_grad()
+def initialize(model: GPT, seed: int) -> None:
+    """Draw all weights of `model`: see `init_weights`."""
+    own = model.weights()
+    shapes = {name: weight.shape for name, weight in own.items()}
+    for name, weight in init_weights(shapes, model.config.n_layer, seed):
+        own[name].copy_(weight)
+    model.clear_padding()
+
+
+def init_weights(shapes: Mapping[str, torch.Size], n_layer: int, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by name, one at a time, on the CPU: a pure function of the shapes and `seed`.
+
+    Matrices N(0, 0.02); those that write into the residual stream N(0, 0.02 / sqrt(2 n_layer)), since
+    2 n_layer of them add up there (GPT-2 paper, section 2.3); biases 0; layer norms 1 and 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    residual = STANDARD_DEVIATION / math.sqrt(2 * n_layer)
+    for name, shape in shapes.items():
+        if name.endswith("c_proj.weight"):
+            yield name, torch.empty(shape).normal_(0.0, residual, generator=generator)
+        elif name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight")):
+            yield name, torch.empty(shape).normal_(0.0, STANDARD_DEVIATION, generator=generator)
+        elif name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
+            yield name, torch.ones(shape)
+        elif name.endswith(".bias"):
+            yield name, torch.zeros(shape)
+        else:
+            raise AssertionError(f"no rule initialises {name}")
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every weight by name, the embedding without its padding; takes no memory."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in GPT(config).weights().items()}

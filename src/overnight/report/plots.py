@@ -1,29 +1,148 @@
-"""The charts of a report. The large ones come wide and narrow, so that a telephone shows readable text."""
+"""A matplotlib figure as a small inline SVG: its text in the page's font, its colours the page's variables.
+
+Figures are drawn in CSS pixels with placeholder colours. Each placeholder then becomes `var(--name)`,
+which style.css defines once for light and once for dark.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import importlib.util
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from overnight.report.curves import Series, smoothed, spread, thinned
-from overnight.report.drawing import (
-    ACCENT,
-    PLAIN,
-    RUN_COLOURS,
-    TEXT_SIZE,
-    house_style,
-    new_axes,
-    to_svg,
-)
-from overnight.report.markup import Markup
-from overnight.report.record import Record
-from overnight.report.words import scientific, short, significant
+from overnight.report.html import Markup, escape
+from overnight.report.run_data import RunData, Series, smoothed, spread, thinned
+from overnight.terminal import scientific, short, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours that no drawing would use by chance.
+RUN_COLOURS = tuple(f"#0f1e{number:02x}" for number in range(16, 22))
+PLACEHOLDERS = {
+    "#0f1e01": "muted",
+    "#0f1e02": "rule",
+    "#0f1e03": "accent",
+    "#0f1e04": "plain",
+    **{colour: f"run-{number}" for number, colour in enumerate(RUN_COLOURS, start=1)},
+}
+MUTED, RULE, ACCENT, PLAIN = ("#0f1e01", "#0f1e02", "#0f1e03", "#0f1e04")
+
+TEXT_SIZE = 12.5
+"""In CSS pixels at a chart's own width; style.css keeps charts near that width."""
+
+PIXELS_PER_INCH = 72
+
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a run may be called a$b$c
+    "axes.unicode_minus": True,
+    "path.simplify": True,
+    "font.size": TEXT_SIZE,
+    "text.color": MUTED,
+    "axes.labelcolor": MUTED,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.edgecolor": RULE,
+    "axes.linewidth": 1.0,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 1.0,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "lines.solid_capstyle": "round",
+    "lines.solid_joinstyle": "round",
+}
+
+
+def check_matplotlib() -> None:
+    """Raise ValueError, saying what to install, if the [report] extra is not there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("a report's curves are drawn by matplotlib: pip install 'overnight[report]'")
+
+
+@contextmanager
+def house_style(name: str) -> Iterator[None]:
+    """Draw in here. Whatever style the user has set up elsewhere counts for nothing, and is back afterwards.
+
+    `name` makes the ids inside the SVG unlike those of the page's other drawings, the same each time.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
+        matplotlib.rcParams["svg.hashsalt"] = name
+        yield
+
+
+def new_axes(size: tuple[int, int], margins: tuple[int, int, int, int]) -> tuple[Figure, Axes]:
+    """A figure of (width, height) CSS pixels whose axes leave (top, right, bottom, left) pixels free."""
+    from matplotlib.figure import Figure
+
+    width, height = size
+    top, right, bottom, left = margins
+    figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
+    axes = figure.add_axes(
+        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    )
+    return figure, axes
+
+
+def to_svg(figure: Figure, description: str, css: str = "") -> Markup:
+    """The figure as an <svg> element for the middle of a page; screen readers read out `description`."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    width, height = (round(inches * PIXELS_PER_INCH) for inches in figure.get_size_inches())
+    attributes = f'viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}"'
+    return Markup(f'<svg class="{escape(css)}" {attributes}>{_without_ballast(buffer.getvalue())}</svg>')
+
+
+REPLACEMENTS: Sequence[tuple[str, str]] = (
+    (r"(?s)^.*?<svg[^>]*>|</svg>\s*$", ""),
+    (r"(?s)<metadata>.*?</metadata>", ""),
+    (r"(?s)<style.*?</style>", ""),  # its rules would hold for the whole page
+    (r'(<g) id="[^"]*"', r"\1"),  # numbered from 1 in each drawing, so not unique in a page
+    (r"font-size: ([\d.]+)px; font-family: [^;\"]*", r"font-size: \1px"),
+    (r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px"),  # the shorthand of matplotlib before 3.9
+    (r' transform="rotate\(-0 [^"]*"', ""),
+    (r"\s*\n\s*", " "),
+    (r"<defs>\s*</defs>", ""),
+    (r"> +<", "><"),
+)
+
+
+def _without_ballast(svg: str) -> str:
+    for pattern, replacement in REPLACEMENTS:
+        svg = re.sub(pattern, replacement, svg)
+    svg = re.sub(r' (?:d|x|y)="[^"]*"', _rounded, svg)
+    for placeholder, name in PLACEHOLDERS.items():
+        svg = svg.replace(placeholder, f"var(--{name})")
+    return svg
+
+
+def _rounded(coordinates: re.Match[str]) -> str:
+    """A tenth of a pixel is enough."""
+    return re.sub(r"(\.\d)\d+", r"\1", coordinates[0])
+
+
+# ---------------------------------------------------------------- the charts of a report
+
 
 REFERENCES = {"loss": PLAIN, "validation_loss": ACCENT}
 """The curves of a reference that are drawn, in the colours of the run's own."""
@@ -33,7 +152,7 @@ SMOOTH_POINTS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class ChartLayout:
     """A chart's size in CSS pixels, and how much fits into it."""
 
     css: str
@@ -44,9 +163,11 @@ class Layout:
     raw_points: int
 
 
-WIDE = Layout(css="wide", size=(880, 400), margins=(30, 132, 30, 40), ticks=8, raw_points=RAW_POINTS)
-NARROW = Layout(css="narrow", size=(400, 330), margins=(30, 78, 30, 34), ticks=3, raw_points=RAW_POINTS // 2)
-SMALL = Layout(css="", size=(300, 180), margins=(10, 22, 26, 44), ticks=3, raw_points=RAW_POINTS // 2)
+WIDE = ChartLayout(css="wide", size=(880, 400), margins=(30, 132, 30, 40), ticks=8, raw_points=RAW_POINTS)
+NARROW = ChartLayout(
+    css="narrow", size=(400, 330), margins=(30, 78, 30, 34), ticks=3, raw_points=RAW_POINTS // 2
+)
+SMALL = ChartLayout(css="", size=(300, 180), margins=(10, 22, 26, 44), ticks=3, raw_points=RAW_POINTS // 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,27 +185,27 @@ def run_style(index: int) -> dict[str, Any]:
     return {"color": RUN_COLOURS[number], "linestyle": "--" if repeated % 2 else "-"}
 
 
-def loss_charts(record: Record) -> Markup:
+def loss_charts(record: RunData) -> Markup:
     """Training and validation loss over steps (below) and tokens (above)."""
     return Markup(_loss_chart(record, WIDE) + _loss_chart(record, NARROW))
 
 
-def overlay_charts(records: Sequence[Record], names: Sequence[str]) -> Markup:
+def overlay_charts(records: Sequence[RunData], names: Sequence[str]) -> Markup:
     """The losses of several runs over tokens. Narrow, it has no names: the table's colours tell."""
     return Markup(_overlay_chart(records, names, WIDE) + _overlay_chart(records, [], NARROW))
 
 
-def learning_rate_chart(record: Record) -> Markup:
+def learning_rate_chart(record: RunData) -> Markup:
     """The learning rate of every step."""
     return _small_chart(record, "learning_rate", scientific, is_smoothed=False)
 
 
-def gradient_chart(record: Record) -> Markup:
+def gradient_chart(record: RunData) -> Markup:
     """The gradient's norm before clipping; on a logarithmic axis if single steps tower above the rest."""
     return _small_chart(record, "grad_norm", "{:g}".format, is_smoothed=True)
 
 
-def throughput_chart(record: Record) -> Markup:
+def throughput_chart(record: RunData) -> Markup:
     """Tokens per second of every step."""
     return _small_chart(record, "tokens_per_second", short, is_smoothed=True)
 
@@ -103,7 +224,7 @@ def task_chart(lines: Sequence[dict[str, Any]], description: str) -> Markup:
         return to_svg(figure, description)
 
 
-def visible_loss(records: Sequence[Record], against: str) -> tuple[float, float]:
+def visible_loss(records: Sequence[RunData], against: str) -> tuple[float, float]:
     """The ends of the loss axis over `against`, which the first twentieth of a long run may exceed.
 
     The fall from ln V would otherwise flatten all that comes after it.
@@ -130,13 +251,13 @@ def visible_loss(records: Sequence[Record], against: str) -> tuple[float, float]
     return low - room, high + room
 
 
-def evaluated_losses(record: Record, against: str) -> tuple[Series, Series]:
+def evaluated_losses(record: RunData, against: str) -> tuple[Series, Series]:
     """(`against`, loss) of every evaluation; `against` is "step" or "tokens"."""
     rows = np.array([[line[against], line["loss"]] for line in record.evaluations], np.float64).reshape(-1, 2)
     return rows[:, 0], rows[:, 1]
 
 
-def references(record: Record) -> dict[str, tuple[Series, Series, Series]]:
+def references(record: RunData) -> dict[str, tuple[Series, Series, Series]]:
     """(steps, low, high) of each curve of the reference that is drawn; {} if there is no reference.
 
     What was taken over a stretch of steps lies in its middle.
@@ -155,7 +276,7 @@ def references(record: Record) -> dict[str, tuple[Series, Series, Series]]:
     return found
 
 
-def _loss_chart(record: Record, layout: Layout) -> Markup:
+def _loss_chart(record: RunData, layout: ChartLayout) -> Markup:
     steps, smooth = record.metrics["step"], record.smoothed_loss()
     evaluated_at, evaluated = evaluated_losses(record, "step")
     with house_style(f"loss {layout.css}"):
@@ -177,7 +298,7 @@ def _loss_chart(record: Record, layout: Layout) -> Markup:
         return to_svg(figure, "Training and validation loss over steps and tokens", layout.css)
 
 
-def _overlay_chart(records: Sequence[Record], names: Sequence[str], layout: Layout) -> Markup:
+def _overlay_chart(records: Sequence[RunData], names: Sequence[str], layout: ChartLayout) -> Markup:
     drawn = [index for index, record in enumerate(records) if record.steps >= 2]
     ends = []
     with house_style(f"overlay {layout.css}"):
@@ -195,7 +316,7 @@ def _overlay_chart(records: Sequence[Record], names: Sequence[str], layout: Layo
         return to_svg(figure, "Training and validation loss of every run over tokens", layout.css)
 
 
-def _plot_run(axes: Axes, record: Record, **style: Any) -> float:
+def _plot_run(axes: Axes, record: RunData, **style: Any) -> float:
     """Draw one run's two losses over tokens; returns the height at which they end."""
     smooth = record.smoothed_loss()
     evaluated_at, evaluated = evaluated_losses(record, "tokens")
@@ -204,7 +325,7 @@ def _plot_run(axes: Axes, record: Record, **style: Any) -> float:
     return float(evaluated[-1] if evaluated.size else smooth[-1])
 
 
-def _small_chart(record: Record, name: str, words: Callable[[float], str], is_smoothed: bool) -> Markup:
+def _small_chart(record: RunData, name: str, words: Callable[[float], str], is_smoothed: bool) -> Markup:
     steps, series = record.metrics["step"], record.metrics[name]
     finite = series[np.isfinite(series)]
     top = float(finite.max()) or 1.0
@@ -229,7 +350,9 @@ def _plot(axes: Axes, x: Series, y: Series, points: int, **style: Any) -> None:
     axes.plot(x[kept], y[kept], **style)
 
 
-def _set_ticks(axes: Axes, layout: Layout, unit: str, words: Callable[[float], str] | None = None) -> None:
+def _set_ticks(
+    axes: Axes, layout: ChartLayout, unit: str, words: Callable[[float], str] | None = None
+) -> None:
     """Few round numbers on both axes, and the horizontal axis' unit behind its last number."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -246,7 +369,7 @@ def _set_ticks(axes: Axes, layout: Layout, unit: str, words: Callable[[float], s
     _write(axes, unit, (1, 0), (24, -7), xycoords="axes fraction", va="top")
 
 
-def _write_tokens_above(axes: Axes, record: Record, layout: Layout) -> None:
+def _write_tokens_above(axes: Axes, record: RunData, layout: ChartLayout) -> None:
     """Round numbers of tokens above the steps that reached them; the batch may have grown in between."""
     from matplotlib.ticker import MaxNLocator
 
@@ -265,7 +388,7 @@ def _write(axes: Axes, text: str, at: tuple[float, float], shift: tuple[int, int
     axes.annotate(text, at, shift, textcoords="offset points", **style)
 
 
-def _write_line_ends(axes: Axes, ends: Iterable[LineEnd], layout: Layout) -> None:
+def _write_line_ends(axes: Axes, ends: Iterable[LineEnd], layout: ChartLayout) -> None:
     """Names beside the lines' ends instead of a legend, moved apart where they would overlap."""
     ends = [end for end in ends if np.isfinite(end.height)]
     low, high = axes.get_ylim()
@@ -279,7 +402,7 @@ def _write_line_ends(axes: Axes, ends: Iterable[LineEnd], layout: Layout) -> Non
         _write(axes, end.text, (1, height + lift), (10, 0), xycoords=place, va="center", color=end.colour)
 
 
-def _labelled(name: str, value: float, layout: Layout) -> str:
+def _labelled(name: str, value: float, layout: ChartLayout) -> str:
     return f"{name} {significant(value)}" if layout is WIDE else name
 
 

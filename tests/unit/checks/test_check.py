@@ -4,13 +4,20 @@ import json
 
 import pytest
 
-from overnight.checks.agreement import check_processes
-from overnight.checks.check import Check, Finding, perform, skipped
-from overnight.checks.resources import check_disk, check_memory, check_time
-from overnight.stages.doctor_page import as_json, describe, summarize
+from overnight.doctor.check import (
+    Check,
+    CheckResult,
+    checks_to_json,
+    describe_checks,
+    run_check,
+    skipped,
+    summarize_checks,
+)
+from overnight.doctor.model_checks import check_processes
+from overnight.doctor.run_checks import check_disk, check_memory, check_time
 
-SOUND = Finding(passed=True, measured="1", bound="at most 2", cause="never said")
-BROKEN = Finding(
+SOUND = CheckResult(passed=True, measured="1", bound="at most 2", cause="never said")
+BROKEN = CheckResult(
     passed=False,
     measured="a figure that takes very much room",
     bound="at most 2 of whatever it is that is counted here, and no more",
@@ -21,7 +28,7 @@ BROKEN = Finding(
 
 
 def test_a_check_is_timed_and_named() -> None:
-    check = perform("loss", lambda: SOUND)
+    check = run_check("loss", lambda: SOUND)
     assert check.name == "loss"
     assert check.finding is SOUND
     assert check.seconds >= 0
@@ -31,30 +38,34 @@ def test_a_check_is_timed_and_named() -> None:
     "error, words", [(ValueError("two\nlines"), "two lines"), (MemoryError(), "MemoryError")]
 )
 def test_a_check_that_raises_has_failed(error: Exception, words: str) -> None:
-    def fail() -> Finding:
+    def fail() -> CheckResult:
         raise error
 
-    finding = perform("loss", fail).finding
+    finding = run_check("loss", fail).finding
     assert finding.passed is False
     assert finding.measured == type(error).__name__
     assert finding.cause == f"it came to an error, as a run would: {words}"
 
 
 def test_an_interruption_is_no_finding() -> None:
-    def interrupt() -> Finding:
+    def interrupt() -> CheckResult:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        perform("loss", interrupt)
+        run_check("loss", interrupt)
 
 
 def test_a_line_says_mark_name_figure_and_bound() -> None:
-    assert describe(Check("loss", SOUND, 0.0)) == ["ok   loss           1                         at most 2"]
-    assert describe(Check("loss", skipped("there is none"), 0.0)) == ["-    loss           there is none"]
+    assert describe_checks(Check("loss", SOUND, 0.0)) == [
+        "ok   loss           1                         at most 2"
+    ]
+    assert describe_checks(Check("loss", skipped("there is none"), 0.0)) == [
+        "-    loss           there is none"
+    ]
 
 
 def test_no_line_is_wider_than_a_terminal() -> None:
-    lines = describe(Check("loss", BROKEN, 0.0))
+    lines = describe_checks(Check("loss", BROKEN, 0.0))
     assert lines[0].startswith("FAIL loss           a figure that takes very much room")
     assert all(len(line) <= 80 for line in lines)
     assert " ".join(" ".join(lines).split()).endswith(" ".join(BROKEN.cause.split()))
@@ -62,12 +73,12 @@ def test_no_line_is_wider_than_a_terminal() -> None:
 
 def test_only_failures_and_skips_have_a_cause_for_programs() -> None:
     checks = [Check("a", SOUND, 1.0), Check("b", BROKEN, 2.0), Check("c", skipped("none"), 0.0)]
-    told = json.loads(json.dumps(as_json("mine", checks, 3.0), allow_nan=False))
+    told = json.loads(json.dumps(checks_to_json("mine", checks, 3.0), allow_nan=False))
     assert told["passed"] is False
     assert [check["cause"] for check in told["checks"]] == ["", BROKEN.cause, "none"]
     assert told["checks"][1]["figures"] == {"loss": None, "steps": 3}
-    assert summarize(checks, 3.0) == "1 passed, 1 FAILED, 1 skipped in 3.0 s"
-    assert as_json("mine", checks[::2], 3.0)["passed"] is True
+    assert summarize_checks(checks, 3.0) == "1 passed, 1 FAILED, 1 skipped in 3.0 s"
+    assert checks_to_json("mine", checks[::2], 3.0)["passed"] is True
 
 
 def test_memory_and_disk_are_held_against_what_there_is() -> None:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from overnight.checks.course import COLUMNS, check_peak, check_schedule, draw
-from overnight.schedule import ScheduleConfig, learning_rate_multiplier
-from overnight.stages.recipe import load_recipe, recipe_names
+from overnight.doctor.run_checks import COLUMNS, check_peak, check_schedule, draw
+from overnight.recipe import load_recipe, recipe_names
+from overnight.training.schedule import ScheduleConfig, learning_rate_multiplier
 
 PEAK = 6e-4
 

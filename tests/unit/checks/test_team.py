@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from overnight.checks.team import run_in_two
+from overnight.doctor.model_checks import run_in_two
 
 RANK = "rank = os.environ['RANK']; "
 

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overnight.checks.writing import check_reference
-from overnight.convert.huggingface import read_huggingface, write_huggingface
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.text.characters import Characters
+from overnight.conversion.huggingface import read_huggingface, write_huggingface
+from overnight.doctor.generation_checks import check_reference
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+from overnight.tokenizer.characters import Characters
 
 
 @pytest.fixture

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.convert import nanogpt, pickled
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.text.load import build_tokenizer
+from overnight.conversion import nanogpt, safe_unpickle
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+from overnight.tokenizer.open_tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer("characters", ["the quick brown fox"])
 SIZES = ModelConfig(n_layer=2, n_head=2, n_embd=8, context_length=16, vocab_size=TOKENIZER.vocab_size)
@@ -120,9 +119,9 @@ def in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         *_, path, out = command
         said = tmp_path / "said"
         with pytest.MonkeyPatch.context() as patch, said.open("w") as file:
-            patch.setattr(pickled, "limit_resources", lambda size: None)
+            patch.setattr(safe_unpickle, "limit_resources", lambda size: None)
             patch.setattr(sys, "stdout", file)
-            status = pickled.hand_over(path, out)
+            status = safe_unpickle.hand_over(path, out)
         return subprocess.CompletedProcess(command, status, stdout=said.read_bytes())
 
     monkeypatch.setattr(subprocess, "run", run)

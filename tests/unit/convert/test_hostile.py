@@ -28,14 +28,14 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.convert.nanogpt import read_nanogpt
+from overnight.conversion.nanogpt import read_nanogpt
 
 Write = Callable[..., Path]
 
 # For each file a child: armed, then `read` is called with the file and an empty folder. One line each.
 OPENERS = r"""
 import json, os, sys, torch
-from overnight.convert import pickled
+from overnight.conversion import safe_unpickle
 
 class GPTConfig: pass
 
@@ -65,15 +65,15 @@ def trial(path, folder, read):
     return {"path": path, "status": status, "said": out.read(), "events": seen}
 
 good, folder, how, *paths = sys.argv[1:]
-pickled.limit_resources, limit = lambda size: None, pickled.limit_resources
-assert pickled.hand_over(good, folder) == 0  # whatever is imported lazily is there now
-pickled.limit_resources = limit
+safe_unpickle.limit_resources, limit = lambda size: None, safe_unpickle.limit_resources
+assert safe_unpickle.hand_over(good, folder) == 0  # whatever is imported lazily is there now
+safe_unpickle.limit_resources = limit
 for number, path in enumerate(paths):
     place = f"{folder}/{number}"
     os.mkdir(place)
     child = os.fork()
     if not child:
-        told = trial(path, place, trusting if how == "trusting" else pickled.hand_over)
+        told = trial(path, place, trusting if how == "trusting" else safe_unpickle.hand_over)
         with open(place + "/told", "w") as file:
             json.dump(told, file)
         os._exit(0)
@@ -320,7 +320,7 @@ def test_a_user_is_told_in_one_sentence(write: Write, tmp_path: Path) -> None:
 def test_the_child_has_little_memory(write: Write, tmp_path: Path) -> None:
     """The limit by itself: a child that would take more than the file explains ends without it."""
     limited = (
-        "import sys, torch; from overnight.convert import pickled; pickled.limit_resources(1000);"
+        "import sys, torch; from overnight.conversion import safe_unpickle; safe_unpickle.limit_resources(1000);"
         "sys.stdout.write('limited'); sys.stdout.flush(); torch.zeros(2 << 30, dtype=torch.uint8)"
     )
     if not Path("/proc/self/statm").is_file():

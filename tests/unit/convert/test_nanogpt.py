@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.convert import pickled
-from overnight.convert.nanogpt import read_nanogpt
+from overnight.conversion import safe_unpickle
+from overnight.conversion.nanogpt import read_nanogpt
 from overnight.model.gpt import GPT
 
 Write = Callable[..., Path]
@@ -108,18 +108,18 @@ def test_what_is_no_gpt2_is_refused_in_one_sentence(
 
 def test_a_child_that_takes_too_long_is_ended(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write()
-    monkeypatch.setattr(pickled, "_seconds", lambda size: 0.5)
-    monkeypatch.setattr(pickled, "PROGRAM", "import time; time.sleep(60)")
+    monkeypatch.setattr(safe_unpickle, "_seconds", lambda size: 0.5)
+    monkeypatch.setattr(safe_unpickle, "PROGRAM", "import time; time.sleep(60)")
     with pytest.raises(ValueError, match="takes longer than its size explains"):
-        pickled.read_pickled(path)
+        safe_unpickle.read_pickled(path)
 
 
 @pytest.mark.parametrize("program", ["import os; os.kill(os.getpid(), 9)", "1/0", "pass"])
 def test_a_child_that_dies_is_told(write: Write, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     path = write()
-    monkeypatch.setattr(pickled, "PROGRAM", program)
+    monkeypatch.setattr(safe_unpickle, "PROGRAM", program)
     with pytest.raises(ValueError, match="the process that opened it ended with status"):
-        pickled.read_pickled(path)
+        safe_unpickle.read_pickled(path)
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -50,7 +50,7 @@ def byte_tokenizer(monkeypatch: pytest.MonkeyPatch) -> ByteTokenizer:
         return ByteTokenizer((Path(name) / "learned.txt").read_text() if Path(name).is_dir() else "")
 
     stand_in = SimpleNamespace(NAMES=("bytes", "learned"), build_tokenizer=build, load_tokenizer=load)
-    monkeypatch.setitem(sys.modules, "overnight.text.load", stand_in)
+    monkeypatch.setitem(sys.modules, "overnight.tokenizer.open_tokenizer", stand_in)
     return ByteTokenizer()
 
 

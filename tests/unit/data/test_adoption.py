@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from overnight.data import adoption
-from overnight.data.adoption import find_foreign
-from overnight.data.prepare import prepare
-from overnight.data.request import PrepareConfig, output_folder
+from overnight.data.loader import TokenStream
 from overnight.data.shards import Manifest, load_prepared_tokenizer, read_manifest, verify
-from overnight.data.stream import TokenStream
-from overnight.text.byte_pair import BytePair, byte_characters
-from overnight.text.characters import Characters
+from overnight.preparation import import_shards
+from overnight.preparation.import_shards import find_external_shards
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig, output_folder
+from overnight.tokenizer.bpe import BytePair, byte_characters
+from overnight.tokenizer.characters import Characters
 
 # Ids 0 to 255 are bytes, 256 to 258 are " t", "he" and " the", 259 is end-of-text.
 BYTES = sorted(byte_characters())
@@ -232,7 +232,7 @@ def test_what_was_interrupted_does_not_show_and_is_begun_anew(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(adoption, "write_manifest", interrupt)
+        patch.setattr(import_shards, "write_manifest", interrupt)
         with pytest.raises(KeyboardInterrupt):
             adopt(llm_c, tokenizer)
     assert not (here / "adopted").exists()
@@ -289,10 +289,10 @@ def test_damage_is_named(
     kind: str, name: str, change: str, message: str, here: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
-    assert find_foreign(folder)
+    assert find_external_shards(folder)
     spoil(folder / name, change)
     with pytest.raises(ValueError, match=message) as error:
-        find_foreign(folder)
+        find_external_shards(folder)
     assert name in str(error.value)
 
 
@@ -301,7 +301,7 @@ def test_a_header_that_was_damaged_is_not_taken_for_ids(nanogpt: Path) -> None:
     write_llm_c(nanogpt / "train.bin", TRAIN[0])
     spoil(nanogpt / "train.bin", "no mark")
     with pytest.raises(ValueError, match=r"train\.bin is damaged: it begins like a shard with a header"):
-        find_foreign(nanogpt)
+        find_external_shards(nanogpt)
 
 
 @pytest.mark.parametrize(
@@ -316,43 +316,43 @@ def test_a_header_that_was_damaged_is_not_taken_for_ids(nanogpt: Path) -> None:
 def test_another_array_is_refused(build_nanogpt: Path, here: Path, array: np.ndarray, message: str) -> None:
     np.save(build_nanogpt / "edufineweb_val_000000.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match=message):
-        find_foreign(build_nanogpt)
+        find_external_shards(build_nanogpt)
     assert not (here / "sprung").exists()
 
 
 def test_a_folder_without_shards_is_refused(here: Path, llm_c: Path, tokenizer: str) -> None:
     (here / "none").mkdir()
     with pytest.raises(ValueError, match=r"none holds no shards: neither \.bin nor \.npy"):
-        find_foreign(here / "none")
+        find_external_shards(here / "none")
     with pytest.raises(ValueError, match="there is no folder nowhere"):
         adopt(Path("nowhere"), tokenizer)
     adopt(llm_c, tokenizer)
     with pytest.raises(ValueError, match="use it as it is, with --data adopted"):
-        find_foreign(Path("adopted"))
+        find_external_shards(Path("adopted"))
 
 
 def test_one_split_is_not_enough(llm_c: Path, nanogpt: Path) -> None:
     (llm_c / "fineweb_val_0.bin").unlink()
     remedy = r"none of the 3 files .* is validation.*: rename one, for example (.*) to val_\1"
     with pytest.raises(ValueError, match=remedy):
-        find_foreign(llm_c)
+        find_external_shards(llm_c)
     for path in list(llm_c.iterdir()):
         path.rename(llm_c / path.name.replace("train", "val"))
     with pytest.raises(ValueError, match=r"is train.*: rename one, for example (.*)_val_(.*) to \1_train_\2"):
-        find_foreign(llm_c)
+        find_external_shards(llm_c)
     for number in (9, 10):
         (llm_c / f"fineweb_val_{number}.bin").unlink()
     with pytest.raises(ValueError, match=r"holds fineweb_val_11\.bin alone.*put a file for the other beside"):
-        find_foreign(llm_c)
+        find_external_shards(llm_c)
     (nanogpt / "val.bin").unlink()
     with pytest.raises(ValueError, match=r"holds train\.bin alone: nanoGPT's prepare\.py writes"):
-        find_foreign(nanogpt)
+        find_external_shards(nanogpt)
 
 
 def test_files_of_two_programs_are_not_mixed(llm_c: Path) -> None:
     write_numpy(llm_c / "edufineweb_train_000001.npy", TRAIN[0])
     with pytest.raises(ValueError, match="several programs .* give each a folder of its own"):
-        find_foreign(llm_c)
+        find_external_shards(llm_c)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_files_of_two_programs_are_not_mixed(llm_c: Path) -> None:
     ],
 )
 def test_a_split_goes_by_the_word_in_the_name(name: str, split: str) -> None:
-    assert bool(adoption.VALIDATION_NAME.search(name)) == (split == "validation")
+    assert bool(import_shards.VALIDATION_NAME.search(name)) == (split == "validation")
 
 
 def test_what_is_for_a_source_has_no_place_with_shards(llm_c: Path) -> None:

@@ -5,8 +5,7 @@ import threading
 import pytest
 import torch
 
-from overnight.data.ahead import read_ahead
-from overnight.data.stream import Batch
+from overnight.data.loader import Batch, prefetch
 
 
 def numbered(first_row: int, rows: int) -> Batch:
@@ -15,7 +14,7 @@ def numbered(first_row: int, rows: int) -> Batch:
 
 
 def test_the_batches_are_the_same_in_any_order() -> None:
-    batches = read_ahead(numbered, "meta")
+    batches = prefetch(numbered, "meta")
     for first, rows in [(0, 2), (2, 2), (4, 2), (0, 2), (2, 4), (6, 4), (7, 1)]:
         assert batches(first, rows).ids.shape == (rows, 1)
         assert batches(first, rows).ids.device.type == "meta"
@@ -31,7 +30,7 @@ def test_the_rows_that_follow_are_read_while_nobody_waits() -> None:
             next_is_read.set()
         return numbered(first_row, rows)
 
-    ahead = read_ahead(batches, "meta")
+    ahead = prefetch(batches, "meta")
     ahead(0, 3)
     assert next_is_read.wait(timeout=30)
     ahead(3, 3)
@@ -44,11 +43,11 @@ def test_an_error_is_raised_where_its_rows_are_asked_for() -> None:
             raise ValueError("row 1 is damaged")
         return numbered(first_row, rows)
 
-    ahead = read_ahead(batches, "meta")
+    ahead = prefetch(batches, "meta")
     ahead(0, 1)
     with pytest.raises(ValueError, match="row 1"):
         ahead(1, 1)
 
 
 def test_on_the_cpu_nothing_stands_between() -> None:
-    assert read_ahead(numbered, "cpu") is numbered
+    assert prefetch(numbered, "cpu") is numbered

@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.data import prepare as prepare_module
-from overnight.data import words as words_module
-from overnight.data.contamination import BenchmarkSearch, _read_texts, benchmark_names, build_index
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.data.python_docs import python_documents
-from overnight.data.shards import Manifest, load_prepared_tokenizer, read_manifest
-from overnight.data.token_file import open_tokens
-from overnight.data.words import Words, hash_windows, hash_words
-from overnight.stages.prepare import summarize
+from overnight.data.shards import Manifest, load_prepared_tokenizer, open_tokens, read_manifest
+from overnight.preparation import ngrams
+from overnight.preparation import prepare as prepare_module
+from overnight.preparation.command import summarize_prepared
+from overnight.preparation.decontaminate import BenchmarkSearch, _read_texts, benchmark_names, build_index
+from overnight.preparation.ngrams import Words, hash_windows, hash_words
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.preparation.sources import python_documents
 
 PASSAGE = "the quick brown fox jumps over a lazy dog that sleeps beside the old red barn"  # 16 words
 FILLER = [
@@ -63,7 +63,7 @@ def write_lines(path: Path, lines: list[object]) -> str:
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=30), max_size=6), st.integers(0, 9))
 def test_words_are_what_a_regular_expression_finds(texts: list[str], block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(words_module, "BLOCK_CHARACTERS", block)
+        patch.setattr(ngrams, "BLOCK_CHARACTERS", block)
         found = hash_words(texts)
     expected = [words_of(text) for text in texts]
     assert np.diff(found.bounds).tolist() == [len(words) for words in expected]
@@ -254,15 +254,16 @@ def test_they_are_counted_and_kept(config: PrepareConfig) -> None:
     assert manifest is not None
     assert manifest.contaminated_documents == {"a": 3, "b": 2, "none": 0}
     assert (manifest.documents, manifest.duplicate_documents) == (64, 1)
-    assert "contaminated: a 3 documents, b 2 documents, none 0 documents (reported, kept)" in summarize(
-        manifest
+    assert (
+        "contaminated: a 3 documents, b 2 documents, none 0 documents (reported, kept)"
+        in summarize_prepared(manifest)
     )
     without = dataclasses.replace(config, decontaminate=(), out=f"{config.out}-without")
     plain = prepare(without)
     assert plain is not None
     assert (plain.train, plain.validation) == (manifest.train, manifest.validation)
     assert plain.contaminated_documents == {}
-    assert not any("contaminated" in line for line in summarize(plain))
+    assert not any("contaminated" in line for line in summarize_prepared(plain))
 
 
 def test_they_are_left_out(config: PrepareConfig) -> None:
@@ -271,7 +272,9 @@ def test_they_are_left_out(config: PrepareConfig) -> None:
     assert manifest.contaminated_documents == {"a": 3, "b": 2, "none": 0}
     assert (manifest.documents, manifest.duplicate_documents) == (60, 1)
     assert texts_in(config.out) == set(FILLER)
-    assert "contaminated: a 3 documents, b 2 documents, none 0 documents (left out)" in summarize(manifest)
+    assert "contaminated: a 3 documents, b 2 documents, none 0 documents (left out)" in summarize_prepared(
+        manifest
+    )
 
 
 @pytest.mark.parametrize("on_contaminated", ["report", "drop"])

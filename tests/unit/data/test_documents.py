@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from overnight.data.documents import (
+from overnight.data.text_files import DamagedFileError, find_files
+from overnight.preparation.documents import (
     LONGEST_PIECE_BYTES,
     SHORTEST_PIECE_BYTES,
     Document,
@@ -22,7 +23,6 @@ from overnight.data.documents import (
     estimate_text_bytes,
     read_part,
 )
-from overnight.data.files import DamagedFileError, find_files
 
 
 def read_documents(path: Path, text_column: str = "text") -> Iterator[Document]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from overnight.data.domains import Columns, Domain, count_domains, domain_of
+from overnight.inspection.domains import Columns, Domain, count_domains, domain_of
 
 ROWS = [
     {"url": "https://www.example.org/a?b=c", "text": "zwölf"},

@@ -14,14 +14,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overnight.data import growing as growing_module
-from overnight.data import prepare as prepare_module
-from overnight.data.growing import GrowingFolder, GrowingStream, is_in_preparation, open_growing
-from overnight.data.output import alone, hidden_folder, is_being_filled
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.data.shards import SO_FAR, Manifest, read_manifest, verify
-from overnight.data.stream import TokenStream
-from overnight.data.token_file import open_tokens
+from overnight.data import incremental
+from overnight.data.atomic_folder import exclusive, is_locked_folder, staging_path
+from overnight.data.incremental import (
+    IncrementalFolder,
+    IncrementalStream,
+    is_being_prepared,
+    open_incremental,
+)
+from overnight.data.loader import TokenStream
+from overnight.data.shards import SO_FAR, Manifest, open_tokens, read_manifest, verify
+from overnight.preparation import prepare as prepare_module
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
 
 Prepare = Callable[..., Manifest]
 ROW = 16
@@ -197,8 +202,8 @@ def test_an_interrupted_preparation_keeps_what_it_has_shown(
 ) -> None:
     folder = interrupted(config, monkeypatch)
     assert not folder.exists()
-    assert is_in_preparation(folder)
-    place = hidden_folder(folder)
+    assert is_being_prepared(folder)
+    place = staging_path(folder)
     shards = {path.name: path.stat().st_ino for path in place.glob("train-*.bin")}
     assert shards
     interrupted(config, monkeypatch, wave=2)
@@ -222,7 +227,7 @@ def test_a_refusal_keeps_what_was_begun_before(
         patch.setattr(prepare_module, "decide_all", refuse)
         with pytest.raises(ValueError, match="no"):
             prepare(config)
-    assert GrowingFolder(folder).manifest.train
+    assert IncrementalFolder(folder).manifest.train
 
 
 def test_near_duplicates_are_known_at_the_end_only(
@@ -239,8 +244,8 @@ def test_rows_are_read_as_they_become_ready(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = interrupted(config, monkeypatch)
-    growing = open_growing(folder, PORTION)
-    stream = GrowingStream(growing, tokens_per_row=ROW, seed=5, shuffle_tokens=PORTION)
+    growing = open_incremental(folder, PORTION)
+    stream = IncrementalStream(growing, tokens_per_row=ROW, seed=5, shuffle_tokens=PORTION)
     validation = TokenStream(growing, "validation", tokens_per_row=ROW)
     judged = next(validation.evaluation_batches(4, 64))
     ready = next(rows for rows in range(10_000) if not stream.is_ready(rows + 1))
@@ -250,8 +255,8 @@ def test_rows_are_read_as_they_become_ready(
         stream.batch(ready, 1)
     assert not stream.wait_for(ready + 1)
     assert "nobody prepares" in capsys.readouterr().err
-    with alone(folder):
-        assert is_being_filled(folder)
+    with exclusive(folder):
+        assert is_locked_folder(folder)
         assert not stream.wait_for(ready + 1, lambda: True)
     interrupted(config, monkeypatch, wave=2)
     assert stream.wait_for(ready + 1)
@@ -276,15 +281,15 @@ def test_opening_waits_for_the_first_portion(
 ) -> None:
     folder = interrupted(config, monkeypatch)
     with pytest.raises(ValueError, match=r"has not the 200,000 training tokens yet .* nobody prepares it"):
-        open_growing(folder, 100_000)
+        open_incremental(folder, 100_000)
 
     def meanwhile(seconds: float) -> None:
-        monkeypatch.setattr(growing_module, "is_being_filled", lambda folder: False)
+        monkeypatch.setattr(incremental, "is_locked_folder", lambda folder: False)
         prepare(config)
 
-    monkeypatch.setattr(growing_module, "is_being_filled", lambda folder: True)
-    monkeypatch.setattr(growing_module.time, "sleep", meanwhile)
-    assert open_growing(folder, 100_000).is_complete
+    monkeypatch.setattr(incremental, "is_locked_folder", lambda folder: True)
+    monkeypatch.setattr(incremental.time, "sleep", meanwhile)
+    assert open_incremental(folder, 100_000).is_complete
     assert "waiting for the first 200,000 training tokens" in capsys.readouterr().err
 
 
@@ -292,27 +297,27 @@ def test_a_shard_that_is_not_as_it_was_written_is_refused(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = interrupted(config, monkeypatch)
-    shard = hidden_folder(folder) / "train-00001.bin"
+    shard = staging_path(folder) / "train-00001.bin"
     damaged = bytearray(shard.read_bytes())
     damaged[-1] ^= 1
     shard.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"train-00001\.bin was changed since it was written"):
-        GrowingFolder(folder)
+        IncrementalFolder(folder)
 
 
 def test_shards_that_move_while_they_are_looked_at_are_found(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = interrupted(config, monkeypatch)
-    growing = GrowingFolder(folder)
-    real = growing_module.read_manifest
+    growing = IncrementalFolder(folder)
+    real = incremental.read_manifest
 
     def move_first(place: Path, name: str) -> Manifest:
-        monkeypatch.setattr(growing_module, "read_manifest", real)
+        monkeypatch.setattr(incremental, "read_manifest", real)
         prepare(config)
         return real(place, name)
 
-    monkeypatch.setattr(growing_module, "read_manifest", move_first)
+    monkeypatch.setattr(incremental, "read_manifest", move_first)
     growing.look_again()
     assert growing.is_complete
     assert growing.manifest == read_manifest(folder)

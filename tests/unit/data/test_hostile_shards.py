@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from overnight.data import shard_file
-from overnight.data.shards import Manifest, read_manifest, write_manifest
-from overnight.data.stream import TokenStream
-from overnight.data.token_file import TokenFile, hash_tokens
+from overnight.data import shards as shards_module
+from overnight.data.loader import TokenStream
+from overnight.data.shards import Manifest, TokenFile, hash_tokens, read_manifest, write_manifest
 
 Prepare = Callable[..., Manifest]
 many = pytest.mark.parametrize("trials", [200, pytest.param(1000, marks=pytest.mark.slow)])
@@ -76,7 +75,7 @@ def test_no_damaged_folder_opens(folder: Path, trials: int) -> None:
 
 def test_without_verification_damaged_folders_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: the manifest is read, its shards are not held against it."""
-    monkeypatch.setattr(shard_file, "verify", lambda folder, split: read_manifest(folder))
+    monkeypatch.setattr(shards_module, "verify", lambda folder, split: read_manifest(folder))
     assert count_opened(folder, 200) > 50
 
 

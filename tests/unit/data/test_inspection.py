@@ -10,12 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.data import duplicates, inspection
-from overnight.data.duplicates import count_duplicates
-from overnight.data.inspection import Inspection, describe_lengths, inspect_shards
-from overnight.data.shards import SPLITS, ShardWriter, read_manifest, write_manifest
-from overnight.data.token_file import TokenFile, hash_tokens
-from overnight.text.byte_pair import BytePair
+from overnight.data.shards import SPLITS, ShardWriter, TokenFile, hash_tokens, read_manifest, write_manifest
+from overnight.inspection import statistics
+from overnight.inspection.statistics import Inspection, count_duplicates, describe_lengths, inspect_shards
+from overnight.tokenizer.bpe import BytePair
 
 END = 256
 TOKENIZER = BytePair([])  # ids 0 to 255 are bytes in the order of their spelling, 256 is end-of-text
@@ -189,7 +187,7 @@ def test_digests_are_compared_as_one_would_by_hand(
 ) -> None:
     digests = [b"".join(bytes([n, 7 * n % 13]) * 8 for n in split) for split in (train, validation)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "HASHES_AT_ONCE", at_once)
+        patch.setattr(statistics, "HASHES_AT_ONCE", at_once)
         told = count_duplicates(*digests)
     texts = {"train": list(map(str, train)), "validation": list(map(str, validation))}
     assert dataclasses.astuple(told) == naive_duplicates(texts)
@@ -298,7 +296,7 @@ def test_odd_documents_are_counted_among_those_spread_evenly(
         "mostly_not_letters": 100,
         "mostly_upper_case": 30,
     }
-    monkeypatch.setattr(inspection, "SAMPLED_DOCUMENTS", 110)
+    monkeypatch.setattr(statistics, "SAMPLED_DOCUMENTS", 110)
     some = inspect_shards(folder)
     assert some.sampled_documents == 110
     assert some.oddities["mostly_upper_case"] == 10  # one in three of every stretch
@@ -306,11 +304,11 @@ def test_odd_documents_are_counted_among_those_spread_evenly(
 
 
 def test_very_long_documents_are_read_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "LONGEST_LOOK_TOKENS", 10)
+    monkeypatch.setattr(statistics, "LONGEST_LOOK_TOKENS", 10)
     texts = {"train": ["€€€€" + "\ufffd"], "validation": ["12 bytes \ufffd"]}
     found = inspect_shards(write_texts(tmp_path / "x", texts))
     assert found.oddities["replacement_character"] == 0  # nor one made by cutting a character
-    monkeypatch.setattr(inspection, "LONGEST_LOOK_TOKENS", 15)
+    monkeypatch.setattr(statistics, "LONGEST_LOOK_TOKENS", 15)
     assert inspect_shards(tmp_path / "x").oddities["replacement_character"] == 2
 
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from overnight.data.loader import Batch, TokenStream
 from overnight.data.mixture import Concatenation, Interleaving, Mixture
 from overnight.data.shards import Manifest
-from overnight.data.stream import Batch, TokenStream
 
 Prepare = Callable[..., Manifest]
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
 
-from overnight.data import prepare as prepare_module
-from overnight.data.minhash import WordSignature
-from overnight.data.near_duplicates import comparing_steps
-from overnight.data.output import hidden_folder
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.data.shards import load_prepared_tokenizer, read_manifest
-from overnight.data.token_file import open_tokens
-from overnight.stages.prepare import summarize
+from overnight.data.atomic_folder import staging_path
+from overnight.data.shards import load_prepared_tokenizer, open_tokens, read_manifest
+from overnight.preparation import prepare as prepare_module
+from overnight.preparation.command import summarize_prepared
+from overnight.preparation.datatrove_steps import WordSignature
+from overnight.preparation.dedup import comparing_steps
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
 
 VOCABULARY = [f"w{number}" for number in range(500)]
 TEXTS = [" ".join(random.Random(number).choices(VOCABULARY, k=300)) for number in range(60)]
@@ -108,7 +108,7 @@ def test_of_texts_that_are_nearly_alike_the_first_stays(config: PrepareConfig) -
     assert set(texts_in(config.out, "train") + texts_in(config.out, "validation")) == set(TEXTS)
     counts = (manifest.documents, manifest.near_duplicate_documents, manifest.duplicate_documents)
     assert counts == (60, 25, 1)
-    assert "left out: duplicates 1, near-duplicates 25, empty 1" in summarize(manifest)
+    assert "left out: duplicates 1, near-duplicates 25, empty 1" in summarize_prepared(manifest)
 
 
 def test_without_the_option_all_stay(config: PrepareConfig) -> None:
@@ -187,7 +187,7 @@ def test_ranks_in_any_order_find_the_same(
     monkeypatch.setattr(prepare_module, "decide_all", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
-    place = hidden_folder(Path(config.out or ""))
+    place = staging_path(Path(config.out or ""))
     found = contents(place / "near")
     assert any(found[name] for name in found if name.endswith(".clusters"))
     (place / "near").rename(place / "before")
@@ -205,7 +205,7 @@ def test_it_goes_on_where_it_was(
 ) -> None:
     expected = elsewhere(config, "expected")
     prepare(expected)
-    import overnight.data.minhash as minhash_module
+    import overnight.preparation.datatrove_steps as minhash_module
 
     with monkeypatch.context() as patch:
         patch.setattr(minhash_module, step, stop)
@@ -256,7 +256,7 @@ def test_more_units_are_compared_anew(config: PrepareConfig, monkeypatch: pytest
     wanted: list[int] = []
     real = prepare_module.want_units
     monkeypatch.setattr(
-        prepare_module, "want_units", lambda place, units: wanted.append(units) or real(place, units)
+        prepare_module, "request_units", lambda place, units: wanted.append(units) or real(place, units)
     )
     monkeypatch.setattr(prepare_module, "BYTES_PER_TOKEN_AT_MOST", 1)
     for workers in (1, 3):
@@ -283,7 +283,7 @@ def test_signatures_are_those_that_datatrove_would_work_out(tmp_path: Path) -> N
 
 
 def test_it_needs_datatrove(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "overnight.data.minhash", None)
+    monkeypatch.setitem(sys.modules, "overnight.preparation.datatrove_steps", None)
     with pytest.raises(ValueError, match=r"^near_duplicates=drop needs datatrove, .*'overnight\[data\]'$"):
         prepare(config)
     assert not Path(config.out or "").exists()

@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from overnight.data.oddities import BLANK, LATIN, LETTER, UPPER, _classes, oddities_of
+from overnight.inspection.quality import BLANK, LATIN, LETTER, UPPER, _classes, oddities_of
 
 ENGLISH = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in "

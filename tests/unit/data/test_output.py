@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from overnight.data.output import (
-    alone,
-    appear,
-    check_disk,
-    in_hiding,
+from overnight.data.atomic_folder import (
+    exclusive,
     plain_file_errors,
-    shown_folder,
+    publish_folder,
+    published_path,
+    require_disk_space,
+    staging_folder,
 )
 
 
@@ -27,11 +27,11 @@ def never(place: Path) -> bool:
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
-    with in_hiding(tmp_path / "data", never) as place:
+    with staging_folder(tmp_path / "data", never) as place:
         (place / "a").write_text("a")
         assert not (tmp_path / "data").exists()
-    assert shown_folder(place) == tmp_path / "data"
-    appear(tmp_path / "data")
+    assert published_path(place) == tmp_path / "data"
+    publish_folder(tmp_path / "data")
     assert names(tmp_path) == ["data"]
     assert names(tmp_path / "data") == ["a"]
 
@@ -43,7 +43,7 @@ def test_an_interruption_leaves_what_is_done_and_a_refusal_nothing(
     tmp_path: Path, error: BaseException, left: bool
 ) -> None:
     def stopped() -> None:
-        with in_hiding(tmp_path / "data", never) as place:
+        with staging_folder(tmp_path / "data", never) as place:
             (place / "a").write_text("a")
             raise error
 
@@ -56,19 +56,19 @@ def test_an_interruption_leaves_what_is_done_and_a_refusal_nothing(
 def test_what_a_killed_process_left_is_gone_on_with_or_removed(tmp_path: Path, goes_on: bool) -> None:
     (tmp_path / ".data.partial").mkdir()
     (tmp_path / ".data.partial" / "old").write_text("old")
-    with in_hiding(tmp_path / "data", lambda place: goes_on) as place:
+    with staging_folder(tmp_path / "data", lambda place: goes_on) as place:
         (place / "new").write_text("new")
-    appear(tmp_path / "data")
+    publish_folder(tmp_path / "data")
     assert names(tmp_path / "data") == (["new", "old"] if goes_on else ["new"])
 
 
 def test_an_empty_folder_is_filled_and_a_full_one_is_kept(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    with in_hiding(tmp_path / "data", never) as place:
+    with staging_folder(tmp_path / "data", never) as place:
         (place / "a").write_text("a")
-    appear(tmp_path / "data")
-    with in_hiding(tmp_path / "data", never), pytest.raises(OSError, match="not empty"):
-        appear(tmp_path / "data")
+    publish_folder(tmp_path / "data")
+    with staging_folder(tmp_path / "data", never), pytest.raises(OSError, match="not empty"):
+        publish_folder(tmp_path / "data")
     assert names(tmp_path / "data") == ["a"]
 
 
@@ -76,10 +76,10 @@ def test_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     inside: list[str] = []
 
     def second() -> None:
-        with alone(tmp_path / "data"):
+        with exclusive(tmp_path / "data"):
             inside.append("second")
 
-    with alone(tmp_path / "data"):
+    with exclusive(tmp_path / "data"):
         thread = threading.Thread(target=second)
         thread.start()
         thread.join(timeout=0.3)
@@ -110,6 +110,6 @@ def test_other_errors_pass() -> None:
 
 def test_too_little_space_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
-    check_disk(tmp_path, 10**9)
+    require_disk_space(tmp_path, 10**9)
     with pytest.raises(ValueError, match=r"need about 20\.00 GB and the disk of .* has 1\.00 GB free"):
-        check_disk(tmp_path, 20 * 10**9)
+        require_disk_space(tmp_path, 20 * 10**9)

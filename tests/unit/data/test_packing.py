@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overnight.data import packing
+from overnight.data.loader import TokenStream
 from overnight.data.packing import BestFitStream, pack
 from overnight.data.permutation import Permutation, build_permutation
 from overnight.data.shards import Manifest
-from overnight.data.stream import TokenStream
 
 END_OF_TEXT = 50_256  # that of the folders `prepared` writes
 Prepare = Callable[..., Manifest]

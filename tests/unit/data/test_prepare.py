@@ -19,14 +19,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overnight.data import assemble, encode, files, shards, sources, token_file, work
-from overnight.data import prepare as prepare_module
-from overnight.data.documents import Document
-from overnight.data.encode import encode_documents
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.data.selection import judge, split_of
-from overnight.data.shards import Manifest, read_manifest, verify
-from overnight.data.token_file import open_tokens
+from overnight.data import shards, text_files
+from overnight.data import shards as shards_module
+from overnight.data.shards import Manifest, open_tokens, read_manifest, verify
+from overnight.preparation import assemble, prepare_state, sources, tokenize
+from overnight.preparation import prepare as prepare_module
+from overnight.preparation.documents import Document, filter_documents, split_of
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.preparation.tokenize import tokenize_documents
 
 pytestmark = pytest.mark.usefixtures("byte_tokenizer")
 
@@ -162,7 +163,7 @@ def test_one_bar_is_shown_at_a_time(config: PrepareConfig, monkeypatch: pytest.M
         yield lambda amount=1, note="": None
         unfinished.remove(title)
 
-    for module in (prepare_module, files, sources):
+    for module in (prepare_module, text_files, sources):
         monkeypatch.setattr(module, "progress", bar)
     monkeypatch.setattr(sources, "python_documents", lambda: (Document(text, "") for text in TEXTS))
     sources._python_docs.cache_clear()
@@ -231,15 +232,15 @@ def test_the_shards_do_not_depend_on_workers_or_batches(
     prepare(config)
     expected = contents(config.out)
     for workers, characters in ((1, 1), (2, 500), (7, 3000)):
-        monkeypatch.setattr(encode, "BATCH_CHARACTERS", characters)
+        monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", characters)
         other = dataclasses.replace(config, workers=workers, out=f"{config.out}-{workers}")
         prepare(other)
         assert contents(other.out) == expected
 
 
 def test_the_separator_stands_before_a_document_and_what_is_left_out_has_no_ids(byte_tokenizer: Any) -> None:
-    judged = judge([Document(text, "") for text in ("ab", "ab", "", "c")], "fail")
-    ids = [ids.tolist() for _, _, ids in encode_documents(judged, byte_tokenizer)]
+    judged = filter_documents([Document(text, "") for text in ("ab", "ab", "", "c")], "fail")
+    ids = [ids.tolist() for _, _, ids in tokenize_documents(judged, byte_tokenizer)]
     assert ids == [[256, 97, 98], [256, 97, 98], [], [256, 99]]
 
 
@@ -247,17 +248,18 @@ def test_the_separator_stands_before_a_document_and_what_is_left_out_has_no_ids(
 def test_any_number_of_threads_reads_equally_far_ahead(
     byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 1)
-    judged = judge((Document(text, "") for text in TEXTS), "fail")
-    encoded = encode_documents(judged, byte_tokenizer, workers)
+    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 1)
+    judged = filter_documents((Document(text, "") for text in TEXTS), "fail")
+    encoded = tokenize_documents(judged, byte_tokenizer, workers)
     next(encoded)
     encoded.close()
-    assert next(judged)[0].text == TEXTS[encode.BATCHES_AHEAD + 1]
+    assert next(judged)[0].text == TEXTS[tokenize.BATCHES_AHEAD + 1]
 
 
 SCRIPT = """
 import sys
-from overnight.data.prepare import PrepareConfig, prepare
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
 prepare(PrepareConfig(source=sys.argv[1], out=sys.argv[2], tokenizer="characters", validation_fraction=0.1))
 """
 
@@ -294,14 +296,14 @@ def test_processes_at_work_in_one_folder_write_it_once(config: PrepareConfig, tm
 
 
 STEPS = [
-    (encode, "flush_to_disk", 1),
-    (encode, "write_atomically", 2),
+    (tokenize, "flush_to_disk", 1),
+    (tokenize, "write_atomically", 2),
     (assemble, "write_atomically", 3),
-    (token_file.TokenFile, "append", 5),
-    (token_file.TokenFile, "close", 3),
-    (token_file, "flush_to_disk", 3),
-    (token_file, "flush_folder", 2),
-    (work, "write_atomically", 2),
+    (shards_module.TokenFile, "append", 5),
+    (shards_module.TokenFile, "close", 3),
+    (shards_module, "flush_to_disk", 3),
+    (shards_module, "flush_folder", 2),
+    (prepare_state, "write_atomically", 2),
     (shards, "write_atomically", 1),
     (Path, "rename", 2),
     (Path, "mkdir", 3),
@@ -381,7 +383,7 @@ def test_too_small_a_disk_is_found_before_anything_is_written(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(token_file.TokenFile, "append", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(shards_module.TokenFile, "append", lambda *_: pytest.fail("written"))
     with pytest.raises(ValueError, match=r"the shards need about .* GB .* or stop earlier with --tokens"):
         prepare(config)
     assert not Path(config.out or "").exists()
@@ -391,7 +393,7 @@ def test_the_space_needed_is_estimated_from_the_first_documents(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed: list[int] = []
-    monkeypatch.setattr(prepare_module, "check_disk", lambda folder, size: needed.append(size))
+    monkeypatch.setattr(prepare_module, "require_disk_space", lambda folder, size: needed.append(size))
     manifest = prepare(config)
     written = sum(1024 + 2 * shard.tokens for shard in manifest.train + manifest.validation)
     assert 1.8 < needed[0] / written < 5  # the units lie there until the shards are written

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from overnight.data import python_docs
-from overnight.data.documents import Document
-from overnight.data.python_docs import library_files, python_documents
+from overnight.preparation import sources
+from overnight.preparation.documents import Document
+from overnight.preparation.sources import library_files, python_documents
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "topics = {'while': 'The while loop.', 'if': 'The if.'}\n"
     )
     (tmp_path / "alpha.py").write_text('"""Alpha."""\n')
-    monkeypatch.setattr(python_docs, "library_folder", lambda: tmp_path)
+    monkeypatch.setattr(sources, "library_folder", lambda: tmp_path)
     return tmp_path
 
 

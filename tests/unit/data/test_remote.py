@@ -14,10 +14,9 @@ import torch
 from filelock import FileLock
 
 from overnight.data import remote
+from overnight.data.loader import TokenStream
 from overnight.data.remote import RemoteFolder, is_prepared_elsewhere
-from overnight.data.shards import Manifest, Shard
-from overnight.data.stream import TokenStream
-from overnight.data.token_file import HEADER_BYTES
+from overnight.data.shards import HEADER_BYTES, Manifest, Shard
 
 Prepare = Callable[..., Manifest]
 
@@ -193,7 +192,7 @@ def distant(folder: RemoteFolder) -> Shard:
     """A shard that was here and had to go."""
     for shard in folder.manifest.train:
         folder.open(shard)
-    assert isinstance(folder.open(folder.manifest.train[0]), remote.DistantShard)
+    assert isinstance(folder.open(folder.manifest.train[0]), remote.RemoteShard)
     return folder.manifest.train[0]
 
 
@@ -274,7 +273,7 @@ def test_a_path_below_it_is_on_this_machine(here: Path, bucket: fsspec.AbstractF
 READER = """
 import sys, hashlib
 from overnight.data.remote import RemoteFolder
-from overnight.data.stream import TokenStream
+from overnight.data.loader import TokenStream
 folder = RemoteFolder(sys.argv[1], cache_bytes=int(sys.argv[2]))
 print("ready", flush=True)
 sys.stdin.readline()

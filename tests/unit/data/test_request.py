@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from overnight.data.request import PrepareConfig, output_folder, parse_count
-from overnight.settings import from_arguments
+from overnight.config import from_arguments
+from overnight.preparation.prepare_config import PrepareConfig, output_folder, parse_count
 
 
 def test_each_problem_is_named() -> None:

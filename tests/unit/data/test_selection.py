@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.data import selection
-from overnight.data.documents import Document
-from overnight.data.selection import (
+from overnight.preparation import documents as documents_module
+from overnight.preparation.documents import (
     FATES,
     RECORD,
+    Document,
     Records,
     document_hash,
+    filter_documents,
     find_duplicates,
     is_validation,
-    judge,
     split_of,
 )
 
@@ -25,7 +25,7 @@ TEXTS = [f"The document of number {number}." for number in range(4000)]
 
 
 def fates(documents: list[Document], on_bad_text: str = "fail") -> list[str]:
-    return [fate for _, fate in judge(documents, on_bad_text)]
+    return [fate for _, fate in filter_documents(documents, on_bad_text)]
 
 
 def test_the_hash_is_blake2b_of_the_utf_8() -> None:
@@ -69,7 +69,9 @@ def records(texts: list[str]) -> Records:
 )
 def test_of_equal_texts_the_first_is_kept(groups: list[list[str]], at_once: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "HASHES_AT_ONCE", at_once)  # so that they are looked for range by range
+        patch.setattr(
+            documents_module, "HASHES_AT_ONCE", at_once
+        )  # so that they are looked for range by range
         duplicates = find_duplicates([records(texts) for texts in groups])
     kept = [
         text

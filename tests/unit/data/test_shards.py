@@ -14,11 +14,11 @@ from overnight.data.shards import (
     Manifest,
     ShardWriter,
     load_prepared_tokenizer,
+    open_tokens,
     read_manifest,
     verify,
     write_manifest,
 )
-from overnight.data.token_file import open_tokens
 
 Prepare = Callable[..., Manifest]
 

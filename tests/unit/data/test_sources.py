@@ -16,11 +16,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from overnight.cache import cache_folder
-from overnight.data import sources
-from overnight.data.documents import Document, Part
-from overnight.data.files import TextFile, hash_files
-from overnight.data.sources import (
+from overnight.data.text_files import TextFile, hash_files
+from overnight.preparation import sources
+from overnight.preparation.documents import Document, Part
+from overnight.preparation.sources import (
     SHAKESPEARE_BYTES,
     SHAKESPEARE_SHA256,
     Source,
@@ -28,6 +27,7 @@ from overnight.data.sources import (
     read_parts,
     source_name,
 )
+from overnight.run_directory import cache_folder
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
 
 ELSEWHERE = """
 import sys
-from overnight.data.sources import open_source
+from overnight.preparation.sources import open_source
 opened = open_source(sys.argv[1])
 print(ascii([opened.name, opened.sha256, [file.name for file in opened.files]]))
 """

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overnight.data import shard_file
+from overnight.data import shards
+from overnight.data.loader import Batch, TokenStream
 from overnight.data.permutation import build_permutation, derive_keys
 from overnight.data.shards import Manifest
-from overnight.data.stream import Batch, TokenStream
 
 Prepare = Callable[..., Manifest]
 
@@ -161,7 +161,7 @@ def test_more_shards_than_a_process_may_open(
     tmp_path: Path, prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared(tmp_path, range(3000), shard_tokens=10)
-    monkeypatch.setattr(shard_file, "files_at_once", lambda: 16)
+    monkeypatch.setattr(shards, "files_at_once", lambda: 16)
     before = len(os.listdir("/dev/fd"))
     stream = TokenStream(tmp_path, tokens_per_row=16)
     batch = stream.batch(0, stream.windows_per_epoch)

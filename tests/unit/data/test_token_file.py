@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.data.token_file import TokenFile, hash_tokens, open_tokens
+from overnight.data.shards import TokenFile, hash_tokens, open_tokens
 
 
 def write(path: Path, ids: list[int], vocab_size: int = 50_257) -> str:

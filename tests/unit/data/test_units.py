@@ -20,17 +20,15 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from overnight.data import encode as encode_module
-from overnight.data import executors
-from overnight.data import prepare as prepare_module
-from overnight.data import steps as steps_module
-from overnight.data.output import hidden_folder
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.data.selection import split_of
-from overnight.data.shards import read_manifest
-from overnight.data.token_file import open_tokens
-from overnight.text.load import load_tokenizer
-from overnight.text.tokenizer import Tokenizer
+from overnight.data.atomic_folder import staging_path
+from overnight.data.shards import open_tokens, read_manifest
+from overnight.preparation import executors, tokenize
+from overnight.preparation import prepare as prepare_module
+from overnight.preparation.documents import split_of
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.tokenizer.open_tokenizer import load_tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
 
 TEXTS = [f"Document {number} of them: " + "word " * (number % 37) for number in range(400)]
 
@@ -91,10 +89,10 @@ def test_a_limit_on_tokens_is_kept_whatever_the_units(
     prepare(whole)
     monkeypatch.setattr(prepare_module, "UNIT_BYTES", 700)
     encoded: list[int] = []
-    real = encode_module.encode_unit
+    real = tokenize.tokenize_unit
     monkeypatch.setattr(
-        steps_module,
-        "encode_unit",
+        prepare_module,
+        "tokenize_unit",
         lambda place, number, threads: encoded.append(number) or real(place, number),
     )
     for per_token in (6, 1 / 20):  # expected too long, and much too short: then more units are asked for
@@ -117,7 +115,7 @@ def test_processes_write_the_same_bytes(config: PrepareConfig) -> None:
 def test_what_was_encoded_before_an_interruption_is_not_encoded_again(
     config: PrepareConfig, small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = encode_module.encode_documents, 0
+    real, calls = tokenize.tokenize_documents, 0
 
     def stop_at_the_third(*arguments: Any) -> Any:
         nonlocal calls
@@ -126,10 +124,10 @@ def test_what_was_encoded_before_an_interruption_is_not_encoded_again(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(encode_module, "encode_documents", stop_at_the_third)
+    monkeypatch.setattr(tokenize, "tokenize_documents", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
-    units = hidden_folder(Path(config.out or "")) / "units"
+    units = staging_path(Path(config.out or "")) / "units"
     done = {path.name: path.stat().st_mtime_ns for path in units.glob("*.json")}
     assert len(done) == 2
     seen: dict[str, int] = {}
@@ -166,16 +164,16 @@ def test_killed_while_it_clears_up_it_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps_module, "remove_traces", remove_some)
+        patch.setattr(prepare_module, "remove_traces", remove_some)
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
-    monkeypatch.setattr(prepare_module, "encode", None)  # nothing is done twice
+    monkeypatch.setattr(prepare_module, "tokenize_units", None)  # nothing is done twice
     prepare(config)
     assert contents(config.out) == contents(expected.out)
 
 
 def test_a_beginning_of_something_else_is_not_gone_on_with(config: PrepareConfig) -> None:
-    place = hidden_folder(Path(config.out or ""))
+    place = staging_path(Path(config.out or ""))
     (place / "units").mkdir(parents=True)
     (place / "work.json").write_text('{"request": {}}')
     (place / "units" / "00000.json").write_text("{}")
@@ -225,7 +223,7 @@ def test_a_killed_worker_ends_the_run_which_then_goes_on(
     expected = elsewhere(config, "expected")
     prepare(expected)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "encode", die_once)
+        patch.setattr(prepare_module, "tokenize_units", die_once)
         with pytest.raises(
             ChildProcessError, match=r"a worker was killed, .*fewer --workers, and run the same"
         ):
@@ -405,7 +403,7 @@ def test_how_many_work_at_once(config: PrepareConfig, monkeypatch: pytest.Monkey
         (9, 1, 1, 9),
     ):
         asked = dataclasses.replace(config, workers=workers)
-        assert executors.count_processes(asked, ranks) == processes
+        assert executors.count_prepare_processes(asked, ranks) == processes
         assert executors.count_threads(asked, ranks) == threads
     assert executors.count_threads(dataclasses.replace(config, workers=8, executor="ray"), 9) == 1
 

@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overnight.evaluation import choices as choices_room
-from overnight.evaluation.choices import Choice, judge_choices, plant
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.world import World
+from overnight.distributed.world import World
+from overnight.evaluation import multiple_choice
+from overnight.evaluation.multiple_choice import Choice, evaluate_choices, pack_question
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
 
 CONTEXT = 48
 IDS = st.integers(0, 96)
@@ -67,9 +66,9 @@ questions = st.builds(
 @torch.no_grad()
 def test_together_is_one_by_one(model: GPT, asked: list[Choice], at_once: int, ids: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choices_room, "TOKENS_AT_ONCE", at_once)
-        patch.setattr(choices_room, "IDS_AT_ONCE", ids)
-        judged = dict(judge_choices(model, asked))
+        patch.setattr(multiple_choice, "TOKENS_AT_ONCE", at_once)
+        patch.setattr(multiple_choice, "IDS_AT_ONCE", ids)
+        judged = dict(evaluate_choices(model, asked))
     assert sorted(judged) == list(range(len(asked)))
     for place, choice in enumerate(asked):
         assert judged[place].choice is choice
@@ -78,7 +77,7 @@ def test_together_is_one_by_one(model: GPT, asked: list[Choice], at_once: int, i
 
 def test_the_three_accuracies_differ_as_they_should() -> None:
     choice = Choice((1,), ((2,), (3, 4), (5, 6, 7)), (10, 9, 30), answer=2)
-    judged = choices_room.Judged((1.0, 2.2, 2.7), choice)
+    judged = multiple_choice.ChoiceResult((1.0, 2.2, 2.7), choice)
     assert judged.likeliest([1, 1, 1]) == 0
     assert judged.likeliest([1, 2, 3]) == 2
     assert (judged.by_sum, judged.by_token, judged.by_character) == (False, True, True)
@@ -87,9 +86,9 @@ def test_the_three_accuracies_differ_as_they_should() -> None:
 def test_processes_divide_the_questions(model: GPT) -> None:
     asked = [Choice((1,) * length, ((2, 3), (4,)), (1, 1), 0) for length in range(1, 40)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choices_room, "TOKENS_AT_ONCE", 100)
-        whole = dict(judge_choices(model, asked))
-        shares = [dict(judge_choices(model, asked, world=World(rank, 3, "cpu"))) for rank in range(3)]
+        patch.setattr(multiple_choice, "TOKENS_AT_ONCE", 100)
+        whole = dict(evaluate_choices(model, asked))
+        shares = [dict(evaluate_choices(model, asked, world=World(rank, 3, "cpu"))) for rank in range(3)]
     assert all(shares)
     assert shares[0] | shares[1] | shares[2] == whole
     assert sum(map(len, shares)) == len(whole)
@@ -97,18 +96,18 @@ def test_processes_divide_the_questions(model: GPT) -> None:
 
 def test_what_does_not_fit_is_refused(model: GPT) -> None:
     with pytest.raises(ValueError, match="does not fit the model's context of 48"):
-        list(judge_choices(model, [Choice((1,), ((2,) * 49, (3,)), (1, 1), 0)]))
+        list(evaluate_choices(model, [Choice((1,), ((2,) * 49, (3,)), (1, 1), 0)]))
     fitting = Choice((1,) * 60, ((2,) * 48, (3,)), (1, 1), 0)
-    ((_, judged),) = judge_choices(model, [fitting])
+    ((_, judged),) = evaluate_choices(model, [fitting])
     assert judged.nats == pytest.approx(one_by_one(model, fitting), rel=1e-5)
 
 
 @torch.no_grad()
 def test_a_gpu_s_portions_come_to_the_same(model: GPT) -> None:
     asked = [Choice((1,) * length, ((2, 3, 96), (4,)), (1, 1), 0) for length in range(1, 30)]
-    trees = [tree for place, choice in enumerate(asked) for tree in plant(place, choice, CONTEXT)]
-    cut = choices_room._judge(trees, model, choices_room.Portion(100, 10, 1))
-    whole = choices_room._judge(trees, model, choices_room.Portion(8192, 97, 8))
+    trees = [tree for place, choice in enumerate(asked) for tree in pack_question(place, choice, CONTEXT)]
+    cut = multiple_choice._judge(trees, model, multiple_choice.BatchLimits(100, 10, 1))
+    whole = multiple_choice._judge(trees, model, multiple_choice.BatchLimits(8192, 97, 8))
     assert cut.keys() == whole.keys()
     assert [cut[key] for key in whole] == pytest.approx(list(whole.values()), rel=1e-5)
 
@@ -119,9 +118,11 @@ def test_blocks_of_the_vocabulary_are_the_whole_of_it(model: GPT) -> None:
     asked = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 9, 10, 96])
     expected = -model.head(hidden).log_softmax(-1)[asked]
     for at_once in (1, 10, 97, 1000):
-        assert choices_room._nats(hidden, model, asked, at_once).tolist() == pytest.approx(expected.tolist())
+        assert multiple_choice._nats(hidden, model, asked, at_once).tolist() == pytest.approx(
+            expected.tolist()
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             model, "vocab_size", 90
         )  # the control: ids that are left out take their probability along
-        assert choices_room._nats(hidden, model, asked, 10)[0] < expected[0] - 1e-3
+        assert multiple_choice._nats(hidden, model, asked, 10)[0] < expected[0] - 1e-3

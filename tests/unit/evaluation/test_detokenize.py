@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.evaluation.detokenize import join_treebank, join_wikitext
+from overnight.evaluation.text_tasks import join_treebank, join_wikitext
 
 WIKITEXT = [
     (" = Robert <unk> = \n", "= Robert <unk> =\n"),

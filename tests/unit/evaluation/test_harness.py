@@ -15,18 +15,23 @@ import numpy as np
 import pytest
 import torch
 
-from overnight.convert.huggingface import write_huggingface
-from overnight.evaluation import harness as harness_room
-from overnight.evaluation.answers import Answers, Wish
-from overnight.evaluation.choices import judge_choices
-from overnight.evaluation.harness import HarnessScore, build_lm, check_harness, harness_scores
-from overnight.evaluation.questions import CHOICE_TASKS, encode_question, read_questions
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.sampling import SamplingConfig
-from overnight.text.load import build_tokenizer
-from overnight.text.tokenizer import Tokenizer
+from overnight.conversion.huggingface import write_huggingface
+from overnight.evaluation import harness
+from overnight.evaluation.choice_tasks import CHOICE_TASKS, encode_question, read_questions
+from overnight.evaluation.harness import (
+    EvalHarnessLM,
+    GenerationRequest,
+    HarnessScore,
+    build_lm,
+    check_harness,
+    harness_scores,
+)
+from overnight.evaluation.multiple_choice import evaluate_choices
+from overnight.generation.sampling import SamplingConfig
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+from overnight.tokenizer.open_tokenizer import build_tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
 
 HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
 needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="lm-eval, an optional extra, is not installed")
@@ -155,7 +160,7 @@ def our_accuracies(model: GPT, tokenizer: Tokenizer, data: Path) -> tuple[float,
     """Per sum and per character, by our own engine of choices."""
     questions = list(read_questions(CHOICE_TASKS["hellaswag-lm-eval"], data))
     judged = [
-        each for _, each in judge_choices(model, [encode_question(one, tokenizer) for one in questions])
+        each for _, each in evaluate_choices(model, [encode_question(one, tokenizer) for one in questions])
     ]
     assert len(judged) == len(questions)
     return (
@@ -228,9 +233,9 @@ def test_what_simple_evaluate_says(model: GPT, tokenizer: Tokenizer, tmp_path: P
     with (folder / "few.yaml").open("a", encoding="utf-8") as file:
         file.write("num_fewshot: 2\nfewshot_split: validation\n")
     found = harness_scores(model, tokenizer, ["few"], folder=folder)
-    lm = build_lm(Answers(model, tokenizer, "fp32"))
+    lm = build_lm(EvalHarnessLM(model, tokenizer, "fp32"))
     index = TaskManager(include_defaults=False, include_path=str(folder))
-    with harness_room._undisturbed():
+    with harness._undisturbed():
         said = simple_evaluate(model=lm, tasks=["few"], task_manager=index, log_samples=True)
     assert said is not None
     assert values(found) == {name: said["results"]["few"][f"{name},none"] for name in ("acc", "acc_norm")}
@@ -270,7 +275,7 @@ def test_likelihoods_are_those_of_the_harness_s_own_model(
     model: GPT, tokenizer: Tokenizer, theirs: Any
 ) -> None:
     pairs = PAIRS + greedy_pairs(model, tokenizer)
-    ours = build_lm(Answers(model, tokenizer, "fp32")).loglikelihood(requests(*pairs))
+    ours = build_lm(EvalHarnessLM(model, tokenizer, "fp32")).loglikelihood(requests(*pairs))
     expected = theirs.loglikelihood(requests(*pairs), disable_tqdm=True)
     for (value, greedy), (wanted, wanted_greedy) in zip(ours, expected, strict=True):
         assert value == pytest.approx(wanted, abs=1e-4)
@@ -278,7 +283,7 @@ def test_likelihoods_are_those_of_the_harness_s_own_model(
     assert {greedy for _, greedy in ours} == {True, False}
     # It could differ: a blank that stays with the context, and a context cut one token later.
     assert ours[1][0] == pytest.approx(ours[0][0], abs=1e-5)
-    apart = Answers(model, tokenizer, "fp32")._judge(
+    apart = EvalHarnessLM(model, tokenizer, "fp32")._judge(
         [harness_passage(tokenizer.encode("A man is sitting "), tokenizer.encode("on a roof"))]
     )
     assert abs(-apart[0].nats - expected[1][0]) > 1e-2
@@ -296,7 +301,7 @@ def test_whole_texts_are_judged_as_the_harness_s_own_model_does(
     model: GPT, tokenizer: Tokenizer, theirs: Any
 ) -> None:
     texts = [TEXTS[0], "", "The", " ".join(TEXTS * 3), "dog " * (CONTEXT - 1), "dog " * CONTEXT]
-    ours = build_lm(Answers(model, tokenizer, "fp32")).loglikelihood_rolling(
+    ours = build_lm(EvalHarnessLM(model, tokenizer, "fp32")).loglikelihood_rolling(
         requests(*((text,) for text in texts))
     )
     expected = theirs.loglikelihood_rolling(requests(*((text,) for text in texts)), disable_tqdm=True)
@@ -313,7 +318,7 @@ def test_completions_are_those_of_the_harness_s_own_model(
 ) -> None:
     prompts = ["A man is", "Mix the flour", "The quick brown fox jumps over the lazy dog " * 6, "dog"]
     free: dict[str, Any] = {"until": [], "max_gen_toks": 12, "do_sample": False}
-    lm = build_lm(Answers(model, tokenizer, "fp32"))
+    lm = build_lm(EvalHarnessLM(model, tokenizer, "fp32"))
     written = lm.generate_until(requests(*((prompt, free) for prompt in prompts)))
     assert written == theirs.generate_until(requests(*((p, dict(free)) for p in prompts)), disable_tqdm=True)
     assert all(written)
@@ -331,26 +336,35 @@ def test_completions_are_those_of_the_harness_s_own_model(
 
 
 def test_batches_do_not_change_what_is_written(model: GPT, tokenizer: Tokenizer) -> None:
-    answers = Answers(model, tokenizer, "fp32")
+    answers = EvalHarnessLM(model, tokenizer, "fp32")
     sampling = SamplingConfig(temperature=1.0, top_k=None, seed=3)
-    prompts = [(text[:length], Wish(6, (), sampling)) for text in TEXTS for length in (5, 20, 12)]
+    prompts = [
+        (text[:length], GenerationRequest(6, (), sampling)) for text in TEXTS for length in (5, 20, 12)
+    ]
     whole = answers.completions(prompts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("overnight.evaluation.answers.TOKENS_AT_ONCE", 30)
+        patch.setattr("overnight.evaluation.harness.TOKENS_AT_ONCE", 30)
         assert answers.completions(prompts) == whole
-    greedy = [(prompt, Wish(6, (), SamplingConfig(temperature=0.0))) for prompt, _ in prompts]
+    greedy = [(prompt, GenerationRequest(6, (), SamplingConfig(temperature=0.0))) for prompt, _ in prompts]
     assert answers.completions(greedy) != whole
 
 
 def test_what_can_not_be_read_at_once_is_refused(model: GPT, tokenizer: Tokenizer) -> None:
-    answers = Answers(model, tokenizer, "fp32")
+    answers = EvalHarnessLM(model, tokenizer, "fp32")
     with pytest.raises(
         ValueError, match=r"a continuation of \d+ tokens does not fit the model's context of 48"
     ):
         answers.likelihoods([("The", " dog and fox" * CONTEXT)])
     with pytest.raises(ValueError, match="a completion of 48 tokens leaves no room for a prompt"):
-        answers.completions([("The", Wish(CONTEXT, (), SamplingConfig(temperature=0.0)))])
-    assert len(answers.completions([("The", Wish(CONTEXT - 1, (), SamplingConfig(temperature=0.0)))])) == 1
+        answers.completions([("The", GenerationRequest(CONTEXT, (), SamplingConfig(temperature=0.0)))])
+    assert (
+        len(
+            answers.completions(
+                [("The", GenerationRequest(CONTEXT - 1, (), SamplingConfig(temperature=0.0)))]
+            )
+        )
+        == 1
+    )
     (nothing,) = answers.likelihoods([("The", "")])
     assert nothing == (0.0, True)
 
@@ -368,8 +382,8 @@ def test_a_wish_that_is_not_fulfilled_is_refused(model: GPT, tokenizer: Tokenize
     (folder / "completed.yaml").write_text(text.replace("num_beams", "top_k"), encoding="utf-8")
     (score,) = harness_scores(model, tokenizer, ["completed"], folder=folder)
     assert (score.metric, score.value, score.samples) == ("exact_match", 0.0, 3)
-    wish = harness_room._wish({"do_sample": True, "temperature": 0.5, "top_p": 0.9, "until": "x"})
-    assert wish == Wish(256, ("x",), SamplingConfig(temperature=0.5, top_k=None, top_p=0.9))
+    wish = harness._wish({"do_sample": True, "temperature": 0.5, "top_p": 0.9, "until": "x"})
+    assert wish == GenerationRequest(256, ("x",), SamplingConfig(temperature=0.5, top_k=None, top_p=0.9))
 
 
 # ---------------------------------------------------------------- names, networks, and whom it disturbs
@@ -439,7 +453,7 @@ def test_the_caller_is_not_disturbed(
     assert out == ""
     assert err.startswith("likelihoods: 20 rows in ")  # our own bar, where there is no terminal
     assert err.count("\n") == 1
-    with harness_room._undisturbed():  # the control: these would be
+    with harness._undisturbed():  # the control: these would be
         random.random(), np.random.random(), torch.rand(1)
         sys.stdout.write("shown")
     assert random.getstate() == states[0]

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from overnight.evaluation.intervals import bootstrap, bootstrap_difference, mcnemar, wilson
+from overnight.evaluation.scores import bootstrap, bootstrap_difference, mcnemar, wilson
 
 
 def test_wilson_solves_its_own_equation() -> None:

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from overnight.data.stream import Batch
-from overnight.evaluation.language_model import evaluate_language_model, pool_evaluations
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
+from overnight.data.loader import Batch
+from overnight.evaluation.perplexity import evaluate_language_model, pool_evaluations
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
 
 V, T = 40, 8
 SPELT = [b""] + [b"x" * (1 + number % 3) for number in range(V - 1)]  # id 0 separates documents
@@ -84,7 +83,7 @@ def test_judging_changes_nothing(model: GPT) -> None:
 def test_nats_become_float64_on_the_cpu(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     """An Apple GPU has no float64; of its tensors, only the way to the CPU is played here."""
     nats = SimpleNamespace(item=lambda: 30.0)
-    monkeypatch.setattr("overnight.evaluation.language_model.cross_entropy_nats", lambda *_: nats)
+    monkeypatch.setattr("overnight.evaluation.perplexity.cross_entropy_nats", lambda *_: nats)
     ids = torch.randint(V, (21,), generator=torch.Generator().manual_seed(3))
     assert evaluate_language_model(model, rows(ids, 1), SPELT).loss == 3 * 30 / 20
 

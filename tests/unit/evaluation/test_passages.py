@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overnight.evaluation import passages as passages_room
-from overnight.evaluation.passages import Passage, cut_windows, judge_passages
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.world import World
+from overnight.distributed.world import World
+from overnight.evaluation import passages
+from overnight.evaluation.passages import Passage, cut_windows, evaluate_passages
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
 
 CONTEXT = 32
 
@@ -53,9 +52,9 @@ asked = st.lists(
 @torch.no_grad()
 def test_together_is_one_by_one(model: GPT, asked: list[Passage], at_once: int, logits: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passages_room, "TOKENS_AT_ONCE", at_once)
-        patch.setattr(passages_room, "LOGITS_AT_ONCE", logits)
-        found = dict(judge_passages(model, asked))
+        patch.setattr(passages, "TOKENS_AT_ONCE", at_once)
+        patch.setattr(passages, "LOGITS_AT_ONCE", logits)
+        found = dict(evaluate_passages(model, asked))
     assert sorted(found) == list(range(len(asked)))
     for place, passage in enumerate(asked):
         nats, is_greedy = one_by_one(model, passage)
@@ -69,16 +68,16 @@ def test_what_greedy_decoding_writes_is_greedy_and_nothing_else(model: GPT) -> N
     for _ in range(4):
         ids.append(int(model.eval()(torch.tensor([ids]))[0, -1].argmax()))
     other = [*ids[:-1], (ids[-1] + 1) % 97]
-    found = dict(judge_passages(model, [Passage(ids, 4), Passage(other, 4), Passage(other, 1)]))
+    found = dict(evaluate_passages(model, [Passage(ids, 4), Passage(other, 4), Passage(other, 1)]))
     assert [found[place].is_greedy for place in range(3)] == [True, False, False]
 
 
 def test_processes_divide_the_passages(model: GPT) -> None:
     asked = [Passage([1] * length, 1) for length in range(2, 30)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passages_room, "TOKENS_AT_ONCE", 64)
-        whole = dict(judge_passages(model, asked))
-        shares = [dict(judge_passages(model, asked, world=World(rank, 3, "cpu"))) for rank in range(3)]
+        patch.setattr(passages, "TOKENS_AT_ONCE", 64)
+        whole = dict(evaluate_passages(model, asked))
+        shares = [dict(evaluate_passages(model, asked, world=World(rank, 3, "cpu"))) for rank in range(3)]
     assert all(shares)
     assert shares[0] | shares[1] | shares[2] == whole
     assert sum(map(len, shares)) == len(whole)
@@ -87,7 +86,7 @@ def test_processes_divide_the_passages(model: GPT) -> None:
 @pytest.mark.parametrize("ids, scored", [([1] * 34, 1), ([1, 2], 2), ([1], 1), ([1, 2], 0)])
 def test_what_does_not_fit_is_refused(model: GPT, ids: list[int], scored: int) -> None:
     with pytest.raises(ValueError, match="does not fit the model's context of 32"):
-        list(judge_passages(model, [Passage([1, 2], 1), Passage(ids, scored)]))
+        list(evaluate_passages(model, [Passage([1, 2], 1), Passage(ids, scored)]))
 
 
 @given(count=st.integers(1, 200), context=st.integers(1, 40), stride=st.none() | st.integers(1, 40))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from overnight.evaluation.questions import CHOICE_TASKS, encode_question, read_questions
-from overnight.text.byte_pair import BytePair
+from overnight.evaluation.choice_tasks import CHOICE_TASKS, encode_question, read_questions
+from overnight.tokenizer.bpe import BytePair
 
 SCIENCE = {
     "question": {

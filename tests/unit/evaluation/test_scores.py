@@ -12,20 +12,29 @@ from pathlib import Path
 
 import pytest
 
-from overnight.evaluation import files as files_room
-from overnight.evaluation.choices import Choice, Judged
-from overnight.evaluation.files import find_file
-from overnight.evaluation.intervals import bootstrap, bootstrap_difference, mcnemar, wilson
-from overnight.evaluation.measured import Measured
-from overnight.evaluation.passages import Scored
-from overnight.evaluation.scores import LossComparison, compare, score_choices, score_passages, score_text
+from overnight.evaluation import tasks
+from overnight.evaluation.multiple_choice import Choice, ChoiceResult
+from overnight.evaluation.passages import SpanResult
+from overnight.evaluation.perplexity import TextLoss
+from overnight.evaluation.scores import (
+    LossComparison,
+    bootstrap,
+    bootstrap_difference,
+    compare_scores,
+    mcnemar,
+    score_choices,
+    score_passages,
+    score_text,
+    wilson,
+)
+from overnight.evaluation.tasks import find_file
 
 CHOICES = [Choice((1,), ((2,), (3, 4)), (4, 4), answer) for answer in (0, 1, 1, 1)]
 NATS = [(1.0, 3.0), (2.0, 3.0), (5.0, 4.0), (1.0, 9.0)]
 
 
 def test_each_accuracy_has_its_own_winners() -> None:
-    judged = [Judged(nats, choice) for nats, choice in zip(NATS, CHOICES, strict=True)]
+    judged = [ChoiceResult(nats, choice) for nats, choice in zip(NATS, CHOICES, strict=True)]
     found = {each.metric: each for each in score_choices("hellaswag", judged, 0.5)}
     assert found["accuracy_by_sum"].value == 0.5  # the first and the third
     assert found["accuracy_per_token"].value == 0.75  # the second as well: 2 nats against 1.5 a token
@@ -36,12 +45,12 @@ def test_each_accuracy_has_its_own_winners() -> None:
 
 
 def test_two_models_are_compared_on_the_questions_on_which_they_differ() -> None:
-    found = compare([True, True, False, True], [True, False, True, False])
+    found = compare_scores([True, True, False, True], [True, False, True, False])
     assert (found.value, found.only_here, found.only_there) == (0.5, 2, 1)
     assert found.probability == mcnemar(2, 1)
 
 
-TEXT = Measured(nats=(3.0, 5.0, 4.0), tokens=(2, 3, 1), units={"word": 4, "byte": 24, "character": 20})
+TEXT = TextLoss(nats=(3.0, 5.0, 4.0), tokens=(2, 3, 1), units={"word": 4, "byte": 24, "character": 20})
 
 
 def test_a_loss_is_told_in_every_unit() -> None:
@@ -72,8 +81,8 @@ def test_two_models_are_compared_on_the_same_windows_only() -> None:
 
 
 def test_a_last_word_is_right_if_every_id_of_it_is() -> None:
-    scored = [Scored(1.0, True), Scored(4.0, False), Scored(1.0, True), Scored(2.0, True)]
-    words = Measured(nats=(1.0, 4.0, 1.0, 2.0), tokens=(1, 1, 1, 1), units={"word": 4})
+    scored = [SpanResult(1.0, True), SpanResult(4.0, False), SpanResult(1.0, True), SpanResult(2.0, True)]
+    words = TextLoss(nats=(1.0, 4.0, 1.0, 2.0), tokens=(1, 1, 1, 1), units={"word": 4})
     accuracy, perplexity = score_passages("lambada", scored, words, None)
     assert (accuracy.metric, accuracy.value, accuracy.interval) == ("accuracy", 0.75, wilson(3, 4))
     assert (perplexity.metric, perplexity.value) == ("perplexity_per_word", pytest.approx(math.exp(2)))
@@ -81,7 +90,7 @@ def test_a_last_word_is_right_if_every_id_of_it_is() -> None:
 
 
 def test_a_hopeless_loss_is_an_infinite_perplexity() -> None:
-    hopeless = Measured(nats=(900.0,), tokens=(1,), units={})
+    hopeless = TextLoss(nats=(900.0,), tokens=(1,), units={})
     (found,) = score_text("validation", ("perplexity_per_token",), hopeless)
     assert found.value == math.inf
 
@@ -89,7 +98,7 @@ def test_a_hopeless_loss_is_an_infinite_perplexity() -> None:
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A publisher's file and a zip of it, read by the real code over file:// addresses."""
-    monkeypatch.setattr(files_room, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(tasks, "cache_folder", lambda: tmp_path / "cache")
     folder = tmp_path / "published"
     folder.mkdir()
     (folder / "plain.jsonl").write_text("one\n")

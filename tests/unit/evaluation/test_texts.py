@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from overnight.evaluation.choices import Choice
-from overnight.evaluation.tasks import TASKS, Judgement, open_task
-from overnight.evaluation.texts import CLOZE_TASKS, TEXT_TASKS, Cloze, encode_cloze, encode_text
-from overnight.text.byte_pair import BytePair
+from overnight.evaluation.multiple_choice import Choice
+from overnight.evaluation.tasks import TASKS, TaskResult, open_task
+from overnight.evaluation.text_tasks import CLOZE_TASKS, TEXT_TASKS, Cloze, encode_cloze, encode_text
+from overnight.tokenizer.bpe import BytePair
 
 ARTICLE = " \n = Title = \n \n It was <unk> , he said . \n"
 
@@ -116,7 +116,7 @@ def test_a_task_opens_by_its_name_and_scores_what_it_is_given(name: str, tmp_pat
     examples = task.encode(BytePair([]), 2048)
     assert len(examples) == (1 if name in TEXT_TASKS else 2)
     widths = [len(each.endings) if isinstance(each, Choice) else 2 for each in examples]
-    made_up = Judgement(examples, [tuple(map(float, range(1, width + 1))) for width in widths])
+    made_up = TaskResult(examples, [tuple(map(float, range(1, width + 1))) for width in widths])
     scores = task.score(made_up, made_up)
     assert {score.task for score in scores} == {name}
     for score in scores:

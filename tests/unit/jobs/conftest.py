@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from overnight.jobs.request import JobRequest, Text
+from overnight.jobs.request import JobRequest
+from overnight.preparation.prepare_commands import JobText
 
 # Stands for `overnight`: writes down what it was told and where it stands. `train long` begins a run and
 # waits to be told to save; `train short` and a resumed run do all steps at once.
@@ -182,7 +183,7 @@ def request_job() -> Callable[..., JobRequest]:
             "made_by": "overnight launch long --slurm",
             "run_name": "mine",
             "words": ("long",),
-            "texts": (Text("data/notes", ("overnight", "prepare", "notes")),),
+            "texts": (JobText("data/notes", ("overnight", "prepare", "notes")),),
         }
         return JobRequest(**default | settings)
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from kubeflow.training.api_client import ApiClient
 
-from overnight.jobs.kubernetes import submit_command, write_job
+from overnight.jobs.kubernetes import kubernetes_submit_command, write_kubernetes_job
 from overnight.jobs.request import JobRequest
 
 BUILD = Callable[..., JobRequest]
@@ -34,7 +34,7 @@ def through_client(document: dict[str, Any]) -> Any:
 
 def read(request: JobRequest) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the job, its container), all documents checked."""
-    documents = list(yaml.safe_load_all(write_job(request)))
+    documents = list(yaml.safe_load_all(write_kubernetes_job(request)))
     for document in documents:
         assert through_client(document) == document
     job = documents[-1]
@@ -55,11 +55,11 @@ def test_the_job_has_its_pods_and_gpus(request_job: BUILD) -> None:
 
 
 def test_the_volume_is_claimed_unless_there_is_one(request_job: BUILD) -> None:
-    claim, job = yaml.safe_load_all(write_job(request_job()))
+    claim, job = yaml.safe_load_all(write_kubernetes_job(request_job()))
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     volumes = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["volumes"]
     assert volumes[0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-    (job,) = yaml.safe_load_all(write_job(request_job(shared_disk="team")))
+    (job,) = yaml.safe_load_all(write_kubernetes_job(request_job(shared_disk="team")))
     volumes = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["volumes"]
     assert volumes[0]["persistentVolumeClaim"]["claimName"] == "team"
 
@@ -72,7 +72,7 @@ def test_a_job_without_gpus_asks_for_none(request_job: BUILD) -> None:
 
 @pytest.mark.parametrize("right, wrong", [("maxRestarts", "maxRestart"), ("workingDir", "workDir")])
 def test_the_client_finds_what_is_wrong(right: str, wrong: str, request_job: BUILD) -> None:
-    *_, job = yaml.safe_load_all(write_job(request_job()).replace(f"{right}:", f"{wrong}:"))
+    *_, job = yaml.safe_load_all(write_kubernetes_job(request_job()).replace(f"{right}:", f"{wrong}:"))
     assert through_client(job) != job
 
 
@@ -154,4 +154,4 @@ def test_an_error_is_the_pods_own(
 
 
 def test_it_is_submitted_by_kubectl(request_job: BUILD) -> None:
-    assert submit_command(request_job(path="a.yaml")) == "kubectl apply -f a.yaml"
+    assert kubernetes_submit_command(request_job(path="a.yaml")) == "kubectl apply -f a.yaml"

@@ -21,8 +21,15 @@ import pydantic
 import pytest
 import yaml
 
-from overnight.jobs.request import JobRequest, Text
-from overnight.jobs.sagemaker import INSTANCES, WITHOUT_GPU, find_instance, submit_command, write_job
+from overnight.jobs.request import JobRequest
+from overnight.jobs.sagemaker import (
+    INSTANCES,
+    WITHOUT_GPU,
+    find_instance,
+    sagemaker_submit_command,
+    write_sagemaker_job,
+)
+from overnight.preparation.prepare_commands import JobText
 
 BUILD = Callable[..., JobRequest]
 
@@ -72,7 +79,7 @@ def check_limits(job: dict[str, Any]) -> None:
 @pytest.fixture
 def read(validate: Callable[[Any], None]) -> Callable[[JobRequest], dict[str, Any]]:
     def load(request: JobRequest) -> dict[str, Any]:
-        job: dict[str, Any] = yaml.safe_load(write_job(request))
+        job: dict[str, Any] = yaml.safe_load(write_sagemaker_job(request))
         validate(job)
         return job
 
@@ -121,14 +128,17 @@ def test_every_instance_exists(types: Any, request_job: BUILD, read: Any) -> Non
         ({"words": ("long", "x" * 257)}, "an option has at most 256 characters"),
         ({"words": ("long", "two\nlines")}, "no line break; put it into a recipe"),
         ({"words": ("long", *100 * ["x"])}, "passes on 100 words, and the run has 101"),
-        ({"texts": tuple(Text(f"data/{n}", weight=1.0) for n in range(20))}, "sources: 20 texts do not fit"),
+        (
+            {"texts": tuple(JobText(f"data/{n}", weight=1.0) for n in range(20))},
+            "sources: 20 texts do not fit",
+        ),
     ],
 )
 def test_what_sagemaker_has_no_room_for_is_refused(
     settings: dict[str, Any], sentence: str, request_job: BUILD
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        write_job(request_job(**settings))
+        write_sagemaker_job(request_job(**settings))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +147,7 @@ def test_what_sagemaker_has_no_room_for_is_refused(
 def test_the_types_find_what_is_wrong(
     wrong: str, request_job: BUILD, validate: Callable[[Any], None]
 ) -> None:
-    job = write_job(request_job())
+    job = write_sagemaker_job(request_job())
     changed = re.sub(f"^  {wrong[:10]}.*: .*$", f"  {wrong}", job, flags=re.MULTILINE)
     assert changed != job
     with pytest.raises(pydantic.ValidationError):
@@ -145,7 +155,11 @@ def test_the_types_find_what_is_wrong(
 
 
 def test_a_mixture_has_a_channel_for_each_text(request_job: BUILD, read: Any) -> None:
-    texts = (Text("data/a", weight=0.5), Text("s3://b/c d", weight=0.25), Text("data/e", weight=0.25))
+    texts = (
+        JobText("data/a", weight=0.5),
+        JobText("s3://b/c d", weight=0.25),
+        JobText("data/e", weight=0.25),
+    )
     job = read(request_job(texts=texts))
     assert [channel["ChannelName"] for channel in job["InputDataConfig"]] == ["text1", "text2"]
     mixed = """--sources "$SM_CHANNEL_TEXT1"=0.5 's3://b/c d'=0.25 "$SM_CHANNEL_TEXT2"=0.25"""
@@ -153,10 +167,10 @@ def test_a_mixture_has_a_channel_for_each_text(request_job: BUILD, read: Any) ->
 
 
 def test_text_at_a_url_needs_no_channel(request_job: BUILD, read: Any) -> None:
-    job = read(request_job(texts=(Text("s3://b/c"),), words=("long", "--data", "s3://b/c")))
+    job = read(request_job(texts=(JobText("s3://b/c"),), words=("long", "--data", "s3://b/c")))
     assert "InputDataConfig" not in job
     assert "--data" not in job["Environment"]["OVERNIGHT_TRAIN"]
-    assert "training-job" in submit_command(request_job(texts=(Text("s3://b/c"),)))
+    assert "training-job" in sagemaker_submit_command(request_job(texts=(JobText("s3://b/c"),)))
 
 
 @pytest.fixture
@@ -260,7 +274,7 @@ def test_two_hosts_meet(
 
 
 def test_the_text_is_sent_before_the_request(request_job: BUILD) -> None:
-    assert submit_command(request_job(path="a.yaml", bucket="mine")) == (
+    assert sagemaker_submit_command(request_job(path="a.yaml", bucket="mine")) == (
         "aws s3 sync data/notes s3://mine/data/notes && "
         "aws sagemaker create-training-job --cli-input-yaml file://a.yaml "
         '--training-job-name "mine-$(date +%Y%m%d-%H%M%S)"'

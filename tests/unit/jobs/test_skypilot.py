@@ -16,8 +16,9 @@ import jsonschema
 import pytest
 import yaml
 
-from overnight.jobs.request import JobRequest, Text
-from overnight.jobs.skypilot import submit_command, write_job
+from overnight.jobs.request import JobRequest
+from overnight.jobs.skypilot import skypilot_submit_command, write_skypilot_job
+from overnight.preparation.prepare_commands import JobText
 
 
 def only(*required: str, **properties: Any) -> dict[str, Any]:
@@ -63,7 +64,7 @@ BUILD = Callable[..., JobRequest]
 
 
 def read(request: JobRequest) -> dict[str, Any]:
-    task: dict[str, Any] = yaml.safe_load(write_job(request))
+    task: dict[str, Any] = yaml.safe_load(write_skypilot_job(request))
     jsonschema.validate(task, TASK)
     return task
 
@@ -98,7 +99,7 @@ def test_a_task_without_gpus_asks_for_processors(request_job: BUILD) -> None:
     [("use_spot:", "use_spots:"), ("max_restarts_on_errors", "max_restarts"), ("H100:8", "H100")],
 )
 def test_the_schema_finds_what_is_wrong(right: str, wrong: str, request_job: BUILD) -> None:
-    job = write_job(request_job())
+    job = write_skypilot_job(request_job())
     assert right in job
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(yaml.safe_load(job.replace(right, wrong)), TASK)
@@ -177,7 +178,7 @@ def test_a_run_that_was_told_to_stop_is_no_success(
 def test_text_that_only_this_machine_has_is_not_prepared_there(
     machines: Any, request_job: BUILD, start_node: Callable[..., Any], ended: Any
 ) -> None:
-    status, said = ended(start_node(read(request_job(texts=(Text("data/notes"),))), 0, nodes=1))
+    status, said = ended(start_node(read(request_job(texts=(JobText("data/notes"),))), 0, nodes=1))
     assert (status, said) == (2, "data/notes is not prepared\n")
 
 
@@ -194,4 +195,4 @@ def test_two_nodes_meet(
 
 
 def test_it_is_submitted_by_sky(request_job: BUILD) -> None:
-    assert submit_command(request_job(path="a.yaml")) == "sky jobs launch a.yaml"
+    assert skypilot_submit_command(request_job(path="a.yaml")) == "sky jobs launch a.yaml"

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from overnight.jobs.request import JobRequest, Text
-from overnight.jobs.slurm import WARNING_SECONDS, submit_command, write_job
+from overnight.jobs.request import JobRequest
+from overnight.jobs.slurm import WARNING_SECONDS, slurm_submit_command, write_slurm_job
+from overnight.preparation.prepare_commands import JobText
 
 # Runs the command once for each node, as its own process, which scancel then knows.
 SRUN = """#!/bin/bash
@@ -78,7 +79,7 @@ def read_options(job: str) -> argparse.Namespace:
 
 
 def test_the_head_asks_for_what_the_run_needs(request_job: Callable[..., JobRequest]) -> None:
-    job = write_job(request_job(nodes=2, gpus_per_node=4, hours=30.5, partition="gpu", gpu="h100"))
+    job = write_slurm_job(request_job(nodes=2, gpus_per_node=4, hours=30.5, partition="gpu", gpu="h100"))
     assert job.startswith("#!/bin/bash\n")
     options = read_options(job)
     assert (options.nodes, options.ntasks_per_node, options.gpus_per_node) == (2, 1, "h100:4")
@@ -89,7 +90,7 @@ def test_the_head_asks_for_what_the_run_needs(request_job: Callable[..., JobRequ
 
 
 def test_a_job_without_gpus_asks_for_whole_nodes(request_job: Callable[..., JobRequest]) -> None:
-    job = write_job(request_job(gpus_per_node=0))
+    job = write_slurm_job(request_job(gpus_per_node=0))
     options = read_options(job)
     assert options.gpus_per_node is None
     assert options.partition is None
@@ -99,11 +100,11 @@ def test_a_job_without_gpus_asks_for_whole_nodes(request_job: Callable[..., JobR
 
 def test_the_shell_can_read_it(request_job: Callable[..., JobRequest], tmp_path: Path) -> None:
     awkward = ("--sample-prompts", "it's", 'a "b"', "$(touch x)", "two\nlines")
-    job = write_job(request_job(run_name="a run's", words=("long", *awkward), made_by="a\nb"))
+    job = write_slurm_job(request_job(run_name="a run's", words=("long", *awkward), made_by="a\nb"))
     path = tmp_path / "job"
     path.write_text(job)
     assert subprocess.run(["bash", "-n", path], capture_output=True, check=True).stderr == b""
-    assert all(len(line) <= 110 for line in write_job(request_job()).splitlines())
+    assert all(len(line) <= 110 for line in write_slurm_job(request_job()).splitlines())
 
 
 def test_torchrun_understands_its_options(
@@ -112,7 +113,7 @@ def test_torchrun_understands_its_options(
     ended: Any,
     parse_torchrun: Callable[[list[str]], Any],
 ) -> None:
-    job = write_job(request_job(words=("short", "--seed", "5"), nodes=2, max_restarts=4))
+    job = write_slurm_job(request_job(words=("short", "--seed", "5"), nodes=2, max_restarts=4))
     assert ended(submit(slurm, job, job_id="70001"))[0] == 0
     first, second = sorted(
         (parse_torchrun(words) for words in slurm.noted("torchrun")), key=lambda a: a.rdzv_conf
@@ -128,7 +129,7 @@ def test_two_nodes_meet_are_saved_at_the_time_limit_and_go_on(
 ) -> None:
     """For real, but for Slurm: two agents of torchrun's, their rendezvous, a sum over both processes."""
     slurm.use_real_torchrun()
-    job = write_job(request_job(nodes=2, gpus_per_node=1))
+    job = write_slurm_job(request_job(nodes=2, gpus_per_node=1))
     job_id = {"job_id": "4711", "TOGETHER": "yes", "OMP_NUM_THREADS": "1"}
     process = submit(slurm, job, **job_id)
     slurm.wait_for("told", 2, process)
@@ -166,7 +167,7 @@ def test_a_run_of_overnight_s_own_goes_on_after_the_time_limit(
     length = ("--total-steps=600", "--warmup-steps=1", "--evaluate-every-steps=None", "--sample-tokens=8")
     words = ("quickstart", "--run-name=mine", "--data=data/mine", "--compile=False", *sizes, *length)
     programs = f"{slurm.programs}:{sysconfig.get_path('scripts')}"
-    job = write_job(request_job(nodes=2, gpus_per_node=0, words=words, texts=(Text("data/mine"),)))
+    job = write_slurm_job(request_job(nodes=2, gpus_per_node=0, words=words, texts=(JobText("data/mine"),)))
     process = submit(slurm, job, PATH=f"{programs}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
     metrics = slurm.work / "runs/mine/metrics.jsonl"
     for _ in range(600):
@@ -191,7 +192,7 @@ def test_a_run_of_overnight_s_own_goes_on_after_the_time_limit(
 def test_without_the_trap_nothing_is_saved(
     slurm: Any, request_job: Callable[..., JobRequest], ended: Any
 ) -> None:
-    job = write_job(request_job(nodes=2))
+    job = write_slurm_job(request_job(nodes=2))
     without = re.sub("^trap .* USR1$", "", job, flags=re.MULTILINE)
     assert without != job
     for script, is_saved in ((job, True), (without, False)):
@@ -212,7 +213,7 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(
     slurm: Any, request_job: Callable[..., JobRequest], ended: Any
 ) -> None:
     """Scancel tells every process, the batch shell too."""
-    process = submit(slurm, write_job(request_job(nodes=2)))
+    process = submit(slurm, write_slurm_job(request_job(nodes=2)))
     slurm.wait_for("told", 2, process)
     os.kill(process.pid, signal.SIGTERM)
     for task in (slurm.notes / "tasks").read_text().split():
@@ -225,7 +226,7 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(
 def test_an_error_ends_the_job_with_its_status(
     slurm: Any, request_job: Callable[..., JobRequest], ended: Any
 ) -> None:
-    assert ended(submit(slurm, write_job(request_job(words=("wrong",)))))[0] == 2
+    assert ended(submit(slurm, write_slurm_job(request_job(words=("wrong",)))))[0] == 2
     assert slurm.noted("requeued") == []
 
 
@@ -233,10 +234,10 @@ def test_a_job_without_its_text_ends_at_once(
     slurm: Any, request_job: Callable[..., JobRequest], ended: Any
 ) -> None:
     texts = (
-        Text("s3://elsewhere/text"),
-        Text("data/other", ("overnight", "prepare", "other", "--out", "a b")),
+        JobText("s3://elsewhere/text"),
+        JobText("data/other", ("overnight", "prepare", "other", "--out", "a b")),
     )
-    status, said = ended(submit(slurm, write_job(request_job(texts=texts))))
+    status, said = ended(submit(slurm, write_slurm_job(request_job(texts=texts))))
     assert status == 2
     assert said == "data/other is not prepared: overnight prepare other --out 'a b'\n"
     assert slurm.noted("torchrun") == []
@@ -248,10 +249,10 @@ def test_programs_of_this_machine_come_first(
     elsewhere = slurm.work / "my env"
     elsewhere.mkdir()
     slurm.programs.joinpath("overnight").rename(elsewhere / "overnight")
-    job = write_job(request_job(words=("short",), programs=str(elsewhere)))
+    job = write_slurm_job(request_job(words=("short",), programs=str(elsewhere)))
     assert ended(submit(slurm, job))[0] == 0
     assert len(slurm.noted("told")) == 2
 
 
 def test_it_is_submitted_by_sbatch(request_job: Callable[..., JobRequest]) -> None:
-    assert submit_command(request_job(path="my jobs/a.sbatch")) == "sbatch 'my jobs/a.sbatch'"
+    assert slurm_submit_command(request_job(path="my jobs/a.sbatch")) == "sbatch 'my jobs/a.sbatch'"

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overnight.model import blocks
-from overnight.model.blocks import QUERIES, attend_in_blocks
+from overnight.model import kernels
+from overnight.model.kernels import QUERIES, attend_in_blocks
 
 TOLERANCE = 0.01  # bfloat16 keeps 8 bits: each of a few roundings is off by at most 0.4%
 
@@ -45,7 +45,7 @@ def test_output_and_gradients_are_those_of_attention_written_out(T: int) -> None
 
 
 def test_a_position_that_sees_the_future_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_future", lambda queries, dtype: torch.zeros(queries, queries, dtype=dtype))
+    monkeypatch.setattr(kernels, "_future", lambda queries, dtype: torch.zeros(queries, queries, dtype=dtype))
     assert max(errors(2, 3, 200, 16)) > 10 * TOLERANCE
 
 

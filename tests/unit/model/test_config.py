@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from overnight.loss import nats_of_hidden
-from overnight.model.config import PRESETS, ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.parallel import ComputeConfig, Head, build_loss
+from overnight.model.gpt import GPT, initialize
+from overnight.model.loss import head_loss
+from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.training.compute import ComputeConfig, Head, build_loss
 
 Recompute = Literal["none", "selective", "block"]
 SMALL = ModelConfig(n_layer=3, n_head=2, n_embd=32, context_length=64, vocab_size=100)
@@ -21,7 +20,7 @@ GPT2 = PRESETS["gpt2-124m"]
 
 def next_token_nats(model: GPT, ids_BT: Tensor, targets_BT: Tensor, head: Head) -> Tensor:
     hidden_BTC = model.trunk(ids_BT)
-    return nats_of_hidden(hidden_BTC, model.wte.weight, targets_BT, vocab_size=model.vocab_size, head=head)
+    return head_loss(hidden_BTC, model.wte.weight, targets_BT, vocab_size=model.vocab_size, head=head)
 
 
 def count_flops(model: ModelConfig, recompute: Recompute) -> tuple[float, float]:

@@ -12,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overnight.loss import Head, cross_entropy_nats
-from overnight.model import documents
-from overnight.model.config import ModelConfig
-from overnight.model.documents import Documents, attend_one_by_one, attend_with_mask, find_documents
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.parallel import ComputeConfig, build_loss, find_attention_kernel, resolve_compute
+from overnight.model import kernels
+from overnight.model.gpt import GPT, initialize
+from overnight.model.kernels import Documents, attend_one_by_one, attend_with_mask, find_documents
+from overnight.model.loss import Head, cross_entropy_nats
+from overnight.model.model_config import ModelConfig
+from overnight.training.compute import ComputeConfig, build_loss, find_attention_kernel, resolve_compute
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=64, context_length=24, vocab_size=30)
 END_OF_TEXT = 29
@@ -211,7 +210,7 @@ def test_a_mask_in_training_is_refused_where_cudnn_may_take_it(monkeypatch: pyte
         attend_with_mask(q_BHTD, q_BHTD, q_BHTD, document_BT)
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
     attend_with_mask(q_BHTD, q_BHTD, q_BHTD, document_BT)
-    assert documents.NO_MASKS_IN_TRAINING
+    assert kernels.NO_MASKS_IN_TRAINING
 
 
 # ---------------------------------------------------------------- blocks of a GPU
@@ -222,7 +221,7 @@ def test_a_mask_in_training_is_refused_where_cudnn_may_take_it(monkeypatch: pyte
 def test_the_blocks_are_those_that_the_whole_square_gives(T: int) -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from overnight.model.flex import build_block_mask
+    from overnight.model.kernels import build_block_mask
 
     generator = torch.Generator().manual_seed(T)
     ids_BT = (
@@ -253,7 +252,7 @@ def test_the_blocks_are_those_that_the_whole_square_gives(T: int) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_the_compiled_kernel_leaves_out_nothing_that_is_to_be_seen() -> None:
     """Forward only: on a CPU flex_attention has no backward pass."""
-    from overnight.model.flex import attend_in_compiled_flex
+    from overnight.model.kernels import attend_in_compiled_flex
 
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(2)

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from overnight.model.attention import CausalSelfAttention
-from overnight.model.config import PRESETS, ModelConfig
-from overnight.model.gpt import GPT, allocate_model, evaluating
-from overnight.model.initialization import initialize
+from overnight.model.gpt import GPT, CausalSelfAttention, empty_model, eval_mode, initialize
+from overnight.model.model_config import PRESETS, ModelConfig
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=32, context_length=16, vocab_size=100)
 
@@ -164,17 +162,17 @@ def test_dropout_acts_only_while_training() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_after_evaluating_a_model_is_as_it_was_whatever_happened(training: bool) -> None:
     model = small_model().train(training)
-    with evaluating(model):
+    with eval_mode(model):
         assert not any(module.training for module in model.modules())
     assert all(module.training is training for module in model.modules())
-    with pytest.raises(KeyboardInterrupt), evaluating(model):
+    with pytest.raises(KeyboardInterrupt), eval_mode(model):
         raise KeyboardInterrupt
     assert all(module.training is training for module in model.modules())
 
 
 def test_an_allocated_model_is_whole_once_it_is_initialised_or_loaded() -> None:
     expected = small_model()
-    drawn, loaded = allocate_model(SMALL), allocate_model(SMALL)
+    drawn, loaded = empty_model(SMALL), empty_model(SMALL)
     initialize(drawn, seed=1)
     loaded.load_weights(expected.weights())
     for model in (drawn, loaded):

@@ -4,11 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from overnight.on_track.band import TEXT, Band, Curve, Reference, find_band, load_bands, read_band
-from overnight.on_track.recording import LEAST
-from overnight.stages.recipe import flatten, load_recipe
+from overnight.baselines.band import (
+    LEAST,
+    TEXT,
+    BandPoint,
+    Curve,
+    ReferenceBand,
+    find_band,
+    load_bands,
+    read_band,
+)
+from overnight.recipe import flatten, load_recipe
 
-BAND = Band(
+BAND = ReferenceBand(
     recipe="small",
     source="3 runs",
     date="2026-11-21",
@@ -52,8 +60,8 @@ def test_settings_that_differ_are_told_with_both_values() -> None:
 
 def test_a_curve_is_a_straight_line_over_the_logarithm() -> None:
     curve = BAND.curves["loss"]
-    assert curve.at(0) == Reference(9, 10, 12)
-    assert curve.at(100) == Reference(4, 5, 6)
+    assert curve.at(0) == BandPoint(9, 10, 12)
+    assert curve.at(100) == BandPoint(4, 5, 6)
     assert curve.at(50) is None  # what falls from the start on is not known in between
     assert curve.at(1001) is None
     between = curve.at(round(100 * math.sqrt(10)))
@@ -62,10 +70,10 @@ def test_a_curve_is_a_straight_line_over_the_logarithm() -> None:
 
 
 def test_an_edge_is_one_from_the_middle() -> None:
-    reference = Reference(9, 10, 12)
+    reference = BandPoint(9, 10, 12)
     assert [reference.excess(value) for value in (8, 9, 10, 11, 12, 14)] == [-2, -1, 0, 0.5, 1, 2]
     assert reference.excess(math.nan) == reference.excess(math.inf) == math.inf
-    assert Reference(1, 1, 1).excess(1.5) == math.inf
+    assert BandPoint(1, 1, 1).excess(1.5) == math.inf
 
 
 def test_a_band_is_read_as_it_was_written() -> None:
@@ -98,7 +106,7 @@ def test_the_published_curve_is_llm_c_s_and_for_its_text_only() -> None:
     assert find_band(settings, facts) is band
     assert find_band(settings, facts | {"source": "fineweb-edu"}) is None
     reference = band.curves["validation_loss"].at(10_000 * 524_288)
-    assert reference == Reference(3.342, 3.392, 3.472)
+    assert reference == BandPoint(3.342, 3.392, 3.472)
     assert band.differences(settings) == {}
     assert "chosen, not measured" in band.notes
 

@@ -7,42 +7,42 @@ from typing import Any
 
 import pytest
 
-from overnight.on_track import mistakes
-from overnight.on_track.band import Reference
-from overnight.on_track.mistakes import MISTAKES, Comparison, Observations, count_micro_batches
+from overnight.baselines import diagnoses
+from overnight.baselines.band import BandPoint
+from overnight.baselines.diagnoses import MISTAKES, Deviation, RunStats, count_micro_batches
 
 
-def around(middle: float, share: float = 0.02) -> Reference:
-    return Reference(middle * (1 - share), middle, middle * (1 + share))
+def around(middle: float, share: float = 0.02) -> BandPoint:
+    return BandPoint(middle * (1 - share), middle, middle * (1 + share))
 
 
-def compared(values: list[float], middles: list[float], share: float = 0.02) -> list[Comparison]:
+def compared(values: list[float], middles: list[float], share: float = 0.02) -> list[Deviation]:
     """Points at 0, 1000, 2000, ... tokens."""
     pairs = enumerate(zip(values, middles, strict=True))
-    return [Comparison(1000 * at, value, around(middle, share)) for at, (value, middle) in pairs]
+    return [Deviation(1000 * at, value, around(middle, share)) for at, (value, middle) in pairs]
 
 
-GAP = Reference(-0.02, 0.0, 0.02)
-HEALTHY: dict[str, list[Comparison]] = {
+GAP = BandPoint(-0.02, 0.0, 0.02)
+HEALTHY: dict[str, list[Deviation]] = {
     "loss": compared([8.0, 4.01, 3.0], [8.0, 4.0, 3.0]),
     "validation_loss": compared([8.0, 4.0, 3.01], [8.0, 4.0, 3.0]),
-    "gap": [Comparison(2000, 0.01, GAP)],
+    "gap": [Deviation(2000, 0.01, GAP)],
     "grad_norm": compared([2.1, 0.5, 0.4], [2.0, 0.5, 0.4], 0.2),
     "grad_norm_peak": compared([2.1, 0.9, 0.8], [2.0, 0.9, 0.7], 0.3),
     "learning_rate": compared([1e-3, 1e-3, 1e-4], [1e-3, 1e-3, 1e-4]),
     "norm_gain": compared([1.0, 1.05, 1.1], [1.0, 1.05, 1.1]),
     "residual_ratio": compared([0.5, 0.6, 0.7], [0.5, 0.6, 0.7]),
 }
-SEEN = Observations(
+SEEN = RunStats(
     curves=HEALTHY, applied_rates=[1.0, 1.0], is_same_schedule=True, micro_batches=8, unigram_nats=6.0
 )
 
 
-def seen(facts: dict[str, Any] | None = None, **curves: list[Comparison]) -> Observations:
+def seen(facts: dict[str, Any] | None = None, **curves: list[Deviation]) -> RunStats:
     return dataclasses.replace(SEEN, curves=HEALTHY | curves, **(facts or {}))
 
 
-def norms(factor: float) -> list[Comparison]:
+def norms(factor: float) -> list[Deviation]:
     return compared([2.0 * factor, 0.5 * factor, 0.4 * factor], [2.0, 0.5, 0.4], 0.2)
 
 
@@ -94,12 +94,12 @@ OFF = [
     ),
     (
         "the training data repeats",
-        seen(loss=compared([8.0, 2.0], [8.0, 3.0]), gap=[Comparison(2000, 2.0, GAP)]),
+        seen(loss=compared([8.0, 2.0], [8.0, 3.0]), gap=[Deviation(2000, 2.0, GAP)]),
         r"\+2.000 nats .* -0.020 to \+0.020",
     ),
     (
         "dropout is on",
-        seen(loss=compared([8.0, 3.3], [8.0, 3.0]), gap=[Comparison(2000, -0.1, GAP)]),
+        seen(loss=compared([8.0, 3.3], [8.0, 3.0]), gap=[Deviation(2000, -0.1, GAP)]),
         "-0.100 nats",
     ),
     ("tokens are shuffled within rows", seen(loss=compared([8.0, 5.9], [8.0, 3.0])), "near the 6 of knowing"),
@@ -107,7 +107,7 @@ OFF = [
 
 
 @pytest.mark.parametrize("name, shown, words", OFF)
-def test_a_mistake_is_seen_with_its_numbers(name: str, shown: Observations, words: str) -> None:
+def test_a_mistake_is_seen_with_its_numbers(name: str, shown: RunStats, words: str) -> None:
     found = {mistake.name: mistake.evidence(shown) for mistake in MISTAKES}
     assert found[name] is not None
     assert re.search(words, found[name] or ""), found[name]
@@ -120,13 +120,13 @@ def test_every_mistake_has_its_numbers_here() -> None:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
-def test_a_healthy_run_shows_none(mistake: mistakes.Mistake) -> None:
+def test_a_healthy_run_shows_none(mistake: diagnoses.Diagnosis) -> None:
     assert mistake.evidence(SEEN) is None
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
-def test_nothing_known_shows_none(mistake: mistakes.Mistake) -> None:
-    nothing = Observations(
+def test_nothing_known_shows_none(mistake: diagnoses.Diagnosis) -> None:
+    nothing = RunStats(
         curves={}, applied_rates=[], is_same_schedule=True, micro_batches=None, unigram_nats=None
     )
     assert mistake.evidence(nothing) is None
@@ -135,40 +135,40 @@ def test_nothing_known_shows_none(mistake: mistakes.Mistake) -> None:
 CONTROLS = [
     # Another rate that the recipe asks for is a difference, no mistake.
     (
-        mistakes.learning_rate_factor,
+        diagnoses.learning_rate_factor,
         seen({"is_same_schedule": False}, learning_rate=compared([1e-2], [1e-3])),
     ),
     (
-        mistakes.learning_rate_course,
+        diagnoses.learning_rate_course,
         seen({"is_same_schedule": False}, learning_rate=compared([1e-3, 1e-2], [1e-3, 1e-3])),
     ),
     # A run that begins with a checkpoint's weights says nothing of how they were drawn.
-    (mistakes.residual_scale, seen(residual_ratio=[Comparison(5000, 1.0, around(0.5))])),
+    (diagnoses.residual_scale, seen(residual_ratio=[Deviation(5000, 1.0, around(0.5))])),
     # A norm that is off later, or together with the loss, is no matter of scale.
-    (mistakes.scaled_gradients, seen(grad_norm=compared([2.0, 9.0, 9.0], [2.0, 0.5, 0.4], 0.2))),
-    (mistakes.scaled_gradients, seen(grad_norm=norms(8.0), loss=compared([20.0], [8.0]))),
-    (mistakes.summed_gradients, seen(grad_norm=norms(7.0))),
-    (mistakes.summed_gradients, seen({"micro_batches": 1}, grad_norm=norms(8.0))),
+    (diagnoses.scaled_gradients, seen(grad_norm=compared([2.0, 9.0, 9.0], [2.0, 0.5, 0.4], 0.2))),
+    (diagnoses.scaled_gradients, seen(grad_norm=norms(8.0), loss=compared([20.0], [8.0]))),
+    (diagnoses.summed_gradients, seen(grad_norm=norms(7.0))),
+    (diagnoses.summed_gradients, seen({"micro_batches": 1}, grad_norm=norms(8.0))),
     # A gradient that is scaled from the start does not explode.
-    (mistakes.explosion, seen(grad_norm=norms(100.0), grad_norm_peak=compared([200.0], [2.0]))),
-    (mistakes.explosion, seen(grad_norm_peak=compared([2.0, 4.0], [2.0, 0.9]))),
+    (diagnoses.explosion, seen(grad_norm=norms(100.0), grad_norm_peak=compared([200.0], [2.0]))),
+    (diagnoses.explosion, seen(grad_norm_peak=compared([2.0, 4.0], [2.0, 0.9]))),
     # A little below is luck, or a better machine.
     (
-        mistakes.seen_future,
+        diagnoses.seen_future,
         seen(loss=compared([8.0, 2.9], [8.0, 3.0]), validation_loss=compared([8.0, 2.9], [8.0, 3.0])),
     ),
     # A gap has two sides: the training loss must be off the same way.
-    (mistakes.repeated_data, seen(loss=compared([8.0, 3.5], [8.0, 3.0]), gap=[Comparison(2000, 0.5, GAP)])),
-    (mistakes.dropout, seen(loss=compared([8.0, 2.5], [8.0, 3.0]), gap=[Comparison(2000, -0.5, GAP)])),
+    (diagnoses.repeated_data, seen(loss=compared([8.0, 3.5], [8.0, 3.0]), gap=[Deviation(2000, 0.5, GAP)])),
+    (diagnoses.dropout, seen(loss=compared([8.0, 2.5], [8.0, 3.0]), gap=[Deviation(2000, -0.5, GAP)])),
     # Half-way between is slow learning.
-    (mistakes.shuffled_tokens, seen(loss=compared([8.0, 4.5], [8.0, 3.0]))),
+    (diagnoses.shuffled_tokens, seen(loss=compared([8.0, 4.5], [8.0, 3.0]))),
     # Early on, the reference itself knows no more.
-    (mistakes.shuffled_tokens, seen(loss=compared([8.0, 5.9], [8.0, 5.8]))),
+    (diagnoses.shuffled_tokens, seen(loss=compared([8.0, 5.9], [8.0, 5.8]))),
 ]
 
 
 @pytest.mark.parametrize("evidence, shown", CONTROLS)
-def test_what_only_looks_like_it_is_not_named(evidence: Any, shown: Observations) -> None:
+def test_what_only_looks_like_it_is_not_named(evidence: Any, shown: RunStats) -> None:
     assert evidence(shown) is None
 
 

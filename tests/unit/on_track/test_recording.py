@@ -4,8 +4,7 @@ import statistics
 
 import pytest
 
-from overnight.on_track.course import Course, Point
-from overnight.on_track.recording import DEVIATIONS, LEAST, describe_settings, record_curves
+from overnight.baselines.band import DEVIATIONS, LEAST, Course, Point, describe_settings, record_curves
 
 
 def course(values: list[float], name: str = "loss") -> Course:

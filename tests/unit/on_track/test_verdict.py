@@ -3,10 +3,8 @@ from typing import Any
 
 import pytest
 
-from overnight.on_track.band import Band
-from overnight.on_track.course import columns_of, observe
-from overnight.on_track.recording import record_curves
-from overnight.on_track.verdict import Verdict, judge
+from overnight.baselines.band import ReferenceBand, columns_of, record_curves, run_stats
+from overnight.baselines.verdict import BandComparison, compare_with_band
 
 STEPS = 64
 ENDS = [64 * step for step in (1, 2, 4, 8, 16, 32, 48, 64)]
@@ -34,9 +32,9 @@ def evaluations(shift: float = 0.0, steps: int = STEPS) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def band() -> Band:
-    courses = [observe(columns_of(lines(shift)), evaluations(shift), ENDS) for shift in (-0.01, 0.0, 0.01)]
-    return Band(
+def band() -> ReferenceBand:
+    courses = [run_stats(columns_of(lines(shift)), evaluations(shift), ENDS) for shift in (-0.01, 0.0, 0.01)]
+    return ReferenceBand(
         recipe="small",
         source="3 runs",
         date="2026-11-21",
@@ -48,13 +46,13 @@ def band() -> Band:
     )
 
 
-def verdict(band: Band, metrics: Any, judged: Any, settings: Any = SETTINGS) -> Verdict:
-    found = judge(band, columns_of(metrics), judged, settings)
+def verdict(band: ReferenceBand, metrics: Any, judged: Any, settings: Any = SETTINGS) -> BandComparison:
+    found = compare_with_band(band, columns_of(metrics), judged, settings)
     assert found is not None
     return found
 
 
-def test_a_run_like_the_reference_is_within(band: Band) -> None:
+def test_a_run_like_the_reference_is_within(band: ReferenceBand) -> None:
     found = verdict(band, lines(0.005), evaluations(0.005))
     assert (found.place, found.word, found.is_on_track, found.since_tokens) == (
         "within",
@@ -69,28 +67,28 @@ def test_a_run_like_the_reference_is_within(band: Band) -> None:
 
 
 @pytest.mark.parametrize("shift, place", [(0.5, "above"), (-0.15, "below")])
-def test_a_run_that_is_off_is_placed(band: Band, shift: float, place: str) -> None:
+def test_a_run_that_is_off_is_placed(band: ReferenceBand, shift: float, place: str) -> None:
     found = verdict(band, lines(shift), evaluations(shift))
     assert (found.place, found.word, found.is_on_track) == (place, place, False)
     assert not found.findings or found.findings[0].name == "the weights begin otherwise"
     assert found.sentences()[0].startswith(f"{place} its reference")
 
 
-def test_it_is_told_since_when(band: Band) -> None:
+def test_it_is_told_since_when(band: ReferenceBand) -> None:
     found = verdict(band, lines(0.5, since=20), [])
     assert (found.place, found.curve, found.since_tokens) == ("above", "training loss", 2048)
     assert found.sentences()[0].endswith("; so since 2,048 tokens")
 
 
-def test_a_live_run_is_judged_as_far_as_it_has_come(band: Band) -> None:
+def test_a_live_run_is_judged_as_far_as_it_has_come(band: ReferenceBand) -> None:
     found = verdict(band, lines(0.5, steps=40), evaluations(0.5, steps=32))
     assert (found.place, found.latest.tokens) == ("above", 32 * 64)
-    assert judge(band, columns_of([]), [], SETTINGS) is None
+    assert compare_with_band(band, columns_of([]), [], SETTINGS) is None
     at_start = verdict(band, [], evaluations(steps=0))
     assert (at_start.place, at_start.latest.tokens) == ("within", 0)
 
 
-def test_settings_that_differ_are_said_where_the_run_is_off(band: Band) -> None:
+def test_settings_that_differ_are_said_where_the_run_is_off(band: ReferenceBand) -> None:
     other = SETTINGS | {"dropout": 0.1}
     found = verdict(band, lines(0.5), evaluations(0.5), other)
     assert found.sentences()[1] == "settings that differ: dropout is 0.1, and 0.0 in the reference"
@@ -98,13 +96,13 @@ def test_settings_that_differ_are_said_where_the_run_is_off(band: Band) -> None:
     assert len(verdict(band, lines(), evaluations(), other).sentences()) == 1
 
 
-def test_another_validation_text_is_not_compared(band: Band) -> None:
+def test_another_validation_text_is_not_compared(band: ReferenceBand) -> None:
     found = verdict(band, lines(), evaluations(0.5), SETTINGS | {"evaluation_tokens": 64})
     assert (found.place, found.curve) == ("within", "training loss")
     assert verdict(band, lines(), evaluations(0.5)).place == "above"  # the control
 
 
-def test_a_mistake_within_the_band_is_suspect(band: Band) -> None:
+def test_a_mistake_within_the_band_is_suspect(band: ReferenceBand) -> None:
     shrunk = [line | {"norm_gain": 0.8} for line in evaluations()]
     found = verdict(band, lines(), shrunk)
     assert (found.place, found.word, found.is_on_track) == ("within", "suspect", False)
@@ -112,14 +110,14 @@ def test_a_mistake_within_the_band_is_suspect(band: Band) -> None:
     assert "; likeliest: layer norms are decayed, since " in found.line()
 
 
-def test_a_loss_that_is_not_finite_is_above(band: Band) -> None:
+def test_a_loss_that_is_not_finite_is_above(band: ReferenceBand) -> None:
     broken = [line | {"loss": math.nan if line["step"] > 50 else line["loss"]} for line in lines()]
     found = verdict(band, broken, [])
     assert found.place == "above"
     assert found.brief()["likely_mistake"] == "gradients explode"
 
 
-def test_off_and_no_mistake_fits(band: Band) -> None:
+def test_off_and_no_mistake_fits(band: ReferenceBand) -> None:
     found = verdict(band, lines(0.2, since=20), evaluations()[:1])
     assert found.findings == ()
     assert found.sentences()[-1] == "none of the known mistakes fits, and no setting differs"

@@ -1,7 +1,7 @@
 import json
 import re
 
-from overnight.report.comparison import compare_runs, write_comparison
+from overnight.report.compare import compare_runs, write_comparison
 
 
 def rows(page: str) -> list[list[str]]:

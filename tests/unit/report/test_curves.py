@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.report.curves import column, median, smoothed, spread, thinned, tokens_of_each_step
+from overnight.report.run_data import column, median, smoothed, spread, thinned, tokens_of_each_step
 
 
 def slowly_smoothed(series, weights, window):

@@ -7,21 +7,24 @@ from xml.etree import ElementTree
 
 import pytest
 
-from overnight.report.ladder import (
-    LadderRecord,
-    RungRecord,
-    as_json,
-    ladder_figures,
-    wrong_rungs,
+from overnight.bench.table import (
+    BenchRecord,
+    VariantRecord,
+    bench_figures,
+    bench_markdown,
+    bench_svg,
+    bench_text,
+    bench_to_json,
+    wrong_variants,
 )
-from overnight.report.ladder_plot import ladder_svg
-from overnight.report.ladder_table import ladder_markdown, ladder_text
 
 LOSSES = (10.9872, 10.8131, 10.5342, 10.2087, 9.9120, 9.1)
 NAMES = ("float32", "bf16", "compile", "fused-attention", "block-attention", "nice-numbers", "fused-adamw")
 
 
-def rung(name: str, milliseconds: tuple[float, ...], before: tuple[float, ...] = (), **changes) -> RungRecord:
+def rung(
+    name: str, milliseconds: tuple[float, ...], before: tuple[float, ...] = (), **changes
+) -> VariantRecord:
     values = {
         "name": name,
         "about": f"what {name} is",
@@ -31,11 +34,11 @@ def rung(name: str, milliseconds: tuple[float, ...], before: tuple[float, ...] =
         "losses": LOSSES,
         "peak_bytes": 4_710_000_000,
     }
-    return RungRecord(**{**values, **changes})
+    return VariantRecord(**{**values, **changes})
 
 
-def ladder(*rungs: RungRecord) -> LadderRecord:
-    return LadderRecord(
+def ladder(*rungs: VariantRecord) -> BenchRecord:
+    return BenchRecord(
         model="gpt2-124m",
         device_name="AMD EPYC 9V45 96-Core Processor",
         tokens_per_step=2048,
@@ -48,7 +51,7 @@ def ladder(*rungs: RungRecord) -> LadderRecord:
     )
 
 
-def climb(**last) -> LadderRecord:
+def climb(**last) -> BenchRecord:
     """Seven rungs and a skipped one, each 1.5 times as fast as the one before; `last` changes the highest."""
     rungs, before = [], ()
     for place, name in enumerate(NAMES):
@@ -56,7 +59,7 @@ def climb(**last) -> LadderRecord:
         rungs.append(rung(name, times, before))
         before = times
     reason = "it takes an NVIDIA GPU since Ampere (2020), not cpu"
-    rungs.insert(1, RungRecord(name="tf32", about="x", skipped=reason))
+    rungs.insert(1, VariantRecord(name="tf32", about="x", skipped=reason))
     rungs[-1] = dataclasses.replace(rungs[-1], **last)
     return ladder(*rungs)
 
@@ -64,7 +67,7 @@ def climb(**last) -> LadderRecord:
 def test_a_gain_is_the_median_of_the_rounds_ratios_and_the_total_their_product() -> None:
     slow, fast = (8.0, 80.0, 9.0), (4.0, 20.0, 3.0)  # the second round met a busy machine
     again, faster = (8.0, 8.0, 8.0), (4.0, 2.0, 4.0)  # of another group: its rounds had another machine
-    figures = ladder_figures(ladder(rung("a", slow), rung("b", fast, slow), rung("c", faster, again)))
+    figures = bench_figures(ladder(rung("a", slow), rung("b", fast, slow), rung("c", faster, again)))
     assert [figures[name].gain for name in "abc"] == [None, 3.0, 2.0]  # the medians' ratio would be 2.25
     assert [figures[name].total for name in "abc"] == [1.0, 3.0, 6.0]
     assert figures["b"].milliseconds == 4.0
@@ -87,19 +90,19 @@ def test_a_rung_that_computes_something_else_is_found(
 ) -> None:
     times = (2.0, 2.0)
     record = ladder(rung("float32", times), rung("other", times, times, losses=losses, tolerance=0.0200001))
-    figures = ladder_figures(record)["other"]
+    figures = bench_figures(record)["other"]
     assert figures.is_equal is is_equal
     assert figures.difference == pytest.approx(difference, nan_ok=True)
-    assert wrong_rungs(record) == ([] if is_equal else ["other"])
-    assert ("NOT EQUAL" in ladder_text(record)) is not is_equal
-    assert ("NOT EQUAL" in ladder_markdown(record)) is not is_equal
-    assert ("NOT EQUAL" in ladder_svg(record)) is not is_equal
+    assert wrong_variants(record) == ([] if is_equal else ["other"])
+    assert ("NOT EQUAL" in bench_text(record)) is not is_equal
+    assert ("NOT EQUAL" in bench_markdown(record)) is not is_equal
+    assert ("NOT EQUAL" in bench_svg(record)) is not is_equal
 
 
 @pytest.mark.parametrize("losses", [LOSSES, (9.0, *LOSSES[1:])])
 @pytest.mark.parametrize("columns", [80, 100])
 def test_the_table_fits_its_columns(losses: tuple[float, ...], columns: int) -> None:
-    text = ladder_text(climb(losses=losses), columns)
+    text = bench_text(climb(losses=losses), columns)
     lines = text.splitlines()
     assert max(map(len, lines)) <= columns
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:11]}
@@ -114,7 +117,7 @@ def test_the_table_fits_its_columns(losses: tuple[float, ...], columns: int) -> 
 
 
 def test_everything_is_in_the_json() -> None:
-    written = json.loads(json.dumps(as_json(climb(losses=(math.nan, *LOSSES[1:]))), allow_nan=False))
+    written = json.loads(json.dumps(bench_to_json(climb(losses=(math.nan, *LOSSES[1:]))), allow_nan=False))
     first, skipped, second, *_, last = written["rungs"]
     assert first["figures"]["gain"] is None
     assert skipped["figures"] is None
@@ -126,7 +129,7 @@ def test_everything_is_in_the_json() -> None:
 
 
 def test_the_markdown_is_a_table_with_every_rung_and_what_it_is() -> None:
-    lines = ladder_markdown(climb()).splitlines()
+    lines = bench_markdown(climb()).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + len(NAMES) + 1
     assert len({line.count("|") for line in table}) == 1
@@ -137,12 +140,12 @@ def test_the_markdown_is_a_table_with_every_rung_and_what_it_is() -> None:
 def test_rungs_of_different_groups_are_said_to_be_so() -> None:
     together = dataclasses.replace(climb(), groups=(NAMES,))
     apart = dataclasses.replace(climb(), groups=(NAMES[:4], NAMES[3:]))
-    assert "took turns in groups" not in ladder_markdown(together)
-    assert "took turns in groups" in ladder_markdown(apart)
+    assert "took turns in groups" not in bench_markdown(together)
+    assert "took turns in groups" in bench_markdown(apart)
 
 
 def test_the_picture_stands_by_itself_and_shows_every_figure() -> None:
-    svg = ladder_svg(climb())
+    svg = bench_svg(climb())
     picture = ElementTree.fromstring(svg)
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"
     words = {text for text in picture.itertext() if text.strip()}
@@ -150,12 +153,12 @@ def test_the_picture_stands_by_itself_and_shows_every_figure() -> None:
     assert "--accent: #2b50d8" in svg
     assert "--accent: #8fa8ff" in svg
     assert "body" not in svg  # the page's own rules stay with the page
-    assert ladder_svg(climb()) == svg
+    assert bench_svg(climb()) == svg
 
 
 def test_a_bar_is_as_long_as_its_rung_is_fast() -> None:
     times = (1000.0, 1000.0)
-    svg = ladder_svg(ladder(rung("a", times), rung("b", (500.0, 500.0), times)))
+    svg = bench_svg(ladder(rung("a", times), rung("b", (500.0, 500.0), times)))
     drawn = [path.attrib for path in ElementTree.fromstring(svg).iter() if path.tag.endswith("path")]
     bars = [path["d"].split() for path in drawn if "fill: var(--accent)" in path.get("style", "")]
     slow, fast = (float(right) - float(left) for _, left, _, _, right, *_ in bars)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from overnight.report.lines import METRICS_KEYS, TAIL_BYTES, Lines, read_ends, read_lines
+from overnight.runs.status import METRICS_KEYS, TAIL_BYTES, Lines, read_ends, read_lines
 
 READERS = [read_lines, read_ends]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.report.markup import Markup, element, escape, notice, pairs, shown, table
+from overnight.report.html import Markup, element, escape, notice, pairs, shown, table
 
 
 def parsed(markup: str) -> tuple[list[str], str]:

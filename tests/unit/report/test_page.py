@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from overnight.report.comparison import compare_runs
+from overnight.report.compare import compare_runs
 from overnight.report.page import write_report
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from overnight.on_track.band import Band, Curve
-from overnight.report import plots, record
+from overnight.baselines.band import Curve, ReferenceBand
+from overnight.report import plots, run_data
 from overnight.report.page import report_page
-from overnight.report.record import Record, read_run
+from overnight.report.run_data import RunData, read_run
 
 TOKENS = 524_288
 
 
-def band(shift: float = 0.0, *names: str) -> Band:
+def band(shift: float = 0.0, *names: str) -> ReferenceBand:
     """About where the run of `make_run` lies, or `shift` nats higher."""
     steps = (100, 200, 400, 800, 1600)
     losses = [3.05 + 2.6 / (1 + step / 60) ** 0.5 + shift for step in steps]
@@ -24,7 +24,7 @@ def band(shift: float = 0.0, *names: str) -> Band:
         middle=tuple(losses),
         high=tuple(loss + 0.3 for loss in losses),
     )
-    return Band(
+    return ReferenceBand(
         recipe="night",
         source="3 recorded runs",
         date="2026-11-21",
@@ -37,8 +37,8 @@ def band(shift: float = 0.0, *names: str) -> Band:
     )
 
 
-def read_beside(run: Path, beside: Band | None, patch: pytest.MonkeyPatch) -> Record:
-    patch.setattr(record, "find_band", lambda settings, text: beside)
+def read_beside(run: Path, beside: ReferenceBand | None, patch: pytest.MonkeyPatch) -> RunData:
+    patch.setattr(run_data, "find_band", lambda settings, text: beside)
     return read_run(run)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from overnight.report.status import describe_run, find_run, find_setting, list_runs
+from overnight.runs.status import describe_run, find_run, find_setting, list_runs
 
 
 def test_a_finished_run(make_run):

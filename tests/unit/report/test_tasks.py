@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from overnight.report.page import report_page
-from overnight.report.record import read_run
+from overnight.report.run_data import read_run
 
 LINE = {"metric": "accuracy_per_token", "low": 0.2, "high": 0.3, "examples": 1000, "chance": 0.25}
 

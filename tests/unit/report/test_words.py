@@ -1,6 +1,6 @@
 import pytest
 
-from overnight.report.words import ago, duration, scientific, short, significant
+from overnight.terminal import ago, duration, scientific, short, significant
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from overnight.parallel import ComputeConfig
-from overnight.stages import environment
-from overnight.stages.environment import describe_environment
+from overnight.run import resume
+from overnight.run.resume import describe_environment
+from overnight.training.compute import ComputeConfig
 
 CPU = ComputeConfig(device="cpu", precision="fp32", compile=False)
 
@@ -45,7 +45,7 @@ def test_the_commit_is_that_of_the_package_and_not_of_the_folder_one_stands_in(
     ours = commit_all(tmp_path / "ours", "environment.py")
     theirs = commit_all(tmp_path / "theirs", "notes.txt", ".gitignore")
     monkeypatch.chdir(tmp_path / "theirs")
-    assert environment._git_commit(tmp_path / "ours" / "environment.py") == ours != theirs
+    assert resume._git_commit(tmp_path / "ours" / "environment.py") == ours != theirs
 
 
 def test_a_package_installed_inside_somebody_s_repository_has_no_commit(
@@ -55,10 +55,10 @@ def test_a_package_installed_inside_somebody_s_repository_has_no_commit(
     installed = tmp_path / "theirs" / "site-packages" / "environment.py"
     installed.parent.mkdir()
     installed.touch()
-    assert environment._git_commit(installed) is None
-    assert environment._git_commit(tmp_path / "environment.py") is None  # no repository at all
+    assert resume._git_commit(installed) is None
+    assert resume._git_commit(tmp_path / "environment.py") is None  # no repository at all
     monkeypatch.setenv("PATH", "")
-    assert environment._git_commit(tmp_path / "theirs" / "notes.txt") is None  # no git
+    assert resume._git_commit(tmp_path / "theirs" / "notes.txt") is None  # no git
 
 
 def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,37 +6,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from overnight.batching import BatchConfig, constant_plan, plan_batches
-from overnight.checkpoint.saving import save_checkpoint
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.model.config import PRESETS, ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.optim import OptimizerConfig, build_optimizer
-from overnight.run_directory import RunDirectory
-from overnight.schedule import ScheduleConfig
-from overnight.stages.forecast import (
+from overnight.data.dataset import DataConfig
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.planning.estimate import (
     BYTES_PER_METRICS_LINE,
-    Pace,
-    Text,
+    StepCost,
+    TokenCounts,
     checkpoint_bytes,
-    count_work,
-    find_sizes,
-    find_text,
+    count_run,
+    find_token_counts,
+    model_config_of,
     predict_cost,
     predict_disk,
     predict_seconds,
 )
-from overnight.stages.materials import DataConfig
-from overnight.stages.recipe import (
-    CheckpointsConfig,
-    EvaluationConfig,
-    Recipe,
-    SamplesConfig,
-    load_recipe,
-)
-from overnight.state import TrainState
-from overnight.trainer import StepResult, every
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig, load_recipe
+from overnight.run_directory import RunDirectory
+from overnight.training.batch import BatchConfig, constant_plan, plan_batches
+from overnight.training.checkpoint.save import save_checkpoint
+from overnight.training.optim import OptimizerConfig, build_optimizer
+from overnight.training.schedule import ScheduleConfig
+from overnight.training.state import TrainState
+from overnight.training.step import StepResult, every
 
 SIZES = ModelConfig(n_layer=2, n_head=2, n_embd=128, context_length=16, vocab_size=500)
 
@@ -60,7 +54,7 @@ def test_periodic_work_is_counted_as_the_loop_does_it(steps: int, every_steps: i
     hook = every(every_steps, lambda: done.append(1), steps)
     for step in range(1, steps + 1):
         hook(StepResult(step, 0.0, 0.0, 0.0, 0, 0.0))
-    work = count_work(recipe(steps, every_steps), constant_plan(16, 2, 2), validation_tokens=1000)
+    work = count_run(recipe(steps, every_steps), constant_plan(16, 2, 2), validation_tokens=1000)
     at_start = 1 if done else 0
     assert work.evaluations == len(done) + at_start
     assert work.evaluated_tokens == 100 * work.evaluations
@@ -71,24 +65,24 @@ def test_periodic_work_is_counted_as_the_loop_does_it(steps: int, every_steps: i
 
 def test_an_evaluation_judges_no_more_than_there_is() -> None:
     """The first token of a split has nothing before it, and is not judged."""
-    work = count_work(recipe(5), constant_plan(16, 4), validation_tokens=51)
+    work = count_run(recipe(5), constant_plan(16, 4), validation_tokens=51)
     assert work.evaluated_tokens == 50 * work.evaluations
     whole = replace(recipe(5), evaluation=EvaluationConfig(evaluate_every_steps=5))
-    assert count_work(whole, constant_plan(16, 4), validation_tokens=51).evaluated_tokens == 100
-    assert count_work(whole, constant_plan(16, 4), validation_tokens=None).evaluated_tokens is None
+    assert count_run(whole, constant_plan(16, 4), validation_tokens=51).evaluated_tokens == 100
+    assert count_run(whole, constant_plan(16, 4), validation_tokens=None).evaluated_tokens is None
 
 
 def test_a_ramp_has_fewer_micro_batches_than_full_steps_would_have() -> None:
     ramped = BatchConfig(tokens_per_step=64, ramp_from_tokens_per_step=16, ramp_tokens=160)
     plan = plan_batches(ramped, 16, 1)
-    work = count_work(replace(recipe(30), batch=ramped), plan, None)
+    work = count_run(replace(recipe(30), batch=ramped), plan, None)
     assert work.micro_batches == sum(plan.micro_batches(step) for step in range(30)) < 30 * 4
     assert work.tokens == 16 * work.micro_batches
 
 
 def test_the_time_is_the_sum_of_its_parts() -> None:
-    work = count_work(recipe(10), constant_plan(16, 2, 2), 1000)
-    pace = Pace(
+    work = count_run(recipe(10), constant_plan(16, 2, 2), 1000)
+    pace = StepCost(
         micro_batch=3.0, update=0.5, start=7.0, evaluated_token=0.01, sampled_token=0.1, saved_byte=1e-6
     )
     assert pace.step(2) == 6.5
@@ -129,15 +123,15 @@ def test_a_checkpoint_has_the_bytes_that_are_foretold(checkpoint: Path) -> None:
 
 
 def test_what_is_kept_and_what_is_being_written_takes_disk() -> None:
-    work = count_work(recipe(50), constant_plan(16, 4), 1000)
-    prepared = Text(500, Path("data/x"), 12_345, 1000)
+    work = count_run(recipe(50), constant_plan(16, 4), 1000)
+    prepared = TokenCounts(500, Path("data/x"), 12_345, 1000)
     taken = predict_disk(recipe(50), work, prepared)
     assert taken == {
         "shards": 2 * 12_345,
         "checkpoints": 3 * checkpoint_bytes(SIZES),
         "metrics": 50 * BYTES_PER_METRICS_LINE,
     }
-    assert predict_disk(recipe(3), count_work(recipe(3), constant_plan(16, 4), 9), prepared)[
+    assert predict_disk(recipe(3), count_run(recipe(3), constant_plan(16, 4), 9), prepared)[
         "checkpoints"
     ] == 2 * checkpoint_bytes(SIZES)
     all_kept = replace(
@@ -148,8 +142,10 @@ def test_what_is_kept_and_what_is_being_written_takes_disk() -> None:
 
 @pytest.mark.parametrize("vocab_size, width", [(50_257, 2), (65_536, 2), (65_537, 4)])
 def test_tokens_not_prepared_yet_take_what_the_run_reads(vocab_size: int, width: int) -> None:
-    work = count_work(recipe(50), constant_plan(16, 4), None)
-    assert predict_disk(recipe(50), work, Text(vocab_size, None, None, None))["shards"] == width * 64 * 50
+    work = count_run(recipe(50), constant_plan(16, 4), None)
+    assert (
+        predict_disk(recipe(50), work, TokenCounts(vocab_size, None, None, None))["shards"] == width * 64 * 50
+    )
 
 
 def test_a_line_of_metrics_is_about_as_long_as_foretold(tmp_path: Path) -> None:
@@ -165,8 +161,8 @@ def test_a_line_of_metrics_is_about_as_long_as_foretold(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tokenizer, vocab_size", [("gpt2", 50_257), ("bpe-4096", 4096)])
 def test_a_vocabulary_is_known_by_its_name(tokenizer: str, vocab_size: int) -> None:
-    text = find_text(DataConfig(data="data/nowhere", tokenizer=tokenizer), None)
-    assert text == Text(vocab_size, None, None, None)
+    text = find_token_counts(DataConfig(data="data/nowhere", tokenizer=tokenizer), None)
+    assert text == TokenCounts(vocab_size, None, None, None)
 
 
 def test_of_characters_it_is_known_once_they_are_counted(
@@ -178,21 +174,21 @@ def test_of_characters_it_is_known_once_they_are_counted(
     )
     asked = DataConfig(data="notes.txt", tokenizer="characters")
     with pytest.raises(ValueError, match="overnight prepare notes.txt --tokenizer characters"):
-        find_text(asked, None)
-    assert find_text(asked, 100).vocab_size == 100
+        find_token_counts(asked, None)
+    assert find_token_counts(asked, 100).vocab_size == 100
     manifest = prepare(PrepareConfig(source="notes.txt", tokenizer="characters", validation_fraction=0.2))
-    text = find_text(asked, None)
+    text = find_token_counts(asked, None)
     assert (text.vocab_size, text.folder) == (manifest.vocab_size, Path("data/notes-characters"))
     assert text.validation_tokens == manifest.tokens("validation")
     assert text.tokens == manifest.tokens("train") + manifest.tokens("validation")
-    assert find_text(DataConfig(data="data/notes-characters"), None) == text
+    assert find_token_counts(DataConfig(data="data/notes-characters"), None) == text
 
 
 def test_a_model_that_is_tuned_has_the_sizes_it_has() -> None:
     tuned = load_recipe("shakespeare-finetune")
-    assert find_sizes(tuned, 50_257) == PRESETS["gpt2-124m"]
+    assert model_config_of(tuned, 50_257) == PRESETS["gpt2-124m"]
     medium = replace(tuned, start_from="gpt2-medium", model=replace(tuned.model, dropout=0.1))
-    assert find_sizes(medium, 50_257) == replace(PRESETS["gpt2-350m"], dropout=0.1)
+    assert model_config_of(medium, 50_257) == replace(PRESETS["gpt2-350m"], dropout=0.1)
     with pytest.raises(ValueError, match="there is no model nothing"):
-        find_sizes(replace(tuned, start_from="nothing"), 50_257)
-    assert find_sizes(load_recipe("gpt2-124m"), 50_257) == PRESETS["gpt2-124m"]
+        model_config_of(replace(tuned, start_from="nothing"), 50_257)
+    assert model_config_of(load_recipe("gpt2-124m"), 50_257) == PRESETS["gpt2-124m"]

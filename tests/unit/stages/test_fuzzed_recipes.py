@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from overnight.schedule import ScheduleConfig
-from overnight.settings import flat_names, from_arguments, from_toml, to_toml
-from overnight.stages.recipe import Recipe, changed_settings, load_recipe, recipe_names
+from overnight.config import flat_names, from_arguments, from_toml, to_toml
+from overnight.recipe import Recipe, incompatible_settings, load_recipe, recipe_names
+from overnight.training.schedule import ScheduleConfig
 
 NAMES = flat_names(Recipe)
 SECTIONS = sorted({*filter(None, NAMES.values())})
@@ -110,7 +110,7 @@ def read(text: str) -> str:
     if recipe is None:
         assert said.startswith("mine.toml")
         return "refused"
-    assert "nan" in text or changed_settings(recipe, recipe) == []
+    assert "nan" in text or incompatible_settings(recipe, recipe) == []
     recipe = dataclasses.replace(recipe, run_name=recipe.run_name or "fuzzed")
     faulty = recipe.problems()
     assert all(isinstance(problem, str) for problem in faulty)

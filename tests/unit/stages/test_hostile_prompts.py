@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from overnight.decoding import decoding_precisions
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.sampling import SamplingConfig
-from overnight.stages import generate, models
-from overnight.stages.generate import GenerateConfig
-from overnight.stages.models import OpenedModel
-from overnight.text.load import build_tokenizer
+from overnight.conversion import open_model as open_model_module
+from overnight.conversion.open_model import OpenedModel
+from overnight.generation import command as generation_command
+from overnight.generation.command import GenerateConfig
+from overnight.generation.quantize import generation_precisions
+from overnight.generation.sampling import SamplingConfig
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+from overnight.tokenizer.open_tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer("bpe-270", ["the quick brown fox jumps over the lazy dog"] * 9)
 NUMBERS = (
@@ -70,12 +70,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             model=model.eval(), tokenizer=TOKENIZER, origin=here, tokenizer_folder=here, run=None
         )
 
-    monkeypatch.setattr(models, "open_model", open_model)
+    monkeypatch.setattr(open_model_module, "open_model", open_model)
 
     def run(config: GenerateConfig) -> tuple[str, str]:
         said = ""
         try:
-            generate.run(config)
+            generation_command.run(config)
         except ValueError as error:
             said = str(error) or "nothing"
         return capsys.readouterr().out, said
@@ -103,7 +103,7 @@ def hostile(draw: random.Random) -> GenerateConfig:
         stop=tuple(draw.choice(PROMPTS) for _ in range(one(0, (1, 2)))),
         json=draw.random() < 0.5,
         device=one("cpu", ("", "cuda:99", "cpu;rm", "cp\0u", "meta")),
-        precision=one(decoding_precisions("cpu")[0], (*decoding_precisions("cpu"), "fp64")),
+        precision=one(generation_precisions("cpu")[0], (*generation_precisions("cpu"), "fp64")),
     )
 
 

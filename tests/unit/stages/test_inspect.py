@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from overnight.data.inspection import inspect_shards
-from overnight.data.request import PrepareConfig
 from overnight.data.shards import read_manifest
-from overnight.stages import prepare
-from overnight.stages.inspect import InspectConfig, describe_shards, run
+from overnight.inspection.command import InspectConfig, describe_shards, run
+from overnight.inspection.statistics import inspect_shards
+from overnight.preparation import command as preparation_command
+from overnight.preparation.prepare_config import PrepareConfig
 
 LETTERS = "It is well known that the days of the week are seven, and that this is one of them.\n"
 
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shard_tokens=2500,
         out="letters",
     )
-    prepare.run(config)
+    preparation_command.run(config)
     return tmp_path / "letters"
 
 

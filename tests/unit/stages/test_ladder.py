@@ -9,24 +9,25 @@ import numpy as np
 import pytest
 
 from overnight import cli
-from overnight.data.prepare import PrepareConfig, prepare
-from overnight.data.shards import read_manifest
-from overnight.model import config as sizes
-from overnight.model.config import ModelConfig
-from overnight.stages import ladder, ladder_plan, turns
-from overnight.stages.ladder import LadderConfig
-from overnight.stages.ladder_plan import (
-    LadderPlan,
+from overnight.bench import command as bench_command
+from overnight.bench import worker
+from overnight.bench.command import (
+    BenchConfig,
+    BenchPlan,
     divide,
     estimate_bytes,
     find_free_bytes,
-    plan_ladder,
+    plan_bench,
     read_ids,
 )
-from overnight.stages.rungs import ground_compute
-from overnight.stages.stepper import StepTask
-from overnight.stages.turns import SteppingProcess, Turn, at_work
-from overnight.world import cores
+from overnight.bench.variants import baseline_compute
+from overnight.bench.worker import StepTask, StepWorker, TimedSteps, running_workers
+from overnight.data.shards import read_manifest
+from overnight.distributed import machine
+from overnight.model import model_config
+from overnight.model.model_config import ModelConfig
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=32, context_length=16, vocab_size=300)
 GB = 10**9
@@ -35,14 +36,14 @@ GB = 10**9
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that a test has time for, beside the published ones."""
-    monkeypatch.setitem(sizes.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(model_config.PRESETS, "tiny", TINY)
 
 
-def plan_of(memory_bytes: float, monkeypatch: pytest.MonkeyPatch, **options: object) -> LadderPlan:
+def plan_of(memory_bytes: float, monkeypatch: pytest.MonkeyPatch, **options: object) -> BenchPlan:
     """The ladder of GPT-2 124M on a CPU with so much memory to spare."""
-    monkeypatch.setattr(ladder_plan, "find_free_bytes", lambda device: memory_bytes)
-    monkeypatch.setattr(ladder_plan, "find_memory_bytes", lambda device: int(memory_bytes))
-    return plan_ladder(LadderConfig(**options), "cpu")  # type: ignore[arg-type]
+    monkeypatch.setattr(bench_command, "find_free_bytes", lambda device: memory_bytes)
+    monkeypatch.setattr(bench_command, "find_memory_bytes", lambda device: int(memory_bytes))
+    return plan_bench(BenchConfig(**options), "cpu")  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- the whole of it
@@ -52,7 +53,7 @@ def test_a_ladder_is_climbed_shown_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ladder_plan, "measure_matmul_flops", lambda device, precision, repeats: 1e12)
+    monkeypatch.setattr(bench_command, "measure_matmul_flops", lambda device, precision, repeats: 1e12)
     words = ["ladder", "--model", "tiny", "--device", "cpu", "--rungs", "fused-adamw"]
     assert cli.main([*words, "--steps", "1", "--out", "made", "--json"]) == cli.DONE
     out, err = capsys.readouterr()
@@ -61,7 +62,7 @@ def test_a_ladder_is_climbed_shown_and_written(
     assert [rung["settings"]["fused_optimizer"] for rung in told["rungs"]] == [False, True]
     for rung in told["rungs"]:
         assert len(rung["milliseconds"]) == 1
-        assert len(rung["losses"]) == ladder_plan.WARM_UPS + 1
+        assert len(rung["losses"]) == bench_command.WARM_UPS + 1
         assert rung["figures"]["is_equal"]
         assert rung["peak_bytes"] > 1e7
         assert 0 < rung["figures"]["mfu"] < 1
@@ -79,14 +80,14 @@ def test_a_ladder_is_climbed_shown_and_written(
 def test_a_rung_that_computes_something_else_makes_the_command_fail(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(plan: LadderPlan) -> object:
-        turn = Turn(1.0, (5.0,), 10**9)
-        wrong = Turn(1.0, (5.1,), 10**9)
+    def measured(plan: BenchPlan) -> object:
+        turn = TimedSteps(1.0, (5.0,), 10**9)
+        wrong = TimedSteps(1.0, (5.1,), 10**9)
         rounds = [{"float32": turn, "fused-adamw": wrong}] * plan.rounds
-        climbed = ladder.pair_up(["float32", "fused-adamw"], rounds)
-        return ladder.build_record(plan, climbed, 1e12, "a text")
+        climbed = bench_command.pair_up(["float32", "fused-adamw"], rounds)
+        return bench_command.build_record(plan, climbed, 1e12, "a text")
 
-    monkeypatch.setattr(ladder, "measure", measured)
+    monkeypatch.setattr(bench_command, "measure_variants", measured)
     words = ["ladder", "--model", "tiny", "--device", "cpu", "--rungs", "fused-adamw"]
     assert cli.main(words) == cli.FAILED
     err = capsys.readouterr().err
@@ -166,9 +167,9 @@ def test_the_step_is_larger_only_for_a_larger_micro_batch(monkeypatch: pytest.Mo
 def test_free_memory_is_at_most_all_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       9000 kB\nMemAvailable:       3000 kB\n")
-    monkeypatch.setattr(ladder_plan, "MEMINFO", meminfo)
+    monkeypatch.setattr(bench_command, "MEMINFO", meminfo)
     assert find_free_bytes("cpu") == 3000 * 1024
-    monkeypatch.setattr(ladder_plan, "find_memory_bytes", lambda device: 1000)  # a container's limit
+    monkeypatch.setattr(bench_command, "find_memory_bytes", lambda device: 1000)  # a container's limit
     assert find_free_bytes("cpu") == 1000
 
 
@@ -176,7 +177,7 @@ def test_python_s_documentation_is_read_where_no_text_is_named(monkeypatch: pyte
     plan = plan_of(64 * GB, monkeypatch, model="tiny", rungs=("float32",))
     ids, origin = read_ids(plan)  # GPT-2's vocabulary is not in a test's cache
     assert origin == "the bytes of Python's documentation"
-    assert len(ids) == plan.tokens_to_read == (ladder_plan.WARM_UPS + 3 + 1) * 16 + 1
+    assert len(ids) == plan.tokens_to_read == (bench_command.WARM_UPS + 3 + 1) * 16 + 1
     assert bytes(ids.astype(np.uint8)).isascii()
 
 
@@ -204,7 +205,7 @@ def test_a_prepared_text_is_read_again_if_it_is_short_and_refused_if_it_is_anoth
 def task_of(ids: Path) -> StepTask:
     return StepTask(
         model=TINY,
-        compute=ground_compute("cpu"),
+        compute=baseline_compute("cpu"),
         ids=str(ids),
         rows_per_step=1,
         micro_batches=1,
@@ -225,15 +226,15 @@ def is_alive(pid: int) -> bool:
 def test_an_interruption_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
 
-    def interrupt(process: SteppingProcess) -> None:
+    def interrupt(process: StepWorker) -> None:
         started.append(process.pid)
         assert is_alive(process.pid)
         if len(started) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(SteppingProcess, "wait_until_ready", interrupt)
+    monkeypatch.setattr(StepWorker, "wait_until_ready", interrupt)
     tasks = {name: task_of(tmp_path / "ids.npy") for name in ("first", "second")}
-    with pytest.raises(KeyboardInterrupt), at_work(tasks):
+    with pytest.raises(KeyboardInterrupt), running_workers(tasks):
         pass
     assert len(started) == 2
     assert not any(map(is_alive, started))
@@ -250,14 +251,14 @@ def test_an_interruption_leaves_no_process_behind(tmp_path: Path, monkeypatch: p
 def test_memory_that_does_not_suffice_is_the_user_s_to_mend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, error: type[Exception], sentence: str
 ) -> None:
-    monkeypatch.setattr(turns, "PROGRAM", ("-c", program))
-    with pytest.raises(error, match=sentence), at_work({"bf16": task_of(tmp_path)}):
+    monkeypatch.setattr(worker, "PROGRAM", ("-c", program))
+    with pytest.raises(error, match=sentence), running_workers({"bf16": task_of(tmp_path)}):
         pass
 
 
 def test_a_process_is_started_with_the_allocator_it_is_to_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "of the user's own")
-    assert cores.environment_of_process(large_pages=True)["GLIBC_TUNABLES"] == cores.ALLOCATOR
-    plain = cores.environment_of_process(large_pages=False)
+    assert machine.environment_of_process(large_pages=True)["GLIBC_TUNABLES"] == machine.ALLOCATOR
+    plain = machine.environment_of_process(large_pages=False)
     assert "GLIBC_TUNABLES" not in plain
     assert plain["PATH"] == os.environ["PATH"]

@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from overnight.checkpoint.saving import save_checkpoint
-from overnight.convert import hub
-from overnight.convert.huggingface import write_huggingface
-from overnight.decoding import DecodingPrecision, decoding_precisions
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.optim import OptimizerConfig, build_optimizer
+from overnight.conversion import command as conversion_command
+from overnight.conversion import open_model as open_model_module
+from overnight.conversion.command import ConvertConfig
+from overnight.conversion.huggingface import write_huggingface
+from overnight.conversion.open_model import open_model
+from overnight.generation import command as generation_command
+from overnight.generation.command import GenerateConfig
+from overnight.generation.quantize import DecodingPrecision, generation_precisions
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
 from overnight.run_directory import RunDirectory
-from overnight.stages import convert, generate
-from overnight.stages.convert import ConvertConfig
-from overnight.stages.generate import GenerateConfig
-from overnight.stages.models import open_model
-from overnight.state import TrainState
-from overnight.text.load import build_tokenizer
+from overnight.tokenizer.open_tokenizer import build_tokenizer
+from overnight.training.checkpoint.save import save_checkpoint
+from overnight.training.optim import OptimizerConfig, build_optimizer
+from overnight.training.state import TrainState
 
 TOKENIZER = build_tokenizer("characters", ["the quick brown fox"])
 
@@ -136,10 +136,10 @@ def test_without_the_extra_it_is_said_what_to_install(place: Path, monkeypatch: 
 
 
 def test_only_plausible_names_go_to_the_hub() -> None:
-    assert hub.repository("gpt2-xl") == "openai-community/gpt2-xl"
-    assert hub.repository("a/b.c-d_e") == "a/b.c-d_e"
+    assert open_model_module.repository("gpt2-xl") == "openai-community/gpt2-xl"
+    assert open_model_module.repository("a/b.c-d_e") == "a/b.c-d_e"
     for name in ("", "plain", "a/b/c", "../x", "/x", "a/", "a/../b", "https://x/y", "a b/c"):
-        assert hub.repository(name) is None
+        assert open_model_module.repository(name) is None
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(trained: Path) -> None:
@@ -172,14 +172,14 @@ def test_folders_without_a_model_are_refused(trained: Path) -> None:
 def test_a_checkpoint_of_nanogpt_is_opened_and_converted(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("overnight.convert.nanogpt.load_tokenizer", lambda name: TOKENIZER)
+    monkeypatch.setattr("overnight.conversion.nanogpt.load_tokenizer", lambda name: TOKENIZER)
     model = build_model(7)
     state = {f"transformer.{name}": weight for name, weight in model.weights().items()}
     torch.save({"model": state, "model_args": {"n_head": 2, "block_size": 16}}, place / "ckpt.pt")
     opened = open_model("ckpt.pt")
     assert is_model_of(7, opened.model)
     assert (opened.run, opened.origin, str(opened.tokenizer_folder)) == (None, Path("ckpt.pt"), "gpt2")
-    assert convert.run(ConvertConfig(model="ckpt.pt")) == Path("ckpt-hf")
+    assert conversion_command.run(ConvertConfig(model="ckpt.pt")) == Path("ckpt-hf")
     assert is_model_of(7, open_model("ckpt-hf").model)
     (place / "no-model").write_text("hello")
     with pytest.raises(
@@ -193,13 +193,13 @@ def test_a_checkpoint_of_nanogpt_is_opened_and_converted(
 
 def test_text_is_streamed_after_its_prompt(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = GenerateConfig(model="first", prompts=("the quick",), max_new_tokens=30, seed=1)
-    generate.run(config)
+    generation_command.run(config)
     first = capsys.readouterr()
     assert first.out.startswith("the quick")
     assert first.out.endswith("\n")
     assert "tokens/s on cpu" in first.err
     assert "next: overnight convert first --to hf" in first.err
-    generate.run(config)
+    generation_command.run(config)
     assert capsys.readouterr().out == first.out
 
 
@@ -207,24 +207,24 @@ def test_json_has_one_object_for_each_completion(trained: Path, capsys: pytest.C
     config = GenerateConfig(
         model="first", prompts=("the", "fox"), samples=6, json=True, max_new_tokens=7, device="cpu"
     )
-    generate.run(config)
+    generation_command.run(config)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["prompt"] for line in lines] == ["the"] * 6 + ["fox"] * 6
     assert len({line["completion"] for line in lines}) > 6  # each sample has its own noise
     assert all(line["tokens"] == 7 or line["ended_by"] == "end of text" for line in lines)
-    assert {line["precision"] for line in lines} == {decoding_precisions("cpu")[0]}
+    assert {line["precision"] for line in lines} == {generation_precisions("cpu")[0]}
     single = GenerateConfig(model="first", prompts=("the",), max_new_tokens=7, device="cpu")
-    generate.run(single)
+    generation_command.run(single)
     assert capsys.readouterr().out == "the" + lines[0]["completion"] + "\n"
 
 
 def test_stop_and_several_samples(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = GenerateConfig(model="first", samples=3, stop=("e", "o"), max_new_tokens=50, temperature=2.0)
-    generate.run(dataclasses.replace(config, json=True))
+    generation_command.run(dataclasses.replace(config, json=True))
     texts = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
     assert len(texts) == 3
     assert not {"e", "o"} & set("".join(texts))
-    generate.run(config)
+    generation_command.run(config)
     assert capsys.readouterr().out == "\n".join(text + "\n" for text in texts)
 
 
@@ -243,32 +243,34 @@ def test_stop_and_several_samples(trained: Path, capsys: pytest.CaptureFixture[s
 )
 def test_what_cannot_be_generated_is_said(trained: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        generate.run(GenerateConfig(model="first", **changes))
+        generation_command.run(GenerateConfig(model="first", **changes))
 
 
-@pytest.mark.parametrize("precision", decoding_precisions("cpu"))
+@pytest.mark.parametrize("precision", generation_precisions("cpu"))
 def test_a_precision_is_taken_and_told(
     trained: Path, capsys: pytest.CaptureFixture[str], precision: DecodingPrecision
 ) -> None:
-    generate.run(GenerateConfig(model="first", prompts=("the",), precision=precision, device="cpu"))
+    generation_command.run(GenerateConfig(model="first", prompts=("the",), precision=precision, device="cpu"))
     assert f"tokens/s on cpu in {precision}" in capsys.readouterr().err
 
 
 def test_a_precision_that_the_device_lacks_is_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overnight.decoding.decoding_precisions", lambda device: ("fp16", "fp32"))
+    monkeypatch.setattr(
+        "overnight.generation.quantize.generation_precisions", lambda device: ("fp16", "fp32")
+    )
     with pytest.raises(ValueError, match="precision=bf16 is not for cpu; take fp16 or fp32"):
-        generate.run(GenerateConfig(model="no-such-model", precision="bf16", device="cpu"))
+        generation_command.run(GenerateConfig(model="no-such-model", precision="bf16", device="cpu"))
 
 
 def test_half_a_surrogate_pair_is_survived(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    generate.run(GenerateConfig(model="first", prompts=("a\udcff",), max_new_tokens=2))
+    generation_command.run(GenerateConfig(model="first", prompts=("a\udcff",), max_new_tokens=2))
     assert capsys.readouterr().out.startswith("a?")
 
 
 def test_a_run_is_converted_and_opened_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert convert.run(ConvertConfig(model="first")) == Path("first-hf")
+    assert conversion_command.run(ConvertConfig(model="first")) == Path("first-hf")
     assert "next: overnight generate first-hf" in capsys.readouterr().err
     assert is_model_of(2, open_model("first-hf").model)
     with pytest.raises(ValueError, match="first-hf is already there"):
-        convert.run(ConvertConfig(model="first"))
-    assert convert.run(ConvertConfig(model="first", out="deep/er")) == Path("deep/er")
+        conversion_command.run(ConvertConfig(model="first"))
+    assert conversion_command.run(ConvertConfig(model="first", out="deep/er")) == Path("deep/er")

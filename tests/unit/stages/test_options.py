@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 
 from overnight.cli import main
-from overnight.stages import train
-from overnight.stages.options import changed_options
-from overnight.stages.recipe import Recipe, load_recipe, recipe_names
+from overnight.recipe import Recipe, changed_options, load_recipe, recipe_names
+from overnight.run import command as run_command
 
 
 @pytest.fixture
@@ -16,7 +15,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def read(*words: str) -> Recipe:
         found: list[Recipe] = []
-        monkeypatch.setattr(train, "run", lambda recipe, resumed: found.append(recipe))
+        monkeypatch.setattr(run_command, "run", lambda recipe, resumed: found.append(recipe))
         assert main(["train", *words]) == 0
         return found[0]
 

@@ -12,28 +12,26 @@ import pytest
 
 from overnight.cli import main
 from overnight.hardware import DEVICES, GB
-from overnight.stages import plan
-from overnight.stages.forecast import Pace
-from overnight.stages.options import list_options
-from overnight.stages.outlook import Outlook, as_json
-from overnight.stages.plan import (
+from overnight.planning import command as planning_command
+from overnight.planning.command import (
     PlanConfig,
-    as_recipe,
+    command_after_plan,
     find_known_device,
-    next_command,
-    plan_elsewhere,
+    plan_for_device,
     plan_here,
+    planned_recipe,
 )
-from overnight.stages.plan_page import as_text, brief, dollars, size
-from overnight.stages.recipe import load_recipe
+from overnight.planning.estimate import StepCost
+from overnight.planning.page import Plan, brief, dollars, plan_text, plan_to_json, size
+from overnight.recipe import list_options, load_recipe
 
 
 def asked(name: str, **settings: Any) -> PlanConfig:
     return replace(PlanConfig(**vars(load_recipe(name))), **settings)
 
 
-def elsewhere(name: str, device: str, **settings: Any) -> Outlook:
-    return plan_elsewhere(asked(name, on=device, **settings), name, find_known_device(device))
+def elsewhere(name: str, device: str, **settings: Any) -> Plan:
+    return plan_for_device(asked(name, on=device, **settings), name, find_known_device(device))
 
 
 # ---------------------------------------------------------------- another machine
@@ -43,8 +41,8 @@ def elsewhere(name: str, device: str, **settings: Any) -> Outlook:
 def test_every_device_with_a_rate_can_be_estimated(device: str) -> None:
     outlook = elsewhere("gpt2-124m", device)
     assert outlook.assumption is not None
-    assert "ESTIMATE, not measured" in as_text(outlook)
-    found = as_json(outlook)
+    assert "ESTIMATE, not measured" in plan_text(outlook)
+    found = plan_to_json(outlook)
     assert not found["measured"]
     slow, fast = found["tokens_per_second_range"]
     assert slow < found["tokens_per_second"] < fast
@@ -55,12 +53,12 @@ def test_every_device_with_a_rate_can_be_estimated(device: str) -> None:
 def test_an_estimate_brackets_what_others_have_measured() -> None:
     """On one A100 llm.c's pull request 323, with PyTorch's lower; on one H200 modded-nanogpt's track 3."""
     for device, measured in (("a100-40gb", [115e3, 145e3]), ("h200", [488e3, 491e3])):
-        slow, fast = as_json(elsewhere("gpt2-124m", device))["tokens_per_second_range"]
+        slow, fast = plan_to_json(elsewhere("gpt2-124m", device))["tokens_per_second_range"]
         assert all(slow < tokens_per_second < fast for tokens_per_second in measured)
 
 
 def test_a_run_of_ten_billion_tokens_costs_what_its_hours_cost() -> None:
-    found = as_json(elsewhere("gpt2-124m", "h200", dollars_per_hour=3.0))
+    found = plan_to_json(elsewhere("gpt2-124m", "h200", dollars_per_hour=3.0))
     hours = found["seconds"] / 3600
     assert found["dollars"] == pytest.approx(3 * hours)
     assert found["dollars_per_billion_tokens"] == pytest.approx(3 * hours / 10, rel=0.01)
@@ -73,9 +71,9 @@ def test_a_run_of_ten_billion_tokens_costs_what_its_hours_cost() -> None:
 
 
 def test_nothing_is_measured_for_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from overnight.stages import trial
+    from overnight.planning import measure
 
-    monkeypatch.setattr(trial, "measure", lambda *given: pytest.fail("measured"))
+    monkeypatch.setattr(measure, "measure_step_costs", lambda *given: pytest.fail("measured"))
     elsewhere("gpt2-124m", "t4")
 
 
@@ -85,7 +83,7 @@ def test_the_precision_of_an_estimate_is_the_device_s() -> None:
     config = asked("gpt2-124m")
     in_bf16 = replace(config, compute=replace(config.compute, precision="bf16"))
     with pytest.raises(ValueError, match="precision=bf16: t4 does not multiply that .* choose fp16"):
-        plan_elsewhere(in_bf16, "gpt2-124m", find_known_device("t4"))
+        plan_for_device(in_bf16, "gpt2-124m", find_known_device("t4"))
 
 
 def test_what_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,19 +91,21 @@ def test_what_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]
     assert (outlook.fits, outlook.paces) == (False, None)
     assert outlook.smaller is not None
     assert outlook.smaller[0] == "gpt2-774m"
-    shown = as_text(outlook)
+    shown = plan_text(outlook)
     assert "Does it fit?" in shown
     assert "gpt2-774m, one row at once" in shown
-    assert next_command(outlook, asked("gpt2-1558m", on="rtx-4090")).endswith("plan gpt2-774m --on rtx-4090")
+    assert command_after_plan(outlook, asked("gpt2-1558m", on="rtx-4090")).endswith(
+        "plan gpt2-774m --on rtx-4090"
+    )
     squeezed = elsewhere("gpt2-350m", "t4")
     assert squeezed.fits
     tight = asked("gpt2-350m", on="t4")
     tight = replace(tight, batch=replace(tight.batch, rows_per_micro_batch=64))
-    outlook = plan_elsewhere(tight, "gpt2-350m", find_known_device("t4"))
+    outlook = plan_for_device(tight, "gpt2-350m", find_known_device("t4"))
     assert outlook.fits is False
     assert all(way.needed_bytes < 16 * GB for way in outlook.ways_out)
     assert (
-        next_command(outlook, tight)
+        command_after_plan(outlook, tight)
         == f"next: overnight plan gpt2-350m {outlook.ways_out[0].options} --on t4"
     )
 
@@ -113,51 +113,51 @@ def test_what_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]
 def test_an_apple_chip_s_memory_is_its_machine_s() -> None:
     outlook = elsewhere("quickstart", "m1")
     assert (outlook.fits, outlook.device_memory_bytes) == (None, None)
-    assert "shares the memory of its machine" in as_text(outlook)
+    assert "shares the memory of its machine" in plan_text(outlook)
 
 
 @pytest.mark.parametrize("device", ["h200", "t4", "m1", "rtx-4090"])
 @pytest.mark.parametrize("name", ["gpt2-124m", "gpt3-175b", "quickstart"])
 def test_a_page_is_80_columns_wide_and_json_is_json(name: str, device: str) -> None:
     outlook = elsewhere(name, device, dollars_per_hour=0.5)
-    assert max(map(len, as_text(outlook).splitlines())) <= 80
-    assert json.loads(json.dumps(as_json(outlook)))["recipe"] == name
+    assert max(map(len, plan_text(outlook).splitlines())) <= 80
+    assert json.loads(json.dumps(plan_to_json(outlook)))["recipe"] == name
 
 
 # ---------------------------------------------------------------- this machine
 
 
 def test_what_can_t_fit_here_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    from overnight.stages import trial
+    from overnight.planning import measure
 
-    monkeypatch.setattr(trial, "measure", lambda *given: pytest.fail("measured"))
-    monkeypatch.setattr(plan, "find_memory_bytes", lambda device: 2 * GB)
+    monkeypatch.setattr(measure, "measure_step_costs", lambda *given: pytest.fail("measured"))
+    monkeypatch.setattr(planning_command, "find_memory_bytes", lambda device: 2 * GB)
     config = asked("gpt3-6.7b")
     outlook = plan_here(replace(config, compute=replace(config.compute, device="cpu")), "gpt3-6.7b")
     assert outlook.fits is False
-    assert "How fast?" not in as_text(outlook)
-    assert as_json(outlook)["needed_bytes"] > 6.6e9 * 16
+    assert "How fast?" not in plan_text(outlook)
+    assert plan_to_json(outlook)["needed_bytes"] > 6.6e9 * 16
 
 
 def test_what_was_measured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page of a machine that was measured, from figures made up."""
     outlook = elsewhere("gpt2-124m", "h200")
-    pace = Pace(
+    pace = StepCost(
         micro_batch=0.125, update=0.01, start=40.0, evaluated_token=1e-6, sampled_token=2e-3, saved_byte=1e-9
     )
     measured = replace(
         outlook, assumption=None, paces=(pace, pace, pace), peak_memory_bytes=41 * GB, load_average=1.5
     )
-    shown = as_text(measured)
+    shown = plan_text(measured)
     for words in ("measured here and now", "41.0 GB  while training", "10.0 ms  AdamW", "compilation"):
         assert words in shown, words
     assert "load average 1.5 before: measure in quiet" in shown
-    found = as_json(measured)
+    found = plan_to_json(measured)
     assert found["step_seconds"] == pytest.approx(8 * 0.125 + 0.01)
     assert found["tokens_per_second"] == pytest.approx(524_288 / found["step_seconds"])
     assert found["mfu"] == pytest.approx(found["tokens_per_second"] * 855.4e6 / 989e12, rel=1e-3)
     assert found["seconds"] == pytest.approx(sum(found["seconds_by_use"].values()))
-    assert next_command(measured, asked("gpt2-124m")) == "next: overnight train gpt2-124m"
+    assert command_after_plan(measured, asked("gpt2-124m")) == "next: overnight train gpt2-124m"
 
 
 # ---------------------------------------------------------------- the command
@@ -171,7 +171,7 @@ def test_the_next_command_repeats_what_was_changed() -> None:
         schedule=replace(config.schedule, total_steps=None, total_tokens=1_000_000),
         samples=replace(config.samples, sample_prompts=("Hello, you", "x")),
     )
-    assert sorted(list_options(as_recipe(config), load_recipe("gpt2-124m"))) == [
+    assert sorted(list_options(planned_recipe(config), load_recipe("gpt2-124m"))) == [
         ["--n-layer", "6"],
         ["--sample-prompts", "Hello, you", "x"],
         ["--seed", "7"],
@@ -230,10 +230,10 @@ def test_wrong_use_is_one_plain_sentence(
 
 
 def test_a_plan_is_measured_under_the_conditions_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from overnight.world import cores
+    from overnight.distributed import machine
 
     restarted: list[list[str]] = []
-    monkeypatch.setattr(cores, "restart_with_large_pages", restarted.append)
+    monkeypatch.setattr(machine, "restart_with_large_pages", restarted.append)
     for verb in ("train", "plan"):
         monkeypatch.setattr(sys, "argv", ["overnight", verb, "no-such-recipe"])
         assert main() == 2

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from overnight.data.request import PrepareConfig
+from overnight.data.loader import TokenStream
 from overnight.data.shards import load_prepared_tokenizer, read_manifest, verify
-from overnight.data.stream import TokenStream
-from overnight.stages.prepare import run
+from overnight.preparation.command import run
+from overnight.preparation.prepare_config import PrepareConfig
 
 TEXTS = [f"The letter of day {number}: all is well.\n" for number in range(200)]
 

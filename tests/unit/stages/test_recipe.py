@@ -5,16 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from overnight.model.config import PRESETS
-from overnight.settings import from_toml, to_toml
-from overnight.stages.recipe import (
-    MAY_CHANGE,
-    Recipe,
-    changed_settings,
-    flatten,
-    load_recipe,
-    recipe_names,
-)
+from overnight.config import from_toml, to_toml
+from overnight.model.model_config import PRESETS
+from overnight.recipe import RESUME_MUTABLE, Recipe, flatten, incompatible_settings, load_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -59,9 +52,9 @@ def test_a_recipe_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
 
 def test_every_setting_is_either_science_or_may_change() -> None:
     settings = flatten(Recipe(run_name="x"))
-    assert set(settings) >= MAY_CHANGE
+    assert set(settings) >= RESUME_MUTABLE
     science = {"n_layer", "seed", "peak_learning_rate", "tokens_per_step", "data", "tokenizer", "precision"}
-    assert not science & MAY_CHANGE
+    assert not science & RESUME_MUTABLE
 
 
 @pytest.mark.parametrize("name", sorted(flatten(Recipe(run_name="x"))))
@@ -77,4 +70,4 @@ def test_a_change_of_each_setting_is_seen_unless_it_may_change(name: str) -> Non
                 before,
                 **{section.name: dataclasses.replace(part, **{name: "changed"})},  # type: ignore[type-var]
             )
-    assert bool(changed_settings(after, before)) == (name not in MAY_CHANGE)
+    assert bool(incompatible_settings(after, before)) == (name not in RESUME_MUTABLE)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from overnight.stages import report
+from overnight.report import command as report_command
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def test_report_writes_the_page_of_one_run(here, capsys):
-    assert report.run(report.ReportConfig(runs=("night",))) == Path("runs/night/report.html")
+    assert report_command.run(report_command.ReportConfig(runs=("night",))) == Path("runs/night/report.html")
     assert (here / "runs/night/report.html").is_file()
     assert (
         capsys.readouterr().err.splitlines()[-1] == 'next: overnight generate runs/night "Once upon a time"'
@@ -29,15 +29,15 @@ def test_report_writes_the_page_of_one_run(here, capsys):
 
 def test_report_compares_several_runs(here, capsys):
     both = ("day", "runs/night", "runs/day")
-    assert report.run(report.ReportConfig(runs=both)) == Path("runs/comparison.html")
-    assert report.run(report.ReportConfig(runs=both, out="c.html")) == Path("c.html")
+    assert report_command.run(report_command.ReportConfig(runs=both)) == Path("runs/comparison.html")
+    assert report_command.run(report_command.ReportConfig(runs=both, out="c.html")) == Path("c.html")
     assert "comparison of 2 runs" in capsys.readouterr().err
 
 
 def test_report_refuses_what_it_cannot_do(here):
     with pytest.raises(ValueError, match="did you mean runs/night?"):
-        report.run(report.ReportConfig(runs=("nigth",)))
+        report_command.run(report_command.ReportConfig(runs=("nigth",)))
     with pytest.raises(ValueError, match="name the run"):
-        report.run(report.ReportConfig(runs=()))
+        report_command.run(report_command.ReportConfig(runs=()))
     with pytest.raises(ValueError, match="is a folder; name the file"):
-        report.run(report.ReportConfig(runs=("night",), out="runs"))
+        report_command.run(report_command.ReportConfig(runs=("night",), out="runs"))

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from overnight import state
-from overnight.model.config import ModelConfig
-from overnight.parallel import ComputeConfig, resolve_compute
-from overnight.stages import rungs, stepper
-from overnight.stages.rungs import LADDER, RUNGS, Machine, choose_rungs, ground_compute, tolerance
-from overnight.stages.stepper import StepTask, build_step, read_task
+from overnight.bench import variants, worker
+from overnight.bench.variants import LADDER, VARIANTS, Machine, baseline_compute, choose_variants, tolerance
+from overnight.bench.worker import StepTask, build_step, read_task
+from overnight.model.model_config import ModelConfig
+from overnight.training import state
+from overnight.training.compute import ComputeConfig, resolve_compute
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=300)
 PUBLISHED = dataclasses.replace(TINY, vocab_size=50257)
@@ -28,7 +28,7 @@ SAME_ON_A_CPU = ("bf16", "fused-attention", "nice-numbers", "fused-adamw", "micr
 def ground(model: ModelConfig = PUBLISHED, device: str = "cpu", micro_batches: int = 2) -> StepTask:
     return StepTask(
         model=model,
-        compute=ground_compute(device),
+        compute=baseline_compute(device),
         ids="",
         rows_per_step=2,
         micro_batches=micro_batches,
@@ -40,7 +40,7 @@ def ground(model: ModelConfig = PUBLISHED, device: str = "cpu", micro_batches: i
 
 def climbed(machine: Machine, names: list[str] | None = None, **changes) -> list[str]:
     below = ground(device=machine.device, **changes)
-    return list(choose_rungs(names, machine, below).tasks(below))
+    return list(choose_variants(names, machine, below).tasks(below))
 
 
 def test_each_machine_climbs_what_it_has() -> None:
@@ -79,10 +79,10 @@ def test_a_rung_that_is_skipped_has_its_reason(
     machine: Machine, changes: dict[str, object], name: str, reason: str
 ) -> None:
     below = ground(device=machine.device, **changes)  # type: ignore[arg-type]
-    assert choose_rungs(None, machine, below).skipped[name] == reason
+    assert choose_variants(None, machine, below).skipped[name] == reason
     if name not in {"bf16", "fp16"}:
         with pytest.raises(ValueError, match=f"^the rung {name} can't be climbed here: ") as refused:
-            choose_rungs(["fused-attention", name], machine, below)
+            choose_variants(["fused-attention", name], machine, below)
         assert str(refused.value).endswith(reason)
 
 
@@ -107,13 +107,13 @@ def test_rungs_that_are_named_are_climbed_in_that_order_above_float32() -> None:
 )
 def test_a_rung_that_is_named_and_not_there_is_refused(names: list[str], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}"):
-        choose_rungs(names, CPU, ground())
+        choose_variants(names, CPU, ground())
 
 
 def test_every_rung_changes_something_and_keeps_the_rest() -> None:
     for rung in LADDER[1:]:
         before = ground()
-        after = rungs.change(before, rung)
+        after = variants.change(before, rung)
         changed = {name for name in vars(before) if getattr(before, name) != getattr(after, name)}
         assert changed == {*rung.task, *({"compute"} if rung.compute else ())}
         assert len(rung.about) <= 80 - len("  fused-attention  ")  # one line of a terminal
@@ -121,14 +121,14 @@ def test_every_rung_changes_something_and_keeps_the_rest() -> None:
 
 def test_the_highest_rung_is_what_train_decides() -> None:
     below = ground()
-    *_, highest = choose_rungs(None, CPU, below).tasks(below).values()
+    *_, highest = choose_variants(None, CPU, below).tasks(below).values()
     asked = ComputeConfig(precision="bf16", compile=True)
     assert highest.compute == resolve_compute(asked, "cpu")
     assert (highest.vocabulary_multiple, highest.fused_optimizer, highest.large_pages) == (64, True, True)
 
 
 def test_a_task_is_read_as_it_was_written() -> None:
-    task = rungs.change(ground(), RUNGS["recompute"])
+    task = variants.change(ground(), VARIANTS["recompute"])
     line = task.as_json()
     assert "\n" not in line
     assert read_task(line) == task
@@ -142,7 +142,7 @@ def losses(task: StepTask, steps: int = 4) -> list[float]:
 @pytest.fixture
 def trained(tmp_path, monkeypatch) -> StepTask:
     """A task of the tiny model, with a text to read, and a learning rate at which so small a model moves."""
-    monkeypatch.setattr(stepper, "PEAK_LEARNING_RATE", 0.1)
+    monkeypatch.setattr(worker, "PEAK_LEARNING_RATE", 0.1)
     ids = np.random.default_rng(0).zipf(1.5, size=16 * 16 + 1) % 300
     np.save(tmp_path / "ids.npy", ids)
     return dataclasses.replace(ground(TINY), ids=str(tmp_path / "ids.npy"))
@@ -150,14 +150,14 @@ def trained(tmp_path, monkeypatch) -> StepTask:
 
 @pytest.mark.parametrize("name", SAME_ON_A_CPU)
 def test_a_rung_computes_what_the_ground_does(trained: StepTask, name: str) -> None:
-    task = rungs.change(trained, RUNGS[name])
+    task = variants.change(trained, VARIANTS[name])
     reference = losses(trained)
     assert abs(reference[0] - reference[-1]) > 0.05  # so the agreement is about updates, too
     assert losses(task) == pytest.approx(reference, abs=tolerance(task))
 
 
 def test_an_overflow_of_float16_is_tried_again(trained: StepTask, monkeypatch) -> None:
-    task, reference = rungs.change(trained, RUNGS["fp16"]), losses(trained)
+    task, reference = variants.change(trained, VARIANTS["fp16"]), losses(trained)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     monkeypatch.setattr(state, "build_scaler", lambda device, precision: scaler)
     assert losses(task) == pytest.approx(reference, abs=tolerance(task))
@@ -166,6 +166,6 @@ def test_an_overflow_of_float16_is_tried_again(trained: StepTask, monkeypatch) -
 
 def test_another_step_is_not_the_ground_s(trained: StepTask, monkeypatch) -> None:
     reference = losses(trained)
-    monkeypatch.setattr(stepper, "PEAK_LEARNING_RATE", 0.09)
+    monkeypatch.setattr(worker, "PEAK_LEARNING_RATE", 0.09)
     worst = max(abs(a - b) for a, b in zip(losses(trained), reference, strict=True))
     assert worst > tolerance(trained)

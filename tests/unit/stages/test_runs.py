@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from overnight.report.status import RunStatus
-from overnight.stages import runs
+from overnight.runs import command as runs_command
+from overnight.runs.status import RunStatus
 
 
 def begin_run(path: Path, steps: int, total_steps: int = 10, written_at: float = 1e9) -> Path:
@@ -43,7 +43,7 @@ def here(tmp_path, monkeypatch) -> Path:
 def test_runs_are_told_on_stderr_with_the_next_command(here, capsys):
     begin_run(here / "runs" / "day", steps=10)
     begin_run(here / "runs" / "night", steps=4, written_at=2e9)
-    runs.run(runs.RunsConfig())
+    runs_command.run(runs_command.RunsConfig())
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
@@ -55,7 +55,7 @@ def test_runs_are_told_on_stderr_with_the_next_command(here, capsys):
 
 def test_a_run_without_its_last_checkpoint_is_to_be_resumed(here, capsys):
     (begin_run(here / "runs" / "day", steps=10) / "checkpoints" / "step-00000010").rmdir()
-    runs.run(runs.RunsConfig())
+    runs_command.run(runs_command.RunsConfig())
     lines = capsys.readouterr().err.splitlines()
     assert lines[1].split()[:3] == ["day", "stopped", "10/10"]
     assert lines[-1] == "next: overnight train --resume runs/day"
@@ -66,7 +66,7 @@ def test_json_is_one_list_on_stdout(here, capsys, loss):
     run = begin_run(here / "runs" / "night", steps=4)
     (run / "metrics.jsonl").write_text(f'{{"step": 4, "tokens": 256, "loss": {loss}}}\n')
     os.utime(run / "metrics.jsonl", (1e9, 1e9))
-    runs.run(runs.RunsConfig(json=True))
+    runs_command.run(runs_command.RunsConfig(json=True))
     out, err = capsys.readouterr()
     assert err == ""
 
@@ -80,23 +80,23 @@ def test_json_is_one_list_on_stdout(here, capsys, loss):
 
 
 def test_a_folder_without_runs_says_how_to_begin(here, capsys):
-    runs.run(runs.RunsConfig())
+    runs_command.run(runs_command.RunsConfig())
     assert capsys.readouterr().err.splitlines() == [
         "there are no runs in runs/ yet",
         "next: overnight quickstart",
     ]
-    runs.run(runs.RunsConfig(json=True))
+    runs_command.run(runs_command.RunsConfig(json=True))
     assert json.loads(capsys.readouterr().out) == []
 
 
 def test_a_folder_that_is_not_there_is_refused(here):
     with pytest.raises(ValueError, match="there is no folder rnus"):
-        runs.run(runs.RunsConfig(folder="rnus"))
+        runs_command.run(runs_command.RunsConfig(folder="rnus"))
 
 
 def test_one_run_can_be_asked_about(here, capsys):
     begin_run(here / "elsewhere" / "night", steps=4)
-    runs.run(runs.RunsConfig(folder="elsewhere/night", json=True))
+    runs_command.run(runs_command.RunsConfig(folder="elsewhere/night", json=True))
     (found,) = json.loads(capsys.readouterr().out)
     assert found["path"] == "elsewhere/night"
 
@@ -104,7 +104,7 @@ def test_one_run_can_be_asked_about(here, capsys):
 def test_damage_is_told_below_the_table(here, capsys):
     run = begin_run(here / "runs" / "night", steps=4)
     (run / "recipe.toml").write_text("=")
-    runs.run(runs.RunsConfig())
+    runs_command.run(runs_command.RunsConfig())
     assert "runs/night: recipe.toml cannot be read" in capsys.readouterr().err
 
 
@@ -134,12 +134,12 @@ def evaluate(run: Path, **facts: object) -> None:
 )
 def test_a_run_that_is_off_its_reference_is_marked(here, capsys, facts, sign, told):
     evaluate(begin_run(here / "runs" / "night", steps=4), **facts)
-    runs.run(runs.RunsConfig())
+    runs_command.run(runs_command.RunsConfig())
     lines = capsys.readouterr().err.splitlines()
     assert f"4.0000{sign}  1.5000" in lines[1].replace("     ", "  ")
     killed = "runs/night: stopped by a kill, or a loss of power: nothing was noted"
     assert lines[2:-1] == [killed, *([f"runs/night:{sign} {told}"] if told else [])]
-    runs.run(runs.RunsConfig(json=True))
+    runs_command.run(runs_command.RunsConfig(json=True))
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["on_track"], found["likely_mistake"]) == (
         facts.get("on_track"),
@@ -153,7 +153,7 @@ def test_the_table_keeps_to_its_width_and_shortens_only_names():
     running = status(name="[red]x", state="running", seconds_left=47_000.0)
     empty = status(state="empty", step=0, validation_loss=None, bits_per_byte=None, tokens_per_second=None)
     for columns in (80, 120):
-        lines = runs.runs_table([long, running, empty], now, columns).splitlines()
+        lines = runs_command.runs_table([long, running, empty], now, columns).splitlines()
         assert len(lines) == 4
         assert max(map(len, lines)) <= columns
         assert "…" in lines[1]
@@ -180,11 +180,11 @@ def test_the_table_keeps_to_its_width_and_shortens_only_names():
     ],
 )
 def test_the_next_command_is_about_the_latest_run(state, command):
-    assert runs.next_command([status(), status(state=state)]) == command
+    assert runs_command.resume_command([status(), status(state=state)]) == command
 
 
 def test_numbers_that_are_not_finite_are_null_in_json():
-    told = runs.as_json(
+    told = runs_command.runs_to_json(
         status(loss=math.inf, last_written_at=datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=1))
     )
     assert told["loss"] is None

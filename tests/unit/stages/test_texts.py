@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from overnight.jobs.request import Text
-from overnight.stages.materials import DataConfig, MixedText
-from overnight.stages.recipe import load_recipe
-from overnight.stages.texts import find_texts, with_folders
+from overnight.data.dataset import DataConfig, MixtureSource
+from overnight.preparation.prepare_commands import JobText, find_recipe_texts, with_folders
+from overnight.recipe import load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +52,12 @@ PREPARE = ("overnight", "prepare")
 )
 def test_the_command_that_prepares_a_text(config: DataConfig, folder: str, command: tuple[str, ...]) -> None:
     """The recipe's first lines name the subset of FineWeb-Edu; the rest is `train`'s own preparation."""
-    assert find_texts(config, "gpt2-1558m", with_files=True) == (Text(folder, PREPARE + command),)
+    assert find_recipe_texts(config, "gpt2-1558m", with_files=True) == (JobText(folder, PREPARE + command),)
 
 
 @pytest.mark.parametrize("data", ["data/ready", "data/unknown", "s3://bucket/fineweb-edu"])
 def test_of_other_folders_no_command_is_known(data: str) -> None:
-    assert find_texts(DataConfig(data=data), "quickstart", with_files=True) == (Text(data),)
+    assert find_recipe_texts(DataConfig(data=data), "quickstart", with_files=True) == (JobText(data),)
 
 
 @pytest.mark.parametrize(
@@ -70,16 +69,16 @@ def test_of_other_folders_no_command_is_known(data: str) -> None:
     ],
 )
 def test_another_machine_prepares_only_what_can_be_had_anywhere(config: DataConfig, is_named: bool) -> None:
-    (at_home,), (away,) = (find_texts(config, "quickstart", with_files=each) for each in (True, False))
+    (at_home,), (away,) = (find_recipe_texts(config, "quickstart", with_files=each) for each in (True, False))
     assert at_home.prepare
-    assert away == (at_home if is_named else Text(at_home.folder))
+    assert away == (at_home if is_named else JobText(at_home.folder))
 
 
 def test_a_mixture_is_several_texts_and_another_machine_has_their_folders() -> None:
-    sources = (MixedText(path="notes.txt", weight=0.75), MixedText(path="s3://b/c", weight=0.25))
+    sources = (MixtureSource(path="notes.txt", weight=0.75), MixtureSource(path="s3://b/c", weight=0.25))
     config = DataConfig(sources=sources)
-    texts = find_texts(config, "quickstart", with_files=False)
-    assert texts == (Text("data/notes", (), 0.75), Text("s3://b/c", (), 0.25))
+    texts = find_recipe_texts(config, "quickstart", with_files=False)
+    assert texts == (JobText("data/notes", (), 0.75), JobText("s3://b/c", (), 0.25))
     recipe = with_folders(dataclasses.replace(load_recipe("quickstart"), data=config), texts)
     assert [(each.path, each.weight) for each in recipe.data.sources] == [
         ("data/notes", 0.75),
@@ -89,5 +88,5 @@ def test_a_mixture_is_several_texts_and_another_machine_has_their_folders() -> N
 
 def test_a_recipe_file_tells_its_command_too(here: Path) -> None:
     (here / "mine.toml").write_text("# Mine:\n#   overnight prepare openwebtext --tokens 10M\n[data]\n")
-    found = find_texts(DataConfig(data="data/openwebtext"), "mine.toml", with_files=True)
-    assert found == (Text("data/openwebtext", (*PREPARE, "openwebtext", "--tokens", "10M")),)
+    found = find_recipe_texts(DataConfig(data="data/openwebtext"), "mine.toml", with_files=True)
+    assert found == (JobText("data/openwebtext", (*PREPARE, "openwebtext", "--tokens", "10M")),)

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from overnight.model.config import ModelConfig
-from overnight.model.gpt import GPT
-from overnight.model.initialization import initialize
-from overnight.stages import weight_facts
-from overnight.stages.weight_facts import describe_weights
-from overnight.tensor_files import Piece
-from overnight.world import ALONE, World
+from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+from overnight.run import log
+from overnight.run.log import describe_weights
+from overnight.training.checkpoint.format import TensorShard
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def test_the_facts_are_a_mean_and_a_ratio_of_deviations(model: GPT) -> None:
     def all_of(*endings: str) -> torch.Tensor:
         return torch.cat([each.flatten() for name, each in weights.items() if name.endswith(endings)])
 
-    facts = describe_weights(model, ALONE)
+    facts = describe_weights(model, SINGLE_PROCESS)
     gains = all_of("ln_1.weight", "ln_2.weight", "ln_f.weight")
     assert gains.numel() == 7 * 64
     assert facts["norm_gain"] == pytest.approx(gains.mean().item(), rel=1e-5)
@@ -39,7 +38,7 @@ def test_the_facts_are_a_mean_and_a_ratio_of_deviations(model: GPT) -> None:
 
 
 def test_at_the_start_they_are_gpt_2_s(model: GPT) -> None:
-    facts = describe_weights(model, ALONE)
+    facts = describe_weights(model, SINGLE_PROCESS)
     assert facts == {"norm_gain": 1.0, "residual_ratio": pytest.approx(1 / math.sqrt(6), rel=0.02)}
 
 
@@ -58,10 +57,10 @@ SAID: list[torch.Tensor] = []
 
 
 def test_shards_give_what_the_whole_gives(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, found = describe_weights(model, ALONE), {}
+    whole, found = describe_weights(model, SINGLE_PROCESS), {}
     for rank in (0, 1):
         monkeypatch.setattr(
-            weight_facts, "own_rows", lambda tensor, rank=rank: Piece(torch.chunk(tensor, 2)[rank], 0)
+            log, "local_shard", lambda tensor, rank=rank: TensorShard(torch.chunk(tensor, 2)[rank], 0)
         )
         found[rank] = describe_weights(model, Beside(rank=rank, size=2, device="cpu"))
     assert found[1] == pytest.approx(whole, rel=1e-5)
@@ -71,7 +70,7 @@ def test_shards_give_what_the_whole_gives(model: GPT, monkeypatch: pytest.Monkey
 def test_nothing_is_changed(model: GPT) -> None:
     before = {name: weight.clone() for name, weight in model.weights().items()}
     noise = torch.get_rng_state()
-    describe_weights(model, ALONE)
+    describe_weights(model, SINGLE_PROCESS)
     assert torch.equal(torch.get_rng_state(), noise)
     for name, weight in model.weights().items():
         assert torch.equal(weight, before[name])
@@ -81,4 +80,4 @@ def test_weights_of_which_only_infinity_is_left_have_no_ratio(model: GPT) -> Non
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(math.inf)
-    assert math.isnan(describe_weights(model, ALONE)["residual_ratio"])
+    assert math.isnan(describe_weights(model, SINGLE_PROCESS)["residual_ratio"])

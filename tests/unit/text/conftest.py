@@ -12,8 +12,8 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from overnight.text.load import build_tokenizer, load_tokenizer
-from overnight.text.tokenizer import Tokenizer
+from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
 
 SYLLABLES = (
     "the",

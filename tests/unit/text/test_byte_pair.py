@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
-from overnight.text import byte_pair
-from overnight.text.byte_pair import BytePair, read_byte_pair, run_alike, spelled_bytes, train_byte_pair
-from overnight.text.tokenizer import END_OF_TEXT, Tokenizer
+from overnight.tokenizer import bpe as bpe_module
+from overnight.tokenizer.bpe import BytePair, read_byte_pair, run_alike, spelled_bytes, train_byte_pair
+from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 
 EVERY_CHARACTER = "".join(chr(point) for point in range(sys.maxunicode + 1) if not 0xD800 <= point < 0xE000)
 BLANK_TEXTS = st.text(st.sampled_from("ab1!'é \n\t\xa0\x1c\x85\u2028\u3000"), max_size=60)
@@ -28,14 +28,14 @@ BLANK_TEXTS = st.text(st.sampled_from("ab1!'é \n\t\xa0\x1c\x85\u2028\u3000"), m
 
 def by_merges(merges: list[tuple[str, str]], text: str) -> list[int]:
     """The ids by Hugging Face's `tokenizers`, which applies the merges themselves."""
-    reference = tokenizers.Tokenizer(models.BPE(vocab=byte_pair.vocabulary(merges), merges=merges))
+    reference = tokenizers.Tokenizer(models.BPE(vocab=bpe_module.vocabulary(merges), merges=merges))
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     ids: list[int] = reference.encode(text).ids
     return ids
 
 
 def test_bytes_are_spelled_as_in_gpt2() -> None:
-    spelling = byte_pair.byte_characters()
+    spelling = bpe_module.byte_characters()
     assert sorted(spelling) == sorted(pre_tokenizers.ByteLevel.alphabet())
     assert (spelling[ord("a")], spelling[ord(" ")], spelling[ord("\n")], spelling[0]) == ("a", "Ġ", "Ċ", "Ā")
     assert spelled_bytes(["Ġthe", "Ã©", "a b", "中"]) == [b" the", "é".encode(), b"a b", "中".encode()]
@@ -106,7 +106,7 @@ def test_blanks_are_what_tiktoken_takes_for_blanks() -> None:
     alone = tiktoken.Encoding("blanks", pat_str=r"\s", mergeable_ranks=ranks, special_tokens={})
     blanks = alone.decode(alone.encode_ordinary(EVERY_CHARACTER))
     assert set(blanks) == set(regex.findall(r"\p{White_Space}", EVERY_CHARACTER))
-    assert set(blanks) == {found for run in byte_pair.BLANKS.findall(EVERY_CHARACTER) for found in run}
+    assert set(blanks) == {found for run in bpe_module.BLANKS.findall(EVERY_CHARACTER) for found in run}
 
 
 def cut_and_whole(tokenizer: BytePair, text: str) -> tuple[list[int], list[int]]:
@@ -117,7 +117,7 @@ def cut_and_whole(tokenizer: BytePair, text: str) -> tuple[list[int], list[int]]
 @settings(max_examples=300, deadline=None)
 def test_cutting_long_blanks_changes_no_id(bpe: BytePair, text: str, stride: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(byte_pair, "STRIDE", stride)
+        patch.setattr(bpe_module, "STRIDE", stride)
         cut, whole = cut_and_whole(bpe, text)
     assert cut == whole
 
@@ -126,16 +126,16 @@ def test_cutting_long_blanks_changes_no_id(bpe: BytePair, text: str, stride: int
 def test_a_cut_at_another_place_is_caught(
     bpe: BytePair, mutant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(byte_pair, "STRIDE", 4)
+    monkeypatch.setattr(bpe_module, "STRIDE", 4)
     text = "a     \x1cb      b"
     assert len(set(map(tuple, cut_and_whole(bpe, text)))) == 1
-    monkeypatch.setattr(byte_pair, "BLANKS", re.compile(mutant))
+    monkeypatch.setattr(bpe_module, "BLANKS", re.compile(mutant))
     assert len(set(map(tuple, cut_and_whole(bpe, text)))) == 2
 
 
 def test_long_blanks_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(byte_pair, "STRIDE", 10)
-    parts = list(byte_pair._parts("a" + " " * 50 + "b" + " " * 50))
+    monkeypatch.setattr(bpe_module, "STRIDE", 10)
+    parts = list(bpe_module._parts("a" + " " * 50 + "b" + " " * 50))
     assert parts == ["a" + " " * 49, " b" + " " * 50]
 
 
@@ -189,6 +189,6 @@ def test_a_bpe_with_a_peculiarity_is_not_taken_for_ours(content: dict[str, Any],
 
 def test_merges_of_another_order_are_not_taken_for_ours(content: dict[str, Any]) -> None:
     merges = [("b", "c"), ("a", "b"), ("ab", "c")]
-    content["model"] = {"type": "BPE", "vocab": byte_pair.vocabulary(merges), "merges": merges}
+    content["model"] = {"type": "BPE", "vocab": bpe_module.vocabulary(merges), "merges": merges}
     content["added_tokens"][0]["id"] = 259
     assert read_byte_pair(content) is None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.text.characters import Characters, read_characters, train_characters
+from overnight.tokenizer.characters import Characters, read_characters, train_characters
 
 
 def naive_ids(alphabet: str, text: str) -> list[int]:

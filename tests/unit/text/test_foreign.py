@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tokenizers
 
-from overnight.text.foreign import Foreign
-from overnight.text.tokenizer import Tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.tokenizer.tokenizer_json import Foreign
 
 SPELLED_SPECIAL = ["<|endoftext|>", "<|user|>", "<tool>", "    ", "a<|user|>b    c"]
 

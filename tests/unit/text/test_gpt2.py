@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from overnight.cache import cache_folder
-from overnight.text import gpt2 as room
-from overnight.text.byte_pair import BytePair, vocabulary
-from overnight.text.load import load_tokenizer
+from overnight.run_directory import cache_folder
+from overnight.tokenizer import bpe
+from overnight.tokenizer.bpe import BytePair, vocabulary
+from overnight.tokenizer.open_tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def files(shared_data: Path, tmp_path: Path) -> Path:
     """A writable copy of GPT-2's two files."""
     folder = tmp_path / "gpt2-bpe"
     folder.mkdir()
-    for name in room.FILES:
+    for name in bpe.FILES:
         shutil.copyfile(shared_data / "gpt2-bpe" / name, folder / name)
     return folder
 
@@ -59,7 +59,7 @@ def server(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as listening:
         thread = threading.Thread(target=listening.serve_forever)
         thread.start()
-        monkeypatch.setattr(room, "ADDRESS", f"http://127.0.0.1:{listening.server_port}")
+        monkeypatch.setattr(bpe, "ADDRESS", f"http://127.0.0.1:{listening.server_port}")
         monkeypatch.setenv("no_proxy", "*")
         yield asked
         listening.shutdown()
@@ -70,7 +70,7 @@ def test_the_ids_of_encoder_json_follow_from_the_merges(gpt2: BytePair, shared_d
     published = json.loads((shared_data / "gpt2-bpe/encoder.json").read_text(encoding="utf-8"))
     assert vocabulary(gpt2._merges) == published
     assert (gpt2.name, gpt2.vocab_size, gpt2.end_of_text) == ("gpt2", 50257, 50256)
-    assert gpt2.fingerprint == room.FILES["vocab.bpe"]
+    assert gpt2.fingerprint == bpe.FILES["vocab.bpe"]
 
 
 @pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
@@ -95,7 +95,7 @@ def test_offline_one_sentence_says_what_to_put_where(empty_cache: Path) -> None:
     with pytest.raises(ValueError, match="the network is unreachable") as caught:
         load_tokenizer("gpt2")
     sentence = str(caught.value)
-    assert f"put encoder.json and vocab.bpe from {room.ADDRESS} into {empty_cache}" in sentence
+    assert f"put encoder.json and vocab.bpe from {bpe.ADDRESS} into {empty_cache}" in sentence
     assert "\n" not in sentence
 
 

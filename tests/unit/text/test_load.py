@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from overnight.text.load import build_tokenizer, load_tokenizer
-from overnight.text.tokenizer import Tokenizer
+from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
 
 
 def unread() -> Iterator[str]:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from overnight.generate import TextWriter
-from overnight.text.tokenizer import Tokenizer
+from overnight.generation.generate import TextWriter
+from overnight.tokenizer.tokenizer import Tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|user|>", "<tool>", "<|assistant|>", "</s>", "[INST]", "<0x00>", "<|im_start|>")
 PIECES = (

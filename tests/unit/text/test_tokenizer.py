@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from overnight.text.byte_pair import BytePair
-from overnight.text.load import build_tokenizer, load_tokenizer
-from overnight.text.tokenizer import Tokenizer, clean
+from overnight.tokenizer.bpe import BytePair
+from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer, clean
 
 SECONDS_PER_MEGABYTE = 5.0  # of processor time on a busy machine; anything quadratic takes many minutes
 

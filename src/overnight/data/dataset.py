@@ -1,0 +1,276 @@
+"""A recipe's text, ready to train on: prepared if it is not yet, opened if it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from overnight.data.mixture import Concatenation, Mixture
+from overnight.data.shards import SPLITS
+from overnight.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from overnight.data.incremental import IncrementalFolder, IncrementalStream
+    from overnight.data.loader import TokenStream
+    from overnight.data.packing import BestFitStream
+    from overnight.data.remote import RemoteFolder
+    from overnight.data.shards import Manifest
+    from overnight.tokenizer.tokenizer import Tokenizer
+
+Packing = Literal["stream", "documents", "best-fit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSource:
+    """One text of a mixture. Its share of the rows is its weight by the sum of all weights."""
+
+    path: str
+    """What `data` may be."""
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text to train on, and what turns it into ids."""
+
+    data: str = "python-docs"
+    """A named source, a file or folder of text, or a folder that `overnight prepare` wrote, here or at a URL
+    (s3://bucket/folder)."""
+    sources: tuple[MixtureSource, ...] = ()
+    """Instead of `data`: several, mixed by weight. [{path = "data/a", weight = 0.7}, ...] in a recipe,
+    --sources data/a=0.7 data/b=0.3 here."""
+    cache_bytes: int | None = None
+    """Shards from a URL that are kept on this machine, the least recently used deleted; all if left out."""
+    tokenizer: str = "gpt2"
+    """gpt2, characters, bpe-N (trained on the text, N ids), or a folder or file that holds one."""
+    validation_fraction: float | None = None
+    """Share of the documents held out, chosen by their hash; `prepare`'s own choice if left out."""
+    packing: Packing = "stream"
+    """How documents become rows. stream: windows over all of them, end to end; documents: the same, but
+    attention stays within a document; best-fit: whole documents, as few as possible of them cut off."""
+    shuffle_tokens: int | None = None
+    """Shuffle rows among so many tokens at a time, not among all: then training may begin while the text is
+    being prepared, once twice as many tokens are there, and shards elsewhere are fetched one by one."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        found = []
+        if self.sources and self.data not in {"", DataConfig.data}:
+            found.append(f"give only one of data={self.data} and sources")
+        paths = [source.path for source in self.sources]
+        found += [f"{path} stands twice in sources" for path in sorted({*paths}) if paths.count(path) > 1]
+        found += [
+            f"the weight {source.weight} of {source.path} must be a finite number above 0"
+            for source in self.sources
+            if not 0 < source.weight < math.inf
+        ]
+        for name in ("cache_bytes", "shuffle_tokens"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                found.append(f"{name}={count} must be at least 1, or left out")
+        if self.shuffle_tokens is not None and self.packing == "best-fit":
+            found.append("shuffle_tokens does not go with packing=best-fit, which orders whole documents")
+        return found
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of shards, verified, and its tokenizer."""
+
+    folder: Path | RemoteFolder | IncrementalFolder
+    manifest: Manifest
+    """As it was when the folder was opened."""
+    tokenizer: Tokenizer
+    config: DataConfig
+
+    @property
+    def boundary(self) -> int | None:
+        """The id that begins a document into which none before it is to be seen; None if all of a row is."""
+        return self.manifest.end_of_text if self.config.packing == "documents" else None
+
+    def describe(self) -> DataConfig:
+        """The recipe's section that names exactly these shards."""
+        fraction = self.manifest.request.get("validation_fraction")
+        assert fraction is None or isinstance(fraction, float)
+        return dataclasses.replace(
+            self.config,
+            data=str(self.folder),
+            tokenizer=self.manifest.tokenizer,
+            validation_fraction=fraction,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What a run writes down of its text, by which it is known again."""
+        if isinstance(self.folder, Path):
+            return dataclasses.asdict(self.manifest)
+        is_complete = getattr(self.folder, "is_complete", True)
+        return dataclasses.asdict(self.folder.manifest) | ({} if is_complete else {"is_complete": False})
+
+    def training_rows(
+        self, tokens_per_row: int, seed: int
+    ) -> TokenStream | BestFitStream | IncrementalStream:
+        """The rows of the training split, as `packing` has them."""
+        from overnight.data.incremental import IncrementalFolder, IncrementalStream
+        from overnight.data.loader import TokenStream
+        from overnight.data.packing import BestFitStream
+
+        folder, portion = self.folder, self.config.shuffle_tokens
+        if self.config.packing == "best-fit":
+            return BestFitStream(folder, tokens_per_row=tokens_per_row, seed=seed)
+        if portion is not None and isinstance(folder, IncrementalFolder):
+            return IncrementalStream(folder, tokens_per_row=tokens_per_row, seed=seed, shuffle_tokens=portion)
+        return TokenStream(folder, tokens_per_row=tokens_per_row, seed=seed, shuffle_tokens=portion)
+
+    def stream(self, split: str, tokens_per_row: int, seed: int) -> TokenStream:
+        """The rows of one split, "train" or "validation", as windows over its tokens."""
+        from overnight.data.loader import TokenStream
+
+        return TokenStream(self.folder, split, tokens_per_row=tokens_per_row, seed=seed)
+
+    def text(self, split: str) -> bytes:
+        """All documents of one split, in order, end to end."""
+        from overnight.data.shards import open_tokens
+
+        shards = (open_tokens(self.folder / shard.name) for shard in self.manifest.shards(split))
+        return b"".join(self.tokenizer.decode_bytes(ids.tolist()) for ids in shards)
+
+
+def open_one_dataset(config: DataConfig) -> Dataset:
+    """Open the shards that `data` names, preparing them first where they are not there yet.
+
+    Where they are being prepared, and `shuffle_tokens` allows to begin, those that are complete. Raises
+    ValueError if it does not, and for a folder that is there in part and that nobody prepares any more.
+    """
+    from overnight.data.incremental import is_being_prepared, open_incremental
+    from overnight.data.remote import RemoteFolder, is_prepared_elsewhere
+    from overnight.data.shards import MANIFEST, SHARD_NAME, load_prepared_tokenizer, read_manifest
+    from overnight.preparation.prepare import prepare
+    from overnight.preparation.prepare_config import PrepareConfig, output_folder
+
+    if is_prepared_elsewhere(config.data):
+        remote = RemoteFolder(config.data, config.cache_bytes)
+        return Dataset(remote, remote.manifest, load_prepared_tokenizer(remote.folder), config)
+    request = PrepareConfig(
+        source=config.data, tokenizer=config.tokenizer, validation_fraction=config.validation_fraction
+    )
+    folder = Path(config.data)
+    is_named = (folder / MANIFEST).is_file() or is_being_prepared(folder)
+    folder = folder if is_named else output_folder(request)
+    if (folder / MANIFEST).is_file():
+        return Dataset(folder, read_manifest(folder), load_prepared_tokenizer(folder), config)
+    if config.shuffle_tokens is not None and is_being_prepared(folder):
+        growing = open_incremental(folder, config.shuffle_tokens)
+        tokenizer = load_prepared_tokenizer(growing.place, growing.manifest)
+        return Dataset(growing, growing.manifest, tokenizer, config)
+    if is_named:
+        raise ValueError(
+            f"{folder} is not prepared to its end: wait until it is, or give the command that began it once "
+            "more; with --shuffle-tokens 100_000_000, training begins with what is complete"
+        )
+    if any(SHARD_NAME.fullmatch(path.name) for path in Path(config.data).glob("*.bin")):
+        raise ValueError(
+            f"{config.data} holds shards and no {MANIFEST} that vouches for them: bring it back from a "
+            "copy, or prepare the text again into another folder"
+        )
+    if prepare(request) is None:
+        raise ValueError(f"{folder} is being prepared by Slurm's jobs: wait until they are done")
+    return Dataset(folder, read_manifest(folder), load_prepared_tokenizer(folder), config)
+
+
+def is_same_data(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """True if a run that recorded its text as `before` may go on with `now`: more of it may be complete."""
+    if before.get("is_complete", True):
+        return before == now
+    facts = ("request", "tokenizer_fingerprint", "split_rule")
+    shards = now["train"][: len(before["train"])]
+    return before["train"] == shards and all(before[name] == now[name] for name in facts)
+
+
+# ---------------------------------------------------------------- the texts of a recipe
+
+
+@dataclass(frozen=True)
+class MixtureDataset:
+    """Folders of shards, all of one tokenizer, and the weight of each."""
+
+    parts: tuple[Dataset, ...]
+    weights: tuple[float, ...]
+    config: DataConfig
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of every part."""
+        return self.parts[0].tokenizer
+
+    @property
+    def boundary(self) -> int | None:
+        """See `Materials.boundary`."""
+        return self.parts[0].boundary
+
+    @property
+    def folder(self) -> str:
+        """Where the parts lie, in words."""
+        return ", ".join(str(part.folder) for part in self.parts)
+
+    def describe(self) -> DataConfig:
+        """The recipe's section that names exactly these shards."""
+        sources = tuple(
+            MixtureSource(path=str(part.folder), weight=weight)
+            for part, weight in zip(self.parts, self.weights, strict=True)
+        )
+        tokenizer = self.parts[0].describe().tokenizer
+        return dataclasses.replace(self.config, data="", sources=sources, tokenizer=tokenizer)
+
+    def record(self) -> dict[str, Any]:
+        """What a run writes down of its texts: facts about each, and the shards of all."""
+        found: dict[str, Any] = {}
+        shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            facts = part.record()
+            for split in SPLITS:
+                shards[split] += [
+                    shard | {"name": f"{part.folder}/{shard['name']}"} for shard in facts.pop(split)
+                ]
+            del facts["request"]
+            found[str(part.folder)] = {"weight": weight, **facts}
+        return found | shards
+
+    def training_rows(self, tokens_per_row: int, seed: int) -> Mixture:
+        """The rows of all training splits, mixed; each as `packing` has them."""
+        streams = {str(part.folder): part.training_rows(tokens_per_row, seed) for part in self.parts}
+        return Mixture(streams, self.weights)
+
+    def stream(self, split: str, tokens_per_row: int, seed: int) -> Concatenation:
+        """One split of all, "train" or "validation", to be judged on."""
+        return Concatenation(
+            {str(part.folder): part.stream(split, tokens_per_row, seed) for part in self.parts}
+        )
+
+
+def open_dataset(config: DataConfig) -> Dataset | MixtureDataset:
+    """Open what a recipe trains on, preparing first what is not prepared yet.
+
+    Raises ValueError if the sources of a mixture are not all written with one tokenizer.
+    """
+    if not config.sources:
+        return open_one_dataset(config)
+    parts = tuple(
+        open_one_dataset(dataclasses.replace(config, data=source.path, sources=()))
+        for source in config.sources
+    )
+    first = parts[0]
+    for part in parts[1:]:
+        if part.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            raise ValueError(
+                f"{part.folder} is written with the tokenizer {part.tokenizer.name} and {first.folder} with "
+                f"another, {first.tokenizer.name}: prepare {part.folder} again with "
+                f"--tokenizer {first.folder}/tokenizer"
+            )
+    if growing := next((part.folder for part in parts if "is_complete" in part.record()), None):
+        raise ValueError(f"{growing} is still being prepared, and the texts of a mixture must be complete")
+    folders = [str(part.folder) for part in parts]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise ValueError(f"two of the sources are {twice}: give it once, with the sum of their weights")
+    return MixtureDataset(parts, tuple(source.weight for source in config.sources), config)

@@ -1,0 +1,90 @@
+"""Several processes of one command on this machine, started and watched by torchrun's own agent."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from overnight.distributed.watchdog import FROZEN
+from overnight.distributed.world import LOST, create_usage_error_file
+from overnight.terminal import echo
+
+REFUSED = 2  # the exit status of wrong use
+LINES_SHOWN = 40
+SECONDS_TO_SAVE = 300  # that the others have after one was told to stop, before they are killed
+
+
+def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
+    """Run `overnight` with these words in `count` processes; 0, or the exit status of the first that failed.
+
+    The main one has the terminal. What the others say is kept, and its end shown if they fail. When one dies,
+    all are begun anew, up to `max_restarts` times.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what follows says it all
+    with tempfile.TemporaryDirectory(prefix="overnight-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=max_restarts,
+            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects={rank: Std.ALL for rank in range(1, count)}),
+            shutdown_timeout=SECONDS_TO_SAVE,
+        )
+        refusals = Path(logs) / "refused"
+        create_usage_error_file(refusals)
+        try:
+            elastic_launch(config, sys.executable)("-P", "-m", "overnight", *words)
+        except ChildFailedError as error:
+            return _tell_failure(error, Path(logs))
+        except SignalException:
+            raise KeyboardInterrupt from None
+        return REFUSED if refusals.exists() else 0
+
+
+def _tell_failure(error: Any, logs: Path) -> int:
+    """Say which process failed first, and what it said last; returns its exit status.
+
+    What was refused the main one has said already.
+    """
+    rank = _find_cause(error.failures)
+    failure = error.failures[rank]
+    if failure.exitcode == REFUSED and rank == 0:
+        return REFUSED
+    if failure.exitcode == FROZEN:
+        _show_logs(logs, "*")  # where all stand
+    how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
+    echo(f"overnight: rank {rank} failed ({how})")
+    if failure.exitcode != FROZEN:
+        _show_logs(logs, str(failure.local_rank))
+    return failure.exitcode if failure.exitcode > 0 and failure.exitcode != LOST else 1
+
+
+def _find_cause(failures: Mapping[int, Any]) -> int:
+    """The rank that failed first, and of those that failed at once, one that did not only lose another."""
+
+    def order(rank: int) -> tuple[bool, float, int]:
+        failure = failures[rank]
+        return failure.exitcode in {LOST, -signal.SIGTERM}, failure.timestamp, rank
+
+    return min(failures, key=order)
+
+
+def _show_logs(logs: Path, local_rank: str) -> None:
+    """The end of what a process of the last attempt has said."""
+    attempts = sorted(logs.rglob("attempt_*"))
+    for path in sorted(attempts[-1].glob(f"{local_rank}/stderr.log")) if attempts else ():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:]
+        echo("\n".join(f"rank {path.parent.name}: {line}" for line in lines))

@@ -1,0 +1,392 @@
+"""Where this process stands among others: its rank, its device, what it says to the rest, its environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from overnight.distributed.machine import compute_with_threads, count_cores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+LEFT_BEHIND = "left behind"  # the name of such threads
+LOST = 71  # the exit status of a process that ends because others have
+REFUSALS = "OVERNIGHT_REFUSALS_FILE"
+BUCKET_BYTES = 100_000_000  # sent at once: large enough for full speed, small beside the gradients
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place: `rank` of `size`, computing on `device`; `local_rank` of those on its machine.
+
+    Every method that says something to the others must be called by all of them, in the same order.
+    """
+
+    rank: int
+    size: int
+    device: str
+    local_rank: int = 0
+    local_size: int = 1
+    is_joined: bool = False
+    """True of processes that a launcher has started together, be it a single one."""
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Make each tensor the sum of all processes' ones, in place; all of one dtype."""
+        import torch.distributed as dist
+
+        if self.size > 1:
+            _in_buckets(tensors, dist.all_reduce)
+
+    def sum_in_tree(self, tensors: Sequence[Tensor]) -> None:
+        """`sum`, each pair of neighbours first, then each pair of pairs, and so on: its bits do not vary.
+
+        The number of processes must be a power of 2.
+        """
+        import torch
+        import torch.distributed as dist
+
+        def exchange(flat: Tensor) -> None:
+            distance = 1
+            while distance < self.size:
+                theirs, partner = torch.empty_like(flat), self.rank ^ distance
+                pair = [
+                    dist.P2POp(dist.isend, flat.clone(), partner),
+                    dist.P2POp(dist.irecv, theirs, partner),
+                ]
+                for request in dist.batch_isend_irecv(pair):
+                    request.wait()
+                flat += theirs
+                distance *= 2
+
+        if self.size > 1:
+            _in_buckets(tensors, exchange)
+
+    def spread(self, tensors: Sequence[Tensor], owner: int) -> None:
+        """Make each tensor the one that process `owner` has, in place; all of one dtype."""
+        import torch.distributed as dist
+
+        if self.size > 1:
+            _in_buckets(tensors, lambda flat: dist.broadcast(flat, owner))
+
+    def any(self, flag: bool) -> bool:
+        """True if it is true in any process."""
+        return any(word == "yes" for word in self.gather("yes" if flag else "no")) if self.size > 1 else flag
+
+    def gather(self, word: str) -> list[str]:
+        """What every process says, by rank."""
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return [word]
+        words = [""] * self.size
+        dist.all_gather_object(words, word)
+        return words
+
+    def wait_for_all(self) -> None:
+        """Return when every process has come here."""
+        self.gather("here")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what may be refused: a ValueError of one process becomes one of all, with its rank."""
+        refusal = ""
+        try:
+            yield
+        except ValueError as error:
+            if self.size == 1:
+                raise
+            refusal = str(error)
+        refusals = self.gather(refusal)
+        if any(refusals):
+            raise CollectiveValueError(_describe_refusals(refusals))
+
+
+class PeerLostError(ConnectionError):
+    """The other processes have ended, or can't be reached."""
+
+
+class CollectiveValueError(ValueError):
+    """What every process refuses, with the same words: one speaks for all."""
+
+
+SINGLE_PROCESS = World(rank=0, size=1, device="cpu")
+
+
+def _in_buckets(tensors: Sequence[Tensor], say: Callable[[Tensor], object]) -> None:
+    """Lay tensors end to end, as many as come to BUCKET_BYTES; `say` changes each such stretch in place."""
+    import torch
+
+    bucket: list[Tensor] = []
+    held = 0
+    for number, tensor in enumerate(tensors, 1):
+        bucket.append(tensor)
+        held += tensor.numel() * tensor.element_size()
+        if held < BUCKET_BYTES and number < len(tensors):
+            continue
+        flat = torch.cat([each.reshape(-1) for each in bucket])
+        say(flat)
+        for each, part in zip(bucket, torch.split(flat, [each.numel() for each in bucket]), strict=True):
+            each.copy_(part.view_as(each))
+        bucket, held = [], 0
+
+
+def _describe_refusals(refusals: Sequence[str]) -> str:
+    """One sentence if all processes are of one mind, or else each with its rank."""
+    if len({*refusals}) == 1:
+        return refusals[0]
+    return "; ".join(f"rank {rank}: {refusal}" for rank, refusal in enumerate(refusals) if refusal)
+
+
+def open_world(device: str | None) -> World:
+    """A process by itself, on `device` ("cpu", "cuda", "cuda:1", "mps"), or the best one found for None.
+
+    torch is told to compute with as many threads as there are cores, unless OMP_NUM_THREADS says otherwise.
+    Raises ValueError for a device this machine lacks, and under a launcher that starts several processes.
+    """
+    place = read_launcher_env(os.environ)
+    if place is not None and place.size > 1:
+        raise ValueError("only `overnight train` is done by several processes: start this without torchrun")
+    return _open_alone(device)
+
+
+def _open_alone(device: str | None) -> World:
+    chosen = _check_device(device) if device else _best_device()
+    if "OMP_NUM_THREADS" not in os.environ:
+        compute_with_threads(count_cores())
+    return World(rank=0, size=1, device=chosen)
+
+
+@contextmanager
+def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
+    """This process among those that a launcher has started, or by itself; on one GPU each, or all on the CPU.
+
+    Whoever waits for the others longer than twice `timeout_seconds` fails. Raises ValueError for a device
+    this machine lacks, and if there is no place to meet; LostOthersError, then or later, if the others are
+    lost.
+    """
+    place = read_launcher_env(os.environ)
+    if place is None:
+        yield _open_alone(device)
+        return
+    import torch.distributed as dist
+
+    world = _find_device(place, device)
+    if "OMP_NUM_THREADS" not in os.environ:
+        compute_with_threads(max(1, (count_cores() or 1) // world.local_size))
+    try:
+        # The watch speaks before a collective gives up: it knows where everybody stands.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if world.device.startswith("cuda") else "gloo",
+            init_method=f"tcp://{place.address}" if place.address else "env://",
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=2 * timeout_seconds),
+        )
+    except dist.DistNetworkError as error:
+        address = place.address or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(
+            f"the processes can't meet at {address} ({str(error).splitlines()[0]}): if its port is in use, "
+            "give the launcher another one"
+        ) from None
+    except RuntimeError as error:
+        raise _lost(place.rank, error) from None
+    try:
+        yield world
+        world.wait_for_all()
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise _lost(place.rank, error) from None
+    finally:
+        dist.destroy_process_group()
+
+
+def _lost(rank: int, error: Exception) -> PeerLostError:
+    """What torch says of it, less the file of its own where it noticed, and its advice."""
+    reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
+    return PeerLostError(f"rank {rank} has lost the others ({reason})")
+
+
+def is_launched() -> bool:
+    """True in a process that a launcher has started beside others."""
+    return read_launcher_env(os.environ) is not None
+
+
+def is_main_process() -> bool:
+    """True in a process by itself, and in the first of several."""
+    place = read_launcher_env(os.environ)
+    return place is None or place.rank == 0
+
+
+def create_usage_error_file(file: Path) -> None:
+    """Let processes that this one is about to start say in `file` that they refuse what a user wrote."""
+    os.environ[REFUSALS] = str(file)
+
+
+def record_usage_error() -> bool:
+    """Say so, if somebody wants to know: then it is no failure, after which all would be begun anew."""
+    if REFUSALS in os.environ:
+        Path(os.environ[REFUSALS]).touch()
+    return REFUSALS in os.environ
+
+
+def daemon_thread(work: Callable[[], object]) -> None:
+    """Let a thread do it, for which the end of the process does not wait."""
+    threading.Thread(target=work, daemon=True, name=LEFT_BEHIND).start()
+
+
+def exit_process(status: int) -> NoReturn:
+    """End this process. One of several ends without Python's tidying up: what was to be written is.
+
+    Once in some dozens of runs the threads of torch's communication brought a process down that had done all
+    its work, while Python was taking itself apart; a launcher takes that for a failure. So ends, too, a
+    process that leaves a thread in the middle of its work.
+    """
+    if is_launched() or any(thread.name == LEFT_BEHIND for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def count_restarts() -> int:
+    """How often torchrun has begun this process anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def use_new_rendezvous_store() -> None:
+    """Let torchrun's agent, if this process becomes one, open another store for each attempt.
+
+    By itself it keeps the first, where processes that are begun anew find the addresses of dead ones and now
+    and then believe them (pytorch's issue 135712).
+    """
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+
+
+def count_processes(asked: int | str, device: str | None) -> int:
+    """How many processes to start: as many as asked for; for "auto", one for each GPU.
+
+    Raises ValueError for more than there are GPUs to compute on, and for a device that they can't share.
+    """
+    import torch
+
+    chosen = _check_device(device) if device else _best_device()
+    gpus = torch.cuda.device_count() if chosen == "cuda" else None
+    if asked == "auto":
+        return gpus or 1
+    count = int(asked)
+    if count < 1 or (gpus is not None and count > gpus):
+        at_most = f", and at most {gpus}, a GPU for each" if gpus is not None else ""
+        raise ValueError(f"processes={count} must be at least 1{at_most}")
+    _check_shared(chosen, count)
+    return count
+
+
+def _check_shared(device: str, processes: int) -> None:
+    if device != "cpu" and not device.startswith("cuda"):
+        raise ValueError(f"several processes compute on the CPU or on NVIDIA's GPUs, not on {device}")
+    if device.startswith("cuda:"):
+        raise ValueError(f"device={device} is one device, and processes={processes}: say cuda")
+
+
+def _find_device(place: LauncherEnv, device: str | None) -> World:
+    """The process's place, with the device that is its own."""
+    import torch
+    import torch.distributed as dist
+
+    chosen = _check_device(device) if device else _best_device()
+    _check_shared(chosen, place.size)
+    if chosen == "cuda":
+        if place.local_size > (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"{place.local_size} processes on this machine are more than its {count} GPUs: start {count}"
+            )
+        if not dist.is_nccl_available():
+            raise ValueError(
+                "this torch has no NCCL, by which GPUs talk: install torch's build for CUDA, or give "
+                "--device cpu"
+            )
+        chosen = f"cuda:{place.local_rank}"
+        torch.cuda.set_device(place.local_rank)
+    return World(place.rank, place.size, chosen, place.local_rank, place.local_size, is_joined=True)
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _check_device(device: str) -> str:
+    import torch
+
+    kind, _, index = device.partition(":")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?|mps", device):
+        raise ValueError(f"device={device} is not known; there is cpu, cuda, cuda:1 and so on, mps")
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if missing.get(kind, False):
+        raise ValueError(f"device={device}: this machine has none; choose --device {_best_device()}")
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        raise ValueError(f"device={device}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return device
+
+
+# ---------------------------------------------------------------- where a launcher has put a process among others
+
+
+@dataclass(frozen=True)
+class LauncherEnv:
+    """What a launcher says of a process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    address: str | None
+    """Where the processes meet; None where the launcher's environment says so in torch's own words."""
+
+
+def read_launcher_env(environment: Mapping[str, str]) -> LauncherEnv | None:
+    """What torchrun, or srun, says in `environment`; None of a process that was started by itself."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    missing = [name for name in names if name not in environment]
+    if not missing:
+        rank, size, local_rank, local_size = (int(environment[name]) for name in names)
+        return LauncherEnv(rank, size, local_rank, local_size, None)
+    if int(environment.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"WORLD_SIZE is set and {missing[0]} is not: start with torchrun, or unset it")
+    size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if size == 1:
+        return None
+    tasks = re.match(r"[0-9]+", environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
+    assert tasks is not None
+    host = _first_host(environment.get("SLURM_STEP_NODELIST", "localhost"))
+    port = environment.get("MASTER_PORT") or str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000)
+    rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
+    return LauncherEnv(
+        rank, size, local_rank, int(tasks[0]), f"{environment.get('MASTER_ADDR', host)}:{port}"
+    )
+
+
+def _first_host(nodes: str) -> str:
+    """node003 of node[003-007,12],other1 : the first of Slurm's list."""
+    found = re.match(r"([^,\[]+)(?:\[([0-9]+))?", nodes)
+    assert found is not None, nodes
+    return found[1] + (found[2] or "")

@@ -1,0 +1,236 @@
+"""The command `overnight evaluate`: a model's loss on text it has not seen, and what it makes of tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from overnight.evaluation.held_out import (
+    METRICS,
+    ValidationSet,
+    check_same_tokenizer,
+    measure_validation,
+    open_validation_set,
+)
+from overnight.evaluation.run_tasks import (
+    TaskNames,
+    as_values,
+    describe_score,
+    evaluate_and_score,
+    open_tasks,
+    scores_to_json,
+    split_names,
+)
+from overnight.terminal import echo, quiet
+
+if TYPE_CHECKING:
+    from overnight.conversion.open_model import OpenedModel
+    from overnight.data.dataset import DataConfig
+    from overnight.evaluation.perplexity import TextLoss
+    from overnight.evaluation.scores import Score
+    from overnight.recipe import Recipe
+
+TIMEOUT_SECONDS = 1800  # a process may judge for so long while another waits for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What a model is judged on: prepared text, tasks."""
+
+    model: Positional[str]
+    """A run, a checkpoint, a Hugging Face folder or name."""
+    data: str | None = None
+    """A folder that `overnight prepare` wrote; the run's own if left out."""
+    evaluation_tokens: int | None = None
+    """How many validation tokens; all of them if left out."""
+    stride: int | None = None
+    """Judge a text so many ids at a time, each after the context before it; a context at a time, each
+    beginning anew, if left out."""
+    tasks: tuple[str, ...] = ("validation",)
+    """validation; hellaswag, hellaswag-lm-eval, arc-easy, arc-challenge, openbookqa, piqa, boolq, copa,
+    winogrande, cbt-common-nouns, cbt-named-entities; lambada, lambada-plain; wikitext-2,
+    wikitext-2-validation, wikitext-103, ptb, enwik8, text8; lm-eval:NAME for a task of lm-evaluation-harness.
+    Spaces or commas between."""
+    examples: int | None = None
+    """The first so many of each task (thousand characters of a text); all if left out."""
+    task_files: str | None = None
+    """A folder that holds the tasks' official files; fetched once if left out."""
+    against: str | None = None
+    """Another model, judged on the same."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; the best one found if left out."""
+    processes: int | Literal["auto"] | None = None
+    """Share the work among so many on this machine; auto: one for each GPU. One by itself if left out."""
+    json: bool = False
+    """Print one JSON object to standard output."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        names = ("evaluation_tokens", "stride", "examples")
+        counts = {name: getattr(self, name) for name in names}
+        return [
+            f"--{name.replace('_', '-')}={count} must be at least 1, or left out"
+            for name, count in counts.items()
+            if count is not None and count < 1
+        ]
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model to be judged, and how."""
+
+    opened: OpenedModel
+    name: str
+    recipe: Recipe | None
+    precision: str
+    """A run's own; of any other model fp32."""
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluate and print. Of processes started together each does its share, and the main one speaks."""
+    from overnight.config import raise_problems
+    from overnight.distributed.world import join_world
+
+    raise_problems(config.problems(), "overnight evaluate")
+    names = split_names(config.tasks)
+    with join_world(config.device, TIMEOUT_SECONDS) as world, quiet(not world.is_main):
+        with world.together():
+            subjects = open_evaluated_models(config, world.device)
+            held_out = open_validation(config, subjects) if names.validation else None
+            check_harness_tasks(config, names)
+            tasks = open_tasks(names.own, config.task_files, config.examples, config.stride)
+        values: dict[str, Any] = {"model": config.model, "precision": subjects[0].precision}
+        scores: list[Score] = []
+        if held_out is not None:
+            measured = [
+                measure_validation(held_out, each.opened.model, each.precision, world) for each in subjects
+            ]
+            values |= _summary(measured[0])
+            scores += score_validation(held_out, measured)
+            print_scores(scores, f"of {held_out.materials.folder}, in {subjects[0].precision}")
+        for task in tasks:
+            sides = [
+                evaluate_and_score(task, each.opened.model, each.opened.tokenizer, each.precision, world)
+                for each in subjects
+            ]
+            found = task.score(sides[0], sides[1] if len(sides) > 1 else None)
+            scores += found
+            print_scores(found)
+        values["tasks"] = as_values(scores)
+        if names.harness and world.is_main:
+            values["lm_eval"] = evaluate_with_harness(config, names, subjects[0])
+        if config.json and world.is_main:
+            sys.stdout.write(json.dumps(values, allow_nan=False) + "\n")
+        echo(f'next: overnight generate {config.model} "Once upon a time"')
+
+
+def evaluate_in_processes(config: EvaluateConfig, words: Sequence[str]) -> int:
+    """Let several processes on this machine each run the command of these words; returns the exit status."""
+    from overnight.config import raise_problems
+    from overnight.distributed.machine import divide_cores
+    from overnight.distributed.processes import run_processes
+    from overnight.distributed.world import count_processes, use_new_rendezvous_store
+
+    assert config.processes is not None
+    raise_problems(config.problems(), "overnight evaluate")
+    split_names(config.tasks)
+    count = count_processes(config.processes, config.device)
+    divide_cores(count)
+    use_new_rendezvous_store()
+    return run_processes(words, count, max_restarts=0)
+
+
+def open_evaluated_models(config: EvaluateConfig, device: str) -> list[EvaluatedModel]:
+    """The model, and the other one if there is one."""
+    from overnight.conversion.open_model import open_model
+    from overnight.recipe import read_recipe_of
+
+    subjects = []
+    for name in filter(None, (config.model, config.against)):
+        opened = open_model(name)
+        opened.model.to(device)
+        recipe = read_recipe_of(opened.run) if opened.run else None
+        precision = (recipe.compute.precision if recipe else None) or "fp32"
+        subjects.append(EvaluatedModel(opened, name, recipe, precision))
+    return subjects
+
+
+def open_validation(config: EvaluateConfig, subjects: list[EvaluatedModel]) -> ValidationSet:
+    """Text that every model reads in its own tokens."""
+    from overnight.data.dataset import DataConfig
+
+    recipe = subjects[0].recipe
+    packing = recipe.data.packing if recipe else "stream"
+    asked = DataConfig(data=config.data, packing=packing) if config.data else _own_data(recipe)
+    held_out = open_validation_set(asked, config.evaluation_tokens, config.stride)
+    for each in subjects:
+        check_same_tokenizer(held_out, each.opened.tokenizer, each.name, each.opened.tokenizer_folder)
+    return held_out
+
+
+def score_validation(held_out: ValidationSet, measured: list[TextLoss]) -> list[Score]:
+    """The losses in all units, beside what others reached on such text."""
+    from overnight.evaluation.scores import score_text
+
+    against = measured[1] if len(measured) > 1 else None
+    kind = "pieces" if held_out.stride is None else "windows"
+    first, *others = score_text("validation", METRICS, measured[0], against, kind)
+    return [dataclasses.replace(first, references=held_out.references()), *others]
+
+
+def print_scores(scores: list[Score], where: str | None = None) -> None:
+    """The table of one task."""
+    for line in describe_score(scores):
+        echo(line)
+    if where is not None:
+        echo(f"  {where}")
+
+
+def check_harness_tasks(config: EvaluateConfig, names: TaskNames) -> None:
+    """Raise ValueError for a task that lm-evaluation-harness does not know, or if it is not installed."""
+    if names.harness:
+        from overnight.evaluation.harness import check_harness
+
+        check_harness(names.harness, _folder(config))
+
+
+def evaluate_with_harness(
+    config: EvaluateConfig, names: TaskNames, subject: EvaluatedModel
+) -> list[dict[str, Any]]:
+    """Tasks of lm-evaluation-harness, told as it tells them."""
+    from overnight.evaluation.harness import harness_scores
+
+    opened, folder = subject.opened, _folder(config)
+    found = harness_scores(
+        opened.model, opened.tokenizer, names.harness, subject.precision, folder, config.examples
+    )
+    for each in found:
+        echo(str(each))
+    return [scores_to_json(dataclasses.asdict(each)) for each in found]
+
+
+def _folder(config: EvaluateConfig) -> Path | None:
+    return Path(config.task_files) if config.task_files is not None else None
+
+
+def _summary(measured: TextLoss) -> dict[str, Any]:
+    from overnight.evaluation.perplexity import sum_up
+
+    summary: dict[str, Any] = scores_to_json(dataclasses.asdict(sum_up(measured)))
+    return summary
+
+
+def _own_data(recipe: Recipe | None) -> DataConfig:
+    """What a run was trained on."""
+    if recipe is None:
+        raise ValueError(
+            "this model does not say what it was trained on: name prepared text with --data FOLDER"
+        )
+    return recipe.data

@@ -1,0 +1,129 @@
+"""A model's loss on prepared text, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from overnight.terminal import progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from overnight.data.dataset import DataConfig, Dataset, MixtureDataset
+    from overnight.data.loader import Batch
+    from overnight.distributed.world import World
+    from overnight.evaluation.perplexity import TextLoss
+    from overnight.evaluation.references import PublishedResult
+    from overnight.model.gpt import GPT
+    from overnight.tokenizer.tokenizer import Tokenizer
+
+METRICS = ("nats_per_token", "perplexity_per_token", "bits_per_byte", "bits_per_character")
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The text to be judged on, and how."""
+
+    materials: Dataset | MixtureDataset
+    tokens: int | None
+    """How many; all if None."""
+    stride: int | None
+    """How many new ids each window judges; None judges a window's all."""
+
+    def references(self) -> tuple[PublishedResult, ...]:
+        """What others reached on text of this source, in tokens of this tokenizer."""
+        from overnight.evaluation.references import VALIDATION_LOSSES
+
+        record = self.materials.record()
+        known = VALIDATION_LOSSES.get(str(record.get("source")), ())
+        return known if self.materials.tokenizer.name == "gpt2" else ()
+
+
+def open_validation_set(config: DataConfig, tokens: int | None, stride: int | None) -> ValidationSet:
+    """The held-out split of prepared text. Raises ValueError for a stride where documents stand alone."""
+    from overnight.data.dataset import open_dataset
+
+    materials = open_dataset(config)
+    if stride is not None and materials.boundary is not None:
+        raise ValueError(
+            "--stride does not go with packing=documents, where documents stand by themselves: leave it out"
+        )
+    return ValidationSet(materials, tokens, stride)
+
+
+def check_same_tokenizer(held_out: ValidationSet, tokenizer: Tokenizer, model: str, folder: Path) -> None:
+    """Raise ValueError unless the text is written with the model's tokenizer, which lies in `folder`."""
+    materials = held_out.materials
+    if materials.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{model} reads {tokenizer.name}, but {materials.folder} is written with the "
+            f"tokenizer {materials.tokenizer.name}: prepare that text with --tokenizer {folder}"
+        )
+
+
+def measure_validation(held_out: ValidationSet, model: GPT, precision: str, world: World) -> TextLoss:
+    """The nats of its tokens, by pieces, with a bar; the same in all processes."""
+    from overnight.evaluation.perplexity import evaluation_rows, measure_language_model
+
+    materials, wanted = held_out.materials, held_out.tokens
+    stream = materials.stream("validation", model.config.context_length, seed=0)
+    with progress("validation", wanted or stream.tokens - 1, "tokens") as advance:
+        if held_out.stride is not None:
+            return _measure_windows(held_out, model, precision, world, advance)
+
+        def shown() -> Iterator[Batch]:
+            for batch in stream.evaluation_batches(evaluation_rows(model), wanted):
+                yield batch
+                advance(batch.targets.numel())
+
+        spelt = materials.tokenizer.token_bytes()
+        return measure_language_model(model, shown(), spelt, precision, materials.boundary, world)
+
+
+def _measure_windows(
+    held_out: ValidationSet, model: GPT, precision: str, world: World, advance: Callable[[int], None]
+) -> TextLoss:
+    """The same with a stride: each window knows what stands before it; of several texts, each by itself."""
+    import numpy as np
+
+    from overnight.evaluation.passages import cut_windows
+    from overnight.evaluation.perplexity import TextLoss, count_characters
+    from overnight.evaluation.run_tasks import gather
+    from overnight.evaluation.tasks import evaluate_task
+
+    texts = list(_read_texts(held_out, model.config.context_length))
+    passages = [
+        passage for ids in texts for passage in cut_windows(ids, model.config.context_length, held_out.stride)
+    ]
+    mine = []
+    for place, numbers in evaluate_task(model, passages, precision, world):
+        mine.append((place, numbers))
+        advance(passages[place].scored * world.size)
+    targets = np.concatenate([ids[1:] for ids in texts])
+    token_bytes = held_out.materials.tokenizer.token_bytes()
+    return TextLoss(
+        nats=tuple(numbers[0] for numbers in gather(mine, world)),
+        tokens=tuple(passage.scored for passage in passages),
+        units={
+            "byte": int(np.array([len(spelt) for spelt in token_bytes])[targets].sum()),
+            "character": int(np.array(count_characters(token_bytes))[targets].sum()),
+        },
+    )
+
+
+def _read_texts(held_out: ValidationSet, tokens_per_row: int) -> Iterator[NDArray[np.int64]]:
+    """The ids of the held-out split in its own order; of a mixture, of each part."""
+    import numpy as np
+
+    from overnight.data.mixture import Concatenation
+
+    stream, wanted = held_out.materials.stream("validation", tokens_per_row, seed=0), held_out.tokens
+    streams = stream.streams if isinstance(stream, Concatenation) else (stream,)
+    counts = stream.evaluation_tokens(wanted) if isinstance(stream, Concatenation) else [wanted]
+    for each, count in zip(streams, counts, strict=True):
+        batches = list(each.evaluation_batches(1, count))
+        yield np.concatenate([batches[0].ids[0, :1], *(batch.targets[0] for batch in batches)])

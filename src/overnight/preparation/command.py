@@ -1,0 +1,62 @@
+"""Prepare: a source becomes a folder of shards, with a summary of what is in it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.terminal import echo
+
+if TYPE_CHECKING:
+    from overnight.data.shards import Manifest
+
+
+def run(config: PrepareConfig) -> Manifest | None:
+    """Fill the output folder, or verify and reuse it, and say what it holds; None if Slurm is at it."""
+    from overnight.preparation.prepare import prepare
+    from overnight.preparation.prepare_config import output_folder
+
+    started_at = time.perf_counter()
+    manifest = prepare(config)
+    if manifest is None:
+        return None
+    folder = output_folder(config)
+    for line in summarize_prepared(manifest):
+        echo(line)
+    echo(f"{folder} is ready after {time.perf_counter() - started_at:.1f} s")
+    echo(f"next: overnight train RECIPE --data {folder}")
+    return manifest
+
+
+def summarize_prepared(manifest: Manifest) -> list[str]:
+    """What a prepared folder holds, in a few plain lines."""
+    tokens = {split: manifest.tokens(split) for split in ("train", "validation")}
+    total = sum(tokens.values())
+    text_bytes = manifest.text_bytes("train") + manifest.text_bytes("validation")
+    left_out = {
+        "duplicates": manifest.duplicate_documents,
+        "near-duplicates": manifest.near_duplicate_documents,
+        "empty": manifest.empty_documents,
+        "not sound text": manifest.skipped_documents,
+        "damaged files": manifest.damaged_files,
+    }
+    lines = [
+        f"{manifest.source} (licence: {manifest.licence}) in ids of {manifest.tokenizer}",
+        f"{manifest.documents:,} documents, {text_bytes / 1e6:,.2f} MB of text, {total:,} tokens",
+        f"{total / manifest.documents:,.1f} tokens per document, {text_bytes / total:.3f} bytes per token",
+        f"{tokens['train']:,} tokens to train on, {tokens['validation']:,} held out "
+        f"({tokens['validation'] / total:.2%})",
+    ]
+    if any(left_out.values()):
+        counts = ", ".join(f"{name} {count:,}" for name, count in left_out.items() if count)
+        lines.append(f"left out: {counts}")
+    if manifest.contaminated_documents:
+        found = ", ".join(
+            f"{name} {count:,} documents" for name, count in manifest.contaminated_documents.items()
+        )
+        dropped = manifest.request.get("on_contaminated") == "drop"
+        lines.append(f"contaminated: {found} ({'left out' if dropped else 'reported, kept'})")
+    if manifest.repaired_documents:
+        lines.append(f"repaired: {manifest.repaired_documents:,} documents hold U+FFFD where a byte was bad")
+    return lines

@@ -1,0 +1,281 @@
+"""Where text comes from: the named sources, any file or folder, any place that fsspec reaches.
+
+`python-docs` is there without a network, `shakespeare` is downloaded once and kept in the user's cache,
+`fineweb-edu` and `openwebtext` are read where they lie. Each knows its licence.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import itertools
+import os
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from overnight.config import nearest
+from overnight.data.text_files import TextFile, as_utf8, find_files, hash_files, is_remote, plain_name
+from overnight.preparation.documents import Document, Part, read_part
+from overnight.run_directory import cache_folder, write_atomically
+from overnight.terminal import echo, progress
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE_BYTES = 1_115_394
+DOWNLOAD_TIMEOUT_SECONDS = 60
+
+FINEWEB_EDU = "hf://datasets/HuggingFaceFW/fineweb-edu"
+FINEWEB_EDU_SUBSETS = {
+    "sample-10BT": "sample/10BT",
+    "sample-100BT": "sample/100BT",
+    "sample-350BT": "sample/350BT",
+    "default": "data",
+}
+# The hub's own export: the repository's script is refused by today's libraries (nanoGPT, issue 633).
+OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@refs/convert/parquet/plain_text"
+
+PYTHON_DOCS = TextFile("python-docs", "python-docs", 2_300_000)  # CPython 3.11's; it is no file
+NAMED_SOURCES = ("python-docs", "shakespeare", "fineweb-edu", "openwebtext")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Text ready to be read, as often as wanted."""
+
+    name: str
+    """Of the prepared folder, unless the user chose another."""
+    licence: str
+    sha256: str
+    """Of the files it is read from, names and contents: the same hash, the same documents."""
+    validation_fraction: float
+    """The share of documents held out unless the user says otherwise: small sources need a larger one."""
+    files: tuple[TextFile, ...]
+    """In the order in which they are read."""
+
+
+def source_name(source: str, subset: str | None = None) -> str:
+    """What a source is called: its own name, or that of the file or folder. Reads nothing.
+
+    A named source comes before a file of the same name; `./shakespeare` is the file. Raises ValueError
+    if `source` is neither.
+    """
+    if subset is not None and source != "fineweb-edu":
+        raise ValueError(f"subset={subset} is for fineweb-edu, and {source} has none: leave it out")
+    if subset is not None and subset not in FINEWEB_EDU_SUBSETS:
+        raise ValueError(f"fineweb-edu has no subset {subset}{nearest(subset, FINEWEB_EDU_SUBSETS)}")
+    if source in NAMED_SOURCES:
+        return source
+    if is_remote(source):
+        return plain_name(PurePosixPath(source.rstrip("/")).name)
+    path = Path(source)
+    if not path.exists() and os.sep in source:
+        raise ValueError(
+            f"nothing lies at {source}; what a recipe trains on is prepared first, with "
+            f"`overnight prepare SOURCE --out {source}`, and the recipe's first lines show the command"
+        )
+    if not path.exists():
+        raise ValueError(
+            f"{source!r} is no file or folder, nor a source that is known{nearest(source, NAMED_SOURCES)}"
+        )
+    return plain_name(path.name) if path.is_file() else path.resolve().name
+
+
+def open_source(source: str, subset: str | None = None, from_file: str | None = None) -> Source:
+    """The named source, or the file, folder or URL, downloaded where need be and hashed.
+
+    `from_file` is a copy that the user already has of what would be downloaded.
+    """
+    name = source_name(source, subset)
+    if from_file is not None and source != "shakespeare":
+        raise ValueError(f"from_file is for a source that is downloaded (shakespeare), which {source} is not")
+    if source == "python-docs":
+        return _open_python_docs()
+    if source == "shakespeare":
+        return _open_shakespeare(from_file)
+    if source == "fineweb-edu":
+        folder = FINEWEB_EDU_SUBSETS[subset or "sample-10BT"]
+        return _open_elsewhere(name, f"{FINEWEB_EDU}/{folder}", "ODC-BY 1.0")
+    if source == "openwebtext":
+        return _open_elsewhere(name, OPENWEBTEXT, "CC0 1.0 (the packaging; the texts are their authors')")
+    files = tuple(find_files(source))
+    return Source(as_utf8(name), "not stated", hash_files(files), 0.01, files)
+
+
+def read_parts(parts: Sequence[Part], text_column: str) -> Iterator[Document]:
+    """Every document of some parts of a source, in order. Python's documentation is parsed at once."""
+    if any(part.file == PYTHON_DOCS for part in parts):
+        _python_docs()  # shows a bar of its own, which is to be gone when the reader opens one
+    return itertools.chain.from_iterable(
+        _python_docs() if part.file == PYTHON_DOCS else read_part(part, text_column) for part in parts
+    )
+
+
+def _open_python_docs() -> Source:
+    files = library_files()
+    library = [
+        TextFile(str(path), path.relative_to(library_folder()).as_posix(), path.stat().st_size)
+        for path in files
+    ]
+    return Source("python-docs", "PSF-2.0", hash_files(library), 0.1, (PYTHON_DOCS,))
+
+
+@functools.cache  # read twice where a tokenizer is trained, and parsing takes seconds
+def _python_docs() -> tuple[Document, ...]:
+    with progress("reading", None, "documents") as advance:
+        return tuple(document for document in python_documents() if advance() is None)
+
+
+def _open_elsewhere(name: str, address: str, licence: str) -> Source:
+    """A source that lies on Hugging Face's hub. Raises ValueError, with what else can be done, offline."""
+    try:
+        files = tuple(find_files(address))
+    except ValueError as error:
+        folder = address.removeprefix("hf://datasets/")
+        raise ValueError(
+            f"{name} could not be reached ({error}): fetch the .parquet files of "
+            f"https://huggingface.co/datasets/{folder} some other way, then `overnight prepare FOLDER`"
+        ) from None
+    return Source(name, licence, hash_files(files), 0.01, files)
+
+
+def _open_shakespeare(from_file: str | None) -> Source:
+    path = cache_folder() / "shakespeare" / "input.txt"
+    if from_file is not None:
+        write_atomically(path, _read_shakespeare(Path(from_file)))  # from then on no command needs a network
+    elif not path.is_file() or _sha256(path.read_bytes()) != SHAKESPEARE_SHA256:
+        write_atomically(path, _download_shakespeare())
+    file = TextFile(str(path), "input.txt", SHAKESPEARE_BYTES)
+    return Source("shakespeare", "public domain", SHAKESPEARE_SHA256, 0.1, (file,))  # nanoGPT's share
+
+
+def _read_shakespeare(path: Path) -> bytes:
+    """The user's own copy. Raises ValueError if it is not the published file."""
+    if not path.is_file():
+        raise ValueError(f"from_file: there is no file {path}")
+    content = path.read_bytes()
+    if _sha256(content) != SHAKESPEARE_SHA256:
+        raise ValueError(
+            f"{path} is not tiny shakespeare as it is published ({SHAKESPEARE_BYTES:,} bytes, sha256 "
+            f"{SHAKESPEARE_SHA256[:12]}...); to prepare a text of your own, give its path as the source"
+        )
+    return content
+
+
+def _download_shakespeare() -> bytes:
+    """The published file, fetched. Raises ValueError if that fails, or something else comes."""
+    import http.client
+    import urllib.request
+
+    echo(f"downloading {SHAKESPEARE_URL}")
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer:
+            content: bytes = answer.read(SHAKESPEARE_BYTES + 1)  # no server makes us read more
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(_instead(f"shakespeare could not be downloaded ({error})")) from None
+    if _sha256(content) != SHAKESPEARE_SHA256:
+        raise ValueError(_instead("what was downloaded as shakespeare is not the published file"))
+    return content
+
+
+def _instead(problem: str) -> str:
+    command = "overnight prepare shakespeare --from-file FILE"
+    return f"{problem}; fetch {SHAKESPEARE_URL} some other way, then run `{command}` once"
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# ---------------------------------------------------------------- the text every python carries
+
+
+# Tests, bundled programs, what was installed later, and the topics (they are read as topics).
+LEFT_OUT_FOLDERS = {
+    *("test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"),
+    *("site-packages", "dist-packages", "__pycache__"),
+}
+# Written when this Python was built or installed: they differ from machine to machine.
+LEFT_OUT_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")
+SHORTEST_DOCUMENT_CHARACTERS = 200
+Described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def library_files() -> list[Path]:
+    """The source files that the documents are made from: the topics, then the modules by their dotted names.
+
+    Raises ValueError if this Python came without its sources.
+    """
+    library = library_folder()
+    modules = []
+    for folder, folders, names in os.walk(library):
+        folders[:] = [name for name in folders if name not in LEFT_OUT_FOLDERS and "config-" not in name]
+        kept = [name for name in names if name.endswith(".py") and not name.startswith(LEFT_OUT_FILES)]
+        modules += [Path(folder, name) for name in kept]
+    topics = library / "pydoc_data" / "topics.py"
+    if not modules or not topics.is_file():
+        raise ValueError(
+            f"this Python came without the sources of its standard library ({library}): "
+            "prepare a text file or a folder of your own instead of python-docs"
+        )
+    return [topics, *sorted(modules, key=_dotted_name)]
+
+
+def library_folder() -> Path:
+    """Where this Python keeps its standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def python_documents() -> Iterator[Document]:
+    """Each topic, then each module without its classes and each class, their docstrings in source order."""
+    topics, *modules = library_files()
+    for name, text in _read_topics(topics).items():
+        yield Document(text, f"topic {name}")
+    for path in modules:
+        for kind, name, node in _described_things(_parse(path), _dotted_name(path)):
+            text = "\n\n".join(_described(node, name)) + "\n"
+            if len(text) >= SHORTEST_DOCUMENT_CHARACTERS:
+                yield Document(text, f"{kind} {name}")
+
+
+def _described_things(module: ast.Module, name: str) -> Iterator[tuple[str, str, Described]]:
+    """Kind, name and node of what makes a document: the module with its functions, then each class.
+
+    A whole module would be too lumpy to split by: tkinter's text alone is a third of a held-out tenth.
+    """
+    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+    rest = [node for node in module.body if not isinstance(node, ast.ClassDef)]
+    yield "module", name, ast.Module(rest, type_ignores=[])
+    yield from (("class", f"{name}.{node.name}", node) for node in classes)
+
+
+def _read_topics(path: Path) -> dict[str, str]:
+    """The topics of `pydoc` by name: a file holding one dictionary of strings, read without running it."""
+    for statement in _parse(path).body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
+            topics = ast.literal_eval(statement.value)
+            return {name: topics[name] for name in sorted(topics)}
+    raise ValueError(f"{path} does not hold pydoc's topics; prepare a file or folder of your own instead")
+
+
+def _described(node: Described, name: str) -> Iterator[str]:
+    """A heading and a docstring for everything in `node` that has one, outermost first, in source order."""
+    if docstring := ast.get_docstring(node):
+        yield f"{name}\n\n{docstring}"
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _described(child, f"{name}.{child.name}")
+
+
+def _parse(path: Path) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the library's own doubtful escapes are not our reader's business
+        return ast.parse(path.read_bytes(), filename=str(path))
+
+
+def _dotted_name(path: Path) -> str:
+    parts = path.relative_to(library_folder()).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -1,0 +1,43 @@
+"""The command `overnight report`: the morning page of one run, or several runs side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from overnight.terminal import echo
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """One page about a run: its curves, samples, recipe and data. With several runs: a comparison."""
+
+    runs: Positional[tuple[str, ...]]
+    """Runs, by path or by name."""
+    out: str | None = None
+    """Where the page is written; runs/NAME/report.html or runs/comparison.html if left out."""
+
+
+def run(config: ReportConfig) -> Path:
+    """Write the page and say where it lies. Raises ValueError if there is no such run."""
+    from overnight.report.compare import write_comparison
+    from overnight.report.page import write_report
+    from overnight.runs.status import find_run
+
+    if not config.runs:
+        raise ValueError("name the run to report on, as in overnight report runs/quickstart")
+    runs = list(dict.fromkeys(find_run(name) for name in config.runs))
+    out = Path(config.out) if config.out else None
+    if out and out.is_dir():
+        raise ValueError(f"--out={config.out} is a folder; name the file, as in --out={out / 'report.html'}")
+    if len(runs) > 1:
+        written = write_comparison(runs, out or runs[0].parent / "comparison.html")
+        echo(f"wrote {written}, a comparison of {len(runs)} runs; open it in a browser")
+        echo(f"next: overnight report {runs[0]}")
+    else:
+        written = write_report(runs[0], out)
+        echo(f"wrote {written}; open it in a browser")
+        echo(f'next: overnight generate {runs[0]} "Once upon a time"')
+    return written

@@ -1,0 +1,90 @@
+"""A tokenizer by its name, from a folder or file, or learned from documents."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from overnight.config import nearest
+from overnight.tokenizer.bpe import FILES as GPT2_FILES
+from overnight.tokenizer.bpe import load_gpt2, read_byte_pair, read_gpt2, train_byte_pair
+from overnight.tokenizer.characters import read_characters, train_characters
+from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.tokenizer.tokenizer_json import Foreign
+
+LARGEST_BPE = 65_535  # ids of 16 bits
+NAMES = ("gpt2", "characters", "bpe-4096")
+
+
+def build_tokenizer(name: str, documents: Iterable[str]) -> Tokenizer:
+    """Learn "characters" or "bpe-N" from the documents, or load any other name without reading them."""
+    if name == "characters":
+        return train_characters(documents)
+    if (vocab_size := _bpe_size(name)) is not None:
+        return train_byte_pair(documents, vocab_size)
+    return load_tokenizer(name)
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer "gpt2", or the one in a folder or file.
+
+    A folder holds tokenizer.json, or GPT-2's encoder.json and vocab.bpe; a file is a tokenizer.json.
+    A folder that is itself called gpt2 is reached by ./gpt2. Raises ValueError with the remedy.
+    """
+    if name == "gpt2":
+        return load_gpt2()
+    path = Path(name)
+    if path.is_file():
+        return _read_file(path)
+    if (path / "tokenizer.json").is_file():
+        return _read_file(path / "tokenizer.json")
+    if any((path / file).is_file() for file in GPT2_FILES):
+        return read_gpt2(path)
+    if path.is_dir():
+        raise ValueError(f"{path} holds no tokenizer: neither tokenizer.json nor {' and '.join(GPT2_FILES)}")
+    if name == "characters" or _bpe_size(str(name)) is not None:
+        raise ValueError(
+            f"{name} is learned from text: prepare data with --tokenizer {name}, "
+            "then name the folder tokenizer/ inside it"
+        )
+    raise ValueError(f"there is no tokenizer, folder or file {str(name)!r}{nearest(str(name), NAMES)}")
+
+
+def _bpe_size(name: str) -> int | None:
+    """The N of "bpe-N", None for other names. Raises ValueError if a BPE can't have N ids."""
+    number = re.fullmatch(r"bpe-([0-9]+)", name)
+    if number is None:
+        return None
+    if not 257 < int(number[1]) <= LARGEST_BPE:
+        raise ValueError(
+            f"{name} can't be: choose from bpe-258 (256 bytes, one merge, end of text) to bpe-{LARGEST_BPE}"
+        )
+    return int(number[1])
+
+
+def _read_file(path: Path) -> Tokenizer:
+    content = _read_json(path)
+    end_of_text = _end_of_text(path.with_name("tokenizer_config.json"))
+    try:
+        return read_byte_pair(content) or read_characters(content) or Foreign(content, end_of_text)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} can't be used as a tokenizer: {error}") from None
+
+
+def _end_of_text(config: Path) -> str | None:
+    """The eos_token of Transformers' tokenizer_config.json: a text, or a table with its content."""
+    token = _read_json(config).get("eos_token") if config.is_file() else None
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{path} is damaged, or not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not what its name says: it holds no table")
+    return content

@@ -1,0 +1,235 @@
+"""Batch arithmetic: how many tokens each step has, and how they are divided into rows and micro-batches.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from overnight.model.model_config import ModelConfig
+
+ROWS_AT_MOST = 64
+CPU_TOKENS_AT_ONCE = 4096  # larger micro-batches bring a CPU nothing and cost it memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """`tokens_per_step` and its ramp are science; `rows_per_micro_batch` is what the machine can hold."""
+
+    tokens_per_step: int = 524_288
+    """Tokens of one optimizer step: 512 rows of 1,024 (GPT-2 paper, section 2.3)."""
+    rows_per_micro_batch: int | None = None
+    """Rows of one forward and backward pass; found from the device's memory if left out."""
+    ramp_from_tokens_per_step: int | None = None
+    """Let the step grow from so many tokens, and by as many, to tokens_per_step (GPT-3 paper, appendix B)."""
+    ramp_tokens: int | None = None
+    """Tokens seen when the step has reached tokens_per_step; each size before it has an equal share."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        found = [
+            f"{name}={value} must be at least 1"
+            for name, value in vars(self).items()
+            if value is not None and value < 1
+        ]
+        if (self.ramp_from_tokens_per_step is None) != (self.ramp_tokens is None):
+            found.append("give both of ramp_from_tokens_per_step and ramp_tokens, or neither")
+        return found or self._misfits()
+
+    def _misfits(self) -> list[str]:
+        """What is wrong between values that are right by themselves."""
+        first, full = self.ramp_from_tokens_per_step, self.tokens_per_step
+        if first is None:
+            return []
+        if first >= full:
+            return [f"ramp_from_tokens_per_step={first} must be less than tokens_per_step={full}"]
+        if full % first:
+            multiples = [count * first for count in (full // first, full // first + 1) if count > 1]
+            return [
+                f"tokens_per_step={full} is not a multiple of ramp_from_tokens_per_step={first}, as "
+                f"{' and '.join(map(str, multiples))} would be"
+            ]
+        return []
+
+
+class Stage(NamedTuple):
+    """Steps of one size, one after the other."""
+
+    first_step: int
+    first_micro_batch: int
+    """How many micro-batches all steps before it have together."""
+    micro_batches: int
+    """Of each of its steps."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Tokens of a step = micro_batches(step) x rows_per_micro_batch x tokens_per_row.
+
+    Every micro-batch has the same shape, and takes the rows that follow the one before it; rows are
+    numbered from the start of the run.
+    """
+
+    tokens_per_row: int
+    rows_per_micro_batch: int
+    stages: tuple[Stage, ...]
+    """From step 0 on, the last one without end; a single one if every step has the same size."""
+
+    def micro_batches(self, step: int) -> int:
+        """How many micro-batches the step has."""
+        return self._stage(step).micro_batches
+
+    def tokens(self, step: int) -> int:
+        """How many tokens the step has."""
+        return self.micro_batches(step) * self._tokens_per_micro_batch
+
+    def share(self, step: int, rank: int, size: int) -> range:
+        """The micro-batches of the step that process `rank` of `size` computes: neighbours, all as many."""
+        count = self.micro_batches(step) // size
+        assert count * size == self.micro_batches(step), (step, size)
+        return range(rank * count, (rank + 1) * count)
+
+    def following_row(self, first_row: int, rank: int, size: int) -> int:
+        """The first row of what `rank` computes after the micro-batch that begins with `first_row`."""
+        number = first_row // self.rows_per_micro_batch
+        index = bisect_right(self.stages, number, key=lambda stage: stage.first_micro_batch) - 1
+        stage = self.stages[index]
+        steps, within = divmod(number - stage.first_micro_batch, stage.micro_batches)
+        step = stage.first_step + steps
+        if within + 1 in self.share(step, rank, size):
+            return first_row + self.rows_per_micro_batch
+        return self.rows(step + 1, self.share(step + 1, rank, size)[0])[0]
+
+    def rows(self, step: int, micro_batch: int) -> tuple[int, int]:
+        """(first row, number of rows) of one micro-batch."""
+        return (self._before(step) + micro_batch) * self.rows_per_micro_batch, self.rows_per_micro_batch
+
+    def tokens_before(self, step: int) -> int:
+        """How many tokens all steps before it have together."""
+        return self._before(step) * self._tokens_per_micro_batch
+
+    def full_steps_before(self, step: int) -> float:
+        """All steps before it in full steps: a smaller one counts for its share of a full one's tokens."""
+        return self._before(step) / self.stages[-1].micro_batches
+
+    def steps_for(self, tokens: int) -> int:
+        """The fewest steps that have at least so many tokens together."""
+        wanted = -(-tokens // self._tokens_per_micro_batch)
+        index = bisect_right(self.stages, wanted, key=lambda stage: stage.first_micro_batch)
+        stage = self.stages[index - 1]
+        return stage.first_step - (stage.first_micro_batch - wanted) // stage.micro_batches
+
+    @property
+    def _tokens_per_micro_batch(self) -> int:
+        return self.rows_per_micro_batch * self.tokens_per_row
+
+    def _before(self, step: int) -> int:
+        """How many micro-batches all steps before it have together."""
+        stage = self._stage(step)
+        return stage.first_micro_batch + (step - stage.first_step) * stage.micro_batches
+
+    def _stage(self, step: int) -> Stage:
+        return self.stages[bisect_right(self.stages, step, key=lambda stage: stage.first_step) - 1]
+
+
+def constant_plan(tokens_per_row: int, rows_per_micro_batch: int, micro_batches: int = 1) -> BatchPlan:
+    """The plan whose steps all have so many micro-batches."""
+    return BatchPlan(tokens_per_row, rows_per_micro_batch, (Stage(0, 0, micro_batches),))
+
+
+def plan_batches(
+    config: BatchConfig, tokens_per_row: int, rows_that_fit: int, processes: int = 1
+) -> BatchPlan:
+    """Divide the steps; a micro-batch has at most `rows_that_fit` rows where the config leaves it open.
+
+    Every process computes as many micro-batches. Raises ValueError, with values that would do, where
+    something does not divide.
+    """
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
+    smallest, rows = _smallest_step(config, tokens_per_row)
+    if rows % processes:
+        above = -(-rows // processes) * processes
+        fitting = [count * tokens_per_row for count in (above - processes, above) if count]
+        raise ValueError(
+            f"the {rows} rows of {smallest}={rows * tokens_per_row} can't be divided among {processes} "
+            f"processes; {' and '.join(map(str, fitting))} can, or start {_nearest_divisor(rows, processes)}"
+        )
+    of_process = rows // processes
+    at_once = config.rows_per_micro_batch
+    if at_once is None:
+        at_once = max(count for count in _divisors(of_process) if count <= max(1, rows_that_fit))
+    if of_process % at_once:
+        whose = f"the {of_process} rows of each process" if processes > 1 else f"the {rows} rows"
+        raise ValueError(
+            f"rows_per_micro_batch={at_once} does not divide {whose} of {smallest}="
+            f"{rows * tokens_per_row}; these do: {', '.join(map(str, _divisors(of_process)))}"
+        )
+    return BatchPlan(tokens_per_row, at_once, _stages(config, rows // at_once))
+
+
+def _smallest_step(config: BatchConfig, tokens_per_row: int) -> tuple[str, int]:
+    """(the setting that says how large the smallest step is, the rows of that step)."""
+    rows, left = divmod(config.tokens_per_step, tokens_per_row)
+    if left:
+        nearest = max(1, round(config.tokens_per_step / tokens_per_row)) * tokens_per_row
+        raise ValueError(
+            f"tokens_per_step={config.tokens_per_step} is not a whole number of rows of "
+            f"context_length={tokens_per_row}; {nearest} is"
+        )
+    first = config.ramp_from_tokens_per_step
+    if first is None:
+        return "tokens_per_step", rows
+    if first % tokens_per_row:
+        smaller = [count * tokens_per_row for count in _divisors(rows)[:-1] or [1]]
+        raise ValueError(
+            f"ramp_from_tokens_per_step={first} is not a whole number of rows of "
+            f"context_length={tokens_per_row}; {min(smaller, key=lambda tokens: abs(tokens - first))} is"
+        )
+    return "ramp_from_tokens_per_step", first // tokens_per_row
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """The largest divisor that is no more than `wanted`."""
+    return max(count for count in _divisors(number) if count <= wanted)
+
+
+def _divisors(number: int) -> list[int]:
+    return [count for count in range(1, number + 1) if number % count == 0]
+
+
+def _stages(config: BatchConfig, micro_batches: int) -> tuple[Stage, ...]:
+    """The ramp and what follows it; `micro_batches` are those of its unit, the smallest size.
+
+    ramp_tokens is cut into equal shares, one for each size below the full one: none if there is no ramp.
+    A step has one unit, and one more for each share seen whole before it. So a stage that runs over its
+    share, since its steps are whole, shortens the next, and no error adds up.
+    """
+    unit, ramp_tokens = config.ramp_from_tokens_per_step or config.tokens_per_step, config.ramp_tokens or 0
+    shares = config.tokens_per_step // unit - 1
+    stages, step, units = [], 0, 0
+    for size in range(1, shares + 1):
+        missing = size * ramp_tokens - shares * units * unit  # both times `shares`, to stay whole
+        steps = max(0, -(-missing // (shares * size * unit)))
+        if steps:
+            stages.append(Stage(step, units * micro_batches, size * micro_batches))
+        step, units = step + steps, units + steps * size
+    return (*stages, Stage(step, units * micro_batches, (shares + 1) * micro_batches))
+
+
+def estimate_rows_that_fit(model: ModelConfig, memory_bytes: int, device: str) -> int:
+    """How many rows of the whole context one pass may hold, at most 64: an estimate, on the safe side.
+
+    Weights, gradients and AdamW's moments take 16 bytes a parameter. An activation row takes about
+    34 C bytes a layer in 16-bit (Korthikanti et al. 2022, equation 2, attention fused), counted twice
+    for float32, and three float32 copies of its logits. 80% of the memory is planned with.
+    """
+    if device == "cpu":
+        return max(1, CPU_TOKENS_AT_ONCE // model.context_length)
+    assert model.vocab_size is not None
+    per_token = 68 * model.n_layer * model.n_embd + 12 * model.vocab_size
+    free = 0.8 * memory_bytes - 16 * model.parameter_count()
+    return max(1, min(ROWS_AT_MOST, int(free // (per_token * model.context_length))))

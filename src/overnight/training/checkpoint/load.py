@@ -1,0 +1,159 @@
+"""A checkpoint -> TrainState, or a model: only if every byte is still the one that was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.model.gpt import GPT, empty_model, weight_shapes
+from overnight.model.model_config import ModelConfig
+from overnight.terminal import echo
+from overnight.training.checkpoint.format import (
+    FORMAT,
+    MOMENTS,
+    READABLE,
+    TensorFiles,
+    file_digest,
+    file_names,
+    list_checkpoints,
+    manifest,
+)
+from overnight.training.guard import Guard
+from overnight.training.state import TrainState, local_shard
+
+Read = TypeVar("Read")
+
+
+def read_newest(folder: Path, read: Callable[[Path], Read]) -> Read | None:
+    """What `read` makes of the newest checkpoint that it can read; None if there is no checkpoint.
+
+    `read` refuses a damaged one with ValueError: that is said, and the one before it is tried. Raises
+    ValueError if there are checkpoints and none can be read.
+    """
+    found = list_checkpoints(folder)
+    for checkpoint in reversed(found):
+        try:
+            return read(checkpoint)
+        except ValueError as error:
+            echo(f"{error}; trying the one before it")
+    if found:
+        raise ValueError(
+            f"no checkpoint in {folder} is whole; take one from a copy, or begin with another --run-name"
+        )
+    return None
+
+
+def verify_checkpoint(checkpoint: Path, world: World = SINGLE_PROCESS) -> None:
+    """Raise ValueError unless every byte of `checkpoint` is as it was written; each process reads a share."""
+    with world.together():
+        try:
+            written = (checkpoint / "MANIFEST.json").read_bytes()
+            told = json.loads(written)
+            names = sorted(told["files"])
+            found = dict(told["files"])
+            for name in names[world.rank :: world.size]:
+                found[name] = file_digest(checkpoint / name)
+            sound = written == manifest(found, told["format"]).encode() and "state.json" in names
+        except OSError as error:
+            raise ValueError(
+                f"checkpoint {checkpoint} is incomplete: {error.strerror} ({error.filename})"
+            ) from None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise ValueError(
+                f"checkpoint {checkpoint} is damaged: its files are not what its MANIFEST.json says"
+            )
+
+
+class VerifiedCheckpoint(NamedTuple):
+    """A checkpoint of which every byte is as it was written."""
+
+    path: Path
+    about: Mapping[str, Any]
+    """What its state.json says."""
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The run's, by name, those that may not change; {} if they were not written down."""
+        return dict(self.about.get("settings", {}))
+
+
+def open_checkpoint(checkpoint: Path, world: World = SINGLE_PROCESS) -> VerifiedCheckpoint:
+    """Verify it, each process a share. Raises ValueError if it is damaged, or of another format."""
+    verify_checkpoint(checkpoint, world)
+    about: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    if about["format"] not in READABLE:
+        raise ValueError(
+            f"checkpoint {checkpoint} has format {about['format']}, this overnight reads {FORMAT}"
+        )
+    named = {name for names in about.get("files", {}).values() for name in names}
+    if missing := sorted(name for name in named if not (checkpoint / name).is_file()):
+        raise ValueError(f"checkpoint {checkpoint} is incomplete: {', '.join(missing)} is missing")
+    return VerifiedCheckpoint(checkpoint, about)
+
+
+def read_model(checkpoint: Path) -> GPT:
+    """The model of a checkpoint, on the CPU, in evaluation mode. Raises ValueError if it is damaged."""
+    opened = open_checkpoint(checkpoint)
+    model = empty_model(ModelConfig(**opened.about["model"]))
+    _read_weights(model, opened)
+    return model.eval()
+
+
+def load_checkpoint(state: TrainState, checkpoint: Path, world: World = SINGLE_PROCESS) -> None:
+    """Make `state` what it was when `checkpoint` was saved. Raises ValueError if that is damaged."""
+    restore(state, open_checkpoint(checkpoint, world))
+
+
+@torch.no_grad()
+def restore(state: TrainState, opened: VerifiedCheckpoint) -> None:
+    """Make `state` what it was when it was saved. Raises ValueError if the model is another one.
+
+    Each process reads what it holds of the weights and moments, whoever wrote them.
+    """
+    about = opened.about
+    _read_weights(state.model, opened)
+    moments = _open_files(opened, "optimizer")
+    is_fused = state.optimizer.param_groups[0]["fused"]
+    updated = {parameter for group in state.optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in state.model.named_parameters():
+        if f"{name}.{MOMENTS[0]}" not in moments.shapes or parameter not in updated:
+            continue  # saved before the first step, when there were no moments; or another's to update
+        # Fused AdamW counts its updates beside the parameter, the other kinds on the CPU.
+        updates = torch.tensor(float(about["updates"]), device=parameter.device if is_fused else "cpu")
+        restored = {"step": updates}
+        for moment in MOMENTS:
+            restored[moment] = torch.zeros_like(parameter)
+            rows, first = local_shard(restored[moment])
+            moments.read(f"{name}.{moment}", rows, first)
+        state.optimizer.state[parameter] = restored
+    if about["loss_scale"]:
+        state.scaler.load_state_dict(about["loss_scale"])
+    state.guard = Guard.from_values(about["guard"]) if "guard" in about else Guard()
+    state.step = about["step"]
+
+
+@torch.no_grad()
+def _read_weights(model: GPT, opened: VerifiedCheckpoint) -> None:
+    """Fill what this process holds of the parameters. Raises ValueError if they are not this model's."""
+    files = _open_files(opened, "model")
+    shapes, expected = files.shapes, weight_shapes(model.config)
+    wrong = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+    if wrong:
+        raise ValueError(
+            f"the weights of {opened.path} do not fit the model: {', '.join(wrong)}; give its sizes"
+        )
+    for name, parameter in model.named_parameters():
+        rows, first = local_shard(parameter.detach())
+        files.read(name, rows, first)
+
+
+def _open_files(opened: VerifiedCheckpoint, kind: str) -> TensorFiles:
+    names: Sequence[str] = opened.about.get("files", {}).get(kind) or file_names(kind, 1)
+    return TensorFiles([opened.path / name for name in names])

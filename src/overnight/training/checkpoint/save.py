@@ -1,0 +1,242 @@
+"""TrainState -> a checkpoint: what is to be saved is copied, written, and published in one rename."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from overnight.distributed.world import SINGLE_PROCESS, World, daemon_thread
+from overnight.model.gpt import GPT
+from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
+from overnight.terminal import echo
+from overnight.training.checkpoint.format import (
+    FORMAT,
+    KINDS,
+    MOMENTS,
+    TensorShard,
+    checkpoint_name,
+    file_digest,
+    file_names,
+    manifest,
+    write_tensors,
+)
+from overnight.training.ownership import assign_parameters
+from overnight.training.state import TrainState, is_writer, local_shard
+
+
+class Snapshot(NamedTuple):
+    """What one process writes of a state, copied to the host's memory: training may go on."""
+
+    step: int
+    about: Mapping[str, Any]
+    """What state.json says, but for the files."""
+    tensors: Mapping[str, Mapping[str, TensorShard]]
+    """By kind of file, and name."""
+
+
+def save_checkpoint(state: TrainState, folder: Path, world: World = SINGLE_PROCESS) -> Path:
+    """Publish `folder`/step-<8 digits>; returns its path.
+
+    All processes write at the same time, into a folder that all of them see. There must be no checkpoint of
+    this step or a later one.
+    """
+    snapshot = take_snapshot(state, world)
+    building = make_staging_folder(snapshot.step, folder, world)
+    written = world.gather(write_rank_files(snapshot, building, world))
+    if world.is_main:
+        publish_checkpoint(snapshot, building, written)
+    world.wait_for_all()
+    return building.with_name(checkpoint_name(snapshot.step))
+
+
+@torch.no_grad()
+def take_snapshot(state: TrainState, world: World, settings: Mapping[str, object] | None = None) -> Snapshot:
+    """Copy what this process is to write; `settings` are of the run, by name, values as JSON has them."""
+    mine = _own_parameters(state, world)
+    about = {
+        "format": FORMAT,
+        "step": state.step,
+        "updates": _updates(state),
+        "loss_scale": state.scaler.state_dict(),
+        "guard": state.guard.to_values(),
+        "model": dataclasses.asdict(state.model.config),
+        "settings": dict(settings or {}),
+    }
+    tensors = {"model": _copy(_weights(state, mine)), "optimizer": _copy(_moments(state, mine))}
+    return Snapshot(state.step, about, tensors)
+
+
+def make_staging_folder(step: int, folder: Path, world: World) -> Path:
+    """An empty folder where the checkpoint of `step` is put together; what earlier saves left is deleted."""
+    building = folder / f".building-{checkpoint_name(step)}"
+    if world.is_main:
+        for unfinished in folder.glob(".building-*"):  # of a save that was killed, of whatever step
+            shutil.rmtree(unfinished, ignore_errors=True)
+        building.mkdir(parents=True)
+    world.wait_for_all()
+    return building
+
+
+def write_rank_files(snapshot: Snapshot, building: Path, world: World) -> str:
+    """Write what this process is to write; the identity of each file, as JSON."""
+    if not building.is_dir():
+        raise OSError(f"rank {world.rank} does not see {building}: a run's folder lies on a shared disk")
+    found = {}
+    for kind in KINDS:
+        path = building / file_names(kind, world.size)[world.rank]
+        write_tensors(path, snapshot.tensors[kind])
+        with path.open("rb") as file:
+            flush_to_disk(file.fileno())
+        found[path.name] = file_digest(path)
+    return json.dumps(found)
+
+
+def publish_checkpoint(snapshot: Snapshot, building: Path, written: Sequence[str]) -> None:
+    """Add what is said of all files together, and give the folder its name."""
+    files = {name: identity for each in written for name, identity in json.loads(each).items()}
+    names = {kind: sorted(name for name in files if name.startswith(kind)) for kind in KINDS}
+    write_atomically(building / "state.json", json.dumps({**snapshot.about, "files": names}, indent=2) + "\n")
+    files["state.json"] = file_digest(building / "state.json")
+    write_atomically(building / "MANIFEST.json", manifest(files, FORMAT))
+    flush_folder(building.parent.parent)  # where the folder of all checkpoints has its own name
+    building.rename(building.with_name(checkpoint_name(snapshot.step)))
+    flush_folder(building.parent)
+
+
+def _own_parameters(state: TrainState, world: World) -> dict[str, Tensor]:
+    """The parameters of which this process writes something: those it owns, or its rows of all."""
+    named = dict(state.model.named_parameters())
+    owner = assign_parameters({name: parameter.numel() for name, parameter in named.items()}, world.size)
+    return {
+        name: parameter
+        for name, parameter in named.items()
+        if is_writer(parameter, is_owner=owner[name] == world.rank)
+    }
+
+
+def _copy(pieces: Iterator[tuple[str, TensorShard]]) -> dict[str, TensorShard]:
+    return {
+        name: TensorShard(piece.rows.to("cpu", copy=True).contiguous(), piece.first) for name, piece in pieces
+    }
+
+
+def _weights(state: TrainState, parameters: dict[str, Tensor]) -> Iterator[tuple[str, TensorShard]]:
+    for name, parameter in parameters.items():
+        yield from _without_padding(state.model, name, name, parameter.detach())
+
+
+def _moments(state: TrainState, parameters: dict[str, Tensor]) -> Iterator[tuple[str, TensorShard]]:
+    """AdamW's moments by parameter name; there are none before the first step."""
+    for name, parameter in parameters.items():
+        for moment in MOMENTS if parameter in state.optimizer.state else ():
+            values = state.optimizer.state[parameter][moment]
+            yield from _without_padding(state.model, name, f"{name}.{moment}", values)
+
+
+def _without_padding(model: GPT, name: str, label: str, values: Tensor) -> Iterator[tuple[str, TensorShard]]:
+    """What this process holds of a tensor, less the rows that pad the vocabulary (always zero)."""
+    rows, first = local_shard(values)
+    rows = rows[: max(0, model.vocab_size - first)] if name == "wte.weight" else rows
+    if len(rows):
+        yield label, TensorShard(rows, first)
+
+
+def _updates(state: TrainState) -> int:
+    """How often the weights were changed: `step`, less the steps whose gradients overflowed float16."""
+    return max((int(each["step"]) for each in state.optimizer.state.values()), default=0)
+
+
+# ---------------------------------------------------------------- checkpoints that a thread writes while training goes on
+
+
+Work = Callable[[], Any]
+
+
+class Saver:
+    """Saves a run's checkpoints, one at a time, each by a thread.
+
+    `flush` is called before a checkpoint is published, and `tidy` after it; both by the main process's
+    thread. `settings` are written down with each. Threads say nothing to other processes: with several of
+    them, each thread writes its own files, and the checkpoint is published at the end of the first step at
+    which all are written. All processes call `save`, `look` and `finish` after the same steps. What goes
+    wrong in a thread (OSError) is raised by the next of these.
+    """
+
+    def __init__(
+        self, folder: Path, world: World, flush: Work, tidy: Work, settings: Mapping[str, object]
+    ) -> None:
+        self._folder, self._world, self._flush, self._tidy = folder, world, flush, tidy
+        self._settings = settings
+        self._work: Future[Any] | None = None
+        self._next: Callable[[list[str]], None] | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Copy the state, and begin to write it, when the checkpoint before is published."""
+        self.finish()
+        snapshot = take_snapshot(state, self._world, self._settings)
+        building = make_staging_folder(snapshot.step, self._folder, self._world)
+        write = functools.partial(write_rank_files, snapshot, building, self._world)
+        without_tensors = snapshot._replace(tensors={})
+
+        def publish_all(written: list[str]) -> None:
+            self._flush()
+            publish_checkpoint(without_tensors, building, written)
+            self._tidy()
+
+        if self._world.size == 1:
+            self._work = _begin(lambda: publish_all([write()]))
+        else:
+            self._work, self._next = _begin(write), publish_all
+
+    def look(self) -> None:
+        """Go on with the checkpoint under way as far as all threads have come, without waiting for them."""
+        while self._work is not None and not self._world.any(not self._work.done()):
+            self._go_on()
+
+    def finish(self) -> None:
+        """Return when the checkpoint under way, if any, is published."""
+        while self._work is not None:
+            self._go_on()
+
+    def settle(self) -> None:
+        """Before a failing run ends: let its thread come to the end, and say if it failed as well.
+
+        Of several processes nothing is published any more.
+        """
+        if self._work is not None and (error := self._work.exception()) is not None:
+            echo(f"the checkpoint under way is lost: {error}")
+
+    def _go_on(self) -> None:
+        """Wait for the thread; where all have written, let the main process publish."""
+        assert self._work is not None
+        work, self._work = self._work, None
+        then, self._next = self._next, None
+        told = work.result()
+        if then is None:
+            self._world.wait_for_all()
+            return
+        written = self._world.gather(told)
+        self._work = _begin(functools.partial(then, written) if self._world.is_main else lambda: None)
+
+
+def _begin(work: Work) -> Future[Any]:
+    """Let a thread do it."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+            future.set_exception(error)
+
+    daemon_thread(run)
+    return future

@@ -1,0 +1,289 @@
+"""Precision, compilation, attention kernel, recomputation: applied from outside to a finished model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from overnight.hardware import native_precision
+from overnight.training.ownership import Sharding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from overnight.model.gpt import GPT
+    from overnight.model.model_config import ModelConfig
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Head = Literal["whole", "chunked", "fp8"]
+Loss = Callable[["GPT", "Tensor", "Tensor", Head], "Tensor"]
+"""(model, ids, targets, how the head is computed) -> summed nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How the machine is used; what is left out is chosen for it, and written into the run's recipe."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; the best one found if left out."""
+    precision: Precision | None = None
+    """Of the matrix products; weights, sums and losses stay float32. The device's native one if left out."""
+    compile: bool | None = None
+    """Compile the training step with torch.compile; if left out, wherever its compiler is found."""
+    attention: Literal["fused", "blocks", "plain"] | None = None
+    """fused: torch's best kernel; blocks: products of blocks, faster on CPUs with bfloat16; plain: written
+    out, for comparison. Chosen for the device if left out."""
+    head: Head | None = None
+    """whole: all logits at once; chunked: some rows at a time, in less memory; fp8: the head's products in
+    8 bits, faster and less exact, on GPUs that have it. Chosen for the device if left out."""
+    recompute: Literal["none", "selective", "block"] = "none"
+    """Activations computed again in the backward pass instead of kept: all but the matrix products and
+    attention (selective), or all of each block; less memory, more time, the same numbers."""
+    processes: int | Literal["auto"] | None = None
+    """Train with so many processes on this machine, one for each GPU; auto: all of its GPUs. Leave it out
+    under torchrun or srun, which start the processes themselves."""
+    sharding: Sharding | None = None
+    """What several processes divide among them instead of each holding all of it. none: nothing; optimizer:
+    AdamW's moments (ZeRO-1); full: weights and gradients, too (FSDP2); hybrid: that within each machine.
+    The first that fits into memory if left out."""
+    bitwise: bool = False
+    """Add gradients up in one fixed binary tree, so that weights do not depend on the number of processes, to
+    the bit; on a CPU, compute with one thread."""
+    timeout_seconds: int = 600
+    """A process that makes no progress for so long ends the run, and shows where every process stands."""
+    max_restarts: int = 0
+    """How often a run one of whose processes dies is begun again, from its last checkpoint."""
+
+
+OF_PROCESSES = frozenset({"processes", "sharding", "bitwise", "timeout_seconds", "max_restarts"})
+
+
+def resolve_compute(config: ComputeConfig, device: str) -> ComputeConfig:
+    """`config` with everything that was left open decided. Raises ValueError for what `device` lacks."""
+    problems = [
+        obstacle for obstacle in (_precision_obstacle(config, device), _head_obstacle(config, device))
+    ]
+    if config.compile and not can_compile():
+        problems.append(
+            "compile=True needs a C++ compiler (g++ or clang++) and Python's headers; leave it out"
+        )
+    if any(problems):
+        raise ValueError("; ".join(filter(None, problems)))
+    precision = config.precision or native_precision(device)
+    return dataclasses.replace(
+        config,
+        device=device,
+        precision=precision,
+        attention=config.attention or ("blocks" if (device, precision) == ("cpu", "bf16") else "fused"),
+        compile=(can_compile() and device != "mps") if config.compile is None else config.compile,
+        head=config.head or "whole",
+    )
+
+
+def _precision_obstacle(config: ComputeConfig, device: str) -> str | None:
+    import torch
+
+    has_tf32 = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
+    if config.precision == "tf32" and not has_tf32:
+        return f"precision=tf32 needs an NVIDIA GPU since Ampere (2020), not {device}; choose fp32"
+    return None
+
+
+def _head_obstacle(config: ComputeConfig, device: str) -> str | None:
+    from overnight.model.loss import fp8_obstacle
+
+    return fp8_obstacle(device) if config.head == "fp8" else None
+
+
+def can_compile() -> bool:
+    """True where torch.compile finds what it needs: its C++ compiler, and Python's headers."""
+    compiler = shutil.which("clang++" if sys.platform == "darwin" else "g++")
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
+
+
+def explain_compute(asked: ComputeConfig, decided: ComputeConfig) -> dict[str, str]:
+    """Why each setting is what it is, by name: a few words to be printed and kept with the run.
+
+    What concerns several processes is left out.
+    """
+    reasons = {
+        "device": "the best one found",
+        "precision": {
+            "bf16": "the device multiplies it in hardware",
+            "fp16": "the device multiplies it in hardware, and has no bf16",
+            "fp32": "the device multiplies nothing shorter in hardware",
+        }.get(decided.precision or "", ""),
+        "compile": "a compiler was found"
+        if decided.compile
+        else "no C++ compiler or no Python headers were found"
+        if not can_compile()
+        else "not on Apple's GPUs",
+        "attention": "the fastest here",
+        "head": "all logits fit",
+    }
+    defaults = ComputeConfig()
+    found = {}
+    for name, value in vars(decided).items():
+        if name in OF_PROCESSES:
+            continue
+        given = getattr(asked, name)
+        reason = "as asked" if given != getattr(defaults, name) else reasons.get(name, "the default")
+        found[name] = f"{value} ({reason})"
+    return found
+
+
+def autocast(device: str, precision: str | None, *, keeps_copies: bool = True) -> AbstractContextManager[Any]:
+    """Within, matrix products are computed in `precision`; weights, norms and losses stay float32.
+
+    `keeps_copies`: of each weight in that precision, to the end, in case that it is used again.
+    """
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "")
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.partition(":")[0], dtype, cache_enabled=keeps_copies)
+
+
+def build_loss(
+    model: GPT, loss: Loss, compute: ComputeConfig, *, by_block: bool = False
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`loss` of `model` as a function (ids, targets) -> nats, as `compute` has it, compiled if asked.
+
+    Compiled for one fixed shape; whatever else the model is used for takes the plain module. With `by_block`
+    each block is compiled by itself, since between them weights are gathered and given back.
+    """
+    import torch
+
+    device, head = compute.device, compute.head
+    assert device is not None
+    assert head is not None
+    torch.set_float32_matmul_precision("high" if compute.precision == "tf32" else "highest")
+    _adapt_blocks(model, compute)
+
+    def nats(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        with autocast(device, compute.precision, keeps_copies=not by_block):  # a whole model of shards
+            return loss(model, ids_BT, targets_BT, head)
+
+    if by_block and compute.compile:
+        for block in model.h:
+            block.forward = torch.compile(block.forward)
+        return nats
+    return torch.compile(nats, dynamic=False, fullgraph=True) if compute.compile else nats
+
+
+def _adapt_blocks(model: GPT, compute: ComputeConfig) -> None:
+    """Let each block use `compute`'s attention kernels and keep what `compute.recompute` says.
+
+    Both belong together: what is computed again must be computed by the same kernels. Blocks that were
+    adapted before are adapted anew.
+    """
+    import torch.nn.functional as F
+    from torch.nn.attention import sdpa_kernel
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    from overnight.model.kernels import attend_in_blocks
+
+    _, attend_documents = _attention_within_documents(model.config, compute)
+    kernels = _attention_kernels(compute, model.config.context_length)
+    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
+    if compute.recompute == "selective":
+        again["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _costly_operations())
+    attend = attend_in_blocks if compute.attention == "blocks" else F.scaled_dot_product_attention
+    for block in model.h:
+        vars(block).pop("forward", None)
+        attention: Any = block.attn
+        attention.attend, attention.attend_documents = attend, attend_documents
+        if kernels:
+            block.forward = sdpa_kernel(kernels)(block.forward)
+        if compute.recompute != "none":
+            block.forward = functools.partial(checkpoint, block.forward, **again)
+
+
+def _attention_kernels(compute: ComputeConfig, context_length: int) -> list[Any]:
+    """The kernels that scaled_dot_product_attention may choose from; [] for all."""
+    from torch.nn.attention import SDPBackend
+
+    assert compute.device is not None
+    if compute.attention == "plain":
+        return [SDPBackend.MATH]
+    if compute.device.startswith("cuda") and context_length % 128:
+        # cuDNN before 9.15.1 reads past the end of rows that are no multiple of 128 (pytorch #169849).
+        return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return []
+
+
+def _attention_within_documents(model: ModelConfig, compute: ComputeConfig) -> tuple[str, Callable[..., Any]]:
+    """The kernel for attention that does not leave a document, in words, and what attends so.
+
+    flex_attention and the CPU's kernel have no dropout. On a GPU no mask comes to cuDNN while training.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from overnight.model.kernels import attend_one_by_one, attend_with_mask
+
+    assert compute.device is not None
+    if compute.attention == "plain":
+        return "math with a mask", attend_with_mask
+    if compute.device.startswith("cuda"):
+        from overnight.model.kernels import LEAST_CHANNELS, attend_in_compiled_flex, attend_in_flex
+
+        if model.dropout == 0 and model.n_embd // model.n_head >= LEAST_CHANNELS and can_compile():
+            return "flex", attend_in_flex if compute.compile else attend_in_compiled_flex
+        kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        return "efficient with a mask", sdpa_kernel(kernels)(attend_with_mask)
+    if compute.device == "cpu" and model.dropout == 0:
+        return "flash, one document after the other", attend_one_by_one
+    return "torch's choice with a mask", attend_with_mask
+
+
+def find_attention_kernel(
+    model: ModelConfig, compute: ComputeConfig, *, within_documents: bool = False
+) -> str:
+    """The kernel that attention is computed with while training: blocks, flash, efficient, cudnn or math.
+
+    Within documents another, and more words.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    assert compute.device is not None
+    if within_documents:
+        return _attention_within_documents(model, compute)[0]
+    if (compute.attention, compute.precision, model.dropout) == ("blocks", "bf16", 0):
+        return "blocks"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(compute.precision or "", torch.float32)
+    shape = (1, model.n_head, model.context_length, model.n_embd // model.n_head)
+    q_BHTD = torch.empty(shape, device=compute.device, dtype=dtype, requires_grad=True)
+    kernels = _attention_kernels(compute, model.context_length) or list(SDPBackend.__members__.values())
+    with sdpa_kernel([kernel for kernel in kernels if kernel != SDPBackend.ERROR]):
+        choose: Callable[..., int] = torch._fused_sdp_choice
+        chosen = SDPBackend(choose(q_BHTD, q_BHTD, q_BHTD, dropout_p=model.dropout, is_causal=True))
+    return str(chosen.name).lower().removesuffix("_attention")
+
+
+def _costly_operations() -> list[Any]:
+    """What selective recomputation keeps: matrix products and attention, most of a block's time."""
+    import torch
+
+    aten = torch.ops.aten
+    names = (
+        "mm",
+        "addmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+    ours = ("attend_in_blocks", "attend_documents")
+    return [getattr(aten, name).default for name in names] + [
+        getattr(torch.ops.overnight, name).default for name in ours
+    ]

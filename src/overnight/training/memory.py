@@ -1,0 +1,322 @@
+"""What training takes of a device's memory, and where it goes: arithmetic on sizes.
+
+Counted operation by operation: what autograd keeps of each for the backward pass. In 16 bits that is 36 C
+bytes for a token and layer. Korthikanti et al. 2022, equation 2, without the square that fused attention
+never writes down, has 34 C: there dropout's masks are counted in, here the float32 of the residual stream.
+
+Several processes may divide what they hold (ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054). Weights,
+gradients and moments are then counted parameter by parameter, as they are divided: moments by whole
+parameters, each its owner's; everything, as FSDP2 does it, by rows, of which each process takes as many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.training.compute import ComputeConfig
+from overnight.training.ownership import Sharding, largest_share
+
+FLOAT32 = 4
+QUERIES = 128  # of a block of attention on a CPU: model/blocks.py's, which needs torch
+USABLE_FRACTION = 0.9  # the rest is the driver's, the libraries' and the allocator's gaps
+
+CHANGES: tuple[dict[str, str], ...] = (
+    {},
+    {"head": "chunked"},
+    {"recompute": "selective"},
+    {"recompute": "block"},
+    {"recompute": "block", "head": "chunked"},
+)
+"""What makes a step smaller, the cheapest in time first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes of one process at the fullest moment of a step, by what they hold; of the fullest process."""
+
+    weights: int
+    gradients: int
+    moments: int
+    """AdamW's two running means."""
+    copies: int
+    """The weights once more in 16 bits, for the matrix products."""
+    activations: int
+    """What the blocks keep for the backward pass."""
+    logits: int
+    """The head's, and what the loss makes of them."""
+    new_gradients: int
+    """A compiled backward pass hands over all gradients at once, before they are added to those of the
+    micro-batches before it: what these take beyond the activations, which are gone by then."""
+    gathered: int = 0
+    """Where weights are divided: those that are whole for the moment, and their gradients."""
+
+    @property
+    def together(self) -> int:
+        """All of them."""
+        return sum(vars(self).values())
+
+
+def estimate_memory(
+    model: ModelConfig,
+    rows: int,
+    compute: ComputeConfig,
+    processes: int = 1,
+    processes_per_machine: int | None = None,
+) -> MemoryEstimate:
+    """What a step takes in one process whose micro-batches have `rows` rows of the whole context.
+
+    `compute` has everything decided; its `sharding` says what the processes divide, nothing if it is None.
+    A step of a single micro-batch takes less, at most by its gradients, which are not there yet while it
+    goes forward. All processes are on one machine if `processes_per_machine` is None.
+    """
+    tokens = rows * model.context_length
+    logits = _logits_bytes(model, tokens, compute)
+    again = tokens * _again_per_token(model, compute)
+    if not (compute.compile and compute.recompute == "block"):
+        again = max(0, again - logits)  # the loss is done with by then; compiled, its memory is not yet free
+    activations = tokens * kept_per_token(model, compute) + again
+    sharers = count_sharers(compute.sharding, processes, processes_per_machine or processes)
+    weights = FLOAT32 * _largest_shard(model, sharers)
+    hands_over = compute.compile and sharers == 1  # divided, a block's gradients leave it at once
+    return MemoryEstimate(
+        weights=weights,
+        gradients=weights,
+        moments=2 * (FLOAT32 * _most_owned(model, processes) if compute.sharding == "optimizer" else weights),
+        copies=_copies_bytes(model, compute, sharers),
+        activations=activations,
+        logits=logits,
+        new_gradients=max(0, weights - activations - logits) if hands_over else 0,
+        gathered=_gathered_bytes(model) if sharers > 1 else 0,
+    )
+
+
+def count_sharers(sharding: Sharding | None, processes: int, processes_per_machine: int) -> int:
+    """How many processes have one set of weights between them."""
+    return {"full": processes, "hybrid": processes_per_machine}.get(sharding or "none", 1)
+
+
+def try_shardings(
+    model: ModelConfig,
+    rows: int,
+    compute: ComputeConfig,
+    memory_bytes: int,
+    processes: int,
+    processes_per_machine: int,
+) -> dict[Sharding, int]:
+    """Bytes that one process needs with each sharding until one fits, those that say least to others first.
+
+    The last one fits, or else takes least. Hybrid is tried where there are several machines with several
+    processes each. `memory_bytes` are one process's.
+    """
+    found: dict[Sharding, int] = {}
+    possible: list[Sharding] = ["none"]
+    if processes > 1:
+        possible += ["optimizer"]
+        possible += ["hybrid"] if 1 < processes_per_machine < processes else []
+        possible += ["full"]
+    for sharding in possible:
+        changed = dataclasses.replace(compute, sharding=sharding)
+        found[sharding] = estimate_memory(model, rows, changed, processes, processes_per_machine).together
+        if fits_into(memory_bytes, found[sharding]):
+            break
+    return found
+
+
+def choose_sharding(
+    model: ModelConfig,
+    rows: int,
+    compute: ComputeConfig,
+    memory_bytes: int,
+    processes: int,
+    processes_per_machine: int,
+) -> Sharding:
+    """The first of none, optimizer, hybrid and full with which a process fits into its `memory_bytes`.
+
+    Full if none does. Hybrid is for several machines with several processes each.
+    """
+    return [*try_shardings(model, rows, compute, memory_bytes, processes, processes_per_machine)][-1]
+
+
+class FitOption(NamedTuple):
+    """Settings with which a model fits that else does not."""
+
+    options: str
+    """As they are given on the command line."""
+    needed_bytes: int
+
+
+def suggest_fits(
+    model: ModelConfig,
+    compute: ComputeConfig,
+    possible_rows: Sequence[int],
+    memory_bytes: int,
+    processes: int = 1,
+    processes_per_machine: int | None = None,
+) -> Iterator[FitOption]:
+    """What makes a model fit, with as many of the `possible_rows` as then do; the cheapest in time first.
+
+    A change that costs time and does not let more rows fit is left out.
+    """
+    most_rows = 0
+    changes = [*CHANGES]
+    if processes > 1 and compute.sharding != "full":
+        changes += [{**change, "sharding": "full"} for change in CHANGES]
+    for change in changes:
+        changed = dataclasses.replace(compute, **change)  # type: ignore[arg-type]
+        if change and changed == compute:
+            continue
+        needed = {
+            rows: estimate_memory(model, rows, changed, processes, processes_per_machine).together
+            for rows in possible_rows
+        }
+        rows = max((rows for rows in possible_rows if fits_into(memory_bytes, needed[rows])), default=0)
+        if rows > most_rows:
+            most_rows = rows
+            options = {**change, "rows-per-micro-batch": rows}
+            words = " ".join(f"--{name} {value}" for name, value in options.items())
+            yield FitOption(words, needed[rows])
+
+
+def largest_that_fits(
+    compute: ComputeConfig, memory_bytes: int, processes: int = 1, processes_per_machine: int | None = None
+) -> tuple[str, int] | None:
+    """The largest published model of which a single row fits, and its bytes; None if there is none."""
+    needed = {
+        name: estimate_memory(model, 1, compute, processes, processes_per_machine).together
+        for name, model in PRESETS.items()
+    }
+    fitting = [name for name in PRESETS if fits_into(memory_bytes, needed[name])]
+    if not fitting:
+        return None
+    name = max(fitting, key=lambda name: PRESETS[name].parameter_count())
+    return name, needed[name]
+
+
+def fits_into(memory_bytes: int, needed_bytes: int) -> bool:
+    """True if so much can be had of a memory of this size."""
+    return needed_bytes <= USABLE_FRACTION * memory_bytes
+
+
+def count_stored(model: ModelConfig) -> int:
+    """Parameters as they lie in memory, the rows that pad the vocabulary among them."""
+    assert model.vocab_size is not None
+    return model.parameter_count() + (model.padded_vocab_size() - model.vocab_size) * model.n_embd
+
+
+def _largest_shard(model: ModelConfig, sharers: int) -> int:
+    """Parameters in the fullest process: of each the rows divided among them, rounded up."""
+    shapes = model.parameter_shapes().values()
+    return sum(-(-rows // sharers) * math.prod(columns) for rows, *columns in shapes)
+
+
+def _most_owned(model: ModelConfig, processes: int) -> int:
+    """Parameters whose moments the fullest process holds."""
+    sizes = {name: math.prod(shape) for name, shape in model.parameter_shapes().items()}
+    return largest_share(sizes, processes)
+
+
+def _copies_bytes(model: ModelConfig, compute: ComputeConfig, sharers: int) -> int:
+    """Of the weights in 16 bits, which autograd keeps for the backward pass, also where weights are divided.
+
+    Blocks that are gathered and recomputed make theirs again. Compiled, they keep none; eager, autocast has
+    them all until the forward pass ends, when no gradients are there yet.
+    """
+    if _product_bytes(compute) == FLOAT32:
+        return 0
+    whole = 2 * _count_multiplied(model)
+    if sharers == 1 or compute.recompute == "none":
+        return whole
+    gathered = _gathered_bytes(model)
+    weights_alone = gathered // 2
+    return 0 if compute.compile else max(weights_alone // 2, whole + weights_alone - gathered)
+
+
+def _gathered_bytes(model: ModelConfig) -> int:
+    """Of whole weights and gradients, in the backward pass, where most of them are there.
+
+    The weights of the block at work and of the next one, which is fetched meanwhile; its gradients and those
+    of the block before, which are on their way. What belongs to no block is there from end to end.
+    """
+    shapes = model.parameter_shapes()
+    block = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("h.0."))
+    others = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("h."))
+    return FLOAT32 * 2 * (min(2, model.n_layer) * block + others)
+
+
+def kept_per_token(model: ModelConfig, compute: ComputeConfig) -> int:
+    """Bytes of activations when the forward pass has come to the loss, which is not counted."""
+    stream = FLOAT32 * model.n_embd
+    block = _kept_by_block(model, compute)
+    kept = {"none": block, "selective": stream + _kept_by_products(model, compute), "block": stream}
+    embedding = stream if model.dropout > 0 else 0
+    head = (FLOAT32 + _product_bytes(compute)) * model.n_embd + 2 * FLOAT32
+    ids_and_targets = 16
+    return model.n_layer * kept[compute.recompute] + embedding + head + ids_and_targets
+
+
+def _again_per_token(model: ModelConfig, compute: ComputeConfig) -> int:
+    """Bytes that the one block takes in addition which the backward pass is at, where it recomputes."""
+    kept = {"none": _kept_by_block, "selective": _kept_by_products, "block": lambda *_: 0}
+    return _kept_by_block(model, compute) - kept[compute.recompute](model, compute)
+
+
+def _kept_by_block(model: ModelConfig, compute: ComputeConfig) -> int:
+    """Bytes a token: of both halves the layer norm's input and statistics, and every product's input."""
+    C, width = model.n_embd, _product_bytes(compute)
+    norms = 2 * (FLOAT32 * C + 2 * FLOAT32)
+    qkv, mixed, inputs, gelu = 3 * C, C, 2 * C, 2 * 4 * C
+    noise = 2 * C if model.dropout > 0 else 0
+    return norms + width * (qkv + mixed + inputs + gelu + noise) + _kept_by_attention(model, compute)
+
+
+def _kept_by_products(model: ModelConfig, compute: ComputeConfig) -> int:
+    """Bytes a token: what selective recomputation keeps of a block, which is what its products return."""
+    qkv, mixed, out, wide, narrow = 3, 1, 1, 4, 1
+    products = _product_bytes(compute) * (qkv + mixed + out + wide + narrow) * model.n_embd
+    return products + FLOAT32 * model.n_head
+
+
+def _kept_by_attention(model: ModelConfig, compute: ComputeConfig) -> int:
+    """Bytes a token, beside queries, keys and values: a sum for each head, or the weights themselves."""
+    H, T, C = model.n_head, model.context_length, model.n_embd
+    assert compute.device is not None
+    rounded = 0 if _product_bytes(compute) == FLOAT32 else 6 * C  # a softmax in 16 bits takes float32 inputs
+    if model.dropout > 0 and compute.device == "cpu":  # torch has no fused kernel with dropout there
+        return 12 * H * T + rounded
+    if compute.attention == "plain":
+        return FLOAT32 * H * T + rounded
+    if compute.attention == "blocks":  # the half of the square that is not in the future, in 16 bits
+        return H * (T + QUERIES)
+    return FLOAT32 * H
+
+
+def _logits_bytes(model: ModelConfig, tokens: int, compute: ComputeConfig) -> int:
+    """Compiled, logits stand there once, and their gradient takes their place; eager, in several copies.
+
+    Those are three in float32 of the whole head's, and four of a chunk's beside the logits of two chunks. A
+    chunked head sums up the gradient of its weights in float32 besides.
+    """
+    width, vocabulary = _product_bytes(compute), model.padded_vocab_size()
+    if compute.head != "chunked":
+        return tokens * vocabulary * (width if compute.compile else 3 * FLOAT32)
+    from overnight.model.loss import rows_of_chunk
+
+    chunk = min(tokens, rows_of_chunk(tokens, vocabulary))
+    each = width if compute.compile else 4 * FLOAT32 + 2 * width
+    return chunk * vocabulary * each + FLOAT32 * vocabulary * model.n_embd
+
+
+def _count_multiplied(model: ModelConfig) -> int:
+    """Parameters of the products: all but the layer norms and the positions."""
+    C = model.n_embd
+    return model.padded_vocab_size() * C + model.n_layer * (12 * C * C + 9 * C)
+
+
+def _product_bytes(compute: ComputeConfig) -> int:
+    """Bytes of one number in a matrix product."""
+    return 2 if compute.precision in {"bf16", "fp16"} else FLOAT32
