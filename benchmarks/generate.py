@@ -111,8 +111,8 @@ def build_ctranslate2(theirs: Any, precision: str) -> Any:
 
 def write_ours(model: Any, prompts: Completions, setting: Setting) -> Completions:
     """The new ids of each prompt, by overnight."""
+    from overnight.generation import SamplingConfig
     from overnight.generation.generate import Decoding, generate
-    from overnight.generation.sampling import SamplingConfig
 
     sampling = SamplingConfig(temperature=0.0 if setting.top_k is None else 1.0, top_k=setting.top_k)
     return generate(model, prompts, Decoding(max_new_tokens=setting.new, sampling=sampling))

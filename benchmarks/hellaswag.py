@@ -41,7 +41,8 @@ from measure import (
 from overnight.bench.worker import SEED
 from overnight.distributed.world import open_world
 from overnight.model.model_config import PRESETS, ModelConfig
-from overnight.training.compute import ComputeConfig, autocast, resolve_compute
+from overnight.training import ComputeConfig
+from overnight.training.compute import autocast, resolve_compute
 from peers import build_peer
 from text import load_bpe
 

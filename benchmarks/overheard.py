@@ -135,6 +135,6 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from overnight.distributed.world import exit_process
+    from overnight.distributed.launcher import exit_process
 
     exit_process(main(sys.argv[1:]))

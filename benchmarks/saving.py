@@ -30,7 +30,8 @@ def build_state(config: ModelConfig, device: str) -> Any:
     import torch
 
     from overnight.model.gpt import GPT, initialize
-    from overnight.training.optim import OptimizerConfig, build_optimizer
+    from overnight.training import OptimizerConfig
+    from overnight.training.optim import build_optimizer
     from overnight.training.state import TrainState
 
     model = GPT(config)

@@ -86,7 +86,8 @@ def build_model(task: Task) -> GPT:
 
 def build_ours(task: Task) -> tuple[Callable[[], Any], str]:
     """The step of `overnight train`."""
-    from overnight.training.compute import ComputeConfig, resolve_compute
+    from overnight.training import ComputeConfig
+    from overnight.training.compute import resolve_compute
 
     chosen: Any = task.precision
     compute = resolve_compute(ComputeConfig(precision=chosen, compile=task.compile), task.device)

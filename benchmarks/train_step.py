@@ -47,7 +47,8 @@ from overnight.bench.command import about_peak, find_peak_flops_or_measure
 from overnight.distributed.world import open_world
 from overnight.hardware import find_memory_bytes
 from overnight.model.model_config import PRESETS, ModelConfig
-from overnight.training.compute import ComputeConfig, resolve_compute
+from overnight.training import ComputeConfig
+from overnight.training.compute import resolve_compute
 from sides import SIDES, Circumstances, Process, Side, at_work, choose_sides
 from stepper import LLM_C, Task
 from text import read_ids

@@ -17,8 +17,9 @@ import torch
 from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
 from overnight.run_directory import RunDirectory
+from overnight.training import OptimizerConfig
 from overnight.training.checkpoint.save import save_checkpoint
-from overnight.training.optim import OptimizerConfig, build_optimizer
+from overnight.training.optim import build_optimizer
 from overnight.training.state import TrainState
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=8, context_length=16, vocab_size=40)

@@ -2,7 +2,7 @@
 
     python tools/golden.py --write
 
-writes tests/runs/golden/*.json anew, for a commit that says why the figures move. Text, weights and noise are
+writes tests/run/golden/*.json anew, for a commit that says why the figures move. Text, weights and noise are
 functions of the seeds below.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from overnight.data.dataset import DataConfig
+from overnight.data import DataConfig
 from overnight.hardware import find_device_name
 from overnight.model.model_config import ModelConfig
 from overnight.preparation.prepare import prepare
@@ -26,12 +26,11 @@ from overnight.recipe import Recipe
 from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
 from overnight.terminal import quiet
+from overnight.training import ComputeConfig, OptimizerConfig
 from overnight.training.batch import BatchConfig
-from overnight.training.compute import ComputeConfig
-from overnight.training.optim import OptimizerConfig
 from overnight.training.schedule import ScheduleConfig
 
-FOLDER = Path(__file__).parents[1] / "tests" / "runs" / "golden"
+FOLDER = Path(__file__).parents[1] / "tests" / "run" / "golden"
 STEPS = 20
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=32)
 RECIPES: dict[str, dict[str, Any]] = {

@@ -29,7 +29,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "quickstart": Verb(
-        "overnight.quickstart",
+        "overnight.quickstart.command",
         "QuickstartConfig",
         "Everything on a laptop, offline, in a few minutes",
         "overnight quickstart",
@@ -115,7 +115,7 @@ DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 def run_command() -> NoReturn:
     """The command `overnight`, to the end of its process."""
-    from overnight.distributed.world import exit_process
+    from overnight.distributed.launcher import exit_process
 
     exit_process(main())
 
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse(error: ValueError) -> int:
     """Say what is wrong with what a user wrote. What several processes refuse together, the main one says."""
-    from overnight.distributed.world import CollectiveValueError, is_main_process, record_usage_error
+    from overnight.distributed.launcher import CollectiveValueError, is_main_process, record_usage_error
 
     is_shared = isinstance(error, CollectiveValueError)
     if is_shared and not is_main_process():
@@ -173,7 +173,7 @@ def _refuse(error: ValueError) -> int:
 
 def _status_of(error: OSError) -> int:
     """A process that ends because others have is not the one that failed."""
-    from overnight.distributed.world import LOST, PeerLostError
+    from overnight.distributed.launcher import LOST, PeerLostError
 
     return LOST if isinstance(error, PeerLostError) else FAILED
 
@@ -203,7 +203,7 @@ def _call(name: str, rest: list[str]) -> int:
     Where it asks for several processes, each does this again, by itself.
     """
     from overnight.config import from_arguments
-    from overnight.distributed.world import is_launched
+    from overnight.distributed.launcher import is_launched
 
     stage = importlib.import_module(VERBS[name].module)
     config = getattr(stage, VERBS[name].config)
@@ -221,7 +221,7 @@ def _train(rest: list[str]) -> int:
     Where it asks for several processes, each does this again, by itself.
     """
     words = ["train", *rest]
-    from overnight.distributed.world import is_launched
+    from overnight.distributed.launcher import is_launched
     from overnight.recipe import Recipe
     from overnight.run import command as run_command
     from overnight.runs.status import find_run

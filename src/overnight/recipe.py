@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from overnight.config import field_types, flat_names, from_toml, nearest, parse_duration
-from overnight.data.dataset import DataConfig
+from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
 from overnight.run_directory import RunDirectory
 from overnight.trackers import find_problems
+from overnight.training import ComputeConfig, OptimizerConfig
 from overnight.training.batch import BatchConfig
-from overnight.training.compute import ComputeConfig
 from overnight.training.guard import GuardConfig
-from overnight.training.optim import OptimizerConfig
 from overnight.training.schedule import ScheduleConfig
 
 

@@ -22,15 +22,14 @@ import pytest
 import torch.distributed as dist
 from filelock import FileLock
 
-from overnight.data.dataset import DataConfig
+from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
 from overnight.run_directory import RunDirectory
+from overnight.training import ComputeConfig, OptimizerConfig
 from overnight.training.batch import BatchConfig
-from overnight.training.compute import ComputeConfig
-from overnight.training.optim import OptimizerConfig
 from overnight.training.schedule import ScheduleConfig
 
 PROCESSES = multiprocessing.get_context("forkserver")

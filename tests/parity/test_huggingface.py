@@ -21,7 +21,8 @@ from overnight.model.gpt import GPT, Block
 from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
-from overnight.training.optim import OptimizerConfig, apply_gradients, build_optimizer
+from overnight.training import OptimizerConfig
+from overnight.training.optim import apply_gradients, build_optimizer
 
 SIZES = {
     "small": ModelConfig(n_layer=2, n_head=2, n_embd=48, context_length=96, vocab_size=301),

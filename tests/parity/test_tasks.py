@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from overnight.conversion import ConvertConfig
 from overnight.conversion import command as conversion_command
-from overnight.conversion.command import ConvertConfig
 from overnight.conversion.open_model import OpenedModel, open_model
-from overnight.data.dataset import DataConfig
+from overnight.data import DataConfig
 from overnight.evaluation.tasks import TaskResult, evaluate_task, open_task
 from overnight.evaluation.text_tasks import TEXT_TASKS
 from overnight.model.model_config import ModelConfig
@@ -27,9 +27,8 @@ from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import Recipe
 from overnight.run import train
 from overnight.run_directory import RunDirectory
+from overnight.training import ComputeConfig, OptimizerConfig
 from overnight.training.batch import BatchConfig
-from overnight.training.compute import ComputeConfig
-from overnight.training.optim import OptimizerConfig
 from overnight.training.schedule import ScheduleConfig
 
 CONTEXT = 256

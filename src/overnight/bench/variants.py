@@ -11,7 +11,8 @@ from typing import Any
 from overnight.bench.worker import StepTask
 from overnight.config import nearest
 from overnight.hardware import native_precision
-from overnight.training.compute import ComputeConfig, can_compile
+from overnight.training import ComputeConfig
+from overnight.training.compute import can_compile
 
 WHOLE_TILES = 64  # tensor cores multiply by tiles; 50,257 rows make 50,304 (a multiple of 128 as well)
 

@@ -24,7 +24,7 @@ from overnight.distributed.machine import environment_of_process
 from overnight.distributed.world import open_world
 from overnight.model.model_config import ModelConfig
 from overnight.terminal import progress
-from overnight.training.compute import ComputeConfig
+from overnight.training import ComputeConfig
 
 if TYPE_CHECKING:
     from overnight.data.loader import Batches
@@ -104,9 +104,10 @@ def build_step(task: StepTask) -> Callable[[], StepResult]:
     from overnight.data.loader import prefetch
     from overnight.model.gpt import empty_model, initialize
     from overnight.model.loss import next_token_loss
+    from overnight.training import OptimizerConfig
     from overnight.training.batch import constant_plan
     from overnight.training.compute import build_loss
-    from overnight.training.optim import OptimizerConfig, build_optimizer
+    from overnight.training.optim import build_optimizer
     from overnight.training.state import TrainState, build_scaler
     from overnight.training.step import Training, train_step
 

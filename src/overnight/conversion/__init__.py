@@ -1,1 +1,20 @@
-"""The outside world's model formats, in both directions."""
+"""Reading and writing models in other programs' formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Write a model as a folder that Hugging Face Transformers opens, and all that reads its format."""
+
+    model: Positional[str]
+    """A run, a checkpoint, a Hugging Face folder or name, a .pt file of nanoGPT or build-nanogpt."""
+    to: Literal["hf"] = "hf"
+    """The format: hf is Hugging Face's."""
+    out: str | None = None
+    """The folder to write; MODEL-hf in the current folder if left out."""

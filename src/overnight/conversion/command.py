@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from tyro.conf import Positional
-
+from overnight.conversion import ConvertConfig
 from overnight.terminal import echo
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """Write a model as a folder that Hugging Face Transformers opens, and all that reads its format."""
-
-    model: Positional[str]
-    """A run, a checkpoint, a Hugging Face folder or name, a .pt file of nanoGPT or build-nanogpt."""
-    to: Literal["hf"] = "hf"
-    """The format: hf is Hugging Face's."""
-    out: str | None = None
-    """The folder to write; MODEL-hf in the current folder if left out."""
 
 
 def run(config: ConvertConfig) -> Path:

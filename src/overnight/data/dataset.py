@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.shards import SPLITS
@@ -20,59 +19,7 @@ if TYPE_CHECKING:
     from overnight.data.shards import Manifest
     from overnight.tokenizer.tokenizer import Tokenizer
 
-Packing = Literal["stream", "documents", "best-fit"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixtureSource:
-    """One text of a mixture. Its share of the rows is its weight by the sum of all weights."""
-
-    path: str
-    """What `data` may be."""
-    weight: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The text to train on, and what turns it into ids."""
-
-    data: str = "python-docs"
-    """A named source, a file or folder of text, or a folder that `overnight prepare` wrote, here or at a URL
-    (s3://bucket/folder)."""
-    sources: tuple[MixtureSource, ...] = ()
-    """Instead of `data`: several, mixed by weight. [{path = "data/a", weight = 0.7}, ...] in a recipe,
-    --sources data/a=0.7 data/b=0.3 here."""
-    cache_bytes: int | None = None
-    """Shards from a URL that are kept on this machine, the least recently used deleted; all if left out."""
-    tokenizer: str = "gpt2"
-    """gpt2, characters, bpe-N (trained on the text, N ids), or a folder or file that holds one."""
-    validation_fraction: float | None = None
-    """Share of the documents held out, chosen by their hash; `prepare`'s own choice if left out."""
-    packing: Packing = "stream"
-    """How documents become rows. stream: windows over all of them, end to end; documents: the same, but
-    attention stays within a document; best-fit: whole documents, as few as possible of them cut off."""
-    shuffle_tokens: int | None = None
-    """Shuffle rows among so many tokens at a time, not among all: then training may begin while the text is
-    being prepared, once twice as many tokens are there, and shards elsewhere are fetched one by one."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
-        found = []
-        if self.sources and self.data not in {"", DataConfig.data}:
-            found.append(f"give only one of data={self.data} and sources")
-        paths = [source.path for source in self.sources]
-        found += [f"{path} stands twice in sources" for path in sorted({*paths}) if paths.count(path) > 1]
-        found += [
-            f"the weight {source.weight} of {source.path} must be a finite number above 0"
-            for source in self.sources
-            if not 0 < source.weight < math.inf
-        ]
-        for name in ("cache_bytes", "shuffle_tokens"):
-            if (count := getattr(self, name)) is not None and count < 1:
-                found.append(f"{name}={count} must be at least 1, or left out")
-        if self.shuffle_tokens is not None and self.packing == "best-fit":
-            found.append("shuffle_tokens does not go with packing=best-fit, which orders whole documents")
-        return found
+from overnight.data import DataConfig, MixtureSource
 
 
 @dataclass(frozen=True)

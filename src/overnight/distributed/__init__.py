@@ -1,1 +1,1 @@
-"""?"""
+"""Processes: launching them, collectives between them, and a watchdog over them."""

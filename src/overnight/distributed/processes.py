@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from overnight.distributed.launcher import LOST, create_usage_error_file
 from overnight.distributed.watchdog import FROZEN
-from overnight.distributed.world import LOST, create_usage_error_file
 from overnight.terminal import echo
 
 REFUSED = 2  # the exit status of wrong use

@@ -17,9 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from overnight.config import nearest, raise_problems
+from overnight.config import raise_problems
 from overnight.conversion.open_model import OpenedModel, open_model
-from overnight.data.dataset import DataConfig
+from overnight.data import DataConfig
 from overnight.data.shards import Manifest, read_manifest
 from overnight.distributed.world import SINGLE_PROCESS, World, open_world
 from overnight.doctor import data_checks, generation_checks, model_checks, tiny_run
@@ -49,45 +49,10 @@ from overnight.training.compute import can_compile
 if TYPE_CHECKING:
     from overnight.doctor.check import Check, CheckResult
 
-DATA_CHECKS = ("shards", "tokenizer", "boundaries", "disjoint", "contamination")
-OF_MODEL = (
-    *("initial-loss", "gradients", "causality", "rows", "accumulation", "overfit", "generation"),
-    *("checkpoint", "precision", "compiled", "processes", "reference"),
-)
-OF_RUN = ("schedule", "learning-rate", "memory", "disk", "time")
-CHECKS = (*DATA_CHECKS, *OF_MODEL, *OF_RUN)
+from overnight.doctor import CHECKS, DoctorConfig
+
 DEPENDS_ON = dict.fromkeys(("accumulation", "overfit", "checkpoint", "processes"), "gradients")
 """What can't be told before another check has passed: without its gradients no step can be taken."""
-BENCHMARK_KINDS = (".jsonl", ".txt", ".tokens")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig(Recipe):
-    """A recipe, as `overnight train` takes it, and how closely to look."""
-
-    thorough: bool = False
-    """Look at all of the text, not at a sample where it is long."""
-    benchmarks: tuple[str, ...] = ()
-    """Benchmarks' files (.jsonl, .txt, .tokens): does the training text hold passages of them?"""
-    against: str | None = None
-    """A Hugging Face GPT-2, folder or name: does this package compute the logits Transformers computes?"""
-    only: tuple[str, ...] = ()
-    """Do these checks only, by their names; all if left out."""
-    json: bool = False
-    """Print one JSON object to standard output."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
-        found = super().problems()
-        found += [
-            f"only={name} is no check{nearest(name, CHECKS)}" for name in self.only if name not in CHECKS
-        ]
-        found += [
-            f"benchmarks: {path} is no {', '.join(BENCHMARK_KINDS)} file that is there; give its path"
-            for path in self.benchmarks
-            if not path.lower().endswith(BENCHMARK_KINDS) or not Path(path).is_file()
-        ]
-        return found
 
 
 def run(config: DoctorConfig, name: str) -> int:

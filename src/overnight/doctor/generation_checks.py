@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from overnight.doctor.check import CheckResult, SetUp, skipped
-from overnight.generation import generate
-from overnight.generation.sampling import SamplingConfig
+from overnight.generation import SamplingConfig, generate
 from overnight.model.gpt import GPT, eval_mode
 
 LOGIT_TOLERANCE = 1e-3  # in float32; seen: 0

@@ -15,9 +15,10 @@ import numpy as np
 
 from overnight import __version__
 from overnight.config import from_toml, to_toml
-from overnight.data.dataset import DataConfig
+from overnight.data import DataConfig
 from overnight.data.shards import Manifest, ShardWriter, Tokens, open_tokens, read_manifest, write_manifest
-from overnight.distributed.world import World, exit_process, join_world
+from overnight.distributed.launcher import exit_process
+from overnight.distributed.world import World, join_world
 from overnight.doctor.check import SetUp
 from overnight.model.model_config import ModelConfig
 from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig

@@ -8,9 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from tyro.conf import Positional
+from typing import TYPE_CHECKING, Any
 
 from overnight.evaluation.held_out import (
     METRICS,
@@ -32,54 +30,14 @@ from overnight.terminal import echo, quiet
 
 if TYPE_CHECKING:
     from overnight.conversion.open_model import OpenedModel
-    from overnight.data.dataset import DataConfig
+    from overnight.data import DataConfig
     from overnight.evaluation.perplexity import TextLoss
     from overnight.evaluation.scores import Score
     from overnight.recipe import Recipe
 
+from overnight.evaluation import EvaluateConfig
+
 TIMEOUT_SECONDS = 1800  # a process may judge for so long while another waits for it
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """What a model is judged on: prepared text, tasks."""
-
-    model: Positional[str]
-    """A run, a checkpoint, a Hugging Face folder or name."""
-    data: str | None = None
-    """A folder that `overnight prepare` wrote; the run's own if left out."""
-    evaluation_tokens: int | None = None
-    """How many validation tokens; all of them if left out."""
-    stride: int | None = None
-    """Judge a text so many ids at a time, each after the context before it; a context at a time, each
-    beginning anew, if left out."""
-    tasks: tuple[str, ...] = ("validation",)
-    """validation; hellaswag, hellaswag-lm-eval, arc-easy, arc-challenge, openbookqa, piqa, boolq, copa,
-    winogrande, cbt-common-nouns, cbt-named-entities; lambada, lambada-plain; wikitext-2,
-    wikitext-2-validation, wikitext-103, ptb, enwik8, text8; lm-eval:NAME for a task of lm-evaluation-harness.
-    Spaces or commas between."""
-    examples: int | None = None
-    """The first so many of each task (thousand characters of a text); all if left out."""
-    task_files: str | None = None
-    """A folder that holds the tasks' official files; fetched once if left out."""
-    against: str | None = None
-    """Another model, judged on the same."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps; the best one found if left out."""
-    processes: int | Literal["auto"] | None = None
-    """Share the work among so many on this machine; auto: one for each GPU. One by itself if left out."""
-    json: bool = False
-    """Print one JSON object to standard output."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
-        names = ("evaluation_tokens", "stride", "examples")
-        counts = {name: getattr(self, name) for name in names}
-        return [
-            f"--{name.replace('_', '-')}={count} must be at least 1, or left out"
-            for name, count in counts.items()
-            if count is not None and count < 1
-        ]
 
 
 @dataclass(frozen=True)
@@ -134,9 +92,10 @@ def run(config: EvaluateConfig) -> None:
 def evaluate_in_processes(config: EvaluateConfig, words: Sequence[str]) -> int:
     """Let several processes on this machine each run the command of these words; returns the exit status."""
     from overnight.config import raise_problems
+    from overnight.distributed.launcher import use_new_rendezvous_store
     from overnight.distributed.machine import divide_cores
     from overnight.distributed.processes import run_processes
-    from overnight.distributed.world import count_processes, use_new_rendezvous_store
+    from overnight.distributed.world import count_processes
 
     assert config.processes is not None
     raise_problems(config.problems(), "overnight evaluate")
@@ -164,7 +123,7 @@ def open_evaluated_models(config: EvaluateConfig, device: str) -> list[Evaluated
 
 def open_validation(config: EvaluateConfig, subjects: list[EvaluatedModel]) -> ValidationSet:
     """Text that every model reads in its own tokens."""
-    from overnight.data.dataset import DataConfig
+    from overnight.data import DataConfig
 
     recipe = subjects[0].recipe
     packing = recipe.data.packing if recipe else "stream"

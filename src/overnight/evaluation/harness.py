@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from overnight.evaluation.passages import Passage, SpanResult, cut_windows, evaluate_passages
+from overnight.generation import SamplingConfig
 from overnight.generation.generate import Decoding, TextWriter, stream_ids
-from overnight.generation.sampling import SamplingConfig
 from overnight.model.gpt import GPT
 from overnight.terminal import progress
 from overnight.tokenizer.tokenizer import Tokenizer

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from overnight.data.dataset import DataConfig, Dataset, MixtureDataset
+    from overnight.data import DataConfig
+    from overnight.data.dataset import Dataset, MixtureDataset
     from overnight.data.loader import Batch
     from overnight.distributed.world import World
     from overnight.evaluation.perplexity import TextLoss

@@ -1,1 +1,82 @@
-"""?"""
+"""From a prompt to text: sampling, key-value cache, narrow weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn. Temperature comes first, then top-k, then top-p of what top-k left."""
+
+    temperature: float = 1.0
+    """Logits are divided by it: below 1 surer, above 1 wilder; 0 always takes the likeliest token."""
+    top_k: int | None = 50
+    """Draw only from this many likeliest tokens; None from all."""
+    top_p: float | None = None
+    """Draw only from the fewest likeliest tokens whose probabilities reach this sum; None from all."""
+    seed: int = 0
+    """The same seed, prompt and model draw the same text."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        found = []
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            found.append(f"temperature={self.temperature} must be 0 (always the likeliest token) or greater")
+        if self.top_k is not None and self.top_k < 1:
+            found.append(f"top_k={self.top_k} must be at least 1, or None")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            found.append(f"top_p={self.top_p} must be greater than 0 and at most 1, or None")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Continue one or more prompts; the text goes to standard output as it is written."""
+
+    model: Positional[str]
+    """A run, a checkpoint, a Hugging Face folder or name."""
+    prompts: Positional[tuple[str, ...]] = ()
+    """Texts to continue, each in quotes; without any, a text is begun."""
+    max_new_tokens: int = 128
+    """Write at most this many tokens; an end of text ends it before."""
+    temperature: float = SamplingConfig.temperature
+    """Below 1 surer, above 1 wilder; 0 always takes the likeliest token."""
+    top_k: int | None = SamplingConfig.top_k
+    """Draw only from this many likeliest tokens; None from all."""
+    top_p: float | None = SamplingConfig.top_p
+    """Draw only from the fewest likeliest tokens whose probabilities reach this sum."""
+    seed: int = SamplingConfig.seed
+    """Another seed, another text."""
+    samples: int = 1
+    """Completions of each prompt."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, of which they are no part."""
+    json: bool = False
+    """Print one JSON object for each completion to standard output."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; the best one found if left out."""
+    precision: Literal["fp32", "fp16", "bf16", "int8"] | None = None
+    """Of the weights; the best of the device if left out (fp16 on most CPUs). int8 takes least memory."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        found = self.sampling.problems()
+        if self.max_new_tokens < 1:
+            found.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.samples < 1:
+            found.append(f"samples={self.samples} must be at least 1")
+        if "" in self.stop:
+            found.append("a stop text is empty, and every text contains that; leave it out")
+        return found
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How tokens are drawn."""
+        return SamplingConfig(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed
+        )

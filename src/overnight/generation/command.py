@@ -7,12 +7,8 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from tyro.conf import Positional
-
-from overnight.generation.sampling import SamplingConfig
 from overnight.terminal import echo
 
 if TYPE_CHECKING:
@@ -20,55 +16,9 @@ if TYPE_CHECKING:
     from overnight.generation.generate import Completion, Decoding
     from overnight.generation.quantize import DecodingPrecision
 
+from overnight.generation import GenerateConfig
+
 ROWS_AT_ONCE = 8  # a CPU reads the weights once for all of them; more rows bring it little
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Continue one or more prompts; the text goes to standard output as it is written."""
-
-    model: Positional[str]
-    """A run, a checkpoint, a Hugging Face folder or name."""
-    prompts: Positional[tuple[str, ...]] = ()
-    """Texts to continue, each in quotes; without any, a text is begun."""
-    max_new_tokens: int = 128
-    """Write at most this many tokens; an end of text ends it before."""
-    temperature: float = SamplingConfig.temperature
-    """Below 1 surer, above 1 wilder; 0 always takes the likeliest token."""
-    top_k: int | None = SamplingConfig.top_k
-    """Draw only from this many likeliest tokens; None from all."""
-    top_p: float | None = SamplingConfig.top_p
-    """Draw only from the fewest likeliest tokens whose probabilities reach this sum."""
-    seed: int = SamplingConfig.seed
-    """Another seed, another text."""
-    samples: int = 1
-    """Completions of each prompt."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a completion, of which they are no part."""
-    json: bool = False
-    """Print one JSON object for each completion to standard output."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps; the best one found if left out."""
-    precision: Literal["fp32", "fp16", "bf16", "int8"] | None = None
-    """Of the weights; the best of the device if left out (fp16 on most CPUs). int8 takes least memory."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
-        found = self.sampling.problems()
-        if self.max_new_tokens < 1:
-            found.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if self.samples < 1:
-            found.append(f"samples={self.samples} must be at least 1")
-        if "" in self.stop:
-            found.append("a stop text is empty, and every text contains that; leave it out")
-        return found
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        """How tokens are drawn."""
-        return SamplingConfig(
-            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed
-        )
 
 
 def run(config: GenerateConfig) -> None:

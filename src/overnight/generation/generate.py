@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from overnight.generation.sampling import SamplingConfig, sample
+from overnight.generation import SamplingConfig
+from overnight.generation.sampling import sample
 from overnight.model.gpt import GPT, eval_mode
 from overnight.tokenizer.tokenizer import Tokenizer
 

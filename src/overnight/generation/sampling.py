@@ -5,39 +5,14 @@ Shapes: B rows, V vocabulary, K candidates.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How the next token is drawn. Temperature comes first, then top-k, then top-p of what top-k left."""
-
-    temperature: float = 1.0
-    """Logits are divided by it: below 1 surer, above 1 wilder; 0 always takes the likeliest token."""
-    top_k: int | None = 50
-    """Draw only from this many likeliest tokens; None from all."""
-    top_p: float | None = None
-    """Draw only from the fewest likeliest tokens whose probabilities reach this sum; None from all."""
-    seed: int = 0
-    """The same seed, prompt and model draw the same text."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
-        found = []
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            found.append(f"temperature={self.temperature} must be 0 (always the likeliest token) or greater")
-        if self.top_k is not None and self.top_k < 1:
-            found.append(f"top_k={self.top_k} must be at least 1, or None")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p} must be greater than 0 and at most 1, or None")
-        return found
+from overnight.generation import SamplingConfig
 
 
 def noise(seed: int, row: int, position: int) -> float:

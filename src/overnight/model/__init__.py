@@ -1,1 +1,1 @@
-"""True GPT-2: its configuration, its attention, the module itself, and how its weights begin."""
+"""GPT-2: configuration, module, loss and attention kernels."""

@@ -8,10 +8,9 @@ import os
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from overnight.config import nearest, raise_problems
 from overnight.distributed.machine import count_cores
@@ -28,7 +27,7 @@ from overnight.hardware import (
     native_precision,
 )
 from overnight.model.model_config import ModelConfig
-from overnight.planning import measure
+from overnight.planning import PlanConfig, measure
 from overnight.planning.estimate import (
     FORWARD_SHARE,
     StepCost,
@@ -50,8 +49,8 @@ from overnight.planning.page import Plan, plan_text, plan_to_json
 from overnight.recipe import Recipe, list_options, load_recipe
 from overnight.run.setup import resolve_recipe
 from overnight.terminal import echo
+from overnight.training import ComputeConfig
 from overnight.training.batch import ROWS_AT_MOST, BatchPlan, estimate_rows_that_fit
-from overnight.training.compute import ComputeConfig
 from overnight.training.memory import (
     USABLE_FRACTION,
     estimate_memory,
@@ -73,44 +72,6 @@ ANCHORS = {
 }
 NO_ANCHOR = "no measurement of this device stands behind that"
 UNKNOWN = Device("unknown", r"(?!)", DeviceFacts())
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig(Recipe):
-    """A recipe, as `overnight train` takes it, and what is asked about it."""
-
-    on: str | None = None
-    """Estimate for a device that is not here (h200, a100-80gb, t4) instead of measuring this machine."""
-    machines: int = 1
-    """How many machines, each with as many processes; the plan is then a prediction."""
-    network: Literal["100g", "400g", "8x400g"] = "400g"
-    """Between machines: an adapter of 100 or 400 Gb/s in each, or eight of 400 Gb/s."""
-    dollars_per_hour: float | None = None
-    """What a machine costs; the plan then says what the run costs."""
-    seconds: float = 40.0
-    """About how long to measure."""
-    json: bool = False
-    """Print one JSON object to standard output."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
-        found = super().problems()
-        for name in ("dollars_per_hour", "seconds"):
-            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
-                found.append(f"{name}={value} must be greater than 0")
-        if self.on is not None and self.compute.device is not None:
-            found.append(
-                f"device={self.compute.device} is of this machine, on={self.on} of another: give one"
-            )
-        processes = self.compute.processes
-        if self.on is not None and processes == "auto":
-            found.append(
-                f"processes=auto counts this machine's GPUs, and on={self.on} is another: give a number"
-            )
-        for name, count in (("machines", self.machines), ("processes", processes)):
-            if isinstance(count, int) and count < 1:
-                found.append(f"{name}={count} must be at least 1")
-        return found
 
 
 def run(config: PlanConfig, name: str) -> None:

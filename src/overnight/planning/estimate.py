@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from overnight.data.dataset import DataConfig
+from overnight.data import DataConfig
 from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.recipe import Recipe
 from overnight.training.batch import BatchPlan

@@ -23,8 +23,8 @@ from overnight.hardware import GB, Device
 from overnight.model.model_config import ModelConfig
 from overnight.planning.estimate import StepCost
 from overnight.recipe import Recipe
+from overnight.training import ComputeConfig
 from overnight.training.batch import ROWS_AT_MOST, BatchPlan
-from overnight.training.compute import ComputeConfig
 from overnight.training.memory import FitOption, MemoryEstimate, estimate_memory, fits_into, try_shardings
 from overnight.training.ownership import Sharding
 

@@ -1,1 +1,1 @@
-"""?"""
+"""From text to shards of tokens."""

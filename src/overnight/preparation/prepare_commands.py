@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from overnight.data.dataset import DataConfig
+from overnight.data import DataConfig
 from overnight.recipe import Recipe, as_option
 
 Command = tuple[str, ...]

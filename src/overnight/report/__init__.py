@@ -18,3 +18,19 @@ a curve is drawn, so that a report can be made again on any laptop.
     ladder_table the same as a table, for a terminal and as Markdown
     ladder_plot  the same as a picture
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """One page about a run: its curves, samples, recipe and data. With several runs: a comparison."""
+
+    runs: Positional[tuple[str, ...]]
+    """Runs, by path or by name."""
+    out: str | None = None
+    """Where the page is written; runs/NAME/report.html or runs/comparison.html if left out."""

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
-
+from overnight.report import ReportConfig
 from overnight.terminal import echo
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """One page about a run: its curves, samples, recipe and data. With several runs: a comparison."""
-
-    runs: Positional[tuple[str, ...]]
-    """Runs, by path or by name."""
-    out: str | None = None
-    """Where the page is written; runs/NAME/report.html or runs/comparison.html if left out."""
 
 
 def run(config: ReportConfig) -> Path:

@@ -1,1 +1,1 @@
-"""What a user asks for: each stage is one Config and one run(), readable as a table of contents."""
+"""Training a recipe into a run directory, and resuming it."""

@@ -36,9 +36,10 @@ def train_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str
 
     What can be refused before they start is refused here, once.
     """
+    from overnight.distributed.launcher import use_new_rendezvous_store
     from overnight.distributed.machine import divide_cores
     from overnight.distributed.processes import run_processes
-    from overnight.distributed.world import count_processes, use_new_rendezvous_store
+    from overnight.distributed.world import count_processes
     from overnight.run.resume import check_directory
 
     compute = recipe.compute
@@ -70,7 +71,7 @@ def run(recipe: Recipe, resumed: Path | None) -> None:
     A run that torchrun has begun anew goes on. A launcher must not take a process that was told to stop, and
     has saved, for one that failed.
     """
-    from overnight.distributed.world import count_restarts, is_launched, is_main_process
+    from overnight.distributed.launcher import count_restarts, is_launched, is_main_process
     from overnight.run import train
 
     directory = find_directory(recipe, resumed)

@@ -28,8 +28,8 @@ from overnight.evaluation.perplexity import (
 from overnight.evaluation.run_tasks import HARNESS, describe_briefly, open_tasks, split_names
 from overnight.evaluation.scores import Score
 from overnight.evaluation.tasks import Example, Numbers, Task, TaskResult, evaluate_task
+from overnight.generation import SamplingConfig
 from overnight.generation.generate import Decoding, complete
-from overnight.generation.sampling import SamplingConfig
 from overnight.hardware import find_peak_flops
 from overnight.model.gpt import GPT
 from overnight.recipe import EvaluationConfig, flatten, frozen_settings

@@ -26,13 +26,14 @@ from overnight.run.setup import TrainSetup
 from overnight.run_directory import RunDirectory, write_atomically
 from overnight.terminal import echo
 from overnight.tokenizer.open_tokenizer import load_tokenizer
+from overnight.training import ComputeConfig
 from overnight.training.checkpoint.format import (
     BYTES_PER_SAVED_PARAMETER,
     discard_checkpoints_after,
     list_checkpoints,
 )
 from overnight.training.checkpoint.load import VerifiedCheckpoint, open_checkpoint, read_newest, restore
-from overnight.training.compute import ComputeConfig, explain_compute, find_attention_kernel
+from overnight.training.compute import explain_compute, find_attention_kernel
 
 ABOUT_EACH_START = {"started_at", "command"}
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from overnight import __version__
 from overnight.config import raise_problems
 from overnight.conversion.open_model import open_model
-from overnight.data.dataset import DataConfig, Dataset, MixtureDataset, open_dataset
+from overnight.data import DataConfig
+from overnight.data.dataset import Dataset, MixtureDataset, open_dataset
 from overnight.data.incremental import IncrementalStream
 from overnight.data.loader import TokenStream, prefetch
 from overnight.data.mixture import Concatenation, Mixture

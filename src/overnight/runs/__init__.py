@@ -1,1 +1,19 @@
-"""?"""
+"""The runs in a folder and the state of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+FOLDER = "runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsConfig:
+    """Every run: how far it is, its losses, its speed. Reads only the ends of their files."""
+
+    folder: Positional[str] = FOLDER
+    """The folder that holds the runs, or one run."""
+    json: bool = False
+    """Print one JSON list to standard output, an object for each run."""

@@ -8,16 +8,12 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tyro.conf import Positional
-
+from overnight.runs import FOLDER, RunsConfig
 from overnight.runs.status import RunStatus, describe_run, is_run, list_runs
 from overnight.terminal import ago, duration, echo, short
-
-FOLDER = "runs"
 
 TITLES = ("run", "state", "step", "val loss", "bits/byte", "tokens/s", "written")
 GAP = 2
@@ -30,16 +26,6 @@ COLOURS = {
     "empty": "dim",
     "damaged": "red",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunsConfig:
-    """Every run: how far it is, its losses, its speed. Reads only the ends of their files."""
-
-    folder: Positional[str] = FOLDER
-    """The folder that holds the runs, or one run."""
-    json: bool = False
-    """Print one JSON list to standard output, an object for each run."""
 
 
 def run(config: RunsConfig) -> None:

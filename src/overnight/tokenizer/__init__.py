@@ -1,1 +1,1 @@
-"""Text to ids and back: GPT-2's BPE, characters, BPE learned from your text, tokenizer.json files."""
+"""Text to token ids and back: GPT-2's BPE, characters, trained BPE, tokenizer.json."""

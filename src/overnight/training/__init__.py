@@ -1,1 +1,82 @@
-"""?"""
+"""One optimizer step and what it is made of; checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from overnight.training.ownership import Sharding
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+Head = Literal["whole", "chunked", "fp8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How the machine is used; what is left out is chosen for it, and written into the run's recipe."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; the best one found if left out."""
+    precision: Precision | None = None
+    """Of the matrix products; weights, sums and losses stay float32. The device's native one if left out."""
+    compile: bool | None = None
+    """Compile the training step with torch.compile; if left out, wherever its compiler is found."""
+    attention: Literal["fused", "blocks", "plain"] | None = None
+    """fused: torch's best kernel; blocks: products of blocks, faster on CPUs with bfloat16; plain: written
+    out, for comparison. Chosen for the device if left out."""
+    head: Head | None = None
+    """whole: all logits at once; chunked: some rows at a time, in less memory; fp8: the head's products in
+    8 bits, faster and less exact, on GPUs that have it. Chosen for the device if left out."""
+    recompute: Literal["none", "selective", "block"] = "none"
+    """Activations computed again in the backward pass instead of kept: all but the matrix products and
+    attention (selective), or all of each block; less memory, more time, the same numbers."""
+    processes: int | Literal["auto"] | None = None
+    """Train with so many processes on this machine, one for each GPU; auto: all of its GPUs. Leave it out
+    under torchrun or srun, which start the processes themselves."""
+    sharding: Sharding | None = None
+    """What several processes divide among them instead of each holding all of it. none: nothing; optimizer:
+    AdamW's moments (ZeRO-1); full: weights and gradients, too (FSDP2); hybrid: that within each machine.
+    The first that fits into memory if left out."""
+    bitwise: bool = False
+    """Add gradients up in one fixed binary tree, so that weights do not depend on the number of processes, to
+    the bit; on a CPU, compute with one thread."""
+    timeout_seconds: int = 600
+    """A process that makes no progress for so long ends the run, and shows where every process stands."""
+    max_restarts: int = 0
+    """How often a run one of whose processes dies is begun again, from its last checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW's settings; the defaults are the GPT-3 paper's, appendix B."""
+
+    peak_learning_rate: float = 6e-4
+    """Learning rate after warm-up. GPT-3 paper, table 2.1, for 125M; GPT-2's was never published."""
+    weight_decay: float = 0.1
+    """Decay of the matrices, per step and unit of learning rate."""
+    beta1: float = 0.9
+    """Memory of the gradient's mean."""
+    beta2: float = 0.95
+    """Memory of the gradient's square."""
+    epsilon: float = 1e-8
+    """Added to the denominator."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this norm, all parameters together; None leaves them as they are."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        found = []
+        for name in ("peak_learning_rate", "epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                found.append(f"{name}={getattr(self, name)} must be greater than 0, and finite")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        if not 0 <= self.weight_decay < math.inf:
+            found.append(f"weight_decay={self.weight_decay} must be at least 0, and finite")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            found.append(f"max_grad_norm={self.max_grad_norm} must be greater than 0, or left out")
+        return found

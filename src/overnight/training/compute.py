@@ -9,12 +9,10 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from overnight.hardware import native_precision
-from overnight.training.ownership import Sharding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,45 +20,10 @@ if TYPE_CHECKING:
     from overnight.model.gpt import GPT
     from overnight.model.model_config import ModelConfig
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-Head = Literal["whole", "chunked", "fp8"]
+from overnight.training import ComputeConfig, Head
+
 Loss = Callable[["GPT", "Tensor", "Tensor", Head], "Tensor"]
 """(model, ids, targets, how the head is computed) -> summed nats."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComputeConfig:
-    """How the machine is used; what is left out is chosen for it, and written into the run's recipe."""
-
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps; the best one found if left out."""
-    precision: Precision | None = None
-    """Of the matrix products; weights, sums and losses stay float32. The device's native one if left out."""
-    compile: bool | None = None
-    """Compile the training step with torch.compile; if left out, wherever its compiler is found."""
-    attention: Literal["fused", "blocks", "plain"] | None = None
-    """fused: torch's best kernel; blocks: products of blocks, faster on CPUs with bfloat16; plain: written
-    out, for comparison. Chosen for the device if left out."""
-    head: Head | None = None
-    """whole: all logits at once; chunked: some rows at a time, in less memory; fp8: the head's products in
-    8 bits, faster and less exact, on GPUs that have it. Chosen for the device if left out."""
-    recompute: Literal["none", "selective", "block"] = "none"
-    """Activations computed again in the backward pass instead of kept: all but the matrix products and
-    attention (selective), or all of each block; less memory, more time, the same numbers."""
-    processes: int | Literal["auto"] | None = None
-    """Train with so many processes on this machine, one for each GPU; auto: all of its GPUs. Leave it out
-    under torchrun or srun, which start the processes themselves."""
-    sharding: Sharding | None = None
-    """What several processes divide among them instead of each holding all of it. none: nothing; optimizer:
-    AdamW's moments (ZeRO-1); full: weights and gradients, too (FSDP2); hybrid: that within each machine.
-    The first that fits into memory if left out."""
-    bitwise: bool = False
-    """Add gradients up in one fixed binary tree, so that weights do not depend on the number of processes, to
-    the bit; on a CPU, compute with one thread."""
-    timeout_seconds: int = 600
-    """A process that makes no progress for so long ends the run, and shows where every process stands."""
-    max_restarts: int = 0
-    """How often a run one of whose processes dies is begun again, from its last checkpoint."""
 
 
 OF_PROCESSES = frozenset({"processes", "sharding", "bitwise", "timeout_seconds", "max_restarts"})

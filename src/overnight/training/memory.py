@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from overnight.model.model_config import PRESETS, ModelConfig
-from overnight.training.compute import ComputeConfig
+from overnight.training import ComputeConfig
 from overnight.training.ownership import Sharding, largest_share
 
 FLOAT32 = 4

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -12,38 +10,7 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
     from torch.optim import AdamW
 
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW's settings; the defaults are the GPT-3 paper's, appendix B."""
-
-    peak_learning_rate: float = 6e-4
-    """Learning rate after warm-up. GPT-3 paper, table 2.1, for 125M; GPT-2's was never published."""
-    weight_decay: float = 0.1
-    """Decay of the matrices, per step and unit of learning rate."""
-    beta1: float = 0.9
-    """Memory of the gradient's mean."""
-    beta2: float = 0.95
-    """Memory of the gradient's square."""
-    epsilon: float = 1e-8
-    """Added to the denominator."""
-    max_grad_norm: float | None = 1.0
-    """Gradients are scaled down to this norm, all parameters together; None leaves them as they are."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
-        found = []
-        for name in ("peak_learning_rate", "epsilon"):
-            if not 0 < getattr(self, name) < math.inf:
-                found.append(f"{name}={getattr(self, name)} must be greater than 0, and finite")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
-        if not 0 <= self.weight_decay < math.inf:
-            found.append(f"weight_decay={self.weight_decay} must be at least 0, and finite")
-        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
-            found.append(f"max_grad_norm={self.max_grad_norm} must be greater than 0, or left out")
-        return found
+from overnight.training import OptimizerConfig
 
 
 def build_optimizer(

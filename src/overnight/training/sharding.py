@@ -20,7 +20,8 @@ from torch.optim import AdamW
 from overnight.distributed.world import World
 from overnight.model.gpt import GPT, empty_model, weight_shapes
 from overnight.model.model_config import ModelConfig
-from overnight.training.optim import OptimizerConfig, build_optimizer
+from overnight.training import OptimizerConfig
+from overnight.training.optim import build_optimizer
 from overnight.training.ownership import Sharding, assign_parameters
 from overnight.training.state import set_weights
 from overnight.training.step import AddUp, Backward, _add_nats, _gradient, accumulate_gradients

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from overnight.data.loader import Batch
-from overnight.distributed.world import SINGLE_PROCESS, World, is_launched
+from overnight.distributed.launcher import is_launched
+from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.model.loss import LossSum
 from overnight.training.batch import BatchPlan
 from overnight.training.optim import apply_gradients

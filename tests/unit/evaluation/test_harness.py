@@ -27,7 +27,7 @@ from overnight.evaluation.harness import (
     harness_scores,
 )
 from overnight.evaluation.multiple_choice import evaluate_choices
-from overnight.generation.sampling import SamplingConfig
+from overnight.generation import SamplingConfig
 from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
 from overnight.tokenizer.open_tokenizer import build_tokenizer

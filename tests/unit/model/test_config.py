@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from overnight.model.gpt import GPT, initialize
 from overnight.model.loss import head_loss
 from overnight.model.model_config import PRESETS, ModelConfig
-from overnight.training.compute import ComputeConfig, Head, build_loss
+from overnight.training import ComputeConfig, Head
+from overnight.training.compute import build_loss
 
 Recompute = Literal["none", "selective", "block"]
 SMALL = ModelConfig(n_layer=3, n_head=2, n_embd=32, context_length=64, vocab_size=100)

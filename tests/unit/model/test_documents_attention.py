@@ -17,7 +17,8 @@ from overnight.model.gpt import GPT, initialize
 from overnight.model.kernels import Documents, attend_one_by_one, attend_with_mask, find_documents
 from overnight.model.loss import Head, cross_entropy_nats
 from overnight.model.model_config import ModelConfig
-from overnight.training.compute import ComputeConfig, build_loss, find_attention_kernel, resolve_compute
+from overnight.training import ComputeConfig
+from overnight.training.compute import build_loss, find_attention_kernel, resolve_compute
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=64, context_length=24, vocab_size=30)
 END_OF_TEXT = 29

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from overnight.distributed.world import SINGLE_PROCESS, World, daemon_thread
+from overnight.distributed.launcher import daemon_thread
+from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.model.gpt import GPT
 from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
 from overnight.terminal import echo

@@ -1,0 +1,300 @@
+"""Generation against twins that have no cache, no batch and no stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from overnight.generation import SamplingConfig
+from overnight.generation.generate import (
+    Decoding,
+    KVCache,
+    TextWriter,
+    complete,
+    generate,
+    stream_ids,
+    stream_text,
+)
+from overnight.generation.sampling import sample
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+from overnight.tokenizer.open_tokenizer import build_tokenizer
+
+GREEDY = SamplingConfig(temperature=0)
+DRAWN = SamplingConfig(top_k=20, seed=3)
+TOKENIZER = build_tokenizer("characters", ["abcdefghij é你🙂"])
+END = TOKENIZER.end_of_text
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11], [12, 13, 14, 15, 16, 17, 18]]
+
+
+def build_model(context_length: int = 32, scale: float = 1.0, dropout: float = 0.0) -> GPT:
+    size = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": TOKENIZER.vocab_size}
+    model = GPT(ModelConfig(**size, context_length=context_length, dropout=dropout))
+    initialize(model, seed=1)
+    with torch.no_grad():  # larger weights: logits far enough apart that every mistake shows
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10 * scale)
+    return model.eval()
+
+
+MODEL = build_model()
+
+
+@torch.no_grad()
+def naive(model: GPT, prompt: Sequence[int], decoding: Decoding, row: int = 0) -> list[int]:
+    """One row, everything computed anew for each id."""
+    context_length = model.config.context_length
+    window, new = list(prompt), []
+    while len(new) < decoding.max_new_tokens:
+        if len(window) > context_length:
+            window = window[-((context_length + 1) // 2) :]
+        logits = model(torch.tensor([window]))[:, -1]
+        token = int(sample(logits, decoding.sampling, [row], [len(prompt) + len(new)]))
+        if token == decoding.end_of_text:
+            break
+        window.append(token)
+        new.append(token)
+    return new
+
+
+@torch.inference_mode()
+def cached_logits(rows: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits after the prompts and after each of the new ids, through the cache."""
+    longest = max(map(len, rows))
+    cache = KVCache(MODEL, [len(ids) for ids in rows], columns=longest + len(new[0]))
+    reads = [[[0] * (longest - len(ids)) + list(ids) for ids in rows]]
+    reads += [[[ids[step]] for ids in new] for step in range(len(new[0]))]
+    logits = []
+    for read in reads:
+        ids = torch.tensor(read)
+        cache.extend(ids.shape[1])
+        logits.append(MODEL.head(MODEL.trunk(ids, cache)[:, -1]))
+    return logits
+
+
+def error_of_cache(rows: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> float:
+    worst = 0.0
+    for step, logits in enumerate(cached_logits(rows, new)):
+        for row, ids in enumerate(rows):
+            with torch.no_grad():
+                wanted = MODEL(torch.tensor([[*ids, *new[row][:step]]]))[0, -1]
+            worst = max(worst, (logits[row] - wanted).abs().max().item())
+    return worst
+
+
+NEW = [[20, 21, 22, 23], [24, 25, 26, 27], [28, 29, 30, 31], [32, 33, 34, 35]]
+
+
+def test_cached_logits_are_the_uncached() -> None:
+    assert error_of_cache(PROMPTS[:1], NEW[:1]) < 1e-5
+
+
+def test_a_padded_batch_has_the_logits_of_single_prompts() -> None:
+    assert error_of_cache(PROMPTS, NEW) < 1e-5
+
+
+def test_forgotten_padding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVCache, "_visible", lambda *_: None)
+    assert error_of_cache(PROMPTS, NEW) > 1e-2
+
+
+def test_forgotten_positions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVCache, "positions", lambda self, length: torch.arange(length))
+    assert error_of_cache(PROMPTS[:1], NEW[:1]) > 1e-2
+
+
+def test_a_long_prompt_may_be_read_in_parts() -> None:
+    prompt = PROMPTS[0]
+    cache = KVCache(MODEL, [len(prompt)], columns=len(prompt))
+    with torch.inference_mode():
+        for part in (prompt[:3], prompt[3:]):
+            cache.extend(len(part))
+            hidden = MODEL.trunk(torch.tensor([part]), cache)
+        difference = MODEL.head(hidden[:, -1]) - MODEL(torch.tensor([prompt]))[:, -1]
+    assert difference.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+@pytest.mark.parametrize("context_length", [1, 2, 7, 8, 32])
+def test_every_row_is_what_it_would_be_alone(sampling: SamplingConfig, context_length: int) -> None:
+    model = build_model(context_length)
+    prompts = [ids[-context_length:] for ids in PROMPTS]
+    decoding = Decoding(max_new_tokens=40, sampling=sampling)
+    together = generate(model, prompts, decoding)
+    assert together == [naive(model, ids, decoding, row) for row, ids in enumerate(prompts)]
+    alone = [generate(model, [ids], replace(decoding, first_row=row))[0] for row, ids in enumerate(prompts)]
+    assert together == alone
+
+
+def test_rows_that_end_leave_the_others_alone() -> None:
+    decoding = Decoding(
+        max_new_tokens=60, sampling=SamplingConfig(top_k=None, temperature=5.0), end_of_text=END
+    )
+    prompts = [PROMPTS[i % 4] for i in range(24)]
+    together = generate(MODEL, prompts, decoding)
+    assert len({len(ids) for ids in together}) > 3
+    assert together == [naive(MODEL, ids, decoding, row) for row, ids in enumerate(prompts)]
+    assert not any(END in ids for ids in together)
+
+
+def test_ids_are_below_the_vocabulary() -> None:
+    decoding = Decoding(max_new_tokens=100, sampling=SamplingConfig(top_k=None, temperature=100.0))
+    (ids,) = generate(MODEL, [[1]], decoding)
+    assert len(ids) == 100
+    assert max(ids) < TOKENIZER.vocab_size < MODEL.wte.weight.shape[0]
+    (narrow,) = generate(MODEL, [[1]], replace(decoding, vocab_size=5))
+    assert max(narrow) < 5
+
+
+def test_an_empty_prompt_begins_after_the_end_of_text() -> None:
+    decoding = Decoding(max_new_tokens=5, sampling=DRAWN, end_of_text=END)
+    assert generate(MODEL, [[]], decoding) == generate(MODEL, [[END]], decoding)
+
+
+def test_nothing_asked_is_nothing_written() -> None:
+    assert generate(MODEL, [], Decoding()) == []
+    assert generate(MODEL, [[1], [2]], Decoding(max_new_tokens=0)) == [[], []]
+
+
+def test_the_stream_is_the_result() -> None:
+    decoding = Decoding(max_new_tokens=9, sampling=DRAWN)
+    steps = list(stream_ids(MODEL, PROMPTS, decoding))
+    assert len(steps) == 9
+    assert [[step[row] for step in steps] for row in range(4)] == generate(MODEL, PROMPTS, decoding)
+
+
+def test_training_goes_on_as_if_nothing_had_been_written() -> None:
+    model = build_model(dropout=0.5).train()
+    torch.manual_seed(5)
+    noise = torch.get_rng_state()
+    decoding = Decoding(max_new_tokens=5, sampling=DRAWN)
+    first = generate(model, PROMPTS, decoding)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), noise)
+    assert first == generate(model, PROMPTS, decoding) == generate(model.eval(), PROMPTS, decoding)
+    stream = stream_ids(model.train(), PROMPTS, decoding)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert model.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.gpu
+def test_a_gpu_writes_what_the_cpu_writes() -> None:
+    decoding = Decoding(max_new_tokens=40, sampling=GREEDY, end_of_text=END)  # beyond the context, too
+    on_gpu = generate(build_model().to("cuda"), PROMPTS, decoding)
+    assert on_gpu == generate(MODEL, PROMPTS, decoding)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "message"),
+    [
+        ([[1] * 33], {}, "the prompt has 33 tokens and the model reads at most 32"),
+        ([[1], [1] * 40], {}, "prompt 2 has 40 tokens"),
+        ([[1, 10_000]], {}, "holds the id 10000; the model knows 0 to"),
+        ([[-1]], {}, "holds the id -1"),
+        ([[]], {}, "the prompt is empty"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ([[1]], {"sampling": SamplingConfig(temperature=float("nan"))}, "temperature=nan"),
+    ],
+)
+def test_what_cannot_be_done_is_said_at_once(
+    prompts: list[list[int]], changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        stream_ids(MODEL, prompts, replace(Decoding(), **changes))  # not even begun to iterate
+
+
+def test_damaged_weights_are_said() -> None:
+    model = build_model()
+    with torch.no_grad():
+        model.ln_f.weight[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        generate(model, [[1]], Decoding())
+
+
+# text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=60))
+def test_streamed_text_is_the_decoded_text(ids: list[int]) -> None:
+    writer = TextWriter(TOKENIZER, [])
+    pieces = [writer.write(token) for token in ids]
+    for n in range(len(ids)):  # what is out is a beginning of every longer text
+        assert TOKENIZER.decode([*ids[: n + 1], 0]).startswith("".join(pieces[: n + 1]))
+    assert "".join(pieces) + writer.finish() == TOKENIZER.decode(ids)
+
+
+def test_half_a_character_waits() -> None:
+    smile = TOKENIZER.encode("🚀")  # not in the vocabulary: spelled by four bytes
+    writer = TextWriter(TOKENIZER, [])
+    assert [writer.write(token) for token in smile] == ["", "", "", "🚀"]
+    assert [writer.write(token) for token in smile[:3]] == ["", "", ""]
+    assert writer.finish() == TOKENIZER.decode(smile[:3]) == "\ufffd"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text("abc", max_size=30),
+    stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+def test_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
+    ids = TOKENIZER.encode(text)
+    writer = TextWriter(TOKENIZER, stop)
+    written, wanted = "", text
+    for n in range(1, len(text) + 1):
+        found = [text[:n].find(one) for one in stop if one in text[:n]]
+        if found:
+            wanted = text[: min(found)]
+            break
+    for token in ids:
+        written += writer.write(token)
+        assert wanted.startswith(written)  # no part of a stop string leaks
+        if writer.stopped:
+            break
+    assert written + writer.finish() == wanted
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(top_k=None, temperature=3.0), DRAWN])
+def test_completions_and_streams_agree(sampling: SamplingConfig) -> None:
+    prompts = ["abc", "", "a longer one é你🙂", "j"]
+    decoding = Decoding(max_new_tokens=50, sampling=sampling)
+    completions = complete(MODEL, TOKENIZER, prompts, decoding)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        pieces = list(stream_text(MODEL, TOKENIZER, prompt, replace(decoding, first_row=row)))
+        assert "".join(pieces) == completion.text == TOKENIZER.decode(completion.ids)
+        assert len(pieces) == len(completion.ids) + 1
+        assert completion.ended_by == ("length" if len(completion.ids) == 50 else "end of text")
+
+
+def test_a_stop_string_ends_a_completion() -> None:
+    decoding = Decoding(max_new_tokens=200, sampling=SamplingConfig(top_k=None, temperature=5.0))
+    (whole,) = complete(MODEL, TOKENIZER, ["abc"], decoding)
+    stop = whole.text[3:5]
+    (cut,) = complete(MODEL, TOKENIZER, ["abc"], decoding, [stop, "never to be found"])
+    assert cut.ended_by == "stop string"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.ids == whole.ids[: len(cut.ids)]
+    assert TOKENIZER.decode(cut.ids).endswith(stop)
+    assert "".join(stream_text(MODEL, TOKENIZER, "abc", decoding, [stop])) == cut.text
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(ValueError, match="stop string"):
+        complete(MODEL, TOKENIZER, ["abc"], Decoding(), [""])
+
+
+def test_a_wide_model_writes_only_what_the_tokenizer_knows() -> None:
+    tokenizer = build_tokenizer("characters", ["a"])
+    assert tokenizer.vocab_size < MODEL.vocab_size
+    decoding = Decoding(max_new_tokens=60, sampling=SamplingConfig(top_k=None, temperature=50.0))
+    (completion,) = complete(MODEL, tokenizer, ["a"], decoding)
+    assert max(completion.ids) < tokenizer.vocab_size

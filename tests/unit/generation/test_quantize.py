@@ -1,0 +1,197 @@
+"""Models prepared to write beside the same models as they were, and products with rounded weights."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from overnight.generation import SamplingConfig, quantize
+from overnight.generation.generate import Decoding, generate
+from overnight.generation.quantize import (
+    DecodingPrecision,
+    HalfLinear,
+    PackedLinear,
+    QuantizedLinear,
+    generation_precisions,
+    prepare_for_generation,
+)
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+
+HERE = generation_precisions("cpu")
+# Greatest difference of a logit, in standard deviations of all logits. Measured: 3e-6, 0.003, 0.05, 0.09.
+TOLERANCES: dict[DecodingPrecision, float] = {"fp32": 2e-5, "fp16": 0.01, "bf16": 0.15, "int8": 0.25}
+
+every_precision = pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param(precision, marks=pytest.mark.skipif(precision not in HERE, reason="not on this CPU"))
+        for precision in TOLERANCES
+    ],
+)
+with_int8 = pytest.mark.skipif("int8" not in HERE, reason="not on this CPU")
+
+
+def build_model() -> GPT:
+    """Its logits are as far apart as a trained model's; 101 ids, so that its embedding is padded."""
+    model = GPT(ModelConfig(n_layer=4, n_head=4, n_embd=128, vocab_size=101, context_length=64))
+    initialize(model, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4.0)
+    return model.eval()
+
+
+MODEL = build_model()
+IDS = torch.randint(101, (3, 64), generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def error_of(model: GPT) -> float:
+    wanted = MODEL(IDS)
+    logits = model(IDS)
+    assert logits.shape == wanted.shape
+    assert logits.dtype == torch.float32
+    return float((logits - wanted).abs().max() / wanted.std())
+
+
+@every_precision
+def test_a_prepared_model_has_the_logits_of_the_model(precision: DecodingPrecision) -> None:
+    model = copy.deepcopy(MODEL)
+    prepare_for_generation(model, precision)
+    assert error_of(model) < TOLERANCES[precision]
+    assert error_of(MODEL) == 0  # which is as it was
+
+
+@with_int8
+def test_a_coarser_rounding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_one_scale(self: QuantizedLinear, weight: Tensor, bias: Tensor | None) -> None:
+        widened = torch.cat([weight, torch.eye(1, weight.shape[1]) * 8 * weight.abs().max()])
+        rounded = (widened / widened.abs().max() * 127).round() * widened.abs().max() / 127
+        initialize_rightly(self, rounded[:-1], bias)
+
+    initialize_rightly = QuantizedLinear.__init__
+    monkeypatch.setattr(QuantizedLinear, "__init__", with_one_scale)
+    model = copy.deepcopy(MODEL)
+    prepare_for_generation(model, "int8")
+    assert error_of(model) > 2 * TOLERANCES["int8"]
+
+
+@every_precision
+def test_every_matrix_is_stored_anew_and_keeps_its_name(precision: DecodingPrecision) -> None:
+    model = copy.deepcopy(MODEL)
+    prepare_for_generation(model, precision)
+    kinds = {"fp16": HalfLinear, "int8": QuantizedLinear}
+    changed = {
+        name for name, module in model.named_modules() if type(module) is not type(MODEL.get_submodule(name))
+    }
+    assert changed == {f"h.{i}.{name}" for i in range(4) for name in NAMES}
+    assert all(isinstance(model.get_submodule(name), kinds.get(precision, PackedLinear)) for name in changed)
+    assert {name for name, _ in model.named_parameters()} == {
+        name for name, parameter in MODEL.named_parameters() if parameter.dim() == 1 and ".c_" not in name
+    } | {"wte.weight", "wpe.weight"}
+
+
+NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+@every_precision
+def test_a_prepared_model_writes(precision: DecodingPrecision) -> None:
+    model = copy.deepcopy(MODEL)
+    prepare_for_generation(model, precision)
+    greedy = Decoding(max_new_tokens=80, sampling=SamplingConfig(temperature=0))  # beyond the context, too
+    prompts = IDS[:, :20].tolist()
+    written = generate(model, prompts, greedy)
+    assert [len(ids) for ids in written] == [80, 80, 80]
+    if precision == "fp32":
+        assert written == generate(MODEL, prompts, greedy)
+    assert written == [generate(model, [prompt], greedy)[0] for prompt in prompts]
+
+
+@with_int8
+def test_int8_rounds_weights_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(100, 64, generator=generator) * torch.rand(100, 1, generator=generator)
+    weight[5] = 0.0
+    bias = torch.randn(100, generator=generator)
+    x = torch.randn(7, 3, 64, generator=generator)
+    x[..., 10] *= 40  # a channel far out, of which trained models have some
+    x[2, 1] = 0.0
+    steps = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30).double() / 127
+    rounded = (weight / steps).round() * steps
+    wanted = x.double() @ rounded.T + bias
+    product = QuantizedLinear(weight, bias)(x)
+    of_activations = float((product - wanted).abs().max())
+    of_weights = float((x.double() @ weight.double().T + bias - wanted).abs().max())
+    assert of_activations < 0.1 * of_weights
+    assert torch.equal(product[2, 1], bias)
+    assert torch.equal(QuantizedLinear(weight, None)(x), QuantizedLinear(weight, torch.zeros(100))(x))
+
+
+@with_int8
+def test_a_row_in_int8_is_the_same_to_the_last_bit_beside_others() -> None:
+    generator = torch.Generator().manual_seed(3)
+    linear = QuantizedLinear(torch.randn(96, 64, generator=generator), None)
+    x = torch.randn(8, 64, generator=generator) * torch.logspace(-3, 3, 8)[:, None]
+    assert torch.equal(linear(x), torch.cat([linear(row[None]) for row in x]))
+
+
+@pytest.mark.parametrize(
+    ("native", "device", "found"),
+    [
+        ("bf16", "cuda", ("bf16", "fp16", "fp32")),
+        ("fp16", "cuda", ("fp16", "fp32")),
+        ("fp32", "mps", ("fp32",)),
+        ("bf16", "cpu", ("fp16", "bf16", "fp32", "int8")),
+        ("fp32", "cpu", ("fp16", "fp32", "int8")),
+    ],
+)
+def test_a_device_writes_in_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, native: str, device: str, found: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(quantize, "native_precision", lambda _: native)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["none", "fbgemm"]))
+    assert generation_precisions(device) == found
+
+
+def test_a_cpu_without_these_libraries_writes_as_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["none"]))
+    assert generation_precisions("cpu") == ("fp32",)
+    model = copy.deepcopy(MODEL)
+    prepare_for_generation(model, "fp32")
+    assert error_of(model) == 0
+
+
+def test_a_gpu_s_way_keeps_the_logits_apart() -> None:
+    """Played on the CPU."""
+    model = copy.deepcopy(MODEL)
+    quantize._narrow(model, torch.bfloat16)
+    assert error_of(model) < TOLERANCES["bf16"]
+    greedy = Decoding(max_new_tokens=3, sampling=SamplingConfig(temperature=0))
+    assert [len(ids) for ids in generate(model, IDS[:, :20].tolist(), greedy)] == [3, 3, 3]
+    plain = copy.deepcopy(MODEL).to(torch.bfloat16)
+    with torch.inference_mode():
+        hidden = model.trunk(IDS)
+        apart = [len(torch.unique(each.head(hidden))) for each in (model, plain)]
+    assert apart[0] > 5 * apart[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_gpu_has_the_logits_of_the_model(precision: DecodingPrecision) -> None:
+    model = copy.deepcopy(MODEL).to("cuda")
+    prepare_for_generation(model, precision)
+    with torch.inference_mode():
+        logits = model(IDS.to("cuda"))
+    assert logits.dtype == torch.float32
+    assert float((logits.cpu() - MODEL(IDS)).abs().max() / MODEL(IDS).std()) < 0.15
+    written = generate(model, IDS[:, :20].tolist(), Decoding(max_new_tokens=5))
+    assert [len(ids) for ids in written] == [5, 5, 5]

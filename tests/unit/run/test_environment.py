@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from overnight.run import resume
+from overnight.run.resume import describe_environment
+from overnight.training import ComputeConfig
+
+CPU = ComputeConfig(device="cpu", precision="fp32", compile=False)
+
+
+def commit_all(folder: Path, *names: str) -> str:
+    """Make a repository of `folder` with these files in its one commit; the commit."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(str(folder))
+    variables = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+    def git(*words: str) -> str:
+        answer = subprocess.run(
+            ["git", *words],
+            cwd=folder,
+            env=os.environ | variables | {"GIT_CONFIG_GLOBAL": os.devnull},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return answer.stdout.strip()
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    return git("rev-parse", "HEAD")
+
+
+def test_the_commit_is_that_of_the_package_and_not_of_the_folder_one_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = commit_all(tmp_path / "ours", "environment.py")
+    theirs = commit_all(tmp_path / "theirs", "notes.txt", ".gitignore")
+    monkeypatch.chdir(tmp_path / "theirs")
+    assert resume._git_commit(tmp_path / "ours" / "environment.py") == ours != theirs
+
+
+def test_a_package_installed_inside_somebody_s_repository_has_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit_all(tmp_path / "theirs", "notes.txt")
+    installed = tmp_path / "theirs" / "site-packages" / "environment.py"
+    installed.parent.mkdir()
+    installed.touch()
+    assert resume._git_commit(installed) is None
+    assert resume._git_commit(tmp_path / "environment.py") is None  # no repository at all
+    monkeypatch.setenv("PATH", "")
+    assert resume._git_commit(tmp_path / "theirs" / "notes.txt") is None  # no git
+
+
+def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", "my recipes/night.toml", "--sample-prompts", "The value of", "it's"]
+    monkeypatch.setattr(sys, "argv", ["/bin/overnight", *words])
+    assert shlex.split(describe_environment(CPU, 1, {})["command"]) == ["overnight", *words]
+
+
+def test_a_run_that_goes_on_keeps_how_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["overnight", "train", "quickstart"])
+    first = {**describe_environment(CPU, 7, {}), "started_at": "2026-11-20T22:14:03+0000", "torch": "2.9.0"}
+    monkeypatch.setattr(sys, "argv", ["overnight", "train", "--resume", "runs/quickstart"])
+    second = describe_environment(CPU, 7, {}, first)
+    third = describe_environment(CPU, 7, {}, second)
+    assert {name: fact for name, fact in third.items() if name != "resumed"} == first
+    assert third["resumed"][:1] == second["resumed"]
+    for start in third["resumed"]:
+        assert list(start) == ["torch", "command", "started_at"]  # the other facts are as they were
+        assert start["torch"] != "2.9.0"
+        assert start["command"] == "overnight train --resume runs/quickstart"
+        assert start["started_at"] > first["started_at"]
