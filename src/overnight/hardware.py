@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
+
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 
 GB = 10**9
@@ -163,8 +165,6 @@ def find_peak_flops(device: str, precision: Precision) -> float | None:
 def find_device_name(device: str) -> str:
     """The name of a torch device ("cpu", "cuda:1", "mps") as its driver or operating system gives it."""
     if device.startswith("cuda"):
-        import torch
-
         return torch.cuda.get_device_name(device)
     if platform.system() == "Darwin":  # the GPU of an Apple chip has the chip's name
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -187,8 +187,6 @@ def native_precision(device: str) -> Literal["bf16", "fp16", "fp32"]:
     since compute capability 8.0 (2020), and float16 alone since 7.0 (V100, T4). Elsewhere torch emulates
     them, slower than float32. Apple's GPUs train in fp32.
     """
-    import torch
-
     if device == "cpu":
         has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return "bf16" if has_bf16 else "fp32"
@@ -201,12 +199,8 @@ def native_precision(device: str) -> Literal["bf16", "fp16", "fp32"]:
 def find_memory_bytes(device: str) -> int:
     """Bytes of memory a process may use on a torch device, whoever holds them at the moment."""
     if device.startswith("cuda"):
-        import torch
-
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device == "mps":
-        import torch
-
         return int(torch.mps.recommended_max_memory())
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([installed, *_read_memory_limits()])
@@ -228,8 +222,6 @@ SIDE_ON_CPU, SIDE_ON_DEVICE = 2048, 8192
 
 def synchronize(device: str) -> None:
     """Return once `device` has done all it was told to: before a clock is read."""
-    import torch
-
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     elif device == "mps":
@@ -239,8 +231,6 @@ def synchronize(device: str) -> None:
 def reset_peak_memory(device: str) -> None:
     """Forget the peak so far. Where a CPU's operating system can't (other than Linux), nothing happens."""
     if device.startswith("cuda"):
-        import torch
-
         torch.cuda.reset_peak_memory_stats(device)
     elif device == "cpu" and CLEAR_REFS.exists():
         CLEAR_REFS.write_text("5", encoding="ascii")  # man 5 proc: resets the peak resident set size
@@ -252,8 +242,6 @@ def peak_memory_bytes(device: str) -> int | None:
     Of a GPU what tensors took; of a CPU what the whole process, its libraries included, had resident.
     """
     if device.startswith("cuda"):
-        import torch
-
         return int(torch.cuda.max_memory_allocated(device))
     if device != "cpu":
         return None
@@ -269,8 +257,6 @@ def peak_memory_bytes(device: str) -> int | None:
 
 def release_cached_memory(device: str) -> None:
     """Give back what torch keeps of a GPU's memory for later, so that other processes find it."""
-    import torch
-
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     elif device == "mps":
@@ -283,8 +269,6 @@ def measure_matmul_flops(device: str, precision: str, repeats: int = 5) -> float
     What a training step can be held against where the maker publishes no peak. Leaves torch's setting
     for float32 products as it was.
     """
-    import torch
-
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     side = SIDE_ON_CPU if device == "cpu" else SIDE_ON_DEVICE
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

@@ -17,31 +17,53 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from overnight import __version__
-from overnight.bench.variants import Machine, Selection, baseline_compute, choose_variants, find_machine
-from overnight.bench.worker import StepTask, untimed_steps
+from overnight.bench import BenchConfig
+from overnight.bench.table import (
+    BenchRecord,
+    VariantRecord,
+    bench_markdown,
+    bench_svg,
+    bench_text,
+    bench_to_json,
+    wrong_variants,
+)
+from overnight.bench.variants import (
+    Machine,
+    Selection,
+    Variant,
+    baseline_compute,
+    choose_variants,
+    find_machine,
+    tolerance,
+)
+from overnight.bench.worker import StepTask, TimedSteps, interleave, running_workers, untimed_steps
 from overnight.config import nearest
-from overnight.hardware import Precision, find_memory_bytes, find_peak_flops, measure_matmul_flops
+from overnight.data import DataConfig
+from overnight.data.dataset import open_one_dataset
+from overnight.data.shards import open_tokens
+from overnight.distributed.world import open_world
+from overnight.hardware import (
+    Precision,
+    find_device_name,
+    find_memory_bytes,
+    find_peak_flops,
+    measure_matmul_flops,
+)
 from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.preparation.sources import python_documents
-from overnight.run_directory import cache_folder
-from overnight.terminal import echo
+from overnight.report.plots import check_matplotlib
+from overnight.run_directory import cache_folder, write_atomically
+from overnight.terminal import duration, echo
 from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
 from overnight.training.batch import estimate_rows_that_fit
 from overnight.training.memory import USABLE_FRACTION, estimate_memory
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from overnight.bench.table import BenchRecord, VariantRecord
-    from overnight.bench.variants import Variant
-    from overnight.bench.worker import TimedSteps
-
-from overnight.bench import BenchConfig
 
 COLUMNS = 80
 BUSY_SHARE = 0.5  # of all processors kept busy by others: from there on the figures are noisy
@@ -49,10 +71,6 @@ BUSY_SHARE = 0.5  # of all processors kept busy by others: from there on the fig
 
 def run(config: BenchConfig) -> BenchRecord:
     """Measure, show, write. Raises FloatingPointError in the end if a rung computes something else."""
-    from overnight.bench.table import bench_text, bench_to_json, wrong_variants
-    from overnight.distributed.world import open_world
-    from overnight.report.plots import check_matplotlib
-
     if config.out is not None:
         check_matplotlib()  # the drawing comes last: minutes from here
         if Path(config.out).is_file():
@@ -82,10 +100,6 @@ class Measurements(NamedTuple):
 
 def measure_variants(plan: BenchPlan) -> BenchRecord:
     """Let the rungs step in turn, and put together what that shows."""
-    import numpy as np
-
-    from overnight.bench.worker import interleave, running_workers
-
     ids, origin = read_ids(plan)
     announce(plan, origin)
     climbed: dict[str, Measurements] = {}
@@ -114,8 +128,6 @@ def pair_up(group: Sequence[str], rounds: Sequence[Mapping[str, TimedSteps]]) ->
 
 def announce(plan: BenchPlan, origin: str) -> None:
     """Say what each rung is, which are skipped, and how long all of it will take."""
-    from overnight.terminal import duration
-
     echo(f"{plan.model_name} in training, each rung on top of those before it:")
     wide = max(len(rung.name) for rung in plan.climb.rungs)
     for rung in plan.climb.rungs:
@@ -135,9 +147,6 @@ def build_record(
     plan: BenchPlan, climbed: Mapping[str, Measurements], peak_flops: float, origin: str
 ) -> BenchRecord:
     """The ladder as it was climbed; `peak_flops` is what MFU is to be a share of."""
-    from overnight.bench.table import BenchRecord
-    from overnight.hardware import find_device_name
-
     ground = plan.ground
     rows, tokens = ground.rows_per_step, ground.tokens_per_step
     return BenchRecord(
@@ -158,9 +167,6 @@ def build_variant_record(
     rung: Variant, plan: BenchPlan, climbed: Mapping[str, Measurements]
 ) -> VariantRecord:
     """One rung of it."""
-    from overnight.bench.table import VariantRecord
-    from overnight.bench.variants import tolerance
-
     if rung.name in plan.climb.skipped:
         return VariantRecord(name=rung.name, about=rung.about, skipped=plan.climb.skipped[rung.name])
     turns, before = climbed[rung.name]
@@ -179,8 +185,6 @@ def build_variant_record(
 
 def describe_software() -> dict[str, object]:
     """Versions, threads, date, and how busy the machine is."""
-    import torch
-
     return {
         "overnight": __version__,
         "torch": torch.__version__,
@@ -194,9 +198,6 @@ def describe_software() -> dict[str, object]:
 
 def write(ladder: BenchRecord, folder: Path) -> None:
     """ladder.json, ladder.md and ladder.svg; what is there already is replaced."""
-    from overnight.bench.table import bench_markdown, bench_svg, bench_to_json
-    from overnight.run_directory import write_atomically
-
     write_atomically(folder / "ladder.json", json.dumps(bench_to_json(ladder), indent=2) + "\n")
     write_atomically(folder / "ladder.md", bench_markdown(ladder))
     write_atomically(folder / "ladder.svg", bench_svg(ladder))
@@ -341,8 +342,6 @@ def find_bench_model(config: BenchConfig) -> ModelConfig:
 def find_free_bytes(device: str) -> float:
     """Memory that nobody holds. Where the operating system does not say, all that there is."""
     if device.startswith("cuda"):
-        import torch
-
         return float(torch.cuda.mem_get_info(device)[0])
     everything = find_memory_bytes(device)
     if device == "cpu" and MEMINFO.is_file():
@@ -420,10 +419,6 @@ def read_ids(plan: BenchPlan) -> tuple[NDArray[Any], str]:
 
 def _prepared_ids(data: str, vocab_size: int, wanted: int) -> NDArray[Any]:
     """At most `wanted` ids of the training split. Raises ValueError if they are not GPT-2's."""
-    from overnight.data import DataConfig
-    from overnight.data.dataset import open_one_dataset
-    from overnight.data.shards import open_tokens
-
     materials = open_one_dataset(DataConfig(data=data))
     if materials.manifest.vocab_size > vocab_size:
         raise ValueError(

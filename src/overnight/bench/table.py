@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.console import Console
+from rich.text import Text
+
 from overnight.report.plots import ACCENT, MUTED, RUN_COLOURS, house_style, new_axes, to_svg
 from overnight.terminal import short, significant
 
@@ -239,9 +242,6 @@ BLOCKS = " ▏▎▍▌▋▊▉"
 
 def bench_text(ladder: BenchRecord, columns: int = 80) -> str:
     """The table, the bars and what to know about them, no wider than `columns` where words allow it."""
-    from rich.console import Console
-    from rich.text import Text
-
     figures = bench_figures(ladder)
     lines = [Text(about(ladder)), Text()]
     lines += _table(ladder, figures, columns)
@@ -332,8 +332,6 @@ def milliseconds(value: float) -> str:
 
 def _table(ladder: BenchRecord, figures: dict[str, Figures], columns: int) -> list[Text]:
     """A line for each rung, under the titles; the column of losses only where it fits."""
-    from rich.text import Text
-
     rows = {rung.name: cells(rung, figures[rung.name]) for rung in ladder.climbed}
     names = [rung.name for rung in ladder.rungs]
     widths = [max(map(len, column)) for column in zip(TITLES, *rows.values(), strict=True)]
@@ -366,8 +364,6 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 def _bars(figures: dict[str, Figures], columns: int) -> list[Text]:
     """A bar for each rung, as long as it is fast, in eighths of a column."""
-    from rich.text import Text
-
     name_width = max(map(len, figures))
     fastest = max(each.tokens_per_second for each in figures.values())
     labels = {name: f" {short(each.tokens_per_second)}" for name, each in figures.items()}

@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from overnight.bench.worker import StepTask
 from overnight.config import nearest
 from overnight.hardware import native_precision
+from overnight.model.loss import fp8_obstacle
 from overnight.training import ComputeConfig
 from overnight.training.compute import can_compile
 
@@ -131,10 +134,6 @@ class Machine:
 
 def find_machine(device: str) -> Machine:
     """What this machine has, seen from one of its devices."""
-    import torch
-
-    from overnight.model.loss import fp8_obstacle
-
     return Machine(
         device=device,
         native=native_precision(device),

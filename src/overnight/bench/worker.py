@@ -18,17 +18,25 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+
+from overnight.data.loader import Batch, Batches, prefetch
 from overnight.distributed.machine import environment_of_process
 from overnight.distributed.world import open_world
+from overnight.hardware import peak_memory_bytes, release_cached_memory, reset_peak_memory
+from overnight.model.gpt import empty_model, initialize
+from overnight.model.loss import next_token_loss
 from overnight.model.model_config import ModelConfig
 from overnight.terminal import progress
-from overnight.training import ComputeConfig
-
-if TYPE_CHECKING:
-    from overnight.data.loader import Batches
-    from overnight.training.step import StepResult
+from overnight.training import ComputeConfig, OptimizerConfig
+from overnight.training.batch import constant_plan
+from overnight.training.compute import build_loss
+from overnight.training.optim import build_optimizer
+from overnight.training.state import TrainState, build_scaler
+from overnight.training.step import StepResult, Training, train_step
 
 SEED = 1337
 PEAK_LEARNING_RATE, WARMUP_STEPS = 6e-4, 10  # a warm-up so short that the updates show in a few losses
@@ -81,9 +89,6 @@ def learning_rate(step: int) -> float:
 
 def read_rows(ids: Any, context_length: int) -> Batches:
     """(first row, rows) -> Batch, on the CPU: the rows lie end to end in `ids`."""
-    import torch
-
-    from overnight.data.loader import Batch
 
     def batch(first_row: int, rows: int) -> Batch:
         start, end = first_row * context_length, (first_row + rows) * context_length
@@ -99,18 +104,6 @@ def build_step(task: StepTask) -> Callable[[], StepResult]:
 
     In float16 it tries again until the gradients are finite, so that all tasks have done the same updates.
     """
-    import numpy as np
-
-    from overnight.data.loader import prefetch
-    from overnight.model.gpt import empty_model, initialize
-    from overnight.model.loss import next_token_loss
-    from overnight.training import OptimizerConfig
-    from overnight.training.batch import constant_plan
-    from overnight.training.compute import build_loss
-    from overnight.training.optim import build_optimizer
-    from overnight.training.state import TrainState, build_scaler
-    from overnight.training.step import Training, train_step
-
     device, context_length = task.compute.device, task.model.context_length
     assert device is not None
     model = empty_model(task.model, task.vocabulary_multiple)
@@ -153,8 +146,6 @@ def untimed_steps(device: str) -> int:
 
 def time_steps(step: Callable[[], StepResult], device: str) -> dict[str, object]:
     """Time one step; returns its milliseconds, its peak memory, and the losses of all that were done."""
-    from overnight.hardware import peak_memory_bytes, release_cached_memory, reset_peak_memory
-
     reset_peak_memory(device)
     results = [step() for _ in range(untimed_steps(device) + 1)]
     peak_bytes = peak_memory_bytes(device)
@@ -174,8 +165,6 @@ def serve() -> None:
     def answer(values: Mapping[str, object]) -> None:
         answers.write(json.dumps(values) + "\n")
         answers.flush()
-
-    import torch
 
     task = read_task(sys.stdin.readline())
     device = open_world(task.compute.device).device

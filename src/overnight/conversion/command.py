@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from overnight.conversion import ConvertConfig
+from overnight.conversion.huggingface import write_huggingface
+from overnight.conversion.open_model import open_model
 from overnight.terminal import echo
 
 
 def run(config: ConvertConfig) -> Path:
     """Write the folder and say where it lies. Raises ValueError if it is already there."""
-    from overnight.conversion.huggingface import write_huggingface
-    from overnight.conversion.open_model import open_model
-
     opened = open_model(config.model)
     origin = opened.run or Path(config.model)
     name = origin.stem if origin.is_file() else origin.resolve().name

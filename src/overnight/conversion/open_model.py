@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from overnight.config import nearest
+from overnight.conversion.huggingface import read_huggingface
+from overnight.conversion.nanogpt import TOKENIZER, read_nanogpt
+from overnight.model.gpt import GPT
 from overnight.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from overnight.model.gpt import GPT
-    from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.tokenizer.open_tokenizer import load_tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.training.checkpoint.load import read_model, read_newest
 
 RUNS = Path("runs")
 
@@ -69,8 +70,6 @@ def _open_folder(folder: Path) -> OpenedModel:
 
 
 def _open_run(folder: Path) -> OpenedModel:
-    from overnight.training.checkpoint.load import read_model, read_newest
-
     read = read_newest(RunDirectory(folder).checkpoints, lambda found: (read_model(found), found))
     if read is None:
         raise ValueError(f"{folder} has no checkpoint yet; go on with overnight train --resume {folder}")
@@ -78,15 +77,11 @@ def _open_run(folder: Path) -> OpenedModel:
 
 
 def _open_checkpoint(checkpoint: Path) -> OpenedModel:
-    from overnight.training.checkpoint.load import read_model
-
     return _with_tokenizer(read_model(checkpoint), checkpoint, checkpoint.parent.parent)
 
 
 def _with_tokenizer(model: GPT, checkpoint: Path, run: Path) -> OpenedModel:
     """The model of a checkpoint of `run`; the run holds the tokenizer."""
-    from overnight.tokenizer.open_tokenizer import load_tokenizer
-
     tokenizer = RunDirectory(run).tokenizer
     if not tokenizer.is_dir():
         raise ValueError(f"{checkpoint} needs its run's tokenizer, and {tokenizer} is not there")
@@ -100,15 +95,11 @@ def _with_tokenizer(model: GPT, checkpoint: Path, run: Path) -> OpenedModel:
 
 
 def _open_huggingface(folder: Path) -> OpenedModel:
-    from overnight.conversion.huggingface import read_huggingface
-
     model, tokenizer = read_huggingface(folder)
     return OpenedModel(model=model, tokenizer=tokenizer, origin=folder, tokenizer_folder=folder, run=None)
 
 
 def _open_nanogpt(file: Path) -> OpenedModel:
-    from overnight.conversion.nanogpt import TOKENIZER, read_nanogpt
-
     model, tokenizer = read_nanogpt(file)
     return OpenedModel(
         model=model, tokenizer=tokenizer, origin=file, tokenizer_folder=Path(TOKENIZER), run=None

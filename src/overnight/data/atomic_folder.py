@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from overnight.data.text_files import DamagedFileError
 from overnight.run_directory import flush_folder
 from overnight.terminal import echo
@@ -22,8 +24,6 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     The kernel frees the lock when its holder dies, however it dies.
     """
-    from filelock import FileLock, Timeout
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_lock_file(folder))
     try:
@@ -39,8 +39,6 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 def is_locked_folder(folder: Path) -> bool:
     """True while some process holds the place of `folder`."""
-    from filelock import FileLock, Timeout
-
     try:
         with FileLock(_lock_file(folder), timeout=0):
             return False

@@ -5,21 +5,31 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from overnight.data.mixture import Concatenation, Mixture
-from overnight.data.shards import SPLITS
-from overnight.tokenizer.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from overnight.data.incremental import IncrementalFolder, IncrementalStream
-    from overnight.data.loader import TokenStream
-    from overnight.data.packing import BestFitStream
-    from overnight.data.remote import RemoteFolder
-    from overnight.data.shards import Manifest
-    from overnight.tokenizer.tokenizer import Tokenizer
+from typing import Any
 
 from overnight.data import DataConfig, MixtureSource
+from overnight.data.incremental import (
+    IncrementalFolder,
+    IncrementalStream,
+    is_being_prepared,
+    open_incremental,
+)
+from overnight.data.loader import TokenStream
+from overnight.data.mixture import Concatenation, Mixture
+from overnight.data.packing import BestFitStream
+from overnight.data.remote import RemoteFolder, is_prepared_elsewhere
+from overnight.data.shards import (
+    MANIFEST,
+    SHARD_NAME,
+    SPLITS,
+    Manifest,
+    load_prepared_tokenizer,
+    open_tokens,
+    read_manifest,
+)
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig, output_folder
+from overnight.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,6 @@ class Dataset:
         self, tokens_per_row: int, seed: int
     ) -> TokenStream | BestFitStream | IncrementalStream:
         """The rows of the training split, as `packing` has them."""
-        from overnight.data.incremental import IncrementalFolder, IncrementalStream
-        from overnight.data.loader import TokenStream
-        from overnight.data.packing import BestFitStream
-
         folder, portion = self.folder, self.config.shuffle_tokens
         if self.config.packing == "best-fit":
             return BestFitStream(folder, tokens_per_row=tokens_per_row, seed=seed)
@@ -72,14 +78,10 @@ class Dataset:
 
     def stream(self, split: str, tokens_per_row: int, seed: int) -> TokenStream:
         """The rows of one split, "train" or "validation", as windows over its tokens."""
-        from overnight.data.loader import TokenStream
-
         return TokenStream(self.folder, split, tokens_per_row=tokens_per_row, seed=seed)
 
     def text(self, split: str) -> bytes:
         """All documents of one split, in order, end to end."""
-        from overnight.data.shards import open_tokens
-
         shards = (open_tokens(self.folder / shard.name) for shard in self.manifest.shards(split))
         return b"".join(self.tokenizer.decode_bytes(ids.tolist()) for ids in shards)
 
@@ -90,12 +92,6 @@ def open_one_dataset(config: DataConfig) -> Dataset:
     Where they are being prepared, and `shuffle_tokens` allows to begin, those that are complete. Raises
     ValueError if it does not, and for a folder that is there in part and that nobody prepares any more.
     """
-    from overnight.data.incremental import is_being_prepared, open_incremental
-    from overnight.data.remote import RemoteFolder, is_prepared_elsewhere
-    from overnight.data.shards import MANIFEST, SHARD_NAME, load_prepared_tokenizer, read_manifest
-    from overnight.preparation.prepare import prepare
-    from overnight.preparation.prepare_config import PrepareConfig, output_folder
-
     if is_prepared_elsewhere(config.data):
         remote = RemoteFolder(config.data, config.cache_bytes)
         return Dataset(remote, remote.manifest, load_prepared_tokenizer(remote.folder), config)

@@ -29,6 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
+from filelock import FileLock
 
 from overnight.data.shards import (
     HEADER_BYTES,
@@ -280,8 +281,6 @@ def _cache() -> Path:
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
     """Hold one shard's place in the cache for this process; wait while another has it."""
-    from filelock import FileLock
-
     with FileLock(path.with_name(f".{path.name}.lock")):
         yield
 

@@ -25,16 +25,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
-
-if TYPE_CHECKING:
-    from overnight.tokenizer.tokenizer import Tokenizer
-
+from overnight.tokenizer.open_tokenizer import load_tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
@@ -224,8 +222,6 @@ def verify(folder: Path, split: str | None = None) -> Manifest:
 
 def load_prepared_tokenizer(folder: Path, manifest: Manifest | None = None) -> Tokenizer:
     """The tokenizer that made a folder's shards. Raises ValueError if what lies there is another."""
-    from overnight.tokenizer.open_tokenizer import load_tokenizer
-
     manifest = manifest or read_manifest(folder)
     if not (folder / "tokenizer").is_dir():
         raise ValueError(f"{folder / 'tokenizer'} is missing; {REMEDY}")

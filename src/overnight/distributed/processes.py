@@ -11,6 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 from overnight.distributed.launcher import LOST, create_usage_error_file
 from overnight.distributed.watchdog import FROZEN
 from overnight.terminal import echo
@@ -26,10 +30,6 @@ def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
     The main one has the terminal. What the others say is kept, and its end shown if they fail. When one dies,
     all are begun anew, up to `max_restarts` times.
     """
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what follows says it all
     with tempfile.TemporaryDirectory(prefix="overnight-") as logs:
         config = LaunchConfig(

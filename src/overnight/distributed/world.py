@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
-from overnight.distributed.machine import compute_with_threads, count_cores
-
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from overnight.distributed.launcher import CollectiveValueError, LauncherEnv, PeerLostError, read_launcher_env
+from overnight.distributed.machine import compute_with_threads, count_cores
 
 BUCKET_BYTES = 100_000_000  # sent at once: large enough for full speed, small beside the gradients
 
@@ -42,8 +41,6 @@ class World:
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Make each tensor the sum of all processes' ones, in place; all of one dtype."""
-        import torch.distributed as dist
-
         if self.size > 1:
             _in_buckets(tensors, dist.all_reduce)
 
@@ -52,8 +49,6 @@ class World:
 
         The number of processes must be a power of 2.
         """
-        import torch
-        import torch.distributed as dist
 
         def exchange(flat: Tensor) -> None:
             distance = 1
@@ -73,8 +68,6 @@ class World:
 
     def spread(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Make each tensor the one that process `owner` has, in place; all of one dtype."""
-        import torch.distributed as dist
-
         if self.size > 1:
             _in_buckets(tensors, lambda flat: dist.broadcast(flat, owner))
 
@@ -84,8 +77,6 @@ class World:
 
     def gather(self, word: str) -> list[str]:
         """What every process says, by rank."""
-        import torch.distributed as dist
-
         if self.size == 1:
             return [word]
         words = [""] * self.size
@@ -116,8 +107,6 @@ SINGLE_PROCESS = World(rank=0, size=1, device="cpu")
 
 def _in_buckets(tensors: Sequence[Tensor], say: Callable[[Tensor], object]) -> None:
     """Lay tensors end to end, as many as come to BUCKET_BYTES; `say` changes each such stretch in place."""
-    import torch
-
     bucket: list[Tensor] = []
     held = 0
     for number, tensor in enumerate(tensors, 1):
@@ -170,8 +159,6 @@ def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
     if place is None:
         yield _open_alone(device)
         return
-    import torch.distributed as dist
-
     world = _find_device(place, device)
     if "OMP_NUM_THREADS" not in os.environ:
         compute_with_threads(max(1, (count_cores() or 1) // world.local_size))
@@ -214,8 +201,6 @@ def count_processes(asked: int | str, device: str | None) -> int:
 
     Raises ValueError for more than there are GPUs to compute on, and for a device that they can't share.
     """
-    import torch
-
     chosen = _check_device(device) if device else _best_device()
     gpus = torch.cuda.device_count() if chosen == "cuda" else None
     if asked == "auto":
@@ -237,9 +222,6 @@ def _check_shared(device: str, processes: int) -> None:
 
 def _find_device(place: LauncherEnv, device: str | None) -> World:
     """The process's place, with the device that is its own."""
-    import torch
-    import torch.distributed as dist
-
     chosen = _check_device(device) if device else _best_device()
     _check_shared(chosen, place.size)
     if chosen == "cuda":
@@ -258,16 +240,12 @@ def _find_device(place: LauncherEnv, device: str | None) -> World:
 
 
 def _best_device() -> str:
-    import torch
-
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _check_device(device: str) -> str:
-    import torch
-
     kind, _, index = device.partition(":")
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?|mps", device):
         raise ValueError(f"device={device} is not known; there is cpu, cuda, cuda:1 and so on, mps")

@@ -7,13 +7,11 @@ import textwrap
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from overnight.terminal import duration
-
-if TYPE_CHECKING:
-    from overnight.training.state import TrainState
-    from overnight.training.step import Training
+from overnight.training.state import TrainState
+from overnight.training.step import Training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,21 +15,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
 
 from overnight.config import raise_problems
 from overnight.conversion.open_model import OpenedModel, open_model
 from overnight.data import DataConfig
+from overnight.data.dataset import open_one_dataset
 from overnight.data.shards import Manifest, read_manifest
+from overnight.data.text_files import find_files, is_remote
 from overnight.distributed.world import SINGLE_PROCESS, World, open_world
-from overnight.doctor import data_checks, generation_checks, model_checks, tiny_run
+from overnight.doctor import CHECKS, DoctorConfig, data_checks, generation_checks, model_checks, tiny_run
 from overnight.doctor import run_checks as run_checks_module
 from overnight.doctor.check import (
     COLUMNS,
+    Check,
     CheckResult,
     SetUp,
     checks_to_json,
     describe_checks,
+    run_check,
     skipped,
     summarize_checks,
 )
@@ -40,16 +47,12 @@ from overnight.planning import command as planning_command
 from overnight.planning.command import ResourceEstimate
 from overnight.planning.estimate import TokenCounts, find_prepared, find_token_counts, model_config_of
 from overnight.preparation.prepare_commands import find_recipe_text, find_told_commands
-from overnight.recipe import Recipe
+from overnight.preparation.sources import source_name
+from overnight.recipe import Recipe, changed_options, load_recipe
 from overnight.run import setup
 from overnight.run_directory import cache_folder
 from overnight.terminal import duration, echo, quiet
 from overnight.training.compute import can_compile
-
-if TYPE_CHECKING:
-    from overnight.doctor.check import Check, CheckResult
-
-from overnight.doctor import CHECKS, DoctorConfig
 
 DEPENDS_ON = dict.fromkeys(("accumulation", "overfit", "checkpoint", "processes"), "gradients")
 """What can't be told before another check has passed: without its gradients no step can be taken."""
@@ -88,8 +91,6 @@ def run(config: DoctorConfig, name: str) -> int:
 
 def run_checks(checks: Mapping[str, Callable[[], CheckResult]], names: tuple[str, ...]) -> Iterator[Check]:
     """Do the checks of these names, in their own order, one by one."""
-    from overnight.doctor.check import Check, run_check, skipped
-
     failed: set[str] = set()
     for name in CHECKS:
         if name not in names:
@@ -106,8 +107,6 @@ def run_checks(checks: Mapping[str, Callable[[], CheckResult]], names: tuple[str
 
 def changed_words(config: DoctorConfig, name: str) -> list[str]:
     """The options by which the recipe was changed, for the next command."""
-    from overnight.recipe import changed_options, load_recipe
-
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
     return changed_options(recipe, load_recipe(name))
 
@@ -115,8 +114,6 @@ def changed_words(config: DoctorConfig, name: str) -> list[str]:
 @contextmanager
 def _left_as_found() -> Iterator[None]:
     """Afterwards Python's and torch's noise, torch's threads and its precision are what they were."""
-    import torch
-
     threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
     noise = random.getstate()  # torch's launcher draws from it
     try:
@@ -275,8 +272,6 @@ class DoctorContext:
         return model_checks.check_compiled(self._build)
 
     def _processes(self) -> CheckResult:
-        import torch.distributed as dist
-
         if not (dist.is_available() and dist.is_gloo_available()):
             return skipped("this torch has no gloo, by which processes on a CPU talk")
         small = self.specimen.recipe
@@ -370,14 +365,10 @@ def _find(config: DataConfig, name: str) -> LocalDataset:
         return LocalDataset(path, prepared)
     folder, command = find_recipe_text(path, config)
     if is_small_and_local(path):
-        from overnight.data.dataset import open_one_dataset
-
         open_one_dataset(dataclasses.replace(config, shuffle_tokens=None))
         return LocalDataset(path, Path(folder))
     command = find_told_commands(name).get(folder, command)
     if not command:
-        from overnight.preparation.sources import source_name
-
         source_name(path)  # refuses, with what to do, what is not there
         command = ("overnight", "prepare", path)
     return LocalDataset(path, None, f"{folder} is not prepared yet: {shlex.join(command)}")
@@ -385,8 +376,6 @@ def _find(config: DataConfig, name: str) -> LocalDataset:
 
 def is_small_and_local(path: str) -> bool:
     """True of text that `overnight prepare` is done with in seconds, without a network."""
-    from overnight.data.text_files import find_files, is_remote
-
     if path == "python-docs":
         return True
     if path == "shakespeare":

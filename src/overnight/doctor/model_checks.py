@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from overnight.data.loader import Batch
 from overnight.distributed.world import World
@@ -366,10 +369,6 @@ def run_in_two(line: str, words: Sequence[str], logs: Path) -> None:
     Raises RuntimeError, with the last thing it said, if one fails. Nothing of what they say is shown; it is
     written into the folder `logs`.
     """
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     elastic = logging.getLogger("torch.distributed.elastic")
     level = elastic.level
     elastic.setLevel(logging.CRITICAL)  # what is raised says it all

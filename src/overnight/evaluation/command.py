@@ -8,8 +8,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from overnight.config import raise_problems
+from overnight.conversion.open_model import OpenedModel, open_model
+from overnight.data import DataConfig
+from overnight.distributed.launcher import use_new_rendezvous_store
+from overnight.distributed.machine import divide_cores
+from overnight.distributed.processes import run_processes
+from overnight.distributed.world import count_processes, join_world
+from overnight.evaluation import EvaluateConfig
+from overnight.evaluation.harness import check_harness, harness_scores
 from overnight.evaluation.held_out import (
     METRICS,
     ValidationSet,
@@ -17,6 +26,7 @@ from overnight.evaluation.held_out import (
     measure_validation,
     open_validation_set,
 )
+from overnight.evaluation.perplexity import TextLoss, sum_up
 from overnight.evaluation.run_tasks import (
     TaskNames,
     as_values,
@@ -26,16 +36,9 @@ from overnight.evaluation.run_tasks import (
     scores_to_json,
     split_names,
 )
+from overnight.evaluation.scores import Score, score_text
+from overnight.recipe import Recipe, read_recipe_of
 from overnight.terminal import echo, quiet
-
-if TYPE_CHECKING:
-    from overnight.conversion.open_model import OpenedModel
-    from overnight.data import DataConfig
-    from overnight.evaluation.perplexity import TextLoss
-    from overnight.evaluation.scores import Score
-    from overnight.recipe import Recipe
-
-from overnight.evaluation import EvaluateConfig
 
 TIMEOUT_SECONDS = 1800  # a process may judge for so long while another waits for it
 
@@ -53,9 +56,6 @@ class EvaluatedModel:
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate and print. Of processes started together each does its share, and the main one speaks."""
-    from overnight.config import raise_problems
-    from overnight.distributed.world import join_world
-
     raise_problems(config.problems(), "overnight evaluate")
     names = split_names(config.tasks)
     with join_world(config.device, TIMEOUT_SECONDS) as world, quiet(not world.is_main):
@@ -91,12 +91,6 @@ def run(config: EvaluateConfig) -> None:
 
 def evaluate_in_processes(config: EvaluateConfig, words: Sequence[str]) -> int:
     """Let several processes on this machine each run the command of these words; returns the exit status."""
-    from overnight.config import raise_problems
-    from overnight.distributed.launcher import use_new_rendezvous_store
-    from overnight.distributed.machine import divide_cores
-    from overnight.distributed.processes import run_processes
-    from overnight.distributed.world import count_processes
-
     assert config.processes is not None
     raise_problems(config.problems(), "overnight evaluate")
     split_names(config.tasks)
@@ -108,9 +102,6 @@ def evaluate_in_processes(config: EvaluateConfig, words: Sequence[str]) -> int:
 
 def open_evaluated_models(config: EvaluateConfig, device: str) -> list[EvaluatedModel]:
     """The model, and the other one if there is one."""
-    from overnight.conversion.open_model import open_model
-    from overnight.recipe import read_recipe_of
-
     subjects = []
     for name in filter(None, (config.model, config.against)):
         opened = open_model(name)
@@ -123,8 +114,6 @@ def open_evaluated_models(config: EvaluateConfig, device: str) -> list[Evaluated
 
 def open_validation(config: EvaluateConfig, subjects: list[EvaluatedModel]) -> ValidationSet:
     """Text that every model reads in its own tokens."""
-    from overnight.data import DataConfig
-
     recipe = subjects[0].recipe
     packing = recipe.data.packing if recipe else "stream"
     asked = DataConfig(data=config.data, packing=packing) if config.data else _own_data(recipe)
@@ -136,8 +125,6 @@ def open_validation(config: EvaluateConfig, subjects: list[EvaluatedModel]) -> V
 
 def score_validation(held_out: ValidationSet, measured: list[TextLoss]) -> list[Score]:
     """The losses in all units, beside what others reached on such text."""
-    from overnight.evaluation.scores import score_text
-
     against = measured[1] if len(measured) > 1 else None
     kind = "pieces" if held_out.stride is None else "windows"
     first, *others = score_text("validation", METRICS, measured[0], against, kind)
@@ -155,8 +142,6 @@ def print_scores(scores: list[Score], where: str | None = None) -> None:
 def check_harness_tasks(config: EvaluateConfig, names: TaskNames) -> None:
     """Raise ValueError for a task that lm-evaluation-harness does not know, or if it is not installed."""
     if names.harness:
-        from overnight.evaluation.harness import check_harness
-
         check_harness(names.harness, _folder(config))
 
 
@@ -164,8 +149,6 @@ def evaluate_with_harness(
     config: EvaluateConfig, names: TaskNames, subject: EvaluatedModel
 ) -> list[dict[str, Any]]:
     """Tasks of lm-evaluation-harness, told as it tells them."""
-    from overnight.evaluation.harness import harness_scores
-
     opened, folder = subject.opened, _folder(config)
     found = harness_scores(
         opened.model, opened.tokenizer, names.harness, subject.precision, folder, config.examples
@@ -180,8 +163,6 @@ def _folder(config: EvaluateConfig) -> Path | None:
 
 
 def _summary(measured: TextLoss) -> dict[str, Any]:
-    from overnight.evaluation.perplexity import sum_up
-
     summary: dict[str, Any] = scores_to_json(dataclasses.asdict(sum_up(measured)))
     return summary
 

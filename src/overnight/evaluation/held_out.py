@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from overnight.data import DataConfig
+from overnight.data.dataset import Dataset, MixtureDataset, open_dataset
+from overnight.data.loader import Batch
+from overnight.data.mixture import Concatenation
+from overnight.distributed.world import World
+from overnight.evaluation.passages import cut_windows
+from overnight.evaluation.perplexity import (
+    TextLoss,
+    count_characters,
+    evaluation_rows,
+    measure_language_model,
+)
+from overnight.evaluation.references import VALIDATION_LOSSES, PublishedResult
+from overnight.evaluation.run_tasks import gather
+from overnight.evaluation.tasks import evaluate_task
+from overnight.model.gpt import GPT
 from overnight.terminal import progress
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from overnight.data import DataConfig
-    from overnight.data.dataset import Dataset, MixtureDataset
-    from overnight.data.loader import Batch
-    from overnight.distributed.world import World
-    from overnight.evaluation.perplexity import TextLoss
-    from overnight.evaluation.references import PublishedResult
-    from overnight.model.gpt import GPT
-    from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
 
 METRICS = ("nats_per_token", "perplexity_per_token", "bits_per_byte", "bits_per_character")
 
@@ -37,8 +43,6 @@ class ValidationSet:
 
     def references(self) -> tuple[PublishedResult, ...]:
         """What others reached on text of this source, in tokens of this tokenizer."""
-        from overnight.evaluation.references import VALIDATION_LOSSES
-
         record = self.materials.record()
         known = VALIDATION_LOSSES.get(str(record.get("source")), ())
         return known if self.materials.tokenizer.name == "gpt2" else ()
@@ -46,8 +50,6 @@ class ValidationSet:
 
 def open_validation_set(config: DataConfig, tokens: int | None, stride: int | None) -> ValidationSet:
     """The held-out split of prepared text. Raises ValueError for a stride where documents stand alone."""
-    from overnight.data.dataset import open_dataset
-
     materials = open_dataset(config)
     if stride is not None and materials.boundary is not None:
         raise ValueError(
@@ -68,8 +70,6 @@ def check_same_tokenizer(held_out: ValidationSet, tokenizer: Tokenizer, model: s
 
 def measure_validation(held_out: ValidationSet, model: GPT, precision: str, world: World) -> TextLoss:
     """The nats of its tokens, by pieces, with a bar; the same in all processes."""
-    from overnight.evaluation.perplexity import evaluation_rows, measure_language_model
-
     materials, wanted = held_out.materials, held_out.tokens
     stream = materials.stream("validation", model.config.context_length, seed=0)
     with progress("validation", wanted or stream.tokens - 1, "tokens") as advance:
@@ -89,13 +89,6 @@ def _measure_windows(
     held_out: ValidationSet, model: GPT, precision: str, world: World, advance: Callable[[int], None]
 ) -> TextLoss:
     """The same with a stride: each window knows what stands before it; of several texts, each by itself."""
-    import numpy as np
-
-    from overnight.evaluation.passages import cut_windows
-    from overnight.evaluation.perplexity import TextLoss, count_characters
-    from overnight.evaluation.run_tasks import gather
-    from overnight.evaluation.tasks import evaluate_task
-
     texts = list(_read_texts(held_out, model.config.context_length))
     passages = [
         passage for ids in texts for passage in cut_windows(ids, model.config.context_length, held_out.stride)
@@ -118,10 +111,6 @@ def _measure_windows(
 
 def _read_texts(held_out: ValidationSet, tokens_per_row: int) -> Iterator[NDArray[np.int64]]:
     """The ids of the held-out split in its own order; of a mixture, of each part."""
-    import numpy as np
-
-    from overnight.data.mixture import Concatenation
-
     stream, wanted = held_out.materials.stream("validation", tokens_per_row, seed=0), held_out.tokens
     streams = stream.streams if isinstance(stream, Concatenation) else (stream,)
     counts = stream.evaluation_tokens(wanted) if isinstance(stream, Concatenation) else [wanted]

@@ -8,17 +8,17 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from overnight.config import nearest
+from overnight.distributed.world import World
+from overnight.evaluation.result_cache import cache_key, clear_results, evaluate_missing
+from overnight.evaluation.scores import AccuracyComparison, LossComparison, Score
+from overnight.evaluation.tasks import TASKS, Numbers, Task, TaskResult, evaluate_task, open_task
+from overnight.model.gpt import GPT
+from overnight.run_directory import cache_folder
 from overnight.terminal import progress
-
-if TYPE_CHECKING:
-    from overnight.distributed.world import World
-    from overnight.evaluation.scores import AccuracyComparison, LossComparison, Score
-    from overnight.evaluation.tasks import Numbers, Task, TaskResult
-    from overnight.model.gpt import GPT
-    from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
 
 VALIDATION = "validation"
 HARNESS = "lm-eval:"
@@ -39,8 +39,6 @@ def split_names(tasks: Sequence[str]) -> TaskNames:
 
     Raises ValueError for one that there is not, with the nearest.
     """
-    from overnight.evaluation.tasks import TASKS
-
     names = list(dict.fromkeys(name.strip() for word in tasks for name in word.split(",") if name.strip()))
     if not names:
         raise ValueError(f"name a task: {VALIDATION}, {', '.join(TASKS)}, {HARNESS}NAME")
@@ -63,10 +61,6 @@ def evaluate_and_score(
 
     An evaluation that was interrupted goes on where it was.
     """
-    from overnight.evaluation.result_cache import cache_key, clear_results, evaluate_missing
-    from overnight.evaluation.tasks import TaskResult, evaluate_task
-    from overnight.run_directory import cache_folder
-
     examples = task.encode(tokenizer, model.config.context_length)
     folder = cache_folder() / "judged" / cache_key(model, examples, precision)
 
@@ -93,8 +87,6 @@ def gather(mine: Iterable[tuple[int, Numbers]], world: World) -> list[Numbers]:
 
 def describe_score(scores: Sequence[Score]) -> Iterator[str]:
     """The lines of a table of one task, of at most 80 columns."""
-    from overnight.evaluation.scores import LossComparison
-
     first = scores[0]
     chance = "" if first.chance is None else f", chance {first.chance:.2f}"
     yield f"{first.task}: {first.examples:,} {first.kind}{chance}"
@@ -124,8 +116,6 @@ def describe_briefly(score: Score) -> str:
 
 
 def _compare(rival: AccuracyComparison | LossComparison) -> Iterator[str]:
-    from overnight.evaluation.scores import AccuracyComparison
-
     if not isinstance(rival, AccuracyComparison):
         yield _line("", _number(rival.value), "the other model")
         return
@@ -165,6 +155,4 @@ def open_tasks(
     names: Sequence[str], folder: str | None, most: int | None = None, stride: int | None = None
 ) -> list[Task]:
     """Their files found or fetched, and read; see `open_task`."""
-    from overnight.evaluation.tasks import open_task
-
     return [open_task(name, Path(folder) if folder is not None else None, most, stride) for name in names]

@@ -7,28 +7,20 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from overnight.terminal import echo
-
-if TYPE_CHECKING:
-    from overnight.conversion.open_model import OpenedModel
-    from overnight.generation.generate import Completion, Decoding
-    from overnight.generation.quantize import DecodingPrecision
-
+from overnight.config import raise_problems
+from overnight.conversion.open_model import OpenedModel, open_model
+from overnight.distributed.world import open_world
 from overnight.generation import GenerateConfig
+from overnight.generation.generate import Completion, Decoding, check_prompts, complete, stream_text
+from overnight.generation.quantize import DecodingPrecision, generation_precisions, prepare_for_generation
+from overnight.terminal import echo
 
 ROWS_AT_ONCE = 8  # a CPU reads the weights once for all of them; more rows bring it little
 
 
 def run(config: GenerateConfig) -> None:
     """Write the completions and say how fast. Raises ValueError before any work if something is wrong."""
-    from overnight.config import raise_problems
-    from overnight.conversion.open_model import open_model
-    from overnight.distributed.world import open_world
-    from overnight.generation.generate import Decoding
-    from overnight.generation.quantize import prepare_for_generation
-
     raise_problems(config.problems(), "overnight generate")
     device = open_world(config.device).device
     precision = _choose_precision(config, device)
@@ -51,8 +43,6 @@ def run(config: GenerateConfig) -> None:
 
 def _choose_precision(config: GenerateConfig, device: str) -> DecodingPrecision:
     """The one asked for, or the device's best. Raises ValueError for one that the device lacks."""
-    from overnight.generation.quantize import generation_precisions
-
     found = generation_precisions(device)
     if config.precision is not None and config.precision not in found:
         raise ValueError(f"precision={config.precision} is not for {device}; take {' or '.join(found)}")
@@ -61,8 +51,6 @@ def _choose_precision(config: GenerateConfig, device: str) -> DecodingPrecision:
 
 def _write_as_it_comes(config: GenerateConfig, opened: OpenedModel, decoding: Decoding) -> int:
     """Stream the one completion, prompt first; how many tokens were written."""
-    from overnight.generation.generate import stream_text
-
     prompt = "".join(config.prompts)
     pieces = stream_text(opened.model, opened.tokenizer, prompt, decoding, config.stop)
     _print(prompt)
@@ -94,8 +82,6 @@ def _completions(
     config: GenerateConfig, opened: OpenedModel, decoding: Decoding
 ) -> Iterator[tuple[str, Completion]]:
     """Each prompt with each of its completions. Their number is not bounded by memory."""
-    from overnight.generation.generate import check_prompts, complete
-
     prompts = config.prompts or ("",)
     check_prompts(opened.model, opened.tokenizer, prompts, decoding)
     total = len(prompts) * config.samples

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor
 
 from overnight.generation import SamplingConfig
 
@@ -34,8 +34,6 @@ def sample(
     logits that are not finite. Of equal logits at the edge of top-k, torch chooses which are kept; at the
     edge of top-p all are.
     """
-    import torch
-
     if logits_BV.device.type == "mps":  # it has no float64
         logits_BV = logits_BV.cpu()
     # A sum finds any NaN or infinity thirty times faster than looking at each; float64 cannot overflow.
@@ -67,8 +65,6 @@ def _least_weight_kept(weights_BK: Tensor, top_p: float) -> Tensor:
 
     A few hundred of 50,257 usually do, and are found fifteen times faster than all are sorted.
     """
-    import torch
-
     wanted_B1 = top_p * weights_BK.sum(dim=-1, keepdim=True)
     falling = weights_BK.topk(min(512, weights_BK.shape[-1])).values
     if (falling.sum(dim=-1, keepdim=True) < wanted_B1).any():
@@ -79,9 +75,6 @@ def _least_weight_kept(weights_BK: Tensor, top_p: float) -> Tensor:
 
 def _sorted(weights_BK: Tensor) -> Tensor:
     """Weights in rising order. On a CPU by numpy, which sorts bare numbers twice as fast as torch."""
-    import numpy as np
-    import torch
-
     if weights_BK.device.type == "cpu":
         return torch.from_numpy(np.sort(weights_BK.detach().numpy(), axis=-1))
     return weights_BK.sort(dim=-1).values

@@ -7,15 +7,17 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from overnight.terminal import echo
+from rich.console import Console
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from overnight.inspection.domains import Domains
-    from overnight.inspection.statistics import Inspection, Sample
-
+from overnight.config import raise_problems
+from overnight.data.text_files import is_remote
 from overnight.inspection import InspectConfig
+from overnight.inspection.domains import Columns, Domains, count_domains
+from overnight.inspection.quality import ODDITIES
+from overnight.inspection.statistics import LONGEST_LOOK_TOKENS, Inspection, Sample, inspect_shards
+from overnight.terminal import echo
 
 WIDTH = 80
 BAR = 30
@@ -25,20 +27,14 @@ DOMAINS_SHOWN = 20
 
 def run(config: InspectConfig) -> None:
     """Look at the data and say what is there. Raises ValueError for what is neither shards nor a source."""
-    from overnight.config import raise_problems
-
     raise_problems(config.problems(), "inspect")
     if (Path(config.data) / "manifest.json").is_file():
-        from overnight.inspection.statistics import inspect_shards
-
         found = inspect_shards(
             Path(config.data), documents=config.documents, samples=config.samples, seed=config.seed
         )
         _print(config, found, describe_shards(found))
         return
     _refuse_foreign(config.data)
-    from overnight.inspection.domains import Columns, count_domains
-
     domains = count_domains(
         config.data, Columns(url=config.url_column, text=config.text_column), config.documents
     )
@@ -55,8 +51,6 @@ def _print(config: InspectConfig, found: Inspection | Domains, lines: Iterator[s
 
 def _refuse_foreign(data: str) -> None:
     """Raise ValueError for what is neither there nor a source of text."""
-    from overnight.data.text_files import is_remote
-
     path = Path(data)
     if is_remote(data):
         return
@@ -150,9 +144,6 @@ def _frequent(found: Inspection) -> Iterator[str]:
 
 
 def _oddities(found: Inspection) -> Iterator[str]:
-    from overnight.inspection.quality import ODDITIES
-    from overnight.inspection.statistics import LONGEST_LOOK_TOKENS
-
     documents = sum(split.documents for split in found.splits)
     which = (
         f"all {documents:,} documents"
@@ -209,9 +200,6 @@ def describe_domains(found: Domains) -> Iterator[str]:
 
 def _wrapped(text: str, indent: str = "", first: str = "") -> list[str]:
     r"""Lines of at most 80 columns, wide characters counted as two; none ends at a blank written "\ue000"."""
-    from rich.console import Console
-    from rich.text import Text
-
     console = Console(width=WIDTH)
     lines = Text(text).wrap(console, WIDTH - max(len(indent), len(first)))
     starts = [first, *[indent] * len(lines)]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from overnight.config import nearest, raise_problems
 from overnight.distributed.machine import count_cores
-from overnight.distributed.world import count_processes
+from overnight.distributed.world import count_processes, open_world
 from overnight.hardware import (
     DEVICES,
     Device,
@@ -38,6 +38,7 @@ from overnight.planning.estimate import (
     predict_disk,
     predict_seconds,
 )
+from overnight.planning.measure import measure_step_costs
 from overnight.planning.network import (
     ParallelLayout,
     choose_parallel_layout,
@@ -47,7 +48,7 @@ from overnight.planning.network import (
 )
 from overnight.planning.page import Plan, plan_text, plan_to_json
 from overnight.recipe import Recipe, list_options, load_recipe
-from overnight.run.setup import resolve_recipe
+from overnight.run.setup import resolve_recipe, settle
 from overnight.terminal import echo
 from overnight.training import ComputeConfig
 from overnight.training.batch import ROWS_AT_MOST, BatchPlan, estimate_rows_that_fit
@@ -116,9 +117,6 @@ def planned_recipe(config: PlanConfig) -> Recipe:
 
 def plan_here(config: PlanConfig, name: str) -> Plan:
     """The plan for this machine: measured, or only estimated if the model can't fit into its memory."""
-    from overnight.distributed.world import count_processes, open_world
-    from overnight.run.setup import resolve_recipe
-
     device = open_world(config.compute.device).device
     processes = count_processes(config.compute.processes or 1, device)
     check_together(device, config.machines * processes)
@@ -170,8 +168,6 @@ def measured(outlook: Plan, memory_bytes: int, seconds: float) -> Plan:
     whole = estimate_memory(recipe.model, outlook.plan.rows_per_micro_batch, recipe.compute)
     if team.processes > 1 and not fits_into(memory_bytes, whole.together):
         return estimated(outlook, "the model is too large to be measured with one of them")
-    from overnight.planning.measure import measure_step_costs
-
     found = measure_step_costs(recipe, outlook.plan, seconds, team.processes)
     if found is None:
         return with_fit_options(outlook, memory_bytes)
@@ -191,8 +187,6 @@ def measured(outlook: Plan, memory_bytes: int, seconds: float) -> Plan:
 
 def plan_for_device(config: PlanConfig, name: str, device: Device) -> Plan:
     """The plan for a device of the table: an estimate, and nothing is measured."""
-    from overnight.run.setup import settle
-
     processes = config.compute.processes or 1
     assert isinstance(processes, int)
     text = find_token_counts(config.data, config.model.vocab_size)

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from overnight.conversion.open_model import open_model
 from overnight.data import DataConfig
+from overnight.data.shards import read_manifest, token_format
 from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.recipe import Recipe
+from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.training.batch import BatchPlan
 
 BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32
@@ -48,8 +52,6 @@ def find_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts
     folder = find_prepared(config)
     if folder is None:
         return TokenCounts(vocab_size or _vocabulary(config), None, None, None)
-    from overnight.data.shards import read_manifest
-
     manifest = read_manifest(folder)
     validation = manifest.tokens("validation")
     return TokenCounts(manifest.vocab_size, folder, manifest.tokens("train") + validation, validation)
@@ -71,8 +73,6 @@ def _find_all(config: DataConfig, vocab_size: int | None) -> TokenCounts:
 
 def find_prepared(config: DataConfig) -> Path | None:
     """The folder of shards that a run would use as it is; None if it would prepare one, or fail to."""
-    from overnight.preparation.prepare_config import PrepareConfig, output_folder
-
     folder = Path(config.data)
     if not (folder / "manifest.json").is_file():
         try:
@@ -94,8 +94,6 @@ def _vocabulary(config: DataConfig) -> int:
         )
     if size := re.fullmatch(r"bpe-([0-9]+)", name):
         return int(size[1])
-    from overnight.tokenizer.open_tokenizer import load_tokenizer
-
     return load_tokenizer(name).vocab_size
 
 
@@ -106,8 +104,6 @@ def model_config_of(recipe: Recipe, vocab_size: int) -> ModelConfig:
     if recipe.start_from in RELEASED and not Path(recipe.start_from).is_dir():
         sizes = PRESETS[RELEASED[recipe.start_from]]
     else:
-        from overnight.conversion.open_model import open_model
-
         sizes = open_model(recipe.start_from).model.config
     return dataclasses.replace(sizes, dropout=recipe.model.dropout)
 
@@ -207,8 +203,6 @@ def predict_disk(recipe: Recipe, work: RunCounts, text: TokenCounts) -> dict[str
 
     Of a text that is not prepared yet, as many tokens as the run reads: it has no more than these to show.
     """
-    from overnight.data.shards import token_format
-
     width = token_format(text.vocab_size).dtype.itemsize
     kept = recipe.checkpoints.count_kept(work.steps)
     return {

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as Words
+
 from overnight.planning.estimate import (
     Cost,
     RunCounts,
@@ -246,10 +250,6 @@ class PlanLine(NamedTuple):
 
 def plan_text(outlook: Plan) -> str:
     """The page, no wider than 80 columns; headings stand out where stderr is a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text as Words
-
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, min_width=22)
     table.add_column(no_wrap=True, justify="right", min_width=10)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
-from overnight.preparation.prepare_config import PrepareConfig
+from overnight.data.shards import Manifest
+from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.terminal import echo
-
-if TYPE_CHECKING:
-    from overnight.data.shards import Manifest
 
 
 def run(config: PrepareConfig) -> Manifest | None:
     """Fill the output folder, or verify and reuse it, and say what it holds; None if Slurm is at it."""
-    from overnight.preparation.prepare import prepare
-    from overnight.preparation.prepare_config import output_folder
-
     started_at = time.perf_counter()
     manifest = prepare(config)
     if manifest is None:

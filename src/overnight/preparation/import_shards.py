@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,13 +42,12 @@ from overnight.data.shards import (
     write_manifest,
 )
 from overnight.data.text_files import TextFile, as_utf8, first_line, hash_files
+from overnight.preparation.prepare_config import PrepareConfig
+from overnight.preparation.prepare_state import Request
 from overnight.run_directory import flush_folder, flush_to_disk
 from overnight.terminal import echo, progress
-
-if TYPE_CHECKING:
-    from overnight.preparation.prepare_config import PrepareConfig
-    from overnight.preparation.prepare_state import Request
-    from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.tokenizer.open_tokenizer import load_tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
 
 SPLIT_RULE = "as the adopted shards have it"
 VALIDATION_NAME = re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])", re.IGNORECASE)
@@ -91,8 +89,6 @@ def plan_import(config: PrepareConfig) -> tuple[Request, Callable[[Path], Manife
 
     Raises ValueError for a folder that holds no such shards, or for one of them that can't be read.
     """
-    from overnight.tokenizer.open_tokenizer import load_tokenizer
-
     assert config.from_shards is not None
     folder = Path(config.from_shards)
     files = find_external_shards(folder)

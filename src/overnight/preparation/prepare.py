@@ -84,6 +84,7 @@ from overnight.preparation.tokenize import (
 )
 from overnight.run_directory import flush_folder, write_atomically
 from overnight.terminal import echo, progress
+from overnight.tokenizer.open_tokenizer import NAMES, build_tokenizer, load_tokenizer
 
 __all__ = ["PrepareConfig", "output_folder", "prepare", "training_texts"]
 
@@ -287,8 +288,6 @@ def _plan_work(config: PrepareConfig, source: Source, request: Request) -> Prepa
 
 def _build_tokenizer(place: Path, work: PrepareState, name: str) -> None:
     """Load or train it, and save it in the folder, whole or not at all."""
-    from overnight.tokenizer.open_tokenizer import build_tokenizer
-
     partial_folder = place / "tokenizer.partial"
     shutil.rmtree(partial_folder, ignore_errors=True)
     build_tokenizer(name, training_texts(work)).save(partial_folder)
@@ -336,8 +335,6 @@ def _validation_fraction(config: PrepareConfig, source: Source) -> float:
 
 def _request(config: PrepareConfig, source: Source) -> Request:
     """What decides the content of the shards, in words that mean the same on every machine."""
-    from overnight.tokenizer.open_tokenizer import NAMES, load_tokenizer
-
     tokenizer = config.tokenizer_name
     if tokenizer not in NAMES and not tokenizer.startswith("bpe-"):  # a path: what lies there counts
         tokenizer = f"{Path(tokenizer).name} {load_tokenizer(tokenizer).fingerprint}"

@@ -10,6 +10,8 @@ from importlib import resources
 from pathlib import Path
 
 from overnight.data import DataConfig
+from overnight.preparation.prepare_config import PrepareConfig, output_folder
+from overnight.preparation.sources import NAMED_SOURCES
 from overnight.recipe import Recipe, as_option
 
 Command = tuple[str, ...]
@@ -30,9 +32,6 @@ def find_recipe_texts(config: DataConfig, name: str, *, with_files: bool) -> tup
 
 def find_recipe_text(path: str, config: DataConfig) -> tuple[str, Command]:
     """Of what `data` may be, (the folder or URL of shards, the command that fills it or () if unknown)."""
-    from overnight.preparation.prepare_config import PrepareConfig, output_folder
-    from overnight.preparation.sources import NAMED_SOURCES
-
     if "://" in path:
         return path, ()
     is_text = path in NAMED_SOURCES or (Path(path).exists() and not (Path(path) / "manifest.json").is_file())
@@ -57,8 +56,6 @@ def find_recipe_text(path: str, config: DataConfig) -> tuple[str, Command]:
 
 def needs_no_files(prepare: Command) -> bool:
     """True for a command that prepares what can be had anywhere."""
-    from overnight.preparation.sources import NAMED_SOURCES
-
     return bool({*prepare[2:3]} & {*NAMED_SOURCES}) and not any(Path(word).exists() for word in prepare[3:])
 
 

@@ -24,15 +24,14 @@ import shutil
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from overnight.data.shards import MANIFEST, read_manifest
 from overnight.data.text_files import TextFile
 from overnight.preparation.documents import Part
 from overnight.run_directory import write_atomically
-
-if TYPE_CHECKING:
-    from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.tokenizer.open_tokenizer import load_tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
 
 SLURM_JOB = "slurm-job"
 Unit = tuple[Part, ...]
@@ -151,8 +150,6 @@ def group_parts(sizes: Mapping[Part, int], unit_bytes: int) -> tuple[Unit, ...]:
 
 @functools.lru_cache(maxsize=2)
 def _open_tokenizer(folder: str, _state: str) -> Tokenizer:
-    from overnight.tokenizer.open_tokenizer import load_tokenizer
-
     return load_tokenizer(Path(folder))
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import http.client
 import itertools
 import os
 import sysconfig
+import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -167,9 +169,6 @@ def _read_shakespeare(path: Path) -> bytes:
 
 def _download_shakespeare() -> bytes:
     """The published file, fetched. Raises ValueError if that fails, or something else comes."""
-    import http.client
-    import urllib.request
-
     echo(f"downloading {SHAKESPEARE_URL}")
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer:

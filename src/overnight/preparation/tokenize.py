@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +32,7 @@ from overnight.preparation.documents import (
 from overnight.preparation.prepare_state import PrepareState, Unit, open_tokenizer, read_state
 from overnight.preparation.sources import read_parts
 from overnight.run_directory import flush_to_disk, write_atomically
-
-if TYPE_CHECKING:
-    from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.tokenizer.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 200_000  # what one thread encodes at a time
 BYTES_PER_TOKEN = 4.5  # of English in GPT-2's: for the bar of a unit that is not done

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from overnight.data.dataset import open_one_dataset
+from overnight.evaluation.compressors import compressed_bits_per_byte
 from overnight.quickstart import QuickstartConfig
 from overnight.recipe import Recipe, flatten, load_recipe, read_recipe_of
+from overnight.report.page import write_report
 from overnight.report.plots import check_matplotlib
+from overnight.run import train
 from overnight.run.command import load_resumed
 from overnight.run_directory import RunDirectory, write_atomically
 from overnight.terminal import echo, progress
@@ -24,8 +27,6 @@ RUN = Path("runs/quickstart")
 def run(config: QuickstartConfig) -> None:
     """Prepare, train, evaluate, sample, report; what is there already is reused."""
     check_matplotlib()  # the report comes last: minutes from here
-    from overnight.report.page import write_report
-
     directory = RunDirectory(RUN)
     if config.fresh and directory.path.exists():
         with directory.locked():
@@ -40,8 +41,6 @@ def run(config: QuickstartConfig) -> None:
 def _train(recipe: Recipe, directory: RunDirectory) -> None:
     """Train all of the run, or what is missing of it, or nothing."""
     if not directory.exists():
-        from overnight.run import train
-
         train.run(recipe, directory)
         return
     before = read_recipe_of(directory.path)
@@ -57,16 +56,12 @@ def _train(recipe: Recipe, directory: RunDirectory) -> None:
     if directory.is_finished(total):
         echo(f"reusing {directory.path}, trained for all of its {total} steps; --fresh starts over")
         return
-    from overnight.run import train
-
     echo(f"going on with {directory.path}, which has done {done} of its {total} steps; --fresh starts over")
     train.run(load_resumed(directory.path), directory, resume=True)
 
 
 def _compress(recipe: Recipe, directory: RunDirectory) -> dict[str, float]:
     """Bits per byte of the validation text under its rivals; measured once, kept in compression.json."""
-    from overnight.evaluation.compressors import compressed_bits_per_byte
-
     kept = directory.path / "compression.json"
     if not kept.is_file():
         materials = open_one_dataset(recipe.data)

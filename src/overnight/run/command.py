@@ -6,7 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from overnight.config import raise_problems
+from overnight.distributed.launcher import (
+    count_restarts,
+    is_launched,
+    is_main_process,
+    use_new_rendezvous_store,
+)
+from overnight.distributed.machine import divide_cores
+from overnight.distributed.processes import run_processes
+from overnight.distributed.world import count_processes
 from overnight.recipe import Recipe, read_recipe_of
+from overnight.run import train
+from overnight.run.resume import check_directory
 from overnight.run_directory import RunDirectory
 from overnight.terminal import echo, quiet
 
@@ -36,12 +47,6 @@ def train_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str
 
     What can be refused before they start is refused here, once.
     """
-    from overnight.distributed.launcher import use_new_rendezvous_store
-    from overnight.distributed.machine import divide_cores
-    from overnight.distributed.processes import run_processes
-    from overnight.distributed.world import count_processes
-    from overnight.run.resume import check_directory
-
     compute = recipe.compute
     assert compute.processes is not None
     raise_problems(recipe.problems(), f"recipe {recipe.run_name}")
@@ -71,9 +76,6 @@ def run(recipe: Recipe, resumed: Path | None) -> None:
     A run that torchrun has begun anew goes on. A launcher must not take a process that was told to stop, and
     has saved, for one that failed.
     """
-    from overnight.distributed.launcher import count_restarts, is_launched, is_main_process
-    from overnight.run import train
-
     directory = find_directory(recipe, resumed)
     if resumed is None and count_restarts() and directory.exists():
         recipe, resumed = load_resumed(directory.path), directory.path

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from overnight import __version__
 from overnight.config import from_toml, to_toml
 from overnight.data.dataset import is_same_data
@@ -91,8 +93,6 @@ def describe_environment(
     Of a run that goes on, `before` is what that file says: it stays, and its list "resumed" grows by
     when and by which command the run went on, and whatever else is not as it was at first.
     """
-    import torch
-
     assert compute.device is not None
     facts = {
         "overnight": __version__,

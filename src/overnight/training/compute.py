@@ -10,16 +10,26 @@ import sysconfig
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from overnight.hardware import native_precision
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from overnight.model.gpt import GPT
-    from overnight.model.model_config import ModelConfig
-
+from overnight.model.gpt import GPT
+from overnight.model.kernels import (
+    LEAST_CHANNELS,
+    attend_in_blocks,
+    attend_in_compiled_flex,
+    attend_in_flex,
+    attend_one_by_one,
+    attend_with_mask,
+)
+from overnight.model.loss import fp8_obstacle
+from overnight.model.model_config import ModelConfig
 from overnight.training import ComputeConfig, Head
 
 Loss = Callable[["GPT", "Tensor", "Tensor", Head], "Tensor"]
@@ -52,8 +62,6 @@ def resolve_compute(config: ComputeConfig, device: str) -> ComputeConfig:
 
 
 def _precision_obstacle(config: ComputeConfig, device: str) -> str | None:
-    import torch
-
     has_tf32 = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
     if config.precision == "tf32" and not has_tf32:
         return f"precision=tf32 needs an NVIDIA GPU since Ampere (2020), not {device}; choose fp32"
@@ -61,8 +69,6 @@ def _precision_obstacle(config: ComputeConfig, device: str) -> str | None:
 
 
 def _head_obstacle(config: ComputeConfig, device: str) -> str | None:
-    from overnight.model.loss import fp8_obstacle
-
     return fp8_obstacle(device) if config.head == "fp8" else None
 
 
@@ -108,8 +114,6 @@ def autocast(device: str, precision: str | None, *, keeps_copies: bool = True) -
 
     `keeps_copies`: of each weight in that precision, to the end, in case that it is used again.
     """
-    import torch
-
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "")
     if dtype is None:
         return nullcontext()
@@ -124,8 +128,6 @@ def build_loss(
     Compiled for one fixed shape; whatever else the model is used for takes the plain module. With `by_block`
     each block is compiled by itself, since between them weights are gathered and given back.
     """
-    import torch
-
     device, head = compute.device, compute.head
     assert device is not None
     assert head is not None
@@ -149,12 +151,6 @@ def _adapt_blocks(model: GPT, compute: ComputeConfig) -> None:
     Both belong together: what is computed again must be computed by the same kernels. Blocks that were
     adapted before are adapted anew.
     """
-    import torch.nn.functional as F
-    from torch.nn.attention import sdpa_kernel
-    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-
-    from overnight.model.kernels import attend_in_blocks
-
     _, attend_documents = _attention_within_documents(model.config, compute)
     kernels = _attention_kernels(compute, model.config.context_length)
     again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
@@ -173,8 +169,6 @@ def _adapt_blocks(model: GPT, compute: ComputeConfig) -> None:
 
 def _attention_kernels(compute: ComputeConfig, context_length: int) -> list[Any]:
     """The kernels that scaled_dot_product_attention may choose from; [] for all."""
-    from torch.nn.attention import SDPBackend
-
     assert compute.device is not None
     if compute.attention == "plain":
         return [SDPBackend.MATH]
@@ -189,16 +183,10 @@ def _attention_within_documents(model: ModelConfig, compute: ComputeConfig) -> t
 
     flex_attention and the CPU's kernel have no dropout. On a GPU no mask comes to cuDNN while training.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from overnight.model.kernels import attend_one_by_one, attend_with_mask
-
     assert compute.device is not None
     if compute.attention == "plain":
         return "math with a mask", attend_with_mask
     if compute.device.startswith("cuda"):
-        from overnight.model.kernels import LEAST_CHANNELS, attend_in_compiled_flex, attend_in_flex
-
         if model.dropout == 0 and model.n_embd // model.n_head >= LEAST_CHANNELS and can_compile():
             return "flex", attend_in_flex if compute.compile else attend_in_compiled_flex
         kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -215,9 +203,6 @@ def find_attention_kernel(
 
     Within documents another, and more words.
     """
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     assert compute.device is not None
     if within_documents:
         return _attention_within_documents(model, compute)[0]
@@ -235,8 +220,6 @@ def find_attention_kernel(
 
 def _costly_operations() -> list[Any]:
     """What selective recomputation keeps: matrix products and attention, most of a block's time."""
-    import torch
-
     aten = torch.ops.aten
     names = (
         "mm",

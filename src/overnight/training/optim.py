@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.amp import GradScaler
-    from torch.optim import AdamW
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import AdamW
 
 from overnight.training import OptimizerConfig
 
@@ -25,8 +25,6 @@ def build_optimizer(
     `fused` is one pass over each parameter instead of a dozen; None: wherever torch has it. With `names`,
     only these parameters are updated.
     """
-    import torch
-
     owned = [parameter for name, parameter in model.named_parameters() if names is None or name in names]
     matrices = [parameter for parameter in owned if parameter.dim() >= 2]
     vectors = [parameter for parameter in owned if parameter.dim() < 2]
@@ -66,8 +64,6 @@ def apply_gradients(
     no to it, weights and moments are left as they are, to the bit; where `scaler` is on, it decides, and
     lowers its scale. Nothing here waits for the device, if the optimizer is fused.
     """
-    import torch
-
     scaler.unscale_(optimizer)
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)

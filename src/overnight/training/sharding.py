@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.optim import AdamW
 
 from overnight.distributed.world import World
@@ -55,9 +57,6 @@ def build_sharded_model(
 
 def _shard(model: GPT, world: World, sharding: Sharding) -> None:
     """Let each block, and what is outside of them, be gathered when it is used, and not before."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
     kind = world.device.partition(":")[0]
     machines = world.size // world.local_size if sharding == "hybrid" else 1
     if machines > 1:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from overnight.model.gpt import GPT
@@ -29,8 +30,6 @@ def build_scaler(device: str, precision: str | None) -> GradScaler:
 
 def local_shard(tensor: Tensor) -> TensorShard:
     """What this process holds of a parameter or a moment: all of it, or, sharded, some of its rows."""
-    from torch.distributed.tensor import DTensor
-
     if not isinstance(tensor, DTensor):
         return TensorShard(tensor, 0)
     (dimension,) = (number for number, placement in enumerate(tensor.placements) if placement.is_shard(0))
@@ -43,8 +42,6 @@ def local_shard(tensor: Tensor) -> TensorShard:
 
 def is_writer(parameter: Tensor, *, is_owner: bool) -> bool:
     """True if this process is the one to save what it holds: of copies, only one is saved."""
-    from torch.distributed.tensor import DTensor
-
     if not isinstance(parameter, DTensor):
         return is_owner
     copies = [number for number, placement in enumerate(parameter.placements) if placement.is_replicate()]
