@@ -70,8 +70,11 @@ def compare_weights(ours: Path, theirs: Path) -> float:
 
 
 def measure_equality(place: Place, options: argparse.Namespace) -> Report:
-    """Each team's run beside that of one process; in bitwise mode every bit must be the same."""
-    alone, alone_bitwise = train(place, "alone"), train(place, "alone-bitwise", "--bitwise")
+    """Each team's run beside that of one process; in deterministic_reduce mode every bit must be the same."""
+    alone, alone_bitwise = (
+        train(place, "alone"),
+        train(place, "alone-deterministic_reduce", "--deterministic_reduce"),
+    )
     losses = [line["loss"] for line in read_lines(alone / "metrics.jsonl")]
     rows, measured = [], {}
     for team in TEAMS:
@@ -80,8 +83,8 @@ def measure_equality(place: Place, options: argparse.Namespace) -> Report:
         early, late = (largest_difference(found[:step], losses[:step]) for step in (20, len(losses)))
         bits = "cannot"
         if team.sharding in {"none", "optimizer"}:
-            bitwise = train_in_team(place, team, "--bitwise")
-            bits = "equal" if compare_weights(bitwise, alone_bitwise) == 0 else "DIFFERENT"
+            deterministic_reduce = train_in_team(place, team, "--deterministic_reduce")
+            bits = "equal" if compare_weights(deterministic_reduce, alone_bitwise) == 0 else "DIFFERENT"
         weights = compare_weights(run, alone)
         shown = [f"{difference:.1e}" if difference else "0" for difference in (early, late, weights)]
         rows.append([team.name(), *shown, bits])
@@ -90,7 +93,7 @@ def measure_equality(place: Place, options: argparse.Namespace) -> Report:
         title="The same run",
         headings=(
             *("processes and sharding", "loss, 20 steps", f"loss, {options.steps} steps"),
-            *("weights", f"weights after {options.steps} steps, bitwise"),
+            *("weights", f"weights after {options.steps} steps, deterministic_reduce"),
         ),
         rows=rows,
         measured=measured,
@@ -214,7 +217,7 @@ def measure_frozen(place: Place, options: argparse.Namespace) -> Report:
 # ---------------------------------------------------------------- what talking costs
 
 
-WAYS = (("none",), ("none", "--bitwise"), ("optimizer",), ("full",))
+WAYS = (("none",), ("none", "--deterministic_reduce"), ("optimizer",), ("full",))
 
 
 def listen_to(place: Place, processes: int, way: Sequence[str], steps: int) -> list[Talk]:

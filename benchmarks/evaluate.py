@@ -69,8 +69,8 @@ def judge_ours(model: GPT, question: Question) -> float:
     """What `overnight evaluate` does."""
     from overnight.evaluation.perplexity import evaluate_language_model
 
-    spelt = [b"?"] * model.vocab_size  # what the ids spell does not matter to the time
-    return evaluate_language_model(model, question.batches, spelt, question.precision).loss
+    token_bytes = [b"?"] * model.vocab_size  # what the ids spell does not matter to the time
+    return evaluate_language_model(model, question.batches, token_bytes, question.precision).loss
 
 
 def train_forward(model: GPT, question: Question) -> float:

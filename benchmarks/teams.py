@@ -42,7 +42,7 @@ warmup_steps = 10
 
 [batch]
 tokens_per_step = 1024
-rows_per_micro_batch = 2
+micro_batch_size = 2
 
 [compute]
 device = "cpu"

@@ -86,12 +86,12 @@ def test_other_versions_of_a_text_get_room_and_need_no_fingerprint(bands: Any) -
 def test_unigram_nats_are_the_entropy_of_the_training_ids(bands: Any) -> None:
     recipe = bands.replace(bands.load_recipe("small.toml"), seed=1)
     run = bands.read(bands.train(recipe, Path("runs"), 1))
-    materials = open_one_dataset(run.recipe.data)
-    stream = materials.stream("train", 1, 0)
+    dataset = open_one_dataset(run.recipe.data)
+    stream = dataset.stream("train", 1, 0)
     counts: Counter[int] = Counter()
     for batch in stream.evaluation_batches(64):
         counts.update(batch.targets.flatten().tolist())
-    counts[materials.tokenizer.end_of_text] += 1  # the first id is no target
+    counts[dataset.tokenizer.end_of_text] += 1  # the first id is no target
     total = sum(counts.values())
     entropy = -sum(count / total * math.log(count / total) for count in counts.values())
     assert bands.unigram_nats(run) == pytest.approx(entropy)

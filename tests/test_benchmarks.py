@@ -115,7 +115,7 @@ def far_from_chance(config: ModelConfig) -> Any:
     initialize(model, seed=0)
     for weight in model.parameters():
         weight.data.mul_(20.0)
-    model.clear_padding()
+    model.zero_padding()
     return model.eval()
 
 

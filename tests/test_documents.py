@@ -224,8 +224,8 @@ def test_gpt3_s_recipes_follow_its_table(name: str) -> None:
     assert recipe.batch.tokens_per_step % recipe.model.context_length == 0
     assert recipe.optimizer.peak_learning_rate == pytest.approx(rate)
     assert recipe.schedule.total_tokens == 300_000_000_000
-    assert recipe.batch.ramp_from_tokens_per_step == 32 * 1024
-    assert 4e9 <= (recipe.batch.ramp_tokens or 0) <= 12e9
+    assert recipe.batch.batch_ramp_start_tokens == 32 * 1024
+    assert 4e9 <= (recipe.batch.batch_ramp_tokens or 0) <= 12e9
 
 
 Rates = Callable[[float], float]

@@ -277,7 +277,7 @@ def test_llm_c_begins_with_our_weights(benchmarks: dict[str, Any], tmp_path: Pat
     model = fresh_model(config)
     for weight in model.parameters():
         weight.data.normal_()
-    model.clear_padding()
+    model.zero_padding()
     benchmarks["llmc"].write_checkpoint(tmp_path / "model.bin", model, bf16=bf16)
     tensors = read_llm_c(tmp_path / "model.bin", config, bf16=bf16)
     ours = model.weights()

@@ -34,15 +34,15 @@ FOLDER = Path(__file__).parents[1] / "tests" / "run" / "golden"
 STEPS = 20
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=32)
 RECIPES: dict[str, dict[str, Any]] = {
-    "plain": {"model": SMALL},
+    "math": {"model": SMALL},
     "micro-batches": {
         "model": ModelConfig(n_layer=3, n_head=4, n_embd=32, context_length=32, dropout=0.1),
-        "batch": BatchConfig(tokens_per_step=512, rows_per_micro_batch=4),
+        "batch": BatchConfig(tokens_per_step=512, micro_batch_size=4),
     },
     "wsd-chunked": {
         "model": SMALL,
         "schedule": ScheduleConfig(total_steps=STEPS, warmup_steps=4, learning_rate_decay="wsd"),
-        "compute": ComputeConfig(device="cpu", precision="fp32", compile=False, head="chunked"),
+        "compute": ComputeConfig(device="cpu", precision="fp32", compile=False, loss="chunked"),
     },
 }
 
@@ -71,7 +71,7 @@ def train(name: str, folder: Path) -> list[float]:
         "data": DataConfig(data=str(shards)),
         "optimizer": OptimizerConfig(peak_learning_rate=1e-2),
         "schedule": ScheduleConfig(total_steps=STEPS, warmup_steps=3),
-        "batch": BatchConfig(tokens_per_step=512, rows_per_micro_batch=16),
+        "batch": BatchConfig(tokens_per_step=512, micro_batch_size=16),
         "compute": ComputeConfig(device="cpu", precision="fp32", compile=False),
         **RECIPES[name],
     }

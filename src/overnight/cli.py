@@ -49,7 +49,7 @@ VERBS = {
     "train": Verb(
         "overnight.run.command",
         "Recipe",
-        "RECIPE to a trained GPT; also --resume RUN, --from MODEL",
+        "RECIPE to a trained GPT; also --resume RUN, --init-from MODEL",
         "overnight train shakespeare-char-cpu --n_layer=4 --dropout 0.1",
     ),
     "generate": Verb(
@@ -256,7 +256,7 @@ def _read_recipe(
 
     name = "RECIPE"
     words = [
-        "--start-from" + word.removeprefix("--from") if _is_option(word, "--from") else word for word in rest
+        "--init-from" + word.removeprefix("--from") if _is_option(word, "--from") else word for word in rest
     ]
     if default is None and words and not words[0].startswith("-"):
         name = words.pop(0)

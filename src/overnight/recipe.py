@@ -63,9 +63,9 @@ class CheckpointsConfig:
     """Keep those of every so many steps besides."""
     keep_best: bool = False
     """Keep the one with the lowest validation loss besides, of those there are when it is evaluated."""
-    save_in_background: bool = True
+    async_checkpoint: bool = True
     """Go on training while a checkpoint is written, from a copy in the host's memory; else wait for it."""
-    stop_after: str | None = None
+    max_time: str | None = None
     """Save and stop after the step at which the command has run for so long: 7h50m, 90m, 1d12h."""
 
     def count_kept(self, steps: int) -> int:
@@ -85,7 +85,7 @@ class Recipe:
     """The run's folder under runs/; the recipe's own name if left out."""
     seed: int = 1337
     """Of the weights, the order of the data, the dropout and the samples."""
-    start_from: str | None = None
+    init_from: str | None = None
     """Begin with this model's weights: a run, a checkpoint, a Hugging Face folder or name. Also --from."""
     trackers: tuple[str, ...] = ()
     """Send the metrics elsewhere as well: tensorboard, wandb, trackio."""
@@ -105,19 +105,17 @@ class Recipe:
         found = self.data.problems() + self.model.problems() + self.optimizer.problems()
         found += self.schedule.problems()
         found += self.batch.problems() + self.guard.problems() + find_problems(self.trackers)
-        if self.guard.spike_deviations is not None and self.compute.precision == "fp16":
+        if self.guard.spike_sigma is not None and self.compute.precision == "fp16":
+            found.append("spike_sigma does not go with precision=fp16, whose scaler decides: choose bf16")
+        if self.compute.deterministic_reduce and self.batch.micro_batch_size is None:
             found.append(
-                "spike_deviations does not go with precision=fp16, whose scaler decides: choose bf16"
-            )
-        if self.compute.bitwise and self.batch.rows_per_micro_batch is None:
-            found.append(
-                "bitwise=True needs rows_per_micro_batch: what a machine can hold depends on the number of "
+                "deterministic_reduce=True needs micro_batch_size: what a machine can hold depends on the number of "
                 "processes, and the rounding on it"
             )
         try:
-            parse_duration(self.checkpoints.stop_after or "0s")
+            parse_duration(self.checkpoints.max_time or "0s")
         except ValueError as error:
-            found.append(f"stop_after: {error}")
+            found.append(f"max_time: {error}")
         if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
             found.append(f"run_name={self.run_name!r} must be the plain name of a folder")
         if not 0 <= self.seed < 2**63:
@@ -138,7 +136,7 @@ class Recipe:
 AT_LEAST_ONE = frozenset({"evaluation_tokens", "task_examples", "sample_tokens", "keep_checkpoints"})
 
 RESUME_MUTABLE = frozenset(
-    {"total_steps", "total_tokens", "trackers", "device", "compile", "attention", "rows_per_micro_batch"}
+    {"total_steps", "total_tokens", "trackers", "device", "compile", "attention", "micro_batch_size"}
     | {"cache_bytes", "processes", "sharding", "timeout_seconds", "max_restarts"}
     | {
         field.name
@@ -161,7 +159,7 @@ def frozen_settings(recipe: Recipe) -> dict[str, object]:
     """Those that may not change in the course of a run, as JSON has them; but for names of places."""
     may_differ = RESUME_MUTABLE | {
         "run_name",
-        "start_from",
+        "init_from",
         "data",
     }  # which may be moved; text is compared itself
     lasting = {name: value for name, value in flatten(recipe).items() if name not in may_differ}

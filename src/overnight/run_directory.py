@@ -128,7 +128,7 @@ class RunDirectory:
         for name in LINE_FILES:
             _read_lines(self.path / name)
 
-    def note_end(self, step: int, reason: str) -> None:
+    def record_end(self, step: int, reason: str) -> None:
         """Write down at which step the run ended, and by what, in words."""
         write_atomically(self.ended, json.dumps({"step": step, "reason": reason}) + "\n")
 

@@ -196,7 +196,7 @@ def fall_back(place: Place, name: str, whole: Path, seed: int, before: Any = Non
 
 def measure_fallback(place: Place, counts: dict[str, int], seed: int) -> Report:
     """C5. Raises ValueError if a run does not go on from the checkpoint before, or the mutant does."""
-    whole = place.new("whole")
+    whole = place.new("full")
     finish(whole)
     trials, controls = counts["fallbacks"], max(3, counts["fallbacks"] // 10)
     for number in range(trials):

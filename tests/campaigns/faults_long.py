@@ -48,9 +48,9 @@ def keep_ledger(
     """(windows missing, windows repeated) over whole epochs; another order than one process's is both."""
     config = BatchConfig(
         tokens_per_step=ROWS_PER_STEP * TOKENS_PER_ROW,
-        rows_per_micro_batch=at_once,
-        ramp_from_tokens_per_step=ROWS_PER_STEP * TOKENS_PER_ROW // ramp if ramp > 1 else None,
-        ramp_tokens=4000 if ramp > 1 else None,
+        micro_batch_size=at_once,
+        batch_ramp_start_tokens=ROWS_PER_STEP * TOKENS_PER_ROW // ramp if ramp > 1 else None,
+        batch_ramp_tokens=4000 if ramp > 1 else None,
     )
     plan = plan_batches(config, TOKENS_PER_ROW, at_once, processes)
     per_epoch = stream.windows_per_epoch
@@ -74,7 +74,7 @@ def measure_rows(place: Place, counts: dict[str, Any], seed: int) -> Report:
     """R3. Raises ValueError if a window is missing or repeated, or the mutant is not caught."""
     ledgers = windows = caught = mutants = 0
     for shuffled in (None, 1000)[: counts["streams"]]:
-        stream = TokenStream(place.shards, tokens_per_row=TOKENS_PER_ROW, seed=seed, shuffle_tokens=shuffled)
+        stream = TokenStream(place.shards, tokens_per_row=TOKENS_PER_ROW, seed=seed, shuffle_window=shuffled)
         for ramp in (1, 2):
             for at_once, processes in divisions(ROWS_PER_STEP // ramp):
                 found = keep_ledger(stream, at_once, processes, ramp, BatchPlan.share)

@@ -274,7 +274,7 @@ def read_along(folder: Path) -> None:
     from overnight.data.loader import TokenStream
 
     incremental.POLL_SECONDS, incremental.say = 0.002, lambda _: None
-    out, options = folder / OUT, {"tokens_per_row": 64, "seed": 1, "shuffle_tokens": 20_000}
+    out, options = folder / OUT, {"tokens_per_row": 64, "seed": 1, "shuffle_window": 20_000}
     is_over = (folder / "over").exists
     while not (incremental.is_being_prepared(out) or out.exists() or is_over()):
         time.sleep(0.001)

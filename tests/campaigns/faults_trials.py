@@ -46,7 +46,7 @@ warmup_steps = 2
 
 [batch]
 tokens_per_step = {tokens_per_step}
-rows_per_micro_batch = {rows}
+micro_batch_size = {rows}
 
 [compute]
 device = "cpu"
@@ -63,7 +63,7 @@ sample_tokens = 2
 [checkpoints]
 checkpoint_every_steps = {save}
 keep_checkpoints = {keep}
-save_in_background = {background}
+async_checkpoint = {background}
 """
 
 SETTINGS: dict[str, object] = {

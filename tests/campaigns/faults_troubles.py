@@ -194,7 +194,7 @@ MACHINE = (
     of_machine("no such GPU", ("device=cuda:7", "choose --device"), options=("--device", "cuda:7")),
     of_machine("no such device", ("device=abacus", "there is"), options=("--device", "abacus")),
     of_machine("no such precision", ("tf32", "choose fp32"), options=("--precision", "tf32"), kinds=NEW),
-    of_machine("no such head", ("head=fp8", "leave it out"), options=("--head", "fp8"), kinds=NEW),
+    of_machine("no such head", ("loss=fp8", "leave it out"), options=("--loss", "fp8"), kinds=NEW),
     of_machine("too little memory", ("GB of memory", "choose a smaller model"), before=trap_memory),
     of_machine(
         "a model beyond any memory",
@@ -219,8 +219,8 @@ SETTINGS = (
     ),
     of_settings(
         "a micro-batch that does not divide",
-        ("rows_per_micro_batch=7", "these do"),
-        options=("--rows-per-micro-batch", "7"),
+        ("micro_batch_size=7", "these do"),
+        options=("--micro-batch-size", "7"),
     ),
     of_settings(
         "a prompt longer than the context",

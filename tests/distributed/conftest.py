@@ -89,7 +89,7 @@ class Teams:
         """
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         PROCESSES.set_forkserver_preload(SLOW_IMPORTS)
-        folder = self.folder / str(next(self.numbers))
+        folder = self.folder / str(next(self.document_ids))
         folder.mkdir()
         team = []
         for rank in range(size):
@@ -193,7 +193,7 @@ def recipe(text: Path) -> Build:
             model=ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=32, dropout=0.1),
             optimizer=OptimizerConfig(peak_learning_rate=learning_rate),
             schedule=ScheduleConfig(total_steps=total_steps, warmup_steps=3),
-            batch=BatchConfig(tokens_per_step=rows * 32, rows_per_micro_batch=2),
+            batch=BatchConfig(tokens_per_step=rows * 32, micro_batch_size=2),
             compute=ComputeConfig(device="cpu", precision="fp32", compile=False, **compute),
             evaluation=EvaluationConfig(evaluate_every_steps=10),
             samples=SamplesConfig(sample_every_steps=10, sample_prompts=("", "Line", "L"), sample_tokens=8),

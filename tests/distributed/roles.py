@@ -79,7 +79,7 @@ def note_batches(recipe: Any, path: Path, stop: int | None, *, resume: bool) -> 
 
     setup.build_training = build_noting
     if stop is not None:
-        train.stop_on_signal = stop_after(stop)
+        train.stop_on_signal = max_time(stop)
     with contextlib.suppress(KeyboardInterrupt):
         train.run(recipe, RunDirectory(path), resume=resume)
     return asked
@@ -114,7 +114,7 @@ def train_poisoned(recipe: Any, path: Path, steps: Sequence[int]) -> tuple[str, 
         train.run(recipe, RunDirectory(path))
     except FloatingPointError as error:
         said = str(error)
-    return said, [detour.rows for detour in jobs[-1].state.guard.detours]
+    return said, [detour.rows for detour in jobs[-1].state.guard.skipped]
 
 
 def judge_rows(at_once: int | None) -> None:
@@ -124,7 +124,7 @@ def judge_rows(at_once: int | None) -> None:
         log_module.evaluation_rows = lambda model: at_once
 
 
-def stop_after(steps: int) -> Callable[[], Any]:
+def max_time(steps: int) -> Callable[[], Any]:
     """Stands for stop_on_signal: the signal comes after so many more steps, to the last process only."""
 
     @contextlib.contextmanager
@@ -273,7 +273,7 @@ def judge_tasks(recipe: Any, checkpoint: Path, path: Path) -> None:
     multiple_choice.TOKENS_AT_ONCE = passages.TOKENS_AT_ONCE = 200  # several batches for each process
     with opened(recipe) as job:
         load_checkpoint(job.state, checkpoint, job.world)
-        tasks = open_run_tasks(recipe.evaluation, job.materials.tokenizer, job.plan.tokens_per_row)
+        tasks = open_run_tasks(recipe.evaluation, job.dataset.tokenizer, job.plan.tokens_per_row)
         with RunLog(job, RunDirectory(path), Watchdog(job.world.rank, 60), tasks) as journal:
             journal.judge_tasks()
 
@@ -328,9 +328,9 @@ def find_out() -> dict[str, Any]:
         answers = {
             "place": (world.rank, world.size, world.local_rank, world.local_size, world.device),
             "any": [world.any(False), world.any(world.rank == last), world.any(True)],
-            "gather": world.gather(f"I am {world.rank}" * (1 + 100 * world.rank)),
+            "gather": world.all_gather_object(f"I am {world.rank}" * (1 + 100 * world.rank)),
         }
-        world.wait_for_all()
+        world.barrier()
         return answers
 
 
@@ -339,22 +339,22 @@ def refuse(refusals: Sequence[str | None]) -> str:
     with joined() as world:
         said = "nothing"
         try:
-            with world.together():
+            with world.raise_together():
                 if refusals[world.rank] is not None:
                     raise ValueError(refusals[world.rank])
         except ValueError as error:
             said = str(error)
-        world.wait_for_all()
+        world.barrier()
         return said
 
 
 def leave(rank: int, ending: str) -> None:
     """One process leaves while the others wait for it."""
     with joined() as world:
-        world.wait_for_all()
+        world.barrier()
         if world.rank == rank:
             ENDINGS[ending]()
-        world.wait_for_all()
+        world.barrier()
 
 
 def add_up_in_tree(micro_batches: int) -> list[list[float]]:

@@ -41,8 +41,8 @@ def check(folder: Path, status: int, said: str, sentence: str) -> None:
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["--sharding", "full"], "sharding=full is for processes that were started together: give --proc"),
-        (["--sharding", "optimizer"], "sharding=optimizer is for processes that were started together"),
+        (["--sharding", "full"], "sharding=fsdp is for processes that were started together: give --proc"),
+        (["--sharding", "optimizer"], "sharding=zero1 is for processes that were started together"),
         (["--processes", "0"], "processes=0 must be at least 1"),
         (["--processes", "-2"], "processes=-2 must be at least 1"),
         (["--processes", "2", "--device", "cuda"], "device=cuda: this machine has none"),
@@ -83,10 +83,18 @@ def refused(team: Any, folder: Path, *words: str, size: int = 2, **how: Any) -> 
 @pytest.mark.parametrize(
     "size, words, sentence",
     [
-        (3, ["--bitwise", "--tokens-per-step", "1536"], "takes 1, 2, 4, 8, ... processes, not 3"),
-        (2, ["--bitwise", "--sharding", "full"], "in torch's own way: choose sharding none or opt"),
+        (
+            3,
+            ["--deterministic_reduce", "--tokens-per-step", "1536"],
+            "takes 1, 2, 4, 8, ... processes, not 3",
+        ),
+        (
+            2,
+            ["--deterministic_reduce", "--sharding", "full"],
+            "in torch's own way: choose sharding none or opt",
+        ),
         (3, [], "the 16 rows of tokens_per_step=512 can't be divided among 3 processes; 480 and 576 can, or"),
-        (2, ["--rows-per-micro-batch", "16"], "=16 does not divide the 8 rows of each process"),
+        (2, ["--micro-batch-size", "16"], "=16 does not divide the 8 rows of each process"),
         (2, ["--precision", "fp16", "--sharding", "optimizer"], "=fp16 scales gradients, .*: choose bf16"),
         (2, ["--data", "nowhere"], "nowhere"),
         (2, ["--context-length", "0", "--dropout", "2"], "context_length=0 .*; dropout=2.0"),

@@ -127,8 +127,8 @@ def hand_on(team: Any, recipe: Any, path: Path, chain: list[tuple[int, str]], st
 def test_a_run_that_is_handed_on_ends_as_if_undisturbed(
     trained: Train, team: Any, recipe: Any, tmp_path: Path, chain: list[tuple[int, str]]
 ) -> None:
-    alone = trained(1, sharding="none", bitwise=True)
-    begun = recipe(sharding=chain[0][1], bitwise=True)
+    alone = trained(1, sharding="none", deterministic_reduce=True)
+    begun = recipe(sharding=chain[0][1], deterministic_reduce=True)
     ledger = hand_on(team, begun, tmp_path / "run", chain, steps=5)
     directory = RunDirectory(tmp_path / "run")
     assert ledger == alone.ledger()

@@ -87,8 +87,8 @@ def test_the_run_is_about_something(trained: Train) -> None:
     ],
 )
 def test_bitwise_weights_do_not_depend_on_the_team(trained: Train, size: int, sharding: str) -> None:
-    alone = trained(1, sharding="none", bitwise=True)
-    run = trained(size, sharding=sharding, bitwise=True)
+    alone = trained(1, sharding="none", deterministic_reduce=True)
+    run = trained(size, sharding=sharding, deterministic_reduce=True)
     assert run.losses() == alone.losses()
     assert are_equal(weights(run), weights(alone))
     assert all(
@@ -102,7 +102,7 @@ def test_bitwise_weights_do_not_depend_on_the_team(trained: Train, size: int, sh
     "size, sharding", [(1, "optimizer"), (2, "none"), (2, "optimizer"), (4, "none"), (4, "optimizer")]
 )
 def test_bitwise_weights_are_equal_after_200_steps(trained: Train, size: int, sharding: str) -> None:
-    settings = {"total_steps": 200, "learning_rate": 1e-2, "bitwise": True}
+    settings = {"total_steps": 200, "learning_rate": 1e-2, "deterministic_reduce": True}
     alone = trained(1, sharding="none", **settings)
     run = trained(size, sharding=sharding, **settings)
     assert run.losses() == alone.losses()
@@ -113,7 +113,7 @@ def test_without_bitwise_they_differ_by_rounding(trained: Train) -> None:
     """The negative control: in the order in which they come, sums are rounded otherwise."""
     one, two = (trained(size, sharding="none", rows_judged=ROWS_JUDGED) for size in (1, 2))
     assert not are_equal(weights(one), weights(two))
-    assert not are_equal(weights(one), weights(trained(1, sharding="none", bitwise=True)))
+    assert not are_equal(weights(one), weights(trained(1, sharding="none", deterministic_reduce=True)))
 
 
 # ---------------------------------------------------------------- judged by several

@@ -38,7 +38,7 @@ warmup_steps = 3
 
 [batch]
 tokens_per_step = 1024
-rows_per_micro_batch = 16
+micro_batch_size = 16
 
 [compute]
 device = "cpu"
@@ -162,7 +162,7 @@ def record(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe: str) -> dict[str, Any]:
     """The record of the run that nobody killed."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("full")
     (folder / "small.toml").write_text(recipe)
     assert outcome(start(folder)) == 0
     found = record(folder)

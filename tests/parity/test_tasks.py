@@ -112,7 +112,7 @@ def test_hellaswag(
     judgement, values = judge_all("hellaswag", ours, tmp_path, most)
     right = {"accuracy_by_sum": 0, "accuracy_per_token": 0, "accuracy_per_character": 0}
     with file.open() as lines:
-        for line, numbers in zip(map(json.loads, islice(lines, most)), judgement.numbers, strict=True):
+        for line, numbers in zip(map(json.loads, islice(lines, most)), judgement.document_ids, strict=True):
             context = theirs.encode(line["ctx"])
             endings = [theirs.encode(f" {ending}") for ending in line["endings"]]
             nats = [theirs.nats(context, ending)[0] for ending in endings]
@@ -125,7 +125,7 @@ def test_hellaswag(
             for metric, counts in lengths.items():
                 means = [each / count for each, count in zip(nats, counts, strict=True)]
                 right[metric] += means.index(min(means)) == int(line["label"])
-    assert values == {metric: count / len(judgement.numbers) for metric, count in right.items()}
+    assert values == {metric: count / len(judgement.document_ids) for metric, count in right.items()}
 
 
 @pytest.mark.parametrize("most", [some, every])
@@ -140,7 +140,7 @@ def test_lambada(
         for line in islice(lines, most):
             context, _, word = json.loads(line)["text"].strip().rpartition(" ")
             found.append(theirs.nats(theirs.encode(context), theirs.encode(f" {word}")))
-    assert [bool(greedy) for _, greedy in judgement.numbers] == [greedy for _, greedy in found]
+    assert [bool(greedy) for _, greedy in judgement.document_ids] == [greedy for _, greedy in found]
     assert values["accuracy"] == sum(greedy for _, greedy in found) / len(found)
     mean = sum(nats for nats, _ in found) / len(found)
     assert math.log(values["perplexity_per_word"]) == pytest.approx(mean, abs=1e-4)

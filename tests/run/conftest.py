@@ -56,7 +56,7 @@ def recipe(prepared: Path) -> Callable[..., Recipe]:
             model=ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=32, dropout=0.1),
             optimizer=OptimizerConfig(peak_learning_rate=1e-2),
             schedule=ScheduleConfig(total_steps=12, warmup_steps=3),
-            batch=BatchConfig(tokens_per_step=96 * 32, rows_per_micro_batch=32),
+            batch=BatchConfig(tokens_per_step=96 * 32, micro_batch_size=32),
             compute=ComputeConfig(device="cpu", precision="fp32", compile=False),
             evaluation=EvaluationConfig(evaluate_every_steps=4),
             samples=SamplesConfig(sample_every_steps=5, sample_tokens=8),

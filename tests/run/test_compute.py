@@ -49,7 +49,7 @@ def test_an_overflow_of_fp16_skips_the_step_and_resuming_stays_exact(
 ) -> None:
     small = in_fp16(recipe())
     overflow_at({4, 5})
-    whole = train(small, tmp_path / "whole")
+    whole = train(small, tmp_path / "full")
     norms = [line["grad_norm"] for line in whole.read_metrics()]
     assert [step for step, norm in enumerate(norms) if norm is None] == [4, 5]
     state = json.loads((list_checkpoints(whole.checkpoints)[-1] / "state.json").read_text())
@@ -72,16 +72,14 @@ def test_an_overflow_of_fp16_skips_the_step_and_resuming_stays_exact(
 def test_what_does_not_fit_is_halved_and_the_step_stays_the_same(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        train_module, "fits", lambda training, state: training.plan.rows_per_micro_batch <= 10
-    )
+    monkeypatch.setattr(train_module, "fits", lambda training, state: training.plan.micro_batch_size <= 10)
     small = recipe(model=dataclasses.replace(recipe().model, dropout=0.0))
     halved = train(small, tmp_path / "halved")
-    assert "rows_per_micro_batch = 8" in halved.recipe.read_text()
+    assert "micro_batch_size = 8" in halved.recipe.read_text()
     choices = json.loads(halved.environment.read_text())["choices"]
-    assert choices["rows_per_micro_batch"].startswith("8 (halved until it fitted), 12 micro-batches")
+    assert choices["micro_batch_size"].startswith("8 (halved until it fitted), 12 micro-batches")
     monkeypatch.undo()
-    asked = dataclasses.replace(small, batch=BatchConfig(tokens_per_step=96 * 32, rows_per_micro_batch=8))
+    asked = dataclasses.replace(small, batch=BatchConfig(tokens_per_step=96 * 32, micro_batch_size=8))
     assert same(weights(train(asked, tmp_path / "asked")), weights(halved))
 
 
@@ -89,7 +87,7 @@ def test_where_not_a_row_fits_nothing_is_begun(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_module, "fits", lambda training, state: False)
-    with pytest.raises(ValueError, match="not a single row fits .* --recompute block"):
+    with pytest.raises(ValueError, match="not a single row fits .* --activation_checkpointing block"):
         train(recipe(), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

@@ -511,14 +511,14 @@ def test_a_tokenizer_that_reads_other_ids_is_named(look: Look, prepared: Path, t
     assert "they were written with another one" in cause(found, "tokenizer")
 
 
-@pytest.mark.parametrize("thorough", [False, True])
-def test_contaminated_text_is_named(thorough: bool, look: Look, prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_contaminated_text_is_named(full: bool, look: Look, prepared: Path, tmp_path: Path) -> None:
     manifest = read_manifest(prepared)
     tokenizer = load_prepared_tokenizer(prepared)
     ids = np.concatenate(next(documents_of(shard_spans(prepared, manifest, "train", 1))))
     benchmark = tmp_path / "exam.jsonl"
     benchmark.write_text(json.dumps({"question": tokenizer.decode(ids.tolist())}) + "\n")
-    found = look(*("contamination", "shards"), asked={"benchmarks": (str(benchmark),), "thorough": thorough})
+    found = look(*("contamination", "shards"), asked={"benchmarks": (str(benchmark),), "full": full})
     assert failed(found) == {"contamination"}
     assert "with exam), whose score would in part be memory" in cause(found, "contamination")
 
@@ -559,7 +559,7 @@ def test_a_small_text_is_prepared_as_a_run_would(look: Look, tmp_path: Path) -> 
     [
         (["small.toml", "--only", "gradient"], "only=gradient is no check; did you mean gradients?"),
         (["small.toml", "--benchmarks", "nowhere.jsonl"], "nowhere.jsonl is no .jsonl, .txt, .tokens file"),
-        (["small.toml", "--against", "no-such-model"], "there is no model no-such-model"),
+        (["small.toml", "--baseline", "no-such-model"], "there is no model no-such-model"),
         (["small.toml", "--data", "no/such/folder"], "nothing lies at no/such/folder"),
         (["small.toml", "--n-head", "3"], "n_embd=16 does not divide among n_head=3"),
         ([], "needs a recipe"),

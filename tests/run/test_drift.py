@@ -25,7 +25,7 @@ SCIENCE = sorted(set(flat_names(Recipe)) - RESUME_MUTABLE)
 
 # A sound other value of each setting that may change.
 OTHERWISE: dict[str, Any] = {
-    "attention": "plain",
+    "attention": "math",
     "cache_bytes": 10**9,
     "checkpoint_every_steps": 2,
     "device": None,
@@ -35,13 +35,13 @@ OTHERWISE: dict[str, Any] = {
     "keep_checkpoints": 1,
     "keep_every_steps": 2,
     "max_restarts": 3,
-    "rows_per_micro_batch": 16,
+    "micro_batch_size": 16,
     "sample_every_steps": 2,
     "sample_prompts": ("Line",),
     "sample_tokens": 3,
-    "save_in_background": False,
+    "async_checkpoint": False,
     "sharding": "none",
-    "stop_after": "9h",
+    "max_time": "9h",
     "task_examples": 3,
     "task_files": "elsewhere",
     "tasks_every_steps": 7,
@@ -49,7 +49,7 @@ OTHERWISE: dict[str, Any] = {
     "total_steps": 6,
 }
 TOLD_BY_SHARDS = {"tokenizer", "validation_fraction"}  # of prepared text, whatever the recipe says
-PLACES = {"run_name", "start_from", "data"}  # what lies there is compared itself, or not read again
+PLACES = {"run_name", "init_from", "data"}  # what lies there is compared itself, or not read again
 # These are only compared here: to compile takes long, and the others need files or programs.
 BY_OTHER_TESTS = {"compile": True, "processes": 2, "tasks": ("hellaswag",), "trackers": ("wandb",)}
 

@@ -65,8 +65,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
 def early(recipe: Build, config: PrepareConfig) -> Recipe:
     """A recipe over it whose 12 steps need more than the first wave."""
     return recipe(
-        data=DataConfig(data=config.out or "", shuffle_tokens=2000),
-        batch=BatchConfig(tokens_per_step=32 * 32, rows_per_micro_batch=16),
+        data=DataConfig(data=config.out or "", shuffle_window=2000),
+        batch=BatchConfig(tokens_per_step=32 * 32, micro_batch_size=16),
         evaluation=EvaluationConfig(evaluate_every_steps=4, evaluation_tokens=500),
     )
 
@@ -171,12 +171,12 @@ def test_what_needs_the_whole_text_is_refused(
     def with_data(**changes: object) -> Recipe:
         return dataclasses.replace(early, data=dataclasses.replace(early.data, **changes))
 
-    assert "is not prepared to its end: wait" in refusal(with_data(shuffle_tokens=None), tmp_path)
+    assert "is not prepared to its end: wait" in refusal(with_data(shuffle_window=None), tmp_path)
     assert "does not go with packing=best-fit" in refusal(with_data(packing="best-fit"), tmp_path)
-    assert "shuffle_tokens=0 must be at least 1" in refusal(with_data(shuffle_tokens=0), tmp_path)
+    assert "shuffle_window=0 must be at least 1" in refusal(with_data(shuffle_window=0), tmp_path)
     mixed = with_data(
         data="",
-        sources=(MixtureSource(path=shards, weight=1.0), MixtureSource(path=shards + "/", weight=1.0)),
+        mixture=(MixtureSource(path=shards, weight=1.0), MixtureSource(path=shards + "/", weight=1.0)),
     )
     assert "is still being prepared, and the texts of a mixture must be complete" in refusal(mixed, tmp_path)
     for tokens in (None, 10**6):

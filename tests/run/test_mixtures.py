@@ -46,7 +46,7 @@ def second(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mixed(recipe: Build, prepared: Path, second: Path) -> Recipe:
     """The small recipe over both, 2 : 1."""
     sources = (MixtureSource(path=str(prepared), weight=2), MixtureSource(path=str(second), weight=1))
-    return recipe(data=DataConfig(sources=sources))
+    return recipe(data=DataConfig(mixture=sources))
 
 
 def fingerprint(directory: RunDirectory) -> tuple[str, list[object], list[object]]:
@@ -58,7 +58,7 @@ def fingerprint(directory: RunDirectory) -> tuple[str, list[object], list[object
 def test_a_mixture_is_trained_judged_and_resumed_to_the_bit(
     mixed: Recipe, second: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = RunDirectory(tmp_path / "whole")
+    whole = RunDirectory(tmp_path / "full")
     train_module.run(mixed, whole)
     last = whole.read_events("evaluations")[-1]
     by_source = last["by_source"]
@@ -92,9 +92,9 @@ def test_a_mixture_is_not_any_of_its_sources(mixed: Recipe, recipe: Build, tmp_p
     """The negative control: other weights are another run."""
     sources = tuple(
         dataclasses.replace(source, weight=weight)
-        for source, weight in zip(mixed.data.sources, (1, 2), strict=True)
+        for source, weight in zip(mixed.data.mixture, (1, 2), strict=True)
     )
-    other = dataclasses.replace(mixed, data=DataConfig(sources=sources))
+    other = dataclasses.replace(mixed, data=DataConfig(mixture=sources))
     losses = []
     for number, each in enumerate((mixed, other, recipe())):
         short = dataclasses.replace(each, schedule=dataclasses.replace(each.schedule, total_steps=4))
@@ -126,10 +126,10 @@ def test_a_run_on_a_mixture_can_be_judged_and_planned(
 
 def test_the_same_mixture_in_toml_and_on_the_command_line() -> None:
     text = '[data]\nsources = [{path = "data/a", weight = 0.7}, {path = "data/b", weight = 0.3}]'
-    words = ["--sources", "data/a=0.7", "data/b=0.3"]
+    words = ["--mixture", "data/a=0.7", "data/b=0.3"]
     read = from_toml(Recipe, text, "recipe.toml")
     assert from_arguments(Recipe, words, prog="overnight train", about="").data == read.data
-    assert read.data.sources == (
+    assert read.data.mixture == (
         MixtureSource(path="data/a", weight=0.7),
         MixtureSource(path="data/b", weight=0.3),
     )
@@ -147,7 +147,7 @@ def test_sources_of_different_tokenizers_are_refused_by_name(
 ) -> None:
     third = prepare_more(tmp_path / "third", "Other characters: {number} €!\n", "characters")
     sources = (MixtureSource(path=str(prepared), weight=1), MixtureSource(path=str(third), weight=1))
-    told = refusal(recipe(data=DataConfig(sources=sources)), tmp_path / "run")
+    told = refusal(recipe(data=DataConfig(mixture=sources)), tmp_path / "run")
     assert told.startswith(f"{third} is written with the tokenizer characters and {prepared} with another")
     assert told.endswith(f"prepare {third} again with --tokenizer {prepared}/tokenizer")
 
@@ -156,15 +156,15 @@ def test_sources_of_different_tokenizers_are_refused_by_name(
     "data, sentence",
     [
         (
-            DataConfig(data="a", sources=(MixtureSource(path="b", weight=1),)),
+            DataConfig(data="a", mixture=(MixtureSource(path="b", weight=1),)),
             "give only one of data=a and sources",
         ),
-        (DataConfig(sources=(MixtureSource(path="b", weight=1),) * 2), "b stands twice in sources"),
+        (DataConfig(mixture=(MixtureSource(path="b", weight=1),) * 2), "b stands twice in sources"),
         (
-            DataConfig(sources=(MixtureSource(path="b", weight=0),)),
+            DataConfig(mixture=(MixtureSource(path="b", weight=0),)),
             "the weight 0 of b must be a finite number above 0",
         ),
-        (DataConfig(sources=(MixtureSource(path="b", weight=float("nan")),)), "the weight nan of b must be"),
+        (DataConfig(mixture=(MixtureSource(path="b", weight=float("nan")),)), "the weight nan of b must be"),
         (DataConfig(cache_bytes=0), "cache_bytes=0 must be at least 1"),
     ],
 )
@@ -176,7 +176,7 @@ def test_a_mixture_that_makes_no_sense_is_refused(
 
 def test_two_names_of_one_folder_are_refused(recipe: Build, prepared: Path, tmp_path: Path) -> None:
     sources = (MixtureSource(path=str(prepared), weight=1), MixtureSource(path=f"{prepared}/", weight=1))
-    told = refusal(recipe(data=DataConfig(sources=sources)), tmp_path / "run")
+    told = refusal(recipe(data=DataConfig(mixture=sources)), tmp_path / "run")
     assert told == f"two of the sources are {prepared}: give it once, with the sum of their weights"
 
 

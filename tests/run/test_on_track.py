@@ -82,7 +82,7 @@ def recipe_on(text: Path, seed: int, **changes: Any) -> Recipe:
         model=ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=CONTEXT),
         optimizer=OptimizerConfig(peak_learning_rate=8e-3),
         schedule=ScheduleConfig(total_steps=STEPS, warmup_steps=10),
-        batch=BatchConfig(tokens_per_step=ROWS * CONTEXT, rows_per_micro_batch=ROWS // MICRO_BATCHES),
+        batch=BatchConfig(tokens_per_step=ROWS * CONTEXT, micro_batch_size=ROWS // MICRO_BATCHES),
         compute=ComputeConfig(device="cpu", precision="fp32", compile=False),
         evaluation=EvaluationConfig(evaluate_every_steps=32, evaluation_tokens=4096),
         checkpoints=CheckpointsConfig(checkpoint_every_steps=None),

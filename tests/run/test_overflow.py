@@ -87,7 +87,7 @@ def test_both_shares_of_the_peak_are_logged_where_it_is_known(
     monkeypatch.setattr(log, "find_peak_flops", lambda device, precision: 1e9)
     directory = RunDirectory(tmp_path / "run")
     model = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=32)
-    compute = ComputeConfig(device="cpu", precision="fp32", compile=False, recompute="block")
+    compute = ComputeConfig(device="cpu", precision="fp32", compile=False, activation_checkpointing="block")
     decided = train_module.run(
         recipe(model=model, compute=compute, schedule=ScheduleConfig(total_steps=2)), directory
     ).model

@@ -67,7 +67,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, dropout: float
 ) -> None:
     small = packed(recipe, packing, dropout)
-    whole = records(train(small, tmp_path / "whole", None, monkeypatch))
+    whole = records(train(small, tmp_path / "full", None, monkeypatch))
     assert records(train(small, tmp_path / "stopped", 2, monkeypatch)) == whole
 
 
@@ -92,8 +92,8 @@ def test_each_source_of_a_mixture_is_packed_and_says_what_it_cuts_off(
     other = shutil.copytree(prepared, tmp_path / "other")
     small = packed(recipe, "best-fit")
     sources = (MixtureSource(path=str(prepared), weight=2), MixtureSource(path=str(other), weight=1))
-    mixed = dataclasses.replace(small, data=dataclasses.replace(small.data, data="", sources=sources))
-    whole = train(mixed, tmp_path / "whole", None, monkeypatch)
+    mixed = dataclasses.replace(small, data=dataclasses.replace(small.data, data="", mixture=sources))
+    whole = train(mixed, tmp_path / "full", None, monkeypatch)
     said = json.loads(whole.environment.read_text())["choices"]["packing"]
     assert said.count("cut off in an epoch") == 2
     assert f"{other}: " in said
@@ -108,10 +108,10 @@ def test_a_run_within_documents_is_judged_within_documents(
     recorded = directory.read_events("evaluations")[-1]["loss"]
     evaluation_command.run(EvaluateConfig(model=str(directory.path), device="cpu", json=True))
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(recorded, rel=1e-6)
-    materials = open_one_dataset(small.data)
-    batches = materials.stream("validation", 32, seed=0).evaluation_batches(8)
+    dataset = open_one_dataset(small.data)
+    batches = dataset.stream("validation", 32, seed=0).evaluation_batches(8)
     across = evaluate_language_model(
-        open_model(str(directory.path)).model, batches, materials.tokenizer.token_bytes()
+        open_model(str(directory.path)).model, batches, dataset.tokenizer.token_bytes()
     )
     assert across.loss != pytest.approx(recorded, rel=1e-6)
 

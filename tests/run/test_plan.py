@@ -35,7 +35,7 @@ def planned(recipe: Callable[..., Recipe]) -> Recipe:
     return recipe(
         model=SIZES,
         schedule=ScheduleConfig(total_steps=10),
-        batch=BatchConfig(tokens_per_step=64 * 32, rows_per_micro_batch=8),
+        batch=BatchConfig(tokens_per_step=64 * 32, micro_batch_size=8),
     )
 
 
@@ -81,7 +81,7 @@ def test_a_plan_decides_what_a_run_decides(planned: Recipe) -> None:
 def test_a_step_too_long_to_be_run_is_put_together_from_its_parts(planned: Recipe) -> None:
     """Of 100 micro-batches a few are timed; the rest is arithmetic, which a whole step confirms."""
     recipe = with_vocabulary(dataclasses.replace(planned, batch=BatchConfig(tokens_per_step=200 * 32)))
-    plan = plan_batches(dataclasses.replace(recipe.batch, rows_per_micro_batch=2), 32, 2)
+    plan = plan_batches(dataclasses.replace(recipe.batch, micro_batch_size=2), 32, 2)
     measured = measure_step_costs(recipe, plan, seconds=0.2)
     assert measured is not None
     found, _ = measured
@@ -131,12 +131,12 @@ def test_a_micro_batch_that_does_not_fit_is_halved_as_a_run_would_halve_it(
 ) -> None:
     recipe = with_vocabulary(planned)
     monkeypatch.setattr(
-        measure_module, "fits", lambda training, state: training.plan.rows_per_micro_batch <= enough
+        measure_module, "fits", lambda training, state: training.plan.micro_batch_size <= enough
     )
     measured = measure_step_costs(recipe, plan_batches(recipe.batch, 32, 8), seconds=0.2)
     if enough:
         assert measured is not None
-        assert measured[1].rows_per_micro_batch == 4
+        assert measured[1].micro_batch_size == 4
         assert measured[1].tokens(0) == 64 * 32
     else:
         assert measured is None

@@ -25,7 +25,7 @@ from overnight.training.schedule import ScheduleConfig
 
 CLOCK = {"milliseconds", "tokens_per_second", "mfu", "mfu_executed"}
 RAMP = BatchConfig(
-    tokens_per_step=32 * 32, ramp_from_tokens_per_step=8 * 32, ramp_tokens=3072, rows_per_micro_batch=4
+    tokens_per_step=32 * 32, batch_ramp_start_tokens=8 * 32, batch_ramp_tokens=3072, micro_batch_size=4
 )
 ROWS_OF_STEPS = [
     8,
@@ -89,7 +89,7 @@ def fingerprint(directory: RunDirectory) -> tuple[str, object, object]:
 def test_a_run_stopped_inside_its_ramp_is_the_run_that_never_was(
     ramped: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = fingerprint(train(ramped, tmp_path / "whole", monkeypatch))
+    whole = fingerprint(train(ramped, tmp_path / "full", monkeypatch))
     for stop in (3, 4, 5, 8):  # within a size, between two, within the next, at the ramp's end
         directory = train(ramped, tmp_path / f"run-{stop}", monkeypatch, stop)
         assert len(directory.read_metrics()) == stop
@@ -100,7 +100,7 @@ def test_a_resumed_run_that_forgot_its_ramp_would_be_noticed(
     ramped: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control of the test above."""
-    whole = fingerprint(train(ramped, tmp_path / "whole", monkeypatch))
+    whole = fingerprint(train(ramped, tmp_path / "full", monkeypatch))
     directory = train(ramped, tmp_path / "run", monkeypatch, 5)
 
     def forgetful(config: BatchConfig, tokens_per_row: int, rows_that_fit: int, processes: int) -> BatchPlan:
@@ -115,7 +115,7 @@ def test_every_line_and_event_counts_the_tokens_of_the_steps_that_were_done(
 ) -> None:
     directory = train(ramped, tmp_path / "run", monkeypatch)
     choices = json.loads(directory.environment.read_text())["choices"]
-    assert choices["rows_per_micro_batch"] == "4 (as asked), 2 to 8 micro-batches a step"
+    assert choices["micro_batch_size"] == "4 (as asked), 2 to 8 micro-batches a step"
     seen = [32 * rows for rows in accumulate(ROWS_OF_STEPS)]
     assert [line["tokens"] for line in directory.read_metrics()] == seen
     events = directory.read_events("evaluations") + directory.read_events("samples")
@@ -179,15 +179,13 @@ def test_a_run_resumed_with_another_micro_batch_reads_the_same_rows(
         return batch(self, first_row, rows)
 
     monkeypatch.setattr(TokenStream, "batch", noted)
-    whole = lines(train(ramped, tmp_path / "whole", monkeypatch))
+    whole = lines(train(ramped, tmp_path / "full", monkeypatch))
     order = list(range(sum(ROWS_OF_STEPS)))
     assert read == order
     read.clear()
     directory = train(ramped, tmp_path / "run", monkeypatch, 5)
     again = reread(directory)
-    again = dataclasses.replace(
-        again, batch=dataclasses.replace(again.batch, rows_per_micro_batch=rows_at_once)
-    )
+    again = dataclasses.replace(again, batch=dataclasses.replace(again.batch, micro_batch_size=rows_at_once))
     divided = lines(train(again, directory.path, monkeypatch))
     assert read == order
     for one, other in zip(whole, divided, strict=True):
@@ -198,13 +196,13 @@ def test_a_run_resumed_with_another_micro_batch_reads_the_same_rows(
 def test_another_ramp_is_another_run(ramped: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = train(ramped, tmp_path / "run", monkeypatch, 2)
     again = reread(directory)
-    other = dataclasses.replace(again, batch=dataclasses.replace(again.batch, ramp_tokens=4096))
-    with pytest.raises(ValueError, match=r"another recipe: ramp_tokens=4096 \(was 3072\)"):
+    other = dataclasses.replace(again, batch=dataclasses.replace(again.batch, batch_ramp_tokens=4096))
+    with pytest.raises(ValueError, match=r"another recipe: batch_ramp_tokens=4096 \(was 3072\)"):
         train_module.run(other, directory, resume=True)
 
 
 def test_a_ramp_that_cannot_be_is_refused_before_any_work(recipe: Build, tmp_path: Path) -> None:
-    half = recipe(batch=dataclasses.replace(RAMP, ramp_tokens=None))
-    with pytest.raises(ValueError, match="give both of ramp_from_tokens_per_step and ramp_tokens"):
+    half = recipe(batch=dataclasses.replace(RAMP, batch_ramp_tokens=None))
+    with pytest.raises(ValueError, match="give both of batch_ramp_start_tokens and batch_ramp_tokens"):
         train_module.run(half, RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

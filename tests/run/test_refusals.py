@@ -45,7 +45,7 @@ def test_all_problems_of_a_recipe_are_told_at_once(recipe: Build, tmp_path: Path
     "changes, complaint",
     [
         ({"batch": BatchConfig(tokens_per_step=100)}, "tokens_per_step=100"),
-        ({"batch": BatchConfig(tokens_per_step=96, rows_per_micro_batch=2)}, "rows_per_micro_batch=2"),
+        ({"batch": BatchConfig(tokens_per_step=96, micro_batch_size=2)}, "micro_batch_size=2"),
         ({"model": ModelConfig(n_layer=1, n_head=1, n_embd=8, context_length=10**6)}, "context"),
         ({"model": ModelConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=7)}, "vocab_size=7 contradicts"),
         ({"run_name": "../elsewhere"}, "run_name"),
@@ -53,7 +53,7 @@ def test_all_problems_of_a_recipe_are_told_at_once(recipe: Build, tmp_path: Path
         ({"samples": SamplesConfig(sample_prompts=("x" * 99,))}, "sample prompt"),
         ({"data": DataConfig(data="no-such-source")}, "no-such-source"),
         ({"trackers": ("wandbb",)}, "wandb"),
-        ({"start_from": "no/such/model/here"}, "no/such/model/here"),
+        ({"init_from": "no/such/model/here"}, "no/such/model/here"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(
@@ -77,7 +77,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(recipe: Build, tmp_path: P
 def test_sizes_that_contradict_the_model_started_from_are_refused(recipe: Build, tmp_path: Path) -> None:
     train.run(recipe(), RunDirectory(tmp_path / "run"))
     sizes = ModelConfig(n_layer=3, n_head=2, n_embd=16, context_length=32)
-    other = recipe(start_from=str(tmp_path / "run"), model=sizes)
+    other = recipe(init_from=str(tmp_path / "run"), model=sizes)
     assert "n_layer=3 contradicts" in refusal(other, tmp_path / "other")
 
 
@@ -134,8 +134,8 @@ def test_the_copy_that_a_thread_saves_from_must_fit_as_well(
     monkeypatch.setattr(setup, "find_memory_bytes", lambda device: 22 * parameters)
     said = refusal(recipe(), tmp_path / "run")
     assert "a copy while a checkpoint is written" in said
-    assert "choose --no-save-in-background" in said
-    waits = recipe(checkpoints=CheckpointsConfig(save_in_background=False))
+    assert "choose --no-async-checkpoint" in said
+    waits = recipe(checkpoints=CheckpointsConfig(async_checkpoint=False))
     train.run(waits, RunDirectory(tmp_path / "run"))
 
 

@@ -38,7 +38,7 @@ def fingerprint(directory: RunDirectory) -> tuple[str, list[dict[str, float]], l
     return digest.hexdigest(), lines, directory.read_events("evaluations") + directory.read_events("samples")
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int | None) -> None:
+def max_time(monkeypatch: pytest.MonkeyPatch, steps: int | None) -> None:
     """Make the next call of `pretrain.run` see a signal once it has done `steps` more steps."""
 
     @contextlib.contextmanager
@@ -66,11 +66,11 @@ def train_with_stops(
     """Train to the end, stopping after each number of steps in `stops` on the way."""
     directory, begun = RunDirectory(path), False
     for steps in stops:
-        stop_after(monkeypatch, steps)
+        max_time(monkeypatch, steps)
         with pytest.raises(KeyboardInterrupt):
             train.run(recipe, directory, resume=begun)
         recipe, begun = reread(directory), True
-    stop_after(monkeypatch, None)
+    max_time(monkeypatch, None)
     train.run(recipe, directory, resume=begun)
     return directory
 
@@ -90,7 +90,7 @@ def expected(
     recipe: Build, undisturbed: dict[str, object], tmp_path: Path, patch: pytest.MonkeyPatch
 ) -> object:
     if "run" not in undisturbed:
-        undisturbed["run"] = fingerprint(train_with_stops(recipe(), tmp_path / "whole", [], patch))
+        undisturbed["run"] = fingerprint(train_with_stops(recipe(), tmp_path / "full", [], patch))
     return undisturbed["run"]
 
 
@@ -122,10 +122,10 @@ def test_the_run_crosses_epochs_and_shards(recipe: Build, tmp_path: Path) -> Non
     """The promises above are about something: the 12 steps hold several epochs of several shards."""
     from overnight.data.dataset import open_one_dataset
 
-    materials = open_one_dataset(recipe().data)
-    stream = materials.stream("train", 32, 1337)
+    dataset = open_one_dataset(recipe().data)
+    stream = dataset.stream("train", 32, 1337)
     assert 4 * stream.windows_per_epoch < 12 * 96
-    assert len(materials.manifest.train) >= 3
+    assert len(dataset.manifest.train) >= 3
 
 
 def test_a_kill_between_checkpoints_repeats_the_lost_steps_exactly(
@@ -143,7 +143,7 @@ def test_a_kill_between_checkpoints_repeats_the_lost_steps_exactly(
         if lines == 8:
             raise MemoryError("stands for a kill")
 
-    stop_after(monkeypatch, None)
+    max_time(monkeypatch, None)
     with monkeypatch.context() as patched:
         patched.setattr(RunDirectory, "append_metrics", killed)
         with pytest.raises(MemoryError):
@@ -161,7 +161,7 @@ def test_what_was_switched_off_stays_off(
         optimizer=OptimizerConfig(peak_learning_rate=1e-2, max_grad_norm=None),
         checkpoints=pretrain_section("CheckpointsConfig", checkpoint_every_steps=2, keep_checkpoints=None),
     )
-    whole = train_with_stops(off, tmp_path / "whole", [], monkeypatch)
+    whole = train_with_stops(off, tmp_path / "full", [], monkeypatch)
     resumed = train_with_stops(off, tmp_path / "run", [5], monkeypatch)
     assert reread(resumed).optimizer.max_grad_norm is None
     assert len(list(resumed.checkpoints.iterdir())) == 7
@@ -172,13 +172,13 @@ def test_a_resumed_run_does_not_ask_again_for_the_model_it_started_from(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = train_with_stops(recipe(), tmp_path / "first", [], monkeypatch)
-    tuned = recipe(start_from=str(first.path), run_name="tuned")
+    tuned = recipe(init_from=str(first.path), run_name="tuned")
     directory = RunDirectory(tmp_path / "tuned")
-    stop_after(monkeypatch, 3)
+    max_time(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         train.run(tuned, directory)
     shutil.rmtree(first.path)
-    stop_after(monkeypatch, None)
+    max_time(monkeypatch, None)
     train.run(reread(directory), directory, resume=True)
     assert directory.is_finished(12)
 
@@ -230,9 +230,9 @@ def test_a_run_stops_by_the_clock_and_goes_on(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The clock moves ten minutes a glance: the time is over before the third step."""
-    whole = fingerprint(train_with_stops(recipe(), tmp_path / "whole", [], monkeypatch))
+    whole = fingerprint(train_with_stops(recipe(), tmp_path / "full", [], monkeypatch))
     directory, glances = RunDirectory(tmp_path / "small"), iter(range(0, 10**6, 600))
-    checkpoints = pretrain_section("CheckpointsConfig", checkpoint_every_steps=3, stop_after="25m")
+    checkpoints = pretrain_section("CheckpointsConfig", checkpoint_every_steps=3, max_time="25m")
     with monkeypatch.context() as patch:
         patch.setattr(train, "time", SimpleNamespace(monotonic=lambda: float(next(glances))))
         with pytest.raises(KeyboardInterrupt):

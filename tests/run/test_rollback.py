@@ -34,7 +34,7 @@ def asked(recipe: Callable[..., Recipe]) -> Recipe:
     """A run of many small steps, with dropout."""
     return recipe(
         schedule=ScheduleConfig(total_steps=STEPS, warmup_steps=3),
-        batch=BatchConfig(tokens_per_step=ROWS * 32, rows_per_micro_batch=4),
+        batch=BatchConfig(tokens_per_step=ROWS * 32, micro_batch_size=4),
         checkpoints=CheckpointsConfig(checkpoint_every_steps=4),
         guard=GuardConfig(rollback_after_steps=LIMIT),
     )
@@ -80,7 +80,7 @@ class Poison:
 
         self._patch.setattr(train, "build_training", build)
 
-    def stop_after(self, steps: int | None) -> None:
+    def max_time(self, steps: int | None) -> None:
         """The next run sees a signal after so many steps."""
 
         @contextlib.contextmanager
@@ -171,12 +171,12 @@ def test_a_run_that_is_stopped_around_the_trouble_decides_the_same(
     asked: Recipe, poison: Poison, tmp_path: Path, stop: int
 ) -> None:
     poison.put(rows_of(6, LIMIT), math.nan)
-    whole, stopped = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "stopped")
+    whole, stopped = RunDirectory(tmp_path / "full"), RunDirectory(tmp_path / "stopped")
     train.run(asked, whole)
-    poison.stop_after(stop)
+    poison.max_time(stop)
     with pytest.raises(KeyboardInterrupt):
         train.run(asked, stopped)
-    poison.stop_after(None)
+    poison.max_time(None)
     complete = from_toml(Recipe, stopped.recipe.read_text(), "recipe.toml")
     train.run(complete, stopped, resume=True)
     assert weights_of(stopped) == weights_of(whole)
@@ -208,7 +208,7 @@ def test_several_troubles_are_several_detours(asked: Recipe, poison: Poison, tmp
     ]
     about = json.loads((list_checkpoints(run.checkpoints)[-1] / "state.json").read_text())
     guard = Guard.from_values(about["guard"])
-    assert guard.detours == (SkippedRows(10, LIMIT * ROWS), SkippedRows(10, LIMIT * ROWS))
+    assert guard.skipped == (SkippedRows(10, LIMIT * ROWS), SkippedRows(10, LIMIT * ROWS))
 
 
 def test_trouble_that_is_everywhere_ends_the_run_in_a_sentence(
@@ -242,7 +242,7 @@ def test_without_the_guard_the_run_goes_on_through_the_explosion(
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_a_spike_is_left_out_if_asked(asked: Recipe, poison: Poison, tmp_path: Path, factor: float) -> None:
     poison.put(rows_of(50, 1), factor)
-    spiky = dataclasses.replace(asked, guard=GuardConfig(spike_deviations=4.0, rollback_after_steps=None))
+    spiky = dataclasses.replace(asked, guard=GuardConfig(spike_sigma=4.0, rollback_after_steps=None))
     run = RunDirectory(tmp_path / "run")
     train.run(spiky, run)
     skipped = [line["step"] for line in run.read_metrics() if line.get("skipped")]
@@ -251,13 +251,13 @@ def test_a_spike_is_left_out_if_asked(asked: Recipe, poison: Poison, tmp_path: P
 
 def test_the_spike_guard_decides_the_same_when_resumed(asked: Recipe, poison: Poison, tmp_path: Path) -> None:
     poison.put(range(rows_of(40, 1).start, 10**9, 3 * ROWS), 4.0)
-    spiky = dataclasses.replace(asked, guard=GuardConfig(spike_deviations=6.0, rollback_after_steps=None))
-    whole, stopped = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "stopped")
+    spiky = dataclasses.replace(asked, guard=GuardConfig(spike_sigma=6.0, rollback_after_steps=None))
+    whole, stopped = RunDirectory(tmp_path / "full"), RunDirectory(tmp_path / "stopped")
     train.run(spiky, whole)
     assert sum("skipped" in line for line in whole.read_metrics()) >= 3
     recipe: Recipe = spiky
     for number, stop in enumerate((38, 5, 7, None)):
-        poison.stop_after(stop)
+        poison.max_time(stop)
         with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
             train.run(recipe, stopped, resume=number > 0)
         recipe = from_toml(Recipe, stopped.recipe.read_text(), "recipe.toml")

@@ -46,7 +46,7 @@ def evaluation(files: Path, **changes: object) -> EvaluationConfig:
 def test_a_run_with_tasks_is_the_run_without_them(
     recipe: Callable[..., Recipe], files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain, judged = RunDirectory(tmp_path / "plain"), RunDirectory(tmp_path / "judged")
+    plain, judged = RunDirectory(tmp_path / "math"), RunDirectory(tmp_path / "judged")
     train.run(recipe(), plain)
     capsys.readouterr()
     train.run(recipe(evaluation=evaluation(files)), judged)

@@ -93,7 +93,7 @@ def test_a_model_and_shards_of_another_tokenizer(
 ) -> None:
     """Begun from it, judged on them, and gone on with."""
     run = trained(tokenizer, recipe, folders, runs)
-    other = on(recipe, folders[shards], start_from=str(run.path))
+    other = on(recipe, folders[shards], init_from=str(run.path))
     with pytest.raises(ValueError, match="reads another: prepare the text with --tokenizer"):
         train.run(other, RunDirectory(tmp_path / "tuned"))
     with pytest.raises(ValueError, match="prepare that text with --tokenizer"):
@@ -117,6 +117,6 @@ def test_what_belongs_together_is_not_refused(
 ) -> None:
     """The control: the same without a swap."""
     run = trained(name, recipe, folders, runs)
-    tuned = on(recipe, folders[name], start_from=str(run.path))
+    tuned = on(recipe, folders[name], init_from=str(run.path))
     train.run(tuned, RunDirectory(tmp_path / "tuned"))
     evaluation_command.run(EvaluateConfig(model=str(run.path), data=str(folders[name]), device="cpu"))

@@ -158,7 +158,7 @@ def test_total_tokens_may_be_given_instead_of_the_recipes_total_steps(workplace:
 
 
 def test_total_steps_may_be_given_instead_of_the_recipes_total_tokens(tmp_path: Path) -> None:
-    options = ("--total-steps", "500_000", "--on", "h200", "--json", "--vocab-size", "50257")
+    options = ("--total-steps", "500_000", "--device-type", "h200", "--json", "--vocab-size", "50257")
     done = overnight("plan", "gpt3-125m", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["total_steps"] == 500_000

@@ -39,7 +39,7 @@ class Settings:
 
     run_name: str = "x"
     """Name."""
-    kind: Literal["fused", "plain"] = "fused"
+    kind: Literal["fused", "math"] = "fused"
     """Kind."""
     compile: bool | None = None
     """Compile."""
@@ -57,7 +57,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
     st.builds(
         Settings,
         run_name=texts,
-        kind=st.sampled_from(["fused", "plain"]),
+        kind=st.sampled_from(["fused", "math"]),
         compile=st.none() | st.booleans(),
         prompts=st.lists(texts).map(tuple),
         shares=st.lists(st.builds(Share, path=texts, weight=st.floats(allow_nan=False))).map(tuple),

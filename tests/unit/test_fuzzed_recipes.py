@@ -78,7 +78,7 @@ def with_a_setting(draw: random.Random, text: str) -> str:
 
 def with_another_head(draw: random.Random, text: str) -> str:
     lines = text.split("\n")
-    lines[draw.randrange(len(lines))] = f"[{draw.choice((*SECTIONS, '[model]', '[data.sources]', 'a.b'))}]"
+    lines[draw.randrange(len(lines))] = f"[{draw.choice((*SECTIONS, '[model]', '[data.mixture]', 'a.b'))}]"
     return "\n".join(lines)
 
 

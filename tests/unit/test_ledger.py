@@ -40,8 +40,12 @@ def divisions(draw: st.DrawFn) -> tuple[BatchPlan, int]:
     processes, at_once = draw(st.integers(1, 6)), draw(st.integers(1, 5))
     unit = processes * at_once * draw(st.integers(1, 3)) * T
     sizes = draw(st.integers(1, 3))
-    ramp = {"ramp_from_tokens_per_step": unit, "ramp_tokens": draw(st.integers(1, 2000))} if sizes > 1 else {}
-    config = BatchConfig(tokens_per_step=unit * sizes, rows_per_micro_batch=at_once, **ramp)
+    ramp = (
+        {"batch_ramp_start_tokens": unit, "batch_ramp_tokens": draw(st.integers(1, 2000))}
+        if sizes > 1
+        else {}
+    )
+    config = BatchConfig(tokens_per_step=unit * sizes, micro_batch_size=at_once, **ramp)
     return plan_batches(config, T, at_once, processes), processes
 
 
@@ -64,7 +68,7 @@ def test_each_window_is_read_once_an_epoch_in_one_order(
     shards: Path, drawn: tuple[BatchPlan, int], seed: int, shuffled: int | None
 ) -> None:
     plan, processes = drawn
-    stream = TokenStream(shards, tokens_per_row=T, seed=seed, shuffle_tokens=shuffled)
+    stream = TokenStream(shards, tokens_per_row=T, seed=seed, shuffle_window=shuffled)
     per_epoch = stream.windows_per_epoch
     found = windows(stream, plan, processes, BatchPlan.share)
     for epoch in range(EPOCHS):
@@ -74,7 +78,7 @@ def test_each_window_is_read_once_an_epoch_in_one_order(
 
 def test_the_ledger_sees_a_share_that_is_another_s(shards: Path) -> None:
     """The negative control: each process computes what the first one does."""
-    plan = plan_batches(BatchConfig(tokens_per_step=4 * T, rows_per_micro_batch=1), T, 1, 2)
+    plan = plan_batches(BatchConfig(tokens_per_step=4 * T, micro_batch_size=1), T, 1, 2)
     stream = TokenStream(shards, tokens_per_row=T)
     found = windows(stream, plan, 2, lambda plan, step, rank, size: plan.share(step, 0, size))
     assert len({*found[: stream.windows_per_epoch]}) < stream.windows_per_epoch

@@ -29,15 +29,15 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
         ["--seed", "7", "--n_layer=3"],
         ["--total-tokens", "1_000_000"],
         ["--total-steps=10", "--warmup-steps=1"],
-        ["--bitwise"],
+        ["--deterministic_reduce"],
         ["--compile", "False"],
         ["--compile=True"],
         ["--evaluate-every-steps", "None"],
-        ["--sources", "data/a=b=0.5", "s3://c/d=1.5"],
+        ["--mixture", "data/a=b=0.5", "s3://c/d=1.5"],
         ["--sample-prompts", "", "it's $HOME", "two\nlines"],
         ["--sample-prompts"],
         ["--trackers", "tensorboard", "wandb"],
-        ["--run-name=-x", "--start-from", "gpt2"],
+        ["--run-name=-x", "--init-from", "gpt2"],
         ["--peak-learning-rate", "1e-05", "--dropout", "0"],
         ["--sharding", "full", "--precision", "bf16"],
     ],
@@ -59,5 +59,5 @@ def test_a_recipe_becomes_any_other_by_options(name: str, original: str, parse: 
 
 
 def test_what_is_left_out_stays_as_it_is(parse: Any) -> None:
-    wanted, original = parse("gpt2-124m", "--seed=7", "--bitwise"), load_recipe("gpt2-124m")
-    assert changed_options(wanted, original, {"bitwise"}) == ["--seed", "7"]
+    wanted, original = parse("gpt2-124m", "--seed=7", "--deterministic_reduce"), load_recipe("gpt2-124m")
+    assert changed_options(wanted, original, {"deterministic_reduce"}) == ["--seed", "7"]

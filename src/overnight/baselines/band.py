@@ -13,14 +13,14 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 IDENTITY = (
-    *("n_layer", "n_head", "n_embd", "context_length", "vocab_size", "start_from"),
-    *("total_steps", "tokens_per_step", "ramp_from_tokens_per_step", "ramp_tokens"),
+    *("n_layer", "n_head", "n_embd", "context_length", "vocab_size", "init_from"),
+    *("total_steps", "tokens_per_step", "batch_ramp_start_tokens", "batch_ramp_tokens"),
 )
 """Settings without which a run is another experiment."""
 SETTINGS = (
     *("dropout", "peak_learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm"),
     *("warmup_steps", "learning_rate_decay", "decay_steps", "final_learning_rate_fraction"),
-    *("packing", "shuffle_tokens", "validation_fraction", "evaluation_tokens"),
+    *("packing", "shuffle_window", "validation_fraction", "evaluation_tokens"),
 )
 """Settings that move the curves: told where they differ."""
 TEXT = ("source", "tokenizer", "tokenizer_fingerprint")

@@ -280,7 +280,7 @@ MISTAKES: tuple[Diagnosis, ...] = (
 
 def count_micro_batches(settings: Mapping[str, Any]) -> int | None:
     """Of a full step, from a run's flat settings; None if they do not tell."""
-    names = ("tokens_per_step", "rows_per_micro_batch", "context_length")
+    names = ("tokens_per_step", "micro_batch_size", "context_length")
     step, rows, length = (settings.get(name) for name in names)
     return step // (rows * length) if step and rows and length else None
 

@@ -14,7 +14,7 @@ class BenchConfig:
     rungs: tuple[str, ...] | None = None
     """Which, in this order, above float32: tf32, bf16, fp16, compile, fused-attention, block-attention,
     nice-numbers, fused-adamw, large-pages, micro-batch, and, when they are named only, chunked-head,
-    fp8-head, recompute. All that make sense here if left out."""
+    fp8-head, activation_checkpointing. All that make sense here if left out."""
     rows: int | None = None
     """Rows of a micro-batch; 1 on the CPU, elsewhere as many as fit, at most 16, if left out."""
     context_length: int | None = None

@@ -419,14 +419,14 @@ def read_ids(plan: BenchPlan) -> tuple[NDArray[Any], str]:
 
 def _prepared_ids(data: str, vocab_size: int, wanted: int) -> NDArray[Any]:
     """At most `wanted` ids of the training split. Raises ValueError if they are not GPT-2's."""
-    materials = open_one_dataset(DataConfig(data=data))
-    if materials.manifest.vocab_size > vocab_size:
+    dataset = open_one_dataset(DataConfig(data=data))
+    if dataset.manifest.vocab_size > vocab_size:
         raise ValueError(
-            f"{data} is written with {materials.manifest.vocab_size} ids and the model knows {vocab_size}: "
+            f"{data} is written with {dataset.manifest.vocab_size} ids and the model knows {vocab_size}: "
             "prepare the text with --tokenizer gpt2"
         )
     parts, missing = [], wanted
-    for shard in materials.manifest.shards("train"):
-        parts.append(open_tokens(materials.folder / shard.name)[:missing])
+    for shard in dataset.manifest.shards("train"):
+        parts.append(open_tokens(dataset.folder / shard.name)[:missing])
         missing -= parts[-1].size
     return np.concatenate(parts)

@@ -31,13 +31,13 @@ class Variant:
     """One change, made on top of those of the rungs before it."""
 
     name: str
-    """As --rungs and the table have it."""
+    """As --variants and the table have it."""
     about: str
     compute: Mapping[str, Any] = field(default_factory=dict)
     """The fields of ComputeConfig that it changes."""
     task: Mapping[str, Any] = field(default_factory=dict)
     """The other fields of StepTask that it changes."""
-    is_climbed_unasked: bool = True
+    is_default: bool = True
     """False for what costs time or exactness: it is shown only when it is named."""
 
 
@@ -100,20 +100,20 @@ LADDER: tuple[Variant, ...] = (
     Variant(
         name="chunked-head",
         about="logits and losses of some rows at a time: less memory",
-        compute={"head": "chunked"},
-        is_climbed_unasked=False,
+        compute={"loss": "chunked"},
+        is_default=False,
     ),
     Variant(
         name="fp8-head",
         about="products with the vocabulary in 8 bits: faster, less exact",
-        compute={"head": "fp8"},
-        is_climbed_unasked=False,
+        compute={"loss": "fp8"},
+        is_default=False,
     ),
     Variant(
-        name="recompute",
+        name="activation_checkpointing",
         about="activations computed again, not kept: less memory, slower",
-        compute={"recompute": "block"},
-        is_climbed_unasked=False,
+        compute={"activation_checkpointing": "block"},
+        is_default=False,
     ),
 )
 VARIANTS = {rung.name: rung for rung in LADDER}
@@ -212,7 +212,7 @@ def choose_variants(names: Sequence[str] | None, machine: Machine, ground: StepT
     Raises ValueError for a name that is not known, and for a rung that can't be climbed.
     """
     if names is None:
-        rungs = [rung for rung in LADDER if rung.is_climbed_unasked]
+        rungs = [rung for rung in LADDER if rung.is_default]
         if machine.native != "fp16":  # the other way to have 16 bits, for GPUs without bf16
             rungs.remove(VARIANTS["fp16"])
         if machine.device != "cpu":
@@ -248,11 +248,16 @@ def change(task: StepTask, rung: Variant) -> StepTask:
 def baseline_compute(device: str) -> ComputeConfig:
     """How the machine is used before the first rung: as plainly as can be."""
     return ComputeConfig(
-        device=device, precision="fp32", compile=False, attention="plain", head="whole", recompute="none"
+        device=device,
+        precision="fp32",
+        compile=False,
+        attention="math",
+        loss="full",
+        activation_checkpointing="none",
     )
 
 
 def tolerance(task: StepTask) -> float:
     """By how much a task's losses may differ from float32's, in nats per token."""
     assert task.compute.precision is not None
-    return FP8_TOLERANCE if task.compute.head == "fp8" else TOLERANCES[task.compute.precision]
+    return FP8_TOLERANCE if task.compute.loss == "fp8" else TOLERANCES[task.compute.precision]

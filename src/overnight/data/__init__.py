@@ -25,9 +25,9 @@ class DataConfig:
     data: str = "python-docs"
     """A named source, a file or folder of text, or a folder that `overnight prepare` wrote, here or at a URL
     (s3://bucket/folder)."""
-    sources: tuple[MixtureSource, ...] = ()
+    mixture: tuple[MixtureSource, ...] = ()
     """Instead of `data`: several, mixed by weight. [{path = "data/a", weight = 0.7}, ...] in a recipe,
-    --sources data/a=0.7 data/b=0.3 here."""
+    --mixture data/a=0.7 data/b=0.3 here."""
     cache_bytes: int | None = None
     """Shards from a URL that are kept on this machine, the least recently used deleted; all if left out."""
     tokenizer: str = "gpt2"
@@ -37,25 +37,25 @@ class DataConfig:
     packing: Packing = "stream"
     """How documents become rows. stream: windows over all of them, end to end; documents: the same, but
     attention stays within a document; best-fit: whole documents, as few as possible of them cut off."""
-    shuffle_tokens: int | None = None
+    shuffle_window: int | None = None
     """Shuffle rows among so many tokens at a time, not among all: then training may begin while the text is
     being prepared, once twice as many tokens are there, and shards elsewhere are fetched one by one."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""
         found = []
-        if self.sources and self.data not in {"", DataConfig.data}:
-            found.append(f"give only one of data={self.data} and sources")
-        paths = [source.path for source in self.sources]
-        found += [f"{path} stands twice in sources" for path in sorted({*paths}) if paths.count(path) > 1]
+        if self.mixture and self.data not in {"", DataConfig.data}:
+            found.append(f"give only one of data={self.data} and mixture")
+        paths = [source.path for source in self.mixture]
+        found += [f"{path} is twice in mixture" for path in sorted({*paths}) if paths.count(path) > 1]
         found += [
             f"the weight {source.weight} of {source.path} must be a finite number above 0"
-            for source in self.sources
+            for source in self.mixture
             if not 0 < source.weight < math.inf
         ]
-        for name in ("cache_bytes", "shuffle_tokens"):
+        for name in ("cache_bytes", "shuffle_window"):
             if (count := getattr(self, name)) is not None and count < 1:
                 found.append(f"{name}={count} must be at least 1, or left out")
-        if self.shuffle_tokens is not None and self.packing == "best-fit":
-            found.append("shuffle_tokens does not go with packing=best-fit, which orders whole documents")
+        if self.shuffle_window is not None and self.packing == "best-fit":
+            found.append("shuffle_window does not go with packing=best-fit, which orders whole documents")
         return found

@@ -43,7 +43,7 @@ class Dataset:
     config: DataConfig
 
     @property
-    def boundary(self) -> int | None:
+    def document_separator(self) -> int | None:
         """The id that begins a document into which none before it is to be seen; None if all of a row is."""
         return self.manifest.end_of_text if self.config.packing == "documents" else None
 
@@ -69,12 +69,12 @@ class Dataset:
         self, tokens_per_row: int, seed: int
     ) -> TokenStream | BestFitStream | IncrementalStream:
         """The rows of the training split, as `packing` has them."""
-        folder, portion = self.folder, self.config.shuffle_tokens
+        folder, portion = self.folder, self.config.shuffle_window
         if self.config.packing == "best-fit":
             return BestFitStream(folder, tokens_per_row=tokens_per_row, seed=seed)
         if portion is not None and isinstance(folder, IncrementalFolder):
-            return IncrementalStream(folder, tokens_per_row=tokens_per_row, seed=seed, shuffle_tokens=portion)
-        return TokenStream(folder, tokens_per_row=tokens_per_row, seed=seed, shuffle_tokens=portion)
+            return IncrementalStream(folder, tokens_per_row=tokens_per_row, seed=seed, shuffle_window=portion)
+        return TokenStream(folder, tokens_per_row=tokens_per_row, seed=seed, shuffle_window=portion)
 
     def stream(self, split: str, tokens_per_row: int, seed: int) -> TokenStream:
         """The rows of one split, "train" or "validation", as windows over its tokens."""
@@ -89,7 +89,7 @@ class Dataset:
 def open_one_dataset(config: DataConfig) -> Dataset:
     """Open the shards that `data` names, preparing them first where they are not there yet.
 
-    Where they are being prepared, and `shuffle_tokens` allows to begin, those that are complete. Raises
+    Where they are being prepared, and `shuffle_window` allows to begin, those that are complete. Raises
     ValueError if it does not, and for a folder that is there in part and that nobody prepares any more.
     """
     if is_prepared_elsewhere(config.data):
@@ -103,14 +103,14 @@ def open_one_dataset(config: DataConfig) -> Dataset:
     folder = folder if is_named else output_folder(request)
     if (folder / MANIFEST).is_file():
         return Dataset(folder, read_manifest(folder), load_prepared_tokenizer(folder), config)
-    if config.shuffle_tokens is not None and is_being_prepared(folder):
-        growing = open_incremental(folder, config.shuffle_tokens)
+    if config.shuffle_window is not None and is_being_prepared(folder):
+        growing = open_incremental(folder, config.shuffle_window)
         tokenizer = load_prepared_tokenizer(growing.place, growing.manifest)
         return Dataset(growing, growing.manifest, tokenizer, config)
     if is_named:
         raise ValueError(
             f"{folder} is not prepared to its end: wait until it is, or give the command that began it once "
-            "more; with --shuffle-tokens 100_000_000, training begins with what is complete"
+            "more; with --shuffle-window 100_000_000, training begins with what is complete"
         )
     if any(SHARD_NAME.fullmatch(path.name) for path in Path(config.data).glob("*.bin")):
         raise ValueError(
@@ -148,9 +148,9 @@ class MixtureDataset:
         return self.parts[0].tokenizer
 
     @property
-    def boundary(self) -> int | None:
-        """See `Materials.boundary`."""
-        return self.parts[0].boundary
+    def document_separator(self) -> int | None:
+        """See `Materials.document_separator`."""
+        return self.parts[0].document_separator
 
     @property
     def folder(self) -> str:
@@ -164,7 +164,7 @@ class MixtureDataset:
             for part, weight in zip(self.parts, self.weights, strict=True)
         )
         tokenizer = self.parts[0].describe().tokenizer
-        return dataclasses.replace(self.config, data="", sources=sources, tokenizer=tokenizer)
+        return dataclasses.replace(self.config, data="", mixture=sources, tokenizer=tokenizer)
 
     def record(self) -> dict[str, Any]:
         """What a run writes down of its texts: facts about each, and the shards of all."""
@@ -197,11 +197,11 @@ def open_dataset(config: DataConfig) -> Dataset | MixtureDataset:
 
     Raises ValueError if the sources of a mixture are not all written with one tokenizer.
     """
-    if not config.sources:
+    if not config.mixture:
         return open_one_dataset(config)
     parts = tuple(
-        open_one_dataset(dataclasses.replace(config, data=source.path, sources=()))
-        for source in config.sources
+        open_one_dataset(dataclasses.replace(config, data=source.path, mixture=()))
+        for source in config.mixture
     )
     first = parts[0]
     for part in parts[1:]:
@@ -216,4 +216,4 @@ def open_dataset(config: DataConfig) -> Dataset | MixtureDataset:
     folders = [str(part.folder) for part in parts]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise ValueError(f"two of the sources are {twice}: give it once, with the sum of their weights")
-    return MixtureDataset(parts, tuple(source.weight for source in config.sources), config)
+    return MixtureDataset(parts, tuple(source.weight for source in config.mixture), config)

@@ -2,7 +2,7 @@
 
 A preparation writes a shard as soon as nothing can change it any more, and says beside the shards, in
 `so-far.json`, which these are: a manifest like the one at the end. Rows that are shuffled among a limited
-number of tokens (`shuffle_tokens`) can be read from them, and are the very rows of the finished folder.
+number of tokens (`shuffle_window`) can be read from them, and are the very rows of the finished folder.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class IncrementalFolder:
         """Where a shard, or the tokenizer's folder, lies at this moment."""
         return self.place / name
 
-    def look_again(self) -> None:
+    def refresh(self) -> None:
         """Take in what has become complete since. Raises ValueError as the constructor does."""
         place = self.place
         if place != self.folder and not (place / SO_FAR).is_file():
@@ -98,32 +98,32 @@ def is_being_prepared(folder: Path) -> bool:
     return not (folder / MANIFEST).is_file() and staging_path(folder).is_dir()
 
 
-def open_incremental(folder: Path, shuffle_tokens: int) -> IncrementalFolder:
+def open_incremental(folder: Path, shuffle_window: int) -> IncrementalFolder:
     """A folder that is being prepared, once its first rows can be read.
 
     Raises ValueError if they can't, and nobody prepares it any more.
     """
     told = False
-    while not has_shuffle_window(folder, shuffle_tokens):
-        if not is_locked_folder(folder) and not has_shuffle_window(folder, shuffle_tokens):
+    while not has_shuffle_window(folder, shuffle_window):
+        if not is_locked_folder(folder) and not has_shuffle_window(folder, shuffle_window):
             raise ValueError(
-                f"{folder} has not the {2 * shuffle_tokens:,} training tokens yet that shuffle_tokens="
-                f"{shuffle_tokens} begins with, and nobody prepares it any more: give the command that began "
+                f"{folder} has not the {2 * shuffle_window:,} training tokens yet that shuffle_window="
+                f"{shuffle_window} begins with, and nobody prepares it any more: give the command that began "
                 "it once more"
             )
         if not told:
-            echo(f"waiting for the first {2 * shuffle_tokens:,} training tokens of {folder}")
+            echo(f"waiting for the first {2 * shuffle_window:,} training tokens of {folder}")
         told = True
         time.sleep(POLL_SECONDS)
     return IncrementalFolder(folder)
 
 
-def has_shuffle_window(folder: Path, shuffle_tokens: int) -> bool:
+def has_shuffle_window(folder: Path, shuffle_window: int) -> bool:
     """True if the first portion of the training tokens is complete, and known not to be the last."""
     if (folder / MANIFEST).is_file():
         return True
     try:
-        return read_manifest(staging_path(folder), SO_FAR).tokens("train") >= 2 * shuffle_tokens
+        return read_manifest(staging_path(folder), SO_FAR).tokens("train") >= 2 * shuffle_window
     except ValueError:  # there is none yet, or none any more
         return False
 
@@ -132,10 +132,10 @@ class IncrementalStream:
     """The training rows of a folder that is being prepared: of all portions but the last one so far."""
 
     def __init__(
-        self, folder: IncrementalFolder, *, tokens_per_row: int, seed: int, shuffle_tokens: int
+        self, folder: IncrementalFolder, *, tokens_per_row: int, seed: int, shuffle_window: int
     ) -> None:
         self.folder = folder
-        self.tokens_per_row, self.seed, self._shuffle_tokens = tokens_per_row, seed, shuffle_tokens
+        self.tokens_per_row, self.seed, self._shuffle_tokens = tokens_per_row, seed, shuffle_window
         self._take_in()
 
     def batch(self, first_row: int, rows: int) -> Batch:
@@ -148,7 +148,7 @@ class IncrementalStream:
         """True if the first so many rows can be read; looks for new shards if they can't."""
         if self.folder.is_complete or rows <= self._known.rows_before_last_portion:
             return True
-        self.folder.look_again()
+        self.folder.refresh()
         if self.folder.manifest is not self._known.manifest:
             self._take_in()
         return self.folder.is_complete or rows <= self._known.rows_before_last_portion
@@ -176,6 +176,6 @@ class IncrementalStream:
             self.folder,
             tokens_per_row=self.tokens_per_row,
             seed=self.seed,
-            shuffle_tokens=self._shuffle_tokens,
+            shuffle_window=self._shuffle_tokens,
         )
         self.tokens, self.windows_per_epoch = self._known.tokens, self._known.windows_per_epoch  # so far

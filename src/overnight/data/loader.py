@@ -5,7 +5,7 @@ around the circle from a starting point of its own, so in each epoch every token
 fewer than T of them twice, and no shard's tail is lost. Row g belongs to epoch g // W and is the window
 that the epoch's permutation puts at place g % W.
 
-With `shuffle_tokens` S the split is gone through in portions, each a circle with an order of its own: the
+With `shuffle_window` S the split is gone through in portions, each a circle with an order of its own: the
 first S tokens, the next S, and so on, the last portion with what is left over, so with less than 2 S. Where
 a row lies depends only on the tokens up to the end of its portion, and on there being S more behind it: rows
 can be read while the text is still being prepared, and stay what they are.
@@ -52,7 +52,7 @@ class TokenStream:
         *,
         tokens_per_row: int,
         seed: int = 0,
-        shuffle_tokens: int | None = None,
+        shuffle_window: int | None = None,
     ) -> None:
         shelf = LocalStore(Path(folder), split) if isinstance(folder, Path | str) else folder
         self.manifest = shelf.manifest
@@ -66,12 +66,12 @@ class TokenStream:
                 f"a row of {tokens_per_row:,} tokens and its targets do not fit in the {self.tokens:,} of "
                 f"the {split} split of {folder}: shorten the context, or prepare more text"
             )
-        if shuffle_tokens is not None and shuffle_tokens <= tokens_per_row:
+        if shuffle_window is not None and shuffle_window <= tokens_per_row:
             raise ValueError(
-                f"shuffle_tokens={shuffle_tokens} is no more than a row of {tokens_per_row:,}: give a "
+                f"shuffle_window={shuffle_window} is no more than a row of {tokens_per_row:,}: give a "
                 "thousand times as many, or more"
             )
-        self._portion_tokens = min(shuffle_tokens or self.tokens, self.tokens)
+        self._portion_tokens = min(shuffle_window or self.tokens, self.tokens)
         self._portion_rows = -(-self._portion_tokens // tokens_per_row)
         self._last_portion = self.tokens // self._portion_tokens - 1
         self.rows_before_last_portion = self._last_portion * self._portion_rows

@@ -15,7 +15,7 @@ FROZEN = 70  # the exit status
 
 
 class Watchdog:
-    """Ends the process when `still_going` was not called for so many seconds, with every thread's stack."""
+    """Ends the process when `heartbeat` was not called for so many seconds, with every thread's stack."""
 
     def __init__(self, rank: int, timeout_seconds: float) -> None:
         self._rank, self._timeout_seconds = rank, timeout_seconds
@@ -23,7 +23,7 @@ class Watchdog:
         self._last = time.monotonic()
         self._paused = False
 
-    def still_going(self) -> None:
+    def heartbeat(self) -> None:
         """Say that there is progress."""
         self._last = time.monotonic()
 
@@ -35,13 +35,13 @@ class Watchdog:
             yield
         finally:
             self._paused = False
-            self.still_going()
+            self.heartbeat()
 
     @contextmanager
     def watching(self) -> Iterator[Watchdog]:
         """Within, the process is watched."""
         thread = threading.Thread(target=self._watch, daemon=True, name="watch")
-        self.still_going()
+        self.heartbeat()
         thread.start()
         try:
             yield self

@@ -31,7 +31,7 @@ class World:
     device: str
     local_rank: int = 0
     local_size: int = 1
-    is_joined: bool = False
+    is_distributed: bool = False
     """True of processes that a launcher has started together, be it a single one."""
 
     @property
@@ -39,12 +39,12 @@ class World:
         """True for the one process that writes and prints."""
         return self.rank == 0
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Make each tensor the sum of all processes' ones, in place; all of one dtype."""
         if self.size > 1:
             _in_buckets(tensors, dist.all_reduce)
 
-    def sum_in_tree(self, tensors: Sequence[Tensor]) -> None:
+    def tree_all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """`sum`, each pair of neighbours first, then each pair of pairs, and so on: its bits do not vary.
 
         The number of processes must be a power of 2.
@@ -66,16 +66,20 @@ class World:
         if self.size > 1:
             _in_buckets(tensors, exchange)
 
-    def spread(self, tensors: Sequence[Tensor], owner: int) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Make each tensor the one that process `owner` has, in place; all of one dtype."""
         if self.size > 1:
             _in_buckets(tensors, lambda flat: dist.broadcast(flat, owner))
 
     def any(self, flag: bool) -> bool:
         """True if it is true in any process."""
-        return any(word == "yes" for word in self.gather("yes" if flag else "no")) if self.size > 1 else flag
+        return (
+            any(word == "yes" for word in self.all_gather_object("yes" if flag else "no"))
+            if self.size > 1
+            else flag
+        )
 
-    def gather(self, word: str) -> list[str]:
+    def all_gather_object(self, word: str) -> list[str]:
         """What every process says, by rank."""
         if self.size == 1:
             return [word]
@@ -83,12 +87,12 @@ class World:
         dist.all_gather_object(words, word)
         return words
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Return when every process has come here."""
-        self.gather("here")
+        self.all_gather_object("here")
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """Around what may be refused: a ValueError of one process becomes one of all, with its rank."""
         refusal = ""
         try:
@@ -97,7 +101,7 @@ class World:
             if self.size == 1:
                 raise
             refusal = str(error)
-        refusals = self.gather(refusal)
+        refusals = self.all_gather_object(refusal)
         if any(refusals):
             raise CollectiveValueError(_describe_refusals(refusals))
 
@@ -181,7 +185,7 @@ def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
         raise _lost(place.rank, error) from None
     try:
         yield world
-        world.wait_for_all()
+        world.barrier()
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -236,7 +240,7 @@ def _find_device(place: LauncherEnv, device: str | None) -> World:
             )
         chosen = f"cuda:{place.local_rank}"
         torch.cuda.set_device(place.local_rank)
-    return World(place.rank, place.size, chosen, place.local_rank, place.local_size, is_joined=True)
+    return World(place.rank, place.size, chosen, place.local_rank, place.local_size, is_distributed=True)
 
 
 def _best_device() -> str:

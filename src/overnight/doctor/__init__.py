@@ -28,11 +28,11 @@ CHECKS = (*DATA_CHECKS, *OF_MODEL, *OF_RUN)
 class DoctorConfig(Recipe):
     """A recipe, as `overnight train` takes it, and how closely to look."""
 
-    thorough: bool = False
+    full: bool = False
     """Look at all of the text, not at a sample where it is long."""
     benchmarks: tuple[str, ...] = ()
     """Benchmarks' files (.jsonl, .txt, .tokens): does the training text hold passages of them?"""
-    against: str | None = None
+    baseline: str | None = None
     """A Hugging Face GPT-2, folder or name: does this package compute the logits Transformers computes?"""
     only: tuple[str, ...] = ()
     """Do these checks only, by their names; all if left out."""

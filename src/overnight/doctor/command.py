@@ -148,15 +148,15 @@ class DoctorContext:
 
     def checks(self) -> dict[str, Callable[[], CheckResult]]:
         """What is to be done, by name."""
-        thorough = self.config.thorough
+        full = self.config.full
         return {
             "shards": self._shards,
             "tokenizer": lambda: self._of_texts(data_checks.check_tokenizer),
             "boundaries": lambda: self._of_texts(
-                lambda at, manifest: data_checks.check_boundaries(at, manifest, thorough=thorough)
+                lambda at, manifest: data_checks.check_boundaries(at, manifest, full=full)
             ),
             "disjoint": lambda: self._of_texts(
-                lambda at, manifest: data_checks.check_disjoint(at, manifest, thorough=thorough)
+                lambda at, manifest: data_checks.check_disjoint(at, manifest, full=full)
             ),
             "contamination": self._contamination,
             "initial-loss": lambda: model_checks.check_initial_loss(self._build()),
@@ -220,13 +220,13 @@ class DoctorContext:
 
     @property
     def _begins_anew(self) -> bool:
-        return self.recipe.start_from is None
+        return self.recipe.init_from is None
 
     # ------------------------------------------------------------ each that takes more than a line
 
     def _shards(self) -> CheckResult:
         missing = "; ".join(at_hand.why_not for at_hand in self.texts if at_hand.folder is None)
-        found = self._of_texts(lambda at, _: data_checks.check_shards(at, thorough=self.config.thorough))
+        found = self._of_texts(lambda at, _: data_checks.check_shards(at, full=self.config.full))
         return dataclasses.replace(found, cause=found.cause if found.passed is False else missing)
 
     def _of_texts(self, look: OfText) -> CheckResult:
@@ -243,11 +243,11 @@ class DoctorContext:
         return min(found, key=lambda finding: {False: 0, True: 1, None: 2}[finding.passed])
 
     def _contamination(self) -> CheckResult:
-        files, thorough = self.config.benchmarks, self.config.thorough
+        files, full = self.config.benchmarks, self.config.full
         if not files:
             return skipped("no benchmark's file was given: --benchmarks FILE ...")
         return self._of_texts(
-            lambda at, manifest: data_checks.check_contamination(at, manifest, files, thorough=thorough)
+            lambda at, manifest: data_checks.check_contamination(at, manifest, files, full=full)
         )
 
     def _rows(self) -> CheckResult:
@@ -288,7 +288,7 @@ class DoctorContext:
 
     def _reference(self) -> CheckResult:
         if self.reference is None:
-            return skipped("no model was given: --against gpt2, or a Hugging Face folder")
+            return skipped("no model was given: --baseline gpt2, or a Hugging Face folder")
         return generation_checks.check_reference(self.reference.model, self.reference.origin)
 
     def _schedule(self) -> CheckResult:
@@ -312,10 +312,12 @@ def open_doctor_context(config: DoctorConfig, name: str, scratch: Path) -> Docto
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
     world = open_world(recipe.compute.device)
     reference = None
-    if config.against is not None:
-        reference = open_model(config.against)
+    if config.baseline is not None:
+        reference = open_model(config.baseline)
         if not (reference.origin / "config.json").is_file():
-            raise ValueError(f"against={config.against} is a run of ours: give a Hugging Face folder or name")
+            raise ValueError(
+                f"baseline={config.baseline} is a run of ours: give a Hugging Face folder or name"
+            )
     at_hand = find_local_datasets(recipe.data, name)
     guessed = SOME_CHARACTERS if recipe.data.tokenizer == "characters" else None
     text = find_token_counts(recipe.data, recipe.model.vocab_size or guessed)
@@ -351,8 +353,8 @@ class LocalDataset(NamedTuple):
 
 def find_local_datasets(config: DataConfig, name: str) -> list[LocalDataset]:
     """All texts of the recipe `name`. Raises ValueError for one that is neither there nor known."""
-    paths = [each.path for each in config.sources] or [config.data]
-    return [_find(dataclasses.replace(config, data=path, sources=()), name) for path in paths]
+    paths = [each.path for each in config.mixture] or [config.data]
+    return [_find(dataclasses.replace(config, data=path, mixture=()), name) for path in paths]
 
 
 def _find(config: DataConfig, name: str) -> LocalDataset:
@@ -365,7 +367,7 @@ def _find(config: DataConfig, name: str) -> LocalDataset:
         return LocalDataset(path, prepared)
     folder, command = find_recipe_text(path, config)
     if is_small_and_local(path):
-        open_one_dataset(dataclasses.replace(config, shuffle_tokens=None))
+        open_one_dataset(dataclasses.replace(config, shuffle_window=None))
         return LocalDataset(path, Path(folder))
     command = find_told_commands(name).get(folder, command)
     if not command:

@@ -21,7 +21,7 @@ from overnight.tokenizer.tokenizer import Tokenizer
 READ_TOKENS = 250_000_000  # of shards verified, counted and compared where a look at all was not asked for
 SPELT_DOCUMENTS = 50
 SEARCHED_DOCUMENTS = 2_000
-LONGEST_TOKENS = 20_000  # of a document that is spelt
+LONGEST_TOKENS = 20_000  # of a document that is token_bytes
 SHOWN_BOUNDARIES, SHOWN_CHARACTERS = 3, 32
 ADOPTED = "from_shards"  # in the request of shards that another program wrote
 PASSES_AS_GOOD_AS_FRESH = 4  # Muennighoff et al. 2023, arXiv 2305.16264
@@ -30,11 +30,11 @@ PREPARE_AGAIN = "delete the folder and prepare the text again"
 Item = TypeVar("Item")
 
 
-def check_shards(folder: Path, *, thorough: bool) -> CheckResult:
+def check_shards(folder: Path, *, full: bool) -> CheckResult:
     """Every byte of the shards is as it was written; of very many tokens, of some shards of each split."""
     try:
         manifest = shards.read_manifest(folder)
-        chosen = _choose(manifest, thorough=thorough)
+        chosen = _choose(manifest, full=full)
         count = len(manifest.train) + len(manifest.validation)
         if len(chosen) == count:
             shards.verify(folder)
@@ -85,12 +85,12 @@ def _encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
         return []
 
 
-def check_boundaries(folder: Path, manifest: Manifest, *, thorough: bool) -> CheckResult:
+def check_boundaries(folder: Path, manifest: Manifest, *, full: bool) -> CheckResult:
     """Each document begins with the end-of-text id, which stands nowhere else; some boundaries are shown."""
     found = expected = doubled = 0
     faults: list[str] = []
     is_adopted = ADOPTED in manifest.request  # there, another program's text may begin within a document
-    for shard in _choose(manifest, thorough=thorough):
+    for shard in _choose(manifest, full=full):
         ids = open_tokens(folder / shard.name)
         places = places_of(manifest.end_of_text, ids)
         found, expected = found + places.size, expected + shard.documents
@@ -137,7 +137,7 @@ def _spell(tokenizer: Tokenizer, ids: Tokens, end_of_text: int) -> str:
     return "".join(each if each.isprintable() else "·" for each in one_line)
 
 
-def check_disjoint(folder: Path, manifest: Manifest, *, thorough: bool) -> CheckResult:
+def check_disjoint(folder: Path, manifest: Manifest, *, full: bool) -> CheckResult:
     """No held-out document is in the training text as well."""
     if not manifest.tokens("validation"):
         return CheckResult(
@@ -148,11 +148,11 @@ def check_disjoint(folder: Path, manifest: Manifest, *, thorough: bool) -> Check
             "--validation-fraction 0.01",
         )
     held_out = {
-        digest: number for number, digest in enumerate(_digests(folder, manifest, "validation", thorough))
+        digest: number for number, digest in enumerate(_digests(folder, manifest, "validation", full))
     }
     trained = 0
     shared: set[bytes] = set()
-    for digest in _digests(folder, manifest, "train", thorough):
+    for digest in _digests(folder, manifest, "train", full):
         trained += 1
         if digest in held_out:
             shared.add(digest)
@@ -168,11 +168,11 @@ def check_disjoint(folder: Path, manifest: Manifest, *, thorough: bool) -> Check
     )
 
 
-def _digests(folder: Path, manifest: Manifest, split: str, thorough: bool) -> Iterator[bytes]:
+def _digests(folder: Path, manifest: Manifest, split: str, full: bool) -> Iterator[bytes]:
     """Of each document that is not empty, without its end-of-text id; of the first, if there are many."""
     documents = sum(shard.documents for shard in manifest.shards(split))
     share = READ_TOKENS / max(1, manifest.tokens(split))
-    most = None if thorough or share >= 1 else max(1, int(share * documents))
+    most = None if full or share >= 1 else max(1, int(share * documents))
     for pieces in statistics.documents_of(statistics.shard_spans(folder, manifest, split, most)):
         first, *others = pieces
         digest, size = hashlib.blake2b(digest_size=16), 0
@@ -184,13 +184,13 @@ def _digests(folder: Path, manifest: Manifest, split: str, thorough: bool) -> It
 
 
 def check_contamination(
-    folder: Path, manifest: Manifest, benchmarks: Sequence[str], *, thorough: bool
+    folder: Path, manifest: Manifest, benchmarks: Sequence[str], *, full: bool
 ) -> CheckResult:
     """How many training documents share 13 words in a row with a benchmark's file."""
     files = decontaminate.benchmark_names(benchmarks)
     search = decontaminate.BenchmarkSearch(decontaminate.build_index(files))
     tokenizer = shards.load_prepared_tokenizer(folder, manifest)
-    most = None if thorough else SEARCHED_DOCUMENTS
+    most = None if full else SEARCHED_DOCUMENTS
     found = dict.fromkeys(files, 0)
     looked = contaminated = 0
     documents = sample_documents(folder, manifest, "train", most)
@@ -214,7 +214,7 @@ def check_contamination(
 def check_rows(setup: SetUp, run_tokens: int, text_tokens: int | None) -> CheckResult:
     """The rows that a step reads: each target is the id that follows, and every reading gives the same."""
     plan, batches = setup.training.plan, setup.training.batches
-    rows = plan.rows_per_micro_batch * plan.micro_batches(0)
+    rows = plan.micro_batch_size * plan.micro_batches(0)
     first, again, other = batches(0, rows), batches(0, rows), batches(rows, rows)
     faults = []
     if not bool((first.targets[:, :-1] == first.ids[:, 1:]).all()):
@@ -266,10 +266,10 @@ def sample_documents(folder: Path, manifest: Manifest, split: str, most: int | N
                 yield ids[begin + 1 : end]
 
 
-def _choose(manifest: Manifest, *, thorough: bool) -> tuple[Shard, ...]:
+def _choose(manifest: Manifest, *, full: bool) -> tuple[Shard, ...]:
     """The shards to be read: all, or of very many tokens some of each split, first and last included."""
     total = sum(manifest.tokens(split) for split in SPLITS)
-    if thorough or total <= READ_TOKENS:
+    if full or total <= READ_TOKENS:
         return manifest.train + manifest.validation
     average = total / (len(manifest.train) + len(manifest.validation))
     count = max(2, int(READ_TOKENS / average / 2))

@@ -24,7 +24,6 @@ from overnight.data.loader import Batch
 from overnight.distributed.world import World
 from overnight.doctor.check import Build, CheckResult, SetUp
 from overnight.model.loss import LossSum
-from overnight.training import step
 from overnight.training import step as step_module
 from overnight.training.batch import constant_plan
 from overnight.training.checkpoint import load, save
@@ -108,7 +107,7 @@ def check_overfit(setup: SetUp) -> CheckResult:
     training = dataclasses.replace(
         setup.training,
         batches=lambda _first_row, _rows: row,
-        plan=constant_plan(row.ids.shape[1], rows_per_micro_batch=1),
+        plan=constant_plan(row.ids.shape[1], micro_batch_size=1),
         learning_rate=lambda _step: rate,
     )
     first = loss = math.inf
@@ -134,7 +133,7 @@ def check_accumulation(build: Build) -> CheckResult:
     """A step in micro-batches is the step in one piece, and both are the mean's gradient, taken by hand."""
     parts, whole = build(), build()
     plan, state = parts.training.plan, parts.state
-    rows = plan.micro_batches(state.step) * plan.rows_per_micro_batch
+    rows = plan.micro_batches(state.step) * plan.micro_batch_size
     at_once = dataclasses.replace(whole.training, plan=constant_plan(plan.tokens_per_row, rows))
     by_hand = build()
     batch = step_batch(by_hand)
@@ -241,7 +240,7 @@ def check_processes(train_alone: Callable[[], Steps], train_in_two: Callable[[],
         cause="two processes do not take the steps that one takes (loss "
         f"{loss_of_two:.5f} instead of {loss:.5f}, gradient norm {norm_of_two:.5g} instead of {norm:.5g}): "
         "gradients and nats are to be SUMMED over processes once a step, before clipping (gradients.py, "
-        "World.sum), and each process has its own micro-batches (batching.py)",
+        "World.all_reduce), and each process has its own micro-batches (batching.py)",
         figures={"relative_difference": off},
     )
 
@@ -256,7 +255,7 @@ def check_saving(build: Build, folder: Path) -> CheckResult:
     """Train a little, save into `folder`, load into another state: all that training changes is the same."""
     saved, loaded = build(), build()
     for _ in range(STEPS):
-        step.train_step(saved.state, saved.training)
+        step_module.train_step(saved.state, saved.training)
     written = save.save_checkpoint(saved.state, folder)
     load.load_checkpoint(loaded.state, written)
     faults = _compare_runs(saved.state, loaded.state)

@@ -107,7 +107,7 @@ def check_memory(needed_bytes: int, usable_bytes: int, device: str) -> CheckResu
         measured=f"{needed_bytes / 1e9:.2f} GB",
         bound=f"at most {usable_bytes / 1e9:.2f} GB usable",
         cause=f"a step does not fit into the memory of {device}: overnight plan says what would "
-        "(--recompute block, --head chunked, fewer --rows-per-micro-batch, more --processes)",
+        "(--activation_checkpointing block, --loss chunked, fewer --micro-batch-size, more --processes)",
         figures={"needed_bytes": needed_bytes, "usable_bytes": usable_bytes},
     )
 

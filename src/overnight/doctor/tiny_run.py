@@ -78,20 +78,18 @@ def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, device: str) -> tup
     )
     small = dataclasses.replace(
         recipe,
-        start_from=None,
+        init_from=None,
         trackers=(),
         data=dataclasses.replace(DataConfig(data=str(folder)), packing=recipe.data.packing),
         model=model,
         schedule=ScheduleConfig(total_steps=1000, learning_rate_decay="constant"),
-        batch=BatchConfig(
-            tokens_per_step=MICRO_BATCHES * ROWS * model.context_length, rows_per_micro_batch=ROWS
-        ),
+        batch=BatchConfig(tokens_per_step=MICRO_BATCHES * ROWS * model.context_length, micro_batch_size=ROWS),
         compute=dataclasses.replace(
             recipe.compute,
             device=device,
             precision="fp32",
             compile=False,
-            head="whole" if recipe.compute.head == "fp8" else recipe.compute.head,
+            loss="full" if recipe.compute.loss == "fp8" else recipe.compute.loss,
             processes=None,
             sharding=None,
         ),

@@ -30,7 +30,7 @@ class EvaluateConfig:
     """The first so many of each task (thousand characters of a text); all if left out."""
     task_files: str | None = None
     """A folder that holds the tasks' official files; fetched once if left out."""
-    against: str | None = None
+    baseline: str | None = None
     """Another model, judged on the same."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; the best one found if left out."""

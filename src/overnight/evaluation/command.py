@@ -59,7 +59,7 @@ def run(config: EvaluateConfig) -> None:
     raise_problems(config.problems(), "overnight evaluate")
     names = split_names(config.tasks)
     with join_world(config.device, TIMEOUT_SECONDS) as world, quiet(not world.is_main):
-        with world.together():
+        with world.raise_together():
             subjects = open_evaluated_models(config, world.device)
             held_out = open_validation(config, subjects) if names.validation else None
             check_harness_tasks(config, names)
@@ -72,7 +72,7 @@ def run(config: EvaluateConfig) -> None:
             ]
             values |= _summary(measured[0])
             scores += score_validation(held_out, measured)
-            print_scores(scores, f"of {held_out.materials.folder}, in {subjects[0].precision}")
+            print_scores(scores, f"of {held_out.dataset.folder}, in {subjects[0].precision}")
         for task in tasks:
             sides = [
                 evaluate_and_score(task, each.opened.model, each.opened.tokenizer, each.precision, world)
@@ -103,7 +103,7 @@ def evaluate_in_processes(config: EvaluateConfig, words: Sequence[str]) -> int:
 def open_evaluated_models(config: EvaluateConfig, device: str) -> list[EvaluatedModel]:
     """The model, and the other one if there is one."""
     subjects = []
-    for name in filter(None, (config.model, config.against)):
+    for name in filter(None, (config.model, config.baseline)):
         opened = open_model(name)
         opened.model.to(device)
         recipe = read_recipe_of(opened.run) if opened.run else None

@@ -35,7 +35,7 @@ METRICS = ("nats_per_token", "perplexity_per_token", "bits_per_byte", "bits_per_
 class ValidationSet:
     """The text to be judged on, and how."""
 
-    materials: Dataset | MixtureDataset
+    dataset: Dataset | MixtureDataset
     tokens: int | None
     """How many; all if None."""
     stride: int | None
@@ -43,35 +43,35 @@ class ValidationSet:
 
     def references(self) -> tuple[PublishedResult, ...]:
         """What others reached on text of this source, in tokens of this tokenizer."""
-        record = self.materials.record()
+        record = self.dataset.record()
         known = VALIDATION_LOSSES.get(str(record.get("source")), ())
-        return known if self.materials.tokenizer.name == "gpt2" else ()
+        return known if self.dataset.tokenizer.name == "gpt2" else ()
 
 
 def open_validation_set(config: DataConfig, tokens: int | None, stride: int | None) -> ValidationSet:
     """The held-out split of prepared text. Raises ValueError for a stride where documents stand alone."""
-    materials = open_dataset(config)
-    if stride is not None and materials.boundary is not None:
+    dataset = open_dataset(config)
+    if stride is not None and dataset.document_separator is not None:
         raise ValueError(
             "--stride does not go with packing=documents, where documents stand by themselves: leave it out"
         )
-    return ValidationSet(materials, tokens, stride)
+    return ValidationSet(dataset, tokens, stride)
 
 
 def check_same_tokenizer(held_out: ValidationSet, tokenizer: Tokenizer, model: str, folder: Path) -> None:
     """Raise ValueError unless the text is written with the model's tokenizer, which lies in `folder`."""
-    materials = held_out.materials
-    if materials.tokenizer.fingerprint != tokenizer.fingerprint:
+    dataset = held_out.dataset
+    if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"{model} reads {tokenizer.name}, but {materials.folder} is written with the "
-            f"tokenizer {materials.tokenizer.name}: prepare that text with --tokenizer {folder}"
+            f"{model} reads {tokenizer.name}, but {dataset.folder} is written with the "
+            f"tokenizer {dataset.tokenizer.name}: prepare that text with --tokenizer {folder}"
         )
 
 
 def measure_validation(held_out: ValidationSet, model: GPT, precision: str, world: World) -> TextLoss:
     """The nats of its tokens, by pieces, with a bar; the same in all processes."""
-    materials, wanted = held_out.materials, held_out.tokens
-    stream = materials.stream("validation", model.config.context_length, seed=0)
+    dataset, wanted = held_out.dataset, held_out.tokens
+    stream = dataset.stream("validation", model.config.context_length, seed=0)
     with progress("validation", wanted or stream.tokens - 1, "tokens") as advance:
         if held_out.stride is not None:
             return _measure_windows(held_out, model, precision, world, advance)
@@ -81,8 +81,10 @@ def measure_validation(held_out: ValidationSet, model: GPT, precision: str, worl
                 yield batch
                 advance(batch.targets.numel())
 
-        spelt = materials.tokenizer.token_bytes()
-        return measure_language_model(model, shown(), spelt, precision, materials.boundary, world)
+        token_bytes = dataset.tokenizer.token_bytes()
+        return measure_language_model(
+            model, shown(), token_bytes, precision, dataset.document_separator, world
+        )
 
 
 def _measure_windows(
@@ -98,12 +100,12 @@ def _measure_windows(
         mine.append((place, numbers))
         advance(passages[place].scored * world.size)
     targets = np.concatenate([ids[1:] for ids in texts])
-    token_bytes = held_out.materials.tokenizer.token_bytes()
+    token_bytes = held_out.dataset.tokenizer.token_bytes()
     return TextLoss(
         nats=tuple(numbers[0] for numbers in gather(mine, world)),
         tokens=tuple(passage.scored for passage in passages),
         units={
-            "byte": int(np.array([len(spelt) for spelt in token_bytes])[targets].sum()),
+            "byte": int(np.array([len(token_bytes) for token_bytes in token_bytes])[targets].sum()),
             "character": int(np.array(count_characters(token_bytes))[targets].sum()),
         },
     )
@@ -111,7 +113,7 @@ def _measure_windows(
 
 def _read_texts(held_out: ValidationSet, tokens_per_row: int) -> Iterator[NDArray[np.int64]]:
     """The ids of the held-out split in its own order; of a mixture, of each part."""
-    stream, wanted = held_out.materials.stream("validation", tokens_per_row, seed=0), held_out.tokens
+    stream, wanted = held_out.dataset.stream("validation", tokens_per_row, seed=0), held_out.tokens
     streams = stream.streams if isinstance(stream, Concatenation) else (stream,)
     counts = stream.evaluation_tokens(wanted) if isinstance(stream, Concatenation) else [wanted]
     for each, count in zip(streams, counts, strict=True):

@@ -213,7 +213,7 @@ def _judge(trees: Sequence[PackedQuestion], model: GPT, portion: BatchLimits) ->
     T = min(_padded(max(map(len, trees)), portion), model.config.context_length)
     ids_BT = torch.zeros(len(trees), T, dtype=torch.long)
     counted: dict[int, int] = {}  # places that foretell something, and their numbers: N of them
-    foretelling: list[int] = []  # the number for each target: M of them, since a context foretells several
+    predicting: list[int] = []  # the number for each target: M of them, since a context foretells several
     targets: list[int] = []
     ends: list[int] = []
     for row, tree in enumerate(trees):
@@ -225,13 +225,13 @@ def _judge(trees: Sequence[PackedQuestion], model: GPT, portion: BatchLimits) ->
             # The first token of a branch is foretold by the last of the context.
             places = [row * T + len(tree.context) - 1, *range(start, start + len(part))]
             ending = tree.choice.endings[number]
-            foretelling += [counted.setdefault(place, len(counted)) for place in places[-len(ending) :]]
+            predicting += [counted.setdefault(place, len(counted)) for place in places[-len(ending) :]]
             targets += ending
             ends.append(len(targets))
             start += len(part)
     hidden_BTC = model.trunk(ids_BT.to(device), TreeMask(trees, T, device))
     hidden_NC = hidden_BTC.flatten(0, 1)[torch.tensor(list(counted), device=device)]
-    asked = torch.tensor(foretelling, device=device), torch.tensor(targets, device=device)
+    asked = torch.tensor(predicting, device=device), torch.tensor(targets, device=device)
     lengths = [end - start for start, end in pairwise([0, *ends])]
     parts = torch.split(_nats(hidden_NC, model, asked, portion.ids).cpu().double(), lengths)
     keys = [(tree.place, number) for tree in trees for number in tree.endings]

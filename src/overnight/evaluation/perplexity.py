@@ -42,11 +42,11 @@ def evaluate_language_model(
     batches: Iterable[Batch],
     token_bytes: Sequence[bytes],
     precision: str = "fp32",
-    boundary: int | None = None,
+    document_separator: int | None = None,
     world: World = SINGLE_PROCESS,
 ) -> Evaluation:
     """Judge `model` on every target of `batches`; see `measure_language_model`."""
-    return sum_up(measure_language_model(model, batches, token_bytes, precision, boundary, world))
+    return sum_up(measure_language_model(model, batches, token_bytes, precision, document_separator, world))
 
 
 def measure_language_model(
@@ -54,13 +54,13 @@ def measure_language_model(
     batches: Iterable[Batch],
     token_bytes: Sequence[bytes],
     precision: str = "fp32",
-    boundary: int | None = None,
+    document_separator: int | None = None,
     world: World = SINGLE_PROCESS,
 ) -> TextLoss:
     """The nats of all targets of `batches`, LOGITS_AT_ONCE at a time; `token_bytes` says what each id spells.
 
     A target near the start of its row is judged on a short context, which makes the loss a little
-    higher than with a sliding window. `boundary` is the id at which a document begins that is judged by
+    higher than with a sliding window. `document_separator` is the id at which a document begins that is judged by
     itself, for a model that is trained so; None where a row is one text to the model. Training state and
     random state are left as they were. The batches are divided among the processes of `world`, and the result
     is the same to the digit for any number of them: nats are added up exactly. Raises ValueError if there
@@ -68,12 +68,12 @@ def measure_language_model(
     """
     device = torch.device(world.device) if world.size > 1 else model.wte.weight.device
     spelling = torch.tensor([list(map(len, token_bytes)), count_characters(token_bytes)])
-    spelt = torch.zeros(2, dtype=torch.long)
+    spelled = torch.zeros(2, dtype=torch.long)
     pieces: list[list[tuple[float, int]]] = []
     with eval_mode(model), torch.no_grad(), autocast(device.type, precision):
         for batch, is_mine in _share(batches, world):
             ids_BT, targets_N = batch.ids.to(device), batch.targets.to(device).flatten()
-            documents = None if boundary is None else find_documents(ids_BT, boundary)
+            documents = None if document_separator is None else find_documents(ids_BT, document_separator)
             hidden_NC = model.trunk(ids_BT, documents=documents).flatten(0, 1)
             if not is_mine:
                 continue
@@ -84,8 +84,8 @@ def measure_language_model(
                     for hidden, targets in zip(*parts, strict=True)
                 ]
             )
-            spelt += spelling[:, batch.targets.flatten()].sum(1)
-    shares = [json.loads(told) for told in world.gather(json.dumps([pieces, spelt.tolist()]))]
+            spelled += spelling[:, batch.targets.flatten()].sum(1)
+    shares = [json.loads(told) for told in world.all_gather_object(json.dumps([pieces, spelled.tolist()]))]
     # Batches went round: the first of each process, then the second of each.
     rounds = zip_longest(*(share[0] for share in shares), fillvalue=())
     in_order = [piece for turn in rounds for batch in turn for piece in batch]
@@ -168,4 +168,4 @@ class TextLoss:
 
 def count_characters(token_bytes: Sequence[bytes]) -> list[int]:
     """Of each id how many characters begin in it: bytes that do not go on with a character of UTF-8."""
-    return [sum(byte & 0xC0 != 0x80 for byte in spelt) for spelt in token_bytes]
+    return [sum(byte & 0xC0 != 0x80 for byte in spelling) for spelling in token_bytes]

@@ -52,7 +52,7 @@ def evaluate_missing(
     Of several processes each yields what it judges itself; the first, what was judged before.
     """
     before = _read(folder)
-    world.wait_for_all()  # all have read before one writes
+    world.barrier()  # all have read before one writes
     if world.is_main:
         yield from before.items()
     left = [place for place in range(len(examples)) if place not in before]

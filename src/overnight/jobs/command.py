@@ -57,12 +57,12 @@ def check_division(config: LaunchConfig) -> None:
     micro_batches = plan.micro_batches(0)
     if micro_batches % processes == 0:
         return
-    unit = plan.rows_per_micro_batch * context
-    ramped = batch.ramp_from_tokens_per_step is not None
-    setting = "ramp_from_tokens_per_step" if ramped else "tokens_per_step"
+    unit = plan.micro_batch_size * context
+    ramped = batch.batch_ramp_start_tokens is not None
+    setting = "batch_ramp_start_tokens" if ramped else "tokens_per_step"
     nearest = max(1, round(micro_batches / processes)) * processes * unit
     fewer = max(count for count in range(1, processes) if micro_batches % count == 0)
-    rows = f"{plan.rows_per_micro_batch} row{'s' if plan.rows_per_micro_batch > 1 else ''}"
+    rows = f"{plan.micro_batch_size} row{'s' if plan.micro_batch_size > 1 else ''}"
     raise ValueError(
         f"{setting}={micro_batches * unit} is {micro_batches} micro-batches of {rows}, which {processes} "
         f"processes can't share equally: {fewer} can, or give {setting}={nearest}"
@@ -76,7 +76,7 @@ def build_request(config: LaunchConfig, name: str, path: Path) -> JobRequest:
     asked = [*own_options(config), *changed_options(recipe, load_recipe(name))]
     left_out = TORCHRUNS | ({"data", "sources"} if target == "sagemaker" else frozenset())
     known = name
-    if target == "slurm" and config.data.shuffle_tokens:
+    if target == "slurm" and config.data.shuffle_window:
         texts = ()  # a run that need not wait for its text
     if target != "slurm":
         recipe = with_folders(recipe, texts)

@@ -217,7 +217,7 @@ def _data_option(request: JobRequest) -> str:
     if all(text.weight is None for text in request.texts):
         return f"--data {' '.join(places.values())}"
     mixed = [f"{places.get(text) or quote(text.folder)}={text.weight}" for text in request.texts]
-    return f"--sources {' '.join(mixed)}"
+    return f"--mixture {' '.join(mixed)}"
 
 
 def _channels(request: JobRequest) -> str:

@@ -152,7 +152,7 @@ class GPT(nn.Module):
             raise IndexError(f"{T} positions do not fit context_length={self.config.context_length}")
         document_BT = None
         if documents is not None:
-            document_BT, position = documents.numbers, self.wpe(documents.positions)
+            document_BT, position = documents.document_ids, self.wpe(documents.positions)
         else:
             position = self.wpe.weight[:T] if cache is None else self.wpe(cache.positions(T))
         x_BTC = F.dropout(self.wte(ids_BT) + position, self.config.dropout, self.training)
@@ -185,10 +185,10 @@ class GPT(nn.Module):
             raise ValueError("the weights do not fit the model: " + "; ".join(sorted(problems)))
         for name, parameter in own.items():
             parameter.copy_(weights[name])
-        self.clear_padding()
+        self.zero_padding()
 
     @torch.no_grad()
-    def clear_padding(self) -> None:
+    def zero_padding(self) -> None:
         """Make the rows that pad the vocabulary zero; they stay so, since no gradient reaches them."""
         self.wte.weight[self.vocab_size :] = 0.0
 
@@ -234,7 +234,7 @@ def initialize(model: GPT, seed: int) -> None:
     shapes = {name: weight.shape for name, weight in own.items()}
     for name, weight in init_weights(shapes, model.config.n_layer, seed):
         own[name].copy_(weight)
-    model.clear_padding()
+    model.zero_padding()
 
 
 def init_weights(shapes: Mapping[str, torch.Size], n_layer: int, seed: int) -> Iterator[tuple[str, Tensor]]:

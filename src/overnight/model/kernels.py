@@ -25,7 +25,7 @@ NO_MASKS_IN_TRAINING = "with a mask cuDNN's backward pass gives NaN at some leng
 class Documents(NamedTuple):
     """Where every position of a batch stands, int64."""
 
-    numbers: Tensor
+    document_ids: Tensor
     """Which document of its row it belongs to, (B, T): equal within a document, then one more."""
     positions: Tensor
     """Its place in that document, (B, T), counted from 0; in a first rest from the row's beginning."""

@@ -6,16 +6,15 @@ Shapes: B rows, T positions, N rows times positions, C channels, V rows of the p
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from overnight.model import LossMethod
 from overnight.model.gpt import GPT
 from overnight.model.kernels import find_documents
-
-Head = Literal["whole", "chunked", "fp8"]
 
 CHUNKS_AT_MOST = (
     8  # more cost time: 64 made a compiled head and its loss half again as slow (pytorch #124480)
@@ -60,21 +59,21 @@ def cross_entropy_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def head_loss(
-    hidden_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor, *, vocab_size: int, head: Head
+    hidden_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor, *, vocab_size: int, method: LossMethod
 ) -> Tensor:
     """Minus the log-likelihood of every target after the hidden states, summed; float32 scalar, nats.
 
     Rows of the weight from `vocab_size` on are padding: no probability falls on them, and they get no
-    gradient. `whole` computes all logits at once; `chunked` those of some positions at a time, so that
+    gradient. `full` computes all logits at once; `chunked` those of some positions at a time, so that
     memory holds a chunk's and no more; `fp8` computes the head's three products in 8 bits.
     """
-    if head == "chunked":
+    if method == "chunked":
         hidden_NC, targets_N = hidden_BTC.flatten(0, 1), targets_BT.flatten()
         nats: Tensor = _ChunkedNats.apply(  # type: ignore[no-untyped-call]
             hidden_NC, weight_VC, targets_N, vocab_size, torch.is_grad_enabled()
         )
         return nats
-    if head == "fp8":
+    if method == "fp8":
         logits_NV: Tensor = _Fp8Product.apply(hidden_BTC.flatten(0, 1), weight_VC)  # type: ignore[no-untyped-call]
         return cross_entropy_nats(logits_NV[None, :, :vocab_size], targets_BT.flatten()[None])
     return cross_entropy_nats(F.linear(hidden_BTC, weight_VC)[..., :vocab_size], targets_BT)
@@ -147,7 +146,7 @@ def fp8_obstacle(device: str) -> str | None:
     """Why the head's products can't be computed in 8 bits on `device`; None if they can."""
     if device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 9):
         return None
-    return f"head=fp8 needs an NVIDIA GPU since Ada or Hopper (2022), not {device}; leave it out"
+    return f"loss=fp8 needs an NVIDIA GPU since Ada or Hopper (2022), not {device}; leave it out"
 
 
 class _Fp8Product(torch.autograd.Function):
@@ -188,12 +187,12 @@ def _quantize(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def next_token_loss(
-    model: GPT, ids_BT: Tensor, targets_BT: Tensor, head: Head, boundary: int | None = None
+    model: GPT, ids_BT: Tensor, targets_BT: Tensor, method: LossMethod, document_separator: int | None = None
 ) -> Tensor:
     """What pretraining minimises: the cross-entropy of every next token, summed, in nats.
 
-    `boundary` is the id at which a document begins that sees nothing before it; None if a row sees itself.
+    `document_separator` is the id at which a document begins that sees nothing before it; None if a row sees itself.
     """
-    documents = None if boundary is None else find_documents(ids_BT, boundary)
+    documents = None if document_separator is None else find_documents(ids_BT, document_separator)
     hidden_BTC = model.trunk(ids_BT, documents=documents)
-    return head_loss(hidden_BTC, model.wte.weight, targets_BT, vocab_size=model.vocab_size, head=head)
+    return head_loss(hidden_BTC, model.wte.weight, targets_BT, vocab_size=model.vocab_size, method=method)

@@ -87,7 +87,9 @@ class ModelConfig:
         weights = self.parameter_count() - self.context_length * self.n_embd
         return 6 * weights + 12 * self.n_layer * self.n_embd * self.context_length
 
-    def executed_flops_per_token(self, recompute: Literal["none", "selective", "block"]) -> int:
+    def executed_flops_per_token(
+        self, activation_checkpointing: Literal["none", "selective", "block"]
+    ) -> int:
         """Floating-point operations that a training step really executes for a token, in matrix products.
 
         6 for each weight of the blocks and of the head, which is computed with its padding. Attention as
@@ -98,7 +100,7 @@ class ModelConfig:
         square = self.n_layer * self.n_embd**2
         attention = self.n_layer * self.n_embd * self.context_length  # one product, 2 T C, over half of T
         executed = 6 * (12 * square + self.padded_vocab_size() * self.n_embd) + 7 * attention
-        return executed + (2 * 8 * square + 2 * attention if recompute == "block" else 0)
+        return executed + (2 * 8 * square + 2 * attention if activation_checkpointing == "block" else 0)
 
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and the head."""

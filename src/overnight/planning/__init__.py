@@ -12,7 +12,7 @@ from overnight.recipe import Recipe
 class PlanConfig(Recipe):
     """A recipe, as `overnight train` takes it, and what is asked about it."""
 
-    on: str | None = None
+    device_type: str | None = None
     """Estimate for a device that is not here (h200, a100-80gb, t4) instead of measuring this machine."""
     machines: int = 1
     """How many machines, each with as many processes; the plan is then a prediction."""
@@ -31,14 +31,14 @@ class PlanConfig(Recipe):
         for name in ("dollars_per_hour", "seconds"):
             if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
                 found.append(f"{name}={value} must be greater than 0")
-        if self.on is not None and self.compute.device is not None:
+        if self.device_type is not None and self.compute.device is not None:
             found.append(
-                f"device={self.compute.device} is of this machine, on={self.on} of another: give one"
+                f"device={self.compute.device} is of this machine, device_type={self.device_type} of another: give one"
             )
         processes = self.compute.processes
-        if self.on is not None and processes == "auto":
+        if self.device_type is not None and processes == "auto":
             found.append(
-                f"processes=auto counts this machine's GPUs, and on={self.on} is another: give a number"
+                f"processes=auto counts this machine's GPUs, and device_type={self.device_type} is another: give a number"
             )
         for name, count in (("machines", self.machines), ("processes", processes)):
             if isinstance(count, int) and count < 1:

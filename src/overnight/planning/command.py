@@ -78,7 +78,7 @@ UNKNOWN = Device("unknown", r"(?!)", DeviceFacts())
 def run(config: PlanConfig, name: str) -> None:
     """Show the plan of the recipe `name`, changed as `config` has it. Nothing that is trained is kept."""
     raise_problems(config.problems(), f"recipe {config.run_name}")
-    device = None if config.on is None else find_known_device(config.on)
+    device = None if config.device_type is None else find_known_device(config.device_type)
     outlook = plan_here(config, name) if device is None else plan_for_device(config, name, device)
     if config.json:
         sys.stdout.write(json.dumps(plan_to_json(outlook), indent=2) + "\n")
@@ -93,13 +93,13 @@ def find_known_device(name: str) -> Device:
     if device is None:
         several = [known for known in names_of_devices() if known.startswith(f"{name.lower()}-")]
         if len(several) > 1:
-            raise ValueError(f"on={name} is several devices: choose {', '.join(several)}")
+            raise ValueError(f"device_type={name} is several devices: choose {', '.join(several)}")
         raise ValueError(
-            f"on={name} is not in the table of devices{nearest(name.lower(), names_of_devices())}"
+            f"device_type={name} is not in the table of devices{nearest(name.lower(), names_of_devices())}"
         )
     if device.name not in names_of_devices():
         raise ValueError(
-            f"on={name} can't be estimated: its maker has not published how fast it multiplies; "
+            f"device_type={name} can't be estimated: its maker has not published how fast it multiplies; "
             "run overnight plan on it, which measures"
         )
     return device
@@ -138,7 +138,7 @@ def plan_here(config: PlanConfig, name: str) -> Plan:
         device_name=team.describe(find_device_name(device)),
         assumption=None,
         team=team,
-        memory=team.estimate_memory(recipe.model, plan.rows_per_micro_batch, recipe.compute),
+        memory=team.estimate_memory(recipe.model, plan.micro_batch_size, recipe.compute),
         device_memory_bytes=memory_bytes,
         fits=True,
         work=count_run(recipe, plan, text.validation_tokens),
@@ -165,7 +165,7 @@ def measured(outlook: Plan, memory_bytes: int, seconds: float) -> Plan:
     Only estimated where the whole model does not fit into one device.
     """
     recipe, team = outlook.recipe, outlook.team
-    whole = estimate_memory(recipe.model, outlook.plan.rows_per_micro_batch, recipe.compute)
+    whole = estimate_memory(recipe.model, outlook.plan.micro_batch_size, recipe.compute)
     if team.processes > 1 and not fits_into(memory_bytes, whole.together):
         return estimated(outlook, "the model is too large to be measured with one of them")
     found = measure_step_costs(recipe, outlook.plan, seconds, team.processes)
@@ -176,7 +176,7 @@ def measured(outlook: Plan, memory_bytes: int, seconds: float) -> Plan:
     outlook = dataclasses.replace(
         outlook,
         plan=plan,
-        memory=team.estimate_memory(recipe.model, plan.rows_per_micro_batch, recipe.compute),
+        memory=team.estimate_memory(recipe.model, plan.micro_batch_size, recipe.compute),
         process_memory_bytes=trial.process_memory_bytes,
         peak_memory_bytes=trial.peak_memory_bytes if is_whole else None,
         evaluation_peak_memory_bytes=trial.evaluation_peak_memory_bytes if is_whole else None,
@@ -200,7 +200,7 @@ def plan_for_device(config: PlanConfig, name: str, device: Device) -> Plan:
     team = with_sharding(team, recipe, plan, memory_bytes)
     precision = compute.precision or "fp32"
     peak = 1e12 * (getattr(device.facts, precision) or 0)
-    memory = team.estimate_memory(recipe.model, plan.rows_per_micro_batch, compute)
+    memory = team.estimate_memory(recipe.model, plan.micro_batch_size, compute)
     outlook = Plan(
         name=name,
         recipe=recipe,
@@ -257,17 +257,19 @@ def assumed_compute(config: ComputeConfig, device: Device) -> ComputeConfig:
         precision=precision,
         compile=not is_apple if config.compile is None else config.compile,
         attention=config.attention or "fused",
-        head=config.head or "whole",
+        loss=config.loss or "full",
     )
 
 
 def assumed_cost(recipe: Recipe, plan: BatchPlan, flops: float) -> StepCost:
     """The pace of a device that does so many operations a second, and more where some are done twice."""
     model = recipe.model
-    again = model.executed_flops_per_token(recipe.compute.recompute) / model.executed_flops_per_token("none")
+    again = model.executed_flops_per_token(
+        recipe.compute.activation_checkpointing
+    ) / model.executed_flops_per_token("none")
     token = model.flops_per_token() / flops
     trained = again * token
-    micro_batch = trained * plan.rows_per_micro_batch * plan.tokens_per_row
+    micro_batch = trained * plan.micro_batch_size * plan.tokens_per_row
     return StepCost(
         micro_batch=micro_batch,
         update=0.0,
@@ -292,7 +294,7 @@ def with_fit_options(outlook: Plan, memory_bytes: int) -> Plan:
     """`outlook` of a model that does not fit, with what would."""
     recipe, team = outlook.recipe, outlook.team
     compute = dataclasses.replace(recipe.compute, sharding=team.sharding)
-    smallest = recipe.batch.ramp_from_tokens_per_step or recipe.batch.tokens_per_step
+    smallest = recipe.batch.batch_ramp_start_tokens or recipe.batch.tokens_per_step
     rows = smallest // recipe.model.context_length // team.processes
     possible = [count for count in range(1, min(rows, ROWS_AT_MOST) + 1) if rows % count == 0]
     group = (team.processes, team.processes_per_machine)
@@ -319,7 +321,9 @@ def command_after_plan(outlook: Plan, config: PlanConfig) -> str:
         smaller = outlook.smaller[0] if outlook.smaller else "quickstart"
         return " ".join(["next: overnight plan", smaller, *processes, *only])
     if outlook.assumption:
-        options = [outlook.name, *changed, *only[:-1]] if config.on else [outlook.name, *changed, *only]
+        options = (
+            [outlook.name, *changed, *only[:-1]] if config.device_type else [outlook.name, *changed, *only]
+        )
         return f"next: on that machine, overnight plan {' '.join(options)}, which measures"
     if config.machines > 1:
         trained = [option for option in changed if not option.startswith("--processes")]
@@ -365,7 +369,7 @@ def estimate_resources(
     device_name = find_device_name(device)
     row = None if device == "cpu" else find_device(device_name) or UNKNOWN
     team = with_sharding(choose_parallel_layout(1, processes, row, "400g"), decided, plan, memory_bytes)
-    memory = team.estimate_memory(decided.model, plan.rows_per_micro_batch, decided.compute)
+    memory = team.estimate_memory(decided.model, plan.micro_batch_size, decided.compute)
     disk = predict_disk(decided, count_run(decided, plan, text.validation_tokens), text)
     return ResourceEstimate(
         recipe=decided,
@@ -388,7 +392,7 @@ def predict_time(seen: ResourceEstimate, text: TokenCounts) -> tuple[float, str]
     work = count_run(recipe, plan, text.validation_tokens)
     native = device != "cpu" or precision == native_precision(device)  # else emulated, a hundred times slower
     flops = measure_matmul_flops(device, precision if native else "fp32", repeats=3)
-    tokens = plan.rows_per_micro_batch * plan.tokens_per_row
+    tokens = plan.micro_batch_size * plan.tokens_per_row
     seconds = tokens * recipe.model.flops_per_token() / flops
     found = None
     if seconds < LONGEST_MICRO_BATCH:

@@ -47,7 +47,7 @@ def find_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts
 
     Nothing is prepared or downloaded for this. Raises ValueError where the vocabulary can't be known yet.
     """
-    if config.sources:
+    if config.mixture:
         return _find_all(config, vocab_size)
     folder = find_prepared(config)
     if folder is None:
@@ -60,8 +60,8 @@ def find_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts
 def _find_all(config: DataConfig, vocab_size: int | None) -> TokenCounts:
     """The sources of a mixture as one text."""
     parts = [
-        find_token_counts(dataclasses.replace(config, data=source.path, sources=()), vocab_size)
-        for source in config.sources
+        find_token_counts(dataclasses.replace(config, data=source.path, mixture=()), vocab_size)
+        for source in config.mixture
     ]
     counts = [(part.tokens, part.validation_tokens) for part in parts]
     if any(None in pair for pair in counts):
@@ -98,13 +98,13 @@ def _vocabulary(config: DataConfig) -> int:
 
 
 def model_config_of(recipe: Recipe, vocab_size: int) -> ModelConfig:
-    """The sizes of the model that a run would train: those of `start_from` if there is one."""
-    if recipe.start_from is None:
+    """The sizes of the model that a run would train: those of `init_from` if there is one."""
+    if recipe.init_from is None:
         return dataclasses.replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab_size)
-    if recipe.start_from in RELEASED and not Path(recipe.start_from).is_dir():
-        sizes = PRESETS[RELEASED[recipe.start_from]]
+    if recipe.init_from in RELEASED and not Path(recipe.init_from).is_dir():
+        sizes = PRESETS[RELEASED[recipe.init_from]]
     else:
-        sizes = open_model(recipe.start_from).model.config
+        sizes = open_model(recipe.init_from).model.config
     return dataclasses.replace(sizes, dropout=recipe.model.dropout)
 
 
@@ -136,7 +136,7 @@ def count_run(recipe: Recipe, plan: BatchPlan, validation_tokens: int | None) ->
     tokens = plan.tokens_before(steps)
     return RunCounts(
         steps=steps,
-        micro_batches=tokens // (plan.rows_per_micro_batch * plan.tokens_per_row),
+        micro_batches=tokens // (plan.micro_batch_size * plan.tokens_per_row),
         tokens=tokens,
         evaluations=evaluations,
         evaluated_tokens=_times(

@@ -95,7 +95,7 @@ def measure_step_costs(
     with progress("measure", None, "steps") as advance:
         first_at = time.perf_counter()
         while not fits(training, state):
-            if training.plan.rows_per_micro_batch == 1:
+            if training.plan.micro_batch_size == 1:
                 return None
             plan = with_fewer_rows(training.plan, recipe.batch, device, processes)
             training = dataclasses.replace(training, plan=plan)
@@ -135,10 +135,12 @@ def build(recipe: Recipe, plan: BatchPlan) -> tuple[TrainState, Training]:
     model.to(device)
     scaler = build_scaler(device, recipe.compute.precision)
     # Any id may stand for the one that begins a document: all are as rare in these rows.
-    boundary = 0 if recipe.data.packing == "documents" else None
+    document_separator = 0 if recipe.data.packing == "documents" else None
     training = Training(
         batches=prefetch(random_batches(model), device),
-        loss=build_loss(model, functools.partial(next_token_loss, boundary=boundary), recipe.compute),
+        loss=build_loss(
+            model, functools.partial(next_token_loss, document_separator=document_separator), recipe.compute
+        ),
         plan=plan,
         learning_rate=lambda _step: recipe.optimizer.peak_learning_rate,
         max_grad_norm=recipe.optimizer.max_grad_norm,
@@ -163,7 +165,7 @@ def random_batches(model: GPT) -> Callable[[int, int], Batch]:
 def _step(state: TrainState, training: Training, micro_batches: int) -> float:
     """Seconds of one step of `overnight train` with so many micro-batches."""
     plan = training.plan
-    cut = constant_plan(plan.tokens_per_row, plan.rows_per_micro_batch, micro_batches)
+    cut = constant_plan(plan.tokens_per_row, plan.micro_batch_size, micro_batches)
     return train_step(state, dataclasses.replace(training, plan=cut)).seconds
 
 
@@ -192,9 +194,9 @@ def _time_evaluation(recipe: Recipe, model: GPT, trained_token_seconds: float) -
     row_seconds = FORWARD_SHARE * trained_token_seconds * model.config.context_length
     rows = max(1, min(evaluation_rows(model), int(SECONDS_OF_EVALUATION / row_seconds)))
     batch = random_batches(model)(0, rows)
-    spelt = [b" "] * model.vocab_size
+    token_bytes = [b" "] * model.vocab_size
     precision = recipe.compute.precision or "fp32"
-    seconds = _seconds(lambda: evaluate_language_model(model, [batch], spelt, precision))
+    seconds = _seconds(lambda: evaluate_language_model(model, [batch], token_bytes, precision))
     return seconds / batch.targets.numel()
 
 
@@ -238,4 +240,4 @@ def _seconds(action: Callable[[], object]) -> float:
 
 def _tokens(plan: BatchPlan) -> int:
     """Of a micro-batch."""
-    return plan.rows_per_micro_batch * plan.tokens_per_row
+    return plan.micro_batch_size * plan.tokens_per_row

@@ -133,7 +133,7 @@ def list_collectives(
 ) -> list[Collective]:
     """What one step says in which each process has so many micro-batches; [] for a single process.
 
-    Gradients are summed once, in buckets (`World.sum`); where parameters have owners, these send them out.
+    Gradients are summed once, in buckets (`World.all_reduce`); where parameters have owners, these send them out.
     Divided weights are gathered for each micro-batch: a block's twice, what is in no block once, since
     FSDP2 keeps it from the forward to the backward pass; and gradients are added up block by block. Hybrid,
     that happens within machines, and what has been added up in each is added up over all once a step.
@@ -142,20 +142,20 @@ def list_collectives(
         return []
     shapes = model.parameter_shapes()
     total = FLOAT32 * sum(map(math.prod, shapes.values()))
-    if sharding in {"none", "optimizer"}:
+    if sharding in {"none", "zero1"}:
         found = [Collective("all-reduce", "all", _buckets(total), total)]
-        if sharding == "optimizer":
+        if sharding == "zero1":
             count = cluster.processes * _buckets(total // cluster.processes)
             found.append(Collective("broadcast", "all", count, total))
         return found
     others = FLOAT32 * sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("h."))
     groups, times = model.n_layer + 1, micro_batches
-    among: Among = "machine" if sharding == "hybrid" else "all"
+    among: Among = "machine" if sharding == "hsdp" else "all"
     found = [
         Collective("all-gather", among, (groups + model.n_layer) * times, (2 * total - others) * times),
         Collective("reduce-scatter", among, groups * times, total * times),
     ]
-    if sharding == "hybrid" and cluster.machines > 1:
+    if sharding == "hsdp" and cluster.machines > 1:
         shards = total // cluster.processes_per_machine
         found.append(Collective("all-reduce", "machines", groups, shards))
     return [each for each in found if count_members(each.among, cluster) > 1]
@@ -237,7 +237,7 @@ def predict_step(
         compute_seconds=compute_seconds,
         communication_seconds=sum(collective_seconds(each, cluster) for each in collectives),
         communication_bytes=sum(sent_bytes(each, cluster) for each in collectives),
-        overlaps=sharding in {"full", "hybrid"},
+        overlaps=sharding in {"fsdp", "hsdp"},
     )
 
 
@@ -311,7 +311,7 @@ def with_sharding(
 
     `memory_bytes` are one process's; nothing is divided where they are not known.
     """
-    compute, rows = recipe.compute, plan.rows_per_micro_batch
+    compute, rows = recipe.compute, plan.micro_batch_size
     if team.processes == 1:
         return team
     if compute.sharding is not None or memory_bytes is None:
@@ -330,7 +330,7 @@ def find_processes(team: ParallelLayout, recipe: Recipe, memory_bytes: int) -> F
     """The fewest GPUs of a machine, up to eight, that a model fits into which does not into one."""
     if team.processes > 1 or team.cluster is None:
         return None
-    for change in ({}, {"recompute": "selective"}, {"recompute": "block"}):
+    for change in ({}, {"activation_checkpointing": "selective"}, {"activation_checkpointing": "block"}):
         compute = dataclasses.replace(recipe.compute, **change)  # type: ignore[arg-type]
         for count in (2, 4, 8):
             *_, needed = try_shardings(recipe.model, 1, compute, memory_bytes, count, count).values()
@@ -417,22 +417,22 @@ def find_faster(
     Recomputed blocks make room for them, and cost what is computed again.
     """
     model, compute = recipe.model, recipe.compute
-    rows_before, micro_batches = plan.rows_per_micro_batch, plan.stages[-1].micro_batches
+    rows_before, micro_batches = plan.micro_batch_size, plan.stages[-1].micro_batches
     of_process = plan.stages[0].micro_batches * rows_before // team.processes
     if memory_bytes is None:
         return None
-    executed = model.executed_flops_per_token(compute.recompute)
+    executed = model.executed_flops_per_token(compute.activation_checkpointing)
     found: dict[str, float] = {}
-    for change in ({}, {"recompute": "block"}):
+    for change in ({}, {"activation_checkpointing": "block"}):
         changed = dataclasses.replace(compute, **change)  # type: ignore[arg-type]
-        slower = model.executed_flops_per_token(changed.recompute) / executed
+        slower = model.executed_flops_per_token(changed.activation_checkpointing) / executed
         for rows in range(rows_before, min(of_process, ROWS_AT_MOST) + 1):
             needed = team.estimate_memory(model, rows, changed).together
             if of_process % rows or not fits_into(memory_bytes, needed):
                 continue
             longer = pace._replace(micro_batch=slower * pace.micro_batch * rows / rows_before)
             likely = scale_cost(team, model, longer, HIDDEN[1])
-            options = {**change, "rows-per-micro-batch": rows}
+            options = {**change, "micro-batch-size": rows}
             words = " ".join(f"--{name} {value}" for name, value in options.items())
             found[words] = likely.step(micro_batches * rows_before // rows)
     now = scale_cost(team, model, pace, HIDDEN[1]).step(micro_batches)

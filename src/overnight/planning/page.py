@@ -145,7 +145,7 @@ def plan_to_json(outlook: Plan) -> dict[str, Any]:
         "evaluation_peak_memory_bytes": outlook.evaluation_peak_memory_bytes,
         "ways_out": [way._asdict() for way in outlook.ways_out],
         "fits_in_processes": outlook.several.options if outlook.several else None,
-        "rows_per_micro_batch": outlook.plan.rows_per_micro_batch,
+        "micro_batch_size": outlook.plan.micro_batch_size,
         "micro_batches_per_step": outlook.micro_batches,
         "tokens_per_step": recipe.batch.tokens_per_step,
         "total_steps": outlook.work.steps,
@@ -234,9 +234,9 @@ HOLDS = {
 }
 DIVIDE = {
     "none": "nothing: each process holds it all",
-    "optimizer": "AdamW's moments (ZeRO-1)",
-    "full": "weights, gradients, moments (FSDP2)",
-    "hybrid": "the same, within each machine",
+    "zero1": "AdamW's moments (ZeRO-1)",
+    "fsdp": "weights, gradients, moments (FSDP2)",
+    "hsdp": "the same, within each machine",
 }
 
 
@@ -269,8 +269,12 @@ def plan_text(outlook: Plan) -> str:
 def _title(outlook: Plan) -> str:
     compute, model = outlook.recipe.compute, outlook.recipe.model
     how = [str(compute.precision), "compiled" if compute.compile else "not compiled"]
-    how += [f"{name} {getattr(compute, name)}" for name in ("attention", "head")]
-    how += [f"recompute {compute.recompute}"] if compute.recompute != "none" else []
+    how += [f"{name} {getattr(compute, name)}" for name in ("attention", "loss")]
+    how += (
+        [f"activation_checkpointing {compute.activation_checkpointing}"]
+        if compute.activation_checkpointing != "none"
+        else []
+    )
     measured = "measured here and now"
     if outlook.team.processes > 1:
         measured += " with one process; of several, a PREDICTION"
@@ -298,7 +302,7 @@ def _sections(outlook: Plan) -> list[Section]:
 
 
 def _memory(outlook: Plan) -> Section:
-    rows, context = outlook.plan.rows_per_micro_batch, outlook.recipe.model.context_length
+    rows, context = outlook.plan.micro_batch_size, outlook.recipe.model.context_length
     at_once = f"{plural(rows, 'row')} of {context:,} tokens at once"
     lines = [
         PlanLine(HOLDS[name][0], size(count), HOLDS[name][1] or at_once)
@@ -313,7 +317,7 @@ def _memory(outlook: Plan) -> Section:
     evaluating = outlook.evaluation_peak_memory_bytes or 0
     if evaluating > (outlook.peak_memory_bytes or 0):
         lines.append(PlanLine("", size(evaluating), "while evaluating"))
-    if outlook.recipe.checkpoints.save_in_background:
+    if outlook.recipe.checkpoints.async_checkpoint:
         held = outlook.work.checkpoint_bytes // outlook.team.processes
         lines.append(PlanLine("besides", size(held), "of the CPU's memory, while a checkpoint is written"))
     for way in outlook.ways_out:
@@ -380,7 +384,7 @@ def _share_of_step(step: StepPrediction) -> str:
 
 def _speed(outlook: Plan, paces: tuple[StepCost, StepCost, StepCost]) -> Section:
     fast, likely, slow = paces
-    rows, step = outlook.plan.rows_per_micro_batch, likely.step(outlook.micro_batches)
+    rows, step = outlook.plan.micro_batch_size, likely.step(outlook.micro_batches)
     lines = [
         PlanLine("a step", brief(step), f"{outlook.recipe.batch.tokens_per_step:,} tokens"),
         PlanLine("", "", f"{plural(outlook.micro_batches, 'micro-batch', 'es')} of {plural(rows, 'row')}"),
@@ -408,7 +412,7 @@ def _time(outlook: Plan, paces: tuple[StepCost, StepCost, StepCost]) -> Section:
     fast, likely, slow = (sum(outlook.seconds(pace).values()) for pace in paces)
     work, parts = outlook.work, outlook.seconds(paces[1])
     each = (work.evaluated_tokens or 0) / max(1, work.evaluations)
-    meanwhile = ", at most: it trains meanwhile" if outlook.recipe.checkpoints.save_in_background else ""
+    meanwhile = ", at most: it trains meanwhile" if outlook.recipe.checkpoints.async_checkpoint else ""
     notes = {
         "training": f"{work.steps:,} steps, {short(work.tokens)} tokens",
         "evaluation": f"{work.evaluations} times {short(each)} tokens",

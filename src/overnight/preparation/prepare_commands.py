@@ -20,9 +20,9 @@ Command = tuple[str, ...]
 def find_recipe_texts(config: DataConfig, name: str, *, with_files: bool) -> tuple[JobText, ...]:
     """What a run of the recipe `name` reads; commands that need files of this machine only `with_files`."""
     found = [
-        find_recipe_text(path, config) for path in [each.path for each in config.sources] or [config.data]
+        find_recipe_text(path, config) for path in [each.path for each in config.mixture] or [config.data]
     ]
-    weights: list[float | None] = [each.weight for each in config.sources] or [None]
+    weights: list[float | None] = [each.weight for each in config.mixture] or [None]
     told = find_told_commands(name)
     return tuple(
         JobText(folder, told.get(folder, prepare) if with_files or needs_no_files(prepare) else (), weight)
@@ -70,10 +70,10 @@ def find_told_commands(name: str) -> dict[str, Command]:
 def with_folders(recipe: Recipe, texts: tuple[JobText, ...]) -> Recipe:
     """`recipe` that names the folders of its text, for a machine that does not have what they are made of."""
     data = recipe.data
-    if data.sources:
-        pairs = zip(data.sources, texts, strict=True)
+    if data.mixture:
+        pairs = zip(data.mixture, texts, strict=True)
         sources = tuple(dataclasses.replace(source, path=text.folder) for source, text in pairs)
-        data = dataclasses.replace(data, sources=sources)
+        data = dataclasses.replace(data, mixture=sources)
     else:
         data = dataclasses.replace(data, data=texts[0].folder)
     return dataclasses.replace(recipe, data=data)

@@ -64,10 +64,10 @@ def _compress(recipe: Recipe, directory: RunDirectory) -> dict[str, float]:
     """Bits per byte of the validation text under its rivals; measured once, kept in compression.json."""
     kept = directory.path / "compression.json"
     if not kept.is_file():
-        materials = open_one_dataset(recipe.data)
-        held_out = materials.text("validation")
+        dataset = open_one_dataset(recipe.data)
+        held_out = dataset.text("validation")
         with progress("compress", 1, "validation split") as advance:
-            measured = compressed_bits_per_byte(held_out, materials.text("train"))
+            measured = compressed_bits_per_byte(held_out, dataset.text("train"))
             advance()
         content = {"bytes": len(held_out), "bits_per_byte": measured}
         write_atomically(kept, json.dumps(content, indent=2) + "\n")

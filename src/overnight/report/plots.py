@@ -30,7 +30,7 @@ PLACEHOLDERS = {
     "#0f1e01": "muted",
     "#0f1e02": "rule",
     "#0f1e03": "accent",
-    "#0f1e04": "plain",
+    "#0f1e04": "math",
     **{colour: f"run-{number}" for number, colour in enumerate(RUN_COLOURS, start=1)},
 }
 MUTED, RULE, ACCENT, PLAIN = ("#0f1e01", "#0f1e02", "#0f1e03", "#0f1e04")

@@ -59,7 +59,7 @@ class RunLog:
         self.peak_flops = find_peak_flops(compute.device, compute.precision)
         settings = frozen_settings(job.recipe)
         self._saver = Saver(directory.checkpoints, job.world, directory.flush, self._delete_old, settings)
-        self._reference = find_band(flatten(job.recipe), job.materials.record())
+        self._reference = find_band(flatten(job.recipe), job.dataset.record())
 
     def __enter__(self) -> RunLog:
         recipe, plan, total_steps = self.job.recipe, self.job.plan, self.job.recipe.schedule.total_steps
@@ -113,7 +113,7 @@ class RunLog:
             "milliseconds": round(1000 * result.seconds, 3),
             "tokens_per_second": round(tokens_per_second, 1),
         }
-        if not result.is_done:
+        if not result.is_applied:
             line["skipped"] = True
         if self.peak_flops is not None:
             line |= self._shares_of_peak(tokens_per_second / self.peak_flops / self.job.world.size)
@@ -188,12 +188,12 @@ class RunLog:
             echo(f"{'':>13}{describe_briefly(score)}")
 
     def _judge(self, stream: TokenStream, tokens: int | None) -> Evaluation:
-        job, model, materials = self.job, self.job.state.model, self.job.materials
+        job, model, dataset = self.job, self.job.state.model, self.job.dataset
         batches = stream.evaluation_batches(evaluation_rows(model), tokens)
         precision = job.recipe.compute.precision or "fp32"
-        spelt, boundary = materials.tokenizer.token_bytes(), materials.boundary
+        token_bytes, document_separator = dataset.tokenizer.token_bytes(), dataset.document_separator
         found = evaluate_language_model(
-            model, self._watched(batches), spelt, precision, boundary, world=job.world
+            model, self._watched(batches), token_bytes, precision, document_separator, world=job.world
         )
         reshard(model)
         return found
@@ -201,7 +201,7 @@ class RunLog:
     def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same; each is a sign of life."""
         for batch in batches:
-            self._watch.still_going()
+            self._watch.heartbeat()
             yield batch
 
     def sample(self) -> None:
@@ -218,8 +218,8 @@ class RunLog:
             sampling=SamplingConfig(seed=derive_seed(job.recipe.seed, job.state.step)),
             first_row=first,
         )
-        written = complete(model, job.materials.tokenizer, prompts[first:end], decoding) if model else []
-        told = world.gather(json.dumps([completion.text for completion in written]))
+        written = complete(model, job.dataset.tokenizer, prompts[first:end], decoding) if model else []
+        told = world.all_gather_object(json.dumps([completion.text for completion in written]))
         texts = [text for share in told for text in json.loads(share)]
         for prompt, text in zip(prompts, texts, strict=True):
             self._event("samples", {"prompt": prompt, "completion": text})
@@ -230,7 +230,7 @@ class RunLog:
         if self.saved_step != state.step:
             self._saver.save(state)
             self.saved_step = state.step
-        if not self.job.recipe.checkpoints.save_in_background:
+        if not self.job.recipe.checkpoints.async_checkpoint:
             self.wait_until_saved()
 
     def wait_until_saved(self) -> None:
@@ -264,8 +264,14 @@ class RunLog:
 
     def _shares_of_peak(self, tokens_per_flop: float) -> dict[str, float]:
         """MFU by both definitions: of a model's arithmetic by its size, and of what is really executed."""
-        model, recompute = self.job.state.model.config, self.job.recipe.compute.recompute
-        flops = {"mfu": model.flops_per_token(), "mfu_executed": model.executed_flops_per_token(recompute)}
+        model, activation_checkpointing = (
+            self.job.state.model.config,
+            self.job.recipe.compute.activation_checkpointing,
+        )
+        flops = {
+            "mfu": model.flops_per_token(),
+            "mfu_executed": model.executed_flops_per_token(activation_checkpointing),
+        }
         return {name: round(count * tokens_per_flop, 4) for name, count in flops.items()}
 
     def _event(self, kind: str, values: Mapping[str, object]) -> None:
@@ -332,7 +338,7 @@ def evaluate_run_tasks(job: TrainSetup, tasks: Sequence[RunTask], watch: Watchdo
     for each in tasks:
         mine = list(_judge_share(each, model, job, SINGLE_PROCESS if not is_whole else job.world, watch))
         with watch.paused() if job.world.size > 1 else nullcontext():
-            told = job.world.gather(json.dumps(mine))
+            told = job.world.all_gather_object(json.dumps(mine))
         numbers = {place: tuple(values) for share in told for place, values in json.loads(share)}
         judgement = TaskResult(each.examples, [numbers[place] for place in range(len(each.examples))])
         found += each.task.score(judgement, None)
@@ -347,7 +353,7 @@ def _judge_share(
         return
     precision = job.recipe.compute.precision or "fp32"
     for pair in evaluate_task(model, each.examples, precision, world):
-        watch.still_going()
+        watch.heartbeat()
         yield pair
 
 
@@ -373,7 +379,7 @@ def describe_weights(model: GPT, world: World) -> dict[str, float]:
             if name.endswith(endings):
                 rows = local_shard(parameter.detach())[0].float()
                 sums[kind] += torch.stack([sums.new_tensor(rows.numel()), rows.sum(), rows.square().sum()])
-    world.sum([sums])
+    world.all_reduce([sums])
     gains, into, beside = sums.cpu().tolist()
     ratio = _deviation(into) / (
         _deviation(beside) or math.nan

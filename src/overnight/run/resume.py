@@ -52,23 +52,23 @@ def explain_choices(asked: Recipe, job: TrainSetup) -> dict[str, str]:
         choices["packing"] = f"{packing} (as asked), {describe_loss_of_tokens(job.train)}"
     if isinstance(job.train, Mixture):
         choices["sources"] = job.train.describe_shares()
-    if job.world.is_joined:
+    if job.world.is_distributed:
         choices["processes"] = describe_processes(asked, job)
-    rows, first, last = job.plan.rows_per_micro_batch, job.plan.stages[0], job.plan.stages[-1]
+    rows, first, last = job.plan.micro_batch_size, job.plan.stages[0], job.plan.stages[-1]
     micro_batches = (
         f"{last.micro_batches}" if first is last else f"{first.micro_batches} to {last.micro_batches}"
     )
-    reason = "what memory is estimated to hold" if asked.batch.rows_per_micro_batch is None else "as asked"
-    if asked.batch.rows_per_micro_batch not in {None, rows}:
+    reason = "what memory is estimated to hold" if asked.batch.micro_batch_size is None else "as asked"
+    if asked.batch.micro_batch_size not in {None, rows}:
         reason = "halved until it fitted"
-    choices["rows_per_micro_batch"] = f"{rows} ({reason}), {micro_batches} micro-batches a step"
+    choices["micro_batch_size"] = f"{rows} ({reason}), {micro_batches} micro-batches a step"
     return choices
 
 
 def describe_processes(asked: Recipe, job: TrainSetup) -> str:
     """How many there are, what they divide among them, and why."""
     reason = "as asked" if asked.compute.sharding is not None else "the first that fits"
-    order = ", gradients summed in one tree" if job.recipe.compute.bitwise else ""
+    order = ", gradients summed in one tree" if job.recipe.compute.deterministic_reduce else ""
     machines = job.world.size // job.world.local_size
     where = f" on {machines} machines" if machines > 1 else ""
     return f"{job.world.size}{where}, sharding {job.sharding} ({reason}){order}"
@@ -179,10 +179,10 @@ def begin(job: TrainSetup, directory: RunDirectory, choices: Mapping[str, str], 
     """Write down what is about to run; with `resume`, become the newest good checkpoint first."""
     state = job.state
     if resume:
-        with job.world.together():
+        with job.world.raise_together():
             check_text(job, directory)
         newest = read_newest(directory.checkpoints, lambda found: open_checkpoint(found, job.world))
-        with job.world.together():
+        with job.world.raise_together():
             if newest is not None:
                 check_settings(job, directory, newest)
                 restore(state, newest)
@@ -195,7 +195,7 @@ def begin(job: TrainSetup, directory: RunDirectory, choices: Mapping[str, str], 
             )
     if job.world.is_main:
         record_start(job, directory, choices, resume=resume)
-    job.world.wait_for_all()
+    job.world.barrier()
     for name, choice in choices.items():
         echo(f"{name.replace('_', ' '):<21} {choice}")
 
@@ -217,8 +217,8 @@ def check_settings(job: TrainSetup, directory: RunDirectory, newest: VerifiedChe
 
 def check_text(job: TrainSetup, directory: RunDirectory) -> None:
     """Raise ValueError unless text and tokenizer are those of the run that is to go on."""
-    materials, path = job.materials, directory.path
-    now = json.loads(json.dumps(materials.record()))
+    dataset, path = job.dataset, directory.path
+    now = json.loads(json.dumps(dataset.record()))
     try:
         before = json.loads(directory.data.read_text(encoding="utf-8"))
         is_same = is_same_data(before, now)
@@ -227,13 +227,13 @@ def check_text(job: TrainSetup, directory: RunDirectory) -> None:
     if not is_same:
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         raise ValueError(
-            f"the data in {materials.folder} is not what {path} was trained on: other {', '.join(names)}; "
+            f"the data in {dataset.folder} is not what {path} was trained on: other {', '.join(names)}; "
             "put that data back, or give another --run-name"
         )
     if not (directory.tokenizer / "tokenizer.json").is_file():
         return  # it is about to be written again
     try:
-        is_same = load_tokenizer(directory.tokenizer).fingerprint == materials.tokenizer.fingerprint
+        is_same = load_tokenizer(directory.tokenizer).fingerprint == dataset.tokenizer.fingerprint
     except ValueError:  # damaged
         is_same = False
     if not is_same:
@@ -245,7 +245,7 @@ def check_text(job: TrainSetup, directory: RunDirectory) -> None:
 
 def check_step(step: int, world: World) -> None:
     """Raise ValueError unless all processes go on from the same checkpoint."""
-    steps = world.gather(str(step))
+    steps = world.all_gather_object(str(step))
     if len({*steps}) > 1:
         raise ValueError(
             f"the processes have loaded checkpoints of different steps ({', '.join(steps)}): a run's folder "
@@ -257,17 +257,17 @@ def record_start(
     job: TrainSetup, directory: RunDirectory, choices: Mapping[str, str], *, resume: bool
 ) -> None:
     """The run's files as they are to be at the step that it is at."""
-    state, materials = job.state, job.materials
+    state, dataset = job.state, job.dataset
     if resume:
         discard_checkpoints_after(state.step, directory.checkpoints)
         directory.rewind(state.step)
     if not resume or not (directory.tokenizer / "tokenizer.json").is_file():
-        materials.tokenizer.save(directory.tokenizer)  # of a new run also where a failed command has left one
+        dataset.tokenizer.save(directory.tokenizer)  # of a new run also where a failed command has left one
     record_text(job, directory)
     before = json.loads(directory.environment.read_text(encoding="utf-8")) if resume else None
     parameters = state.model.config.parameter_count()
     environment = describe_environment(job.recipe.compute, parameters, choices, before)
-    device = job.world.device.partition(":")[0] if job.world.is_joined else job.world.device
+    device = job.world.device.partition(":")[0] if job.world.is_distributed else job.world.device
     compute = dataclasses.replace(job.recipe.compute, device=device)
     directory.begin(to_toml(dataclasses.replace(job.recipe, compute=compute)), environment)
 
@@ -275,4 +275,4 @@ def record_start(
 def record_text(job: TrainSetup, directory: RunDirectory) -> None:
     """Write down by what the text of the run is known again."""
     if job.world.is_main:
-        write_atomically(directory.data, json.dumps(job.materials.record(), indent=2) + "\n")
+        write_atomically(directory.data, json.dumps(job.dataset.record(), indent=2) + "\n")

@@ -47,12 +47,12 @@ def roll_back(job: TrainSetup, directory: RunDirectory) -> None:
     trouble = (
         f"steps {first + 1:,} to {last:,} went wrong (see their loss and grad_norm in {directory.metrics})"
     )
-    if len(now.detours) >= job.recipe.guard.max_rollbacks:
+    if len(now.skipped) >= job.recipe.guard.max_rollbacks:
         raise FloatingPointError(
-            f"{trouble}, after going back {len(now.detours)} times (max_rollbacks): their rows are not the "
+            f"{trouble}, after going back {len(now.skipped)} times (max_rollbacks): their rows are not the "
             "reason; look at the learning rate, the precision and the initialisation"
         )
-    job.world.wait_for_all()
+    job.world.barrier()
     earlier = [
         path for path in list_checkpoints(directory.checkpoints) if path.name <= checkpoint_name(first)
     ]
@@ -65,19 +65,19 @@ def roll_back(job: TrainSetup, directory: RunDirectory) -> None:
     def read(path: Path) -> None:
         load_checkpoint(state, path, job.world)
 
-    job.world.wait_for_all()
+    job.world.barrier()
     if job.world.is_main:
         discard_checkpoints_after(first, directory.checkpoints)
-    job.world.wait_for_all()
+    job.world.barrier()
     read_newest(directory.checkpoints, read)
     plan = job.plan
     rows = (plan.tokens_before(last) - plan.tokens_before(first)) // plan.tokens_per_row
-    state.guard = dataclasses.replace(state.guard, detours=(*now.detours, SkippedRows(first, rows)))
+    state.guard = dataclasses.replace(state.guard, skipped=(*now.skipped, SkippedRows(first, rows)))
     if job.world.is_main:
         discard_checkpoints_after(state.step, directory.checkpoints)  # passed over, since they are damaged
         write_down(directory, state.step, {"first_bad_step": first + 1, "last_bad_step": last, "rows": rows})
     echo(f"{trouble}: went back to step {state.step:,}, and goes on without their {rows:,} rows")
-    job.world.wait_for_all()
+    job.world.barrier()
 
 
 def write_down(directory: RunDirectory, step: int, event: Mapping[str, int]) -> None:

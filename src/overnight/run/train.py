@@ -39,17 +39,17 @@ def run(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Rec
     trained there, before any file of a run is written into `directory`.
     """
     with join_world(recipe.compute.device, recipe.compute.timeout_seconds) as world:
-        with world.together():
+        with world.raise_together():
             check_directory(recipe, directory, resume=resume)
             has_checkpoint = resume and bool(list_checkpoints(directory.checkpoints))
         job = build_setup(recipe, world, has_checkpoint=has_checkpoint)
-        with world.together():
+        with world.raise_together():
             check_checkpoint_space(job, directory)
-            tasks = open_run_tasks(recipe.evaluation, job.materials.tokenizer, job.plan.tokens_per_row)
+            tasks = open_run_tasks(recipe.evaluation, job.dataset.tokenizer, job.plan.tokens_per_row)
         training, job = fit_into_memory(build_training(job), job)
         choices = explain_choices(recipe, job)
         with ExitStack() as held:
-            with world.together():
+            with world.raise_together():
                 if world.is_main:
                     held.enter_context(directory.locked())
                     check_directory(recipe, directory, resume=resume)  # another may have begun meanwhile
@@ -70,7 +70,7 @@ def train(job: TrainSetup, training: Training, directory: RunDirectory, tasks: S
     ):
         journal.evaluate_at_start()
         training = dataclasses.replace(training, go_back=build_go_back(job, directory, journal))
-        is_over = functools.partial(is_out_of_time, job.recipe.checkpoints.stop_after, time.monotonic())
+        is_over = functools.partial(is_out_of_time, job.recipe.checkpoints.max_time, time.monotonic())
         may_not_go_on = functools.partial(is_to_stop, job, lambda: stopped() or is_over(), watch, journal)
         with recording_failure(job, directory):
             fit(state, training, total_steps, journal.hooks(total_steps), may_not_go_on)
@@ -80,7 +80,7 @@ def train(job: TrainSetup, training: Training, directory: RunDirectory, tasks: S
         reason = "its time limit" if is_over() else "a signal" if stopped() else "a lack of text"
         is_finished = state.step == total_steps
         if world.is_main:
-            directory.note_end(state.step, "its last step" if is_finished else reason)
+            directory.record_end(state.step, "its last step" if is_finished else reason)
     if not is_finished:
         echo(f"stopped and saved after step {state.step} of {total_steps}")
         echo(f"next: overnight train --resume {directory.path}")
@@ -95,13 +95,13 @@ def recording_failure(job: TrainSetup, directory: RunDirectory) -> Iterator[None
     except (FloatingPointError, OSError) as error:
         if job.world.is_main:
             with suppress(OSError):
-                directory.note_end(job.state.step, f"{type(error).__name__}: {error}")
+                directory.record_end(job.state.step, f"{type(error).__name__}: {error}")
         raise
 
 
-def is_out_of_time(stop_after: str | None, begun_at: float) -> bool:
+def is_out_of_time(max_time: str | None, begun_at: float) -> bool:
     """True once so long has passed since that moment of the monotonic clock."""
-    return stop_after is not None and time.monotonic() - begun_at >= parse_duration(stop_after)
+    return max_time is not None and time.monotonic() - begun_at >= parse_duration(max_time)
 
 
 def is_to_stop(job: TrainSetup, stopped: Callable[[], bool], watch: Watchdog, journal: RunLog) -> bool:
@@ -110,11 +110,11 @@ def is_to_stop(job: TrainSetup, stopped: Callable[[], bool], watch: Watchdog, jo
     Waits for text that is being prepared; before that, where there are several processes, for a checkpoint
     under way: they publish it after a step only.
     """
-    watch.still_going()
+    watch.heartbeat()
     if not isinstance(job.train, IncrementalStream):
         return job.world.any(stopped())
     rows = job.plan.tokens_before(job.state.step + 1) // job.plan.tokens_per_row
-    rows += job.state.guard.rows_left_out(job.state.step)
+    rows += job.state.guard.skipped_rows(job.state.step)
     if job.world.size > 1:
         journal.wait_until_saved()
     with watch.paused():

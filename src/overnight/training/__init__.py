@@ -6,12 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from overnight.model import LossMethod
 from overnight.training.ownership import Sharding
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-
-
-Head = Literal["whole", "chunked", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +22,23 @@ class ComputeConfig:
     """Of the matrix products; weights, sums and losses stay float32. The device's native one if left out."""
     compile: bool | None = None
     """Compile the training step with torch.compile; if left out, wherever its compiler is found."""
-    attention: Literal["fused", "blocks", "plain"] | None = None
-    """fused: torch's best kernel; blocks: products of blocks, faster on CPUs with bfloat16; plain: written
+    attention: Literal["fused", "blocks", "math"] | None = None
+    """fused: torch's best kernel; blocks: products of blocks, faster on CPUs with bfloat16; math: written
     out, for comparison. Chosen for the device if left out."""
-    head: Head | None = None
-    """whole: all logits at once; chunked: some rows at a time, in less memory; fp8: the head's products in
+    loss: LossMethod | None = None
+    """full: all logits at once; chunked: some rows at a time, in less memory; fp8: the head's products in
     8 bits, faster and less exact, on GPUs that have it. Chosen for the device if left out."""
-    recompute: Literal["none", "selective", "block"] = "none"
+    activation_checkpointing: Literal["none", "selective", "block"] = "none"
     """Activations computed again in the backward pass instead of kept: all but the matrix products and
     attention (selective), or all of each block; less memory, more time, the same numbers."""
     processes: int | Literal["auto"] | None = None
     """Train with so many processes on this machine, one for each GPU; auto: all of its GPUs. Leave it out
     under torchrun or srun, which start the processes themselves."""
     sharding: Sharding | None = None
-    """What several processes divide among them instead of each holding all of it. none: nothing; optimizer:
-    AdamW's moments (ZeRO-1); full: weights and gradients, too (FSDP2); hybrid: that within each machine.
+    """What several processes divide among them instead of each holding all of it. none: nothing; zero1:
+    AdamW's moments; fsdp: weights and gradients, too (FSDP2); hsdp: that within each machine.
     The first that fits into memory if left out."""
-    bitwise: bool = False
+    deterministic_reduce: bool = False
     """Add gradients up in one fixed binary tree, so that weights do not depend on the number of processes, to
     the bit; on a CPU, compute with one thread."""
     timeout_seconds: int = 600

@@ -17,15 +17,15 @@ CPU_TOKENS_AT_ONCE = 4096  # larger micro-batches bring a CPU nothing and cost i
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """`tokens_per_step` and its ramp are science; `rows_per_micro_batch` is what the machine can hold."""
+    """`tokens_per_step` and its ramp are science; `micro_batch_size` is what the machine can hold."""
 
     tokens_per_step: int = 524_288
     """Tokens of one optimizer step: 512 rows of 1,024 (GPT-2 paper, section 2.3)."""
-    rows_per_micro_batch: int | None = None
+    micro_batch_size: int | None = None
     """Rows of one forward and backward pass; found from the device's memory if left out."""
-    ramp_from_tokens_per_step: int | None = None
+    batch_ramp_start_tokens: int | None = None
     """Let the step grow from so many tokens, and by as many, to tokens_per_step (GPT-3 paper, appendix B)."""
-    ramp_tokens: int | None = None
+    batch_ramp_tokens: int | None = None
     """Tokens seen when the step has reached tokens_per_step; each size before it has an equal share."""
 
     def problems(self) -> list[str]:
@@ -35,21 +35,21 @@ class BatchConfig:
             for name, value in vars(self).items()
             if value is not None and value < 1
         ]
-        if (self.ramp_from_tokens_per_step is None) != (self.ramp_tokens is None):
-            found.append("give both of ramp_from_tokens_per_step and ramp_tokens, or neither")
+        if (self.batch_ramp_start_tokens is None) != (self.batch_ramp_tokens is None):
+            found.append("give both of batch_ramp_start_tokens and batch_ramp_tokens, or neither")
         return found or self._misfits()
 
     def _misfits(self) -> list[str]:
         """What is wrong between values that are right by themselves."""
-        first, full = self.ramp_from_tokens_per_step, self.tokens_per_step
+        first, full = self.batch_ramp_start_tokens, self.tokens_per_step
         if first is None:
             return []
         if first >= full:
-            return [f"ramp_from_tokens_per_step={first} must be less than tokens_per_step={full}"]
+            return [f"batch_ramp_start_tokens={first} must be less than tokens_per_step={full}"]
         if full % first:
             multiples = [count * first for count in (full // first, full // first + 1) if count > 1]
             return [
-                f"tokens_per_step={full} is not a multiple of ramp_from_tokens_per_step={first}, as "
+                f"tokens_per_step={full} is not a multiple of batch_ramp_start_tokens={first}, as "
                 f"{' and '.join(map(str, multiples))} would be"
             ]
         return []
@@ -67,14 +67,14 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Tokens of a step = micro_batches(step) x rows_per_micro_batch x tokens_per_row.
+    """Tokens of a step = micro_batches(step) x micro_batch_size x tokens_per_row.
 
     Every micro-batch has the same shape, and takes the rows that follow the one before it; rows are
     numbered from the start of the run.
     """
 
     tokens_per_row: int
-    rows_per_micro_batch: int
+    micro_batch_size: int
     stages: tuple[Stage, ...]
     """From step 0 on, the last one without end; a single one if every step has the same size."""
 
@@ -92,20 +92,20 @@ class BatchPlan:
         assert count * size == self.micro_batches(step), (step, size)
         return range(rank * count, (rank + 1) * count)
 
-    def following_row(self, first_row: int, rank: int, size: int) -> int:
+    def next_row(self, first_row: int, rank: int, size: int) -> int:
         """The first row of what `rank` computes after the micro-batch that begins with `first_row`."""
-        number = first_row // self.rows_per_micro_batch
+        number = first_row // self.micro_batch_size
         index = bisect_right(self.stages, number, key=lambda stage: stage.first_micro_batch) - 1
         stage = self.stages[index]
         steps, within = divmod(number - stage.first_micro_batch, stage.micro_batches)
         step = stage.first_step + steps
         if within + 1 in self.share(step, rank, size):
-            return first_row + self.rows_per_micro_batch
+            return first_row + self.micro_batch_size
         return self.rows(step + 1, self.share(step + 1, rank, size)[0])[0]
 
     def rows(self, step: int, micro_batch: int) -> tuple[int, int]:
         """(first row, number of rows) of one micro-batch."""
-        return (self._before(step) + micro_batch) * self.rows_per_micro_batch, self.rows_per_micro_batch
+        return (self._before(step) + micro_batch) * self.micro_batch_size, self.micro_batch_size
 
     def tokens_before(self, step: int) -> int:
         """How many tokens all steps before it have together."""
@@ -124,7 +124,7 @@ class BatchPlan:
 
     @property
     def _tokens_per_micro_batch(self) -> int:
-        return self.rows_per_micro_batch * self.tokens_per_row
+        return self.micro_batch_size * self.tokens_per_row
 
     def _before(self, step: int) -> int:
         """How many micro-batches all steps before it have together."""
@@ -135,9 +135,9 @@ class BatchPlan:
         return self.stages[bisect_right(self.stages, step, key=lambda stage: stage.first_step) - 1]
 
 
-def constant_plan(tokens_per_row: int, rows_per_micro_batch: int, micro_batches: int = 1) -> BatchPlan:
+def constant_plan(tokens_per_row: int, micro_batch_size: int, micro_batches: int = 1) -> BatchPlan:
     """The plan whose steps all have so many micro-batches."""
-    return BatchPlan(tokens_per_row, rows_per_micro_batch, (Stage(0, 0, micro_batches),))
+    return BatchPlan(tokens_per_row, micro_batch_size, (Stage(0, 0, micro_batches),))
 
 
 def plan_batches(
@@ -159,13 +159,13 @@ def plan_batches(
             f"processes; {' and '.join(map(str, fitting))} can, or start {_nearest_divisor(rows, processes)}"
         )
     of_process = rows // processes
-    at_once = config.rows_per_micro_batch
+    at_once = config.micro_batch_size
     if at_once is None:
         at_once = max(count for count in _divisors(of_process) if count <= max(1, rows_that_fit))
     if of_process % at_once:
         whose = f"the {of_process} rows of each process" if processes > 1 else f"the {rows} rows"
         raise ValueError(
-            f"rows_per_micro_batch={at_once} does not divide {whose} of {smallest}="
+            f"micro_batch_size={at_once} does not divide {whose} of {smallest}="
             f"{rows * tokens_per_row}; these do: {', '.join(map(str, _divisors(of_process)))}"
         )
     return BatchPlan(tokens_per_row, at_once, _stages(config, rows // at_once))
@@ -180,16 +180,16 @@ def _smallest_step(config: BatchConfig, tokens_per_row: int) -> tuple[str, int]:
             f"tokens_per_step={config.tokens_per_step} is not a whole number of rows of "
             f"context_length={tokens_per_row}; {nearest} is"
         )
-    first = config.ramp_from_tokens_per_step
+    first = config.batch_ramp_start_tokens
     if first is None:
         return "tokens_per_step", rows
     if first % tokens_per_row:
         smaller = [count * tokens_per_row for count in _divisors(rows)[:-1] or [1]]
         raise ValueError(
-            f"ramp_from_tokens_per_step={first} is not a whole number of rows of "
+            f"batch_ramp_start_tokens={first} is not a whole number of rows of "
             f"context_length={tokens_per_row}; {min(smaller, key=lambda tokens: abs(tokens - first))} is"
         )
-    return "ramp_from_tokens_per_step", first // tokens_per_row
+    return "batch_ramp_start_tokens", first // tokens_per_row
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
@@ -204,15 +204,18 @@ def _divisors(number: int) -> list[int]:
 def _stages(config: BatchConfig, micro_batches: int) -> tuple[Stage, ...]:
     """The ramp and what follows it; `micro_batches` are those of its unit, the smallest size.
 
-    ramp_tokens is cut into equal shares, one for each size below the full one: none if there is no ramp.
+    batch_ramp_tokens is cut into equal shares, one for each size below the full one: none if there is no ramp.
     A step has one unit, and one more for each share seen whole before it. So a stage that runs over its
     share, since its steps are whole, shortens the next, and no error adds up.
     """
-    unit, ramp_tokens = config.ramp_from_tokens_per_step or config.tokens_per_step, config.ramp_tokens or 0
+    unit, batch_ramp_tokens = (
+        config.batch_ramp_start_tokens or config.tokens_per_step,
+        config.batch_ramp_tokens or 0,
+    )
     shares = config.tokens_per_step // unit - 1
     stages, step, units = [], 0, 0
     for size in range(1, shares + 1):
-        missing = size * ramp_tokens - shares * units * unit  # both times `shares`, to stay whole
+        missing = size * batch_ramp_tokens - shares * units * unit  # both times `shares`, to stay whole
         steps = max(0, -(-missing // (shares * size * unit)))
         if steps:
             stages.append(Stage(step, units * micro_batches, size * micro_batches))

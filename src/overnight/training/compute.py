@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from overnight.hardware import native_precision
+from overnight.model import LossMethod
 from overnight.model.gpt import GPT
 from overnight.model.kernels import (
     LEAST_CHANNELS,
@@ -30,13 +31,13 @@ from overnight.model.kernels import (
 )
 from overnight.model.loss import fp8_obstacle
 from overnight.model.model_config import ModelConfig
-from overnight.training import ComputeConfig, Head
+from overnight.training import ComputeConfig
 
-Loss = Callable[["GPT", "Tensor", "Tensor", Head], "Tensor"]
+Loss = Callable[["GPT", "Tensor", "Tensor", LossMethod], "Tensor"]
 """(model, ids, targets, how the head is computed) -> summed nats."""
 
 
-OF_PROCESSES = frozenset({"processes", "sharding", "bitwise", "timeout_seconds", "max_restarts"})
+OF_PROCESSES = frozenset({"processes", "sharding", "deterministic_reduce", "timeout_seconds", "max_restarts"})
 
 
 def resolve_compute(config: ComputeConfig, device: str) -> ComputeConfig:
@@ -57,7 +58,7 @@ def resolve_compute(config: ComputeConfig, device: str) -> ComputeConfig:
         precision=precision,
         attention=config.attention or ("blocks" if (device, precision) == ("cpu", "bf16") else "fused"),
         compile=(can_compile() and device != "mps") if config.compile is None else config.compile,
-        head=config.head or "whole",
+        loss=config.loss or "full",
     )
 
 
@@ -69,7 +70,7 @@ def _precision_obstacle(config: ComputeConfig, device: str) -> str | None:
 
 
 def _head_obstacle(config: ComputeConfig, device: str) -> str | None:
-    return fp8_obstacle(device) if config.head == "fp8" else None
+    return fp8_obstacle(device) if config.loss == "fp8" else None
 
 
 def can_compile() -> bool:
@@ -96,7 +97,7 @@ def explain_compute(asked: ComputeConfig, decided: ComputeConfig) -> dict[str, s
         if not can_compile()
         else "not on Apple's GPUs",
         "attention": "the fastest here",
-        "head": "all logits fit",
+        "loss": "all logits fit",
     }
     defaults = ComputeConfig()
     found = {}
@@ -128,7 +129,7 @@ def build_loss(
     Compiled for one fixed shape; whatever else the model is used for takes the plain module. With `by_block`
     each block is compiled by itself, since between them weights are gathered and given back.
     """
-    device, head = compute.device, compute.head
+    device, head = compute.device, compute.loss
     assert device is not None
     assert head is not None
     torch.set_float32_matmul_precision("high" if compute.precision == "tf32" else "highest")
@@ -146,7 +147,7 @@ def build_loss(
 
 
 def _adapt_blocks(model: GPT, compute: ComputeConfig) -> None:
-    """Let each block use `compute`'s attention kernels and keep what `compute.recompute` says.
+    """Let each block use `compute`'s attention kernels and keep what `compute.activation_checkpointing` says.
 
     Both belong together: what is computed again must be computed by the same kernels. Blocks that were
     adapted before are adapted anew.
@@ -154,7 +155,7 @@ def _adapt_blocks(model: GPT, compute: ComputeConfig) -> None:
     _, attend_documents = _attention_within_documents(model.config, compute)
     kernels = _attention_kernels(compute, model.config.context_length)
     again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
-    if compute.recompute == "selective":
+    if compute.activation_checkpointing == "selective":
         again["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _costly_operations())
     attend = attend_in_blocks if compute.attention == "blocks" else F.scaled_dot_product_attention
     for block in model.h:
@@ -163,14 +164,14 @@ def _adapt_blocks(model: GPT, compute: ComputeConfig) -> None:
         attention.attend, attention.attend_documents = attend, attend_documents
         if kernels:
             block.forward = sdpa_kernel(kernels)(block.forward)
-        if compute.recompute != "none":
+        if compute.activation_checkpointing != "none":
             block.forward = functools.partial(checkpoint, block.forward, **again)
 
 
 def _attention_kernels(compute: ComputeConfig, context_length: int) -> list[Any]:
     """The kernels that scaled_dot_product_attention may choose from; [] for all."""
     assert compute.device is not None
-    if compute.attention == "plain":
+    if compute.attention == "math":
         return [SDPBackend.MATH]
     if compute.device.startswith("cuda") and context_length % 128:
         # cuDNN before 9.15.1 reads past the end of rows that are no multiple of 128 (pytorch #169849).
@@ -184,7 +185,7 @@ def _attention_within_documents(model: ModelConfig, compute: ComputeConfig) -> t
     flex_attention and the CPU's kernel have no dropout. On a GPU no mask comes to cuDNN while training.
     """
     assert compute.device is not None
-    if compute.attention == "plain":
+    if compute.attention == "math":
         return "math with a mask", attend_with_mask
     if compute.device.startswith("cuda"):
         if model.dropout == 0 and model.n_embd // model.n_head >= LEAST_CHANNELS and can_compile():

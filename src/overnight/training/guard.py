@@ -1,7 +1,7 @@
 """What a run does about steps that go wrong: it leaves out their update, or their rows.
 
 A step is bad if its loss or its gradients are not finite, or if the loss has exploded; with
-`spike_deviations` also if loss or gradient norm stand out from those of the sound steps before it. What is
+`spike_sigma` also if loss or gradient norm stand out from those of the sound steps before it. What is
 not finite is never applied. The decisions follow from the losses and norms alone, and those are saved with
 the weights: a run that is resumed decides as it would have. Needs no torch.
 """
@@ -26,7 +26,7 @@ EXPLODED_NATS, EXPLODED_DEVIATIONS = 1.0, 12.0  # above the median, both
 class GuardConfig:
     """What is done about steps that go wrong. An update that is not finite is left out in any case."""
 
-    spike_deviations: float | None = None
+    spike_sigma: float | None = None
     """Leave out the update of a step whose loss or gradient norm lies so many standard deviations (of a
     robust kind) above the last 128 sound steps'; off if left out."""
     rollback_after_steps: int | None = 5
@@ -38,8 +38,8 @@ class GuardConfig:
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""
         found = []
-        if self.spike_deviations is not None and not 1 <= self.spike_deviations < math.inf:
-            found.append(f"spike_deviations={self.spike_deviations} must be at least 1, or left out")
+        if self.spike_sigma is not None and not 1 <= self.spike_sigma < math.inf:
+            found.append(f"spike_sigma={self.spike_sigma} must be at least 1, or left out")
         if self.rollback_after_steps is not None and self.rollback_after_steps < 1:
             found.append(f"rollback_after_steps={self.rollback_after_steps} must be at least 1, or left out")
         if self.max_rollbacks < 0:
@@ -72,7 +72,7 @@ class Guard:
     """Of their gradients."""
     bad_steps: int = 0
     """How many the last ones in a row are."""
-    detours: tuple[SkippedRows, ...] = ()
+    skipped: tuple[SkippedRows, ...] = ()
 
     def limits(self, deviations: float | None) -> Limits:
         """Beyond which a step's update is left out."""
@@ -80,12 +80,12 @@ class Guard:
             return Limits()
         return Limits(find_limit(self.losses, deviations), find_limit(self.norms, deviations))
 
-    def after(self, loss: float, grad_norm: float, *, is_done: bool, is_scaled: bool = False) -> Guard:
+    def after(self, loss: float, grad_norm: float, *, is_applied: bool, is_scaled: bool = False) -> Guard:
         """Another step done, or its update left out. With `is_scaled`, float16's overflows are no trouble."""
         is_overflow = is_scaled and not math.isfinite(grad_norm) and math.isfinite(loss)
         if is_overflow:
             return self
-        if not is_done or not math.isfinite(loss) or self._has_exploded(loss):
+        if not is_applied or not math.isfinite(loss) or self._has_exploded(loss):
             return dataclasses.replace(self, bad_steps=self.bad_steps + 1)
         return dataclasses.replace(
             self,
@@ -94,9 +94,9 @@ class Guard:
             bad_steps=0,
         )
 
-    def rows_left_out(self, step: int) -> int:
+    def skipped_rows(self, step: int) -> int:
         """How many rows later than planned the step, counted from 0, reads."""
-        return sum(detour.rows for detour in self.detours if detour.step <= step)
+        return sum(detour.rows for detour in self.skipped if detour.step <= step)
 
     def to_values(self) -> dict[str, Any]:
         """Plain lists and numbers, from which `from_values` makes the same again."""
@@ -109,7 +109,7 @@ class Guard:
             losses=tuple(values["losses"]),
             norms=tuple(values["norms"]),
             bad_steps=values["bad_steps"],
-            detours=tuple(SkippedRows(*detour) for detour in values["detours"]),
+            skipped=tuple(SkippedRows(*detour) for detour in values["skipped"]),
         )
 
     def _has_exploded(self, loss: float) -> bool:

@@ -27,10 +27,10 @@ USABLE_FRACTION = 0.9  # the rest is the driver's, the libraries' and the alloca
 
 CHANGES: tuple[dict[str, str], ...] = (
     {},
-    {"head": "chunked"},
-    {"recompute": "selective"},
-    {"recompute": "block"},
-    {"recompute": "block", "head": "chunked"},
+    {"loss": "chunked"},
+    {"activation_checkpointing": "selective"},
+    {"activation_checkpointing": "block"},
+    {"activation_checkpointing": "block", "loss": "chunked"},
 )
 """What makes a step smaller, the cheapest in time first."""
 
@@ -77,7 +77,7 @@ def estimate_memory(
     tokens = rows * model.context_length
     logits = _logits_bytes(model, tokens, compute)
     again = tokens * _again_per_token(model, compute)
-    if not (compute.compile and compute.recompute == "block"):
+    if not (compute.compile and compute.activation_checkpointing == "block"):
         again = max(0, again - logits)  # the loss is done with by then; compiled, its memory is not yet free
     activations = tokens * kept_per_token(model, compute) + again
     sharers = count_sharers(compute.sharding, processes, processes_per_machine or processes)
@@ -86,7 +86,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=weights,
         gradients=weights,
-        moments=2 * (FLOAT32 * _most_owned(model, processes) if compute.sharding == "optimizer" else weights),
+        moments=2 * (FLOAT32 * _most_owned(model, processes) if compute.sharding == "zero1" else weights),
         copies=_copies_bytes(model, compute, sharers),
         activations=activations,
         logits=logits,
@@ -97,7 +97,7 @@ def estimate_memory(
 
 def count_sharers(sharding: Sharding | None, processes: int, processes_per_machine: int) -> int:
     """How many processes have one set of weights between them."""
-    return {"full": processes, "hybrid": processes_per_machine}.get(sharding or "none", 1)
+    return {"fsdp": processes, "hsdp": processes_per_machine}.get(sharding or "none", 1)
 
 
 def try_shardings(
@@ -116,9 +116,9 @@ def try_shardings(
     found: dict[Sharding, int] = {}
     possible: list[Sharding] = ["none"]
     if processes > 1:
-        possible += ["optimizer"]
-        possible += ["hybrid"] if 1 < processes_per_machine < processes else []
-        possible += ["full"]
+        possible += ["zero1"]
+        possible += ["hsdp"] if 1 < processes_per_machine < processes else []
+        possible += ["fsdp"]
     for sharding in possible:
         changed = dataclasses.replace(compute, sharding=sharding)
         found[sharding] = estimate_memory(model, rows, changed, processes, processes_per_machine).together
@@ -164,8 +164,8 @@ def suggest_fits(
     """
     most_rows = 0
     changes = [*CHANGES]
-    if processes > 1 and compute.sharding != "full":
-        changes += [{**change, "sharding": "full"} for change in CHANGES]
+    if processes > 1 and compute.sharding != "fsdp":
+        changes += [{**change, "sharding": "fsdp"} for change in CHANGES]
     for change in changes:
         changed = dataclasses.replace(compute, **change)  # type: ignore[arg-type]
         if change and changed == compute:
@@ -177,7 +177,7 @@ def suggest_fits(
         rows = max((rows for rows in possible_rows if fits_into(memory_bytes, needed[rows])), default=0)
         if rows > most_rows:
             most_rows = rows
-            options = {**change, "rows-per-micro-batch": rows}
+            options = {**change, "micro-batch-size": rows}
             words = " ".join(f"--{name} {value}" for name, value in options.items())
             yield FitOption(words, needed[rows])
 
@@ -229,7 +229,7 @@ def _copies_bytes(model: ModelConfig, compute: ComputeConfig, sharers: int) -> i
     if _product_bytes(compute) == FLOAT32:
         return 0
     whole = 2 * _count_multiplied(model)
-    if sharers == 1 or compute.recompute == "none":
+    if sharers == 1 or compute.activation_checkpointing == "none":
         return whole
     gathered = _gathered_bytes(model)
     weights_alone = gathered // 2
@@ -256,13 +256,13 @@ def kept_per_token(model: ModelConfig, compute: ComputeConfig) -> int:
     embedding = stream if model.dropout > 0 else 0
     head = (FLOAT32 + _product_bytes(compute)) * model.n_embd + 2 * FLOAT32
     ids_and_targets = 16
-    return model.n_layer * kept[compute.recompute] + embedding + head + ids_and_targets
+    return model.n_layer * kept[compute.activation_checkpointing] + embedding + head + ids_and_targets
 
 
 def _again_per_token(model: ModelConfig, compute: ComputeConfig) -> int:
     """Bytes that the one block takes in addition which the backward pass is at, where it recomputes."""
     kept = {"none": _kept_by_block, "selective": _kept_by_products, "block": lambda *_: 0}
-    return _kept_by_block(model, compute) - kept[compute.recompute](model, compute)
+    return _kept_by_block(model, compute) - kept[compute.activation_checkpointing](model, compute)
 
 
 def _kept_by_block(model: ModelConfig, compute: ComputeConfig) -> int:
@@ -288,7 +288,7 @@ def _kept_by_attention(model: ModelConfig, compute: ComputeConfig) -> int:
     rounded = 0 if _product_bytes(compute) == FLOAT32 else 6 * C  # a softmax in 16 bits takes float32 inputs
     if model.dropout > 0 and compute.device == "cpu":  # torch has no fused kernel with dropout there
         return 12 * H * T + rounded
-    if compute.attention == "plain":
+    if compute.attention == "math":
         return FLOAT32 * H * T + rounded
     if compute.attention == "blocks":  # the half of the square that is not in the future, in 16 bits
         return H * (T + QUERIES)
@@ -302,7 +302,7 @@ def _logits_bytes(model: ModelConfig, tokens: int, compute: ComputeConfig) -> in
     chunked head sums up the gradient of its weights in float32 besides.
     """
     width, vocabulary = _product_bytes(compute), model.padded_vocab_size()
-    if compute.head != "chunked":
+    if compute.loss != "chunked":
         return tokens * vocabulary * (width if compute.compile else 3 * FLOAT32)
     from overnight.model.loss import rows_of_chunk
 

@@ -46,7 +46,7 @@ class Update(NamedTuple):
 
     grad_norm: Tensor
     """Before clipping, a float32 scalar."""
-    is_done: Tensor
+    is_applied: Tensor
     """A bool scalar; False: nothing was changed."""
 
 
@@ -71,15 +71,15 @@ def apply_gradients(
     grad_norm = grad_norm if whole is None else whole()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    is_done = grad_norm.isfinite() if scaler.is_enabled() else accept(grad_norm)
+    is_applied = grad_norm.isfinite() if scaler.is_enabled() else accept(grad_norm)
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
     else:
-        _step_if(optimizer, is_done)
+        _step_if(optimizer, is_applied)
     for parameter in parameters:
         parameter.grad = None
-    return Update(grad_norm, is_done)
+    return Update(grad_norm, is_applied)
 
 
 def _step_if(optimizer: AdamW, is_sound: Tensor) -> None:

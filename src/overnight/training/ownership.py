@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-Sharding = Literal["none", "optimizer", "full", "hybrid"]
+Sharding = Literal["none", "zero1", "fsdp", "hsdp"]
 
 
 def assign_parameters(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:

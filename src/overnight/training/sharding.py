@@ -28,7 +28,7 @@ from overnight.training.ownership import Sharding, assign_parameters
 from overnight.training.state import set_weights
 from overnight.training.step import AddUp, Backward, _add_nats, _gradient, accumulate_gradients
 
-SHARDS = ("full", "hybrid")
+SHARDS = ("fsdp", "hsdp")
 
 
 def build_sharded_model(
@@ -51,14 +51,14 @@ def build_sharded_model(
     if weights is not None:
         set_weights(model, weights)
     model.to(world.device)
-    world.spread([parameter.detach() for parameter in model.parameters()], owner=0)
+    world.broadcast([parameter.detach() for parameter in model.parameters()], owner=0)
     return model
 
 
 def _shard(model: GPT, world: World, sharding: Sharding) -> None:
     """Let each block, and what is outside of them, be gathered when it is used, and not before."""
     kind = world.device.partition(":")[0]
-    machines = world.size // world.local_size if sharding == "hybrid" else 1
+    machines = world.size // world.local_size if sharding == "hsdp" else 1
     if machines > 1:
         mesh = init_device_mesh(kind, (machines, world.local_size), mesh_dim_names=("machines", "processes"))
     else:
@@ -76,7 +76,7 @@ def _shard(model: GPT, world: World, sharding: Sharding) -> None:
 def build_sharded_optimizer(model: GPT, config: OptimizerConfig, world: World, sharding: Sharding) -> AdamW:
     """AdamW over what this process updates."""
     names = None
-    if sharding == "optimizer":
+    if sharding == "zero1":
         names = {name for name, owner in parameter_owners(model, world).items() if owner == world.rank}
     return build_optimizer(model, config, names=names)
 
@@ -88,13 +88,13 @@ def parameter_owners(model: GPT, world: World) -> dict[str, int]:
     )
 
 
-def gradient_reduction(model: GPT, sharding: Sharding, *, bitwise: bool) -> AddUp:
+def gradient_reduction(model: GPT, sharding: Sharding, *, deterministic_reduce: bool) -> AddUp:
     """What adds up a step's gradients."""
-    if sharding == "hybrid":
+    if sharding == "hsdp":
         return functools.partial(_add_up_within_machines, model)
-    if sharding == "full":
+    if sharding == "fsdp":
         return accumulate_gradients_fsdp
-    return accumulate_gradients_bitwise if bitwise else accumulate_gradients
+    return accumulate_gradients_bitwise if deterministic_reduce else accumulate_gradients
 
 
 def _add_up_within_machines(
@@ -112,13 +112,13 @@ def _add_up_within_machines(
 
 def broadcast_updates(model: GPT, world: World, sharding: Sharding) -> Callable[[], None]:
     """What is done after each update: owners send their parameters to all others."""
-    if sharding != "optimizer":
+    if sharding != "zero1":
         return lambda: None
     owners, named = parameter_owners(model, world), dict(model.named_parameters())
 
     def spread() -> None:
         for rank in range(world.size):
-            world.spread([named[name].detach() for name, owner in owners.items() if owner == rank], rank)
+            world.broadcast([named[name].detach() for name, owner in owners.items() if owner == rank], rank)
 
     return spread
 
@@ -144,25 +144,25 @@ def gather_model(model: GPT, world: World) -> GPT | None:
 
 
 def unsupported_reasons(
-    sharding: Sharding, precision: str | None, world: World, *, bitwise: bool
+    sharding: Sharding, precision: str | None, world: World, *, deterministic_reduce: bool
 ) -> list[str]:
     """What the processes can't do, one plain sentence each; [] if nothing."""
     found = []
-    if sharding != "none" and not world.is_joined:
+    if sharding != "none" and not world.is_distributed:
         found.append(
             f"sharding={sharding} is for processes that were started together: give --processes 1 or more"
         )
     if precision == "fp16" and sharding != "none":
         found.append(f"precision=fp16 scales gradients, which sharding={sharding} can't: choose bf16")
-    if bitwise and sharding in SHARDS:
+    if deterministic_reduce and sharding in SHARDS:
         found.append(
-            f"bitwise=True adds gradients up in a tree, sharding={sharding} in torch's own way: choose "
+            f"deterministic_reduce=True adds gradients up in a tree, sharding={sharding} in torch's own way: choose "
             "sharding none or optimizer"
         )
-    if bitwise and world.size & (world.size - 1):
-        found.append(f"bitwise=True takes 1, 2, 4, 8, ... processes, not {world.size}")
-    if sharding == "hybrid" and world.size % world.local_size:
-        found.append(f"sharding=hybrid takes as many processes on each machine, not {world.size} in all")
+    if deterministic_reduce and world.size & (world.size - 1):
+        found.append(f"deterministic_reduce=True takes 1, 2, 4, 8, ... processes, not {world.size}")
+    if sharding == "hsdp" and world.size % world.local_size:
+        found.append(f"sharding=hsdp takes as many processes on each machine, not {world.size} in all")
     return found
 
 
@@ -174,7 +174,7 @@ def accumulate_gradients_fsdp(
 ) -> Tensor:
     """The same where each backward pass sums its gradients over the processes by itself, as FSDP does."""
     nats = _add_nats(backward, micro_batches)
-    world.sum([nats])
+    world.all_reduce([nats])
     return nats
 
 
@@ -200,7 +200,7 @@ def accumulate_gradients_bitwise(
         return left
 
     *gradients, nats = tree(micro_batches)
-    world.sum_in_tree([*gradients, nats])
+    world.tree_all_reduce([*gradients, nats])
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     return nats

@@ -36,7 +36,7 @@ def accumulate_gradients(
 ) -> Tensor:
     """Add each micro-batch's gradients to the sum of those before it, then, once, over all processes."""
     nats = _add_nats(backward, micro_batches)
-    world.sum([*map(_gradient, parameters), nats])
+    world.all_reduce([*map(_gradient, parameters), nats])
     return nats
 
 
@@ -64,7 +64,7 @@ class StepResult(NamedTuple):
     learning_rate: float
     tokens: int
     seconds: float
-    is_done: bool = True
+    is_applied: bool = True
     """False: the step has changed no weight, since it was not finite, or stood out (GuardConfig)."""
 
 
@@ -86,7 +86,7 @@ class Training:
     max_grad_norm: float | None
     seed: int
     device: str
-    spike_deviations: float | None = None
+    spike_sigma: float | None = None
     """See GuardConfig."""
     world: World = SINGLE_PROCESS
     add_up: AddUp = accumulate_gradients
@@ -131,7 +131,7 @@ def train_step(state: TrainState, training: Training) -> StepResult:
     world, parameters = training.world, list(state.model.parameters())
     mine = plan.share(state.step, world.rank, world.size)
 
-    left_out = state.guard.rows_left_out(state.step)
+    left_out = state.guard.skipped_rows(state.step)
 
     def backward(micro_batch: int) -> Tensor:
         first_row, rows = plan.rows(state.step, micro_batch)
@@ -143,20 +143,20 @@ def train_step(state: TrainState, training: Training) -> StepResult:
         return nats.detach()
 
     total = LossSum(training.add_up(backward, mine, parameters, world), tokens)
-    limits = state.guard.limits(training.spike_deviations)
+    limits = state.guard.limits(training.spike_sigma)
 
     def accept(norm: Tensor) -> Tensor:
         is_finite = norm.isfinite() & total.nats.isfinite()
         return is_finite & (norm <= limits.grad_norm) & (total.nats <= limits.loss * tokens)
 
     learning_rate = training.learning_rate(state.step)
-    grad_norm, is_done = apply_gradients(
+    grad_norm, is_applied = apply_gradients(
         state.optimizer, parameters, learning_rate, training.max_grad_norm, state.scaler, accept
     )
     training.after_update()
     state.step += 1
-    loss, norm, done = total.per_token(), grad_norm.item(), bool(is_done)  # waits: the clock is honest
-    state.guard = state.guard.after(loss, norm, is_done=done, is_scaled=state.scaler.is_enabled())
+    loss, norm, done = total.per_token(), grad_norm.item(), bool(is_applied)  # waits: the clock is honest
+    state.guard = state.guard.after(loss, norm, is_applied=done, is_scaled=state.scaler.is_enabled())
     seconds = time.perf_counter() - started_at
     return StepResult(state.step, loss, norm, learning_rate, total.tokens, seconds, done)
 

@@ -20,7 +20,7 @@ BAND = ReferenceBand(
     recipe="small",
     source="3 runs",
     date="2026-11-21",
-    identity={"n_layer": 2, "start_from": None},
+    identity={"n_layer": 2, "init_from": None},
     settings={"dropout": 0.0, "decay_steps": None},
     text={"source": ("a", "b"), "tokenizer": ("characters",)},
     unigram_nats=3.0,
@@ -40,7 +40,7 @@ def test_a_band_fits_the_run_of_its_recipe_on_its_text() -> None:
     "settings, text",
     [
         ({"n_layer": 3}, {}),
-        ({"start_from": "gpt2"}, {}),
+        ({"init_from": "gpt2"}, {}),
         ({}, {"source": "c"}),
         ({}, {"tokenizer": "gpt2"}),
     ],

@@ -173,6 +173,6 @@ def test_what_only_looks_like_it_is_not_named(evidence: Any, shown: RunStats) ->
 
 
 def test_micro_batches_follow_from_the_settings() -> None:
-    settings = {"tokens_per_step": 1024, "rows_per_micro_batch": 8, "context_length": 32}
+    settings = {"tokens_per_step": 1024, "micro_batch_size": 8, "context_length": 32}
     assert count_micro_batches(settings) == 4
-    assert count_micro_batches(settings | {"rows_per_micro_batch": None}) is None
+    assert count_micro_batches(settings | {"micro_batch_size": None}) is None

@@ -46,7 +46,7 @@ def test_a_ladder_is_climbed_shown_and_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench_command, "measure_matmul_flops", lambda device, precision, repeats: 1e12)
-    words = ["ladder", "--model", "tiny", "--device", "cpu", "--rungs", "fused-adamw"]
+    words = ["ladder", "--model", "tiny", "--device", "cpu", "--variants", "fused-adamw"]
     assert cli.main([*words, "--steps", "1", "--out", "made", "--json"]) == cli.DONE
     out, err = capsys.readouterr()
     told = json.loads(out)
@@ -80,7 +80,7 @@ def test_a_rung_that_computes_something_else_makes_the_command_fail(
         return bench_command.build_record(plan, climbed, 1e12, "a text")
 
     monkeypatch.setattr(bench_command, "measure_variants", measured)
-    words = ["ladder", "--model", "tiny", "--device", "cpu", "--rungs", "fused-adamw"]
+    words = ["ladder", "--model", "tiny", "--device", "cpu", "--variants", "fused-adamw"]
     assert cli.main(words) == cli.FAILED
     err = capsys.readouterr().err
     assert "NOT EQUAL" in err
@@ -91,8 +91,8 @@ def test_a_rung_that_computes_something_else_makes_the_command_fail(
     ("words", "sentence"),
     [
         (["--model", "gpt2-123m"], "there is no model gpt2-123m; did you mean gpt2-124m?"),
-        (["--rungs", "fused-adam"], "there is no rung fused-adam; did you mean fused-adamw?"),
-        (["--rungs", "tf32"], "the rung tf32 can't be climbed here: it takes an NVIDIA GPU since"),
+        (["--variants", "fused-adam"], "there is no rung fused-adam; did you mean fused-adamw?"),
+        (["--variants", "tf32"], "the rung tf32 can't be climbed here: it takes an NVIDIA GPU since"),
         (["--rows", "0"], "--rows 0 is too few; give at least 1"),
         (["--steps=0"], "--steps 0 is too few; give at least 1"),
         (["--context-length", "4096"], "--context-length 4096 is more than the 1024 of gpt2-124m"),

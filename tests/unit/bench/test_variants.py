@@ -22,7 +22,14 @@ T4 = dataclasses.replace(H200, native="fp16", tf32=False)
 APPLE = Machine(device="mps", native="fp32", tf32=False, compiler=True, glibc=False, fp8_obstacle="no fp8")
 OLD_CPU = dataclasses.replace(CPU, native="fp32", compiler=False, glibc=False)
 
-SAME_ON_A_CPU = ("bf16", "fused-attention", "nice-numbers", "fused-adamw", "micro-batch", "recompute")
+SAME_ON_A_CPU = (
+    "bf16",
+    "fused-attention",
+    "nice-numbers",
+    "fused-adamw",
+    "micro-batch",
+    "activation_checkpointing",
+)
 
 
 def ground(model: ModelConfig = PUBLISHED, device: str = "cpu", micro_batches: int = 2) -> StepTask:
@@ -87,10 +94,10 @@ def test_a_rung_that_is_skipped_has_its_reason(
 
 
 def test_rungs_that_are_named_are_climbed_in_that_order_above_float32() -> None:
-    assert climbed(CPU, ["fused-adamw", "recompute", "fused-adamw"]) == [
+    assert climbed(CPU, ["fused-adamw", "activation_checkpointing", "fused-adamw"]) == [
         "float32",
         "fused-adamw",
-        "recompute",
+        "activation_checkpointing",
     ]
     assert climbed(CPU, ["float32", "chunked-head"]) == ["float32", "chunked-head"]
     assert climbed(OLD_CPU, ["bf16"]) == ["float32", "bf16"]  # emulated, and so slow: only if asked for
@@ -128,7 +135,7 @@ def test_the_highest_rung_is_what_train_decides() -> None:
 
 
 def test_a_task_is_read_as_it_was_written() -> None:
-    task = variants.change(ground(), VARIANTS["recompute"])
+    task = variants.change(ground(), VARIANTS["activation_checkpointing"])
     line = task.as_json()
     assert "\n" not in line
     assert read_task(line) == task

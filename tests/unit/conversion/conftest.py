@@ -38,7 +38,7 @@ def original() -> GPT:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator))
-    model.clear_padding()
+    model.zero_padding()
     return model.eval()
 
 

@@ -94,7 +94,7 @@ def interrupted(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, wave: in
 @given(data=st.data())
 def test_a_beginning_has_the_rows_of_the_whole(prepared: Prepare, data: st.DataObject) -> None:
     length = data.draw(st.integers(1, 30), "tokens_per_row")
-    portion = data.draw(st.integers(length + 1, 90), "shuffle_tokens")
+    portion = data.draw(st.integers(length + 1, 90), "shuffle_window")
     known = data.draw(st.integers(length + 1, 300), "tokens so far")
     seed = data.draw(st.integers(0, 2**32), "seed")
     whole = known + data.draw(st.integers(0, 300), "more tokens")
@@ -103,7 +103,7 @@ def test_a_beginning_has_the_rows_of_the_whole(prepared: Prepare, data: st.DataO
         for n in (known, whole):
             prepared(Path(folder, f"{n}"), range(n), shard_tokens=70)
             path = Path(folder, f"{n}")
-            streams.append(TokenStream(path, tokens_per_row=length, seed=seed, shuffle_tokens=portion))
+            streams.append(TokenStream(path, tokens_per_row=length, seed=seed, shuffle_window=portion))
         beginning, complete = streams
         ready = beginning.rows_before_last_portion
         assert ready == max(0, known // portion - 1) * math.ceil(portion / length)
@@ -115,12 +115,12 @@ def test_a_beginning_has_the_rows_of_the_whole(prepared: Prepare, data: st.DataO
 @given(data=st.data())
 def test_an_epoch_goes_through_each_portion_once(prepared: Prepare, data: st.DataObject) -> None:
     length = data.draw(st.integers(1, 30), "tokens_per_row")
-    portion = data.draw(st.integers(length + 1, 120), "shuffle_tokens")
+    portion = data.draw(st.integers(length + 1, 120), "shuffle_window")
     n = data.draw(st.integers(length + 1, 400), "tokens")
     epoch = data.draw(st.integers(0, 3), "epoch")
     with tempfile.TemporaryDirectory() as folder:
         prepared(Path(folder), range(n), shard_tokens=70)
-        stream = TokenStream(folder, tokens_per_row=length, shuffle_tokens=portion)
+        stream = TokenStream(folder, tokens_per_row=length, shuffle_window=portion)
         batch = stream.batch(epoch * stream.windows_per_epoch, stream.windows_per_epoch)
     starts = list(range(0, n, portion))[: max(1, n // portion)]
     ends = [*starts[1:], n]
@@ -138,7 +138,7 @@ def test_an_epoch_goes_through_each_portion_once(prepared: Prepare, data: st.Dat
 
 def test_portions_and_epochs_have_orders_of_their_own(tmp_path: Path, prepared: Prepare) -> None:
     prepared(tmp_path, range(3000), shard_tokens=700)
-    stream = TokenStream(tmp_path, tokens_per_row=10, shuffle_tokens=1000)
+    stream = TokenStream(tmp_path, tokens_per_row=10, shuffle_window=1000)
     orders = [
         tuple((stream.window_start(100 * block + row) % 1000) // 10 for row in range(100))
         for block in range(6)
@@ -148,7 +148,7 @@ def test_portions_and_epochs_have_orders_of_their_own(tmp_path: Path, prepared: 
 
 
 def test_shuffled_as_a_whole_a_beginning_has_other_rows(tmp_path: Path, prepared: Prepare) -> None:
-    """The negative control: this is what `shuffle_tokens` is for."""
+    """The negative control: this is what `shuffle_window` is for."""
     for n in (500, 900):
         prepared(tmp_path / f"{n}", range(n))
     beginning, whole = (TokenStream(tmp_path / f"{n}", tokens_per_row=10) for n in (500, 900))
@@ -157,8 +157,8 @@ def test_shuffled_as_a_whole_a_beginning_has_other_rows(tmp_path: Path, prepared
 
 def test_what_is_shuffled_at_a_time_is_longer_than_a_row(tmp_path: Path, prepared: Prepare) -> None:
     prepared(tmp_path, range(500))
-    with pytest.raises(ValueError, match=r"shuffle_tokens=10 is no more than a row of 10: give a thousand"):
-        TokenStream(tmp_path, tokens_per_row=10, shuffle_tokens=10)
+    with pytest.raises(ValueError, match=r"shuffle_window=10 is no more than a row of 10: give a thousand"):
+        TokenStream(tmp_path, tokens_per_row=10, shuffle_window=10)
 
 
 # ---------------------------------------------------------------- shards that are shown early
@@ -245,7 +245,7 @@ def test_rows_are_read_as_they_become_ready(
 ) -> None:
     folder = interrupted(config, monkeypatch)
     growing = open_incremental(folder, PORTION)
-    stream = IncrementalStream(growing, tokens_per_row=ROW, seed=5, shuffle_tokens=PORTION)
+    stream = IncrementalStream(growing, tokens_per_row=ROW, seed=5, shuffle_window=PORTION)
     validation = TokenStream(growing, "validation", tokens_per_row=ROW)
     judged = next(validation.evaluation_batches(4, 64))
     ready = next(rows for rows in range(10_000) if not stream.is_ready(rows + 1))
@@ -263,7 +263,7 @@ def test_rows_are_read_as_they_become_ready(
     prepare(config)
     assert stream.wait_for(10**6)
     assert growing.is_complete
-    final = TokenStream(folder, tokens_per_row=ROW, seed=5, shuffle_tokens=PORTION)
+    final = TokenStream(folder, tokens_per_row=ROW, seed=5, shuffle_window=PORTION)
     assert torch.equal(first.ids, final.batch(0, ready).ids)
     for row in (0, ready - 3, ready, final.windows_per_epoch, 10**5):
         assert torch.equal(stream.batch(row, 6).ids, final.batch(row, 6).ids)
@@ -318,6 +318,6 @@ def test_shards_that_move_while_they_are_looked_at_are_found(
         return real(place, name)
 
     monkeypatch.setattr(incremental, "read_manifest", move_first)
-    growing.look_again()
+    growing.refresh()
     assert growing.is_complete
     assert growing.manifest == read_manifest(folder)

@@ -50,7 +50,7 @@ def test_a_process_that_lets_no_other_thread_run_ends_as_well() -> None:
 @pytest.mark.parametrize(
     "script",
     [
-        "with watch.watched(0, 2, 0.5) as it:\n for _ in range(6): work(0.2); it.still_going()",
+        "with watch.watched(0, 2, 0.5) as it:\n for _ in range(6): work(0.2); it.heartbeat()",
         "with watch.watched(0, 2, 0.5) as it:\n with it.paused(): work(1.2)\n work(0.2)",
         "with watch.watched(0, 1, 0.5): work(1.2)",
         "with watch.watched(0, 2, 0.5): pass\nwork(1.2)",

@@ -312,9 +312,9 @@ def test_what_is_started_finds_its_share_of_the_cores_and_a_store_of_its_own(
 def test_alone_everything_is_said_and_nothing_sent() -> None:
     tensors = [torch.ones(2), torch.ones(3)]
     SINGLE_PROCESS.sum(tensors)
-    SINGLE_PROCESS.sum_in_tree(tensors)
+    SINGLE_PROCESS.tree_all_reduce(tensors)
     SINGLE_PROCESS.spread(tensors, 0)
-    SINGLE_PROCESS.wait_for_all()
+    SINGLE_PROCESS.barrier()
     assert all(tensor.eq(1).all() for tensor in tensors)
     assert (SINGLE_PROCESS.any(True), SINGLE_PROCESS.any(False), SINGLE_PROCESS.gather("word")) == (
         True,
@@ -325,7 +325,7 @@ def test_alone_everything_is_said_and_nothing_sent() -> None:
 
 def test_alone_a_refusal_is_as_it_was() -> None:
     refusal = ValueError("too large")
-    with pytest.raises(ValueError, match="too large") as refused, SINGLE_PROCESS.together():
+    with pytest.raises(ValueError, match="too large") as refused, SINGLE_PROCESS.raise_together():
         raise refusal
     assert refused.value is refusal
 
@@ -344,7 +344,7 @@ def test_refusals_of_several_are_one_sentence(
     monkeypatch.setattr(World, "gather", lambda self, word: refusals)
 
     def refuse() -> None:
-        with World(1, 3, "cpu").together():
+        with World(1, 3, "cpu").raise_together():
             if refusals[1]:
                 raise ValueError(refusals[1])
 
@@ -356,7 +356,7 @@ def test_refusals_of_several_are_one_sentence(
 def test_another_error_is_not_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are not asked: they will lose this process."""
     monkeypatch.setattr(World, "gather", lambda self, word: pytest.fail("asked"))
-    with pytest.raises(KeyError), World(0, 2, "cpu").together():
+    with pytest.raises(KeyError), World(0, 2, "cpu").raise_together():
         raise KeyError("ours")
 
 

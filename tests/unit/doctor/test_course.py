@@ -79,7 +79,7 @@ def test_a_drawing_is_as_high_as_the_rate() -> None:
 def test_the_peak_of_every_recipe_that_comes_with_the_package_is_sane(name: str) -> None:
     recipe = load_recipe(name)
     rate, width = recipe.optimizer.peak_learning_rate, recipe.model.n_embd
-    anew = recipe.start_from is None
+    anew = recipe.init_from is None
     assert check_peak(rate, width, begins_anew=anew).passed
     assert check_peak(100 * rate, width, begins_anew=anew).passed is False
     assert not anew or check_peak(rate / 100, width, begins_anew=anew).passed is False

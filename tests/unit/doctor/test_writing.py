@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=noise))
-    model.clear_padding()
+    model.zero_padding()
     write_huggingface(model, tokenizer, tmp_path / "hf")
     return tmp_path / "hf"
 

@@ -255,7 +255,7 @@ def test_the_first_documents_alone_are_as_a_folder_of_them(
 ) -> None:
     texts = random_texts(3)
     first = {split: texts[split][:documents] for split in SPLITS}
-    whole = write_texts(tmp_path / "whole", texts, shard_tokens)
+    whole = write_texts(tmp_path / "full", texts, shard_tokens)
     found = without_samples(inspect_shards(whole, documents=documents))
     alone = without_samples(inspect_shards(write_texts(tmp_path / "first", first, shard_tokens)))
     for told in (found, alone):

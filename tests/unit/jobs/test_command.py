@@ -135,7 +135,7 @@ def test_text_is_prepared_first_where_it_is_not_there(launch: Any, folder: Path)
 
 
 def test_a_run_that_need_not_wait_for_its_text_does_not(launch: Any, folder: Path) -> None:
-    launch("gpt2-124m", "--slurm", "--shuffle-tokens", "100_000_000", "--evaluation-tokens", "1000")
+    launch("gpt2-124m", "--slurm", "--shuffle-window", "100_000_000", "--evaluation-tokens", "1000")
     assert "is not prepared" not in (folder / "gpt2-124m.sbatch").read_text()
 
 
@@ -177,13 +177,13 @@ def test_a_machine_elsewhere_is_told_the_folder_of_what_only_this_one_has(launch
             "tokens_per_step=516096",
         ),
         (
-            ["gpt2-124m", "--slurm", "--nodes", "8", "--rows-per-micro-batch", "16"],
+            ["gpt2-124m", "--slurm", "--nodes", "8", "--micro-batch-size", "16"],
             "tokens_per_step=524288 is 32 micro-batches of 16 rows, which 64 processes can't share equally: "
             "32 can, or give tokens_per_step=1048576",
         ),
         (
             ["gpt3-125m", "--slurm", "--nodes", "3"],
-            "ramp_from_tokens_per_step=32768 is 16 micro-batches of 1 row, which 24 processes can't share",
+            "batch_ramp_start_tokens=32768 is 16 micro-batches of 1 row, which 24 processes can't share",
         ),
         (["gpt2-124m", "--slurm", "--tokens-per-step", "1000"], "tokens_per_step=1000 is not a whole number"),
     ],

@@ -21,7 +21,7 @@ def test_what_is_quoted_is_on_one_line(words: list[str]) -> None:
 def test_a_shell_reads_every_word_as_it_was() -> None:
     words = [
         "",
-        "plain",
+        "math",
         "two words",
         "it's",
         'a "b"',

@@ -162,7 +162,7 @@ def test_a_mixture_has_a_channel_for_each_text(request_job: BUILD, read: Any) ->
     )
     job = read(request_job(texts=texts))
     assert [channel["ChannelName"] for channel in job["InputDataConfig"]] == ["text1", "text2"]
-    mixed = """--sources "$SM_CHANNEL_TEXT1"=0.5 's3://b/c d'=0.25 "$SM_CHANNEL_TEXT2"=0.25"""
+    mixed = """--mixture "$SM_CHANNEL_TEXT1"=0.5 's3://b/c d'=0.25 "$SM_CHANNEL_TEXT2"=0.25"""
     assert mixed in job["Environment"]["OVERNIGHT_TRAIN"]
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from overnight.model import LossMethod
 from overnight.model.gpt import GPT, initialize
 from overnight.model.loss import head_loss
 from overnight.model.model_config import PRESETS, ModelConfig
-from overnight.training import ComputeConfig, Head
+from overnight.training import ComputeConfig
 from overnight.training.compute import build_loss
 
 Recompute = Literal["none", "selective", "block"]
@@ -19,12 +20,12 @@ SMALL = ModelConfig(n_layer=3, n_head=2, n_embd=32, context_length=64, vocab_siz
 GPT2 = PRESETS["gpt2-124m"]
 
 
-def next_token_nats(model: GPT, ids_BT: Tensor, targets_BT: Tensor, head: Head) -> Tensor:
+def next_token_nats(model: GPT, ids_BT: Tensor, targets_BT: Tensor, method: LossMethod) -> Tensor:
     hidden_BTC = model.trunk(ids_BT)
-    return head_loss(hidden_BTC, model.wte.weight, targets_BT, vocab_size=model.vocab_size, head=head)
+    return head_loss(hidden_BTC, model.wte.weight, targets_BT, vocab_size=model.vocab_size, method=method)
 
 
-def count_flops(model: ModelConfig, recompute: Recompute) -> tuple[float, float]:
+def count_flops(model: ModelConfig, activation_checkpointing: Recompute) -> tuple[float, float]:
     """(matrix products with weights, attention) of a step for each token, as torch counts them.
 
     It counts what is dispatched, so with what is recomputed; of attention seven products over the whole
@@ -33,7 +34,12 @@ def count_flops(model: ModelConfig, recompute: Recompute) -> tuple[float, float]
     gpt = GPT(model)
     initialize(gpt, seed=1)
     compute = ComputeConfig(
-        device="cpu", precision="fp32", compile=False, attention="fused", head="whole", recompute=recompute
+        device="cpu",
+        precision="fp32",
+        compile=False,
+        attention="fused",
+        loss="full",
+        activation_checkpointing=activation_checkpointing,
     )
     loss = build_loss(gpt, next_token_nats, compute)
     ids_BT = torch.randint(SMALL.vocab_size or 0, (2, model.context_length))
@@ -53,18 +59,20 @@ def count_flops(model: ModelConfig, recompute: Recompute) -> tuple[float, float]
     return (sum(counts.values()) - attention) / ids_BT.numel(), attention / ids_BT.numel()
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
-def test_the_flops_executed_are_those_that_torch_counts(recompute: Recompute) -> None:
-    products, attention = count_flops(SMALL, recompute)
-    assert SMALL.executed_flops_per_token(recompute) == products + attention / 2  # half the square is causal
+@pytest.mark.parametrize("activation_checkpointing", ["none", "selective", "block"])
+def test_the_flops_executed_are_those_that_torch_counts(activation_checkpointing: Recompute) -> None:
+    products, attention = count_flops(SMALL, activation_checkpointing)
+    assert (
+        SMALL.executed_flops_per_token(activation_checkpointing) == products + attention / 2
+    )  # half the square is causal
 
 
 def test_torch_s_count_sees_another_model_and_what_is_recomputed() -> None:
     """The negative control of the test above."""
     counts = {
-        count_flops(dataclasses.replace(SMALL, **changes), recompute)
+        count_flops(dataclasses.replace(SMALL, **changes), activation_checkpointing)
         for changes in ({}, {"n_layer": 2}, {"vocab_size": 150}, {"context_length": 32})
-        for recompute in ("none", "block")
+        for activation_checkpointing in ("none", "block")
     }
     assert len(counts) == 8
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overnight.model import kernels
+from overnight.model import LossMethod, kernels
 from overnight.model.gpt import GPT, initialize
 from overnight.model.kernels import Documents, attend_one_by_one, attend_with_mask, find_documents
-from overnight.model.loss import Head, cross_entropy_nats
+from overnight.model.loss import cross_entropy_nats
 from overnight.model.model_config import ModelConfig
 from overnight.training import ComputeConfig
 from overnight.training.compute import build_loss, find_attention_kernel, resolve_compute
@@ -48,8 +48,8 @@ def documents_of(ids_T: Tensor) -> list[tuple[int, int]]:
     return list(pairwise([0, *begins, len(ids_T)]))
 
 
-def nats_within(model: GPT, ids_BT: Tensor, targets_BT: Tensor, head: Head) -> Tensor:
-    assert head == "whole"
+def nats_within(model: GPT, ids_BT: Tensor, targets_BT: Tensor, method: LossMethod) -> Tensor:
+    assert method == "full"
     return cross_entropy_nats(model(ids_BT, find_documents(ids_BT, END_OF_TEXT)), targets_BT)
 
 
@@ -84,7 +84,7 @@ def test_documents_and_positions_equal_those_counted_one_by_one(ids: list[int], 
         number, position = 0, -1
         for place, id in enumerate(line):
             number, position = (number + 1, 0) if id == 3 else (number, position + 1)
-            assert found.numbers[row, place] == number
+            assert found.document_ids[row, place] == number
             assert found.positions[row, place] == position
 
 
@@ -104,11 +104,11 @@ def test_each_document_has_the_logits_it_has_alone(attend: str, graded: bool) ->
     "settings",
     [
         {},
-        {"attention": "plain"},
-        {"recompute": "selective"},
-        {"recompute": "block"},
+        {"attention": "math"},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "block"},
         pytest.param({"compile": True}, marks=pytest.mark.slow),
-        {"compile": True, "recompute": "selective"},
+        {"compile": True, "activation_checkpointing": "selective"},
     ],
     ids=str,
 )
@@ -194,7 +194,7 @@ def test_the_kernel_is_named() -> None:
         return find_attention_kernel(model, compute_of(**settings), within_documents=True)
 
     assert kernel() == "flash, one document after the other"
-    assert kernel(attention="plain") == "math with a mask"
+    assert kernel(attention="math") == "math with a mask"
     assert kernel(dropout=0.1) == "torch's choice with a mask"
 
 
@@ -228,7 +228,7 @@ def test_the_blocks_are_those_that_the_whole_square_gives(T: int) -> None:
     ids_BT = (
         torch.rand(6, T, generator=generator) < torch.tensor([0, 0.001, 0.01, 0.05, 0.5, 1])[:, None]
     ).int()
-    document_BT = find_documents(ids_BT, 1).numbers
+    document_BT = find_documents(ids_BT, 1).document_ids
     ours = build_block_mask(document_BT)
 
     def may_look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -268,7 +268,12 @@ def test_the_compiled_kernel_leaves_out_nothing_that_is_to_be_seen() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "settings",
-    [{"compile": True}, {"compile": False}, {"compile": True, "recompute": "block"}, {"attention": "plain"}],
+    [
+        {"compile": True},
+        {"compile": False},
+        {"compile": True, "activation_checkpointing": "block"},
+        {"attention": "math"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("T", [256, 200])
@@ -285,6 +290,6 @@ def test_on_a_gpu_the_gradient_is_that_of_the_documents_alone(T: int, settings: 
     targets_BT = ids_BT.roll(-1, 1)
     truth = gradients(model, lambda: cross_entropy_nats(alone(model, ids_BT), targets_BT))
     loss = build_loss(model, nats_within, compute)
-    expected = "math with a mask" if compute.attention == "plain" else "flex"
+    expected = "math with a mask" if compute.attention == "math" else "flex"
     assert find_attention_kernel(model.config, compute, within_documents=True) == expected
     assert off_by(gradients(model, lambda: loss(ids_BT, targets_BT)), truth) < 1e-4

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overnight.model import loss
-from overnight.model.loss import Head, fp8_obstacle, head_loss, rows_of_chunk
+from overnight.model import LossMethod, loss
+from overnight.model.loss import fp8_obstacle, head_loss, rows_of_chunk
 
 C, V, VOCAB_SIZE = 32, 64, 50
 
@@ -25,14 +25,14 @@ def inputs(B: int = 3, T: int = 7) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mean_and_gradients(
-    head: Head, dtype: torch.dtype | None = None, compiled: bool = False, scale: float = 1.0
+    method: LossMethod, dtype: torch.dtype | None = None, compiled: bool = False, scale: float = 1.0
 ) -> tuple[Tensor, ...]:
     """Mean nats, and its gradients by hidden states and weight."""
     hidden, weight, targets = inputs()
 
     def compute(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            return head_loss(hidden, weight, targets, vocab_size=VOCAB_SIZE, head=head)
+            return head_loss(hidden, weight, targets, vocab_size=VOCAB_SIZE, method=method)
 
     function = torch.compile(compute, fullgraph=True, dynamic=False) if compiled else compute
     mean = function(hidden, weight, targets) * scale / targets.numel()
@@ -69,9 +69,9 @@ def test_in_chunks_loss_and_gradients_are_those_of_the_definition(
     assert off_by(mean_and_gradients("chunked", dtype), naive()) < tolerance
 
 
-@pytest.mark.parametrize("head", ["whole", "chunked"])
-def test_padding_gets_no_probability_and_no_gradient(head: Head) -> None:
-    assert not mean_and_gradients(head)[2][VOCAB_SIZE:].any()
+@pytest.mark.parametrize("method", ["full", "chunked"])
+def test_padding_gets_no_probability_and_no_gradient(method: LossMethod) -> None:
+    assert not mean_and_gradients(method)[2][VOCAB_SIZE:].any()
 
 
 def test_a_loss_that_is_scaled_for_float16_neither_overflows_nor_vanishes() -> None:
@@ -105,7 +105,7 @@ def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) ->
     zeros = torch.zeros_like
     monkeypatch.setattr(torch, "zeros_like", lambda *given, **named: pytest.fail("a gradient was allocated"))
     with torch.no_grad():
-        ours = head_loss(hidden, weight, targets, vocab_size=VOCAB_SIZE, head="chunked")
+        ours = head_loss(hidden, weight, targets, vocab_size=VOCAB_SIZE, loss="chunked")
     monkeypatch.setattr(torch, "zeros_like", zeros)
     assert ours.item() / targets.numel() == pytest.approx(naive()[0].item(), rel=1e-6)
 
@@ -116,7 +116,7 @@ def test_a_chunk_is_an_eighth_or_has_256_megabytes_of_logits() -> None:
 
 
 def test_eight_bits_are_refused_where_there_are_none() -> None:
-    assert "head=fp8 needs an NVIDIA GPU" in str(fp8_obstacle("cpu"))
+    assert "loss=fp8 needs an NVIDIA GPU" in str(fp8_obstacle("cpu"))
     assert "not mps" in str(fp8_obstacle("mps"))
 
 
@@ -127,11 +127,11 @@ def test_in_eight_bits_the_loss_is_near_and_the_gradients_point_the_same_way() -
     weight = (0.3 * torch.randn(V, C, generator=generator)).requires_grad_()
     targets = torch.randint(VOCAB_SIZE, (2, 16), generator=generator)
 
-    def both(head: Head) -> tuple[Tensor, ...]:
-        mean = head_loss(hidden, weight, targets, vocab_size=VOCAB_SIZE, head=head) / targets.numel()
+    def both(method: LossMethod) -> tuple[Tensor, ...]:
+        mean = head_loss(hidden, weight, targets, vocab_size=VOCAB_SIZE, method=method) / targets.numel()
         return mean.detach(), *torch.autograd.grad(mean, (hidden, weight))
 
-    ours, truth = both("fp8"), both("whole")
+    ours, truth = both("fp8"), both("full")
     assert ours[0].item() == pytest.approx(truth[0].item(), abs=0.02)
     for gradient, true in zip(ours[1:], truth[1:], strict=True):
         assert F.cosine_similarity(gradient.flatten(), true.flatten(), dim=0) > 0.99

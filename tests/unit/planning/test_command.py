@@ -31,7 +31,7 @@ def asked(name: str, **settings: Any) -> PlanConfig:
 
 
 def elsewhere(name: str, device: str, **settings: Any) -> Plan:
-    return plan_for_device(asked(name, on=device, **settings), name, find_known_device(device))
+    return plan_for_device(asked(name, device_type=device, **settings), name, find_known_device(device))
 
 
 # ---------------------------------------------------------------- another machine
@@ -46,7 +46,7 @@ def test_every_device_with_a_rate_can_be_estimated(device: str) -> None:
     assert not found["measured"]
     slow, fast = found["tokens_per_second_range"]
     assert slow < found["tokens_per_second"] < fast
-    rows, micro_batches = found["rows_per_micro_batch"], found["micro_batches_per_step"]
+    rows, micro_batches = found["micro_batch_size"], found["micro_batches_per_step"]
     assert rows * micro_batches * 1024 == found["tokens_per_step"] == 524_288
 
 
@@ -94,19 +94,19 @@ def test_what_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]
     shown = plan_text(outlook)
     assert "Does it fit?" in shown
     assert "gpt2-774m, one row at once" in shown
-    assert command_after_plan(outlook, asked("gpt2-1558m", on="rtx-4090")).endswith(
-        "plan gpt2-774m --on rtx-4090"
+    assert command_after_plan(outlook, asked("gpt2-1558m", device_type="rtx-4090")).endswith(
+        "plan gpt2-774m --device-type rtx-4090"
     )
     squeezed = elsewhere("gpt2-350m", "t4")
     assert squeezed.fits
-    tight = asked("gpt2-350m", on="t4")
-    tight = replace(tight, batch=replace(tight.batch, rows_per_micro_batch=64))
+    tight = asked("gpt2-350m", device_type="t4")
+    tight = replace(tight, batch=replace(tight.batch, micro_batch_size=64))
     outlook = plan_for_device(tight, "gpt2-350m", find_known_device("t4"))
     assert outlook.fits is False
     assert all(way.needed_bytes < 16 * GB for way in outlook.ways_out)
     assert (
         command_after_plan(outlook, tight)
-        == f"next: overnight plan gpt2-350m {outlook.ways_out[0].options} --on t4"
+        == f"next: overnight plan gpt2-350m {outlook.ways_out[0].options} --device-type t4"
     )
 
 
@@ -184,7 +184,7 @@ def test_json_goes_to_standard_output_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["plan", "gpt2-124m", "--on", "A100-80GB", "--json", "--n_layer=6"]) == 0
+    assert main(["plan", "gpt2-124m", "--device-type", "A100-80GB", "--json", "--n_layer=6"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert found["recipe"] == "gpt2-124m"
@@ -198,19 +198,31 @@ def test_json_goes_to_standard_output_alone(
     [
         ([], "overnight plan needs a recipe: gpt2-124m"),
         (["gpt2-125m"], "there is no recipe gpt2-125m; did you mean"),
-        (["gpt2-124m", "--on", "h20"], "on=h20 is not in the table of devices; did you mean h200?"),
-        (["gpt2-124m", "--on", "a100"], "on=a100 is several devices: choose a100-pcie-80gb, a100-80gb"),
-        (["gpt2-124m", "--on", "m3-max"], "on=m3-max can't be estimated: its maker has not published"),
         (
-            ["gpt2-124m", "--on", "h200", "--device", "cpu"],
-            "device=cpu is of this machine, on=h200 of another",
+            ["gpt2-124m", "--device-type", "h20"],
+            "device_type=h20 is not in the table of devices; did you mean h200?",
+        ),
+        (
+            ["gpt2-124m", "--device-type", "a100"],
+            "device_type=a100 is several devices: choose a100-pcie-80gb, a100-80gb",
+        ),
+        (
+            ["gpt2-124m", "--device-type", "m3-max"],
+            "device_type=m3-max can't be estimated: its maker has not published",
+        ),
+        (
+            ["gpt2-124m", "--device-type", "h200", "--device", "cpu"],
+            "device=cpu is of this machine, device_type=h200 of another",
         ),
         (["gpt2-124m", "--dollars-per-hour=0"], "dollars_per_hour=0.0 must be greater than 0"),
         (["gpt2-124m", "--dollars-per-hour=nan"], "dollars_per_hour=nan must be greater than 0"),
         (["gpt2-124m", "--seconds=-3"], "seconds=-3.0 must be greater than 0"),
         (["gpt2-124m", "--dolars=3"], "no option --dolars; did you mean dollars-per-hour?"),
         (["gpt2-124m", "--n_head=5"], "n_embd=768 does not divide among n_head=5"),
-        (["gpt2-124m", "--on=h200", "--tokens_per_step=1000"], "tokens_per_step=1000 is not a whole number"),
+        (
+            ["gpt2-124m", "--device-type=h200", "--tokens_per_step=1000"],
+            "tokens_per_step=1000 is not a whole number",
+        ),
         (["shakespeare-char-cpu"], "overnight prepare shakespeare --tokenizer characters"),
     ],
     ids=" ".join,

@@ -74,7 +74,7 @@ def test_an_evaluation_judges_no_more_than_there_is() -> None:
 
 
 def test_a_ramp_has_fewer_micro_batches_than_full_steps_would_have() -> None:
-    ramped = BatchConfig(tokens_per_step=64, ramp_from_tokens_per_step=16, ramp_tokens=160)
+    ramped = BatchConfig(tokens_per_step=64, batch_ramp_start_tokens=16, batch_ramp_tokens=160)
     plan = plan_batches(ramped, 16, 1)
     work = count_run(replace(recipe(30), batch=ramped), plan, None)
     assert work.micro_batches == sum(plan.micro_batches(step) for step in range(30)) < 30 * 4
@@ -188,8 +188,8 @@ def test_of_characters_it_is_known_once_they_are_counted(
 def test_a_model_that_is_tuned_has_the_sizes_it_has() -> None:
     tuned = load_recipe("shakespeare-finetune")
     assert model_config_of(tuned, 50_257) == PRESETS["gpt2-124m"]
-    medium = replace(tuned, start_from="gpt2-medium", model=replace(tuned.model, dropout=0.1))
+    medium = replace(tuned, init_from="gpt2-medium", model=replace(tuned.model, dropout=0.1))
     assert model_config_of(medium, 50_257) == replace(PRESETS["gpt2-350m"], dropout=0.1)
     with pytest.raises(ValueError, match="there is no model nothing"):
-        model_config_of(replace(tuned, start_from="nothing"), 50_257)
+        model_config_of(replace(tuned, init_from="nothing"), 50_257)
     assert model_config_of(load_recipe("gpt2-124m"), 50_257) == PRESETS["gpt2-124m"]

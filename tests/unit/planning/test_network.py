@@ -93,7 +93,7 @@ def step(model: GPT, here: World, sharding: Sharding, micro_batches: int) -> Non
         nats.backward()  # type: ignore[no-untyped-call]
         return nats.detach()
 
-    add_up = gradient_reduction(model, sharding, bitwise=False)
+    add_up = gradient_reduction(model, sharding, deterministic_reduce=False)
     add_up(backward, range(micro_batches), list(model.parameters()), here)
     broadcast_updates(model, here, sharding)()
 

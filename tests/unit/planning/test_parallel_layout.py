@@ -38,15 +38,19 @@ SLOWEST = 131_072  # tokens of gpt3-13b's first steps, where 64 processes are to
 
 def asked(name: str, processes: int | str | None = 8, **settings: Any) -> PlanConfig:
     config = PlanConfig(**vars(load_recipe(name)))
-    compute = {key: settings.pop(key) for key in ("sharding", "recompute", "device") if key in settings}
-    if "ramp_from_tokens_per_step" in settings:
-        ramp = settings.pop("ramp_from_tokens_per_step")
-        config = replace(config, batch=replace(config.batch, ramp_from_tokens_per_step=ramp))
+    compute = {
+        key: settings.pop(key)
+        for key in ("sharding", "activation_checkpointing", "device")
+        if key in settings
+    }
+    if "batch_ramp_start_tokens" in settings:
+        ramp = settings.pop("batch_ramp_start_tokens")
+        config = replace(config, batch=replace(config.batch, batch_ramp_start_tokens=ramp))
     return replace(config, compute=replace(config.compute, processes=processes, **compute), **settings)
 
 
 def elsewhere(name: str, device: str, processes: int | None = 8, **settings: Any) -> Plan:
-    config = asked(name, processes, on=device, **settings)
+    config = asked(name, processes, device_type=device, **settings)
     return plan_for_device(config, name, find_known_device(device))
 
 
@@ -58,12 +62,12 @@ def elsewhere(name: str, device: str, processes: int | None = 8, **settings: Any
 @pytest.mark.parametrize("name", ["gpt2-1558m", "gpt3-13b"])
 def test_the_large_models_are_trainable_on_paper(name: str, machines: int, device: str) -> None:
     """13B on eight GPUs of 80 GB as it stands is not; the page says what makes it so, and that is so."""
-    more = {"ramp_from_tokens_per_step": SLOWEST} if (name, machines) == ("gpt3-13b", 8) else {}
+    more = {"batch_ramp_start_tokens": SLOWEST} if (name, machines) == ("gpt3-13b", 8) else {}
     outlook = elsewhere(name, device, machines=machines, **more)
     if not outlook.fits:
         assert (name, machines) == ("gpt3-13b", 1)
-        assert "--recompute selective" in outlook.ways_out[0].options
-        outlook = elsewhere(name, device, recompute="selective")
+        assert "--activation_checkpointing selective" in outlook.ways_out[0].options
+        outlook = elsewhere(name, device, activation_checkpointing="selective")
     assert outlook.fits
     found = plan_to_json(outlook)
     assert found["needed_bytes"] < 0.9 * found["device_memory_bytes"]
@@ -76,8 +80,8 @@ def test_the_large_models_are_trainable_on_paper(name: str, machines: int, devic
 
 
 def test_the_sharding_is_the_one_that_training_chooses() -> None:
-    outlook = elsewhere("gpt3-13b", "h200", machines=8, ramp_from_tokens_per_step=SLOWEST)
-    team, recipe, rows = outlook.team, outlook.recipe, outlook.plan.rows_per_micro_batch
+    outlook = elsewhere("gpt3-13b", "h200", machines=8, batch_ramp_start_tokens=SLOWEST)
+    team, recipe, rows = outlook.team, outlook.recipe, outlook.plan.micro_batch_size
     assert outlook.device_memory_bytes == 141 * GB
     assert team.sharding == choose_sharding(recipe.model, rows, recipe.compute, 141 * GB, 64, 8) == "hybrid"
     compute = replace(recipe.compute, sharding="hybrid")
@@ -98,20 +102,20 @@ def test_a_sharding_that_is_asked_for_is_taken() -> None:
     assert outlook.memory.gathered > 0
     tight = elsewhere("gpt3-6.7b", "h100", sharding="none")
     assert tight.fits is False
-    assert tight.ways_out[0].options.startswith("--sharding full ")
-    words = command_after_plan(tight, asked("gpt3-6.7b", on="h100", sharding="none"))
-    assert "--sharding full" in words
+    assert tight.ways_out[0].options.startswith("--sharding fsdp ")
+    words = command_after_plan(tight, asked("gpt3-6.7b", device_type="h100", sharding="none"))
+    assert "--sharding fsdp" in words
     assert "--sharding none" not in words
-    assert words.endswith("--on h100")
+    assert words.endswith("--device-type h100")
 
 
 def test_what_does_not_fit_into_one_is_told_how_many_it_takes() -> None:
     alone = elsewhere("gpt3-13b", "h100", None)
     assert alone.several is not None
-    assert alone.several.options == "--processes 4 --recompute selective"
-    four = elsewhere("gpt3-13b", "h100", 4, recompute="selective")
+    assert alone.several.options == "--processes 4 --activation_checkpointing selective"
+    four = elsewhere("gpt3-13b", "h100", 4, activation_checkpointing="selective")
     assert four.fits
-    assert "--processes 4 --recompute selective" in plan_text(alone)
+    assert "--processes 4 --activation_checkpointing selective" in plan_text(alone)
     assert elsewhere("gpt2-124m", "h100", None).several is None
 
 
@@ -187,13 +191,13 @@ def test_eight_machines_cost_eight_times_as_much_an_hour() -> None:
 
 
 def test_more_rows_at_once_are_advised_where_weights_are_gathered() -> None:
-    outlook = elsewhere("gpt3-13b", "h100", recompute="selective")
+    outlook = elsewhere("gpt3-13b", "h100", activation_checkpointing="selective")
     assert outlook.shared is not None
     assert outlook.shared.faster is not None
     options, seconds = outlook.shared.faster
-    assert options == "--rows-per-micro-batch 2"
-    config = asked("gpt3-13b", on="h100", recompute="selective")
-    config = replace(config, batch=replace(config.batch, rows_per_micro_batch=2))
+    assert options == "--micro-batch-size 2"
+    config = asked("gpt3-13b", device_type="h100", activation_checkpointing="selective")
+    config = replace(config, batch=replace(config.batch, micro_batch_size=2))
     told = plan_for_device(config, "gpt3-13b", find_known_device("h100"))
     assert plan_to_json(told)["step_seconds"] == pytest.approx(seconds)
     assert seconds < 0.95 * plan_to_json(outlook)["step_seconds"]
@@ -204,7 +208,8 @@ def test_more_rows_at_once_are_advised_where_weights_are_gathered() -> None:
 
 def test_recomputing_takes_longer() -> None:
     plain, again = (
-        plan_to_json(elsewhere("gpt2-1558m", "h100", recompute=recompute)) for recompute in ("none", "block")
+        plan_to_json(elsewhere("gpt2-1558m", "h100", activation_checkpointing=activation_checkpointing))
+        for activation_checkpointing in ("none", "block")
     )
     assert 1.2 < again["compute_seconds_per_step"] / plain["compute_seconds_per_step"] < 4 / 3
 
@@ -213,7 +218,7 @@ def test_recomputing_takes_longer() -> None:
 @pytest.mark.parametrize("sharding", ["none", "optimizer", "full", "hybrid"])
 @pytest.mark.parametrize("name", ["gpt2-124m", "gpt3-13b"])
 def test_a_page_is_80_columns_wide(name: str, sharding: str, network: str) -> None:
-    more = {"ramp_from_tokens_per_step": SLOWEST} if name == "gpt3-13b" else {}
+    more = {"batch_ramp_start_tokens": SLOWEST} if name == "gpt3-13b" else {}
     outlook = elsewhere(name, "h200", machines=8, sharding=sharding, network=network, **more)
     shown = plan_text(outlook)
     assert max(map(len, shown.splitlines())) <= 80
@@ -243,7 +248,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def resolved(config: Any) -> Any:
-    return replace(config, device="cuda", precision="bf16", compile=True, attention="fused", head="whole")
+    return replace(config, device="cuda", precision="bf16", compile=True, attention="fused", loss="full")
 
 
 def test_what_one_of_them_does_is_measured_and_the_rest_is_predicted(
@@ -288,7 +293,7 @@ def test_what_is_too_large_for_one_of_them_is_estimated(
     from overnight.planning import measure
 
     monkeypatch.setattr(measure, "measure_step_costs", lambda *given: pytest.fail("measured"))
-    config = asked("gpt3-6.7b", 2, machines=4, recompute="selective")
+    config = asked("gpt3-6.7b", 2, machines=4, activation_checkpointing="selective")
     outlook = plan_here(config, "gpt3-6.7b")
     assert outlook.fits
     assert outlook.team.sharding in {"full", "hybrid"}
@@ -298,7 +303,7 @@ def test_what_is_too_large_for_one_of_them_is_estimated(
     outlook = replace(outlook, assumption=None)
     words = command_after_plan(outlook, config)
     assert "torchrun --nnodes 4 --nproc-per-node 2 " in words
-    assert words.endswith("-m overnight train gpt3-6.7b --recompute selective")
+    assert words.endswith("-m overnight train gpt3-6.7b --activation_checkpointing selective")
 
 
 def test_processes_on_this_cpu_divide_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -320,7 +325,17 @@ def test_processes_on_this_cpu_divide_its_memory(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_command_knows_machines(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["gpt2-1558m", "--on", "h100", "--processes", "8", "--machines", "4", "--network", "8x400g"]
+    words = [
+        "gpt2-1558m",
+        "--device-type",
+        "h100",
+        "--processes",
+        "8",
+        "--machines",
+        "4",
+        "--network",
+        "8x400g",
+    ]
     assert main(["plan", *words, "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
@@ -332,15 +347,18 @@ def test_the_command_knows_machines(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        (["--on=h100", "--machines=0"], "machines=0 must be at least 1"),
-        (["--on=h100", "--processes=0"], "processes=0 must be at least 1"),
+        (["--device-type=h100", "--machines=0"], "machines=0 must be at least 1"),
+        (["--device-type=h100", "--processes=0"], "processes=0 must be at least 1"),
         (
-            ["--on=h100", "--processes=auto"],
-            "processes=auto counts this machine's GPUs, and on=h100 is another",
+            ["--device-type=h100", "--processes=auto"],
+            "processes=auto counts this machine's GPUs, and device_type=h100 is another",
         ),
-        (["--on=h100", "--processes=3"], "can't be divided among 3 processes"),
-        (["--on=m1", "--processes=2"], "2 processes train together on NVIDIA GPUs or a CPU, not on mps"),
-        (["--on=h100", "--processes=2", "--network=10g"], "network"),
+        (["--device-type=h100", "--processes=3"], "can't be divided among 3 processes"),
+        (
+            ["--device-type=m1", "--processes=2"],
+            "2 processes train together on NVIDIA GPUs or a CPU, not on mps",
+        ),
+        (["--device-type=h100", "--processes=2", "--network=10g"], "network"),
     ],
     ids=" ".join,
 )

@@ -246,7 +246,7 @@ def test_more_units_are_compared_anew(config: PrepareConfig, monkeypatch: pytest
     pairs = [text for both in zip(TEXTS, map(nearly, TEXTS), strict=True) for text in both]
     write_lines(source / "all.jsonl", pairs)
     tokens = sum(len(text) + 1 for text in TEXTS[:40])
-    whole = elsewhere(config, "whole", tokens=tokens)
+    whole = elsewhere(config, "full", tokens=tokens)
     prepare(whole)
     assert sorted(texts_in(whole.out, "train") + texts_in(whole.out, "validation")) == sorted(TEXTS[:40])
     (source / "all.jsonl").unlink()

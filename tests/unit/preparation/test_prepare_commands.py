@@ -76,11 +76,11 @@ def test_another_machine_prepares_only_what_can_be_had_anywhere(config: DataConf
 
 def test_a_mixture_is_several_texts_and_another_machine_has_their_folders() -> None:
     sources = (MixtureSource(path="notes.txt", weight=0.75), MixtureSource(path="s3://b/c", weight=0.25))
-    config = DataConfig(sources=sources)
+    config = DataConfig(mixture=sources)
     texts = find_recipe_texts(config, "quickstart", with_files=False)
     assert texts == (JobText("data/notes", (), 0.75), JobText("s3://b/c", (), 0.25))
     recipe = with_folders(dataclasses.replace(load_recipe("quickstart"), data=config), texts)
-    assert [(each.path, each.weight) for each in recipe.data.sources] == [
+    assert [(each.path, each.weight) for each in recipe.data.mixture] == [
         ("data/notes", 0.75),
         ("s3://b/c", 0.25),
     ]

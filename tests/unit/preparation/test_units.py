@@ -85,7 +85,7 @@ def test_the_shards_do_not_depend_on_where_the_source_is_cut(
 def test_a_limit_on_tokens_is_kept_whatever_the_units(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = elsewhere(config, "whole", tokens=9000)
+    whole = elsewhere(config, "full", tokens=9000)
     prepare(whole)
     monkeypatch.setattr(prepare_module, "UNIT_BYTES", 700)
     encoded: list[int] = []

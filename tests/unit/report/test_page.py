@@ -301,7 +301,7 @@ def test_steps_skipped_for_an_overflow_are_counted_and_leave_a_gap(make_run, pre
     assert re.findall(r"\d+ steps? skipped: float16 overflow", page) == ([sentence] if sentence else [])
     assert ("the training loss was not finite" in page) == bool(skipped)
     if skipped == [70, 71]:  # two strokes of the pen for each thin line instead of one
-        assert gaps(page) > gaps(report(make_run("whole", steps=120)))
+        assert gaps(page) > gaps(report(make_run("full", steps=120)))
 
 
 def gaps(page: str) -> int:

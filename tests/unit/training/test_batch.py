@@ -16,7 +16,7 @@ from overnight.training.batch import (
     plan_batches,
 )
 
-GPT3 = BatchConfig(tokens_per_step=524_288, ramp_from_tokens_per_step=32_768, ramp_tokens=4 * 10**9)
+GPT3 = BatchConfig(tokens_per_step=524_288, batch_ramp_start_tokens=32_768, batch_ramp_tokens=4 * 10**9)
 
 
 @st.composite
@@ -30,18 +30,22 @@ def plans(draw: st.DrawFn) -> tuple[BatchConfig, BatchPlan]:
     unit = unit_rows * tokens_per_row
     config = BatchConfig(
         tokens_per_step=unit * sizes,
-        ramp_from_tokens_per_step=unit if sizes > 1 else None,
-        ramp_tokens=draw(st.integers(1, 40 * unit)) if sizes > 1 else None,
+        batch_ramp_start_tokens=unit if sizes > 1 else None,
+        batch_ramp_tokens=draw(st.integers(1, 40 * unit)) if sizes > 1 else None,
     )
     return config, plan_batches(config, tokens_per_row, draw(st.integers(1, 12)))
 
 
 def sizes_step_by_step(config: BatchConfig, steps: int) -> list[int]:
     """The tokens of each step as the ramp is described: counted one after the other, in fractions."""
-    first, full, ramp_tokens = config.ramp_from_tokens_per_step, config.tokens_per_step, config.ramp_tokens
-    if first is None or ramp_tokens is None:
+    first, full, batch_ramp_tokens = (
+        config.batch_ramp_start_tokens,
+        config.tokens_per_step,
+        config.batch_ramp_tokens,
+    )
+    if first is None or batch_ramp_tokens is None:
         return [full] * steps
-    share = Fraction(ramp_tokens, full // first - 1)
+    share = Fraction(batch_ramp_tokens, full // first - 1)
     sizes: list[int] = []
     for _ in range(steps):
         sizes.append(min(full, first + first * (sum(sizes) // share)))
@@ -74,7 +78,7 @@ def test_a_plan_covers_each_row_once_and_in_order(drawn: tuple[BatchConfig, Batc
     for step, tokens in enumerate(sizes_step_by_step(config, 30)):
         for micro_batch in range(plan.micro_batches(step)):
             first, count = plan.rows(step, micro_batch)
-            assert count == plan.rows_per_micro_batch  # one shape: nothing is compiled twice
+            assert count == plan.micro_batch_size  # one shape: nothing is compiled twice
             seen += range(first, first + count)
         assert len(seen) * plan.tokens_per_row == plan.tokens_before(step + 1)
         assert plan.tokens(step) == tokens
@@ -100,8 +104,8 @@ def shared_plans(draw: st.DrawFn) -> tuple[BatchPlan, int]:
     sizes = draw(st.integers(1, 5))
     config = BatchConfig(
         tokens_per_step=unit * sizes,
-        ramp_from_tokens_per_step=unit if sizes > 1 else None,
-        ramp_tokens=draw(st.integers(1, 30 * unit)) if sizes > 1 else None,
+        batch_ramp_start_tokens=unit if sizes > 1 else None,
+        batch_ramp_tokens=draw(st.integers(1, 30 * unit)) if sizes > 1 else None,
     )
     return plan_batches(config, tokens_per_row, draw(st.integers(1, 8)), size), size
 
@@ -121,16 +125,16 @@ def test_what_follows_a_row_is_what_the_process_computes_next(drawn: tuple[Batch
     plan, size = drawn
     for rank in range(size):
         firsts = [plan.rows(step, number)[0] for step in range(40) for number in plan.share(step, rank, size)]
-        assert [plan.following_row(first, rank, size) for first in firsts[:-1]] == firsts[1:]
+        assert [plan.next_row(first, rank, size) for first in firsts[:-1]] == firsts[1:]
 
 
 @given(shared_plans())
 def test_a_step_does_not_depend_on_the_number_of_processes(drawn: tuple[BatchPlan, int]) -> None:
     plan, size = drawn
-    rows = plan.rows_per_micro_batch
+    rows = plan.micro_batch_size
     alone = constant_plan(plan.tokens_per_row, rows, 1)
     assert plan.share(7, 0, 1) == range(plan.micro_batches(7))
-    assert plan.following_row(0, 0, 1) == alone.following_row(0, 0, 1) == rows
+    assert plan.next_row(0, 0, 1) == alone.next_row(0, 0, 1) == rows
 
 
 @pytest.mark.parametrize(
@@ -138,11 +142,11 @@ def test_a_step_does_not_depend_on_the_number_of_processes(drawn: tuple[BatchPla
     [
         ({}, 3, "16 rows of tokens_per_step=1024 can't be .* 3 processes; 960 and 1152 can, or start 2"),
         ({}, 32, "among 32 processes; 2048 can, or start 16"),
-        ({"rows_per_micro_batch": 8}, 4, "8 does not divide the 4 rows of each process .* do: 1, 2, 4"),
+        ({"micro_batch_size": 8}, 4, "8 does not divide the 4 rows of each process .* do: 1, 2, 4"),
         (
-            {"ramp_from_tokens_per_step": 256, "ramp_tokens": 9},
+            {"batch_ramp_start_tokens": 256, "batch_ramp_tokens": 9},
             8,
-            "the 4 rows of ramp_from_tokens_per_step=256 can't be divided among 8 .*; 512 can, or start 4",
+            "the 4 rows of batch_ramp_start_tokens=256 can't be divided among 8 .*; 512 can, or start 4",
         ),
     ],
 )
@@ -174,7 +178,7 @@ def test_the_sizes_of_a_ramp_have_equal_shares_of_its_tokens() -> None:
 @pytest.mark.parametrize("rows_that_fit, at_once", [(1, 1), (7, 4), (15, 8), (500, 16)])
 def test_the_steps_of_a_ramp_are_the_same_whatever_the_micro_batch(rows_that_fit: int, at_once: int) -> None:
     plan = plan_batches(GPT3, 2048, rows_that_fit)
-    assert plan.rows_per_micro_batch == at_once
+    assert plan.micro_batch_size == at_once
     twin = plan_batches(GPT3, 2048, 16)
     for step in (0, 1, 8138, 8139, 8140, 20_000, 10**6):
         assert plan.tokens(step) == twin.tokens(step)
@@ -184,11 +188,11 @@ def test_the_steps_of_a_ramp_are_the_same_whatever_the_micro_batch(rows_that_fit
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 100))
 def test_the_micro_batch_found_is_the_largest_that_divides_and_fits(rows: int, tokens: int, fit: int) -> None:
     plan = plan_batches(BatchConfig(tokens_per_step=rows * tokens), tokens, fit)
-    assert plan == constant_plan(tokens, plan.rows_per_micro_batch, rows // plan.rows_per_micro_batch)
+    assert plan == constant_plan(tokens, plan.micro_batch_size, rows // plan.micro_batch_size)
     assert plan.tokens(5) == rows * tokens
-    assert [
-        count for count in range(1, fit + 1) if rows % count == 0 and count >= plan.rows_per_micro_batch
-    ] == [plan.rows_per_micro_batch]
+    assert [count for count in range(1, fit + 1) if rows % count == 0 and count >= plan.micro_batch_size] == [
+        plan.micro_batch_size
+    ]
 
 
 @pytest.mark.parametrize(
@@ -196,30 +200,36 @@ def test_the_micro_batch_found_is_the_largest_that_divides_and_fits(rows: int, t
     [
         ({"tokens_per_step": 1000}, "context_length=64; 1024 is"),
         ({"tokens_per_step": 32}, "; 64 is"),
-        ({"rows_per_micro_batch": 3}, "16 rows of tokens_per_step=1024; these do: 1, 2, 4, 8, 16"),
-        ({"ramp_from_tokens_per_step": 128}, "give both of ramp_from_tokens_per_step and ramp_tokens"),
-        ({"ramp_tokens": 128}, "give both of ramp_from_tokens_per_step and ramp_tokens"),
-        ({"ramp_from_tokens_per_step": 1024, "ramp_tokens": 9}, "=1024 must be less than tokens_per_step"),
+        ({"micro_batch_size": 3}, "16 rows of tokens_per_step=1024; these do: 1, 2, 4, 8, 16"),
+        ({"batch_ramp_start_tokens": 128}, "give both of batch_ramp_start_tokens and batch_ramp_tokens"),
+        ({"batch_ramp_tokens": 128}, "give both of batch_ramp_start_tokens and batch_ramp_tokens"),
         (
-            {"ramp_from_tokens_per_step": 192, "ramp_tokens": 9},
+            {"batch_ramp_start_tokens": 1024, "batch_ramp_tokens": 9},
+            "=1024 must be less than tokens_per_step",
+        ),
+        (
+            {"batch_ramp_start_tokens": 192, "batch_ramp_tokens": 9},
             "=1024 is not a multiple .* 960 and 1152 would",
         ),
-        ({"ramp_from_tokens_per_step": 600, "ramp_tokens": 9}, "=600, as 1200 would be"),
-        ({"ramp_from_tokens_per_step": 32, "ramp_tokens": 9}, "_per_step=32 is not a whole .* 64 is"),
+        ({"batch_ramp_start_tokens": 600, "batch_ramp_tokens": 9}, "=600, as 1200 would be"),
+        ({"batch_ramp_start_tokens": 32, "batch_ramp_tokens": 9}, "_per_step=32 is not a whole .* 64 is"),
         (
-            {"tokens_per_step": 768, "ramp_from_tokens_per_step": 96, "ramp_tokens": 9},
+            {"tokens_per_step": 768, "batch_ramp_start_tokens": 96, "batch_ramp_tokens": 9},
             "_per_step=96 is not a whole number of rows of context_length=64; (64|128) is",
         ),
         (
-            {"tokens_per_step": 600, "ramp_from_tokens_per_step": 100, "ramp_tokens": 9},
+            {"tokens_per_step": 600, "batch_ramp_start_tokens": 100, "batch_ramp_tokens": 9},
             "tokens_per_step=600 is not a whole number of rows",
         ),
-        ({"ramp_from_tokens_per_step": 0, "ramp_tokens": 0}, "=0 must be at least 1; ramp_tokens=0 must be"),
-        ({"tokens_per_step": 0}, "tokens_per_step=0 must be at least 1"),
-        ({"rows_per_micro_batch": 0}, "rows_per_micro_batch=0 must be at least 1"),
         (
-            {"ramp_from_tokens_per_step": 256, "ramp_tokens": 9, "rows_per_micro_batch": 8},
-            "8 does not divide the 4 rows of ramp_from_tokens_per_step=256; these do: 1, 2, 4",
+            {"batch_ramp_start_tokens": 0, "batch_ramp_tokens": 0},
+            "=0 must be at least 1; batch_ramp_tokens=0 must be",
+        ),
+        ({"tokens_per_step": 0}, "tokens_per_step=0 must be at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
+        (
+            {"batch_ramp_start_tokens": 256, "batch_ramp_tokens": 9, "micro_batch_size": 8},
+            "8 does not divide the 4 rows of batch_ramp_start_tokens=256; these do: 1, 2, 4",
         ),
     ],
 )

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from overnight.model import LossMethod
 from overnight.model.gpt import GPT, initialize
 from overnight.model.loss import cross_entropy_nats
 from overnight.model.model_config import ModelConfig
-from overnight.training import ComputeConfig, Head
+from overnight.training import ComputeConfig
 from overnight.training import compute as compute_module
 from overnight.training.compute import (
     OF_PROCESSES,
@@ -26,8 +27,8 @@ from overnight.training.compute import (
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50)
 
 
-def next_token_nats(model: GPT, ids: Tensor, targets: Tensor, head: Head) -> Tensor:
-    assert head == "whole"
+def next_token_nats(model: GPT, ids: Tensor, targets: Tensor, method: LossMethod) -> Tensor:
+    assert method == "full"
     return cross_entropy_nats(model(ids), targets)
 
 
@@ -65,15 +66,15 @@ def test_what_is_left_open_is_decided_and_what_is_given_stays(monkeypatch: pytes
     monkeypatch.setattr(compute_module, "can_compile", lambda: True)
     decided = resolve_compute(ComputeConfig(), "cpu")
     assert (decided.device, decided.precision, decided.compile) == ("cpu", "bf16", True)
-    assert (decided.attention, decided.head) == ("blocks", "whole")
-    given = ComputeConfig(precision="fp32", compile=False, attention="plain", head="chunked")
+    assert (decided.attention, decided.head) == ("blocks", "full")
+    given = ComputeConfig(precision="fp32", compile=False, attention="math", loss="chunked")
     kept = resolve_compute(given, "cpu")
-    assert (kept.precision, kept.compile, kept.attention, kept.head) == ("fp32", False, "plain", "chunked")
+    assert (kept.precision, kept.compile, kept.attention, kept.head) == ("fp32", False, "math", "chunked")
     assert resolve_compute(ComputeConfig(), "mps").compile is False
     assert resolve_compute(ComputeConfig(precision="fp32"), "cpu").attention == "fused"
 
 
-@pytest.mark.parametrize(("setting", "value"), [("precision", "tf32"), ("head", "fp8")])
+@pytest.mark.parametrize(("setting", "value"), [("precision", "tf32"), ("loss", "fp8")])
 def test_what_the_device_lacks_is_refused(setting: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{setting}={value} "):
         resolve_compute(ComputeConfig(**{setting: value}), "mps")  # type: ignore[arg-type]
@@ -89,10 +90,13 @@ def test_compiling_without_a_compiler_is_refused_only_if_asked_for(monkeypatch: 
 
 
 def test_each_choice_has_its_reason() -> None:
-    asked = ComputeConfig(precision="fp32", recompute="block")
+    asked = ComputeConfig(precision="fp32", activation_checkpointing="block")
     reasons = explain_compute(asked, resolve_compute(asked, "cpu"))
     assert reasons.keys() == vars(asked).keys() - OF_PROCESSES
-    assert (reasons["precision"], reasons["recompute"]) == ("fp32 (as asked)", "block (as asked)")
+    assert (reasons["precision"], reasons["activation_checkpointing"]) == (
+        "fp32 (as asked)",
+        "block (as asked)",
+    )
     assert reasons["device"] == "cpu (the best one found)"
 
 
@@ -108,7 +112,7 @@ def test_compiling_needs_a_compiler_and_pythons_headers(
     assert not can_compile()
 
 
-@pytest.mark.parametrize("attention", ["fused", "blocks", "plain"])
+@pytest.mark.parametrize("attention", ["fused", "blocks", "math"])
 @pytest.mark.parametrize(
     ("precision", "nats", "gradient"), [("fp32", 1e-6, 1e-6), ("bf16", 2e-3, 0.02), ("fp16", 1e-3, 0.005)]
 )
@@ -125,24 +129,27 @@ def test_precision_and_kernel_change_the_step_by_no_more_than_their_rounding(
         assert gradient_off > 1e-5, "nothing was computed in a shorter precision"
 
 
-@pytest.mark.parametrize("attention", ["blocks", "plain"])
+@pytest.mark.parametrize("attention", ["blocks", "math"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recompute", ["selective", "block"])
-def test_recomputation_changes_nothing(recompute: str, precision: str, attention: str) -> None:
+@pytest.mark.parametrize("activation_checkpointing", ["selective", "block"])
+def test_recomputation_changes_nothing(activation_checkpointing: str, precision: str, attention: str) -> None:
     model = small_model(dropout=0.3)
     settings: dict[str, object] = {"precision": precision, "attention": attention}
     kept = loss_and_gradient(model, **settings)
-    again = loss_and_gradient(model, recompute=recompute, **settings)
+    again = loss_and_gradient(model, activation_checkpointing=activation_checkpointing, **settings)
     assert again[0] == kept[0]
     assert torch.equal(again[1], kept[1])
     back = loss_and_gradient(model, **settings)
     assert torch.equal(back[1], kept[1])
-    assert not any("forward" in vars(block) for block in model.h) or attention == "plain"
+    assert not any("forward" in vars(block) for block in model.h) or attention == "math"
 
 
-def saved_bytes(model: GPT, recompute: str) -> int:
+def saved_bytes(model: GPT, activation_checkpointing: str) -> int:
     """Bytes that the forward pass keeps for the backward pass."""
-    compute = resolve_compute(ComputeConfig(precision="bf16", compile=False, recompute=recompute), "cpu")  # type: ignore[arg-type]
+    compute = resolve_compute(
+        ComputeConfig(precision="bf16", compile=False, activation_checkpointing=activation_checkpointing),
+        "cpu",
+    )  # type: ignore[arg-type]
     function = build_loss(model, next_token_nats, compute)
     kept: dict[int, int] = {}
 
@@ -164,7 +171,7 @@ def test_recomputation_keeps_less() -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "settings",
-    [{}, pytest.param({"attention": "plain", "recompute": "block"}, marks=pytest.mark.slow)],
+    [{}, pytest.param({"attention": "math", "activation_checkpointing": "block"}, marks=pytest.mark.slow)],
     ids=str,
 )
 def test_a_compiled_loss_is_the_same_loss(settings: dict[str, object]) -> None:
@@ -181,4 +188,4 @@ def test_the_kernel_that_attends_is_named() -> None:
         asked = ComputeConfig(precision="bf16", **settings)  # type: ignore[arg-type]
         return find_attention_kernel(SMALL, resolve_compute(asked, "cpu"))
 
-    assert [kernel(attention=name) for name in ("blocks", "fused", "plain")] == ["blocks", "flash", "math"]
+    assert [kernel(attention=name) for name in ("blocks", "fused", "math")] == ["blocks", "flash", "math"]

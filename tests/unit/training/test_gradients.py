@@ -29,7 +29,7 @@ class Overheard(World):
     def sum(self, tensors: Sequence[Tensor]) -> None:
         self.said.append(("sum", len(tensors)))
 
-    def sum_in_tree(self, tensors: Sequence[Tensor]) -> None:
+    def tree_all_reduce(self, tensors: Sequence[Tensor]) -> None:
         self.said.append(("sum_in_tree", len(tensors)))
 
 

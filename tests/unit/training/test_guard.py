@@ -20,13 +20,13 @@ def seen(steps: int, seed: int = 0, loss: float = 4.0) -> Guard:
     guard = Guard()
     for step in range(steps):
         value = loss + math.exp(-step / 50) + noise.gauss(0, 0.05)
-        guard = guard.after(value, 1 + noise.gauss(0, 0.1), is_done=True)
+        guard = guard.after(value, 1 + noise.gauss(0, 0.1), is_applied=True)
     return guard
 
 
 def test_nothing_stands_out_before_enough_is_known() -> None:
     assert seen(AT_LEAST - 1).limits(5.0) == Limits()
-    assert seen(AT_LEAST - 1).after(1e9, 1.0, is_done=True).bad_steps == 0
+    assert seen(AT_LEAST - 1).after(1e9, 1.0, is_applied=True).bad_steps == 0
     assert seen(500).limits(None) == Limits(), "off"
     assert math.isfinite(seen(AT_LEAST).limits(5.0).loss)
 
@@ -56,33 +56,33 @@ def test_bad_steps_are_counted_and_forgotten(poison: list[tuple[float, bool]]) -
     before = guard = seen(200)
     for value, is_loss in poison:
         bad = (value, 1.0) if is_loss else (4.0, value)
-        is_done = math.isfinite(value) and not is_loss
-        guard = guard.after(*bad, is_done=is_done)
-        if is_done:
+        is_applied = math.isfinite(value) and not is_loss
+        guard = guard.after(*bad, is_applied=is_applied)
+        if is_applied:
             return  # a large norm alone is clipped
     assert guard.bad_steps == len(poison)
     assert (guard.losses, guard.norms) == (before.losses, before.norms)
     assert guard.limits(6.0) == before.limits(6.0)
-    assert guard.after(4.0, 1.0, is_done=True).bad_steps == 0
+    assert guard.after(4.0, 1.0, is_applied=True).bad_steps == 0
 
 
 def test_a_loss_that_explodes_is_bad_and_one_that_wavers_is_not() -> None:
     guard = seen(300)
-    assert guard.after(4.2, 1.0, is_done=True).bad_steps == 0
-    assert guard.after(4.9, 1.0, is_done=True).bad_steps == 0, "less than a nat"
-    assert guard.after(5.6, 1.0, is_done=True).bad_steps == 1
+    assert guard.after(4.2, 1.0, is_applied=True).bad_steps == 0
+    assert guard.after(4.9, 1.0, is_applied=True).bad_steps == 0, "less than a nat"
+    assert guard.after(5.6, 1.0, is_applied=True).bad_steps == 1
     wild = Guard()
     noise = random.Random(2)
     for _ in range(200):
-        wild = wild.after(4 + noise.gauss(0, 0.5), 1.0, is_done=True)
-    assert wild.after(5.6, 1.0, is_done=True).bad_steps == 0, "usual here"
+        wild = wild.after(4 + noise.gauss(0, 0.5), 1.0, is_applied=True)
+    assert wild.after(5.6, 1.0, is_applied=True).bad_steps == 0, "usual here"
 
 
 def test_an_overflow_of_float16_is_no_trouble() -> None:
     guard = seen(50)
-    assert guard.after(4.0, math.inf, is_done=False, is_scaled=True) == guard
-    assert guard.after(math.nan, math.inf, is_done=False, is_scaled=True).bad_steps == 1
-    assert guard.after(4.0, math.inf, is_done=False).bad_steps == 1
+    assert guard.after(4.0, math.inf, is_applied=False, is_scaled=True) == guard
+    assert guard.after(math.nan, math.inf, is_applied=False, is_scaled=True).bad_steps == 1
+    assert guard.after(4.0, math.inf, is_applied=False).bad_steps == 1
 
 
 def test_only_so_much_is_remembered_and_json_keeps_it_to_the_bit() -> None:
@@ -95,12 +95,12 @@ def test_only_so_much_is_remembered_and_json_keeps_it_to_the_bit() -> None:
 
 
 def test_rows_are_left_out_from_a_step_on() -> None:
-    guard = Guard(detours=(SkippedRows(5, 16), SkippedRows(9, 8)))
-    assert [guard.rows_left_out(step) for step in (0, 4, 5, 8, 9, 100)] == [0, 0, 16, 16, 24, 24]
+    guard = Guard(skipped=(SkippedRows(5, 16), SkippedRows(9, 8)))
+    assert [guard.skipped_rows(step) for step in (0, 4, 5, 8, 9, 100)] == [0, 0, 16, 16, 24, 24]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"spike_deviations": 0.5}, {"spike_deviations": math.nan}, {"rollback_after_steps": 0}]
+    "wrong", [{"spike_sigma": 0.5}, {"spike_sigma": math.nan}, {"rollback_after_steps": 0}]
     + [{"max_rollbacks": -1}],
 )  # fmt: skip
 def test_what_makes_no_sense_is_told(wrong: dict[str, float]) -> None:

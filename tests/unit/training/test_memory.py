@@ -39,13 +39,13 @@ ROWS = 4
 TOKENS = ROWS * SIZES.context_length
 FLOAT32 = 4
 WIDE = ModelConfig(n_layer=6, n_head=4, n_embd=192, context_length=64, vocab_size=1000)
-ON_H100 = ComputeConfig(device="cuda", precision="bf16", compile=True, attention="fused", head="whole")
+ON_H100 = ComputeConfig(device="cuda", precision="bf16", compile=True, attention="fused", loss="full")
 GB = 10**9
 RETURNS_A_VIEW = "ignore:FSDP2-wrapped module .* returned a view:UserWarning"  # nobody writes into its logits
 
 
 def decided(**settings: object) -> ComputeConfig:
-    eager = ComputeConfig(device="cpu", precision="fp32", compile=False, attention="fused", head="whole")
+    eager = ComputeConfig(device="cpu", precision="fp32", compile=False, attention="fused", loss="full")
     return replace(eager, **settings)  # type: ignore[arg-type]
 
 
@@ -109,7 +109,7 @@ def test_what_is_said_of_the_model_is_so() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(
     "precision, attention",
-    [("fp32", "fused"), ("fp32", "plain"), ("bf16", "fused"), ("bf16", "plain"), ("bf16", "blocks")],
+    [("fp32", "fused"), ("fp32", "math"), ("bf16", "fused"), ("bf16", "math"), ("bf16", "blocks")],
 )
 def test_the_activations_are_what_autograd_keeps(precision: str, attention: str, dropout: float) -> None:
     """Within 1%; it keeps the loss's logits once, as float32, and in 16 bits the weights that multiply."""
@@ -124,13 +124,13 @@ def test_the_activations_are_what_autograd_keeps(precision: str, attention: str,
     assert estimate.activations == TOKENS * kept_per_token(sizes, compute)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize("activation_checkpointing", ["none", "selective", "block"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_estimate_is_what_a_pass_takes_at_its_peak(
-    precision: str, recompute: str, tmp_path: Path
+    precision: str, activation_checkpointing: str, tmp_path: Path
 ) -> None:
     """Within 10%, and rather too much: gradients that grow while activations shrink are counted whole."""
-    compute = decided(precision=precision, recompute=recompute)
+    compute = decided(precision=precision, activation_checkpointing=activation_checkpointing)
     model, ids = build(SIZES)
     loss = build_loss(model, next_token_loss, compute)
     loss(ids, ids).backward()  # type: ignore[no-untyped-call]
@@ -148,23 +148,27 @@ def test_a_chunked_head_takes_a_chunk_s_logits_and_a_gradient_of_its_weights(
     sizes = replace(SIZES, n_layer=1, vocab_size=8_000)
     model, ids = build(sizes)
     taken = {}
-    for head in ("whole", "chunked"):
-        compute = decided(precision=precision, head=head)
+    for head in ("full", "chunked"):
+        compute = decided(precision=precision, loss=head)
         nats = build_loss(model, next_token_loss, compute)
         nats(ids, ids).backward()  # type: ignore[no-untyped-call]
         peak = bytes_at_the_peak(lambda: nats(ids, ids).backward(), tmp_path / "trace.json")  # type: ignore[no-untyped-call]  # noqa: B023
         estimate = estimate_memory(sizes, ROWS, compute)
         taken[head] = estimate.activations + estimate.logits + estimate.copies
         assert 0.98 * peak < taken[head] < 1.15 * peak
-    assert taken["chunked"] < 0.4 * taken["whole"]
+    assert taken["chunked"] < 0.4 * taken["full"]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # the compiler's own
-@pytest.mark.parametrize("precision, recompute", [("fp32", "none"), ("bf16", "none"), ("bf16", "selective")])
-def test_the_estimate_is_what_a_compiled_pass_takes(precision: str, recompute: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "precision, activation_checkpointing", [("fp32", "none"), ("bf16", "none"), ("bf16", "selective")]
+)
+def test_the_estimate_is_what_a_compiled_pass_takes(
+    precision: str, activation_checkpointing: str, tmp_path: Path
+) -> None:
     """Within 20%: what is kept is the compiler's choice."""
-    compute = decided(precision=precision, recompute=recompute, compile=True)
+    compute = decided(precision=precision, activation_checkpointing=activation_checkpointing, compile=True)
     model, ids = build(SIZES)
     loss = build_loss(model, next_token_loss, compute)
     loss(ids, ids).backward()  # type: ignore[no-untyped-call]
@@ -177,8 +181,10 @@ def test_the_estimate_is_what_a_compiled_pass_takes(precision: str, recompute: s
 def test_recomputing_takes_less_and_least_for_whole_blocks() -> None:
     sizes = PRESETS["gpt2-1558m"]
     taken = [
-        estimate_memory(sizes, 8, decided(precision="bf16", recompute=recompute)).together
-        for recompute in ("none", "selective", "block")
+        estimate_memory(
+            sizes, 8, decided(precision="bf16", activation_checkpointing=activation_checkpointing)
+        ).together
+        for activation_checkpointing in ("none", "selective", "block")
     ]
     assert taken == sorted(taken, reverse=True)
     assert taken[2] < 0.7 * taken[0]
@@ -212,8 +218,8 @@ def test_every_way_out_fits_and_the_way_in_does_not() -> None:
     possible = [1, 2, 4, 8, 16]
     assert not fits_into(there, estimate_memory(sizes, 16, compute).together)
     ways = list(suggest_fits(sizes, compute, possible, there))
-    assert ways[0].options == "--rows-per-micro-batch 2"
-    assert ways[-1].options.startswith("--recompute block ")
+    assert ways[0].options == "--micro-batch-size 2"
+    assert ways[-1].options.startswith("--activation_checkpointing block ")
     assert all(fits_into(there, way.needed_bytes) for way in ways)
     rows = [int(way.options.split()[-1]) for way in ways]
     assert rows == sorted(set(rows)), "a way that costs more lets more rows fit"
@@ -285,13 +291,13 @@ def test_what_fsdp2_divides_is_counted_exactly(one_of: Callable[[int], None], pr
 
 @pytest.mark.filterwarnings(RETURNS_A_VIEW)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize("activation_checkpointing", ["none", "selective", "block"])
 def test_the_estimate_is_what_a_divided_pass_takes_at_its_peak(
-    one_of: Callable[[int], None], precision: str, recompute: str, tmp_path: Path
+    one_of: Callable[[int], None], precision: str, activation_checkpointing: str, tmp_path: Path
 ) -> None:
     """Within 25%, and rather too much: whole gradients that come while 16-bit copies go are counted whole."""
     one_of(8)
-    compute = decided(precision=precision, recompute=recompute, sharding="full")
+    compute = decided(precision=precision, activation_checkpointing=activation_checkpointing, sharding="full")
     model = divided(WIDE, compute)
     ids = torch.randint(1000, (1, WIDE.context_length))
 
@@ -406,7 +412,7 @@ def test_what_is_asked_for_does_not_sway_the_choice() -> None:
 def test_dividing_is_a_way_out() -> None:
     sizes, there = PRESETS["gpt3-6.7b"], 80 * GB
     alone = list(suggest_fits(sizes, ON_H100, [1, 2], there, 8))
-    assert alone[0].options == "--sharding full --rows-per-micro-batch 2"
+    assert alone[0].options == "--sharding fsdp --micro-batch-size 2"
     assert fits_into(there, alone[0].needed_bytes)
     assert list(suggest_fits(sizes, ON_H100, [1, 2], there)) == []
     name, _ = largest_that_fits(replace(ON_H100, sharding="full"), there, 64) or ("", 0)
@@ -423,5 +429,5 @@ def test_gpt2_s_and_gpt3_s_largest_but_one_are_trainable_on_paper(device: int, p
         compute = replace(ON_H100, sharding=sharding)
         if (name, device, processes) == ("gpt3-13b", 80, 8):
             assert not fits_into(device * GB, estimate_memory(sizes, 1, compute, processes, 8).together)
-            compute = replace(compute, recompute="selective")
+            compute = replace(compute, activation_checkpointing="selective")
         assert fits_into(device * GB, estimate_memory(sizes, 1, compute, processes, 8).together)

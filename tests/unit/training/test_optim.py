@@ -121,7 +121,7 @@ def update(
         GradScaler(enabled=False),
         lambda norm: norm.isfinite() & told.isfinite(),
     )
-    assert bool(found.is_done) == (poison is None and math.isfinite(nats))
+    assert bool(found.is_applied) == (poison is None and math.isfinite(nats))
     return found.grad_norm.item()
 
 

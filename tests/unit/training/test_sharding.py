@@ -25,8 +25,8 @@ from overnight.training.step import accumulate_gradients
 SIZES = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=8, vocab_size=50)
 
 
-def one_of(size: int, rank: int = 0, local_size: int | None = None, *, is_joined: bool = True) -> World:
-    return World(rank, size, "cpu", rank % (local_size or size), local_size or size, is_joined)
+def one_of(size: int, rank: int = 0, local_size: int | None = None, *, is_distributed: bool = True) -> World:
+    return World(rank, size, "cpu", rank % (local_size or size), local_size or size, is_distributed)
 
 
 def drawn(seed: int = 1) -> dict[str, torch.Tensor]:
@@ -112,7 +112,7 @@ def test_updates_are_sent_by_their_owner_and_each_once(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "sharding, bitwise, expected",
+    "sharding, deterministic_reduce, expected",
     [
         ("none", False, accumulate_gradients),
         ("none", True, accumulate_gradients_bitwise),
@@ -121,8 +121,8 @@ def test_updates_are_sent_by_their_owner_and_each_once(monkeypatch: pytest.Monke
         ("full", False, accumulate_gradients_fsdp),
     ],
 )
-def test_gradients_are_added_up_by(sharding: str, bitwise: bool, expected: object) -> None:
-    assert gradient_reduction(GPT(SIZES), sharding, bitwise=bitwise) is expected
+def test_gradients_are_added_up_by(sharding: str, deterministic_reduce: bool, expected: object) -> None:
+    assert gradient_reduction(GPT(SIZES), sharding, deterministic_reduce=deterministic_reduce) is expected
 
 
 def test_machines_are_crossed_once_a_step() -> None:
@@ -133,32 +133,34 @@ def test_machines_are_crossed_once_a_step() -> None:
     def backward(micro_batch: int) -> torch.Tensor:
         return torch.tensor(float(micro_batch))
 
-    nats = gradient_reduction(model, "hybrid", bitwise=False)(backward, range(4, 8), [], SINGLE_PROCESS)
+    nats = gradient_reduction(model, "hybrid", deterministic_reduce=False)(
+        backward, range(4, 8), [], SINGLE_PROCESS
+    )
     assert crossings == [False, False, False, True]
     assert nats == 4 + 5 + 6 + 7
 
 
 @pytest.mark.parametrize(
-    "sharding, precision, world, bitwise, complaint",
+    "sharding, precision, world, deterministic_reduce, complaint",
     [
-        ("full", "fp32", SINGLE_PROCESS, False, "sharding=full is for processes that were started together"),
-        ("optimizer", "fp16", one_of(2), False, "precision=fp16 scales gradients, which sharding=optimizer"),
+        ("full", "fp32", SINGLE_PROCESS, False, "sharding=fsdp is for processes that were started together"),
+        ("optimizer", "fp16", one_of(2), False, "precision=fp16 scales gradients, which sharding=zero1"),
         ("full", "fp32", one_of(2), True, "choose sharding none or optimizer"),
         ("hybrid", "fp32", one_of(2), True, "choose sharding none or optimizer"),
-        ("none", "fp32", one_of(3), True, "bitwise=True takes 1, 2, 4, 8, ... processes, not 3"),
+        ("none", "fp32", one_of(3), True, "deterministic_reduce=True takes 1, 2, 4, 8, ... processes, not 3"),
         ("none", "fp32", one_of(6), True, "not 6"),
         ("hybrid", "fp32", one_of(6, local_size=4), False, "as many processes on each machine, not 6 in"),
     ],
 )
 def test_what_does_not_go_together_is_said(
-    sharding: str, precision: str, world: World, bitwise: bool, complaint: str
+    sharding: str, precision: str, world: World, deterministic_reduce: bool, complaint: str
 ) -> None:
-    (found,) = unsupported_reasons(sharding, precision, world, bitwise=bitwise)
+    (found,) = unsupported_reasons(sharding, precision, world, deterministic_reduce=deterministic_reduce)
     assert complaint in found
 
 
 @pytest.mark.parametrize(
-    "sharding, precision, world, bitwise",
+    "sharding, precision, world, deterministic_reduce",
     [
         ("none", "fp32", SINGLE_PROCESS, True),
         ("none", "fp16", one_of(2), False),
@@ -168,5 +170,7 @@ def test_what_does_not_go_together_is_said(
         ("optimizer", "fp32", one_of(8), True),
     ],
 )
-def test_what_goes_together_is_not(sharding: str, precision: str, world: World, bitwise: bool) -> None:
-    assert unsupported_reasons(sharding, precision, world, bitwise=bitwise) == []
+def test_what_goes_together_is_not(
+    sharding: str, precision: str, world: World, deterministic_reduce: bool
+) -> None:
+    assert unsupported_reasons(sharding, precision, world, deterministic_reduce=deterministic_reduce) == []

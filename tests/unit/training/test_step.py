@@ -39,7 +39,7 @@ def build(
     training = Training(
         batches=batches,
         loss=lambda ids, targets: cross_entropy_nats(model(ids), targets),
-        plan=plan_batches(BatchConfig(tokens_per_step=ROWS * T, rows_per_micro_batch=rows_at_once), T, 64),
+        plan=plan_batches(BatchConfig(tokens_per_step=ROWS * T, micro_batch_size=rows_at_once), T, 64),
         learning_rate=lambda step: 1e-2,
         max_grad_norm=max_grad_norm,
         seed=7,

@@ -50,7 +50,7 @@ def read_newest(folder: Path, read: Callable[[Path], Read]) -> Read | None:
 
 def verify_checkpoint(checkpoint: Path, world: World = SINGLE_PROCESS) -> None:
     """Raise ValueError unless every byte of `checkpoint` is as it was written; each process reads a share."""
-    with world.together():
+    with world.raise_together():
         try:
             written = (checkpoint / "MANIFEST.json").read_bytes()
             told = json.loads(written)

@@ -52,10 +52,10 @@ def save_checkpoint(state: TrainState, folder: Path, world: World = SINGLE_PROCE
     """
     snapshot = take_snapshot(state, world)
     building = make_staging_folder(snapshot.step, folder, world)
-    written = world.gather(write_rank_files(snapshot, building, world))
+    written = world.all_gather_object(write_rank_files(snapshot, building, world))
     if world.is_main:
         publish_checkpoint(snapshot, building, written)
-    world.wait_for_all()
+    world.barrier()
     return building.with_name(checkpoint_name(snapshot.step))
 
 
@@ -83,7 +83,7 @@ def make_staging_folder(step: int, folder: Path, world: World) -> Path:
         for unfinished in folder.glob(".building-*"):  # of a save that was killed, of whatever step
             shutil.rmtree(unfinished, ignore_errors=True)
         building.mkdir(parents=True)
-    world.wait_for_all()
+    world.barrier()
     return building
 
 
@@ -223,9 +223,9 @@ class Saver:
         then, self._next = self._next, None
         told = work.result()
         if then is None:
-            self._world.wait_for_all()
+            self._world.barrier()
             return
-        written = self._world.gather(told)
+        written = self._world.all_gather_object(told)
         self._work = _begin(functools.partial(then, written) if self._world.is_main else lambda: None)
 
 
