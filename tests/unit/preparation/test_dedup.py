@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
+from overnight.preparation.datatrove_steps import WordSignature
 
 from overnight.data.atomic_folder import staging_path
 from overnight.data.shards import load_prepared_tokenizer, open_tokens, read_manifest
 from overnight.preparation import prepare as prepare_module
 from overnight.preparation.command import summarize_prepared
-from overnight.preparation.datatrove_steps import WordSignature
 from overnight.preparation.dedup import comparing_steps
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
