@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,8 +136,7 @@ def write_complete_shards(staging: Path, rank: int = 0, ranks: int = 1) -> None:
         assembler.write(split, index)
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Tokens that lie together in a unit and in a shard."""
 
     ids: Tokens
@@ -171,6 +171,32 @@ class ShardAssembler:
         index, rest = divmod(end, self.layout.shard_tokens)
         return (
             (self._write_tokens(f"{split}-{index:05d}-{rest}.bin", split, end - rest, end),) if rest else ()
+        )
+
+    def manifest(self, shards: dict[str, tuple[Shard, ...]]) -> Manifest:
+        """The manifest of a prepared folder that holds these shards."""
+        state, layout, tokenizer = self.state, self.layout, open_tokenizer(self.staging)
+        return Manifest(
+            overnight_version=__version__,
+            source=state.source,
+            licence=state.licence,
+            request=state.request,
+            split_rule="validation if the first 8 bytes of the text's blake2b-128 are below "
+            f"{state.validation_fraction} of 2^64",
+            tokenizer=tokenizer.name,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+            documents=layout.kept_documents,
+            duplicate_documents=layout.documents.get("duplicate", 0),
+            empty_documents=layout.documents.get("empty", 0),
+            skipped_documents=layout.documents.get("skipped", 0),
+            repaired_documents=layout.documents.get("repaired", 0),
+            damaged_files=layout.damaged_files,
+            near_duplicate_documents=layout.documents.get("near-duplicate", 0),
+            contaminated_documents=layout.contaminated,
+            train=shards["train"],
+            validation=shards["validation"],
         )
 
     def _write_tokens(self, name: str, split: str, begin: int, end: int) -> Shard:
@@ -209,33 +235,6 @@ def open_assembler(staging: Path) -> ShardAssembler:
     """Of a staging folder, with the state and the layout that are written there."""
     layout = ShardLayout(**json.loads((staging / "layout.json").read_text(encoding="utf-8")))
     return ShardAssembler(staging, read_state(staging), layout)
-
-
-def build_manifest(assembler: ShardAssembler, shards: dict[str, tuple[Shard, ...]]) -> Manifest:
-    """The manifest of a prepared folder that holds these shards."""
-    state, layout, tokenizer = assembler.state, assembler.layout, open_tokenizer(assembler.staging)
-    return Manifest(
-        overnight_version=__version__,
-        source=state.source,
-        licence=state.licence,
-        request=state.request,
-        split_rule="validation if the first 8 bytes of the text's blake2b-128 are below "
-        f"{state.validation_fraction} of 2^64",
-        tokenizer=tokenizer.name,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text=tokenizer.end_of_text,
-        documents=layout.kept_documents,
-        duplicate_documents=layout.documents.get("duplicate", 0),
-        empty_documents=layout.documents.get("empty", 0),
-        skipped_documents=layout.documents.get("skipped", 0),
-        repaired_documents=layout.documents.get("repaired", 0),
-        damaged_files=layout.damaged_files,
-        near_duplicate_documents=layout.documents.get("near-duplicate", 0),
-        contaminated_documents=layout.contaminated,
-        train=shards["train"],
-        validation=shards["validation"],
-    )
 
 
 def _decide_status(
