@@ -1,6 +1,6 @@
-"""The command line: parses, calls one command, prints errors. Every import of the package is made when needed.
+"""The command line: parses, calls one command, prints errors. It imports the rest when it is needed.
 
-A command is a module with a `run`; its configuration is a dataclass in the folder's `__init__`, which needs no
+A command is a module with a `run`; its options are a dataclass in the folder's `__init__`, which needs no
 torch, so that `--help` is instant.
 """
 

@@ -34,7 +34,7 @@ LARGEST_FLOAT = 2**1024  # an integer of this size overflows a float
 
 @dataclass(frozen=True)
 class Renamed:
-    """Settings and values that were once spelled otherwise: old name -> new, and by setting old value -> new."""
+    """Settings that had another name before (old -> new), and values by setting (old -> new)."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -135,13 +135,13 @@ def _describe_refusals(refusals: Sequence[str]) -> str:
 def open_world(device: str | None) -> World:
     """A single process on `device` ("cpu", "cuda", "cuda:1", "mps"), or on the best device for None.
 
-    torch computes with one thread for each core, unless OMP_NUM_THREADS is set. Raises ValueError for a device
-    that this machine lacks, and under a launcher that starts several processes.
+    torch computes with one thread for each core, unless OMP_NUM_THREADS is set. Raises ValueError for a
+    device that this machine lacks, and under a launcher that starts several processes.
     """
     env = read_launcher_env(os.environ)
     if env is not None and env.size > 1:
         raise ValueError(
-            "only `overnight train` and `overnight evaluate` run in several processes: start this without torchrun"
+            "only `overnight train` and `evaluate` run in several processes: start this without torchrun"
         )
     return _open_single(device)
 
@@ -155,7 +155,7 @@ def _open_single(device: str | None) -> World:
 
 @contextmanager
 def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
-    """This process among those that a launcher has started, or a single one; on one GPU each, or all on the CPU.
+    """This process among those of a launcher, or a single one; on one GPU each, or all on the CPU.
 
     A collective fails after twice `timeout_seconds`. Raises ValueError for a device that this machine lacks,
     and if the rendezvous fails; PeerLostError, then or later, if other processes end.
@@ -260,6 +260,3 @@ def _check_device(device: str) -> str:
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise ValueError(f"device={device}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device
-
-
-# ---------------------------------------------------------------- where a launcher has put a process among others
