@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from overnight.data.loader import Batch, Batches, prefetch
+from overnight.data.loader import Batch, prefetch
 from overnight.distributed.machine import environment_of_process
 from overnight.distributed.world import open_world
 from overnight.hardware import peak_memory_bytes, release_cached_memory, reset_peak_memory
@@ -87,16 +87,18 @@ def learning_rate(step: int) -> float:
     return PEAK_LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
 
 
-def read_rows(ids: Any, context_length: int) -> Batches:
-    """(first row, rows) -> Batch, on the CPU: the rows lie end to end in `ids`."""
+class IdRows:
+    """Rows that lie end to end in an array of ids."""
 
-    def batch(first_row: int, rows: int) -> Batch:
-        start, end = first_row * context_length, (first_row + rows) * context_length
-        stretch = torch.from_numpy(ids[start : end + 1].astype("int64"))
-        assert len(stretch) == end + 1 - start, "the text is too short for this step"
-        return Batch(stretch[:-1].view(rows, -1), stretch[1:].view(rows, -1))
+    def __init__(self, ids: Any, context_length: int) -> None:
+        self._ids, self._length = ids, context_length
 
-    return batch
+    def batch(self, first_row: int, rows: int) -> Batch:
+        """Rows first_row, first_row + 1, ... on the CPU."""
+        start, end = first_row * self._length, (first_row + rows) * self._length
+        tokens = torch.from_numpy(self._ids[start : end + 1].astype("int64"))
+        assert len(tokens) == end + 1 - start, "the text is too short for this step"
+        return Batch(tokens[:-1].view(rows, -1), tokens[1:].view(rows, -1))
 
 
 def build_step(task: StepTask) -> Callable[[], StepResult]:
@@ -116,7 +118,7 @@ def build_step(task: StepTask) -> Callable[[], StepResult]:
         scaler=build_scaler(device, task.compute.precision),
     )
     training = Training(
-        batches=prefetch(read_rows(np.load(task.ids), context_length), device),
+        batches=prefetch(IdRows(np.load(task.ids), context_length), device).batch,
         loss=build_loss(model, next_token_loss, task.compute),
         plan=constant_plan(context_length, task.rows_per_step // task.micro_batches, task.micro_batches),
         learning_rate=learning_rate,

@@ -105,7 +105,7 @@ def open_one_dataset(config: DataConfig) -> Dataset:
         return Dataset(folder, read_manifest(folder), load_prepared_tokenizer(folder), config)
     if config.shuffle_window is not None and is_being_prepared(folder):
         growing = open_incremental(folder, config.shuffle_window)
-        tokenizer = load_prepared_tokenizer(growing.place, growing.manifest)
+        tokenizer = load_prepared_tokenizer(growing.current_path, growing.manifest)
         return Dataset(growing, growing.manifest, tokenizer, config)
     if is_named:
         raise ValueError(

@@ -137,7 +137,7 @@ def build(recipe: Recipe, plan: BatchPlan) -> tuple[TrainState, Training]:
     # Any id may stand for the one that begins a document: all are as rare in these rows.
     document_separator = 0 if recipe.data.packing == "documents" else None
     training = Training(
-        batches=prefetch(random_batches(model), device),
+        batches=prefetch(RandomRows(model), device).batch,
         loss=build_loss(
             model, functools.partial(next_token_loss, document_separator=document_separator), recipe.compute
         ),
@@ -150,16 +150,17 @@ def build(recipe: Recipe, plan: BatchPlan) -> tuple[TrainState, Training]:
     return TrainState(model, build_optimizer(model, recipe.optimizer), scaler=scaler), training
 
 
-def random_batches(model: GPT) -> Callable[[int, int], Batch]:
-    """(first row, rows) -> Batch of ids without meaning: they cost what a text's do."""
-    generator = torch.Generator().manual_seed(0)
+class RandomRows:
+    """Rows of random ids: a step on them costs what a step on text does."""
 
-    def batch(_first_row: int, rows: int) -> Batch:
-        shape = (2, rows, model.config.context_length)
-        ids, targets = torch.randint(model.vocab_size, shape, generator=generator)
+    def __init__(self, model: GPT) -> None:
+        self._model, self._generator = model, torch.Generator().manual_seed(0)
+
+    def batch(self, _first_row: int, rows: int) -> Batch:
+        """`rows` random rows."""
+        shape = (2, rows, self._model.config.context_length)
+        ids, targets = torch.randint(self._model.vocab_size, shape, generator=self._generator)
         return Batch(ids, targets)
-
-    return batch
 
 
 def _step(state: TrainState, training: Training, micro_batches: int) -> float:
@@ -193,7 +194,7 @@ def _time_evaluation(recipe: Recipe, model: GPT, trained_token_seconds: float) -
         return 0.0
     row_seconds = FORWARD_SHARE * trained_token_seconds * model.config.context_length
     rows = max(1, min(evaluation_rows(model), int(SECONDS_OF_EVALUATION / row_seconds)))
-    batch = random_batches(model)(0, rows)
+    batch = RandomRows(model).batch(0, rows)
     token_bytes = [b" "] * model.vocab_size
     precision = recipe.compute.precision or "fp32"
     seconds = _seconds(lambda: evaluate_language_model(model, [batch], token_bytes, precision))

@@ -255,7 +255,7 @@ def build_training(job: TrainSetup) -> Training:
     world, model = job.world, job.state.model
     following = functools.partial(plan.next_row, rank=world.rank, size=world.size)
     return Training(
-        batches=prefetch(job.train.batch, device, following),
+        batches=prefetch(job.train, device, following).batch,
         loss=build_loss(model, loss, recipe.compute, by_block=job.sharding in SHARDS),
         plan=plan,
         learning_rate=lambda step: (
