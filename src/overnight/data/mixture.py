@@ -20,7 +20,7 @@ import torch
 from overnight.data.loader import Batch, BatchSource, TokenStream
 
 
-class Rows(BatchSource, Protocol):
+class SourceRows(BatchSource, Protocol):
     """The endless rows of one source of a mixture."""
 
     tokens: int
@@ -89,7 +89,7 @@ class Interleaving:
 class Mixture:
     """Streams by name, each with its share of the rows; the order does not depend on how rows are fetched."""
 
-    def __init__(self, streams: Mapping[str, Rows], weights: Sequence[float]) -> None:
+    def __init__(self, streams: Mapping[str, SourceRows], weights: Sequence[float]) -> None:
         assert len(streams) == len(weights)
         self.names, self.streams = tuple(streams), tuple(streams.values())
         self.tokens = sum(stream.tokens for stream in self.streams)
