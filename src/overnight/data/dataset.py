@@ -182,7 +182,7 @@ def open_one_dataset(config: DataConfig) -> Dataset:
         return Dataset(folder, read_manifest(folder), load_prepared_tokenizer(folder), config)
     if config.shuffle_window is not None and is_being_prepared(folder):
         incomplete = open_incremental(folder, config.shuffle_window)
-        tokenizer = load_prepared_tokenizer(incomplete.place, incomplete.manifest)
+        tokenizer = load_prepared_tokenizer(incomplete.current_path, incomplete.manifest)
         return Dataset(incomplete, incomplete.manifest, tokenizer, config)
     raise ValueError(f"{folder} is not prepared data: run `overnight prepare {folder}`")
 
