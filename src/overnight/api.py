@@ -1,16 +1,17 @@
 """The Python interface: `load`, `prepare`, `train`, and the objects they return.
 
-    import overnight
+import overnight
 
-    model = overnight.load("runs/quickstart")
-    print(model.generate("The value of", max_new_tokens=50))
-    run = overnight.train("shakespeare-char-cpu", data="data/my-notes", total_steps=500)
-    run.metrics
+model = overnight.load("runs/quickstart")
+print(model.generate("The value of", max_new_tokens=50))
+run = overnight.train("shakespeare-char-cpu", data="data/my-notes", total_steps=500)
+run.metrics
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
         if name not in sections:
             raise ValueError(f"{name} is not a setting of a recipe{nearest(name, sections)}")
         given = str(value) if isinstance(value, Path) else value
-        changes = {name: tuple(given) if isinstance(given, list) else given}
+        changes: dict[str, Any] = {name: tuple(given) if isinstance(given, list) else given}
         if name in ("total_steps", "total_tokens"):  # either replaces the other
             changes = {"total_steps": None, "total_tokens": None, **changes}
         if section := sections[name]:
@@ -162,7 +163,7 @@ def _check_names(function: str, options: dict[str, Any], config: type) -> None:
 
 def _table(rows: list[dict[str, Any]]) -> Any:
     try:
-        import pandas
+        pandas = importlib.import_module("pandas")
     except ImportError:
         return rows
     return pandas.DataFrame(rows)

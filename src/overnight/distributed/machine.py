@@ -35,14 +35,6 @@ def count_cores(topology: Path = TOPOLOGY, quota: Path = CPU_QUOTA) -> int | Non
     return cores if share == "max" else max(1, min(cores, round(int(share) / int(period))))
 
 
-def compute_with_threads(threads: int | None) -> None:
-    """Let torch compute with at most `threads` threads on the CPU."""
-    import torch
-
-    if threads is not None and threads < torch.get_num_threads():
-        torch.set_num_threads(threads)
-
-
 def restart_with_large_pages(arguments: Sequence[str]) -> None:
     """Execute this command again, in this process, with an allocator configured for training; once.
 

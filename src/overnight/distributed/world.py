@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from overnight.distributed.launcher import CollectiveValueError, LauncherEnv, PeerLostError, read_launcher_env
-from overnight.distributed.machine import compute_with_threads, count_cores
+from overnight.distributed.machine import count_cores
 
 BUCKET_BYTES = 100_000_000  # sent at once: large enough for full speed, small beside the gradients
 
@@ -260,3 +260,11 @@ def _check_device(device: str) -> str:
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise ValueError(f"device={device}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device
+
+
+def compute_with_threads(threads: int | None) -> None:
+    """Let torch compute with at most `threads` threads on the CPU."""
+    import torch
+
+    if threads is not None and threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
