@@ -62,13 +62,10 @@ class ShardLayout:
         """How many tokens both splits have together."""
         return sum(self.starts[split][-1] for split in SPLITS)
 
-    def shards(self, split: str) -> range:
-        """The indices of all shards of a split."""
-        return range(-(-self.starts[split][-1] // self.shard_tokens))
-
-    def complete_shards(self, split: str) -> range:
-        """The indices of the full shards of a split: further documents do not change them."""
-        return range(self.starts[split][-1] // self.shard_tokens)
+    def shards(self, split: str, *, only_full: bool = False) -> range:
+        """The indices of the shards of a split; further documents do not change those that are full."""
+        full, rest = divmod(self.starts[split][-1], self.shard_tokens)
+        return range(full + (rest > 0 and not only_full))
 
 
 def decide_layout(staging: Path, state: PrepareState, units: int) -> ShardLayout:
@@ -120,18 +117,11 @@ def decide_shards(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
     require_documents(state, decide_layout(staging, state, target_units(staging)))
 
 
-def write_shards(staging: Path, rank: int = 0, ranks: int = 1) -> None:
+def write_shards(staging: Path, rank: int = 0, ranks: int = 1, *, only_full: bool = False) -> None:
     """Write every `ranks`-th shard of both splits."""
     assembler = open_assembler(staging)
-    shards = [(split, index) for split in SPLITS for index in assembler.layout.shards(split)]
-    for split, index in shards[rank::ranks]:
-        assembler.write(split, index)
-
-
-def write_complete_shards(staging: Path, rank: int = 0, ranks: int = 1) -> None:
-    """Write every `ranks`-th shard that further documents do not change."""
-    assembler = open_assembler(staging)
-    shards = [(split, index) for split in SPLITS for index in assembler.layout.complete_shards(split)]
+    layout = assembler.layout
+    shards = [(split, index) for split in SPLITS for index in layout.shards(split, only_full=only_full)]
     for split, index in shards[rank::ranks]:
         assembler.write(split, index)
 

@@ -341,18 +341,22 @@ def _shows_early(config: PrepareConfig) -> bool:
 def _show_early(staging: Path, state: PrepareState, units: int) -> None:
     """Write the shards that are complete, and list them for a training that reads them already."""
     layout = assemble.decide_layout(staging, state, units)
-    executors.run_step(assemble.write_complete_shards, staging, _count_writers(layout), state.config)
-    show_so_far(assemble.ShardAssembler(staging, state, layout))
+    step = partial(assemble.write_shards, only_full=True)
+    executors.run_step(step, staging, _count_writers(layout), state.config)
+    show_so_far(staging)
 
 
-def show_so_far(assembler: assemble.ShardAssembler) -> None:
+def show_so_far(staging: Path) -> None:
     """List the complete shards in so-far.json; of the validation split also the beginning of the next one."""
+    assembler = assemble.open_assembler(staging)
     shards = {
-        split: tuple(assembler.write(split, index) for index in assembler.layout.complete_shards(split))
+        split: tuple(
+            assembler.write(split, index) for index in assembler.layout.shards(split, only_full=True)
+        )
         for split in SPLITS
     }
     shards["validation"] += assembler.write_unfinished("validation")
-    write_manifest(assembler.staging, assembler.manifest(shards), SO_FAR)
+    write_manifest(staging, assembler.manifest(shards), SO_FAR)
 
 
 def _count_writers(layout: assemble.ShardLayout) -> int:

@@ -94,9 +94,7 @@ def nanogpt(here: Path) -> Path:
 
 def adopt(folder: Path, tokenizer: str, **more: object) -> Manifest:
     config = PrepareConfig(from_shards=str(folder), tokenizer=tokenizer, out="adopted", **more)  # type: ignore[arg-type]
-    manifest = prepare(config)
-    assert manifest is not None
-    return manifest
+    return prepare(config)  # type: ignore[return-value]
 
 
 def ids_of(folder: Path, split: str) -> list[int]:

@@ -57,7 +57,6 @@ def by_split(texts: list[str], fraction: float) -> dict[str, list[str]]:
 
 def test_every_document_is_in_one_split_in_order(config: PrepareConfig, texts_in: Any) -> None:
     manifest = prepare(config)
-    assert manifest is not None
     for split, expected in by_split(TEXTS, 0.1).items():
         assert texts_in(config, split) == expected
         assert sum(shard.documents for shard in manifest.shards(split)) == len(expected)
@@ -71,7 +70,6 @@ def test_every_document_is_in_one_split_in_order(config: PrepareConfig, texts_in
 
 def test_manifest_names_source_and_tokenizer(config: PrepareConfig, byte_tokenizer: Any) -> None:
     manifest = prepare(config)
-    assert manifest is not None
     assert (manifest.source, manifest.licence, manifest.tokenizer) == ("texts", "not stated", "bytes")
     assert (manifest.vocab_size, manifest.end_of_text) == (257, 256)
     assert manifest.tokenizer_fingerprint == byte_tokenizer.fingerprint
@@ -96,7 +94,6 @@ def test_documents_are_conserved(
         shard_tokens=7,
     )
     manifest = prepare(config)
-    assert manifest is not None
     assert {split: texts_in(config, split) for split in sides} == sides
     assert manifest.documents + manifest.duplicate_documents + manifest.empty_documents == len(texts)
 
@@ -106,7 +103,6 @@ def test_duplicates_and_empty_documents_are_counted(
 ) -> None:
     write_texts(Path(config.source or ""), [*TEXTS, TEXTS[0], "", TEXTS[5], TEXTS[5], ""])
     manifest = prepare(config)
-    assert manifest is not None
     assert (manifest.documents, manifest.duplicate_documents, manifest.empty_documents) == (300, 3, 2)
     assert sorted(texts_in(config, "train") + texts_in(config, "validation")) == sorted(TEXTS)
 
@@ -171,7 +167,6 @@ def test_tokens_limit_stops_after_a_document(config: PrepareConfig, texts_in: An
             prepare(config)
         return
     manifest = prepare(config)
-    assert manifest is not None
     assert {split: texts_in(config, split) for split in sides} == sides
     assert manifest.documents == len(expected)
 
@@ -187,7 +182,6 @@ def test_bad_text_is_refused_repaired_or_skipped(config: PrepareConfig, texts_in
     for policy, counts in (("skip", (300, 1, 0)), ("replace", (301, 0, 1))):
         other = dataclasses.replace(config, on_bad_text=policy, out=f"{config.out}-{policy}")  # type: ignore[arg-type]
         manifest = prepare(other)
-        assert manifest is not None
         assert (manifest.documents, manifest.skipped_documents, manifest.repaired_documents) == counts
         found = texts_in(other, "train") + texts_in(other, "validation")
         assert ("bad \ufffd" in found) == (policy == "replace")
@@ -363,7 +357,6 @@ def test_disk_space_is_estimated_from_the_first_documents(
     needed: list[int] = []
     monkeypatch.setattr(prepare_module, "require_disk_space", lambda folder, size: needed.append(size))
     manifest = prepare(config)
-    assert manifest is not None
     written = sum(1024 + 2 * shard.tokens for shard in manifest.train + manifest.validation)
     assert 1.8 < needed[0] / written < 5  # the units are there until the shards are written
     prepare(dataclasses.replace(config, tokens=3000, out=f"{config.out}-less"))
