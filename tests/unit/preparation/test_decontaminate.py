@@ -58,7 +58,7 @@ def write_lines(path: Path, lines: list[object]) -> str:
     return str(path)
 
 
-# words
+# Words
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=30), max_size=6), st.integers(0, 9))
@@ -101,7 +101,7 @@ def test_a_million_windows_have_different_hashes() -> None:
     assert np.unique(hashes).size == hashes.size == 1_000_000 - 12
 
 
-# search
+# Search
 
 
 def search_for(tmp_path: Path, *texts: str) -> Callable[[str], bool]:
@@ -110,20 +110,23 @@ def search_for(tmp_path: Path, *texts: str) -> Callable[[str], bool]:
     return lambda text: bool(search.find([text])[0])
 
 
-def test_thirteen_words_are_found(tmp_path: Path) -> None:
-    is_found = search_for(tmp_path, PASSAGE)
+def test_thirteen_words_or_a_short_text_are_found(tmp_path: Path) -> None:
+    texts = [PASSAGE, "one two three four five six seven eight", "a label of seven words it is"]
+    search = BenchmarkSearch(build_index(benchmark_names([write_lines(tmp_path / "a.jsonl", texts)])))
     words = PASSAGE.split()
-    assert is_found("So: " + "\n -- ".join(words[1:14]).upper() + "!")
-    assert not is_found(" ".join(words[1:13]) + " and")
-    assert not is_found(" ".join([*words[:7], "nimbly", *words[7:]][:14]))
-    assert not is_found("")
-
-
-def test_short_text_is_found_whole_and_label_not(tmp_path: Path) -> None:
-    is_found = search_for(tmp_path, "one two three four five six seven eight", "a label of seven words it is")
-    assert is_found("zero One, two, three, four, five, six, seven; eight. Nine.")
-    assert not is_found("one two three four five six seven")
-    assert not is_found("a label of seven words it is")
+    found = [
+        "So: " + "\n -- ".join(words[1:14]).upper() + "!",
+        "zero One, two, three, four, five, six, seven; eight. Nine.",
+    ]
+    not_found = [
+        " ".join(words[1:13]) + " and",
+        " ".join([*words[:7], "nimbly", *words[7:]][:14]),
+        "one two three four five six seven",
+        "a label of seven words it is",
+        "",
+    ]
+    assert search.find(found).all()
+    assert not search.find(not_found).any()
 
 
 def test_benchmarks_are_read_field_by_field(tmp_path: Path) -> None:

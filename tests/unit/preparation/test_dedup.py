@@ -12,7 +12,7 @@ import pytest
 from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
 
 from overnight.data.atomic_folder import staging_path
-from overnight.preparation import assemble
+from overnight.preparation import assemble, minhash
 from overnight.preparation import prepare as prepare_module
 from overnight.preparation.command import summarize_prepared
 from overnight.preparation.dedup import dedup_steps
@@ -73,33 +73,28 @@ def most_similar(texts: list[str], others: list[str]) -> float:
     return max(similarity(one, other) for one in texts for other in others)
 
 
-# what stays
+# What stays
 
 
 def test_first_of_near_duplicates_stays(config: PrepareConfig, texts_in: Any) -> None:
     assert min(map(similarity, TEXTS, ALMOST)) > 0.96
     manifest = prepare(config)
-    assert set(texts_in(config, "train") + texts_in(config, "validation")) == set(TEXTS)
+    train, validation = (texts_in(config, split) for split in ("train", "validation"))
+    assert {*train, *validation} == {*TEXTS}
+    assert most_similar(validation, train) < 0.1
     counts = (manifest.documents, manifest.near_duplicate_documents, manifest.duplicate_documents)
     assert counts == (60, 25, 1)
     assert any("near-duplicates 25" in line for line in summarize_prepared(manifest))
+    with pytest.raises(ValueError, match="near_duplicates"):
+        prepare(dataclasses.replace(config, near_duplicates="keep"))
 
 
 def test_near_duplicates_stay_without_the_option(config: PrepareConfig, texts_in: Any) -> None:
-    kept = dataclasses.replace(config, near_duplicates="keep")
-    manifest = prepare(kept)
-    assert set(texts_in(config, "train") + texts_in(config, "validation")) == {*TEXTS, *ALMOST}
+    manifest = prepare(dataclasses.replace(config, near_duplicates="keep"))
+    train, validation = (texts_in(config, split) for split in ("train", "validation"))
+    assert {*train, *validation} == {*TEXTS, *ALMOST}
+    assert most_similar(validation, train) > 0.96
     assert (manifest.documents, manifest.near_duplicate_documents) == (85, 0)
-    with pytest.raises(ValueError, match="near_duplicates"):
-        prepare(config)
-
-
-def test_validation_has_no_near_duplicate_in_training(config: PrepareConfig, texts_in: Any) -> None:
-    prepare(config)
-    assert most_similar(texts_in(config, "validation"), texts_in(config, "train")) < 0.1
-    kept = elsewhere(config, "kept", near_duplicates="keep")
-    prepare(kept)
-    assert most_similar(texts_in(kept, "validation"), texts_in(kept, "train")) > 0.96
 
 
 def test_texts_that_share_a_part_stay(config: PrepareConfig, write_texts: Any) -> None:
@@ -118,11 +113,8 @@ def test_contaminated_document_does_not_stand_for_its_cluster(
     place = next(i for i in range(300) if words[i] != ALMOST[0].split()[i])  # what the second has not
     passage = " ".join(words[max(0, place - 6) :][:13])
     write_texts(tmp_path / "benchmark.jsonl", [passage])
-    manifest = prepare(
-        dataclasses.replace(
-            config, decontaminate=(str(tmp_path / "benchmark.jsonl"),), on_contaminated="drop"
-        )
-    )
+    benchmarks = (str(tmp_path / "benchmark.jsonl"),)
+    manifest = prepare(dataclasses.replace(config, decontaminate=benchmarks, on_contaminated="drop"))
     kept = set(texts_in(config, "train") + texts_in(config, "validation"))
     assert kept == {ALMOST[0], *TEXTS[1:]}
     assert manifest.contaminated_documents == {"benchmark": 1}
@@ -134,7 +126,7 @@ def test_short_texts_are_not_compared(config: PrepareConfig, write_texts: Any) -
     assert (manifest.documents, manifest.near_duplicate_documents) == (62, 25)
 
 
-# who does the work
+# Who does the work
 
 
 def test_near_duplicates_do_not_depend_on_units_or_workers(
@@ -171,41 +163,25 @@ def test_near_duplicates_do_not_depend_on_the_order_of_ranks(
     assert contents(place / "near") == found
 
 
-@pytest.mark.parametrize("step", ["build_buckets", "build_clusters"])
+@pytest.mark.parametrize("step", ["get_signature", "build_buckets", "build_clusters"])
 def test_interrupted_step_continues(
     config: PrepareConfig, small_units: None, step: str, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
     expected = elsewhere(config, "expected")
     prepare(expected)
-    from overnight.preparation import minhash
+    owner = WordSignature if step == "get_signature" else minhash
+    real, calls = getattr(owner, step), []
 
-    with monkeypatch.context() as patch:
-        patch.setattr(minhash, step, stop)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(config)
-    signed: list[int] = []
-    monkeypatch.setattr(WordSignature, "run", lambda self, data, rank: signed.append(rank))
-    prepare(config)
-    assert signed == []
-    assert contents(config.out) == contents(expected.out)
-
-
-def test_interrupted_signature_is_written_again(
-    config: PrepareConfig, small_units: None, monkeypatch: pytest.MonkeyPatch, contents: Any
-) -> None:
-    expected = elsewhere(config, "expected")
-    prepare(expected)
-    real = WordSignature.get_signature
-    calls: list[None] = []
-
-    def stop_at_the_twentieth(self: WordSignature, shingles: Any) -> Any:
+    def stop_at(*given: Any) -> Any:
         calls.append(None)
-        return stop() if len(calls) == 20 else real(self, shingles)
+        return stop() if len(calls) == (20 if owner is WordSignature else 1) else real(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(WordSignature, "get_signature", stop_at_the_twentieth)
+        patch.setattr(owner, step, stop_at)
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
+    if owner is minhash:  # the signatures are complete
+        monkeypatch.setattr(WordSignature, "run", lambda *_: pytest.fail("signed again"))
     prepare(config)
     assert contents(config.out) == contents(expected.out)
 
@@ -242,7 +218,7 @@ def test_more_units_are_compared_again(
     assert wanted[0] < wanted[1] < 12
 
 
-# datatrove
+# Datatrove
 
 
 def test_signatures_equal_datatroves(tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def by_split(texts: list[str], fraction: float) -> dict[str, list[str]]:
 # The content of the shards
 
 
-def test_every_document_is_in_one_split_in_order(config: PrepareConfig, texts_in: Any) -> None:
+def test_every_document_is_in_one_split_in_order(
+    config: PrepareConfig, texts_in: Any, byte_tokenizer: Any
+) -> None:
     manifest = prepare(config)
     for split, expected in by_split(TEXTS, 0.1).items():
         assert texts_in(config, split) == expected
@@ -66,10 +68,6 @@ def test_every_document_is_in_one_split_in_order(config: PrepareConfig, texts_in
     assert len(manifest.train) > 2
     assert all(shard.tokens == 5000 for shard in manifest.train[:-1])
     assert verify(out_of(config)) == read_manifest(out_of(config)) == manifest
-
-
-def test_manifest_names_source_and_tokenizer(config: PrepareConfig, byte_tokenizer: Any) -> None:
-    manifest = prepare(config)
     assert (manifest.source, manifest.licence, manifest.tokenizer) == ("texts", "not stated", "bytes")
     assert (manifest.vocab_size, manifest.end_of_text) == (257, 256)
     assert manifest.tokenizer_fingerprint == byte_tokenizer.fingerprint
@@ -392,20 +390,20 @@ def test_another_request_is_refused(config: PrepareConfig, contents: Any, change
     assert contents(config.out) == before
 
 
-def test_changed_text_is_refused(config: PrepareConfig, write_texts: Any) -> None:
-    prepare(config)
+def test_changed_text_or_tokenizer_is_refused(
+    config: PrepareConfig, tmp_path: Path, write_texts: Any
+) -> None:
+    learned = tmp_path / "mine" / "learned.txt"
+    learned.parent.mkdir()
+    learned.write_text("one")
+    config = dataclasses.replace(config, tokenizer=str(learned.parent))
+    assert prepare(config) == prepare(config)
+    learned.write_text("two")
+    with pytest.raises(ValueError, match="tokenizer is mine [0-9a-f]{64} there"):
+        prepare(config)
+    learned.write_text("one")
     write_texts(Path(config.source or ""), [*TEXTS, "One more."])
     with pytest.raises(ValueError, match="text of the source"):
-        prepare(config)
-
-
-def test_changed_tokenizer_of_the_same_name_is_refused(config: PrepareConfig, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "learned.txt").write_text("one")
-    config = dataclasses.replace(config, tokenizer=str(tmp_path / "mine"))
-    assert prepare(config) == prepare(config)
-    (tmp_path / "mine" / "learned.txt").write_text("two")
-    with pytest.raises(ValueError, match="tokenizer is mine [0-9a-f]{64} there"):
         prepare(config)
 
 
@@ -417,17 +415,19 @@ def test_damaged_folder_is_not_reused(config: PrepareConfig) -> None:
         prepare(config)
 
 
-@pytest.mark.parametrize("make", [lambda out: out.mkdir() or (out / "mine").touch(), lambda out: out.touch()])
-def test_folder_of_something_else_is_left_alone(config: PrepareConfig, make: Callable[[Path], None]) -> None:
-    make(out_of(config))
+def test_folder_of_something_else_is_left_alone(config: PrepareConfig) -> None:
+    out_of(config).mkdir()
+    (out_of(config) / "mine").touch()
     with pytest.raises(ValueError, match="--out"):
         prepare(config)
-    assert out_of(config).exists()
-
-
-def test_empty_folder_is_filled(config: PrepareConfig) -> None:
+    assert (out_of(config) / "mine").exists()
+    shutil.rmtree(out_of(config))
+    out_of(config).touch()
+    with pytest.raises(ValueError, match="--out"):
+        prepare(config)
+    out_of(config).unlink()
     out_of(config).mkdir()
-    assert getattr(prepare(config), "documents", None) == 300
+    assert prepare(config).documents == 300  # an empty folder is filled
 
 
 # Nothing to do
