@@ -301,7 +301,8 @@ def _tokenize_here(staging: Path, state: PrepareState, enough: int) -> int:
     with progress("encoding", sum(state.unit_bytes[:enough]) / 1e6, "MB") as advance:
         watch = _watch_tokenizing(staging, state, advance)
         while True:
-            step = partial(tokenize.tokenize_units, threads=executors.count_threads(config, units))
+            _, threads = executors.divide_workers(config, units)
+            step = partial(tokenize.tokenize_units, threads=threads)
             executors.run_step(step, staging, units, config, watch)
             if units >= enough:
                 break

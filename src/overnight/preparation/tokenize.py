@@ -147,6 +147,11 @@ def read_unit(staging: Path, number: int) -> TokenizedUnit:
     return TokenizedUnit(records, path.with_suffix(".ids"), content["damaged_files"], shared)
 
 
+def count_documents(staging: Path, number: int) -> int:
+    """How many documents a tokenized unit has."""
+    return (staging / "units" / f"{number:05d}.documents").stat().st_size // RECORD.itemsize
+
+
 def tokenize_documents(
     documents: Iterable[FilteredDocument], tokenizer: Tokenizer, threads: int = 1
 ) -> Iterator[Encoded]:
