@@ -209,7 +209,7 @@ def _call(name: str, rest: list[str]) -> int:
     config = getattr(stage, VERBS[name].config)
     asked = from_arguments(config, rest, prog=f"overnight {name}", about=_about(name))
     if getattr(asked, "processes", None) is not None and not is_launched():
-        status: int = stage.run_in_processes(asked, [name, *rest])
+        status: int = stage.evaluate_in_processes(asked, [name, *rest])
         return status
     stage.run(asked)
     return DONE

@@ -16,7 +16,7 @@ import torch
 
 from overnight.data.loader import Batch, prefetch
 from overnight.evaluation.perplexity import evaluate_language_model, evaluation_rows
-from overnight.generation.generate import Decoding, stream_ids
+from overnight.generation.generate import Decoding, generate
 from overnight.hardware import peak_memory_bytes, reset_peak_memory, synchronize
 from overnight.model.gpt import GPT, empty_model, initialize
 from overnight.model.loss import next_token_loss
@@ -206,7 +206,7 @@ def _time_sampling(recipe: Recipe, model: GPT) -> float:
         return 0.0
     decoding = Decoding(max_new_tokens=min(SAMPLED_TOKENS, recipe.samples.sample_tokens))
     prompts = [[0] for _ in recipe.samples.sample_prompts]
-    seconds = _seconds(lambda: list(stream_ids(model, prompts, decoding)))
+    seconds = _seconds(lambda: generate(model, prompts, decoding))
     return seconds / (decoding.max_new_tokens * len(prompts))
 
 

@@ -19,15 +19,24 @@ from overnight.data.loader import Batch, TokenStream
 from overnight.data.mixture import Concatenation, Mixture
 from overnight.distributed.watchdog import Watchdog
 from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.evaluation.page import describe_briefly
 from overnight.evaluation.perplexity import (
     Evaluation,
     evaluate_language_model,
     evaluation_rows,
     pool_evaluations,
 )
-from overnight.evaluation.run_tasks import HARNESS, describe_briefly, open_tasks, split_names
 from overnight.evaluation.scores import Score
-from overnight.evaluation.tasks import Example, Numbers, Task, TaskResult, evaluate_task
+from overnight.evaluation.tasks import (
+    HARNESS,
+    Example,
+    Numbers,
+    Task,
+    TaskResult,
+    evaluate_task,
+    open_tasks,
+    split_names,
+)
 from overnight.generation import SamplingConfig
 from overnight.generation.generate import Decoding, complete
 from overnight.hardware import find_peak_flops

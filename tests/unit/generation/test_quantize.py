@@ -1,4 +1,4 @@
-"""Models prepared to write beside the same models as they were, and products with rounded weights."""
+"""Prepared models against the originals, and products with rounded weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from overnight.generation import SamplingConfig, quantize
 from overnight.generation.generate import Decoding, generate
 from overnight.generation.quantize import (
-    DecodingPrecision,
+    GenerationPrecision,
     HalfLinear,
     PackedLinear,
     QuantizedLinear,
@@ -24,7 +24,7 @@ from overnight.model.model_config import ModelConfig
 
 HERE = generation_precisions("cpu")
 # Greatest difference of a logit, in standard deviations of all logits. Measured: 3e-6, 0.003, 0.05, 0.09.
-TOLERANCES: dict[DecodingPrecision, float] = {"fp32": 2e-5, "fp16": 0.01, "bf16": 0.15, "int8": 0.25}
+TOLERANCES: dict[GenerationPrecision, float] = {"fp32": 2e-5, "fp16": 0.01, "bf16": 0.15, "int8": 0.25}
 
 every_precision = pytest.mark.parametrize(
     "precision",
@@ -33,11 +33,11 @@ every_precision = pytest.mark.parametrize(
         for precision in TOLERANCES
     ],
 )
-with_int8 = pytest.mark.skipif("int8" not in HERE, reason="not on this CPU")
+needs_int8 = pytest.mark.skipif("int8" not in HERE, reason="not on this CPU")
 
 
 def build_model() -> GPT:
-    """Its logits are as far apart as a trained model's; 101 ids, so that its embedding is padded."""
+    """Logits spread like a trained model's; 101 ids, so that the embedding is padded."""
     model = GPT(ModelConfig(n_layer=4, n_head=4, n_embd=128, vocab_size=101, context_length=64))
     initialize(model, seed=1)
     with torch.no_grad():
@@ -61,15 +61,15 @@ def error_of(model: GPT) -> float:
 
 
 @every_precision
-def test_a_prepared_model_has_the_logits_of_the_model(precision: DecodingPrecision) -> None:
+def test_prepared_model_has_same_logits(precision: GenerationPrecision) -> None:
     model = copy.deepcopy(MODEL)
     prepare_for_generation(model, precision)
     assert error_of(model) < TOLERANCES[precision]
-    assert error_of(MODEL) == 0  # which is as it was
+    assert error_of(MODEL) == 0
 
 
-@with_int8
-def test_a_coarser_rounding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_int8
+def test_coarser_rounding_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_one_scale(self: QuantizedLinear, weight: Tensor, bias: Tensor | None) -> None:
         widened = torch.cat([weight, torch.eye(1, weight.shape[1]) * 8 * weight.abs().max()])
         rounded = (widened / widened.abs().max() * 127).round() * widened.abs().max() / 127
@@ -83,7 +83,7 @@ def test_a_coarser_rounding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_precision
-def test_every_matrix_is_stored_anew_and_keeps_its_name(precision: DecodingPrecision) -> None:
+def test_prepare_replaces_every_matrix(precision: GenerationPrecision) -> None:
     model = copy.deepcopy(MODEL)
     prepare_for_generation(model, precision)
     kinds = {"fp16": HalfLinear, "int8": QuantizedLinear}
@@ -101,26 +101,26 @@ NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 @every_precision
-def test_a_prepared_model_writes(precision: DecodingPrecision) -> None:
+def test_prepared_model_generates(precision: GenerationPrecision) -> None:
     model = copy.deepcopy(MODEL)
     prepare_for_generation(model, precision)
     greedy = Decoding(max_new_tokens=80, sampling=SamplingConfig(temperature=0))  # beyond the context, too
     prompts = IDS[:, :20].tolist()
-    written = generate(model, prompts, greedy)
-    assert [len(ids) for ids in written] == [80, 80, 80]
+    generated = generate(model, prompts, greedy)
+    assert [len(ids) for ids in generated] == [80, 80, 80]
     if precision == "fp32":
-        assert written == generate(MODEL, prompts, greedy)
-    assert written == [generate(model, [prompt], greedy)[0] for prompt in prompts]
+        assert generated == generate(MODEL, prompts, greedy)
+    assert generated == [generate(model, [prompt], greedy)[0] for prompt in prompts]
 
 
-@with_int8
-def test_int8_rounds_weights_and_nothing_else() -> None:
+@needs_int8
+def test_int8_rounds_only_weights() -> None:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(100, 64, generator=generator) * torch.rand(100, 1, generator=generator)
     weight[5] = 0.0
     bias = torch.randn(100, generator=generator)
     x = torch.randn(7, 3, 64, generator=generator)
-    x[..., 10] *= 40  # a channel far out, of which trained models have some
+    x[..., 10] *= 40  # an outlier channel, as in trained models
     x[2, 1] = 0.0
     steps = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30).double() / 127
     rounded = (weight / steps).round() * steps
@@ -133,8 +133,8 @@ def test_int8_rounds_weights_and_nothing_else() -> None:
     assert torch.equal(QuantizedLinear(weight, None)(x), QuantizedLinear(weight, torch.zeros(100))(x))
 
 
-@with_int8
-def test_a_row_in_int8_is_the_same_to_the_last_bit_beside_others() -> None:
+@needs_int8
+def test_int8_row_does_not_depend_on_batch() -> None:
     generator = torch.Generator().manual_seed(3)
     linear = QuantizedLinear(torch.randn(96, 64, generator=generator), None)
     x = torch.randn(8, 64, generator=generator) * torch.logspace(-3, 3, 8)[:, None]
@@ -151,7 +151,7 @@ def test_a_row_in_int8_is_the_same_to_the_last_bit_beside_others() -> None:
         ("fp32", "cpu", ("fp16", "fp32", "int8")),
     ],
 )
-def test_a_device_writes_in_what_it_has(
+def test_generation_precisions_of_device(
     monkeypatch: pytest.MonkeyPatch, native: str, device: str, found: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(quantize, "native_precision", lambda _: native)
@@ -161,7 +161,7 @@ def test_a_device_writes_in_what_it_has(
     assert generation_precisions(device) == found
 
 
-def test_a_cpu_without_these_libraries_writes_as_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_without_kernel_libraries_keeps_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["none"]))
     assert generation_precisions("cpu") == ("fp32",)
@@ -170,28 +170,28 @@ def test_a_cpu_without_these_libraries_writes_as_it_trains(monkeypatch: pytest.M
     assert error_of(model) == 0
 
 
-def test_a_gpu_s_way_keeps_the_logits_apart() -> None:
-    """Played on the CPU."""
+def test_gpu_conversion_keeps_head_in_fp32() -> None:
+    """Run on the CPU."""
     model = copy.deepcopy(MODEL)
-    quantize._narrow(model, torch.bfloat16)
+    quantize._convert_on_gpu(model, torch.bfloat16)
     assert error_of(model) < TOLERANCES["bf16"]
     greedy = Decoding(max_new_tokens=3, sampling=SamplingConfig(temperature=0))
     assert [len(ids) for ids in generate(model, IDS[:, :20].tolist(), greedy)] == [3, 3, 3]
     plain = copy.deepcopy(MODEL).to(torch.bfloat16)
     with torch.inference_mode():
         hidden = model.trunk(IDS)
-        apart = [len(torch.unique(each.head(hidden))) for each in (model, plain)]
-    assert apart[0] > 5 * apart[1]
+        distinct = [len(torch.unique(each.head(hidden))) for each in (model, plain)]
+    assert distinct[0] > 5 * distinct[1]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_a_gpu_has_the_logits_of_the_model(precision: DecodingPrecision) -> None:
+def test_gpu_prepared_model_has_same_logits(precision: GenerationPrecision) -> None:
     model = copy.deepcopy(MODEL).to("cuda")
     prepare_for_generation(model, precision)
     with torch.inference_mode():
         logits = model(IDS.to("cuda"))
     assert logits.dtype == torch.float32
     assert float((logits.cpu() - MODEL(IDS)).abs().max() / MODEL(IDS).std()) < 0.15
-    written = generate(model, IDS[:, :20].tolist(), Decoding(max_new_tokens=5))
-    assert [len(ids) for ids in written] == [5, 5, 5]
+    generated = generate(model, IDS[:, :20].tolist(), Decoding(max_new_tokens=5))
+    assert [len(ids) for ids in generated] == [5, 5, 5]
