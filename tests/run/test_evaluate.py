@@ -18,7 +18,7 @@ from overnight.conversion import command as conversion_command
 from overnight.conversion.open_model import open_model
 from overnight.evaluation import EvaluateConfig, multiple_choice
 from overnight.evaluation import command as evaluation_command
-from overnight.evaluation.evaluate import evaluate_opened, open_evaluated_models
+from overnight.evaluation.results import evaluate_opened, open_evaluated_models
 from overnight.evaluation.tasks import TASKS
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig

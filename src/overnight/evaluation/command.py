@@ -12,7 +12,7 @@ from overnight.distributed.machine import divide_cores
 from overnight.distributed.processes import run_processes
 from overnight.distributed.world import count_processes, join_world
 from overnight.evaluation import EvaluateConfig
-from overnight.evaluation.evaluate import evaluate_models, open_evaluated_models, open_inputs
+from overnight.evaluation.results import evaluate_models, open_evaluated_models, open_inputs
 from overnight.evaluation.tasks import split_names
 from overnight.terminal import echo, quiet
 

@@ -26,6 +26,7 @@ from overnight.evaluation.references import VALIDATION_LOSSES
 from overnight.evaluation.scores import Score, score_text
 from overnight.evaluation.tasks import Numbers, gather_results
 from overnight.model.gpt import GPT
+from overnight.preparation.prepare import ensure_prepared
 from overnight.terminal import progress
 from overnight.tokenizer.tokenizer import Tokenizer
 
@@ -112,7 +113,7 @@ class ValidationSet:
 
 def open_validation_set(config: DataConfig, tokens: int | None, stride: int | None) -> ValidationSet:
     """The validation split of prepared text. Raises ValueError for a stride with packing=documents."""
-    dataset = open_dataset(config)
+    dataset = open_dataset(ensure_prepared(config))
     if stride is not None and dataset.document_separator is not None:
         raise ValueError(
             "--stride cannot be used with packing=documents, where no window crosses documents: leave it out"
