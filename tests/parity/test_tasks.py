@@ -72,7 +72,7 @@ def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunD
         batch=BatchConfig(tokens_per_step=2048),
         compute=ComputeConfig(device="cpu", precision="fp32", compile=False),
     )
-    train.run(recipe, directory)
+    train.train(recipe, directory)
     return directory
 
 

@@ -34,7 +34,7 @@ def trained(recipe: Callable[..., Recipe], tmp_path: Path) -> RunDirectory:
     """A run of two steps in bf16."""
     directory = RunDirectory(tmp_path / "small")
     compute = ComputeConfig(device="cpu", precision="bf16", compile=False)
-    train.run(recipe(compute=compute, schedule=ScheduleConfig(total_steps=2, warmup_steps=0)), directory)
+    train.train(recipe(compute=compute, schedule=ScheduleConfig(total_steps=2, warmup_steps=0)), directory)
     return directory
 
 

@@ -47,9 +47,9 @@ def test_tasks_do_not_change_run(
     recipe: Callable[..., Recipe], files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain, evaluated = RunDirectory(tmp_path / "plain"), RunDirectory(tmp_path / "evaluated")
-    train.run(recipe(), plain)
+    train.train(recipe(), plain)
     capsys.readouterr()
-    train.run(recipe(evaluation=evaluation(files)), evaluated)
+    train.train(recipe(evaluation=evaluation(files)), evaluated)
     assert "hellaswag accuracy_per_token 0." in capsys.readouterr().err
 
     def trace(directory: RunDirectory) -> list[tuple[float, ...]]:
@@ -68,7 +68,7 @@ def test_task_lines_match_evaluate_command(
     recipe: Callable[..., Recipe], files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = RunDirectory(tmp_path / "run")
-    train.run(recipe(evaluation=evaluation(files, tasks_every_steps=5)), directory)
+    train.train(recipe(evaluation=evaluation(files, tasks_every_steps=5)), directory)
     lines = directory.read_events("tasks")
     assert [line["step"] for line in lines if line["metric"] == "accuracy"] == [5, 10, 12]
     assert [line["metric"] for line in lines[:5]] == [*METRICS, "accuracy", "perplexity_per_word"]
@@ -86,10 +86,10 @@ def test_resumed_run_writes_task_lines_once(
     recipe: Callable[..., Recipe], files: Path, tmp_path: Path
 ) -> None:
     directory = RunDirectory(tmp_path / "run")
-    complete = train.run(recipe(evaluation=evaluation(files, tasks_every_steps=2)), directory)
+    resolved = train.train(recipe(evaluation=evaluation(files, tasks_every_steps=2)), directory)
     lines = directory.read_events("tasks")
     (directory.checkpoints / "step-00000012").rename(tmp_path / "lost")
-    train.run(complete, directory, resume=True)
+    train.train(resolved.recipe, directory, resume=True)
     assert directory.read_events("tasks") == lines
 
 
@@ -108,7 +108,7 @@ def test_invalid_tasks_are_refused_before_the_run(
 ) -> None:
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(ValueError, match=message):
-        train.run(recipe(evaluation=evaluation(files, **changes)), directory)
+        train.train(recipe(evaluation=evaluation(files, **changes)), directory)
     assert not directory.path.exists()
 
 
@@ -116,7 +116,7 @@ def test_evaluating_task_leaves_model_and_random_state_unchanged(
     recipe: Callable[..., Recipe], files: Path, tmp_path: Path
 ) -> None:
     directory = RunDirectory(tmp_path / "run")
-    train.run(recipe(), directory)
+    train.train(recipe(), directory)
     opened = open_model(str(directory.path))
     model = opened.model.train()
     torch.manual_seed(5)
