@@ -116,10 +116,7 @@ def test_evaluate_validation_and_task_with_baseline(
     trained: RunDirectory, questions: Path, evaluate: Callable[..., dict[str, Any]]
 ) -> None:
     found = evaluate(
-        trained.path,
-        tasks=("validation,hellaswag",),
-        task_files=str(questions),
-        baseline=str(trained.path),
+        trained.path, tasks=("validation,hellaswag",), task_files=str(questions), baseline=str(trained.path)
     )
     assert found["loss"] == pytest.approx(trained.read_events("evaluations")[-1]["loss"], rel=1e-9)
     scores = {(each["task"], each["metric"]): each for each in found["tasks"]}

@@ -118,11 +118,7 @@ def _word_loss(results: Sequence[Sequence[float]]) -> TextLoss:
 
 
 def score_text(
-    task: str,
-    metrics: Sequence[str],
-    loss: TextLoss,
-    baseline: TextLoss | None = None,
-    kind: str = "windows",
+    task: str, metrics: Sequence[str], loss: TextLoss, baseline: TextLoss | None = None, kind: str = "windows"
 ) -> list[Score]:
     """A text's loss in several units. The interval is that of the nats per token, over the examples."""
     interval = bootstrap(loss.nats, loss.tokens)

@@ -35,7 +35,7 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(SamplingConfig):
     """Continue one or more prompts; the text is streamed to standard output."""
 
     model: Positional[str]
@@ -44,14 +44,6 @@ class GenerateConfig:
     """Texts to continue, each in quotes; without any, the model starts a text."""
     max_new_tokens: int = 128
     """Write at most this many tokens; an end-of-text token ends the completion earlier."""
-    temperature: float = SamplingConfig.temperature
-    """Below 1 more predictable, above 1 more varied; 0 is greedy decoding."""
-    top_k: int | None = SamplingConfig.top_k
-    """Draw only from this many most likely tokens; None: from all."""
-    top_p: float | None = SamplingConfig.top_p
-    """Draw only from the fewest most likely tokens whose probabilities reach this sum."""
-    seed: int = SamplingConfig.seed
-    """Seed of the sampling noise."""
     samples: int = 1
     """Completions of each prompt."""
     stop: tuple[str, ...] = ()
@@ -65,7 +57,7 @@ class GenerateConfig:
 
     def problems(self) -> list[str]:
         """Invalid values, one sentence each; [] if all are valid."""
-        found = self.sampling.problems()
+        found = super().problems()
         if self.max_new_tokens < 1:
             found.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.samples < 1:
@@ -73,10 +65,3 @@ class GenerateConfig:
         if "" in self.stop:
             found.append("stop contains an empty text, which every text contains; leave it out")
         return found
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        """The sampling settings alone."""
-        return SamplingConfig(
-            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed
-        )

@@ -12,7 +12,7 @@ from overnight.config import raise_problems
 from overnight.conversion.open_model import OpenedModel, open_model
 from overnight.distributed.world import open_world
 from overnight.generation import GenerateConfig
-from overnight.generation.generate import Completion, Decoding, check_prompts, complete, stream_text
+from overnight.generation.generate import Completion, Decoding, TokenGenerator, complete, stream_text
 from overnight.generation.quantize import GenerationPrecision, generation_precisions, prepare_for_generation
 from overnight.terminal import echo
 
@@ -27,7 +27,7 @@ def run(config: GenerateConfig) -> None:
     opened = open_model(config.model)
     opened.model.to(device)
     prepare_for_generation(opened.model, precision)
-    decoding = Decoding(max_new_tokens=config.max_new_tokens, sampling=config.sampling)
+    decoding = Decoding(max_new_tokens=config.max_new_tokens, sampling=config)
     started_at = time.perf_counter()
     if config.json or config.samples > 1 or len(config.prompts) > 1:
         tokens = _print_completions(config, opened, decoding, precision)
@@ -91,7 +91,10 @@ def _completions(
 ) -> Iterator[tuple[str, Completion]]:
     """Each prompt with each of its completions, in batches, so that memory does not bound their number."""
     model, tokenizer, prompts = opened.model, opened.tokenizer, config.prompts or ("",)
-    check_prompts(model, tokenizer, prompts, decoding)  # all of them before the first is completed
+    # Raises ValueError for an invalid prompt before the first one is completed.
+    TokenGenerator(
+        model, [tokenizer.encode(prompt) for prompt in prompts], decoding.with_vocabulary(tokenizer)
+    )
     total = len(prompts) * config.samples
     for first in range(0, total, BATCH_ROWS):
         rows = range(first, min(first + BATCH_ROWS, total))

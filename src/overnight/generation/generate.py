@@ -236,13 +236,6 @@ def stream_text(
     return pieces()  # a generator of its own, so that errors above come at the call
 
 
-def check_prompts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], decoding: Decoding) -> None:
-    """Raise the ValueError that `complete` would raise for any of these prompts."""
-    TokenGenerator(
-        model, [tokenizer.encode(prompt) for prompt in prompts], decoding.with_vocabulary(tokenizer)
-    )
-
-
 def _prompt_problems(model: GPT, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[str]:
     found = []
     if decoding.max_new_tokens < 0:

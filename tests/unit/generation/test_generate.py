@@ -248,10 +248,7 @@ def test_partial_character_is_held_back() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    text=st.text("abc", max_size=30),
-    stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
-)
+@given(text=st.text("abc", max_size=30), stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_first_stop_string(text: str, stop: list[str]) -> None:
     ids = TOKENIZER.encode(text)
     writer = TextWriter(TOKENIZER, stop)

@@ -15,18 +15,18 @@ from torch import Tensor
 from overnight.generation import SamplingConfig
 from overnight.generation.sampling import noise, sample
 
-EVERYTHING = SamplingConfig(top_k=None)
 SETTINGS = [
     SamplingConfig(),
-    EVERYTHING,
+    SamplingConfig(top_k=None),
     SamplingConfig(top_k=None, top_p=0.9),
     SamplingConfig(top_k=5, top_p=0.5),
 ]
+LOGITS = torch.randn(8, 1000, generator=torch.Generator().manual_seed(3))
 
 
-def draw(logits_V: Tensor, config: SamplingConfig, times: int) -> Counter[int]:
-    rows = logits_V.expand(times, -1)
-    return Counter(sample(rows, config, range(times), [0] * times).tolist())
+def draw(logits_V: Tensor, times: int, **config: float | None) -> Counter[int]:
+    drawn = sample(logits_V.expand(times, -1), SamplingConfig(**config), range(times), [0] * times)  # type: ignore[arg-type]
+    return Counter(drawn.tolist())
 
 
 def naive_support(
@@ -44,29 +44,21 @@ def naive_support(
     return kept
 
 
-def chi_square(counts: Counter[int], expected: Tensor, times: int) -> float:
-    return sum((counts[i] - times * p) ** 2 / (times * p) for i, p in enumerate(expected.tolist()))
-
-
 def test_temperature_zero_is_greedy() -> None:
-    logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(1))
-    drawn = sample(logits, SamplingConfig(temperature=0), range(5), range(5))
-    assert drawn.tolist() == logits.argmax(-1).tolist()
+    drawn = sample(LOGITS, SamplingConfig(temperature=0), range(8), range(8))
+    assert drawn.tolist() == LOGITS.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_frequencies_match_softmax(temperature: float) -> None:
-    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -3.0])
-    config = SamplingConfig(top_k=None, temperature=temperature)
-    times = 20_000
-    expected = (logits.double() / temperature).softmax(-1)
-    assert chi_square(draw(logits, config, times), expected, times) < 20.5  # 5 degrees of freedom, p = 0.001
-
-
-def test_chi_square_detects_wrong_temperature() -> None:
-    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -3.0])
-    counts = draw(logits, SamplingConfig(top_k=None, temperature=1.1), 20_000)
-    assert chi_square(counts, logits.double().softmax(-1), 20_000) > 20.5
+@pytest.mark.parametrize(
+    ("wanted", "used", "fits"), [(0.5, 0.5, True), (1.0, 1.0, True), (2.0, 2.0, True), (1.0, 1.1, False)]
+)
+def test_frequencies_match_softmax(wanted: float, used: float, fits: bool) -> None:
+    """The last one is the negative control."""
+    logits, times = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -3.0]), 20_000
+    counts = draw(logits, times, top_k=None, temperature=used)
+    expected = ((logits.double() / wanted).softmax(-1) * times).tolist()
+    chi_square = sum((counts[i] - mean) ** 2 / mean for i, mean in enumerate(expected))
+    assert (chi_square < 20.5) == fits  # 5 degrees of freedom, p = 0.001
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,20 +71,25 @@ def test_chi_square_detects_wrong_temperature() -> None:
 def test_top_k_and_top_p_match_definition(
     hundredths: list[int], temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    logits = [number / 100 for number in hundredths]  # no two so close that their weights are equal
-    given_logits = torch.tensor(logits, dtype=torch.float64)
-    config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    drawn = set(draw(given_logits, config, 500))
-    assert drawn <= naive_support(logits, temperature, top_k, top_p)
+    logits = [number / 100 for number in hundredths]  # no two weights are equal
+    drawn = draw(
+        torch.tensor(logits, dtype=torch.float64), 500, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    assert set(drawn) <= naive_support(logits, temperature, top_k, top_p)
 
 
 def test_top_p_keeps_smallest_set() -> None:
     logits = torch.tensor([0.1, 0.5, 0.3, 0.1]).log()
-    assert set(draw(logits, SamplingConfig(top_k=None, top_p=0.49), 2000)) == {1}
-    assert set(draw(logits, SamplingConfig(top_k=None, top_p=0.51), 2000)) == {1, 2}
-    assert set(draw(logits, SamplingConfig(top_k=None, top_p=0.81), 2000)) > {1, 2}
-    assert set(draw(logits, SamplingConfig(top_k=None, top_p=1.0), 2000)) == {0, 1, 2, 3}
-    assert set(draw(logits, SamplingConfig(top_k=2, top_p=0.6), 2000)) == {1}  # 5/8 of what top-k kept
+    for top_p, kept in ((0.49, {1}), (0.51, {1, 2}), (1.0, {0, 1, 2, 3})):
+        assert set(draw(logits, 2000, top_k=None, top_p=top_p)) == kept
+    assert set(draw(logits, 2000, top_k=None, top_p=0.81)) > {1, 2}
+    assert set(draw(logits, 2000, top_k=2, top_p=0.6)) == {1}  # 5/8 of what top-k kept
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_top_p_keeps_ties(top_k: int | None) -> None:
+    logits = torch.tensor([0.4, 0.2, 0.2, 0.1, 0.1, 0.0]).log().clamp(min=-100)
+    assert set(draw(logits, 2000, top_k=top_k, top_p=0.5)) == {0, 1, 2}
 
 
 def test_top_p_same_with_partial_and_full_sort() -> None:
@@ -106,54 +103,42 @@ def test_top_p_same_with_partial_and_full_sort() -> None:
     assert together[0] < 20
 
 
-@pytest.mark.parametrize("top_k", [None, 5])
-def test_top_p_keeps_ties(top_k: int | None) -> None:
-    logits = torch.tensor([0.4, 0.2, 0.2, 0.1, 0.1, 0.0]).log().clamp(min=-100)
-    assert set(draw(logits, SamplingConfig(top_k=top_k, top_p=0.5), 2000)) == {0, 1, 2}
-
-
 @pytest.mark.parametrize("config", SETTINGS)
 def test_row_does_not_depend_on_batch(config: SamplingConfig) -> None:
-    logits = torch.randn(8, 1000, generator=torch.Generator().manual_seed(3))
-    together = sample(logits, config, range(8), [7] * 8).tolist()
-    assert [int(sample(logits[r : r + 1], config, [r], [7])) for r in range(8)] == together
-    assert sample(logits.flip(0), config, range(7, -1, -1), [7] * 8).tolist() == together[::-1]
+    together = sample(LOGITS, config, range(8), [7] * 8).tolist()
+    assert [int(sample(LOGITS[r : r + 1], config, [r], [7])) for r in range(8)] == together
+    assert sample(LOGITS.flip(0), config, range(7, -1, -1), [7] * 8).tolist() == together[::-1]
 
 
 @pytest.mark.parametrize("config", [SamplingConfig(temperature=0), *SETTINGS])
 def test_mps_logits_are_sampled_on_cpu(config: SamplingConfig) -> None:
-    logits = torch.randn(8, 1000, generator=torch.Generator().manual_seed(3))
-    on_gpu = SimpleNamespace(device=torch.device("mps"), cpu=lambda: logits)
-    drawn = [sample(each, config, range(8), [7] * 8) for each in (on_gpu, logits)]
+    on_gpu = SimpleNamespace(device=torch.device("mps"), cpu=lambda: LOGITS)
+    drawn = [sample(each, config, range(8), [7] * 8) for each in (on_gpu, LOGITS)]  # type: ignore[arg-type]
     assert torch.equal(*drawn)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", SETTINGS)
 def test_gpu_draws_same_ids(config: SamplingConfig) -> None:
-    logits = torch.randn(8, 1000, generator=torch.Generator().manual_seed(3))
-    drawn = sample(logits.to("cuda"), config, range(8), [7] * 8)
+    drawn = sample(LOGITS.to("cuda"), config, range(8), [7] * 8)
     assert drawn.device.type == "cuda"
-    assert torch.equal(drawn.cpu(), sample(logits, config, range(8), [7] * 8))
+    assert torch.equal(drawn.cpu(), sample(LOGITS, config, range(8), [7] * 8))
 
 
 def test_noise_depends_on_seed_row_and_position() -> None:
-    keys = [(seed, row, position) for seed in range(9) for row in range(9) for position in range(9)]
-    drawn = [noise(*key) for key in keys]
-    assert len(set(drawn)) == len(keys)
+    drawn = [noise(seed, row, position) for seed in range(9) for row in range(9) for position in range(9)]
+    assert len(set(drawn)) == 9**3
     assert all(0 <= number < 1 for number in drawn)
     assert abs(sum(drawn) / len(drawn) - 0.5) < 0.05
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e9, 1e300])
-def test_extreme_temperatures_stay_in_the_vocabulary(temperature: float) -> None:
-    logits = torch.tensor([[3e38, -3e38, 0.0, 1.0]])
-    drawn = sample(logits, SamplingConfig(top_k=None, temperature=temperature), [0], [0])
-    assert 0 <= int(drawn) < 4
-    if temperature < 1:
-        assert int(drawn) == 0
-    largest = torch.full((1, 60_000), torch.finfo(torch.float32).max)
-    assert 0 <= int(sample(largest, SamplingConfig(top_k=None, temperature=temperature), [0], [0])) < 60_000
+def test_extreme_temperatures_and_logits(temperature: float) -> None:
+    (drawn,) = draw(torch.tensor([3e38, -3e38, 0.0, 1.0]), 1, top_k=None, temperature=temperature)
+    assert 0 <= drawn < 4
+    assert drawn == 0 or temperature > 1
+    (drawn,) = draw(torch.full((60_000,), torch.finfo(torch.float32).max), 1, temperature=temperature)
+    assert 0 <= drawn < 60_000
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
