@@ -21,7 +21,7 @@ from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 from overnight.training import OptimizerConfig
-from overnight.training.optim import apply_gradients, build_optimizer
+from overnight.training.optim import build_optimizer, clip_gradients, step_if
 
 SIZES = {
     "small": ModelConfig(n_layer=2, n_head=2, n_embd=48, context_length=96, vocab_size=301),
@@ -157,7 +157,9 @@ def optimizer_losses(ours: GPT, theirs: GPT2LMHeadModel, decay_of_vectors: float
         our_loss, their_loss = mean_loss(ours(ids), targets), mean_loss(theirs(ids).logits, targets)
         worst = max(worst, abs(our_loss.item() - their_loss.item()))
         our_loss.backward()
-        apply_gradients(our_optimizer, list(ours.parameters()), 1e-3, 1.0, GradScaler(enabled=False))
+        norm = clip_gradients(list(ours.parameters()), 1.0)
+        step_if(our_optimizer, GradScaler(enabled=False), torch.isfinite(norm), 1e-3)
+        our_optimizer.zero_grad()
         their_loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         their_optimizer.step()
