@@ -58,8 +58,8 @@ def open_model(name: str) -> OpenedModel:
     runs = [str(path) for path in sorted(RUNS.glob("*")) if RunDirectory(path).exists()]
     suggestion = nearest(name, [*runs, *(Path(run).name for run in runs)]) if runs else ""
     raise ValueError(
-        f"there is no model {name}: it is neither a folder or file, nor a run in {RUNS}/, nor a name on the "
-        f"Hugging Face Hub ({', '.join(HUB_NAMES)}, OWNER/NAME){suggestion}"
+        f"there is no model {name}: it is neither a folder nor a file, nor a run in {RUNS}/, nor a name on "
+        f"the Hugging Face Hub ({', '.join(HUB_NAMES)}, OWNER/NAME){suggestion}"
     )
 
 

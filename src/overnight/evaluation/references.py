@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """A result to compare a model's with."""
+    """A result to compare a model's with. `whose` is the model."""
 
     whose: str
     value: float

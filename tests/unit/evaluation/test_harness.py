@@ -132,8 +132,8 @@ def theirs(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> Any:
     )
 
 
-def requests(*asked: tuple[Any, ...]) -> list[Any]:
-    return [SimpleNamespace(args=each) for each in asked]
+def requests(*arguments: tuple[Any, ...]) -> list[Any]:
+    return [SimpleNamespace(args=each) for each in arguments]
 
 
 def write_task(folder: Path, name: str, data: Path) -> Path:
@@ -175,45 +175,46 @@ def values(found: Sequence[HarnessScore]) -> dict[str, float]:
     return {score.metric: score.value for score in found}
 
 
-@needs_harness
-def test_hellaswag_matches_harness(long: GPT, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    data = write_questions(tmp_path / "hellaswag_val.jsonl")
-    folder = write_task(tmp_path / "tasks", "invented", data)
-    found = harness_scores(long, tokenizer, ["invented"], folder=folder)
-    by_sum, by_character = our_accuracies(long, tokenizer, data)
-    assert values(found) == {"acc": by_sum, "acc_norm": by_character}
-    assert {(score.task, score.samples) for score in found} == {("invented", 40)}
-    for score in found:  # of a sample, not of a population
-        assert score.standard_error == pytest.approx((score.value * (1 - score.value) / 39) ** 0.5)
-    # The negative control: the two lengths differ, and so does build-nanogpt's format.
-    assert by_sum != by_character
-    plain = list(read_questions(CHOICE_TASKS["hellaswag"], data))
-    cleaned = list(read_questions(CHOICE_TASKS["hellaswag-lm-eval"], data))
-    assert all(one.context != other.context for one, other in zip(plain, cleaned, strict=True))
+def write_real_questions(path: Path, source: Path) -> Path:
+    """The first 200 questions of HellaSwag; of the contexts, the file has only both parts together."""
+    lines = []
+    for line in source.read_text(encoding="utf-8").splitlines()[:200]:
+        question = json.loads(line)
+        first, dot, second = question["ctx"].rpartition(". ")
+        parts = {"ctx_a": first + dot.rstrip(), "ctx_b": second} if dot else {}
+        lines.append(json.dumps({"ctx_a": question["ctx"], "ctx_b": "", **question, **parts}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 @needs_harness
-def test_hellaswag_matches_harness_on_real_questions(
-    long: GPT, tokenizer: Tokenizer, shared_data: Path, tmp_path: Path
+@pytest.mark.parametrize("kind", ["invented", "real"])
+def test_hellaswag_matches_harness(
+    kind: str, long: GPT, tokenizer: Tokenizer, shared_data: Path, tmp_path: Path
 ) -> None:
-    source = shared_data / "hellaswag" / "hellaswag_val_first2000.jsonl"
-    if not source.is_file():
+    source, data = shared_data / "hellaswag/hellaswag_val_first2000.jsonl", tmp_path / "hellaswag_val.jsonl"
+    if kind == "invented":
+        write_questions(data)
+    elif not source.is_file():
         pytest.skip("../shared/data has no hellaswag")
-    data = tmp_path / "hellaswag_val.jsonl"
-    with source.open(encoding="utf-8") as lines, data.open("w", encoding="utf-8") as file:
-        for line, _ in zip(lines, range(200), strict=False):
-            question = json.loads(line)
-            first, dot, second = question["ctx"].rpartition(". ")  # the file has only both together
-            question |= {"ctx_a": first + dot.rstrip(), "ctx_b": second} if dot else {}
-            question = {"ctx_a": question["ctx"], "ctx_b": ""} | question
-            file.write(json.dumps(question) + "\n")
-    folder = write_task(tmp_path / "tasks", "real_hellaswag", data)
-    found = harness_scores(long, tokenizer, ["real_hellaswag"], folder=folder)
-    by_sum, by_character = our_accuracies(long, tokenizer, data)
-    assert values(found) == {"acc": by_sum, "acc_norm": by_character}
+    else:
+        write_real_questions(data, source)
+    folder = write_task(tmp_path / "tasks", kind, data)
+    found = harness_scores(long, tokenizer, [kind], folder=folder)
+    by_sum, per_character = our_accuracies(long, tokenizer, data)
+    assert values(found) == {"acc": by_sum, "acc_norm": per_character}
     assert 0.1 < by_sum < 0.5
-    fewer = harness_scores(long, tokenizer, ["real_hellaswag"], folder=folder, limit=7)
+    samples = 40 if kind == "invented" else 200
+    assert {(score.task, score.samples) for score in found} == {(kind, samples)}
+    for score in found:  # of a sample, not of a population
+        wanted = (score.value * (1 - score.value) / (samples - 1)) ** 0.5
+        assert score.standard_error == pytest.approx(wanted)
+    fewer = harness_scores(long, tokenizer, [kind], folder=folder, limit=7)
     assert {score.samples for score in fewer} == {7}
+    # The negative control: the two lengths differ, and so does build-nanogpt's format.
+    assert by_sum != per_character
+    plain, cleaned = (read_questions(CHOICE_TASKS[name], data) for name in ("hellaswag", "hellaswag-lm-eval"))
+    assert all(one.context != other.context for one, other in zip(plain, cleaned, strict=True))
 
 
 @needs_harness
@@ -300,9 +301,9 @@ def test_completions_match_harness_model(model: GPT, tokenizer: Tokenizer, their
     # A stop string from the middle of a completion, and two kinds of requests at once.
     stop = written[0][len(written[0]) // 2 :][:3]
     stopped = {"until": [stop, "absent"], "max_gen_toks": 12}
-    asked = [(prompts[0], stopped), (prompts[1], free), (prompts[0], free)]
-    found = lm.generate_until(requests(*asked))
-    expected = theirs.generate_until(requests(*((p, dict(w)) for p, w in asked)), disable_tqdm=True)
+    mixed = [(prompts[0], stopped), (prompts[1], free), (prompts[0], free)]
+    found = lm.generate_until(requests(*mixed))
+    expected = theirs.generate_until(requests(*((p, dict(w)) for p, w in mixed)), disable_tqdm=True)
     assert found == expected
     assert found[0] == written[0].split(stop)[0] != written[0]
 

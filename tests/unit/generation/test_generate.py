@@ -92,22 +92,15 @@ def error_of_cache(rows: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) 
 NEW = [[20, 21, 22, 23], [24, 25, 26, 27], [28, 29, 30, 31], [32, 33, 34, 35]]
 
 
-def test_cached_logits_match_uncached() -> None:
-    assert error_of_cache(PROMPTS[:1], NEW[:1]) < 1e-5
-
-
-def test_padded_batch_matches_single_prompts() -> None:
-    assert error_of_cache(PROMPTS, NEW) < 1e-5
-
-
-def test_missing_padding_mask_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(KVCache, "_visible", lambda *_: None)
-    assert error_of_cache(PROMPTS, NEW) > 1e-2
-
-
-def test_wrong_positions_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(KVCache, "positions", lambda self, length: torch.arange(length))
-    assert error_of_cache(PROMPTS[:1], NEW[:1]) > 1e-2
+@pytest.mark.parametrize("rows", [1, 4])
+def test_cached_logits_match_uncached(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single prompt, and a padded batch; and a mistake in either is detected."""
+    assert error_of_cache(PROMPTS[:rows], NEW[:rows]) < 1e-5
+    if rows == 1:
+        monkeypatch.setattr(KVCache, "positions", lambda self, length: torch.arange(length))
+    else:
+        monkeypatch.setattr(KVCache, "_visible", lambda *_: None)
+    assert error_of_cache(PROMPTS[:rows], NEW[:rows]) > 1e-2
 
 
 def test_prompt_read_in_parts_matches() -> None:
@@ -153,12 +146,9 @@ def test_ids_are_below_vocab_size() -> None:
     assert max(narrow) < 5
 
 
-def test_empty_prompt_starts_at_end_of_text() -> None:
+def test_empty_prompt_and_no_prompts() -> None:
     decoding = Decoding(max_new_tokens=5, sampling=DRAWN, end_of_text=END)
     assert generate(MODEL, [[]], decoding) == generate(MODEL, [[END]], decoding)
-
-
-def test_no_prompts_and_no_tokens() -> None:
     assert generate(MODEL, [], Decoding()) == []
     assert generate(MODEL, [[1], [2]], Decoding(max_new_tokens=0)) == [[], []]
 
@@ -288,9 +278,6 @@ def test_stop_string_ends_completion() -> None:
     assert cut.ids == whole.ids[: len(cut.ids)]
     assert TOKENIZER.decode(cut.ids).endswith(stop)
     assert "".join(stream_text(MODEL, TOKENIZER, "abc", decoding, [stop])) == cut.text
-
-
-def test_empty_stop_string_raises() -> None:
     with pytest.raises(ValueError, match="stop"):
         complete(MODEL, TOKENIZER, ["abc"], Decoding(), [""])
 
