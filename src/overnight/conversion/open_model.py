@@ -77,7 +77,7 @@ def _open_folder(folder: Path) -> OpenedModel:
             )
         return _with_tokenizer(*read, folder)
     raise ValueError(
-        f"{folder} contains no model: neither a run (recipe.toml), nor a checkpoint (state.json), "
+        f"{folder} holds no model: neither a run (recipe.toml), nor a checkpoint (state.json), "
         "nor a Hugging Face model (config.json)"
     )
 
