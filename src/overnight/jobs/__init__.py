@@ -76,7 +76,7 @@ class LaunchConfig(Recipe):
             found.append(f"hours={self.hours} must be at least {SHORTEST_HOURS}")
         if self.compute.processes is not None:
             found.append(
-                f"processes={self.compute.processes} is for one machine: use --nodes and --gpus-per-node instead"
+                f"processes={self.compute.processes} is for one machine: use --nodes and --gpus-per-node"
             )
         default = LaunchConfig()
         for name, targets in TARGETS_OF_SETTING.items():

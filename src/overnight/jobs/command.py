@@ -57,8 +57,8 @@ def check_division(config: LaunchConfig) -> None:
     fewer = max(count for count in range(1, processes) if micro_batches % count == 0)
     rows = f"{plan.micro_batch_size} row{'s' if plan.micro_batch_size > 1 else ''}"
     raise ValueError(
-        f"{setting}={micro_batches * micro_batch_tokens} is {micro_batches} micro-batches of {rows}, which do "
-        f"not divide among {processes} processes: use {fewer} processes, or {setting}={nearest}"
+        f"{setting}={micro_batches * micro_batch_tokens} is {micro_batches} micro-batches of {rows}, which "
+        f"do not divide among {processes} processes: use {fewer} processes, or {setting}={nearest}"
     )
 
 

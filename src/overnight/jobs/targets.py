@@ -143,9 +143,9 @@ def _s3_address(request: JobRequest, path: str) -> str:
 
 def _channels(request: JobRequest) -> dict[str, JobText]:
     """By SageMaker's channel, the text that it copies from the bucket."""
-    if len(request.texts) == 1:
-        return {"training": text for text in request.local_texts}
-    return {f"text{number}": text for number, text in enumerate(request.local_texts, start=1)}
+    is_single = len(request.texts) == 1
+    texts = enumerate(request.local_texts, start=1)
+    return {"training" if is_single else f"text{number}": text for number, text in texts}
 
 
 def _data_option(request: JobRequest) -> str:
