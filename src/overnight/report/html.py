@@ -22,7 +22,6 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("overnight.report"),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
         finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -35,7 +34,7 @@ def svg_file(svg: str) -> str:
     """An SVG of plots.py as the content of a file: with the page's colours and fonts, on its paper."""
     opening, content = svg.split(">", 1)
     paper = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
-    return f"{opening}>\n<style>\n{render('style.css')}\n</style>\n{paper}{content}\n"
+    return f"{opening}>\n<style>\n{render('colours.css')}\n</style>\n{paper}{content}\n"
 
 
 def show_value(value: object) -> str:
