@@ -94,7 +94,7 @@ class Condition(NamedTuple):
             "outside": abs(found.z) > 1,
             "not above middle": found.z <= 0,
             "not below middle": found.z >= 0,
-            "far below": found.z < -1 and found.ratio <= FAR_BELOW,
+            "far below": found.z < -1 and found.value <= FAR_BELOW * found.reference.middle,
         }
         return found if holds[self.position] else None
 
