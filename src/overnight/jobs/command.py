@@ -12,7 +12,8 @@ from overnight.jobs import TARGETS_OF_SETTING, LaunchConfig
 from overnight.jobs.request import JobRequest, join_words
 from overnight.jobs.targets import job_file, submit_command
 from overnight.preparation.prepare_commands import find_recipe_texts, with_folders
-from overnight.recipe import Recipe, as_option, changed_options, load_recipe, recipe_names
+from overnight.recipe import Recipe, load_recipe, recipe_names
+from overnight.recipe_options import as_option, changed_options
 from overnight.run_directory import write_atomically
 from overnight.terminal import echo
 from overnight.training.batch import plan_batches

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from overnight.data.dataset import open_one_dataset
 from overnight.evaluation.compressors import compressed_bits_per_byte
+from overnight.preparation.prepare import ensure_prepared
 from overnight.quickstart import QuickstartConfig
 from overnight.recipe import Recipe, flatten, load_recipe, read_recipe_of
 from overnight.report.page import write_report
 from overnight.report.plots import check_matplotlib
-from overnight.run import train
-from overnight.run.command import load_resumed
+from overnight.run.resume import load_resumed
+from overnight.run.train import train
 from overnight.run_directory import RunDirectory, write_atomically
 from overnight.runs.status import describe_run
 from overnight.terminal import echo, progress
@@ -41,7 +42,7 @@ def run(config: QuickstartConfig) -> None:
 def _train(recipe: Recipe, directory: RunDirectory) -> None:
     """Train the run, or resume it, or reuse it if it is finished."""
     if not directory.exists():
-        train.run(recipe, directory)
+        train(recipe, directory)
         return
     # A run names the folder that its source was prepared into, so `data` always differs.
     before = flatten(read_recipe_of(directory.path)) | {"data": recipe.data.data}
@@ -57,14 +58,14 @@ def _train(recipe: Recipe, directory: RunDirectory) -> None:
         return
     progress_so_far = f"{status.step} of {status.total_steps} steps"
     echo(f"resuming {directory.path}, which has done {progress_so_far}; --fresh starts over")
-    train.run(load_resumed(directory.path), directory, resume=True)
+    train(load_resumed(directory.path), directory, resume=True)
 
 
 def _compress(recipe: Recipe, directory: RunDirectory) -> dict[str, float]:
     """Bits per byte of the validation text for each compressor; measured once, kept in compression.json."""
     path = directory.path / "compression.json"
     if not path.is_file():
-        dataset = open_one_dataset(recipe.data)
+        dataset = open_one_dataset(ensure_prepared(recipe.data))
         validation_text = dataset.text("validation")
         with progress("compress", 1, "validation split") as advance:
             measured = compressed_bits_per_byte(validation_text, dataset.text("train"))

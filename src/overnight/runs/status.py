@@ -17,28 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from overnight.recipe import Recipe
 from overnight.run_directory import RunDirectory
 from overnight.runs.json_lines import EVALUATION_KEYS, EVENT_KEYS, METRICS_KEYS, JsonLines, read_ends
 from overnight.training.batch import BatchConfig, plan_batches
 
 State = Literal["running", "finished", "stopped", "diverged", "empty", "damaged"]
 KILLED = "a kill or a power failure: no reason was recorded"
-
-RENAMED_SETTINGS = {
-    "sources": "mixture",
-    "shuffle_tokens": "shuffle_window",
-    "save_in_background": "async_checkpoint",
-    "stop_after": "max_time",
-    "start_from": "init_from",
-    "ramp_from_tokens_per_step": "batch_ramp_start_tokens",
-    "ramp_tokens": "batch_ramp_tokens",
-    "head": "loss",
-    "recompute": "activation_checkpointing",
-    "bitwise": "deterministic_reduce",
-    "rows_per_micro_batch": "micro_batch_size",
-    "spike_deviations": "spike_sigma",
-}
-"""The names of settings in older recipes, and their names today."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,13 +149,10 @@ def describe_run(path: Path) -> RunStatus:
 
 
 def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a recipe.toml by their names of today, which are unique over all sections."""
+    """The settings of a recipe.toml by name, which is unique over all sections; spelled as today."""
     flat: dict[str, Any] = {}
     for name, value in recipe.items():
-        if isinstance(value, Mapping):
-            flat |= flat_settings(value)
-        else:
-            flat[RENAMED_SETTINGS.get(name, name)] = value
+        flat |= flat_settings(value) if isinstance(value, Mapping) else Recipe.RENAMED.settings({name: value})
     return flat
 
 

@@ -1,7 +1,7 @@
 """The job files, read by the rules of each target: what they ask for, and that their keys are known.
 
 SkyPilot's schema is written after its documentation (docs.skypilot.co, reference/yaml-spec), because the
-package takes 460 MB. Its own parser, `sky.Task.from_yaml` of version 0.14.1, accepted these files for one node
+package takes 460 MB. Its parser, `sky.Task.from_yaml` of version 0.14.1, accepted these files for one node
 and for two. Kubeflow's client drops unknown keys, so what it writes back is compared with what it read; the
 operator's resource definition (v1.9.0) accepted the files as well. SageMaker's types are those of
 mypy-boto3-sagemaker, from botocore's model; lengths and patterns are those of the API's reference.

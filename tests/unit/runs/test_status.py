@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from overnight.recipe import Recipe, flatten
 from overnight.runs import json_lines
-from overnight.runs.status import RENAMED_SETTINGS, describe_run, find_run, flat_settings, list_runs
+from overnight.runs.status import describe_run, find_run, flat_settings, list_runs
 
 
 def test_finished_run(make_run):
@@ -119,11 +118,10 @@ def test_find_run_by_path_or_name(make_run):
 
 
 def test_settings_have_their_names_of_today():
-    recipe = {"seed": 1, "start_from": "gpt2", "data": {"data": "d"}, "batch": {"rows_per_micro_batch": 7}}
-    settings = {"seed": 1, "init_from": "gpt2", "data": "d", "micro_batch_size": 7}
-    assert flat_settings(recipe) == settings
-    assert {*RENAMED_SETTINGS.values()} <= {*flatten(Recipe())}
-    assert not {*RENAMED_SETTINGS} & {*flatten(Recipe())}
+    old = {"start_from": "gpt2", "data": {"data": "d"}, "compute": {"head": "whole"}}
+    assert flat_settings(old) == {"init_from": "gpt2", "data": "d", "loss": "full"}
+    new = {"init_from": "gpt2", "batch": {"micro_batch_size": 7}}
+    assert flat_settings(new) == {"init_from": "gpt2", "micro_batch_size": 7}
 
 
 def test_long_runs_are_read_from_their_ends_only(make_run, monkeypatch):
