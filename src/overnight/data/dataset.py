@@ -156,8 +156,8 @@ def open_dataset(config: DataConfig) -> Dataset | MixtureDataset:
     for part in parts[1:]:
         if part.tokenizer.fingerprint != first.tokenizer.fingerprint:
             raise ValueError(
-                f"{part.folder} was prepared with the tokenizer {part.tokenizer.name} and {first.folder} with "
-                f"another, {first.tokenizer.name}: prepare {part.folder} again with "
+                f"{part.folder} was prepared with the tokenizer {part.tokenizer.name}, {first.folder} with "
+                f"{first.tokenizer.name}: prepare {part.folder} again with "
                 f"--tokenizer {first.folder}/tokenizer"
             )
     if incomplete := next((part.folder for part in parts if "is_complete" in part.record()), None):

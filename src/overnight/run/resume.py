@@ -78,7 +78,7 @@ def begin(run: RunSetup, directory: RunDirectory, choices: Mapping[str, str], *,
         record_start(run, directory, choices, resume=resume)
     world.barrier()
     for name, choice in choices.items():
-        echo(f"{name.replace('_', ' '):<23} {choice}")
+        echo(f"{name.replace('_', ' '):<25} {choice}")
 
 
 def check_settings(run: RunSetup, directory: RunDirectory, newest: VerifiedCheckpoint) -> None:
