@@ -15,7 +15,7 @@ from overnight.config import raise_problems
 from overnight.data.shards import MANIFEST
 from overnight.data.text_files import is_remote
 from overnight.inspection import InspectConfig
-from overnight.inspection.domains import Columns, Domains, count_domains
+from overnight.inspection.domains import Domains, SourceColumns, count_domains
 from overnight.inspection.quality import ODDITIES
 from overnight.inspection.statistics import LONGEST_LOOK_TOKENS, Inspection, Row, inspect_shards
 from overnight.terminal import echo
@@ -37,7 +37,9 @@ def run(config: InspectConfig) -> None:
         )
     else:
         _require_source(config.data)
-        found = count_domains(config.data, Columns(config.url_column, config.text_column), config.documents)
+        found = count_domains(
+            config.data, SourceColumns(config.url_column, config.text_column), config.documents
+        )
     if config.json:
         sys.stdout.write(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
         return

@@ -27,7 +27,7 @@ MOST_DOMAINS = 1000  # in the JSON output; a terminal shows fewer
 ROWS_AT_ONCE = 4096
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)?//")
 
-Row = tuple[object, int]  # an address, or what is in its place; bytes of text
+_Row = tuple[object, int]  # an address, or what is in its place; bytes of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Domains:
     """name, documents, text_bytes; at most 1,000."""
 
 
-class Columns(NamedTuple):
+class SourceColumns(NamedTuple):
     """The names of the columns that hold the address and the text."""
 
     url: str = "url"
@@ -65,7 +65,7 @@ def domain_of(address: object) -> str | None:
     return host.removeprefix("www.").rstrip(".") or None
 
 
-def count_domains(source: str, columns: Columns, documents: int | None = None) -> Domains:
+def count_domains(source: str, columns: SourceColumns, documents: int | None = None) -> Domains:
     """Count the sites of a file, a folder or a URL, or of its first `documents` rows.
 
     Memory holds two numbers a site. Raises ValueError if no file has such columns, or one is damaged.
@@ -98,13 +98,13 @@ def count_domains(source: str, columns: Columns, documents: int | None = None) -
     )
 
 
-def _rows(files: Sequence[TextFile], columns: Columns, advance: Callable[..., None]) -> Iterator[Row]:
+def _rows(files: Sequence[TextFile], columns: SourceColumns, advance: Callable[..., None]) -> Iterator[_Row]:
     for file in files:
         yield from _json_rows(file, columns) if file.kind == ".jsonl" else _parquet_rows(file, columns)
         advance(file.bytes / 1e6)
 
 
-def _json_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
+def _json_rows(file: TextFile, columns: SourceColumns) -> Iterator[_Row]:
     with open_file(file) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -121,7 +121,7 @@ def _json_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
             yield fields[columns.url], len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
 
 
-def _parquet_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
+def _parquet_rows(file: TextFile, columns: SourceColumns) -> Iterator[_Row]:
     pyarrow = import_pyarrow(file.address)
     from pyarrow import compute
 
@@ -138,7 +138,7 @@ def _parquet_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
         ) from None
 
 
-def _require(columns: Columns, present: Sequence[str], location: str) -> None:
+def _require(columns: SourceColumns, present: Sequence[str], location: str) -> None:
     """Raise ValueError if a column is missing."""
     for column, option in zip(columns, ("--url-column", "--text-column"), strict=True):
         if column not in present:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from overnight.inspection.domains import Columns, count_domains, domain_of
+from overnight.inspection.domains import SourceColumns, count_domains, domain_of
 
 ROWS = [
     {"url": "https://www.example.org/a?b=c", "text": "zwölf"},
@@ -31,11 +31,11 @@ def write_lines(path: Path, rows: list[dict[str, object]]) -> str:
 
 def test_domains_of_json_lines(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", ROWS)
-    found = count_domains(source, Columns())
+    found = count_domains(source, SourceColumns())
     assert found.top == EXPECTED
     assert (found.files, found.documents, found.documents_without, found.sites) == (1, 7, 3, 3)
     assert found.text_bytes == 16
-    first = count_domains(source, Columns(), documents=2)
+    first = count_domains(source, SourceColumns(), documents=2)
     assert (first.documents, first.top) == (2, EXPECTED[:1])
 
 
@@ -48,30 +48,30 @@ def test_domains_of_a_folder_of_all_kinds(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
         file.write("\n".join(map(json.dumps, ROWS[5:])))
     (tmp_path / "notes.txt").write_text("no addresses here")
-    found = count_domains(str(tmp_path), Columns())
+    found = count_domains(str(tmp_path), SourceColumns())
     assert found.top == EXPECTED
     assert (found.files, found.documents, found.text_bytes) == (3, 7, 16)
 
 
 def test_domains_need_their_columns(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"site": "https://a.org", "body": "x"}])
-    assert count_domains(path, Columns("site", "body")).sites == 1
+    assert count_domains(path, SourceColumns("site", "body")).sites == 1
     with pytest.raises(ValueError, match=r"a\.jsonl line 1 .* 'url'.* --url-column"):
-        count_domains(path, Columns(text="body"))
+        count_domains(path, SourceColumns(text="body"))
     with pytest.raises(ValueError, match=r"'text'.* --text-column.* 'site', 'body'"):
-        count_domains(path, Columns(url="site"))
+        count_domains(path, SourceColumns(url="site"))
 
 
 def test_domains_refuse_files_without_columns_and_damaged_ones(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match=str(tmp_path)):
-        count_domains(str(tmp_path), Columns())
+        count_domains(str(tmp_path), SourceColumns())
     (tmp_path / "b.jsonl").write_text('{"url": "https://a.org", "text": "x"}\n[1]\n')
     with pytest.raises(ValueError, match=r"b\.jsonl line 2"):
-        count_domains(str(tmp_path), Columns())
+        count_domains(str(tmp_path), SourceColumns())
     (tmp_path / "b.jsonl").rename(tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet is damaged"):
-        count_domains(str(tmp_path), Columns())
+        count_domains(str(tmp_path), SourceColumns())
 
 
 @pytest.mark.parametrize(

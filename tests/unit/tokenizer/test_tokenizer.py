@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -131,7 +132,7 @@ class TrustsText(BytePair):
         return self._encoding.encode_to_numpy(text, allowed_special="all")
 
 
-class DropsSurrogates(BytePair):
+class DropsHalfPairs(BytePair):
     """The mistake: what is not a character is left out."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
@@ -142,7 +143,7 @@ class DropsSurrogates(BytePair):
     "check, wrong, text",
     [
         (check_text_stays_text, TrustsText, "a<|endoftext|>b"),
-        (check_nothing_is_lost, DropsSurrogates, "a\ud800b"),
+        (check_nothing_is_lost, DropsHalfPairs, "a\ud800b"),
     ],
 )
 def test_wrong_tokenizers_are_caught(
@@ -191,13 +192,28 @@ def test_id_outside_the_vocabulary_is_refused(tokenizer: Tokenizer, id: int) -> 
         tokenizer.decode([0, id])
 
 
-@pytest.mark.parametrize(
-    "piece", ["a", "^", " ", "\n", "1", "'", "é", "<|endoftext|>", "中", "\u0301", "aA", " " * 999_999 + "x"]
-)
+REPEATED = ["a", "^", " ", "\n", "1", "'", "é", "<|endoftext|>", "中", "\u0301", "aA", "\udfff"]
+
+
+@pytest.mark.parametrize("piece", [*REPEATED, " " * 999_999 + "x"])
 def test_megabyte_of_anything_returns(tokenizer: Tokenizer, piece: str) -> None:
     """Takes about a second; quadratic time would exceed the test's time limit."""
     text = piece * (1_000_000 // len(piece))
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == clean(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", REPEATED)
+def test_encoding_time_is_linear(tokenizer: Tokenizer, piece: str) -> None:
+    """Four times the text takes at most eight times the time; quadratic time would be sixteen times."""
+
+    def seconds(length: int) -> float:
+        started_at = time.process_time()
+        tokenizer.encode(piece * (length // len(piece)))
+        return time.process_time() - started_at
+
+    short, long = (min(seconds(length) for _ in range(3)) for length in (50_000, 200_000))
+    assert long < 8 * max(short, 0.005)
 
 
 def test_clean_joins_pairs_and_replaces_lone_surrogates() -> None:
