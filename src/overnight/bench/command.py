@@ -191,9 +191,7 @@ def read_ids(plan: BenchPlan) -> tuple[NDArray[Any], str]:
     """
     wanted = plan.tokens_to_read
     if plan.data is not None:
-        return np.resize(
-            _prepared_ids(plan.data, plan.baseline.model.vocab_size or 0, wanted), wanted
-        ), plan.data
+        return np.resize(_prepared_ids(plan.data, plan.baseline.model.vocabulary, wanted), wanted), plan.data
     texts, characters = [], 0
     for document in python_documents():
         texts.append(document.text)

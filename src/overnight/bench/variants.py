@@ -142,7 +142,7 @@ def find_machine(device: str) -> Machine:
 
 def unavailable_reasons(machine: Machine, baseline: StepTask) -> dict[str, str]:
     """Why variants can't run on a machine, by name, for steps like `baseline`."""
-    device, vocab_size = machine.device, baseline.model.vocab_size or 0
+    device, vocab_size = machine.device, baseline.model.vocabulary
     is_mps, is_cpu = device == "mps", device == "cpu"
     conditions = (
         ("tf32", not machine.tf32, f"it takes an NVIDIA GPU since Ampere (2020), not {device}"),

@@ -27,7 +27,7 @@ from overnight.data.loader import Batch
 from overnight.distributed.machine import environment_of_process
 from overnight.distributed.world import SINGLE_PROCESS, open_world
 from overnight.hardware import peak_memory_bytes, release_cached_memory, reset_peak_memory
-from overnight.model.gpt import empty_model, initialize
+from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
 from overnight.recipe import Recipe, Resolved
 from overnight.run.setup import build_training
@@ -118,9 +118,7 @@ def build_step(task: StepTask) -> Callable[[], StepResult]:
     resolved = Resolved(
         recipe=recipe, model=task.model, compute=task.compute, plan=plan, total_steps=TOTAL_STEPS
     )
-    model = empty_model(task.model, task.vocabulary_multiple)
-    initialize(model, SEED)
-    model.to(device)
+    model = GPT(task.model, task.vocabulary_multiple, seed=SEED).to(device)
     optimizer = build_optimizer(model, recipe.optimizer, fused=task.fused_optimizer)
     state = TrainState(model, optimizer, scaler=build_scaler(device, task.compute.precision))
     rows = ArrayRows(np.load(task.ids), context_length)

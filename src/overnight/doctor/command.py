@@ -40,8 +40,8 @@ DEPENDS_ON = dict.fromkeys(("accumulation", "overfit", "checkpoint", "processes"
 def run(config: DoctorConfig, name: str) -> int:
     """Check the recipe `name` with the settings in `config`; returns 1 if a check failed, else 0.
 
-    Writes nothing but what `overnight train` would prepare first. Raises ValueError for a recipe that can't be
-    trained at all.
+    Writes nothing but what `overnight train` would prepare first. Raises ValueError for a recipe that can't
+    be trained at all.
     """
     raise_problems(config.problems(), f"recipe {config.run_name}")
     started_at = time.perf_counter()

@@ -145,7 +145,7 @@ def check_disjoint(folder: Path, manifest: Manifest, *, full: bool) -> CheckResu
             passed=False,
             measured="nothing held out",
             bound="some text",
-            cause="without held-out text, learning can't be distinguished from memorizing: prepare the text again with "
+            cause="without held-out text, learning looks the same as memorizing: prepare the text again with "
             "--validation-fraction 0.01",
         )
     held_out = {
@@ -207,7 +207,8 @@ def check_contamination(
         measured=f"{contaminated:,} of {searched:,} documents",
         bound=f"0 share {decontaminate.PASSAGE_WORDS} words in a row",
         cause=f"training documents share a passage with a benchmark ({matches}), whose score would in part "
-        f"be memorized: prepare the text again with --decontaminate {' '.join(benchmarks)} --on-contaminated drop",
+        f"be memorized: prepare the text again with --on-contaminated drop --decontaminate "
+        f"{' '.join(benchmarks)}",
         figures={"documents": searched, "contaminated": contaminated} | found,
     )
 
@@ -247,8 +248,8 @@ def _describe_passes(run_tokens: int, passes: float) -> Iterator[str]:
 def sample_documents(folder: Path, manifest: Manifest, split: str, most: int | None) -> Iterator[Tokens]:
     """The ids of whole documents without end-of-text: all, or at most `most`, spread over the shards.
 
-    A sample has no documents that continue in the next shard; of text without boundaries, it has the beginning
-    of each shard.
+    A sample has no documents that continue in the next shard; of text without boundaries, it has the
+    beginning of each shard.
     """
     if most is None:
         for pieces in statistics.documents_of(statistics.shard_spans(folder, manifest, split, None)):

@@ -62,8 +62,8 @@ def check_causality(run: RunSetup) -> CheckResult:
         "an id changes logits BEFORE it: the attention mask lets the future through (is_causal in "
         "model/gpt.py); the loss then falls far below what is possible, and generated text is nonsense"
         if before > LOGIT_TOLERANCE
-        else "an id does not change the logits after it: attention does not look back, or ids do not reach the "
-        "model; look at the mask in model/gpt.py"
+        else "an id does not change the logits after it: attention does not look back, or ids do not reach "
+        "the model; look at the mask in model/gpt.py"
     )
     return CheckResult(
         passed=before <= LOGIT_TOLERANCE and after > 0.0,

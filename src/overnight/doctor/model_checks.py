@@ -62,8 +62,8 @@ def check_initial_loss(run: RunSetup) -> CheckResult:
     tolerance = INITIAL_TOLERANCE + spread
     side = "higher" if loss > expected else "lower"
     cause = {
-        "higher": "weights with too large a standard deviation make a model confident without reason: look at "
-        "the initialisation in model/gpt.py, and at what is summed in model/loss.py",
+        "higher": "weights with too large a standard deviation make a model confident without reason: look "
+        "at the initialisation in model/gpt.py, and at what is summed in model/loss.py",
         "lower": "an untrained model can't know the text: are targets the NEXT ids (data/loader.py), is the "
         "sum of nats divided twice, is the head tied?",
     }[side]
@@ -128,7 +128,7 @@ def check_overfit(run: RunSetup) -> CheckResult:
         passed=loss <= OVERFIT_NATS,
         measured=f"{loss:.3f} nats after {steps} steps",
         bound=f"at most {OVERFIT_NATS} (from {first:.2f})",
-        cause="a model that can't memorize one row learns nothing: the optimizer does not apply the gradients "
+        cause="a model that can't memorize one row learns nothing: the optimizer does not apply gradients "
         "(optim.py, its settings in the recipe: beta1, beta2, epsilon, max_grad_norm), or the loss and the "
         "gradient are of different tokens",
         figures={"loss": loss, "steps": steps, "first_loss": first},
@@ -190,8 +190,8 @@ def check_compiled(tiny: TinyRun) -> CheckResult:
         measure_pass(tiny.build(compile=True)),
         measure_pass(tiny.build()),
         "fp32",
-        "torch.compile changes the result of the step: try a newer torch, or give --compile False; in your own "
-        "change, look at what NextTokenLoss in training/compute.py compiles",
+        "torch.compile changes the result of the step: try a newer torch, or give --compile False; in your "
+        "own change, look at what NextTokenLoss in training/compute.py compiles",
     )
 
 
@@ -249,8 +249,8 @@ def compare_steps(alone: Steps, together: Steps) -> CheckResult:
         bound=f"{PROCESSES_TOLERANCE:.0e}, {len(alone)} steps",
         cause="two processes do not take the same steps as one (loss "
         f"{loss_of_two:.5f} instead of {loss:.5f}, gradient norm {norm_of_two:.5g} instead of {norm:.5g}): "
-        "gradients and nats must be SUMMED over processes once a step, before clipping (training/sharding.py, "
-        "World.all_reduce), and each process computes its own micro-batches (training/batch.py)",
+        "gradients and nats must be SUMMED over processes once a step, before clipping "
+        "(training/sharding.py, World.all_reduce), and each process computes its own micro-batches (training/batch.py)",
         figures={"relative_difference": off},
     )
 
@@ -322,10 +322,9 @@ class GradientRecorder(Replicated):
     def reduce(self, nats: Tensor, number: int, count: int) -> Tensor:
         """As `Replicated.reduce`."""
         total = super().reduce(nats, number, count)
-        self.gradients = {
-            name: None if each.grad is None else each.grad.clone()
-            for name, each in self.model.named_parameters()
-        }
+        if number == count - 1:
+            named = self.model.named_parameters()
+            self.gradients = {name: None if each.grad is None else each.grad.clone() for name, each in named}
         return total
 
 

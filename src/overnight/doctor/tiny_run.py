@@ -1,7 +1,7 @@
 """A recipe made small, on a small text: what can be checked completely within seconds.
 
-It keeps the recipe's settings and is built by the functions that build a run. Sizes are smaller and dropout is
-off, since what is compared must be the same each time.
+It keeps the recipe's settings and is built by the functions that build a run. Sizes are smaller and dropout
+is off, since what is compared must be the same each time.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.evaluation.perplexity import evaluate_language_model, evaluation_rows
 from overnight.generation.generate import Decoding, stream_ids
 from overnight.hardware import peak_memory_bytes, reset_peak_memory, synchronize
-from overnight.model.gpt import GPT, empty_model, initialize
+from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
 from overnight.planning.estimate import FORWARD_SHARE, CostRange, StepCost
 from overnight.recipe import Recipe, Resolved
@@ -121,9 +121,7 @@ def build_trial(resolved: Resolved) -> tuple[TrainState, TrainSetup]:
     alone = dataclasses.replace(
         resolved, compute=dataclasses.replace(resolved.compute, sharding="none", deterministic_reduce=False)
     )
-    model = empty_model(resolved.model)
-    initialize(model, recipe.seed)
-    model.to(device)
+    model = GPT(resolved.model, seed=recipe.seed).to(device)
     optimizer = build_optimizer(model, recipe.optimizer)
     state = TrainState(model, optimizer, scaler=build_scaler(device, resolved.compute.precision))
     # Any id can be the separator of documents: all are equally rare in random rows.
@@ -136,7 +134,7 @@ class RandomRows:
     """Rows of random ids, which cost as much as those of a text."""
 
     def __init__(self, model: ModelConfig) -> None:
-        self._vocab_size, self._context_length = model.vocab_size or 1, model.context_length
+        self._vocab_size, self._context_length = model.vocabulary, model.context_length
         self._generator = torch.Generator().manual_seed(0)
 
     def batch(self, _first_row: int, rows: int) -> Batch:
