@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from overnight.config import Renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +32,5 @@ class BenchConfig:
     """A folder for ladder.json, ladder.md and ladder.svg; none is written if left out."""
     json: bool = False
     """Print one JSON object to standard output."""
+
+    RENAMED: ClassVar[Renamed] = Renamed(names={"rungs": "variants"})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from overnight.config import nearest
+from overnight.config import Renamed, nearest
 from overnight.preparation.prepare_config import BENCHMARK_KINDS
 from overnight.recipe import Recipe
 
@@ -32,6 +33,8 @@ class DoctorConfig(Recipe):
     """Names of the checks to do; all if left out."""
     json: bool = False
     """Print one JSON object to standard output."""
+
+    RENAMED: ClassVar[Renamed] = Recipe.RENAMED.also(thorough="full", against="baseline")
 
     def problems(self) -> list[str]:
         """Invalid values, one sentence each; [] if there are none."""
