@@ -94,7 +94,7 @@ def decide_bench(config: BenchConfig, device: str) -> BenchPlan:
             steps = config.steps or (STEPS_ON_CPU if device == "cpu" else STEPS_ON_GPU)
             return BenchPlan(config.model, config.data, device, variants, tasks, groups, steps)
     pairs: Sequence[Sequence[StepTask]] = list(itertools.pairwise(tasks.values())) or [list(tasks.values())]
-    needed = max(estimate_bytes(pair) for pair in pairs)
+    needed = max(memory_of_tasks(pair) for pair in pairs)
     raise ValueError(
         f"two variants at a time need {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
         "give fewer --rows, a smaller --context-length, or a smaller --model"
@@ -147,9 +147,9 @@ def divide(tasks: Mapping[str, StepTask], memory_bytes: float) -> list[list[str]
     """
     groups: list[list[str]] = [[]]
     for name, task in tasks.items():
-        if estimate_bytes([*(tasks[each] for each in groups[-1]), task]) > memory_bytes:
+        if memory_of_tasks([*(tasks[each] for each in groups[-1]), task]) > memory_bytes:
             groups.append(groups[-1][-1:])
-            if estimate_bytes([*(tasks[each] for each in groups[-1]), task]) > memory_bytes:
+            if memory_of_tasks([*(tasks[each] for each in groups[-1]), task]) > memory_bytes:
                 return []
         groups[-1].append(name)
     return groups
@@ -166,7 +166,7 @@ def find_free_bytes(device: str) -> float:
     return total
 
 
-def estimate_bytes(tasks: Iterable[StepTask]) -> float:
+def memory_of_tasks(tasks: Iterable[StepTask]) -> float:
     """The memory of the processes of all tasks while one of them steps."""
     at_rest, most = 0.0, 0.0
     for task in tasks:

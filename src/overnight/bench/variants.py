@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,91 +26,40 @@ TOLERANCES = {"fp32": 0.0002, "tf32": 0.005, "bf16": 0.02, "fp16": 0.01}
 FP8_TOLERANCE = 0.05
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
+class Variant(NamedTuple):
     """One change, on top of those of the variants before it."""
 
     name: str
     """As in --variants and in the table."""
     about: str
-    compute: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of Compute that it changes."""
-    task: Mapping[str, Any] = field(default_factory=dict)
-    """Other fields of StepTask that it changes."""
-    is_default: bool = True
-    """False for one that costs time or accuracy: it is timed only when named."""
+    changes: Mapping[str, Any]
+    """Fields of Compute and of StepTask."""
 
 
 # The order is that of Karpathy's lecture "Let's reproduce GPT-2 (124M)"; large pages and the larger
 # micro-batch, which it does not have, come last.
 _VARIANTS = (
-    Variant(name="float32", about="all in 32 bits, attention written out, nothing compiled"),
-    Variant(name="tf32", about="matrix products of inputs rounded to 19 bits", compute={"precision": "tf32"}),
+    Variant("float32", "all in 32 bits, attention written out, nothing compiled", {}),
+    Variant("tf32", "matrix products of inputs rounded to 19 bits", {"precision": "tf32"}),
+    Variant("bf16", "matrix products in bfloat16; weights and sums stay float32", {"precision": "bf16"}),
+    Variant("fp16", "matrix products in float16, with loss scaling", {"precision": "fp16"}),
+    Variant("compile", "the step fused into few kernels: fewer passes over memory", {"compile": True}),
+    Variant("fused-attention", "attention in one kernel, without T x T weights", {"attention": "fused"}),
+    Variant("block-attention", "attention in blocks, for bfloat16 units", {"attention": "blocks"}),
+    Variant("pad-vocab", f"vocabulary padded to a multiple of {TILE}", {"vocabulary_multiple": TILE}),
+    Variant("fused-adamw", "weights updated in one pass, not a dozen", {"fused_optimizer": True}),
+    Variant("large-pages", "memory kept, in pages of 2 MiB, not 4 KiB", {"large_pages": True}),
+    Variant("micro-batch", "the rows of a step at once, not in parts", {"micro_batches": 1}),
+    Variant("chunked-head", "logits of some rows at a time: less memory", {"loss": "chunked"}),
+    Variant("fp8-head", "head's products in 8 bits: less exact", {"loss": "fp8"}),
     Variant(
-        name="bf16",
-        about="matrix products in bfloat16; weights and sums stay float32",
-        compute={"precision": "bf16"},
-    ),
-    Variant(
-        name="fp16",
-        about="matrix products in float16, with loss scaling",
-        compute={"precision": "fp16"},
-    ),
-    Variant(
-        name="compile",
-        about="the step fused into few kernels, with fewer passes over memory",
-        compute={"compile": True},
-    ),
-    Variant(
-        name="fused-attention",
-        about="attention in one kernel, its T x T weights never in memory",
-        compute={"attention": "fused"},
-    ),
-    Variant(
-        name="block-attention",
-        about="attention in products of blocks, made for bfloat16 units",
-        compute={"attention": "blocks"},
-    ),
-    Variant(
-        name="pad-vocab",
-        about=f"the vocabulary padded to a multiple of {TILE} rows",
-        task={"vocabulary_multiple": TILE},
-    ),
-    Variant(
-        name="fused-adamw",
-        about="each weight updated in one pass instead of a dozen",
-        task={"fused_optimizer": True},
-    ),
-    Variant(
-        name="large-pages",
-        about="freed memory is kept, in pages of 2 MiB instead of 4 KiB",
-        task={"large_pages": True},
-    ),
-    Variant(
-        name="micro-batch",
-        about="the rows of a step computed at once instead of in parts",
-        task={"micro_batches": 1},
-    ),
-    Variant(
-        name="chunked-head",
-        about="logits and losses of some rows at a time: less memory",
-        compute={"loss": "chunked"},
-        is_default=False,
-    ),
-    Variant(
-        name="fp8-head",
-        about="products with the vocabulary in 8 bits: faster, less exact",
-        compute={"loss": "fp8"},
-        is_default=False,
-    ),
-    Variant(
-        name="activation-checkpointing",
-        about="activations recomputed, not kept: less memory, slower",
-        compute={"activation_checkpointing": "block"},
-        is_default=False,
+        "activation-checkpointing",
+        "activations recomputed: less memory, slower",
+        {"activation_checkpointing": "block"},
     ),
 )
 VARIANTS = {variant.name: variant for variant in _VARIANTS}
+ONLY_WHEN_NAMED = {"chunked-head", "fp8-head", "activation-checkpointing"}  # slower, or less exact
 BASELINE = "float32"
 FORMER_NAMES = {"nice-numbers": "pad-vocab", "recompute": "activation-checkpointing"}
 
@@ -178,7 +127,7 @@ def choose_variants(
     unavailable = unavailable_reasons(machine, baseline)
     if names is not None:
         return dict.fromkeys(_check_named(names, unavailable))
-    chosen = [variant.name for variant in VARIANTS.values() if variant.is_default]
+    chosen = [name for name in VARIANTS if name not in ONLY_WHEN_NAMED]
     if machine.native != "fp16":  # an alternative to bf16, for GPUs without it
         chosen.remove("fp16")
     if machine.device != "cpu":
@@ -215,8 +164,9 @@ def stack_tasks(names: Collection[str], baseline: StepTask) -> dict[str, StepTas
 
 def change(task: StepTask, variant: Variant) -> StepTask:
     """The task with the variant's change."""
-    compute = dataclasses.replace(task.compute, **variant.compute)
-    return dataclasses.replace(task, compute=compute, **variant.task)
+    of_compute = {name: value for name, value in variant.changes.items() if hasattr(task.compute, name)}
+    of_task = {name: value for name, value in variant.changes.items() if name not in of_compute}
+    return dataclasses.replace(task, compute=dataclasses.replace(task.compute, **of_compute), **of_task)
 
 
 def baseline_compute(device: str) -> Compute:

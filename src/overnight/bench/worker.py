@@ -87,7 +87,7 @@ def read_task(line: str) -> StepTask:
     return StepTask(model=model, compute=compute, **values)
 
 
-class ArrayRows:
+class Rows:
     """The rows of one array of ids, end to end; on the CPU."""
 
     def __init__(self, ids: Any, context_length: int) -> None:
@@ -121,7 +121,7 @@ def build_step(task: StepTask) -> Callable[[], StepResult]:
     model = GPT(task.model, task.vocabulary_multiple, seed=SEED).to(device)
     optimizer = build_optimizer(model, recipe.optimizer, fused=task.fused_optimizer)
     state = TrainState(model, optimizer, scaler=build_scaler(device, task.compute.precision))
-    rows = ArrayRows(np.load(task.ids), context_length)
+    rows = Rows(np.load(task.ids), context_length)
     training = build_training(resolved, model, rows, dataclasses.replace(SINGLE_PROCESS, device=device))
 
     def step() -> StepResult:

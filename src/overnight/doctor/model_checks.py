@@ -250,7 +250,8 @@ def compare_steps(alone: Steps, together: Steps) -> CheckResult:
         cause="two processes do not take the same steps as one (loss "
         f"{loss_of_two:.5f} instead of {loss:.5f}, gradient norm {norm_of_two:.5g} instead of {norm:.5g}): "
         "gradients and nats must be SUMMED over processes once a step, before clipping "
-        "(training/sharding.py, World.all_reduce), and each process computes its own micro-batches (training/batch.py)",
+        "(training/sharding.py, World.all_reduce), and each process computes its own micro-batches "
+        "(training/batch.py)",
         figures={"relative_difference": off},
     )
 

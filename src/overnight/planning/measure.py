@@ -107,12 +107,17 @@ def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -
 
 
 def cost_quartiles(parts: StepCost, step_seconds: Sequence[float], micro_batches: int) -> CostRange:
-    """`parts` with the time of a micro-batch by the quartiles of timed steps of so many micro-batches."""
+    """`parts` scaled so that steps of so many micro-batches take the quartiles of the timed ones.
+
+    Parts are timed once and whole steps often, so only the ratio of the parts is used.
+    """
     quartiles = statistics.quantiles(step_seconds, n=4, method="inclusive")
-    fast, likely, slow = (
-        parts._replace(micro_batch=(seconds - parts.update) / micro_batches) for seconds in quartiles
-    )
-    return fast, likely, slow
+    fast, likely, slow = (seconds / parts.step(micro_batches) for seconds in quartiles)
+    return _scaled(parts, fast), _scaled(parts, likely), _scaled(parts, slow)
+
+
+def _scaled(parts: StepCost, factor: float) -> StepCost:
+    return parts._replace(micro_batch=factor * parts.micro_batch, update=factor * parts.update)
 
 
 def build_trial(resolved: Resolved) -> tuple[TrainState, TrainSetup]:

@@ -15,7 +15,7 @@ from overnight import cli
 from overnight.bench import BenchConfig, decide, worker
 from overnight.bench import command as bench_command
 from overnight.bench.command import build_record, read_ids
-from overnight.bench.decide import WARM_UPS, BenchPlan, decide_bench, divide, estimate_bytes, find_free_bytes
+from overnight.bench.decide import WARM_UPS, BenchPlan, decide_bench, divide, find_free_bytes, memory_of_tasks
 from overnight.bench.table import BenchRecord
 from overnight.bench.worker import StepWorker, TimedSteps, running_workers
 from overnight.data.shards import read_manifest
@@ -123,7 +123,7 @@ def test_groups_fit_into_memory_and_share_a_variant(monkeypatch: pytest.MonkeyPa
     assert [*plan.groups[0], *(name for group in plan.groups[1:] for name in group[1:])] == list(plan.tasks)
     for group in plan.groups:
         assert len(group) > 1
-        assert estimate_bytes(plan.tasks[name] for name in group) <= 16 * GB
+        assert memory_of_tasks(plan.tasks[name] for name in group) <= 16 * GB
     for memory, variants in ((5 * GB, None), (1 * GB, ("float32",))):
         with pytest.raises(ValueError, match="--rows"):
             plan_of(memory, monkeypatch, variants=variants)

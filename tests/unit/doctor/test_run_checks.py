@@ -72,9 +72,7 @@ def test_fine_tuning_needs_no_warm_up() -> None:
 def test_drawing_is_as_high_as_the_rate() -> None:
     lines = draw(lambda step: 1.0 - step / 59, 60)
     bars = [line.split("│")[1].ljust(DRAWN_COLUMNS) for line in lines[:-1]]
-    heights = [
-        sum(run_checks.BLOCKS.index(row[column]) for row in bars) for column in range(DRAWN_COLUMNS)
-    ]
+    heights = [sum(run_checks.BLOCKS.index(row[column]) for row in bars) for column in range(DRAWN_COLUMNS)]
     assert heights == [round(40 * (1.0 - column / 59)) for column in range(DRAWN_COLUMNS)]
     assert lines[-1].endswith("step 60")
     assert all(len(line) <= 75 for line in lines)
