@@ -15,7 +15,7 @@ from overnight.hardware import DEVICES, GB
 from overnight.planning import command as planning_command
 from overnight.planning import measure
 from overnight.planning.command import command_after_plan, plan_recipe
-from overnight.planning.page import brief, dollars, plan_text, size
+from overnight.planning.page import plan_text
 from overnight.planning.plan import Plan, plan_to_json
 
 from .conftest import plan_config
@@ -71,6 +71,7 @@ def test_plan_suggests_smaller_model(plan_for: PlanFor) -> None:
     assert (plan.fits, plan.forecast) == (False, None)
     assert plan.largest_fitting is not None
     assert plan.largest_fitting[0] == "gpt2-774m"
+    assert "gpt2-774m" in plan_text(plan)
     config = plan_config("gpt2-1558m", device_type="rtx-4090")
     assert command_after_plan(plan, config).endswith("plan gpt2-774m --device-type rtx-4090")
 
@@ -90,14 +91,6 @@ def test_plan_suggests_options_that_fit(plan_for: PlanFor) -> None:
 def test_memory_of_an_apple_chip_is_unknown(plan_for: PlanFor) -> None:
     plan = plan_for("quickstart", "m1")
     assert (plan.fits, plan.device_memory_bytes) == (None, None)
-
-
-@pytest.mark.parametrize("device", ["h200", "t4", "m1", "rtx-4090"])
-@pytest.mark.parametrize("name", ["gpt2-124m", "gpt3-175b", "quickstart"])
-def test_page_is_80_columns_wide(plan_for: PlanFor, name: str, device: str) -> None:
-    plan = plan_for(name, device, dollars_per_hour=0.5)
-    assert max(map(len, plan_text(plan).splitlines())) <= 80
-    assert json.loads(json.dumps(plan_to_json(plan)))["recipe"] == name
 
 
 # This machine.
@@ -200,23 +193,3 @@ def test_plan_is_measured_with_the_allocator_of_a_run(monkeypatch: pytest.Monkey
         monkeypatch.setattr(sys, "argv", ["overnight", verb, "no-such-recipe"])
         assert main() == 2
     assert restarted == [["train", "no-such-recipe"], ["plan", "no-such-recipe"]]
-
-
-@pytest.mark.parametrize(
-    "shown, words",
-    [
-        (size(0), "0 kB"),
-        (size(149_400), "149 kB"),
-        (size(14_900_000), "14.9 MB"),
-        (size(999_600_000), "1.00 GB"),
-        (size(141 * GB), "141 GB"),
-        (brief(0.0123), "12.3 ms"),
-        (brief(0.4), "400 ms"),
-        (brief(75), "1 min 15 s"),
-        (dollars(0.03124), "$0.0312"),
-        (dollars(3.1), "$3.10"),
-        (dollars(31_200), "$31,200"),
-    ],
-)
-def test_figures_are_readable(shown: str, words: str) -> None:
-    assert shown == words
