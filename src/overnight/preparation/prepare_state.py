@@ -87,13 +87,15 @@ def is_complete(staging: Path) -> bool:
     return (staging / MANIFEST).is_file()
 
 
-def is_begun(staging: Path, request: Request) -> bool:
-    """True if the folder holds a part of this request, or all of it."""
+def is_begun(staging: Path, state: PrepareState) -> bool:
+    """True if the folder holds a part of this very work, or all of it."""
     try:
-        found = read_manifest(staging).request if is_complete(staging) else read_state(staging).request
+        if is_complete(staging):
+            return read_manifest(staging).request == state.request
+        found = read_state(staging)
     except (OSError, ValueError, LookupError, TypeError):
         return False
-    return found == request
+    return (found.request, found.units) == (state.request, state.units)
 
 
 def request_units(staging: Path, units: int) -> None:
