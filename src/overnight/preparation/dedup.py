@@ -20,12 +20,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.preparation.documents import KEPT, Document, filter_documents, kept_mask
+from overnight.preparation.documents import KEPT, Document, kept_mask
 from overnight.preparation.executors import Step, divide_workers, run_step, silence_datatrove
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.prepare_state import PrepareState, read_state, target_units
-from overnight.preparation.sources import read_parts
-from overnight.preparation.tokenize import sound_parts
+from overnight.preparation.tokenize import open_unit
 from overnight.run_directory import flush_to_disk
 from overnight.terminal import progress
 
@@ -85,8 +84,7 @@ def _sign_unit(staging: Path, state: PrepareState, number: int) -> None:
     done = folder / f"{number:05d}.signed"
     if done.is_file():
         return
-    parts, _ = sound_parts(state.units[number], state)
-    documents = filter_documents(read_parts(parts, state.config.text_column), state.config.on_bad_text)
+    documents, _ = open_unit(state, number)
     empty = Document("", "")  # has no n-grams, hence no signature
     WordSignature(folder).run(
         (document if status in KEPT else empty for document, status in documents), number

@@ -69,8 +69,14 @@ def write_state(staging: Path, state: PrepareState) -> None:
 
 
 def read_state(staging: Path) -> PrepareState:
-    """What `write_state` wrote."""
-    values: dict[str, Any] = json.loads((staging / "work.json").read_text(encoding="utf-8"))
+    """What `write_state` wrote, parsed once per process: of a large source it is megabytes."""
+    path = staging / "work.json"
+    return _parse_state(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _parse_state(path: Path, _modified_ns: int) -> PrepareState:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     units = tuple(
         tuple(Part(TextFile(**part["file"]), part["groups"] and tuple(part["groups"])) for part in unit)
         for unit in values.pop("units")
