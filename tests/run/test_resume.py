@@ -124,7 +124,7 @@ def test_the_run_crosses_epochs_and_shards(recipe: Build, tmp_path: Path) -> Non
 
     dataset = open_one_dataset(recipe().data)
     stream = dataset.stream("train", 32, 1337)
-    assert 4 * stream.windows_per_epoch < 12 * 96
+    assert 4 * stream.rows_per_epoch < 12 * 96
     assert len(dataset.manifest.train) >= 3
 
 
