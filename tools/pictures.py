@@ -37,7 +37,7 @@ THEME = TerminalTheme(
 # Rich's own frame asks for a font from the network, which a picture inside a page may not load.
 FRAME = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
-.{unique_id}-matrix {{ font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+.{unique_id}-matrix {{ font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 font-size: {char_height}px; line-height: {line_height}px; }}
 {styles}
 </style>
@@ -58,7 +58,9 @@ def record_quickstart(folder: Path) -> str:
     if not log.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "overnight", "quickstart"]
-        run = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
+        run = subprocess.run(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True
+        )
         log.write_bytes(run.stdout)
     return log.read_text(encoding="utf-8")
 
@@ -79,8 +81,11 @@ def shorten(output: str) -> list[str]:
 def paint(line: str) -> Text:
     """A line of the output with its numbers and its first words in colour."""
     text = Text(line)
-    text.highlight_regex(r"^(step +\d+|next:|device|precision|compile|attention|loss|activation checkpointing"
-                         r"|micro batch size|validation loss|bits per byte|speed|a sample|report)", "blue")
+    text.highlight_regex(
+        r"^(step +\d+|next:|device|precision|compile|attention|loss|activation checkpointing"
+        r"|micro batch size|validation loss|bits per byte|speed|a sample|report)",
+        "blue",
+    )
     text.highlight_regex(r"\d[\d.,]*(?= bits per byte| nats)", "yellow")
     text.highlight_regex(r"^ +this GPT-2.*$", "bold green")
     return text
@@ -89,7 +94,9 @@ def paint(line: str) -> Text:
 def draw_terminal(output: str) -> str:
     """The terminal, with the command and its output, as SVG."""
     with tempfile.TemporaryFile("w") as nowhere:
-        console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor")
+        console = Console(
+            record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor"
+        )
         console.print(Text("$ make quickstart", style="bold"))
         for line in shorten(output):
             console.print(paint(line), soft_wrap=False, overflow="fold")
@@ -104,10 +111,18 @@ def photograph(page: Path, to: Path, chromium: str, *, dark: bool) -> None:
         source = Path(folder) / "page.html"
         scheme = "dark" if dark else "light"
         source.write_text(with_scheme(page.read_text(encoding="utf-8"), scheme), encoding="utf-8")
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/x"]
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={folder}/x",
+        ]
         size = [f"--window-size={WIDTH},{HEIGHT}", f"--force-device-scale-factor={SCALE}"]
         subprocess.run(
-            [chromium, *options, *size, f"--screenshot={raw}", source.as_uri()], check=True, capture_output=True
+            [chromium, *options, *size, f"--screenshot={raw}", source.as_uri()],
+            check=True,
+            capture_output=True,
         )
         with Image.open(raw) as image:
             image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(to, optimize=True)
@@ -131,7 +146,9 @@ def check_size(path: Path, limit: int) -> None:
 
 def main() -> None:
     """Make all pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where the quickstart is run, or was run")
     folder = parser.parse_args().folder
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
