@@ -33,7 +33,7 @@ from measure import (
     spread,
     timed,
 )
-from overnight.bench.worker import SEED, read_rows
+from overnight.bench.worker import SEED, Rows
 from overnight.distributed.world import open_world
 from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.training import ComputeConfig
@@ -162,7 +162,7 @@ def measure(options: argparse.Namespace) -> Report:
     config, precision = check(options)
     tokens = options.batches * options.rows * options.context
     ids = np.resize(read_ids(options.text, options.data, options.bpe), tokens + 1)
-    batch = read_rows(ids, options.context)
+    batch = Rows(ids, options.context).batch
     batches = [batch(number * options.rows, options.rows) for number in range(options.batches)]
     question = Question(batches=batches, precision=precision, device=options.device)
     model = empty_model(config)

@@ -21,10 +21,10 @@ from overnight.bench.worker import (
     PEAK_LEARNING_RATE,
     SEED,
     WARMUP_STEPS,
+    Rows,
     StepTask,
     build_step,
     learning_rate,
-    read_rows,
     time_steps,
 )
 from overnight.model.model_config import VOCABULARY_MULTIPLE, ModelConfig
@@ -112,7 +112,7 @@ def build_theirs(task: Task, model: GPT) -> tuple[Callable[[], Any], str]:
     checkout = Path(task.checkout) if task.checkout is not None else None
     peer = peers.build_peer(task.peer, checkout, model)
     stepping = peers.Stepping(
-        batches=read_rows(np.load(task.ids), model.config.context_length),
+        batches=Rows(np.load(task.ids), model.config.context_length),
         rows=task.rows,
         micro_batches=task.micro_batches,
         precision=str(task.precision),

@@ -124,7 +124,7 @@ def ask(evaluate: Any, model: Any, batches: int = 3) -> tuple[Any, torch.Tensor]
     length = model.config.context_length
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(model.vocab_size, (batches * 2 * length + 1,), generator=generator)
-    batch = evaluate.read_rows(text.numpy(), length)
+    batch = evaluate.Rows(text.numpy(), length).batch
     windows = [batch(number * 2, 2) for number in range(batches)]
     return evaluate.Question(batches=windows, precision="fp32", device="cpu"), text
 

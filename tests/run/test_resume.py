@@ -47,7 +47,7 @@ def test_stopping_and_resuming_changes_nothing(
 def test_the_run_crosses_epochs_and_shards_and_learns(recipe: Build, finished_run: RunDirectory) -> None:
     """What the comparisons above are about."""
     dataset = open_one_dataset(recipe().data)
-    assert 4 * dataset.stream("train", 32, 1337).windows_per_epoch < 12 * 96
+    assert 4 * dataset.stream("train", 32, 1337).rows_per_epoch < 12 * 96
     assert len(dataset.manifest.train) >= 3
     lines = finished_run.read_metrics()
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from overnight.config import Renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +14,7 @@ class BenchConfig:
 
     model: str = "gpt2-124m"
     """A published size: gpt2-124m, gpt2-350m, ..., gpt3-125m, ..."""
-    rungs: tuple[str, ...] | None = None
+    variants: tuple[str, ...] | None = None
     """Which, in this order, above float32: tf32, bf16, fp16, compile, fused-attention, block-attention,
     nice-numbers, fused-adamw, large-pages, micro-batch, and, when they are named only, chunked-head,
     fp8-head, activation_checkpointing. All that make sense here if left out."""
@@ -29,3 +32,5 @@ class BenchConfig:
     """A folder for ladder.json, ladder.md and ladder.svg; none is written if left out."""
     json: bool = False
     """Print one JSON object to standard output."""
+
+    RENAMED: ClassVar[Renamed] = Renamed(names={"rungs": "variants"})

@@ -262,7 +262,9 @@ def plan_bench(config: BenchConfig, device: str) -> BenchPlan:
     """Decide what is open. Raises ValueError for what was asked wrongly, and for what memory can't hold."""
     model = find_bench_model(config)
     machine = find_machine(device)
-    names = None if config.rungs is None else [name for word in config.rungs for name in word.split(",")]
+    names = (
+        None if config.variants is None else [name for word in config.variants for name in word.split(",")]
+    )
     free = USABLE_FRACTION * find_free_bytes(device)
     possible_rows = ROWS_ON_CPU if device == "cpu" else ROWS_ON_GPU
     for rows in possible_rows if config.rows is None else [config.rows]:

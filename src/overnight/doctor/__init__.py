@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from overnight.config import nearest
+from overnight.config import Renamed, nearest
 from overnight.preparation.prepare_config import BENCHMARK_KINDS
 from overnight.recipe import Recipe
 
@@ -38,6 +39,8 @@ class DoctorConfig(Recipe):
     """Do these checks only, by their names; all if left out."""
     json: bool = False
     """Print one JSON object to standard output."""
+
+    RENAMED: ClassVar[Renamed] = Recipe.RENAMED.also(thorough="full", against="baseline")
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""

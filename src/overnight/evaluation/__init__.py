@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tyro.conf import Positional
+
+from overnight.config import Renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class EvaluateConfig:
     """Share the work among so many on this machine; auto: one for each GPU. One by itself if left out."""
     json: bool = False
     """Print one JSON object to standard output."""
+
+    RENAMED: ClassVar[Renamed] = Renamed(names={"against": "baseline"})
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+from overnight.config import Renamed
 from overnight.recipe import Recipe
 
 
@@ -24,6 +25,8 @@ class PlanConfig(Recipe):
     """About how long to measure."""
     json: bool = False
     """Print one JSON object to standard output."""
+
+    RENAMED: ClassVar[Renamed] = Recipe.RENAMED.also(on="device_type")
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""

@@ -16,8 +16,7 @@ from overnight.data.incremental import IncrementalStream
 from overnight.data.loader import BatchSource, TokenStream, prefetch
 from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.packing import BestFitStream
-from overnight.distributed.machine import compute_with_threads
-from overnight.distributed.world import World
+from overnight.distributed.world import World, compute_with_threads
 from overnight.hardware import find_memory_bytes
 from overnight.model.gpt import GPT, init_weights, weight_shapes
 from overnight.model.model_config import ModelConfig

@@ -9,13 +9,14 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.data.shards import Manifest, load_prepared_tokenizer, open_tokens, read_manifest
+from overnight.data.shards import Manifest, read_manifest
 from overnight.preparation import ngrams
 from overnight.preparation import prepare as prepare_module
 from overnight.preparation.command import summarize_prepared
@@ -57,7 +58,7 @@ def write_lines(path: Path, lines: list[object]) -> str:
     return str(path)
 
 
-# ---------------------------------------------------------------- words
+# words
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=30), max_size=6), st.integers(0, 9))
@@ -100,7 +101,7 @@ def test_a_million_runs_have_as_many_numbers() -> None:
     assert np.unique(hashes).size == hashes.size == 1_000_000 - 12
 
 
-# ---------------------------------------------------------------- search
+# search
 
 
 def search_for(tmp_path: Path, *texts: str) -> Callable[[str], bool]:
@@ -190,7 +191,7 @@ def test_real_benchmarks_against_sets(shared_data: Path, tmp_path: Path) -> None
     assert not found[81:].any()
 
 
-# ---------------------------------------------------------------- in the pipeline
+# in the pipeline
 
 
 @pytest.fixture
@@ -234,21 +235,6 @@ def _clean_benchmark(tmp_path: Path) -> None:
     )
 
 
-def contents(folder: str | Path | None) -> dict[str, bytes]:
-    assert folder is not None
-    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def texts_in(folder: str | None) -> set[str]:
-    assert folder is not None
-    manifest, tokenizer = read_manifest(Path(folder)), load_prepared_tokenizer(Path(folder))
-    shards = [shard for split in ("train", "validation") for shard in manifest.shards(split)]
-    ids = np.concatenate([open_tokens(Path(folder) / shard.name) for shard in shards])
-    pieces = np.split(ids, np.flatnonzero(ids == manifest.end_of_text))[1:]
-    return {tokenizer.decode(piece[1:].tolist()) for piece in pieces}
-
-
 def test_they_are_counted_and_kept(config: PrepareConfig) -> None:
     manifest = prepare(config)
     assert manifest is not None
@@ -266,12 +252,12 @@ def test_they_are_counted_and_kept(config: PrepareConfig) -> None:
     assert not any("contaminated" in line for line in summarize_prepared(plain))
 
 
-def test_they_are_left_out(config: PrepareConfig) -> None:
+def test_they_are_left_out(config: PrepareConfig, texts_in: Any) -> None:
     manifest = prepare(dataclasses.replace(config, on_contaminated="drop"))
     assert manifest is not None
     assert manifest.contaminated_documents == {"a": 3, "b": 2, "none": 0}
     assert (manifest.documents, manifest.duplicate_documents) == (60, 1)
-    assert texts_in(config.out) == set(FILLER)
+    assert {*texts_in(config, "train"), *texts_in(config, "validation")} == set(FILLER)
     assert "contaminated: a 3 documents, b 2 documents, none 0 documents (left out)" in summarize_prepared(
         manifest
     )
@@ -279,7 +265,7 @@ def test_they_are_left_out(config: PrepareConfig) -> None:
 
 @pytest.mark.parametrize("on_contaminated", ["report", "drop"])
 def test_it_depends_neither_on_the_units_nor_on_who_works(
-    config: PrepareConfig, on_contaminated: str, monkeypatch: pytest.MonkeyPatch
+    config: PrepareConfig, on_contaminated: str, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
     config = dataclasses.replace(config, on_contaminated=on_contaminated)  # type: ignore[arg-type]
     prepare(config)
