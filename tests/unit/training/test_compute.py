@@ -1,4 +1,4 @@
-"""Precision, compilation, kernels and activation checkpointing change the loss by no more than their rounding."""
+"""How a loss is computed (precision, kernel, compiler, checkpointing) changes it by rounding only."""
 
 from __future__ import annotations
 
