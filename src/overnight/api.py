@@ -22,7 +22,7 @@ from torch import Tensor
 from overnight.config import flat_names, nearest
 from overnight.conversion.open_model import OpenedModel, open_model
 from overnight.evaluation import EvaluateConfig
-from overnight.evaluation.evaluate import EvaluationResults, evaluate_opened
+from overnight.evaluation.results import EvaluationResults, evaluate_opened
 from overnight.generation import SamplingConfig
 from overnight.generation.generate import Decoding, stream_text
 from overnight.preparation.prepare import prepare as prepare_text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from overnight.report.plots import ACCENT, MUTED, RUN_COLOURS, house_style, new_axes, to_svg
+from overnight.report.html import svg_file
+from overnight.report.plots import ACCENT, MUTED, RUN_COLOURS, chart_style, new_axes, to_svg
 from overnight.terminal import short, significant
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def bench_svg(ladder: BenchRecord) -> str:
     figures = bench_figures(ladder)
     top, _, bottom, left = MARGINS
     height = top + bottom + ROW * len(ladder.rungs)
-    with house_style("ladder"):
+    with chart_style("ladder"):
         figure, axes = new_axes((WIDTH, height), MARGINS)
         axes.set_axis_off()
         axes.set_xlim(0, max(max(speeds(rung, ladder)) for rung in ladder.climbed))
@@ -186,7 +186,7 @@ def bench_svg(ladder: BenchRecord) -> str:
                 _draw_rung(axes, place, speeds(rung, ladder), figures[rung.name])
             else:
                 _write(axes, f"skipped: {rung.skipped}", (0, place), (0, 0))
-        return _standalone(to_svg(figure, f"Tokens per second, rung by rung: {about(ladder)}"), height)
+        return svg_file(to_svg(figure, f"Tokens per second, rung by rung: {about(ladder)}"))
 
 
 def speeds(rung: VariantRecord, ladder: BenchRecord) -> list[float]:
@@ -215,20 +215,6 @@ def _write_columns(axes: Axes, place: float, words: Sequence[str], lift: int) ->
 def _write(axes: Axes, text: str, at: tuple[float, float], shift: tuple[int, int], **style: Any) -> None:
     """Write `shift` pixels from a place, in the middle of its height."""
     axes.annotate(text, at, shift, textcoords="offset points", verticalalignment="center_baseline", **style)
-
-
-def _standalone(svg: str, height: int) -> str:
-    """An <svg> element for a page as a file: with the page's colours and fonts, on its paper."""
-    page = importlib.resources.files("overnight.report").joinpath("style.css").read_text(encoding="utf-8")
-    colours = page.split("\n* {")[0]  # its variables, light and dark, stand before its rules
-    style = (
-        colours + "\ntext { font-family: var(--text); font-variant-numeric: tabular-nums; white-space: pre; }"
-    )
-    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    paper = '<rect width="100%" height="100%" fill="var(--paper)"/>'
-    opening, content = svg.split(">", 1)
-    size = f'width="{WIDTH}" height="{height}"'
-    return f"{opening} {spaces} {size}>\n<style>\n{style}\n</style>\n{paper}{content}\n"
 
 
 # ---------------------------------------------------------------- the speed ladder as a table

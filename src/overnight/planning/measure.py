@@ -16,7 +16,7 @@ import torch
 from overnight.data.loader import Batch
 from overnight.distributed.world import SINGLE_PROCESS
 from overnight.evaluation.perplexity import evaluate_language_model, evaluation_rows
-from overnight.generation.generate import Decoding, stream_ids
+from overnight.generation.generate import Decoding, generate
 from overnight.hardware import peak_memory_bytes, reset_peak_memory, synchronize
 from overnight.model.gpt import GPT, init_weights, weight_shapes
 from overnight.model.model_config import ModelConfig
@@ -194,7 +194,7 @@ def _time_sampling(recipe: Recipe, model: GPT) -> float:
         return 0.0
     decoding = Decoding(max_new_tokens=min(SAMPLED_TOKENS, recipe.samples.sample_tokens))
     prompts = [[0] for _ in recipe.samples.sample_prompts]
-    seconds = _seconds(lambda: list(stream_ids(model, prompts, decoding)))
+    seconds = _seconds(lambda: generate(model, prompts, decoding))
     return seconds / (decoding.max_new_tokens * len(prompts))
 
 

@@ -87,8 +87,8 @@ def check_settings(run: RunSetup, directory: RunDirectory, newest: VerifiedCheck
     changed = incompatible_settings(frozen_settings(run.resolved.recipe), before)
     if changed:
         raise ValueError(
-            f"{directory.recipe} is not the recipe of the newest checkpoint: {'; '.join(changed)}; undo these "
-            "changes, or begin another run with --run-name"
+            f"{directory.recipe} is not the recipe of the newest checkpoint: {'; '.join(changed)}; undo "
+            "these changes, or begin another run with --run-name"
         )
 
 
