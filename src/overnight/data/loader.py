@@ -82,7 +82,7 @@ class TokenStream:
             )
         if shuffle_window is not None and shuffle_window <= tokens_per_row:
             raise ValueError(
-                f"shuffle_window={shuffle_window} must exceed a row of {tokens_per_row}; use 1,000 rows or more"
+                f"shuffle_window={shuffle_window} must exceed a row of {tokens_per_row}; best is 1,000 rows"
             )
         self._window_tokens = min(shuffle_window or self.tokens, self.tokens)
         self._rows_per_window = -(-self._window_tokens // tokens_per_row)  # rounded up
