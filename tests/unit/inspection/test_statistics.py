@@ -20,7 +20,7 @@ from overnight.data.shards import (
     write_manifest,
 )
 from overnight.inspection import statistics
-from overnight.inspection.statistics import Inspection, count_duplicates, describe_lengths, inspect_shards
+from overnight.inspection.statistics import Inspection, count_duplicates, inspect_shards
 from overnight.tokenizer.bpe import BytePair
 
 END = 256
