@@ -287,12 +287,9 @@ def _open_parquet_text(file: TextFile, text_column: str) -> Any:
 def _row_group_bytes(file: TextFile, text_column: str) -> list[int]:
     """Bytes of the text column in each row group, before compression."""
     metadata = _open_parquet_text(file, text_column).metadata
+    paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    columns = ([group.column(index) for index in range(group.num_columns)] for group in groups)
-    return [
-        sum(column.total_uncompressed_size for column in each if column.path_in_schema == text_column)
-        for each in columns
-    ]
+    return [group.column(paths.index(text_column)).total_uncompressed_size for group in groups]
 
 
 def _require_column(text_column: str, columns: list[str], where: str) -> None:
