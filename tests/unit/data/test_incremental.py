@@ -258,7 +258,7 @@ def test_opening_waits_for_the_first_window(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = interrupted(config, monkeypatch)
-    with pytest.raises(ValueError, match=r"200,000 .* shuffle_window=100000"):
+    with pytest.raises(ValueError, match=r"shuffle_window=100000 .* 200,000"):
         open_incremental(folder, 100_000)
 
     def meanwhile(seconds: float) -> None:
