@@ -268,7 +268,7 @@ def _begin(staging: Path, state: PrepareState) -> int:
         early = state.units_for(EARLY_BYTES) if _shows_early(state.config) else units
         request_units(staging, min(units, early))
         write_state(staging, state)
-    if benchmarks and not (staging / "benchmarks").is_dir():
+    if benchmarks and not (staging / decontaminate.BENCHMARKS).is_file():
         decontaminate.save_index(
             staging, decontaminate.build_index(decontaminate.benchmark_names(benchmarks))
         )

@@ -201,7 +201,7 @@ def test_shards_do_not_depend_on_threads_or_batches(
 
 def test_separator_is_before_each_kept_document(byte_tokenizer: Any) -> None:
     documents = filter_documents([Document(text, "") for text in ("ab", "ab", "", "c")], "fail")
-    ids = [ids.tolist() for _, ids in tokenize_documents(documents, byte_tokenizer)]
+    ids = [document.ids.tolist() for document in tokenize_documents(documents, byte_tokenizer)]
     assert ids == [[256, 97, 98], [256, 97, 98], [], [256, 99]]
 
 
