@@ -153,6 +153,10 @@ class ShardAssembler:
         write_atomically(record, json.dumps(asdict(shard)) + "\n")
         return shard
 
+    def write_split(self, split: str, *, only_full: bool = False) -> tuple[Shard, ...]:
+        """Write the shards of a split that are not there yet; returns all of them."""
+        return tuple(self.write(split, index) for index in self.layout.shards(split, only_full=only_full))
+
     def write_unfinished(self, split: str) -> tuple[Shard, ...]:
         """Write what there is of the shard that is not complete yet: one shard, or none."""
         end = self.layout.starts[split][-1]
@@ -180,8 +184,8 @@ class ShardAssembler:
             empty_documents=layout.documents.get("empty", 0),
             skipped_documents=layout.documents.get("skipped", 0),
             repaired_documents=layout.documents.get("repaired", 0),
-            damaged_files=layout.damaged_files,
             near_duplicate_documents=layout.documents.get("near-duplicate", 0),
+            damaged_files=layout.damaged_files,
             contaminated_documents=layout.contaminated,
             train=shards["train"],
             validation=shards["validation"],

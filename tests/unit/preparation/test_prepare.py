@@ -497,7 +497,7 @@ def test_ensure_prepared_refuses_what_is_incomplete(
     with pytest.raises(ValueError, match=r"texts-bytes holds shards and no manifest\.json"):
         ensure_prepared(named)
     folder.rename(staging_path(folder))
-    with pytest.raises(ValueError, match="texts-bytes is not prepared to its end: .*--shuffle-window"):
+    with pytest.raises(ValueError, match="texts-bytes is not fully prepared: .*--shuffle-window"):
         ensure_prepared(named)
     for config in (named, recipe_data):  # training may begin with what is complete
         growing = dataclasses.replace(config, shuffle_window=1000)
