@@ -328,7 +328,7 @@ def test_slurm_needs_sbatch_and_a_partition_it_accepts(
 def test_clusters_need_datatrove(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, executor: Any
 ) -> None:
-    monkeypatch.setitem(sys.modules, "datatrove.executor.slurm", None)
+    monkeypatch.setitem(sys.modules, f"datatrove.executor.{executor}", None)
     with pytest.raises(ValueError, match=r"'overnight\[data\]'"):
         prepare(dataclasses.replace(config, executor=executor, slurm_partition="cpu"))
     prepare(dataclasses.replace(config, workers=8))  # as many processes of this machine do not
