@@ -78,10 +78,6 @@ def write_prepared_folder(
         vocab_size=50_257,
         end_of_text=50_256,
         documents=2,
-        duplicate_documents=0,
-        empty_documents=0,
-        skipped_documents=0,
-        repaired_documents=0,
         train=written["train"],
         validation=written["validation"],
     )
