@@ -76,10 +76,10 @@ def benchmark_names(paths: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def describe_benchmarks(files: Mapping[str, Path]) -> str:
+def describe_benchmarks(paths: Sequence[str]) -> str:
     """Name and sha256 of each benchmark."""
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    return ", ".join(f"{name} {digest}" for name, digest in digests.items())
+    files = benchmark_names(paths).items()
+    return ", ".join(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for name, path in files)
 
 
 def build_index(files: Mapping[str, Path]) -> Index:
@@ -95,9 +95,9 @@ def build_index(files: Mapping[str, Path]) -> Index:
     return {length: _merge(np.concatenate(each, axis=1)) for length, each in sorted(found.items())}
 
 
-def save_index(staging: Path, index: Index) -> None:
-    """Write the passages into the staging folder, whole or not at all."""
-    content = io.BytesIO()
+def save_index(staging: Path, paths: Sequence[str]) -> None:
+    """Write the passages of the benchmarks into the staging folder, whole or not at all."""
+    content, index = io.BytesIO(), build_index(benchmark_names(paths))
     arrays: dict[str, Any] = {str(length): passages for length, passages in index.items()}
     np.savez(content, **arrays)
     write_atomically(staging / BENCHMARKS, content.getvalue())
@@ -133,7 +133,6 @@ def _passages(path: Path) -> Iterator[tuple[int, Hashes]]:
 
 
 def _read_texts(path: Path) -> Iterator[str]:
-    """Every text of a benchmark."""
     try:
         content = path.read_bytes().decode()
     except UnicodeDecodeError as error:
