@@ -23,10 +23,10 @@ from overnight.config import to_toml
 from overnight.data import DataConfig, loader
 from overnight.data.shards import (
     HEADER_BYTES,
-    ShardWriter,
     load_prepared_tokenizer,
     read_manifest,
     write_manifest,
+    write_split,
 )
 from overnight.doctor import CHECKS, DoctorConfig, model_checks
 from overnight.doctor import context as context_module
@@ -406,10 +406,8 @@ def rewrite(folder: Path, out: Path, change: Callable[[Split, Split], None]) -> 
     out.mkdir()
     shards = {}
     for split, documents in (("train", train), ("validation", validation)):
-        writer = ShardWriter(out, split, manifest.vocab_size, 1500)
-        for ids in documents:
-            writer.add(ids.astype(np.uint32), ids.size)
-        shards[split] = writer.finish()
+        written = [(ids, ids.size) for ids in documents]
+        shards[split] = write_split(out, split, written, manifest.vocab_size, 1500)
     shutil.copytree(folder / "tokenizer", out / "tokenizer")
     write_manifest(out, dataclasses.replace(manifest, documents=len(train) + len(validation), **shards))
     return out

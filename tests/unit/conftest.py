@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from overnight.data import shards
-from overnight.data.shards import Manifest, ShardWriter, write_manifest
+from overnight.data.shards import Manifest, write_manifest, write_split
 from overnight.preparation import prepare, prepare_state, tokenize
 
 
@@ -62,11 +62,10 @@ def write_prepared_folder(
 ) -> Manifest:
     """A prepared folder of these ids, in a vocabulary of 50,257; each split is one document."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = {}
-    for split, ids in (("train", train), ("validation", validation)):
-        writer = ShardWriter(folder, split, 50_257, shard_tokens)
-        writer.add(np.array(ids, dtype=np.uint32), text_bytes=2 * len(ids))
-        written[split] = writer.finish()
+    written = {
+        split: write_split(folder, split, [(np.array(ids, np.uint32), 2 * len(ids))], 50_257, shard_tokens)
+        for split, ids in (("train", train), ("validation", validation))
+    }
     manifest = Manifest(
         overnight_version="0",
         source="numbers",
@@ -82,8 +81,7 @@ def write_prepared_folder(
         empty_documents=0,
         skipped_documents=0,
         repaired_documents=0,
-        train=written["train"],
-        validation=written["validation"],
+        **written,
     )
     write_manifest(folder, manifest)
     return manifest

@@ -117,7 +117,7 @@ class ShardImport:
             path = staging / f"{file.split}-{number + len(written):05d}.bin"
             if is_ours:
                 method = _link_or_copy(file.path, path)
-                digest = shards.hash_tokens(path).sha256
+                digest, _ = shards.hash_tokens(path)
             else:
                 digest = self._write_tokens(path, ids)
             documents = int(counts[self.tokenizer.end_of_text])
