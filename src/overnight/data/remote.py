@@ -60,7 +60,7 @@ class RemoteFolder:
     def __init__(self, address: str, cache_bytes: int | None = None) -> None:
         self.address = address.rstrip("/")
         self.cache_bytes = cache_bytes
-        self._store = open_store(self.address)
+        self._system, self._root = open_store(self.address)
         content = self._read(MANIFEST)
         self.folder = cache_folder() / "shards" / hashlib.sha256(content).hexdigest()[:16]
         write_atomically(self.folder / MANIFEST, content)
@@ -157,7 +157,7 @@ class RemoteFolder:
         url = f"{self.address}/{shard.name}"
         echo(f"fetching {url} ({self._bytes(shard) / 1e6:,.1f} MB)")
         try:
-            self._store.system.get_file(f"{self._store.root}/{shard.name}", str(arriving))
+            self._system.get_file(f"{self._root}/{shard.name}", str(arriving))
             verify_shard(arriving.parent, shard, self.manifest.vocab_size)
             if self.cache_bytes is not None:
                 with arriving.open("rb") as file:
@@ -216,7 +216,7 @@ class RemoteFolder:
     def _read_tokenizer(self) -> None:
         """Download the tokenizer's files that are not in the cache."""
         try:
-            paths = self._store.system.find(f"{self._store.root}/tokenizer")
+            paths = self._system.find(f"{self._root}/tokenizer")
         except Exception as error:  # every store has errors of its own
             raise ValueError(f"{self.address}/tokenizer can't be read: {first_line(error)}") from None
         for name in (PurePosixPath(path).name for path in paths):
@@ -226,7 +226,7 @@ class RemoteFolder:
 
     def _read(self, name: str, first: int | None = None, last: int | None = None) -> bytes:
         try:
-            content: bytes = self._store.system.cat_file(f"{self._store.root}/{name}", first, last)
+            content: bytes = self._system.cat_file(f"{self._root}/{name}", first, last)
         except FileNotFoundError:
             raise ValueError(
                 f"{self.address} has no {name}: it is not a folder that `overnight prepare` finished"
@@ -255,8 +255,8 @@ def is_prepared_elsewhere(address: str) -> bool:
     """True for a URL at which there is a manifest, as opposed to text that is still to be prepared."""
     if not is_remote(address):
         return False
-    store = open_store(address)
-    return bool(store.system.exists(f"{store.root}/{MANIFEST}"))
+    system, root = open_store(address)
+    return bool(system.exists(f"{root}/{MANIFEST}"))
 
 
 def _digest_pieces(file: BinaryIO) -> bytes:
