@@ -15,7 +15,7 @@ from overnight.config import raise_problems
 from overnight.data.shards import MANIFEST
 from overnight.data.text_files import is_remote
 from overnight.inspection import InspectConfig
-from overnight.inspection.domains import Domains, SourceColumns, count_domains
+from overnight.inspection.domains import Domains, count_domains
 from overnight.inspection.quality import ODDITIES
 from overnight.inspection.statistics import LONGEST_LOOK_TOKENS, Inspection, Row, inspect_shards
 from overnight.terminal import echo
@@ -30,16 +30,13 @@ NO_BREAK = "\ue000"  # stands for a space at which no line may be broken
 def run(config: InspectConfig) -> None:
     """Print what is in the data. Raises ValueError for what is neither shards nor a source of text."""
     raise_problems(config.problems(), "inspect")
+    folder = Path(config.data)
     found: Inspection | Domains
-    if (Path(config.data) / MANIFEST).is_file():
-        found = inspect_shards(
-            Path(config.data), documents=config.documents, samples=config.samples, seed=config.seed
-        )
+    if (folder / MANIFEST).is_file():
+        found = inspect_shards(folder, documents=config.documents, samples=config.samples, seed=config.seed)
     else:
         _require_source(config.data)
-        found = count_domains(
-            config.data, SourceColumns(config.url_column, config.text_column), config.documents
-        )
+        found = count_domains(config.data, (config.url_column, config.text_column), config.documents)
     if config.json:
         sys.stdout.write(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
         return
@@ -89,7 +86,7 @@ def describe_shards(found: Inspection) -> Iterator[str]:
         yield ""
         yield f"document {sample['document']:,} of {sample['split']} ({sample['tokens']:,} tokens)"
         text = " ".join(_printable(sample["text"]).split())
-        yield from _wrapped(text + (" …" if sample["is_shortened"] else ""), indent="  ", first="  ")
+        yield from _wrapped(text + (" …" if sample["is_shortened"] else ""), indent="  ")
     yield ""
     yield "top domains: none, for shards hold no addresses; name the source instead"
     yield f"next: overnight train RECIPE --data {found.folder}"
@@ -135,7 +132,7 @@ def _frequent(found: Inspection) -> Iterator[str]:
         for token in found.frequent
     ]
     yield f"{found.ids_used:,} of {found.vocab_size:,} ids occur, most often"
-    yield from _wrapped("   ".join(shown), indent="  ", first="  ")
+    yield from _wrapped("   ".join(shown), indent="  ")
 
 
 def _oddities(found: Inspection) -> Iterator[str]:
@@ -178,13 +175,10 @@ def describe_domains(found: Domains) -> Iterator[str]:
 # Lines
 
 
-def _wrapped(text: str, indent: str = "", first: str = "") -> list[str]:
+def _wrapped(text: str, indent: str = "") -> list[str]:
     """Lines of at most 80 columns, wide characters counted as two."""
     lines = Text(text).wrap(Console(width=WIDTH), WIDTH - len(indent))
-    starts = [first] + [indent] * len(lines)
-    return [
-        start + line.plain.rstrip().replace(NO_BREAK, " ") for start, line in zip(starts, lines, strict=False)
-    ]
+    return [indent + line.plain.rstrip().replace(NO_BREAK, " ") for line in lines]
 
 
 def _printable(text: str) -> str:
