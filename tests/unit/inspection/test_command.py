@@ -12,7 +12,7 @@ from rich.cells import cell_len
 
 from overnight.data.shards import SPLITS, read_manifest
 from overnight.inspection import InspectConfig
-from overnight.inspection.command import describe_shards, run
+from overnight.inspection.command import describe, run
 from overnight.inspection.statistics import inspect_shards
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
@@ -70,10 +70,10 @@ def test_inspect_shows_problems_first_and_bars_in_proportion() -> None:
     large = dataclasses.replace(
         found, splits=tuple(splits), problems=("a problem " * 30,), duplicates=duplicates
     )
-    lines = list(describe_shards(large))
+    lines = list(describe(large))
     assert max(map(cell_len, lines)) <= 80
     assert lines[2].startswith("  ! a problem")
-    assert "no document is there twice, within a split or across both" in describe_shards(found)
+    assert "no document is there twice, within a split or across both" in describe(found)
     assert not any("no document is there twice" in line for line in lines)
     bars = [line.count("█") for line in lines if "%" in line and "–" in line]
     counts = [bucket["documents"] for bucket in found.lengths.histogram]
