@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from overnight.config import from_toml, to_toml
 from overnight.data import DataConfig
 from overnight.data.dataset import open_dataset
-from overnight.data.shards import load_prepared_tokenizer, read_manifest
+from overnight.data.shards import load_prepared_tokenizer, open_tokens, read_manifest
 from overnight.distributed.launcher import exit_process
 from overnight.distributed.world import World, join_world
-from overnight.doctor.data_checks import sample_documents
 from overnight.model.model_config import ModelConfig
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
@@ -32,6 +33,7 @@ from overnight.training.step import train_step
 LAYERS, CHANNELS, CONTEXT = 2, 128, 128  # at most
 ROWS, MICRO_BATCHES = 2, 4
 TEXT_TOKENS = 200_000
+DOCUMENT_TOKENS = 2_000  # longer documents are cut, so that both splits get some
 VALIDATION_FRACTION = 0.2
 STEPS_IN_PROCESSES = 2
 IN_PROCESS = (
@@ -111,22 +113,23 @@ def _describe_reductions(sizes: ModelConfig, model: ModelConfig) -> str:
 
 
 def prepare_piece(source: Path, scratch: Path) -> Path:
-    """A folder of shards of the first documents of `source`, prepared again with its tokenizer.
+    """A folder of shards of the beginning of `source`, prepared again with its tokenizer.
 
-    Raises ValueError or OSError if they can't be read, or are not enough.
+    Raises ValueError or OSError if it can't be read, or is not enough.
     """
     manifest = read_manifest(source)
     tokenizer = load_prepared_tokenizer(source, manifest)
-
-    def texts() -> Iterator[str]:
-        tokens = 0
-        for ids in sample_documents(source, manifest, "train", None):
-            yield tokenizer.decode(ids[: TEXT_TOKENS - tokens].tolist())
-            tokens += ids.size
-            if tokens >= TEXT_TOKENS:
-                return
-
-    return _prepare(texts(), str(source / "tokenizer"), scratch)
+    pieces, missing = [], TEXT_TOKENS
+    for shard in manifest.train:
+        pieces.append(open_tokens(source / shard.name)[:missing])
+        missing -= pieces[-1].size
+    ids = np.concatenate(pieces)
+    texts = []
+    for document in np.split(ids, np.flatnonzero(ids == manifest.end_of_text)):
+        content = document[document != manifest.end_of_text]
+        for start in range(0, content.size, DOCUMENT_TOKENS):
+            texts.append(tokenizer.decode(content[start : start + DOCUMENT_TOKENS].tolist()))
+    return _prepare(texts, str(source / "tokenizer"), scratch)
 
 
 def prepare_made_up_text(scratch: Path) -> Path:

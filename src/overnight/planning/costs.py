@@ -67,7 +67,7 @@ def with_assumed_costs(plan: Plan, reason: str = "") -> Plan:
 
 
 def assumed_cost(resolved: Resolved, flops: float) -> StepCost:
-    """The costs of a device that computes so many of a model's FLOPs a second."""
+    """The costs of a device that computes `flops` of a model's FLOPs a second."""
     model, plan = resolved.model, resolved.plan
     executed = model.executed_flops_per_token(resolved.compute.activation_checkpointing)
     recomputation = executed / model.executed_flops_per_token("none")

@@ -22,7 +22,7 @@ BYTES_PER_SAVED_TENSOR = 110  # its entry in the header of a safetensors file
 BYTES_OF_CHECKPOINT_METADATA = 1500  # state.json and MANIFEST.json
 BYTES_PER_METRICS_LINE = 220
 GPT2_VOCABULARY = 50_257
-FORWARD_SHARE = 1 / 3  # of a training pass: backward takes twice as many operations as forward
+FORWARD_SHARE = 1 / 3  # of a training pass: backward takes twice the operations of forward
 RELEASED = {
     "gpt2": "gpt2-124m",
     "gpt2-medium": "gpt2-350m",
@@ -188,7 +188,7 @@ class StepCost(NamedTuple):
     saved_byte: float
 
     def step(self, micro_batches: int) -> float:
-        """Seconds of a step of so many micro-batches."""
+        """Seconds of a step of `micro_batches`."""
         return micro_batches * self.micro_batch + self.update
 
 

@@ -47,7 +47,7 @@ class Measurement(NamedTuple):
     resolved: Resolved
     """With the rows per micro-batch that fitted."""
     timed_micro_batches: int
-    """Of each timed step: the recipe's, or as many as time allowed."""
+    """Of each timed step: the recipe's, or fewer if the time was short."""
     process_memory_bytes: int
     """Held by the process before there was a model; 0 on a GPU, where only tensors are counted."""
     peak_memory_bytes: int | None
@@ -59,8 +59,8 @@ class Measurement(NamedTuple):
 def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -> Measurement | None:
     """Train for about `seconds`, with fewer rows per micro-batch if a GPU needs it.
 
-    `resolved` is for all `processes`; this one computes any micro-batches of a step, as many as it has time
-    for. None if not even one row fits into the GPU's memory.
+    `resolved` is for all `processes`; this one computes any micro-batches of a step, fewer if the time is
+    short. None if not even one row fits into the GPU's memory.
     """
     device, plan = resolved.compute.device, resolved.plan
     started_at = time.perf_counter()
@@ -107,7 +107,7 @@ def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -
 
 
 def cost_quartiles(parts: StepCost, step_seconds: Sequence[float], micro_batches: int) -> CostRange:
-    """`parts` scaled so that steps of so many micro-batches take the quartiles of the timed ones.
+    """`parts` scaled so that steps of `micro_batches` take the quartiles of the timed ones.
 
     Parts are timed once and whole steps often, so only the ratio of the parts is used.
     """
@@ -143,7 +143,7 @@ class RandomRows:
         self._generator = torch.Generator().manual_seed(0)
 
     def batch(self, _first_row: int, rows: int) -> Batch:
-        """So many rows; other ones each time."""
+        """`rows` rows, different ones each time."""
         shape = (2, rows, self._context_length)
         ids, targets = torch.randint(self._vocab_size, shape, generator=self._generator)
         return Batch(ids, targets)
