@@ -372,6 +372,23 @@ def test_check_that_raises_does_not_stop_the_others(check: Check, monkeypatch: P
     assert cause(found, "checkpoint").endswith("the disk said no and no again")
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_tiny_run_reads_the_recipe_s_text_if_it_can(
+    is_damaged: bool, recipe: Callable[..., Recipe], prepared: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "copy"
+    shutil.copytree(prepared, folder)
+    if is_damaged:
+        shutil.rmtree(folder / "tokenizer")
+    (tmp_path / "small.toml").write_text(to_toml(recipe()))
+    config = DoctorConfig(**vars(recipe(data=DataConfig(data=str(folder)))))
+    tiny = DoctorContext(config, "small.toml", tmp_path).tiny_run
+    assert Path(tiny.recipe.data.data).parent.name == ("made-up" if is_damaged else "piece")
+    text = tiny.build().dataset.tokenizer.decode(tiny.build().training.data.batch(0, 2).ids[0].tolist())
+    assert ("small text" in text) is not is_damaged
+
+
 # Recipes.
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from overnight.config import from_toml, to_toml
 from overnight.data import DataConfig
 from overnight.data.dataset import open_dataset
-from overnight.data.shards import load_prepared_tokenizer, open_tokens, read_manifest
+from overnight.data.shards import SPLITS, load_prepared_tokenizer, open_tokens, read_manifest
 from overnight.distributed.launcher import exit_process
 from overnight.distributed.world import World, join_world
 from overnight.model.model_config import ModelConfig
@@ -32,9 +32,9 @@ from overnight.training.step import train_step
 
 LAYERS, CHANNELS, CONTEXT = 2, 128, 128  # at most
 ROWS, MICRO_BATCHES = 2, 4
-TEXT_TOKENS = 200_000
+TEXT_TOKENS = 100_000  # of each split
 DOCUMENT_TOKENS = 2_000  # longer documents are cut, so that both splits get some
-VALIDATION_FRACTION = 0.2
+VALIDATION_FRACTION = 0.5
 STEPS_IN_PROCESSES = 2
 IN_PROCESS = (
     "import sys; from overnight.doctor.tiny_run import train_in_process; train_in_process(sys.argv[1])"
@@ -119,12 +119,14 @@ def prepare_piece(source: Path, scratch: Path) -> Path:
     """
     manifest = read_manifest(source)
     tokenizer = load_prepared_tokenizer(source, manifest)
-    pieces, missing = [], TEXT_TOKENS
-    for shard in manifest.train:
-        pieces.append(open_tokens(source / shard.name)[:missing])
-        missing -= pieces[-1].size
+    pieces, texts = [], []
+    # Documents are split by a hash of their text: those of one split alone could all go there again.
+    for split in SPLITS:
+        missing = TEXT_TOKENS
+        for shard in manifest.shards(split):
+            pieces.append(open_tokens(source / shard.name)[:missing])
+            missing -= pieces[-1].size
     ids = np.concatenate(pieces)
-    texts = []
     for document in np.split(ids, np.flatnonzero(ids == manifest.end_of_text)):
         content = document[document != manifest.end_of_text]
         for start in range(0, content.size, DOCUMENT_TOKENS):
