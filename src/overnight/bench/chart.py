@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from overnight.bench.table import BenchRecord, Figures, bench_figures, milliseconds_text
-from overnight.report.plots import ACCENT, MUTED, RUN_COLOURS, house_style, new_axes, to_svg
+from overnight.report.html import svg_file
+from overnight.report.plots import ACCENT, MUTED, RUN_COLOURS, chart_style, new_axes, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ def bench_svg(record: BenchRecord) -> str:
         variant.name: [record.tokens_per_step / each * 1e3 for each in variant.milliseconds]
         for variant in record.measured
     }
-    with house_style("ladder"):
+    with chart_style("ladder"):
         figure, axes = new_axes((WIDTH, height), MARGINS)
         axes.set_axis_off()
         axes.set_xlim(0, max(map(max, speeds.values())))
@@ -45,7 +45,7 @@ def bench_svg(record: BenchRecord) -> str:
                 _draw_bar(axes, row, speeds[variant.name], figures[variant.name])
             else:
                 _write(axes, f"skipped: {variant.skipped}", (0, row), (0, 0))
-        return _standalone(to_svg(figure, f"Tokens per second by variant: {record.title}"), height)
+        return svg_file(to_svg(figure, f"Tokens per second by variant: {record.title}"))
 
 
 def _draw_bar(axes: Axes, row: int, rounds: Sequence[float], figures: Figures) -> None:
@@ -68,15 +68,3 @@ def _write_columns(axes: Axes, row: float, words: Sequence[str], lift: int) -> N
 def _write(axes: Axes, text: str, at: tuple[float, float], shift: tuple[int, int], **style: Any) -> None:
     """Write `shift` pixels from a point, centred vertically."""
     axes.annotate(text, at, shift, textcoords="offset points", verticalalignment="center_baseline", **style)
-
-
-def _standalone(svg: str, height: int) -> str:
-    """An <svg> element for a page as a file: with the page's colours and fonts, and a background."""
-    page = importlib.resources.files("overnight.report").joinpath("style.css").read_text(encoding="utf-8")
-    colours = page.split("\n* {")[0]  # its variables, light and dark, come before its rules
-    font = "\ntext { font-family: var(--text); font-variant-numeric: tabular-nums; white-space: pre; }"
-    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    background = '<rect width="100%" height="100%" fill="var(--paper)"/>'
-    opening, content = svg.split(">", 1)
-    size = f'width="{WIDTH}" height="{height}"'
-    return f"{opening} {spaces} {size}>\n<style>\n{colours}{font}\n</style>\n{background}{content}\n"

@@ -17,7 +17,7 @@ from torch import Tensor
 from overnight.data.loader import Batch
 from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.evaluation.perplexity import evaluate_language_model, evaluation_rows
-from overnight.generation.generate import Decoding, stream_ids
+from overnight.generation.generate import Decoding, generate
 from overnight.hardware import peak_memory_bytes, reset_peak_memory, synchronize
 from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
@@ -200,7 +200,7 @@ def _time_sampling(recipe: Recipe, model: GPT) -> float:
         return 0.0
     decoding = Decoding(max_new_tokens=min(SAMPLED_TOKENS, recipe.samples.sample_tokens))
     prompts = [[0] for _ in recipe.samples.sample_prompts]
-    seconds = _seconds(lambda: list(stream_ids(model, prompts, decoding)))
+    seconds = _seconds(lambda: generate(model, prompts, decoding))
     return seconds / (decoding.max_new_tokens * len(prompts))
 
 

@@ -1,4 +1,4 @@
-"""A run directory like a real one: a plausible loss curve, evaluations, samples that try to break out."""
+"""A run directory with everything a run can write: a plausible loss curve, samples that try to break out."""
 
 from __future__ import annotations
 
@@ -43,15 +43,10 @@ sample_prompts = ["a <b>", "c"]
 """
 
 ENVIRONMENT = {
-    "overnight": "0.1.0",
-    "python": "3.11.7",
-    "platform": "Linux-6.8.0-x86_64-with-glibc2.36",
     "torch": "2.13.0",
-    "device": "cuda",
     "device_name": "NVIDIA H200",
     "precision": "bfloat16",
     "compiled": True,
-    "threads": 16,
     "git_commit": "0123456789abcdef0123456789abcdef01234567",
     "command": 'overnight train gpt2-124m.toml --run-name="<night> & day"',
     "started_at": "2026-11-20T22:14:03+00:00",
@@ -62,9 +57,7 @@ MANIFEST = {
     "format_version": 1,
     "overnight_version": "0.1.0",
     "source": "FineWeb-Edu sample-10BT",
-    "licence": "ODC-By 1.0",
-    "request": {"source": "fineweb-edu", "tokenizer": "gpt2", "tokens": None, "validation_fraction": 0.01},
-    "split_rule": "a document is in the validation split if its sha256 is below 1 % of the range",
+    "request": {"source": "fineweb-edu", "tokenizer": "gpt2", "tokens": None},
     "tokenizer": "gpt2",
     "tokenizer_fingerprint": "8fa3c91e" * 8,
     "vocab_size": 50_257,
@@ -176,9 +169,3 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """make_run("night", steps=..., ...) -> the new run's folder under tmp_path/runs."""
     return lambda name="night", **options: write_run(tmp_path / "runs" / name, **options)
-
-
-@pytest.fixture(scope="session")
-def write_a_run() -> Callable[..., Path]:
-    """write_a_run(path, steps=..., ...) -> path: for fixtures that outlive one test."""
-    return write_run

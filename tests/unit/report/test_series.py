@@ -1,9 +1,12 @@
+"""Long series made fit for a picture."""
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.report.run_data import column, median, smoothed, spread, thinned, tokens_of_each_step
+from overnight.report.plots import spread, thinned
+from overnight.report.run_data import column, median, smoothed
 
 
 def slowly_smoothed(series, weights, window):
@@ -17,32 +20,25 @@ def slowly_smoothed(series, weights, window):
     return result
 
 
-def test_smoothing_is_the_weighted_mean_of_neighbours():
+@pytest.mark.parametrize("window", [1, 2, 5, 200])
+def test_smoothing_is_the_weighted_mean_of_neighbours(window):
     noise = np.random.default_rng(0)
     series, weights = noise.normal(5, 1, 60), noise.uniform(1, 4, 60)
     series[[7, 30, 31, 32, 33, 34]] = np.nan, np.nan, np.inf, np.nan, np.nan, np.nan
-    for window in (1, 2, 5, 200):
-        expected = slowly_smoothed(series, weights, window)
-        np.testing.assert_allclose(smoothed(series, weights, window), expected, rtol=1e-12)
+    expected = slowly_smoothed(series, weights, window)
+    np.testing.assert_allclose(smoothed(series, weights, window), expected, rtol=1e-12)
 
 
-def test_smoothing_leaves_a_straight_fall_straight_at_its_start():
+def test_smoothing_does_not_flatten_a_falling_start():
     line = np.linspace(11, 3, 1000)
     np.testing.assert_allclose(smoothed(line)[:900], line[:900], atol=1e-9)
 
 
-def test_the_median_counts_only_finite_values():
+def test_values_that_are_missing_or_not_finite():
     assert median(np.array([np.nan, 3.0, 1.0, np.inf, 2.0])) == 2
     assert median(np.array([np.nan])) is None
-
-
-def test_a_column_is_nan_where_a_line_lacks_it():
     lines = [{"loss": 1}, {}, {"loss": None}, {"loss": "x"}, {"loss": 2.5}]
     np.testing.assert_array_equal(column(lines, "loss"), [1, np.nan, np.nan, np.nan, 2.5])
-
-
-def test_tokens_of_each_step():
-    np.testing.assert_array_equal(tokens_of_each_step(np.array([4.0, 8.0, 16.0])), [4, 4, 8])
 
 
 def test_thinning_keeps_the_ends_and_every_spike():
@@ -52,9 +48,6 @@ def test_thinning_keeps_the_ends_and_every_spike():
     assert len(kept) <= 1_500
     assert {0, 12_345, 77_777, 99_999} <= set(kept)
     assert np.all(np.diff(kept) > 0)
-
-
-def test_thinning_leaves_short_series_alone_and_bears_nan():
     np.testing.assert_array_equal(thinned(np.arange(10.0), 10), np.arange(10))
     assert set(thinned(np.full(5_000, np.nan), 100)) == {0, 4_999}
 

@@ -1,11 +1,10 @@
-"""tiktoken does exactly what the merges say, however long the blanks."""
+"""tiktoken gives the ids that the merges give, however long the blanks."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from overnight.tokenizer import bpe as bpe_module
-from overnight.tokenizer.bpe import BytePair, read_byte_pair, run_alike, spelled_bytes, train_byte_pair
+from overnight.tokenizer.bpe import BytePair, read_byte_pair, spelled_bytes, tiktoken_agrees, train_byte_pair
 from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 
 EVERY_CHARACTER = "".join(chr(point) for point in range(sys.maxunicode + 1) if not 0xD800 <= point < 0xE000)
@@ -34,14 +33,14 @@ def by_merges(merges: list[tuple[str, str]], text: str) -> list[int]:
     return ids
 
 
-def test_bytes_are_spelled_as_in_gpt2() -> None:
+def test_byte_spelling_is_gpt2s() -> None:
     spelling = bpe_module.byte_characters()
     assert sorted(spelling) == sorted(pre_tokenizers.ByteLevel.alphabet())
     assert (spelling[ord("a")], spelling[ord(" ")], spelling[ord("\n")], spelling[0]) == ("a", "Ġ", "Ċ", "Ā")
     assert spelled_bytes(["Ġthe", "Ã©", "a b", "中"]) == [b" the", "é".encode(), b"a b", "中".encode()]
 
 
-def test_the_layout_is_gpt2s() -> None:
+def test_bpe_layout_is_gpt2s() -> None:
     tokenizer = BytePair([("Ġ", "t"), ("h", "e")])
     assert tokenizer.vocab_size == 259
     assert tokenizer.encode("! the") == [0, 256, 257]
@@ -49,59 +48,45 @@ def test_the_layout_is_gpt2s() -> None:
     assert tokenizer.name == "bpe-259"
 
 
-def test_training_learns_what_is_most_frequent() -> None:
+def test_bpe_learns_the_most_frequent_pairs() -> None:
     tokenizer = train_byte_pair(["low low low low lower lower newest"], 260)
     assert tokenizer.token_bytes()[256:] == [b"lo", b"low", b" low", b""]
 
 
-def test_training_takes_the_documents_as_they_come(documents: list[str]) -> None:
-    with pytest.raises(ValueError, match="line 7 is no text"):
-        train_byte_pair(failing(documents), 300)
+def test_training_passes_on_errors_of_documents(documents: list[str]) -> None:
+    def failing() -> Iterator[str]:
+        yield documents[0]
+        raise ValueError("line 7 is damaged")
+
+    with pytest.raises(ValueError, match="line 7"):
+        train_byte_pair(failing(), 300)
     assert train_byte_pair([*documents, "half \ud83d"], 300).vocab_size == 300
-
-
-def failing(documents: list[str]) -> Iterator[str]:
-    yield documents[0]
-    raise ValueError("line 7 is no text")
-
-
-def test_too_little_text_is_said() -> None:
-    with pytest.raises(ValueError, match="too little text to learn bpe-4096 from: it gives out at bpe-259"):
+    with pytest.raises(ValueError, match=r"bpe-4096: .* bpe-259"):
         train_byte_pair(["abc"], 4096)
-
-
-def test_training_and_encoding_are_fast(documents: list[str]) -> None:
-    text = "".join(documents * 20)  # 2 MB
-    started_at = time.process_time()
-    tokenizer = train_byte_pair(documents * 20, 3000)
-    trained_at = time.process_time()
-    tokenizer.encode_batch([text])
-    assert trained_at - started_at < 10
-    assert time.process_time() - trained_at < 2
 
 
 @given(text=st.text(max_size=80))
 @settings(max_examples=300, deadline=None)
-def test_tiktoken_does_what_the_merges_say(bpe: BytePair, text: str) -> None:
+def test_tiktoken_equals_the_merges(bpe: BytePair, text: str) -> None:
     assert bpe.encode(text) == by_merges(bpe._merges, text)
 
 
-def test_merges_that_tiktoken_would_read_otherwise_are_refused(bpe: BytePair) -> None:
+def test_merges_that_tiktoken_reads_otherwise_are_refused(bpe: BytePair) -> None:
     # "abc" alone: b and c join first, and no merge joins a with bc. tiktoken would, since "abc" is a token.
     shadowed = [("b", "c"), ("a", "b"), ("ab", "c")]
     assert BytePair(shadowed).encode("abc") != by_merges(shadowed, "abc")
-    assert not run_alike(shadowed)
-    assert not run_alike([("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")])  # learned twice
-    assert not run_alike([("ab", "c"), ("a", "b")])  # before its parts
-    assert not run_alike([("a", "nothing")])
-    assert run_alike([("a", "b"), ("b", "c"), ("ab", "c")])
-    assert run_alike(bpe._merges)
+    assert not tiktoken_agrees(shadowed)
+    assert not tiktoken_agrees([("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")])  # learned twice
+    assert not tiktoken_agrees([("ab", "c"), ("a", "b")])  # before its parts
+    assert not tiktoken_agrees([("a", "nothing")])
+    assert tiktoken_agrees([("a", "b"), ("b", "c"), ("ab", "c")])
+    assert tiktoken_agrees(bpe._merges)
 
 
-# ---------------------------------------------------------------- long runs of blanks
+# Long runs of blanks
 
 
-def test_blanks_are_what_tiktoken_takes_for_blanks() -> None:
+def test_blanks_are_those_of_tiktoken() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
     alone = tiktoken.Encoding("blanks", pat_str=r"\s", mergeable_ranks=ranks, special_tokens={})
     blanks = alone.decode(alone.encode_ordinary(EVERY_CHARACTER))
@@ -123,9 +108,7 @@ def test_cutting_long_blanks_changes_no_id(bpe: BytePair, text: str, stride: int
 
 
 @pytest.mark.parametrize("mutant", [r"\s*", r"[^\S\x1c-\x1f]*."])
-def test_a_cut_at_another_place_is_caught(
-    bpe: BytePair, mutant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cut_at_another_place_is_caught(bpe: BytePair, mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bpe_module, "STRIDE", 4)
     text = "a     \x1cb      b"
     assert len(set(map(tuple, cut_and_whole(bpe, text)))) == 1
@@ -139,7 +122,7 @@ def test_long_blanks_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts == ["a" + " " * 49, " b" + " " * 50]
 
 
-# ---------------------------------------------------------------- tokenizer.json
+# tokenizer.json
 
 
 @pytest.fixture
@@ -149,17 +132,11 @@ def content(bpe: Tokenizer, tmp_path: Path) -> dict[str, Any]:
     return found
 
 
-def test_merges_may_be_written_in_both_styles(bpe: Tokenizer, content: dict[str, Any]) -> None:
+def test_both_spellings_of_tokenizer_json_are_read(bpe: Tokenizer, content: dict[str, Any]) -> None:
     content["model"]["merges"] = [merge.split(" ") for merge in content["model"]["merges"]]
+    del content["model"]["vocab"][END_OF_TEXT]  # it may be an added token only
     read = read_byte_pair(content)
-    assert read is not None
-    assert read.fingerprint == bpe.fingerprint
-
-
-def test_end_of_text_may_stand_outside_the_vocabulary(bpe: Tokenizer, content: dict[str, Any]) -> None:
-    del content["model"]["vocab"][END_OF_TEXT]
-    read = read_byte_pair(content)
-    assert read is not None
+    assert read
     assert read.fingerprint == bpe.fingerprint
 
 
@@ -176,18 +153,15 @@ def test_end_of_text_may_stand_outside_the_vocabulary(bpe: Tokenizer, content: d
         ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": []}),
     ],
 )
-def test_another_kind_is_not_taken_for_ours(content: dict[str, Any], key: str, value: Any) -> None:
+def test_other_tokenizer_json_is_not_read_as_bpe(content: dict[str, Any], key: str, value: Any) -> None:
     assert read_byte_pair(content) is not None
     assert read_byte_pair({**content, key: value}) is None
 
 
-@pytest.mark.parametrize("key", ["dropout", "continuing_subword_prefix", "end_of_word_suffix"])
-def test_a_bpe_with_a_peculiarity_is_not_taken_for_ours(content: dict[str, Any], key: str) -> None:
-    content["model"][key] = 0.1 if key == "dropout" else "##"
-    assert read_byte_pair(content) is None
-
-
-def test_merges_of_another_order_are_not_taken_for_ours(content: dict[str, Any]) -> None:
+def test_bpe_that_tiktoken_cannot_run_is_not_read_as_bpe(content: dict[str, Any]) -> None:
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        model = {**content["model"], key: 0.1 if key == "dropout" else "##"}
+        assert read_byte_pair({**content, "model": model}) is None
     merges = [("b", "c"), ("a", "b"), ("ab", "c")]
     content["model"] = {"type": "BPE", "vocab": bpe_module.vocabulary(merges), "merges": merges}
     content["added_tokens"][0]["id"] = 259
