@@ -56,7 +56,7 @@ def texts(shared_data: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def by_tiktoken(folder: Path) -> tiktoken.Encoding:
-    """tiktoken's own GPT-2, from the same two files."""
+    """The GPT-2 of tiktoken, from the same two files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", "")  # keeps no copies
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
@@ -117,7 +117,9 @@ def by_transformers(folder: Path) -> GPT2Tokenizer:
 
 @given(text=ANY_TEXT)
 @settings(max_examples=300, deadline=None)
-def test_gpt2_equals_transformers_on_any_text(gpt2: Tokenizer, by_transformers: GPT2Tokenizer, text: str) -> None:
+def test_gpt2_equals_transformers_on_any_text(
+    gpt2: Tokenizer, by_transformers: GPT2Tokenizer, text: str
+) -> None:
     assert gpt2.encode(text) == by_transformers(text)["input_ids"]
 
 

@@ -80,13 +80,14 @@ class Condition(NamedTuple):
     """Where one end of a curve lies in relation to the band."""
 
     curve: str
-    end: Literal["first", "last"]
+    end: Literal["start", "first", "last"]
+    """The point before any training, the earliest, the latest."""
     position: Literal["above", "below", "outside", "not above middle", "not below middle", "far below"]
 
     def find(self, stats: RunStats) -> Deviation | None:
         """The deviation that fulfils the condition; None if there is none."""
-        found = stats.first(self.curve) if self.end == "first" else stats.last(self.curve)
-        if found is None:
+        found = stats.last(self.curve) if self.end == "last" else stats.first(self.curve)
+        if found is None or (self.end == "start" and found.tokens):
             return None
         holds = {
             "above": found.z > 1,
@@ -151,17 +152,6 @@ def learning_rate_schedule(stats: RunStats) -> str | None:
     return (
         f"from {outside[0].tokens:,} tokens on the learning rate is not the reference's "
         f"(now {outside[-1].value:.3g}, reference {outside[-1].reference.middle:.3g})"
-    )
-
-
-def residual_scale(stats: RunStats) -> str | None:
-    """Before the first step, the weights that write into the residual stream are as large as the others."""
-    first = stats.first("residual_ratio")
-    if first is None or first.tokens or first.z <= 1:
-        return None
-    return (
-        f"before the first step the weights that write into the residual stream have {first.value:.3g} times "
-        f"the spread of c_fc's, the reference's {first.reference.middle:.3g} times"
     )
 
 
@@ -234,7 +224,11 @@ DIAGNOSES = (
     Diagnosis(
         "the initialisation lacks the residual scale",
         "c_proj of attention and feed-forward: N(0, 0.02 / sqrt(2 n_layer))",
-        residual_scale,
+        CurveRule(
+            (Condition("residual_ratio", "start", "above"),),
+            "before the first step the weights that write into the residual stream have {0.value:.3g} times "
+            "the spread of c_fc's, the reference's {0.reference.middle:.3g} times",
+        ),
     ),
     Diagnosis(
         "the initial weights are different",

@@ -19,6 +19,7 @@ from overnight.bench.table import (
     bench_to_json,
     wrong_variants,
 )
+from overnight.report.plots import ACCENT
 
 LOSSES = (10.9872, 10.8131, 10.5342, 10.2087, 9.9120, 9.1)
 NAMES = ("float32", "bf16", "compile", "fused-attention", "block-attention", "pad-vocab", "fused-adamw")
@@ -155,6 +156,6 @@ def test_bars_are_proportional_to_speed() -> None:
     times = (1000.0, 1000.0)
     svg = bench_svg(record_of(variant("a", times), variant("b", (500.0, 500.0), times)))
     drawn = [path.attrib for path in ElementTree.fromstring(svg).iter() if path.tag.endswith("path")]
-    bars = [path["d"].split() for path in drawn if "fill: var(--accent)" in path.get("style", "")]
+    bars = [path["d"].split() for path in drawn if f"fill: {ACCENT}" in path.get("style", "")]
     slow, fast = (float(right) - float(left) for _, left, _, _, right, *_ in bars)
     assert fast / slow == pytest.approx(2.0, abs=0.01)

@@ -267,7 +267,7 @@ def test_tokenizer_that_did_not_make_the_shards_is_refused(folder: Path) -> None
 
 
 def opens(folder: Path, damaged: str) -> bool:
-    """True if a run could train on the folder; any other error than a sentence that names the file is raised."""
+    """True if a run could train on the folder. A refusal must be one line that names the file."""
     try:
         for split in ("train", "validation"):
             TokenStream(folder, split, tokens_per_row=16, seed=0)
