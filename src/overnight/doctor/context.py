@@ -58,7 +58,10 @@ class DoctorContext:
                 return found
             except (ValueError, OSError):  # the checks of the text report what is wrong with it
                 pass
-        return shrink(self.recipe, self.sizes, prepare_made_up_text(self.scratch / "made-up"), self.world)
+        made_up = prepare_made_up_text(self.scratch / "made-up")
+        found = shrink(self.recipe, self.sizes, made_up, self.world)
+        reductions = ", ".join([*filter(None, [found.reductions]), "a made-up text"])
+        return dataclasses.replace(found, reductions=reductions)
 
     @cached_property
     def plan(self) -> Plan:
