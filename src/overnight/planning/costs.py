@@ -100,11 +100,10 @@ def with_fit_options(plan: Plan) -> Plan:
     rows = smallest // resolved.model.context_length // layout.processes
     possible = [count for count in range(1, min(rows, ROWS_AT_MOST) + 1) if rows % count == 0]
     group = (layout.processes, layout.processes_per_machine)
-    options = suggest_fits(resolved.model, resolved.compute, possible, memory_bytes, *group)
     return dataclasses.replace(
         plan,
         fits=False,
-        fit_options=tuple(option._replace(options=option.options.replace("_", "-")) for option in options),
+        fit_options=tuple(suggest_fits(resolved.model, resolved.compute, possible, memory_bytes, *group)),
         fit_in_processes=find_processes(layout, resolved, memory_bytes),
         largest_fitting=largest_that_fits(resolved.compute, memory_bytes, *group),
     )
