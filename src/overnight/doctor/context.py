@@ -59,9 +59,7 @@ class DoctorContext:
             except (ValueError, OSError):  # the checks of the text report what is wrong with it
                 pass
         made_up = prepare_made_up_text(self.scratch / "made-up")
-        found = shrink(self.recipe, self.sizes, made_up, self.world)
-        reductions = ", ".join([*filter(None, [found.reductions]), "a made-up text"])
-        return dataclasses.replace(found, reductions=reductions)
+        return shrink(self.recipe, self.sizes, made_up, self.world, "a made-up text")
 
     @cached_property
     def plan(self) -> Plan:
@@ -153,9 +151,8 @@ class DoctorContext:
     def _processes(self) -> CheckResult:
         if not (dist.is_available() and dist.is_gloo_available()):
             return skipped("this torch has no gloo, the backend for processes on a CPU")
-        small = self.tiny_run.recipe
-        small = dataclasses.replace(small, compute=dataclasses.replace(small.compute, device="cpu"))
-        return model_checks.check_processes(TinyRun(small, SINGLE_PROCESS), self.scratch / "two")
+        on_cpu = TinyRun(self.tiny_run.recipe, SINGLE_PROCESS)
+        return model_checks.check_processes(on_cpu, self.scratch / "two")
 
     def _reference(self) -> CheckResult:
         if self.baseline is None:

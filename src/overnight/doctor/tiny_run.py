@@ -65,8 +65,11 @@ class TinyRun:
         return [(result.loss, result.grad_norm) for result in results]
 
 
-def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World) -> TinyRun:
-    """`recipe` with a model of at most 2 layers and 128 channels, on the shards in `folder`."""
+def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World, text: str = "") -> TinyRun:
+    """`recipe` with a model of at most 2 layers and 128 channels, on the shards in `folder`.
+
+    `text` describes them if they are not the recipe's.
+    """
     channels = sizes.n_embd // sizes.n_head
     heads = max(1, min(sizes.n_head, CHANNELS // channels))
     model = dataclasses.replace(
@@ -82,7 +85,7 @@ def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World) -> Ti
         recipe,
         init_from=None,
         trackers=(),
-        data=dataclasses.replace(DataConfig(data=str(folder)), packing=recipe.data.packing),
+        data=DataConfig(data=str(folder), packing=recipe.data.packing),
         model=model,
         schedule=ScheduleConfig(total_steps=1000, learning_rate_decay="constant"),
         batch=BatchConfig(tokens_per_step=MICRO_BATCHES * ROWS * model.context_length, micro_batch_size=ROWS),
@@ -99,17 +102,18 @@ def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World) -> Ti
         samples=SamplesConfig(sample_prompts=()),
         checkpoints=CheckpointsConfig(),
     )
-    return TinyRun(small, world, _describe_reductions(sizes, model))
+    reductions = [*_reductions(sizes, model), *([text] if text else [])]
+    return TinyRun(small, world, ", ".join(reductions))
 
 
-def _describe_reductions(sizes: ModelConfig, model: ModelConfig) -> str:
+def _reductions(sizes: ModelConfig, model: ModelConfig) -> list[str]:
     words = {"n_layer": "layers", "n_embd": "channels", "context_length": "positions"}
     found = [
         f"{getattr(model, name):,} of {getattr(sizes, name):,} {word}"
         for name, word in words.items()
         if getattr(model, name) != getattr(sizes, name)
     ]
-    return ", ".join([*found, *(["no dropout"] if sizes.dropout else [])])
+    return [*found, *(["no dropout"] if sizes.dropout else [])]
 
 
 def prepare_piece(source: Path, scratch: Path) -> Path:
