@@ -24,7 +24,6 @@ from overnight.bench.worker import (
     Rows,
     StepTask,
     build_step,
-    learning_rate,
     time_steps,
 )
 from overnight.model.model_config import VOCABULARY_MULTIPLE, ModelConfig
@@ -34,6 +33,11 @@ if TYPE_CHECKING:
 
 LLM_C = "llm.c"
 SCHEDULE = (PEAK_LEARNING_RATE, WARMUP_STEPS)
+
+
+def learning_rate(step: int) -> float:
+    """The rate of `step`, counted from 0: overnight's own, after a linear warm-up constant."""
+    return PEAK_LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
 
 
 @dataclass(frozen=True, kw_only=True)

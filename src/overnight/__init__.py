@@ -1,7 +1,7 @@
 """Reproduce GPT-2 while you sleep; keep the proof when you wake.
 
-`overnight.load`, `prepare` and `train` are the Python interface, `GPT` and `ModelConfig` the plain model. They
-are imported on first use, so that the command line starts without torch.
+`overnight.load`, `prepare` and `train` are the Python interface, `GPT` and `ModelConfig` the plain model.
+They are imported on first use, so that the command line starts without torch.
 """
 
 from __future__ import annotations

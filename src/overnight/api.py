@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overnight.config import flat_names, nearest
+from overnight.config import nearest
 from overnight.conversion.open_model import OpenedModel, open_model
 from overnight.evaluation import EvaluateConfig
-from overnight.evaluation.evaluate import EvaluationResults, evaluate_opened
+from overnight.evaluation.results import EvaluationResults, evaluate_opened
 from overnight.generation import SamplingConfig
 from overnight.generation.generate import Decoding, stream_text
 from overnight.preparation.prepare import prepare as prepare_text
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
-from overnight.recipe import Recipe, load_recipe
+from overnight.recipe import Recipe, load_recipe, with_settings
 from overnight.report.page import write_report
 from overnight.run import train as run_train
 from overnight.run.resume import load_resumed
@@ -131,26 +131,10 @@ def train(recipe: str | Recipe = "quickstart", *, resume: str | Path | None = No
         asked, path = load_resumed(Path(resume)), Path(resume)
     else:
         asked = load_recipe(recipe) if isinstance(recipe, str) else recipe
-        asked = with_settings(asked, settings)
+        asked = with_settings(asked, **settings)
         path = Path("runs") / asked.run_name
     run_train.train(asked, RunDirectory(path), resume=resume is not None)
     return Run(path)
-
-
-def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """`recipe` with these settings, by their flat names. Raises ValueError for an unknown name."""
-    sections = flat_names(Recipe)
-    for name, value in Recipe.RENAMED.settings(settings).items():
-        if name not in sections:
-            raise ValueError(f"{name} is not a setting of a recipe{nearest(name, sections)}")
-        given = str(value) if isinstance(value, Path) else value
-        changes: dict[str, Any] = {name: tuple(given) if isinstance(given, list) else given}
-        if name in ("total_steps", "total_tokens"):  # either replaces the other
-            changes = {"total_steps": None, "total_tokens": None, **changes}
-        if section := sections[name]:
-            changes = {section: dataclasses.replace(getattr(recipe, section), **changes)}
-        recipe = dataclasses.replace(recipe, **changes)
-    return recipe
 
 
 def _check_names(function: str, options: dict[str, Any], config: type) -> None:

@@ -11,7 +11,6 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from overnight import __version__
@@ -269,7 +268,7 @@ def _read_recipe(
     With `default` there is no name, and the options change the default.
     """
     from overnight.config import from_arguments
-    from overnight.recipe import Recipe, load_recipe, recipe_names
+    from overnight.recipe import Recipe, load_recipe, recipe_names, with_settings
 
     name, words = "RECIPE", rest
     if default is None and words and not words[0].startswith("-"):
@@ -279,10 +278,8 @@ def _read_recipe(
         raise ValueError(f"overnight {command} needs a recipe: {', '.join(recipe_names())}, or a .toml file")
     default = default or Recipe(run_name=name)
     given = {word.partition("=")[0].replace("_", "-") for word in words}
-    if "--total-tokens" in given:  # the length can be given in two ways: either replaces the other
-        default = replace(default, schedule=replace(default.schedule, total_steps=None))
-    if "--total-steps" in given:
-        default = replace(default, schedule=replace(default.schedule, total_tokens=None))
+    if given & {"--total-tokens", "--total-steps"}:  # the length can be given in two ways
+        default = with_settings(default, total_steps=None)
     wider = cls(**vars(default))
     read = from_arguments(cls, words, prog=f"overnight {command}", about=_about(command), default=wider)
     return name, read

@@ -111,7 +111,7 @@ class RunDirectory:
         lines = text.count("\n")
         if stated is not None and lines < int(stated[1]):
             raise ValueError(
-                f"{self.recipe} has {lines} of {stated[1]} lines: {FROM_A_COPY}; if you removed lines on purpose, "
+                f"{self.recipe} has {lines} of {stated[1]} lines: {FROM_A_COPY}; if you removed lines yourself, "
                 "remove the first one, too"
             )
         return text
@@ -200,7 +200,7 @@ class RunDirectory:
             return True
 
     def _make(self) -> None:
-        """Create the folders so that their names survive a power cut. Raises ValueError if a file is in the way."""
+        """Create the folders, their names flushed to the disk. Raises ValueError if a file is in the way."""
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         within = (self.checkpoints, self.tokenizer, self.path / "events")
         for folder in (*within, self.path, *self.path.parents):
@@ -248,7 +248,7 @@ def _is_not_finite(value: object) -> bool:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; a last line truncated by a crash is left out, any other damage is an error."""
+    """The JSON lines of a file; a truncated last line is left out, any other damage is an error."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()

@@ -219,14 +219,14 @@ def publish_by_copying() -> None:
             time.sleep(0.005)
         shutil.rmtree(staging_path(folder))
 
-    prepare.appear = appear
+    prepare.publish_folder = appear
 
 
 def unlocked() -> None:
     """A mutant: nobody asks whether another fills the same folder."""
     from overnight.preparation import prepare
 
-    prepare.alone = lambda _: contextlib.nullcontext()
+    prepare.exclusive = lambda _: contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------- D5: eight at once

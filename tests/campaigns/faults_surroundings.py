@@ -192,10 +192,10 @@ def name_the_path() -> None:
 
 def note_the_hour() -> None:
     """The hour on the wall is written down."""
-    from overnight.preparation import prepare as prepare_module
+    from overnight.preparation.assemble import ShardAssembler
 
-    real, hour = prepare_module._describe, datetime.datetime.fromtimestamp(0).hour
-    prepare_module._describe = lambda *words: dataclasses.replace(real(*words), licence=f"from {hour} on")
+    real, hour = ShardAssembler.manifest, datetime.datetime.fromtimestamp(0).hour
+    ShardAssembler.manifest = lambda *words: dataclasses.replace(real(*words), licence=f"from {hour} on")
 
 
 PLAIN = Surroundings("as it is", variables={"PYTHONHASHSEED": "0"})

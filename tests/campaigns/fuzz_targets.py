@@ -63,7 +63,7 @@ def check_generation() -> Check:
             model=model.eval(), tokenizer=tokenizer, origin=here, tokenizer_folder=here, run=None
         )
 
-    open_model_module.open_model = open_model
+    generation_command.open_model = open_model
 
     def check(data: bytes) -> None:
         config = draw_generation(data, precision)

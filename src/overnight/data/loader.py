@@ -7,8 +7,8 @@ shard is dropped. Row g belongs to epoch g // rows_per_epoch; finding its tokens
 
 With `shuffle_window` S the split is divided into windows of S consecutive tokens; the last one also takes the
 remainder, so it has S to 2 S - 1. Each window is a ring with an offset and an order of its own, and an epoch
-reads one window after the other. A row then depends only on the tokens of its window, and on S more tokens
-existing behind it. So rows can be read while the rest of the text is still being prepared.
+reads one window after the other. A row then depends only on its window's tokens and on S more tokens existing
+after them, so it can be read while the rest of the text is still being prepared.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ class BatchSource(Protocol):
 class TokenStream:
     """One split of a prepared folder as an endless sequence of rows of `tokens_per_row` ids.
 
-    Given a path, opening reads every shard of the split once, and raises ValueError if one differs from its
-    manifest; another ShardStore verifies in its own way. Raises ValueError if a row is longer than the data
-    or than the shuffle window.
+    Given a path, opening reads every shard of the split, and raises ValueError if one was changed; another
+    ShardStore verifies in its own way. Raises ValueError if a row exceeds the data or the shuffle window.
     """
 
     def __init__(
@@ -73,9 +72,9 @@ class TokenStream:
         shuffle_window: int | None = None,
     ) -> None:
         store = LocalStore(Path(folder), split) if isinstance(folder, Path | str) else folder
-        self.manifest, self.split, self.seed = store.manifest, split, seed
+        self.manifest, self.seed, self.tokens_per_row = store.manifest, seed, tokens_per_row
         self._reader = TokenReader(store, split)
-        self.tokens, self.tokens_per_row = self._reader.tokens, tokens_per_row
+        self.tokens = self._reader.tokens
         if not 1 <= tokens_per_row < self.tokens:
             raise ValueError(
                 f"a row of {tokens_per_row:,} tokens and its targets do not fit in the {self.tokens:,} of "
@@ -83,8 +82,7 @@ class TokenStream:
             )
         if shuffle_window is not None and shuffle_window <= tokens_per_row:
             raise ValueError(
-                f"shuffle_window={shuffle_window} must be longer than a row of {tokens_per_row:,} tokens: "
-                "give a thousand times as many, or more"
+                f"shuffle_window={shuffle_window} must exceed a row of {tokens_per_row}; best is 1,000 rows"
             )
         self._window_tokens = min(shuffle_window or self.tokens, self.tokens)
         self._rows_per_window = -(-self._window_tokens // tokens_per_row)  # rounded up
@@ -142,7 +140,7 @@ class TokenStream:
         """Where in a window's ring of `tokens` tokens the rows of one block of its order start."""
         found = self._positions.get((epoch, window, block))
         if found is None:
-            # These words are part of the keys: with others, every run would read its rows in another order.
+            # The words belong to the keys: with other words, runs would read their rows in another order.
             suffix = f" of portion {window}" if window else ""
             (offset,) = derive_keys(self.seed, epoch, f"shift{suffix}", 1)
             order = build_permutation(-(-tokens // self.tokens_per_row), self.seed, epoch, f"order{suffix}")
@@ -182,12 +180,10 @@ class PrefetchLoader:
 
     def _read(self, first_row: int, rows: int) -> Batch:
         batch = self._source.batch(first_row, rows)
-        return Batch(self._send(batch.ids), self._send(batch.targets))
-
-    def _send(self, ids: Tensor) -> Tensor:
-        # Only from pinned memory does a copy run while the GPU computes.
-        pinned = ids.pin_memory() if self._device.startswith("cuda") else ids
-        return pinned.to(self._device, non_blocking=True)
+        if self._device.startswith("cuda"):  # only copies from pinned memory run while the GPU computes
+            batch = Batch(batch.ids.pin_memory(), batch.targets.pin_memory())
+        ids, targets = (each.to(self._device, non_blocking=True) for each in (batch.ids, batch.targets))
+        return Batch(ids, targets)
 
 
 def prefetch(source: BatchSource, device: str, next_row: Callable[[int], int] | None = None) -> BatchSource:

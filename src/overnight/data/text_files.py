@@ -159,7 +159,7 @@ def open_store(address: str) -> Store:
     try:
         system, root = fsspec.core.url_to_fs(address)
     except ValueError:
-        raise ValueError(f"{address}: {protocol}:// is no place that fsspec knows") from None
+        raise ValueError(f"{address}: fsspec does not know the protocol {protocol}://") from None
     except ImportError as error:
         raise ValueError(f"{address} can't be reached: {error}") from None
     return Store(system, root.rstrip("/"), protocol)

@@ -82,7 +82,7 @@ class Documents(NamedTuple):
     document_ids: Tensor
     """Number of the document within its row, (B, T): equal within a document, then one more."""
     positions: Tensor
-    """Position within the document, (B, T), from 0; the rest of an earlier one counts from the row's start."""
+    """Position within the document, (B, T), from 0; the rest of an earlier one from the row's start."""
 
 
 def find_documents(ids_BT: Tensor, end_of_text: int) -> Documents:
@@ -304,7 +304,7 @@ def attend_in_flex(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, document_BT: 
 
 @functools.cache
 def _compile_flex() -> Callable[..., Tensor]:
-    """`attend_in_flex` compiled by itself, for an eager step. Made on first use: the compiler loads in 2 s."""
+    """`attend_in_flex` compiled by itself, for an eager step. Made on first use: it loads the compiler."""
     return torch.compile(attend_in_flex, dynamic=False, fullgraph=True)
 
 

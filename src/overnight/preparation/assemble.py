@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,13 +62,10 @@ class ShardLayout:
         """How many tokens both splits have together."""
         return sum(self.starts[split][-1] for split in SPLITS)
 
-    def shards(self, split: str) -> range:
-        """The indices of all shards of a split."""
-        return range(-(-self.starts[split][-1] // self.shard_tokens))
-
-    def complete_shards(self, split: str) -> range:
-        """The indices of the full shards of a split: further documents do not change them."""
-        return range(self.starts[split][-1] // self.shard_tokens)
+    def shards(self, split: str, *, only_full: bool = False) -> range:
+        """The indices of the shards of a split; further documents do not change those that are full."""
+        full, rest = divmod(self.starts[split][-1], self.shard_tokens)
+        return range(full + (rest > 0 and not only_full))
 
 
 def decide_layout(staging: Path, state: PrepareState, units: int) -> ShardLayout:
@@ -119,24 +117,16 @@ def decide_shards(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
     require_documents(state, decide_layout(staging, state, target_units(staging)))
 
 
-def write_shards(staging: Path, rank: int = 0, ranks: int = 1) -> None:
+def write_shards(staging: Path, rank: int = 0, ranks: int = 1, *, only_full: bool = False) -> None:
     """Write every `ranks`-th shard of both splits."""
     assembler = open_assembler(staging)
-    shards = [(split, index) for split in SPLITS for index in assembler.layout.shards(split)]
+    layout = assembler.layout
+    shards = [(split, index) for split in SPLITS for index in layout.shards(split, only_full=only_full)]
     for split, index in shards[rank::ranks]:
         assembler.write(split, index)
 
 
-def write_complete_shards(staging: Path, rank: int = 0, ranks: int = 1) -> None:
-    """Write every `ranks`-th shard that further documents do not change."""
-    assembler = open_assembler(staging)
-    shards = [(split, index) for split in SPLITS for index in assembler.layout.complete_shards(split)]
-    for split, index in shards[rank::ranks]:
-        assembler.write(split, index)
-
-
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Tokens that lie together in a unit and in a shard."""
 
     ids: Tokens
@@ -171,6 +161,32 @@ class ShardAssembler:
         index, rest = divmod(end, self.layout.shard_tokens)
         return (
             (self._write_tokens(f"{split}-{index:05d}-{rest}.bin", split, end - rest, end),) if rest else ()
+        )
+
+    def manifest(self, shards: dict[str, tuple[Shard, ...]]) -> Manifest:
+        """The manifest of a prepared folder that holds these shards."""
+        state, layout, tokenizer = self.state, self.layout, open_tokenizer(self.staging)
+        return Manifest(
+            overnight_version=__version__,
+            source=state.source,
+            licence=state.licence,
+            request=state.request,
+            split_rule="validation if the first 8 bytes of the text's blake2b-128 are below "
+            f"{state.validation_fraction} of 2^64",
+            tokenizer=tokenizer.name,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+            documents=layout.kept_documents,
+            duplicate_documents=layout.documents.get("duplicate", 0),
+            empty_documents=layout.documents.get("empty", 0),
+            skipped_documents=layout.documents.get("skipped", 0),
+            repaired_documents=layout.documents.get("repaired", 0),
+            damaged_files=layout.damaged_files,
+            near_duplicate_documents=layout.documents.get("near-duplicate", 0),
+            contaminated_documents=layout.contaminated,
+            train=shards["train"],
+            validation=shards["validation"],
         )
 
     def _write_tokens(self, name: str, split: str, begin: int, end: int) -> Shard:
@@ -209,33 +225,6 @@ def open_assembler(staging: Path) -> ShardAssembler:
     """Of a staging folder, with the state and the layout that are written there."""
     layout = ShardLayout(**json.loads((staging / "layout.json").read_text(encoding="utf-8")))
     return ShardAssembler(staging, read_state(staging), layout)
-
-
-def build_manifest(assembler: ShardAssembler, shards: dict[str, tuple[Shard, ...]]) -> Manifest:
-    """The manifest of a prepared folder that holds these shards."""
-    state, layout, tokenizer = assembler.state, assembler.layout, open_tokenizer(assembler.staging)
-    return Manifest(
-        overnight_version=__version__,
-        source=state.source,
-        licence=state.licence,
-        request=state.request,
-        split_rule="validation if the first 8 bytes of the text's blake2b-128 are below "
-        f"{state.validation_fraction} of 2^64",
-        tokenizer=tokenizer.name,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text=tokenizer.end_of_text,
-        documents=layout.kept_documents,
-        duplicate_documents=layout.documents.get("duplicate", 0),
-        empty_documents=layout.documents.get("empty", 0),
-        skipped_documents=layout.documents.get("skipped", 0),
-        repaired_documents=layout.documents.get("repaired", 0),
-        damaged_files=layout.damaged_files,
-        near_duplicate_documents=layout.documents.get("near-duplicate", 0),
-        contaminated_documents=layout.contaminated,
-        train=shards["train"],
-        validation=shards["validation"],
-    )
 
 
 def _decide_status(

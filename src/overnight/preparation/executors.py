@@ -24,6 +24,9 @@ from typing import Any
 from overnight.data.text_files import first_line
 from overnight.distributed.machine import count_cores
 from overnight.preparation.prepare_config import PrepareConfig
+from overnight.preparation.prepare_state import SLURM_JOB
+from overnight.run_directory import write_atomically
+from overnight.terminal import echo
 
 Step = Callable[[Path, int, int], object]
 Watch = Callable[[], None]
@@ -131,8 +134,8 @@ def _run_on_ray(step: Step, staging: Path, tasks: int, config: PrepareConfig) ->
         )
 
 
-def submit_to_slurm(steps: list[tuple[Step, int]], staging: Path, config: PrepareConfig) -> str:
-    """Submit a chain of steps, each with the number of its ranks; returns the number of the last job."""
+def submit_to_slurm(steps: list[tuple[Step, int]], staging: Path, config: PrepareConfig) -> None:
+    """Submit a chain of steps, each with the number of its ranks, and record the number of the last job."""
     datatrove = _import_datatrove()
     executor: Any = None
     activate = Path(sys.prefix) / "bin" / "activate"  # so that the jobs use this environment
@@ -159,16 +162,27 @@ def submit_to_slurm(steps: list[tuple[Step, int]], staging: Path, config: Prepar
             f"sbatch refused the jobs (exit status {error.returncode}; its message is above): give a "
             "slurm_partition and slurm_time that this cluster has"
         ) from None
-    return str(executor.job_id)
+    if staging.is_dir():  # it may be done by now
+        write_atomically(staging / SLURM_JOB, f"{executor.job_id}\n")
+    echo(
+        f"handed to Slurm, in {len(steps)} arrays of jobs; once job {executor.job_id} is done, "
+        "the same command finds it done"
+    )
 
 
-def is_running(job: str) -> bool:
-    """True while Slurm has the job, waiting or running; False if Slurm can't be asked."""
+def is_with_slurm(staging: Path) -> bool:
+    """True, with a message, while Slurm has the job that was submitted; False if Slurm can't be asked."""
+    if not (staging / SLURM_JOB).is_file():
+        return False
+    job = (staging / SLURM_JOB).read_text(encoding="utf-8").strip()
     try:
         listed = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, check=False)
     except FileNotFoundError:
         return False
-    return listed.returncode == 0 and bool(listed.stdout.strip())
+    if listed.returncode != 0 or not listed.stdout.strip():
+        return False
+    echo(f"Slurm is at it already: see squeue --jobs {job}, or cancel that to begin again")
+    return True
 
 
 def silence_datatrove() -> None:

@@ -40,25 +40,11 @@ from overnight.data.shards import (
     write_manifest,
 )
 from overnight.data.text_files import DamagedFileError
-from overnight.preparation.assemble import (
-    ShardAssembler,
-    ShardLayout,
-    build_manifest,
-    decide_layout,
-    decide_shards,
-    open_assembler,
-    require_documents,
-    write_complete_shards,
-    write_shards,
-)
-from overnight.preparation.decontaminate import benchmark_names, build_index, describe_benchmarks, save_index
-from overnight.preparation.dedup import compare_units, dedup_steps, forget_clusters, require_datatrove
+from overnight.preparation import assemble, decontaminate, dedup, executors, tokenize
 from overnight.preparation.documents import Part, divide_file
-from overnight.preparation.executors import DEFAULT_JOBS, count_threads, is_running, run_step, submit_to_slurm
 from overnight.preparation.import_shards import plan_import
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.preparation.prepare_state import (
-    SLURM_JOB,
     PrepareState,
     Request,
     Unit,
@@ -70,8 +56,7 @@ from overnight.preparation.prepare_state import (
     write_state,
 )
 from overnight.preparation.sources import Source, open_source
-from overnight.preparation.tokenize import count_tokenized, estimate_bytes, save_tokenizer, tokenize_units
-from overnight.run_directory import flush_folder, write_atomically
+from overnight.run_directory import flush_folder
 from overnight.terminal import echo, progress
 from overnight.tokenizer.open_tokenizer import NAMES, load_tokenizer
 
@@ -91,7 +76,7 @@ def prepare(config: PrepareConfig) -> Manifest | None:
     raise_problems(config.problems(), "prepare")
     folder = output_folder(config)
     with plain_file_errors(folder):
-        preparation = _plan(config) if config.from_shards is None else plan_import(config)
+        preparation = plan_text(config) if config.from_shards is None else plan_import(config)
         existing = _find_prepared(folder, preparation.request)  # needs no lock: a folder appears whole
         if existing is None:
             with exclusive(folder):
@@ -154,14 +139,15 @@ class TextPreparation:
     config: PrepareConfig
     source: Source
     request: Request
+    """What decides the content of the folder."""
 
     def fill(self, folder: Path) -> Manifest | None:
         """Do all the work, or what is left of it; None if Slurm does it. Needs `exclusive`."""
         state = _plan_work(self.config, self.source, self.request)
         if self.config.near_duplicates == "drop":
-            require_datatrove()
+            dedup.require_datatrove()
         with staging_folder(folder, lambda staging: is_begun(staging, self.request)) as staging:
-            if _is_with_slurm(staging):
+            if executors.is_with_slurm(staging):
                 return None
             if not is_complete(staging):
                 units = _begin(staging, state)
@@ -169,14 +155,14 @@ class TextPreparation:
                     _submit(staging, self.config)
                     return None
                 layout = _tokenize_until_enough(staging, state, units)
-                run_step(write_shards, staging, _count_writers(layout), self.config)
+                executors.run_step(assemble.write_shards, staging, _count_writers(layout), self.config)
             manifest = finish(staging)
         publish_folder(folder)
         return manifest
 
 
-def _plan(config: PrepareConfig) -> TextPreparation:
-    """Open the source. Raises ValueError if there is none."""
+def plan_text(config: PrepareConfig) -> TextPreparation:
+    """Open the source that `config` names. Raises ValueError if there is none."""
     source = open_source(config.source or "", config.subset, config.from_file)
     return TextPreparation(config, source, _request(config, source))
 
@@ -198,7 +184,9 @@ def _request(config: PrepareConfig, source: Source) -> Request:
         "shard_tokens": config.shard_tokens,
     }
     if config.benchmark_paths:
-        request["decontaminate"] = describe_benchmarks(benchmark_names(config.benchmark_paths))
+        request["decontaminate"] = decontaminate.describe_benchmarks(
+            decontaminate.benchmark_names(config.benchmark_paths)
+        )
         request["on_contaminated"] = config.on_contaminated
     if config.near_duplicates == "drop":
         request["near_duplicates"] = "drop"
@@ -281,23 +269,25 @@ def _begin(staging: Path, state: PrepareState) -> int:
         request_units(staging, min(units, early))
         write_state(staging, state)
     if benchmarks and not (staging / "benchmarks").is_dir():
-        save_index(staging, build_index(benchmark_names(benchmarks)))
+        decontaminate.save_index(
+            staging, decontaminate.build_index(decontaminate.benchmark_names(benchmarks))
+        )
     if not (staging / "tokenizer").is_dir():
-        save_tokenizer(staging, state)
-        require_disk_space(staging, estimate_bytes(staging, state))
+        tokenize.save_tokenizer(staging, state)
+        require_disk_space(staging, tokenize.estimate_bytes(staging, state))
     return units
 
 
-def _tokenize_until_enough(staging: Path, state: PrepareState, units: int) -> ShardLayout:
+def _tokenize_until_enough(staging: Path, state: PrepareState, units: int) -> assemble.ShardLayout:
     """Tokenize `units` units, and more if they hold fewer tokens than asked for; the layout of the shards."""
     wanted = state.config.tokens
     while True:
         units = _tokenize_here(staging, state, units)
-        layout = decide_layout(staging, state, units)
+        layout = assemble.decide_layout(staging, state, units)
         if wanted is None or layout.tokens >= wanted or units == len(state.units):
-            require_documents(state, layout)
+            assemble.require_documents(state, layout)
             return layout
-        forget_clusters(staging)
+        dedup.forget_clusters(staging)
         units = min(len(state.units), 2 * units)
 
 
@@ -311,8 +301,8 @@ def _tokenize_here(staging: Path, state: PrepareState, enough: int) -> int:
     with progress("encoding", sum(state.unit_bytes[:enough]) / 1e6, "MB") as advance:
         watch = _watch_tokenizing(staging, state, advance)
         while True:
-            step = partial(tokenize_units, threads=count_threads(config, units))
-            run_step(step, staging, units, config, watch)
+            step = partial(tokenize.tokenize_units, threads=executors.count_threads(config, units))
+            executors.run_step(step, staging, units, config, watch)
             if units >= enough:
                 break
             if _shows_early(config):
@@ -320,18 +310,18 @@ def _tokenize_here(staging: Path, state: PrepareState, enough: int) -> int:
             units = min(enough, 2 * units)
             request_units(staging, units)
     if config.near_duplicates == "drop":
-        compare_units(staging, units, config)
+        dedup.compare_units(staging, units, config)
     return units
 
 
 def _watch_tokenizing(staging: Path, state: PrepareState, advance: Callable[..., None]) -> Callable[[], None]:
     """A function that moves the progress bar to where the work is."""
     shown, started_at = 0.0, time.perf_counter()
-    before = count_tokenized(staging, state)[1]  # by an earlier run that was interrupted
+    before = tokenize.count_tokenized(staging, state)[1]  # by an earlier run that was interrupted
 
     def watch() -> None:
         nonlocal shown
-        read_bytes, tokens = count_tokenized(staging, state)
+        read_bytes, tokens = tokenize.count_tokenized(staging, state)
         rate = (tokens - before) / max(1e-3, time.perf_counter() - started_at)
         advance(read_bytes / 1e6 - shown, f"{tokens / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M/s")
         shown = read_bytes / 1e6
@@ -350,22 +340,26 @@ def _shows_early(config: PrepareConfig) -> bool:
 
 def _show_early(staging: Path, state: PrepareState, units: int) -> None:
     """Write the shards that are complete, and list them for a training that reads them already."""
-    layout = decide_layout(staging, state, units)
-    run_step(write_complete_shards, staging, _count_writers(layout), state.config)
-    show_so_far(ShardAssembler(staging, state, layout))
+    layout = assemble.decide_layout(staging, state, units)
+    step = partial(assemble.write_shards, only_full=True)
+    executors.run_step(step, staging, _count_writers(layout), state.config)
+    show_so_far(staging)
 
 
-def show_so_far(assembler: ShardAssembler) -> None:
+def show_so_far(staging: Path) -> None:
     """List the complete shards in so-far.json; of the validation split also the beginning of the next one."""
+    assembler = assemble.open_assembler(staging)
     shards = {
-        split: tuple(assembler.write(split, index) for index in assembler.layout.complete_shards(split))
+        split: tuple(
+            assembler.write(split, index) for index in assembler.layout.shards(split, only_full=True)
+        )
         for split in SPLITS
     }
     shards["validation"] += assembler.write_unfinished("validation")
-    write_manifest(assembler.staging, build_manifest(assembler, shards), SO_FAR)
+    write_manifest(staging, assembler.manifest(shards), SO_FAR)
 
 
-def _count_writers(layout: ShardLayout) -> int:
+def _count_writers(layout: assemble.ShardLayout) -> int:
     """How many ranks the writing of shards is worth."""
     return max(1, -(-layout.tokens // TOKENS_PER_WRITER))
 
@@ -373,12 +367,12 @@ def _count_writers(layout: ShardLayout) -> int:
 def finish(staging: Path) -> Manifest:
     """Write the manifest, and remove what only the work needed; continues where it was killed."""
     if not is_complete(staging):
-        assembler = open_assembler(staging)
+        assembler = assemble.open_assembler(staging)
         shards = {
             split: tuple(assembler.write(split, index) for index in assembler.layout.shards(split))
             for split in SPLITS
         }
-        write_manifest(staging, build_manifest(assembler, shards))
+        write_manifest(staging, assembler.manifest(shards))
     manifest = read_manifest(staging)
     remove_traces(staging, {shard.name for split in SPLITS for shard in manifest.shards(split)})
     flush_folder(staging)
@@ -393,22 +387,9 @@ def publish_prepared(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
 
 def _submit(staging: Path, config: PrepareConfig) -> None:
     """Submit all steps to Slurm, as a chain of job arrays."""
-    jobs = min(target_units(staging), config.tasks or DEFAULT_JOBS)
-    dedup = dedup_steps(jobs) if config.near_duplicates == "drop" else []
-    steps = [(tokenize_units, jobs), *dedup, (decide_shards, 1), (write_shards, jobs), (publish_prepared, 1)]
-    number = submit_to_slurm(steps, staging, config)
-    if staging.is_dir():  # it may be done by now
-        write_atomically(staging / SLURM_JOB, f"{number}\n")
-    echo(
-        f"handed to Slurm, in {len(steps)} arrays of jobs; once job {number} is done, "
-        "the same command finds it done"
-    )
-
-
-def _is_with_slurm(staging: Path) -> bool:
-    """True, with a message, if Slurm was given this work and has not ended it."""
-    submitted = staging / SLURM_JOB
-    if not (submitted.is_file() and is_running(number := submitted.read_text(encoding="utf-8").strip())):
-        return False
-    echo(f"Slurm is at it already: see squeue --jobs {number}, or cancel that to begin again")
-    return True
+    jobs = min(target_units(staging), config.tasks or executors.DEFAULT_JOBS)
+    steps: list[tuple[executors.Step, int]] = [(tokenize.tokenize_units, jobs)]
+    if config.near_duplicates == "drop":
+        steps += dedup.dedup_steps(jobs)
+    steps += [(assemble.decide_shards, 1), (assemble.write_shards, jobs), (publish_prepared, 1)]
+    executors.submit_to_slurm(steps, staging, config)

@@ -1,8 +1,8 @@
 """The memory that training takes on a device, by arithmetic on sizes.
 
 Counted operation by operation: what autograd keeps of each for the backward pass. In 16 bits that is 36 C
-bytes for a token and layer. Korthikanti et al. 2022, equation 2, without the T x T scores that fused attention
-never writes, has 34 C: it counts dropout's masks, this the float32 of the residual stream.
+bytes for a token and layer. Korthikanti et al. 2022, equation 2, without the T x T scores that fused
+attention never writes, has 34 C: it counts dropout's masks, this the float32 of the residual stream.
 
 Several processes may divide what they hold (ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054). Weights,
 gradients and moments are then counted parameter by parameter, as they are divided: under zero1 moments by
@@ -140,7 +140,7 @@ def try_shardings(
 
 
 def choose_sharding(model: ModelConfig, rows: int, compute: Compute, resources: Resources) -> Sharding:
-    """The first of none, zero1, hsdp, fsdp with which `rows` rows fit into each process; fsdp if none fits."""
+    """The first of none, zero1, hsdp, fsdp with which `rows` rows fit into each process, or fsdp."""
     _, memory_bytes, processes, per_machine = resources
     return [*try_shardings(model, rows, compute, memory_bytes, processes, per_machine)][-1]
 
@@ -318,8 +318,8 @@ def _kept_by_attention(model: ModelConfig, compute: Compute) -> int:
 def _logits_bytes(model: ModelConfig, tokens: int, compute: Compute) -> int:
     """Bytes of logits. Compiled there is one copy, which their gradient replaces; eager there are several.
 
-    Three in float32 of the full logits; of a chunk four, beside the logits of two chunks. The chunked loss also
-    sums the gradient of the output layer's weights in float32.
+    Three in float32 of the full logits; of a chunk four, beside the logits of two chunks. The chunked loss
+    also sums the gradient of the output layer's weights in float32.
     """
     width, vocabulary = _product_bytes(compute), model.padded_vocab_size()
     if compute.loss != "chunked":

@@ -1,4 +1,4 @@
-"""Everything that training changes: weights, optimizer, step, guard, loss scale. The rest of a run follows from it."""
+"""Everything that training changes: weights, optimizer, step, guard, loss scale. The rest is recomputed."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from overnight.data.incremental import (
 from overnight.data.loader import TokenStream
 from overnight.data.shards import SO_FAR, Manifest, open_tokens, read_manifest, verify
 from overnight.preparation import prepare as prepare_module
+from overnight.preparation.assemble import ShardAssembler
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
 
@@ -141,9 +142,9 @@ def interrupted(
     """The folder of a preparation that was interrupted after it published shards for the `wave`-th time."""
     real, waves = prepare_module.show_so_far, 0
 
-    def show(place: Path) -> None:
+    def show(assembler: ShardAssembler) -> None:
         nonlocal waves
-        real(place)
+        real(assembler)
         waves += 1
         if waves == wave:
             raise error
@@ -159,11 +160,12 @@ def test_early_shards_stay_the_same(config: PrepareConfig, monkeypatch: pytest.M
     shown: list[tuple[Manifest, dict[str, bytes]]] = []
     real = prepare_module.show_so_far
 
-    def show(place: Path) -> None:
-        real(place)
-        manifest = read_manifest(place, SO_FAR)
+    def show(assembler: ShardAssembler) -> None:
+        real(assembler)
+        staging = assembler.staging
+        manifest = read_manifest(staging, SO_FAR)
         names = [shard.name for shard in (*manifest.train, *manifest.validation)]
-        shown.append((manifest, {name: (place / name).read_bytes() for name in names}))
+        shown.append((manifest, {name: (staging / name).read_bytes() for name in names}))
 
     monkeypatch.setattr(prepare_module, "show_so_far", show)
     prepare(config)
@@ -215,7 +217,7 @@ def test_refused_preparation_keeps_its_shards(config: PrepareConfig, monkeypatch
 def test_near_duplicates_publish_no_early_shards(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "show_so_far", lambda place: pytest.fail("shown too early"))
+    monkeypatch.setattr(prepare_module, "show_so_far", lambda assembler: pytest.fail("shown too early"))
     assert prepare(dataclasses.replace(config, near_duplicates="drop"))
 
 

@@ -266,41 +266,14 @@ def test_tokenizer_that_did_not_make_the_shards_is_refused(folder: Path) -> None
 # Random damage
 
 
-def flip(path: Path, bit: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("pattern", ["*.bin", "manifest.json"])
-def test_every_flipped_bit_is_refused_by_file_name(folder: Path, pattern: str) -> None:
-    draw = random.Random(0)
-    paths = sorted(folder.glob(pattern))
-    for _ in range(240):
-        path = draw.choice(paths)
-        bit = draw.randrange(8 * path.stat().st_size)
-        flip(path, bit)
-        with pytest.raises(ValueError, match=path.name):
-            verify(folder)
-        flip(path, bit)
-    assert verify(folder)
-
-
-def test_flipped_bit_passes_without_verification(folder: Path) -> None:
-    """The negative control: the format alone does not notice it."""
-    sound = open_tokens(folder / "train-00000.bin").tolist()
-    flip(folder / "train-00000.bin", 8 * (1024 + 2 * 17))
-    damaged = open_tokens(folder / "train-00000.bin").tolist()
-    assert damaged == [*sound[:17], sound[17] ^ 1, *sound[18:]]
-
-
-def opens(folder: Path) -> bool:
-    """True if a run could train on the folder; anything but a one-line ValueError is raised."""
+def opens(folder: Path, damaged: str) -> bool:
+    """True if a run could train on the folder. A refusal must be one line that names the file."""
     try:
-        TokenStream(folder, tokens_per_row=16, seed=0)
-        TokenStream(folder, "validation", tokens_per_row=16, seed=0)
+        for split in ("train", "validation"):
+            TokenStream(folder, split, tokens_per_row=16, seed=0)
     except ValueError as error:
         assert "\n" not in str(error)  # noqa: PT017 - one of two right answers
+        assert damaged in str(error)  # noqa: PT017
         return False
     return True
 
@@ -328,9 +301,9 @@ def count_opened(folder: Path, trials: int) -> int:
         path = draw.choice(files)
         sound = path.read_bytes()
         path.write_bytes(damage(draw, sound))
-        opened += opens(folder)
+        opened += opens(folder, path.name)
         path.write_bytes(sound)
-    assert opens(folder)
+    assert opens(folder, "")
     return opened
 
 
@@ -361,7 +334,7 @@ def count_foreign(folder: Path, trials: int) -> int:
         vouched = dataclasses.replace(shard, sha256=write(place / shard.name, ids, 65_536))
         shards = tuple(vouched if each == shard else each for each in sound.shards(split))
         write_manifest(place, dataclasses.replace(sound, vocab_size=vocab_size, **{split: shards}))
-        opened += opens(place)
+        opened += opens(place, shard.name)
         shutil.rmtree(place)
     return opened
 

@@ -12,6 +12,7 @@ import pytest
 from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
 
 from overnight.data.atomic_folder import staging_path
+from overnight.preparation import assemble, minhash
 from overnight.preparation import prepare as prepare_module
 from overnight.preparation.command import summarize_prepared
 from overnight.preparation.dedup import dedup_steps
@@ -72,35 +73,28 @@ def most_similar(texts: list[str], others: list[str]) -> float:
     return max(similarity(one, other) for one in texts for other in others)
 
 
-# what stays
+# What stays
 
 
-def test_of_texts_that_are_nearly_alike_the_first_stays(config: PrepareConfig, texts_in: Any) -> None:
+def test_first_of_near_duplicates_stays(config: PrepareConfig, texts_in: Any) -> None:
     assert min(map(similarity, TEXTS, ALMOST)) > 0.96
     manifest = prepare(config)
-    assert manifest is not None
-    assert set(texts_in(config, "train") + texts_in(config, "validation")) == set(TEXTS)
+    train, validation = (texts_in(config, split) for split in ("train", "validation"))
+    assert {*train, *validation} == {*TEXTS}
+    assert most_similar(validation, train) < 0.1
     counts = (manifest.documents, manifest.near_duplicate_documents, manifest.duplicate_documents)
     assert counts == (60, 25, 1)
-    assert "left out: duplicates 1, near-duplicates 25, empty 1" in summarize_prepared(manifest)
+    assert any("near-duplicates 25" in line for line in summarize_prepared(manifest))
+    with pytest.raises(ValueError, match="near_duplicates"):
+        prepare(dataclasses.replace(config, near_duplicates="keep"))
 
 
-def test_without_the_option_all_stay(config: PrepareConfig, texts_in: Any) -> None:
-    kept = dataclasses.replace(config, near_duplicates="keep")
-    manifest = prepare(kept)
-    assert manifest is not None
-    assert set(texts_in(config, "train") + texts_in(config, "validation")) == {*TEXTS, *ALMOST}
+def test_near_duplicates_stay_without_the_option(config: PrepareConfig, texts_in: Any) -> None:
+    manifest = prepare(dataclasses.replace(config, near_duplicates="keep"))
+    train, validation = (texts_in(config, split) for split in ("train", "validation"))
+    assert {*train, *validation} == {*TEXTS, *ALMOST}
+    assert most_similar(validation, train) > 0.96
     assert (manifest.documents, manifest.near_duplicate_documents) == (85, 0)
-    with pytest.raises(ValueError, match="holds something else .near_duplicates is None there and drop here"):
-        prepare(config)
-
-
-def test_validation_shares_nothing_with_training(config: PrepareConfig, texts_in: Any) -> None:
-    prepare(config)
-    assert most_similar(texts_in(config, "validation"), texts_in(config, "train")) < 0.1
-    kept = elsewhere(config, "kept", near_duplicates="keep")
-    prepare(kept)
-    assert most_similar(texts_in(kept, "validation"), texts_in(kept, "train")) > 0.96
 
 
 def test_texts_that_share_a_part_stay(config: PrepareConfig, write_texts: Any) -> None:
@@ -108,11 +102,10 @@ def test_texts_that_share_a_part_stay(config: PrepareConfig, write_texts: Any) -
     assert all(0.3 < similarity(one, other) < 0.6 for one, other in zip(TEXTS, halves, strict=False))
     write_texts(Path(str(config.source)) / "9.jsonl", halves)
     manifest = prepare(config)
-    assert manifest is not None
     assert 25 <= manifest.near_duplicate_documents <= 28
 
 
-def test_what_is_left_out_for_itself_speaks_for_nobody(
+def test_contaminated_document_does_not_stand_for_its_cluster(
     config: PrepareConfig, tmp_path: Path, texts_in: Any, write_texts: Any
 ) -> None:
     """The first of a cluster is contaminated: then the second stays."""
@@ -120,28 +113,23 @@ def test_what_is_left_out_for_itself_speaks_for_nobody(
     place = next(i for i in range(300) if words[i] != ALMOST[0].split()[i])  # what the second has not
     passage = " ".join(words[max(0, place - 6) :][:13])
     write_texts(tmp_path / "benchmark.jsonl", [passage])
-    manifest = prepare(
-        dataclasses.replace(
-            config, decontaminate=(str(tmp_path / "benchmark.jsonl"),), on_contaminated="drop"
-        )
-    )
-    assert manifest is not None
+    benchmarks = (str(tmp_path / "benchmark.jsonl"),)
+    manifest = prepare(dataclasses.replace(config, decontaminate=benchmarks, on_contaminated="drop"))
     kept = set(texts_in(config, "train") + texts_in(config, "validation"))
     assert kept == {ALMOST[0], *TEXTS[1:]}
     assert manifest.contaminated_documents == {"benchmark": 1}
 
 
-def test_short_texts_are_compared_by_nothing(config: PrepareConfig, write_texts: Any) -> None:
+def test_short_texts_are_not_compared(config: PrepareConfig, write_texts: Any) -> None:
     write_texts(Path(str(config.source)) / "9.jsonl", ["one two three four", "one two three four."])
     manifest = prepare(config)
-    assert manifest is not None
     assert (manifest.documents, manifest.near_duplicate_documents) == (62, 25)
 
 
-# who does the work
+# Who does the work
 
 
-def test_it_depends_neither_on_the_units_nor_on_who_works(
+def test_near_duplicates_do_not_depend_on_units_or_workers(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
     prepare(config)
@@ -156,11 +144,11 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_ranks_in_any_order_find_the_same(
+def test_near_duplicates_do_not_depend_on_the_order_of_ranks(
     config: PrepareConfig, small_units: None, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
     """As an array of Slurm's jobs would do it."""
-    monkeypatch.setattr(prepare_module, "decide_layout", stop)
+    monkeypatch.setattr(assemble, "decide_layout", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
     place = staging_path(Path(config.out or ""))
@@ -175,46 +163,30 @@ def test_ranks_in_any_order_find_the_same(
     assert contents(place / "near") == found
 
 
-@pytest.mark.parametrize("step", ["build_buckets", "build_clusters"])
-def test_it_goes_on_where_it_was(
+@pytest.mark.parametrize("step", ["get_signature", "build_buckets", "build_clusters"])
+def test_interrupted_step_continues(
     config: PrepareConfig, small_units: None, step: str, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
     expected = elsewhere(config, "expected")
     prepare(expected)
-    from overnight.preparation import minhash
+    owner = WordSignature if step == "get_signature" else minhash
+    real, calls = getattr(owner, step), []
 
-    with monkeypatch.context() as patch:
-        patch.setattr(minhash, step, stop)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(config)
-    signed: list[int] = []
-    monkeypatch.setattr(WordSignature, "run", lambda self, data, rank: signed.append(rank))
-    prepare(config)
-    assert signed == []
-    assert contents(config.out) == contents(expected.out)
-
-
-def test_an_interrupted_signature_is_written_anew(
-    config: PrepareConfig, small_units: None, monkeypatch: pytest.MonkeyPatch, contents: Any
-) -> None:
-    expected = elsewhere(config, "expected")
-    prepare(expected)
-    real = WordSignature.get_signature
-    calls: list[None] = []
-
-    def stop_at_the_twentieth(self: WordSignature, shingles: Any) -> Any:
+    def stop_at(*given: Any) -> Any:
         calls.append(None)
-        return stop() if len(calls) == 20 else real(self, shingles)
+        return stop() if len(calls) == (20 if owner is WordSignature else 1) else real(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(WordSignature, "get_signature", stop_at_the_twentieth)
+        patch.setattr(owner, step, stop_at)
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
+    if owner is minhash:  # the signatures are complete
+        monkeypatch.setattr(WordSignature, "run", lambda *_: pytest.fail("signed again"))
     prepare(config)
     assert contents(config.out) == contents(expected.out)
 
 
-def test_more_units_are_compared_anew(
+def test_more_units_are_compared_again(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, contents: Any, texts_in: Any, write_texts: Any
 ) -> None:
     """With a limit on tokens, units are asked for until there are enough."""
@@ -246,10 +218,10 @@ def test_more_units_are_compared_anew(
     assert wanted[0] < wanted[1] < 12
 
 
-# datatrove
+# Datatrove
 
 
-def test_signatures_are_those_that_datatrove_would_work_out(tmp_path: Path) -> None:
+def test_signatures_equal_datatroves(tmp_path: Path) -> None:
     signature = WordSignature(tmp_path)
     for text in ("one two three four five", TEXTS[0], " ".join(TEXTS)):
         shingles = signature.get_shingles(text)
@@ -260,15 +232,15 @@ def test_signatures_are_those_that_datatrove_would_work_out(tmp_path: Path) -> N
     assert signature.get_shingles("one two three four").size == 0
 
 
-def test_it_needs_datatrove(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_duplicates_need_datatrove(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "overnight.preparation.minhash", None)
-    with pytest.raises(ValueError, match=r"^near_duplicates=drop needs datatrove, .*'overnight\[data\]'$"):
+    with pytest.raises(ValueError, match=r"near_duplicates=drop .*'overnight\[data\]'"):
         prepare(config)
     assert not Path(config.out or "").exists()
     prepare(dataclasses.replace(config, near_duplicates="keep"))
 
 
-def test_it_says_nothing_of_its_own(config: PrepareConfig, capfd: pytest.CaptureFixture[str]) -> None:
+def test_datatrove_is_silent(config: PrepareConfig, capfd: pytest.CaptureFixture[str]) -> None:
     prepare(config)
     said = capfd.readouterr()
     assert said.out == ""

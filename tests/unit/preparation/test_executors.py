@@ -56,7 +56,6 @@ def test_shards_do_not_depend_on_the_units(
     config: PrepareConfig, contents: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = prepare(config)
-    assert manifest is not None
     assert (manifest.documents, manifest.duplicate_documents) == (400, 1)
     for unit_bytes, workers in ((1, 1), (700, 1), (3000, 8), (20_000, 1)):
         monkeypatch.setattr(prepare_module, "UNIT_BYTES", unit_bytes)
@@ -136,7 +135,7 @@ def test_killed_while_it_clears_up_it_continues(
         patch.setattr(prepare_module, "remove_traces", remove_some)
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
-    monkeypatch.setattr(prepare_module, "tokenize_units", None)  # nothing is done twice
+    monkeypatch.setattr(tokenize, "tokenize_units", None)  # nothing is done twice
     prepare(config)
     assert contents(config.out) == contents(expected.out)
 
@@ -164,7 +163,6 @@ def test_damaged_file_is_named_or_left_out(config: PrepareConfig, small_units: N
     assert not Path(config.out or "").exists()
     skipping = dataclasses.replace(config, on_bad_file="skip")
     manifest = prepare(skipping)
-    assert manifest is not None
     assert (manifest.documents, manifest.damaged_files) == (200, 2)
     (source / "5.parquet").unlink()
     with pytest.raises(ValueError, match=r"4\.jsonl\.gz is damaged"):
@@ -182,7 +180,7 @@ def die_once(staging: Path, rank: int, ranks: int, threads: int = 1) -> None:
     if rank == 2 and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    tokenize.tokenize_units(staging, rank, ranks)
+    tokenize.tokenize_units(staging, rank, ranks)  # in another process, which is not patched
 
 
 def test_killed_worker_ends_the_command_which_then_continues(
@@ -192,7 +190,7 @@ def test_killed_worker_ends_the_command_which_then_continues(
     prepare(expected)
     parallel = dataclasses.replace(config, workers=8)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "tokenize_units", die_once)
+        patch.setattr(tokenize, "tokenize_units", die_once)
         with pytest.raises(ChildProcessError, match="--workers"):
             prepare(parallel)
     assert not Path(config.out or "").exists()
@@ -386,7 +384,6 @@ def test_decoded_shards_are_the_documents(shared_data: Path, tmp_path: Path, tex
         shard_tokens=50_000,
     )
     manifest = prepare(config)
-    assert manifest is not None
     table = parquet.read_table(path, columns=["text", "token_count"])
     texts, counts = (table.column(name).to_pylist() for name in ("text", "token_count"))
     assert manifest.tokens("train") + manifest.tokens("validation") == sum(counts) + len(texts)

@@ -55,9 +55,10 @@ def by_split(texts: list[str], fraction: float) -> dict[str, list[str]]:
 # The content of the shards
 
 
-def test_every_document_is_in_one_split_in_order(config: PrepareConfig, texts_in: Any) -> None:
+def test_every_document_is_in_one_split_in_order(
+    config: PrepareConfig, texts_in: Any, byte_tokenizer: Any
+) -> None:
     manifest = prepare(config)
-    assert manifest is not None
     for split, expected in by_split(TEXTS, 0.1).items():
         assert texts_in(config, split) == expected
         assert sum(shard.documents for shard in manifest.shards(split)) == len(expected)
@@ -67,11 +68,6 @@ def test_every_document_is_in_one_split_in_order(config: PrepareConfig, texts_in
     assert len(manifest.train) > 2
     assert all(shard.tokens == 5000 for shard in manifest.train[:-1])
     assert verify(out_of(config)) == read_manifest(out_of(config)) == manifest
-
-
-def test_manifest_names_source_and_tokenizer(config: PrepareConfig, byte_tokenizer: Any) -> None:
-    manifest = prepare(config)
-    assert manifest is not None
     assert (manifest.source, manifest.licence, manifest.tokenizer) == ("texts", "not stated", "bytes")
     assert (manifest.vocab_size, manifest.end_of_text) == (257, 256)
     assert manifest.tokenizer_fingerprint == byte_tokenizer.fingerprint
@@ -96,7 +92,6 @@ def test_documents_are_conserved(
         shard_tokens=7,
     )
     manifest = prepare(config)
-    assert manifest is not None
     assert {split: texts_in(config, split) for split in sides} == sides
     assert manifest.documents + manifest.duplicate_documents + manifest.empty_documents == len(texts)
 
@@ -106,7 +101,6 @@ def test_duplicates_and_empty_documents_are_counted(
 ) -> None:
     write_texts(Path(config.source or ""), [*TEXTS, TEXTS[0], "", TEXTS[5], TEXTS[5], ""])
     manifest = prepare(config)
-    assert manifest is not None
     assert (manifest.documents, manifest.duplicate_documents, manifest.empty_documents) == (300, 3, 2)
     assert sorted(texts_in(config, "train") + texts_in(config, "validation")) == sorted(TEXTS)
 
@@ -171,7 +165,6 @@ def test_tokens_limit_stops_after_a_document(config: PrepareConfig, texts_in: An
             prepare(config)
         return
     manifest = prepare(config)
-    assert manifest is not None
     assert {split: texts_in(config, split) for split in sides} == sides
     assert manifest.documents == len(expected)
 
@@ -187,7 +180,6 @@ def test_bad_text_is_refused_repaired_or_skipped(config: PrepareConfig, texts_in
     for policy, counts in (("skip", (300, 1, 0)), ("replace", (301, 0, 1))):
         other = dataclasses.replace(config, on_bad_text=policy, out=f"{config.out}-{policy}")  # type: ignore[arg-type]
         manifest = prepare(other)
-        assert manifest is not None
         assert (manifest.documents, manifest.skipped_documents, manifest.repaired_documents) == counts
         found = texts_in(other, "train") + texts_in(other, "validation")
         assert ("bad \ufffd" in found) == (policy == "replace")
@@ -363,7 +355,6 @@ def test_disk_space_is_estimated_from_the_first_documents(
     needed: list[int] = []
     monkeypatch.setattr(prepare_module, "require_disk_space", lambda folder, size: needed.append(size))
     manifest = prepare(config)
-    assert manifest is not None
     written = sum(1024 + 2 * shard.tokens for shard in manifest.train + manifest.validation)
     assert 1.8 < needed[0] / written < 5  # the units are there until the shards are written
     prepare(dataclasses.replace(config, tokens=3000, out=f"{config.out}-less"))
@@ -399,20 +390,20 @@ def test_another_request_is_refused(config: PrepareConfig, contents: Any, change
     assert contents(config.out) == before
 
 
-def test_changed_text_is_refused(config: PrepareConfig, write_texts: Any) -> None:
-    prepare(config)
+def test_changed_text_or_tokenizer_is_refused(
+    config: PrepareConfig, tmp_path: Path, write_texts: Any
+) -> None:
+    learned = tmp_path / "mine" / "learned.txt"
+    learned.parent.mkdir()
+    learned.write_text("one")
+    config = dataclasses.replace(config, tokenizer=str(learned.parent))
+    assert prepare(config) == prepare(config)
+    learned.write_text("two")
+    with pytest.raises(ValueError, match="tokenizer is mine [0-9a-f]{64} there"):
+        prepare(config)
+    learned.write_text("one")
     write_texts(Path(config.source or ""), [*TEXTS, "One more."])
     with pytest.raises(ValueError, match="text of the source"):
-        prepare(config)
-
-
-def test_changed_tokenizer_of_the_same_name_is_refused(config: PrepareConfig, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "learned.txt").write_text("one")
-    config = dataclasses.replace(config, tokenizer=str(tmp_path / "mine"))
-    assert prepare(config) == prepare(config)
-    (tmp_path / "mine" / "learned.txt").write_text("two")
-    with pytest.raises(ValueError, match="tokenizer is mine [0-9a-f]{64} there"):
         prepare(config)
 
 
@@ -424,17 +415,19 @@ def test_damaged_folder_is_not_reused(config: PrepareConfig) -> None:
         prepare(config)
 
 
-@pytest.mark.parametrize("make", [lambda out: out.mkdir() or (out / "mine").touch(), lambda out: out.touch()])
-def test_folder_of_something_else_is_left_alone(config: PrepareConfig, make: Callable[[Path], None]) -> None:
-    make(out_of(config))
+def test_folder_of_something_else_is_left_alone(config: PrepareConfig) -> None:
+    out_of(config).mkdir()
+    (out_of(config) / "mine").touch()
     with pytest.raises(ValueError, match="--out"):
         prepare(config)
-    assert out_of(config).exists()
-
-
-def test_empty_folder_is_filled(config: PrepareConfig) -> None:
+    assert (out_of(config) / "mine").exists()
+    shutil.rmtree(out_of(config))
+    out_of(config).touch()
+    with pytest.raises(ValueError, match="--out"):
+        prepare(config)
+    out_of(config).unlink()
     out_of(config).mkdir()
-    assert getattr(prepare(config), "documents", None) == 300
+    assert prepare(config).documents == 300  # an empty folder is filled
 
 
 # Nothing to do

@@ -43,7 +43,7 @@ def read_newest(folder: Path, read: Callable[[Path], Read]) -> Read | None:
             echo(f"{error}; trying the one before it")
     if found:
         raise ValueError(
-            f"every checkpoint in {folder} is damaged: restore one from a copy, or begin with another --run-name"
+            f"every checkpoint in {folder} is damaged: restore one, or begin with another --run-name"
         )
     return None
 

@@ -90,9 +90,7 @@ def make_staging_folder(step: int, folder: Path, world: World) -> Path:
 def write_rank_files(snapshot: Snapshot, staging: Path, world: World) -> str:
     """Write this process's files; returns the digest of each, as JSON."""
     if not staging.is_dir():
-        raise OSError(
-            f"rank {world.rank} does not see {staging}: a run's folder must be on a disk that all processes share"
-        )
+        raise OSError(f"rank {world.rank} does not see {staging}: a run's folder must be on a shared disk")
     found = {}
     for kind in KINDS:
         path = staging / file_names(kind, world.size)[world.rank]
@@ -218,7 +216,7 @@ class Saver:
             self._advance(thread)
 
     def abandon(self) -> None:
-        """Before a failing run ends: wait for the thread, and print its error, if any. Publishes nothing more."""
+        """Before a failing run ends: wait for the thread, and print its error. Publishes nothing more."""
         if self._thread is not None and (error := self._thread.exception()) is not None:
             echo(f"the checkpoint under way is lost: {error}")
 
