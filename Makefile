@@ -7,7 +7,7 @@ USER_READY := .venv/ready-report-data
 DEV_READY := .venv/ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test distributed faults check format lint types benchmark lock clean
+.PHONY: help quickstart test distributed faults check format lint imports types benchmark lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,16 +22,21 @@ test: $(DEV_READY)  ## the whole test suite, on the CPU and without a network
 distributed: $(DEV_READY)  ## runs in several processes, killed and frozen: what `make test` has no time for
 	$(BIN)/pytest -q -n0 -m distributed
 
+# One part at a time, as above. The tests leave each part's table in pytest's cache.
 faults: $(DEV_READY)  ## stop, kill, starve and damage runs for an hour, and write docs/reliability.md
-	$(BIN)/python benchmarks/faults.py --write docs/reliability.md
+	$(BIN)/pytest -q -n0 -m campaign
+	$(BIN)/python tools/figures.py docs/reliability.md .pytest_cache/d/figures --command "make faults"
 
-check: format lint types test  ## everything a change must pass
+check: format lint imports types test  ## everything a change must pass
 
 format: $(DEV_READY)  ## is the code formatted? (ruff format . mends it)
 	$(BIN)/ruff format --check .
 
 lint: $(DEV_READY)  ## ruff's rules
 	$(BIN)/ruff check .
+
+imports: $(DEV_READY)  ## which folder may import which (import-linter)
+	$(BIN)/lint-imports
 
 types: $(DEV_READY)  ## mypy, strictly
 	$(BIN)/mypy

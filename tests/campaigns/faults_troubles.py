@@ -34,6 +34,7 @@ from faults_broken import (
     without_rights,
 )
 from faults_trials import FAILED, WRONG_USE, Before
+from mutants import original, replace
 
 
 @dataclass(frozen=True)
@@ -309,47 +310,35 @@ TROUBLES: tuple[Trouble, ...] = (*DISK, *TEXT, *MODEL, *MACHINE, *SETTINGS, *OF_
 
 def without_disk_check() -> None:
     """Nobody asks how much space there is."""
-    from overnight.run import resume
-
-    resume.check_checkpoint_space = nothing
+    replace("overnight.run.resume:check_checkpoint_space", nothing)
 
 
 def without_shard_check() -> None:
     """Shards are believed."""
-    from overnight.data import shards
-    from overnight.data import shards as shards_module
-
-    shards.verify_shard = shards_module.verify_shard = nothing
-    shards.verify = shards_module.verify = lambda folder, _=None: shards.read_manifest(folder)
+    read_manifest = original("overnight.data.shards:read_manifest")
+    replace("overnight.data.shards:verify_shard", nothing)
+    replace("overnight.data.shards:verify", lambda folder, _=None: read_manifest(folder))
 
 
 def without_memory_check() -> None:
     """Nobody asks how much memory there is."""
-    from overnight.run import setup
-
-    setup.require_memory = nothing
+    replace("overnight.run.setup:require_memory", nothing)
 
 
 def without_rights_check() -> None:
     """What may not be written is found when it is written."""
-    from overnight.run_directory import RunDirectory
-
-    RunDirectory._check_rights = nothing
+    replace("overnight.run_directory:RunDirectory._check_rights", nothing)
 
 
 def without_record_check() -> None:
     """What is left of a recipe is taken for all of it."""
-    from overnight.run_directory import RunDirectory
-
-    RunDirectory.read_recipe = lambda self: self.recipe.read_text()
-    RunDirectory.check_record = nothing
+    replace("overnight.run_directory:RunDirectory.read_recipe", lambda self: self.recipe.read_text())
+    replace("overnight.run_directory:RunDirectory.check_record", nothing)
 
 
 def without_verification() -> None:
     """Checkpoints are believed."""
-    from overnight.training.checkpoint import load
-
-    load.verify_checkpoint = nothing
+    replace("overnight.training.checkpoint.load:verify_checkpoint", nothing)
 
 
 MUTANTS: tuple[tuple[Before, str, str], ...] = (

@@ -14,6 +14,9 @@ DOCUMENTS = ["the quick brown fox jumps over the lazy dog, naïve façade, 中�
 Check = Callable[[bytes], None]
 
 
+from mutants import original, replace
+
+
 def any_text(data: bytes) -> str:
     """Bytes as a text: UTF-8 or UTF-16, in which whatever is wrong becomes half of a surrogate pair."""
     if data[:1] >= b"\x80":
@@ -69,9 +72,7 @@ def check_encoding() -> Check:
 
 def drop_half_pairs() -> None:
     """A mutant of `encoding`: what is no character is left out."""
-    from overnight.tokenizer import bpe as bpe_module
-
-    bpe_module.clean = lambda text: text.encode(errors="ignore").decode()
+    replace("overnight.tokenizer.bpe:clean", lambda text: text.encode(errors="ignore").decode())
 
 
 def check_special() -> Check:
@@ -101,9 +102,8 @@ def spell_special(data: bytes) -> str:
 
 def trust_text() -> None:
     """A mutant of `special`: special tokens are read from the text."""
-    from overnight.tokenizer.bpe import BytePair
-
-    encode = BytePair._encode
+    target = "overnight.tokenizer.bpe:BytePair._encode"
+    encode = original(target)
 
     def trusting(self: Any, text: str) -> Any:
         import numpy as np
@@ -111,7 +111,7 @@ def trust_text() -> None:
         ids = self._encoding.encode(text, allowed_special="all") if "<|" in text else encode(self, text)
         return np.asarray(ids, dtype=np.uint32)
 
-    BytePair._encode = trusting  # type: ignore[method-assign]
+    replace(target, trusting)
 
 
 def check_stream() -> Check:
@@ -142,6 +142,8 @@ def check_stream() -> Check:
 
 def token_by_token() -> None:
     """A mutant of `stream`: each token is decoded by itself, though characters may lie across two."""
-    from overnight.generation.generate import TextWriter
 
-    TextWriter.write = lambda self, token: self._bytes[token].decode(errors="replace")  # type: ignore[method-assign]
+    def write(self: Any, token: int) -> str:
+        return self._bytes[token].decode(errors="replace")
+
+    replace("overnight.generation.generate:TextWriter.write", write)
