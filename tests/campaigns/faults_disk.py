@@ -20,11 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mutants import original, replace
+
 WRITES = {"create", "write", "mkdir"}  # what a full disk refuses
 WHERE = f"{os.sep}runs{os.sep}"
-
-
-from mutants import original, replace
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,11 @@ from fuzz_texts import (
     token_by_token,
     trust_text,
 )
+from mutants import replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 CONTEXT = 16
-
-
-from mutants import replace
 
 
 def check_generation() -> Check:

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mutants import original, replace
+
 SPECIAL = ("<|endoftext|>", "<|user|>", "<tool>", "<|assistant|>", "</s>", "[INST]", "<0x00>", "<|im_start|>")
 DOCUMENTS = ["the quick brown fox jumps over the lazy dog, naïve façade, 中文, 🙂 1,024 " * 4]
 Check = Callable[[bytes], None]
-
-
-from mutants import original, replace
 
 
 def any_text(data: bytes) -> str:

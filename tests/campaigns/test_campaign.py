@@ -73,4 +73,4 @@ def test_mutants_name_what_exists(programs: dict[str, Any]) -> None:
     for target in targets:
         assert programs["mutants"].original(target) is not None
     with pytest.raises(AttributeError, match="does not exist"):
-        programs["mutants"].original("overnight.run.train:nothing")
+        programs["mutants"].original("overnight.run.train:" + "nothing")
