@@ -72,7 +72,7 @@ def measure_equality(place: Place, options: argparse.Namespace) -> Report:
     """Each team's run beside that of one process; in deterministic_reduce mode every bit must be the same."""
     alone, alone_bitwise = (
         train(place, "alone"),
-        train(place, "alone-deterministic_reduce", "--deterministic_reduce"),
+        train(place, "alone-deterministic_reduce", "--deterministic-reduce"),
     )
     losses = [line["loss"] for line in read_lines(alone / "metrics.jsonl")]
     rows, measured = [], {}
@@ -81,8 +81,8 @@ def measure_equality(place: Place, options: argparse.Namespace) -> Report:
         found = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
         early, late = (largest_difference(found[:step], losses[:step]) for step in (20, len(losses)))
         bits = "cannot"
-        if team.sharding in {"none", "optimizer"}:
-            deterministic_reduce = train_in_team(place, team, "--deterministic_reduce")
+        if team.sharding in {"none", "zero1"}:
+            deterministic_reduce = train_in_team(place, team, "--deterministic-reduce")
             bits = "equal" if compare_weights(deterministic_reduce, alone_bitwise) == 0 else "DIFFERENT"
         weights = compare_weights(run, alone)
         shown = [f"{difference:.1e}" if difference else "0" for difference in (early, late, weights)]
@@ -216,7 +216,7 @@ def measure_frozen(place: Place, options: argparse.Namespace) -> Report:
 # ---------------------------------------------------------------- what talking costs
 
 
-WAYS = (("none",), ("none", "--deterministic_reduce"), ("optimizer",), ("full",))
+WAYS = (("none",), ("none", "--deterministic-reduce"), ("zero1",), ("fsdp",))
 
 
 def listen_to(place: Place, processes: int, way: Sequence[str], steps: int) -> list[Talk]:

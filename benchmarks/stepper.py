@@ -11,12 +11,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llmc
 import peers
+from task import LLM_C, Task
+
 from overnight.bench.worker import (
     PEAK_LEARNING_RATE,
     SEED,
@@ -32,36 +33,7 @@ from overnight.model.model_config import VOCABULARY_MULTIPLE, ModelConfig
 if TYPE_CHECKING:
     from overnight.model.gpt import GPT
 
-LLM_C = "llm.c"
 SCHEDULE = (PEAK_LEARNING_RATE, WARMUP_STEPS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What a process is to train, and how."""
-
-    peer: str | None
-    """None: it is overnight that trains."""
-    checkout: str | None
-    """Where the peer lies; None for what is installed."""
-    precision: str | None
-    """fp32 or bf16; None: what `overnight train` takes on this machine."""
-    compile: bool
-    device: str
-    """cpu or cuda."""
-    model: Mapping[str, Any]
-    """The fields of a ModelConfig."""
-    rows: int
-    """Of a micro-batch."""
-    micro_batches: int
-    """Of a step."""
-    folder: str
-    """For files, until all sides have ended. Its ids.npy holds the text, as one row of ids."""
-
-    @property
-    def ids(self) -> str:
-        """The file of the text's ids."""
-        return str(Path(self.folder) / "ids.npy")
 
 
 def build(task: Task) -> tuple[Callable[[], Mapping[str, Any]], str]:

@@ -89,7 +89,7 @@ class Teams:
         """
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         PROCESSES.set_forkserver_preload(SLOW_IMPORTS)
-        folder = self.folder / str(next(self.document_ids))
+        folder = self.folder / str(next(self.numbers))
         folder.mkdir()
         team = []
         for rank in range(size):

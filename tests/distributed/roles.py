@@ -233,7 +233,7 @@ def load_newest(recipe: Any, folders: Sequence[Path]) -> list[tuple[int, str]]:
     from overnight.training.checkpoint import load
 
     said: list[str] = []
-    load.say = said.append
+    load.echo = said.append
     found = []
     with opened(recipe) as job:
         for folder in folders:

@@ -41,8 +41,8 @@ def check(folder: Path, status: int, said: str, sentence: str) -> None:
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["--sharding", "full"], "sharding=fsdp is for processes that were started together: give --proc"),
-        (["--sharding", "optimizer"], "sharding=zero1 is for processes that were started together"),
+        (["--sharding", "fsdp"], "sharding=fsdp is for processes that were started together: give --proc"),
+        (["--sharding", "zero1"], "sharding=zero1 is for processes that were started together"),
         (["--processes", "0"], "processes=0 must be at least 1"),
         (["--processes", "-2"], "processes=-2 must be at least 1"),
         (["--processes", "2", "--device", "cuda"], "device=cuda: this machine has none"),
@@ -85,17 +85,17 @@ def refused(team: Any, folder: Path, *words: str, size: int = 2, **how: Any) -> 
     [
         (
             3,
-            ["--deterministic_reduce", "--tokens-per-step", "1536"],
+            ["--deterministic-reduce", "--tokens-per-step", "1536"],
             "takes 1, 2, 4, 8, ... processes, not 3",
         ),
         (
             2,
-            ["--deterministic_reduce", "--sharding", "full"],
+            ["--deterministic-reduce", "--sharding", "fsdp"],
             "in torch's own way: choose sharding none or opt",
         ),
         (3, [], "the 16 rows of tokens_per_step=512 can't be divided among 3 processes; 480 and 576 can, or"),
         (2, ["--micro-batch-size", "16"], "=16 does not divide the 8 rows of each process"),
-        (2, ["--precision", "fp16", "--sharding", "optimizer"], "=fp16 scales gradients, .*: choose bf16"),
+        (2, ["--precision", "fp16", "--sharding", "zero1"], "=fp16 scales gradients, .*: choose bf16"),
         (2, ["--data", "nowhere"], "nowhere"),
         (2, ["--context-length", "0", "--dropout", "2"], "context_length=0 .*; dropout=2.0"),
     ],
@@ -111,7 +111,7 @@ def test_what_all_refuse_together_is_said_once(
     [
         ([], ["--dropout", "0.2"], "agree: dropout is 0.2 in rank 1 and 0.1 in rank 0"),
         (["--seed", "5"], [], "agree: seed is 1337 in rank 1 and 5 in rank 0"),
-        ([], ["--sharding", "optimizer"], "agree: sharding is optimizer in rank 1 and none in rank 0"),
+        ([], ["--sharding", "zero1"], "agree: sharding is zero1 in rank 1 and none in rank 0"),
         ([], ["--n-embd", "32"], "agree: n_embd is 32 in rank 1 and 16 in rank 0"),
     ],
 )

@@ -21,11 +21,11 @@ ROWS_JUDGED = 3  # at once: the runs are those that other tests here compare
 
 distributed = pytest.mark.distributed  # not in a plain run
 ALL = [
-    *((size, 1, sharding) for size in (1, 2, 4) for sharding in ("none", "optimizer", "full")),
-    (4, 2, "hybrid"),
+    *((size, 1, sharding) for size in (1, 2, 4) for sharding in ("none", "zero1", "fsdp")),
+    (4, 2, "hsdp"),
 ]
-SAVERS = [(1, 1, "none"), (2, 1, "optimizer"), (2, 1, "full"), (4, 2, "hybrid")]
-LOADERS = [(1, 1, "none"), (2, 1, "full")]
+SAVERS = [(1, 1, "none"), (2, 1, "zero1"), (2, 1, "fsdp"), (4, 2, "hsdp")]
+LOADERS = [(1, 1, "none"), (2, 1, "fsdp")]
 
 
 def contents(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -89,7 +89,7 @@ def test_what_any_team_saves_every_team_loads(trained: Train, team: Any, recipe:
 
 def test_the_comparison_sees_one_bit(trained: Train, tmp_path: Path) -> None:
     """The negative control."""
-    saved = trained(2, sharding="optimizer", rows_judged=ROWS_JUDGED).newest
+    saved = trained(2, sharding="zero1", rows_judged=ROWS_JUDGED).newest
     tensors, about = contents(saved)
     assert len(tensors) == 3 * len(read_model(saved).weights())
     assert about["step"] == about["updates"] == 20
@@ -119,9 +119,9 @@ def hand_on(team: Any, recipe: Any, path: Path, chain: list[tuple[int, str]], st
 @pytest.mark.parametrize(
     "chain",
     [
-        [(1, "none"), (2, "optimizer"), (4, "none"), (1, "none")],
-        pytest.param([(4, "optimizer"), (1, "none"), (2, "none"), (4, "none")], marks=distributed),
-        pytest.param([(2, "none"), (4, "optimizer"), (2, "optimizer"), (1, "optimizer")], marks=distributed),
+        [(1, "none"), (2, "zero1"), (4, "none"), (1, "none")],
+        pytest.param([(4, "zero1"), (1, "none"), (2, "none"), (4, "none")], marks=distributed),
+        pytest.param([(2, "none"), (4, "zero1"), (2, "zero1"), (1, "zero1")], marks=distributed),
     ],
 )
 def test_a_run_that_is_handed_on_ends_as_if_undisturbed(
@@ -141,8 +141,8 @@ def test_a_run_that_is_handed_on_ends_as_if_undisturbed(
 @distributed
 def test_shards_are_handed_on_as_well(trained: Train, team: Any, recipe: Any, tmp_path: Path) -> None:
     alone = trained(1, sharding="none", rows_judged=ROWS_JUDGED)
-    chain = [(2, "full"), (4, "full"), (1, "none"), (4, "optimizer"), (2, "hybrid")]
-    ledger = hand_on(team, recipe(sharding="full"), tmp_path / "run", chain, steps=4)
+    chain = [(2, "fsdp"), (4, "fsdp"), (1, "none"), (4, "zero1"), (2, "hsdp")]
+    ledger = hand_on(team, recipe(sharding="fsdp"), tmp_path / "run", chain, steps=4)
     losses = [line["loss"] for line in RunDirectory(tmp_path / "run").read_metrics()]
     assert ledger == alone.ledger()
     assert losses == pytest.approx(alone.losses(), rel=1e-6, abs=0)
@@ -167,7 +167,7 @@ def flip_a_bit(path: Path) -> None:
 def test_damage_is_refused_by_all_and_they_fall_back_together(
     trained: Train, team: Any, recipe: Any, tmp_path: Path, size: int
 ) -> None:
-    saved = trained(2, sharding="full", rows_judged=ROWS_JUDGED).directory.checkpoints
+    saved = trained(2, sharding="fsdp", rows_judged=ROWS_JUDGED).directory.checkpoints
     folders, damages = [], [flip_a_bit, Path.unlink]
     for damage in damages:
         for name in FILES:
@@ -178,7 +178,7 @@ def test_damage_is_refused_by_all_and_they_fall_back_together(
     shutil.copytree(saved, sound := tmp_path / "sound")
     shutil.copytree(folders[0], hopeless := tmp_path / "hopeless")
     (hopeless / "step-00000015" / FILES[3]).unlink()
-    found = team("load_newest", recipe(sharding="full"), [*folders, sound, hopeless], size=size)
+    found = team("load_newest", recipe(sharding="fsdp"), [*folders, sound, hopeless], size=size)
     assert all(told == found[0] for told in found), "each says the same"
     *fallen, whole, none = found[0]
     assert [step for step, _ in fallen] == [15] * len(folders)

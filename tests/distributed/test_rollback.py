@@ -15,8 +15,8 @@ from overnight.training.guard import GuardConfig
 distributed = pytest.mark.distributed
 TEAMS = [
     (2, "none"),
-    pytest.param(2, "optimizer", marks=distributed),
-    pytest.param(2, "full", marks=distributed),
+    pytest.param(2, "zero1", marks=distributed),
+    pytest.param(2, "fsdp", marks=distributed),
 ]
 
 

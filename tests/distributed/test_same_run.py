@@ -17,16 +17,16 @@ ROWS_JUDGED = 3  # at once: then there are 16 batches and a shorter one
 distributed = pytest.mark.distributed  # not in a plain run
 TEAMS = [
     pytest.param(1, 1, "none"),
-    pytest.param(1, 1, "optimizer", marks=distributed),
-    pytest.param(1, 1, "full", marks=distributed),
+    pytest.param(1, 1, "zero1", marks=distributed),
+    pytest.param(1, 1, "fsdp", marks=distributed),
     pytest.param(2, 1, "none"),
-    pytest.param(2, 1, "optimizer"),
-    pytest.param(2, 1, "full"),
-    pytest.param(2, 2, "hybrid", marks=distributed),
+    pytest.param(2, 1, "zero1"),
+    pytest.param(2, 1, "fsdp"),
+    pytest.param(2, 2, "hsdp", marks=distributed),
     pytest.param(4, 1, "none", marks=distributed),
-    pytest.param(4, 1, "optimizer", marks=distributed),
-    pytest.param(4, 1, "full", marks=distributed),
-    pytest.param(4, 2, "hybrid"),
+    pytest.param(4, 1, "zero1", marks=distributed),
+    pytest.param(4, 1, "fsdp", marks=distributed),
+    pytest.param(4, 2, "hsdp"),
 ]
 
 Train = Callable[..., Any]
@@ -79,11 +79,11 @@ def test_the_run_is_about_something(trained: Train) -> None:
 @pytest.mark.parametrize(
     "size, sharding",
     [
-        pytest.param(1, "optimizer", marks=distributed),
+        pytest.param(1, "zero1", marks=distributed),
         pytest.param(2, "none", marks=distributed),
-        pytest.param(2, "optimizer", marks=distributed),
+        pytest.param(2, "zero1", marks=distributed),
         pytest.param(4, "none", marks=distributed),
-        (4, "optimizer"),
+        (4, "zero1"),
     ],
 )
 def test_bitwise_weights_do_not_depend_on_the_team(trained: Train, size: int, sharding: str) -> None:
@@ -99,7 +99,7 @@ def test_bitwise_weights_do_not_depend_on_the_team(trained: Train, size: int, sh
 
 @distributed
 @pytest.mark.parametrize(
-    "size, sharding", [(1, "optimizer"), (2, "none"), (2, "optimizer"), (4, "none"), (4, "optimizer")]
+    "size, sharding", [(1, "zero1"), (2, "none"), (2, "zero1"), (4, "none"), (4, "zero1")]
 )
 def test_bitwise_weights_are_equal_after_200_steps(trained: Train, size: int, sharding: str) -> None:
     settings = {"total_steps": 200, "learning_rate": 1e-2, "deterministic_reduce": True}
@@ -123,11 +123,11 @@ def test_without_bitwise_they_differ_by_rounding(trained: Train) -> None:
     "size, machines, sharding",
     [
         (2, 1, "none"),
-        pytest.param(2, 1, "full", marks=distributed),
+        pytest.param(2, 1, "fsdp", marks=distributed),
         pytest.param(3, 1, "none", marks=distributed),
         pytest.param(4, 1, "none", marks=distributed),
-        pytest.param(4, 1, "optimizer", marks=distributed),
-        (4, 2, "hybrid"),
+        pytest.param(4, 1, "zero1", marks=distributed),
+        (4, 2, "hsdp"),
     ],
 )
 def test_the_same_weights_are_judged_the_same_to_the_digit(

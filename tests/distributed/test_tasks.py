@@ -38,10 +38,10 @@ def files(tmp_path: Path) -> Path:
     "size, machines, sharding",
     [
         (2, 1, "none"),
-        pytest.param(2, 1, "full", marks=distributed),
+        pytest.param(2, 1, "fsdp", marks=distributed),
         pytest.param(3, 1, "none", marks=distributed),
-        pytest.param(4, 1, "optimizer", marks=distributed),
-        pytest.param(4, 2, "hybrid", marks=distributed),
+        pytest.param(4, 1, "zero1", marks=distributed),
+        pytest.param(4, 2, "hsdp", marks=distributed),
     ],
 )
 def test_a_run_is_judged_the_same_by_any_team(
