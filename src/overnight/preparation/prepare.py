@@ -10,6 +10,7 @@ name only when it is complete.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from overnight import __version__
 from overnight.config import raise_problems
+from overnight.data import DataConfig
 from overnight.data.atomic_folder import (
     exclusive,
     plain_file_errors,
@@ -26,10 +28,13 @@ from overnight.data.atomic_folder import (
     published_path,
     require_disk_space,
     staging_folder,
+    staging_path,
 )
+from overnight.data.remote import is_prepared_elsewhere
 from overnight.data.shards import (
     HEADER_BYTES,
     MANIFEST,
+    SHARD_NAME,
     SO_FAR,
     SPLITS,
     Manifest,
@@ -86,7 +91,7 @@ from overnight.run_directory import flush_folder, write_atomically
 from overnight.terminal import echo, progress
 from overnight.tokenizer.open_tokenizer import NAMES, build_tokenizer, load_tokenizer
 
-__all__ = ["PrepareConfig", "output_folder", "prepare", "training_texts"]
+__all__ = ["PrepareConfig", "ensure_prepared", "output_folder", "prepare", "training_texts"]
 
 UNIT_BYTES = 16_000_000  # of text: a second of one core
 MOST_UNITS = 10_000  # so that a terabyte does not become as many files
@@ -114,6 +119,51 @@ def prepare(config: PrepareConfig) -> Manifest | None:
                     return fill(folder)
     echo(f"{folder} holds this already, and it is sound")
     return existing
+
+
+def ensure_prepared(config: DataConfig) -> DataConfig:
+    """Prepare each text of `config` that is not prepared yet; returns `config` with the prepared folders.
+
+    With `shuffle_window`, a folder that is still being prepared is returned as it is. Raises ValueError for a
+    folder that is incomplete and can't be used yet, and for shards without a manifest.
+    """
+    if not config.mixture:
+        return dataclasses.replace(config, data=_ensure_text(config.data, config))
+    mixture = tuple(
+        dataclasses.replace(source, path=_ensure_text(source.path, config)) for source in config.mixture
+    )
+    return dataclasses.replace(config, mixture=mixture)
+
+
+def _ensure_text(path: str, config: DataConfig) -> str:
+    """The folder or URL of the shards of one text, prepared first if it is not yet."""
+    if is_prepared_elsewhere(path):
+        return path
+    request = PrepareConfig(
+        source=path, tokenizer=config.tokenizer, validation_fraction=config.validation_fraction
+    )
+    is_shards = (Path(path) / MANIFEST).is_file() or _is_in_progress(Path(path))
+    folder = Path(path) if is_shards else output_folder(request)
+    if (folder / MANIFEST).is_file() or (config.shuffle_window is not None and _is_in_progress(folder)):
+        return str(folder)
+    if is_shards:
+        raise ValueError(
+            f"{folder} is not prepared to its end: wait until it is, or give the command that began it once "
+            "more; with --shuffle-window 100_000_000, training begins with what is complete"
+        )
+    if any(SHARD_NAME.fullmatch(file.name) for file in Path(path).glob("*.bin")):
+        raise ValueError(
+            f"{path} holds shards and no {MANIFEST} that vouches for them: bring it back from a "
+            "copy, or prepare the text again into another folder"
+        )
+    if prepare(request) is None:
+        raise ValueError(f"{folder} is being prepared by Slurm's jobs: wait until they are done")
+    return str(folder)
+
+
+def _is_in_progress(folder: Path) -> bool:
+    """True if a preparation of the folder was begun and is not complete; it may have been interrupted."""
+    return not (folder / MANIFEST).is_file() and staging_path(folder).is_dir()
 
 
 def _plan(config: PrepareConfig) -> tuple[Request, Callable[[Path], Manifest | None]]:
