@@ -23,7 +23,7 @@ from overnight.model.model_config import ModelConfig
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import Recipe
-from overnight.run import train as train_module
+from overnight.run.train import train as train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.terminal import quiet
 from overnight.training import ComputeConfig, OptimizerConfig
@@ -34,7 +34,7 @@ FOLDER = Path(__file__).parents[1] / "tests" / "run" / "golden"
 STEPS = 20
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=32)
 RECIPES: dict[str, dict[str, Any]] = {
-    "math": {"model": SMALL},
+    "plain": {"model": SMALL},
     "micro-batches": {
         "model": ModelConfig(n_layer=3, n_head=4, n_embd=32, context_length=32, dropout=0.1),
         "batch": BatchConfig(tokens_per_step=512, micro_batch_size=4),
@@ -80,7 +80,7 @@ def train(name: str, folder: Path) -> list[float]:
     torch.set_num_threads(1)
     try:
         with quiet(True):
-            train_module.run(Recipe(**given), directory)
+            train_recipe(Recipe(**given), directory)
     finally:
         torch.set_num_threads(threads)
     return [line["loss"] for line in directory.read_metrics()]

@@ -224,11 +224,12 @@ def _train(rest: list[str]) -> int:
     from overnight.distributed.launcher import is_launched
     from overnight.recipe import Recipe
     from overnight.run import command as run_command
+    from overnight.run.resume import load_resumed
     from overnight.runs.status import find_run
 
     named = _take_option(rest, "--resume")
     resumed = find_run(named) if named is not None else None
-    default = None if resumed is None else run_command.load_resumed(resumed)
+    default = None if resumed is None else load_resumed(resumed)
     _, recipe = _read_recipe("train", Recipe, rest, default)
     if recipe.compute.processes is not None and not is_launched():
         return run_command.train_in_processes(recipe, resumed, words)

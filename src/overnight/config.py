@@ -1,9 +1,9 @@
-"""Settings: a dataclass, as a TOML file, as command-line options. Knows nothing of what they mean.
+"""Configurations: a dataclass, read from and written to TOML, and read from command-line options.
 
-A recipe is a dataclass whose fields are values or sections; a section is a dataclass of values. In
-TOML a section is a table, and `"off"` is None. On the command line all names are flat, and unique over
-the whole recipe: `--n_layer=4` and `--n-layer 4` both set `[model] n_layer`. A value may be a list of
-records, dataclasses of plain values: `[{path = "a", weight = 2}]` in TOML, `a=2` on the command line.
+A recipe is a dataclass whose fields are values or sections; a section is a dataclass of values. In TOML a
+section is a table, and `"off"` is None. On the command line all names are flat, and unique over the whole
+recipe: `--n_layer=4` and `--n-layer 4` both set `[model] n_layer`. A value may be a list of records,
+dataclasses of plain values: `[{path = "a", weight = 2}]` in TOML, `a=2` on the command line.
 """
 
 from __future__ import annotations
@@ -17,15 +17,64 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import tyro
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
 OFF = "off"  # TOML has no null
-LARGEST_FLOAT = 2**1024  # a whole number as large is none that computes
+LARGEST_FLOAT = 2**1024  # an integer of this size overflows a float
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Settings and values that were once spelled otherwise: old name -> new, and by setting old value -> new."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def name(self, name: str) -> str:
+        """The present name of a setting."""
+        return self.names.get(name, name)
+
+    def value(self, name: str, value: Any) -> Any:
+        """The present spelling of the value of the setting `name`, which is spelled as today."""
+        return self.values.get(name, {}).get(value, value) if isinstance(value, str) else value
+
+    def settings(self, old: Mapping[str, Any]) -> dict[str, Any]:
+        """`old` with every name and value as today."""
+        return {self.name(name): self.value(self.name(name), value) for name, value in old.items()}
+
+    def options(self, words: Sequence[str]) -> list[str]:
+        """Command-line words with every option and value as today."""
+        found: list[str] = []
+        option = ""
+        for word in words:
+            if word.startswith("--"):
+                written, equals, value = word.partition("=")
+                off, name = ("no_", written[5:]) if written.startswith("--no-") else ("", written[2:])
+                option = name.replace("-", "_")
+                if option in self.names:
+                    option = self.names[option]
+                    written = f"--{off}{option}".replace("_", "-")
+                found.append(written + equals + (self.value(option, value) if equals else ""))
+            else:
+                found.append(self.value(option, word))
+        return found
+
+
+NOTHING_RENAMED = Renamed()
+
+
+def renamed_settings(cls: type) -> Renamed:
+    """The settings of `cls` that had another name before."""
+    found: Renamed = getattr(cls, "RENAMED", NOTHING_RENAMED)
+    return found
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -45,7 +94,7 @@ def parse_duration(text: str) -> float:
     """Seconds of 7h50m, 90m, 45s, 1d12h. Raises ValueError for anything else."""
     found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
     if not text.strip() or found is None:
-        raise ValueError(f"{text!r} is no length of time; write 7h50m, 90m, 45s or 1d12h")
+        raise ValueError(f"{text!r} is not a length of time; write 7h50m, 90m, 45s or 1d12h")
     days, hours, minutes, seconds = (int(count or 0) for count in found.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
@@ -69,7 +118,7 @@ def record_kind(kind: Any) -> type | None:
 
 
 def flat_names(cls: type) -> dict[str, str | None]:
-    """Every option's name and the section it stands in (None for the top)."""
+    """Every option's name and its section (None for the top level)."""
     found: dict[str, str | None] = {}
     for name, kind in field_types(cls).items():
         for option in field_types(kind) if is_section(kind) else (name,):
@@ -83,7 +132,7 @@ def from_toml(cls: type[Config], text: str, origin: str) -> Config:
     try:
         table = tomllib.loads(text)
     except RecursionError:
-        raise ValueError(f"{origin} is not TOML that can be read: it is nested too deeply") from None
+        raise ValueError(f"{origin} is nested too deeply to be read as TOML") from None
     except ValueError as error:  # a number of more digits than Python reads is one, too
         raise ValueError(f"{origin} is not TOML: {error}") from None
     problems: list[str] = []
@@ -95,7 +144,10 @@ def from_toml(cls: type[Config], text: str, origin: str) -> Config:
 def _read_table(cls: type, table: dict[str, Any], recipe: type, problems: list[str]) -> dict[str, Any]:
     kinds = field_types(cls)
     values: dict[str, Any] = {}
-    for name, value in table.items():
+    renamed = renamed_settings(recipe)
+    for written, given in table.items():
+        name = written if written in kinds else renamed.name(written)
+        value = renamed.value(name, given)
         kind = kinds.get(name)
         if kind is None:
             problems.append(_unknown(name, recipe))
@@ -113,7 +165,7 @@ def _read_table(cls: type, table: dict[str, Any], recipe: type, problems: list[s
 
 
 def _read_records(name: str, record: type, entries: list[Any], problems: list[str]) -> tuple[Any, ...]:
-    """Each entry of a list of tables; those that are not whole are told as problems and left out."""
+    """Each entry of a list of tables; incomplete ones are added to `problems` and left out."""
     found = []
     for entry in entries:
         if not isinstance(entry, dict):
@@ -171,7 +223,7 @@ def _describe_item(kind: Any) -> str:
 
 
 def to_toml(config: Any) -> str:
-    """The whole recipe, defaults included. What is not set, and need not be, stands there as a comment."""
+    """The whole recipe, defaults included. Optional settings that are not set are written as comments."""
     values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
     lines = [_toml_line(field, value) for field, value in values.items() if not is_section(value)]
     sections = [
@@ -202,6 +254,7 @@ def from_arguments(
     cls: type[Config], arguments: Sequence[str], *, prog: str, about: str, default: Config | None = None
 ) -> Config:
     """Read command-line options over `default`. Raises ValueError, one sentence; --help prints and exits."""
+    arguments = renamed_settings(cls).options(arguments)
     is_on = _switches(cls, default)
     known = {*flat_names(cls), *(f"no_{name}" for name in is_on)}
     for argument in arguments:
@@ -211,9 +264,7 @@ def from_arguments(
             raise ValueError(
                 f"{prog} has no option {argument.split('=')[0]}{nearest(name.replace('_', '-'), written)}"
             )
-    import tyro
-
-    # Of each switch tyro knows the word that changes it, which is all that --help needs to show.
+    # tyro knows only the form of a switch that changes its default, which is all that --help needs to show.
     already = {f"__{name}" if value else f"__no_{name}" for name, value in is_on.items()}
     arguments = [word for word in arguments if word.replace("-", "_") not in already]
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -239,7 +290,7 @@ def _parts_of(cls: type) -> list[type]:
 
 
 def _switches(cls: type, default: Any) -> dict[str, bool]:
-    """Every option that is on or off, and whether it is."""
+    """Every boolean option and its default."""
     found = {}
     for name, section in flat_names(cls).items():
         part = default if default is not None else cls
@@ -252,9 +303,7 @@ def _switches(cls: type, default: Any) -> dict[str, bool]:
 
 
 def _records_as_words(cls: type) -> Any:
-    """What tells tyro that a record is one word: its values in order, `=` between them."""
-    import tyro
-
+    """A tyro registry that reads a record from one word: its values in order, joined by `=`."""
     records = {record_kind(kind) for part in _parts_of(cls) for kind in field_types(part).values()}
     registry = tyro.constructors.ConstructorRegistry()
 
@@ -274,11 +323,11 @@ def _records_as_words(cls: type) -> Any:
 
 
 class _WordError(Exception):
-    """A word that is no record. Not a ValueError: of those tyro tells only that there was one."""
+    """Not a valid record. Not a ValueError: tyro replaces the message of those."""
 
 
 def _record_from_word(record: type, word: str) -> Any:
-    """The first value may have an `=` in it, the others have none."""
+    """The record of PATH=WEIGHT, say. Only the first value may contain `=`."""
     kinds = field_types(record)
     values = word.rsplit("=", len(kinds) - 1)
     try:
@@ -289,7 +338,7 @@ def _record_from_word(record: type, word: str) -> Any:
 
 
 def _first_sentence(box: str) -> str:
-    """What a framed message of tyro's says before its first ruled line."""
+    """The text of a framed message of tyro before its first horizontal line."""
     words = []
     for line in box.splitlines()[1:]:
         if line.strip("│ ").startswith(("─", "╰")):

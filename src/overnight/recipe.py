@@ -1,75 +1,76 @@
-"""A training recipe: every setting of a run, its sections standing beside the code they configure."""
+"""A training recipe: `Recipe` is what a user asks for, `Resolved` what was decided for one machine."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from overnight.config import field_types, flat_names, from_toml, nearest, parse_duration
+from overnight.config import Renamed, flat_names, from_toml, nearest, parse_duration
 from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
 from overnight.run_directory import RunDirectory
 from overnight.trackers import find_problems
-from overnight.training import ComputeConfig, OptimizerConfig
-from overnight.training.batch import BatchConfig
+from overnight.training import Compute, ComputeConfig, OptimizerConfig
+from overnight.training.batch import BatchConfig, BatchPlan
 from overnight.training.guard import GuardConfig
 from overnight.training.schedule import ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """When the run is judged on text it has not seen."""
+    """When the model is evaluated on held-out text."""
 
     evaluate_every_steps: int | None = 250
-    """Steps between evaluations; there is one before the first step and one after the last, too."""
+    """Steps between evaluations; one more before the first step, and one after the last."""
     evaluation_tokens: int | None = None
-    """How many validation tokens, always the same ones; all of them if left out."""
+    """Number of validation tokens, always the same ones; all of them if left out."""
     tasks: tuple[str, ...] = ()
-    """Judge the run on these as well: hellaswag, lambada, ...; `overnight evaluate --help` names all."""
+    """Tasks to evaluate as well: hellaswag, lambada, ...; `overnight evaluate --help` lists all."""
     tasks_every_steps: int | None = None
-    """Steps between judging tasks, and after the last; with each evaluation if left out."""
+    """Steps between evaluations of the tasks, and after the last; with each evaluation if left out."""
     task_examples: int | None = None
-    """The first so many of each task (thousand characters of a text); all if left out."""
+    """Number of examples of each task (of a text, thousands of characters), from its start; all if left
+    out."""
     task_files: str | None = None
-    """A folder that holds the tasks' official files; fetched once if left out."""
+    """A folder with the tasks' official files; downloaded once if left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """When the run writes text, to be read beside its loss."""
+    """When the run generates text, to be read beside its loss."""
 
     sample_every_steps: int | None = None
     """Steps between samples, and after the last; off if left out."""
     sample_prompts: tuple[str, ...] = ("",)
-    """Each is continued; an empty one begins a document."""
+    """Prompts to continue; an empty one begins a document."""
     sample_tokens: int = 64
     """Length of a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointsConfig:
-    """When the run is saved. It is saved after its last step, and when it is interrupted, in any case."""
+    """When the run is saved. It is always saved after its last step and when it is interrupted."""
 
     checkpoint_every_steps: int | None = 1000
     """Steps between checkpoints."""
     keep_checkpoints: int | None = 2
-    """How many of the newest are kept; all if left out."""
+    """Number of newest checkpoints that are kept; all if left out."""
     keep_every_steps: int | None = None
-    """Keep those of every so many steps besides."""
+    """Also keep the checkpoints of every this many steps."""
     keep_best: bool = False
-    """Keep the one with the lowest validation loss besides, of those there are when it is evaluated."""
+    """Also keep the checkpoint with the lowest validation loss."""
     async_checkpoint: bool = True
-    """Go on training while a checkpoint is written, from a copy in the host's memory; else wait for it."""
+    """Train on while a checkpoint is written, from a copy in the host's memory; else wait for it."""
     max_time: str | None = None
-    """Save and stop after the step at which the command has run for so long: 7h50m, 90m, 1d12h."""
+    """Save and stop after the step at which the command has run for this time: 7h50m, 90m, 1d12h."""
 
     def count_kept(self, steps: int) -> int:
-        """How many checkpoints a run of so many steps has in the end, the last one included, at the most."""
+        """The largest number of checkpoints that a finished run of `steps` steps has, the last included."""
         saved = -(-steps // self.checkpoint_every_steps) if self.checkpoint_every_steps else 1
         if self.keep_checkpoints is None:
             return saved
@@ -84,11 +85,11 @@ class Recipe:
     run_name: str = ""
     """The run's folder under runs/; the recipe's own name if left out."""
     seed: int = 1337
-    """Of the weights, the order of the data, the dropout and the samples."""
+    """Seed of the weights, the order of the data, dropout and samples."""
     init_from: str | None = None
-    """Begin with this model's weights: a run, a checkpoint, a Hugging Face folder or name. Also --from."""
+    """Begin with this model's weights: a run, a checkpoint, a Hugging Face folder or name."""
     trackers: tuple[str, ...] = ()
-    """Send the metrics elsewhere as well: tensorboard, wandb, trackio."""
+    """Also send the metrics to these: tensorboard, wandb, trackio."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -100,8 +101,32 @@ class Recipe:
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
 
+    RENAMED: ClassVar[Renamed] = Renamed(
+        names={
+            "rows_per_micro_batch": "micro_batch_size",
+            "ramp_from_tokens_per_step": "batch_ramp_start_tokens",
+            "ramp_tokens": "batch_ramp_tokens",
+            "recompute": "activation_checkpointing",
+            "head": "loss",
+            "bitwise": "deterministic_reduce",
+            "save_in_background": "async_checkpoint",
+            "stop_after": "max_time",
+            "start_from": "init_from",
+            "from": "init_from",
+            "sources": "mixture",
+            "shuffle_tokens": "shuffle_window",
+            "spike_deviations": "spike_sigma",
+        },
+        values={
+            "loss": {"whole": "full"},
+            "attention": {"plain": "math"},
+            "sharding": {"optimizer": "zero1", "full": "fsdp", "hybrid": "hsdp"},
+        },
+    )
+    """Settings and values as they were spelled before, in recipes, runs and on the command line."""
+
     def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        """What is wrong with these values, one sentence each; [] if nothing."""
         found = self.data.problems() + self.model.problems() + self.optimizer.problems()
         found += self.schedule.problems()
         found += self.batch.problems() + self.guard.problems() + find_problems(self.trackers)
@@ -109,8 +134,8 @@ class Recipe:
             found.append("spike_sigma does not go with precision=fp16, whose scaler decides: choose bf16")
         if self.compute.deterministic_reduce and self.batch.micro_batch_size is None:
             found.append(
-                "deterministic_reduce=True needs micro_batch_size: what a machine can hold depends on the number of "
-                "processes, and the rounding on it"
+                "deterministic_reduce=True needs micro_batch_size: what memory holds depends on the number "
+                "of processes, and rounding depends on the micro-batches"
             )
         try:
             parse_duration(self.checkpoints.max_time or "0s")
@@ -120,17 +145,26 @@ class Recipe:
             found.append(f"run_name={self.run_name!r} must be the plain name of a folder")
         if not 0 <= self.seed < 2**63:
             found.append(f"seed={self.seed} must be at least 0 and less than 2^63")
-        flat = flatten(self)
-        found += [
-            f"{name}={value} must be less than 2^63"
-            for name, value in flat.items()
-            if isinstance(value, int) and value >= 2**63 and name != "seed"
-        ]
-        for name in flat:
+        for name, value in flatten(self).items():
+            if isinstance(value, int) and value >= 2**63 and name != "seed":
+                found.append(f"{name}={value} must be less than 2^63")
             is_count = name.endswith("_every_steps") or name in AT_LEAST_ONE
-            if is_count and (count := flat[name]) is not None and count < 1:  # type: ignore[operator]
-                found.append(f"{name}={count} must be at least 1, or left out")
+            if is_count and isinstance(value, int) and value < 1:
+                found.append(f"{name}={value} must be at least 1, or left out")
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A recipe with everything decided for one model, dataset and machine."""
+
+    recipe: Recipe
+    """The complete recipe, as the run records it."""
+    model: ModelConfig
+    """With the tokenizer's vocabulary."""
+    compute: Compute
+    plan: BatchPlan
+    total_steps: int
 
 
 AT_LEAST_ONE = frozenset({"evaluation_tokens", "task_examples", "sample_tokens", "keep_checkpoints"})
@@ -144,7 +178,7 @@ RESUME_MUTABLE = frozenset(
         for field in dataclasses.fields(part)
     }
 )
-"""Settings that a resumed run may have otherwise than before: how long, on what, and what is written down."""
+"""Settings that may change when a run is resumed: its length, its machine, and what it writes."""
 
 
 def flatten(recipe: Recipe) -> dict[str, object]:
@@ -156,23 +190,19 @@ def flatten(recipe: Recipe) -> dict[str, object]:
 
 
 def frozen_settings(recipe: Recipe) -> dict[str, object]:
-    """Those that may not change in the course of a run, as JSON has them; but for names of places."""
-    may_differ = RESUME_MUTABLE | {
-        "run_name",
-        "init_from",
-        "data",
-    }  # which may be moved; text is compared itself
-    lasting = {name: value for name, value in flatten(recipe).items() if name not in may_differ}
-    return dict(json.loads(json.dumps(lasting, default=dataclasses.asdict)))
+    """Settings that may not change during a run, as JSON holds them; without those that name a place."""
+    # Text and models may move to another path; a resumed run compares their content instead.
+    may_differ = RESUME_MUTABLE | {"run_name", "init_from", "data"}
+    frozen = {name: value for name, value in flatten(recipe).items() if name not in may_differ}
+    return dict(json.loads(json.dumps(frozen, default=dataclasses.asdict)))
 
 
-def incompatible_settings(recipe: Recipe, before: Recipe) -> list[str]:
-    """Settings that differ and may not, as "name=now (was before)"."""
-    now, then = flatten(recipe), flatten(before)
+def incompatible_settings(now: Mapping[str, object], before: Mapping[str, object]) -> list[str]:
+    """Settings that differ although a resumed run may not change them, as "name=now (was before)"."""
     return [
-        f"{name}={now[name]} (was {then[name]})"
+        f"{name}={now[name]} (was {before[name]})"
         for name in now
-        if name not in RESUME_MUTABLE and now[name] != then[name]
+        if name not in RESUME_MUTABLE and name in before and now[name] != before[name]
     ]
 
 
@@ -189,11 +219,11 @@ def load_recipe(name: str) -> Recipe:
     path = Path(name)
     if path.suffix == ".toml":
         if not path.is_file():
-            raise ValueError(f"there is no recipe file {name}")
+            raise ValueError(f"{name}: no such recipe file")
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is no text in UTF-8: {error.reason} at byte {error.start}") from None
+            raise ValueError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
     elif name in recipe_names():
         text = (resources.files("overnight") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     else:
@@ -204,44 +234,7 @@ def load_recipe(name: str) -> Recipe:
     )
 
 
-# ---------------------------------------------------------------- a recipe as the options that `overnight train` takes
-
-
-def changed_options(recipe: Recipe, original: Recipe, left_out: Set[str] = frozenset()) -> list[str]:
-    """The words that make `recipe` of `original`, but for the settings in `left_out`."""
-    return [word for option in list_options(recipe, original, left_out) for word in option]
-
-
-def list_options(recipe: Recipe, original: Recipe, left_out: Set[str] = frozenset()) -> list[list[str]]:
-    """The same, option by option."""
-    now, before = flatten(recipe), flatten(original)
-    changed = [name for name in now if name not in left_out and now[name] != before[name]]
-    if {"total_tokens", "total_steps"} <= {*changed}:  # to give one is to take the other back
-        changed.remove("total_steps" if now["total_steps"] is None else "total_tokens")
-    sections = flat_names(Recipe)
-    kinds = {
-        name: field_types(type(getattr(recipe, part)) if part else Recipe) for name, part in sections.items()
-    }
-    return [as_option(name, now[name], kinds[name][name]) for name in changed]
-
-
-def as_option(name: str, value: Any, kind: Any) -> list[str]:
-    """One setting of the type `kind` as words of a command line."""
-    option = f"--{name.replace('_', '-')}"
-    if kind is bool:
-        assert value, f"there is no option that takes {option} back"
-        return [option]
-    if isinstance(value, tuple):
-        return [option, *map(_as_word, value)]
-    return [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
-
-
-def _as_word(value: Any) -> str:
-    """An item of a list: a record is its values, with `=` between them."""
-    return "=".join(map(str, vars(value).values())) if dataclasses.is_dataclass(value) else str(value)
-
-
 def read_recipe_of(run: Path) -> Recipe:
-    """The complete recipe of a run. Raises ValueError if it is not whole."""
+    """The complete recipe of a run. Raises ValueError if its file is damaged."""
     directory = RunDirectory(run)
     return from_toml(Recipe, directory.read_recipe(), str(directory.recipe))

@@ -27,7 +27,7 @@ def read(golden: Any, name: str) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("name", ["math", "micro-batches", "wsd-chunked"])
+@pytest.mark.parametrize("name", ["plain", "micro-batches", "wsd-chunked"])
 def test_the_curve_is_what_it_was(golden: Any, tmp_path: Path, name: str) -> None:
     assert {path.stem for path in golden.FOLDER.glob("*.json")} == {*golden.RECIPES}
     recorded = read(golden, name)
@@ -41,8 +41,8 @@ def test_the_curve_is_what_it_was(golden: Any, tmp_path: Path, name: str) -> Non
 def test_a_hair_off_is_seen(golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: a learning rate that differs in its fourth place."""
     optimizer = OptimizerConfig(peak_learning_rate=1.0001e-2)
-    monkeypatch.setitem(golden.RECIPES, "math", {**golden.RECIPES["math"], "optimizer": optimizer})
-    recorded = read(golden, "math")
-    losses = golden.train("math", tmp_path)
+    monkeypatch.setitem(golden.RECIPES, "plain", {**golden.RECIPES["plain"], "optimizer": optimizer})
+    recorded = read(golden, "plain")
+    losses = golden.train("plain", tmp_path)
     assert losses != pytest.approx(recorded["losses"], rel=ELSEWHERE)
     assert losses[0] == pytest.approx(recorded["losses"][0], rel=ELSEWHERE)

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from overnight.cli import main
-from overnight.recipe import Recipe, changed_options, load_recipe, recipe_names
+from overnight.recipe import Recipe, load_recipe, recipe_names
+from overnight.recipe_options import changed_options
 from overnight.run import command as run_command
 
 

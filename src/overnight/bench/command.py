@@ -57,13 +57,13 @@ from overnight.hardware import (
     measure_matmul_flops,
 )
 from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.preparation.prepare import ensure_prepared
 from overnight.preparation.sources import python_documents
 from overnight.report.plots import check_matplotlib
 from overnight.run_directory import cache_folder, write_atomically
 from overnight.terminal import duration, echo
 from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
-from overnight.training.batch import estimate_rows_that_fit
-from overnight.training.memory import USABLE_FRACTION, estimate_memory
+from overnight.training.memory import USABLE_FRACTION, Resources, estimate_memory, rows_that_fit
 
 COLUMNS = 80
 BUSY_SHARE = 0.5  # of all processors kept busy by others: from there on the figures are noisy
@@ -255,7 +255,6 @@ class BenchPlan:
     def precision(self) -> str:
         """The precision that the highest rung multiplies in."""
         *_, highest = self.tasks.values()
-        assert highest.compute.precision is not None
         return highest.compute.precision
 
 
@@ -302,7 +301,8 @@ def find_baseline(model: ModelConfig, device: str, rows: int) -> StepTask:
     It has as many micro-batches as `overnight train` would take for one, but at most 2 on a CPU and 4
     on a GPU, so that a larger micro-batch can be a rung of its own, with the same step.
     """
-    at_once = estimate_rows_that_fit(model, find_memory_bytes(device), device)
+    compute = baseline_compute(device)
+    at_once = rows_that_fit(model, compute, Resources(device, find_memory_bytes(device)))
     micro_batches = max(1, min(at_once // rows, GROWTH_ON_CPU if device == "cpu" else GROWTH_ON_GPU))
     return StepTask(
         model=model,
@@ -419,7 +419,7 @@ def read_ids(plan: BenchPlan) -> tuple[NDArray[Any], str]:
 
 def _prepared_ids(data: str, vocab_size: int, wanted: int) -> NDArray[Any]:
     """At most `wanted` ids of the training split. Raises ValueError if they are not GPT-2's."""
-    dataset = open_one_dataset(DataConfig(data=data))
+    dataset = open_one_dataset(ensure_prepared(DataConfig(data=data)))
     if dataset.manifest.vocab_size > vocab_size:
         raise ValueError(
             f"{data} is written with {dataset.manifest.vocab_size} ids and the model knows {vocab_size}: "

@@ -13,8 +13,8 @@ import torch
 from overnight.bench.worker import StepTask
 from overnight.config import nearest
 from overnight.hardware import native_precision
-from overnight.model.loss import fp8_obstacle
-from overnight.training import ComputeConfig
+from overnight.model.loss_kernels import fp8_unavailable_reason
+from overnight.training import Compute
 from overnight.training.compute import can_compile
 
 WHOLE_TILES = 64  # tensor cores multiply by tiles; 50,257 rows make 50,304 (a multiple of 128 as well)
@@ -140,15 +140,14 @@ def find_machine(device: str) -> Machine:
         tf32=device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0),
         compiler=can_compile(),
         glibc=platform.libc_ver()[0] == "glibc",
-        fp8_obstacle=fp8_obstacle(device),
+        fp8_obstacle=fp8_unavailable_reason(device),
     )
 
 
 def unavailable_reason(rung: Variant, machine: Machine, ground: StepTask) -> str | None:
     """Why a rung can't be climbed, as a clause; None if it can. `ground` is the task of the first rung."""
     device = machine.device
-    vocab_size = ground.model.vocab_size
-    assert vocab_size is not None
+    vocab_size = ground.model.vocabulary
     obstacles = {
         "tf32": None if machine.tf32 else f"it takes an NVIDIA GPU since Ampere (2020), not {device}",
         "compile": _compile_obstacle(machine),
@@ -245,9 +244,9 @@ def change(task: StepTask, rung: Variant) -> StepTask:
     return dataclasses.replace(task, compute=dataclasses.replace(task.compute, **rung.compute), **rung.task)
 
 
-def baseline_compute(device: str) -> ComputeConfig:
+def baseline_compute(device: str) -> Compute:
     """How the machine is used before the first rung: as plainly as can be."""
-    return ComputeConfig(
+    return Compute(
         device=device,
         precision="fp32",
         compile=False,
@@ -259,5 +258,4 @@ def baseline_compute(device: str) -> ComputeConfig:
 
 def tolerance(task: StepTask) -> float:
     """By how much a task's losses may differ from float32's, in nats per token."""
-    assert task.compute.precision is not None
     return FP8_TOLERANCE if task.compute.loss == "fp8" else TOLERANCES[task.compute.precision]

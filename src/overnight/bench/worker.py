@@ -23,20 +23,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from overnight.data.loader import Batch, Batches, prefetch
+from overnight.data.loader import Batch
 from overnight.distributed.machine import environment_of_process
-from overnight.distributed.world import open_world
+from overnight.distributed.world import SINGLE_PROCESS, open_world
 from overnight.hardware import peak_memory_bytes, release_cached_memory, reset_peak_memory
-from overnight.model.gpt import empty_model, initialize
-from overnight.model.loss import next_token_loss
+from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
+from overnight.recipe import Recipe, Resolved
+from overnight.run.setup import build_training
 from overnight.terminal import progress
-from overnight.training import ComputeConfig, OptimizerConfig
+from overnight.training import Compute, OptimizerConfig
 from overnight.training.batch import constant_plan
-from overnight.training.compute import build_loss
-from overnight.training.optim import build_optimizer
-from overnight.training.state import TrainState, build_scaler
-from overnight.training.step import StepResult, Training, train_step
+from overnight.training.optim import build_optimizer, build_scaler
+from overnight.training.schedule import ScheduleConfig
+from overnight.training.state import TrainState
+from overnight.training.step import StepResult, train_step
 
 SEED = 1337
 PEAK_LEARNING_RATE, WARMUP_STEPS = 6e-4, 10  # a warm-up so short that the updates show in a few losses
@@ -47,7 +48,7 @@ class StepTask:
     """What is trained, and how. Tasks of the same model begin with the same weights."""
 
     model: ModelConfig
-    compute: ComputeConfig
+    compute: Compute
     """With everything decided."""
     ids: str
     """A .npy file: the text, as one row of ids."""
@@ -78,25 +79,44 @@ class StepTask:
 def read_task(line: str) -> StepTask:
     """What `as_json` wrote."""
     values = json.loads(line)
-    model, compute = ModelConfig(**values.pop("model")), ComputeConfig(**values.pop("compute"))
+    model, compute = ModelConfig(**values.pop("model")), Compute(**values.pop("compute"))
     return StepTask(model=model, compute=compute, **values)
 
 
-def learning_rate(step: int) -> float:
-    """Of the step with that number, counted from 0; the same for all tasks."""
-    return PEAK_LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
+class Rows:
+    """Rows of one array of ids, consecutive."""
+
+    def __init__(self, ids: Any, context_length: int) -> None:
+        self._ids, self._context_length = ids, context_length
+
+    def batch(self, first_row: int, rows: int) -> Batch:
+        """These rows, on the CPU."""
+        start, end = first_row * self._context_length, (first_row + rows) * self._context_length
+        window = torch.from_numpy(self._ids[start : end + 1].astype("int64"))
+        assert len(window) == end + 1 - start, "the text is too short for this step"
+        return Batch(window[:-1].view(rows, -1), window[1:].view(rows, -1))
 
 
-def read_rows(ids: Any, context_length: int) -> Batches:
-    """(first row, rows) -> Batch, on the CPU: the rows lie end to end in `ids`."""
-
-    def batch(first_row: int, rows: int) -> Batch:
-        start, end = first_row * context_length, (first_row + rows) * context_length
-        stretch = torch.from_numpy(ids[start : end + 1].astype("int64"))
-        assert len(stretch) == end + 1 - start, "the text is too short for this step"
-        return Batch(stretch[:-1].view(rows, -1), stretch[1:].view(rows, -1))
-
-    return batch
+def resolve_task(task: StepTask) -> Resolved:
+    """The task as a resolved recipe: a constant learning rate after a short warm-up."""
+    schedule = ScheduleConfig(total_steps=10**6, warmup_steps=WARMUP_STEPS, learning_rate_decay="constant")
+    recipe = Recipe(
+        run_name="bench",
+        seed=SEED,
+        model=task.model,
+        optimizer=OptimizerConfig(peak_learning_rate=PEAK_LEARNING_RATE),
+        schedule=schedule,
+    )
+    plan = constant_plan(
+        task.model.context_length, task.rows_per_step // task.micro_batches, task.micro_batches
+    )
+    return Resolved(
+        recipe=recipe,
+        model=task.model,
+        compute=task.compute,
+        plan=plan,
+        total_steps=schedule.total_steps or 0,
+    )
 
 
 def build_step(task: StepTask) -> Callable[[], StepResult]:
@@ -104,32 +124,18 @@ def build_step(task: StepTask) -> Callable[[], StepResult]:
 
     In float16 it tries again until the gradients are finite, so that all tasks have done the same updates.
     """
-    device, context_length = task.compute.device, task.model.context_length
-    assert device is not None
-    model = empty_model(task.model, task.vocabulary_multiple)
-    initialize(model, SEED)
-    model.to(device)
-    optimizer = OptimizerConfig(peak_learning_rate=PEAK_LEARNING_RATE)
-    state = TrainState(
-        model,
-        build_optimizer(model, optimizer, fused=task.fused_optimizer),
-        scaler=build_scaler(device, task.compute.precision),
-    )
-    training = Training(
-        batches=prefetch(read_rows(np.load(task.ids), context_length), device),
-        loss=build_loss(model, next_token_loss, task.compute),
-        plan=constant_plan(context_length, task.rows_per_step // task.micro_batches, task.micro_batches),
-        learning_rate=learning_rate,
-        max_grad_norm=optimizer.max_grad_norm,
-        seed=SEED,
-        device=device,
-    )
+    resolved = resolve_task(task)
+    world = dataclasses.replace(SINGLE_PROCESS, device=task.compute.device)
+    model = GPT(task.model, task.vocabulary_multiple, seed=SEED).to(world.device)
+    optimizer = build_optimizer(model, resolved.recipe.optimizer, fused=task.fused_optimizer)
+    state = TrainState(model, optimizer, scaler=build_scaler(world.device, task.compute.precision))
+    setup = build_training(resolved, model, Rows(np.load(task.ids), task.model.context_length), world)
 
     def step() -> StepResult:
-        result = train_step(state, training)
+        result = train_step(state, setup)
         while state.scaler.get_scale() > 1 and isfinite(result.loss) and not isfinite(result.grad_norm):
             state.step -= 1  # float16's gradients overflowed: no weight has changed, and the scale is lower
-            result = train_step(state, training)
+            result = train_step(state, setup)
         return result
 
     return step

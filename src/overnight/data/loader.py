@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -156,41 +157,49 @@ def _order(seed: int, epoch: int, portion: int, tokens: int, windows: int) -> tu
     return draw % tokens, build_permutation(windows, seed, epoch, f"order{which}")
 
 
-# ---------------------------------------------------------------- batches on a device, the next one read while the device works on the last
+class BatchSource(Protocol):
+    """Anything that has rows: a stream, a mixture of streams, random ids."""
+
+    def batch(self, first_row: int, rows: int) -> Batch:
+        """Rows first_row, first_row + 1, ... first_row + rows - 1."""
+        ...
 
 
-Batches = Callable[[int, int], Batch]
+class PrefetchLoader:
+    """Batches on `device`. While the device computes on one, a thread reads, pins and copies the next one."""
 
+    def __init__(
+        self, source: BatchSource, device: str, next_row: Callable[[int], int] | None = None
+    ) -> None:
+        """`next_row` maps a batch's first row to that of the following batch; adjacent rows if left out."""
+        self._source, self._device, self._next_row = source, device, next_row
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._prefetched: tuple[int, int, Future[Batch]] | None = None
 
-def prefetch(batches: Batches, device: str, following: Callable[[int], int] | None = None) -> Batches:
-    """`batches` on `device`. While one is worked on, a thread reads, pins and sends the next one.
-
-    `following` says which row that begins with, from the first row of this one; the row after its last if
-    left out. On the CPU nothing would be won: there it is `batches` itself.
-    """
-    if device == "cpu":
-        return batches
-
-    def read(first_row: int, rows: int) -> Batch:
-        batch = batches(first_row, rows)
-        return Batch(_send(batch.ids, device), _send(batch.targets, device))
-
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
-    waiting: dict[tuple[int, int], Future[Batch]] = {}
-
-    def next_batch(first_row: int, rows: int) -> Batch:
-        found = waiting.pop((first_row, rows), None)
-        is_read = found is not None and found.exception() is None  # rows may not have been prepared then
-        batch = found.result() if found is not None and is_read else read(first_row, rows)
-        waiting.clear()
-        after = first_row + rows if following is None else following(first_row)
-        waiting[after, rows] = pool.submit(read, after, rows)
+    def batch(self, first_row: int, rows: int) -> Batch:
+        """The batch of these rows; starts to read the one that follows."""
+        batch = self._take(first_row, rows)
+        following = first_row + rows if self._next_row is None else self._next_row(first_row)
+        self._prefetched = (following, rows, self._thread.submit(self._read, following, rows))
         return batch
 
-    return next_batch
+    def _take(self, first_row: int, rows: int) -> Batch:
+        if self._prefetched is not None and self._prefetched[:2] == (first_row, rows):
+            future = self._prefetched[2]
+            if future.exception() is None:  # waits for the thread
+                return future.result()
+        return self._read(first_row, rows)  # not the expected rows, or rows that did not exist yet
+
+    def _read(self, first_row: int, rows: int) -> Batch:
+        batch = self._source.batch(first_row, rows)
+        return Batch(self._send(batch.ids), self._send(batch.targets))
+
+    def _send(self, ids: Tensor) -> Tensor:
+        # Only from pinned memory does a copy run while the GPU computes.
+        pinned = ids.pin_memory() if self._device.startswith("cuda") else ids
+        return pinned.to(self._device, non_blocking=True)
 
 
-def _send(ids: Tensor, device: str) -> Tensor:
-    """A copy on the device, not waited for: only pinned memory can be copied while the device computes."""
-    pinned = ids.pin_memory() if device.startswith("cuda") else ids
-    return pinned.to(device, non_blocking=True)
+def prefetch(source: BatchSource, device: str, next_row: Callable[[int], int] | None = None) -> BatchSource:
+    """A PrefetchLoader; on the CPU `source` itself, since a thread would slow the computation down."""
+    return source if device == "cpu" else PrefetchLoader(source, device, next_row)

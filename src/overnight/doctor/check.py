@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from overnight.terminal import duration
 from overnight.training.state import TrainState
-from overnight.training.step import Training
+from overnight.training.step import TrainSetup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class SetUp(NamedTuple):
     """A model about to be trained, and everything to train it with, as a run has them."""
 
     state: TrainState
-    training: Training
+    training: TrainSetup
 
 
 class Build(Protocol):

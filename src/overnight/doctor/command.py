@@ -23,7 +23,6 @@ import torch.distributed as dist
 from overnight.config import raise_problems
 from overnight.conversion.open_model import OpenedModel, open_model
 from overnight.data import DataConfig
-from overnight.data.dataset import open_one_dataset
 from overnight.data.shards import Manifest, read_manifest
 from overnight.data.text_files import find_files, is_remote
 from overnight.distributed.world import SINGLE_PROCESS, World, open_world
@@ -46,13 +45,15 @@ from overnight.model.model_config import ModelConfig
 from overnight.planning import command as planning_command
 from overnight.planning.command import ResourceEstimate
 from overnight.planning.estimate import TokenCounts, find_prepared, find_token_counts, model_config_of
+from overnight.preparation.prepare import ensure_prepared
 from overnight.preparation.prepare_commands import find_recipe_text, find_told_commands
 from overnight.preparation.sources import source_name
-from overnight.recipe import Recipe, changed_options, load_recipe
-from overnight.run import setup
+from overnight.recipe import Recipe, load_recipe
+from overnight.recipe_options import changed_options
 from overnight.run_directory import cache_folder
 from overnight.terminal import duration, echo, quiet
 from overnight.training.compute import can_compile
+from overnight.training.schedule import Schedule
 
 DEPENDS_ON = dict.fromkeys(("accumulation", "overfit", "checkpoint", "processes"), "gradients")
 """What can't be told before another check has passed: without its gradients no step can be taken."""
@@ -199,7 +200,7 @@ class DoctorContext:
             try:
                 tiny_run.cut_text(folder, self.scratch / "piece")
                 found = self._shrink(self.scratch / "piece")
-                found.build_job()
+                found.build_run()
                 return found
             except (ValueError, OSError):  # what is wrong with it is for the checks of the text to say
                 continue
@@ -252,10 +253,10 @@ class DoctorContext:
 
     def _rows(self) -> CheckResult:
         seen, validation = self.foresight, self.text.validation_tokens
-        steps = seen.recipe.schedule.total_steps
+        steps = seen.resolved.recipe.schedule.total_steps
         assert steps is not None
         trained = None if self.text.tokens is None else self.text.tokens - (validation or 0)
-        return data_checks.check_rows(self._build(), seen.plan.tokens_before(steps), trained)
+        return data_checks.check_rows(self._build(), seen.resolved.plan.tokens_before(steps), trained)
 
     def _precision(self) -> CheckResult:
         asked = self.recipe.compute.precision
@@ -294,12 +295,10 @@ class DoctorContext:
     def _schedule(self) -> CheckResult:
         """Of the whole run, as `build_training` makes it."""
         seen = self.foresight
-        whole = dataclasses.replace(self.specimen.build_job(), recipe=seen.recipe, plan=seen.plan)
-        steps = seen.recipe.schedule.total_steps
-        assert steps is not None
-        rate = setup.build_training(whole).learning_rate
+        recipe, plan, steps = seen.resolved.recipe, seen.resolved.plan, seen.resolved.total_steps
+        schedule = Schedule(recipe.schedule, recipe.optimizer.peak_learning_rate, plan, steps)
         return run_checks_module.check_schedule(
-            rate, steps, seen.recipe.schedule, begins_anew=self._begins_anew
+            schedule.learning_rate, steps, recipe.schedule, begins_anew=self._begins_anew
         )
 
     def _time(self) -> CheckResult:
@@ -367,7 +366,7 @@ def _find(config: DataConfig, name: str) -> LocalDataset:
         return LocalDataset(path, prepared)
     folder, command = find_recipe_text(path, config)
     if is_small_and_local(path):
-        open_one_dataset(dataclasses.replace(config, shuffle_window=None))
+        ensure_prepared(dataclasses.replace(config, shuffle_window=None))
         return LocalDataset(path, Path(folder))
     command = find_told_commands(name).get(folder, command)
     if not command:

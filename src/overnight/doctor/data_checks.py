@@ -213,7 +213,7 @@ def check_contamination(
 
 def check_rows(setup: SetUp, run_tokens: int, text_tokens: int | None) -> CheckResult:
     """The rows that a step reads: each target is the id that follows, and every reading gives the same."""
-    plan, batches = setup.training.plan, setup.training.batches
+    plan, batches = setup.training.plan, setup.training.data.batch
     rows = plan.micro_batch_size * plan.micro_batches(0)
     first, again, other = batches(0, rows), batches(0, rows), batches(rows, rows)
     faults = []

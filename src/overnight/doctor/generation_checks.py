@@ -25,7 +25,7 @@ def check_generation(setup: SetUp) -> CheckResult:
     """
     model = setup.state.model
     T = model.config.context_length
-    ids_T = setup.training.batches(0, 1).ids[0].tolist()
+    ids_T = setup.training.data.batch(0, 1).ids[0].tolist()
     prompts = [ids_T[: max(1, T // 2)], ids_T[: max(1, T // 4)]]
     new = T - len(prompts[0])
     decoding = generate.Decoding(max_new_tokens=new, sampling=SamplingConfig(temperature=0.0, top_k=None))
@@ -49,7 +49,7 @@ def check_generation(setup: SetUp) -> CheckResult:
 def check_causality(setup: SetUp) -> CheckResult:
     """Another id at one place changes no logit before it, and does change those from there on."""
     model = setup.state.model
-    ids_T = setup.training.batches(0, 1).ids[0].tolist()
+    ids_T = setup.training.data.batch(0, 1).ids[0].tolist()
     T = len(ids_T)
     place = T // 2
     changed_T = [*ids_T]

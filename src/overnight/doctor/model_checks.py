@@ -21,14 +21,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from overnight.data.loader import Batch
-from overnight.distributed.world import World
 from overnight.doctor.check import Build, CheckResult, SetUp
 from overnight.model.loss import LossSum
 from overnight.training import step as step_module
 from overnight.training.batch import constant_plan
 from overnight.training.checkpoint import load, save
+from overnight.training.schedule import Schedule, ScheduleConfig
+from overnight.training.sharding import Replicated
 from overnight.training.state import TrainState
-from overnight.training.step import Backward
 
 INITIAL_STANDARD_DEVIATION = 0.02  # GPT-2's released code, model.py: of the embedding, and so of the head
 INITIAL_TOLERANCE = 0.1  # nats, beside the spread of a logit: text is not drawn evenly from the vocabulary
@@ -101,14 +101,16 @@ def check_overfit(setup: SetUp) -> CheckResult:
 
     At a learning rate that suits so small a model: 23 to 55 steps were seen to do, from 16 to 128 channels.
     """
-    row = setup.training.batches(0, 1)
+    row = setup.training.data.batch(0, 1)
     row = Batch(row.ids[:, :OVERFIT_TOKENS], row.targets[:, :OVERFIT_TOKENS])
     rate = min(1e-2, 0.4 / setup.state.model.config.n_embd)
+    plan = constant_plan(row.ids.shape[1], micro_batch_size=1)
+    constant = ScheduleConfig(total_steps=OVERFIT_STEPS, learning_rate_decay="constant")
     training = dataclasses.replace(
         setup.training,
-        batches=lambda _first_row, _rows: row,
-        plan=constant_plan(row.ids.shape[1], micro_batch_size=1),
-        learning_rate=lambda _step: rate,
+        data=_OneBatch(row),
+        plan=plan,
+        schedule=Schedule(constant, rate, plan, OVERFIT_STEPS),
     )
     first = loss = math.inf
     steps = 0
@@ -308,23 +310,46 @@ def step_batch(setup: SetUp) -> Batch:
     """All rows of the step that a set-up is at, in one batch."""
     plan, step = setup.training.plan, setup.state.step
     first, rows = plan.rows(step, 0)
-    return setup.training.batches(first, rows * plan.micro_batches(step))
+    return setup.training.data.batch(first, rows * plan.micro_batches(step))
+
+
+class _OneBatch:
+    """The same batch again and again."""
+
+    def __init__(self, row: Batch) -> None:
+        self._row = row
+
+    def batch(self, _first_row: int, _rows: int) -> Batch:
+        """It."""
+        return self._row
+
+
+class _RecordedReduction(Replicated):
+    """The reduction of a set-up, with a copy of what it leaves in the gradients."""
+
+    def __init__(self, setup: SetUp) -> None:
+        self._setup = setup
+        self.gradients: dict[str, Tensor | None] = {}
+
+    def reduce(self, nats: Tensor, number: int, count: int) -> Tensor:
+        """As the set-up does it."""
+        total = self._setup.training.sharing.reduce(nats, number, count)
+        if number == count - 1:
+            named = self._setup.state.model.named_parameters()
+            self.gradients = {name: None if each.grad is None else each.grad.clone() for name, each in named}
+        return total
+
+    def publish(self) -> None:
+        """As the set-up does it."""
+        self._setup.training.sharing.publish()
 
 
 def measure_step(setup: SetUp) -> Step:
     """Do the step, as a run does it."""
-    caught: dict[str, Tensor | None] = {}
-
-    def add_up(backward: Backward, mine: range, parameters: Sequence[Tensor], world: World) -> Tensor:
-        nats = setup.training.add_up(backward, mine, parameters, world)
-        caught.update(
-            (name, None if each.grad is None else each.grad.clone())
-            for name, each in setup.state.model.named_parameters()
-        )
-        return nats
-
-    result = step_module.train_step(setup.state, dataclasses.replace(setup.training, add_up=add_up))
-    return Step(result.loss, result.grad_norm, caught)
+    recorded = _RecordedReduction(setup)
+    training = dataclasses.replace(setup.training, sharing=recorded)
+    result = step_module.train_step(setup.state, training)
+    return Step(result.loss, result.grad_norm, recorded.gradients)
 
 
 def compare_gradients(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> float:
@@ -341,7 +366,7 @@ def compare_gradients(found: Mapping[str, Tensor | None], expected: Mapping[str,
 
 def measure_pass(setup: SetUp) -> Step:
     """One micro-batch forward and backward, and no update."""
-    batch = setup.training.batches(*setup.training.plan.rows(setup.state.step, 0))
+    batch = setup.training.data.batch(*setup.training.plan.rows(setup.state.step, 0))
     nats, scaler = setup.training.loss(batch.ids, batch.targets), setup.state.scaler
     scaler.scale(nats / batch.targets.numel()).backward()  # type: ignore[no-untyped-call]
     gradients = {

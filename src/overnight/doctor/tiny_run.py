@@ -16,6 +16,7 @@ import numpy as np
 from overnight import __version__
 from overnight.config import from_toml, to_toml
 from overnight.data import DataConfig
+from overnight.data.dataset import open_dataset
 from overnight.data.shards import Manifest, ShardWriter, Tokens, open_tokens, read_manifest, write_manifest
 from overnight.distributed.launcher import exit_process
 from overnight.distributed.world import World, join_world
@@ -23,7 +24,7 @@ from overnight.doctor.check import SetUp
 from overnight.model.model_config import ModelConfig
 from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
 from overnight.run import setup
-from overnight.run.setup import TrainSetup
+from overnight.run.setup import RunSetup
 from overnight.run_directory import write_atomically
 from overnight.tokenizer.characters import Characters
 from overnight.training import step
@@ -50,17 +51,21 @@ class TinyRun:
     less: str
     """What is less than in the recipe, in words; "" if nothing."""
 
-    def build_job(self, **compute: object) -> TrainSetup:
+    def build_run(self, **compute: object) -> RunSetup:
         """As a run does it, with these fields of the recipe's ComputeConfig."""
         changed = dataclasses.replace(self.recipe.compute, **compute)  # type: ignore[arg-type]
-        return setup.build_setup(
-            dataclasses.replace(self.recipe, compute=changed), self.world, has_checkpoint=False
-        )
+        return _build_run(dataclasses.replace(self.recipe, compute=changed), self.world)
 
     def build(self, **compute: object) -> SetUp:
         """Model, optimizer, and what trains them."""
-        built = self.build_job(**compute)
-        return SetUp(built.state, setup.build_training(built))
+        built = self.build_run(**compute)
+        return SetUp(built.state, built.training)
+
+
+def _build_run(recipe: Recipe, world: World) -> RunSetup:
+    dataset = open_dataset(recipe.data)
+    model, weights = setup.initial_weights(recipe, dataset, None)
+    return setup.build_run(setup.resolve_on(recipe, model, dataset, world), dataset, weights, world)
 
 
 def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, device: str) -> tuple[Recipe, str]:
@@ -186,9 +191,8 @@ def _write(folder: Path, vocab_size: int, end_of_text: int, splits: dict[str, To
 
 def train_steps(recipe: Recipe, world: World) -> list[tuple[float, float]]:
     """Loss and gradient norm of the first steps."""
-    built = setup.build_setup(recipe, world, has_checkpoint=False)
-    training = setup.build_training(built)
-    results = [step.train_step(built.state, training) for _ in range(STEPS_IN_PROCESSES)]
+    built = _build_run(recipe, world)
+    results = [step.train_step(built.state, built.training) for _ in range(STEPS_IN_PROCESSES)]
     return [(result.loss, result.grad_norm) for result in results]
 
 

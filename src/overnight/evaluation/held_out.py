@@ -25,6 +25,7 @@ from overnight.evaluation.references import VALIDATION_LOSSES, PublishedResult
 from overnight.evaluation.run_tasks import gather
 from overnight.evaluation.tasks import evaluate_task
 from overnight.model.gpt import GPT
+from overnight.preparation.prepare import ensure_prepared
 from overnight.terminal import progress
 from overnight.tokenizer.tokenizer import Tokenizer
 
@@ -50,7 +51,7 @@ class ValidationSet:
 
 def open_validation_set(config: DataConfig, tokens: int | None, stride: int | None) -> ValidationSet:
     """The held-out split of prepared text. Raises ValueError for a stride where documents stand alone."""
-    dataset = open_dataset(config)
+    dataset = open_dataset(ensure_prepared(config))
     if stride is not None and dataset.document_separator is not None:
         raise ValueError(
             "--stride does not go with packing=documents, where documents stand by themselves: leave it out"

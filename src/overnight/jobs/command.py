@@ -11,7 +11,8 @@ from overnight.config import field_types, raise_problems
 from overnight.jobs import FOR_TARGETS, LaunchConfig, kubernetes, sagemaker, skypilot, slurm
 from overnight.jobs.request import JobRequest, join
 from overnight.preparation.prepare_commands import find_recipe_texts, with_folders
-from overnight.recipe import Recipe, as_option, changed_options, load_recipe, recipe_names
+from overnight.recipe import Recipe, load_recipe, recipe_names
+from overnight.recipe_options import as_option, changed_options
 from overnight.run_directory import write_atomically
 from overnight.terminal import echo
 from overnight.training.batch import plan_batches

@@ -1,10 +1,13 @@
-"""Causal self-attention, and the protocol by which a generator lends it a memory.
+"""True GPT-2, in reading order: attention, feed-forward, block, model, initialisation.
 
-Shapes: B rows, T positions of this call, S positions in all, C channels, H heads, D channels a head.
+The configuration is `model_config.ModelConfig`; faster attention kernels are in `kernels`, chosen by name.
+
+Shapes: B rows, T positions of this call, S positions of keys, C channels, H heads, D channels a head, V ids.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from overnight.model.kernels import NO_MASKS_IN_TRAINING, Documents, attend_with_mask
+from overnight.model.kernels import (
+    NO_MASKS_IN_TRAINING,
+    CausalKernel,
+    DocumentKernel,
+    Documents,
+    allowed_backends,
+    attend_causal,
+    attend_within_documents,
+)
 from overnight.model.model_config import VOCABULARY_MULTIPLE, ModelConfig
 
 
@@ -26,16 +37,16 @@ class Cache(Protocol):
         ...
 
     def append(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Remember these; return all keys and values so far (B, H, S, D) and who may look at whom.
+        """Add these; return all keys and values so far (B, H, S, D) and the attention mask.
 
-        The last is a boolean mask broadcastable to (B, H, T, S), or None: nothing was cached before
-        and attention is plainly causal, or T is 1 and everything may be seen.
+        The mask is boolean, broadcastable to (B, H, T, S), or None: the cache was empty and attention is
+        causal, or T is 1 and every position is visible.
         """
         ...
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position looks at itself and what stands before it."""
+    """Every position attends to itself and to earlier positions."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -44,15 +55,11 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.attend = F.scaled_dot_product_attention
-        self.attend_documents = attend_with_mask
+        self.kernel: CausalKernel = "fused"
+        self.document_kernel: DocumentKernel = "mask"
 
     def forward(self, x_BTC: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C). With a cache, earlier positions are looked at as well.
-
-        With documents, positions look only at those of their own document; of a model that is judged with
-        torch's kernel, whatever it is trained with.
-        """
+        """(B, T, C) -> (B, T, C). A cache adds earlier positions; document ids keep attention within each."""
         B, T, C = x_BTC.shape
         q_BHTD, k_BHSD, v_BHSD = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
@@ -63,24 +70,16 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k_BHSD, v_BHSD, mask = cache.append(self.layer, k_BHSD, v_BHSD)
         assert mask is None or not torch.is_grad_enabled(), NO_MASKS_IN_TRAINING
-        if document_BT is None:
-            mixed_BHTD = self.attend(
-                q_BHTD,
-                k_BHSD,
-                v_BHSD,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None and T > 1,
-            )
-        else:
-            assert cache is None, "a memory holds one document"
-            attend = self.attend_documents if torch.is_grad_enabled() else attend_with_mask
-            mixed_BHTD = attend(q_BHTD, k_BHSD, v_BHSD, document_BT, dropout_p=dropout)
+        with allowed_backends(self.kernel):
+            if document_BT is None:
+                mixed_BHTD = attend_causal(q_BHTD, k_BHSD, v_BHSD, mask, self.kernel, dropout)
+            else:
+                assert cache is None, "a cache holds one document"
+                # An evaluation takes the mask, so that it does not depend on how the model was trained.
+                kernel = self.document_kernel if torch.is_grad_enabled() else "mask"
+                mixed_BHTD = attend_within_documents(q_BHTD, k_BHSD, v_BHSD, document_BT, kernel, dropout)
         mixed_BTC = mixed_BHTD.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(mixed_BTC), self.dropout, self.training)
-
-
-# ---------------------------------------------------------------- gpt-2, exactly
 
 
 class MLP(nn.Module):
@@ -117,26 +116,27 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """ids (B, T) -> logits (B, T, V). `forward` is `head(trunk(ids))`, and either may be used alone.
 
-    The embedding has a few rows more than there are ids, so that its matrix products come out in even
-    tiles. These rows get no gradient and never leave the module: `head` returns exactly V columns and
-    `weights` exactly V rows. `initialize` and `load_weights` make them zero.
+    The embedding is padded to a multiple of 64 rows, so that its matrix products come out in even tiles.
+    Padding rows are zero, get no gradient and never leave the module: `head` returns exactly V columns and
+    `weights` exactly V rows. The weights are initialised as GPT-2's, unless the module is built on the meta
+    device. Raises ValueError for sizes that do not fit together, and without a vocabulary.
     """
 
-    def __init__(self, config: ModelConfig, vocabulary_multiple: int = VOCABULARY_MULTIPLE) -> None:
+    def __init__(
+        self, config: ModelConfig, vocabulary_multiple: int = VOCABULARY_MULTIPLE, *, seed: int = 1337
+    ) -> None:
         super().__init__()
-        problems = config.problems()
-        if config.vocab_size is None:
-            problems.append("vocab_size is not known: it is the tokenizer's")
-        if problems:
+        if problems := config.problems():
             raise ValueError("; ".join(problems))
-        assert config.vocab_size is not None
         self.config = config
-        self.vocab_size = config.vocab_size
+        self.vocab_size = config.vocabulary
         padded = -(-self.vocab_size // vocabulary_multiple) * vocabulary_multiple
         self.wte = _embedding(padded, config.n_embd)
         self.wpe = _embedding(config.context_length, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        if not self.wte.weight.is_meta:
+            initialize(self, seed)
 
     def forward(self, ids_BT: Tensor, documents: Documents | None = None) -> Tensor:
         """Logits (B, T, V) for the id after each position."""
@@ -145,7 +145,7 @@ class GPT(nn.Module):
     def trunk(self, ids_BT: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
         """Hidden states (B, T, C) after the final layer norm. Raises IndexError beyond the context.
 
-        With `documents`, each is by itself: positions begin anew, and attention does not leave it.
+        With `documents`, each stands alone: positions restart at 0, and attention stays within it.
         """
         T = ids_BT.shape[1]
         if self.config.context_length < T:
@@ -189,22 +189,20 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def zero_padding(self) -> None:
-        """Make the rows that pad the vocabulary zero; they stay so, since no gradient reaches them."""
+        """Zero the rows that pad the vocabulary; no gradient reaches them, so they stay zero."""
         self.wte.weight[self.vocab_size :] = 0.0
 
 
 def _embedding(rows: int, n_embd: int) -> nn.Embedding:
-    """An embedding not drawn yet. To let torch draw one without memory costs two seconds of imports."""
+    # nn.Embedding(rows, n_embd) would draw weights that `initialize` overwrites; on the meta device that
+    # draw alone costs two seconds of imports.
     zeros = torch.zeros(rows, n_embd)
     embedding: nn.Embedding = nn.Embedding.from_pretrained(zeros, freeze=False)  # type: ignore[no-untyped-call]
     return embedding
 
 
 def empty_model(config: ModelConfig, vocabulary_multiple: int = VOCABULARY_MULTIPLE) -> GPT:
-    """A GPT on the CPU whose weights are whatever its memory held: `initialize` it, or load weights.
-
-    Torch's own initialisation, which either would overwrite, is half the time of opening a model.
-    """
+    """A GPT on the CPU with uninitialised weights, to be loaded: initialising takes half of opening a model."""
     with torch.device("meta"):
         model = GPT(config, vocabulary_multiple)
     return model.to_empty(device="cpu")
@@ -212,7 +210,7 @@ def empty_model(config: ModelConfig, vocabulary_multiple: int = VOCABULARY_MULTI
 
 @contextmanager
 def eval_mode(model: GPT) -> Iterator[None]:
-    """Within, `model` drops no activations; afterwards it is as it was."""
+    """Within, `model` is in evaluation mode; afterwards in the mode it was in."""
     was_training = model.training
     model.eval()
     try:
@@ -221,15 +219,14 @@ def eval_mode(model: GPT) -> Iterator[None]:
         model.train(was_training)
 
 
-# ---------------------------------------------------------------- how gpt-2's weights begin
-
+# ---------------------------------------------------------------- initialisation
 
 STANDARD_DEVIATION = 0.02  # GPT-2's released code, model.py: initializer_range of every matrix
 
 
 @torch.no_grad()
 def initialize(model: GPT, seed: int) -> None:
-    """Draw all weights of `model`: see `init_weights`."""
+    """Draw all weights of `model`; see `init_weights`."""
     own = model.weights()
     shapes = {name: weight.shape for name, weight in own.items()}
     for name, weight in init_weights(shapes, model.config.n_layer, seed):
@@ -241,7 +238,8 @@ def init_weights(shapes: Mapping[str, torch.Size], n_layer: int, seed: int) -> I
     """Every weight by name, one at a time, on the CPU: a pure function of the shapes and `seed`.
 
     Matrices N(0, 0.02); those that write into the residual stream N(0, 0.02 / sqrt(2 n_layer)), since
-    2 n_layer of them add up there (GPT-2 paper, section 2.3); biases 0; layer norms 1 and 0.
+    2 n_layer of them add up there (GPT-2 paper, section 2.3); biases 0; layer norms 1 and 0. Every parameter
+    is initialised by exactly one rule.
     """
     generator = torch.Generator().manual_seed(seed)
     residual = STANDARD_DEVIATION / math.sqrt(2 * n_layer)
@@ -258,7 +256,13 @@ def init_weights(shapes: Mapping[str, torch.Size], n_layer: int, seed: int) -> I
             raise AssertionError(f"no rule initialises {name}")
 
 
-def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """The shape of every weight by name, the embedding without its padding; takes no memory."""
+@functools.lru_cache(maxsize=64)
+def parameter_shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
+    """The shape of every parameter by name, in the model's order, the embedding padded; allocates nothing."""
     with torch.device("meta"):
-        return {name: weight.shape for name, weight in GPT(config).weights().items()}
+        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every weight by name, the embedding without its padding; allocates nothing."""
+    return {**parameter_shapes(config), "wte.weight": torch.Size((config.vocabulary, config.n_embd))}

@@ -1,9 +1,9 @@
-"""Attention that stays within documents: which document each position belongs to, and who may look at whom.
+"""Attention kernels beside torch's own, chosen by name: blocks on a CPU, documents by mask, one by one, or flex.
 
-An end-of-text id begins each document, so the ids themselves say where one ends and the next begins. What
-stands before the first of these ids in a row is the rest of a document that began in another row.
+An end-of-text id begins each document, so the ids alone say where one ends and the next begins. What precedes
+the first such id of a row is the rest of a document that began in an earlier row.
 
-Shapes: B rows, T positions, H heads, D channels a head.
+Shapes: B rows, T positions, S positions of keys, H heads, D channels a head, N rows times heads.
 """
 
 from __future__ import annotations
@@ -11,32 +11,86 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 NO_MASKS_IN_TRAINING = "with a mask cuDNN's backward pass gives NaN at some lengths (pytorch #196678)"
 
+CausalKernel = Literal["fused", "without-cudnn", "blocks", "math"]
+"""fused: torch's choice; without-cudnn: the same without cuDNN; blocks: `attend_in_blocks`; math: the formula."""
+DocumentKernel = Literal["mask", "efficient-mask", "one-by-one", "flex", "compiled-flex"]
+"""How attention within documents is computed; `mask` works everywhere."""
+
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def allowed_backends(kernel: CausalKernel) -> AbstractContextManager[None]:
+    """Within, scaled_dot_product_attention chooses among the backends that `kernel` allows."""
+    if kernel == "math":
+        return sdpa_kernel([SDPBackend.MATH])
+    return sdpa_kernel(WITHOUT_CUDNN) if kernel == "without-cudnn" else nullcontext()
+
+
+def attend_causal(
+    q_BHTD: Tensor,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    mask: Tensor | None,
+    kernel: CausalKernel,
+    dropout_p: float,
+) -> Tensor:
+    """Attention of T queries over S keys, (B, H, T, D). Without a mask it is causal, and T is S or 1."""
+    is_causal = mask is None and q_BHTD.shape[2] > 1
+    attend = attend_in_blocks if kernel == "blocks" else F.scaled_dot_product_attention
+    return attend(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+
+
+def attend_within_documents(
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    document_BT: Tensor,
+    kernel: DocumentKernel,
+    dropout_p: float,
+) -> Tensor:
+    """Causal attention within documents, (B, H, T, D). Kernels other than the masks have no dropout."""
+    if kernel == "flex":
+        return attend_in_flex(q_BHTD, k_BHTD, v_BHTD, document_BT)
+    if kernel == "compiled-flex":
+        return _compile_flex()(q_BHTD, k_BHTD, v_BHTD, document_BT)
+    if kernel == "one-by-one":
+        return attend_one_by_one(q_BHTD, k_BHTD, v_BHTD, document_BT)
+    if kernel == "efficient-mask":
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return attend_with_mask(q_BHTD, k_BHTD, v_BHTD, document_BT, dropout_p=dropout_p)
+    return attend_with_mask(q_BHTD, k_BHTD, v_BHTD, document_BT, dropout_p=dropout_p)
+
+
+# ---------------------------------------------------------------- documents, by a mask
+
 
 class Documents(NamedTuple):
-    """Where every position of a batch stands, int64."""
+    """The document of every position of a batch, and the position within it; int64."""
 
     document_ids: Tensor
-    """Which document of its row it belongs to, (B, T): equal within a document, then one more."""
+    """Number of the document within its row, (B, T): equal within a document, then one more."""
     positions: Tensor
-    """Its place in that document, (B, T), counted from 0; in a first rest from the row's beginning."""
+    """Position within the document, (B, T), from 0; in the rest of an earlier document from the row's start."""
 
 
 def find_documents(ids_BT: Tensor, end_of_text: int) -> Documents:
     """The documents of `ids_BT`, each of which begins with the id `end_of_text`."""
     begins_BT = ids_BT == end_of_text
-    place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-    start_BT = torch.where(begins_BT, place_T, 0).cummax(1).values
-    return Documents(begins_BT.cumsum(1), place_T - start_BT)
+    index_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    start_BT = torch.where(begins_BT, index_T, 0).cummax(1).values
+    return Documents(begins_BT.cumsum(1), index_T - start_BT)
 
 
 def attend_with_mask(
@@ -44,9 +98,9 @@ def attend_with_mask(
 ) -> Tensor:
     """Causal attention within documents by a mask (B, 1, T, T) that all heads share.
 
-    It works everywhere and computes the whole square. Not for training with cuDNN's kernel.
+    Works everywhere and computes the full T x T scores. Not for training with cuDNN's kernel.
     """
-    # A compiler can't read which kernels are enabled.
+    # The compiler can't read which backends are enabled.
     if q_BHTD.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         assert not torch.backends.cuda.cudnn_sdp_enabled(), NO_MASKS_IN_TRAINING  # type: ignore[no-untyped-call]
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
@@ -55,23 +109,17 @@ def attend_with_mask(
     )
 
 
-# ---------------------------------------------------------------- on a CPU, one document after the other
+# ---------------------------------------------------------------- documents on a CPU, one after the other
 
 
-def attend_one_by_one(
-    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, document_BT: Tensor, *, dropout_p: float = 0.0
-) -> Tensor:
-    """Causal attention within documents by torch's CPU kernel, called for each document: no mask at all.
-
-    The kernel has no dropout.
-    """
-    assert not dropout_p
+def attend_one_by_one(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, document_BT: Tensor) -> Tensor:
+    """Causal attention within documents by torch's CPU kernel, called for each document, without a mask."""
     mixed_BTHD: Tensor = _attend(q_BHTD, k_BHTD, v_BHTD, document_BT)[0]
     return mixed_BTHD.transpose(1, 2)
 
 
-def _stretches(document_BT: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Where each document lies in a tensor (B, H, T, ...)."""
+def _document_slices(document_BT: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """The slice of each document in a tensor (B, H, T, ...)."""
     for row, document_T in enumerate(document_BT):
         begins = (torch.nonzero(document_T.diff()).flatten() + 1).tolist()
         for start, end in pairwise([0, *begins, len(document_T)]):
@@ -82,7 +130,7 @@ def _stretches(document_BT: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 def _attend(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, document_BT: Tensor) -> tuple[Tensor, Tensor]:
     """The mixed values (B, T, H, D), and the logarithm of each softmax's sum (B, H, T) in float32."""
     mixed_BTHD, sums_BHT = _attend_shapes(q_BHTD)
-    for at in _stretches(document_BT):
+    for at in _document_slices(document_BT):
         mixed, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_BHTD[at], k_BHTD[at], v_BHTD[at], 0.0, True
         )
@@ -104,7 +152,7 @@ def _attend_backward(
     """The gradients (B, H, T, D) of queries, keys and values."""
     gradients: tuple[Tensor, Tensor, Tensor] = _gradient_shapes(grad_BTHD)
     inputs = (grad_BTHD.transpose(1, 2), *qkv, mixed_BTHD.transpose(1, 2), sums_BHT)
-    for at in _stretches(document_BT):
+    for at in _document_slices(document_BT):
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(part[at] for part in inputs), 0.0, True
         )
@@ -132,23 +180,23 @@ def _backward(ctx: Any, grad_BTHD: Tensor, _sums: Tensor | None) -> tuple[Tensor
 _attend.register_autograd(_backward, setup_context=_remember)
 
 
-# ---------------------------------------------------------------- causal attention on a cpu, block after block of queries, as matrix products in bfloat16
+# ---------------------------------------------------------------- blocks of queries on a CPU, in bfloat16
 
 
-QUERIES = 128
+QUERIES = 128  # of a block
 
 
 def attend_in_blocks(
     q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, *, is_causal: bool = False, **others: Any
 ) -> Tensor:
-    """What F.scaled_dot_product_attention returns: by itself where this is for, else through torch's.
+    """F.scaled_dot_product_attention as bfloat16 matrix products, one block of queries after the other.
 
-    It is for training: plainly causal attention in bfloat16 on a CPU, without dropout. A model that is
-    judged takes torch's kernel, so that the same weights have the same loss wherever they are. Scores are
-    rounded to bfloat16 before their softmax, as everywhere where attention is written out under autocast.
+    Used for causal training attention in bfloat16 on a CPU without dropout; any other call goes to torch's
+    kernel, so that an evaluation does not depend on how a model was trained. Scores are rounded to bfloat16
+    before their softmax, as unfused attention under autocast rounds them.
     """
-    is_made_for_it = q_BHTD.dtype is torch.bfloat16 and q_BHTD.device.type == "cpu"
-    in_blocks = is_made_for_it and is_causal and torch.is_grad_enabled()
+    is_supported = q_BHTD.dtype is torch.bfloat16 and q_BHTD.device.type == "cpu"
+    in_blocks = is_supported and is_causal and torch.is_grad_enabled()
     if not in_blocks or others.get("dropout_p") or others.get("attn_mask") is not None:
         return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=is_causal, **others)
     scaled_BHTD = q_BHTD * q_BHTD.shape[-1] ** -0.5
@@ -170,6 +218,7 @@ def _split(weights: Tensor, rows: int, length: int) -> list[Tensor]:
 
 
 def _count(rows: int, length: int) -> int:
+    """Attention weights of all blocks."""
     return sum(rows * (end - start) * end for start, end in _blocks(length))
 
 
@@ -180,14 +229,14 @@ def _block_attention(q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor) -> tuple[Tenso
     mixed_NTD, weights = torch.empty_like(q_NTD), q_NTD.new_empty(_count(rows, length))
     for (start, end), weights_NQS in zip(_blocks(length), _split(weights, rows, length), strict=True):
         scores_NQS = torch.bmm(q_NTD[:, start:end], k_NTD[:, :end].transpose(1, 2))
-        scores_NQS[:, :, start:] += _future(end - start, scores_NQS.dtype)
+        scores_NQS[:, :, start:] += _causal_bias(end - start, scores_NQS.dtype)
         torch.softmax(scores_NQS, dim=-1, out=weights_NQS)
         mixed_NTD[:, start:end] = torch.bmm(weights_NQS, v_NTD[:, :end])
     return mixed_NTD, weights
 
 
-def _future(queries: int, dtype: torch.dtype) -> Tensor:
-    """What takes a block's own later positions out of its softmax: -inf above the diagonal, else 0."""
+def _causal_bias(queries: int, dtype: torch.dtype) -> Tensor:
+    """The causal bias of a block on the diagonal: -inf above it, else 0."""
     return torch.full((queries, queries), -math.inf, dtype=dtype).triu(1)
 
 
@@ -216,7 +265,9 @@ def _block_attention_backward(
 
 
 @_block_attention_backward.register_fake
-def _attend_backward_shapes(_grad: Tensor, q_NTD: Tensor, *_others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _block_attention_backward_shapes(
+    _grad: Tensor, q_NTD: Tensor, *_others: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q_NTD), torch.empty_like(q_NTD), torch.empty_like(q_NTD)
 
 
@@ -235,66 +286,55 @@ def _backward_blocks(ctx: Any, grad_NTD: Tensor, _weights: Tensor | None) -> tup
 _block_attention.register_autograd(_backward_blocks, setup_context=_save_block_attention)
 
 
-# ---------------------------------------------------------------- attention within documents on a gpu
+# ---------------------------------------------------------------- documents on a GPU, by flex_attention
 
 
 BLOCK = 128  # positions: flex_attention's own block
 LEAST_CHANNELS = 16  # of a head, that its kernel multiplies
 
 
-def attend_in_flex(
-    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, document_BT: Tensor, *, dropout_p: float = 0.0
-) -> Tensor:
-    """Causal attention within documents. To be compiled: eager, it writes the whole square down.
+def attend_in_flex(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, document_BT: Tensor) -> Tensor:
+    """Causal attention within documents by flex_attention. Must be compiled: eager, it writes T x T scores.
 
-    flex_attention has no dropout. The layers of a model build the same mask, which a compiler builds once.
+    Every layer builds the same mask; the compiler builds it once.
     """
-    assert not dropout_p
     mixed_BHTD: Tensor = flex_attention(q_BHTD, k_BHTD, v_BHTD, block_mask=build_block_mask(document_BT))
     return mixed_BHTD
 
 
-def attend_in_compiled_flex(
-    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, document_BT: Tensor, *, dropout_p: float = 0.0
-) -> Tensor:
-    """The same, compiled by itself: for a training step that is not."""
-    mixed_BHTD: Tensor = _compile()(q_BHTD, k_BHTD, v_BHTD, document_BT, dropout_p=dropout_p)
-    return mixed_BHTD
-
-
 @functools.cache
-def _compile() -> Callable[..., Tensor]:
-    """Made when it is first needed: to load the compiler takes two seconds."""
+def _compile_flex() -> Callable[..., Tensor]:
+    """`attend_in_flex` compiled by itself, for an eager step. Made on first use: the compiler loads in 2 s."""
     return torch.compile(attend_in_flex, dynamic=False, fullgraph=True)
 
 
 def build_block_mask(document_BT: Tensor) -> BlockMask:
-    """Which blocks of keys a block of queries meets, wholly or in part; the same for all heads.
+    """The blocks of keys that a block of queries attends to, fully or in part; the same for all heads.
 
-    Numbers of documents rise along a row, so a block's first and last say all: no square of T is formed.
+    Document ids rise along a row, so the first and last id of a block suffice: no T x T tensor is formed.
     """
     B, T = document_BT.shape
     padding = -T % BLOCK
-    # A number that no document has: a block that is padded is never whole, and nothing looks into it.
+    # T + 1 is no document's id: a padded block is never full, and nothing attends to padding.
     padded_BT = F.pad(document_BT, (0, padding), value=T + 1)
     blocks_BNP = padded_BT.view(B, -1, BLOCK)
     first_BN, last_BN = blocks_BNP[..., 0], blocks_BNP[..., -1]
-    place_N = torch.arange(blocks_BNP.shape[1], device=document_BT.device)
-    before_NN = place_N[:, None] > place_N  # queries stand in rows, keys in columns
-    whole_BNN = before_NN & (first_BN[:, None, :] == last_BN[:, :, None])
-    met_BNN = before_NN & (last_BN[:, None, :] >= first_BN[:, :, None])
-    in_part_BNN = (met_BNN & ~whole_BNN) | (place_N[:, None] == place_N)
+    index_N = torch.arange(blocks_BNP.shape[1], device=document_BT.device)
+    before_NN = index_N[:, None] > index_N  # queries in rows, keys in columns
+    full_BNN = before_NN & (first_BN[:, None, :] == last_BN[:, :, None])
+    some_BNN = before_NN & (last_BN[:, None, :] >= first_BN[:, :, None])
+    partial_BNN = (some_BNN & ~full_BNN) | (index_N[:, None] == index_N)
 
-    def may_look(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (padded_BT[row, query] == padded_BT[row, key])
 
     return BlockMask.from_kv_blocks(
-        *_listed(in_part_BNN), *_listed(whole_BNN), BLOCK_SIZE=BLOCK, mask_mod=may_look, seq_lengths=(T, T)
+        *_listed(partial_BNN), *_listed(full_BNN), BLOCK_SIZE=BLOCK, mask_mod=is_visible, seq_lengths=(T, T)
     )
 
 
 def _listed(chosen_BNN: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys are chosen (B, 1, N), and which: these come first in (B, 1, N, N)."""
+    """How many blocks of keys are chosen (B, 1, N), and their indices, first in (B, 1, N, N)."""
     numbers = chosen_BNN.sum(-1, dtype=torch.int32)
-    places = torch.argsort(chosen_BNN.int(), dim=-1, descending=True, stable=True).int()
-    return numbers[:, None], places[:, None]
+    indices = torch.argsort(chosen_BNN.int(), dim=-1, descending=True, stable=True).int()
+    return numbers[:, None], indices[:, None]

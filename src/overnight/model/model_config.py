@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
-MOST_PARAMETERS = 10**13  # fifty of the largest GPT-3: sizes beyond are a slip of the finger
+from overnight.model import ActivationCheckpointing
+
+MOST_PARAMETERS = 10**13  # fifty times the largest GPT-3: more is a typing error
 VOCABULARY_MULTIPLE = 64  # 50,257 ids become 50,304 rows: matrix units want even tiles
 
 
@@ -22,9 +23,16 @@ class ModelConfig:
     context_length: int = 1024
     """Longest input, in tokens."""
     vocab_size: int | None = None
-    """Number of token ids; None takes the tokenizer's."""
+    """Number of token ids; the tokenizer's if left out."""
     dropout: float = 0.0
     """Share of activations dropped while training; GPT-2's pretraining reproductions use none."""
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids. Raises ValueError if it was left to the tokenizer."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not set: give it, or take the tokenizer's")
+        return self.vocab_size
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""
@@ -50,34 +58,8 @@ class ModelConfig:
 
     def parameter_count(self) -> int:
         """Parameters, the tied head counted once and the vocabulary unpadded (GPT-2 124M: 124,439,808)."""
-        assert self.vocab_size is not None, "the vocabulary's size comes from the tokenizer"
         block = 12 * self.n_embd**2 + 13 * self.n_embd
-        return (self.vocab_size + self.context_length + 2) * self.n_embd + self.n_layer * block
-
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter as it lies in memory, the embedding padded, by name and in the model's order."""
-        C = self.n_embd
-        of_block = {
-            "ln_1.weight": (C,),
-            "ln_1.bias": (C,),
-            "attn.c_attn.weight": (3 * C, C),
-            "attn.c_attn.bias": (3 * C,),
-            "attn.c_proj.weight": (C, C),
-            "attn.c_proj.bias": (C,),
-            "ln_2.weight": (C,),
-            "ln_2.bias": (C,),
-            "mlp.c_fc.weight": (4 * C, C),
-            "mlp.c_fc.bias": (4 * C,),
-            "mlp.c_proj.weight": (C, 4 * C),
-            "mlp.c_proj.bias": (C,),
-        }
-        return {
-            "wte.weight": (self.padded_vocab_size(), C),
-            "wpe.weight": (self.context_length, C),
-            **{f"h.{i}.{name}": shape for i in range(self.n_layer) for name, shape in of_block.items()},
-            "ln_f.weight": (C,),
-            "ln_f.bias": (C,),
-        }
+        return (self.vocabulary + self.context_length + 2) * self.n_embd + self.n_layer * block
 
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token: 6 N + 12 L C T, with N without `wpe`.
@@ -87,15 +69,13 @@ class ModelConfig:
         weights = self.parameter_count() - self.context_length * self.n_embd
         return 6 * weights + 12 * self.n_layer * self.n_embd * self.context_length
 
-    def executed_flops_per_token(
-        self, activation_checkpointing: Literal["none", "selective", "block"]
-    ) -> int:
-        """Floating-point operations that a training step really executes for a token, in matrix products.
+    def executed_flops_per_token(self, activation_checkpointing: ActivationCheckpointing) -> int:
+        """Floating-point operations that a training step executes for a token, in matrix products.
 
-        6 for each weight of the blocks and of the head, which is computed with its padding. Attention as
-        fused kernels do it: half the square, two products forward and five backward, where the scores are
-        computed again (Dao 2023, arXiv 2307.08691, section 4.1). A recomputed block goes forward once more,
-        but for its last product, whose result nothing needs; selectively, no product is repeated.
+        6 for each weight of the blocks and of the padded head. Attention as fused kernels compute it: half
+        the square, two products forward and five backward, where the scores are computed again (Dao 2023,
+        arXiv 2307.08691, section 4.1). With checkpointed blocks each runs forward once more except for its
+        last product, which nothing needs; selective checkpointing repeats no product.
         """
         square = self.n_layer * self.n_embd**2
         attention = self.n_layer * self.n_embd * self.context_length  # one product, 2 T C, over half of T
@@ -104,8 +84,7 @@ class ModelConfig:
 
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and the head."""
-        assert self.vocab_size is not None, "the vocabulary's size comes from the tokenizer"
-        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        return -(-self.vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _gpt(n_layer: int, n_head: int, n_embd: int, context_length: int) -> ModelConfig:

@@ -47,13 +47,16 @@ from overnight.planning.network import (
     with_sharding,
 )
 from overnight.planning.page import Plan, plan_text, plan_to_json
-from overnight.recipe import Recipe, list_options, load_recipe
-from overnight.run.setup import resolve_recipe, settle
+from overnight.recipe import Recipe, Resolved, load_recipe
+from overnight.recipe_options import list_options
+from overnight.run.setup import resolve
 from overnight.terminal import echo
-from overnight.training import ComputeConfig
-from overnight.training.batch import ROWS_AT_MOST, BatchPlan, estimate_rows_that_fit
+from overnight.training import Compute, ComputeConfig
+from overnight.training.batch import ROWS_AT_MOST, BatchPlan
+from overnight.training.compute import resolve_compute
 from overnight.training.memory import (
     USABLE_FRACTION,
+    Resources,
     estimate_memory,
     fits_into,
     largest_that_fits,
@@ -122,23 +125,23 @@ def plan_here(config: PlanConfig, name: str) -> Plan:
     check_together(device, config.machines * processes)
     text = find_token_counts(config.data, config.model.vocab_size)
     sizes = model_config_of(config, text.vocab_size)
-    recipe, plan = resolve_recipe(
-        planned_recipe(config), sizes, config.data, device, config.machines * processes
-    )
     memory_bytes = find_memory_bytes(device) // (processes if device == "cpu" else 1)
+    resources = Resources(device, memory_bytes, config.machines * processes, processes)
+    compute = resolve_compute(config.compute, device)
+    resolved = resolve(planned_recipe(config), sizes, config.data, compute, resources)
+    recipe, plan = resolved.recipe, resolved.plan
     row = None if device == "cpu" else find_device(find_device_name(device)) or UNKNOWN
     team = choose_parallel_layout(config.machines, processes, row, config.network)
-    team = with_sharding(team, recipe, plan, memory_bytes)
-    peak = find_peak_flops(device, recipe.compute.precision or "fp32")
+    team = with_sharding(team, resolved, memory_bytes)
+    peak = find_peak_flops(device, resolved.compute.precision)
     outlook = Plan(
         name=name,
-        recipe=recipe,
-        plan=plan,
+        resolved=resolved,
         text=text,
         device_name=team.describe(find_device_name(device)),
         assumption=None,
         team=team,
-        memory=team.estimate_memory(recipe.model, plan.micro_batch_size, recipe.compute),
+        memory=team.estimate_memory(recipe.model, plan.micro_batch_size, resolved.compute),
         device_memory_bytes=memory_bytes,
         fits=True,
         work=count_run(recipe, plan, text.validation_tokens),
@@ -165,18 +168,19 @@ def measured(outlook: Plan, memory_bytes: int, seconds: float) -> Plan:
     Only estimated where the whole model does not fit into one device.
     """
     recipe, team = outlook.recipe, outlook.team
-    whole = estimate_memory(recipe.model, outlook.plan.micro_batch_size, recipe.compute)
+    whole = estimate_memory(recipe.model, outlook.plan.micro_batch_size, outlook.compute)
     if team.processes > 1 and not fits_into(memory_bytes, whole.together):
         return estimated(outlook, "the model is too large to be measured with one of them")
-    found = measure_step_costs(recipe, outlook.plan, seconds, team.processes)
+    found = measure_step_costs(outlook.resolved, seconds, team.processes)
     if found is None:
         return with_fit_options(outlook, memory_bytes)
-    trial, plan = found
+    trial, resolved = found
+    plan = resolved.plan
     is_whole = team.sharding == "none"
     outlook = dataclasses.replace(
         outlook,
-        plan=plan,
-        memory=team.estimate_memory(recipe.model, plan.micro_batch_size, recipe.compute),
+        resolved=resolved,
+        memory=team.estimate_memory(recipe.model, plan.micro_batch_size, resolved.compute),
         process_memory_bytes=trial.process_memory_bytes,
         peak_memory_bytes=trial.peak_memory_bytes if is_whole else None,
         evaluation_peak_memory_bytes=trial.evaluation_peak_memory_bytes if is_whole else None,
@@ -191,20 +195,19 @@ def plan_for_device(config: PlanConfig, name: str, device: Device) -> Plan:
     assert isinstance(processes, int)
     text = find_token_counts(config.data, config.model.vocab_size)
     compute, memory_bytes = assumed_compute(config.compute, device), device.facts.memory_bytes
-    check_together(compute.device or "", config.machines * processes)
+    check_together(compute.device, config.machines * processes)
     model = model_config_of(config, text.vocab_size)
-    rows = estimate_rows_that_fit(model, memory_bytes, "cuda") if memory_bytes else 1
-    asked = dataclasses.replace(planned_recipe(config), model=model, compute=compute)
-    recipe, plan = settle(asked, rows, config.machines * processes)
+    resources = Resources(compute.device, memory_bytes or 0, config.machines * processes, processes)
+    resolved = resolve(planned_recipe(config), model, config.data, compute, resources)
+    recipe, plan = resolved.recipe, resolved.plan
     team = choose_parallel_layout(config.machines, processes, device, config.network)
-    team = with_sharding(team, recipe, plan, memory_bytes)
-    precision = compute.precision or "fp32"
+    team = with_sharding(team, resolved, memory_bytes)
+    precision = compute.precision
     peak = 1e12 * (getattr(device.facts, precision) or 0)
     memory = team.estimate_memory(recipe.model, plan.micro_batch_size, compute)
     outlook = Plan(
         name=name,
-        recipe=recipe,
-        plan=plan,
+        resolved=resolved,
         text=text,
         device_name=f"one {device.name}" if team.processes == 1 else team.describe(device.name),
         assumption=describe_assumption(device.name, peak, precision),
@@ -238,11 +241,11 @@ def with_costs(outlook: Plan, paces: tuple[StepCost, StepCost, StepCost]) -> Pla
     """`outlook` with the paces of one process, and what its team makes of them."""
     if outlook.team.processes == 1:
         return dataclasses.replace(outlook, paces=paces)
-    shared = scale_costs(outlook.team, outlook.recipe, outlook.plan, paces, outlook.device_memory_bytes)
+    shared = scale_costs(outlook.team, outlook.resolved, paces, outlook.device_memory_bytes)
     return dataclasses.replace(outlook, paces=shared.paces, shared=shared)
 
 
-def assumed_compute(config: ComputeConfig, device: Device) -> ComputeConfig:
+def assumed_compute(config: ComputeConfig, device: Device) -> Compute:
     """What `overnight train` would decide there. Raises ValueError for a precision that it lacks."""
     precision = config.precision or device.facts.native
     if not getattr(device.facts, precision):
@@ -251,13 +254,15 @@ def assumed_compute(config: ComputeConfig, device: Device) -> ComputeConfig:
             f"choose {device.facts.native}"
         )
     is_apple = device.facts.memory_bytes is None
-    return dataclasses.replace(
-        config,
+    return Compute(
         device="mps" if is_apple else "cuda",
         precision=precision,
         compile=not is_apple if config.compile is None else config.compile,
         attention=config.attention or "fused",
         loss=config.loss or "full",
+        activation_checkpointing=config.activation_checkpointing,
+        sharding=config.sharding or "none",
+        deterministic_reduce=config.deterministic_reduce,
     )
 
 
@@ -293,7 +298,7 @@ def describe_assumption(device_name: str, peak: float, precision: str) -> str:
 def with_fit_options(outlook: Plan, memory_bytes: int) -> Plan:
     """`outlook` of a model that does not fit, with what would."""
     recipe, team = outlook.recipe, outlook.team
-    compute = dataclasses.replace(recipe.compute, sharding=team.sharding)
+    compute = dataclasses.replace(outlook.compute, sharding=team.sharding)
     smallest = recipe.batch.batch_ramp_start_tokens or recipe.batch.tokens_per_step
     rows = smallest // recipe.model.context_length // team.processes
     possible = [count for count in range(1, min(rows, ROWS_AT_MOST) + 1) if rows % count == 0]
@@ -302,7 +307,7 @@ def with_fit_options(outlook: Plan, memory_bytes: int) -> Plan:
         outlook,
         fits=False,
         ways_out=tuple(suggest_fits(recipe.model, compute, possible, memory_bytes, *group)),
-        several=find_processes(team, recipe, memory_bytes),
+        several=find_processes(team, outlook.resolved, memory_bytes),
         smaller=largest_that_fits(compute, memory_bytes, *group),
     )
 
@@ -346,8 +351,7 @@ SHARE_ON_CPU = 0.85  # of its large products: 88 to 92% were measured of GPT-2 1
 class ResourceEstimate(NamedTuple):
     """A whole recipe with everything decided, and what it needs."""
 
-    recipe: Recipe
-    plan: BatchPlan
+    resolved: Resolved
     team: ParallelLayout
     device_name: str
     needed_bytes: int
@@ -364,16 +368,17 @@ def estimate_resources(
     """What a run would decide and need on `device`. Raises ValueError as a run would."""
     processes = count_processes(recipe.compute.processes or 1, device)
     check_together(device, processes)
-    decided, plan = resolve_recipe(recipe, sizes, recipe.data, device, processes)
     memory_bytes = find_memory_bytes(device) // (processes if device == "cpu" else 1)
+    resources = Resources(device, memory_bytes, processes, processes)
+    resolved = resolve(recipe, sizes, recipe.data, resolve_compute(recipe.compute, device), resources)
+    decided, plan = resolved.recipe, resolved.plan
     device_name = find_device_name(device)
     row = None if device == "cpu" else find_device(device_name) or UNKNOWN
-    team = with_sharding(choose_parallel_layout(1, processes, row, "400g"), decided, plan, memory_bytes)
-    memory = team.estimate_memory(decided.model, plan.micro_batch_size, decided.compute)
+    team = with_sharding(choose_parallel_layout(1, processes, row, "400g"), resolved, memory_bytes)
+    memory = team.estimate_memory(decided.model, plan.micro_batch_size, resolved.compute)
     disk = predict_disk(decided, count_run(decided, plan, text.validation_tokens), text)
     return ResourceEstimate(
-        recipe=decided,
-        plan=plan,
+        resolved=resolved,
         team=team,
         device_name=team.describe(device_name),
         needed_bytes=memory.together,
@@ -385,10 +390,8 @@ def estimate_resources(
 
 def predict_time(seen: ResourceEstimate, text: TokenCounts) -> tuple[float, str]:
     """(seconds, what that rests on): a few steps where they are short, not compiled; else arithmetic."""
-    recipe, plan = seen.recipe, seen.plan
-    device, precision = recipe.compute.device, recipe.compute.precision
-    assert device is not None
-    assert precision is not None
+    recipe, plan = seen.resolved.recipe, seen.resolved.plan
+    device, precision = seen.resolved.compute.device, seen.resolved.compute.precision
     work = count_run(recipe, plan, text.validation_tokens)
     native = device != "cpu" or precision == native_precision(device)  # else emulated, a hundred times slower
     flops = measure_matmul_flops(device, precision if native else "fp32", repeats=3)
@@ -396,8 +399,9 @@ def predict_time(seen: ResourceEstimate, text: TokenCounts) -> tuple[float, str]
     seconds = tokens * recipe.model.flops_per_token() / flops
     found = None
     if seconds < LONGEST_MICRO_BATCH:
-        eager = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, compile=False))
-        found = measure.measure_step_costs(eager, plan, MEASURED_SECONDS, seen.team.processes)
+        compute = dataclasses.replace(seen.resolved.compute, compile=False)
+        eager = dataclasses.replace(seen.resolved, compute=compute)
+        found = measure.measure_step_costs(eager, MEASURED_SECONDS, seen.team.processes)
     if found is not None:
         paces, rests_on = found[0].paces(), "from a few steps, not compiled"
         load = os.getloadavg()[0] if device == "cpu" else 0.0
@@ -412,5 +416,5 @@ def predict_time(seen: ResourceEstimate, text: TokenCounts) -> tuple[float, str]
             f"at {reached:.0%} of what it multiplies" if native else f"or more: {precision} is emulated here"
         )
     if seen.team.processes > 1:
-        paces = scale_costs(seen.team, recipe, plan, paces, None).paces
+        paces = scale_costs(seen.team, seen.resolved, paces, None).paces
     return sum(predict_seconds(work, paces[1]).values()), rests_on

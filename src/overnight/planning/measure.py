@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import statistics
 import tempfile
@@ -14,22 +13,22 @@ from pathlib import Path
 
 import torch
 
-from overnight.data.loader import Batch, prefetch
+from overnight.data.loader import Batch
+from overnight.distributed.world import SINGLE_PROCESS
 from overnight.evaluation.perplexity import evaluate_language_model, evaluation_rows
 from overnight.generation.generate import Decoding, stream_ids
 from overnight.hardware import peak_memory_bytes, reset_peak_memory, synchronize
-from overnight.model.gpt import GPT, empty_model, initialize
-from overnight.model.loss import next_token_loss
+from overnight.model.gpt import GPT, init_weights, weight_shapes
+from overnight.model.model_config import ModelConfig
 from overnight.planning.estimate import FORWARD_SHARE, StepCost
-from overnight.recipe import Recipe
-from overnight.run.setup import with_fewer_rows
+from overnight.recipe import Recipe, Resolved
+from overnight.run.setup import build_state, build_training, with_fewer_rows
 from overnight.run_directory import flush_to_disk
 from overnight.terminal import progress
 from overnight.training.batch import BatchPlan, constant_plan
-from overnight.training.compute import build_loss
-from overnight.training.optim import apply_gradients, build_optimizer
-from overnight.training.state import TrainState, build_scaler
-from overnight.training.step import Training, fits, train_step
+from overnight.training.optim import clip_gradients, step_if
+from overnight.training.state import TrainState
+from overnight.training.step import TrainSetup, fits, train_step
 
 LEAST_SHARE = 1 / 4  # of the time, which timed steps get however long the first one compiles
 STEPS_AT_LEAST, STEPS_AT_MOST = 2, 100
@@ -78,37 +77,37 @@ class Trial:
 
 
 def measure_step_costs(
-    recipe: Recipe, plan: BatchPlan, seconds: float, processes: int = 1
-) -> tuple[Trial, BatchPlan] | None:
-    """Train a decided recipe for about so long; also the plan, whose rows are fewer if a GPU needs it.
+    resolved: Resolved, seconds: float, processes: int = 1
+) -> tuple[Trial, Resolved] | None:
+    """Train a resolved recipe for about `seconds`; also the recipe, with fewer rows if a GPU needs it.
 
-    It is a plan for so many processes; this one does with all micro-batches of a step what it has time for.
-
-    None if not even a single row fits into the GPU's memory.
+    It is divided for `processes` processes; this one computes as many of a step's micro-batches as it has
+    time for. None if not even a single row fits into the GPU's memory.
     """
-    device = recipe.compute.device
-    assert device is not None
+    device, compute = resolved.compute.device, dataclasses.replace(resolved.compute, sharding="none")
+    resolved = dataclasses.replace(resolved, compute=compute)
     started_at = time.perf_counter()
     reset_peak_memory(device)
     process_memory = peak_memory_bytes(device) or 0
-    state, training = build(recipe, plan)
+    state, setup = build(resolved)
     with progress("measure", None, "steps") as advance:
         first_at = time.perf_counter()
-        while not fits(training, state):
-            if training.plan.micro_batch_size == 1:
+        while not fits(state, setup):
+            if resolved.plan.micro_batch_size == 1:
                 return None
-            plan = with_fewer_rows(training.plan, recipe.batch, device, processes)
-            training = dataclasses.replace(training, plan=plan)
-        _step(state, training, 1)
+            resolved = with_fewer_rows(resolved, processes)
+            setup = dataclasses.replace(setup, plan=resolved.plan)
+        plan = resolved.plan
+        _step(state, setup, 1)
         first = time.perf_counter() - first_at
-        advance(1, "compiled" if recipe.compute.compile else "")
-        micro_batch, update = time_parts(state, training, min(2, plan.micro_batches(state.step)))
+        advance(1, "compiled" if compute.compile else "")
+        micro_batch, update = time_parts(state, setup, min(2, plan.micro_batches(state.step)))
         advance()
         left = max(seconds - (time.perf_counter() - started_at), LEAST_SHARE * seconds)
         micro_batches = max(1, min(plan.micro_batches(state.step), int(left / (3 * micro_batch))))
         times: list[float] = []
         while len(times) < STEPS_AT_LEAST or (sum(times) < left and len(times) < STEPS_AT_MOST):
-            times.append(_step(state, training, micro_batches))
+            times.append(_step(state, setup, micro_batches))
             advance()
     trained_peak = peak_memory_bytes(device)
     trial = Trial(
@@ -116,86 +115,75 @@ def measure_step_costs(
         step_seconds=tuple(times),
         update_seconds=update,
         start_seconds=max(0.0, first - micro_batch - update),
-        evaluated_token_seconds=_time_evaluation(recipe, state.model, micro_batch / _tokens(plan)),
-        sampled_token_seconds=_time_sampling(recipe, state.model),
+        evaluated_token_seconds=_time_evaluation(resolved, state.model, micro_batch / _tokens(plan)),
+        sampled_token_seconds=_time_sampling(resolved.recipe, state.model),
         saved_byte_seconds=time_writing(_existing_folder(Path("runs"))),
         peak_memory_bytes=trained_peak,
         evaluation_peak_memory_bytes=peak_memory_bytes(device),
         process_memory_bytes=process_memory,
     )
-    return trial, plan
+    return trial, resolved
 
 
-def build(recipe: Recipe, plan: BatchPlan) -> tuple[TrainState, Training]:
-    """A fresh model of the recipe, and everything to train it with, on random ids."""
-    device = recipe.compute.device
-    assert device is not None
-    model = empty_model(recipe.model)
-    initialize(model, recipe.seed)
-    model.to(device)
-    scaler = build_scaler(device, recipe.compute.precision)
+def build(resolved: Resolved) -> tuple[TrainState, TrainSetup]:
+    """A fresh model of the recipe and its set-up, on random ids."""
+    world = dataclasses.replace(SINGLE_PROCESS, device=resolved.compute.device)
+    weights = init_weights(weight_shapes(resolved.model), resolved.model.n_layer, resolved.recipe.seed)
+    state = build_state(resolved, weights, world)
     # Any id may stand for the one that begins a document: all are as rare in these rows.
-    document_separator = 0 if recipe.data.packing == "documents" else None
-    training = Training(
-        batches=prefetch(random_batches(model), device),
-        loss=build_loss(
-            model, functools.partial(next_token_loss, document_separator=document_separator), recipe.compute
-        ),
-        plan=plan,
-        learning_rate=lambda _step: recipe.optimizer.peak_learning_rate,
-        max_grad_norm=recipe.optimizer.max_grad_norm,
-        seed=recipe.seed,
-        device=device,
-    )
-    return TrainState(model, build_optimizer(model, recipe.optimizer), scaler=scaler), training
+    separator = 0 if resolved.recipe.data.packing == "documents" else None
+    return state, build_training(resolved, state.model, RandomRows(resolved.model), world, separator)
 
 
-def random_batches(model: GPT) -> Callable[[int, int], Batch]:
-    """(first row, rows) -> Batch of ids without meaning: they cost what a text's do."""
-    generator = torch.Generator().manual_seed(0)
+class RandomRows:
+    """Rows of random ids: they cost what a text's do."""
 
-    def batch(_first_row: int, rows: int) -> Batch:
-        shape = (2, rows, model.config.context_length)
-        ids, targets = torch.randint(model.vocab_size, shape, generator=generator)
+    def __init__(self, model: ModelConfig) -> None:
+        self._model, self._generator = model, torch.Generator().manual_seed(0)
+
+    def batch(self, _first_row: int, rows: int) -> Batch:
+        """A batch on the CPU."""
+        shape = (2, rows, self._model.context_length)
+        ids, targets = torch.randint(self._model.vocabulary, shape, generator=self._generator)
         return Batch(ids, targets)
 
-    return batch
 
-
-def _step(state: TrainState, training: Training, micro_batches: int) -> float:
+def _step(state: TrainState, setup: TrainSetup, micro_batches: int) -> float:
     """Seconds of one step of `overnight train` with so many micro-batches."""
-    plan = training.plan
+    plan = setup.plan
     cut = constant_plan(plan.tokens_per_row, plan.micro_batch_size, micro_batches)
-    return train_step(state, dataclasses.replace(training, plan=cut)).seconds
+    return train_step(state, dataclasses.replace(setup, plan=cut)).seconds
 
 
-def time_parts(state: TrainState, training: Training, micro_batches: int) -> tuple[float, float]:
+def time_parts(state: TrainState, setup: TrainSetup, micro_batches: int) -> tuple[float, float]:
     """Seconds of a step's last micro-batch, and of its update: the one step that is not `train_step`'s."""
-    plan, device = training.plan, training.device
+    plan, device = setup.plan, setup.world.device
     times = []
     for micro_batch in range(micro_batches):
         started_at = time.perf_counter()
-        batch = training.batches(*plan.rows(state.step, micro_batch))
-        nats = training.loss(batch.ids, batch.targets) / _tokens(plan) / micro_batches
+        batch = setup.data.batch(*plan.rows(state.step, micro_batch))
+        nats = setup.loss(batch.ids, batch.targets) / _tokens(plan) / micro_batches
         state.scaler.scale(nats).backward()  # type: ignore[no-untyped-call]
         synchronize(device)
         times.append(time.perf_counter() - started_at)
     started_at = time.perf_counter()
-    parameters, learning_rate = list(state.model.parameters()), training.learning_rate(state.step)
-    apply_gradients(state.optimizer, parameters, learning_rate, training.max_grad_norm, state.scaler)
+    state.scaler.unscale_(state.optimizer)
+    norm = clip_gradients(list(state.model.parameters()), setup.max_grad_norm)
+    step_if(state.optimizer, state.scaler, norm.isfinite(), setup.schedule.learning_rate(state.step))
+    state.optimizer.zero_grad(set_to_none=True)
     synchronize(device)
     return times[-1], time.perf_counter() - started_at
 
 
-def _time_evaluation(recipe: Recipe, model: GPT, trained_token_seconds: float) -> float:
+def _time_evaluation(resolved: Resolved, model: GPT, trained_token_seconds: float) -> float:
     """Seconds to judge one token; 0 if the recipe evaluates nothing."""
-    if recipe.evaluation.evaluate_every_steps is None:
+    if resolved.recipe.evaluation.evaluate_every_steps is None:
         return 0.0
     row_seconds = FORWARD_SHARE * trained_token_seconds * model.config.context_length
     rows = max(1, min(evaluation_rows(model), int(SECONDS_OF_EVALUATION / row_seconds)))
-    batch = random_batches(model)(0, rows)
+    batch = RandomRows(model.config).batch(0, rows)
     token_bytes = [b" "] * model.vocab_size
-    precision = recipe.compute.precision or "fp32"
+    precision = resolved.compute.precision
     seconds = _seconds(lambda: evaluate_language_model(model, [batch], token_bytes, precision))
     return seconds / batch.targets.numel()
 

@@ -20,11 +20,12 @@ from typing import Literal, NamedTuple
 
 from overnight.distributed.world import BUCKET_BYTES
 from overnight.hardware import GB, Device
+from overnight.model.gpt import parameter_shapes
 from overnight.model.model_config import ModelConfig
 from overnight.planning.estimate import StepCost
-from overnight.recipe import Recipe
-from overnight.training import ComputeConfig
-from overnight.training.batch import ROWS_AT_MOST, BatchPlan
+from overnight.recipe import Resolved
+from overnight.training import Compute
+from overnight.training.batch import ROWS_AT_MOST
 from overnight.training.memory import FitOption, MemoryEstimate, estimate_memory, fits_into, try_shardings
 from overnight.training.ownership import Sharding
 
@@ -140,7 +141,7 @@ def list_collectives(
     """
     if cluster.processes == 1:
         return []
-    shapes = model.parameter_shapes()
+    shapes = parameter_shapes(model)
     total = FLOAT32 * sum(map(math.prod, shapes.values()))
     if sharding in {"none", "zero1"}:
         found = [Collective("all-reduce", "all", _buckets(total), total)]
@@ -272,7 +273,7 @@ class ParallelLayout:
         """How many compute on one device: those of a machine share its CPU, and have a GPU each."""
         return self.processes_per_machine if self.cluster is None else 1
 
-    def estimate_memory(self, model: ModelConfig, rows: int, compute: ComputeConfig) -> MemoryEstimate:
+    def estimate_memory(self, model: ModelConfig, rows: int, compute: Compute) -> MemoryEstimate:
         """What one process takes."""
         compute = dataclasses.replace(compute, sharding=self.sharding)
         return estimate_memory(model, rows, compute, self.processes, self.processes_per_machine)
@@ -304,19 +305,18 @@ def choose_parallel_layout(
     return dataclasses.replace(team, cluster=cluster)
 
 
-def with_sharding(
-    team: ParallelLayout, recipe: Recipe, plan: BatchPlan, memory_bytes: int | None
-) -> ParallelLayout:
+def with_sharding(team: ParallelLayout, resolved: Resolved, memory_bytes: int | None) -> ParallelLayout:
     """`team` with what its processes divide: as asked, or as `overnight train` would choose.
 
     `memory_bytes` are one process's; nothing is divided where they are not known.
     """
-    compute, rows = recipe.compute, plan.micro_batch_size
+    recipe, compute, rows = resolved.recipe, resolved.compute, resolved.plan.micro_batch_size
+    asked = recipe.compute.sharding
     if team.processes == 1:
         return team
-    if compute.sharding is not None or memory_bytes is None:
-        sharding: Sharding = compute.sharding or "none"
-        team = dataclasses.replace(team, sharding=sharding, is_asked=compute.sharding is not None)
+    if asked is not None or memory_bytes is None:
+        sharding: Sharding = asked or "none"
+        team = dataclasses.replace(team, sharding=sharding, is_asked=asked is not None)
         return dataclasses.replace(
             team, tried={sharding: team.estimate_memory(recipe.model, rows, compute).together}
         )
@@ -326,14 +326,14 @@ def with_sharding(
     return dataclasses.replace(team, sharding=[*tried][-1], tried=tried)
 
 
-def find_processes(team: ParallelLayout, recipe: Recipe, memory_bytes: int) -> FitOption | None:
+def find_processes(team: ParallelLayout, resolved: Resolved, memory_bytes: int) -> FitOption | None:
     """The fewest GPUs of a machine, up to eight, that a model fits into which does not into one."""
     if team.processes > 1 or team.cluster is None:
         return None
     for change in ({}, {"activation_checkpointing": "selective"}, {"activation_checkpointing": "block"}):
-        compute = dataclasses.replace(recipe.compute, **change)  # type: ignore[arg-type]
+        compute = dataclasses.replace(resolved.compute, **change)  # type: ignore[arg-type]
         for count in (2, 4, 8):
-            *_, needed = try_shardings(recipe.model, 1, compute, memory_bytes, count, count).values()
+            *_, needed = try_shardings(resolved.model, 1, compute, memory_bytes, count, count).values()
             if fits_into(memory_bytes, needed):
                 words = [f"--processes {count}", *(f"--{name} {value}" for name, value in change.items())]
                 return FitOption(" ".join(words), needed)
@@ -355,12 +355,12 @@ class ParallelEstimate(NamedTuple):
 
 def scale_costs(
     team: ParallelLayout,
-    recipe: Recipe,
-    plan: BatchPlan,
+    resolved: Resolved,
     paces: tuple[StepCost, StepCost, StepCost],
     memory_bytes: int | None,
 ) -> ParallelEstimate:
     """What the team makes of the paces of one process with a device for itself."""
+    recipe, plan = resolved.recipe, resolved.plan
     fast, likely, slow = (
         scale_cost(team, recipe.model, pace, hidden) for pace, hidden in zip(paces, HIDDEN, strict=True)
     )
@@ -381,7 +381,7 @@ def scale_costs(
             if other.between is not None
         }
     step = predict_step(recipe.model, team.sharding, team.cluster, micro_batches, seconds)
-    faster = find_faster(team, recipe, plan, paces[1], memory_bytes) if step.overlaps else None
+    faster = find_faster(team, resolved, paces[1], memory_bytes) if step.overlaps else None
     return ParallelEstimate((fast, likely, slow), step, networks, faster)
 
 
@@ -410,13 +410,13 @@ def _update_seconds(team: ParallelLayout, pace: StepCost) -> float:
 
 
 def find_faster(
-    team: ParallelLayout, recipe: Recipe, plan: BatchPlan, pace: StepCost, memory_bytes: int | None
+    team: ParallelLayout, resolved: Resolved, pace: StepCost, memory_bytes: int | None
 ) -> tuple[str, float] | None:
     """More rows at once, for which weights are gathered less often; None if they gain too little.
 
     Recomputed blocks make room for them, and cost what is computed again.
     """
-    model, compute = recipe.model, recipe.compute
+    model, compute, plan = resolved.model, resolved.compute, resolved.plan
     rows_before, micro_batches = plan.micro_batch_size, plan.stages[-1].micro_batches
     of_process = plan.stages[0].micro_batches * rows_before // team.processes
     if memory_bytes is None:

@@ -21,8 +21,9 @@ from overnight.planning.estimate import (
     predict_seconds,
 )
 from overnight.planning.network import ParallelEstimate, ParallelLayout, StepPrediction
-from overnight.recipe import Recipe
+from overnight.recipe import Recipe, Resolved
 from overnight.terminal import duration, short
+from overnight.training import Compute
 from overnight.training.batch import BatchPlan
 from overnight.training.memory import FitOption, MemoryEstimate, fits_into
 
@@ -33,9 +34,7 @@ class Plan:
 
     name: str
     """Of the recipe, as it was given."""
-    recipe: Recipe
-    """With everything decided."""
-    plan: BatchPlan
+    resolved: Resolved
     text: TokenCounts
     device_name: str
     assumption: str | None
@@ -74,6 +73,21 @@ class Plan:
     dollars_per_hour: float | None = None
     """Of all machines together."""
     made_at: datetime
+
+    @property
+    def recipe(self) -> Recipe:
+        """The complete recipe."""
+        return self.resolved.recipe
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The division of its steps."""
+        return self.resolved.plan
+
+    @property
+    def compute(self) -> Compute:
+        """How the device is used."""
+        return self.resolved.compute
 
     @property
     def needed_bytes(self) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 from overnight.data import DataConfig
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.preparation.sources import NAMED_SOURCES
-from overnight.recipe import Recipe, as_option
+from overnight.recipe import Recipe
+from overnight.recipe_options import as_option
 
 Command = tuple[str, ...]
 

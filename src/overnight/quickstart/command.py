@@ -12,12 +12,13 @@ from typing import Any
 
 from overnight.data.dataset import open_one_dataset
 from overnight.evaluation.compressors import compressed_bits_per_byte
+from overnight.preparation.prepare import ensure_prepared
 from overnight.quickstart import QuickstartConfig
 from overnight.recipe import Recipe, flatten, load_recipe, read_recipe_of
 from overnight.report.page import write_report
 from overnight.report.plots import check_matplotlib
-from overnight.run import train
-from overnight.run.command import load_resumed
+from overnight.run.resume import load_resumed
+from overnight.run.train import train
 from overnight.run_directory import RunDirectory, write_atomically
 from overnight.terminal import echo, progress
 
@@ -41,7 +42,7 @@ def run(config: QuickstartConfig) -> None:
 def _train(recipe: Recipe, directory: RunDirectory) -> None:
     """Train all of the run, or what is missing of it, or nothing."""
     if not directory.exists():
-        train.run(recipe, directory)
+        train(recipe, directory)
         return
     before = read_recipe_of(directory.path)
     then = flatten(before) | {"data": recipe.data.data}  # a run names the folder its source was prepared into
@@ -51,20 +52,19 @@ def _train(recipe: Recipe, directory: RunDirectory) -> None:
             f"{directory.path} belongs to another recipe, which differs in {', '.join(changed)}: "
             "keep it under another name, or start over with `overnight quickstart --fresh`"
         )
-    done, total = len(directory.read_metrics()), before.schedule.total_steps
-    assert total is not None
+    done, total = len(directory.read_metrics()), before.schedule.total_steps or 0
     if directory.is_finished(total):
         echo(f"reusing {directory.path}, trained for all of its {total} steps; --fresh starts over")
         return
     echo(f"going on with {directory.path}, which has done {done} of its {total} steps; --fresh starts over")
-    train.run(load_resumed(directory.path), directory, resume=True)
+    train(load_resumed(directory.path), directory, resume=True)
 
 
 def _compress(recipe: Recipe, directory: RunDirectory) -> dict[str, float]:
     """Bits per byte of the validation text under its rivals; measured once, kept in compression.json."""
     kept = directory.path / "compression.json"
     if not kept.is_file():
-        dataset = open_one_dataset(recipe.data)
+        dataset = open_one_dataset(ensure_prepared(recipe.data))
         held_out = dataset.text("validation")
         with progress("compress", 1, "validation split") as advance:
             measured = compressed_bits_per_byte(held_out, dataset.text("train"))

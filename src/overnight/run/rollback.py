@@ -1,13 +1,11 @@
-"""When too many steps in a row went wrong: back to the last good checkpoint, and on without their rows."""
+"""After too many bad steps in a row: return to the last good checkpoint and skip the rows of the bad steps."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
-from overnight.run.log import RunLog
-from overnight.run.setup import TrainSetup
+from overnight.run.setup import RunSetup
 from overnight.run_directory import RunDirectory
 from overnight.terminal import echo
 from overnight.training.checkpoint.format import checkpoint_name, discard_checkpoints_after, list_checkpoints
@@ -15,78 +13,62 @@ from overnight.training.checkpoint.load import load_checkpoint, read_newest
 from overnight.training.guard import SkippedRows
 
 
-def build_go_back(job: TrainSetup, directory: RunDirectory, journal: RunLog) -> Callable[[], bool]:
-    """What `fit` asks after each step; see `Training.go_back`.
+def needs_rollback(run: RunSetup) -> bool:
+    """True if the last steps were bad, as many in a row as `rollback_after_steps` allows."""
+    limit = run.resolved.recipe.guard.rollback_after_steps
+    return limit is not None and run.state.guard.bad_steps >= limit
 
-    It raises FloatingPointError where there is no checkpoint from before the trouble, and where that has
-    happened too often already.
+
+def roll_back(run: RunSetup, directory: RunDirectory) -> None:
+    """Restore the newest checkpoint from before the bad steps; their rows are skipped from there on.
+
+    Weights, moments and the run's files are then as they were at that step. Raises FloatingPointError if
+    there is no such checkpoint, and after `max_rollbacks` rollbacks.
     """
-    limit = job.recipe.guard.rollback_after_steps
-
-    def go_back() -> bool:
-        if limit is None or job.state.guard.bad_steps < limit:
-            return False
-        journal.wait_until_saved()
-        roll_back(job, directory)
-        journal.note_return()
-        return True
-
-    return go_back
-
-
-def roll_back(job: TrainSetup, directory: RunDirectory) -> None:
-    """Make the state that of the newest checkpoint before the bad steps, whose rows are left out from now on.
-
-    Weights, moments, the order of everything else, and the run's files are then as they were at that step.
-    """
-    state, now = job.state, job.state.guard
-    last, first = (
-        state.step,
-        state.step - now.bad_steps,
-    )  # the bad ones, counted from 0, are first .. last - 1
+    state, world, guard = run.state, run.world, run.state.guard
+    # The bad steps, counted from 0, are first .. last - 1.
+    first, last = state.step - guard.bad_steps, state.step
     trouble = (
         f"steps {first + 1:,} to {last:,} went wrong (see their loss and grad_norm in {directory.metrics})"
     )
-    if len(now.skipped) >= job.recipe.guard.max_rollbacks:
+    if len(guard.skipped) >= run.resolved.recipe.guard.max_rollbacks:
         raise FloatingPointError(
-            f"{trouble}, after going back {len(now.skipped)} times (max_rollbacks): their rows are not the "
+            f"{trouble}, after {len(guard.skipped)} rollbacks (max_rollbacks): their rows are not the "
             "reason; look at the learning rate, the precision and the initialisation"
         )
-    job.world.barrier()
+    world.barrier()
     earlier = [
         path for path in list_checkpoints(directory.checkpoints) if path.name <= checkpoint_name(first)
     ]
     if not earlier:
         raise FloatingPointError(
-            f"{trouble}, and no checkpoint is from before them: begin again with a lower "
+            f"{trouble}, and there is no checkpoint from before them: begin again with a lower "
             "--peak-learning-rate, or a smaller --checkpoint-every-steps"
         )
-
-    def read(path: Path) -> None:
-        load_checkpoint(state, path, job.world)
-
-    job.world.barrier()
-    if job.world.is_main:
+    world.barrier()
+    if world.is_main:
         discard_checkpoints_after(first, directory.checkpoints)
-    job.world.barrier()
-    read_newest(directory.checkpoints, read)
-    plan = job.plan
+    world.barrier()
+    read_newest(directory.checkpoints, lambda path: load_checkpoint(state, path, world))
+    plan = run.resolved.plan
     rows = (plan.tokens_before(last) - plan.tokens_before(first)) // plan.tokens_per_row
-    state.guard = dataclasses.replace(state.guard, skipped=(*now.skipped, SkippedRows(first, rows)))
-    if job.world.is_main:
-        discard_checkpoints_after(state.step, directory.checkpoints)  # passed over, since they are damaged
-        write_down(directory, state.step, {"first_bad_step": first + 1, "last_bad_step": last, "rows": rows})
-    echo(f"{trouble}: went back to step {state.step:,}, and goes on without their {rows:,} rows")
-    job.world.barrier()
+    state.guard = dataclasses.replace(state.guard, skipped=(*guard.skipped, SkippedRows(first, rows)))
+    if world.is_main:
+        discard_checkpoints_after(state.step, directory.checkpoints)  # newer ones, found damaged
+        record_rollback(
+            directory, state.step, {"first_bad_step": first + 1, "last_bad_step": last, "rows": rows}
+        )
+    echo(f"{trouble}: returned to step {state.step:,}; training continues without their {rows:,} rows")
+    world.barrier()
 
 
-def write_down(directory: RunDirectory, step: int, event: Mapping[str, int]) -> None:
-    """The run's files as they were at `step`, but that returns are kept, with this one as the last.
+def record_rollback(directory: RunDirectory, step: int, event: Mapping[str, int]) -> None:
+    """Rewind the run's files to `step`, but keep the record of rollbacks, with this one as the last.
 
-    An event belongs to the step that it goes on with: a run that is killed before that is saved comes to the
+    The event is dated with the step that follows: a run that is killed before that step is saved meets the
     same trouble again, and writes the same line again.
     """
-    returns = [*directory.read_events("rollbacks"), {"step": step + 1, **event}]
+    rollbacks = [*directory.read_events("rollbacks"), {"step": step + 1, **event}]
     directory.rewind(step)
-    for each in returns[len(directory.read_events("rollbacks")) :]:
+    for each in rollbacks[len(directory.read_events("rollbacks")) :]:
         directory.append_event("rollbacks", each)

@@ -1,121 +1,180 @@
-"""From a recipe to a trained model in a run directory: build, build, build, fit."""
+"""Training a recipe into a run directory: prepare, open, resolve, build, then step after step."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType
 
-from overnight.config import parse_duration
+from overnight.config import parse_duration, raise_problems
+from overnight.conversion.open_model import open_model
+from overnight.data.dataset import Dataset, MixtureDataset, open_dataset
 from overnight.data.incremental import IncrementalStream
+from overnight.distributed.launcher import is_launched
 from overnight.distributed.watchdog import Watchdog, watchdog
-from overnight.distributed.world import join_world
-from overnight.recipe import Recipe
-from overnight.run.log import RunLog, RunTask, open_run_tasks
-from overnight.run.resume import (
-    begin,
-    check_checkpoint_space,
-    check_directory,
-    explain_choices,
-    record_text,
-)
-from overnight.run.rollback import build_go_back
-from overnight.run.setup import TrainSetup, build_setup, build_training, fit_into_memory
+from overnight.distributed.world import World, join_world
+from overnight.model.gpt import GPT
+from overnight.preparation.prepare import ensure_prepared
+from overnight.recipe import Recipe, Resolved
+from overnight.run.environment import explain_choices
+from overnight.run.evaluate import RunTask, open_run_tasks
+from overnight.run.log import RunLog
+from overnight.run.preflight import check_checkpoint_space
+from overnight.run.resume import begin, check_directory, record_data
+from overnight.run.rollback import needs_rollback, roll_back
+from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
 from overnight.run_directory import RunDirectory
 from overnight.terminal import echo
-from overnight.training.checkpoint.format import (
-    list_checkpoints,
-)
-from overnight.training.step import Training, fit, stop_on_signal
+from overnight.training.checkpoint.format import list_checkpoints
+from overnight.training.step import train_step
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends USR1 before its time limit
 
 
-def run(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Recipe:
-    """Train what `recipe` describes into `directory`; returns the recipe with everything decided.
+def train(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Resolved:
+    """Train `recipe` into `directory`; returns the recipe with everything decided.
 
-    With `resume` the run goes on from its newest good checkpoint. Interrupted by a signal, it is saved
-    after the step it is at, and KeyboardInterrupt is raised. Raises ValueError if the recipe can't be
-    trained there, before any file of a run is written into `directory`.
+    With `resume` the run continues from its newest good checkpoint. Interrupted by a signal, it is saved
+    after the current step, and KeyboardInterrupt is raised. Raises ValueError if the recipe can't be trained
+    there, before any file of a run is written into `directory`.
     """
     with join_world(recipe.compute.device, recipe.compute.timeout_seconds) as world:
         with world.raise_together():
             check_directory(recipe, directory, resume=resume)
+            raise_problems(recipe.problems(), f"recipe {recipe.run_name}")
+            dataset = open_dataset(ensure_prepared(recipe.data))
+            # Under a checkpoint's weights the initial ones would only be overwritten.
             has_checkpoint = resume and bool(list_checkpoints(directory.checkpoints))
-        job = build_setup(recipe, world, has_checkpoint=has_checkpoint)
-        with world.raise_together():
-            check_checkpoint_space(job, directory)
-            tasks = open_run_tasks(recipe.evaluation, job.dataset.tokenizer, job.plan.tokens_per_row)
-        training, job = fit_into_memory(build_training(job), job)
-        choices = explain_choices(recipe, job)
+            source = None if has_checkpoint else open_initial_model(recipe, dataset)
+            model, weights = initial_weights(recipe, dataset, source)
+            resolved = resolve_on(recipe, model, dataset, world)
+            check_checkpoint_space(resolved, directory.path, directory.checkpoints)
+            tasks = open_run_tasks(recipe.evaluation, dataset.tokenizer, model.context_length)
+        run = build_run(resolved, dataset, None if has_checkpoint else weights, world)
         with ExitStack() as held:
             with world.raise_together():
                 if world.is_main:
                     held.enter_context(directory.locked())
-                    check_directory(recipe, directory, resume=resume)  # another may have begun meanwhile
-            begin(job, directory, choices, resume=resume)
-            train(job, training, directory, tasks)
-    return job.recipe
+                    check_directory(recipe, directory, resume=resume)  # another run may have begun meanwhile
+            begin(run, directory, explain_choices(recipe, run), resume=resume)
+            fit(run, directory, tasks)
+    return run.resolved
 
 
-def train(job: TrainSetup, training: Training, directory: RunDirectory, tasks: Sequence[RunTask]) -> None:
-    """Run the loop to the end, or to a signal, with everything that is to be written on the way."""
-    state, total_steps = job.state, job.recipe.schedule.total_steps
-    assert total_steps is not None
-    world = job.world
+def open_initial_model(recipe: Recipe, dataset: Dataset | MixtureDataset) -> GPT | None:
+    """The model that `init_from` names, or None. Raises ValueError if its tokenizer is not the dataset's."""
+    if recipe.init_from is None:
+        return None
+    opened = open_model(recipe.init_from)
+    if opened.tokenizer.fingerprint != dataset.tokenizer.fingerprint:
+        raise ValueError(
+            f"{dataset.folder} was prepared with the tokenizer {dataset.tokenizer.name}, and "
+            f"{recipe.init_from} uses another: prepare the text with --tokenizer {opened.tokenizer_folder}"
+        )
+    return opened.model
+
+
+def fit(run: RunSetup, directory: RunDirectory, tasks: Sequence[RunTask]) -> None:
+    """Step until the last step, a signal, the time limit or the end of the text; then save.
+
+    Raises KeyboardInterrupt if the run is not finished.
+    """
+    state, world, total_steps = run.state, run.world, run.resolved.total_steps
+    checkpoints = run.resolved.recipe.checkpoints
     with (
-        watchdog(world.rank, world.size, job.recipe.compute.timeout_seconds) as watch,
-        RunLog(job, directory, watch, tasks) as journal,
-        stop_on_signal() as stopped,
+        watchdog(world.rank, world.size, run.resolved.recipe.compute.timeout_seconds) as watch,
+        RunLog(run, directory, watch, tasks) as log,
+        StopConditions(checkpoints.max_time) as stop,
     ):
-        journal.evaluate_at_start()
-        training = dataclasses.replace(training, go_back=build_go_back(job, directory, journal))
-        is_over = functools.partial(is_out_of_time, job.recipe.checkpoints.max_time, time.monotonic())
-        may_not_go_on = functools.partial(is_to_stop, job, lambda: stopped() or is_over(), watch, journal)
-        with recording_failure(job, directory):
-            fit(state, training, total_steps, journal.hooks(total_steps), may_not_go_on)
-            journal.save()
-            journal.finish_saving()
-        record_text(job, directory)
-        reason = "its time limit" if is_over() else "a signal" if stopped() else "a lack of text"
+        log.evaluate_at_start()
+        with recording_failure(run, directory):
+            while state.step < total_steps and not must_stop(run, stop, watch, log):
+                result = train_step(state, run.training)
+                if needs_rollback(run):
+                    log.wait_for_checkpoint()
+                    roll_back(run, directory)
+                    log.state_restored()
+                else:
+                    log.after_step(result)
+            log.save()
+            log.finish_checkpoints()
+        record_data(run, directory)
         is_finished = state.step == total_steps
         if world.is_main:
-            directory.record_end(state.step, "its last step" if is_finished else reason)
+            directory.record_end(state.step, "its last step" if is_finished else stop.reason)
     if not is_finished:
         echo(f"stopped and saved after step {state.step} of {total_steps}")
         echo(f"next: overnight train --resume {directory.path}")
         raise KeyboardInterrupt
 
 
+class StopConditions:
+    """A signal or the end of `max_time`: the run then stops after the current step.
+
+    A second signal interrupts at once, except in a process of a launcher, which may get the same signal from
+    its sender and once more from the launcher.
+    """
+
+    def __init__(self, max_time: str | None) -> None:
+        self._seconds = None if max_time is None else parse_duration(max_time)
+        self._started_at = time.monotonic()
+        self._signals: list[int] = []
+
+    def __enter__(self) -> StopConditions:
+        self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self._signals and not is_launched():
+            raise KeyboardInterrupt
+        self._signals.append(number)
+
+    def is_met(self) -> bool:
+        """True once a signal came or the time is over."""
+        return bool(self._signals) or self._is_out_of_time()
+
+    def _is_out_of_time(self) -> bool:
+        return self._seconds is not None and time.monotonic() - self._started_at >= self._seconds
+
+    @property
+    def reason(self) -> str:
+        """What a run that is not finished was stopped by."""
+        if self._is_out_of_time():
+            return "its time limit"
+        return "a signal" if self._signals else "a lack of text"
+
+
+def must_stop(run: RunSetup, stop: StopConditions, watch: Watchdog, log: RunLog) -> bool:
+    """True if any process must stop, or if the next step's text is missing and nobody prepares it any more.
+
+    Waits for text that is being prepared. With several processes it first waits for the checkpoint under
+    way, since they publish it only after a step.
+    """
+    watch.heartbeat()
+    world: World = run.world
+    if not isinstance(run.train, IncrementalStream):
+        return world.any(stop.is_met())
+    plan, state = run.resolved.plan, run.state
+    rows = plan.tokens_before(state.step + 1) // plan.tokens_per_row + state.guard.skipped_rows(state.step)
+    if world.size > 1:
+        log.wait_for_checkpoint()
+    with watch.paused():
+        return world.any(stop.is_met() or not run.train.wait_for(rows, stop.is_met))
+
+
 @contextmanager
-def recording_failure(job: TrainSetup, directory: RunDirectory) -> Iterator[None]:
-    """Within, what the run fails by is written down, if the disk takes it."""
+def recording_failure(run: RunSetup, directory: RunDirectory) -> Iterator[None]:
+    """Within, an error that ends the run is recorded in its directory, if the disk takes it."""
     try:
         yield
     except (FloatingPointError, OSError) as error:
-        if job.world.is_main:
+        if run.world.is_main:
             with suppress(OSError):
-                directory.record_end(job.state.step, f"{type(error).__name__}: {error}")
+                directory.record_end(run.state.step, f"{type(error).__name__}: {error}")
         raise
-
-
-def is_out_of_time(max_time: str | None, begun_at: float) -> bool:
-    """True once so long has passed since that moment of the monotonic clock."""
-    return max_time is not None and time.monotonic() - begun_at >= parse_duration(max_time)
-
-
-def is_to_stop(job: TrainSetup, stopped: Callable[[], bool], watch: Watchdog, journal: RunLog) -> bool:
-    """True if any process was told to stop, or if the text of the next step is not there and will not come.
-
-    Waits for text that is being prepared; before that, where there are several processes, for a checkpoint
-    under way: they publish it after a step only.
-    """
-    watch.heartbeat()
-    if not isinstance(job.train, IncrementalStream):
-        return job.world.any(stopped())
-    rows = job.plan.tokens_before(job.state.step + 1) // job.plan.tokens_per_row
-    rows += job.state.guard.skipped_rows(job.state.step)
-    if job.world.size > 1:
-        journal.wait_until_saved()
-    with watch.paused():
-        return job.world.any(stopped() or not job.train.wait_for(rows, stopped))

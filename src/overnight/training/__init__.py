@@ -1,4 +1,4 @@
-"""One optimizer step and what it is made of; checkpoints."""
+"""Training: one optimizer step and what it is made of; checkpoints. The configurations need no torch."""
 
 from __future__ import annotations
 
@@ -6,45 +6,60 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from overnight.model import LossMethod
+from overnight.model import ActivationCheckpointing, LossMethod
 from overnight.training.ownership import Sharding
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Attention = Literal["fused", "blocks", "math"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the machine is used; what is left out is chosen for it, and written into the run's recipe."""
+    """How the machine is used. What is left out is chosen for the machine and recorded in the run's recipe."""
 
     device: str | None = None
-    """cpu, cuda, cuda:1, mps; the best one found if left out."""
+    """cpu, cuda, cuda:1 or mps; the best device found if left out."""
     precision: Precision | None = None
-    """Of the matrix products; weights, sums and losses stay float32. The device's native one if left out."""
+    """Precision of matrix products; weights, sums and losses stay float32. The device's native one if left
+    out."""
     compile: bool | None = None
     """Compile the training step with torch.compile; if left out, wherever its compiler is found."""
-    attention: Literal["fused", "blocks", "math"] | None = None
-    """fused: torch's best kernel; blocks: products of blocks, faster on CPUs with bfloat16; math: written
-    out, for comparison. Chosen for the device if left out."""
+    attention: Attention | None = None
+    """fused: torch's fastest kernel; blocks: products of blocks, faster on CPUs with bfloat16; math: the
+    unfused formula, for comparison. Chosen for the device if left out."""
     loss: LossMethod | None = None
-    """full: all logits at once; chunked: some rows at a time, in less memory; fp8: the head's products in
-    8 bits, faster and less exact, on GPUs that have it. Chosen for the device if left out."""
-    activation_checkpointing: Literal["none", "selective", "block"] = "none"
-    """Activations computed again in the backward pass instead of kept: all but the matrix products and
+    """full: all logits at once; chunked: the logits of some rows at a time, in less memory; fp8: the output
+    layer's products in 8 bits, faster and less exact, on GPUs that support it. full if left out."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """Activations that the backward pass computes again instead of keeping: all but matrix products and
     attention (selective), or all of each block; less memory, more time, the same numbers."""
     processes: int | Literal["auto"] | None = None
-    """Train with so many processes on this machine, one for each GPU; auto: all of its GPUs. Leave it out
-    under torchrun or srun, which start the processes themselves."""
+    """Train with this number of processes on this machine, one for each GPU; auto: one for every GPU. Leave
+    it out under torchrun or srun, which start the processes themselves."""
     sharding: Sharding | None = None
-    """What several processes divide among them instead of each holding all of it. none: nothing; zero1:
-    AdamW's moments; fsdp: weights and gradients, too (FSDP2); hsdp: that within each machine.
-    The first that fits into memory if left out."""
+    """What several processes divide among them. none: nothing; zero1: AdamW's moments; fsdp: weights and
+    gradients, too (FSDP2); hsdp: the same within each machine. The first that fits into memory if left out."""
     deterministic_reduce: bool = False
-    """Add gradients up in one fixed binary tree, so that weights do not depend on the number of processes, to
-    the bit; on a CPU, compute with one thread."""
+    """Sum gradients in one fixed binary tree: weights do not depend on the number of processes, to the bit.
+    On a CPU, computes with one thread."""
     timeout_seconds: int = 600
-    """A process that makes no progress for so long ends the run, and shows where every process stands."""
+    """A process without progress for this time ends the run and prints the stack of every process."""
     max_restarts: int = 0
-    """How often a run one of whose processes dies is begun again, from its last checkpoint."""
+    """How often a run is restarted from its last checkpoint after one of its processes died."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """A `ComputeConfig` with everything decided for one device."""
+
+    device: str
+    precision: Precision
+    compile: bool
+    attention: Attention
+    loss: LossMethod
+    activation_checkpointing: ActivationCheckpointing = "none"
+    sharding: Sharding = "none"
+    deterministic_reduce: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +71,16 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decay of the matrices, per step and unit of learning rate."""
     beta1: float = 0.9
-    """Memory of the gradient's mean."""
+    """Decay of the running mean of gradients."""
     beta2: float = 0.95
-    """Memory of the gradient's square."""
+    """Decay of the running mean of squared gradients."""
     epsilon: float = 1e-8
     """Added to the denominator."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm, all parameters together; None leaves them as they are."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        """What is wrong with these values, one sentence each; [] if nothing."""
         found = []
         for name in ("peak_learning_rate", "epsilon"):
             if not 0 < getattr(self, name) < math.inf:

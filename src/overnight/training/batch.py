@@ -1,7 +1,4 @@
-"""Batch arithmetic: how many tokens each step has, and how they are divided into rows and micro-batches.
-
-Needs no torch.
-"""
+"""Batch arithmetic: the tokens of each step, divided into rows and micro-batches. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,27 +6,26 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from overnight.model.model_config import ModelConfig
-
-ROWS_AT_MOST = 64
-CPU_TOKENS_AT_ONCE = 4096  # larger micro-batches bring a CPU nothing and cost it memory
+ROWS_AT_MOST = 64  # of a micro-batch: more rows gain no speed on a GPU of 2025
+CPU_TOKENS_AT_MOST = 4096  # of a micro-batch on a CPU: more tokens gain no speed and take memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """`tokens_per_step` and its ramp are science; `micro_batch_size` is what the machine can hold."""
+    """`tokens_per_step` and its ramp decide what is learned; `micro_batch_size` is what the machine can hold."""
 
     tokens_per_step: int = 524_288
     """Tokens of one optimizer step: 512 rows of 1,024 (GPT-2 paper, section 2.3)."""
     micro_batch_size: int | None = None
-    """Rows of one forward and backward pass; found from the device's memory if left out."""
+    """Rows of one forward and backward pass; what fits into the device's memory if left out."""
     batch_ramp_start_tokens: int | None = None
-    """Let the step grow from so many tokens, and by as many, to tokens_per_step (GPT-3 paper, appendix B)."""
+    """Let the step grow from this number of tokens, in increments of it, to tokens_per_step (GPT-3 paper,
+    appendix B)."""
     batch_ramp_tokens: int | None = None
-    """Tokens seen when the step has reached tokens_per_step; each size before it has an equal share."""
+    """Tokens seen when the step reaches tokens_per_step; each smaller size takes an equal share of them."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        """What is wrong with these values, one sentence each; [] if nothing."""
         found = [
             f"{name}={value} must be at least 1"
             for name, value in vars(self).items()
@@ -37,10 +33,10 @@ class BatchConfig:
         ]
         if (self.batch_ramp_start_tokens is None) != (self.batch_ramp_tokens is None):
             found.append("give both of batch_ramp_start_tokens and batch_ramp_tokens, or neither")
-        return found or self._misfits()
+        return found or self._contradictions()
 
-    def _misfits(self) -> list[str]:
-        """What is wrong between values that are right by themselves."""
+    def _contradictions(self) -> list[str]:
+        """What is wrong between values that are valid by themselves."""
         first, full = self.batch_ramp_start_tokens, self.tokens_per_step
         if first is None:
             return []
@@ -56,44 +52,44 @@ class BatchConfig:
 
 
 class Stage(NamedTuple):
-    """Steps of one size, one after the other."""
+    """Consecutive steps of one size."""
 
     first_step: int
     first_micro_batch: int
-    """How many micro-batches all steps before it have together."""
+    """Number of micro-batches in all steps before it."""
     micro_batches: int
-    """Of each of its steps."""
+    """Micro-batches of each of its steps."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
     """Tokens of a step = micro_batches(step) x micro_batch_size x tokens_per_row.
 
-    Every micro-batch has the same shape, and takes the rows that follow the one before it; rows are
-    numbered from the start of the run.
+    Every micro-batch has the same shape and takes the rows after those of the micro-batch before it. Rows
+    are numbered from the start of the run.
     """
 
     tokens_per_row: int
     micro_batch_size: int
     stages: tuple[Stage, ...]
-    """From step 0 on, the last one without end; a single one if every step has the same size."""
+    """From step 0 on, the last one unbounded; a single one if every step has the same size."""
 
     def micro_batches(self, step: int) -> int:
-        """How many micro-batches the step has."""
+        """Number of micro-batches of the step."""
         return self._stage(step).micro_batches
 
     def tokens(self, step: int) -> int:
-        """How many tokens the step has."""
+        """Number of tokens of the step."""
         return self.micro_batches(step) * self._tokens_per_micro_batch
 
     def share(self, step: int, rank: int, size: int) -> range:
-        """The micro-batches of the step that process `rank` of `size` computes: neighbours, all as many."""
+        """The micro-batches of the step that process `rank` of `size` computes: consecutive, the same number each."""
         count = self.micro_batches(step) // size
         assert count * size == self.micro_batches(step), (step, size)
         return range(rank * count, (rank + 1) * count)
 
     def next_row(self, first_row: int, rank: int, size: int) -> int:
-        """The first row of what `rank` computes after the micro-batch that begins with `first_row`."""
+        """The first row that `rank` computes after the micro-batch that begins at `first_row`: for prefetching."""
         number = first_row // self.micro_batch_size
         index = bisect_right(self.stages, number, key=lambda stage: stage.first_micro_batch) - 1
         stage = self.stages[index]
@@ -108,18 +104,19 @@ class BatchPlan:
         return (self._before(step) + micro_batch) * self.micro_batch_size, self.micro_batch_size
 
     def tokens_before(self, step: int) -> int:
-        """How many tokens all steps before it have together."""
+        """Number of tokens of all steps before `step`."""
         return self._before(step) * self._tokens_per_micro_batch
 
     def full_steps_before(self, step: int) -> float:
-        """All steps before it in full steps: a smaller one counts for its share of a full one's tokens."""
+        """All steps before `step`, in full steps: a smaller step counts for its share of a full step's tokens."""
         return self._before(step) / self.stages[-1].micro_batches
 
     def steps_for(self, tokens: int) -> int:
-        """The fewest steps that have at least so many tokens together."""
-        wanted = -(-tokens // self._tokens_per_micro_batch)
+        """The fewest steps that have at least `tokens` tokens together."""
+        wanted = -(-tokens // self._tokens_per_micro_batch)  # micro-batches, rounded up
         index = bisect_right(self.stages, wanted, key=lambda stage: stage.first_micro_batch)
         stage = self.stages[index - 1]
+        # Floor division of a negative number rounds up: the last step may be more than is needed.
         return stage.first_step - (stage.first_micro_batch - wanted) // stage.micro_batches
 
     @property
@@ -127,7 +124,7 @@ class BatchPlan:
         return self.micro_batch_size * self.tokens_per_row
 
     def _before(self, step: int) -> int:
-        """How many micro-batches all steps before it have together."""
+        """Number of micro-batches of all steps before `step`."""
         stage = self._stage(step)
         return stage.first_micro_batch + (step - stage.first_step) * stage.micro_batches
 
@@ -136,16 +133,16 @@ class BatchPlan:
 
 
 def constant_plan(tokens_per_row: int, micro_batch_size: int, micro_batches: int = 1) -> BatchPlan:
-    """The plan whose steps all have so many micro-batches."""
+    """A plan whose steps all have `micro_batches` micro-batches."""
     return BatchPlan(tokens_per_row, micro_batch_size, (Stage(0, 0, micro_batches),))
 
 
 def plan_batches(
     config: BatchConfig, tokens_per_row: int, rows_that_fit: int, processes: int = 1
 ) -> BatchPlan:
-    """Divide the steps; a micro-batch has at most `rows_that_fit` rows where the config leaves it open.
+    """Divide the steps; where the config leaves it open, a micro-batch has at most `rows_that_fit` rows.
 
-    Every process computes as many micro-batches. Raises ValueError, with values that would do, where
+    Every process computes the same number of micro-batches. Raises ValueError, with values that work, where
     something does not divide.
     """
     if problems := config.problems():
@@ -172,7 +169,7 @@ def plan_batches(
 
 
 def _smallest_step(config: BatchConfig, tokens_per_row: int) -> tuple[str, int]:
-    """(the setting that says how large the smallest step is, the rows of that step)."""
+    """(the setting that decides the size of the smallest step, the rows of that step)."""
     rows, left = divmod(config.tokens_per_step, tokens_per_row)
     if left:
         nearest = max(1, round(config.tokens_per_step / tokens_per_row)) * tokens_per_row
@@ -193,7 +190,7 @@ def _smallest_step(config: BatchConfig, tokens_per_row: int) -> tuple[str, int]:
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
-    """The largest divisor that is no more than `wanted`."""
+    """The largest divisor that is at most `wanted`."""
     return max(count for count in _divisors(number) if count <= wanted)
 
 
@@ -221,18 +218,3 @@ def _stages(config: BatchConfig, micro_batches: int) -> tuple[Stage, ...]:
             stages.append(Stage(step, units * micro_batches, size * micro_batches))
         step, units = step + steps, units + steps * size
     return (*stages, Stage(step, units * micro_batches, (shares + 1) * micro_batches))
-
-
-def estimate_rows_that_fit(model: ModelConfig, memory_bytes: int, device: str) -> int:
-    """How many rows of the whole context one pass may hold, at most 64: an estimate, on the safe side.
-
-    Weights, gradients and AdamW's moments take 16 bytes a parameter. An activation row takes about
-    34 C bytes a layer in 16-bit (Korthikanti et al. 2022, equation 2, attention fused), counted twice
-    for float32, and three float32 copies of its logits. 80% of the memory is planned with.
-    """
-    if device == "cpu":
-        return max(1, CPU_TOKENS_AT_ONCE // model.context_length)
-    assert model.vocab_size is not None
-    per_token = 68 * model.n_layer * model.n_embd + 12 * model.vocab_size
-    free = 0.8 * memory_bytes - 16 * model.parameter_count()
-    return max(1, min(ROWS_AT_MOST, int(free // (per_token * model.context_length))))

@@ -1,8 +1,7 @@
-"""Precision, compilation, attention kernel, recomputation: applied from outside to a finished model."""
+"""Precision, compilation, attention kernel, activation checkpointing: applied to a finished model."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import shutil
 import sys
@@ -13,224 +12,198 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from overnight.hardware import native_precision
-from overnight.model import LossMethod
 from overnight.model.gpt import GPT
-from overnight.model.kernels import (
-    LEAST_CHANNELS,
-    attend_in_blocks,
-    attend_in_compiled_flex,
-    attend_in_flex,
-    attend_one_by_one,
-    attend_with_mask,
-)
-from overnight.model.loss import fp8_obstacle
+from overnight.model.kernels import LEAST_CHANNELS, CausalKernel, DocumentKernel, allowed_backends
+from overnight.model.loss import next_token_loss
+from overnight.model.loss_kernels import fp8_unavailable_reason
 from overnight.model.model_config import ModelConfig
-from overnight.training import ComputeConfig
-
-Loss = Callable[["GPT", "Tensor", "Tensor", LossMethod], "Tensor"]
-"""(model, ids, targets, how the head is computed) -> summed nats."""
-
+from overnight.training import Compute, ComputeConfig
 
 OF_PROCESSES = frozenset({"processes", "sharding", "deterministic_reduce", "timeout_seconds", "max_restarts"})
 
+DOCUMENT_KERNELS: dict[DocumentKernel, str] = {
+    "flex": "flex",
+    "compiled-flex": "flex",
+    "efficient-mask": "efficient with a mask",
+    "one-by-one": "flash, one document after the other",
+    "mask": "torch's choice with a mask",
+}
+"""Kernels for attention within documents, as they are reported."""
 
-def resolve_compute(config: ComputeConfig, device: str) -> ComputeConfig:
-    """`config` with everything that was left open decided. Raises ValueError for what `device` lacks."""
-    problems = [
-        obstacle for obstacle in (_precision_obstacle(config, device), _head_obstacle(config, device))
-    ]
+
+def resolve_compute(config: ComputeConfig, device: str) -> Compute:
+    """`config` with everything decided for `device`. Raises ValueError for what the device lacks."""
+    problems = []
+    has_tf32 = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
+    if config.precision == "tf32" and not has_tf32:
+        problems.append(f"precision=tf32 needs an NVIDIA GPU since Ampere (2020), not {device}; choose fp32")
+    if config.loss == "fp8" and (reason := fp8_unavailable_reason(device)):
+        problems.append(reason)
     if config.compile and not can_compile():
         problems.append(
             "compile=True needs a C++ compiler (g++ or clang++) and Python's headers; leave it out"
         )
-    if any(problems):
-        raise ValueError("; ".join(filter(None, problems)))
+    if problems:
+        raise ValueError("; ".join(problems))
     precision = config.precision or native_precision(device)
-    return dataclasses.replace(
-        config,
+    blocks_are_fast = device == "cpu" and precision == "bf16"
+    return Compute(
         device=device,
         precision=precision,
-        attention=config.attention or ("blocks" if (device, precision) == ("cpu", "bf16") else "fused"),
         compile=(can_compile() and device != "mps") if config.compile is None else config.compile,
+        attention=config.attention or ("blocks" if blocks_are_fast else "fused"),
         loss=config.loss or "full",
+        activation_checkpointing=config.activation_checkpointing,
+        sharding=config.sharding or "none",
+        deterministic_reduce=config.deterministic_reduce,
     )
 
 
-def _precision_obstacle(config: ComputeConfig, device: str) -> str | None:
-    has_tf32 = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
-    if config.precision == "tf32" and not has_tf32:
-        return f"precision=tf32 needs an NVIDIA GPU since Ampere (2020), not {device}; choose fp32"
-    return None
-
-
-def _head_obstacle(config: ComputeConfig, device: str) -> str | None:
-    return fp8_obstacle(device) if config.loss == "fp8" else None
-
-
 def can_compile() -> bool:
-    """True where torch.compile finds what it needs: its C++ compiler, and Python's headers."""
+    """True where torch.compile finds its C++ compiler and Python's headers."""
     compiler = shutil.which("clang++" if sys.platform == "darwin" else "g++")
     return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
-def explain_compute(asked: ComputeConfig, decided: ComputeConfig) -> dict[str, str]:
-    """Why each setting is what it is, by name: a few words to be printed and kept with the run.
-
-    What concerns several processes is left out.
-    """
+def explain_compute(asked: ComputeConfig, decided: Compute) -> dict[str, str]:
+    """The value of each setting and the reason for it, by name; settings of several processes left out."""
+    if decided.compile:
+        about_compile = "a compiler was found"
+    else:
+        about_compile = "not on Apple's GPUs" if can_compile() else "no C++ compiler or no Python headers"
     reasons = {
         "device": "the best one found",
         "precision": {
             "bf16": "the device multiplies it in hardware",
             "fp16": "the device multiplies it in hardware, and has no bf16",
             "fp32": "the device multiplies nothing shorter in hardware",
-        }.get(decided.precision or "", ""),
-        "compile": "a compiler was found"
-        if decided.compile
-        else "no C++ compiler or no Python headers were found"
-        if not can_compile()
-        else "not on Apple's GPUs",
+        }.get(decided.precision, ""),
+        "compile": about_compile,
         "attention": "the fastest here",
         "loss": "all logits fit",
     }
     defaults = ComputeConfig()
     found = {}
     for name, value in vars(decided).items():
-        if name in OF_PROCESSES:
-            continue
-        given = getattr(asked, name)
-        reason = "as asked" if given != getattr(defaults, name) else reasons.get(name, "the default")
-        found[name] = f"{value} ({reason})"
+        if name not in OF_PROCESSES:
+            is_asked = getattr(asked, name) != getattr(defaults, name)
+            found[name] = f"{value} ({'as asked' if is_asked else reasons.get(name, 'the default')})"
     return found
 
 
-def autocast(device: str, precision: str | None, *, keeps_copies: bool = True) -> AbstractContextManager[Any]:
+def autocast(device: str, precision: str, *, cache_weights: bool = True) -> AbstractContextManager[Any]:
     """Within, matrix products are computed in `precision`; weights, norms and losses stay float32.
 
-    `keeps_copies`: of each weight in that precision, to the end, in case that it is used again.
+    With `cache_weights`, autocast keeps its copy of each weight until the end, for the next use.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if dtype is None:
         return nullcontext()
-    return torch.autocast(device.partition(":")[0], dtype, cache_enabled=keeps_copies)
+    return torch.autocast(device.partition(":")[0], dtype, cache_enabled=cache_weights)
 
 
-def build_loss(
-    model: GPT, loss: Loss, compute: ComputeConfig, *, by_block: bool = False
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """`loss` of `model` as a function (ids, targets) -> nats, as `compute` has it, compiled if asked.
+class NextTokenLoss:
+    """(ids, targets) -> the summed loss of `model` in nats, computed as `compute` says.
 
-    Compiled for one fixed shape; whatever else the model is used for takes the plain module. With `by_block`
-    each block is compiled by itself, since between them weights are gathered and given back.
+    Compiled for one fixed shape; anything else that uses the model calls the plain module. Where weights are
+    sharded, each block is compiled by itself, since its weights are gathered between blocks.
     """
-    device, head = compute.device, compute.loss
-    assert device is not None
-    assert head is not None
-    torch.set_float32_matmul_precision("high" if compute.precision == "tf32" else "highest")
-    _adapt_blocks(model, compute)
 
-    def nats(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        with autocast(device, compute.precision, keeps_copies=not by_block):  # a whole model of shards
-            return loss(model, ids_BT, targets_BT, head)
+    def __init__(self, model: GPT, compute: Compute, document_separator: int | None = None) -> None:
+        self.model, self.compute, self.document_separator = model, compute, document_separator
+        torch.set_float32_matmul_precision("high" if compute.precision == "tf32" else "highest")
+        set_attention_kernels(model, compute)
+        apply_activation_checkpointing(model, compute)
+        self._is_sharded = compute.sharding in ("fsdp", "hsdp")
+        self._compute: Callable[[Tensor, Tensor], Tensor] = self._nats
+        if compute.compile and self._is_sharded:
+            for block in model.h:
+                block.forward = torch.compile(block.forward)
+        elif compute.compile:
+            self._compute = torch.compile(self._nats, dynamic=False, fullgraph=True)
 
-    if by_block and compute.compile:
-        for block in model.h:
-            block.forward = torch.compile(block.forward)
-        return nats
-    return torch.compile(nats, dynamic=False, fullgraph=True) if compute.compile else nats
+    def __call__(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Cross-entropy of every target, summed: a scalar in nats."""
+        return self._compute(ids_BT, targets_BT)
+
+    def _nats(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        # Copies of sharded weights would amount to a whole model: autocast must not keep them.
+        with autocast(self.compute.device, self.compute.precision, cache_weights=not self._is_sharded):
+            return next_token_loss(self.model, ids_BT, targets_BT, self.compute.loss, self.document_separator)
 
 
-def _adapt_blocks(model: GPT, compute: ComputeConfig) -> None:
-    """Let each block use `compute`'s attention kernels and keep what `compute.activation_checkpointing` says.
-
-    Both belong together: what is computed again must be computed by the same kernels. Blocks that were
-    adapted before are adapted anew.
-    """
-    _, attend_documents = _attention_within_documents(model.config, compute)
-    kernels = _attention_kernels(compute, model.config.context_length)
-    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
-    if compute.activation_checkpointing == "selective":
-        again["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _costly_operations())
-    attend = attend_in_blocks if compute.attention == "blocks" else F.scaled_dot_product_attention
+def set_attention_kernels(model: GPT, compute: Compute) -> None:
+    """Let each block use the attention kernels of `compute`."""
     for block in model.h:
-        vars(block).pop("forward", None)
         attention: Any = block.attn
-        attention.attend, attention.attend_documents = attend, attend_documents
-        if kernels:
-            block.forward = sdpa_kernel(kernels)(block.forward)
+        attention.kernel = causal_kernel(model.config, compute)
+        attention.document_kernel = document_kernel(model.config, compute)
+
+
+def apply_activation_checkpointing(model: GPT, compute: Compute) -> None:
+    """Let each block keep what `compute.activation_checkpointing` says; a second call replaces the first."""
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
+    if compute.activation_checkpointing == "selective":
+        kept = functools.partial(create_selective_checkpoint_contexts, _costly_operations())
+        options["context_fn"] = kept
+    for block in model.h:
+        # The wrapped forward shadows the class's as an attribute of the instance, so that parameter names
+        # stay GPT-2's; a wrapper module would change them.
+        vars(block).pop("forward", None)
         if compute.activation_checkpointing != "none":
-            block.forward = functools.partial(checkpoint, block.forward, **again)
+            block.forward = functools.partial(checkpoint, block.forward, **options)
 
 
-def _attention_kernels(compute: ComputeConfig, context_length: int) -> list[Any]:
-    """The kernels that scaled_dot_product_attention may choose from; [] for all."""
-    assert compute.device is not None
+def causal_kernel(model: ModelConfig, compute: Compute) -> CausalKernel:
+    """The kernel for plain causal attention."""
+    if compute.attention != "fused":
+        return compute.attention
+    # cuDNN before 9.15.1 reads past the end of rows that are not a multiple of 128 (pytorch #169849).
+    return "without-cudnn" if compute.device.startswith("cuda") and model.context_length % 128 else "fused"
+
+
+def document_kernel(model: ModelConfig, compute: Compute) -> DocumentKernel:
+    """The kernel for attention within documents. Flex and the CPU's kernel have no dropout."""
     if compute.attention == "math":
-        return [SDPBackend.MATH]
-    if compute.device.startswith("cuda") and context_length % 128:
-        # cuDNN before 9.15.1 reads past the end of rows that are no multiple of 128 (pytorch #169849).
-        return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return []
-
-
-def _attention_within_documents(model: ModelConfig, compute: ComputeConfig) -> tuple[str, Callable[..., Any]]:
-    """The kernel for attention that does not leave a document, in words, and what attends so.
-
-    flex_attention and the CPU's kernel have no dropout. On a GPU no mask comes to cuDNN while training.
-    """
-    assert compute.device is not None
-    if compute.attention == "math":
-        return "math with a mask", attend_with_mask
+        return "mask"
     if compute.device.startswith("cuda"):
         if model.dropout == 0 and model.n_embd // model.n_head >= LEAST_CHANNELS and can_compile():
-            return "flex", attend_in_flex if compute.compile else attend_in_compiled_flex
-        kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        return "efficient with a mask", sdpa_kernel(kernels)(attend_with_mask)
-    if compute.device == "cpu" and model.dropout == 0:
-        return "flash, one document after the other", attend_one_by_one
-    return "torch's choice with a mask", attend_with_mask
+            return "flex" if compute.compile else "compiled-flex"
+        return "efficient-mask"  # cuDNN must not get a mask in training
+    return "one-by-one" if compute.device == "cpu" and model.dropout == 0 else "mask"
 
 
-def find_attention_kernel(
-    model: ModelConfig, compute: ComputeConfig, *, within_documents: bool = False
-) -> str:
-    """The kernel that attention is computed with while training: blocks, flash, efficient, cudnn or math.
-
-    Within documents another, and more words.
-    """
-    assert compute.device is not None
+def describe_attention_kernel(model: ModelConfig, compute: Compute, *, within_documents: bool = False) -> str:
+    """The kernel that training uses, in words: blocks, flash, efficient, cudnn, math, or one for documents."""
     if within_documents:
-        return _attention_within_documents(model, compute)[0]
-    if (compute.attention, compute.precision, model.dropout) == ("blocks", "bf16", 0):
+        return (
+            "math with a mask"
+            if compute.attention == "math"
+            else DOCUMENT_KERNELS[document_kernel(model, compute)]
+        )
+    kernel = causal_kernel(model, compute)
+    if (kernel, compute.precision, model.dropout) == ("blocks", "bf16", 0):
         return "blocks"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(compute.precision or "", torch.float32)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(compute.precision, torch.float32)
     shape = (1, model.n_head, model.context_length, model.n_embd // model.n_head)
     q_BHTD = torch.empty(shape, device=compute.device, dtype=dtype, requires_grad=True)
-    kernels = _attention_kernels(compute, model.context_length) or list(SDPBackend.__members__.values())
-    with sdpa_kernel([kernel for kernel in kernels if kernel != SDPBackend.ERROR]):
+    with allowed_backends(kernel):
         choose: Callable[..., int] = torch._fused_sdp_choice
         chosen = SDPBackend(choose(q_BHTD, q_BHTD, q_BHTD, dropout_p=model.dropout, is_causal=True))
     return str(chosen.name).lower().removesuffix("_attention")
 
 
 def _costly_operations() -> list[Any]:
-    """What selective recomputation keeps: matrix products and attention, most of a block's time."""
-    aten = torch.ops.aten
-    names = (
-        "mm",
-        "addmm",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-    )
-    ours = ("attend_in_blocks", "attend_documents")
-    return [getattr(aten, name).default for name in names] + [
-        getattr(torch.ops.overnight, name).default for name in ours
+    """What selective checkpointing keeps: matrix products and attention, most of a block's time."""
+    aten, ours = torch.ops.aten, torch.ops.overnight
+    flash, costly = "_scaled_dot_product_flash_attention", ["mm", "addmm"]
+    costly += [flash, f"{flash}_for_cpu", "_scaled_dot_product_efficient_attention"]
+    costly += ["_scaled_dot_product_cudnn_attention"]
+    return [getattr(aten, name).default for name in costly] + [
+        getattr(ours, name).default for name in ("attend_in_blocks", "attend_documents")
     ]

@@ -1,9 +1,9 @@
-"""What a run does about steps that go wrong: it leaves out their update, or their rows.
+"""Bad steps: their update is skipped, or their rows are. Needs no torch.
 
-A step is bad if its loss or its gradients are not finite, or if the loss has exploded; with
-`spike_sigma` also if loss or gradient norm stand out from those of the sound steps before it. What is
-not finite is never applied. The decisions follow from the losses and norms alone, and those are saved with
-the weights: a run that is resumed decides as it would have. Needs no torch.
+A step is bad if its loss or its gradients are not finite, or if the loss has exploded; with `spike_sigma` also
+if loss or gradient norm are outliers among those of the sound steps before it. An update that is not finite is
+never applied. The decisions follow from losses and norms alone, which are saved with the weights: a resumed run
+decides as the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 HISTORY = 128  # sound steps that a step is compared with: llm.c's window, llmc/outlier_detector.h
-AT_LEAST = 32  # of them, before anything can stand out
-TO_DEVIATION = 1.4826  # a normal distribution's standard deviation by its median absolute deviation
-LEAST_SPREAD = 0.01  # of the median: losses that hardly vary must not make an outlier of a hair
+AT_LEAST = 32  # of them, before a step can be an outlier
+TO_DEVIATION = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
+LEAST_SPREAD = 0.01  # of the median: where losses hardly vary, a tiny difference is not an outlier
 EXPLODED_NATS, EXPLODED_DEVIATIONS = 1.0, 12.0  # above the median, both
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What is done about steps that go wrong. An update that is not finite is left out in any case."""
+    """What happens after bad steps. An update that is not finite is always skipped."""
 
     spike_sigma: float | None = None
-    """Leave out the update of a step whose loss or gradient norm lies so many standard deviations (of a
-    robust kind) above the last 128 sound steps'; off if left out."""
+    """Skip the update of a step whose loss or gradient norm is this many standard deviations (a robust
+    estimate) above those of the last 128 sound steps; off if left out."""
     rollback_after_steps: int | None = 5
-    """After so many bad steps in a row go back to the last good checkpoint, and go on without their rows;
-    never if left out."""
+    """After this many bad steps in a row, return to the last good checkpoint and skip their rows; never if
+    left out."""
     max_rollbacks: int = 3
-    """After so many the run stops: its trouble is not in a few rows."""
+    """After this many rollbacks the run stops: a few rows are not the reason."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        """What is wrong with these values, one sentence each; [] if nothing."""
         found = []
         if self.spike_sigma is not None and not 1 <= self.spike_sigma < math.inf:
             found.append(f"spike_sigma={self.spike_sigma} must be at least 1, or left out")
@@ -48,14 +48,14 @@ class GuardConfig:
 
 
 class SkippedRows(NamedTuple):
-    """Rows that are left out: from a step on, everything is read so many rows later."""
+    """Rows that are skipped: from `step` on, every row is read `rows` rows later."""
 
     step: int
     rows: int
 
 
 class Limits(NamedTuple):
-    """What the next step may reach."""
+    """The largest loss and gradient norm of which a step is applied."""
 
     loss: float = math.inf
     """Nats per token."""
@@ -64,24 +64,24 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True)
 class Guard:
-    """What is known of the steps so far: a value, a new one after each step."""
+    """What is known of the steps so far: an immutable value, replaced after each step."""
 
     losses: tuple[float, ...] = ()
-    """Of the last sound steps, nats per token."""
+    """Losses of the last sound steps, nats per token."""
     norms: tuple[float, ...] = ()
-    """Of their gradients."""
+    """Norms of their gradients."""
     bad_steps: int = 0
-    """How many the last ones in a row are."""
+    """Number of bad steps since the last sound one."""
     skipped: tuple[SkippedRows, ...] = ()
 
     def limits(self, deviations: float | None) -> Limits:
-        """Beyond which a step's update is left out."""
+        """The limits of the next step."""
         if deviations is None or len(self.losses) < AT_LEAST:
             return Limits()
         return Limits(find_limit(self.losses, deviations), find_limit(self.norms, deviations))
 
     def after(self, loss: float, grad_norm: float, *, is_applied: bool, is_scaled: bool = False) -> Guard:
-        """Another step done, or its update left out. With `is_scaled`, float16's overflows are no trouble."""
+        """The guard after another step. With `is_scaled`, overflows of float16 gradients are expected."""
         is_overflow = is_scaled and not math.isfinite(grad_norm) and math.isfinite(loss)
         if is_overflow:
             return self
@@ -95,21 +95,22 @@ class Guard:
         )
 
     def skipped_rows(self, step: int) -> int:
-        """How many rows later than planned the step, counted from 0, reads."""
-        return sum(detour.rows for detour in self.skipped if detour.step <= step)
+        """By how many rows `step`, counted from 0, reads later than planned."""
+        return sum(rows for since, rows in self.skipped if since <= step)
 
     def to_values(self) -> dict[str, Any]:
-        """Plain lists and numbers, from which `from_values` makes the same again."""
+        """Plain lists and numbers, for `from_values`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Guard:
-        """What `to_values` gave, also by way of JSON."""
+        """The guard that `to_values` described, also after a round trip through JSON."""
         return cls(
             losses=tuple(values["losses"]),
             norms=tuple(values["norms"]),
             bad_steps=values["bad_steps"],
-            skipped=tuple(SkippedRows(*detour) for detour in values["skipped"]),
+            # Checkpoints of version 0.1 call them detours.
+            skipped=tuple(SkippedRows(*each) for each in values.get("skipped", values.get("detours", ()))),
         )
 
     def _has_exploded(self, loss: float) -> bool:
@@ -120,7 +121,7 @@ class Guard:
 
 
 def find_limit(values: Sequence[float], deviations: float) -> float:
-    """The median and so many standard deviations, by the median absolute deviation (Hampel 1974)."""
+    """The median plus `deviations` standard deviations, by the median absolute deviation (Hampel 1974)."""
     median = statistics.median(values)
     spread = TO_DEVIATION * statistics.median(abs(value - median) for value in values)
     return median + deviations * max(spread, LEAST_SPREAD * abs(median))

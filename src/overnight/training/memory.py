@@ -1,12 +1,12 @@
-"""What training takes of a device's memory, and where it goes: arithmetic on sizes.
+"""The memory that training takes on a device, by arithmetic on sizes.
 
 Counted operation by operation: what autograd keeps of each for the backward pass. In 16 bits that is 36 C
-bytes for a token and layer. Korthikanti et al. 2022, equation 2, without the square that fused attention
-never writes down, has 34 C: there dropout's masks are counted in, here the float32 of the residual stream.
+bytes for a token and layer. Korthikanti et al. 2022, equation 2, without the T x T scores that fused attention
+never writes, has 34 C: it counts dropout's masks, this the float32 of the residual stream.
 
 Several processes may divide what they hold (ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054). Weights,
-gradients and moments are then counted parameter by parameter, as they are divided: moments by whole
-parameters, each its owner's; everything, as FSDP2 does it, by rows, of which each process takes as many.
+gradients and moments are then counted parameter by parameter, as they are divided: under zero1 moments by
+whole parameters, one owner each; under fsdp everything by rows, the same number for each process.
 """
 
 from __future__ import annotations
@@ -17,22 +17,35 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from overnight.model.gpt import parameter_shapes
+from overnight.model.kernels import QUERIES
+from overnight.model.loss_kernels import rows_of_chunk
 from overnight.model.model_config import PRESETS, ModelConfig
-from overnight.training import ComputeConfig
+from overnight.training import Compute
+from overnight.training.batch import CPU_TOKENS_AT_MOST, ROWS_AT_MOST
 from overnight.training.ownership import Sharding, largest_share
 
 FLOAT32 = 4
-QUERIES = 128  # of a block of attention on a CPU: model/blocks.py's, which needs torch
-USABLE_FRACTION = 0.9  # the rest is the driver's, the libraries' and the allocator's gaps
+USABLE_FRACTION = 0.9  # the rest is the driver's, the libraries' and the allocator's fragmentation
 
-CHANGES: tuple[dict[str, str], ...] = (
+REDUCTIONS: tuple[dict[str, str], ...] = (
     {},
     {"loss": "chunked"},
     {"activation_checkpointing": "selective"},
     {"activation_checkpointing": "block"},
     {"activation_checkpointing": "block", "loss": "chunked"},
 )
-"""What makes a step smaller, the cheapest in time first."""
+"""Settings that make a step take less memory, the cheapest in time first."""
+
+
+class Resources(NamedTuple):
+    """What each process of a run has."""
+
+    device: str
+    memory_bytes: int
+    """Of one process."""
+    processes: int = 1
+    processes_per_machine: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +77,13 @@ class MemoryEstimate:
 def estimate_memory(
     model: ModelConfig,
     rows: int,
-    compute: ComputeConfig,
+    compute: Compute,
     processes: int = 1,
     processes_per_machine: int | None = None,
 ) -> MemoryEstimate:
     """What a step takes in one process whose micro-batches have `rows` rows of the whole context.
 
-    `compute` has everything decided; its `sharding` says what the processes divide, nothing if it is None.
+    `compute.sharding` says what the processes divide.
     A step of a single micro-batch takes less, at most by its gradients, which are not there yet while it
     goes forward. All processes are on one machine if `processes_per_machine` is None.
     """
@@ -95,15 +108,15 @@ def estimate_memory(
     )
 
 
-def count_sharers(sharding: Sharding | None, processes: int, processes_per_machine: int) -> int:
+def count_sharers(sharding: Sharding, processes: int, processes_per_machine: int) -> int:
     """How many processes have one set of weights between them."""
-    return {"fsdp": processes, "hsdp": processes_per_machine}.get(sharding or "none", 1)
+    return {"fsdp": processes, "hsdp": processes_per_machine}.get(sharding, 1)
 
 
 def try_shardings(
     model: ModelConfig,
     rows: int,
-    compute: ComputeConfig,
+    compute: Compute,
     memory_bytes: int,
     processes: int,
     processes_per_machine: int,
@@ -127,19 +140,29 @@ def try_shardings(
     return found
 
 
-def choose_sharding(
-    model: ModelConfig,
-    rows: int,
-    compute: ComputeConfig,
-    memory_bytes: int,
-    processes: int,
-    processes_per_machine: int,
-) -> Sharding:
-    """The first of none, optimizer, hybrid and full with which a process fits into its `memory_bytes`.
+def choose_sharding(model: ModelConfig, rows: int, compute: Compute, resources: Resources) -> Sharding:
+    """The first of none, zero1, hsdp and fsdp with which `rows` rows fit into each process; fsdp if none does."""
+    _, memory_bytes, processes, per_machine = resources
+    return [*try_shardings(model, rows, compute, memory_bytes, processes, per_machine)][-1]
 
-    Full if none does. Hybrid is for several machines with several processes each.
+
+def rows_that_fit(model: ModelConfig, compute: Compute, resources: Resources) -> int:
+    """The largest micro-batch that fits into each process's memory, at most 64 rows; 1 if not even that does.
+
+    On a CPU at most 4,096 tokens, since more gain no speed there.
     """
-    return [*try_shardings(model, rows, compute, memory_bytes, processes, processes_per_machine)][-1]
+    most = ROWS_AT_MOST
+    if resources.device == "cpu":
+        most = max(1, CPU_TOKENS_AT_MOST // model.context_length)
+    _, memory_bytes, *processes = resources
+    return next(
+        (
+            rows
+            for rows in range(most, 1, -1)
+            if fits_into(memory_bytes, estimate_memory(model, rows, compute, *processes).together)
+        ),
+        1,
+    )
 
 
 class FitOption(NamedTuple):
@@ -152,7 +175,7 @@ class FitOption(NamedTuple):
 
 def suggest_fits(
     model: ModelConfig,
-    compute: ComputeConfig,
+    compute: Compute,
     possible_rows: Sequence[int],
     memory_bytes: int,
     processes: int = 1,
@@ -163,9 +186,9 @@ def suggest_fits(
     A change that costs time and does not let more rows fit is left out.
     """
     most_rows = 0
-    changes = [*CHANGES]
+    changes = [*REDUCTIONS]
     if processes > 1 and compute.sharding != "fsdp":
-        changes += [{**change, "sharding": "fsdp"} for change in CHANGES]
+        changes += [{**change, "sharding": "fsdp"} for change in REDUCTIONS]
     for change in changes:
         changed = dataclasses.replace(compute, **change)  # type: ignore[arg-type]
         if change and changed == compute:
@@ -178,12 +201,12 @@ def suggest_fits(
         if rows > most_rows:
             most_rows = rows
             options = {**change, "micro-batch-size": rows}
-            words = " ".join(f"--{name} {value}" for name, value in options.items())
+            words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
             yield FitOption(words, needed[rows])
 
 
 def largest_that_fits(
-    compute: ComputeConfig, memory_bytes: int, processes: int = 1, processes_per_machine: int | None = None
+    compute: Compute, memory_bytes: int, processes: int = 1, processes_per_machine: int | None = None
 ) -> tuple[str, int] | None:
     """The largest published model of which a single row fits, and its bytes; None if there is none."""
     needed = {
@@ -204,23 +227,22 @@ def fits_into(memory_bytes: int, needed_bytes: int) -> bool:
 
 def count_stored(model: ModelConfig) -> int:
     """Parameters as they lie in memory, the rows that pad the vocabulary among them."""
-    assert model.vocab_size is not None
-    return model.parameter_count() + (model.padded_vocab_size() - model.vocab_size) * model.n_embd
+    return model.parameter_count() + (model.padded_vocab_size() - model.vocabulary) * model.n_embd
 
 
 def _largest_shard(model: ModelConfig, sharers: int) -> int:
     """Parameters in the fullest process: of each the rows divided among them, rounded up."""
-    shapes = model.parameter_shapes().values()
+    shapes = parameter_shapes(model).values()
     return sum(-(-rows // sharers) * math.prod(columns) for rows, *columns in shapes)
 
 
 def _most_owned(model: ModelConfig, processes: int) -> int:
     """Parameters whose moments the fullest process holds."""
-    sizes = {name: math.prod(shape) for name, shape in model.parameter_shapes().items()}
+    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(model).items()}
     return largest_share(sizes, processes)
 
 
-def _copies_bytes(model: ModelConfig, compute: ComputeConfig, sharers: int) -> int:
+def _copies_bytes(model: ModelConfig, compute: Compute, sharers: int) -> int:
     """Of the weights in 16 bits, which autograd keeps for the backward pass, also where weights are divided.
 
     Blocks that are gathered and recomputed make theirs again. Compiled, they keep none; eager, autocast has
@@ -242,13 +264,13 @@ def _gathered_bytes(model: ModelConfig) -> int:
     The weights of the block at work and of the next one, which is fetched meanwhile; its gradients and those
     of the block before, which are on their way. What belongs to no block is there from end to end.
     """
-    shapes = model.parameter_shapes()
+    shapes = parameter_shapes(model)
     block = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("h.0."))
     others = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("h."))
     return FLOAT32 * 2 * (min(2, model.n_layer) * block + others)
 
 
-def kept_per_token(model: ModelConfig, compute: ComputeConfig) -> int:
+def kept_per_token(model: ModelConfig, compute: Compute) -> int:
     """Bytes of activations when the forward pass has come to the loss, which is not counted."""
     stream = FLOAT32 * model.n_embd
     block = _kept_by_block(model, compute)
@@ -259,13 +281,13 @@ def kept_per_token(model: ModelConfig, compute: ComputeConfig) -> int:
     return model.n_layer * kept[compute.activation_checkpointing] + embedding + head + ids_and_targets
 
 
-def _again_per_token(model: ModelConfig, compute: ComputeConfig) -> int:
+def _again_per_token(model: ModelConfig, compute: Compute) -> int:
     """Bytes that the one block takes in addition which the backward pass is at, where it recomputes."""
     kept = {"none": _kept_by_block, "selective": _kept_by_products, "block": lambda *_: 0}
     return _kept_by_block(model, compute) - kept[compute.activation_checkpointing](model, compute)
 
 
-def _kept_by_block(model: ModelConfig, compute: ComputeConfig) -> int:
+def _kept_by_block(model: ModelConfig, compute: Compute) -> int:
     """Bytes a token: of both halves the layer norm's input and statistics, and every product's input."""
     C, width = model.n_embd, _product_bytes(compute)
     norms = 2 * (FLOAT32 * C + 2 * FLOAT32)
@@ -274,17 +296,16 @@ def _kept_by_block(model: ModelConfig, compute: ComputeConfig) -> int:
     return norms + width * (qkv + mixed + inputs + gelu + noise) + _kept_by_attention(model, compute)
 
 
-def _kept_by_products(model: ModelConfig, compute: ComputeConfig) -> int:
+def _kept_by_products(model: ModelConfig, compute: Compute) -> int:
     """Bytes a token: what selective recomputation keeps of a block, which is what its products return."""
     qkv, mixed, out, wide, narrow = 3, 1, 1, 4, 1
     products = _product_bytes(compute) * (qkv + mixed + out + wide + narrow) * model.n_embd
     return products + FLOAT32 * model.n_head
 
 
-def _kept_by_attention(model: ModelConfig, compute: ComputeConfig) -> int:
+def _kept_by_attention(model: ModelConfig, compute: Compute) -> int:
     """Bytes a token, beside queries, keys and values: a sum for each head, or the weights themselves."""
     H, T, C = model.n_head, model.context_length, model.n_embd
-    assert compute.device is not None
     rounded = 0 if _product_bytes(compute) == FLOAT32 else 6 * C  # a softmax in 16 bits takes float32 inputs
     if model.dropout > 0 and compute.device == "cpu":  # torch has no fused kernel with dropout there
         return 12 * H * T + rounded
@@ -295,7 +316,7 @@ def _kept_by_attention(model: ModelConfig, compute: ComputeConfig) -> int:
     return FLOAT32 * H
 
 
-def _logits_bytes(model: ModelConfig, tokens: int, compute: ComputeConfig) -> int:
+def _logits_bytes(model: ModelConfig, tokens: int, compute: Compute) -> int:
     """Compiled, logits stand there once, and their gradient takes their place; eager, in several copies.
 
     Those are three in float32 of the whole head's, and four of a chunk's beside the logits of two chunks. A
@@ -304,8 +325,6 @@ def _logits_bytes(model: ModelConfig, tokens: int, compute: ComputeConfig) -> in
     width, vocabulary = _product_bytes(compute), model.padded_vocab_size()
     if compute.loss != "chunked":
         return tokens * vocabulary * (width if compute.compile else 3 * FLOAT32)
-    from overnight.model.loss import rows_of_chunk
-
     chunk = min(tokens, rows_of_chunk(tokens, vocabulary))
     each = width if compute.compile else 4 * FLOAT32 + 2 * width
     return chunk * vocabulary * each + FLOAT32 * vocabulary * model.n_embd
@@ -317,6 +336,6 @@ def _count_multiplied(model: ModelConfig) -> int:
     return model.padded_vocab_size() * C + model.n_layer * (12 * C * C + 9 * C)
 
 
-def _product_bytes(compute: ComputeConfig) -> int:
+def _product_bytes(compute: Compute) -> int:
     """Bytes of one number in a matrix product."""
     return 2 if compute.precision in {"bf16", "fp16"} else FLOAT32

@@ -1,7 +1,7 @@
-"""The learning rate as a pure function of how far the run has come. Needs no torch.
+"""The learning rate as a pure function of the run's progress. Needs no torch.
 
-Far is counted in full steps, so that the rate follows the tokens: a smaller step of a batch ramp counts for
-the share of a full one's tokens that it has. Without a ramp, full steps are the steps.
+Progress is counted in full steps, so that the rate follows the tokens: a smaller step of a batch ramp counts
+for its share of a full step's tokens. Without a ramp, full steps are the steps.
 """
 
 from __future__ import annotations
@@ -10,28 +10,30 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from overnight.training.batch import BatchPlan
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How long the run is, and how the learning rate moves while it lasts."""
+    """How long the run is, and how the learning rate changes during it."""
 
     total_steps: int | None = None
     """Length of the run in optimizer steps; give this or total_tokens."""
     total_tokens: int | None = None
     """Length of the run in tokens, rounded up to whole steps; give this or total_steps."""
     warmup_steps: int = 0
-    """Full steps over which the learning rate rises to its peak; a ramp's smaller ones count in part."""
+    """Full steps over which the learning rate rises to its peak; a ramp's smaller steps count in part."""
     learning_rate_decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """How it falls after warm-up; wsd (warm-up, stable, decay) keeps the peak, then falls in a line."""
+    """How it falls after warm-up; wsd (warm-up, stable, decay) keeps the peak, then falls linearly."""
     decay_steps: int | None = None
-    """Full steps that the fall takes; if left out all after warm-up, with wsd the last fifth of the run."""
+    """Full steps of the decay; if left out all after warm-up, with wsd the last fifth of the run."""
     final_learning_rate_fraction: float = 0.1
-    """Where the fall ends, as a share of the peak (GPT-3 paper, appendix B: 10%); there it stays."""
+    """Final rate as a share of the peak (GPT-3 paper, appendix B: 10%)."""
 
     def problems(self, full_steps: float | None = None) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing.
+        """What is wrong with these values, one sentence each; [] if nothing.
 
-        `full_steps` is the run's length; total_steps, at least as many, stands for it while it is unknown.
+        `full_steps` is the run's length if it is known, else total_steps takes its place.
         """
         found = []
         if (self.total_steps is None) == (self.total_tokens is None):
@@ -46,10 +48,10 @@ class ScheduleConfig:
             found.append(
                 f"final_learning_rate_fraction={self.final_learning_rate_fraction} must lie between 0 and 1"
             )
-        return found or self._misfits(self.total_steps if full_steps is None else full_steps)
+        return found or self._contradictions(self.total_steps if full_steps is None else full_steps)
 
-    def _misfits(self, full_steps: float | None) -> list[str]:
-        """What is wrong between values that are right by themselves."""
+    def _contradictions(self, full_steps: float | None) -> list[str]:
+        """What is wrong between values that are valid by themselves."""
         decay_steps = self.decay_steps
         if decay_steps is not None and self.learning_rate_decay == "constant":
             return [
@@ -65,21 +67,37 @@ class ScheduleConfig:
         left = math.floor(full_steps - self.warmup_steps)
         if decay_steps is not None and decay_steps > left:
             return [
-                f"decay_steps={decay_steps} is longer than what warmup_steps={self.warmup_steps} leaves of "
-                f"{total}: {f'at most {left}' if left else 'leave it out'}"
+                f"decay_steps={decay_steps} is longer than the part of {total} after "
+                f"warmup_steps={self.warmup_steps}: {f'give at most {left}' if left else 'leave it out'}"
             ]
         return []
 
 
-def learning_rate_multiplier(position: float, length: float, config: ScheduleConfig) -> float:
-    """What the peak learning rate is multiplied by: linear warm-up, then the decay.
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step of one run."""
 
-    `position` is how far the run has come and `length` how far it goes, both in full steps: without a ramp
-    the step, counted from 0, and total_steps. The length matters where decay_steps is left out, and with
-    wsd: a run that goes on with another one follows its schedule from there on, and its rate may jump.
+    config: ScheduleConfig
+    peak_learning_rate: float
+    plan: BatchPlan
+    total_steps: int
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of `step`, counted from 0."""
+        position = self.plan.full_steps_before(step + 1) - 1
+        length = self.plan.full_steps_before(self.total_steps)
+        return self.peak_learning_rate * learning_rate_multiplier(position, length, self.config)
+
+
+def learning_rate_multiplier(position: float, length: float, config: ScheduleConfig) -> float:
+    """The factor of the peak learning rate: linear warm-up, then the decay.
+
+    `position` and `length` are in full steps: without a ramp the step, counted from 0, and total_steps. The
+    length matters where decay_steps is left out, and with wsd: a run that is resumed with another length
+    follows the new schedule from there, and its rate may jump.
     """
     if position < config.warmup_steps:
-        return min((position + 1) / config.warmup_steps, 1.0)  # parts of full steps may overshoot
+        return min((position + 1) / config.warmup_steps, 1.0)  # fractions of full steps may overshoot
     if config.learning_rate_decay == "constant":
         return 1.0
     begin, full_steps = _decay(length, config)
@@ -90,10 +108,10 @@ def learning_rate_multiplier(position: float, length: float, config: ScheduleCon
 
 
 def _decay(length: float, config: ScheduleConfig) -> tuple[float, float]:
-    """(where the rate begins to fall, how far it is from there to the floor), in full steps."""
+    """(where the decay begins, how long it is), in full steps."""
     after_warmup = length - config.warmup_steps
     if config.learning_rate_decay == "wsd":
-        # 10 to 20% do as well as a cosine over the whole run (Hägele et al. 2024, arXiv 2405.18392).
+        # A decay over 10 to 20% of the run equals a cosine over all of it (Hägele et al. 2024, arXiv 2405.18392).
         full_steps = config.decay_steps or min(after_warmup, math.ceil(length / 5))
         return length - full_steps, full_steps
     return config.warmup_steps, config.decay_steps or after_warmup

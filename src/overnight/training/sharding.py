@@ -1,16 +1,15 @@
-"""What several processes divide among them, applied from outside to a finished model.
+"""What several processes divide among them, applied to a finished model; one class for each way.
 
-none: nothing; each has all weights, gradients and moments, and gradients are summed once a step. optimizer:
-each keeps AdamW's moments of whole parameters that it owns, updates these and sends them to the others
-(Rajbhandari et al. 2020, ZeRO, stage 1). full: each keeps rows of every weight, gradient and moment, and a
-block's weights are gathered while it computes (stage 3, torch's `fully_shard`). hybrid: that among the
+none: nothing; every process holds all weights, gradients and moments, and gradients are summed once a step.
+zero1: each process keeps AdamW's moments of the parameters that it owns, updates these and sends them to the
+others (Rajbhandari et al. 2020, ZeRO, stage 1). fsdp: each keeps rows of every weight, gradient and moment;
+a block's weights are gathered while it computes (stage 3, torch's `fully_shard`). hsdp: fsdp among the
 processes of each machine, and the machines hold the same.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,24 +21,144 @@ from torch.optim import AdamW
 from overnight.distributed.world import World
 from overnight.model.gpt import GPT, empty_model, weight_shapes
 from overnight.model.model_config import ModelConfig
-from overnight.training import OptimizerConfig
+from overnight.training import OptimizerConfig, Precision
 from overnight.training.optim import build_optimizer
 from overnight.training.ownership import Sharding, assign_parameters
 from overnight.training.state import set_weights
-from overnight.training.step import AddUp, Backward, _add_nats, _gradient, accumulate_gradients
 
-SHARDS = ("fsdp", "hsdp")
+FULLY_SHARDED = ("fsdp", "hsdp")
+
+
+class Replicated:
+    """Every process holds the whole model and applies the same update."""
+
+    def __init__(self, model: GPT, world: World, *, deterministic: bool = False) -> None:
+        self.model, self.world = model, world
+        self.parameters = list(model.parameters())
+        self._tree = GradientTree() if deterministic else None
+        self._nats = torch.zeros(())
+
+    def reduce(self, nats: Tensor, number: int, count: int) -> Tensor:
+        """Called after each backward pass with its loss; micro-batch `number` of this process's `count`.
+
+        Gradients of micro-batches add up in `.grad`. After the last they are summed over processes, once.
+        Returns the step's loss so far, after the last micro-batch that of all processes.
+        """
+        if self._tree is not None:
+            return self._reduce_in_tree(self._tree, nats, number, count)
+        self._nats = nats if number == 0 else self._nats + nats
+        if number == count - 1:
+            self.world.all_reduce([*map(_gradient, self.parameters), self._nats])
+        return self._nats
+
+    def publish(self) -> None:
+        """Called after the update: nothing to send, since every process made the same one."""
+
+    def _reduce_in_tree(self, tree: GradientTree, nats: Tensor, number: int, count: int) -> Tensor:
+        tree.add([*map(_gradient, self.parameters), nats], number, count)
+        for parameter in self.parameters:
+            parameter.grad = None
+        if number < count - 1:
+            return nats
+        *gradients, total = tree.take()
+        self.world.tree_all_reduce([*gradients, total])
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return total
+
+
+class ZeRO1(Replicated):
+    """As `Replicated`, but each parameter has one owner, which alone holds its moments and updates it."""
+
+    def publish(self) -> None:
+        """Called after the update: owners send their parameters to all other processes."""
+        owners, named = parameter_owners(self.model, self.world), dict(self.model.named_parameters())
+        for rank in range(self.world.size):
+            owned = [named[name].detach() for name, owner in owners.items() if owner == rank]
+            self.world.broadcast(owned, rank)
+
+
+class FSDP:
+    """Every process holds rows of every parameter; backward passes sum gradients over processes."""
+
+    def __init__(self, model: GPT, world: World, *, machines: int = 1) -> None:
+        self.model, self.world, self.machines = model, world, machines
+        self._nats = torch.zeros(())
+
+    def reduce(self, nats: Tensor, number: int, count: int) -> Tensor:
+        """As `Replicated.reduce`; only the loss is left to sum. Between machines, gradients cross once."""
+        if self.machines > 1:
+            # The flag concerns the next backward pass. A step whose first pass has it set although others
+            # follow (the run's first, and where a batch ramp leaves 1) is summed once more, to the same sum.
+            sharded: Any = self.model
+            sharded.set_requires_all_reduce(count == 1 or number + 2 == count)
+        self._nats = nats if number == 0 else self._nats + nats
+        if number == count - 1:
+            self.world.all_reduce([self._nats])
+        return self._nats
+
+    def publish(self) -> None:
+        """Called after the update: nothing to send, since weights are gathered when they are used."""
+
+
+class GradientTree:
+    """Sums of gradients in one fixed binary tree over a step's micro-batches, whoever computes them.
+
+    Every sum is then rounded at the same places for 1, 2, 4, ... processes, whose number must divide that of
+    the micro-batches. Holds one sum for each level of the tree.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[list[Tensor]] = []
+
+    def add(self, leaf: list[Tensor], number: int, count: int) -> None:
+        """Add the tensors of leaf `number` of `count`, in order; merges every subtree that it completes."""
+        self._sums.append(leaf)
+        for _ in range(completed_subtrees(number, count)):
+            right = self._sums.pop()
+            torch._foreach_add_(self._sums[-1], right)
+
+    def take(self) -> list[Tensor]:
+        """The sum over all leaves."""
+        (total,) = self._sums
+        self._sums = []
+        return total
+
+
+def completed_subtrees(number: int, count: int) -> int:
+    """How many inner nodes end with leaf `number`, in the tree that halves `count` leaves again and again."""
+    first, end, completed = 0, count, 0
+    while end - first > 1:
+        completed += number == end - 1
+        half = first + (end - first) // 2
+        first, end = (first, half) if number < half else (half, end)
+    return completed
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "a parameter got no gradient"
+    return parameter.grad
+
+
+def build_sharing(
+    model: GPT, world: World, sharding: Sharding, *, deterministic: bool
+) -> Replicated | ZeRO1 | FSDP:
+    """The way in which the processes of `world` share the training of `model`."""
+    if sharding in FULLY_SHARDED:
+        return FSDP(model, world, machines=_machines(world, sharding))
+    kind = ZeRO1 if sharding == "zero1" else Replicated
+    return kind(model, world, deterministic=deterministic)
 
 
 def build_sharded_model(
     config: ModelConfig, weights: Iterable[tuple[str, Tensor]] | None, world: World, sharding: Sharding
 ) -> GPT:
-    """A model on the world's device with these weights, or, sharded, with this process's rows of them.
+    """A model on the world's device with these weights or, sharded, with this process's rows of them.
 
-    They are taken one at a time, so that a model that is sharded never is in one piece anywhere. With None
-    the weights are whatever memory held.
+    Weights are taken one at a time, so that a sharded model is never whole anywhere. None leaves them
+    uninitialised, to be loaded.
     """
-    if sharding in SHARDS:
+    if sharding in FULLY_SHARDED:
         with torch.device("meta"):
             model = GPT(config)
         _shard(model, world, sharding)
@@ -55,10 +174,14 @@ def build_sharded_model(
     return model
 
 
+def _machines(world: World, sharding: Sharding) -> int:
+    """How many copies of the weights there are: one on each machine for hsdp."""
+    return world.size // world.local_size if sharding == "hsdp" else 1
+
+
 def _shard(model: GPT, world: World, sharding: Sharding) -> None:
-    """Let each block, and what is outside of them, be gathered when it is used, and not before."""
-    kind = world.device.partition(":")[0]
-    machines = world.size // world.local_size if sharding == "hsdp" else 1
+    """Gather each block, and the parameters outside of blocks, only while they are used."""
+    kind, machines = world.device.partition(":")[0], _machines(world, sharding)
     if machines > 1:
         mesh = init_device_mesh(kind, (machines, world.local_size), mesh_dim_names=("machines", "processes"))
     else:
@@ -74,7 +197,7 @@ def _shard(model: GPT, world: World, sharding: Sharding) -> None:
 
 
 def build_sharded_optimizer(model: GPT, config: OptimizerConfig, world: World, sharding: Sharding) -> AdamW:
-    """AdamW over what this process updates."""
+    """AdamW over the parameters that this process updates."""
     names = None
     if sharding == "zero1":
         names = {name for name, owner in parameter_owners(model, world).items() if owner == world.rank}
@@ -82,57 +205,20 @@ def build_sharded_optimizer(model: GPT, config: OptimizerConfig, world: World, s
 
 
 def parameter_owners(model: GPT, world: World) -> dict[str, int]:
-    """The rank that updates each parameter, where every one has its owner."""
-    return assign_parameters(
-        {name: parameter.numel() for name, parameter in model.named_parameters()}, world.size
-    )
-
-
-def gradient_reduction(model: GPT, sharding: Sharding, *, deterministic_reduce: bool) -> AddUp:
-    """What adds up a step's gradients."""
-    if sharding == "hsdp":
-        return functools.partial(_add_up_within_machines, model)
-    if sharding == "fsdp":
-        return accumulate_gradients_fsdp
-    return accumulate_gradients_bitwise if deterministic_reduce else accumulate_gradients
-
-
-def _add_up_within_machines(
-    model: GPT, backward: Backward, micro_batches: range, parameters: Sequence[Tensor], world: World
-) -> Tensor:
-    """`accumulate_gradients_fsdp` that crosses from machine to machine once a step, after the last micro-batch."""
-    sharded: Any = model
-
-    def once(micro_batch: int) -> Tensor:
-        sharded.set_requires_all_reduce(micro_batch == micro_batches[-1])
-        return backward(micro_batch)
-
-    return accumulate_gradients_fsdp(once, micro_batches, parameters, world)
-
-
-def broadcast_updates(model: GPT, world: World, sharding: Sharding) -> Callable[[], None]:
-    """What is done after each update: owners send their parameters to all others."""
-    if sharding != "zero1":
-        return lambda: None
-    owners, named = parameter_owners(model, world), dict(model.named_parameters())
-
-    def spread() -> None:
-        for rank in range(world.size):
-            world.broadcast([named[name].detach() for name, owner in owners.items() if owner == rank], rank)
-
-    return spread
+    """The rank that updates each parameter under zero1."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return assign_parameters(sizes, world.size)
 
 
 def reshard(model: GPT) -> None:
-    """Give back what was gathered for the last forward pass, if anything was: there was no backward pass."""
-    put_back: Callable[[], None] | None = getattr(model, "reshard", None)
-    if put_back is not None:
-        put_back()
+    """Free the weights that a forward pass without a backward pass has left gathered, if there are any."""
+    if hasattr(model, "reshard"):
+        model.reshard()  # type: ignore[operator]
 
 
 @torch.no_grad()
 def gather_model(model: GPT, world: World) -> GPT | None:
-    """The whole model where there are shards of it, on the main process; None on the others."""
+    """The whole model of which processes hold shards, on the main process; None on the others."""
     whole = empty_model(model.config) if world.is_main else None
     shapes = weight_shapes(model.config)
     own = dict(whole.named_parameters()) if whole is not None else {}
@@ -144,9 +230,9 @@ def gather_model(model: GPT, world: World) -> GPT | None:
 
 
 def unsupported_reasons(
-    sharding: Sharding, precision: str | None, world: World, *, deterministic_reduce: bool
-) -> list[str]:
-    """What the processes can't do, one plain sentence each; [] if nothing."""
+    sharding: Sharding, precision: Precision, world: World, *, deterministic: bool
+) -> Sequence[str]:
+    """What these processes can't do, one sentence each; [] if nothing."""
     found = []
     if sharding != "none" and not world.is_distributed:
         found.append(
@@ -154,53 +240,15 @@ def unsupported_reasons(
         )
     if precision == "fp16" and sharding != "none":
         found.append(f"precision=fp16 scales gradients, which sharding={sharding} can't: choose bf16")
-    if deterministic_reduce and sharding in SHARDS:
+    if deterministic and sharding in FULLY_SHARDED:
         found.append(
-            f"deterministic_reduce=True adds gradients up in a tree, sharding={sharding} in torch's own way: choose "
-            "sharding none or optimizer"
+            f"deterministic_reduce=True sums gradients in a tree, sharding={sharding} in torch's own way: "
+            "choose sharding none or zero1"
         )
-    if deterministic_reduce and world.size & (world.size - 1):
+    if deterministic and world.size & (world.size - 1):
         found.append(f"deterministic_reduce=True takes 1, 2, 4, 8, ... processes, not {world.size}")
     if sharding == "hsdp" and world.size % world.local_size:
-        found.append(f"sharding=hsdp takes as many processes on each machine, not {world.size} in all")
+        found.append(
+            f"sharding=hsdp takes the same number of processes on each machine, not {world.size} in all"
+        )
     return found
-
-
-# ---------------------------------------------------------------- how the gradients of a step are added up
-
-
-def accumulate_gradients_fsdp(
-    backward: Backward, micro_batches: range, _parameters: Sequence[Tensor], world: World
-) -> Tensor:
-    """The same where each backward pass sums its gradients over the processes by itself, as FSDP does."""
-    nats = _add_nats(backward, micro_batches)
-    world.all_reduce([nats])
-    return nats
-
-
-def accumulate_gradients_bitwise(
-    backward: Backward, micro_batches: range, parameters: Sequence[Tensor], world: World
-) -> Tensor:
-    """Add up halves of halves: one binary tree over the step's micro-batches, whoever computes them.
-
-    Every sum is rounded at the same places then, so that it is the same to the bit for 1, 2, 4, ...
-    processes, whose number must divide that of the micro-batches. Holds as many sums as the tree is high.
-    """
-
-    def tree(part: range) -> list[Tensor]:
-        if len(part) == 1:
-            nats = backward(part[0])
-            leaf = [*map(_gradient, parameters), nats]
-            for parameter in parameters:
-                parameter.grad = None
-            return leaf
-        half = len(part) // 2
-        left, right = tree(part[:half]), tree(part[half:])
-        torch._foreach_add_(left, right)
-        return left
-
-    *gradients, nats = tree(micro_batches)
-    world.tree_all_reduce([*gradients, nats])
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    return nats

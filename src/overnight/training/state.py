@@ -17,15 +17,7 @@ from torch.optim import AdamW
 from overnight.model.gpt import GPT
 from overnight.training.checkpoint.format import TensorShard
 from overnight.training.guard import Guard
-
-
-def build_scaler(device: str, precision: str | None) -> GradScaler:
-    """What keeps float16 gradients from vanishing: on for fp16, and without effect for all else.
-
-    The scale begins at 65,536, is halved by every overflow and doubled after 2,000 steps without one
-    (Micikevicius et al. 2018, section 3.2; the numbers are torch's).
-    """
-    return GradScaler(device.partition(":")[0], enabled=precision == "fp16")
+from overnight.training.optim import build_scaler
 
 
 def local_shard(tensor: Tensor) -> TensorShard:

@@ -23,7 +23,8 @@ from overnight.planning.command import (
 )
 from overnight.planning.estimate import StepCost
 from overnight.planning.page import Plan, brief, dollars, plan_text, plan_to_json, size
-from overnight.recipe import list_options, load_recipe
+from overnight.recipe import load_recipe
+from overnight.recipe_options import list_options
 
 
 def asked(name: str, **settings: Any) -> PlanConfig:

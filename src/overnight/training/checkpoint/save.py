@@ -156,81 +156,82 @@ def _updates(state: TrainState) -> int:
     return max((int(each["step"]) for each in state.optimizer.state.values()), default=0)
 
 
-# ---------------------------------------------------------------- checkpoints that a thread writes while training goes on
-
-
-Work = Callable[[], Any]
+# ---------------------------------------------------------------- asynchronous checkpoints
 
 
 class Saver:
-    """Saves a run's checkpoints, one at a time, each by a thread.
+    """Saves a run's checkpoints, one at a time, each in a thread while training continues.
 
-    `flush` is called before a checkpoint is published, and `tidy` after it; both by the main process's
-    thread. `settings` are written down with each. Threads say nothing to other processes: with several of
-    them, each thread writes its own files, and the checkpoint is published at the end of the first step at
-    which all are written. All processes call `save`, `look` and `finish` after the same steps. What goes
-    wrong in a thread (OSError) is raised by the next of these.
+    `before_publish` and `after_publish` are called around publication, by the main process's thread.
+    `settings` are recorded in each checkpoint. All processes call `save`, `poll` and `wait` after the same
+    steps. An OSError of a thread is raised by the next of these calls.
+
+    Threads do not communicate between processes. One process writes and publishes in one thread. Several
+    processes go through two stages: each writes its own files in a thread; at the end of the first step at
+    which all threads are done, the main process publishes in a second thread, and the others wait for that.
+    `_thread` is the stage under way, `_publish` what follows it (None in the last stage).
     """
 
     def __init__(
-        self, folder: Path, world: World, flush: Work, tidy: Work, settings: Mapping[str, object]
+        self,
+        folder: Path,
+        world: World,
+        before_publish: Callable[[], object],
+        after_publish: Callable[[], object],
+        settings: Mapping[str, object],
     ) -> None:
-        self._folder, self._world, self._flush, self._tidy = folder, world, flush, tidy
-        self._settings = settings
-        self._work: Future[Any] | None = None
-        self._next: Callable[[list[str]], None] | None = None
+        self._folder, self._world, self._settings = folder, world, settings
+        self._before_publish, self._after_publish = before_publish, after_publish
+        self._thread: Future[Any] | None = None
+        self._publish: Callable[[list[str]], None] | None = None
 
     def save(self, state: TrainState) -> None:
-        """Copy the state, and begin to write it, when the checkpoint before is published."""
-        self.finish()
+        """Copy the state, and begin to write it; waits for the checkpoint before."""
+        self.wait()
         snapshot = take_snapshot(state, self._world, self._settings)
-        building = make_staging_folder(snapshot.step, self._folder, self._world)
-        write = functools.partial(write_rank_files, snapshot, building, self._world)
-        without_tensors = snapshot._replace(tensors={})
+        staging = make_staging_folder(snapshot.step, self._folder, self._world)
+        write = functools.partial(write_rank_files, snapshot, staging, self._world)
+        without_tensors = snapshot._replace(tensors={})  # frees their memory before publication
 
-        def publish_all(written: list[str]) -> None:
-            self._flush()
-            publish_checkpoint(without_tensors, building, written)
-            self._tidy()
+        def publish(written: list[str]) -> None:
+            self._before_publish()
+            publish_checkpoint(without_tensors, staging, written)
+            self._after_publish()
 
         if self._world.size == 1:
-            self._work = _begin(lambda: publish_all([write()]))
+            self._thread = _start_thread(lambda: publish([write()]))
         else:
-            self._work, self._next = _begin(write), publish_all
+            self._thread, self._publish = _start_thread(write), publish
 
-    def look(self) -> None:
-        """Go on with the checkpoint under way as far as all threads have come, without waiting for them."""
-        while self._work is not None and not self._world.any(not self._work.done()):
-            self._go_on()
+    def poll(self) -> None:
+        """Advance the checkpoint under way as far as all processes' threads are done, without waiting."""
+        while (thread := self._thread) is not None and not self._world.any(not thread.done()):
+            self._advance(thread)
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Return when the checkpoint under way, if any, is published."""
-        while self._work is not None:
-            self._go_on()
+        while (thread := self._thread) is not None:
+            self._advance(thread)
 
-    def settle(self) -> None:
-        """Before a failing run ends: let its thread come to the end, and say if it failed as well.
-
-        Of several processes nothing is published any more.
-        """
-        if self._work is not None and (error := self._work.exception()) is not None:
+    def abandon(self) -> None:
+        """Before a failing run ends: wait for the thread, and print its error, if any. Publishes nothing more."""
+        if self._thread is not None and (error := self._thread.exception()) is not None:
             echo(f"the checkpoint under way is lost: {error}")
 
-    def _go_on(self) -> None:
-        """Wait for the thread; where all have written, let the main process publish."""
-        assert self._work is not None
-        work, self._work = self._work, None
-        then, self._next = self._next, None
-        told = work.result()
-        if then is None:
+    def _advance(self, thread: Future[Any]) -> None:
+        """Wait for the stage under way; begin the next one, if there is one."""
+        publish, self._thread, self._publish = self._publish, None, None
+        written_here = thread.result()
+        if publish is None:
             self._world.barrier()
             return
-        written = self._world.all_gather_object(told)
-        self._work = _begin(functools.partial(then, written) if self._world.is_main else lambda: None)
+        written = self._world.all_gather_object(written_here)
+        is_main = self._world.is_main
+        self._thread = _start_thread(functools.partial(publish, written) if is_main else lambda: None)
 
 
-def _begin(work: Work) -> Future[Any]:
-    """Let a thread do it."""
+def _start_thread(work: Callable[[], Any]) -> Future[Any]:
+    """Do `work` in a daemon thread."""
     future: Future[Any] = Future()
 
     def run() -> None:

@@ -1,0 +1,123 @@
+"""What a run runs on: the choices made for this machine, and its environment, recorded at each start."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overnight import __version__
+from overnight.data.mixture import Mixture, Rows
+from overnight.data.packing import BestFitStream
+from overnight.hardware import find_device_name
+from overnight.recipe import Recipe
+from overnight.run.setup import RunSetup
+from overnight.training import Compute
+from overnight.training.compute import describe_attention_kernel, explain_compute
+
+ABOUT_EACH_START = {"started_at", "command"}
+
+
+def explain_choices(asked: Recipe, run: RunSetup) -> dict[str, str]:
+    """The value chosen for this machine and the reason, by the setting's name."""
+    resolved = run.resolved
+    choices = explain_compute(asked.compute, resolved.compute)
+    packing = resolved.recipe.data.packing
+    kernel = describe_attention_kernel(
+        resolved.model, resolved.compute, within_documents=packing == "documents"
+    )
+    choices["attention"] += f", kernel {kernel}"
+    if packing == "best-fit":
+        choices["packing"] = f"{packing} (as asked), {describe_cut_tokens(run.train)}"
+    if isinstance(run.train, Mixture):
+        choices["mixture"] = run.train.describe_shares()
+    if run.world.is_distributed:
+        choices["processes"] = describe_processes(asked, run)
+    rows, first, last = resolved.plan.micro_batch_size, resolved.plan.stages[0], resolved.plan.stages[-1]
+    micro_batches = (
+        f"{last.micro_batches}" if first is last else f"{first.micro_batches} to {last.micro_batches}"
+    )
+    reason = "the memory estimate allows it" if asked.batch.micro_batch_size is None else "as asked"
+    if asked.batch.micro_batch_size not in {None, rows}:
+        reason = "halved until it fitted"
+    choices["micro_batch_size"] = f"{rows} ({reason}), {micro_batches} micro-batches a step"
+    return choices
+
+
+def describe_processes(asked: Recipe, run: RunSetup) -> str:
+    """The number of processes, what they divide among them, and why."""
+    world, compute = run.world, run.resolved.compute
+    reason = "as asked" if asked.compute.sharding is not None else "the first that fits"
+    order = ", gradients summed in one tree" if compute.deterministic_reduce else ""
+    machines = world.size // world.local_size
+    where = f" on {machines} machines" if machines > 1 else ""
+    return f"{world.size}{where}, sharding {compute.sharding} ({reason}){order}"
+
+
+def describe_cut_tokens(rows: Rows | Mixture) -> str:
+    """The share of the text that is in no row, in words; for each source of a mixture."""
+    if isinstance(rows, Mixture):
+        sources = zip(rows.names, rows.streams, strict=True)
+        return "; ".join(f"{name}: {describe_cut_tokens(stream)}" for name, stream in sources)
+    return rows.describe_loss() if isinstance(rows, BestFitStream) else "nothing cut off"
+
+
+def describe_environment(
+    compute: Compute,
+    parameters: int,
+    choices: Mapping[str, str],
+    before: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Versions, hardware, precision, commit and command of this process, for environment.json.
+
+    For a resumed run, `before` is that file's content: it stays, and its list "resumed" grows by the time
+    and command of the resumption and every fact that differs from the first start.
+    """
+    facts = {
+        "overnight": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "device": compute.device,
+        "device_name": find_device_name(compute.device),
+        "precision": compute.precision,
+        "compiled": compute.compile,
+        "choices": dict(choices),
+        "threads": torch.get_num_threads(),
+        "git_commit": _git_commit(),
+        "command": shlex.join(["overnight", *sys.argv[1:]]),
+        "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "parameters": parameters,
+    }
+    if before is None:
+        return facts
+    again = {
+        name: fact for name, fact in facts.items() if name in ABOUT_EACH_START or before.get(name) != fact
+    }
+    return {**before, "resumed": [*before.get("resumed", []), again]}
+
+
+def _git_commit(file: Path = Path(__file__)) -> str | None:
+    """The commit that contains `file`, which is this package's own; None if none does, or without git.
+
+    An installed package is often inside another project's repository, whose commit says nothing about it.
+    """
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD", f"HEAD:./{file.name}"],  # fails if the commit has no such file
+            cwd=file.parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.split()[0]

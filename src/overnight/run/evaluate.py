@@ -1,0 +1,181 @@
+"""Evaluations during a run: held-out loss, tasks, and statistics of the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from overnight.data.loader import Batch, TokenStream
+from overnight.data.mixture import Concatenation, Mixture
+from overnight.distributed.watchdog import Watchdog
+from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.evaluation.perplexity import (
+    Evaluation,
+    evaluate_language_model,
+    evaluation_rows,
+    pool_evaluations,
+)
+from overnight.evaluation.run_tasks import HARNESS, open_tasks, split_names
+from overnight.evaluation.scores import Score
+from overnight.evaluation.tasks import Example, Numbers, Task, TaskResult, evaluate_task
+from overnight.model.gpt import GPT
+from overnight.recipe import EvaluationConfig
+from overnight.run.setup import RunSetup
+from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.training.sharding import FULLY_SHARDED, gather_model, reshard
+from overnight.training.state import local_shard
+
+
+def evaluate_validation(run: RunSetup, watch: Watchdog) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """The held-out loss, and one record for each source of a mixture ([] of a single text)."""
+    wanted = run.resolved.recipe.evaluation.evaluation_tokens
+    if not isinstance(run.validation, Concatenation):
+        return _evaluate_stream(run, run.validation, wanted, watch), []
+    streams = zip(run.validation.streams, run.validation.evaluation_tokens(wanted), strict=True)
+    parts = [_evaluate_stream(run, stream, tokens, watch) for stream, tokens in streams]
+    evaluation = parts[0] if len(parts) == 1 else pool_evaluations(parts)
+    return evaluation, _describe_sources(run, parts)
+
+
+def _evaluate_stream(run: RunSetup, stream: TokenStream, tokens: int | None, watch: Watchdog) -> Evaluation:
+    model, dataset = run.state.model, run.dataset
+    batches = _with_heartbeat(stream.evaluation_batches(evaluation_rows(model), tokens), watch)
+    evaluation = evaluate_language_model(
+        model,
+        batches,
+        dataset.tokenizer.token_bytes(),
+        run.resolved.compute.precision,
+        dataset.document_separator,
+        world=run.world,
+    )
+    reshard(model)
+    return evaluation
+
+
+def _with_heartbeat(batches: Iterable[Batch], watch: Watchdog) -> Iterator[Batch]:
+    for batch in batches:
+        watch.heartbeat()
+        yield batch
+
+
+def _describe_sources(run: RunSetup, parts: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Of each source of a mixture: its validation loss, and how much of it was trained on."""
+    if not isinstance(run.train, Mixture):
+        return []
+    plan = run.resolved.plan
+    rows = plan.tokens_before(run.state.step) // plan.tokens_per_row
+    seen = zip(
+        run.train.names, parts, run.train.rows_of_each(rows), run.train.epochs_of_each(rows), strict=True
+    )
+    return [
+        {
+            "source": name,
+            "loss": part.loss,
+            "evaluated_tokens": part.evaluated_tokens,
+            "tokens": count * plan.tokens_per_row,
+            "epochs": round(epochs, 6),
+        }
+        for name, part, count, epochs in seen
+    ]
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """A task, its examples as ids."""
+
+    task: Task
+    examples: Sequence[Example]
+
+
+def open_run_tasks(config: EvaluationConfig, tokenizer: Tokenizer, context_length: int) -> list[RunTask]:
+    """The tasks of a recipe. Raises ValueError for an unknown task, and if a task's file is missing."""
+    if not config.tasks:
+        return []
+    names = split_names(config.tasks)
+    if names.harness or names.validation:
+        raise ValueError(
+            f"tasks={', '.join(config.tasks)}: a run evaluates validation text by evaluate_every_steps, and "
+            f"{HARNESS}NAME only with `overnight evaluate`"
+        )
+    tasks = open_tasks(names.own, config.task_files, config.task_examples)
+    return [RunTask(task, task.encode(tokenizer, context_length)) for task in tasks]
+
+
+def evaluate_run_tasks(run: RunSetup, tasks: Sequence[RunTask], watch: Watchdog) -> list[Score]:
+    """The scores of the model at this step; the same in all processes.
+
+    Processes divide the examples; a sharded model is gathered and evaluated by the first process.
+    """
+    world, is_whole = run.world, run.resolved.compute.sharding not in FULLY_SHARDED
+    model = run.state.model if is_whole else gather_model(run.state.model, world)
+    scores: list[Score] = []
+    for each in tasks:
+        own = list(_evaluate_share(each, model, run, world if is_whole else SINGLE_PROCESS, watch))
+        with watch.paused() if world.size > 1 else nullcontext():
+            gathered = world.all_gather_object(json.dumps(own))
+        numbers = {index: tuple(values) for share in gathered for index, values in json.loads(share)}
+        result = TaskResult(each.examples, [numbers[index] for index in range(len(each.examples))])
+        scores += each.task.score(result, None)
+    return scores
+
+
+def _evaluate_share(
+    each: RunTask, model: GPT | None, run: RunSetup, world: World, watch: Watchdog
+) -> Iterator[tuple[int, Numbers]]:
+    if model is None:
+        return
+    for pair in evaluate_task(model, each.examples, run.resolved.compute.precision, world):
+        watch.heartbeat()
+        yield pair
+
+
+def score_event(score: Score) -> dict[str, object]:
+    """A score as a line of the run's record."""
+    return {
+        "task": score.task,
+        "metric": score.metric,
+        "value": score.value,
+        **dataclasses.asdict(score.interval),
+        "examples": score.examples,
+        "chance": score.chance,
+    }
+
+
+# ---------------------------------------------------------------- statistics of weights
+
+NORM_GAINS = ("ln_1.weight", "ln_2.weight", "ln_f.weight")
+INTO_RESIDUAL = ("attn.c_proj.weight", "mlp.c_proj.weight")
+BESIDE_RESIDUAL = ("mlp.c_fc.weight",)
+
+
+@torch.no_grad()
+def describe_weights(model: GPT, world: World) -> dict[str, float]:
+    """The mean gain of all layer norms, and the residual ratio, in which mistakes show that the loss hides.
+
+    The ratio is the standard deviation of the weights that write into the residual stream over that of
+    c_fc's: 1 / sqrt(2 n_layer) at initialisation. All processes must call it: each adds up its own shards.
+    """
+    kinds = (NORM_GAINS, INTO_RESIDUAL, BESIDE_RESIDUAL)
+    sums = torch.zeros(len(kinds), 3, device=model.wte.weight.device)
+    for name, parameter in model.named_parameters():
+        for kind, endings in enumerate(kinds):
+            if name.endswith(endings):
+                rows = local_shard(parameter.detach())[0].float()
+                sums[kind] += torch.stack([sums.new_tensor(rows.numel()), rows.sum(), rows.square().sum()])
+    world.all_reduce([sums])
+    gains, into, beside = sums.cpu().tolist()
+    ratio = _deviation(into) / (_deviation(beside) or math.nan)  # 0 where every weight is infinite
+    return {"norm_gain": gains[1] / gains[0], "residual_ratio": ratio}
+
+
+def _deviation(sums: list[float]) -> float:
+    """The standard deviation, from (count, sum, sum of squares)."""
+    count, total, squares = sums
+    return math.sqrt(max(0.0, squares / count - (total / count) ** 2))
