@@ -33,6 +33,7 @@ import torch.multiprocessing as mp
 from measure import Report, interleave, run_plainly
 from overnight.distributed.machine import environment_of_process
 from overnight.distributed.world import BUCKET_BYTES, World
+from overnight.model.gpt import parameter_shapes
 from overnight.model.model_config import ModelConfig
 from overnight.planning.network import (
     Cluster,
@@ -135,7 +136,7 @@ def say(kind: Kind, whole: torch.Tensor, part: torch.Tensor) -> None:
 
 def time_step(sharding: Sharding, here: World, model: ModelConfig) -> float:
     """Seconds of all that a step says."""
-    tensors = {name: torch.zeros(shape) for name, shape in model.parameter_shapes().items()}
+    tensors = {name: torch.zeros(shape) for name, shape in parameter_shapes(model).items()}
     if sharding == "fsdp":
         groups = [("h.0.",)] * model.n_layer + [("w", "ln_f")]
         sizes = [

@@ -14,7 +14,7 @@ from checkouts import BUILD_NANOGPT, NANOGPT, Program, load_definitions
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from overnight.data.loader import Batches
+    from overnight.data.loader import Batch
     from overnight.model.gpt import GPT
     from overnight.model.model_config import ModelConfig
 
@@ -155,7 +155,7 @@ def copy_weights(ours: Mapping[str, Tensor], theirs: nn.Module) -> None:
 class Stepping:
     """What a peer's step needs besides the peer."""
 
-    batches: Batches
+    batches: Callable[[int, int], Batch]
     """(first row, rows) -> Batch, on the CPU."""
     rows: int
     """Of a micro-batch."""

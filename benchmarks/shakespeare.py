@@ -270,10 +270,10 @@ def judge_whole(logits: Callable[[Tensor], Tensor], ids: NDArray[np.int64]) -> f
     """Nats per character over all windows of 64 characters that lie end to end, at all their positions."""
     import torch
 
-    from overnight.bench.worker import read_rows
+    from overnight.bench.worker import Rows
     from overnight.model.loss import cross_entropy_nats
 
-    windows, batch = (ids.size - 1) // CONTEXT, read_rows(ids, CONTEXT)
+    windows, batch = (ids.size - 1) // CONTEXT, Rows(ids, CONTEXT).batch
     nats = 0.0
     with torch.inference_mode():
         for first in range(0, windows, ROWS_JUDGED_AT_ONCE):

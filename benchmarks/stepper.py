@@ -16,24 +16,27 @@ from typing import TYPE_CHECKING, Any
 
 import llmc
 import peers
-from task import LLM_C, Task
-
 from overnight.bench.worker import (
     PEAK_LEARNING_RATE,
     SEED,
     WARMUP_STEPS,
+    Rows,
     StepTask,
     build_step,
-    learning_rate,
-    read_rows,
     time_steps,
 )
 from overnight.model.model_config import VOCABULARY_MULTIPLE, ModelConfig
+from task import LLM_C, Task
 
 if TYPE_CHECKING:
     from overnight.model.gpt import GPT
 
 SCHEDULE = (PEAK_LEARNING_RATE, WARMUP_STEPS)
+
+
+def learning_rate(step: int) -> float:
+    """Of a step, counted from 0: the constant rate after a linear warm-up that our side has."""
+    return PEAK_LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
 
 
 def build(task: Task) -> tuple[Callable[[], Mapping[str, Any]], str]:
@@ -84,7 +87,7 @@ def build_theirs(task: Task, model: GPT) -> tuple[Callable[[], Any], str]:
     checkout = Path(task.checkout) if task.checkout is not None else None
     peer = peers.build_peer(task.peer, checkout, model)
     stepping = peers.Stepping(
-        batches=read_rows(np.load(task.ids), model.config.context_length),
+        batches=Rows(np.load(task.ids), model.config.context_length).batch,
         rows=task.rows,
         micro_batches=task.micro_batches,
         precision=str(task.precision),

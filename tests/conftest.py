@@ -50,7 +50,7 @@ class Programs(dict[str, Any]):
 
 @pytest.fixture
 def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Programs]:
-    """Programs that lie beside the package, imported as Python does when it starts one; removed afterwards."""
+    """The programs outside the package, imported as if started in their folder; removed afterwards."""
     folders = [REPOSITORY / name for name in ("benchmarks", "tests/campaigns", "tools")]
     before = set(sys.modules)
     for folder in folders:

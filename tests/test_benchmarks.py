@@ -232,7 +232,7 @@ def test_different_work_is_reported(programs: dict[str, Any]) -> None:
 def test_evaluation_peers_agree(programs: dict[str, Any]) -> None:
     evaluate, model = programs["evaluate"], far_from_chance()
     text = torch.randint(64, (6 * 16 + 1,), generator=torch.Generator().manual_seed(0))
-    batch = evaluate.read_rows(text.numpy(), 16)
+    batch = evaluate.Rows(text.numpy(), 16).batch
     windows = [batch(number * 2, 2) for number in range(3)]
     question = evaluate.Question(batches=windows, precision="fp32", device="cpu")
     theirs = programs["peers"].build_peer("transformers", None, model)

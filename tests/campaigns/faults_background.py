@@ -85,8 +85,8 @@ def aliases() -> None:
 
 def does_not_wait() -> None:
     """A mutant: the run ends, whether its last checkpoint is there or not."""
-    replace("overnight.training.checkpoint.save:Saver.finish", lambda _: None)
-    replace("overnight.training.checkpoint.save:Saver.settle", lambda _: None)
+    replace("overnight.training.checkpoint.save:Saver.wait", lambda _: None)
+    replace("overnight.training.checkpoint.save:Saver.abandon", lambda _: None)
 
 
 def notice(place: Place, mutant: Before) -> str:

@@ -17,7 +17,7 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +62,7 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase("starting", "overnight.run.setup:build_setup", 1),
+    Phase("starting", "overnight.run.setup:build_run", 1),
     Phase("training", "overnight.training.step:train_step", 38),
     Phase("evaluating", "overnight.run.log:RunLog.evaluate", 13),
     Phase("sampling", "overnight.run.log:RunLog.sample", 9),
@@ -258,11 +258,8 @@ def signal_twice(folder: Path) -> float:
 def deaf() -> None:
     """A mutant: nobody has told the system what to do about signals."""
 
-    @contextlib.contextmanager
-    def ignore() -> Iterator[Any]:
-        yield lambda: False
-
-    replace("overnight.training.step:stop_on_signal", ignore)
+    replace("overnight.run.train:StopConditions.__enter__", lambda stop: stop)
+    replace("overnight.run.train:StopConditions.__exit__", lambda *_: None)
 
 
 def catch_deaf(folder: Path) -> None:
@@ -281,13 +278,13 @@ def impatient() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    @contextlib.contextmanager
-    def stop_at_once() -> Iterator[Any]:
+    def stop_at_once(stop: Any) -> Any:
         for number in SIGNALS:
             signal.signal(number, interrupt)
-        yield lambda: False
+        return stop
 
-    replace("overnight.training.step:stop_on_signal", stop_at_once)
+    replace("overnight.run.train:StopConditions.__enter__", stop_at_once)
+    replace("overnight.run.train:StopConditions.__exit__", lambda *_: None)
 
 
 def catch_impatient(folder: Path, draw: random.Random) -> None:

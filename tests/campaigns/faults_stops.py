@@ -50,7 +50,7 @@ def same_noise_each_time() -> None:
     import torch
 
     torch.manual_seed(1)
-    replace("overnight.training.step:_seed_dropout", lambda *_: None)
+    replace("overnight.training.step:seed_dropout", lambda *_: None)
 
 
 def draw_settings(draw: random.Random) -> dict[str, object]:
