@@ -246,13 +246,13 @@ def trained(
     """A run of `size` processes with these settings, trained once for all tests."""
     teams = Teams(tmp_path_factory.mktemp("trained"))
 
-    def train(size: int, *, machines: int = 1, **settings: Any) -> Trained:
+    def train(size: int, *, machines: int = 1, at_once: int | None = 3, **settings: Any) -> Trained:
         words = [f"{name}-{value}" for name, value in sorted(settings.items())]
-        name = "-".join([str(size), str(machines), *words])
+        name = "-".join([str(size), str(machines), str(at_once), *words])
         path, notes = shared_folder / name, shared_folder / f"{name}.pickle"
         with FileLock(shared_folder / f"{name}.lock"):
             if not notes.is_file():
-                given = (recipe(**settings), path)
+                given = (recipe(**settings), path, None, at_once)
                 read = teams("train", *given, size=size, machines=machines)
                 notes.write_bytes(pickle.dumps(read))
         return Trained(path, pickle.loads(notes.read_bytes()))

@@ -63,8 +63,10 @@ class Observed:
         return batch
 
 
-def train(recipe: Any, path: Path, stop: int | None = None) -> Batches:
-    """A run, stopped after `stop` steps; returns every batch that this process read."""
+def train(recipe: Any, path: Path, stop: int | None = None, at_once: int | None = 3) -> Batches:
+    """A run, stopped after `stop` steps and evaluated `at_once` rows at a time; every batch it read here."""
+    if at_once is not None:
+        limit_evaluation_batches(at_once)
     return note_batches(recipe, path, stop, resume=False)
 
 
@@ -74,6 +76,7 @@ def train_on(path: Path, stop: int | None, compute: dict[str, Any]) -> Batches:
 
     before = load_resumed(path)
     recipe = dataclasses.replace(before, compute=dataclasses.replace(before.compute, **compute))
+    limit_evaluation_batches()
     return note_batches(recipe, path, stop, resume=True)
 
 
@@ -90,7 +93,6 @@ def note_batches(recipe: Any, path: Path, stop: int | None, *, resume: bool) -> 
 
         return dataclasses.replace(setup, data=Observed(setup.data, note))
 
-    limit_evaluation_batches()
     before_each_step(observed)
     if stop is not None:
         stop_after(stop)
@@ -142,9 +144,9 @@ def train_until(recipe: Any, path: Path, step: int, rank: int, ending: str) -> N
     train_run(recipe, RunDirectory(path))
 
 
-def limit_evaluation_batches() -> None:
+def limit_evaluation_batches(rows: int = 3) -> None:
     """So that each process has several batches to evaluate."""
-    replace("overnight.evaluation.perplexity:evaluation_rows", lambda model: 3)
+    replace("overnight.evaluation.perplexity:evaluation_rows", lambda model: rows)
     replace("overnight.evaluation.multiple_choice:TOKENS_AT_ONCE", 200)
     replace("overnight.evaluation.passages:TOKENS_AT_ONCE", 200)
 

@@ -50,12 +50,12 @@ def record(directory: RunDirectory) -> dict[str, Any]:
 @pytest.fixture
 def whole(trained: Callable[..., Any]) -> dict[str, Any]:
     """The record of the run in two processes that nobody disturbed."""
-    return record(trained(2).directory)
+    return record(trained(2, at_once=None).directory)
 
 
 def test_record_sees_another_run(trained: Callable[..., Any], whole: dict[str, Any]) -> None:
     """Negative control: one process rounds otherwise."""
-    assert record(trained(1).directory) != whole
+    assert record(trained(1, at_once=None).directory) != whole
 
 
 # Teams
@@ -81,7 +81,7 @@ def test_signal_to_one_process_saves_all(
     assert [how for how, _ in found] == ["KeyboardInterrupt"] * 2
     directory = RunDirectory(tmp_path / "run")
     assert max(directory.checkpoints.iterdir()).name == "step-00000008"
-    team("train_on", directory.path, None, {}, size=2)
+    team("command", tmp_path, ["train", "--resume", "run"], size=2)
     assert record(directory) == whole
 
 
