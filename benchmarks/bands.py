@@ -25,15 +25,15 @@ from measure import Report, run_plainly
 from overnight import __version__
 from overnight.baselines.band import (
     TEXT,
-    Course,
     ReferenceBand,
+    RunCurves,
     columns_of,
     describe_settings,
     record_curves,
-    run_stats,
+    run_curves,
     window_ends,
 )
-from overnight.baselines.verdict import deviation_at
+from overnight.baselines.verdict import band_deviations
 from overnight.config import from_toml
 from overnight.recipe import Recipe, flatten, load_recipe
 from overnight.run import train as train_module
@@ -57,7 +57,7 @@ class Run(NamedTuple):
     """With everything decided."""
     text: Mapping[str, Any]
     """Its data.json."""
-    course: Course
+    course: RunCurves
 
 
 def train(recipe: Recipe, folder: Path, evaluations: int) -> RunDirectory:
@@ -78,7 +78,7 @@ def read(directory: RunDirectory) -> Run:
     recipe = from_toml(Recipe, directory.recipe.read_text(encoding="utf-8"), str(directory.recipe))
     lines = directory.read_metrics()
     ends = [lines[step - 1]["tokens"] for step in window_ends(len(lines))]
-    course = run_stats(columns_of(lines), directory.read_events("evaluations"), ends)
+    course = run_curves(columns_of(lines), directory.read_events("evaluations"), ends)
     return Run(recipe.seed, recipe, json.loads(directory.data.read_text(encoding="utf-8")), course)
 
 
@@ -139,9 +139,9 @@ def open_to_versions(band: ReferenceBand, share: float) -> ReferenceBand:
 def hold_out(runs: Sequence[Run], at: int) -> list[str]:
     """A run beside the band of the others, as a row of the table."""
     others = record_curves([run.course for place, run in enumerate(runs) if place != at])
-    found = deviation_at(runs[at].course, others)
-    worst = max(found, key=lambda name: max(abs(each.excess) for each in found[name]))
-    place = max(found[worst], key=lambda each: abs(each.excess))
+    found = band_deviations(runs[at].course, others)
+    worst = max(found, key=lambda name: max(abs(each.z) for each in found[name]))
+    place = max(found[worst], key=lambda each: abs(each.z))
     last = {name: runs[at].course[name][-1].value for name in ("validation_loss", "loss")}
     return [
         str(runs[at].seed),
@@ -149,7 +149,7 @@ def hold_out(runs: Sequence[Run], at: int) -> list[str]:
         f"{last['loss']:.4f}",
         worst,
         f"{place.tokens:,}",
-        f"{abs(place.excess):.2f}",
+        f"{abs(place.z):.2f}",
     ]
 
 

@@ -162,9 +162,9 @@ def measure(options: argparse.Namespace) -> Report:
 def text_bytes(file: Path) -> int:
     """Bytes of text in a Parquet file, before compression."""
     from overnight.data.text_files import TextFile
-    from overnight.preparation.documents import Part, estimate_text_bytes
+    from overnight.preparation.documents import divide_file
 
-    return estimate_text_bytes(Part(TextFile(str(file), file.name, file.stat().st_size)))
+    return sum(divide_file(TextFile(str(file), file.name, file.stat().st_size), "text", 1 << 62).values())
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:

@@ -96,10 +96,7 @@ def answer_as_ours(model: GPT, asked: Asked) -> list[int]:
     torch.set_float32_matmul_precision("highest")  # the program allows a GPU less
     choices = [encode_question(question, asked.tokenizer) for question in asked.questions]
     found = dict(evaluate_choices(model, choices, asked.precision))
-    return [
-        found[place].likeliest([len(ending) for ending in choice.endings])
-        for place, choice in enumerate(choices)
-    ]
+    return [choice.predict(found[place], "accuracy_per_token") for place, choice in enumerate(choices)]
 
 
 def answer_as_program(program: ModuleType, model: Any, asked: Asked) -> list[int]:

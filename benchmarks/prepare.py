@@ -57,11 +57,10 @@ def encoders(texts: Sequence[str], folder: Path) -> dict[str, Callable[[], NDArr
 
 def encode_ours(tokenizer: Tokenizer, texts: Sequence[str], threads: int) -> NDArray[Any]:
     """As `prepare` does it, without the end-of-text ids that it puts before each document."""
-    from overnight.preparation.documents import Document, Fate
+    from overnight.preparation.documents import Document, FilteredDocument
 
-    kept: Fate = "kept"
-    judged = ((Document(text, ""), kept) for text in texts)
-    return np.concatenate([ids[1:] for _, _, ids in tokenize_documents(judged, tokenizer, threads)])
+    documents = (FilteredDocument(Document(text, ""), "kept") for text in texts)
+    return np.concatenate([ids[1:] for _, ids in tokenize_documents(documents, tokenizer, threads)])
 
 
 def measure(options: argparse.Namespace) -> Report:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from measure import Report, interleave, paired_ratio, run_plainly, spread, timed
 from overnight.data.loader import TokenStream
-from overnight.data.shards import HEADER_BYTES, SMALL, Manifest, Shard, ShardFile
+from overnight.data.shards import HEADER_BYTES, SMALL, Manifest, Shard
+from overnight.data.token_reader import ShardFile
 from overnight.hardware import peak_memory_bytes, reset_peak_memory
 
 HEADINGS = ("batches of", "median ms", "min", "max", "million tokens/s", "times as fast", "MB more")

@@ -43,7 +43,7 @@ from measure import (
     run_plainly,
     spread,
 )
-from overnight.bench.command import about_peak, find_peak_flops_or_measure
+from overnight.bench.decide import about_peak, find_peak_flops_or_measure
 from overnight.distributed.world import open_world
 from overnight.hardware import find_memory_bytes
 from overnight.model.model_config import PRESETS, ModelConfig

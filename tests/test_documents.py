@@ -110,7 +110,7 @@ def test_command_shown_is_understood(command: str, called: list[str]) -> None:
     if "--help" in words:
         with pytest.raises(SystemExit, match="0"):
             cli.main(words)
-        assert words[0] in cli.VERBS
+        assert words[0] in cli.COMMANDS
     else:
         assert cli.main(words) == cli.DONE
         assert len(called) == 1

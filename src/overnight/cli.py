@@ -1,4 +1,8 @@
-"""The street door: parses, calls a stage, prints errors; nothing else."""
+"""The command line: parses, calls one command, prints errors. It imports the rest when it is needed.
+
+A command is a module with a `run`; its options are a dataclass in the folder's `__init__`, which needs no
+torch, so that `--help` is instant.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,7 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from overnight import __version__
 
@@ -18,8 +21,8 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings", bound="Recipe")
 
 
-class Verb(NamedTuple):
-    """A command: `module` holds its Config and its `run`."""
+class Command(NamedTuple):
+    """`module` holds `run`, `config` names the class of its options."""
 
     module: str
     config: str
@@ -27,89 +30,92 @@ class Verb(NamedTuple):
     example: str
 
 
-VERBS = {
-    "quickstart": Verb(
+COMMANDS = {
+    "quickstart": Command(
         "overnight.quickstart.command",
-        "QuickstartConfig",
+        "overnight.quickstart:QuickstartConfig",
         "Everything on a laptop, offline, in a few minutes",
         "overnight quickstart",
     ),
-    "prepare": Verb(
+    "prepare": Command(
         "overnight.preparation.command",
-        "PrepareConfig",
+        "overnight.preparation.prepare_config:PrepareConfig",
         "Text to shards of tokens",
         "overnight prepare ~/my-notes --tokenizer bpe-8192",
     ),
-    "inspect": Verb(
+    "inspect": Command(
         "overnight.inspection.command",
-        "InspectConfig",
-        "What is in prepared shards: counts, duplicates, odd texts",
+        "overnight.inspection:InspectConfig",
+        "Statistics of prepared shards: counts, duplicates, quality",
         "overnight inspect data/python-docs",
     ),
-    "train": Verb(
+    "train": Command(
         "overnight.run.command",
-        "Recipe",
-        "RECIPE to a trained GPT; also --resume RUN, --init-from MODEL",
+        "overnight.recipe:Recipe",
+        "Train a RECIPE; also --resume RUN, --init-from MODEL",
         "overnight train shakespeare-char-cpu --n_layer=4 --dropout 0.1",
     ),
-    "generate": Verb(
+    "generate": Command(
         "overnight.generation.command",
-        "GenerateConfig",
-        "Let a model write",
+        "overnight.generation:GenerateConfig",
+        "Generate text with a model",
         'overnight generate runs/quickstart "The value of" --temperature 0.8',
     ),
-    "evaluate": Verb(
+    "evaluate": Command(
         "overnight.evaluation.command",
-        "EvaluateConfig",
-        "Loss, perplexity and bits per byte of a model",
+        "overnight.evaluation:EvaluateConfig",
+        "Loss, perplexity, bits per byte and tasks of a model",
         "overnight evaluate runs/quickstart",
     ),
-    "doctor": Verb(
+    "doctor": Command(
         "overnight.doctor.command",
-        "DoctorConfig",
-        "RECIPE checked before the night: what would go wrong?",
+        "overnight.doctor:DoctorConfig",
+        "Check a RECIPE, its data and this machine before a run",
         "overnight doctor quickstart",
     ),
-    "plan": Verb(
+    "plan": Command(
         "overnight.planning.command",
-        "PlanConfig",
-        "Will RECIPE fit, how long, how much disk and money?",
+        "overnight.planning:PlanConfig",
+        "Memory, time, disk and cost of a RECIPE",
         "overnight plan gpt2-124m --dollars-per-hour 2.50",
     ),
-    "launch": Verb(
+    "launch": Command(
         "overnight.jobs.command",
-        "LaunchConfig",
-        "RECIPE as a job file for Slurm, SkyPilot, SageMaker, Kubernetes",
+        "overnight.jobs:LaunchConfig",
+        "A job file for Slurm, SkyPilot, SageMaker, Kubernetes",
         "overnight launch gpt2-124m --slurm --nodes 2 --gpus-per-node 8",
     ),
-    "ladder": Verb(
+    "bench": Command(
         "overnight.bench.command",
-        "BenchConfig",
+        "overnight.bench:BenchConfig",
         "The speed ladder, float32 to everything, on this machine",
-        "overnight ladder --model gpt2-124m --out ladder",
+        "overnight bench --model gpt2-124m --out bench",
     ),
-    "report": Verb(
+    "report": Command(
         "overnight.report.command",
-        "ReportConfig",
-        "The morning page of a run, or several compared",
+        "overnight.report:ReportConfig",
+        "A page about a run, or about several compared",
         "overnight report runs/quickstart",
     ),
-    "runs": Verb(
+    "runs": Command(
         "overnight.runs.command",
-        "RunsConfig",
-        "What is in runs/, and how each is doing",
+        "overnight.runs:RunsConfig",
+        "The runs in runs/, and the state of each",
         "overnight runs --json",
     ),
-    "convert": Verb(
+    "convert": Command(
         "overnight.conversion.command",
-        "ConvertConfig",
+        "overnight.conversion:ConvertConfig",
         "Write a model for other programs",
         "overnight convert runs/quickstart --to hf --out quickstart-hf",
     ),
 }
 
+RENAMED_COMMANDS = {"ladder": "bench"}
+OF_RECIPES = frozenset({"train", "doctor", "plan", "launch"})
 FLAGS_BEFORE_RECIPE = frozenset({"--slurm", "--skypilot", "--sagemaker", "--kubernetes"})
-SECONDS_TO_SPEAK = 2.0
+TRAINING = frozenset({"train", "quickstart", "plan", "doctor"})
+SECONDS_TO_PRINT = 2.0
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -124,34 +130,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
-        from overnight.distributed.machine import keep_compiled_code
-        from overnight.run_directory import cache_folder
-
-        keep_compiled_code(cache_folder() / "compiled")
-    if (
-        arguments is None
-        and words[:1] in (["train"], ["quickstart"], ["plan"], ["doctor"])
-        and not {"-h", "--help"} & set(words)
-    ):
-        from overnight.distributed.machine import restart_with_large_pages
-
-        restart_with_large_pages(words)
+        _prepare_process(words)
     try:
         return _run(words)
-    except ValueError as error:  # what a user wrote
+    except ValueError as error:  # a mistake of the user
         return _refuse(error)
-    except BrokenPipeError:  # whoever read our output has enough
-        sys.stdout = None  # or Python complains once more on leaving
+    except BrokenPipeError:  # the reader of our output has closed it
+        sys.stdout = None  # or Python reports the same error again on exit
         return FAILED
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(
-            f"overnight: {error.strerror or error}{where}; mend that, and give the command again; "
-            "a run goes on with --resume",
+            f"overnight: {error.strerror or error}{where}; fix that, and repeat the command; "
+            "a run continues with --resume",
             file=sys.stderr,
         )
         return _status_of(error)
-    except FloatingPointError as error:  # the model's numbers are no numbers
+    except FloatingPointError as error:  # NaN or infinity in the model
         print(f"overnight: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
@@ -159,20 +154,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _prepare_process(words: list[str]) -> None:
+    """Set what must be set before torch is imported; a command that trains may start again."""
+    from overnight.distributed.machine import keep_compiled_code, restart_with_large_pages
+    from overnight.run_directory import cache_folder
+
+    keep_compiled_code(cache_folder() / "compiled")
+    if words and words[0] in TRAINING and not {"-h", "--help"} & {*words}:
+        restart_with_large_pages(words)
+
+
 def _refuse(error: ValueError) -> int:
-    """Say what is wrong with what a user wrote. What several processes refuse together, the main one says."""
+    """Print what is wrong with the user's input; of several processes with the same error the main one."""
     from overnight.distributed.launcher import CollectiveValueError, is_main_process, record_usage_error
 
     is_shared = isinstance(error, CollectiveValueError)
     if is_shared and not is_main_process():
-        time.sleep(SECONDS_TO_SPEAK)  # a launcher ends all when the first has ended
+        time.sleep(SECONDS_TO_PRINT)  # the launcher ends all processes as soon as one has ended
     else:
         print(f"overnight: {error}", file=sys.stderr)
     return DONE if is_shared and record_usage_error() else WRONG_USE
 
 
 def _status_of(error: OSError) -> int:
-    """A process that ends because others have is not the one that failed."""
+    """A process that ends because others have ended is not the one that failed."""
     from overnight.distributed.launcher import LOST, PeerLostError
 
     return LOST if isinstance(error, PeerLostError) else FAILED
@@ -185,103 +190,105 @@ def _run(words: list[str]) -> int:
     if words[0] == "--version":
         print(__version__)
         return DONE
-    from overnight.config import nearest
-
     name, *rest = words
-    if name not in VERBS:
-        raise ValueError(f"there is no command {name}{nearest(name, VERBS)}")
+    if name in RENAMED_COMMANDS:
+        print(f"overnight {name} is now overnight {RENAMED_COMMANDS[name]}", file=sys.stderr)
+        name = RENAMED_COMMANDS[name]
+    if name not in COMMANDS:
+        from overnight.config import nearest
+
+        raise ValueError(f"there is no command {name}{nearest(name, COMMANDS)}")
     if name == "train":
         return _train(rest)
-    if name in {"doctor", "plan", "launch"}:
-        return _run_on_recipe(name, rest)
-    return _call(name, rest)
+    return _run_on_recipe(name, rest) if name in OF_RECIPES else _call(name, rest)
+
+
+def _config_of(name: str) -> Any:
+    """The class of a command's options."""
+    module, _, attribute = COMMANDS[name].config.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _call(name: str, rest: list[str]) -> int:
-    """Parse the stage's own Config and hand it to the stage.
+    """Parse the command's own options and run it.
 
-    Where it asks for several processes, each does this again, by itself.
+    Where it asks for several processes, each of them repeats this by itself.
     """
     from overnight.config import from_arguments
-    from overnight.distributed.launcher import is_launched
 
-    stage = importlib.import_module(VERBS[name].module)
-    config = getattr(stage, VERBS[name].config)
-    asked = from_arguments(config, rest, prog=f"overnight {name}", about=_about(name))
-    if getattr(asked, "processes", None) is not None and not is_launched():
-        status: int = stage.run_in_processes(asked, [name, *rest])
-        return status
-    stage.run(asked)
+    asked = from_arguments(_config_of(name), rest, prog=f"overnight {name}", about=_about(name))
+    command = importlib.import_module(COMMANDS[name].module)
+    if getattr(asked, "processes", None) is not None:
+        from overnight.distributed.launcher import is_launched
+
+        if not is_launched():
+            status: int = command.evaluate_in_processes(asked, [name, *rest])
+            return status
+    command.run(asked)
     return DONE
 
 
 def _train(rest: list[str]) -> int:
-    """A recipe's settings are its options; the recipe, or the run that goes on, comes first.
+    """A recipe's settings are its options; the recipe, or the run to be resumed, comes first.
 
-    Where it asks for several processes, each does this again, by itself.
+    Where it asks for several processes, each of them repeats this by itself.
     """
     words = ["train", *rest]
-    from overnight.distributed.launcher import is_launched
-    from overnight.recipe import Recipe
-    from overnight.run import command as run_command
-    from overnight.run.resume import load_resumed
-    from overnight.runs.status import find_run
-
+    default = resumed = None
     named = _take_option(rest, "--resume")
-    resumed = find_run(named) if named is not None else None
-    default = None if resumed is None else load_resumed(resumed)
-    _, recipe = _read_recipe("train", Recipe, rest, default)
+    if named is not None:
+        from overnight.run.resume import load_resumed
+        from overnight.runs.status import find_run
+
+        resumed = find_run(named)
+        default = load_resumed(resumed)
+    _, recipe = _read_recipe("train", _config_of("train"), rest, default)
+    from overnight.distributed.launcher import is_launched
+    from overnight.run import command
+
     if recipe.compute.processes is not None and not is_launched():
-        return run_command.train_in_processes(recipe, resumed, words)
-    run_command.run(recipe, resumed)
+        return command.train_in_processes(recipe, resumed, words)
+    command.run(recipe, resumed)
     return DONE
 
 
-def _run_on_recipe(verb: str, rest: list[str]) -> int:
-    """As `train` takes a recipe, with a few options more; flags may stand before its name."""
-    stage = importlib.import_module(VERBS[verb].module)
+def _run_on_recipe(name: str, rest: list[str]) -> int:
+    """Like `train`, with a few more options; flags may precede the recipe's name."""
     flags = list(itertools.takewhile(lambda word: word in FLAGS_BEFORE_RECIPE, rest))
-    name, config = _read_recipe(verb, getattr(stage, VERBS[verb].config), rest[len(flags) :] + flags)
-    return stage.run(config, name) or DONE
+    recipe_name, config = _read_recipe(name, _config_of(name), rest[len(flags) :] + flags)
+    status: int | None = importlib.import_module(COMMANDS[name].module).run(config, recipe_name)
+    return status or DONE
 
 
 def _read_recipe(
-    verb: str, cls: type[Settings], rest: list[str], default: Recipe | None = None
+    command: str, cls: type[Settings], rest: list[str], default: Recipe | None = None
 ) -> tuple[str, Settings]:
     """The name of the recipe that comes first, and that recipe with the options after it.
 
-    With `default` there is no name, and the options change that.
+    With `default` there is no name, and the options change the default.
     """
     from overnight.config import from_arguments
-    from overnight.recipe import Recipe, load_recipe, recipe_names
+    from overnight.recipe import Recipe, load_recipe, recipe_names, with_settings
 
-    name = "RECIPE"
-    words = [
-        "--init-from" + word.removeprefix("--from") if _is_option(word, "--from") else word for word in rest
-    ]
+    name, words = "RECIPE", rest
     if default is None and words and not words[0].startswith("-"):
-        name = words.pop(0)
+        name, *words = words
         default = load_recipe(name)
-    elif default is None and not {"-h", "--help"} & set(words):
-        raise ValueError(f"overnight {verb} needs a recipe: {', '.join(recipe_names())}, or a .toml file")
+    elif default is None and not {"-h", "--help"} & {*words}:
+        raise ValueError(f"overnight {command} needs a recipe: {', '.join(recipe_names())}, or a .toml file")
     default = default or Recipe(run_name=name)
     given = {word.partition("=")[0].replace("_", "-") for word in words}
-    if "--total-tokens" in given:  # there are two ways to say how long: one takes the place of the other
-        default = replace(default, schedule=replace(default.schedule, total_steps=None))
-    if "--total-steps" in given:
-        default = replace(default, schedule=replace(default.schedule, total_tokens=None))
+    if given & {"--total-tokens", "--total-steps"}:  # the length can be given in two ways
+        default = with_settings(default, total_steps=None)
     wider = cls(**vars(default))
-    return name, from_arguments(cls, words, prog=f"overnight {verb}", about=_about(verb), default=wider)
-
-
-def _is_option(word: str, option: str) -> bool:
-    return word == option or word.startswith(f"{option}=")
+    read = from_arguments(cls, words, prog=f"overnight {command}", about=_about(command), default=wider)
+    return name, read
 
 
 def _take_option(words: list[str], option: str) -> str | None:
     """Remove `option VALUE` or `option=VALUE` from `words`; its value, or None if it is not there."""
     for index, word in enumerate(words):
-        if _is_option(word, option):
+        if word == option or word.startswith(f"{option}="):
             _, equals, value = words.pop(index).partition("=")
             if not equals and index >= len(words):
                 raise ValueError(f"overnight train {option} needs a run")
@@ -290,23 +297,19 @@ def _take_option(words: list[str], option: str) -> str | None:
 
 
 def _about(name: str) -> str:
-    more = (
-        f"\n\n`overnight {name}` alone lists the recipes."
-        if name in {"train", "doctor", "plan", "launch"}
-        else ""
-    )
-    return f"{VERBS[name].about}.{more}\n\nExample: {VERBS[name].example}"
+    more = f"\n\n`overnight {name}` alone lists the recipes." if name in OF_RECIPES else ""
+    return f"{COMMANDS[name].about}.{more}\n\nExample: {COMMANDS[name].example}"
 
 
 def _help() -> str:
-    """The list of commands; written out here so that it takes no time to show."""
+    """The list of commands; written here so that it takes no time to show."""
     return "\n".join(
         [
             "usage: overnight COMMAND ...    (overnight COMMAND --help tells more)",
             "",
             "Reproduce GPT-2 while you sleep; keep the proof when you wake.",
             "",
-            *[f"  {name:<12}{verb.about}" for name, verb in VERBS.items()],
+            *[f"  {name:<12}{command.about}" for name, command in COMMANDS.items()],
             "",
             "Begin with: overnight quickstart",
         ]

@@ -14,6 +14,7 @@ import difflib
 import io
 import json
 import re
+import sys
 import tomllib
 import types
 import typing
@@ -33,7 +34,7 @@ LARGEST_FLOAT = 2**1024  # an integer of this size overflows a float
 
 @dataclass(frozen=True)
 class Renamed:
-    """Settings and values that were once spelled otherwise: old name -> new, and by setting old value -> new."""
+    """Settings that had another name before (old -> new), and values by setting (old -> new)."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -49,6 +50,10 @@ class Renamed:
     def settings(self, old: Mapping[str, Any]) -> dict[str, Any]:
         """`old` with every name and value as today."""
         return {self.name(name): self.value(self.name(name), value) for name, value in old.items()}
+
+    def also(self, **names: str) -> Renamed:
+        """These, and more old names."""
+        return Renamed({**self.names, **names}, self.values)
 
     def options(self, words: Sequence[str]) -> list[str]:
         """Command-line words with every option and value as today."""
@@ -254,7 +259,11 @@ def from_arguments(
     cls: type[Config], arguments: Sequence[str], *, prog: str, about: str, default: Config | None = None
 ) -> Config:
     """Read command-line options over `default`. Raises ValueError, one sentence; --help prints and exits."""
-    arguments = renamed_settings(cls).options(arguments)
+    present = renamed_settings(cls).options(arguments)
+    for word, now in zip(arguments, present, strict=True):
+        if word != now:
+            sys.stderr.write(f"overnight: {word} is now spelled {now}\n")
+    arguments = present
     is_on = _switches(cls, default)
     known = {*flat_names(cls), *(f"no_{name}" for name in is_on)}
     for argument in arguments:

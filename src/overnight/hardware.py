@@ -28,20 +28,20 @@ CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts:
-    """What the maker publishes. Precisions are peak TFLOP/s, None where the device has no such unit."""
+    """Published figures. Precisions are peak TFLOP/s, None where the device has no such unit."""
 
     bf16: float | None = None
     fp16: float | None = None
     tf32: float | None = None
     fp32: float | None = None
-    """None of a chip whose maker publishes no rate at all."""
+    """None of a chip whose maker publishes no rate."""
     memory_bytes: int | None = None
     """None where the device shares the machine's memory."""
     bytes_per_second: float | None = None
 
     @property
     def native(self) -> Precision:
-        """The precision that matrices are best multiplied in: see `native_precision`."""
+        """The fastest precision for matrix products; see `native_precision`."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
 
@@ -49,9 +49,9 @@ class Device(NamedTuple):
     """A row of the table."""
 
     name: str
-    """As one would type it."""
+    """The name a user types."""
     pattern: str
-    """Searched in the name that the driver gives."""
+    """A regular expression for the driver's name."""
     facts: DeviceFacts
 
 
@@ -70,7 +70,7 @@ def _tensor_cores(
 
 
 def _before_ampere(fp16: float, fp32: float, memory_gb: int, gb_per_second: float) -> DeviceFacts:
-    """An NVIDIA device whose tensor cores know fp16 only."""
+    """An NVIDIA device whose tensor cores support fp16 only."""
     return DeviceFacts(fp16=fp16, fp32=fp32, memory_bytes=memory_gb * GB, bytes_per_second=gb_per_second * GB)
 
 
@@ -131,9 +131,9 @@ BRANDS = re.compile(r"\b(nvidia|geforce|rtx|tesla|apple)-")
 
 
 def find_device(name: str) -> Device | None:
-    """The row of a device, by the name its driver gives or by the table's own; None if it has none.
+    """The row of a device, by its driver's name or the table's; None if there is none.
 
-    Of the table's own names the brand may be left out or added, and case does not matter: 4090, RTX 4090.
+    In the table's names the brand is optional and case does not matter: 4090, RTX 4090.
     """
     typed = BRANDS.sub("", re.sub(r"[\s_-]+", "-", name.strip().lower()))
     called = (device for device in DEVICES if BRANDS.sub("", device.name) == typed)
@@ -142,7 +142,7 @@ def find_device(name: str) -> Device | None:
 
 
 def find_device_facts(device_name: str) -> DeviceFacts | None:
-    """What is published about a device, by the name its driver gives; None where nothing is known."""
+    """The published figures of a device, by its driver's name; None if it is unknown."""
     driven = (device.facts for device in DEVICES if re.search(device.pattern, device_name))
     return next(driven, None)
 
@@ -157,7 +157,7 @@ def peak_flops(device_name: str, precision: Precision) -> float | None:
 def find_peak_flops(device: str, precision: Precision) -> float | None:
     """Peak dense FLOP/s of a torch device in a precision; None where it is unknown.
 
-    It is for every CPU, also those of Apple's chips, which go by the same name as the GPU beside them.
+    None for every CPU, also those of Apple's chips, whose GPU has the same name.
     """
     return None if device == "cpu" else peak_flops(find_device_name(device), precision)
 
@@ -173,7 +173,7 @@ def find_device_name(device: str) -> str:
 
 
 def _read_model_name(cpuinfo: Path) -> str | None:
-    """The first `model name` of Linux's list of processors; None where there is no list or no name in it."""
+    """The first `model name` in Linux's /proc/cpuinfo; None if there is none."""
     if not cpuinfo.is_file():
         return None
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
@@ -181,7 +181,7 @@ def _read_model_name(cpuinfo: Path) -> str | None:
 
 
 def native_precision(device: str) -> Literal["bf16", "fp16", "fp32"]:
-    """bf16 where the device multiplies bfloat16 matrices in hardware, fp16 where only those, else fp32.
+    """bf16 where the device multiplies bfloat16 matrices in hardware, else fp16 where it does, else fp32.
 
     A CPU has bfloat16 with AMX tiles (Intel, since 2023) or AVX512-BF16 (AMD, since 2022), an NVIDIA GPU
     since compute capability 8.0 (2020), and float16 alone since 7.0 (V100, T4). Elsewhere torch emulates
@@ -197,7 +197,7 @@ def native_precision(device: str) -> Literal["bf16", "fp16", "fp32"]:
 
 
 def find_memory_bytes(device: str) -> int:
-    """Bytes of memory a process may use on a torch device, whoever holds them at the moment."""
+    """Bytes of memory that a process may use on a torch device, in use or not."""
     if device.startswith("cuda"):
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device == "mps":
@@ -207,13 +207,12 @@ def find_memory_bytes(device: str) -> int:
 
 
 def _read_memory_limits() -> list[int]:
-    """The limits a container sets on this process, in bytes; Linux writes `max` where there is none."""
+    """A container's memory limits in bytes; Linux writes `max` where there is none."""
     texts = [path.read_text(encoding="ascii").strip() for path in CGROUP_LIMITS if path.is_file()]
     return [int(text) for text in texts if text.isdigit()]
 
 
-# ---------------------------------------------------------------- what this process does on this machine, measured
-
+# ---------------------------------------------------------------- measurements
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -221,7 +220,7 @@ SIDE_ON_CPU, SIDE_ON_DEVICE = 2048, 8192
 
 
 def synchronize(device: str) -> None:
-    """Return once `device` has done all it was told to: before a clock is read."""
+    """Wait until `device` has finished all queued work: before a clock is read."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     elif device == "mps":
@@ -229,7 +228,7 @@ def synchronize(device: str) -> None:
 
 
 def reset_peak_memory(device: str) -> None:
-    """Forget the peak so far. Where a CPU's operating system can't (other than Linux), nothing happens."""
+    """Reset the peak of memory use; does nothing on a CPU without Linux."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     elif device == "cpu" and CLEAR_REFS.exists():
@@ -237,9 +236,9 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory_bytes(device: str) -> int | None:
-    """The most memory taken since the last reset; None where the device does not say (Apple's GPUs).
+    """The peak of memory use since the last reset; None for Apple's GPUs, which do not report it.
 
-    Of a GPU what tensors took; of a CPU what the whole process, its libraries included, had resident.
+    On a GPU the memory of tensors; on a CPU the resident memory of the whole process, with its libraries.
     """
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))
@@ -256,7 +255,7 @@ def peak_memory_bytes(device: str) -> int | None:
 
 
 def release_cached_memory(device: str) -> None:
-    """Give back what torch keeps of a GPU's memory for later, so that other processes find it."""
+    """Return the GPU memory that torch caches, so that other processes can use it."""
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     elif device == "mps":
@@ -266,8 +265,8 @@ def release_cached_memory(device: str) -> None:
 def measure_matmul_flops(device: str, precision: str, repeats: int = 5) -> float:
     """FLOP/s of a large square product in fp32, tf32, bf16 or fp16: the median of `repeats`, after two more.
 
-    What a training step can be held against where the maker publishes no peak. Leaves torch's setting
-    for float32 products as it was.
+    The reference for a training step where the maker publishes no peak. Restores torch's setting for float32
+    products.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     side = SIDE_ON_CPU if device == "cpu" else SIDE_ON_DEVICE

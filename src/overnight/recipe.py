@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from overnight.config import Renamed, flat_names, from_toml, nearest, parse_duration
 from overnight.data import DataConfig
@@ -167,6 +167,7 @@ class Resolved:
     total_steps: int
 
 
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 AT_LEAST_ONE = frozenset({"evaluation_tokens", "task_examples", "sample_tokens", "keep_checkpoints"})
 
 RESUME_MUTABLE = frozenset(
@@ -187,6 +188,24 @@ def flatten(recipe: Recipe) -> dict[str, object]:
     for name, section in flat_names(Recipe).items():
         found[name] = getattr(getattr(recipe, section) if section else recipe, name)
     return found
+
+
+def with_settings(recipe: AnyRecipe, **settings: Any) -> AnyRecipe:
+    """`recipe` with these settings, by their flat names. Raises ValueError for an unknown name.
+
+    total_steps and total_tokens replace each other.
+    """
+    sections = flat_names(Recipe)
+    for name, value in Recipe.RENAMED.settings(settings).items():
+        if name not in sections:
+            raise ValueError(f"{name} is not a setting of a recipe{nearest(name, sections)}")
+        changes: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value}
+        if name in ("total_steps", "total_tokens"):
+            changes = {"total_steps": None, "total_tokens": None, **changes}
+        if section := sections[name]:
+            changes = {section: dataclasses.replace(getattr(recipe, section), **changes)}
+        recipe = dataclasses.replace(recipe, **changes)
+    return recipe
 
 
 def frozen_settings(recipe: Recipe) -> dict[str, object]:

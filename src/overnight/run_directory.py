@@ -7,14 +7,14 @@
       metrics.jsonl      one line per step, exactly once
       events/            evaluations.jsonl, samples, tasks, rollbacks: keyed by step as well
       checkpoints/       step-00001000/ ...
-      tokenizer/         what turns its ids into text
+      tokenizer/         the tokenizer of its ids
       report.html        written by `overnight report`
-      ended.json         at which step it ended, and by what; not there while it trains, or if it was killed
+      ended.json         the step and the reason of its end; absent while it trains, or if it was killed
       .lock              held by the process that trains here
 
-Whole files are replaced atomically. The line files only grow, except on resuming: then the lines
-after the checkpoint's step are dropped, since those steps are about to be done again. JSON has no
-NaN and no infinity: what is not finite is null there, as the gradients' norm after an overflow of float16.
+Whole files are replaced atomically. Line files only grow, except on resuming: then the lines after the
+checkpoint's step are dropped, since those steps are computed again. JSON has no NaN and no infinity: values
+that are not finite are null, for instance the gradients' norm after an overflow of float16.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 EVENTS = ("evaluations", "samples", "tasks", "rollbacks")
 LINE_FILES = ("metrics.jsonl", *(f"events/{kind}.jsonl" for kind in EVENTS))
-FIRST_LINE = "# These are {} lines."  # of recipe.toml: what was cut off is not taken for what was left out
-FROM_A_COPY = "take it from a copy of the run, or begin again with another --run-name"
+FIRST_LINE = "# These are {} lines."  # of recipe.toml: a truncated file must not pass for one with defaults
+FROM_A_COPY = "restore it from a copy of the run, or begin again with another --run-name"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` so that a reader, or a crash, sees the old file or the new one, whole."""
+    """Replace `path` by `content`: after a crash, and for any reader, it is the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
-            file.flush()  # or the disk is asked for what Python still holds
+            file.flush()  # fsync does not see Python's own buffer
             flush_to_disk(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp's files are private; a run is not
+        Path(temporary).chmod(0o644)  # mkstemp creates private files; a run is not private
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -54,7 +56,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def flush_to_disk(descriptor: int) -> None:
-    """Return once the kernel has handed this file's bytes to the disk."""
+    """Return once this file's bytes are on the disk."""
     os.fsync(descriptor)
 
 
@@ -68,7 +70,7 @@ def flush_folder(folder: Path) -> None:
 
 
 class RunDirectory:
-    """One run's folder. Creating the object touches nothing on the disk."""
+    """One run's folder. Creating the object does not touch the disk."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -82,20 +84,20 @@ class RunDirectory:
         self.ended = self.path / "ended.json"
 
     def exists(self) -> bool:
-        """True if a run was ever begun here, also if its recipe is lost."""
+        """True if a run was ever begun here, even if its recipe is lost."""
         return self.recipe.is_file() or self.metrics.is_file()
 
     def begin(self, recipe: str, environment: Mapping[str, Any]) -> None:
-        """Write down what is about to run, before any work; with the recipe, the last, the run exists."""
+        """Record what is about to run. The recipe is written last: with it the run exists."""
         self._make()
         self.ended.unlink(missing_ok=True)
         write_atomically(self.environment, json.dumps(environment, indent=2) + "\n")
         write_atomically(self.recipe, FIRST_LINE.format(recipe.count("\n") + 1) + "\n" + recipe)
 
     def read_recipe(self) -> str:
-        """The text of recipe.toml. Raises ValueError if it is not there, or has lost lines.
+        """The text of recipe.toml. Raises ValueError if it is missing or truncated.
 
-        What is left of a recipe is a recipe, too, and what it has lost would be the defaults'.
+        The rest of a truncated recipe is valid TOML: lost settings would silently take their defaults.
         """
         try:
             text = self.recipe.read_text(encoding="utf-8")
@@ -103,19 +105,19 @@ class RunDirectory:
             raise ValueError(f"{self.recipe} is missing: {FROM_A_COPY}") from None
         except UnicodeDecodeError:
             raise ValueError(f"{self.recipe} is damaged: {FROM_A_COPY}") from None
-        told = re.match(FIRST_LINE.format(r"(\d+)"), text)
-        if not text.strip() or (told is None and FIRST_LINE.startswith(text[: len("# These")])):
+        stated = re.match(FIRST_LINE.format(r"(\d+)"), text)
+        if not text.strip() or (stated is None and FIRST_LINE.startswith(text[: len("# These")])):
             raise ValueError(f"{self.recipe} is damaged: {FROM_A_COPY}")
         lines = text.count("\n")
-        if told is not None and lines < int(told[1]):
+        if stated is not None and lines < int(stated[1]):
             raise ValueError(
-                f"{self.recipe} has {lines} lines of {told[1]}: {FROM_A_COPY}; if you have taken lines out, "
-                "take out the first one, too"
+                f"{self.recipe} has {lines} of {stated[1]} lines: {FROM_A_COPY}; if you removed lines yourself, "
+                "remove the first one, too"
             )
         return text
 
     def check_record(self) -> None:
-        """Raise ValueError, naming the file, if one is missing or damaged that a run needs to go on."""
+        """Raise ValueError, naming the file, if one that resuming needs is missing or damaged."""
         for path in (self.environment, self.data):
             try:
                 is_table = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
@@ -129,7 +131,7 @@ class RunDirectory:
             _read_lines(self.path / name)
 
     def record_end(self, step: int, reason: str) -> None:
-        """Write down at which step the run ended, and by what, in words."""
+        """Record the step at which the run ended, and the reason."""
         write_atomically(self.ended, json.dumps({"step": step, "reason": reason}) + "\n")
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
@@ -141,11 +143,11 @@ class RunDirectory:
         _append(self._events(kind), line)
 
     def is_finished(self, total_steps: int) -> bool:
-        """True once the checkpoint of the last step is published: it is what a run writes last."""
+        """True once the checkpoint of the last step is published, the last thing that a run writes."""
         return (self.checkpoints / f"step-{total_steps:08d}").is_dir()
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every step's line, in order; [] before the first. A torn last line is not returned."""
+        """Every step's line, in order; [] before the first. A truncated last line is left out."""
         return _read_lines(self.metrics)
 
     def read_events(self, kind: str) -> list[dict[str, Any]]:
@@ -153,7 +155,7 @@ class RunDirectory:
         return _read_lines(self._events(kind))
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of steps after `step`: they are going to be written again."""
+        """Drop the lines of steps after `step`, which are written again."""
         for path in (self.path / name for name in LINE_FILES):
             if path.is_file():
                 kept = [line for line in _read_lines(path) if line["step"] <= step]
@@ -169,15 +171,13 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process. Raises ValueError if another process trains here, or if it may not.
+        """Lock the run. Raises ValueError if another process trains here, and without permission to write.
 
         The kernel frees the lock when its holder dies, however it dies.
         """
-        from filelock import FileLock, Timeout
-
         self._make()
         self._check_rights()
-        lock = FileLock(self.path / ".lock", timeout=1)  # `is_locked` elsewhere holds it for an instant
+        lock = FileLock(self.path / ".lock", timeout=1)  # `is_locked` in another process holds it briefly
         try:
             lock.acquire()
         except Timeout:
@@ -190,11 +190,9 @@ class RunDirectory:
             lock.release()
 
     def is_locked(self) -> bool:
-        """True while some process trains here."""
+        """True while a process trains here."""
         if not (self.path / ".lock").is_file():
             return False
-        from filelock import FileLock, Timeout
-
         try:
             with FileLock(self.path / ".lock", timeout=0):
                 return False
@@ -202,31 +200,29 @@ class RunDirectory:
             return True
 
     def _make(self) -> None:
-        """The folder itself, so that its name, too, survives a power cut. Raises ValueError if it can't."""
+        """Create the folders, their names flushed to the disk. Raises ValueError if a file is in the way."""
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         within = (self.checkpoints, self.tokenizer, self.path / "events")
         for folder in (*within, self.path, *self.path.parents):
             if not folder.is_dir() and (folder.is_symlink() or folder.exists()):
-                raise ValueError(
-                    f"{folder} is no folder, and must be one: move it away, or bring back what it leads to"
-                )
+                raise ValueError(f"{folder} is not a folder: move it away, or restore what it links to")
         self.path.mkdir(parents=True, exist_ok=True)
         for folder in missing:
             flush_folder(folder.parent)
 
     def _check_rights(self) -> None:
-        """Raise ValueError if something that a run writes is there, and this process may not change it.
+        """Raise ValueError if a file that a run writes exists and this process may not change it.
 
-        It would be found at the first save, after the work of hours.
+        Otherwise the first save would fail, after hours of work.
         """
         written = [self.path, self.path / ".lock", self.path / "events", self.checkpoints]
-        written += self.checkpoints.glob("*step-*")  # which are deleted in time
+        written += self.checkpoints.glob("*step-*")  # old ones are deleted
         written += [] if (self.tokenizer / "tokenizer.json").is_file() else [self.tokenizer]
         for path in written:
             wanted = os.W_OK | os.X_OK if path.is_dir() else os.W_OK
             if path.exists() and not os.access(path, wanted):
                 raise ValueError(
-                    f"{path} may not be written by this user: give the right to (chmod, chown), "
+                    f"{path} is not writable by this user: change its permissions (chmod, chown), "
                     "or choose another --run-name"
                 )
 
@@ -242,7 +238,7 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def _to_json(line: Mapping[str, Any]) -> str:
-    """One line of strict JSON, its numbers that are not finite as null; they may not stand any deeper."""
+    """One line of strict JSON; top-level numbers that are not finite are null."""
     finite = {name: None if _is_not_finite(value) else value for name, value in line.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
@@ -252,7 +248,7 @@ def _is_not_finite(value: object) -> bool:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; a last line torn by a crash is left out, any other damage is an error."""
+    """The JSON lines of a file; a truncated last line is left out, any other damage is an error."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
@@ -266,11 +262,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         except (LookupError, TypeError):
             is_whole = False
         if not is_whole:
-            raise ValueError(f"{path} line {number} is damaged: {line[:60]!r}; mend it, or {FROM_A_COPY}")
+            raise ValueError(f"{path} line {number} is damaged: {line[:60]!r}; fix it, or {FROM_A_COPY}")
     return values
 
 
-# ---------------------------------------------------------------- where downloads are kept between runs
+# ---------------------------------------------------------------- cache
 
 
 def cache_folder() -> Path:

@@ -1,6 +1,6 @@
-"""What a person sees while a command works: plain lines and progress bars, on stderr.
+"""Lines, progress bars and number formats for a person. Everything is printed to stderr.
 
-Standard output stays free for what a program would read (`--json`, generated text).
+Standard output is left to what a program reads (`--json`, generated text).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, Task
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 def echo(text: str = "") -> None:
@@ -25,7 +25,7 @@ def echo(text: str = "") -> None:
 
 @contextmanager
 def quiet(yes: bool) -> Iterator[None]:
-    """Within, if `yes`, nothing is said: of several processes one speaks for all. Errors still are, later."""
+    """Within, if `yes`, nothing is printed to stderr: of several processes the main one prints."""
     if not yes:
         yield
         return
@@ -35,22 +35,21 @@ def quiet(yes: bool) -> Iterator[None]:
 
 @contextmanager
 def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callable[..., None]]:
-    """Show how far a stage has come; yields `advance(amount=1, note="")`.
+    """A progress bar; yields `advance(amount=1, note="")`.
 
-    On a terminal this is a live bar with the rate and the time left. Elsewhere (a log file, a
-    pipe) it is a single line when the stage ends. `total=None` means the length is unknown. Without
-    a `unit` the amounts only move the bar, and the note tells what was done.
+    On a terminal it is live, with the rate and the estimated time; elsewhere (a log file, a pipe) a single
+    line at the end. `total=None`: the length is unknown. Without a `unit` the note says what was done.
     """
     started_at = time.perf_counter()
-    done, told = 0.0, "nothing"
+    done, last_note = 0.0, "nothing"
     if not sys.stderr.isatty():
 
         def count(amount: float = 1, note: str = "") -> None:
-            nonlocal done, told
-            done, told = done + amount, note
+            nonlocal done, last_note
+            done, last_note = done + amount, note
 
         yield count
-        what = f"{done:,.0f} {unit}" if unit else told
+        what = f"{done:,.0f} {unit}" if unit else last_note
         echo(f"{title}: {what} in {time.perf_counter() - started_at:.1f} s".replace("  ", " "))
         return
 
@@ -64,13 +63,8 @@ def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callab
 
 
 def _live_bar(unit: str) -> Progress:
-    """A bar of rich's, which is imported only where a bar is drawn."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
     class Rate(ProgressColumn):
-        """Units finished, and how many a second."""
+        """Units finished, and units per second."""
 
         def render(self, task: Task) -> Text:
             rate = f" {task.speed:,.0f}/s" if task.speed else ""
@@ -86,7 +80,7 @@ def _live_bar(unit: str) -> Progress:
     )
 
 
-# ---------------------------------------------------------------- numbers as a person reads them
+# ---------------------------------------------------------------- number formats
 
 
 def short(number: float) -> str:
@@ -135,7 +129,7 @@ def duration(seconds: float) -> str:
 
 
 def ago(seconds: float) -> str:
-    """How long since something happened, in its largest unit: "just now", "12 min ago", "3 d ago"."""
+    """The time since an event, in its largest unit: "just now", "12 min ago", "3 d ago"."""
     if seconds < 60:
         return "just now"
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):

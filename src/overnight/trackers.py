@@ -1,7 +1,7 @@
-"""Copies of the metrics for those who watch their runs elsewhere: TensorBoard, Weights & Biases, Trackio.
+"""Copies of the metrics in other programs: TensorBoard, Weights & Biases, Trackio.
 
-The run directory stays the record; a tracker is only ever written to. Each is an extra, imported when asked
-for, and none needs an account: unless you are logged in, Weights & Biases logs offline.
+The run directory stays the record; trackers are only written to. Each is an extra, imported when it is used,
+and none needs an account: without a login, Weights & Biases logs offline.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import math
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 Log = Callable[[int, Mapping[str, float]], None]
 """log(step, values): `step` counts finished updates; the names of the values become those of the curves."""
@@ -23,9 +22,8 @@ Log = Callable[[int, Mapping[str, float]], None]
 PROJECT = "overnight"
 
 
-@dataclass(frozen=True)
-class TrackedRun:
-    """What a tracker is told about a run when it is opened."""
+class TrackedRun(NamedTuple):
+    """What a tracker receives about a run."""
 
     folder: Path
     name: str
@@ -36,12 +34,11 @@ class TrackedRun:
 def open_trackers(
     names: Sequence[str], folder: Path, run_name: str, config: Mapping[str, object]
 ) -> Iterator[Log]:
-    """Open the named trackers for a run and yield the function that logs to all of them; closed at the end.
+    """Open the named trackers and yield the function that logs to all of them; they are closed at the end.
 
-    `folder` is the run's directory; opening the same one again continues its curves. Steps that were logged
-    before an interruption and are computed again replace the earlier ones where the tracker can do that.
-    Values that are not finite are left out: a gap in their curve.
-    Raises ValueError for an unknown name or one that is not installed, before anything is written.
+    `folder` is the run's directory; opening the same one again continues its curves. Steps that are computed
+    again after an interruption replace the earlier ones where the tracker can do that. Values that are not
+    finite are left out. Raises ValueError for an unknown or missing tracker, before anything is written.
     """
     problems = find_problems(names)
     if problems:
@@ -102,23 +99,19 @@ def _open_wandb(tracked: TrackedRun) -> Iterator[Log]:
     mode = wandb.setup().settings.mode  # the user's own, from WANDB_MODE or their settings
     if mode == "online" and not wandb.login(prompt=False, verify=False):
         mode = "offline"
+    id_file = tracked.folder / "wandb-id"  # random, kept in the run directory: a resumed run is the same run
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex, encoding="ascii")
     with wandb.init(
         project=PROJECT,
         dir=tracked.folder,
-        id=_identity(tracked.folder / "wandb-id"),
+        id=id_file.read_text(encoding="ascii"),
         name=tracked.name,
         config=dict(tracked.config),
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(mode=mode, console="off"),
     ) as run:
         yield lambda step, values: run.log(dict(values), step=step)
-
-
-def _identity(path: Path) -> str:
-    """The random name kept in a file, written there the first time: a resumed run is the same run."""
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex, encoding="ascii")
-    return path.read_text(encoding="ascii")
 
 
 @contextlib.contextmanager
@@ -134,10 +127,10 @@ def _open_trackio(tracked: TrackedRun) -> Iterator[Log]:
         yield lambda step, values: run.log(dict(values), step=step)
     finally:
         with contextlib.redirect_stdout(sys.stderr):
-            trackio.finish()  # unlike run.finish(), leaves nothing to be done again at exit
+            trackio.finish()  # unlike run.finish(), leaves nothing to do at exit
 
 
-TRACKERS: Mapping[str, Callable[[TrackedRun], AbstractContextManager[Log]]] = {
+TRACKERS: Mapping[str, Callable[[TrackedRun], contextlib.AbstractContextManager[Log]]] = {
     "tensorboard": _open_tensorboard,
     "wandb": _open_wandb,
     "trackio": _open_trackio,

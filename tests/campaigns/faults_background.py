@@ -24,14 +24,14 @@ SLOW_SECONDS = 0.01  # of each write and each fsync: a step takes half of that
 
 def slow_disk(notes: Path | None = None, mutant: Before | None = None) -> None:
     """In the new process: threads that save wait at each write; steps done meanwhile are noted."""
-    from overnight.distributed.launcher import LEFT_BEHIND
+    from overnight.distributed.launcher import DAEMON
 
     if mutant is not None:
         mutant()
 
     def slowly(function: Callable[..., Any]) -> Callable[..., Any]:
         def wait_and_do(*given: Any, **named: Any) -> Any:
-            if threading.current_thread().name == LEFT_BEHIND:
+            if threading.current_thread().name == DAEMON:
                 time.sleep(SLOW_SECONDS)
             return function(*given, **named)
 

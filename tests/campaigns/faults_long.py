@@ -53,11 +53,11 @@ def keep_ledger(
         batch_ramp_tokens=4000 if ramp > 1 else None,
     )
     plan = plan_batches(config, TOKENS_PER_ROW, at_once, processes)
-    per_epoch = stream.windows_per_epoch
+    per_epoch = stream.rows_per_epoch
     rows = list(read_in_order(plan, processes, EPOCHS * per_epoch, share))[: EPOCHS * per_epoch]
     missing = repeated = 0
     for epoch in range(EPOCHS):
-        seen = Counter(map(stream.window_start, rows[epoch * per_epoch : (epoch + 1) * per_epoch]))
+        seen = Counter(map(stream.row_start, rows[epoch * per_epoch : (epoch + 1) * per_epoch]))
         repeated += sum(seen.values()) - len(seen)
         missing += per_epoch - len(seen)
     if rows != list(range(EPOCHS * per_epoch)):
@@ -80,7 +80,7 @@ def measure_rows(place: Place, counts: dict[str, Any], seed: int) -> Report:
                 found = keep_ledger(stream, at_once, processes, ramp, BatchPlan.share)
                 if found != (0, 0):
                     raise ValueError(f"{at_once} rows at once, {processes} processes: {found}")
-                ledgers, windows = ledgers + 1, windows + EPOCHS * stream.windows_per_epoch
+                ledgers, windows = ledgers + 1, windows + EPOCHS * stream.rows_per_epoch
                 if processes > 1:
                     mutants += 1
                     caught += keep_ledger(stream, at_once, processes, ramp, first_share) != (0, 0)

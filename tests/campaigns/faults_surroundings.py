@@ -168,7 +168,7 @@ def order_of_hashes() -> None:
 
 def order_of_listing() -> None:
     """The files are read as the folder lists them."""
-    find_here = original("overnight.data.text_files:_find_here")
+    find_here = original("overnight.data.text_files:_find_local")
     replace("overnight.data.text_files:find_files", lambda source: find_here(Path(source)))
 
 
@@ -190,7 +190,7 @@ def name_the_path() -> None:
 
 def note_the_hour() -> None:
     """The hour on the wall is written down."""
-    target = "overnight.preparation.prepare:_describe"
+    target = "overnight.preparation.assemble:ShardAssembler.manifest"
     real, hour = original(target), datetime.datetime.fromtimestamp(0).hour
     replace(target, lambda *words: dataclasses.replace(real(*words), licence=f"from {hour} on"))
 

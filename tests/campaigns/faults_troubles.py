@@ -264,7 +264,9 @@ OF_RUN = (
         for name in ("recipe.toml", "data.json", "environment.json")
         for what, damage in (("missing", remove), ("torn", functools.partial(change, edit=half)))
     ],
-    of_run("a recipe that lost lines", ("recipe.toml", "lines"), change("runs/small/recipe.toml", without_end)),
+    of_run(
+        "a recipe that lost lines", ("recipe.toml", "lines"), change("runs/small/recipe.toml", without_end)
+    ),
     of_run(
         "begun once more without its recipe",
         ("runs/small",),

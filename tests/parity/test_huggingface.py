@@ -1,9 +1,8 @@
-"""True GPT-2: logits, gradients, optimizer steps and files, held against Hugging Face Transformers."""
+"""Logits, gradients, optimizer steps and files against Hugging Face Transformers."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +21,7 @@ from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 from overnight.training import OptimizerConfig
-from overnight.training.optim import apply_gradients, build_optimizer
+from overnight.training.optim import build_optimizer, clip_gradients, step_if
 
 SIZES = {
     "small": ModelConfig(n_layer=2, n_head=2, n_embd=48, context_length=96, vocab_size=301),
@@ -33,7 +32,7 @@ TOLERANCE = 1e-5
 
 
 def build_theirs(config: ModelConfig, seed: int = 0) -> GPT2LMHeadModel:
-    """Hugging Face's model with random weights, none of them at the 0 or 1 that would hide a mistake."""
+    """Hugging Face's model with random weights, none at the 0 or 1 that would hide a mistake."""
     assert config.vocab_size is not None
     theirs = GPT2LMHeadModel(
         GPT2Config(
@@ -55,7 +54,7 @@ def build_theirs(config: ModelConfig, seed: int = 0) -> GPT2LMHeadModel:
 
 
 def by_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors under our names, written down apart from the conversion that is tested below."""
+    """Their tensors under our names, independently of the conversion that is tested below."""
     ours = {}
     for name, tensor in theirs.items():
         short = name.replace("transformer.", "", 1)
@@ -103,14 +102,14 @@ def gradient_error(ours: GPT, theirs: GPT2LMHeadModel, ids: Tensor) -> float:
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("size", SIZES)
-def test_logits(size: str, length: int | None) -> None:
+def test_logits_match(size: str, length: int | None) -> None:
     config = SIZES[size]
     assert logit_error(*build_pair(config), random_ids(config, 3, length)) < TOLERANCE
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("size", SIZES)
-def test_every_gradient(size: str, length: int | None) -> None:
+def test_gradients_match(size: str, length: int | None) -> None:
     config = SIZES[size]
     ours, theirs = build_pair(config)
     assert gradient_error(ours.train(), theirs.train(), random_ids(config, 2, length)) < TOLERANCE
@@ -134,7 +133,7 @@ def without_residual(_ours: GPT, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mistake", [without_tanh, without_final_norm, without_residual])
-def test_a_mistake_in_the_model_is_noticed(mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistake_in_model_is_detected(mistake, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SIZES["small"]
     ours, theirs = build_pair(config)
     mistake(ours, monkeypatch)
@@ -142,7 +141,7 @@ def test_a_mistake_in_the_model_is_noticed(mistake, monkeypatch: pytest.MonkeyPa
 
 
 def optimizer_losses(ours: GPT, theirs: GPT2LMHeadModel, decay_of_vectors: float = 0.0) -> float:
-    """The largest difference of ten losses on the way of ten AdamW steps."""
+    """The largest difference of the losses of ten AdamW steps."""
     matrices = [parameter for parameter in theirs.parameters() if parameter.dim() == 2]
     vectors = [parameter for parameter in theirs.parameters() if parameter.dim() == 1]
     groups = [
@@ -158,7 +157,9 @@ def optimizer_losses(ours: GPT, theirs: GPT2LMHeadModel, decay_of_vectors: float
         our_loss, their_loss = mean_loss(ours(ids), targets), mean_loss(theirs(ids).logits, targets)
         worst = max(worst, abs(our_loss.item() - their_loss.item()))
         our_loss.backward()
-        apply_gradients(our_optimizer, list(ours.parameters()), 1e-3, 1.0, GradScaler(enabled=False))
+        norm = clip_gradients(list(ours.parameters()), 1.0)
+        step_if(our_optimizer, GradScaler(enabled=False), torch.isfinite(norm), 1e-3)
+        our_optimizer.zero_grad()
         their_loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         their_optimizer.step()
@@ -167,15 +168,15 @@ def optimizer_losses(ours: GPT, theirs: GPT2LMHeadModel, decay_of_vectors: float
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_ten_optimizer_steps(size: str) -> None:
+def test_optimizer_steps_match(size: str) -> None:
     assert optimizer_losses(*build_pair(SIZES[size])) < TOLERANCE
 
 
-def test_another_rule_of_decay_is_noticed() -> None:
+def test_decay_of_vectors_is_detected() -> None:
     assert optimizer_losses(*build_pair(SIZES["small"]), decay_of_vectors=0.1) > TOLERANCE
 
 
-def test_gpt2_124m_has_124439808_parameters() -> None:
+def test_gpt2_124m_parameter_count() -> None:
     config = PRESETS["gpt2-124m"]
     with torch.device("meta"):
         theirs = GPT2LMHeadModel(GPT2Config())
@@ -183,9 +184,6 @@ def test_gpt2_124m_has_124439808_parameters() -> None:
     assert sum(parameter.numel() for parameter in theirs.parameters()) == 124_439_808
     assert sum(weight.numel() for weight in ours.weights().values()) == 124_439_808
     assert config.parameter_count() == 124_439_808
-
-
-# files
 
 
 def open_tokenizer(kind: str, shared_data: Path) -> Tokenizer:
@@ -200,7 +198,7 @@ TEXT = "First Citizen:\n  Grüße, 你好 🙂  <|endoftext|> isn't 1,024 "
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe-400", "characters"])
-def test_transformers_opens_what_is_written(kind: str, shared_data: Path, tmp_path: Path) -> None:
+def test_transformers_loads_written_folder(kind: str, shared_data: Path, tmp_path: Path) -> None:
     tokenizer = open_tokenizer(kind, shared_data)
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=40, vocab_size=tokenizer.vocab_size)
     ours, _ = build_pair(config)
@@ -218,7 +216,11 @@ def test_transformers_opens_what_is_written(kind: str, shared_data: Path, tmp_pa
     assert their_tokenizer.decode(ids) == TEXT == tokenizer.decode(ids)
 
 
-def test_what_transformers_writes_is_read(shared_data: Path, tmp_path: Path) -> None:
+def assert_equal_weights(found: GPT, wanted: dict[str, Tensor]) -> None:
+    assert all(torch.equal(weight, wanted[name]) for name, weight in found.weights().items())
+
+
+def test_folder_of_transformers_is_read(shared_data: Path, tmp_path: Path) -> None:
     tokenizer = open_tokenizer("bpe-400", shared_data)
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=40, vocab_size=400)
     theirs = build_theirs(config)
@@ -228,8 +230,7 @@ def test_what_transformers_writes_is_read(shared_data: Path, tmp_path: Path) -> 
     assert not ours.training
     assert read.fingerprint == tokenizer.fingerprint
     assert ours.config == config
-    wanted = by_our_names(theirs.state_dict())
-    assert all(torch.equal(weight, wanted[name]) for name, weight in ours.weights().items())
+    assert_equal_weights(ours, by_our_names(theirs.state_dict()))
     assert logit_error(ours, theirs, random_ids(config, 2, 40)) < TOLERANCE
 
 
@@ -251,26 +252,20 @@ def rewrite(folder: Path, weights: dict[str, Tensor]) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_round_trip_is_exact(written: Path, tmp_path: Path) -> None:
+def test_round_trip_is_exact(written: Path, tmp_path: Path) -> None:
     model, tokenizer = read_huggingface(written)
     write_huggingface(model, tokenizer, tmp_path / "again")
     for path in written.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     again, read = read_huggingface(tmp_path / "again")
-    assert all(torch.equal(weight, again.weights()[name]) for name, weight in model.weights().items())
+    assert_equal_weights(again, model.weights())
     assert again.config == model.config
     assert read.fingerprint == tokenizer.fingerprint
+    with pytest.raises(ValueError, match="already exists"):
+        write_huggingface(again, read, written)
 
 
-def test_an_existing_folder_is_kept(written: Path) -> None:
-    before = {path.name: path.read_bytes() for path in written.iterdir()}
-    model, tokenizer = read_huggingface(written)
-    with pytest.raises(ValueError, match="already there"):
-        write_huggingface(model, tokenizer, written)
-    assert before == {path.name: path.read_bytes() for path in written.iterdir()}
-
-
-def test_a_failed_conversion_leaves_nothing(
+def test_failed_conversion_leaves_nothing(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = read_huggingface(written)
@@ -284,7 +279,7 @@ def test_a_failed_conversion_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_old_names_buffers_and_an_explicit_head_are_read(written: Path) -> None:
+def test_old_names_buffers_and_explicit_head_are_read(written: Path) -> None:
     wanted, _ = read_huggingface(written)
     weights = load_file(written / "model.safetensors")
     old = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
@@ -292,92 +287,94 @@ def test_old_names_buffers_and_an_explicit_head_are_read(written: Path) -> None:
     old["h.0.attn.bias"] = torch.ones(16, 16, dtype=torch.uint8)
     old["h.1.attn.masked_bias"] = torch.tensor(-1e4)
     rewrite(written, old)
-    found, _ = read_huggingface(written)
-    assert all(torch.equal(weight, found.weights()[name]) for name, weight in wanted.weights().items())
+    assert_equal_weights(read_huggingface(written)[0], wanted.weights())
 
 
-def test_weights_in_several_files_are_read(written: Path) -> None:
+def test_sharded_weights_are_read(written: Path) -> None:
     wanted, _ = read_huggingface(written)
     weights = load_file(written / "model.safetensors")
     (written / "model.safetensors").unlink()
-    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
-    for file in set(places.values()):
-        save_file({name: weights[name] for name in weights if places[name] == file}, written / file)
+    weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
+    for file in set(weight_map.values()):
+        save_file({name: weights[name] for name in weights if weight_map[name] == file}, written / file)
     index = written / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    found, _ = read_huggingface(written)
-    assert all(torch.equal(weight, found.weights()[name]) for name, weight in wanted.weights().items())
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert_equal_weights(read_huggingface(written)[0], wanted.weights())
     index.write_text(json.dumps({"weight_map": {"wte.weight": "../model/config.json"}}))
-    with pytest.raises(ValueError, match="must name files of this folder"):
+    with pytest.raises(ValueError, match="weight_map"):
         read_huggingface(written)
-    index.write_text(json.dumps({"weight_map": {**places, "x": "lost.safetensors"}}))
-    with pytest.raises(ValueError, match=r"lost\.safetensors cannot be read"):
+    index.write_text(json.dumps({"weight_map": {**weight_map, "x": "lost.safetensors"}}))
+    with pytest.raises(ValueError, match=r"lost\.safetensors"):
         read_huggingface(written)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation_function": "gelu"}, "activation_function is 'gelu', not 'gelu_new'"),
+        ({"activation_function": "gelu"}, "activation_function"),
         ({"scale_attn_weights": False}, "scale_attn_weights"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
-        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "llama"}, "model_type"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"n_inner": 17}, "n_inner"),
-        ({"n_layer": "2"}, "n_layer is '2', not a whole number"),
+        ({"n_layer": "2"}, "n_layer"),
         ({"n_layer": None}, "n_layer"),
         ({"n_head": 3}, "n_head=3"),
-        ({"n_layer": 10**9}, "2 blocks, not n_layer=1000000000"),
-        ({"vocab_size": 261}, "wte.weight has the shape"),
-        ({"n_positions": 17}, "wpe.weight has the shape"),
+        ({"n_layer": 10**9}, "n_layer=1000000000"),
+        ({"vocab_size": 261}, "wte.weight"),
+        ({"n_positions": 17}, "wpe.weight"),
         ({"resid_pdrop": "much"}, "resid_pdrop"),
     ],
 )
-def test_other_architectures_are_refused(written: Path, changes: dict[str, object], message: str) -> None:
+def test_other_architecture_is_refused(written: Path, changes: dict[str, object], message: str) -> None:
     change_config(written, **changes)
     with pytest.raises(ValueError, match=message):
         read_huggingface(written)
 
 
-def test_defaults_of_missing_keys_are_transformers_own(written: Path) -> None:
+def test_missing_keys_have_transformers_defaults(written: Path) -> None:
     content = json.loads((written / "config.json").read_text())
     sizes = ("model_type", "n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     (written / "config.json").write_text(json.dumps({name: content[name] for name in sizes}))
     assert read_huggingface(written)[0].config.dropout == GPT2Config().resid_pdrop
 
 
-def test_weights_that_do_not_fit_are_refused(written: Path) -> None:
-    weights = load_file(written / "model.safetensors")
-    for name, changed, message in (
-        ("lm_head.weight", torch.zeros(260, 8), "differs from wte"),
-        ("transformer.h.0.ln_1.weight", torch.zeros(9), r"h\.0\.ln_1\.weight has shape \(9,\)"),
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("lm_head.weight", torch.zeros(260, 8), r"lm_head\.weight"),
+        ("transformer.h.0.ln_1.weight", torch.zeros(9), r"h\.0\.ln_1\.weight .*\(9,\)"),
         ("transformer.h.0.surprise", torch.zeros(1), "surprise is unknown"),
-        ("transformer.ln_f.bias", torch.zeros(8, dtype=torch.int8), "quantised"),
-    ):
-        rewrite(written, {**weights, name: changed})
-        with pytest.raises(ValueError, match=message):
-            read_huggingface(written)
-    del weights["transformer.wpe.weight"]
-    rewrite(written, weights)
-    with pytest.raises(ValueError, match=r"wpe\.weight"):
+        ("transformer.ln_f.bias", torch.zeros(8, dtype=torch.int8), r"ln_f\.bias .*int8"),
+        ("transformer.wpe.weight", None, r"wpe\.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    written: Path, name: str, changed: Tensor | None, message: str
+) -> None:
+    weights = {**load_file(written / "model.safetensors"), name: changed}
+    rewrite(written, {name: weight for name, weight in weights.items() if weight is not None})
+    with pytest.raises(ValueError, match=message):
         read_huggingface(written)
 
 
-def test_damaged_and_foreign_files_are_refused(written: Path, tmp_path: Path) -> None:
+def test_damaged_weights_and_pickles_are_refused(written: Path) -> None:
     file = written / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         read_huggingface(written)
     file.rename(written / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"only pytorch_model\.bin, which can run code"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*code"):
         read_huggingface(written)
-    for content in (b"{", b"[]", b"\xff", b"[" * 100_000):
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000, None])
+def test_damaged_config_is_refused(written: Path, content: bytes | None) -> None:
+    (written / "config.json").unlink()
+    if content is not None:
         (written / "config.json").write_bytes(content)
-        with pytest.raises(ValueError, match=r"config\.json"):
-            read_huggingface(written)
-    shutil.rmtree(written)
-    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         read_huggingface(written)

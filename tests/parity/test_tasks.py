@@ -1,6 +1,6 @@
-"""Tasks on real data against a script: Hugging Face's model and tokenizer, one example at a time.
+"""Tasks on real data against a naive script: Transformers' model and tokenizer, one example at a time.
 
-The model is trained a little on the real corpus, so that its choices are not all near ties.
+The model is trained briefly on the real corpus, so that its choices are not all near ties.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from overnight.training.schedule import ScheduleConfig
 CONTEXT = 256
 
 
-class Rival:
-    """The same model as Transformers opens it, asked one example at a time."""
+class NaiveModel:
+    """The same model in Transformers, one example at a time."""
 
     def __init__(self, folder: Path) -> None:
         transformers = pytest.importorskip("transformers")
@@ -48,7 +48,7 @@ class Rival:
 
     @torch.no_grad()
     def nats(self, context: Sequence[int], ending: Sequence[int]) -> tuple[float, bool]:
-        """Of an ending after its context, and whether each of its ids is the likeliest."""
+        """Of an ending after its context, and whether it is greedy."""
         row = torch.tensor([[*context, *ending]])[:, -(CONTEXT + 1) :]
         logs = self.model(row[:, :-1]).logits[0, -len(ending) :].double().log_softmax(-1)
         targets = torch.tensor(ending)
@@ -58,7 +58,7 @@ class Rival:
 
 @pytest.fixture(scope="module")
 def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A hundred steps on the corpus, with a BPE of its own."""
+    """A hundred steps on the corpus, with its own BPE."""
     root = tmp_path_factory.mktemp("trained")
     source, out = shared_data / "corpus" / "validation.parquet", root / "shards"
     prepare(PrepareConfig(source=str(source), out=str(out), tokenizer="bpe-2048", validation_fraction=0.1))
@@ -72,31 +72,29 @@ def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunD
         batch=BatchConfig(tokens_per_step=2048),
         compute=ComputeConfig(device="cpu", precision="fp32", compile=False),
     )
-    train.run(recipe, directory)
+    train.train(recipe, directory)
     return directory
 
 
 @pytest.fixture(scope="module")
 def ours(trained: RunDirectory) -> OpenedModel:
-    """The run, opened as any command opens it."""
     return open_model(str(trained.path))
 
 
 @pytest.fixture(scope="module")
-def theirs(trained: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Rival:
-    """The run, converted."""
+def theirs(trained: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> NaiveModel:
     folder = conversion_command.run(
         ConvertConfig(model=str(trained.path), out=str(tmp_path_factory.mktemp("hf") / "run"))
     )
-    return Rival(folder)
+    return NaiveModel(folder)
 
 
-def judge_all(name: str, opened: OpenedModel, folder: Path, most: int | None) -> tuple[TaskResult, Any]:
+def evaluate(name: str, opened: OpenedModel, folder: Path, most: int | None) -> tuple[TaskResult, Any]:
     task = open_task(name, folder, most)
     examples = task.encode(opened.tokenizer, CONTEXT)
     found = dict(evaluate_task(opened.model, examples, "fp32"))
-    judgement = TaskResult(examples, [found[place] for place in range(len(examples))])
-    return judgement, {score.metric: score.value for score in task.score(judgement, None)}
+    result = TaskResult(examples, [found[index] for index in range(len(examples))])
+    return result, {score.metric: score.value for score in task.score(result)}
 
 
 some = pytest.param(60, id="some")
@@ -104,15 +102,15 @@ every = pytest.param(None, id="all", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("most", [some, every])
-def test_hellaswag(
-    ours: OpenedModel, theirs: Rival, shared_data: Path, tmp_path: Path, most: int | None
+def test_hellaswag_matches_naive(
+    ours: OpenedModel, theirs: NaiveModel, shared_data: Path, tmp_path: Path, most: int | None
 ) -> None:
     file = shared_data / "hellaswag" / "hellaswag_val_first2000.jsonl"
     (tmp_path / "hellaswag_val.jsonl").write_bytes(file.read_bytes())
-    judgement, values = judge_all("hellaswag", ours, tmp_path, most)
+    result, values = evaluate("hellaswag", ours, tmp_path, most)
     right = {"accuracy_by_sum": 0, "accuracy_per_token": 0, "accuracy_per_character": 0}
     with file.open() as lines:
-        for line, numbers in zip(map(json.loads, islice(lines, most)), judgement.document_ids, strict=True):
+        for line, numbers in zip(map(json.loads, islice(lines, most)), result.numbers, strict=True):
             context = theirs.encode(line["ctx"])
             endings = [theirs.encode(f" {ending}") for ending in line["endings"]]
             nats = [theirs.nats(context, ending)[0] for ending in endings]
@@ -125,49 +123,49 @@ def test_hellaswag(
             for metric, counts in lengths.items():
                 means = [each / count for each, count in zip(nats, counts, strict=True)]
                 right[metric] += means.index(min(means)) == int(line["label"])
-    assert values == {metric: count / len(judgement.document_ids) for metric, count in right.items()}
+    assert values == {metric: count / len(result.numbers) for metric, count in right.items()}
 
 
 @pytest.mark.parametrize("most", [some, every])
-def test_lambada(
-    ours: OpenedModel, theirs: Rival, shared_data: Path, tmp_path: Path, most: int | None
+def test_lambada_matches_naive(
+    ours: OpenedModel, theirs: NaiveModel, shared_data: Path, tmp_path: Path, most: int | None
 ) -> None:
     file = shared_data / "lambada" / "lambada_test_first500.jsonl"
     (tmp_path / "lambada_test.jsonl").write_bytes(file.read_bytes())
-    judgement, values = judge_all("lambada", ours, tmp_path, most)
+    result, values = evaluate("lambada", ours, tmp_path, most)
     found = []
     with file.open() as lines:
         for line in islice(lines, most):
             context, _, word = json.loads(line)["text"].strip().rpartition(" ")
             found.append(theirs.nats(theirs.encode(context), theirs.encode(f" {word}")))
-    assert [bool(greedy) for _, greedy in judgement.document_ids] == [greedy for _, greedy in found]
+    assert [bool(greedy) for _, greedy in result.numbers] == [greedy for _, greedy in found]
     assert values["accuracy"] == sum(greedy for _, greedy in found) / len(found)
     mean = sum(nats for nats, _ in found) / len(found)
     assert math.log(values["perplexity_per_word"]) == pytest.approx(mean, abs=1e-4)
 
 
 @pytest.mark.parametrize("most", [some, every])
-def test_wikitext(
-    ours: OpenedModel, theirs: Rival, shared_data: Path, tmp_path: Path, most: int | None
+def test_wikitext_matches_naive(
+    ours: OpenedModel, theirs: NaiveModel, shared_data: Path, tmp_path: Path, most: int | None
 ) -> None:
     (tmp_path / "wikitext-2").symlink_to(shared_data / "wikitext-2")
-    _, values = judge_all("wikitext-2-validation", ours, tmp_path, most)
+    _, values = evaluate("wikitext-2-validation", ours, tmp_path, most)
     raw = (shared_data / "wikitext-2" / "wiki.valid.tokens").read_text()[: most and 1000 * most]
     task = TEXT_TASKS["wikitext-2-validation"]
     ids = theirs.encode(task.read(tmp_path / task.file, most and 1000 * most).text)
     ids = [theirs.tokenizer.eos_token_id, *ids]
-    nats, judged = 0.0, 1
-    while judged < len(ids):
-        end = min(judged + CONTEXT, len(ids))
-        nats += theirs.nats(ids[max(0, end - CONTEXT - 1) : judged], ids[judged:end])[0]
-        judged = end
+    nats, done = 0.0, 1
+    while done < len(ids):
+        end = min(done + CONTEXT, len(ids))
+        nats += theirs.nats(ids[max(0, end - CONTEXT - 1) : done], ids[done:end])[0]
+        done = end
     words = len(raw.split()) + raw.count("\n")
     assert values["nats_per_token"] == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
     assert math.log(values["perplexity_per_word"]) == pytest.approx(nats / words, abs=1e-4)
 
 
-def test_another_model_is_told_apart(ours: OpenedModel, theirs: Rival, shared_data: Path) -> None:
-    """The control: what these tests compare differs at once if one weight does."""
+def test_changed_weight_is_detected(ours: OpenedModel, theirs: NaiveModel, shared_data: Path) -> None:
+    """The negative control."""
     context, ending = theirs.encode("The cell is the"), theirs.encode(" smallest unit")
     before = theirs.nats(context, ending)[0]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Our ids are the ids of tiktoken, of Transformers and of `tokenizers`, made from the same files."""
+"""Our ids equal those of tiktoken, Transformers and `tokenizers`, from the same files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from overnight.tokenizer import bpe
 from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 
-PECULIAR = (
+UNUSUAL = (
     "it's, IT'S, they'll, 'sfoo, x'9",
     "  two  blanks\tand tabs\t\n\r\n \n at the end  \n ",
     "1,024 ²³ ½ ⅷ ١٢٣ १२३ 3.14e-5",
@@ -48,15 +48,15 @@ def gpt2(folder: Path) -> Tokenizer:
 def texts(shared_data: Path) -> list[str]:
     shakespeare = (shared_data / "shakespeare/input.txt").read_text(encoding="utf-8")
     wikipedia = (shared_data / "wikitext-2/wiki.valid.tokens").read_text(encoding="utf-8")
-    return [*PECULIAR, shakespeare[:100_000], wikipedia[:100_000]]
+    return [*UNUSUAL, shakespeare[:100_000], wikipedia[:100_000]]
 
 
-# ---------------------------------------------------------------- tiktoken
+# tiktoken
 
 
 @pytest.fixture(scope="module")
 def by_tiktoken(folder: Path) -> tiktoken.Encoding:
-    """GPT-2 as tiktoken has it, read by tiktoken from the same two files."""
+    """The GPT-2 of tiktoken, from the same two files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", "")  # keeps no copies
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
@@ -70,14 +70,14 @@ def by_tiktoken(folder: Path) -> tiktoken.Encoding:
     )
 
 
-def test_the_published_addresses_and_hashes_are_tiktokens() -> None:
+def test_addresses_and_hashes_equal_tiktokens() -> None:
     published = inspect.getsource(openai_public.gpt2)
     for name, sha256 in bpe.FILES.items():
         assert f'"{bpe.ADDRESS}/{name}"' in published
         assert f'"{sha256}"' in published
 
 
-def test_the_vocabulary_has_the_hash_of_tiktokens_own_file(gpt2: Tokenizer) -> None:
+def test_vocabulary_has_the_hash_of_tiktokens_file(gpt2: Tokenizer) -> None:
     lines = [
         f"{base64.b64encode(spelled).decode()} {id}\n" for id, spelled in enumerate(gpt2.token_bytes()[:-1])
     ]
@@ -85,11 +85,11 @@ def test_the_vocabulary_has_the_hash_of_tiktokens_own_file(gpt2: Tokenizer) -> N
     assert hashlib.sha256("".join(lines).encode()).hexdigest() in published
 
 
-def test_a_sentence_everyone_knows(gpt2: Tokenizer) -> None:
+def test_gpt2_ids_of_a_known_sentence(gpt2: Tokenizer) -> None:
     assert gpt2.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
 
 
-def test_gpt2_is_tiktokens(gpt2: Tokenizer, by_tiktoken: tiktoken.Encoding, texts: list[str]) -> None:
+def test_gpt2_equals_tiktoken(gpt2: Tokenizer, by_tiktoken: tiktoken.Encoding, texts: list[str]) -> None:
     assert gpt2.vocab_size == by_tiktoken.n_vocab
     assert gpt2.end_of_text == by_tiktoken.eot_token
     for text, ids in zip(texts, gpt2.encode_batch(texts), strict=True):
@@ -99,11 +99,11 @@ def test_gpt2_is_tiktokens(gpt2: Tokenizer, by_tiktoken: tiktoken.Encoding, text
 
 @given(text=st.one_of(ANY_TEXT, st.text(st.characters(exclude_categories=()), max_size=50)))
 @settings(max_examples=500, deadline=None)
-def test_gpt2_is_tiktokens_on_any_text(gpt2: Tokenizer, by_tiktoken: tiktoken.Encoding, text: str) -> None:
+def test_gpt2_equals_tiktoken_on_any_text(gpt2: Tokenizer, by_tiktoken: tiktoken.Encoding, text: str) -> None:
     assert gpt2.encode(text) == by_tiktoken.encode_ordinary(text)
 
 
-# ---------------------------------------------------------------- Transformers
+# Transformers
 
 
 @pytest.fixture(scope="module")
@@ -117,23 +117,25 @@ def by_transformers(folder: Path) -> GPT2Tokenizer:
 
 @given(text=ANY_TEXT)
 @settings(max_examples=300, deadline=None)
-def test_gpt2_is_transformers_on_any_text(gpt2: Tokenizer, by_transformers: GPT2Tokenizer, text: str) -> None:
+def test_gpt2_equals_transformers_on_any_text(
+    gpt2: Tokenizer, by_transformers: GPT2Tokenizer, text: str
+) -> None:
     assert gpt2.encode(text) == by_transformers(text)["input_ids"]
 
 
-def test_gpt2_is_transformers(gpt2: Tokenizer, by_transformers: GPT2Tokenizer, texts: list[str]) -> None:
+def test_gpt2_equals_transformers(gpt2: Tokenizer, by_transformers: GPT2Tokenizer, texts: list[str]) -> None:
     for text in texts:
         assert gpt2.encode(text) == by_transformers(text)["input_ids"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe-1000", "characters"])
-@pytest.mark.parametrize("beside_a_model", [False, True])
-def test_a_saved_folder_opens_in_transformers(
-    folder: Path, texts: list[str], tmp_path: Path, name: str, beside_a_model: bool
+@pytest.mark.parametrize("with_model", [False, True])
+def test_saved_tokenizer_opens_in_transformers(
+    folder: Path, texts: list[str], tmp_path: Path, name: str, with_model: bool
 ) -> None:
     ours = load_tokenizer(folder) if name == "gpt2" else build_tokenizer(name, texts[-2:])
     ours.save(tmp_path)
-    if beside_a_model:
+    if with_model:
         about = {"model_type": "gpt2", "bos_token_id": ours.end_of_text, "eos_token_id": ours.end_of_text}
         (tmp_path / "config.json").write_text(json.dumps({**about, "vocab_size": ours.vocab_size}))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -147,10 +149,10 @@ def test_a_saved_folder_opens_in_transformers(
     assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
 
 
-# ---------------------------------------------------------------- tokenizers
+# tokenizers
 
 
-def test_training_learns_what_tokenizers_learns(texts: list[str]) -> None:
+def test_bpe_training_equals_tokenizers(texts: list[str]) -> None:
     theirs = ByteLevelBPETokenizer()
     theirs.train_from_iterator(texts[-2:], vocab_size=999, min_frequency=0, show_progress=False)
     ours = build_tokenizer("bpe-1000", texts[-2:])

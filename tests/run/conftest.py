@@ -1,10 +1,15 @@
-"""A small text, prepared once, and a small recipe over it."""
+"""A small text, prepared once, a small recipe over it, a finished run of it, and ways to disturb a run."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -13,17 +18,20 @@ from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
-from overnight.run import setup, train
-from overnight.run.setup import TrainSetup
+from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig, read_recipe_of
+from overnight.run import train as train_module
+from overnight.run_directory import RunDirectory
 from overnight.training import ComputeConfig, OptimizerConfig
 from overnight.training.batch import BatchConfig
+from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.schedule import ScheduleConfig
-from overnight.training.step import Training
+from overnight.training.state import TrainState
+from overnight.training.step import StepResult, TrainSetup
 
 LINES = "".join(
     f"Line {number} of a small text about the number {number * 7 % 100}.\n" for number in range(60)
 )
+CLOCK = {"milliseconds", "tokens_per_second", "mfu", "mfu_executed"}  # all that a repetition may change
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +53,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(prepared: Path) -> Callable[..., Recipe]:
     """Builds a recipe of 12 steps, with dropout, accumulation and less than two steps to an epoch."""
 
@@ -67,21 +75,95 @@ def recipe(prepared: Path) -> Callable[..., Recipe]:
     return build
 
 
+@pytest.fixture(scope="session")
+def finished_run(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """`recipe()` trained to its end without interruption. Do not change it; see `copied_run`."""
+    directory = RunDirectory(tmp_path_factory.mktemp("finished") / "run")
+    train_module.train(recipe(), directory)
+    return directory
+
+
+@pytest.fixture
+def copied_run(finished_run: RunDirectory, tmp_path: Path) -> RunDirectory:
+    """A copy of the finished run in tmp_path/run."""
+    return RunDirectory(shutil.copytree(finished_run.path, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def metrics_of() -> Callable[[RunDirectory], list[dict[str, float]]]:
+    """Every metrics line of a run, without times and speeds."""
+
+    def read(directory: RunDirectory) -> list[dict[str, float]]:
+        return [
+            {key: value for key, value in line.items() if key not in CLOCK}
+            for line in directory.read_metrics()
+        ]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def fingerprint(metrics_of: Callable[[RunDirectory], list[dict[str, float]]]) -> Callable[..., Any]:
+    """(digest of the newest checkpoint, metrics, events) of a run: the same for runs equal to the bit."""
+
+    def compute(directory: RunDirectory) -> tuple[str, list[dict[str, float]], list[dict[str, Any]]]:
+        newest, digest = list_checkpoints(directory.checkpoints)[-1], hashlib.sha256()
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+            digest.update((newest / name).read_bytes())
+        events = [event for kind in ("evaluations", "samples") for event in directory.read_events(kind)]
+        return digest.hexdigest(), metrics_of(directory), events
+
+    return compute
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`stop_after(steps)`: the next run gets SIGTERM once it has done that many steps, and not again."""
+    must_stop = train_module.must_stop
+
+    def stop_after(steps: int) -> None:
+        asked = itertools.count()  # before every step
+
+        def signalled(*given: Any) -> bool:
+            if next(asked) == steps:
+                signal.raise_signal(signal.SIGTERM)
+            return must_stop(*given)
+
+        monkeypatch.setattr(train_module, "must_stop", signalled)
+
+    return stop_after
+
+
+@pytest.fixture
+def train_to(stop_after: Callable[[int], None], tmp_path: Path) -> Callable[..., RunDirectory]:
+    """`train_to(recipe, name, *stops)` trains in tmp_path/name to the end, stopped and resumed on the way."""
+
+    def run(recipe: Recipe, name: str, *stops: int) -> RunDirectory:
+        directory = RunDirectory(tmp_path / name)
+        for number, steps in enumerate(stops):
+            stop_after(steps)
+            with pytest.raises(KeyboardInterrupt):
+                train_module.train(recipe, directory, resume=number > 0)
+            recipe = read_recipe_of(directory.path)
+        train_module.train(recipe, directory, resume=bool(stops))
+        return directory
+
+    return run
+
+
 @pytest.fixture
 def overflow_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
-    """Lets the loss be infinite at some steps, counted from 0, as float16 makes it now and then."""
-    build = setup.build_training
+    """Makes the loss infinite at some steps, counted from 0, as float16 does now and then."""
+    train_step = train_module.train_step
 
     def overflow_at(steps: set[int]) -> None:
-        def build_overflowing(job: TrainSetup) -> Training:
-            training = build(job)
+        def step(state: TrainState, setup: TrainSetup) -> StepResult:
+            def infinite(ids: Tensor, targets: Tensor) -> Tensor:
+                return setup.loss(ids, targets) * float("inf")
 
-            def loss(ids: Tensor, targets: Tensor) -> Tensor:
-                nats = training.loss(ids, targets)
-                return nats * float("inf") if job.state.step in steps else nats
+            loss: Any = infinite if state.step in steps else setup.loss
+            return train_step(state, dataclasses.replace(setup, loss=loss))
 
-            return dataclasses.replace(training, loss=loss)
-
-        monkeypatch.setattr(train, "build_training", build_overflowing)
+        monkeypatch.setattr(train_module, "train_step", step)
 
     return overflow_at

@@ -6,13 +6,15 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from overnight.config import from_toml
-from overnight.recipe import Recipe
-from overnight.run import train as train_module
+from overnight.recipe import Recipe, read_recipe_of
+from overnight.run import setup
+from overnight.run.train import train
 from overnight.run_directory import RunDirectory
 from overnight.training import ComputeConfig
 from overnight.training.batch import BatchConfig
@@ -20,99 +22,70 @@ from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.checkpoint.load import read_model
 
 Build = Callable[..., Recipe]
-
-
-def train(recipe: Recipe, path: Path, *, resume: bool = False) -> RunDirectory:
-    directory = RunDirectory(path)
-    train_module.run(recipe, directory, resume=resume)
-    return directory
+Train = Callable[..., RunDirectory]
+COMPILES = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 
 def weights(directory: RunDirectory) -> dict[str, torch.Tensor]:
     return read_model(list_checkpoints(directory.checkpoints)[-1]).weights()
 
 
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def in_fp16(recipe: Recipe) -> Recipe:
-    compute = ComputeConfig(device="cpu", precision="fp16", compile=False)
-    return dataclasses.replace(recipe, compute=compute)
-
-
-def test_an_overflow_of_fp16_skips_the_step_and_resuming_stays_exact(
-    recipe: Build,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    overflow_at: Callable[[set[int]], None],
+def test_fp16_overflow_skips_step_and_resumes_exactly(
+    recipe: Build, overflow_at: Callable[[set[int]], None], train_to: Train, fingerprint: Callable[..., Any]
 ) -> None:
-    small = in_fp16(recipe())
+    small = recipe(compute=ComputeConfig(device="cpu", precision="fp16", compile=False))
     overflow_at({4, 5})
-    whole = train(small, tmp_path / "full")
+    whole = train_to(small, "full")
     norms = [line["grad_norm"] for line in whole.read_metrics()]
     assert [step for step, norm in enumerate(norms) if norm is None] == [4, 5]
     state = json.loads((list_checkpoints(whole.checkpoints)[-1] / "state.json").read_text())
     assert (state["step"], state["updates"]) == (12, 10)
     assert state["loss_scale"]["scale"] == 65536 / 4
-
-    stops = iter([False] * 6 + [True])
-    with monkeypatch.context() as patch:
-        fit = train_module.fit
-        patch.setattr(train_module, "fit", lambda *given: fit(*given[:4], lambda: next(stops)))
-        with pytest.raises(KeyboardInterrupt):
-            train(small, tmp_path / "stopped")
-    written = (tmp_path / "stopped" / "recipe.toml").read_text()
-    stopped = train(from_toml(Recipe, written, "recipe.toml"), tmp_path / "stopped", resume=True)
-    assert same(weights(stopped), weights(whole))
-    kept = [{name: line[name] for name in ("step", "loss", "grad_norm")} for line in stopped.read_metrics()]
-    assert kept == [{name: line[name] for name in kept[0]} for line in whole.read_metrics()]
+    assert fingerprint(train_to(small, "stopped", 6)) == fingerprint(whole)
 
 
-def test_what_does_not_fit_is_halved_and_the_step_stays_the_same(
-    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_micro_batch_is_halved_until_it_fits(
+    recipe: Build, train_to: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "fits", lambda training, state: training.plan.micro_batch_size <= 10)
     small = recipe(model=dataclasses.replace(recipe().model, dropout=0.0))
-    halved = train(small, tmp_path / "halved")
-    assert "micro_batch_size = 8" in halved.recipe.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "fits", lambda state, training: training.plan.micro_batch_size <= 10)
+        halved = train_to(small, "halved")
+    assert read_recipe_of(halved.path).batch.micro_batch_size == 8
     choices = json.loads(halved.environment.read_text())["choices"]
-    assert choices["micro_batch_size"].startswith("8 (halved until it fitted), 12 micro-batches")
-    monkeypatch.undo()
+    assert choices["micro_batch_size"].startswith("8 (halved")
     asked = dataclasses.replace(small, batch=BatchConfig(tokens_per_step=96 * 32, micro_batch_size=8))
-    assert same(weights(train(asked, tmp_path / "asked")), weights(halved))
+    ours, theirs = weights(train_to(asked, "asked")), weights(halved)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_where_not_a_row_fits_nothing_is_begun(
+def test_nothing_is_written_if_no_row_fits(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "fits", lambda training, state: False)
-    with pytest.raises(ValueError, match="not a single row fits .* --activation_checkpointing block"):
-        train(recipe(), tmp_path / "none")
+    monkeypatch.setattr(setup, "fits", lambda state, training: False)
+    with pytest.raises(ValueError, match="--activation-checkpointing"):
+        train(recipe(), RunDirectory(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_evaluating_sampling_and_saving_recompile_nothing(recipe: Build, tmp_path: Path) -> None:
-    from torch._dynamo.utils import counters
-
+@COMPILES
+def test_evaluation_samples_and_checkpoints_recompile_nothing(recipe: Build, tmp_path: Path) -> None:
     torch._dynamo.reset()
     counters.clear()
     small = recipe(
-        model=dataclasses.replace(recipe().model, n_layer=1),  # compiled in half the time
+        model=dataclasses.replace(recipe().model, n_layer=1),  # compiles in half the time
         compute=ComputeConfig(device="cpu", precision="fp32", compile=True),
         evaluation=dataclasses.replace(recipe().evaluation, evaluate_every_steps=2),
         samples=dataclasses.replace(recipe().samples, sample_every_steps=2),
     )
-    train(small, tmp_path / "compiled")
+    train(small, RunDirectory(tmp_path / "compiled"))
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["recompile_limit"]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_another_shape_would_be_seen_as_a_recompilation() -> None:
-    from torch._dynamo.utils import counters
-
+@COMPILES
+def test_another_shape_is_counted_as_a_recompilation() -> None:
+    """The negative control."""
     torch._dynamo.reset()
     counters.clear()
     double = torch.compile(lambda x: 2 * x, dynamic=False, fullgraph=True, backend="eager")

@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, says which it is, and leaves the healthy alone."""
+"""The doctor finds what is wrong, names it, and passes what is sound."""
 
 from __future__ import annotations
 
@@ -28,72 +28,68 @@ from overnight.data.shards import (
     read_manifest,
     write_manifest,
 )
-from overnight.distributed.world import World
 from overnight.doctor import CHECKS, DoctorConfig, model_checks
-from overnight.doctor import command as doctor_command
-from overnight.doctor.check import Check
-from overnight.doctor.command import open_doctor_context, run, run_checks
+from overnight.doctor import context as context_module
+from overnight.doctor.check import CheckResult
+from overnight.doctor.command import run, run_checks
+from overnight.doctor.context import DoctorContext
 from overnight.generation import generate
 from overnight.inspection.statistics import documents_of, shard_spans
 from overnight.model import gpt, loss
-from overnight.model import gpt as gpt_module
 from overnight.planning import command as planning_command
 from overnight.recipe import Recipe
 from overnight.run import setup
-from overnight.run import train as train_module
 from overnight.tokenizer.characters import Characters
-from overnight.training import ComputeConfig, OptimizerConfig, sharding, step
+from overnight.training import ComputeConfig, OptimizerConfig, schedule, sharding, step
 from overnight.training.checkpoint import load as load_module
 from overnight.training.checkpoint import save
 from overnight.training.schedule import ScheduleConfig
-from overnight.training.step import Backward
 
 SLOW = ("compiled", "processes", "time")
 FAST = tuple(name for name in CHECKS if name not in SLOW)
 BF16 = ComputeConfig(device="cpu", precision="bf16", compile=False)
-Look = Callable[..., dict[str, Check]]
+Results = dict[str, CheckResult]
+Check = Callable[..., Results]
 Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture
-def look(recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: Patch) -> Look:
+def check(recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: Patch) -> Check:
     """Does the checks of a small recipe, all but the slow ones unless they are named."""
     monkeypatch.chdir(tmp_path)
 
-    def look(*only: str, asked: dict[str, Any] | None = None, **changes: object) -> dict[str, Check]:
+    def check(*only: str, options: dict[str, Any] | None = None, **changes: object) -> Results:
         scratch = tmp_path / "scratch"
         scratch.mkdir()
         (tmp_path / "small.toml").write_text(to_toml(recipe(**changes)))
-        config = DoctorConfig(**vars(recipe(**changes)), **(asked or {}))
-        to_do = open_doctor_context(config, "small.toml", scratch).checks()
-        return {check.name: check for check in run_checks(to_do, only or FAST)}
+        config = DoctorConfig(**vars(recipe(**changes)), **(options or {}))
+        context = DoctorContext(config, "small.toml", scratch)
+        return {result.name: result for result in run_checks(context, only or FAST)}
 
-    return look
-
-
-def failed(found: dict[str, Check]) -> set[str]:
-    """Their names."""
-    return {name for name, check in found.items() if check.finding.passed is False}
+    return check
 
 
-def cause(found: dict[str, Check], name: str) -> str:
-    """The sentence of one that has failed."""
-    assert found[name].finding.passed is False, found[name]
-    return found[name].finding.cause
+def failed(found: Results) -> set[str]:
+    return {name for name, result in found.items() if result.passed is False}
 
 
-# ---------------------------------------------------------------- the healthy
+def cause(found: Results, name: str) -> str:
+    assert found[name].passed is False, found[name]
+    return found[name].cause
 
 
-def test_a_healthy_recipe_is_all_green(
+# Sound recipes.
+
+
+def test_doctor_passes_a_sound_recipe(
     recipe: Callable[..., Recipe],
     tmp_path: Path,
     monkeypatch: Patch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """All checks but compilation; and everything is left as it was found.
+    """All checks but compilation; and random state, threads and files are as before.
 
-    Not as a command is typed: tyro, which reads those, draws from Python's noise.
+    Not through the command line: tyro, which parses it, draws from Python's random state.
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.toml").write_text(to_toml(recipe(compute=BF16)))
@@ -105,26 +101,23 @@ def test_a_healthy_recipe_is_all_green(
     files = {*tmp_path.rglob("*")}
     longer = recipe(compute=BF16, schedule=ScheduleConfig(total_steps=20, warmup_steps=3))
     assert run(DoctorConfig(**vars(longer), benchmarks=(str(benchmark),)), "small.toml") == 0
-    said = capsys.readouterr()
+    captured = capsys.readouterr()
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     assert torch.get_num_threads() == before[2]
     assert {*tmp_path.rglob("*")} == files
-    lines = said.err.splitlines()
-    assert "FAIL" not in said.err
-    assert said.out == ""
+    assert captured.out == ""
+    lines = captured.err.splitlines()
     assert all(len(line) <= 80 for line in lines)
-    marked = {words[1]: words[0] for line in lines if len(words := line.split()) > 1}
-    assert [name for name in CHECKS if marked[name] == "-"] == ["compiled", "reference"]
-    assert [name for name in CHECKS if marked[name] == "ok"] == [
-        name for name in CHECKS if name not in {"compiled", "reference"}
-    ]
+    marks = {words[1]: words[0] for line in lines if len(words := line.split()) > 1}
+    assert {name for name in CHECKS if marks[name] == "-"} == {"compiled", "reference"}
+    assert {name for name in CHECKS if marks[name] == "ok"} == {*CHECKS} - {"compiled", "reference"}
     assert any("<|endoftext|>" in line for line in lines)
     assert any("▁" in line or "█" in line for line in lines)
     assert lines[-1] == "next: overnight train small.toml --total-steps 20"
 
 
-def test_a_program_is_told_every_figure(
+def test_json_has_every_figure(
     recipe: Callable[..., Recipe],
     tmp_path: Path,
     monkeypatch: Patch,
@@ -134,46 +127,43 @@ def test_a_program_is_told_every_figure(
     (tmp_path / "small.toml").write_text(to_toml(recipe()))
     words = ["--only", "gradients", "learning-rate", "precision", "--peak-learning-rate=7", "--json"]
     assert main(["doctor", "small.toml", *words]) == 1
-    said = capsys.readouterr()
-    told = json.loads(said.out)
-    assert told["passed"] is False
-    assert told["recipe"] == "small.toml"
-    assert [(check["name"], check["passed"]) for check in told["checks"]] == [
-        ("gradients", True),
-        ("precision", None),
-        ("learning-rate", False),
-    ]
-    (rate,) = (check for check in told["checks"] if check["name"] == "learning-rate")
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["passed"] is False
+    assert found["recipe"] == "small.toml"
+    results = {result["name"]: result["passed"] for result in found["checks"]}
+    assert results == {"gradients": True, "precision": None, "learning-rate": False}
+    (rate,) = (result for result in found["checks"] if result["name"] == "learning-rate")
     assert rate["figures"]["peak"] == 7
-    assert "was a zero lost or added?" in rate["cause"]
-    assert said.err.splitlines()[-1] == (
-        "mend learning-rate, then: overnight doctor small.toml --peak-learning-rate 7.0"
+    assert "peak_learning_rate" in rate["cause"]
+    assert captured.err.splitlines()[-1].endswith(
+        "learning-rate, then: overnight doctor small.toml --peak-learning-rate 7.0"
     )
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_a_compiled_step_is_compared(look: Look) -> None:
-    found = look("compiled", compute=ComputeConfig(device="cpu", precision="fp32", compile=True))
-    assert found["compiled"].finding.passed, found["compiled"].finding.cause
+def test_compiled_step_is_compared(check: Check) -> None:
+    found = check("compiled", compute=ComputeConfig(device="cpu", precision="fp32", compile=True))
+    assert found["compiled"].passed, found["compiled"].cause
 
 
-# ---------------------------------------------------------------- the code, sabotaged
+# Sabotaged code.
 
 
-def draw_ten_times_too_wide(patch: Patch) -> None:
-    patch.setattr(gpt_module, "STANDARD_DEVIATION", 0.2)
+def initialize_ten_times_too_wide(patch: Patch) -> None:
+    patch.setattr(gpt, "STANDARD_DEVIATION", 0.2)
 
 
 def freeze_a_parameter(patch: Patch) -> None:
-    place = setup.place_model
+    build = setup.build_sharded_model
 
-    def place_frozen(*given: Any) -> gpt.GPT:
-        model = place(*given)
+    def build_frozen(*given: Any) -> gpt.GPT:
+        model = build(*given)
         model.h[1].ln_2.bias.requires_grad = False
         return model
 
-    patch.setattr(setup, "build_sharded_model", place_frozen)
+    patch.setattr(setup, "build_sharded_model", build_frozen)
 
 
 def detach_attention(patch: Patch) -> None:
@@ -185,7 +175,7 @@ def detach_attention(patch: Patch) -> None:
 
 
 def forget_a_parameter_in_the_optimizer(patch: Patch) -> None:
-    build = setup.build_optimizer_of
+    build = setup.build_sharded_optimizer
 
     def build_forgetful(*given: Any) -> torch.optim.AdamW:
         optimizer = build(*given)
@@ -204,36 +194,33 @@ def let_the_future_through(patch: Patch) -> None:
     patch.setattr(F, "scaled_dot_product_attention", attend_to_all)
 
 
-def scale_accumulated(patch: Patch, factor: Callable[[int], float]) -> None:
-    add_up = sharding.add_up
+def scale_gradients(patch: Patch, factor: Callable[[int], float]) -> None:
+    reduce = sharding.Replicated.reduce
 
-    def add_up_scaled(backward: Backward, mine: range, parameters: Any, world: World) -> Tensor:
-        nats = add_up(backward, mine, parameters, world)
-        for parameter in parameters:
-            parameter.grad *= factor(len(mine))
-        return nats
+    def reduce_scaled(self: sharding.Replicated, nats: Tensor, number: int, count: int) -> Tensor:
+        total = reduce(self, nats, number, count)
+        for parameter in self.parameters if number == count - 1 else ():
+            parameter.grad *= factor(count)
+        return total
 
-    patch.setattr(sharding, "accumulate_gradients", add_up_scaled)
+    patch.setattr(sharding.Replicated, "reduce", reduce_scaled)
 
 
 def average_averages(patch: Patch) -> None:
-    scale_accumulated(patch, lambda count: 1 / count)
+    scale_gradients(patch, lambda count: 1 / count)
 
 
 def forget_to_divide(patch: Patch) -> None:
-    scale_accumulated(patch, lambda count: count)
+    scale_gradients(patch, lambda count: count)
 
 
 def log_the_last_micro_batch(patch: Patch) -> None:
-    def add_up(backward: Backward, mine: range, parameters: Any, world: World) -> Tensor:
-        return [backward(number) for number in mine][-1]
-
-    patch.setattr(sharding, "accumulate_gradients", add_up)
+    patch.setattr(sharding.Replicated, "reduce", lambda self, nats, number, count: nats)
 
 
 def update_nothing(patch: Patch) -> None:
-    apply = step.apply_gradients
-    patch.setattr(step, "apply_gradients", lambda o, p, _rate, *rest: apply(o, p, 0.0, *rest))
+    step_if = step.step_if
+    patch.setattr(step, "step_if", lambda *given: step_if(*given[:-1], 0.0))
 
 
 def shift_cached_positions(patch: Patch) -> None:
@@ -277,17 +264,18 @@ def predict_the_same_id(patch: Patch) -> None:
     patch.setattr(loader.TokenStream, "batch", unshifted)
 
 
-def never_come_to_an_end(patch: Patch) -> None:
-    multiplier = train_module.learning_rate_multiplier
+def decay_ten_times_too_slowly(patch: Patch) -> None:
+    multiplier = schedule.learning_rate_multiplier
     patch.setattr(
-        train_module,
+        schedule,
         "learning_rate_multiplier",
         lambda position, length, config: multiplier(position, 10 * length, config),
     )
 
 
 def fill_the_disk(patch: Patch) -> None:
-    patch.setattr(planning_command.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    full = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=1000))
+    patch.setattr(planning_command, "shutil", full)
 
 
 def take_the_memory_away(patch: Patch) -> None:
@@ -295,62 +283,61 @@ def take_the_memory_away(patch: Patch) -> None:
 
 
 @pytest.mark.parametrize(
-    "sabotage, named, sentence",
+    "sabotage, name, words",
     [
-        (draw_ten_times_too_wide, "initial-loss", "drawn too wide"),
-        (freeze_a_parameter, "gradients", "h.1.ln_2.bias gets no gradient: it is frozen"),
-        (detach_attention, "gradients", "cut off by a detach()"),
-        (forget_a_parameter_in_the_optimizer, "gradients", "wte.weight is in no group of the optimizer"),
-        (let_the_future_through, "causality", "the attention mask lets the future through"),
+        (initialize_ten_times_too_wide, "initial-loss", "standard deviation"),
+        (freeze_a_parameter, "gradients", "h.1.ln_2.bias gets no gradient"),
+        (detach_attention, "gradients", "detach()"),
+        (forget_a_parameter_in_the_optimizer, "gradients", "wte.weight is in no parameter group"),
+        (let_the_future_through, "causality", "attention mask"),
         (average_averages, "accumulation", "gradient differs, its gradient is 0.25 times"),
         (forget_to_divide, "accumulation", "gradient differs, its gradient is 4 times"),
         (log_the_last_micro_batch, "accumulation", "(loss differs"),
-        (update_nothing, "overfit", "the optimizer does not move the weights"),
-        (shift_cached_positions, "generation", "a position is off by one"),
+        (update_nothing, "overfit", "optimizer"),
+        (shift_cached_positions, "generation", "position is off by one"),
         (lose_the_moments, "checkpoint", "wte.weight has lost AdamW's exp_avg"),
         (save_in_bfloat16, "checkpoint", "the weights wte.weight differ by"),
         (forget_the_step, "checkpoint", "the step is 0 instead of 2"),
-        (predict_the_same_id, "rows", "targets are not the ids that follow"),
-        (never_come_to_an_end, "schedule", "the fall is longer than the run"),
-        (fill_the_disk, "disk", "the disk of this folder is too small"),
-        (take_the_memory_away, "memory", "a step does not fit into the memory"),
+        (predict_the_same_id, "rows", "targets are not the next ids"),
+        (decay_ten_times_too_slowly, "schedule", "decay"),
+        (fill_the_disk, "disk", "disk"),
+        (take_the_memory_away, "memory", "memory"),
     ],
 )
-def test_sabotaged_code_is_named(
-    sabotage: Callable[[Patch], None], named: str, sentence: str, look: Look, monkeypatch: Patch
+def test_sabotaged_code_is_found(
+    sabotage: Callable[[Patch], None], name: str, words: str, check: Check, monkeypatch: Patch
 ) -> None:
     sabotage(monkeypatch)
-    found = look()
-    assert sentence in cause(found, named)
-    # Without a cache the future is seen, with one it is not; and the same id is not hard to tell.
-    also = {"causality": {"generation"}, "rows": {"initial-loss"}}.get(named, set())
-    assert failed(found) - also == {named}
+    found = check()
+    assert words in cause(found, name)
+    # Without a cache the future is visible, with one it is not; and the same id is easy to predict.
+    also = {"causality": {"generation"}, "rows": {"initial-loss"}}.get(name, set())
+    assert failed(found) - also == {name}
 
 
-def test_what_needs_gradients_is_not_looked_at_without(look: Look, monkeypatch: Patch) -> None:
+def test_checks_that_need_gradients_are_skipped_without(check: Check, monkeypatch: Patch) -> None:
     freeze_a_parameter(monkeypatch)
-    found = look("gradients", "overfit", "accumulation")
-    assert found["overfit"].finding.passed is None
-    assert found["accumulation"].finding.cause == "it can't be told before gradients is mended"
+    found = check("gradients", "overfit", "accumulation")
+    for name in ("overfit", "accumulation"):
+        assert found[name].passed is None
+        assert "gradients" in found[name].cause
 
 
-def test_compiled_code_that_differs_is_named(look: Look, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda nats, **how: lambda ids, targets: nats(ids, targets) * 1.001)
-    monkeypatch.setattr(doctor_command, "can_compile", lambda: True)
+@pytest.mark.parametrize("factor, passed", [(1.001, False), (1.0, True)])
+def test_compiled_code_that_differs_is_found(
+    check: Check, monkeypatch: Patch, factor: float, passed: bool
+) -> None:
+    monkeypatch.setattr(
+        torch, "compile", lambda nats, **how: lambda ids, targets: nats(ids, targets) * factor
+    )
+    monkeypatch.setattr(context_module, "can_compile", lambda: True)
     monkeypatch.setattr("overnight.training.compute.can_compile", lambda: True)
-    found = look("compiled", compute=ComputeConfig(device="cpu", precision="fp32"))
-    assert "torch.compile makes another computation" in cause(found, "compiled")
+    found = check("compiled", compute=ComputeConfig(device="cpu", precision="fp32"))
+    assert found["compiled"].passed is passed
+    assert "torch.compile" in found["compiled"].cause
 
 
-def test_compiled_code_that_is_the_same_passes(look: Look, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda nats, **how: nats)
-    monkeypatch.setattr(doctor_command, "can_compile", lambda: True)
-    monkeypatch.setattr("overnight.training.compute.can_compile", lambda: True)
-    found = look("compiled", compute=ComputeConfig(device="cpu", precision="fp32"))
-    assert found["compiled"].finding.passed, found["compiled"].finding.cause
-
-
-def test_a_precision_that_rounds_what_it_must_not_is_named(look: Look, monkeypatch: Patch) -> None:
+def test_precision_that_rounds_the_loss_is_found(check: Check, monkeypatch: Patch) -> None:
     def rounded(logits: Tensor, targets: Tensor) -> Tensor:
         each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         if logits.dtype != torch.bfloat16:
@@ -358,58 +345,58 @@ def test_a_precision_that_rounds_what_it_must_not_is_named(look: Look, monkeypat
         return functools.reduce(torch.add, each.bfloat16()).float()
 
     monkeypatch.setattr(loss, "cross_entropy_nats", rounded)
-    found = look("precision", "initial-loss", compute=BF16)
+    found = check("precision", "initial-loss", compute=BF16)
     assert failed(found) == {"precision"}
-    assert "something is rounded to bf16 that must stay in float32" in cause(found, "precision")
+    assert "bf16" in cause(found, "precision")
 
 
-def test_gradients_that_two_processes_do_not_sum_are_named(
-    look: Look, tmp_path: Path, monkeypatch: Patch
+def test_gradients_not_summed_over_processes_are_found(
+    check: Check, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """The sabotage lies where each Python looks when it starts."""
+    """The sabotage is where each Python looks when it starts."""
     (tmp_path / "sitecustomize.py").write_text(
-        "from overnight.distributed.world import World\nWorld.sum = lambda self, tensors: None\n"
+        "from overnight.distributed.world import World\nWorld.all_reduce = lambda self, tensors: None\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found = look("processes")
-    assert "gradients and nats are to be SUMMED over processes" in cause(found, "processes")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    found = check("processes")
+    assert "SUMMED over processes" in cause(found, "processes")
 
 
-def test_a_check_that_raises_has_failed_and_the_others_go_on(look: Look, monkeypatch: Patch) -> None:
+def test_check_that_raises_does_not_stop_the_others(check: Check, monkeypatch: Patch) -> None:
     def fail(*given: object) -> None:
         raise RuntimeError("the disk said no\nand no again")
 
     monkeypatch.setattr(model_checks, "check_saving", fail)
-    found = look("generation", "checkpoint", "learning-rate")
+    found = check("generation", "checkpoint", "learning-rate")
     assert failed(found) == {"checkpoint"}
-    assert cause(found, "checkpoint").endswith("as a run would: the disk said no and no again")
+    assert cause(found, "checkpoint").endswith("the disk said no and no again")
 
 
-# ---------------------------------------------------------------- the recipe
+# Recipes.
 
 
 @pytest.mark.parametrize(
-    "changes, named, sentence",
+    "changes, name, words",
     [
-        ({"optimizer": OptimizerConfig(peak_learning_rate=1.0)}, "learning-rate", "training diverges"),
-        ({"optimizer": OptimizerConfig(peak_learning_rate=1e-4)}, "learning-rate", "hardly moves"),
-        ({"schedule": ScheduleConfig(total_steps=12)}, "schedule", "fresh weights need a warm-up"),
+        ({"optimizer": OptimizerConfig(peak_learning_rate=1.0)}, "learning-rate", "diverges"),
+        ({"optimizer": OptimizerConfig(peak_learning_rate=1e-4)}, "learning-rate", "hardly"),
+        ({"schedule": ScheduleConfig(total_steps=12)}, "schedule", "warm-up"),
     ],
 )
-def test_an_unlikely_setting_is_named(changes: Any, named: str, sentence: str, look: Look) -> None:
-    found = look(**changes)
-    assert failed(found) == {named}
-    assert sentence in cause(found, named)
+def test_unlikely_setting_is_found(changes: Any, name: str, words: str, check: Check) -> None:
+    found = check(**changes)
+    assert failed(found) == {name}
+    assert words in cause(found, name)
 
 
-# ---------------------------------------------------------------- the text, damaged
+# Damaged text.
 
 
 Split = list[np.ndarray[Any, Any]]
 
 
-def write_anew(folder: Path, out: Path, change: Callable[[Split, Split], None]) -> Path:
-    """The documents of a prepared folder, changed, with a manifest that vouches for them."""
+def rewrite(folder: Path, out: Path, change: Callable[[Split, Split], None]) -> Path:
+    """The documents of a prepared folder, changed, with a manifest that matches them."""
     manifest = read_manifest(folder)
     train, validation = (
         [np.concatenate(pieces) for pieces in documents_of(shard_spans(folder, manifest, split, None))]
@@ -446,41 +433,41 @@ def share_a_document(train: Split, validation: Split) -> None:
     train.append(validation[2])
 
 
-def spell_otherwise(train: Split, validation: Split) -> None:
-    """Each id is one more: as if another tokenizer had written them."""
+def shift_ids(train: Split, validation: Split) -> None:
+    """Other ids, as if another tokenizer had written them."""
     for split in (train, validation):
         split[:] = [np.concatenate([ids[:1], (ids[1:] + 200) % 256]) for ids in split]
 
 
 @pytest.mark.parametrize(
-    "change, named, sentence",
+    "change, name, words",
     [
         (drop_separators, "boundaries", "has 0 end-of-text ids for its"),
         (move_separators, "boundaries", "train-00000.bin does not begin with end-of-text"),
-        (double_separators, "boundaries", "two end-of-text ids stand side by side"),
+        (double_separators, "boundaries", "two end-of-text ids in a row"),
         (share_a_document, "disjoint", "1 held-out documents are in the training text as well"),
     ],
 )
-def test_damaged_text_is_named(
+def test_damaged_text_is_found(
     change: Callable[[Split, Split], None],
-    named: str,
-    sentence: str,
-    look: Look,
+    name: str,
+    words: str,
+    check: Check,
     prepared: Path,
     tmp_path: Path,
 ) -> None:
-    found = look(data=DataConfig(data=str(write_anew(prepared, tmp_path / "anew", change))))
-    assert failed(found) == {named}
-    assert sentence in cause(found, named)
+    found = check(data=DataConfig(data=str(rewrite(prepared, tmp_path / "rewritten", change))))
+    assert failed(found) == {name}
+    assert words in cause(found, name)
 
 
-def test_text_written_anew_without_change_is_healthy(look: Look, prepared: Path, tmp_path: Path) -> None:
-    """The control of the tests above."""
-    folder = write_anew(prepared, tmp_path / "anew", lambda train, validation: None)
-    assert failed(look(data=DataConfig(data=str(folder)))) == set()
+def test_rewritten_text_passes(check: Check, prepared: Path, tmp_path: Path) -> None:
+    """The negative control of the tests above."""
+    folder = rewrite(prepared, tmp_path / "rewritten", lambda train, validation: None)
+    assert failed(check(data=DataConfig(data=str(folder)))) == set()
 
 
-def test_a_flipped_bit_in_a_shard_is_named(look: Look, prepared: Path, tmp_path: Path) -> None:
+def test_flipped_bit_is_found(check: Check, prepared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(prepared, folder)
     with (folder / "train-00000.bin").open("r+b") as file:
@@ -488,85 +475,83 @@ def test_a_flipped_bit_in_a_shard_is_named(look: Look, prepared: Path, tmp_path:
         (byte,) = file.read(1)
         file.seek(HEADER_BYTES + 200)
         file.write(bytes([byte ^ 1]))
-    found = look(data=DataConfig(data=str(folder)))
+    found = check(data=DataConfig(data=str(folder)))
     assert failed(found) == {"shards"}
-    assert "train-00000.bin was changed since it was written" in cause(found, "shards")
+    assert "train-00000.bin" in cause(found, "shards")
 
 
-def test_the_wrong_tokenizer_is_named(look: Look, prepared: Path, tmp_path: Path) -> None:
+def test_wrong_tokenizer_is_found(check: Check, prepared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     shutil.copytree(prepared, folder)
     shutil.rmtree(folder / "tokenizer")
     Characters("abcdefghijklm").save(folder / "tokenizer")
-    found = look(data=DataConfig(data=str(folder)))
+    found = check(data=DataConfig(data=str(folder)))
     assert failed(found) == {"tokenizer"}
-    assert "is not the tokenizer that made the shards" in cause(found, "tokenizer")
+    assert "tokenizer" in cause(found, "tokenizer")
 
 
-def test_a_tokenizer_that_reads_other_ids_is_named(look: Look, prepared: Path, tmp_path: Path) -> None:
-    """Its fingerprint is the manifest's, and still it is not the one that wrote the shards."""
-    folder = write_anew(prepared, tmp_path / "anew", spell_otherwise)
-    found = look(*("shards", "tokenizer", "boundaries"), data=DataConfig(data=str(folder)))
+def test_tokenizer_with_other_ids_is_found(check: Check, prepared: Path, tmp_path: Path) -> None:
+    """Its fingerprint is the manifest's, but another one wrote the shards."""
+    folder = rewrite(prepared, tmp_path / "rewritten", shift_ids)
+    found = check(*("shards", "tokenizer", "boundaries"), data=DataConfig(data=str(folder)))
     assert failed(found) == {"tokenizer"}
-    assert "they were written with another one" in cause(found, "tokenizer")
+    assert "written with another one" in cause(found, "tokenizer")
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_contaminated_text_is_named(full: bool, look: Look, prepared: Path, tmp_path: Path) -> None:
+def test_contaminated_text_is_found(full: bool, check: Check, prepared: Path, tmp_path: Path) -> None:
     manifest = read_manifest(prepared)
     tokenizer = load_prepared_tokenizer(prepared)
     ids = np.concatenate(next(documents_of(shard_spans(prepared, manifest, "train", 1))))
     benchmark = tmp_path / "exam.jsonl"
     benchmark.write_text(json.dumps({"question": tokenizer.decode(ids.tolist())}) + "\n")
-    found = look(*("contamination", "shards"), asked={"benchmarks": (str(benchmark),), "full": full})
+    found = check(*("contamination", "shards"), options={"benchmarks": (str(benchmark),), "full": full})
     assert failed(found) == {"contamination"}
-    assert "with exam), whose score would in part be memory" in cause(found, "contamination")
+    assert "with exam)" in cause(found, "contamination")
 
 
-def test_text_that_is_not_prepared_is_told_with_the_command(
-    look: Look, recipe: Callable[..., Recipe]
-) -> None:
-    """The model is tried all the same, on ids without meaning."""
+def test_missing_text_is_reported_with_its_command(check: Check, recipe: Callable[..., Recipe]) -> None:
+    """The model is tried all the same, on made-up text."""
     sizes = dataclasses.replace(recipe().model, vocab_size=300)
-    found = look(
+    found = check(
         *("shards", "boundaries", "initial-loss", "gradients"),
         data=DataConfig(data="data/fineweb-edu"),
         model=sizes,
     )
-    assert found["shards"].finding.passed is None
-    assert "overnight prepare fineweb-edu" in found["shards"].finding.cause
-    assert found["boundaries"].finding.passed is None
-    assert found["initial-loss"].finding.passed
-    assert found["gradients"].finding.passed
+    assert found["shards"].passed is None
+    assert "overnight prepare fineweb-edu" in found["shards"].cause
+    assert found["boundaries"].passed is None
+    assert found["initial-loss"].passed
+    assert found["gradients"].passed
 
 
-def test_a_small_text_is_prepared_as_a_run_would(look: Look, tmp_path: Path) -> None:
+def test_small_text_is_prepared(check: Check, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("\n\n".join(f"Paragraph {n} says {n}." for n in range(3000)))
-    found = look(
+    found = check(
         *("shards", "tokenizer", "boundaries"),
         data=DataConfig(data="notes.txt", tokenizer="bpe-300", validation_fraction=0.3),
     )
     assert failed(found) == set()
-    assert found["shards"].finding.passed
+    assert found["shards"].passed
     assert (tmp_path / "data" / "notes-bpe-300" / "manifest.json").is_file()
 
 
-# ---------------------------------------------------------------- wrong use
+# Wrong use.
 
 
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        (["small.toml", "--only", "gradient"], "only=gradient is no check; did you mean gradients?"),
-        (["small.toml", "--benchmarks", "nowhere.jsonl"], "nowhere.jsonl is no .jsonl, .txt, .tokens file"),
-        (["small.toml", "--baseline", "no-such-model"], "there is no model no-such-model"),
-        (["small.toml", "--data", "no/such/folder"], "nothing lies at no/such/folder"),
-        (["small.toml", "--n-head", "3"], "n_embd=16 does not divide among n_head=3"),
+        (["small.toml", "--only", "gradient"], "only=gradient"),
+        (["small.toml", "--benchmarks", "nowhere.jsonl"], "benchmarks=nowhere.jsonl"),
+        (["small.toml", "--baseline", "no-such-model"], "no-such-model"),
+        (["small.toml", "--data", "no/such/folder"], "no/such/folder"),
+        (["small.toml", "--n-head", "3"], "n_head=3"),
         ([], "needs a recipe"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value else None,
 )
-def test_wrong_use_is_one_plain_sentence(
+def test_wrong_use_is_one_sentence(
     words: list[str],
     complaint: str,
     recipe: Callable[..., Recipe],

@@ -1,13 +1,12 @@
-"""Runs on several texts at once, and on text that lies elsewhere."""
+"""Runs on several texts at once, and on text at a URL."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,14 +18,16 @@ from overnight.planning.estimate import find_token_counts
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import Recipe
-from overnight.run import train as train_module
+from overnight.run.train import train
 from overnight.run_directory import RunDirectory
 
 Build = Callable[..., Recipe]
+Fingerprint = Callable[[RunDirectory], Any]
+Train = Callable[..., RunDirectory]
 
 
-def prepare_more(root: Path, text: str, tokenizer: str) -> Path:
-    """Another folder of shards: 20 documents of one sentence, numbered."""
+def prepare_text(root: Path, text: str, tokenizer: str) -> Path:
+    """A folder of shards: 20 documents of one sentence, numbered."""
     root.mkdir()
     for number in range(20):
         (root / f"{number}.txt").write_text(text.format(number=number) * 6)
@@ -39,159 +40,117 @@ def prepare_more(root: Path, text: str, tokenizer: str) -> Path:
 def second(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another text, by the first one's tokenizer."""
     root = tmp_path_factory.mktemp("second") / "text"
-    return prepare_more(root, "Number {number} of a text about a line.\n", f"{prepared}/tokenizer")
+    return prepare_text(root, "Number {number} of a text about a line.\n", f"{prepared}/tokenizer")
 
 
 @pytest.fixture
 def mixed(recipe: Build, prepared: Path, second: Path) -> Recipe:
     """The small recipe over both, 2 : 1."""
-    sources = (MixtureSource(path=str(prepared), weight=2), MixtureSource(path=str(second), weight=1))
-    return recipe(data=DataConfig(mixture=sources))
+    return recipe(data=mix((prepared, 2), (second, 1)))
 
 
-def fingerprint(directory: RunDirectory) -> tuple[str, list[object], list[object]]:
-    weights = (directory.checkpoints / "step-00000012" / "model.safetensors").read_bytes()
-    losses = [line["loss"] for line in directory.read_metrics()]
-    return hashlib.sha256(weights).hexdigest(), losses, directory.read_events("evaluations")
+def mix(*sources: tuple[object, float]) -> DataConfig:
+    return DataConfig(mixture=tuple(MixtureSource(path=str(path), weight=weight) for path, weight in sources))
 
 
-def test_a_mixture_is_trained_judged_and_resumed_to_the_bit(
-    mixed: Recipe, second: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def shortened(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, total_steps=4))
+
+
+def test_mixture_is_trained_evaluated_and_resumed_to_the_bit(
+    mixed: Recipe, second: Path, prepared: Path, train_to: Train, fingerprint: Fingerprint
 ) -> None:
-    whole = RunDirectory(tmp_path / "full")
-    train_module.run(mixed, whole)
+    whole = train_to(mixed, "whole")
     last = whole.read_events("evaluations")[-1]
-    by_source = last["by_source"]
+    first, other = by_source = last["by_source"]
     assert [line["source"] for line in by_source] == [str(prepared), str(second)]
     assert [line["tokens"] for line in by_source] == [2 * last["tokens"] // 3, last["tokens"] // 3]
-    judged = [line["evaluated_tokens"] for line in by_source]
-    assert sum(judged) == last["evaluated_tokens"]
-    pooled = sum(line["loss"] * count for line, count in zip(by_source, judged, strict=True)) / sum(judged)
-    assert last["loss"] == pytest.approx(pooled, rel=1e-12)
-    assert by_source[0]["loss"] != by_source[1]["loss"]
+    assert first["evaluated_tokens"] + other["evaluated_tokens"] == last["evaluated_tokens"]
+    nats = sum(line["loss"] * line["evaluated_tokens"] for line in by_source)
+    assert last["loss"] == pytest.approx(nats / last["evaluated_tokens"], rel=1e-12)
+    assert first["loss"] != other["loss"]
     assert all(line["epochs"] > 1 for line in by_source)
-
-    parted = RunDirectory(tmp_path / "parted")
-
-    @contextmanager
-    def stop_soon() -> Iterator[Callable[[], bool]]:
-        answers = iter([False] * 5)
-        yield lambda: next(answers, True)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "stop_on_signal", stop_soon)
-        with pytest.raises(KeyboardInterrupt):
-            train_module.run(mixed, parted)
-    reread = from_toml(Recipe, parted.recipe.read_text(), "recipe.toml")
-    assert not reread.problems()
-    train_module.run(reread, parted, resume=True)
-    assert fingerprint(parted) == fingerprint(whole)
+    assert fingerprint(train_to(mixed, "resumed", 5)) == fingerprint(whole)
 
 
-def test_a_mixture_is_not_any_of_its_sources(mixed: Recipe, recipe: Build, tmp_path: Path) -> None:
-    """The negative control: other weights are another run."""
-    sources = tuple(
-        dataclasses.replace(source, weight=weight)
-        for source, weight in zip(mixed.data.mixture, (1, 2), strict=True)
-    )
-    other = dataclasses.replace(mixed, data=DataConfig(mixture=sources))
-    losses = []
-    for number, each in enumerate((mixed, other, recipe())):
-        short = dataclasses.replace(each, schedule=dataclasses.replace(each.schedule, total_steps=4))
-        directory = RunDirectory(tmp_path / str(number))
-        train_module.run(short, directory)
-        losses.append(directory.read_metrics()[-1]["loss"])
-    assert len(set(losses)) == 3
-
-
-def test_a_run_on_a_mixture_can_be_judged_and_planned(
-    mixed: Recipe, prepared: Path, second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_weights_of_a_mixture_change_the_run(
+    mixed: Recipe, recipe: Build, second: Path, prepared: Path, train_to: Train
 ) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    short = dataclasses.replace(mixed, schedule=dataclasses.replace(mixed.schedule, total_steps=4))
-    train_module.run(short, directory)
+    """The negative control."""
+    recipes = [mixed, recipe(data=mix((prepared, 1), (second, 2))), recipe()]
+    runs = [train_to(shortened(each), str(number)) for number, each in enumerate(recipes)]
+    assert len({run.read_metrics()[-1]["loss"] for run in runs}) == 3
+
+
+def test_run_on_a_mixture_is_evaluated_and_planned(
+    mixed: Recipe, prepared: Path, second: Path, train_to: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = train_to(shortened(mixed), "run")
     capsys.readouterr()
     evaluation_command.run(EvaluateConfig(model=str(directory.path), device="cpu", json=True))
     found = json.loads(capsys.readouterr().out)
     assert found["loss"] == pytest.approx(directory.read_events("evaluations")[-1]["loss"], rel=1e-9)
     text = find_token_counts(mixed.data, None)
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (prepared, second)]
-    train, validation = (
+    train_tokens, validation_tokens = (
         sum(shard["tokens"] for manifest in manifests for shard in manifest[split])
         for split in ("train", "validation")
     )
-    assert (text.tokens, text.validation_tokens) == (train + validation, validation)
-    assert text.folder == f"{prepared}, {second}"
+    assert (text.tokens, text.validation_tokens) == (train_tokens + validation_tokens, validation_tokens)
 
 
-def test_the_same_mixture_in_toml_and_on_the_command_line() -> None:
-    text = '[data]\nsources = [{path = "data/a", weight = 0.7}, {path = "data/b", weight = 0.3}]'
+@pytest.mark.parametrize("name", ["mixture", "sources"])  # the second: the name of earlier versions
+def test_mixture_in_toml_equals_the_option(name: str) -> None:
+    text = f'[data]\n{name} = [{{path = "data/a", weight = 0.7}}, {{path = "data/b", weight = 0.3}}]'
     words = ["--mixture", "data/a=0.7", "data/b=0.3"]
     read = from_toml(Recipe, text, "recipe.toml")
     assert from_arguments(Recipe, words, prog="overnight train", about="").data == read.data
-    assert read.data.mixture == (
-        MixtureSource(path="data/a", weight=0.7),
-        MixtureSource(path="data/b", weight=0.3),
-    )
-
-
-def refusal(recipe: Recipe, folder: Path) -> str:
-    with pytest.raises(ValueError, match=".") as error:
-        train_module.run(recipe, RunDirectory(folder))
-    assert not folder.exists()
-    return str(error.value)
-
-
-def test_sources_of_different_tokenizers_are_refused_by_name(
-    recipe: Build, prepared: Path, tmp_path: Path
-) -> None:
-    third = prepare_more(tmp_path / "third", "Other characters: {number} €!\n", "characters")
-    sources = (MixtureSource(path=str(prepared), weight=1), MixtureSource(path=str(third), weight=1))
-    told = refusal(recipe(data=DataConfig(mixture=sources)), tmp_path / "run")
-    assert told.startswith(f"{third} is written with the tokenizer characters and {prepared} with another")
-    assert told.endswith(f"prepare {third} again with --tokenizer {prepared}/tokenizer")
+    assert read.data == mix(("data/a", 0.7), ("data/b", 0.3))
 
 
 @pytest.mark.parametrize(
-    "data, sentence",
+    "data, match",
     [
-        (
-            DataConfig(data="a", mixture=(MixtureSource(path="b", weight=1),)),
-            "give only one of data=a and sources",
-        ),
-        (DataConfig(mixture=(MixtureSource(path="b", weight=1),) * 2), "b stands twice in sources"),
-        (
-            DataConfig(mixture=(MixtureSource(path="b", weight=0),)),
-            "the weight 0 of b must be a finite number above 0",
-        ),
-        (DataConfig(mixture=(MixtureSource(path="b", weight=float("nan")),)), "the weight nan of b must be"),
-        (DataConfig(cache_bytes=0), "cache_bytes=0 must be at least 1"),
+        (dataclasses.replace(mix(("b", 1)), data="a"), "data=a and mixture"),
+        (mix(("b", 1), ("b", 1)), "b is twice in mixture"),
+        (mix(("b", 0)), "weight 0 of b"),
+        (mix(("b", float("nan"))), "weight nan of b"),
+        (DataConfig(cache_bytes=0), "cache_bytes=0"),
     ],
 )
-def test_a_mixture_that_makes_no_sense_is_refused(
-    recipe: Build, tmp_path: Path, data: DataConfig, sentence: str
+def test_wrong_mixture_is_refused(recipe: Build, tmp_path: Path, data: DataConfig, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        train(recipe(data=data), RunDirectory(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_mixture_of_two_tokenizers_or_one_folder_twice_is_refused(
+    recipe: Build, prepared: Path, tmp_path: Path
 ) -> None:
-    assert sentence in refusal(recipe(data=data), tmp_path / "run")
+    third = prepare_text(tmp_path / "third", "Other characters: {number} €!\n", "characters")
+    for data, match in (
+        (mix((prepared, 1), (third, 1)), f"^{third} .*--tokenizer {prepared}/tokenizer"),
+        (mix((prepared, 1), (f"{prepared}/", 1)), f"{prepared} .*sum of the"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            train(recipe(data=data), RunDirectory(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
 
 
-def test_two_names_of_one_folder_are_refused(recipe: Build, prepared: Path, tmp_path: Path) -> None:
-    sources = (MixtureSource(path=str(prepared), weight=1), MixtureSource(path=f"{prepared}/", weight=1))
-    told = refusal(recipe(data=DataConfig(mixture=sources)), tmp_path / "run")
-    assert told == f"two of the sources are {prepared}: give it once, with the sum of their weights"
-
-
-def test_text_elsewhere_trains_the_same_model(
-    recipe: Build, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_text_at_a_url_trains_the_same_model(
+    recipe: Build,
+    prepared: Path,
+    finished_run: RunDirectory,
+    fingerprint: Fingerprint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    here, elsewhere = RunDirectory(tmp_path / "here"), RunDirectory(tmp_path / "elsewhere")
-    train_module.run(recipe(), here)
-    largest = max(path.stat().st_size for path in prepared.glob("*.bin"))
-    resolved = train_module.run(
-        recipe(data=DataConfig(data=f"file://{prepared}", cache_bytes=2 * largest)), elsewhere
-    )
-    assert fingerprint(elsewhere) == fingerprint(here)
-    assert resolved.data.data == f"file://{prepared}"
-    assert resolved.data.cache_bytes == 2 * largest
-    kept = list((tmp_path / "cache").glob("overnight/shards/*/*.bin"))
-    assert sum(path.stat().st_size for path in kept) <= 2 * largest
+    limit = 2 * max(path.stat().st_size for path in prepared.glob("*.bin"))
+    data = DataConfig(data=f"file://{prepared}", cache_bytes=limit)
+    remote = RunDirectory(tmp_path / "remote")
+    resolved = train(recipe(data=data), remote)
+    assert fingerprint(remote) == fingerprint(finished_run)
+    assert (resolved.recipe.data.data, resolved.recipe.data.cache_bytes) == (data.data, limit)
+    cached = list((tmp_path / "cache").glob("overnight/shards/*/*.bin"))
+    assert sum(path.stat().st_size for path in cached) <= limit

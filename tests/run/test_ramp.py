@@ -1,133 +1,91 @@
-"""A run whose steps grow is as exact: stopped in its ramp or divided otherwise, it reads the same rows."""
+"""A run whose steps grow: stopped in its ramp, or in other micro-batches, it reads the same rows."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from overnight.config import from_toml
 from overnight.data.loader import Batch, TokenStream
-from overnight.model.model_config import ModelConfig
-from overnight.recipe import Recipe
-from overnight.run import log
-from overnight.run import train as train_module
+from overnight.recipe import Recipe, read_recipe_of
+from overnight.run import log, setup
+from overnight.run.train import train
 from overnight.run_directory import RunDirectory
 from overnight.training.batch import BatchConfig, BatchPlan, constant_plan
 from overnight.training.schedule import ScheduleConfig
 
-CLOCK = {"milliseconds", "tokens_per_second", "mfu", "mfu_executed"}
 RAMP = BatchConfig(
     tokens_per_step=32 * 32, batch_ramp_start_tokens=8 * 32, batch_ramp_tokens=3072, micro_batch_size=4
 )
-ROWS_OF_STEPS = [
-    8,
-    8,
-    8,
-    8,
-    16,
-    16,
-    24,
-    24,
-    32,
-    32,
-]  # a third of 3,072 tokens in each of the first three sizes
+ROWS_OF_STEPS = [8, 8, 8, 8, 16, 16, 24, 24, 32, 32]  # 1,024 tokens or more in each of the smaller sizes
 
 Build = Callable[..., Recipe]
+Fingerprint = Callable[[RunDirectory], Any]
+Train = Callable[..., RunDirectory]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ramped(recipe: Build) -> Recipe:
     """Ten steps of growing size, with dropout, that end past the ramp."""
     schedule = ScheduleConfig(total_tokens=32 * sum(ROWS_OF_STEPS), warmup_steps=2, learning_rate_decay="wsd")
     return recipe(batch=RAMP, schedule=schedule)
 
 
-def train(recipe: Recipe, path: Path, patch: pytest.MonkeyPatch, stop: int | None = None) -> RunDirectory:
-    """Train, or go on training, until the end, or until a signal after `stop` more steps."""
-
-    @contextlib.contextmanager
-    def signalled() -> Iterator[Callable[[], bool]]:
-        asked = iter(range(10**6))
-        yield lambda: stop is not None and next(asked) >= stop
-
-    directory = RunDirectory(path)
-    resume = directory.exists()
-    patch.setattr(train_module, "stop_on_signal", signalled)
-    with pytest.raises(KeyboardInterrupt) if stop is not None else contextlib.nullcontext():
-        train_module.run(recipe, directory, resume=resume)
+@pytest.fixture(scope="module")
+def whole(ramped: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The run of `ramped` without interruption."""
+    directory = RunDirectory(tmp_path_factory.mktemp("ramp") / "full")
+    train(ramped, directory)
     return directory
 
 
-def reread(directory: RunDirectory) -> Recipe:
-    """The recipe as `overnight train --resume` reads it."""
-    return from_toml(Recipe, directory.recipe.read_text(), "recipe.toml")
-
-
-def lines(directory: RunDirectory) -> list[dict[str, float]]:
-    return [
-        {key: value for key, value in line.items() if key not in CLOCK} for line in directory.read_metrics()
-    ]
-
-
-def fingerprint(directory: RunDirectory) -> tuple[str, object, object]:
-    """Hash of the last weights and moments, every metrics line without its clock, every evaluation."""
-    newest = max(directory.checkpoints.iterdir())
-    digest = hashlib.sha256()
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-        digest.update((newest / name).read_bytes())
-    return digest.hexdigest(), lines(directory), directory.read_events("evaluations")
-
-
-def test_a_run_stopped_inside_its_ramp_is_the_run_that_never_was(
-    ramped: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stop", [3, 4, 5, 8])
+def test_run_stopped_in_its_ramp_equals_the_whole_run(
+    ramped: Recipe, whole: RunDirectory, fingerprint: Fingerprint, train_to: Train, stop: int
 ) -> None:
-    whole = fingerprint(train(ramped, tmp_path / "full", monkeypatch))
-    for stop in (3, 4, 5, 8):  # within a size, between two, within the next, at the ramp's end
-        directory = train(ramped, tmp_path / f"run-{stop}", monkeypatch, stop)
-        assert len(directory.read_metrics()) == stop
-        assert fingerprint(train(reread(directory), directory.path, monkeypatch)) == whole
+    """Stops within a size, between two, within the next, and at the ramp's end."""
+    assert fingerprint(train_to(ramped, "run", stop)) == fingerprint(whole)
 
 
-def test_a_resumed_run_that_forgot_its_ramp_would_be_noticed(
-    ramped: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_comparison_detects_a_resumed_run_without_ramp(
+    ramped: Recipe,
+    whole: RunDirectory,
+    fingerprint: Fingerprint,
+    train_to: Train,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The negative control of the test above."""
-    whole = fingerprint(train(ramped, tmp_path / "full", monkeypatch))
-    directory = train(ramped, tmp_path / "run", monkeypatch, 5)
+    plan_batches, plans = setup.plan_batches, []
 
-    def forgetful(config: BatchConfig, tokens_per_row: int, rows_that_fit: int, processes: int) -> BatchPlan:
-        return constant_plan(tokens_per_row, 4, 8)
+    def without_ramp_when_resumed(*given: Any) -> BatchPlan:
+        plans.append(plan_batches(*given) if not plans else constant_plan(32, 4, 8))
+        return plans[-1]
 
-    monkeypatch.setattr("overnight.run.setup.plan_batches", forgetful)
-    assert fingerprint(train(reread(directory), directory.path, monkeypatch)) != whole
+    monkeypatch.setattr(setup, "plan_batches", without_ramp_when_resumed)
+    assert fingerprint(train_to(ramped, "run", 5)) != fingerprint(whole)
+    assert len(plans) == 2
 
 
-def test_every_line_and_event_counts_the_tokens_of_the_steps_that_were_done(
-    ramped: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = train(ramped, tmp_path / "run", monkeypatch)
-    choices = json.loads(directory.environment.read_text())["choices"]
-    assert choices["micro_batch_size"] == "4 (as asked), 2 to 8 micro-batches a step"
+def test_metrics_and_events_count_the_tokens_of_a_ramp(whole: RunDirectory) -> None:
+    choices = json.loads(whole.environment.read_text())["choices"]
+    assert "2 to 8 micro-batches" in choices["micro_batch_size"]
     seen = [32 * rows for rows in accumulate(ROWS_OF_STEPS)]
-    assert [line["tokens"] for line in directory.read_metrics()] == seen
-    events = directory.read_events("evaluations") + directory.read_events("samples")
+    assert [line["tokens"] for line in whole.read_metrics()] == seen
+    events = whole.read_events("evaluations") + whole.read_events("samples")
     assert len(events) > 4
     assert all(event["tokens"] == [0, *seen][event["step"]] for event in events)
 
 
-def test_the_learning_rate_of_a_ramp_follows_the_tokens(
-    ramped: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_learning_rate_of_a_ramp_follows_the_tokens(whole: RunDirectory) -> None:
     """2 full steps of 32 rows to the peak, and the last 2 of the run's 5.5 from there to a tenth."""
-    rates = [line["learning_rate"] / 1e-2 for line in lines(train(ramped, tmp_path / "run", monkeypatch))]
+    rates = [line["learning_rate"] / 1e-2 for line in whole.read_metrics()]
     full_steps = [Fraction(rows, 32) for rows in accumulate(ROWS_OF_STEPS)]
     warm_up, falling = full_steps[:6], full_steps[8:]
     assert rates[:6] == pytest.approx([float(seen / 2) for seen in warm_up])
@@ -136,41 +94,34 @@ def test_the_learning_rate_of_a_ramp_follows_the_tokens(
     assert rates[8:] == pytest.approx([0.1 + 0.9 * min(1.0, share) for share in left])
 
 
-def test_a_ramp_too_short_for_its_schedule_is_refused_before_any_work(ramped: Recipe, tmp_path: Path) -> None:
-    long = dataclasses.replace(ramped, schedule=dataclasses.replace(ramped.schedule, warmup_steps=6))
-    with pytest.raises(ValueError, match=r"warmup_steps=6 is longer than total_steps=10 \(5\.5 full steps\)"):
-        train_module.run(long, RunDirectory(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("done", [0, 5])
-def test_the_bar_of_a_ramp_moves_with_the_tokens(
-    ramped: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+@pytest.mark.parametrize("stops", [[], [5]])
+def test_progress_bar_of_a_ramp_counts_tokens(
+    ramped: Recipe, train_to: Train, monkeypatch: pytest.MonkeyPatch, stops: list[int]
 ) -> None:
-    """All tokens take as long, so the time left that follows from them is right from the first step on."""
-    directory = train(ramped, tmp_path / "run", monkeypatch, done) if done else RunDirectory(tmp_path / "run")
-    moved: list[tuple[float, str]] = []
+    bars: list[list[float]] = []
 
     @contextlib.contextmanager
     def bar(title: str, total: float) -> Iterator[Callable[[float, str], None]]:
-        moved.append((total, title))
-        yield lambda amount, note: moved.append((amount, note))
+        bars.append([total])
+        yield lambda amount, note: bars[-1].append(amount)
 
     monkeypatch.setattr(log, "progress", bar)
-    train(reread(directory) if done else ramped, directory.path, monkeypatch)
-    (total, _), *advances = moved
-    assert [amount for amount, _ in advances] == [32 * rows for rows in ROWS_OF_STEPS[done:]]
-    assert sum(amount for amount, _ in advances) == total
-    assert advances[-1][1].startswith("step 10  loss ")
+    train_to(ramped, "run", *stops)
+    expected = [32 * rows for rows in ROWS_OF_STEPS[sum(stops) :]]
+    assert bars[-1] == [sum(expected), *expected]
 
 
-@pytest.mark.parametrize("rows_at_once", [2, 8])
-def test_a_run_resumed_with_another_micro_batch_reads_the_same_rows(
-    ramped: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+@pytest.mark.parametrize("micro_batch_size", [2, 8])
+def test_run_resumed_in_other_micro_batches_reads_the_same_rows(
+    ramped: Recipe,
+    metrics_of: Callable[[RunDirectory], list[dict[str, float]]],
+    stop_after: Callable[[int], None],
+    train_to: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    micro_batch_size: int,
 ) -> None:
-    ramped = dataclasses.replace(
-        ramped, model=ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=32)
-    )  # without dropout, whose noise belongs to the micro-batch
+    # Without dropout, whose noise belongs to the micro-batch.
+    ramped = dataclasses.replace(ramped, model=dataclasses.replace(ramped.model, dropout=0.0))
     read: list[int] = []
     batch = TokenStream.batch
 
@@ -179,30 +130,34 @@ def test_a_run_resumed_with_another_micro_batch_reads_the_same_rows(
         return batch(self, first_row, rows)
 
     monkeypatch.setattr(TokenStream, "batch", noted)
-    whole = lines(train(ramped, tmp_path / "full", monkeypatch))
-    order = list(range(sum(ROWS_OF_STEPS)))
-    assert read == order
+    full = train_to(ramped, "full")
+    assert read == list(range(sum(ROWS_OF_STEPS)))
     read.clear()
-    directory = train(ramped, tmp_path / "run", monkeypatch, 5)
-    again = reread(directory)
-    again = dataclasses.replace(again, batch=dataclasses.replace(again.batch, micro_batch_size=rows_at_once))
-    divided = lines(train(again, directory.path, monkeypatch))
-    assert read == order
-    for one, other in zip(whole, divided, strict=True):
-        assert other == {**one, "loss": pytest.approx(one["loss"], abs=1e-5), "grad_norm": other["grad_norm"]}
-        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    directory = RunDirectory(full.path.with_name("run"))
+    stop_after(5)
+    with pytest.raises(KeyboardInterrupt):
+        train(ramped, directory)
+    again = read_recipe_of(directory.path)
+    batches = dataclasses.replace(again.batch, micro_batch_size=micro_batch_size)
+    train(dataclasses.replace(again, batch=batches), directory, resume=True)
+    assert read == list(range(sum(ROWS_OF_STEPS)))
+    for one, other in zip(metrics_of(full), metrics_of(directory), strict=True):
+        assert other.pop("loss") == pytest.approx(one.pop("loss"), abs=1e-5)
+        assert other.pop("grad_norm") == pytest.approx(one.pop("grad_norm"), rel=1e-3)
+        assert other == one
 
 
-def test_another_ramp_is_another_run(ramped: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = train(ramped, tmp_path / "run", monkeypatch, 2)
-    again = reread(directory)
-    other = dataclasses.replace(again, batch=dataclasses.replace(again.batch, batch_ramp_tokens=4096))
-    with pytest.raises(ValueError, match=r"another recipe: batch_ramp_tokens=4096 \(was 3072\)"):
-        train_module.run(other, directory, resume=True)
-
-
-def test_a_ramp_that_cannot_be_is_refused_before_any_work(recipe: Build, tmp_path: Path) -> None:
-    half = recipe(batch=dataclasses.replace(RAMP, batch_ramp_tokens=None))
-    with pytest.raises(ValueError, match="give both of batch_ramp_start_tokens and batch_ramp_tokens"):
-        train_module.run(half, RunDirectory(tmp_path / "run"))
+@pytest.mark.parametrize(
+    "section, change, named",
+    [
+        ("schedule", {"warmup_steps": 6}, r"warmup_steps=6 .*5\.5"),  # longer than the run's full steps
+        ("batch", {"batch_ramp_tokens": None}, "batch_ramp_start_tokens and batch_ramp_tokens"),
+    ],
+)
+def test_invalid_ramp_is_refused_before_any_work(
+    ramped: Recipe, tmp_path: Path, section: str, change: dict[str, Any], named: str
+) -> None:
+    changed: Any = dataclasses.replace(getattr(ramped, section), **change)
+    with pytest.raises(ValueError, match=named):
+        train(dataclasses.replace(ramped, **{section: changed}), RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -1,19 +1,21 @@
-"""A run that was stopped and resumed is, to the bit, the run that never was."""
+"""A run that was stopped and resumed equals, to the bit, the run that was never stopped."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from overnight.recipe import Recipe
-from overnight.run import train
+from overnight.data.dataset import open_one_dataset
+from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig, read_recipe_of
+from overnight.run import resume
+from overnight.run import train as train_module
+from overnight.run.train import train
 from overnight.run_directory import RunDirectory
 from overnight.runs import command as runs_command
 from overnight.runs.status import describe_run
@@ -21,243 +23,159 @@ from overnight.training import OptimizerConfig
 from overnight.training.checkpoint.load import VerifiedCheckpoint
 from overnight.training.state import TrainState
 
-CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change
-
 Build = Callable[..., Recipe]
+Fingerprint = Callable[[RunDirectory], Any]
+Train = Callable[..., RunDirectory]
 
 
-def fingerprint(directory: RunDirectory) -> tuple[str, list[dict[str, float]], list[dict[str, object]]]:
-    """Hash of the newest weights and moments, every metrics line without its clock, every event."""
-    newest = max(directory.checkpoints.iterdir())
-    digest = hashlib.sha256()
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-        digest.update((newest / name).read_bytes())
-    lines = [
-        {key: value for key, value in line.items() if key not in CLOCK} for line in directory.read_metrics()
-    ]
-    return digest.hexdigest(), lines, directory.read_events("evaluations") + directory.read_events("samples")
+DRAWN = [[random.Random(number).randrange(4) for _ in range(3)] for number in range(6)]
 
 
-def max_time(monkeypatch: pytest.MonkeyPatch, steps: int | None) -> None:
-    """Make the next call of `pretrain.run` see a signal once it has done `steps` more steps."""
-
-    @contextlib.contextmanager
-    def signalled() -> Iterator[Callable[[], bool]]:
-        asked = iter(range(10**6))
-        yield lambda: steps is not None and next(asked) >= steps
-
-    monkeypatch.setattr(train, "stop_on_signal", signalled)
-
-
-def one_signal(steps: int) -> Callable[[], contextlib.AbstractContextManager[Callable[[], bool]]]:
-    """Stands for stop_on_signal: a signal comes after so many steps, and stays received."""
-
-    @contextlib.contextmanager
-    def signalled() -> Iterator[Callable[[], bool]]:
-        asked = iter([False] * steps)
-        yield lambda: next(asked, True)
-
-    return signalled
-
-
-def train_with_stops(
-    recipe: Recipe, path: Path, stops: list[int], monkeypatch: pytest.MonkeyPatch
-) -> RunDirectory:
-    """Train to the end, stopping after each number of steps in `stops` on the way."""
-    directory, begun = RunDirectory(path), False
-    for steps in stops:
-        max_time(monkeypatch, steps)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(recipe, directory, resume=begun)
-        recipe, begun = reread(directory), True
-    max_time(monkeypatch, None)
-    train.run(recipe, directory, resume=begun)
-    return directory
-
-
-def reread(directory: RunDirectory) -> Recipe:
-    """The recipe as `overnight train --resume` reads it."""
-    return train.from_toml(Recipe, directory.recipe.read_text(), "recipe.toml")
-
-
-@pytest.fixture(scope="module")
-def undisturbed() -> dict[str, object]:
-    """The fingerprint of the run without stops, computed by whichever test needs it first."""
-    return {}
-
-
-def expected(
-    recipe: Build, undisturbed: dict[str, object], tmp_path: Path, patch: pytest.MonkeyPatch
-) -> object:
-    if "run" not in undisturbed:
-        undisturbed["run"] = fingerprint(train_with_stops(recipe(), tmp_path / "full", [], patch))
-    return undisturbed["run"]
-
-
-@pytest.mark.parametrize("stop", range(12))
-def test_stopping_after_any_step_changes_nothing(
-    recipe: Build, undisturbed: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+@pytest.mark.parametrize("stops", [*([step] for step in range(12)), *DRAWN], ids=str)
+def test_stopping_and_resuming_changes_nothing(
+    recipe: Build,
+    finished_run: RunDirectory,
+    fingerprint: Fingerprint,
+    train_to: Train,
+    stops: list[int],
 ) -> None:
-    whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
-    resumed = train_with_stops(recipe(), tmp_path / "run", [stop], monkeypatch)
-    assert fingerprint(resumed) == whole
+    resumed = train_to(recipe(), "run", *stops)
+    assert fingerprint(resumed) == fingerprint(finished_run)
     assert [line["step"] for line in resumed.read_metrics()] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("schedule", range(6))
-def test_stopping_several_times_changes_nothing(
-    recipe: Build,
-    undisturbed: dict[str, object],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    schedule: int,
-) -> None:
-    whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
-    draw = random.Random(schedule)
-    stops = [draw.randrange(4) for _ in range(3)]
-    assert fingerprint(train_with_stops(recipe(), tmp_path / "run", stops, monkeypatch)) == whole
-
-
-def test_the_run_crosses_epochs_and_shards(recipe: Build, tmp_path: Path) -> None:
-    """The promises above are about something: the 12 steps hold several epochs of several shards."""
-    from overnight.data.dataset import open_one_dataset
-
+def test_the_run_crosses_epochs_and_shards_and_learns(recipe: Build, finished_run: RunDirectory) -> None:
+    """What the comparisons above are about."""
     dataset = open_one_dataset(recipe().data)
-    stream = dataset.stream("train", 32, 1337)
-    assert 4 * stream.windows_per_epoch < 12 * 96
+    assert 4 * dataset.stream("train", 32, 1337).rows_per_epoch < 12 * 96
     assert len(dataset.manifest.train) >= 3
+    lines = finished_run.read_metrics()
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert finished_run.read_events("evaluations")[-1]["step"] == 12
 
 
-def test_a_kill_between_checkpoints_repeats_the_lost_steps_exactly(
-    recipe: Build, undisturbed: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_comparison_detects_lost_moments(
+    recipe: Build,
+    finished_run: RunDirectory,
+    fingerprint: Fingerprint,
+    train_to: Train,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No signal handler runs: metrics and events go on past the last checkpoint, and are rewound."""
-    whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
-    directory = RunDirectory(tmp_path / "run")
-    append, lines = RunDirectory.append_metrics, 0
-
-    def killed(self: RunDirectory, line: dict[str, float]) -> None:
-        nonlocal lines
-        append(self, line)
-        lines += 1
-        if lines == 8:
-            raise MemoryError("stands for a kill")
-
-    max_time(monkeypatch, None)
-    with monkeypatch.context() as patched:
-        patched.setattr(RunDirectory, "append_metrics", killed)
-        with pytest.raises(MemoryError):
-            train.run(recipe(), directory)
-    assert len(directory.read_metrics()) == 8
-    train.run(reread(directory), directory, resume=True)
-    assert fingerprint(directory) == whole
-
-
-def test_what_was_switched_off_stays_off(
-    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """None has no word of its own in TOML, and these settings are on where nothing is said."""
-    off = recipe(
-        optimizer=OptimizerConfig(peak_learning_rate=1e-2, max_grad_norm=None),
-        checkpoints=pretrain_section("CheckpointsConfig", checkpoint_every_steps=2, keep_checkpoints=None),
-    )
-    whole = train_with_stops(off, tmp_path / "full", [], monkeypatch)
-    resumed = train_with_stops(off, tmp_path / "run", [5], monkeypatch)
-    assert reread(resumed).optimizer.max_grad_norm is None
-    assert len(list(resumed.checkpoints.iterdir())) == 7
-    assert fingerprint(resumed) == fingerprint(whole)
-
-
-def test_a_resumed_run_does_not_ask_again_for_the_model_it_started_from(
-    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = train_with_stops(recipe(), tmp_path / "first", [], monkeypatch)
-    tuned = recipe(init_from=str(first.path), run_name="tuned")
-    directory = RunDirectory(tmp_path / "tuned")
-    max_time(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
-        train.run(tuned, directory)
-    shutil.rmtree(first.path)
-    max_time(monkeypatch, None)
-    train.run(reread(directory), directory, resume=True)
-    assert directory.is_finished(12)
-
-
-def test_the_comparison_sees_a_lost_optimizer(
-    recipe: Build, undisturbed: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The negative control: resuming with fresh moments, as many scripts do, is noticed."""
-    whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
-    restore = train.restore
+    """The negative control: resuming with fresh moments is noticed."""
+    restore = resume.restore
 
     def weights_only(state: TrainState, opened: VerifiedCheckpoint) -> None:
         restore(state, opened)
         state.optimizer.state.clear()
 
-    monkeypatch.setattr(train, "restore", weights_only)
-    assert fingerprint(train_with_stops(recipe(), tmp_path / "run", [6], monkeypatch)) != whole
+    monkeypatch.setattr(resume, "restore", weights_only)
+    resumed = train_to(recipe(), "run", 6)
+    assert fingerprint(resumed) != fingerprint(finished_run)
 
 
-def test_evaluating_sampling_and_saving_never_change_the_training(
-    recipe: Build, undisturbed: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_killed_run_repeats_lost_steps_exactly(
+    recipe: Build,
+    finished_run: RunDirectory,
+    fingerprint: Fingerprint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = expected(recipe, undisturbed, tmp_path, monkeypatch)
-    quiet = recipe(
-        evaluation=pretrain_section("EvaluationConfig", evaluate_every_steps=None),
-        samples=pretrain_section("SamplesConfig", sample_every_steps=None),
-        checkpoints=pretrain_section("CheckpointsConfig", checkpoint_every_steps=None),
+    """No signal handler runs: metrics and events beyond the last checkpoint are rewound."""
+    directory = RunDirectory(tmp_path / "run")
+    append = RunDirectory.append_metrics
+
+    def killed(self: RunDirectory, line: dict[str, float]) -> None:
+        append(self, line)
+        if line["step"] == 8:
+            raise MemoryError("in place of a kill")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "append_metrics", killed)
+        with pytest.raises(MemoryError):
+            train(recipe(), directory)
+    assert len(directory.read_metrics()) == 8
+    train(read_recipe_of(directory.path), directory, resume=True)
+    assert fingerprint(directory) == fingerprint(finished_run)
+
+
+def test_settings_that_are_off_stay_off(recipe: Build, fingerprint: Fingerprint, train_to: Train) -> None:
+    """TOML has no null, and these settings are on by default."""
+    off = recipe(
+        optimizer=OptimizerConfig(peak_learning_rate=1e-2, max_grad_norm=None),
+        checkpoints=CheckpointsConfig(checkpoint_every_steps=2, keep_checkpoints=None),
     )
-    silent = fingerprint(train_with_stops(quiet, tmp_path / "run", [], monkeypatch))
-    assert silent[:2] == whole[:2]  # type: ignore[index]
-    assert silent[2] == []
+    whole = train_to(off, "full")
+    resumed = train_to(off, "run", 5)
+    assert read_recipe_of(resumed.path).optimizer.max_grad_norm is None
+    assert len(list(resumed.checkpoints.iterdir())) == 7
+    assert fingerprint(resumed) == fingerprint(whole)
 
 
-def pretrain_section(name: str, **values: object) -> object:
-    from overnight import recipe
-
-    return getattr(recipe, name)(**values)
-
-
-def test_a_loss_that_can_be_learnt_is_learnt(
-    recipe: Build, undisturbed: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_resumed_run_does_not_need_its_initial_model(
+    recipe: Build, copied_run: RunDirectory, tmp_path: Path, stop_after: Callable[[int], None]
 ) -> None:
-    _, lines, events = expected(recipe, undisturbed, tmp_path, monkeypatch)  # type: ignore[misc]
-    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
-    assert events[-1]["step"] == 12
+    directory = RunDirectory(tmp_path / "tuned")
+    stop_after(3)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(init_from=str(copied_run.path), run_name="tuned"), directory)
+    shutil.rmtree(copied_run.path)
+    train(read_recipe_of(directory.path), directory, resume=True)
+    assert directory.is_finished(12)
 
 
-def test_a_run_stops_by_the_clock_and_goes_on(
-    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_evaluation_samples_and_checkpoints_do_not_change_training(
+    recipe: Build, finished_run: RunDirectory, fingerprint: Fingerprint, train_to: Train
 ) -> None:
-    """The clock moves ten minutes a glance: the time is over before the third step."""
-    whole = fingerprint(train_with_stops(recipe(), tmp_path / "full", [], monkeypatch))
-    directory, glances = RunDirectory(tmp_path / "small"), iter(range(0, 10**6, 600))
-    checkpoints = pretrain_section("CheckpointsConfig", checkpoint_every_steps=3, max_time="25m")
+    silent = recipe(
+        evaluation=EvaluationConfig(evaluate_every_steps=None),
+        samples=SamplesConfig(sample_every_steps=None),
+        checkpoints=CheckpointsConfig(checkpoint_every_steps=None),
+    )
+    directory = train_to(silent, "run")
+    assert fingerprint(directory)[:2] == fingerprint(finished_run)[:2]
+    assert fingerprint(directory)[2] == []
+
+
+def test_max_time_stops_the_run_and_it_resumes(
+    recipe: Build,
+    finished_run: RunDirectory,
+    fingerprint: Fingerprint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The clock moves ten minutes at each reading: the time is over before the third step."""
+    directory, readings = RunDirectory(tmp_path / "small"), iter(range(0, 10**6, 600))
+    checkpoints = CheckpointsConfig(checkpoint_every_steps=3, max_time="25m")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "time", SimpleNamespace(monotonic=lambda: float(next(glances))))
+        clock = SimpleNamespace(monotonic=lambda: float(next(readings)))
+        patch.setattr(train_module, "time", clock)
         with pytest.raises(KeyboardInterrupt):
-            train.run(recipe(checkpoints=checkpoints), directory)
-    assert "stopped and saved after step 2 of 12" in capsys.readouterr().err
+            train(recipe(checkpoints=checkpoints), directory)
     stopped = describe_run(directory.path)
     assert (stopped.state, stopped.step, stopped.ended_by) == ("stopped", 2, "its time limit")
-    train.run(reread(directory), directory, resume=True)
-    assert fingerprint(directory) == whole
-    assert (describe_run(directory.path).state, describe_run(directory.path).ended_by) == ("finished", None)
+    train(read_recipe_of(directory.path), directory, resume=True)
+    assert fingerprint(directory) == fingerprint(finished_run)
+    finished = describe_run(directory.path)
+    assert (finished.state, finished.ended_by) == ("finished", None)
 
 
-def test_runs_says_what_stopped_a_run(
-    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_runs_tells_what_stopped_a_run(
+    recipe: Build,
+    tmp_path: Path,
+    stop_after: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     directory = RunDirectory(tmp_path / "small")
-    monkeypatch.setattr(train, "stop_on_signal", one_signal(2))
+    stop_after(2)
     with pytest.raises(KeyboardInterrupt):
-        train.run(recipe(), directory)
+        train(recipe(), directory)
+    assert describe_run(directory.path).ended_by == "a signal"
     capsys.readouterr()
     runs_command.run(runs_command.RunsConfig(folder=str(directory.path)))
-    said = capsys.readouterr().err
-    assert f"{directory.path}: stopped by a signal\n" in said
-    assert f"next: overnight train --resume {directory.path}\n" in said
+    assert f"overnight train --resume {directory.path}\n" in capsys.readouterr().err
     directory.ended.unlink()
-    assert describe_run(directory.path).ended_by == "a kill, or a loss of power: nothing was noted"
+    unknown = describe_run(directory.path).ended_by
+    assert unknown is not None
+    assert "kill" in unknown
     directory.ended.write_text("{")
-    assert describe_run(directory.path).ended_by == "a kill, or a loss of power: nothing was noted"
+    assert describe_run(directory.path).ended_by == unknown

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from overnight.recipe import Recipe
-from overnight.run import train
+from overnight.run.train import train
 from overnight.run_directory import RunDirectory
 from overnight.training.schedule import ScheduleConfig
 
@@ -18,7 +18,7 @@ def test_tensorboard_holds_the_metrics_lines(recipe: Callable[..., Recipe], tmp_
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     directory = RunDirectory(tmp_path / "run")
-    train.run(recipe(trackers=("tensorboard",), schedule=ScheduleConfig(total_steps=5)), directory)
+    train(recipe(trackers=("tensorboard",), schedule=ScheduleConfig(total_steps=5)), directory)
     (events,) = directory.path.rglob("events.out.tfevents.*")
     read = EventAccumulator(str(events.parent))
     read.Reload()

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from overnight.config import from_toml
 from overnight.data import DataConfig
 from overnight.data.shards import load_prepared_tokenizer
 from overnight.evaluation import EvaluateConfig
 from overnight.evaluation import command as evaluation_command
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import Recipe
-from overnight.run import train
+from overnight.recipe import Recipe, read_recipe_of
+from overnight.run.train import train
 from overnight.run_directory import RunDirectory
+from overnight.training.schedule import ScheduleConfig
 
 Build = Callable[..., Recipe]
 
-# By name: how the text is made into ids, and how much of it is seen while learning to.
+# By name: the kind of tokenizer, and how many of the documents it learns from.
 TOKENIZERS = {
     "all": ("characters", 40),
     "few": ("characters", 6),
@@ -37,86 +37,79 @@ PAIRS = list(itertools.permutations(TOKENIZERS, 2))
 def folders(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By tokenizer: a prepared folder of the same text."""
     root = tmp_path_factory.mktemp("tokenizers")
-    found = {}
     for name, (tokenizer, documents) in TOKENIZERS.items():
         source = root / f"text-{name}"
         source.mkdir()
         for path in sorted(prepared.parent.glob("*.txt"))[:documents]:
-            text = path.read_text()
-            (source / path.name).write_text(text + ("ÄÖÜ" if name == "few" else ""))
-        out = str(root / name)
-        prepare(
-            PrepareConfig(
-                source=str(source), out=out, tokenizer=tokenizer, validation_fraction=0.2, shard_tokens=1500
-            )
-        )
-        found[name] = root / name
-    return found
+            (source / path.name).write_text(path.read_text() + ("ÄÖÜ" if name == "few" else ""))
+        config = PrepareConfig(source=str(source), out=str(root / name), tokenizer=tokenizer)
+        prepare(dataclasses.replace(config, validation_fraction=0.2, shard_tokens=1500))
+    return {name: root / name for name in TOKENIZERS}
+
+
+def three_steps(recipe: Build, folder: Path, **changes: object) -> Recipe:
+    schedule = ScheduleConfig(total_steps=3, warmup_steps=1)
+    return recipe(data=DataConfig(data=str(folder)), schedule=schedule, **changes)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs lie; each is made by whichever test needs it first."""
-    return tmp_path_factory.mktemp("runs")
-
-
-def trained(name: str, recipe: Build, folders: dict[str, Path], runs: Path) -> RunDirectory:
-    directory = RunDirectory(runs / name)
-    if not directory.exists():
-        train.run(on(recipe, folders[name]), directory)
-    return directory
-
-
-def on(recipe: Build, folder: Path, **changes: object) -> Recipe:
-    small = recipe(data=DataConfig(data=str(folder)), **changes)
-    return dataclasses.replace(small, schedule=dataclasses.replace(small.schedule, total_steps=3))
+def runs(
+    recipe: Build, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, RunDirectory]:
+    """By tokenizer: a finished run on its folder."""
+    root = tmp_path_factory.mktemp("runs")
+    found = {name: RunDirectory(root / name) for name in TOKENIZERS}
+    for name, directory in found.items():
+        train(three_steps(recipe, folders[name]), directory)
+    return found
 
 
 @pytest.mark.parametrize("tokenizer, shards", PAIRS)
-def test_shards_and_a_tokenizer_that_did_not_make_them(
+def test_shards_with_another_tokenizer_are_refused(
     folders: dict[str, Path], recipe: Build, tmp_path: Path, tokenizer: str, shards: str
 ) -> None:
-    folder = tmp_path / "mixed"
-    shutil.copytree(folders[shards], folder)
+    folder = shutil.copytree(folders[shards], tmp_path / "mixed")
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(folders[tokenizer] / "tokenizer", folder / "tokenizer")
-    with pytest.raises(ValueError, match="is not the tokenizer that made the shards"):
-        load_prepared_tokenizer(folder)
-    with pytest.raises(ValueError, match="is not the tokenizer that made the shards"):
-        train.run(on(recipe, folder), RunDirectory(tmp_path / "run"))
+    for use in (
+        lambda: load_prepared_tokenizer(folder),
+        lambda: train(three_steps(recipe, folder), RunDirectory(tmp_path / "run")),
+    ):
+        with pytest.raises(ValueError, match="is not the tokenizer that made the shards"):
+            use()
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("tokenizer, shards", PAIRS)
-def test_a_model_and_shards_of_another_tokenizer(
-    folders: dict[str, Path], runs: Path, recipe: Build, tmp_path: Path, tokenizer: str, shards: str
+def test_model_with_another_tokenizers_shards_is_refused(
+    folders: dict[str, Path],
+    runs: dict[str, RunDirectory],
+    recipe: Build,
+    tmp_path: Path,
+    tokenizer: str,
+    shards: str,
 ) -> None:
-    """Begun from it, judged on them, and gone on with."""
-    run = trained(tokenizer, recipe, folders, runs)
-    other = on(recipe, folders[shards], init_from=str(run.path))
-    with pytest.raises(ValueError, match="reads another: prepare the text with --tokenizer"):
-        train.run(other, RunDirectory(tmp_path / "tuned"))
-    with pytest.raises(ValueError, match="prepare that text with --tokenizer"):
-        evaluation_command.run(EvaluateConfig(model=str(run.path), data=str(folders[shards]), device="cpu"))
-    begun = from_toml(Recipe, run.recipe.read_text(), "recipe.toml")
-    swapped = dataclasses.replace(begun, data=dataclasses.replace(begun.data, data=str(folders[shards])))
-    with pytest.raises(ValueError, match="belongs to another recipe: data="):
-        train.run(swapped, run, resume=True)
-    in_its_place = tmp_path / "copy"
-    shutil.copytree(run.path, in_its_place)
-    recipe_file = in_its_place / "recipe.toml"
-    recipe_file.write_text(recipe_file.read_text().replace(str(folders[tokenizer]), str(folders[shards])))
-    unseen = from_toml(Recipe, recipe_file.read_text(), "recipe.toml")
-    with pytest.raises(ValueError, match="is not what .* was trained on|belongs|vocab_size"):
-        train.run(unseen, RunDirectory(in_its_place), resume=True)
+    """As initial weights, in an evaluation, and when a run is resumed, also with an edited recipe."""
+    run, folder = runs[tokenizer], folders[shards]
+    with pytest.raises(ValueError, match="--tokenizer"):
+        train(three_steps(recipe, folder, init_from=str(run.path)), RunDirectory(tmp_path / "tuned"))
+    with pytest.raises(ValueError, match="--tokenizer"):
+        evaluation_command.run(EvaluateConfig(model=str(run.path), data=str(folder), device="cpu"))
+    begun = read_recipe_of(run.path)
+    swapped = dataclasses.replace(begun, data=dataclasses.replace(begun.data, data=str(folder)))
+    with pytest.raises(ValueError, match="data="):
+        train(swapped, run, resume=True)
+    edited = RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
+    edited.recipe.write_text(edited.recipe.read_text().replace(str(folders[tokenizer]), str(folder)))
+    with pytest.raises(ValueError, match="is not the data that|not the recipe of|vocab_size"):
+        train(read_recipe_of(edited.path), edited, resume=True)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_what_belongs_together_is_not_refused(
-    folders: dict[str, Path], runs: Path, recipe: Build, tmp_path: Path, name: str
+def test_matching_tokenizer_is_accepted(
+    folders: dict[str, Path], runs: dict[str, RunDirectory], recipe: Build, tmp_path: Path, name: str
 ) -> None:
     """The control: the same without a swap."""
-    run = trained(name, recipe, folders, runs)
-    tuned = on(recipe, folders[name], init_from=str(run.path))
-    train.run(tuned, RunDirectory(tmp_path / "tuned"))
-    evaluation_command.run(EvaluateConfig(model=str(run.path), data=str(folders[name]), device="cpu"))
+    tuned = three_steps(recipe, folders[name], init_from=str(runs[name].path))
+    train(tuned, RunDirectory(tmp_path / "tuned"))
+    evaluation_command.run(EvaluateConfig(model=str(runs[name].path), data=str(folders[name]), device="cpu"))

@@ -1,19 +1,19 @@
-"""Stand-ins for this room: a tokenizer of bytes, and prepared folders of any ids."""
+"""A tokenizer of bytes, and prepared folders of any ids."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from overnight.data import shards
 from overnight.data.shards import Manifest, ShardWriter, write_manifest
+from overnight.preparation import prepare, prepare_state, tokenize
 
 
 class ByteTokenizer:
@@ -42,7 +42,7 @@ def _no_waiting_for_the_disk(request: pytest.FixtureRequest, monkeypatch: pytest
 
 @pytest.fixture
 def byte_tokenizer(monkeypatch: pytest.MonkeyPatch) -> ByteTokenizer:
-    """`overnight.text.load` knows two tokenizers: "bytes", and "learned", which takes in every document."""
+    """Preparation knows two tokenizers: "bytes", and "learned", which records every training document."""
 
     def build(name: str, documents: Iterable[str]) -> ByteTokenizer:
         return ByteTokenizer("\n".join(documents)) if name == "learned" else load(name)
@@ -50,8 +50,10 @@ def byte_tokenizer(monkeypatch: pytest.MonkeyPatch) -> ByteTokenizer:
     def load(name: str | Path) -> ByteTokenizer:
         return ByteTokenizer((Path(name) / "learned.txt").read_text() if Path(name).is_dir() else "")
 
-    stand_in = SimpleNamespace(NAMES=("bytes", "learned"), build_tokenizer=build, load_tokenizer=load)
-    monkeypatch.setitem(sys.modules, "overnight.tokenizer.open_tokenizer", stand_in)
+    monkeypatch.setattr(prepare, "NAMES", ("bytes", "learned"))
+    monkeypatch.setattr(tokenize, "build_tokenizer", build)
+    for module in (prepare, prepare_state, shards):
+        monkeypatch.setattr(module, "load_tokenizer", load)
     return ByteTokenizer()
 
 
@@ -60,11 +62,11 @@ def write_prepared_folder(
 ) -> Manifest:
     """A prepared folder of these ids, in a vocabulary of 50,257; each split is one document."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards = {}
+    written = {}
     for split, ids in (("train", train), ("validation", validation)):
         writer = ShardWriter(folder, split, 50_257, shard_tokens)
         writer.add(np.array(ids, dtype=np.uint32), text_bytes=2 * len(ids))
-        shards[split] = writer.finish()
+        written[split] = writer.finish()
     manifest = Manifest(
         overnight_version="0",
         source="numbers",
@@ -80,8 +82,8 @@ def write_prepared_folder(
         empty_documents=0,
         skipped_documents=0,
         repaired_documents=0,
-        train=shards["train"],
-        validation=shards["validation"],
+        train=written["train"],
+        validation=written["validation"],
     )
     write_manifest(folder, manifest)
     return manifest

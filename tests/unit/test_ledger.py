@@ -53,13 +53,13 @@ def windows(stream: TokenStream, plan: BatchPlan, processes: int, share: Share) 
     """Where each row begins of what all processes read, step by step, until the epochs are over."""
     found: list[int] = []
     step = 0
-    while len(found) < EPOCHS * stream.windows_per_epoch:
+    while len(found) < EPOCHS * stream.rows_per_epoch:
         for rank in range(processes):
             for micro_batch in share(plan, step, rank, processes):
                 first, rows = plan.rows(step, micro_batch)
-                found += [stream.window_start(row) for row in range(first, first + rows)]
+                found += [stream.row_start(row) for row in range(first, first + rows)]
         step += 1
-    return found[: EPOCHS * stream.windows_per_epoch]
+    return found[: EPOCHS * stream.rows_per_epoch]
 
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -69,11 +69,11 @@ def test_each_window_is_read_once_an_epoch_in_one_order(
 ) -> None:
     plan, processes = drawn
     stream = TokenStream(shards, tokens_per_row=T, seed=seed, shuffle_window=shuffled)
-    per_epoch = stream.windows_per_epoch
+    per_epoch = stream.rows_per_epoch
     found = windows(stream, plan, processes, BatchPlan.share)
     for epoch in range(EPOCHS):
         assert len({*found[epoch * per_epoch : (epoch + 1) * per_epoch]}) == per_epoch
-    assert found == [stream.window_start(row) for row in range(EPOCHS * per_epoch)]
+    assert found == [stream.row_start(row) for row in range(EPOCHS * per_epoch)]
 
 
 def test_the_ledger_sees_a_share_that_is_another_s(shards: Path) -> None:
@@ -81,4 +81,4 @@ def test_the_ledger_sees_a_share_that_is_another_s(shards: Path) -> None:
     plan = plan_batches(BatchConfig(tokens_per_step=4 * T, micro_batch_size=1), T, 1, 2)
     stream = TokenStream(shards, tokens_per_row=T)
     found = windows(stream, plan, 2, lambda plan, step, rank, size: plan.share(step, 0, size))
-    assert len({*found[: stream.windows_per_epoch]}) < stream.windows_per_epoch
+    assert len({*found[: stream.rows_per_epoch]}) < stream.rows_per_epoch

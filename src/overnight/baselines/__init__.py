@@ -1,10 +1,8 @@
-"""Am I on track? A run beside runs that are known to be right; and, where it is off, which mistake fits.
+"""Compares a run with recorded healthy runs of the same recipe, and diagnoses known mistakes.
 
-Everything here is numbers and sentences: no torch, no numpy, no files but the bands that come along.
+Everything here works on numbers and sentences: no torch, no numpy, no files but the bands of the package.
 
-    course    what a run's files tell, as curves over tokens
-    band      where the curves of healthy runs lie, for a recipe and a text
-    recording several healthy runs -> a band
-    mistakes  the known mistakes, each by what gives it away
-    verdict   below, within or above, since when, and what fits
+    band       a run's curves; the bands of healthy runs, and how one is recorded
+    diagnoses  the known mistakes and their evidence
+    verdict    the comparison: below, within or above the band, since when, and the diagnoses that fit
 """

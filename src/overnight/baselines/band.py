@@ -1,4 +1,4 @@
-"""Where the curves of healthy runs lie: for one recipe, one text and one tokenizer."""
+"""A run's curves, and the band of healthy runs' curves for one recipe, text and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ IDENTITY = (
     *("n_layer", "n_head", "n_embd", "context_length", "vocab_size", "init_from"),
     *("total_steps", "tokens_per_step", "batch_ramp_start_tokens", "batch_ramp_tokens"),
 )
-"""Settings without which a run is another experiment."""
+"""Settings that define the experiment: a run with others has no reference."""
 SETTINGS = (
     *("dropout", "peak_learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm"),
     *("warmup_steps", "learning_rate_decay", "decay_steps", "final_learning_rate_fraction"),
     *("packing", "shuffle_window", "validation_fraction", "evaluation_tokens"),
 )
-"""Settings that move the curves: told where they differ."""
+"""Settings that move the curves: reported where they differ."""
 TEXT = ("source", "tokenizer", "tokenizer_fingerprint")
-"""Facts of data.json by which a text is known again."""
+"""Fields of data.json that identify a text."""
 
 
 class BandPoint(NamedTuple):
-    """Where healthy runs lie at one place."""
+    """The band at one number of tokens."""
 
     low: float
     middle: float
     high: float
 
-    def excess(self, value: float) -> float:
-        """How far from the middle: -1 and 1 at the edges. Infinite for what is not finite."""
+    def z(self, value: float) -> float:
+        """The distance of `value` from the middle: -1 and 1 at the edges, infinite if it is not finite."""
         if not math.isfinite(value):
             return math.inf
         room = self.high - self.middle if value > self.middle else self.middle - self.low
@@ -43,7 +43,7 @@ class BandPoint(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class BandCurve:
     """One quantity's band over the tokens trained on."""
 
     tokens: tuple[int, ...]
@@ -52,9 +52,9 @@ class Curve:
     high: tuple[float, ...]
 
     def at(self, tokens: int) -> BandPoint | None:
-        """The band there, in a straight line over the logarithm of the tokens; None outside of the points.
+        """The band, linear in the logarithm of the tokens between points; None outside of the points.
 
-        None, too, between the start and the next point: what falls fast is not known in between.
+        Also None between the start and the next point, where the loss falls too fast to interpolate.
         """
         index = bisect.bisect_left(self.tokens, tokens)
         if index == len(self.tokens):
@@ -65,7 +65,7 @@ class Curve:
         if index == 0 or self.tokens[index - 1] == 0:
             return None
         left = BandPoint(self.low[index - 1], self.middle[index - 1], self.high[index - 1])
-        begin, end = (math.log(self.tokens[place]) for place in (index - 1, index))
+        begin, end = (math.log(self.tokens[at]) for at in (index - 1, index))
         share = (math.log(tokens) - begin) / (end - begin)
         return BandPoint(
             *((1 - share) * before + share * after for before, after in zip(left, right, strict=True))
@@ -74,28 +74,28 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceBand:
-    """What runs of one recipe on one text looked like, and how that is known."""
+    """The curves of healthy runs of one recipe on one text, and their source."""
 
     recipe: str
     """The recipe's name."""
     source: str
-    """Where the figures come from, in a few words: "5 recorded runs"."""
+    """Of the figures, in a few words: "5 recorded runs"."""
     date: str
     notes: str = ""
-    """How they were taken, and how the band was widened."""
+    """How the runs were made, and how the band was widened."""
     identity: Mapping[str, Any]
     """`IDENTITY` of the recipe."""
     settings: Mapping[str, Any]
-    """`SETTINGS`, or those of them that the figures were taken with; others are not compared."""
+    """`SETTINGS`, or those that are known of the source; others are not compared."""
     text: Mapping[str, tuple[str, ...]]
-    """For each of `TEXT` what it may be."""
+    """The allowed values of each of `TEXT`."""
     unigram_nats: float | None
-    """Entropy of the training text's single tokens: the loss of knowing nothing of their order."""
-    curves: Mapping[str, Curve]
-    """By the names of a `Course`; those that are not known are left out."""
+    """Entropy of the training text's single tokens: the loss without any context."""
+    curves: Mapping[str, BandCurve]
+    """By the names of `RunCurves`; unknown ones are left out."""
 
     def fits(self, settings: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
-        """True for a run with these flat settings on a text with these facts."""
+        """True for a run with these flat settings on a text with these fields of data.json."""
         return all(settings.get(name) == value for name, value in self.identity.items()) and all(
             text.get(name) in known for name, known in self.text.items()
         )
@@ -103,13 +103,13 @@ class ReferenceBand:
     def differences(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """By name, settings that are not the reference's: "dropout is 0.1, and 0.0 in the reference"."""
         return {
-            name: f"{name} is {_said(settings.get(name))}, and {_said(value)} in the reference"
+            name: f"{name} is {_or_unset(settings.get(name))}, and {_or_unset(value)} in the reference"
             for name, value in self.settings.items()
             if settings.get(name) != value
         }
 
     def to_json(self) -> str:
-        """The text of a file of bands/."""
+        """The content of a file in bands/."""
         return json.dumps(asdict(self), indent=None) + "\n"
 
 
@@ -117,7 +117,7 @@ def read_band(text: str) -> ReferenceBand:
     """The band that `to_json` wrote."""
     values: dict[str, Any] = json.loads(text)
     values["curves"] = {
-        name: Curve(**{key: tuple(numbers) for key, numbers in curve.items()})
+        name: BandCurve(**{key: tuple(numbers) for key, numbers in curve.items()})
         for name, curve in values["curves"].items()
     }
     values["text"] = {name: tuple(known) for name, known in values["text"].items()}
@@ -126,7 +126,7 @@ def read_band(text: str) -> ReferenceBand:
 
 @functools.cache
 def load_bands() -> tuple[ReferenceBand, ...]:
-    """The bands that come with the package, by name."""
+    """The bands of the package, sorted by file name."""
     folder = resources.files("overnight.baselines") / "bands"
     entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
     return tuple(read_band(entry.read_text("utf-8")) for entry in entries if entry.name.endswith(".json"))
@@ -135,36 +135,35 @@ def load_bands() -> tuple[ReferenceBand, ...]:
 def find_band(
     settings: Mapping[str, Any], text: Mapping[str, Any], bands: Iterable[ReferenceBand] | None = None
 ) -> ReferenceBand | None:
-    """The band for a run with these flat settings and the facts of its data.json; None if there is none."""
+    """The band for a run with these flat settings and fields of data.json; None if there is none."""
     known = load_bands() if bands is None else bands
     return next((band for band in known if band.fits(settings, text)), None)
 
 
-def _said(value: object) -> str:
-    return "left out" if value is None else str(value)
+def _or_unset(value: object) -> str:
+    return "not set" if value is None else str(value)
 
 
-# ---------------------------------------------------------------- what a run's files tell of its training, as curves over tokens that can be laid beside oth
+# A run's curves.
 
-
-STRETCHES = 40
-"""About so many to a run; the first ones are shorter, since the loss falls fast there."""
+WINDOWS = 40
+"""Approximate number of averaging windows of a run; the first are shorter, since the loss falls fast."""
 TAIL = 0.25
-"""Share of the tokens so far over which the training loss beside a validation loss is taken."""
+"""Share of the tokens so far over which the training loss is averaged for `gap`."""
 COLUMNS = ("tokens", "loss", "grad_norm", "learning_rate")
 
 
 class Point(NamedTuple):
-    """A curve's value once so many tokens were trained on."""
+    """A curve's value after `tokens` tokens of training."""
 
     tokens: int
     value: float
 
 
 Columns = Mapping[str, Sequence[float]]
-"""`COLUMNS` of metrics.jsonl, a number for each step; NaN where there is none."""
-Course = Mapping[str, tuple[Point, ...]]
-"""By name: loss, grad_norm, grad_norm_peak, learning_rate of each stretch; validation_loss, gap, norm_gain,
+"""`COLUMNS` of metrics.jsonl, one number for each step, NaN where it is missing."""
+RunCurves = Mapping[str, tuple[Point, ...]]
+"""By name: loss, grad_norm, grad_norm_peak, learning_rate of each window; validation_loss, gap, norm_gain,
 residual_ratio, applied_rate of each evaluation. Names without a point are left out."""
 
 
@@ -174,21 +173,21 @@ def columns_of(lines: Sequence[Mapping[str, Any]]) -> Columns:
 
 
 def window_ends(total_steps: int) -> list[int]:
-    """The steps at which stretches end: 1, 2, 4, ... until they are a fortieth of the run, then evenly."""
-    longest = max(1, math.ceil(total_steps / STRETCHES))
+    """The steps at which windows end: 1, 2, 4, ... up to a fortieth of the run, then evenly spaced."""
+    longest = max(1, math.ceil(total_steps / WINDOWS))
     ends = [1]
     while ends[-1] < total_steps:
         ends.append(min(total_steps, ends[-1] + min(ends[-1], longest)))
     return ends
 
 
-def run_stats(columns: Columns, evaluations: Sequence[Mapping[str, Any]], ends: Sequence[int]) -> Course:
-    """The curves of a run whose stretches end at `ends`, in tokens; a stretch under way has no point yet."""
-    course = {name: tuple(points) for name, points in _training(columns, ends).items()}
-    return {name: points for name, points in (course | _evaluated(columns, evaluations)).items() if points}
+def run_curves(columns: Columns, evaluations: Sequence[Mapping[str, Any]], ends: Sequence[int]) -> RunCurves:
+    """The curves of a run with windows that end at `ends`, in tokens; an unfinished window has no point."""
+    curves = _training_curves(columns, ends) | _evaluation_curves(columns, evaluations)
+    return {name: tuple(points) for name, points in curves.items() if points}
 
 
-def _training(columns: Columns, ends: Sequence[int]) -> dict[str, list[Point]]:
+def _training_curves(columns: Columns, ends: Sequence[int]) -> dict[str, list[Point]]:
     found: dict[str, list[Point]] = {
         name: [] for name in ("loss", "grad_norm", "grad_norm_peak", "learning_rate")
     }
@@ -200,7 +199,7 @@ def _training(columns: Columns, ends: Sequence[int]) -> dict[str, list[Point]]:
         losses = columns["loss"][first:last]
         found["loss"].append(Point(end, _mean(losses)))
         found["learning_rate"].append(Point(end, _mean(columns["learning_rate"][first:last])))
-        # The norm of a step whose float16 gradients overflowed says nothing; a loss that broke does.
+        # A norm that is not finite is a float16 overflow, whose step is skipped; such a loss is a failure.
         norms = [norm for norm in columns["grad_norm"][first:last] if math.isfinite(norm)]
         if norms:
             found["grad_norm"].append(Point(end, statistics.median(norms)))
@@ -209,7 +208,7 @@ def _training(columns: Columns, ends: Sequence[int]) -> dict[str, list[Point]]:
     return found
 
 
-def _evaluated(columns: Columns, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Point, ...]]:
+def _evaluation_curves(columns: Columns, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
     names = {"validation_loss": "loss", "norm_gain": "norm_gain", "residual_ratio": "residual_ratio"}
     found = {
         name: [Point(line["tokens"], _number(line[key])) for line in evaluations if line.get(key) is not None]
@@ -226,28 +225,27 @@ def _evaluated(columns: Columns, evaluations: Sequence[Mapping[str, Any]]) -> di
         applied, logged = line.get("applied_learning_rate"), columns["learning_rate"][last - 1]
         if applied is not None and logged > 0:
             found["applied_rate"].append(Point(tokens, applied / logged))
-    return {name: tuple(points) for name, points in found.items()}
+    return found
 
 
 def _number(value: object) -> float:
-    """A number of a JSON line; NaN for null, and for what is none."""
+    """A value of a JSON line as a number; NaN if it is not one."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The mean; infinite if one of them is not finite, for then something broke."""
+    """The mean; infinite if one value is not finite."""
     return statistics.fmean(values) if all(map(math.isfinite, values)) else math.inf
 
 
-# ---------------------------------------------------------------- several healthy runs that differ in their seed -> the band in which another one is expecte
+# How a band is recorded from several healthy runs that differ in their seed.
 
-
-DEVIATIONS = 4.0
-"""Half of a band's width in standard deviations: a run is compared at a hundred places, and a handful of
-seeds gives their spread only roughly."""
+HALF_WIDTH = 4.0
+"""Half of a band's width in standard deviations: a run is compared at a hundred points, and a few seeds
+estimate their spread only roughly."""
 NEIGHBOURS = 2
 """Points on each side whose spread is pooled with a point's own."""
-LEAST = {
+MIN_HALF_WIDTH = {
     "loss": 0.01,
     "validation_loss": 0.01,
     "gap": 0.02,
@@ -257,20 +255,21 @@ LEAST = {
     "norm_gain": 0.005,
     "residual_ratio": 0.1,
 }
-"""The least half width of each curve: as a share of the middle, the gap in nats. Chosen, not measured: what
-another version of a library, another number of threads or another precision may move a healthy run by."""
-MULTIPLY = frozenset({"grad_norm", "grad_norm_peak"})
-"""Quantities that spread by factors."""
+"""The least half width of each curve: as a share of the middle, the gap in nats. Chosen, not measured: the
+effect of another library version, number of threads or precision on a healthy run."""
+LOG_SCALE = frozenset({"grad_norm", "grad_norm_peak"})
+"""Quantities that vary by factors."""
 
 
-def record_curves(courses: Sequence[Course]) -> dict[str, Curve]:
-    """The bands of all curves, at the tokens that all runs have a point at.
+def record_curves(runs: Sequence[RunCurves]) -> dict[str, BandCurve]:
+    """The bands of the curves that all runs have, at the tokens where all have a point.
 
-    Raises ValueError for fewer than two runs, and where one's values are not finite.
+    Raises ValueError for fewer than two runs, and for values that are not finite.
     """
-    if len(courses) < 2:
+    if len(runs) < 2:
         raise ValueError("a band needs two runs or more: give more seeds")
-    return {name: _band(name, courses) for name in LEAST if all(name in course for course in courses)}
+    names = [name for name in MIN_HALF_WIDTH if all(name in run for run in runs)]
+    return {name: _band_curve(name, [dict(run[name]) for run in runs]) for name in names}
 
 
 def describe_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -278,26 +277,26 @@ def describe_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     return {name: settings.get(name) for name in IDENTITY}, {name: settings.get(name) for name in SETTINGS}
 
 
-def _band(name: str, courses: Sequence[Course]) -> Curve:
-    runs = [dict(course[name]) for course in courses]
+def _band_curve(name: str, runs: Sequence[Mapping[int, float]]) -> BandCurve:
+    """The band of one curve from each run's values by tokens."""
     tokens = sorted(set.intersection(*map(set, runs)))
-    to, back = (math.log, math.exp) if name in MULTIPLY else (_as_it_is, _as_it_is)
+    to, back = (math.log, math.exp) if name in LOG_SCALE else (float, float)
     rows = [[to(run[at]) for run in runs] for at in tokens]
     if not all(math.isfinite(value) for row in rows for value in row):
-        raise ValueError(f"a run whose {name} is not finite is no reference: leave it out")
+        raise ValueError(f"a run whose {name} is not finite cannot be a reference: leave it out")
     middles = [statistics.fmean(row) for row in rows]
     variances = [statistics.variance(row) for row in rows]
-    start = int(tokens[0] == 0)  # before the first step nothing has spread yet
+    start = int(tokens[0] == 0)  # before the first step the runs differ by their initial weights only
     spreads = [
         *(math.sqrt(each * (1 + 1 / len(runs))) for each in variances[:start]),
         *_pooled(variances[start:], len(runs)),
     ]
     halves = [
-        max(_least(name, middle), DEVIATIONS * spread)
+        max(_min_half_width(name, middle), HALF_WIDTH * spread)
         for middle, spread in zip(middles, spreads, strict=True)
     ]
     sides = list(zip(middles, halves, strict=True))
-    return Curve(
+    return BandCurve(
         tokens=tuple(tokens),
         low=tuple(_rounded(back(middle - half)) for middle, half in sides),
         middle=tuple(_rounded(back(middle)) for middle in middles),
@@ -306,11 +305,11 @@ def _band(name: str, courses: Sequence[Course]) -> Curve:
 
 
 def _pooled(variances: Sequence[float], runs: int) -> list[float]:
-    """The standard deviation of a new run about the mean of so many, at each point.
+    """At each point, the standard deviation of a new run about the mean of `runs` runs.
 
-    It is the larger of the point's own and that of its neighbourhood, whose variances are pooled
-    as their logarithms, since they fall by factors in the course of a run. Of few runs these are too small on
-    average, by ln x - digamma(x) with x = (runs - 1) / 2, which is about 1 / 2x + 1 / 12x^2.
+    It is the larger of the point's own and that of its neighbours. Their variances are pooled as logarithms,
+    since they fall by factors during a run. The logarithm of a variance of few runs is too small on average,
+    by ln x - digamma(x) with x = (runs - 1) / 2, which is about 1 / 2x + 1 / 12x^2.
     """
     degrees = runs - 1
     correction = math.exp(1 / degrees + 1 / (3 * degrees**2))
@@ -322,16 +321,12 @@ def _pooled(variances: Sequence[float], runs: int) -> list[float]:
     return found
 
 
-def _least(name: str, middle: float) -> float:
-    if name in MULTIPLY:
-        return math.log1p(LEAST[name])
-    return LEAST[name] if name == "gap" else LEAST[name] * abs(middle)
-
-
-def _as_it_is(value: float) -> float:
-    return value
+def _min_half_width(name: str, middle: float) -> float:
+    if name in LOG_SCALE:
+        return math.log1p(MIN_HALF_WIDTH[name])
+    return MIN_HALF_WIDTH[name] * (1.0 if name == "gap" else abs(middle))
 
 
 def _rounded(value: float) -> float:
-    """Six digits: no curve is known to more."""
+    """To six significant digits."""
     return float(f"{value:.6g}")

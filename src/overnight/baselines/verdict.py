@@ -1,4 +1,4 @@
-"""A run beside its reference: below, within or above, since when, and which of the known mistakes fit."""
+"""Compares a run with a reference band: position, since when, and the diagnoses that fit."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from overnight.baselines.band import Columns, Course, Curve, ReferenceBand, run_stats
-from overnight.baselines.diagnoses import MISTAKES, Deviation, RunStats, count_micro_batches
+from overnight.baselines.band import BandCurve, Columns, ReferenceBand, RunCurves, run_curves
+from overnight.baselines.diagnoses import DIAGNOSES, Deviation, RunStats, count_micro_batches
 
-Place = Literal["below", "within", "above"]
-JUDGED = {"validation_loss": "validation loss", "loss": "training loss"}
-"""The curves that place a run, the one that counts more first, and what they are called."""
-OF_VALIDATION = frozenset({"validation_loss", "gap"})
-OF_SCHEDULE = frozenset(
+Position = Literal["below", "within", "above"]
+COMPARED = {"validation_loss": "validation loss", "loss": "training loss"}
+"""The curves that decide a run's position, the more important first, and their names in sentences."""
+VALIDATION_CURVES = frozenset({"validation_loss", "gap"})
+SCHEDULE_SETTINGS = frozenset(
     {"peak_learning_rate", "warmup_steps", "learning_rate_decay", "decay_steps"}
     | {"final_learning_rate_fraction"}
 )
 
 
 class LikelyCause(NamedTuple):
-    """A known mistake that fits."""
+    """A diagnosis that fits."""
 
     name: str
     evidence: str
-    """What points to it."""
     look_at: str
 
 
@@ -33,55 +32,54 @@ class BandComparison:
     """How a run compares with its reference."""
 
     band: ReferenceBand
-    place: Place
+    position: Position
     """Of the latest validation loss; if that is within, of the latest training loss."""
     curve: str
-    """What was judged: "validation loss" or "training loss"."""
+    """The curve that decided: "validation loss" or "training loss"."""
     latest: Deviation
     since_tokens: int | None
-    """Where that curve left the band to be outside ever since; None if it is within."""
-    findings: tuple[LikelyCause, ...]
-    """The mistakes that fit, likeliest first."""
+    """Where that curve left the band for good; None if it is within."""
+    causes: tuple[LikelyCause, ...]
+    """The diagnoses that fit, likeliest first."""
     differences: tuple[str, ...]
     """Settings that are not the reference's."""
 
     @property
     def is_on_track(self) -> bool:
-        """True if the losses are within the band, and nothing points to a mistake."""
-        return self.place == "within" and not self.findings
+        """True if the losses are within the band, and no diagnosis fits."""
+        return self.position == "within" and not self.causes
 
     @property
     def word(self) -> str:
-        """One word: within, below, above; or "suspect", within and with a mistake that fits."""
-        return "suspect" if self.place == "within" and self.findings else self.place
+        """within, below, above; or "suspect": within, but a diagnosis fits."""
+        return "suspect" if self.position == "within" and self.causes else self.position
 
     def brief(self) -> dict[str, str | None]:
-        """What is written beside an evaluation: the word, and the name of the likeliest mistake, if any."""
-        likely = self.findings[0].name if self.findings else None
-        return {"on_track": self.word, "likely_mistake": likely}
+        """The fields that are added to an evaluation's line: the word and the likeliest mistake."""
+        return {"on_track": self.word, "likely_mistake": self.causes[0].name if self.causes else None}
 
     def line(self) -> str:
-        """All that is said of it while it trains: the place, what differs, the likeliest mistake."""
+        """One line for the log: the position, the settings that differ, the likeliest mistake."""
         return "; ".join(self.sentences()[: 2 + bool(self.differences)])
 
     def sentences(self) -> list[str]:
-        """Where the run lies, and, if it is off, what differs, which explains it best, and what fits."""
+        """The position; if the run is off, also the settings that differ and the diagnoses that fit."""
         reference, source = self.latest.reference, f"{self.band.recipe}, {self.band.source}"
         found = [
-            f"{self.place} its reference ({source}): {self.curve} {self.latest.value:.4g} at "
+            f"{self.position} its reference ({source}): {self.curve} {self.latest.value:.4g} at "
             f"{self.latest.tokens:,} tokens, reference {reference.low:.4g} to {reference.high:.4g}"
         ]
         if self.is_on_track:
             return found
         if self.since_tokens is not None and self.since_tokens < self.latest.tokens:
-            found[0] += f"; so since {self.since_tokens:,} tokens"
+            found[0] += f"; since {self.since_tokens:,} tokens"
         if self.differences:
             found.append(f"settings that differ: {'; '.join(self.differences)}")
-        for number, finding in enumerate(self.findings):
-            also = "likeliest" if number == 0 else "also possible"
-            found.append(f"{also}: {finding.name}, since {finding.evidence}; look at {finding.look_at}")
-        if not self.findings and not self.differences:
-            found.append("none of the known mistakes fits, and no setting differs")
+        for number, cause in enumerate(self.causes):
+            rank = "likeliest" if number == 0 else "also possible"
+            found.append(f"{rank}: {cause.name}, since {cause.evidence}; look at {cause.look_at}")
+        if not self.causes and not self.differences:
+            found.append("no known mistake fits, and no setting differs")
         return found
 
 
@@ -91,72 +89,68 @@ def compare_with_band(
     evaluations: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
 ) -> BandComparison | None:
-    """The run's metrics and evaluations beside `band`; None while there is nothing to compare.
+    """Compare a run's metrics and evaluations with `band`; None while there is nothing to compare.
 
     `settings` are the recipe's, by their flat names.
     """
     ends = band.curves["loss"].tokens if "loss" in band.curves else ()
-    course = run_stats(columns, evaluations, ends)
+    measured = run_curves(columns, evaluations, ends)
     differences = band.differences(settings)
-    curves = deviation_at(course, band.curves)
-    if "evaluation_tokens" in differences:  # other validation text: its losses say nothing
-        curves = {name: found for name, found in curves.items() if name not in OF_VALIDATION}
-    judged = [(name, curves[name]) for name in JUDGED if curves.get(name)]
-    if not judged:
+    curves = band_deviations(measured, band.curves)
+    if "evaluation_tokens" in differences:  # another validation text: its losses do not compare
+        curves = {name: points for name, points in curves.items() if name not in VALIDATION_CURVES}
+    compared = [(name, curves[name]) for name in COMPARED if curves.get(name)]
+    if not compared:
         return None
-    outside = [(name, found) for name, found in judged if position_of(found[-1]) != "within"]
-    name, found = (outside or judged)[0]
-    place = position_of(found[-1])
-    seen = RunStats(
+    outside = [(name, points) for name, points in compared if position_of(points[-1]) != "within"]
+    name, points = (outside or compared)[0]
+    position = position_of(points[-1])
+    stats = RunStats(
         curves=curves,
-        applied_rates=[point.value for point in course.get("applied_rate", ())],
-        is_same_schedule=not differences.keys() & OF_SCHEDULE,
+        applied_rates=[point.value for point in measured.get("applied_rate", ())],
+        is_same_schedule=not differences.keys() & SCHEDULE_SETTINGS,
         micro_batches=count_micro_batches(settings),
         unigram_nats=band.unigram_nats,
     )
     return BandComparison(
         band=band,
-        place=place,
-        curve=JUDGED[name],
-        latest=found[-1],
-        since_tokens=None if place == "within" else _outside_since(found, place),
-        findings=find_diagnoses(seen),
+        position=position,
+        curve=COMPARED[name],
+        latest=points[-1],
+        since_tokens=None if position == "within" else _outside_since(points, position),
+        causes=likely_causes(stats),
         differences=tuple(differences.values()),
     )
 
 
-def deviation_at(course: Course, curves: Mapping[str, Curve]) -> dict[str, list[Deviation]]:
-    """Every point of the course for which the reference's curve has a place."""
+def band_deviations(measured: RunCurves, curves: Mapping[str, BandCurve]) -> dict[str, list[Deviation]]:
+    """By curve, the deviation of every point for which the band is known; empty ones are left out."""
     found: dict[str, list[Deviation]] = {}
     for name, curve in curves.items():
-        places = ((point, curve.at(point.tokens)) for point in course.get(name, ()))
-        found[name] = [
-            Deviation(point.tokens, point.value, reference) for point, reference in places if reference
-        ]
-    return {name: comparisons for name, comparisons in found.items() if comparisons}
+        references = ((point, curve.at(point.tokens)) for point in measured.get(name, ()))
+        points = [Deviation(point.tokens, point.value, at) for point, at in references if at]
+        if points:
+            found[name] = points
+    return found
 
 
-def find_diagnoses(seen: RunStats) -> tuple[LikelyCause, ...]:
-    """The known mistakes that fit, likeliest first."""
-    told = ((mistake, mistake.evidence(seen)) for mistake in MISTAKES)
-    return tuple(
-        LikelyCause(mistake.name, evidence, mistake.look_at)
-        for mistake, evidence in told
-        if evidence is not None
-    )
+def likely_causes(stats: RunStats) -> tuple[LikelyCause, ...]:
+    """The diagnoses that fit, likeliest first."""
+    found = ((diagnosis, diagnosis.evidence(stats)) for diagnosis in DIAGNOSES)
+    return tuple(LikelyCause(each.name, evidence, each.look_at) for each, evidence in found if evidence)
 
 
-def position_of(comparison: Deviation) -> Place:
+def position_of(deviation: Deviation) -> Position:
     """Below, within or above the band; a value that is not finite is above."""
-    if abs(comparison.excess) <= 1:
+    if abs(deviation.z) <= 1:
         return "within"
-    return "above" if comparison.excess > 0 else "below"
+    return "above" if deviation.z > 0 else "below"
 
 
-def _outside_since(found: Sequence[Deviation], place: Place) -> int:
-    since = found[-1].tokens
-    for comparison in reversed(found):
-        if position_of(comparison) != place:
+def _outside_since(points: Sequence[Deviation], position: Position) -> int:
+    since = points[-1].tokens
+    for deviation in reversed(points):
+        if position_of(deviation) != position:
             break
-        since = comparison.tokens
+        since = deviation.tokens
     return since

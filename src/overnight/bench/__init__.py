@@ -1,26 +1,29 @@
-"""The speed ladder: one change after another, from float32 eager training to everything on."""
+"""A training step timed in variants, from float32 eager to all optimizations, each on top of the last."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from overnight.config import Renamed
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """One change after another, from plain float32 to everything: each is timed, and held against float32."""
+    """Variants of a training step, each with one more change: timed, and compared with plain float32."""
 
     model: str = "gpt2-124m"
     """A published size: gpt2-124m, gpt2-350m, ..., gpt3-125m, ..."""
-    rungs: tuple[str, ...] | None = None
-    """Which, in this order, above float32: tf32, bf16, fp16, compile, fused-attention, block-attention,
-    nice-numbers, fused-adamw, large-pages, micro-batch, and, when they are named only, chunked-head,
-    fp8-head, activation_checkpointing. All that make sense here if left out."""
+    variants: tuple[str, ...] | None = None
+    """Changes to time, in this order, on top of float32: tf32, bf16, fp16, compile, fused-attention,
+    block-attention, pad-vocab, fused-adamw, large-pages, micro-batch, and, only when named, chunked-head,
+    fp8-head, activation-checkpointing. All that make sense here if left out."""
     rows: int | None = None
     """Rows of a micro-batch; 1 on the CPU, elsewhere as many as fit, at most 16, if left out."""
     context_length: int | None = None
     """Tokens of a row; the model's if left out."""
     steps: int | None = None
-    """Timed steps of each rung, after two to warm up; 3 on the CPU and 5 elsewhere if left out."""
+    """Timed steps of each variant, after two to warm up; 3 on the CPU and 5 elsewhere if left out."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; the best one found if left out."""
     data: str | None = None
@@ -29,3 +32,5 @@ class BenchConfig:
     """A folder for ladder.json, ladder.md and ladder.svg; none is written if left out."""
     json: bool = False
     """Print one JSON object to standard output."""
+
+    RENAMED: ClassVar[Renamed] = Renamed(names={"rungs": "variants"})

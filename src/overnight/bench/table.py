@@ -1,252 +1,159 @@
-"""A speed ladder as it was measured, and what follows from it: gains, totals, whether every rung is right."""
+"""The results of a benchmark as a terminal table, Markdown and JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
-from overnight.report.plots import ACCENT, MUTED, RUN_COLOURS, house_style, new_axes, to_svg
 from overnight.terminal import short, significant
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from rich.text import Text
-
 COMPARED_STEPS = 5
-"""Losses are compared over so few steps: in later ones the smallest rounding has grown beyond all bounds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VariantRecord:
-    """One rung: what was measured, or why it was skipped."""
-
-    name: str
-    about: str
-    skipped: str | None = None
-    """Why it was; nothing was measured then."""
-    settings: Mapping[str, object] = field(default_factory=dict)
-    tolerance: float = 0.0
-    """By how many nats per token its losses may differ from the first rung's."""
-    milliseconds: tuple[float, ...] = ()
-    """Of one step, in each round."""
-    milliseconds_before: tuple[float, ...] = ()
-    """Of one step of the rung before, in the same rounds; none for the first rung."""
-    losses: tuple[float, ...] = ()
-    """Nats per token of every step from the fresh weights on; the same rows for every rung."""
-    peak_bytes: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchRecord:
-    """All rungs, from the ground up, and what they were measured with. The first one is never skipped."""
-
-    model: str
-    device_name: str
-    tokens_per_step: int
-    about_step: str
-    """The step's rows and tokens, in words."""
-    flops_per_token: int
-    peak_flops: float
-    """What MFU is a share of."""
-    about_peak: str
-    """Where that comes from, in words."""
-    rungs: tuple[VariantRecord, ...]
-    groups: tuple[tuple[str, ...], ...] = ()
-    """The names of the rungs that took turns with one another, group after group."""
-    environment: Mapping[str, object] = field(default_factory=dict)
-    """Versions, date, threads, text."""
-
-    @property
-    def climbed(self) -> list[VariantRecord]:
-        """The rungs that were measured."""
-        return [rung for rung in self.rungs if rung.skipped is None]
-
-
-class Figures(NamedTuple):
-    """What a rung comes to."""
-
-    milliseconds: float
-    """The median round."""
-    tokens_per_second: float
-    mfu: float
-    """Share of the peak that the model's own arithmetic makes up; recomputation not counted."""
-    gain: float | None
-    """How many times as fast as the rung before: the median of the rounds' ratios; None for the first."""
-    total: float
-    """All gains so far multiplied: how many times as fast as the first rung."""
-    loss: float
-    """Nats per token in the last step that is compared."""
-    difference: float
-    """The largest difference of a compared step's loss from the first rung's."""
-    is_equal: bool
-    """True if no difference is beyond the tolerance."""
-
-
-def bench_figures(ladder: BenchRecord) -> dict[str, Figures]:
-    """The figures of every rung that was climbed, by its name."""
-    found = {}
-    first, total = ladder.climbed[0], 1.0
-    for rung in ladder.climbed:
-        milliseconds = statistics.median(rung.milliseconds)
-        speed = ladder.tokens_per_step / milliseconds * 1e3
-        differences = loss_differences(rung, first)
-        gain = None if rung is first else paired_ratio(rung.milliseconds, rung.milliseconds_before)
-        total *= gain or 1.0
-        found[rung.name] = Figures(
-            milliseconds=milliseconds,
-            tokens_per_second=speed,
-            mfu=speed * ladder.flops_per_token / ladder.peak_flops,
-            gain=gain,
-            total=total,
-            loss=rung.losses[len(differences) - 1],
-            difference=max(
-                differences, key=lambda size: (math.isnan(size), size)
-            ),  # not a number is the worst
-            is_equal=all(size <= rung.tolerance for size in differences),
-        )
-    return found
-
-
-def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-    """How many times as fast as the reference: the median, over the rounds, of its time by ours.
-
-    Unlike the ratio of two medians, it compares only what was measured side by side.
-    """
-    return statistics.median(theirs / ours for ours, theirs in zip(times, reference, strict=True))
-
-
-def loss_differences(rung: VariantRecord, reference: VariantRecord) -> list[float]:
-    """How far apart the two losses of each compared step are, in nats per token."""
-    pairs = zip(rung.losses[:COMPARED_STEPS], reference.losses[:COMPARED_STEPS], strict=True)
-    return [abs(ours - theirs) for ours, theirs in pairs]
-
-
-def wrong_variants(ladder: BenchRecord) -> list[str]:
-    """The rungs that do not compute what the first one does, within their tolerances."""
-    return [name for name, figures in bench_figures(ladder).items() if not figures.is_equal]
-
-
-def bench_to_json(ladder: BenchRecord) -> dict[str, object]:
-    """Every single measurement, and under "figures" what was made of them; what is not finite is null."""
-    figures = bench_figures(ladder)
-    rungs = [
-        {
-            **dataclasses.asdict(rung),
-            "losses": [_finite(loss) for loss in rung.losses],
-            "figures": {name: _finite(value) for name, value in figures[rung.name]._asdict().items()}
-            if rung.name in figures
-            else None,
-        }
-        for rung in ladder.rungs
-    ]
-    return {**dataclasses.asdict(ladder), "rungs": rungs}
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is None or math.isfinite(value) else None
-
-
-# ---------------------------------------------------------------- the speed ladder as a picture
-
-
-WIDTH, ROW = 880, 34
-MARGINS = (80, 240, 18, 150)
-"""In CSS pixels, what the bars leave free: top, right, bottom, left."""
-COLUMNS = {"ms/step": 150, "total": 216}
-"""Where the figures beside the bars end, in pixels from the longest bar's end."""
-BAR_SHARE = 0.56
-"""Of a row's height."""
-WRONG = RUN_COLOURS[1]
-
-
-def bench_svg(ladder: BenchRecord) -> str:
-    """A bar for each rung, as long as it is fast, in order; a skipped one has its reason instead."""
-    figures = bench_figures(ladder)
-    top, _, bottom, left = MARGINS
-    height = top + bottom + ROW * len(ladder.rungs)
-    with house_style("ladder"):
-        figure, axes = new_axes((WIDTH, height), MARGINS)
-        axes.set_axis_off()
-        axes.set_xlim(0, max(max(speeds(rung, ladder)) for rung in ladder.climbed))
-        axes.set_ylim(len(ladder.rungs) - 0.5, -0.5)
-        _write(axes, about(ladder), (0, -0.5), (24 - left, 48), size=15)
-        _write(axes, "tokens per second; the line spans all rounds", (0, -0.5), (0, 14))
-        _write_columns(axes, -0.5, list(COLUMNS), 14)
-        for place, rung in enumerate(ladder.rungs):
-            _write(axes, rung.name, (0, place), (-12, 0), horizontalalignment="right")
-            if rung.name in figures:
-                _draw_rung(axes, place, speeds(rung, ladder), figures[rung.name])
-            else:
-                _write(axes, f"skipped: {rung.skipped}", (0, place), (0, 0))
-        return _standalone(to_svg(figure, f"Tokens per second, rung by rung: {about(ladder)}"), height)
-
-
-def speeds(rung: VariantRecord, ladder: BenchRecord) -> list[float]:
-    """Tokens per second of each round."""
-    return [ladder.tokens_per_step / each * 1e3 for each in rung.milliseconds]
-
-
-def _draw_rung(axes: Axes, place: int, rounds: list[float], figures: Figures) -> None:
-    """Bar, spread and figures of one rung; the colour says whether it computes what it should."""
-    colour = ACCENT if figures.is_equal else WRONG
-    opacity = 0.25 + 0.75 * figures.tokens_per_second / axes.get_xlim()[1]
-    axes.barh(place, figures.tokens_per_second, BAR_SHARE, color=colour, alpha=opacity)
-    axes.plot([min(rounds), max(rounds)], [place, place], color=MUTED, linewidth=1.2)
-    words = f"{figures.tokens_per_second:,.0f}{'' if figures.is_equal else '  NOT EQUAL'}"
-    _write(axes, words, (max(rounds), place), (10, 0), color=colour)
-    _write_columns(axes, place, [milliseconds(figures.milliseconds), f"{figures.total:.2f}x"], 0)
-
-
-def _write_columns(axes: Axes, place: float, words: Sequence[str], lift: int) -> None:
-    """One row of the figures beside the bars, `lift` pixels above its place."""
-    for text, end in zip(words, COLUMNS.values(), strict=True):
-        at = (axes.get_xlim()[1], place)
-        _write(axes, text, at, (end, lift), horizontalalignment="right")
-
-
-def _write(axes: Axes, text: str, at: tuple[float, float], shift: tuple[int, int], **style: Any) -> None:
-    """Write `shift` pixels from a place, in the middle of its height."""
-    axes.annotate(text, at, shift, textcoords="offset points", verticalalignment="center_baseline", **style)
-
-
-def _standalone(svg: str, height: int) -> str:
-    """An <svg> element for a page as a file: with the page's colours and fonts, on its paper."""
-    page = importlib.resources.files("overnight.report").joinpath("style.css").read_text(encoding="utf-8")
-    colours = page.split("\n* {")[0]  # its variables, light and dark, stand before its rules
-    style = (
-        colours + "\ntext { font-family: var(--text); font-variant-numeric: tabular-nums; white-space: pre; }"
-    )
-    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    paper = '<rect width="100%" height="100%" fill="var(--paper)"/>'
-    opening, content = svg.split(">", 1)
-    size = f'width="{WIDTH}" height="{height}"'
-    return f"{opening} {spaces} {size}>\n<style>\n{style}\n</style>\n{paper}{content}\n"
-
-
-# ---------------------------------------------------------------- the speed ladder as a table
-
-
-TITLES = ("rung", "ms/step", "tokens/s", "MFU", "GB", "gain", "total", "loss", "off by")
+"""Losses are compared over so few steps: later the smallest rounding has grown without bound."""
+TITLES = ("variant", "ms/step", "tokens/s", "MFU", "GB", "gain", "total", "loss", "off by")
 LOSS = TITLES.index("loss")
 GAP = 2
 BLOCKS = " ▏▎▍▌▋▊▉"
 
 
-def bench_text(ladder: BenchRecord, columns: int = 80) -> str:
-    """The table, the bars and what to know about them, no wider than `columns` where words allow it."""
-    figures = bench_figures(ladder)
-    lines = [Text(about(ladder)), Text()]
-    lines += _table(ladder, figures, columns)
+class Figures(NamedTuple):
+    """What follows from the measurements of one variant."""
+
+    milliseconds: float
+    """Median of the rounds."""
+    tokens_per_second: float
+    mfu: float
+    """Model FLOPs utilisation; recomputation is not counted."""
+    gain: float | None
+    """Speed relative to the variant before: the median of the rounds' ratios; None for the first."""
+    total: float
+    """Product of all gains so far."""
+    loss: float
+    """Nats per token in the last compared step."""
+    difference: float
+    """The largest difference of a compared step's loss from the first variant's."""
+    is_equal: bool
+    """True if no difference exceeds the tolerance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantRecord:
+    """What was measured of one variant, or why it was skipped."""
+
+    name: str
+    about: str
+    skipped: str | None = None
+    """The reason; nothing was measured then."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    tolerance: float = 0.0
+    """By how many nats per token its losses may differ from the first variant's."""
+    milliseconds: tuple[float, ...] = ()
+    """Of one step in each round."""
+    milliseconds_before: tuple[float, ...] = ()
+    """Of one step of the variant before, in the same rounds; none for the first."""
+    losses: tuple[float, ...] = ()
+    """Nats per token of every step from the initial weights on; the same rows for every variant."""
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRecord:
+    """All variants in order, and what they were measured with. The first one is never skipped."""
+
+    model: str
+    device_name: str
+    tokens_per_step: int
+    about_step: str
+    """The step's rows and tokens, for a person."""
+    flops_per_token: int
+    peak_flops: float
+    """The peak in MFU."""
+    about_peak: str
+    """Where it comes from."""
+    variants: tuple[VariantRecord, ...]
+    groups: tuple[tuple[str, ...], ...] = ()
+    """The names of the variants that were interleaved with one another."""
+    environment: Mapping[str, object] = field(default_factory=dict)
+    """Versions, date, threads, text."""
+
+    @property
+    def measured(self) -> list[VariantRecord]:
+        """The variants that were not skipped."""
+        return [variant for variant in self.variants if variant.skipped is None]
+
+    @property
+    def title(self) -> str:
+        """What was measured on what."""
+        return f"{self.model} on {self.device_name}; {self.about_step}"
+
+
+def bench_figures(record: BenchRecord) -> dict[str, Figures]:
+    """The figures of every measured variant, by name."""
+    found = {}
+    first, total = record.measured[0], 1.0
+    for variant in record.measured:
+        milliseconds = statistics.median(variant.milliseconds)
+        speed = record.tokens_per_step / milliseconds * 1e3
+        pairs = zip(variant.losses[:COMPARED_STEPS], first.losses[:COMPARED_STEPS], strict=True)
+        differences = [abs(ours - theirs) for ours, theirs in pairs]
+        gain = None if variant is first else paired_ratio(variant.milliseconds, variant.milliseconds_before)
+        total *= gain or 1.0
+        found[variant.name] = Figures(
+            milliseconds=milliseconds,
+            tokens_per_second=speed,
+            mfu=speed * record.flops_per_token / record.peak_flops,
+            gain=gain,
+            total=total,
+            loss=variant.losses[len(differences) - 1],
+            difference=max(differences, key=lambda each: (math.isnan(each), each)),  # NaN is the worst
+            is_equal=all(each <= variant.tolerance for each in differences),
+        )
+    return found
+
+
+def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
+    """Speed relative to `reference`: the median of the rounds' ratios.
+
+    Unlike a ratio of medians, it compares only what was measured in the same round.
+    """
+    return statistics.median(theirs / ours for ours, theirs in zip(times, reference, strict=True))
+
+
+def wrong_variants(record: BenchRecord) -> list[str]:
+    """The variants whose losses differ from the first one's by more than their tolerance."""
+    return [name for name, figures in bench_figures(record).items() if not figures.is_equal]
+
+
+def bench_to_json(record: BenchRecord) -> dict[str, Any]:
+    """All measurements and, under "figures", what follows from them; null where a value is not finite."""
+    figures = {name: each._asdict() for name, each in bench_figures(record).items()}
+    found = dataclasses.asdict(record)
+    variants = [{**each, "figures": figures.get(each["name"])} for each in found.pop("variants")]
+    found["rungs"] = finite(variants)
+    return found
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every float that is not finite, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def bench_text(record: BenchRecord, columns: int = 80) -> str:
+    """The table, a bar chart and notes, no wider than `columns`."""
+    figures = bench_figures(record)
+    lines = [Text(record.title), Text(), *_terminal_table(record, figures, columns)]
     lines += [Text(), Text("tokens per second", "dim"), *_bars(figures, columns), Text()]
-    lines += [Text(sentence, "dim") for sentence in notes(ladder)]
+    lines += [Text(sentence, "dim") for sentence in notes(record)]
     console = Console(stderr=True, width=columns, highlight=False)
     with console.capture() as captured:
         for line in lines:
@@ -254,70 +161,53 @@ def bench_text(ladder: BenchRecord, columns: int = 80) -> str:
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def bench_markdown(ladder: BenchRecord) -> str:
-    """Title, table, notes and what each rung changes."""
-    figures = bench_figures(ladder)
-    rows = [
-        cells(rung, figures[rung.name]) if rung.name in figures else _skipped_cells(rung)
-        for rung in ladder.rungs
-    ]
-    widths = [max(map(len, column)) for column in zip(TITLES, *rows, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        return f"| {' | '.join(_aligned(row, widths))} |"
-
-    ruler = [
-        ":" + "-" * (widths[0] - 1),
-        *("-" * (width - 1) + ":" for width in widths[1:-1]),
-        ":" + "-" * (widths[-1] - 1),
-    ]
-    table = "\n".join([line(TITLES), line(ruler), *map(line, rows)])
-    rungs = "\n".join(f"* **{rung.name}**: {rung.about}{_why_skipped(rung)}." for rung in ladder.rungs)
-    facts = ", ".join(f"{name} {value}" for name, value in ladder.environment.items())
-    return (
-        "\n\n".join(
-            [f"# {about(ladder)}", table, *notes(ladder), "Each rung keeps what came before:", rungs, facts]
-        )
-        + "\n"
+def bench_markdown(record: BenchRecord) -> str:
+    """Title, table, notes and what each variant changes."""
+    figures = bench_figures(record)
+    rows = []
+    for variant in record.variants:
+        skipped = [variant.name, *["–"] * (len(TITLES) - 2), "skipped"]
+        rows.append(cells(variant, figures[variant.name]) if variant.name in figures else skipped)
+    ruler = [":--", *["--:"] * (len(TITLES) - 2), ":--"]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (TITLES, ruler, *rows))
+    changes = "\n".join(
+        f"* **{variant.name}**: {variant.about}{f' (skipped: {variant.skipped})' if variant.skipped else ''}."
+        for variant in record.variants
     )
+    facts = ", ".join(f"{name} {value}" for name, value in record.environment.items())
+    parts = [f"# {record.title}", table, *notes(record)]
+    return "\n\n".join([*parts, "Each variant keeps the changes before it:", changes, facts]) + "\n"
 
 
-def about(ladder: BenchRecord) -> str:
-    """What was measured on what, in one line."""
-    return f"{ladder.model} on {ladder.device_name}; {ladder.about_step}"
-
-
-def notes(ladder: BenchRecord) -> list[str]:
+def notes(record: BenchRecord) -> list[str]:
     """What the columns mean, one sentence each."""
-    rounds = len(ladder.climbed[0].milliseconds)
-    tolerances = sorted({rung.tolerance for rung in ladder.climbed[1:]})
-    allowed = " or ".join(f"{tolerance:g}" for tolerance in tolerances)
-    steps = min(COMPARED_STEPS, len(ladder.climbed[0].losses))
-    first = ladder.climbed[0].name
-    peak = f"{significant(ladder.peak_flops / 1e12, 3)} TFLOP/s, {ladder.about_peak}"
-    apart = (
-        "Memory did not hold all rungs at once, so they took turns in groups, one after the other: ms/step "
-        "and tokens/s of two groups may have met another machine, the gains have not."
-    )
-    return [
-        f"ms/step is the median of {rounds} rounds, and gain the median of their ratios to the rung before; "
-        "total is the product of the gains. GB is a step's peak memory.",
-        f"MFU is the share of {peak}.",
-        f"off by is the largest difference from {first} among the losses of the first {steps} steps, from "
-        f"the same weights, on the same rows; in these precisions rounding may make it {allowed or 0}.",
-        *([apart] if len(ladder.groups) > 1 else []),
+    first, *others = record.measured
+    allowed = " or ".join(f"{tolerance:g}" for tolerance in sorted({each.tolerance for each in others}))
+    steps = min(COMPARED_STEPS, len(first.losses))
+    found = [
+        f"ms/step is the median of {len(first.milliseconds)} rounds, gain the median of their ratios to the "
+        "variant before; total is the product of the gains. GB is a step's peak memory.",
+        f"MFU is the share of {significant(record.peak_flops / 1e12, 3)} TFLOP/s, {record.about_peak}.",
+        f"off by is the largest difference from the losses of {first.name} in the first {steps} steps, from "
+        f"the same weights, on the same rows; rounding explains up to {allowed or 0} in these precisions.",
     ]
+    if len(record.groups) > 1:
+        found.append(
+            "Memory did not hold all variants at once, so they ran in groups: compare ms/step and tokens/s "
+            "of two groups with care; the gains were measured within groups."
+        )
+    return found
 
 
-def cells(rung: VariantRecord, figures: Figures) -> list[str]:
-    """The row's plain text, in the order of TITLES."""
+def cells(variant: VariantRecord, figures: Figures) -> list[str]:
+    """The row of a variant, in the order of TITLES."""
     verdict = "ok" if figures.is_equal else "NOT EQUAL"
     return [
-        rung.name,
-        milliseconds(figures.milliseconds),
+        variant.name,
+        milliseconds_text(figures.milliseconds),
         f"{figures.tokens_per_second:,.0f}",
         f"{figures.mfu:.1%}" if figures.mfu < 0.0995 else f"{figures.mfu:.0%}",
-        "–" if rung.peak_bytes is None else significant(rung.peak_bytes / 1e9, 3),
+        "–" if variant.peak_bytes is None else significant(variant.peak_bytes / 1e9, 3),
         "" if figures.gain is None else f"{figures.gain:.2f}x",
         f"{figures.total:.2f}x" if figures.total < 99.95 else f"{figures.total:,.0f}x",
         f"{figures.loss:.4f}",
@@ -325,45 +215,40 @@ def cells(rung: VariantRecord, figures: Figures) -> list[str]:
     ]
 
 
-def milliseconds(value: float) -> str:
-    """Three digits at least: 10,412; 93.1."""
+def milliseconds_text(value: float) -> str:
+    """At least three digits: 10,412; 93.1."""
     return f"{value:,.0f}" if value >= 99.95 else significant(value, 3)
 
 
-def _table(ladder: BenchRecord, figures: dict[str, Figures], columns: int) -> list[Text]:
-    """A line for each rung, under the titles; the column of losses only where it fits."""
-    rows = {rung.name: cells(rung, figures[rung.name]) for rung in ladder.climbed}
-    names = [rung.name for rung in ladder.rungs]
+def _terminal_table(record: BenchRecord, figures: Mapping[str, Figures], columns: int) -> list[Text]:
+    """A line for each variant, under the titles; the column of losses only where it fits."""
+    rows = {variant.name: cells(variant, figures[variant.name]) for variant in record.measured}
     widths = [max(map(len, column)) for column in zip(TITLES, *rows.values(), strict=True)]
-    widths[0] = max(map(len, names))
+    widths[0] = max(len(variant.name) for variant in record.variants)
     if sum(widths) + GAP * (len(widths) - 1) > columns:
         widths[LOSS] = 0
-    lines = [Text(_joined(TITLES, widths), "dim")]
-    for rung in ladder.rungs:
-        if rung.name in rows:
-            style = "" if figures[rung.name].is_equal else "bold red"
-            lines.append(Text(_joined(rows[rung.name], widths), style))
+    lines = [Text(_aligned(TITLES, widths), "dim")]
+    for variant in record.variants:
+        if variant.name in rows:
+            style = "" if figures[variant.name].is_equal else "bold red"
+            lines.append(Text(_aligned(rows[variant.name], widths), style))
         else:
-            lines.append(Text(f"{rung.name:<{widths[0] + GAP}}skipped: {rung.skipped}", "dim"))
+            lines.append(Text(f"{variant.name:<{widths[0] + GAP}}skipped: {variant.skipped}", "dim"))
     return lines
 
 
-def _joined(row: Sequence[str], widths: Sequence[int]) -> str:
-    kept = [index for index, width in enumerate(widths) if width]
-    return (" " * GAP).join(_aligned([row[index] for index in kept], [widths[index] for index in kept]))
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Words, which are the first cell and the last, flush left; the numbers between them right."""
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    """The cells of a row whose width is not 0: the first and the last flush left, numbers flush right."""
     last = len(row) - 1
-    return [
-        cell.rjust(width) if 0 < place < last else cell.ljust(width)
-        for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
+    return (" " * GAP).join(
+        cell.rjust(width) if 0 < index < last else cell.ljust(width)
+        for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        if width
+    )
 
 
-def _bars(figures: dict[str, Figures], columns: int) -> list[Text]:
-    """A bar for each rung, as long as it is fast, in eighths of a column."""
+def _bars(figures: Mapping[str, Figures], columns: int) -> list[Text]:
+    """A bar for each variant, proportional to its speed, in eighths of a column."""
     name_width = max(map(len, figures))
     fastest = max(each.tokens_per_second for each in figures.values())
     labels = {name: f" {short(each.tokens_per_second)}" for name, each in figures.items()}
@@ -374,11 +259,3 @@ def _bars(figures: dict[str, Figures], columns: int) -> list[Text]:
         bar = "█" * (eighths // 8) + BLOCKS[eighths % 8].strip()
         lines.append(Text.assemble(f"{name:<{name_width + GAP}}", (bar, "blue"), (labels[name], "dim")))
     return lines
-
-
-def _skipped_cells(rung: VariantRecord) -> list[str]:
-    return [rung.name, *["–"] * (len(TITLES) - 2), "skipped"]
-
-
-def _why_skipped(rung: VariantRecord) -> str:
-    return f" (skipped: {rung.skipped})" if rung.skipped else ""

@@ -1,12 +1,12 @@
-"""The rungs of the speed ladder: what each changes in a training step, and what it needs of the machine."""
+"""The variants of a training step: what each changes, and what it needs of the machine."""
 
 from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from overnight.model.loss_kernels import fp8_unavailable_reason
 from overnight.training import Compute
 from overnight.training.compute import can_compile
 
-WHOLE_TILES = 64  # tensor cores multiply by tiles; 50,257 rows make 50,304 (a multiple of 128 as well)
+TILE = 64  # tensor cores multiply by tiles; 50,257 rows become 50,304 (a multiple of 128 as well)
 
 # What rounding may change in the losses of the first five steps, in nats per token, by precision: several
 # times what GPT-2 124M was seen to differ by on a CPU, 0.00001 in float32 and 0.004 in bf16. With as many
@@ -26,102 +26,47 @@ TOLERANCES = {"fp32": 0.0002, "tf32": 0.005, "bf16": 0.02, "fp16": 0.01}
 FP8_TOLERANCE = 0.05
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One change, made on top of those of the rungs before it."""
+class Variant(NamedTuple):
+    """One change, on top of those of the variants before it."""
 
     name: str
-    """As --variants and the table have it."""
+    """As in --variants and in the table."""
     about: str
-    compute: Mapping[str, Any] = field(default_factory=dict)
-    """The fields of ComputeConfig that it changes."""
-    task: Mapping[str, Any] = field(default_factory=dict)
-    """The other fields of StepTask that it changes."""
-    is_default: bool = True
-    """False for what costs time or exactness: it is shown only when it is named."""
+    changes: Mapping[str, Any]
+    """Fields of Compute and of StepTask."""
 
-
-GROUND = Variant(name="float32", about="all in 32 bits, attention written out, nothing compiled")
 
 # The order is that of Karpathy's lecture "Let's reproduce GPT-2 (124M)"; large pages and the larger
 # micro-batch, which it does not have, come last.
-LADDER: tuple[Variant, ...] = (
-    GROUND,
+_VARIANTS = (
+    Variant("float32", "all in 32 bits, attention written out, nothing compiled", {}),
+    Variant("tf32", "matrix products of inputs rounded to 19 bits", {"precision": "tf32"}),
+    Variant("bf16", "matrix products in bfloat16; weights and sums stay float32", {"precision": "bf16"}),
+    Variant("fp16", "matrix products in float16, with loss scaling", {"precision": "fp16"}),
+    Variant("compile", "the step fused into few kernels: fewer passes over memory", {"compile": True}),
+    Variant("fused-attention", "attention in one kernel, without T x T weights", {"attention": "fused"}),
+    Variant("block-attention", "attention in blocks, for bfloat16 units", {"attention": "blocks"}),
+    Variant("pad-vocab", f"vocabulary padded to a multiple of {TILE}", {"vocabulary_multiple": TILE}),
+    Variant("fused-adamw", "weights updated in one pass, not a dozen", {"fused_optimizer": True}),
+    Variant("large-pages", "memory kept, in pages of 2 MiB, not 4 KiB", {"large_pages": True}),
+    Variant("micro-batch", "the rows of a step at once, not in parts", {"micro_batches": 1}),
+    Variant("chunked-head", "logits of some rows at a time: less memory", {"loss": "chunked"}),
+    Variant("fp8-head", "head's products in 8 bits: less exact", {"loss": "fp8"}),
     Variant(
-        name="tf32",
-        about="matrix products of numbers shortened to 19 bits",
-        compute={"precision": "tf32"},
-    ),
-    Variant(
-        name="bf16",
-        about="matrix products in 16 bits; weights and sums stay in 32",
-        compute={"precision": "bf16"},
-    ),
-    Variant(
-        name="fp16",
-        about="matrix products in 16 bits, of a loss that is scaled up",
-        compute={"precision": "fp16"},
-    ),
-    Variant(
-        name="compile",
-        about="the step as few kernels, which pass over memory less often",
-        compute={"compile": True},
-    ),
-    Variant(
-        name="fused-attention",
-        about="attention in one kernel, its T x T weights never in memory",
-        compute={"attention": "fused"},
-    ),
-    Variant(
-        name="block-attention",
-        about="attention in products of blocks, made for bfloat16 units",
-        compute={"attention": "blocks"},
-    ),
-    Variant(
-        name="nice-numbers",
-        about=f"the vocabulary padded to a multiple of {WHOLE_TILES} rows",
-        task={"vocabulary_multiple": WHOLE_TILES},
-    ),
-    Variant(
-        name="fused-adamw",
-        about="each weight updated in one pass instead of a dozen",
-        task={"fused_optimizer": True},
-    ),
-    Variant(
-        name="large-pages",
-        about="memory is kept, in pages of 2 MiB instead of 4 KiB",
-        task={"large_pages": True},
-    ),
-    Variant(
-        name="micro-batch",
-        about="the rows of a step computed at once instead of in parts",
-        task={"micro_batches": 1},
-    ),
-    Variant(
-        name="chunked-head",
-        about="logits and losses of some rows at a time: less memory",
-        compute={"loss": "chunked"},
-        is_default=False,
-    ),
-    Variant(
-        name="fp8-head",
-        about="products with the vocabulary in 8 bits: faster, less exact",
-        compute={"loss": "fp8"},
-        is_default=False,
-    ),
-    Variant(
-        name="activation_checkpointing",
-        about="activations computed again, not kept: less memory, slower",
-        compute={"activation_checkpointing": "block"},
-        is_default=False,
+        "activation-checkpointing",
+        "activations recomputed: less memory, slower",
+        {"activation_checkpointing": "block"},
     ),
 )
-VARIANTS = {rung.name: rung for rung in LADDER}
+VARIANTS = {variant.name: variant for variant in _VARIANTS}
+ONLY_WHEN_NAMED = {"chunked-head", "fp8-head", "activation-checkpointing"}  # slower, or less exact
+BASELINE = "float32"
+FORMER_NAMES = {"nice-numbers": "pad-vocab", "recompute": "activation-checkpointing"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a rung may need, and whether it is there."""
+    """What variants may need of a machine."""
 
     device: str
     native: str
@@ -129,133 +74,112 @@ class Machine:
     tf32: bool
     compiler: bool
     glibc: bool
-    fp8_obstacle: str | None
+    fp8_unavailable_reason: str | None
 
 
 def find_machine(device: str) -> Machine:
-    """What this machine has, seen from one of its devices."""
+    """What this machine has, for one of its devices."""
     return Machine(
         device=device,
         native=native_precision(device),
         tf32=device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0),
         compiler=can_compile(),
         glibc=platform.libc_ver()[0] == "glibc",
-        fp8_obstacle=fp8_unavailable_reason(device),
+        fp8_unavailable_reason=fp8_unavailable_reason(device),
     )
 
 
-def unavailable_reason(rung: Variant, machine: Machine, ground: StepTask) -> str | None:
-    """Why a rung can't be climbed, as a clause; None if it can. `ground` is the task of the first rung."""
-    device = machine.device
-    vocab_size = ground.model.vocabulary
-    obstacles = {
-        "tf32": None if machine.tf32 else f"it takes an NVIDIA GPU since Ampere (2020), not {device}",
-        "compile": _compile_obstacle(machine),
-        "nice-numbers": None
-        if vocab_size % WHOLE_TILES
-        else f"{vocab_size:,} is a multiple of {WHOLE_TILES}",
-        "block-attention": _blocks_obstacle(machine),
-        "fused-adamw": "torch has none for Apple's GPUs" if device == "mps" else None,
-        "large-pages": _pages_obstacle(machine),
-        "micro-batch": None if ground.micro_batches > 1 else "the step has one micro-batch as it is",
-        "fp8-head": machine.fp8_obstacle,
-    }
-    return obstacles.get(rung.name)
+def unavailable_reasons(machine: Machine, baseline: StepTask) -> dict[str, str]:
+    """Why variants can't run on a machine, by name, for steps like `baseline`."""
+    device, vocab_size = machine.device, baseline.model.vocabulary
+    is_mps, is_cpu = device == "mps", device == "cpu"
+    conditions = (
+        ("tf32", not machine.tf32, f"it takes an NVIDIA GPU since Ampere (2020), not {device}"),
+        ("compile", is_mps, "torch.compile does not train on Apple's GPUs"),
+        ("compile", not machine.compiler, "no C++ compiler, or no Python headers, were found"),
+        (
+            "block-attention",
+            not (is_cpu and machine.native == "bf16"),
+            "it is for CPUs that multiply bfloat16 in hardware",
+        ),
+        ("pad-vocab", vocab_size % TILE == 0, f"{vocab_size:,} is a multiple of {TILE}"),
+        ("fused-adamw", is_mps, "torch has none for Apple's GPUs"),
+        ("large-pages", not is_cpu, f"it is for the memory of CPUs, not of {device}"),
+        ("large-pages", not machine.glibc, "the C library is not glibc"),
+        ("micro-batch", baseline.micro_batches == 1, "the step has one micro-batch as it is"),
+        ("fp8-head", machine.fp8_unavailable_reason is not None, machine.fp8_unavailable_reason or ""),
+    )
+    reasons: dict[str, str] = {}
+    for name, applies, reason in conditions:
+        if applies:
+            reasons.setdefault(name, reason)
+    return reasons
 
 
-def _compile_obstacle(machine: Machine) -> str | None:
-    if machine.device == "mps":
-        return "torch.compile does not train on Apple's GPUs"
-    return None if machine.compiler else "no C++ compiler, or no Python headers, were found"
+def choose_variants(
+    names: Sequence[str] | None, machine: Machine, baseline: StepTask
+) -> dict[str, str | None]:
+    """The named variants on top of float32, in that order, or all that make sense here if `names` is None.
 
-
-def _blocks_obstacle(machine: Machine) -> str | None:
-    is_made_for_it = (machine.device, machine.native) == ("cpu", "bf16")
-    return None if is_made_for_it else "it is for CPUs that multiply bfloat16 in hardware"
-
-
-def _pages_obstacle(machine: Machine) -> str | None:
-    if machine.device != "cpu":
-        return f"it is the CPU's memory that is meant, not that of {machine.device}"
-    return None if machine.glibc else "the C library is not glibc"
-
-
-def unreliable_reason(rung: Variant, machine: Machine) -> str | None:
-    """Why a rung that was not named is better left out; None if it is not."""
-    if rung.name in {"bf16", "fp16"} and rung.name != machine.native:
-        return f"{machine.device} does not multiply {rung.name} in hardware"
-    return None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The rungs of one ladder, from the ground up: those climbed, and why the others are not."""
-
-    rungs: tuple[Variant, ...]
-    skipped: Mapping[str, str]
-    """The reason, by the rung's name."""
-
-    def tasks(self, ground: StepTask) -> dict[str, StepTask]:
-        """Of each rung that is climbed: the task of the one before it, changed."""
-        found, task = {}, ground
-        for rung in self.rungs:
-            if rung.name not in self.skipped:
-                task = change(task, rung)
-                found[rung.name] = task
-        return found
-
-
-def choose_variants(names: Sequence[str] | None, machine: Machine, ground: StepTask) -> Selection:
-    """The rungs that are named, in that order, above float32; or if none is named, all that make sense here.
-
-    Raises ValueError for a name that is not known, and for a rung that can't be climbed.
+    Returns the reason for each that is skipped, None for the others. Raises ValueError for an unknown name
+    and for a named variant that can't run.
     """
-    if names is None:
-        rungs = [rung for rung in LADDER if rung.is_default]
-        if machine.native != "fp16":  # the other way to have 16 bits, for GPUs without bf16
-            rungs.remove(VARIANTS["fp16"])
-        if machine.device != "cpu":
-            rungs.remove(VARIANTS["block-attention"])
-        reasons = {
-            rung.name: unavailable_reason(rung, machine, ground) or unreliable_reason(rung, machine)
-            for rung in rungs
-        }
-        return Selection(tuple(rungs), {name: reason for name, reason in reasons.items() if reason})
-    for name in names:
+    unavailable = unavailable_reasons(machine, baseline)
+    if names is not None:
+        return dict.fromkeys(_check_named(names, unavailable))
+    chosen = [name for name in VARIANTS if name not in ONLY_WHEN_NAMED]
+    if machine.native != "fp16":  # an alternative to bf16, for GPUs without it
+        chosen.remove("fp16")
+    if machine.device != "cpu":
+        chosen.remove("block-attention")
+    for name in {"bf16", "fp16"} - {machine.native}:
+        unavailable[name] = f"{machine.device} does not multiply {name} in hardware"
+    return {name: unavailable.get(name) for name in chosen}
+
+
+def _check_named(names: Sequence[str], unavailable: Mapping[str, str]) -> list[str]:
+    """The names with float32 in front, each once. Raises ValueError if one can't run."""
+    named = [FORMER_NAMES.get(name, name) for name in names]
+    for name in named:
         if name not in VARIANTS:
-            raise ValueError(f"there is no rung {name}{nearest(name, VARIANTS)}")
-    rungs = [VARIANTS[name] for name in dict.fromkeys([GROUND.name, *names])]
+            raise ValueError(f"there is no variant {name}{nearest(name, VARIANTS)}")
+    chosen = list(dict.fromkeys([BASELINE, *named]))
     problems = [
-        f"the rung {rung.name} can't be climbed here: {reason}"
-        for rung in rungs
-        if (reason := unavailable_reason(rung, machine, ground))
+        f"the variant {name} can't run here: {unavailable[name]}" for name in chosen if name in unavailable
     ]
     if problems:
         raise ValueError("; ".join(problems))
-    climb = Selection(tuple(rungs), {})
-    for name, task in climb.tasks(ground).items():
-        if task.compute.attention == "blocks" and task.compute.precision != "bf16":
-            raise ValueError(f"the rung {name} has attention in blocks, which takes the rung bf16 below it")
-    return climb
+    if "block-attention" in chosen and "bf16" not in chosen[: chosen.index("block-attention")]:
+        raise ValueError("the variant block-attention takes the variant bf16 before it")
+    return chosen
 
 
-def change(task: StepTask, rung: Variant) -> StepTask:
-    """The task with the rung's change."""
-    return dataclasses.replace(task, compute=dataclasses.replace(task.compute, **rung.compute), **rung.task)
+def stack_tasks(names: Collection[str], baseline: StepTask) -> dict[str, StepTask]:
+    """The task of each variant: the change on top of the task before it."""
+    found, task = {}, baseline
+    for name in names:
+        task = found[name] = change(task, VARIANTS[name])
+    return found
+
+
+def change(task: StepTask, variant: Variant) -> StepTask:
+    """The task with the variant's change."""
+    of_compute = {name: value for name, value in variant.changes.items() if hasattr(task.compute, name)}
+    of_task = {name: value for name, value in variant.changes.items() if name not in of_compute}
+    return dataclasses.replace(task, compute=dataclasses.replace(task.compute, **of_compute), **of_task)
 
 
 def baseline_compute(device: str) -> Compute:
-    """How the machine is used before the first rung: as plainly as can be."""
+    """The settings before the first variant: no optimizations."""
     return Compute(
         device=device,
         precision="fp32",
         compile=False,
         attention="math",
         loss="full",
-        activation_checkpointing="none",
     )
 
 
 def tolerance(task: StepTask) -> float:
-    """By how much a task's losses may differ from float32's, in nats per token."""
+    """The largest difference of a task's losses from float32's that rounding explains, in nats per token."""
     return FP8_TOLERANCE if task.compute.loss == "fp8" else TOLERANCES[task.compute.precision]

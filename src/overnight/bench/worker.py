@@ -1,7 +1,7 @@
-"""A training step in a process of its own: it steps when it is told to, and says how long that took.
+"""A training step in a process of its own, which runs when it is asked to and reports how long it took.
 
-Standard input brings one JSON line with a `StepTask`, then a line for each turn; each is answered by one JSON
-line on standard output. In between the process waits in a blocking read, without work.
+Standard input brings one JSON line with a `StepTask`, then a line for each timed step; each is answered by
+one JSON line on standard output. In between the process waits in a blocking read, without work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from overnight.model.model_config import ModelConfig
 from overnight.recipe import Recipe, Resolved
 from overnight.run.setup import build_training
 from overnight.terminal import progress
-from overnight.training import Compute, OptimizerConfig
+from overnight.training import Compute, ComputeConfig, OptimizerConfig
 from overnight.training.batch import constant_plan
 from overnight.training.optim import build_optimizer, build_scaler
 from overnight.training.schedule import ScheduleConfig
@@ -40,7 +40,10 @@ from overnight.training.state import TrainState
 from overnight.training.step import StepResult, train_step
 
 SEED = 1337
-PEAK_LEARNING_RATE, WARMUP_STEPS = 6e-4, 10  # a warm-up so short that the updates show in a few losses
+PEAK_LEARNING_RATE, WARMUP_STEPS = 6e-4, 10  # so short a warm-up that the updates show in a few losses
+TOTAL_STEPS = 1_000_000  # more than are ever timed; the learning rate does not decay
+PROGRAM = ("-P", "-m", "overnight.bench.worker")  # -P: no module of the current folder is imported
+REMEDY = "give fewer --rows, or a smaller --model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +52,16 @@ class StepTask:
 
     model: ModelConfig
     compute: Compute
-    """With everything decided."""
     ids: str
     """A .npy file: the text, as one row of ids."""
     rows_per_step: int
     micro_batches: int
-    """How many equal parts of a step are computed one after the other."""
+    """Number of equal parts of a step, computed one after the other."""
     vocabulary_multiple: int
-    """The embedding has the next multiple of so many rows; those beyond the vocabulary are never used."""
+    """The embedding's rows are padded to a multiple of this; padding rows are never used."""
     fused_optimizer: bool
     large_pages: bool
-    """Whether the process is to be started with the allocator that is fit for training."""
+    """Whether the process is started with the allocator for training."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -67,9 +69,11 @@ class StepTask:
         return self.rows_per_step * self.model.context_length
 
     def settings(self) -> dict[str, object]:
-        """How the step is computed, by name; what is computed is left out."""
-        others = ("rows_per_step", "micro_batches", "vocabulary_multiple", "fused_optimizer", "large_pages")
-        return {**dataclasses.asdict(self.compute), **{name: getattr(self, name) for name in others}}
+        """How the step is computed, by name, without the model and the text."""
+        values = dataclasses.asdict(self)
+        computed = values.pop("compute")
+        del values["model"], values["ids"]
+        return {**dataclasses.asdict(ComputeConfig()), **computed, **values}
 
     def as_json(self) -> str:
         """On one line."""
@@ -77,81 +81,69 @@ class StepTask:
 
 
 def read_task(line: str) -> StepTask:
-    """What `as_json` wrote."""
+    """The task that `as_json` wrote."""
     values = json.loads(line)
     model, compute = ModelConfig(**values.pop("model")), Compute(**values.pop("compute"))
     return StepTask(model=model, compute=compute, **values)
 
 
 class Rows:
-    """Rows of one array of ids, consecutive."""
+    """The rows of one array of ids, end to end; on the CPU."""
 
     def __init__(self, ids: Any, context_length: int) -> None:
-        self._ids, self._context_length = ids, context_length
+        self._ids = ids
+        self._context_length = context_length
 
     def batch(self, first_row: int, rows: int) -> Batch:
-        """These rows, on the CPU."""
+        """Rows first_row, ..., first_row + rows - 1."""
         start, end = first_row * self._context_length, (first_row + rows) * self._context_length
-        window = torch.from_numpy(self._ids[start : end + 1].astype("int64"))
-        assert len(window) == end + 1 - start, "the text is too short for this step"
-        return Batch(window[:-1].view(rows, -1), window[1:].view(rows, -1))
-
-
-def resolve_task(task: StepTask) -> Resolved:
-    """The task as a resolved recipe: a constant learning rate after a short warm-up."""
-    schedule = ScheduleConfig(total_steps=10**6, warmup_steps=WARMUP_STEPS, learning_rate_decay="constant")
-    recipe = Recipe(
-        run_name="bench",
-        seed=SEED,
-        model=task.model,
-        optimizer=OptimizerConfig(peak_learning_rate=PEAK_LEARNING_RATE),
-        schedule=schedule,
-    )
-    plan = constant_plan(
-        task.model.context_length, task.rows_per_step // task.micro_batches, task.micro_batches
-    )
-    return Resolved(
-        recipe=recipe,
-        model=task.model,
-        compute=task.compute,
-        plan=plan,
-        total_steps=schedule.total_steps or 0,
-    )
+        span = torch.from_numpy(self._ids[start : end + 1].astype("int64"))
+        assert len(span) == end + 1 - start, "the text is too short for this step"
+        return Batch(span[:-1].view(rows, -1), span[1:].view(rows, -1))
 
 
 def build_step(task: StepTask) -> Callable[[], StepResult]:
-    """A function that does one step of `overnight train` as the task has it, from fresh weights on.
+    """A function that does one step of `overnight train` as the task has it, starting from new weights.
 
-    In float16 it tries again until the gradients are finite, so that all tasks have done the same updates.
+    In float16 it repeats a step until the gradients are finite, so that all tasks do the same updates.
     """
-    resolved = resolve_task(task)
-    world = dataclasses.replace(SINGLE_PROCESS, device=task.compute.device)
-    model = GPT(task.model, task.vocabulary_multiple, seed=SEED).to(world.device)
-    optimizer = build_optimizer(model, resolved.recipe.optimizer, fused=task.fused_optimizer)
-    state = TrainState(model, optimizer, scaler=build_scaler(world.device, task.compute.precision))
-    setup = build_training(resolved, model, Rows(np.load(task.ids), task.model.context_length), world)
+    device, context_length = task.compute.device, task.model.context_length
+    plan = constant_plan(context_length, task.rows_per_step // task.micro_batches, task.micro_batches)
+    schedule = ScheduleConfig(
+        total_steps=TOTAL_STEPS, warmup_steps=WARMUP_STEPS, learning_rate_decay="constant"
+    )
+    recipe = Recipe(
+        seed=SEED, optimizer=OptimizerConfig(peak_learning_rate=PEAK_LEARNING_RATE), schedule=schedule
+    )
+    resolved = Resolved(
+        recipe=recipe, model=task.model, compute=task.compute, plan=plan, total_steps=TOTAL_STEPS
+    )
+    model = GPT(task.model, task.vocabulary_multiple, seed=SEED).to(device)
+    optimizer = build_optimizer(model, recipe.optimizer, fused=task.fused_optimizer)
+    state = TrainState(model, optimizer, scaler=build_scaler(device, task.compute.precision))
+    rows = Rows(np.load(task.ids), context_length)
+    training = build_training(resolved, model, rows, dataclasses.replace(SINGLE_PROCESS, device=device))
 
     def step() -> StepResult:
-        result = train_step(state, setup)
+        result = train_step(state, training)
         while state.scaler.get_scale() > 1 and isfinite(result.loss) and not isfinite(result.grad_norm):
-            state.step -= 1  # float16's gradients overflowed: no weight has changed, and the scale is lower
-            result = train_step(state, setup)
+            state.step -= 1  # the gradients overflowed: no weight has changed, and the loss scale is lower
+            result = train_step(state, training)
         return result
 
     return step
 
 
 def untimed_steps(device: str) -> int:
-    """How many steps come before the timed one of each turn.
+    """Number of steps before the timed one of each round.
 
-    On a GPU one does: there the memory is taken again that was given back after the turn before, so that
-    the other processes find it, and the clock has risen.
+    One on a GPU: it takes back the memory that was released for the other processes, and raises the clock.
     """
     return 0 if device == "cpu" else 1
 
 
 def time_steps(step: Callable[[], StepResult], device: str) -> dict[str, object]:
-    """Time one step; returns its milliseconds, its peak memory, and the losses of all that were done."""
+    """Time one step: its milliseconds, its peak memory, and the losses of all steps done."""
     reset_peak_memory(device)
     results = [step() for _ in range(untimed_steps(device) + 1)]
     peak_bytes = peak_memory_bytes(device)
@@ -164,9 +156,9 @@ def time_steps(step: Callable[[], StepResult], device: str) -> dict[str, object]
 
 
 def serve() -> None:
-    """Answer until standard input ends. Memory that does not suffice is an answer, too, and the last one."""
+    """Answer until standard input ends. Out of memory is an answer, too, and the last one."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints does not come between the answers
+    os.dup2(2, 1)  # so that nothing a library prints comes between the answers
 
     def answer(values: Mapping[str, object]) -> None:
         answers.write(json.dumps(values) + "\n")
@@ -180,35 +172,21 @@ def serve() -> None:
         while sys.stdin.readline():
             answer(time_steps(step, device))
     except (torch.OutOfMemoryError, MemoryError):
-        answer({"problem": f"the memory of {device} does not suffice"})
-
-
-if __name__ == "__main__":
-    serve()
-
-
-# ---------------------------------------------------------------- training steps compared
-
-
-PROGRAM = ("-P", "-m", "overnight.bench.worker")  # -P: not a module that lies in the current folder
-REMEDY = "take fewer --rows, or a smaller --model"
+        answer({"problem": f"{device} has too little memory"})
 
 
 class TimedSteps(NamedTuple):
-    """What one process did in one round."""
+    """The result of one process in one round."""
 
     milliseconds: float
-    """Of its one timed step."""
+    """Of the timed step."""
     losses: tuple[float, ...]
-    """Of all its steps, the timed one last; nats per token."""
+    """Nats per token of all steps, the timed one last."""
     peak_bytes: int | None
 
 
 class StepWorker:
-    """A process that steps: told to by a line, it answers with a line, and waits without working.
-
-    It stands in a session of its own, so that a Ctrl-C meets only the process that can close it.
-    """
+    """The process of one task, in a session of its own: Ctrl-C reaches only this process, which ends it."""
 
     def __init__(self, name: str, task: StepTask, folder: Path) -> None:
         self.name = name
@@ -223,39 +201,39 @@ class StepWorker:
                 start_new_session=True,
                 text=True,
             )
-        self._tell(task.as_json())
+        self._send(task.as_json())
 
     @property
     def pid(self) -> int:
-        """Its number, which is its session's as well."""
+        """Of the process, and of its session."""
         return self._process.pid
 
-    def wait_until_ready(self) -> dict[str, Any]:
-        """Wait for the model to be built; returns what the process says of itself."""
-        return self._hear()
+    def wait_until_ready(self) -> None:
+        """Wait for the model to be built."""
+        self._receive()
 
-    def take_turn(self) -> TimedSteps:
+    def time_step(self) -> TimedSteps:
         """Do one timed step."""
-        self._tell("step")
-        answer = self._hear()
+        self._send("step")
+        answer = self._receive()
         return TimedSteps(answer["milliseconds"], tuple(answer["losses"]), answer["peak_bytes"])
 
-    def _tell(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended; what it said last is heard next
+        with suppress(BrokenPipeError):  # it has ended; `_receive` finds out why
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 
-    def _hear(self) -> dict[str, Any]:
-        """The next answer. Raises ValueError if memory does not suffice, OSError if the process has ended."""
+    def _receive(self) -> dict[str, Any]:
+        """The next answer. Raises ValueError without enough memory, OSError if the process has ended."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
             if status == -signal.SIGKILL:
-                raise ValueError(f"{self.name} was killed, most likely for its memory: {REMEDY}")
-            last_words = self._log.read_text(encoding="utf-8", errors="replace").strip()
-            raise ChildProcessError(f"{self.name} ended with status {status}:\n{last_words[-2000:]}")
+                raise ValueError(f"{self.name} was killed, most likely out of memory: {REMEDY}")
+            log = self._log.read_text(encoding="utf-8", errors="replace").strip()
+            raise ChildProcessError(f"{self.name} ended with status {status}:\n{log[-2000:]}")
         answer: dict[str, Any] = json.loads(line)
         if "problem" in answer:
             raise ValueError(f"{self.name}: {answer['problem']}; {REMEDY}")
@@ -265,47 +243,47 @@ class StepWorker:
         """End it at once, with everything that it started: a compiler has processes of its own."""
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            with suppress(BrokenPipeError):  # what was still to be told has no listener any more
+            with suppress(BrokenPipeError):  # unsent lines have no reader any more
                 pipe.close()
-        with suppress(ProcessLookupError):  # it was gone already
+        with suppress(ProcessLookupError):  # it has ended already
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
 
 
 @contextmanager
 def running_workers(tasks: Mapping[str, StepTask]) -> Iterator[list[StepWorker]]:
-    """A process for each task, ready to step; they end with the block, however it is left."""
+    """A process for each task, ready to step; all end with the block, on errors as well."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        processes = []
+        workers = []
         for name, task in tasks.items():
-            process = StepWorker(name, task, folder)
-            stack.callback(process.end)
-            processes.append(process)
-        with progress("start", len(processes), "processes") as advance:
-            for process in processes:
-                process.wait_until_ready()
+            workers.append(StepWorker(name, task, folder))
+            stack.callback(workers[-1].end)
+        with progress("start", len(workers), "processes") as advance:
+            for worker in workers:
+                worker.wait_until_ready()
                 advance()
-        yield processes
+        yield workers
 
 
 def interleave(
-    processes: Sequence[StepWorker], rounds: int, warm_ups: int, tokens_per_step: int
+    workers: Sequence[StepWorker], rounds: int, warm_ups: int, tokens_per_step: int
 ) -> Iterator[dict[str, TimedSteps]]:
-    """Round by round, what each process did in it: A B C A B C; the first `warm_ups` rounds are among them.
+    """The results of each round, warm-ups first: A B C A B C.
 
-    A machine's speed drifts with its heat and its other work; the turns of one round had the same machine.
+    A machine's speed drifts with its temperature and other load; the steps of one round share both.
     """
-    for number in range(warm_ups + rounds):
-        title = (
-            f"warm-up {number + 1}/{warm_ups}"
-            if number < warm_ups
-            else f"round {number - warm_ups + 1}/{rounds}"
-        )
-        turns = {}
-        with progress(title, tokens_per_step * len(processes), "tokens") as advance:
-            for process in processes:
-                advance(0, process.name)
-                turns[process.name] = process.take_turn()
+    for number in range(1, warm_ups + rounds + 1):
+        is_warm_up = number <= warm_ups
+        title = f"warm-up {number}/{warm_ups}" if is_warm_up else f"round {number - warm_ups}/{rounds}"
+        results = {}
+        with progress(title, tokens_per_step * len(workers), "tokens") as advance:
+            for worker in workers:
+                advance(0, worker.name)
+                results[worker.name] = worker.time_step()
                 advance(tokens_per_step)
-        yield turns
+        yield results
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,4 +1,4 @@
-"""Reading and writing models in other programs' formats."""
+"""Reading and writing models in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Write a model as a folder that Hugging Face Transformers opens, and all that reads its format."""
+    """Write a model as a folder that Hugging Face Transformers, and whatever reads its format, can load."""
 
     model: Positional[str]
     """A run, a checkpoint, a Hugging Face folder or name, a .pt file of nanoGPT or build-nanogpt."""

@@ -1,4 +1,4 @@
-"""The command `overnight convert`: write a model in a format that other programs read."""
+"""The command `overnight convert`: write a model in another program's format."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from overnight.terminal import echo
 
 
 def run(config: ConvertConfig) -> Path:
-    """Write the folder and say where it lies. Raises ValueError if it is already there."""
+    """Write the folder and return its path. Raises ValueError if it already exists."""
     opened = open_model(config.model)
     origin = opened.run or Path(config.model)
     name = origin.stem if origin.is_file() else origin.resolve().name
     folder = Path(config.out) if config.out else Path(f"{name}-{config.to}")
     write_huggingface(opened.model, opened.tokenizer, folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    echo(f"wrote {opened.origin} as {folder}: {size / 1e6:,.1f} MB, opened by Transformers' from_pretrained")
+    echo(f"wrote {opened.origin} to {folder}: {size / 1e6:,.1f} MB, for Transformers' from_pretrained")
     echo(f'next: overnight generate {folder} "Once upon a time"')
     return folder

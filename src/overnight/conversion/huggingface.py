@@ -1,12 +1,12 @@
-"""Hugging Face's GPT-2: a folder that Transformers opens, written and read without Transformers.
+"""Hugging Face's GPT-2 format, written and read without Transformers.
 
-    config.json              sizes and the architecture's switches
+    config.json              sizes and architecture switches
     model.safetensors        transformer.h.0.attn.c_attn.weight ..., no lm_head: it is tied to wte
     generation_config.json   the ids that begin and end a text
     tokenizer.json, tokenizer_config.json
 
-Transformers keeps the four matrices of a block as Conv1D, (in, out); ours are nn.Linear's, (out, in).
-Files that can run code when opened (pytorch_model.bin) are never opened.
+Transformers stores the four matrices of a block as Conv1D, (in, out); ours are nn.Linear's, (out, in).
+Files that can run code when loaded (pytorch_model.bin) are never read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PREFIX = "transformer."
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old versions saved as well
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old versions saved too
 
 SIZES = {
     "n_layer": "n_layer",
@@ -41,8 +41,8 @@ SIZES = {
     "n_positions": "context_length",
     "vocab_size": "vocab_size",
 }
-# The switches that change what a GPT2LMHeadModel computes: the default that a missing key means, and
-# all values that are the GPT-2 of this package. The first is the one that is written.
+"""Their names of sizes to ours."""
+
 SWITCHES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "model_type": (None, ("gpt2",)),
     "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
@@ -53,43 +53,41 @@ SWITCHES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tie_word_embeddings": (True, (True,)),
     "quantization_config": (None, (None,)),
 }
+"""The switches that change what a GPT2LMHeadModel computes: the default of a missing key, and all values
+that this package's GPT-2 implements, the written one first."""
 
 
 def write_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `folder` for Transformers to open; it appears whole or not at all. Weights are float32.
+    """Write `folder` for Transformers, atomically, its weights in float32.
 
-    Raises ValueError if the folder is already there.
+    Raises ValueError if the folder already exists.
     """
     if folder.exists():
-        raise ValueError(f"{folder} is already there; remove it, or choose another folder")
+        raise ValueError(f"{folder} already exists; remove it, or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        building.chmod(0o755)  # mkdtemp's folders are private; a model is not
+        staging.chmod(0o755)  # mkdtemp makes private folders
         ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-        save_file(_outward(model.weights()), building / WEIGHTS, metadata={"format": "pt"})
-        with (building / WEIGHTS).open("rb") as file:
+        weights = {
+            PREFIX + name: (weight.T if name.endswith(CONV1D) else weight).float().cpu().contiguous()
+            for name, weight in model.weights().items()
+        }
+        save_file(weights, staging / WEIGHTS, metadata={"format": "pt"})
+        with (staging / WEIGHTS).open("rb") as file:
             flush_to_disk(file.fileno())
-        tokenizer.save(building)
-        write_atomically(building / "generation_config.json", json.dumps(ends, indent=2) + "\n")
-        config = {**_config(model.config), **ends}
-        write_atomically(building / "config.json", json.dumps(config, indent=2) + "\n")
-        building.rename(folder)
+        tokenizer.save(staging)
+        write_atomically(staging / "generation_config.json", json.dumps(ends, indent=2) + "\n")
+        config = {**_huggingface_config(model.config), **ends}
+        write_atomically(staging / "config.json", json.dumps(config, indent=2) + "\n")
+        staging.rename(folder)
     except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
     flush_folder(folder.parent)
 
 
-def _outward(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by Transformers' names and in its layout, as independent float32 tensors on the CPU."""
-    return {
-        PREFIX + name: (weight.T if name.endswith(CONV1D) else weight).float().cpu().contiguous()
-        for name, weight in weights.items()
-    }
-
-
-def _config(config: ModelConfig) -> dict[str, Any]:
+def _huggingface_config(config: ModelConfig) -> dict[str, Any]:
     switches = {name: allowed[0] for name, (_, allowed) in SWITCHES.items() if allowed[0] is not None}
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -104,20 +102,16 @@ def _config(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_huggingface(folder: Path) -> tuple[GPT, Tokenizer]:
-    """The model of a folder, float32, on the CPU, in evaluation mode, and its tokenizer.
+    """A folder's model (float32, on the CPU, in evaluation mode) and tokenizer.
 
-    Raises ValueError for an architecture that is not GPT-2's, for weights that do not fit it, and
-    for a folder without safetensors. Dropout, which is no part of what the model computes, is
-    resid_pdrop's.
+    Dropout is read from resid_pdrop. Raises ValueError for another architecture than GPT-2's, for weights
+    that do not fit it, and for a folder without safetensors.
     """
-    content = _read_json(folder / "config.json")
-    config = _model_config(content, folder / "config.json")
-    weights = _inward(_read_weights(folder), folder)
-    problems = _size_problems(config, weights)  # before a size that is wrong could fill the memory
-    if problems:
-        raise ValueError(f"{folder}: config.json and the weights differ: {'; '.join(problems)}")
-    model = empty_model(config)
+    config = _model_config(_read_json(folder / "config.json"), folder / "config.json")
     try:
+        weights = import_weights(_read_weights(folder), is_conv1d=True)
+        _check_sizes(config, weights)
+        model = empty_model(config)
         model.load_weights(weights)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
@@ -145,44 +139,41 @@ def _model_config(content: Mapping[str, Any], origin: Path) -> ModelConfig:
         config = ModelConfig(dropout=dropout, **sizes)
         problems = config.problems()
     if problems:
-        raise ValueError(f"{origin} describes another architecture than GPT-2's: {'; '.join(problems)}")
+        raise ValueError(f"{origin} does not describe a GPT-2: {'; '.join(problems)}")
     return config
 
 
-def _size_problems(config: ModelConfig, weights: Mapping[str, Tensor]) -> list[str]:
+def _check_sizes(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if config.json and the weights differ, before a wrong size could fill the memory."""
     layers = len({name.split(".")[1] for name in weights if name.startswith("h.")})
-    shapes = {name: tuple(weights[name].shape) for name in ("wte.weight", "wpe.weight") if name in weights}
-    wanted = {
-        "wte.weight": (config.vocab_size, config.n_embd),
-        "wpe.weight": (config.context_length, config.n_embd),
-    }
     problems = [] if layers == config.n_layer else [f"{layers} blocks, not n_layer={config.n_layer}"]
-    return problems + [
-        f"{name} has the shape {shapes.get(name)}, not {shape}"
-        for name, shape in wanted.items()
-        if shapes.get(name) != shape
-    ]
+    for name, rows in (("wte.weight", config.vocab_size), ("wpe.weight", config.context_length)):
+        shape = tuple(weights[name].shape) if name in weights else None
+        if shape != (rows, config.n_embd):
+            problems.append(f"{name} has shape {shape}, not {(rows, config.n_embd)}")
+    if problems:
+        raise ValueError(f"config.json and the weights differ: {'; '.join(problems)}")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of model.safetensors, or of the several files that its index names."""
+    """Every tensor of model.safetensors, or of the files that its index names."""
     if (folder / INDEX).is_file():
-        places = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(places, dict) or not all(_is_file_name(name) for name in places.values()):
-            raise ValueError(f"{folder / INDEX} is damaged: its weight_map must name files of this folder")
-        files = sorted(set(places.values()))
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
+            raise ValueError(f"{INDEX} is damaged: its weight_map must name files of this folder")
+        files = sorted(set(weight_map.values()))
     elif (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
     else:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
-        only = f", only {pickles[0]}, which can run code when opened and is not read here" if pickles else ""
-        raise ValueError(f"{folder} holds no {WEIGHTS}{only}; download or convert it to that format first")
+        only = f", only {pickles[0]}, which can run code when loaded and is not read" if pickles else ""
+        raise ValueError(f"there is no {WEIGHTS}{only}; download or convert the model to that format")
     weights: dict[str, Tensor] = {}
     for name in files:
         try:
             weights |= load_file(folder / name)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder / name} cannot be read, download it again: {error}") from None
+            raise ValueError(f"{name} cannot be read, download it again: {error}") from None
     return weights
 
 
@@ -190,19 +181,23 @@ def _is_file_name(name: object) -> bool:
     return isinstance(name, str) and Path(name).name == name
 
 
-def _inward(theirs: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The weights by our names and in our layout. Raises ValueError if the head is not tied."""
-    ours = {
-        name.removeprefix(PREFIX): (weight.T if name.endswith(CONV1D) and weight.dim() == 2 else weight)
-        for name, weight in theirs.items()
-        if not name.endswith(BUFFERS)
-    }
+def import_weights(theirs: Mapping[str, Tensor], *, is_conv1d: bool) -> dict[str, Tensor]:
+    """Weights with Hugging Face's names, under our names and in our layout.
+
+    `is_conv1d`: the four matrices of a block are (in, out). Raises ValueError if the head is not tied to the
+    embedding, and for weights that are not floating-point.
+    """
+    ours = {}
+    for name, weight in theirs.items():
+        if not name.endswith(BUFFERS):
+            is_transposed = is_conv1d and name.endswith(CONV1D) and weight.dim() == 2
+            ours[name.removeprefix(PREFIX)] = weight.T if is_transposed else weight
     head = ours.pop("lm_head.weight", None)
     if head is not None and not equal(head, ours.get("wte.weight", head)):
-        raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; GPT-2's head is its embedding")
-    coarse = [f"{name} is {weight.dtype}" for name, weight in ours.items() if not weight.is_floating_point()]
-    if coarse:
-        raise ValueError(f"{folder}: {coarse[0]}: quantised weights are not read here")
+        raise ValueError("lm_head.weight differs from wte.weight; GPT-2's head is its embedding")
+    for name, weight in ours.items():
+        if not weight.is_floating_point():
+            raise ValueError(f"{name} is {weight.dtype}; quantised weights are not supported")
     return ours
 
 
@@ -214,5 +209,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not what its name says: it holds no table")
+        raise ValueError(f"{path} must contain a JSON object")
     return content

@@ -1,4 +1,4 @@
-"""A model by any name: a run, a checkpoint, a Hugging Face folder, a name on the Hub, nanoGPT's .pt file."""
+"""Open a model by name: a run, a checkpoint, a Hugging Face folder, a name on the Hub, nanoGPT's .pt file."""
 
 from __future__ import annotations
 
@@ -16,75 +16,77 @@ from overnight.tokenizer.tokenizer import Tokenizer
 from overnight.training.checkpoint.load import read_model, read_newest
 
 RUNS = Path("runs")
+HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+HUB_FILES = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
-    """A model ready to write or to be judged: on the CPU, in evaluation mode."""
+    """A model with its tokenizer, on the CPU, in evaluation mode."""
 
     model: GPT
     tokenizer: Tokenizer
     origin: Path
-    """The folder or file its weights were read from."""
+    """The folder or file that the weights were read from."""
     tokenizer_folder: Path
-    """The folder its tokenizer was read from, or its name."""
+    """The folder that the tokenizer was read from, or its name."""
     run: Path | None
-    """The run it comes from; None for a model from elsewhere."""
+    """The run that the model belongs to; None for a model from elsewhere."""
 
 
 def open_model(name: str) -> OpenedModel:
-    """The model called `name`, looked for as a folder, in runs/, as a file, and on the Hugging Face Hub.
+    """Look for `name` as a folder, in runs/, as a file, and on the Hugging Face Hub.
 
-    Raises ValueError, which says where it was looked for, if there is none or it cannot be read.
+    Raises ValueError, listing where it was looked for, if there is none or it cannot be read.
     """
-
     for folder in (Path(name), RUNS / name):
         if name and folder.is_dir():
             return _open_folder(folder)
     if name and Path(name).is_file():
         return _open_nanogpt(Path(name))
-    found = repository(name)
+    repository = hub_repository(name)
     is_path = Path(name).parent != Path() and Path(name).parent.is_dir()
-    if found is not None and not is_path:
-        return _open_huggingface(download(found))
+    if repository is not None and not is_path:
+        return _open_huggingface(download_from_hub(repository))
     runs = [str(path) for path in sorted(RUNS.glob("*")) if RunDirectory(path).exists()]
-    near = nearest(name, [*runs, *(Path(run).name for run in runs)]) if runs else ""
+    suggestion = nearest(name, [*runs, *(Path(run).name for run in runs)]) if runs else ""
     raise ValueError(
-        f"there is no model {name}: it is neither a folder or file, nor a run in {RUNS}/, nor a name on the "
-        f"Hugging Face Hub ({', '.join(GPT2)}, OWNER/NAME){near}"
+        f"there is no model {name}: it is neither a folder nor a file, nor a run in {RUNS}/, nor a name on "
+        f"the Hugging Face Hub ({', '.join(HUB_NAMES)}, OWNER/NAME){suggestion}"
     )
 
 
 def _open_folder(folder: Path) -> OpenedModel:
-    """A run, one of its checkpoints, or a Hugging Face folder, whichever its files say it is."""
+    """A run, one of its checkpoints, or a Hugging Face folder, depending on its files."""
     if (folder / "state.json").is_file():
-        return _open_checkpoint(folder)
+        return _with_tokenizer(read_model(folder), folder, folder.parent.parent)
     if (folder / "config.json").is_file():
         return _open_huggingface(folder)
     if RunDirectory(folder).exists():
-        return _open_run(folder)
+        read = read_newest(RunDirectory(folder).checkpoints, lambda path: (read_model(path), path))
+        if read is None:
+            raise ValueError(
+                f"{folder} has no checkpoint yet; continue with overnight train --resume {folder}"
+            )
+        return _with_tokenizer(*read, folder)
     raise ValueError(
         f"{folder} holds no model: neither a run (recipe.toml), nor a checkpoint (state.json), "
         "nor a Hugging Face model (config.json)"
     )
 
 
-def _open_run(folder: Path) -> OpenedModel:
-    read = read_newest(RunDirectory(folder).checkpoints, lambda found: (read_model(found), found))
-    if read is None:
-        raise ValueError(f"{folder} has no checkpoint yet; go on with overnight train --resume {folder}")
-    return _with_tokenizer(*read, folder)
-
-
-def _open_checkpoint(checkpoint: Path) -> OpenedModel:
-    return _with_tokenizer(read_model(checkpoint), checkpoint, checkpoint.parent.parent)
-
-
 def _with_tokenizer(model: GPT, checkpoint: Path, run: Path) -> OpenedModel:
-    """The model of a checkpoint of `run`; the run holds the tokenizer."""
+    """The model of a checkpoint, with the tokenizer of its run."""
     tokenizer = RunDirectory(run).tokenizer
     if not tokenizer.is_dir():
-        raise ValueError(f"{checkpoint} needs its run's tokenizer, and {tokenizer} is not there")
+        raise ValueError(f"{checkpoint} needs its run's tokenizer, but there is no {tokenizer}")
     return OpenedModel(
         model=model,
         tokenizer=load_tokenizer(tokenizer),
@@ -101,36 +103,21 @@ def _open_huggingface(folder: Path) -> OpenedModel:
 
 def _open_nanogpt(file: Path) -> OpenedModel:
     model, tokenizer = read_nanogpt(file)
-    return OpenedModel(
-        model=model, tokenizer=tokenizer, origin=file, tokenizer_folder=Path(TOKENIZER), run=None
-    )
+    name = Path(TOKENIZER)
+    return OpenedModel(model=model, tokenizer=tokenizer, origin=file, tokenizer_folder=name, run=None)
 
 
-# ---------------------------------------------------------------- models by name from the hugging face hub, kept in that library's own cache
-
-
-GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-FILES = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
-
-
-def repository(name: str) -> str | None:
-    """OWNER/NAME for a name the Hub could know: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or OWNER/NAME."""
-    if name in GPT2:
-        return GPT2[name]
+def hub_repository(name: str) -> str | None:
+    """OWNER/NAME for gpt2, gpt2-medium, gpt2-large, gpt2-xl and OWNER/NAME; None for any other name."""
+    if name in HUB_NAMES:
+        return HUB_NAMES[name]
     return name if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) else None
 
 
-def download(repository: str) -> Path:
-    """The folder with a repository's files: fetched at first use, then from the cache without the network.
+def download_from_hub(repository: str) -> Path:
+    """The folder of a repository's files, in the Hub library's own cache; fetched once.
 
-    Raises ValueError, one sentence with what to install or to fetch by hand.
+    Raises ValueError, with what to install or to download by hand.
     """
     by_hand = (
         f"put config.json, model.safetensors and tokenizer.json of https://huggingface.co/{repository} "
@@ -144,7 +131,7 @@ def download(repository: str) -> Path:
             f"{repository} is on the Hugging Face Hub: pip install 'overnight[hub]' to fetch it, or {by_hand}"
         ) from None
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(FILES)))
+        return Path(snapshot_download(repository, allow_patterns=list(HUB_FILES)))
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{repository} cannot be fetched ({reason[0].rstrip('.')}): {by_hand}") from None

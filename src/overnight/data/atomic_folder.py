@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: filled in hiding beside its place, then renamed."""
+"""A folder that is written to a staging folder next to it, then renamed: it exists complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from overnight.data.text_files import DamagedFileError
 from overnight.run_directory import flush_folder
 from overnight.terminal import echo
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the place of `folder` for this process; wait while another has it.
+    """Hold the lock of `folder`; wait while another process holds it.
 
-    The kernel frees the lock when its holder dies, however it dies.
+    The kernel releases the lock when the process ends, also if it is killed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_lock_file(folder))
@@ -38,7 +38,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def is_locked_folder(folder: Path) -> bool:
-    """True while some process holds the place of `folder`."""
+    """True while some process holds the lock of `folder`."""
     try:
         with FileLock(_lock_file(folder), timeout=0):
             return False
@@ -51,69 +51,66 @@ def _lock_file(folder: Path) -> Path:
 
 
 def staging_path(folder: Path) -> Path:
-    """Where `folder` is filled before it is shown."""
+    """The staging folder of `folder`."""
     return folder.parent / f".{folder.name}.partial"
 
 
-def published_path(place: Path) -> Path:
-    """The folder that is filled at `place`."""
-    return place.parent / place.name.removeprefix(".").removesuffix(".partial")
+def published_path(staging: Path) -> Path:
+    """The folder that a staging folder becomes."""
+    return staging.parent / staging.name.removeprefix(".").removesuffix(".partial")
 
 
 @contextmanager
-def staging_folder(folder: Path, goes_on: Callable[[Path], bool]) -> Iterator[Path]:
-    """Where to fill `folder`: an empty place, or what was begun there before if `goes_on` says so.
+def staging_folder(folder: Path, can_resume: Callable[[Path], bool]) -> Iterator[Path]:
+    """The staging folder: as an earlier process left it if `can_resume(it)`, or empty.
 
-    If the block is interrupted, or killed, what it has done stays for the next time. If it refuses
-    (ValueError), nothing stays but what was begun before. Needs `exclusive`.
+    An interrupted or killed block leaves its work for the next time. A block that raises ValueError leaves
+    nothing, except what was there before. Needs `exclusive`.
     """
-    place = staging_path(folder)
-    is_begun = goes_on(place)
-    if not is_begun:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
+    staging = staging_path(folder)
+    is_resumed = can_resume(staging)
+    if not is_resumed:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
     try:
-        yield place
+        yield staging
     except ValueError:
-        if not is_begun:
-            shutil.rmtree(place, ignore_errors=True)
+        if not is_resumed:
+            shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
 def publish_folder(folder: Path) -> None:
-    """Give `folder`, filled in hiding, its name. It may be there if it is empty."""
-    place = staging_path(folder)
-    flush_folder(place)
-    place.rename(folder)
+    """Rename the staging folder to `folder`, which may exist if it is empty."""
+    staging = staging_path(folder)
+    flush_folder(staging)
+    staging.rename(folder)
     flush_folder(folder.parent)
 
 
 @contextmanager
 def plain_file_errors(folder: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write into a sentence (ValueError); other errors pass.
-
-    A damaged file's sentence gets its remedy.
-    """
+    """Turn a full disk, missing permissions and damaged input files into ValueErrors that name the remedy."""
     try:
         yield
     except DamagedFileError as error:
-        raise ValueError(f"{error}; mend it or fetch it again, or give --on-bad-file skip") from None
+        raise ValueError(f"{error}; repair it or fetch it again, or give --on-bad-file skip") from None
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             raise ValueError(
                 f"the disk of {folder} is full: free some and give the same command again, or give another "
-                f"--out (what is done lies in {staging_path(folder)})"
+                f"--out (the finished part is in {staging_path(folder)})"
             ) from None
-        if error.errno in CLOSED:
-            raise ValueError(f"{error.filename or folder} may not be touched ({error.strerror})") from None
+        if error.errno in NOT_WRITABLE:
+            raise ValueError(f"{error.filename or folder} cannot be accessed ({error.strerror})") from None
         raise
 
 
 def require_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Raise ValueError if the disk of `folder` has not `needed_bytes` left."""
+    """Raise ValueError if the disk of `folder` has less than `needed_bytes` free."""
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise ValueError(
             f"the shards need about {needed_bytes / 1e9:,.2f} GB and the disk of {folder.parent} has "
-            f"{free / 1e9:,.2f} GB free: free some, give another --out, or stop earlier with --tokens"
+            f"{free / 1e9:,.2f} GB free: free some space, give another --out, or stop earlier with --tokens"
         )

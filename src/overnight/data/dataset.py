@@ -156,8 +156,8 @@ def open_dataset(config: DataConfig) -> Dataset | MixtureDataset:
     for part in parts[1:]:
         if part.tokenizer.fingerprint != first.tokenizer.fingerprint:
             raise ValueError(
-                f"{part.folder} was prepared with the tokenizer {part.tokenizer.name} and {first.folder} with "
-                f"another, {first.tokenizer.name}: prepare {part.folder} again with "
+                f"{part.folder} was prepared with the tokenizer {part.tokenizer.name}, {first.folder} with "
+                f"{first.tokenizer.name}: prepare {part.folder} again with "
                 f"--tokenizer {first.folder}/tokenizer"
             )
     if incomplete := next((part.folder for part in parts if "is_complete" in part.record()), None):
@@ -182,7 +182,7 @@ def open_one_dataset(config: DataConfig) -> Dataset:
         return Dataset(folder, read_manifest(folder), load_prepared_tokenizer(folder), config)
     if config.shuffle_window is not None and is_being_prepared(folder):
         incomplete = open_incremental(folder, config.shuffle_window)
-        tokenizer = load_prepared_tokenizer(incomplete.place, incomplete.manifest)
+        tokenizer = load_prepared_tokenizer(incomplete.current_path, incomplete.manifest)
         return Dataset(incomplete, incomplete.manifest, tokenizer, config)
     raise ValueError(f"{folder} is not prepared data: run `overnight prepare {folder}`")
 

@@ -1,19 +1,18 @@
-"""Shards to batches, as a pure function of the row number: there is no position to save or to lose.
+"""Shards to batches. A row's tokens are a pure function of its number: a run has no loader state to save.
 
-The tokens of a split form a circle of N. An epoch has W = ceil(N / T) rows of T tokens that lie end to end
-around the circle from a starting point of its own, so in each epoch every token is a target at least once,
-fewer than T of them twice, and no shard's tail is lost. Row g belongs to epoch g // W and is the window
-that the epoch's permutation puts at place g % W.
+The N tokens of a split form a ring. An epoch has ceil(N / T) rows of T tokens. They are laid end to end
+around the ring from an offset drawn for the epoch, and read in the order of the epoch's permutation. So in
+each epoch every token is a target at least once, fewer than T tokens are a target twice, and the tail of no
+shard is dropped. Row g belongs to epoch g // rows_per_epoch; finding its tokens takes O(1) time and memory.
 
-With `shuffle_window` S the split is gone through in portions, each a circle with an order of its own: the
-first S tokens, the next S, and so on, the last portion with what is left over, so with less than 2 S. Where
-a row lies depends only on the tokens up to the end of its portion, and on there being S more behind it: rows
-can be read while the text is still being prepared, and stay what they are.
+With `shuffle_window` S the split is divided into windows of S consecutive tokens; the last one also takes the
+remainder, so it has S to 2 S - 1. Each window is a ring with an offset and an order of its own, and an epoch
+reads one window after the other. A row then depends only on its window's tokens and on S more tokens existing
+after them, so it can be read while the rest of the text is still being prepared.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,10 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overnight.data.permutation import Permutation, build_permutation, derive_keys
-from overnight.data.shards import LocalStore, ShardStore, TokenReader, Tokens
+from overnight.data.permutation import build_permutation, derive_keys
+from overnight.data.shards import Tokens
+from overnight.data.token_reader import LocalStore, ShardStore, TokenReader
 
-PLACES_AT_ONCE = 1024  # worked out together, a row's place takes a twentieth of what it takes alone
+BLOCK_ROWS = 1024  # located together, a row takes a twentieth of the time it takes alone
+BLOCKS_KEPT = 16  # the last ones that were needed, 8 KB each; they are a cache, not a state
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,28 @@ class Batch:
     ids: Tensor
     targets: Tensor
 
+    @classmethod
+    def from_tokens(cls, tokens: Tokens) -> Batch:
+        """Of (rows, T + 1) tokens: all but the last of each row are ids, all but the first are targets."""
+        rows, length = tokens.shape
+        arrays = np.empty((2, rows, length - 1), dtype=np.int64)
+        arrays[0], arrays[1] = tokens[:, :-1], tokens[:, 1:]
+        return cls(*torch.from_numpy(arrays))
+
+
+class BatchSource(Protocol):
+    """Anything that has rows: a stream, a mixture of streams, random ids."""
+
+    def batch(self, first_row: int, rows: int) -> Batch:
+        """Rows first_row, first_row + 1, ... first_row + rows - 1."""
+        ...
+
 
 class TokenStream:
-    """One split of a prepared folder, as rows of `tokens_per_row` ids. Holds open files and nothing else.
+    """One split of a prepared folder as an endless sequence of rows of `tokens_per_row` ids.
 
-    Opening a path reads every shard of the split once and raises ValueError if one is not as it was
-    written; another shelf verifies each shard in its own time. Raises ValueError, too, if a row is longer
-    than the data, or than what is shuffled at a time.
+    Given a path, opening reads every shard of the split, and raises ValueError if one was changed; another
+    ShardStore verifies in its own way. Raises ValueError if a row exceeds the data or the shuffle window.
     """
 
     def __init__(
@@ -55,13 +71,10 @@ class TokenStream:
         seed: int = 0,
         shuffle_window: int | None = None,
     ) -> None:
-        shelf = LocalStore(Path(folder), split) if isinstance(folder, Path | str) else folder
-        self.manifest = shelf.manifest
-        self._line = TokenReader(shelf, split)
-        self.split = split
-        self.seed = seed
-        self.tokens = self._line.tokens
-        self.tokens_per_row = tokens_per_row
+        store = LocalStore(Path(folder), split) if isinstance(folder, Path | str) else folder
+        self.manifest, self.seed, self.tokens_per_row = store.manifest, seed, tokens_per_row
+        self._reader = TokenReader(store, split)
+        self.tokens = self._reader.tokens
         if not 1 <= tokens_per_row < self.tokens:
             raise ValueError(
                 f"a row of {tokens_per_row:,} tokens and its targets do not fit in the {self.tokens:,} of "
@@ -69,100 +82,75 @@ class TokenStream:
             )
         if shuffle_window is not None and shuffle_window <= tokens_per_row:
             raise ValueError(
-                f"shuffle_window={shuffle_window} is no more than a row of {tokens_per_row:,}: give a "
-                "thousand times as many, or more"
+                f"shuffle_window={shuffle_window} must exceed a row of {tokens_per_row}; best is 1,000 rows"
             )
-        self._portion_tokens = min(shuffle_window or self.tokens, self.tokens)
-        self._portion_rows = -(-self._portion_tokens // tokens_per_row)
-        self._last_portion = self.tokens // self._portion_tokens - 1
-        self.rows_before_last_portion = self._last_portion * self._portion_rows
-        last_tokens = self.tokens - self._last_portion * self._portion_tokens
-        self.windows_per_epoch = self.rows_before_last_portion + -(-last_tokens // tokens_per_row)
+        self._window_tokens = min(shuffle_window or self.tokens, self.tokens)
+        self._rows_per_window = -(-self._window_tokens // tokens_per_row)  # rounded up
+        self._last_window = self.tokens // self._window_tokens - 1
+        self.rows_before_last_window = self._last_window * self._rows_per_window
+        last_window_tokens = self.tokens - self._last_window * self._window_tokens
+        self.rows_per_epoch = self.rows_before_last_window + -(-last_window_tokens // tokens_per_row)
+        self._positions: dict[tuple[int, int, int], list[int]] = {}
 
     def batch(self, first_row: int, rows: int) -> Batch:
         """Rows first_row, first_row + 1, ... of the endless sequence of epochs."""
-        stretches = np.empty((rows, self.tokens_per_row + 1), dtype=self._line.dtype)
-        for row, stretch in enumerate(stretches, first_row):
-            self._read_window(row, stretch)
-        # Two passes over what lies in the processor's cache now, instead of two calls for each row.
-        arrays = np.empty((2, rows, self.tokens_per_row), dtype=np.int64)
-        arrays[0] = stretches[:, :-1]
-        arrays[1] = stretches[:, 1:]
-        ids, targets = torch.from_numpy(arrays)
-        return Batch(ids, targets)
+        tokens = np.empty((rows, self.tokens_per_row + 1), dtype=self._reader.dtype)
+        for number, row in enumerate(tokens, first_row):
+            start, window_start, window_end = self._locate(number)
+            before_end = window_end - start
+            self._reader.read(start, row[:before_end])
+            if before_end < row.size:  # a ring: what follows its end is its beginning
+                self._reader.read(window_start, row[before_end:])
+        return Batch.from_tokens(tokens)
 
-    def window_start(self, row: int) -> int:
-        """Where among the tokens of the split a row begins."""
+    def row_start(self, row: int) -> int:
+        """The index, among the tokens of the split, of a row's first token."""
         return self._locate(row)[0]
 
     def evaluation_batches(self, rows: int, tokens: int | None = None) -> Iterator[Batch]:
         """The split in its own order: the first `tokens` targets, or all of them, each exactly once.
 
-        The first token of the split is never a target: nothing stands before it. Batches have `rows` full
-        rows, then come the remaining full rows, then a single shorter row.
+        The first token of the split has no predecessor and is never a target. Batches have `rows` full rows,
+        then come the remaining full rows, then a single shorter row.
         """
         targets = self.tokens - 1 if tokens is None else min(tokens, self.tokens - 1)
         full_rows, rest = divmod(targets, self.tokens_per_row)
         for first in range(0, full_rows, rows):
-            yield self._in_order(
-                first * self.tokens_per_row, (min(rows, full_rows - first), self.tokens_per_row)
-            )
+            yield self._in_order(first, min(rows, full_rows - first), self.tokens_per_row)
         if rest:
-            yield self._in_order(full_rows * self.tokens_per_row, (1, rest))
+            yield self._in_order(full_rows, 1, rest)
 
-    def _in_order(self, start: int, shape: tuple[int, int]) -> Batch:
-        stretch = np.empty(shape[0] * shape[1] + 1, dtype=self._line.dtype)
-        self._line.read(start, stretch)
-        ids, targets = (
-            torch.from_numpy(each.reshape(shape).astype(np.int64)) for each in (stretch[:-1], stretch[1:])
-        )
-        return Batch(ids, targets)
-
-    def _read_window(self, row: int, stretch: Tokens) -> None:
-        """Fill `stretch` with a row and its last target, past the end of its portion to the beginning."""
-        start, begin, end = self._locate(row)
-        ahead = end - start
-        self._line.read(start, stretch[:ahead])
-        if stretch.size > ahead:
-            self._line.read(begin, stretch[ahead:])
+    def _in_order(self, first_row: int, rows: int, length: int) -> Batch:
+        tokens = np.empty((rows, length + 1), dtype=self._reader.dtype)
+        for number, row in enumerate(tokens, first_row):
+            self._reader.read(number * self.tokens_per_row, row)
+        return Batch.from_tokens(tokens)
 
     def _locate(self, row: int) -> tuple[int, int, int]:
-        """Where a row begins, and where its portion begins and ends."""
-        epoch, place = divmod(row, self.windows_per_epoch)
-        portion = min(place // self._portion_rows, self._last_portion)
-        begin = portion * self._portion_tokens
-        end = self.tokens if portion == self._last_portion else begin + self._portion_tokens
-        block, within = divmod(place - portion * self._portion_rows, PLACES_AT_ONCE)
-        starts = _window_starts(self.seed, epoch, portion, end - begin, self.tokens_per_row, block)
-        return begin + starts[within], begin, end
+        """Where a row starts, and where its shuffle window starts and ends, as indices of the split."""
+        epoch, index = divmod(row, self.rows_per_epoch)
+        window = min(index // self._rows_per_window, self._last_window)
+        start = window * self._window_tokens
+        end = self.tokens if window == self._last_window else start + self._window_tokens
+        block, index_in_block = divmod(index - window * self._rows_per_window, BLOCK_ROWS)
+        positions = self._ring_positions(epoch, window, end - start, block)
+        return start + positions[index_in_block], start, end
 
-
-@functools.lru_cache(maxsize=16)
-def _window_starts(
-    seed: int, epoch: int, portion: int, tokens: int, tokens_per_row: int, block: int
-) -> list[int]:
-    """Where on a portion's circle the windows at PLACES_AT_ONCE neighbouring places of an epoch begin."""
-    shift, order = _order(seed, epoch, portion, tokens, -(-tokens // tokens_per_row))
-    first = block * PLACES_AT_ONCE
-    windows = order.at(first, min(PLACES_AT_ONCE, order.size - first))
-    starts: list[int] = ((shift + windows * tokens_per_row) % tokens).tolist()
-    return starts
-
-
-@functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, portion: int, tokens: int, windows: int) -> tuple[int, Permutation]:
-    """Where on a portion's circle the epoch's first window begins, and the order of its windows."""
-    which = f" of portion {portion}" if portion else ""
-    (draw,) = derive_keys(seed, epoch, f"shift{which}", 1)
-    return draw % tokens, build_permutation(windows, seed, epoch, f"order{which}")
-
-
-class BatchSource(Protocol):
-    """Anything that has rows: a stream, a mixture of streams, random ids."""
-
-    def batch(self, first_row: int, rows: int) -> Batch:
-        """Rows first_row, first_row + 1, ... first_row + rows - 1."""
-        ...
+    def _ring_positions(self, epoch: int, window: int, tokens: int, block: int) -> list[int]:
+        """Where in a window's ring of `tokens` tokens the rows of one block of its order start."""
+        found = self._positions.get((epoch, window, block))
+        if found is None:
+            # The words belong to the keys: with other words, runs would read their rows in another order.
+            suffix = f" of portion {window}" if window else ""
+            (offset,) = derive_keys(self.seed, epoch, f"shift{suffix}", 1)
+            order = build_permutation(-(-tokens // self.tokens_per_row), self.seed, epoch, f"order{suffix}")
+            first = block * BLOCK_ROWS
+            numbers = order.at(first, min(BLOCK_ROWS, order.size - first))
+            found = ((offset % tokens + numbers * self.tokens_per_row) % tokens).tolist()
+            if len(self._positions) >= BLOCKS_KEPT:
+                self._positions.clear()
+            self._positions[epoch, window, block] = found
+        return found
 
 
 class PrefetchLoader:
@@ -192,12 +180,10 @@ class PrefetchLoader:
 
     def _read(self, first_row: int, rows: int) -> Batch:
         batch = self._source.batch(first_row, rows)
-        return Batch(self._send(batch.ids), self._send(batch.targets))
-
-    def _send(self, ids: Tensor) -> Tensor:
-        # Only from pinned memory does a copy run while the GPU computes.
-        pinned = ids.pin_memory() if self._device.startswith("cuda") else ids
-        return pinned.to(self._device, non_blocking=True)
+        if self._device.startswith("cuda"):  # only copies from pinned memory run while the GPU computes
+            batch = Batch(batch.ids.pin_memory(), batch.targets.pin_memory())
+        ids, targets = (each.to(self._device, non_blocking=True) for each in (batch.ids, batch.targets))
+        return Batch(ids, targets)
 
 
 def prefetch(source: BatchSource, device: str, next_row: Callable[[int], int] | None = None) -> BatchSource:

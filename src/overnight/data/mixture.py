@@ -1,12 +1,11 @@
-"""Several streams as one, each with its share of the rows: a pure function of the row number, too.
+"""Several streams as one, each with its share of the rows. A row's source is a function of its number.
 
-The sources are the leaves of a balanced binary tree. Of the first c rows that come to a fork, the nearest
-whole number to c times the left side's share go left, the others right. That number grows by one or not at
-all when c does, so every row goes one way at every fork, to one source; and how many rows went there
-before it is its number in that source. Rounding adds at most half a row at each fork on the way down, so
-of 2^d sources none is ever further than d/2 rows from its exact share of the rows so far. (The least that is
-possible is 1 - 1/(2n - 2) for n sources, by a rule that needs the past. R. Tijdeman, "The chairman
-assignment problem", 1980.)
+The sources are the leaves of a balanced binary tree. Of the first c rows that reach a node, round(c * share)
+go left and the others right, where `share` is the left side's part of the weights. That number grows by 0 or
+1 when c grows by 1, so every row goes one way at every node, and the count of earlier rows that went the same
+way is its number there. Rounding adds at most half a row at each node, so of 2^d sources none is ever more
+than d/2 rows from its exact share. (The smallest possible bound is 1 - 1/(2n - 2) for n sources, by a rule
+that needs the past: R. Tijdeman, "The chairman assignment problem", 1980.)
 """
 
 from __future__ import annotations
@@ -17,85 +16,80 @@ from fractions import Fraction
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from overnight.data.loader import Batch, TokenStream
+from overnight.data.loader import Batch, BatchSource, TokenStream
 
 
-class Rows(Protocol):
-    """The rows of one text, without an end: what a mixture is made of."""
+class SourceRows(BatchSource, Protocol):
+    """The endless rows of one source of a mixture."""
 
     tokens: int
     tokens_per_row: int
-    windows_per_epoch: int
-
-    def batch(self, first_row: int, rows: int) -> Batch:
-        """Rows first_row, first_row + 1, ... of the endless sequence of epochs."""
-        ...
+    rows_per_epoch: int
 
 
 @dataclass(frozen=True)
-class _Fork:
-    """Where the rows part. A side is a fork or the number of a source."""
+class _Node:
+    """An inner node of the tree. A child is a node or the number of a source."""
 
     share: Fraction
-    """Of the rows that come here, those that go left."""
-    left: _Fork | int
-    right: _Fork | int
+    """Of the rows that reach this node, those that go left."""
+    left: _Node | int
+    right: _Node | int
 
     def count_left(self, rows: int) -> int:
-        """How many of the first `rows` rows that come here go left: the nearest to their share."""
+        """How many of the first `rows` rows go left: rows * share, rounded half up in exact arithmetic."""
         above, below = self.share.numerator, self.share.denominator
         return (2 * rows * above + below) // (2 * below)
 
 
 class Interleaving:
-    """Which source each row comes from. A source's share is its weight by the sum of all weights."""
+    """Which source each row comes from. A source's share is its weight divided by the sum of all weights."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         if not weights or not all(0 < weight < float("inf") for weight in weights):
             raise ValueError(f"the weights {list(weights)} must be finite numbers above 0")
-        # As they are written: 0.7 is 7/10 here, not the nearest binary fraction.
+        # From the decimal spelling: 0.7 is 7/10 here, not the nearest binary fraction.
         exact = [Fraction(str(weight)) for weight in weights]
         self.shares = [weight / sum(exact) for weight in exact]
-        self._top = self._build(0, len(weights))
+        self._root = self._build(0, len(weights))
 
-    def _build(self, first: int, last: int) -> _Fork | int:
+    def _build(self, first: int, last: int) -> _Node | int:
         if last - first == 1:
             return first
         middle = (first + last + 1) // 2
         share = sum(self.shares[first:middle]) / sum(self.shares[first:last])
-        return _Fork(Fraction(share), self._build(first, middle), self._build(middle, last))
+        return _Node(Fraction(share), self._build(first, middle), self._build(middle, last))
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(the source that a row comes from, its number among that source's rows)."""
-        side, number = self._top, row
-        while isinstance(side, _Fork):
-            before = side.count_left(number)
-            if side.count_left(number + 1) > before:
-                side, number = side.left, before
+        """(the source of a row, the row's number within that source)."""
+        node, number = self._root, row
+        while isinstance(node, _Node):
+            before = node.count_left(number)
+            if node.count_left(number + 1) > before:
+                node, number = node.left, before
             else:
-                side, number = side.right, number - before
-        return side, number
+                node, number = node.right, number - before
+        return node, number
 
     def counts(self, rows: int) -> list[int]:
         """How many of the first `rows` rows come from each source."""
         counts = [0] * len(self.shares)
-        open_sides = [(self._top, rows)]
-        while open_sides:
-            side, number = open_sides.pop()
-            if isinstance(side, _Fork):
-                left = side.count_left(number)
-                open_sides += [(side.left, left), (side.right, number - left)]
+        pending = [(self._root, rows)]
+        while pending:
+            node, number = pending.pop()
+            if isinstance(node, _Node):
+                left = node.count_left(number)
+                pending += [(node.left, left), (node.right, number - left)]
             else:
-                counts[side] = number
+                counts[node] = number
         return counts
 
 
 class Mixture:
-    """Streams by name, each with its share of the rows, in the same order however the rows are fetched."""
+    """Streams by name, each with its share of the rows; the order does not depend on how rows are fetched."""
 
-    def __init__(self, streams: Mapping[str, Rows], weights: Sequence[float]) -> None:
+    def __init__(self, streams: Mapping[str, SourceRows], weights: Sequence[float]) -> None:
         assert len(streams) == len(weights)
         self.names, self.streams = tuple(streams), tuple(streams.values())
         self.tokens = sum(stream.tokens for stream in self.streams)
@@ -103,22 +97,21 @@ class Mixture:
         self._interleaving = Interleaving(weights)
 
     def batch(self, first_row: int, rows: int) -> Batch:
-        """Rows first_row, first_row + 1, ... of the mixture; a source's own rows come in its own order."""
-        places: dict[int, list[int]] = {}
-        firsts: dict[int, int] = {}
-        for place in range(rows):
-            source, number = self._interleaving.locate(first_row + place)
-            firsts.setdefault(source, number)
-            places.setdefault(source, []).append(place)
-        parts = [self.streams[source].batch(first, len(places[source])) for source, first in firsts.items()]
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([place for source in firsts for place in places[source]])
-        ids, targets = (_put([getattr(part, name) for part in parts], order) for name in ("ids", "targets"))
+        """Rows first_row, first_row + 1, ... of the mixture; each source's rows come in their own order."""
+        first_of_source: dict[int, int] = {}
+        indices_of_source: dict[int, list[int]] = {}
+        for index in range(rows):
+            source, number = self._interleaving.locate(first_row + index)
+            first_of_source.setdefault(source, number)
+            indices_of_source.setdefault(source, []).append(index)
+        ids, targets = torch.empty((2, rows, self.tokens_per_row), dtype=torch.int64)
+        for source, indices in indices_of_source.items():
+            part = self.streams[source].batch(first_of_source[source], len(indices))
+            ids[indices], targets[indices] = part.ids, part.targets
         return Batch(ids, targets)
 
     def describe_shares(self) -> str:
-        """Each stream's share of the rows, in words."""
+        """Each stream's share of the rows, as text."""
         shares = zip(self._interleaving.shares, self.names, strict=True)
         return ", ".join(f"{float(share):.1%} {name}" for share, name in shares)
 
@@ -127,16 +120,13 @@ class Mixture:
         return self._interleaving.counts(rows)
 
     def epochs_of_each(self, rows: int) -> list[float]:
-        """How often each stream has been gone through after so many rows."""
+        """How many epochs of each stream the first `rows` rows contain."""
         counts = self.rows_of_each(rows)
-        return [count / stream.windows_per_epoch for count, stream in zip(counts, self.streams, strict=True)]
+        return [count / stream.rows_per_epoch for count, stream in zip(counts, self.streams, strict=True)]
 
 
 class Concatenation:
-    """Streams by name, one after the other, each in its own order: what a mixture is judged on.
-
-    Weights have no say in it.
-    """
+    """The validation splits of a mixture, one after the other, each in its own order, without weights."""
 
     def __init__(self, streams: Mapping[str, TokenStream]) -> None:
         self.names, self.streams = tuple(streams), tuple(streams.values())
@@ -148,17 +138,12 @@ class Concatenation:
             yield from stream.evaluation_batches(rows, count)
 
     def evaluation_tokens(self, tokens: int | None) -> list[int | None]:
-        """Of `tokens` to be judged, those of each stream: in proportion to its length, and at least one."""
+        """How many of `tokens` targets each stream gets: in proportion to its length, at least one."""
         if tokens is None:
             return [None] * len(self.streams)
-        ends = [0]
+        limit, done, counts = min(tokens, self.tokens), 0, []
         for stream in self.streams:
-            ends.append(ends[-1] + stream.tokens)
-        marks = [min(tokens, self.tokens) * end // self.tokens for end in ends]
-        return [max(1, mark - before) for before, mark in zip(marks, marks[1:], strict=False)]
-
-
-def _put(parts: Sequence[Tensor], order: Tensor) -> Tensor:
-    """Row order[i] of the result is row i of the parts, end to end."""
-    together = torch.cat(list(parts))
-    return torch.empty_like(together).index_copy_(0, order, together)
+            # Differences of rounded running totals: the counts add up to the limit.
+            before, done = done, done + stream.tokens
+            counts.append(max(1, limit * done // self.tokens - limit * before // self.tokens))
+        return [*counts]

@@ -1,15 +1,14 @@
-"""Whole documents to rows: each row begins where a document does, and holds as few cut ones as may be.
+"""Whole documents to rows (best-fit packing): each row begins with a document, and few documents are cut.
 
-The documents of an epoch come in an order of their own, and a row takes, again and again, the largest of
-the next `BUFFER_DOCUMENTS` that fits into what is left of it. Where none fits, the smallest of them fills the
-row, and its rest is cut off: so much is lost for that row beginning with a document. A document longer than
-a row counts as one that fills a row, since its rest is lost in any case. The rows so made come in random
-order; everything is a pure function of the seed and the epoch.
+An epoch shuffles the documents. A row is filled from a buffer of the next `BUFFER_DOCUMENTS`: it takes the
+largest that fits into its remaining room, again and again. If none fits, the smallest one fills the row and
+its rest is dropped: that is the price of beginning each row with a document. A document longer than a row
+counts as one row long, since its rest is dropped in any case. The packed rows are then read in random order.
+All of this is a pure function of the seed and the epoch.
 """
 
 from __future__ import annotations
 
-import functools
 from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
@@ -18,16 +17,16 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from overnight.data.loader import Batch, TokenStream
 from overnight.data.permutation import Permutation, build_permutation
-from overnight.data.shards import LocalStore, ShardStore, TokenReader, Tokens
+from overnight.data.shards import Tokens
+from overnight.data.token_reader import LocalStore, ShardStore, TokenReader
 
 BUFFER_DOCUMENTS = 1024
-ORDERED_DOCUMENTS = 1 << 14  # at a time: as arrays of 8 bytes each, and as Python's numbers
-SCANNED_TOKENS = 1 << 22  # at a time, in 8 or 16 MB
+ORDERED_DOCUMENTS = 1 << 14  # at a time: as arrays of 8 bytes each, and as Python integers
+SCANNED_TOKENS = 1 << 22  # at a time: 8 or 16 MB
 EPOCHS_KEPT = 2  # a batch may have rows of two
 
 
@@ -36,35 +35,30 @@ class PackedEpoch:
     """The rows of one epoch, as lists of documents."""
 
     documents: NDArray[np.uint32]
-    """Of all rows, one row after the other; what does not fit at the end of a row is cut off."""
-    row_starts: NDArray[np.int64]
-    """Where each row's documents begin in these, and where the last row's end."""
+    """The documents' numbers, row after row. The last document of a row is cut where the row ends."""
+    rows: NDArray[np.int64]
+    """(rows, 2): where the documents of each row start and end in `documents`."""
     cut_tokens: int
-    """Of all documents together, tokens that stand in no row."""
-
-    @property
-    def rows(self) -> int:
-        """How many there are."""
-        return self.row_starts.size - 1
+    """Tokens of all documents that are in no row."""
 
 
 class BestFitStream:
-    """One split of a prepared folder, as rows that begin with a document: what TokenStream is to windows.
+    """One split of a prepared folder as rows of whole documents, with the interface of TokenStream.
 
-    Holds open files, 8 bytes for each document, and for each of two epochs 4 more and 16 for a row. Opening
-    reads every shard once more than TokenStream, and packs the first epoch at a few microseconds a document;
-    each epoch before a row that is asked for is packed first. Raises ValueError as TokenStream does, or if
-    the split does not consist of documents.
+    Memory: 8 bytes a document, and for each of two epochs 4 bytes a document and 16 a row. Opening reads all
+    shards once more than TokenStream and packs the first epoch, at a few microseconds a document. Before a
+    row is read, all earlier epochs are packed, since their numbers of rows differ. Raises ValueError as
+    TokenStream does, and if the split does not begin with an end-of-text id.
     """
 
     def __init__(
         self, folder: Path | str | ShardStore, split: str = "train", *, tokens_per_row: int, seed: int = 0
     ) -> None:
-        self._shelf = LocalStore(Path(folder), split) if isinstance(folder, Path | str) else folder
-        self._windows = TokenStream(self._shelf, split, tokens_per_row=tokens_per_row, seed=seed)
-        self.manifest, self.split, self.seed = self._shelf.manifest, split, seed
-        self.tokens, self.tokens_per_row = self._windows.tokens, tokens_per_row
-        self._line = TokenReader(self._shelf, split)
+        store = LocalStore(Path(folder), split) if isinstance(folder, Path | str) else folder
+        self._unpacked = TokenStream(store, split, tokens_per_row=tokens_per_row, seed=seed)
+        self.manifest, self.seed = store.manifest, seed
+        self.tokens, self.tokens_per_row = self._unpacked.tokens, tokens_per_row
+        self._reader = TokenReader(store, split)
         end_of_text = self.manifest.end_of_text
         starts = self._find(end_of_text)
         if not starts.size or starts[0]:
@@ -75,35 +69,33 @@ class BestFitStream:
         self._starts = np.append(starts, self.tokens)
         self._packed: dict[int, PackedEpoch] = {}
         self._epoch_ends: list[int] = []
-        self.windows_per_epoch = self.epoch(0).rows
+        self.rows_per_epoch = len(self.epoch(0).rows)
 
     def batch(self, first_row: int, rows: int) -> Batch:
         """Rows first_row, first_row + 1, ... of the endless sequence of epochs."""
-        stretches = np.empty((rows, self.tokens_per_row + 1), dtype=self._line.dtype)
-        for row, stretch in enumerate(stretches, first_row):
-            self._fill(stretch, row)
-        arrays = np.empty((2, rows, self.tokens_per_row), dtype=np.int64)
-        arrays[0] = stretches[:, :-1]
-        arrays[1] = stretches[:, 1:]
-        ids, targets = torch.from_numpy(arrays)
-        return Batch(ids, targets)
+        tokens = np.empty((rows, self.tokens_per_row + 1), dtype=self._reader.dtype)
+        for number, row in enumerate(tokens, first_row):
+            self._fill(row, number)
+        return Batch.from_tokens(tokens)
 
     def evaluation_batches(self, rows: int, tokens: int | None = None) -> Iterator[Batch]:
         """The split in its own order, unpacked, as TokenStream has it: losses can be compared."""
-        return self._windows.evaluation_batches(rows, tokens)
+        return self._unpacked.evaluation_batches(rows, tokens)
 
     def epoch(self, epoch: int) -> PackedEpoch:
-        """The rows of one epoch, in the order in which they were made."""
+        """The rows of one epoch, in the order in which they are read."""
         if epoch not in self._packed:
             if len(self._packed) == EPOCHS_KEPT:
                 del self._packed[min(self._packed)]
             lengths = np.diff(self._starts)
-            order = build_permutation(lengths.size, self.seed, epoch)
-            self._packed[epoch] = pack(lengths, order, self.tokens_per_row + 1)
+            packed = pack(lengths, build_permutation(lengths.size, self.seed, epoch), self.tokens_per_row + 1)
+            rows = len(packed.rows)
+            order = build_permutation(rows, self.seed, epoch).at(0, rows)
+            self._packed[epoch] = PackedEpoch(packed.documents, packed.rows[order], packed.cut_tokens)
         return self._packed[epoch]
 
     def describe_loss(self) -> str:
-        """What is cut off in the first epoch, in words; other epochs differ by little."""
+        """What is cut off in the first epoch, as text; other epochs differ by little."""
         cut = self.epoch(0).cut_tokens
         beyond = int(np.maximum(np.diff(self._starts) - (self.tokens_per_row + 1), 0).sum())
         return (
@@ -111,75 +103,73 @@ class BestFitStream:
             "them from documents longer than a row"
         )
 
-    def _fill(self, stretch: Tokens, row: int) -> None:
-        """Fill `stretch` with the documents of a row, the last one cut off where the row ends."""
-        epoch, place = self._locate(row)
+    def _fill(self, row: Tokens, number: int) -> None:
+        """Fill `row` with its documents; the last one is cut where the row ends."""
+        epoch, index = self._locate(number)
         packed = self.epoch(epoch)
-        index = _row_order(packed.rows, self.seed, epoch)[place]
-        for document in packed.documents[packed.row_starts[index] : packed.row_starts[index + 1]]:
+        first, last = packed.rows[index]
+        for document in packed.documents[first:last]:
             start, end = self._starts[document : document + 2].tolist()
-            part, stretch = stretch[: end - start], stretch[end - start :]
-            self._line.read(start, part)
-        assert not stretch.size
+            self._reader.read(start, row[: end - start])
+            row = row[end - start :]
+        assert not row.size
 
     def _locate(self, row: int) -> tuple[int, int]:
-        """(the epoch of a row, its place there): epochs differ in their number of rows."""
+        """(the epoch of a row, its index there): epochs differ in their number of rows."""
         ends = self._epoch_ends
         while not ends or row >= ends[-1]:
-            ends.append((ends[-1] if ends else 0) + self.epoch(len(ends)).rows)
+            ends.append((ends[-1] if ends else 0) + len(self.epoch(len(ends)).rows))
         epoch = bisect_right(ends, row)
         return epoch, row - (ends[epoch - 1] if epoch else 0)
 
     def _find(self, wanted: int) -> NDArray[np.int64]:
-        """Every place of one id."""
+        """Every index at which one id occurs."""
         found = [np.empty(0, dtype=np.int64)]
-        stretch = np.empty(min(SCANNED_TOKENS, self.tokens), dtype=self._line.dtype)
+        tokens = np.empty(min(SCANNED_TOKENS, self.tokens), dtype=self._reader.dtype)
         for start in range(0, self.tokens, SCANNED_TOKENS):
-            part = stretch[: self.tokens - start]
-            self._line.read(start, part)
+            part = tokens[: self.tokens - start]
+            self._reader.read(start, part)
             found.append(np.flatnonzero(part == wanted) + start)
         return np.concatenate(found)
 
 
 def pack(lengths: NDArray[np.int64], order: Permutation, tokens_per_row: int) -> PackedEpoch:
-    """Best fit of documents that come in `order` into rows of `tokens_per_row`, targets included.
+    """Pack documents that come in `order` into rows of `tokens_per_row` tokens, targets included.
 
-    Of documents of one size the last is taken where it fits, and the first is cut where none does. What is
-    left in the end fills no row and is cut off, too: less than a row.
+    Of documents of one size the last is taken if it fits, and the first is cut if none fits. What remains at
+    the end fills no row and is dropped, too: less than a row.
     """
     blocks = range(0, order.size, ORDERED_DOCUMENTS)
     numbers = np.concatenate(
         [order.at(first, min(ORDERED_DOCUMENTS, order.size - first)).astype(np.uint32) for first in blocks]
     )
     sizes = np.minimum(lengths, tokens_per_row)
-    places, row_starts = array("I"), array("q", [0])
+    indices, row_ends = array("I"), array("q", [0])
     room, cut = tokens_per_row, int((lengths - sizes).sum())
     upcoming = _sortable(sizes, numbers)
     buffer = sorted(islice(upcoming, BUFFER_DOCUMENTS))
     while buffer:
         fitting = bisect_left(buffer, (room + 1) * numbers.size)
-        size, place = divmod(buffer.pop(max(0, fitting - 1)), numbers.size)
-        places.append(place)
+        size, index = divmod(buffer.pop(max(0, fitting - 1)), numbers.size)
+        indices.append(index)
         room -= size
         if room <= 0:
             cut -= room
             room = tokens_per_row
-            row_starts.append(len(places))
-        for next_one in islice(upcoming, 1):
-            insort(buffer, next_one)
+            row_ends.append(len(indices))
+        for document in islice(upcoming, 1):
+            insort(buffer, document)
     cut += tokens_per_row - room
-    packed = numbers[np.frombuffer(places, dtype=np.uint32)[: row_starts[-1]]]
-    return PackedEpoch(packed, np.array(row_starts, np.int64), cut)
-
-
-@functools.lru_cache(maxsize=64)  # two epochs of each source of a mixture
-def _row_order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch's rows are read."""
-    return build_permutation(rows, seed, epoch).at(0, rows)
+    documents = numbers[np.frombuffer(indices, dtype=np.uint32)[: row_ends[-1]]]
+    edges = np.array(row_ends, np.int64)
+    return PackedEpoch(documents, np.stack([edges[:-1], edges[1:]], axis=1), cut)
 
 
 def _sortable(sizes: NDArray[np.int64], numbers: NDArray[np.uint32]) -> Iterator[int]:
-    """Each document's size and its place in the order as one number; some at a time become Python's."""
+    """Each document's size and index in the order as one integer, size * documents + index.
+
+    Arrays become Python integers block by block, to save memory.
+    """
     for first in range(0, numbers.size, ORDERED_DOCUMENTS):
         chosen = numbers[first : first + ORDERED_DOCUMENTS]
         yield from (sizes[chosen] * numbers.size + np.arange(first, first + chosen.size)).tolist()

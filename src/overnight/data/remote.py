@@ -1,16 +1,16 @@
-"""A prepared folder that lies elsewhere (s3://, hf://, any place fsspec reaches), kept here as far as needed.
+"""A prepared folder at a URL (s3://, hf://, anything fsspec reads), with a local cache of its shards.
 
     <cache>/shards/<digest of the manifest>/
       manifest.json  tokenizer/     read when the folder is opened
-      train-00000.bin ...           each fetched when a row first needs it
-      train-00000.pieces            digests of its pieces, kept when it is deleted
-      .arriving/                    shards that are being fetched
-      .train-00000.bin.lock         held while one is fetched, opened or deleted
+      train-00000.bin ...           each downloaded when a row first needs it
+      train-00000.pieces            digests of its pieces, kept when the shard is deleted
+      .arriving/                    downloads in progress
+      .train-00000.bin.lock         held while the shard is downloaded, opened or deleted
 
-No token is used before its shard was read here, whole, and found as the manifest says. Where the cache has a
-limit, a shard that was deleted for another's sake is not fetched again as a whole: its rows are read where it
-lies, in pieces of 64 KiB, each compared with its digest. So rows may come from everywhere in a text that is
-larger than the disk. All processes of a user share the cache.
+No token is used before its whole shard was read here and verified. If the cache has a limit, a shard that was
+deleted to make room is not downloaded again: its rows are read at the URL in pieces of 64 KiB, each compared
+with its digest. So rows can come from everywhere in a text that is larger than the disk. All processes of a
+user share the cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -33,16 +32,15 @@ from filelock import FileLock
 
 from overnight.data.shards import (
     HEADER_BYTES,
+    MANIFEST,
     Shard,
-    ShardFile,
-    ShardReader,
     Tokens,
-    files_at_once,
     read_manifest,
     token_format,
     verify_shard,
 )
 from overnight.data.text_files import first_line, is_remote, open_store
+from overnight.data.token_reader import ShardFile, ShardReader, files_at_once
 from overnight.run_directory import cache_folder, write_atomically
 from overnight.terminal import echo
 
@@ -51,20 +49,20 @@ DIGEST_BYTES = 16
 
 
 class RemoteFolder:
-    """A prepared folder at a URL. `folder / name` is a shard's place on this machine, once it was fetched.
+    """A prepared folder at a URL. `folder / name` is a shard's local path, once it was downloaded.
 
-    `cache_bytes` limits the shards kept on this machine, of all such folders together: the least recently
-    used are deleted. None keeps them all. Opening reads the manifest and the tokenizer; it raises
-    ValueError if they are not there or not as they were written, or if the limit is less than a shard.
+    `cache_bytes` limits the local shards of all remote folders together: the least recently used ones are
+    deleted. None keeps all. Opening reads the manifest and the tokenizer. Raises ValueError if they are
+    missing or were changed, or if the limit is less than one shard.
     """
 
     def __init__(self, address: str, cache_bytes: int | None = None) -> None:
         self.address = address.rstrip("/")
         self.cache_bytes = cache_bytes
         self._store = open_store(self.address)
-        content = self._read("manifest.json")
+        content = self._read(MANIFEST)
         self.folder = _cache() / hashlib.sha256(content).hexdigest()[:16]
-        write_atomically(self.folder / "manifest.json", content)
+        write_atomically(self.folder / MANIFEST, content)
         try:
             self.manifest = read_manifest(self.folder)
         except ValueError as error:
@@ -72,41 +70,41 @@ class RemoteFolder:
         self._read_tokenizer()
         self._opened: dict[str, ShardFile] = {}
         self._verified: set[str] = set()
-        self._one_at_a_time = threading.Lock()  # the thread that reads ahead and an evaluation may meet
+        self._lock = threading.Lock()  # the prefetching thread and an evaluation may open shards at once
         self._check_limit()
 
     def __str__(self) -> str:
         return self.address
 
     def __truediv__(self, name: str) -> Path:
-        """Where a shard, or the tokenizer's folder, lies on this machine."""
+        """The local path of a shard, which is downloaded first, or of the tokenizer's folder."""
         shards = (*self.manifest.train, *self.manifest.validation)
         shard = next((each for each in shards if each.name == name), None)
         return self.path(shard) if shard else self.folder / name
 
     def path(self, shard: Shard) -> Path:
-        """Where a shard lies on this machine: fetched and verified if it was not yet in this process.
+        """The local path of a shard, downloaded and verified unless this process has done so.
 
-        Raises ValueError if it can't be fetched, or is not as the manifest says.
+        Raises ValueError if it cannot be fetched or does not match the manifest.
         """
-        with self._one_at_a_time:
-            self._open_here(shard)
-        return self.folder / shard.name
+        with self._lock:
+            self._open_local(shard)
+        return self._local(shard)
 
     def open(self, shard: Shard) -> ShardReader:
-        """A shard, to be read anywhere. Raises ValueError as `path` does."""
-        with self._one_at_a_time:
+        """A shard, local or remote. Raises ValueError as `path` does."""
+        with self._lock:
             file = self._opened.get(shard.name)
             if file is None:
-                return RemoteShard(self, shard) if self._is_distant(shard) else self._open_here(shard)
+                return RemoteShard(self, shard) if self._stays_remote(shard) else self._open_local(shard)
             if self.cache_bytes is not None:
-                _touch(self.folder / shard.name)
+                _touch(self._local(shard))
             return file
 
-    def read_piece_by_piece(self, shard: Shard, pieces: range) -> bytes:
-        """The bytes of some pieces of a shard that is not here.
+    def read_pieces(self, shard: Shard, pieces: range) -> bytes:
+        """Some pieces of a remote shard.
 
-        Where they are not as they were when the shard was verified, it is fetched as a whole, and verified.
+        If they differ from what was verified before, the whole shard is downloaded and verified again.
         """
         first, last = pieces[0] * PIECE_BYTES, min((pieces[-1] + 1) * PIECE_BYTES, self._bytes(shard))
         content = self._read(shard.name, first, last)
@@ -119,83 +117,81 @@ class RemoteFolder:
             file.seek(first)
             return file.read(last - first)
 
-    def _open_here(self, shard: Shard) -> ShardFile:
-        """A shard that lies on this machine, or will in a moment."""
+    def _local(self, shard: Shard) -> Path:
+        return self.folder / shard.name
+
+    def _pieces(self, shard: Shard) -> Path:
+        return self._local(shard).with_suffix(".pieces")
+
+    def _bytes(self, shard: Shard) -> int:
+        return HEADER_BYTES + shard.tokens * token_format(self.manifest.vocab_size).dtype.itemsize
+
+    def _open_local(self, shard: Shard) -> ShardFile:
+        """A shard on this machine, downloaded if it is missing or damaged."""
         self._make_room(shard)
-        with _held(self.folder / shard.name):
-            file = self._opened[shard.name] = self._open_sound(shard)
+        with _locked(self._local(shard)):
+            if not self._is_valid(shard):
+                self._download(shard)
+            self._verified.add(shard.name)
+            _touch(self._local(shard))
+            file = self._opened[shard.name] = ShardFile(self._local(shard))
         if len(self._opened) > files_at_once():
             self._opened.pop(next(iter(self._opened)))
         return file
 
-    def _is_distant(self, shard: Shard) -> bool:
-        """True if a shard was verified here before, had to go, and there still is no room for it."""
-        if self.cache_bytes is None or (self.folder / shard.name).is_file():
+    def _stays_remote(self, shard: Shard) -> bool:
+        """True if a shard was verified and deleted before, and there still is no room for it."""
+        if self.cache_bytes is None or self._local(shard).is_file():
             return False
-        kept = sum(size for _, size, _ in _kept())
-        return self._pieces(shard).is_file() and kept + self._bytes(shard) > self.cache_bytes
+        cached = sum(size for _, size, _ in _cached_shards())
+        return self._pieces(shard).is_file() and cached + self._bytes(shard) > self.cache_bytes
 
-    def _pieces(self, shard: Shard) -> Path:
-        return (self.folder / shard.name).with_suffix(".pieces")
-
-    def _open_sound(self, shard: Shard) -> ShardFile:
-        path = self.folder / shard.name
-        if not self._is_sound(shard):
-            self._fetch(shard)
-        self._verified.add(shard.name)
-        _touch(path)
-        return ShardFile(path)
-
-    def _is_sound(self, shard: Shard) -> bool:
-        if shard.name in self._verified and (self.folder / shard.name).is_file():
+    def _is_valid(self, shard: Shard) -> bool:
+        if shard.name in self._verified and self._local(shard).is_file():
             return True
         try:
             verify_shard(self.folder, shard, self.manifest.vocab_size)
-        except ValueError:  # it is missing, or the disk has changed it since
+        except ValueError:  # missing, or changed on the disk
             return False
         return True
 
-    def _fetch(self, shard: Shard) -> None:
-        """Bring a shard here; it has its place once it is complete and verified."""
+    def _download(self, shard: Shard) -> None:
+        """Download a shard; it gets its name once it is complete and verified."""
         arriving = self.folder / ".arriving" / shard.name
         arriving.parent.mkdir(exist_ok=True)
-        echo(f"fetching {self.address}/{shard.name} ({self._bytes(shard) / 1e6:,.1f} MB)")
+        url = f"{self.address}/{shard.name}"
+        echo(f"fetching {url} ({self._bytes(shard) / 1e6:,.1f} MB)")
         try:
             self._store.system.get_file(f"{self._store.root}/{shard.name}", str(arriving))
             verify_shard(arriving.parent, shard, self.manifest.vocab_size)
             if self.cache_bytes is not None:
                 with arriving.open("rb") as file:
                     write_atomically(self._pieces(shard), _digest_pieces(file))
-            arriving.replace(self.folder / shard.name)
+            arriving.replace(self._local(shard))
         except ValueError:
-            raise ValueError(
-                f"{self.address}/{shard.name} is not as its manifest says: upload the folder again"
-            ) from None
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise ValueError(
-                    f"the disk of {self.folder} is full: free some, or limit what is kept there with "
-                    "--cache-bytes"
-                ) from None
-            raise ValueError(f"{self.address}/{shard.name} can't be fetched: {first_line(error)}") from None
+            raise ValueError(f"{url} does not match its manifest: upload the folder again") from None
         except Exception as error:  # every store has errors of its own
-            raise ValueError(f"{self.address}/{shard.name} can't be fetched: {first_line(error)}") from None
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise ValueError(
+                    f"the disk of {self.folder} is full: free some, or limit the cache with --cache-bytes"
+                ) from None
+            raise ValueError(f"{url} can't be fetched: {first_line(error)}") from None
         finally:
             arriving.unlink(missing_ok=True)
 
     def _make_room(self, needed: Shard) -> None:
-        """Delete the least recently used shards until the one that is needed now fits into the limit."""
+        """Delete the least recently used shards until `needed` fits into the limit."""
         if self.cache_bytes is None:
             return
-        found = sorted(each for each in _kept() if each[2] != self.folder / needed.name)
-        total = sum(size for _, size, _ in found) + self._bytes(needed)
-        for _, size, path in found:
+        cached = sorted(each for each in _cached_shards() if each[2] != self._local(needed))
+        total = sum(size for _, size, _ in cached) + self._bytes(needed)
+        for _, size, path in cached:
             if total <= self.cache_bytes:
                 return
-            with _held(path):
+            with _locked(path):
                 path.unlink(missing_ok=True)
             if path.parent == self.folder:
-                self._opened.pop(path.name, None)  # an open file keeps its place on the disk
+                self._opened.pop(path.name, None)  # an open file would keep its space on the disk
             total -= size
 
     def _check_limit(self) -> None:
@@ -205,30 +201,26 @@ class RemoteFolder:
         if self.cache_bytes < largest:
             raise ValueError(
                 f"cache_bytes={self.cache_bytes} is less than the largest shard of {self.address}, which has "
-                f"{largest}: give at least that, or leave it out"
+                f"{largest} bytes: give at least that, or leave it out"
             )
         whole = sum(map(self._bytes, self.manifest.train))
         if self.cache_bytes < whole:
             echo(
                 f"{self.address} has {whole / 1e9:,.2f} GB of training shards and the cache keeps "
                 f"{self.cache_bytes / 1e9:,.2f}: rows are drawn from all of them, so about "
-                f"{1 - self.cache_bytes / whole:.0%} of the rows will be read from there one by one"
+                f"{1 - self.cache_bytes / whole:.0%} of the rows will be read there one by one"
             )
 
-    def _bytes(self, shard: Shard) -> int:
-        return HEADER_BYTES + shard.tokens * token_format(self.manifest.vocab_size).dtype.itemsize
-
     def _read_tokenizer(self) -> None:
-        """Bring the tokenizer's files here, those that are not here yet."""
-        root = f"{self._store.root}/tokenizer"
+        """Download the tokenizer's files that are not in the cache."""
         try:
-            paths = self._store.system.find(root)
+            paths = self._store.system.find(f"{self._store.root}/tokenizer")
         except Exception as error:  # every store has errors of its own
             raise ValueError(f"{self.address}/tokenizer can't be read: {first_line(error)}") from None
-        for path in map(PurePosixPath, paths):
-            place = self.folder / "tokenizer" / path.name
-            if not place.is_file():
-                write_atomically(place, self._read(f"tokenizer/{path.name}"))
+        for name in (PurePosixPath(path).name for path in paths):
+            local = self.folder / "tokenizer" / name
+            if not local.is_file():
+                write_atomically(local, self._read(f"tokenizer/{name}"))
 
     def _read(self, name: str, first: int | None = None, last: int | None = None) -> bytes:
         try:
@@ -244,17 +236,25 @@ class RemoteFolder:
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A shard that is read where it lies: each call is a request for the pieces that hold the tokens."""
+    """A shard that is read at its URL: each call is one request for the pieces that hold the tokens."""
 
     folder: RemoteFolder
     shard: Shard
 
     def read(self, first: int, into: Tokens) -> None:
-        """Fill `into` with the tokens from `first` on. Raises ValueError if they can't be fetched."""
+        """Fill `into` with the tokens from index `first` on. Raises ValueError if they cannot be fetched."""
         begin = HEADER_BYTES + first * into.itemsize
         pieces = range(begin // PIECE_BYTES, (begin + into.nbytes - 1) // PIECE_BYTES + 1)
-        content = self.folder.read_piece_by_piece(self.shard, pieces)
+        content = self.folder.read_pieces(self.shard, pieces)
         into[:] = np.frombuffer(content, into.dtype, into.size, begin - pieces[0] * PIECE_BYTES)
+
+
+def is_prepared_elsewhere(address: str) -> bool:
+    """True for a URL at which there is a manifest, as opposed to text that is still to be prepared."""
+    if not is_remote(address):
+        return False
+    store = open_store(address)
+    return bool(store.system.exists(f"{store.root}/{MANIFEST}"))
 
 
 def _digest_pieces(file: BinaryIO) -> bytes:
@@ -265,35 +265,24 @@ def _digest_pieces(file: BinaryIO) -> bytes:
     return b"".join(digests)
 
 
-def is_prepared_elsewhere(address: str) -> bool:
-    """True for a URL at which a manifest lies: shards, not text that is still to be prepared."""
-    if not is_remote(address):
-        return False
-    store = open_store(address)
-    return bool(store.system.exists(f"{store.root}/manifest.json"))
-
-
 def _cache() -> Path:
-    """Where the shards of all folders elsewhere are kept."""
     return cache_folder() / "shards"
 
 
-@contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Hold one shard's place in the cache for this process; wait while another has it."""
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        yield
+def _locked(path: Path) -> FileLock:
+    """The lock of one cached shard; entering it waits while another process holds it."""
+    return FileLock(path.with_name(f".{path.name}.lock"))
 
 
 def _touch(path: Path) -> None:
-    """Note that a shard is being used. It may have been deleted meanwhile: what is open stays readable."""
-    now = time.time_ns()  # finer than the kernel's own idea of now
+    """Record that a shard is used. Another process may have deleted it: what is open stays readable."""
+    now = time.time_ns()  # finer than the kernel's clock for file times
     with contextlib.suppress(FileNotFoundError):
         os.utime(path, ns=(now, now))
 
 
-def _kept() -> Iterator[tuple[int, int, Path]]:
-    """(when it was last used, its bytes, its place) of every shard in the cache, of any folder."""
+def _cached_shards() -> Iterator[tuple[int, int, Path]]:
+    """(time of last use, bytes, path) of every shard in the cache, of any folder."""
     for path in _cache().glob("*/*.bin"):
         with contextlib.suppress(FileNotFoundError):  # another process may have deleted it just now
             status = path.stat()

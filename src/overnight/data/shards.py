@@ -1,31 +1,26 @@
-"""A prepared folder: shards of tokens, the tokenizer that made them, and a manifest that vouches for both.
+"""A prepared folder: shards of tokens, the tokenizer that made them, and a manifest with their checksums.
 
     data/<name>/
       manifest.json        what is here, where it came from, and the sha256 of every shard
-      train-00000.bin ...  see `overnight.data.token_file`
+      train-00000.bin ...  the ids, in the binary format of llm.c and modded-nanogpt
       validation-00000.bin ...
       tokenizer/
 
-The manifest is written last. A folder is used only if it verifies, byte for byte.
+A shard is a header of 256 little-endian int32 (magic number, version, number of tokens, zeros) and the ids as
+uint16 or uint32. The manifest is written last. A folder is used only if it verifies, byte for byte.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
-import os
 import re
-import resource
-import weakref
-from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +32,137 @@ from overnight.tokenizer.tokenizer import Tokenizer
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
-SO_FAR = "so-far.json"  # the manifest of what is complete, while more is being prepared
+SO_FAR = "so-far.json"  # the manifest of the complete shards, while more are being prepared
 SHARD_NAME = re.compile(r"(train|validation)-\d{5,}(-\d+)?\.bin")
-ADDED_LATER = ("near_duplicate_documents", "contaminated_documents")
+OPTIONAL_FIELDS = ("near_duplicate_documents", "contaminated_documents")
+REMEDY = "delete the folder and prepare it again"
+
+HEADER_BYTES = 256 * 4
+READ_BYTES = 1 << 20
+COUNTED_TOKENS = 1 << 20  # at a time: the int64 copy that bincount makes stays within the processor's cache
+
+Tokens = NDArray[np.unsignedinteger[Any]]  # uint16 or uint32
+
+
+# Files of tokens
+
+
+@dataclass(frozen=True)
+class TokenFormat:
+    """The header's first two words, and the type of the ids."""
+
+    magic: int
+    version: int
+    dtype: np.dtype[Any]
+
+
+SMALL = TokenFormat(20240520, 1, np.dtype("<u2"))
+LARGE = TokenFormat(20240801, 7, np.dtype("<u4"))
+
+
+def token_format(vocab_size: int) -> TokenFormat:
+    """The smaller format that holds every id below `vocab_size`."""
+    return SMALL if vocab_size <= 65_536 else LARGE
+
+
+def check_ids(ids: Tokens, vocab_size: int) -> None:
+    """Raise ValueError if an id is outside the vocabulary."""
+    if ids.size and (highest := int(ids.max())) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gave the id {highest}, outside its vocabulary of {vocab_size:,}; "
+            "its files do not belong together"
+        )
+
+
+class TokenFile:
+    """A shard being written. It gets its name when it is complete and on the disk."""
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self.path = path
+        self.tokens = 0
+        self.vocab_size = vocab_size
+        self.format = token_format(vocab_size)
+        self._partial = path.with_name(path.name + ".partial")
+        self._file = self._partial.open("wb")
+        self._file.write(bytes(HEADER_BYTES))
+
+    def append(self, ids: Tokens) -> None:
+        """Add ids at the end. Raises ValueError if one is outside the vocabulary."""
+        check_ids(ids, self.vocab_size)
+        self._file.write(np.ascontiguousarray(ids, dtype=self.format.dtype).data)
+        self.tokens += ids.size
+
+    def close(self) -> str:
+        """Complete and rename the shard; returns the sha256 of the file as read back from the disk."""
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = self.format.magic, self.format.version, self.tokens
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+        flush_to_disk(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self.path)
+        flush_folder(self.path.parent)
+        return hash_tokens(self.path).sha256
+
+    def abandon(self) -> None:
+        """Delete a shard that will not be completed."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def open_tokens(path: Path, remedy: str = REMEDY) -> Tokens:
+    """The tokens of a shard, memory-mapped.
+
+    Raises ValueError, naming the file, if its header or its length is wrong.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {remedy}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEADER_BYTES)
+    if len(head) < HEADER_BYTES:
+        raise ValueError(f"{path} is damaged: it ends after {size:,} bytes, within its header; {remedy}")
+    header = np.frombuffer(head, dtype="<i4")
+    magic, version, count = (int(word) for word in header[:3])
+    known = {(each.magic, each.version): each for each in (SMALL, LARGE)}
+    if (magic, version) not in known:
+        raise ValueError(
+            f"{path} is damaged or not a shard: its magic number is {magic}, its version {version}; {remedy}"
+        )
+    dtype = known[magic, version].dtype
+    if count < 1 or header[3:].any():
+        raise ValueError(f"{path} is damaged: its header is not valid; {remedy}")
+    expected = HEADER_BYTES + count * dtype.itemsize
+    if size != expected:
+        raise ValueError(
+            f"{path} is damaged: {count:,} tokens make {expected:,} bytes, and it has {size:,}; {remedy}"
+        )
+    # A plain array over the map: np.memmap's own slicing is several times slower.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,)))
+
+
+@dataclass(frozen=True)
+class TokenSummary:
+    """Of a whole shard."""
+
+    sha256: str
+    highest_id: int
+
+
+def hash_tokens(path: Path) -> TokenSummary:
+    """Read a shard once: the sha256 of the whole file, and the highest id in it."""
+    dtype = open_tokens(path).dtype
+    digest, highest = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        digest.update(file.read(HEADER_BYTES))
+        while content := file.read(READ_BYTES):
+            digest.update(content)
+            highest = max(highest, int(np.frombuffer(content, dtype).max()))
+    return TokenSummary(digest.hexdigest(), highest)
+
+
+# The manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +179,7 @@ class Shard:
 
     @property
     def is_growing(self) -> bool:
-        """True of the beginning of a shard, shown while the rest is being prepared: train-00007-12345.bin."""
+        """True if this is the beginning of a shard whose rest is being prepared: train-00007-12345.bin."""
         return self.name.count("-") > 1
 
 
@@ -75,19 +198,19 @@ class Manifest:
     tokenizer_fingerprint: str
     vocab_size: int
     end_of_text: int
-    """The id that stands before each document."""
+    """The id before each document."""
     documents: int
-    """In the shards; what was left out is counted below."""
+    """In the shards. The counts below are of documents that were left out or changed."""
     duplicate_documents: int
     empty_documents: int
     skipped_documents: int
-    """Not sound text, and left out as on_bad_text="skip" asks."""
+    """Not valid text; left out, as on_bad_text="skip" asks."""
     repaired_documents: int
-    """Not sound text, and kept with U+FFFD in the bad places as on_bad_text="replace" asks."""
+    """Not valid text; kept with U+FFFD in the bad places, as on_bad_text="replace" asks."""
     damaged_files: int = 0
-    """Cut short or damaged, and left out as on_bad_file="skip" asks."""
+    """Cut short or damaged; left out, as on_bad_file="skip" asks."""
     near_duplicate_documents: int = 0
-    """Left out as near_duplicates="drop" asks."""
+    """Left out, as near_duplicates="drop" asks."""
     contaminated_documents: dict[str, int] = field(default_factory=dict)
     """By benchmark: how many share a passage with it; kept, or left out as on_contaminated="drop" asks."""
     train: tuple[Shard, ...]
@@ -100,7 +223,7 @@ class Manifest:
         return self.train if split == "train" else self.validation
 
     def tokens(self, split: str) -> int:
-        """How many tokens one split has, the end-of-text ids among them."""
+        """How many tokens one split has, end-of-text ids included."""
         return sum(shard.tokens for shard in self.shards(split))
 
     def text_bytes(self, split: str) -> int:
@@ -110,7 +233,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text of manifest.json; its last field is the sha256 of the others."""
         fields = dataclasses.asdict(self)
-        for name in ADDED_LATER:  # left out where they say nothing: folders from before still verify
+        for name in OPTIONAL_FIELDS:  # older folders lack them and must still verify
             if not fields[name]:
                 del fields[name]
         checksum = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
@@ -128,38 +251,25 @@ class ShardWriter:
         self.shards: list[Shard] = []
 
     def add(self, ids: NDArray[np.uint32], text_bytes: int) -> None:
-        """Append one document, its end-of-text id at the front of `ids`."""
-        begun = False
+        """Append one document; its first id is end-of-text."""
+        is_counted = False
         while ids.size:
             file = self._open_file()
-            if not begun:
-                begun = True
-                self._documents += 1
-                self._text_bytes += text_bytes
+            if not is_counted:  # in the shard where it begins
+                self._documents, self._text_bytes = self._documents + 1, self._text_bytes + text_bytes
+                is_counted = True
             room = self._shard_tokens - file.tokens
             file.append(ids[:room])
             ids = ids[room:]
 
     def finish(self) -> tuple[Shard, ...]:
-        """Complete the last shard; all of them, in order."""
+        """Complete the last shard; returns all of them, in order."""
         if self._file is not None:
             name, tokens, digest = self._file.path.name, self._file.tokens, self._file.close()
-            self.shards.append(
-                Shard(
-                    name=name,
-                    tokens=tokens,
-                    documents=self._documents,
-                    text_bytes=self._text_bytes,
-                    sha256=digest,
-                )
-            )
+            counts = {"documents": self._documents, "text_bytes": self._text_bytes}
+            self.shards.append(Shard(name=name, tokens=tokens, sha256=digest, **counts))
             self._file, self._documents, self._text_bytes = None, 0, 0
         return tuple(self.shards)
-
-    def abandon(self) -> None:
-        """Drop the shard being written, if one is."""
-        if self._file is not None:
-            self._file.abandon()
 
     def _open_file(self) -> TokenFile:
         if self._file is not None and self._file.tokens == self._shard_tokens:
@@ -171,12 +281,12 @@ class ShardWriter:
 
 
 def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
-    """Vouch for the shards in `folder`: all of them are complete and on the disk."""
+    """Write the manifest of `folder`, all of whose shards are complete and on the disk."""
     write_atomically(folder / name, manifest.to_json())
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
-    """The manifest of a prepared folder. Raises ValueError if it is missing or not as it was written."""
+    """The manifest of a prepared folder. Raises ValueError if it is missing or was changed."""
     path = folder / name
     if not path.is_file():
         raise ValueError(f"{folder} has no {name}: it is not a folder that `overnight prepare` finished")
@@ -184,58 +294,48 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     try:
         fields = json.loads(content)
         version = fields["format_version"]
-        del fields["sha256_of_the_above"]  # `to_json` works it out again
+        del fields["sha256_of_the_above"]  # `to_json` computes it again
         if version == FORMAT_VERSION:
             for split in SPLITS:
                 fields[split] = tuple(Shard(**shard) for shard in fields[split])
             manifest = Manifest(**fields)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(
-            f"{folder} is no folder that `overnight prepare` wrote, or its {name} is damaged: "
+            f"{folder} was not written by `overnight prepare`, or its {name} is damaged: "
             "prepare the text into another folder"
         ) from None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version!r}, and this is {FORMAT_VERSION}; {REMEDY}")
-    if manifest.to_json().encode() != content:  # to the byte, the checksum in it included
+    if manifest.to_json().encode() != content:  # every byte, the checksum included
         raise ValueError(f"{path} was changed since it was written; {REMEDY}")
-    _check_names(manifest, path)
+    for split in SPLITS:
+        for shard in manifest.shards(split):  # plain file names: no manifest points out of its folder
+            if not SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(split):
+                raise ValueError(f"{path} names {shard.name!r}, which is not a shard of {split}; {REMEDY}")
     return manifest
+
+
+# Verification
 
 
 def verify(folder: Path, split: str | None = None) -> Manifest:
-    """The manifest, once every shard it names (of one split, if given) was read and found as it was written.
+    """The manifest of a folder whose shards (of one split, if given) were all read and match it.
 
-    Raises ValueError, naming the file, for a shard that is missing, surplus, cut short or changed in a
-    single bit, and for an id outside the vocabulary. Reads about a gigabyte per second and core.
+    Raises ValueError, naming the file, for a shard that is missing, not in the manifest, cut short or changed
+    in a single bit, and for an id outside the vocabulary. Reads about a gigabyte per second and core.
     """
     manifest = read_manifest(folder)
     known = {shard.name for each in SPLITS for shard in manifest.shards(each)}
-    surplus = sorted(path.name for path in folder.glob("*.bin") if path.name not in known)
-    if surplus:
-        raise ValueError(f"{folder / surplus[0]} is not in the manifest; remove it, or {REMEDY}")
-    wanted = [shard for each in SPLITS if split in {None, each} for shard in manifest.shards(each)]
+    if unknown := sorted(path.name for path in folder.glob("*.bin") if path.name not in known):
+        raise ValueError(f"{folder / unknown[0]} is not in the manifest; remove it, or {REMEDY}")
+    shards = [shard for each in SPLITS if split in {None, each} for shard in manifest.shards(each)]
     with ThreadPoolExecutor() as threads:
-        for _ in threads.map(lambda shard: verify_shard(folder, shard, manifest.vocab_size), wanted):
-            pass
+        list(threads.map(lambda shard: verify_shard(folder, shard, manifest.vocab_size), shards))
     return manifest
 
 
-def load_prepared_tokenizer(folder: Path, manifest: Manifest | None = None) -> Tokenizer:
-    """The tokenizer that made a folder's shards. Raises ValueError if what lies there is another."""
-    manifest = manifest or read_manifest(folder)
-    if not (folder / "tokenizer").is_dir():
-        raise ValueError(f"{folder / 'tokenizer'} is missing; {REMEDY}")
-    try:
-        tokenizer = load_tokenizer(folder / "tokenizer")
-    except ValueError as error:
-        raise ValueError(f"{error}; {REMEDY}") from None
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise ValueError(f"{folder / 'tokenizer'} is not the tokenizer that made the shards; {REMEDY}")
-    return tokenizer
-
-
 def verify_shard(folder: Path, shard: Shard, vocab_size: int) -> None:
-    """Read one shard. Raises ValueError, naming the file, if it is not as it was written."""
+    """Read one shard. Raises ValueError, naming the file, if it does not match its manifest."""
     path = folder / shard.name
     tokens = open_tokens(path)
     if tokens.size != shard.tokens or tokens.dtype != token_format(vocab_size).dtype:
@@ -254,244 +354,25 @@ def verify_shard(folder: Path, shard: Shard, vocab_size: int) -> None:
         )
 
 
-def _check_names(manifest: Manifest, path: Path) -> None:
-    """A shard's name is a plain file name of its own split: no manifest leads out of its folder."""
-    for split in SPLITS:
-        for shard in manifest.shards(split):
-            if not SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(split):
-                raise ValueError(f"{path} names {shard.name!r}, which is no shard of {split}; {REMEDY}")
+def load_prepared_tokenizer(folder: Path, manifest: Manifest | None = None) -> Tokenizer:
+    """The tokenizer that made a folder's shards. Raises ValueError if the one in the folder is another."""
+    manifest = manifest or read_manifest(folder)
+    path = folder / "tokenizer"
+    if not path.is_dir():
+        raise ValueError(f"{path} is missing; {REMEDY}")
+    try:
+        tokenizer = load_tokenizer(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {REMEDY}") from None
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise ValueError(f"{path} is not the tokenizer that made the shards; {REMEDY}")
+    return tokenizer
 
 
-# ---------------------------------------------------------------- the binary format of token shards, as llm.c and modded-nanogpt read it
+# Counting, in passes over memory-mapped tokens
 
 
-HEADER_BYTES = 256 * 4
-CHUNK_BYTES = 1 << 20
-REMEDY = "delete the folder and prepare it again"
-
-Tokens = NDArray[np.unsignedinteger[Any]]  # uint16 or uint32
-
-
-@dataclass(frozen=True)
-class TokenFormat:
-    """One of the two variants."""
-
-    magic: int
-    version: int
-    dtype: np.dtype[Any]
-
-
-SMALL = TokenFormat(20240520, 1, np.dtype("<u2"))
-LARGE = TokenFormat(20240801, 7, np.dtype("<u4"))
-
-
-def token_format(vocab_size: int) -> TokenFormat:
-    """The smaller variant that holds every id below `vocab_size`."""
-    return SMALL if vocab_size <= 65_536 else LARGE
-
-
-def check_ids(ids: Tokens, vocab_size: int) -> None:
-    """Raise ValueError if an id lies outside the vocabulary."""
-    if ids.size and (highest := int(ids.max())) >= vocab_size:
-        raise ValueError(
-            f"the tokenizer gave the id {highest}, outside its vocabulary of {vocab_size:,}; "
-            "its files do not belong together"
-        )
-
-
-class TokenFile:
-    """A shard being written: nothing has its name until it is complete and on the disk."""
-
-    def __init__(self, path: Path, vocab_size: int) -> None:
-        self.path = path
-        self.tokens = 0
-        self.vocab_size = vocab_size
-        self.format = token_format(vocab_size)
-        self._partial = path.with_name(path.name + ".partial")
-        self._file = self._partial.open("wb")
-        self._file.write(bytes(HEADER_BYTES))
-
-    def append(self, ids: Tokens) -> None:
-        """Add ids at the end. Raises ValueError if one lies outside the vocabulary."""
-        check_ids(ids, self.vocab_size)
-        self._file.write(np.ascontiguousarray(ids, dtype=self.format.dtype).data)
-        self.tokens += ids.size
-
-    def close(self) -> str:
-        """Complete the shard, give it its name, and return the sha256 of the file as it is on the disk."""
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = self.format.magic, self.format.version, self.tokens
-        self._file.seek(0)
-        self._file.write(header.tobytes())
-        self._file.flush()
-        flush_to_disk(self._file.fileno())
-        self._file.close()
-        self._partial.replace(self.path)
-        flush_folder(self.path.parent)
-        return hash_tokens(self.path).sha256
-
-    def abandon(self) -> None:
-        """Drop a shard that is not to be completed."""
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
-
-
-def open_tokens(path: Path, remedy: str = REMEDY) -> Tokens:
-    """The tokens of a shard, mapped into memory and not yet read.
-
-    Raises ValueError, naming the file, if its header or its length is not as it must be.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; {remedy}")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(HEADER_BYTES)
-    if len(head) < HEADER_BYTES:
-        raise ValueError(f"{path} is damaged: it ends after {size:,} bytes, within its header; {remedy}")
-    header = np.frombuffer(head, dtype="<i4")
-    magic, version, count = (int(word) for word in header[:3])
-    known = {(each.magic, each.version): each for each in (SMALL, LARGE)}
-    if (magic, version) not in known:
-        raise ValueError(
-            f"{path} is damaged, or no shard: it begins with {magic}, version {version}; {remedy}"
-        )
-    dtype = known[magic, version].dtype
-    if count < 1 or header[3:].any():
-        raise ValueError(f"{path} is damaged: its header is not one that is ever written; {remedy}")
-    expected = HEADER_BYTES + count * dtype.itemsize
-    if size != expected:
-        raise ValueError(
-            f"{path} is damaged: {count:,} tokens make {expected:,} bytes, and it has {size:,}; {remedy}"
-        )
-    # A plain array over the map: np.memmap's own slicing is several times slower.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,)))
-
-
-@dataclass(frozen=True)
-class TokenSummary:
-    """What reading a shard to its end tells."""
-
-    sha256: str
-    highest_id: int
-
-
-def hash_tokens(path: Path) -> TokenSummary:
-    """Read a shard once: the sha256 of the whole file, and the highest id in it."""
-    tokens = open_tokens(path)
-    digest, highest = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        digest.update(file.read(HEADER_BYTES))
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            highest = max(highest, int(np.frombuffer(chunk, dtype=tokens.dtype).max()))
-    return TokenSummary(digest.hexdigest(), highest)
-
-
-# ---------------------------------------------------------------- a shard opened for reading anywhere in it, and where a stream gets its shards from
-
-
-class ShardFile:
-    """Reads a shard's tokens from any place; the file is closed when nothing refers to this any more.
-
-    It is read, not mapped: a map counts every page that was ever touched as this process's memory, and
-    where the pages are not in memory yet, each touch waits for the megabytes the kernel reads around it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tokens = open_tokens(path).size
-        self._file = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
-
-    def read(self, first: int, into: Tokens) -> None:
-        """Fill `into`, a contiguous array of the shard's own type, with the tokens from `first` on.
-
-        Raises ValueError if the file ends before them.
-        """
-        if os.preadv(self._file, [into.data], HEADER_BYTES + first * into.itemsize) != into.nbytes:
-            raise ValueError(f"{self.path} was cut short while it was read: prepare the data again")
-
-
-class ShardReader(Protocol):
-    """A shard, wherever it lies."""
-
-    def read(self, first: int, into: Tokens) -> None:
-        """Fill `into` with the tokens from `first` on, which are as they were written."""
-        ...
-
-
-class ShardStore(Protocol):
-    """A prepared folder, wherever it lies."""
-
-    manifest: Manifest
-
-    def open(self, shard: Shard) -> ShardReader:
-        """One of its shards, to be read anywhere."""
-        ...
-
-    def path(self, shard: Shard) -> Path:
-        """Where one of its shards lies on this machine, whole and verified."""
-        ...
-
-
-class LocalStore:
-    """A split of a prepared folder on this machine, every shard of it read here and found as it was written.
-
-    Raises ValueError, naming the file, if one is not.
-    """
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.folder = folder
-        self.manifest = verify(folder, split)
-        self._open = functools.lru_cache(files_at_once())(lambda name: ShardFile(folder / name))
-
-    def open(self, shard: Shard) -> ShardFile:
-        """One of its shards."""
-        return self._open(shard.name)
-
-    def path(self, shard: Shard) -> Path:
-        """Where it lies."""
-        return self.folder / shard.name
-
-    def __str__(self) -> str:
-        return str(self.folder)
-
-
-class TokenReader:
-    """The tokens of a split, end to end from shard to shard."""
-
-    def __init__(self, shelf: ShardStore, split: str) -> None:
-        self._shelf = shelf
-        self._shards = shelf.manifest.shards(split)
-        self._begins = [0, *accumulate(shard.tokens for shard in self._shards)]
-        self.tokens = self._begins[-1]
-        self.dtype = token_format(shelf.manifest.vocab_size).dtype
-
-    def read(self, start: int, into: Tokens) -> None:
-        """Fill `into`, a contiguous array of `dtype`, with the tokens from `start` on."""
-        while True:
-            index = bisect_right(self._begins, start) - 1
-            file = self._shelf.open(self._shards[index])
-            left = self._begins[index + 1] - start
-            if into.size <= left:
-                return file.read(start - self._begins[index], into)
-            file.read(start - self._begins[index], into[:left])
-            start, into = start + left, into[left:]
-
-
-def files_at_once() -> int:
-    """How many shards are kept open at once: an eighth of the files that this process may have open."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(16, limit // 8) if limit != resource.RLIM_INFINITY else 1 << 16
-
-
-# ---------------------------------------------------------------- how often each id occurs, in passes over mapped tokens that leave nothing behind in memory
-
-
-AT_ONCE = 1 << 20  # tokens: what bincount needs for them stays within a processor's cache
-
-
-def chunks(ids: Tokens, size: int = AT_ONCE) -> Iterator[Tokens]:
+def chunks(ids: Tokens, size: int = COUNTED_TOKENS) -> Iterator[Tokens]:
     """The ids in their order, at most `size` at a time."""
     for start in range(0, ids.size, size):
         yield ids[start : start + size]
@@ -508,8 +389,8 @@ def count_ids(ids: Tokens, vocab_size: int) -> NDArray[np.int64]:
 
 
 def places_of(id: int, ids: Tokens) -> NDArray[np.int64]:
-    """Where one id stands, in order."""
-    found = [np.flatnonzero(chunk == id) + number * AT_ONCE for number, chunk in enumerate(chunks(ids))]
+    """The indices at which one id occurs, in order."""
+    found = [np.flatnonzero(chunk == id) + n * COUNTED_TOKENS for n, chunk in enumerate(chunks(ids))]
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 

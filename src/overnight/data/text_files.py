@@ -1,10 +1,10 @@
-"""Files of text, on this machine or wherever fsspec reaches (hf://, s3://): found, opened, unpacked.
+"""Files of text, local or at any URL that fsspec reads (hf://, s3://): found, opened, decompressed.
 
     .txt .md     texts
     .jsonl       a text a line
     .parquet     a text a row
 
-The first three may be packed: .jsonl.gz, .jsonl.zst, and so on.
+The first two kinds may be compressed: .jsonl.gz, .txt.zst, and so on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PACKINGS = (".gz", ".zst")
 
 
 class DamagedFileError(ValueError):
-    """A file that can't be read to its end. The message names it."""
+    """A file that cannot be read to its end. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class TextFile:
     address: str
     """A path, or a URL."""
     name: str
-    """Its place below the source, with forward slashes."""
+    """Its path relative to the source, with forward slashes."""
     bytes: int
-    """Its size as it lies there, packed or not."""
+    """Its size as stored, compressed or not."""
     state: str = ""
-    """Of a file elsewhere: what its store says of its content (a hash, a date). Local files are hashed."""
+    """Of a remote file: what its store says about the content (a hash, a date). Local files are hashed."""
 
     @property
     def kind(self) -> str:
@@ -50,12 +50,12 @@ class TextFile:
 
     @property
     def is_packed(self) -> bool:
-        """True if it must be unpacked to be read."""
+        """True if it is compressed."""
         return self.name.lower().endswith(PACKINGS)
 
 
 class Store(NamedTuple):
-    """Where files lie that are not on this machine."""
+    """A remote file system, and a path in it."""
 
     system: Any
     """fsspec's file system."""
@@ -64,7 +64,7 @@ class Store(NamedTuple):
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of a file by its name, whatever it is packed in; None if it is none that can be read."""
+    """The kind of a file by its name, without its compression; None if it cannot be read."""
     path = PurePosixPath(name.lower())
     suffix = path.suffix
     if suffix in PACKINGS:
@@ -74,7 +74,7 @@ def kind_of(name: str) -> str | None:
 
 
 def plain_name(name: str) -> str:
-    """A file's name without its kind and packing; any other name as it is."""
+    """A file's name without the suffixes of its kind and compression; other names are not changed."""
     if kind_of(name) is None:
         return name
     path = PurePosixPath(name)
@@ -82,7 +82,7 @@ def plain_name(name: str) -> str:
 
 
 def as_utf8(name: str) -> str:
-    """A file's name read as UTF-8, whatever the locale says: the same on every machine."""
+    """A file's name decoded as UTF-8, so that it does not depend on the locale."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
@@ -92,29 +92,27 @@ def is_remote(source: str) -> bool:
 
 
 def find_files(source: str) -> list[TextFile]:
-    """What a file, or a folder of any depth, has to offer, in the order of the paths inside it.
+    """The text files at a path or URL, in the order of their paths; a folder is searched recursively.
 
-    Names beginning with a dot are left alone, and so are other kinds of file. Raises ValueError if
-    nothing is left.
+    Names that begin with a dot and other kinds of file are skipped. Raises ValueError if none is found.
     """
-    found = _find_elsewhere(source) if is_remote(source) else _find_here(Path(source))
+    found = _find_remote(source) if is_remote(source) else _find_local(Path(source))
     if not found:
         raise ValueError(
             f"{source} holds no file that can be read ({', '.join(KINDS)}; packed: {', '.join(PACKINGS)})"
         )
-    return sorted(_without_cards(found), key=lambda file: PurePosixPath(file.name).parts)
+    # A README.md in a folder with .jsonl or .parquet files, at any depth, is a dataset card and not text.
+    tables = [PurePosixPath(file.name) for file in found if file.kind in {".jsonl", ".parquet"}]
+    with_tables = {folder for table in tables for folder in table.parents}
+
+    def is_card(path: PurePosixPath) -> bool:
+        return path.name.lower() == "readme.md" and path.parent in with_tables
+
+    texts = [file for file in found if not is_card(PurePosixPath(file.name))]
+    return sorted(texts, key=lambda file: PurePosixPath(file.name).parts)
 
 
-def _without_cards(files: Iterable[TextFile]) -> list[TextFile]:
-    """All but each README.md that has tables of text beside or below it: that tells of them."""
-    files = list(files)
-    tables = [PurePosixPath(file.name) for file in files if file.kind in {".jsonl", ".parquet"}]
-    described = {folder for table in tables for folder in table.parents}
-    paths = ((file, PurePosixPath(file.name)) for file in files)
-    return [file for file, path in paths if path.name.lower() != "readme.md" or path.parent not in described]
-
-
-def _find_here(source: Path) -> list[TextFile]:
+def _find_local(source: Path) -> list[TextFile]:
     if source.is_file():
         if kind_of(source.name) is None:
             raise ValueError(f"{source} is not a kind of file that can be read ({', '.join(KINDS)})")
@@ -131,7 +129,7 @@ def _find_here(source: Path) -> list[TextFile]:
     return found
 
 
-def _find_elsewhere(source: str) -> list[TextFile]:
+def _find_remote(source: str) -> list[TextFile]:
     store = open_store(source)
     try:
         entries = store.system.find(store.root, detail=True)
@@ -149,18 +147,19 @@ def _find_elsewhere(source: str) -> list[TextFile]:
     return found
 
 
+# Under which names stores tell a file's hash or date, the most reliable first.
 STATES = ("ETag", "etag", "md5Hash", "sha256", "blob_id", "LastModified", "last_modified", "mtime", "created")
 
 
 def open_store(address: str) -> Store:
-    """Fsspec's file system for a URL. Raises ValueError if what it needs is not installed."""
+    """Fsspec's file system for a URL. Raises ValueError if its protocol is unknown or not installed."""
     import fsspec
 
     protocol = address.partition("://")[0]
     try:
         system, root = fsspec.core.url_to_fs(address)
     except ValueError:
-        raise ValueError(f"{address}: {protocol}:// is no place that fsspec knows") from None
+        raise ValueError(f"{address}: fsspec does not know the protocol {protocol}://") from None
     except ImportError as error:
         raise ValueError(f"{address} can't be reached: {error}") from None
     return Store(system, root.rstrip("/"), protocol)
@@ -168,14 +167,14 @@ def open_store(address: str) -> Store:
 
 @contextmanager
 def open_file(file: TextFile) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked. What is cut short or damaged raises DamagedFileError where it is read."""
+    """The file's bytes, decompressed. Reading raises DamagedFileError where it is cut short or damaged."""
     try:
         with _open_raw(file) as raw:
-            yield _unpacked(raw, file)
+            yield _decompressed(raw, file)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DamagedFileError(f"{file.address} is damaged: {error}") from None
     except OSError as error:
-        if file.name.lower().endswith(".zst") and error.errno is None:  # pyarrow's way to say it
+        if file.name.lower().endswith(".zst") and error.errno is None:  # pyarrow's decompression error
             raise DamagedFileError(f"{file.address} is damaged: {first_line(error)}") from None
         raise
 
@@ -190,7 +189,7 @@ def _open_raw(file: TextFile) -> BinaryIO:
         raise ValueError(f"{file.address} can't be opened: {first_line(error) or repr(error)}") from None
 
 
-def _unpacked(raw: BinaryIO, file: TextFile) -> BinaryIO:
+def _decompressed(raw: BinaryIO, file: TextFile) -> BinaryIO:
     if file.name.lower().endswith(".gz"):
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     if file.name.lower().endswith(".zst"):
@@ -200,7 +199,7 @@ def _unpacked(raw: BinaryIO, file: TextFile) -> BinaryIO:
 
 
 def open_parquet(file: TextFile) -> Any:
-    """A pyarrow ParquetFile. Raises DamagedFileError if it is none, or was cut short."""
+    """A pyarrow ParquetFile. Raises DamagedFileError if it is not one, or was cut short."""
     pyarrow = import_pyarrow(file.address)
     from pyarrow import parquet
 
@@ -215,7 +214,7 @@ def open_parquet(file: TextFile) -> Any:
 
 
 def import_pyarrow(address: str) -> Any:
-    """The library, where it is installed. Raises ValueError that says how to install it."""
+    """The module pyarrow. Raises ValueError with the install command if it is missing."""
     try:
         import pyarrow
     except ImportError:
@@ -226,19 +225,19 @@ def import_pyarrow(address: str) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Of what a library says."""
+    """The first line of an error's message."""
     return str(error).partition("\n")[0]
 
 
 def hash_files(files: Iterable[TextFile]) -> str:
     """sha256 of all files' contents and names, in the order given.
 
-    Of a file elsewhere, its size and what its store says of its content stand for that.
+    A remote file is not read: its size and what its store says about the content are hashed instead.
     """
     files = list(files)
     total = hashlib.sha256()
-    here = sum(file.bytes for file in files if not is_remote(file.address))
-    with progress("hashing", here / 1e6, "MB") as advance:
+    local_bytes = sum(file.bytes for file in files if not is_remote(file.address))
+    with progress("hashing", local_bytes / 1e6, "MB") as advance:
         for file in files:
             if is_remote(file.address):
                 total.update(f"{file.state} {file.bytes} {file.name}\n".encode())

@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, srun) says of this process, and what this process tells the launcher. Needs no torch."""
+"""Launchers (torchrun, srun): the environment they set, and how processes report to them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-LEFT_BEHIND = "left behind"  # the name of such threads
-
-
-LOST = 71  # the exit status of a process that ends because others have
-
-
-REFUSALS = "OVERNIGHT_REFUSALS_FILE"
+DAEMON = "overnight daemon"  # the name of threads that the process does not wait for
+LOST = 71  # the exit status of a process that ends because others have ended
+USAGE_ERROR_FILE = (
+    "OVERNIGHT_USAGE_ERROR_FILE"  # environment variable: touched by a process that refuses its input
+)
 
 
 class PeerLostError(ConnectionError):
@@ -25,23 +23,23 @@ class PeerLostError(ConnectionError):
 
 
 class CollectiveValueError(ValueError):
-    """What every process refuses, with the same words: one speaks for all."""
+    """An error in the user's input that every process raises; one of them prints it."""
 
 
 @dataclass(frozen=True)
 class LauncherEnv:
-    """What a launcher says of a process."""
+    """What a launcher's environment variables say of this process."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     address: str | None
-    """Where the processes meet; None where the launcher's environment says so in torch's own words."""
+    """Host and port of the rendezvous; None where MASTER_ADDR and MASTER_PORT are set for torch."""
 
 
 def read_launcher_env(environment: Mapping[str, str]) -> LauncherEnv | None:
-    """What torchrun, or srun, says in `environment`; None of a process that was started by itself."""
+    """What torchrun or srun has set in `environment`; None of a process that was started without them."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     missing = [name for name in names if name not in environment]
     if not missing:
@@ -63,48 +61,50 @@ def read_launcher_env(environment: Mapping[str, str]) -> LauncherEnv | None:
 
 
 def _first_host(nodes: str) -> str:
-    """node003 of node[003-007,12],other1 : the first of Slurm's list."""
+    """The first host of Slurm's list: node003 of node[003-007,12],other1."""
     found = re.match(r"([^,\[]+)(?:\[([0-9]+))?", nodes)
     assert found is not None, nodes
     return found[1] + (found[2] or "")
 
 
 def is_launched() -> bool:
-    """True in a process that a launcher has started beside others."""
+    """True in a process that a launcher has started."""
     return read_launcher_env(os.environ) is not None
 
 
 def is_main_process() -> bool:
-    """True in a process by itself, and in the first of several."""
-    place = read_launcher_env(os.environ)
-    return place is None or place.rank == 0
+    """True in a single process, and in the first of several."""
+    env = read_launcher_env(os.environ)
+    return env is None or env.rank == 0
 
 
 def create_usage_error_file(file: Path) -> None:
-    """Let processes that this one is about to start say in `file` that they refuse what a user wrote."""
-    os.environ[REFUSALS] = str(file)
+    """Let the processes that this one starts report by `file` that they refuse the user's input."""
+    os.environ[USAGE_ERROR_FILE] = str(file)
 
 
 def record_usage_error() -> bool:
-    """Say so, if somebody wants to know: then it is no failure, after which all would be begun anew."""
-    if REFUSALS in os.environ:
-        Path(os.environ[REFUSALS]).touch()
-    return REFUSALS in os.environ
+    """Touch the file of `create_usage_error_file`; False if there is none.
+
+    The process may then end with status 0, so that the launcher does not restart it.
+    """
+    if USAGE_ERROR_FILE in os.environ:
+        Path(os.environ[USAGE_ERROR_FILE]).touch()
+    return USAGE_ERROR_FILE in os.environ
 
 
 def daemon_thread(work: Callable[[], object]) -> None:
-    """Let a thread do it, for which the end of the process does not wait."""
-    threading.Thread(target=work, daemon=True, name=LEFT_BEHIND).start()
+    """Do `work` in a thread that the end of the process does not wait for."""
+    threading.Thread(target=work, daemon=True, name=DAEMON).start()
 
 
 def exit_process(status: int) -> NoReturn:
-    """End this process. One of several ends without Python's tidying up: what was to be written is.
+    """End this process; one of several, or one with a daemon thread at work, without Python's finalization.
 
-    Once in some dozens of runs the threads of torch's communication brought a process down that had done all
-    its work, while Python was taking itself apart; a launcher takes that for a failure. So ends, too, a
-    process that leaves a thread in the middle of its work.
+    In a few of a hundred runs torch's communication threads crashed a process during finalization, after all
+    its work was done, which the launcher takes for a failure.
     """
-    if is_launched() or any(thread.name == LEFT_BEHIND for thread in threading.enumerate()):
+    if is_launched() or any(thread.name == DAEMON for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -112,14 +112,14 @@ def exit_process(status: int) -> NoReturn:
 
 
 def count_restarts() -> int:
-    """How often torchrun has begun this process anew."""
+    """How often torchrun has restarted this process."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def use_new_rendezvous_store() -> None:
-    """Let torchrun's agent, if this process becomes one, open another store for each attempt.
+    """Let torchrun's agent in this process open a new rendezvous store for each restart.
 
-    By itself it keeps the first, where processes that are begun anew find the addresses of dead ones and now
-    and then believe them (pytorch's issue 135712).
+    By default it keeps the first, in which restarted processes find the addresses of dead ones and sometimes
+    use them (pytorch #135712).
     """
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

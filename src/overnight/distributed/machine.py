@@ -1,4 +1,4 @@
-"""What this process has of its machine: cores, the allocator of its memory, the cache of compiled code."""
+"""This process on its machine: cores, memory allocator, cache of compiled code. Needs no torch at import."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ALLOCATOR = ":".join(
 )
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds of each so many; or "max 100000"
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds per period; or "max 100000"
 
 
 def count_cores(topology: Path = TOPOLOGY, quota: Path = CPU_QUOTA) -> int | None:
-    """How many cores this process may keep busy: torch's threads, one each. None where nobody says.
+    """Number of cores that this process may use; None where the system does not say.
 
-    torch takes as many threads as there are processors to be seen: two on each core of most machines,
-    where they share its arithmetic, and all of the host's in a container that may use a few.
+    By default torch starts one thread for each visible processor: two for each core of most machines, which
+    share its arithmetic units, and all of the host's in a container that may use a few.
     """
     if not hasattr(os, "sched_getaffinity"):
         return None
@@ -35,21 +35,13 @@ def count_cores(topology: Path = TOPOLOGY, quota: Path = CPU_QUOTA) -> int | Non
     return cores if share == "max" else max(1, min(cores, round(int(share) / int(period))))
 
 
-def compute_with_threads(threads: int | None) -> None:
-    """Let torch compute with so many threads at most, on the CPU."""
-    import torch
-
-    if threads is not None and threads < torch.get_num_threads():
-        torch.set_num_threads(threads)
-
-
 def restart_with_large_pages(arguments: Sequence[str]) -> None:
-    """Start this command anew, in this process, with an allocator fit for training; does so once.
+    """Execute this command again, in this process, with an allocator configured for training; once.
 
-    By default glibc returns each large tensor's memory to the kernel when it is freed, and the next step
-    faults every page in again. The setting is read when a process starts, so it takes a new start. It
-    changes no result. Nothing is done without glibc, or where GLIBC_TUNABLES is set already. -P keeps
-    `-m` from looking for modules in the current folder, where a random.py may lie.
+    By default glibc returns the memory of each large tensor to the kernel when it is freed, and the next step
+    faults every page in again. glibc reads the setting when a process starts. It changes no result. Does
+    nothing without glibc, or if GLIBC_TUNABLES is set. -P keeps `-m` from importing modules of the current
+    folder.
     """
     if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
@@ -57,19 +49,19 @@ def restart_with_large_pages(arguments: Sequence[str]) -> None:
 
 
 def keep_compiled_code(folder: Path) -> None:
-    """Let torch.compile keep what it compiles in `folder`, not where every restart of the machine wipes it.
+    """Let torch.compile keep its cache in `folder` instead of the temporary folder, unless the user set one.
 
-    A later run with the same shapes then starts in seconds. A folder that the user has set stays.
+    A later run with the same shapes then starts in seconds.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def environment_of_process(*, large_pages: bool) -> dict[str, str]:
-    """This process's environment for one to be started, with that allocator or with glibc's own way."""
+    """The environment for a child process, with that allocator or with glibc's default."""
     inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     return inherited | ({"GLIBC_TUNABLES": ALLOCATOR} if large_pages else {})
 
 
 def divide_cores(processes: int) -> None:
-    """Let each of so many processes that are about to be started on this machine compute with its share."""
+    """Give each of `processes` child processes its share of the cores."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (count_cores() or 1) // processes)))

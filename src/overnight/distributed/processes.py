@@ -1,4 +1,4 @@
-"""Several processes of one command on this machine, started and watched by torchrun's own agent."""
+"""Several processes of one command on this machine, started by torchrun's agent."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from overnight.terminal import echo
 
 REFUSED = 2  # the exit status of wrong use
 LINES_SHOWN = 40
-SECONDS_TO_SAVE = 300  # that the others have after one was told to stop, before they are killed
+SECONDS_TO_SAVE = 300  # for the other processes after one was told to stop, before they are killed
 
 
 def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
     """Run `overnight` with these words in `count` processes; 0, or the exit status of the first that failed.
 
-    The main one has the terminal. What the others say is kept, and its end shown if they fail. When one dies,
-    all are begun anew, up to `max_restarts` times.
+    The main process has the terminal. The output of the others is kept, and its end printed if they fail.
+    When one dies, all are restarted, up to `max_restarts` times.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what follows says it all
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is printed below
     with tempfile.TemporaryDirectory(prefix="overnight-") as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -43,28 +43,28 @@ def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=logs, redirects={rank: Std.ALL for rank in range(1, count)}),
             shutdown_timeout=SECONDS_TO_SAVE,
         )
-        refusals = Path(logs) / "refused"
-        create_usage_error_file(refusals)
+        usage_error = Path(logs) / "refused"
+        create_usage_error_file(usage_error)
         try:
             elastic_launch(config, sys.executable)("-P", "-m", "overnight", *words)
         except ChildFailedError as error:
-            return _tell_failure(error, Path(logs))
+            return _print_failure(error, Path(logs))
         except SignalException:
             raise KeyboardInterrupt from None
-        return REFUSED if refusals.exists() else 0
+        return REFUSED if usage_error.exists() else 0
 
 
-def _tell_failure(error: Any, logs: Path) -> int:
-    """Say which process failed first, and what it said last; returns its exit status.
+def _print_failure(error: Any, logs: Path) -> int:
+    """Print which process failed first, and the end of its output; returns its exit status.
 
-    What was refused the main one has said already.
+    The main process has already printed what it refuses.
     """
     rank = _find_cause(error.failures)
     failure = error.failures[rank]
     if failure.exitcode == REFUSED and rank == 0:
         return REFUSED
     if failure.exitcode == FROZEN:
-        _show_logs(logs, "*")  # where all stand
+        _show_logs(logs, "*")  # the stacks of all
     how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
     echo(f"overnight: rank {rank} failed ({how})")
     if failure.exitcode != FROZEN:
@@ -73,7 +73,7 @@ def _tell_failure(error: Any, logs: Path) -> int:
 
 
 def _find_cause(failures: Mapping[int, Any]) -> int:
-    """The rank that failed first, and of those that failed at once, one that did not only lose another."""
+    """The rank that failed first; a process that only lost another one comes last."""
 
     def order(rank: int) -> tuple[bool, float, int]:
         failure = failures[rank]
@@ -83,7 +83,7 @@ def _find_cause(failures: Mapping[int, Any]) -> int:
 
 
 def _show_logs(logs: Path, local_rank: str) -> None:
-    """The end of what a process of the last attempt has said."""
+    """Print the end of the output of a process of the last attempt."""
     attempts = sorted(logs.rglob("attempt_*"))
     for path in sorted(attempts[-1].glob(f"{local_rank}/stderr.log")) if attempts else ():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:]

@@ -1,4 +1,4 @@
-"""A process that makes no progress ends, and shows where it stands: nothing waits for ever."""
+"""A watchdog: a process without progress prints the stacks of its threads and ends."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SECONDS_TO_SPEAK = 5  # after which the C library speaks for a Python that can't any more
+SECONDS_TO_PRINT_STACKS = 5  # after which C code prints them for an interpreter that is blocked
 STDERR = 2  # the descriptor
 FROZEN = 70  # the exit status
 
 
 class Watchdog:
-    """Ends the process when `heartbeat` was not called for so many seconds, with every thread's stack."""
+    """Ends the process with every thread's stack when `heartbeat` was not called for `timeout_seconds`."""
 
     def __init__(self, rank: int, timeout_seconds: float) -> None:
         self._rank, self._timeout_seconds = rank, timeout_seconds
@@ -24,12 +24,12 @@ class Watchdog:
         self._paused = False
 
     def heartbeat(self) -> None:
-        """Say that there is progress."""
+        """Report progress."""
         self._last = time.monotonic()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within, a wait of any length is in order."""
+        """Within, a wait of any length is allowed."""
         self._paused = True
         try:
             yield
@@ -39,7 +39,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[Watchdog]:
-        """Within, the process is watched."""
+        """Within, the watchdog runs."""
         thread = threading.Thread(target=self._watch, daemon=True, name="watch")
         self.heartbeat()
         thread.start()
@@ -52,8 +52,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         poll = min(1.0, self._timeout_seconds / 10)
-        # This thread, too, stands still where nobody lets go of the interpreter.
-        late = self._timeout_seconds + SECONDS_TO_SPEAK
+        # If the interpreter lock is never released, this thread is blocked as well: faulthandler then acts.
+        late = self._timeout_seconds + SECONDS_TO_PRINT_STACKS
         faulthandler.dump_traceback_later(late, exit=True, file=STDERR)
         while not self._is_over.wait(poll):
             faulthandler.dump_traceback_later(late, exit=True, file=STDERR)
@@ -61,18 +61,18 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        told = (
+        message = (
             f"overnight: rank {self._rank} made no progress for {self._timeout_seconds:g} s "
-            "(--timeout-seconds); this is where its threads stand:\n"
+            "(--timeout-seconds); the stacks of its threads:\n"
         )
-        os.write(STDERR, told.encode())
+        os.write(STDERR, message.encode())
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         os._exit(FROZEN)
 
 
 @contextmanager
 def watchdog(rank: int, size: int, timeout_seconds: float) -> Iterator[Watchdog]:
-    """A watch over this process if it is one of several; one by itself may take all the time it wants."""
+    """A watchdog for one of several processes; a single process may take any time."""
     watch = Watchdog(rank, timeout_seconds)
     if size == 1:
         yield watch

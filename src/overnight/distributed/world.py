@@ -1,4 +1,4 @@
-"""Where this process stands among others: its rank, its device, what it says to the rest, its environment."""
+"""This process among others: its rank, its device, and the collectives between them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from overnight.distributed.launcher import CollectiveValueError, LauncherEnv, PeerLostError, read_launcher_env
-from overnight.distributed.machine import compute_with_threads, count_cores
+from overnight.distributed.machine import count_cores
 
 BUCKET_BYTES = 100_000_000  # sent at once: large enough for full speed, small beside the gradients
 
 
 @dataclass(frozen=True)
 class World:
-    """One process's place: `rank` of `size`, computing on `device`; `local_rank` of those on its machine.
+    """Process `rank` of `size`, computing on `device`; `local_rank` of `local_size` on its machine.
 
-    Every method that says something to the others must be called by all of them, in the same order.
+    The collectives must be called by all processes, in the same order.
     """
 
     rank: int
@@ -32,22 +32,22 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     is_distributed: bool = False
-    """True of processes that a launcher has started together, be it a single one."""
+    """True of processes that a launcher has started together, even a single one."""
 
     @property
     def is_main(self) -> bool:
-        """True for the one process that writes and prints."""
+        """True for the one process that writes files and prints."""
         return self.rank == 0
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Make each tensor the sum of all processes' ones, in place; all of one dtype."""
+        """Sum each tensor over processes, in place (bucketed all-reduce); all of one dtype."""
         if self.size > 1:
             _in_buckets(tensors, dist.all_reduce)
 
     def tree_all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """`sum`, each pair of neighbours first, then each pair of pairs, and so on: its bits do not vary.
+        """`all_reduce` in a binary tree over ranks: the same bits whichever network algorithm torch uses.
 
-        The number of processes must be a power of 2.
+        Pairs of ranks exchange first, then pairs of pairs, and so on; their number must be a power of 2.
         """
 
         def exchange(flat: Tensor) -> None:
@@ -67,12 +67,12 @@ class World:
             _in_buckets(tensors, exchange)
 
     def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
-        """Make each tensor the one that process `owner` has, in place; all of one dtype."""
+        """Copy each tensor of rank `owner` to all processes, in place; all of one dtype."""
         if self.size > 1:
             _in_buckets(tensors, lambda flat: dist.broadcast(flat, owner))
 
     def any(self, flag: bool) -> bool:
-        """True if it is true in any process."""
+        """True if `flag` is true in any process."""
         return (
             any(word == "yes" for word in self.all_gather_object("yes" if flag else "no"))
             if self.size > 1
@@ -80,7 +80,7 @@ class World:
         )
 
     def all_gather_object(self, word: str) -> list[str]:
-        """What every process says, by rank."""
+        """The strings of all processes, by rank."""
         if self.size == 1:
             return [word]
         words = [""] * self.size
@@ -88,12 +88,12 @@ class World:
         return words
 
     def barrier(self) -> None:
-        """Return when every process has come here."""
+        """Wait until every process has called it."""
         self.all_gather_object("here")
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Around what may be refused: a ValueError of one process becomes one of all, with its rank."""
+        """Within, a ValueError of one process is raised in all of them, with its rank."""
         refusal = ""
         try:
             yield
@@ -109,8 +109,8 @@ class World:
 SINGLE_PROCESS = World(rank=0, size=1, device="cpu")
 
 
-def _in_buckets(tensors: Sequence[Tensor], say: Callable[[Tensor], object]) -> None:
-    """Lay tensors end to end, as many as come to BUCKET_BYTES; `say` changes each such stretch in place."""
+def _in_buckets(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
+    """Apply `collective` in place to flat buckets of about BUCKET_BYTES, and copy the results back."""
     bucket: list[Tensor] = []
     held = 0
     for number, tensor in enumerate(tensors, 1):
@@ -119,32 +119,34 @@ def _in_buckets(tensors: Sequence[Tensor], say: Callable[[Tensor], object]) -> N
         if held < BUCKET_BYTES and number < len(tensors):
             continue
         flat = torch.cat([each.reshape(-1) for each in bucket])
-        say(flat)
+        collective(flat)
         for each, part in zip(bucket, torch.split(flat, [each.numel() for each in bucket]), strict=True):
             each.copy_(part.view_as(each))
         bucket, held = [], 0
 
 
 def _describe_refusals(refusals: Sequence[str]) -> str:
-    """One sentence if all processes are of one mind, or else each with its rank."""
+    """One sentence if all processes have the same error, else each with its rank."""
     if len({*refusals}) == 1:
         return refusals[0]
     return "; ".join(f"rank {rank}: {refusal}" for rank, refusal in enumerate(refusals) if refusal)
 
 
 def open_world(device: str | None) -> World:
-    """A process by itself, on `device` ("cpu", "cuda", "cuda:1", "mps"), or the best one found for None.
+    """A single process on `device` ("cpu", "cuda", "cuda:1", "mps"), or on the best device for None.
 
-    torch is told to compute with as many threads as there are cores, unless OMP_NUM_THREADS says otherwise.
-    Raises ValueError for a device this machine lacks, and under a launcher that starts several processes.
+    torch computes with one thread for each core, unless OMP_NUM_THREADS is set. Raises ValueError for a
+    device that this machine lacks, and under a launcher that starts several processes.
     """
-    place = read_launcher_env(os.environ)
-    if place is not None and place.size > 1:
-        raise ValueError("only `overnight train` is done by several processes: start this without torchrun")
-    return _open_alone(device)
+    env = read_launcher_env(os.environ)
+    if env is not None and env.size > 1:
+        raise ValueError(
+            "only `overnight train` and `evaluate` run in several processes: start this without torchrun"
+        )
+    return _open_single(device)
 
 
-def _open_alone(device: str | None) -> World:
+def _open_single(device: str | None) -> World:
     chosen = _check_device(device) if device else _best_device()
     if "OMP_NUM_THREADS" not in os.environ:
         compute_with_threads(count_cores())
@@ -153,57 +155,56 @@ def _open_alone(device: str | None) -> World:
 
 @contextmanager
 def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
-    """This process among those that a launcher has started, or by itself; on one GPU each, or all on the CPU.
+    """This process among those of a launcher, or a single one; on one GPU each, or all on the CPU.
 
-    Whoever waits for the others longer than twice `timeout_seconds` fails. Raises ValueError for a device
-    this machine lacks, and if there is no place to meet; LostOthersError, then or later, if the others are
-    lost.
+    A collective fails after twice `timeout_seconds`. Raises ValueError for a device that this machine lacks,
+    and if the rendezvous fails; PeerLostError, then or later, if other processes end.
     """
-    place = read_launcher_env(os.environ)
-    if place is None:
-        yield _open_alone(device)
+    env = read_launcher_env(os.environ)
+    if env is None:
+        yield _open_single(device)
         return
-    world = _find_device(place, device)
+    world = _find_device(env, device)
     if "OMP_NUM_THREADS" not in os.environ:
         compute_with_threads(max(1, (count_cores() or 1) // world.local_size))
     try:
-        # The watch speaks before a collective gives up: it knows where everybody stands.
+        # Twice the time: the watchdog must report the stacks before a collective gives up.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if world.device.startswith("cuda") else "gloo",
-            init_method=f"tcp://{place.address}" if place.address else "env://",
-            rank=place.rank,
-            world_size=place.size,
+            init_method=f"tcp://{env.address}" if env.address else "env://",
+            rank=env.rank,
+            world_size=env.size,
             timeout=timedelta(seconds=2 * timeout_seconds),
         )
     except dist.DistNetworkError as error:
-        address = place.address or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        address = env.address or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(
-            f"the processes can't meet at {address} ({str(error).splitlines()[0]}): if its port is in use, "
+            f"the rendezvous at {address} failed ({str(error).splitlines()[0]}): if its port is in use, "
             "give the launcher another one"
         ) from None
     except RuntimeError as error:
-        raise _lost(place.rank, error) from None
+        raise _lost(env.rank, error) from None
     try:
         yield world
         world.barrier()
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise _lost(place.rank, error) from None
+        raise _lost(env.rank, error) from None
     finally:
         dist.destroy_process_group()
 
 
 def _lost(rank: int, error: Exception) -> PeerLostError:
-    """What torch says of it, less the file of its own where it noticed, and its advice."""
+    """The error with torch's reason, without its source file and advice."""
     reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
-    return PeerLostError(f"rank {rank} has lost the others ({reason})")
+    return PeerLostError(f"rank {rank} lost the other processes ({reason})")
 
 
 def count_processes(asked: int | str, device: str | None) -> int:
-    """How many processes to start: as many as asked for; for "auto", one for each GPU.
+    """Number of processes to start: `asked`, or for "auto" one for each GPU.
 
-    Raises ValueError for more than there are GPUs to compute on, and for a device that they can't share.
+    Raises ValueError for more processes than GPUs, and for a device that processes can't share.
     """
     chosen = _check_device(device) if device else _best_device()
     gpus = torch.cuda.device_count() if chosen == "cuda" else None
@@ -219,28 +220,28 @@ def count_processes(asked: int | str, device: str | None) -> int:
 
 def _check_shared(device: str, processes: int) -> None:
     if device != "cpu" and not device.startswith("cuda"):
-        raise ValueError(f"several processes compute on the CPU or on NVIDIA's GPUs, not on {device}")
+        raise ValueError(f"several processes compute on the CPU or on NVIDIA GPUs, not on {device}")
     if device.startswith("cuda:"):
-        raise ValueError(f"device={device} is one device, and processes={processes}: say cuda")
+        raise ValueError(f"device={device} is one device, but processes={processes}: give cuda")
 
 
-def _find_device(place: LauncherEnv, device: str | None) -> World:
-    """The process's place, with the device that is its own."""
+def _find_device(env: LauncherEnv, device: str | None) -> World:
+    """The world of this process, with its own device."""
     chosen = _check_device(device) if device else _best_device()
-    _check_shared(chosen, place.size)
+    _check_shared(chosen, env.size)
     if chosen == "cuda":
-        if place.local_size > (count := torch.cuda.device_count()):
+        if env.local_size > (count := torch.cuda.device_count()):
             raise ValueError(
-                f"{place.local_size} processes on this machine are more than its {count} GPUs: start {count}"
+                f"{env.local_size} processes on this machine are more than its {count} GPUs: start {count}"
             )
         if not dist.is_nccl_available():
             raise ValueError(
-                "this torch has no NCCL, by which GPUs talk: install torch's build for CUDA, or give "
+                "this torch has no NCCL, through which GPUs communicate: install torch's CUDA build, or give "
                 "--device cpu"
             )
-        chosen = f"cuda:{place.local_rank}"
-        torch.cuda.set_device(place.local_rank)
-    return World(place.rank, place.size, chosen, place.local_rank, place.local_size, is_distributed=True)
+        chosen = f"cuda:{env.local_rank}"
+        torch.cuda.set_device(env.local_rank)
+    return World(env.rank, env.size, chosen, env.local_rank, env.local_size, is_distributed=True)
 
 
 def _best_device() -> str:
@@ -261,4 +262,9 @@ def _check_device(device: str) -> str:
     return device
 
 
-# ---------------------------------------------------------------- where a launcher has put a process among others
+def compute_with_threads(threads: int | None) -> None:
+    """Let torch compute with at most `threads` threads on the CPU."""
+    import torch
+
+    if threads is not None and threads < torch.get_num_threads():
+        torch.set_num_threads(threads)

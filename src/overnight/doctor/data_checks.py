@@ -1,4 +1,4 @@
-"""Is the text what it should be? Shards, tokenizer, boundaries, held-out text, benchmarks, rows."""
+"""Checks of the text: shards, tokenizer, document boundaries, held-out text, benchmarks, rows."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ import numpy as np
 
 from overnight.data import shards
 from overnight.data.shards import SPLITS, Manifest, Shard, Tokens, open_tokens, places_of
-from overnight.doctor.check import CheckResult, SetUp
+from overnight.doctor.check import CheckResult
 from overnight.inspection import statistics
 from overnight.preparation import decontaminate
+from overnight.run.setup import RunSetup
 from overnight.tokenizer.tokenizer import Tokenizer
 
-READ_TOKENS = 250_000_000  # of shards verified, counted and compared where a look at all was not asked for
-SPELT_DOCUMENTS = 50
+READ_TOKENS = 250_000_000  # of shards verified, counted and compared without --full
+ENCODED_DOCUMENTS = 50
 SEARCHED_DOCUMENTS = 2_000
-LONGEST_TOKENS = 20_000  # of a document that is token_bytes
+LONGEST_TOKENS = 20_000  # of a document that is encoded again
 SHOWN_BOUNDARIES, SHOWN_CHARACTERS = 3, 32
-ADOPTED = "from_shards"  # in the request of shards that another program wrote
-PASSES_AS_GOOD_AS_FRESH = 4  # Muennighoff et al. 2023, arXiv 2305.16264
+IMPORTED = "from_shards"  # in the request of shards that another program wrote
+USEFUL_PASSES = 4  # Muennighoff et al. 2023, arXiv 2305.16264
 MARK = "<|endoftext|>"
 PREPARE_AGAIN = "delete the folder and prepare the text again"
 Item = TypeVar("Item")
 
 
 def check_shards(folder: Path, *, full: bool) -> CheckResult:
-    """Every byte of the shards is as it was written; of very many tokens, of some shards of each split."""
+    """Every byte of the shards matches the manifest; without `full`, of some shards of each split."""
     try:
         manifest = shards.read_manifest(folder)
         chosen = _choose(manifest, full=full)
@@ -52,33 +53,33 @@ def check_shards(folder: Path, *, full: bool) -> CheckResult:
 
 
 def check_tokenizer(folder: Path, manifest: Manifest) -> CheckResult:
-    """The tokenizer beside the shards made them: it spells documents that it reads as the same ids again."""
+    """The tokenizer in the folder encodes documents of the shards to the same ids."""
     bound = "gives the shards' own ids"
     try:
         tokenizer = shards.load_prepared_tokenizer(folder, manifest)
     except (ValueError, OSError) as error:
-        cause = f"the wrong tokenizer lies beside the shards, and text would be nonsense: {error}"
+        cause = f"the shards were written with another tokenizer, and text would be nonsense: {error}"
         return CheckResult(passed=False, measured="another one", bound=bound, cause=cause)
-    looked = same = 0
-    for document in sample_documents(folder, manifest, "train", SPELT_DOCUMENTS):
+    encoded = same = 0
+    for document in sample_documents(folder, manifest, "train", ENCODED_DOCUMENTS):
         if document.size > LONGEST_TOKENS:
             continue
         ids = document.tolist()
-        looked += 1
+        encoded += 1
         same += _encode(tokenizer, tokenizer.decode_bytes(ids)) == ids
     return CheckResult(
-        passed=same == looked and manifest.vocab_size == tokenizer.vocab_size,
-        measured=f"{same} of {looked} documents",
+        passed=same == encoded and manifest.vocab_size == tokenizer.vocab_size,
+        measured=f"{same} of {encoded} documents",
         bound=bound,
-        cause=f"the tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} ids) does not make of a document's "
-        f"text the ids that the shards hold (a vocabulary of {manifest.vocab_size:,}): they were written "
-        "with another one; prepare the text again with the tokenizer that is meant",
-        figures={"documents": looked, "same": same, "vocab_size": tokenizer.vocab_size},
+        cause=f"the tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} ids) encodes documents to other ids "
+        f"than the shards (a vocabulary of {manifest.vocab_size:,}): they were written with another one; "
+        "prepare the text again with the right tokenizer",
+        figures={"documents": encoded, "same": same, "vocab_size": tokenizer.vocab_size},
     )
 
 
 def _encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
-    """The ids of a document's bytes; none if they are no text."""
+    """The ids of a document's bytes; none if they are not UTF-8."""
     try:
         return tokenizer.encode(text.decode())
     except UnicodeDecodeError:
@@ -86,51 +87,51 @@ def _encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
 
 
 def check_boundaries(folder: Path, manifest: Manifest, *, full: bool) -> CheckResult:
-    """Each document begins with the end-of-text id, which stands nowhere else; some boundaries are shown."""
+    """Every document begins with the end-of-text id, which occurs nowhere else; some boundaries are shown."""
     found = expected = doubled = 0
     faults: list[str] = []
-    is_adopted = ADOPTED in manifest.request  # there, another program's text may begin within a document
+    is_imported = IMPORTED in manifest.request  # another program's shards may begin within a document
     for shard in _choose(manifest, full=full):
         ids = open_tokens(folder / shard.name)
         places = places_of(manifest.end_of_text, ids)
         found, expected = found + places.size, expected + shard.documents
         doubled += int((np.diff(places) == 1).sum())
         is_first = shard in (manifest.train[:1] + manifest.validation[:1])
-        if is_first and ids[0] != manifest.end_of_text and not is_adopted:
+        if is_first and ids[0] != manifest.end_of_text and not is_imported:
             faults.append(f"{shard.name} does not begin with end-of-text")
-        if abs(places.size - shard.documents) > is_adopted:
+        if abs(places.size - shard.documents) > is_imported:
             faults.append(
                 f"{shard.name} has {places.size:,} end-of-text ids for its {shard.documents:,} documents"
             )
     if doubled:
-        faults.insert(0, f"{doubled:,} times two end-of-text ids stand side by side")
+        faults.insert(0, f"{doubled:,} times two end-of-text ids in a row")
     return CheckResult(
         passed=not faults,
         measured=f"{found:,} ids of end-of-text",
         bound=f"one before each of {expected:,} documents",
-        cause=f"{'; '.join(faults[:3])}: documents run into one another, or are cut in the middle, "
-        f"and the model learns that; {PREPARE_AGAIN}, and have nothing else write end-of-text",
+        cause=f"{'; '.join(faults[:3])}: documents are joined or cut, and the model learns that; "
+        f"{PREPARE_AGAIN}, without end-of-text in the text itself",
         shown=tuple(show_boundaries(folder, manifest)),
         figures={"found": found, "documents": expected, "side_by_side": doubled},
     )
 
 
 def show_boundaries(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """The text around a few boundaries, each one line, spread over the first training shard."""
+    """The text around a few boundaries of the first training shard, one line each."""
     try:
         tokenizer = shards.load_prepared_tokenizer(folder, manifest)
     except (ValueError, OSError):
-        return  # another check says so
+        return  # the check of the tokenizer reports it
     ids = open_tokens(folder / manifest.train[0].name)
     places = [int(place) for place in places_of(manifest.end_of_text, ids) if place]
     for place in _spread(places, SHOWN_BOUNDARIES):
-        before = _spell(tokenizer, ids[max(0, place - SHOWN_CHARACTERS) : place], manifest.end_of_text)
-        after = _spell(tokenizer, ids[place + 1 : place + 1 + SHOWN_CHARACTERS], manifest.end_of_text)
+        before = _one_line(tokenizer, ids[max(0, place - SHOWN_CHARACTERS) : place], manifest.end_of_text)
+        after = _one_line(tokenizer, ids[place + 1 : place + 1 + SHOWN_CHARACTERS], manifest.end_of_text)
         yield f"{before[-SHOWN_CHARACTERS:]}{MARK}{after[:SHOWN_CHARACTERS]}"
 
 
-def _spell(tokenizer: Tokenizer, ids: Tokens, end_of_text: int) -> str:
-    """The text of ids, on one line: what a terminal would obey is seen as a sign."""
+def _one_line(tokenizer: Tokenizer, ids: Tokens, end_of_text: int) -> str:
+    """The text of ids on one line, with control characters replaced."""
     parts = np.split(ids, np.flatnonzero(ids == end_of_text))
     texts = [tokenizer.decode(part[part != end_of_text].tolist()) for part in parts]
     one_line = MARK.join(texts).replace("\n", "⏎")
@@ -138,13 +139,13 @@ def _spell(tokenizer: Tokenizer, ids: Tokens, end_of_text: int) -> str:
 
 
 def check_disjoint(folder: Path, manifest: Manifest, *, full: bool) -> CheckResult:
-    """No held-out document is in the training text as well."""
+    """No held-out document is in the training text."""
     if not manifest.tokens("validation"):
         return CheckResult(
             passed=False,
-            measured="nothing is held out",
+            measured="nothing held out",
             bound="some text",
-            cause="without held-out text nobody can tell learning from memory: prepare the text again with "
+            cause="without held-out text, learning looks the same as memorizing: prepare the text again with "
             "--validation-fraction 0.01",
         )
     held_out = {
@@ -161,15 +162,15 @@ def check_disjoint(folder: Path, manifest: Manifest, *, full: bool) -> CheckResu
         passed=not shared,
         measured=f"{len(shared):,} of {len(held_out):,} documents",
         bound=f"0 are among {trained:,} to train on",
-        cause=f"{len(shared):,} held-out documents are in the training text as well, the first of them "
-        f"number {first:,}: a validation loss on them measures memory; the text was split before its "
-        f"duplicates were taken out: {PREPARE_AGAIN} with `overnight prepare`, which splits by a hash of it",
+        cause=f"{len(shared):,} held-out documents are in the training text as well, the first is number "
+        f"{first:,}: the validation loss on them measures memorizing; the text was split before duplicates "
+        f"were removed: {PREPARE_AGAIN} with `overnight prepare`, which splits by a hash of the text",
         figures={"shared": len(shared), "validation_documents": len(held_out), "train_documents": trained},
     )
 
 
 def _digests(folder: Path, manifest: Manifest, split: str, full: bool) -> Iterator[bytes]:
-    """Of each document that is not empty, without its end-of-text id; of the first, if there are many."""
+    """Hashes of all documents that are not empty; without `full`, of the first ones."""
     documents = sum(shard.documents for shard in manifest.shards(split))
     share = READ_TOKENS / max(1, manifest.tokens(split))
     most = None if full or share >= 1 else max(1, int(share * documents))
@@ -192,61 +193,63 @@ def check_contamination(
     tokenizer = shards.load_prepared_tokenizer(folder, manifest)
     most = None if full else SEARCHED_DOCUMENTS
     found = dict.fromkeys(files, 0)
-    looked = contaminated = 0
+    searched = contaminated = 0
     documents = sample_documents(folder, manifest, "train", most)
     while batch := [tokenizer.decode(ids.tolist()) for ids in itertools.islice(documents, 500)]:
         bits = search.find(batch)
-        looked += len(batch)
+        searched += len(batch)
         contaminated += int(np.count_nonzero(bits))
         for number, name in enumerate(files):
             found[name] += int(((bits >> np.uint64(number)) & np.uint64(1)).sum())
-    told = ", ".join(f"{count:,} with {name}" for name, count in found.items() if count)
+    matches = ", ".join(f"{count:,} with {name}" for name, count in found.items() if count)
     return CheckResult(
         passed=not contaminated,
-        measured=f"{contaminated:,} of {looked:,} documents",
+        measured=f"{contaminated:,} of {searched:,} documents",
         bound=f"0 share {decontaminate.PASSAGE_WORDS} words in a row",
-        cause=f"training documents share a passage with a benchmark ({told}), whose score would in part be "
-        f"memory: prepare the text again with --decontaminate {' '.join(benchmarks)} --on-contaminated drop",
-        figures={"documents": looked, "contaminated": contaminated} | found,
+        cause=f"training documents share a passage with a benchmark ({matches}), whose score would in part "
+        f"be memorized: prepare the text again with --on-contaminated drop --decontaminate "
+        f"{' '.join(benchmarks)}",
+        figures={"documents": searched, "contaminated": contaminated} | found,
     )
 
 
-def check_rows(setup: SetUp, run_tokens: int, text_tokens: int | None) -> CheckResult:
-    """The rows that a step reads: each target is the id that follows, and every reading gives the same."""
-    plan, batches = setup.training.plan, setup.training.data.batch
+def check_rows(run: RunSetup, run_tokens: int, text_tokens: int | None) -> CheckResult:
+    """The rows of a step: each target is the next id, and rows are the same each time they are read."""
+    plan, data = run.training.plan, run.training.data
     rows = plan.micro_batch_size * plan.micro_batches(0)
-    first, again, other = batches(0, rows), batches(0, rows), batches(rows, rows)
+    first, again, other = data.batch(0, rows), data.batch(0, rows), data.batch(rows, rows)
     faults = []
     if not bool((first.targets[:, :-1] == first.ids[:, 1:]).all()):
-        faults.append("targets are not the ids that follow")
+        faults.append("targets are not the next ids")
     if not bool((first.ids == again.ids).all() and (first.targets == again.targets).all()):
-        faults.append("the same rows, read again, are other rows")
+        faults.append("the same rows differ when read again")
     if bool((first.ids == other.ids).all()):
         faults.append("the second step reads the rows of the first")
     highest = int(max(first.ids.max(), first.targets.max()))
-    if highest >= setup.state.model.vocab_size:
+    if highest >= run.state.model.vocab_size:
         faults.append(f"the id {highest} is outside the vocabulary")
     passes = None if not text_tokens else run_tokens / text_tokens
     return CheckResult(
         passed=not faults,
         measured=f"{rows} rows read" if not faults else "wrong",
-        bound="each target is the id that follows",
-        cause=f"{'; '.join(faults)}: the model would learn another text; look at data/stream.py",
-        shown=() if passes is None else tuple(_tell_passes(run_tokens, passes)),
+        bound="each target is the next id",
+        cause=f"{'; '.join(faults)}: the model would learn another text; look at data/loader.py",
+        shown=() if passes is None else tuple(_describe_passes(run_tokens, passes)),
         figures={"rows": rows} | ({} if passes is None else {"passes": passes}),
     )
 
 
-def _tell_passes(run_tokens: int, passes: float) -> Iterator[str]:
-    yield f"the run reads {run_tokens:,} tokens: its training text {passes:,.2f} times"
-    if passes > PASSES_AS_GOOD_AS_FRESH:
-        yield f"beyond {PASSES_AS_GOOD_AS_FRESH} times, text teaches less than fresh text (arXiv 2305.16264)"
+def _describe_passes(run_tokens: int, passes: float) -> Iterator[str]:
+    yield f"the run reads {run_tokens:,} tokens: {passes:,.2f} passes over its training text"
+    if passes > USEFUL_PASSES:
+        yield f"after {USEFUL_PASSES} passes, repeated text is worth less than new text (arXiv 2305.16264)"
 
 
 def sample_documents(folder: Path, manifest: Manifest, split: str, most: int | None) -> Iterator[Tokens]:
-    """The ids of whole documents without end-of-text: all, or at most so many, spread over the shards.
+    """The ids of whole documents without end-of-text: all, or at most `most`, spread over the shards.
 
-    Of a sample, none that goes on in the next shard; of text without boundaries, the beginning of each shard.
+    A sample has no documents that continue in the next shard; of text without boundaries, it has the
+    beginning of each shard.
     """
     if most is None:
         for pieces in statistics.documents_of(statistics.shard_spans(folder, manifest, split, None)):
@@ -267,7 +270,7 @@ def sample_documents(folder: Path, manifest: Manifest, split: str, most: int | N
 
 
 def _choose(manifest: Manifest, *, full: bool) -> tuple[Shard, ...]:
-    """The shards to be read: all, or of very many tokens some of each split, first and last included."""
+    """The shards to read: all or, without `full`, some of each split, including the first and the last."""
     total = sum(manifest.tokens(split) for split in SPLITS)
     if full or total <= READ_TOKENS:
         return manifest.train + manifest.validation
@@ -277,7 +280,7 @@ def _choose(manifest: Manifest, *, full: bool) -> tuple[Shard, ...]:
 
 
 def _spread(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` of the items, evenly, the first and the last among them."""
+    """At most `count` items at equal distances, including the first and the last."""
     if len(items) <= count:
         return list(items)
     if count == 1:

@@ -1,4 +1,4 @@
-"""Is what it writes what it computes? The cache against none, the past against the future, a reference.
+"""Checks of generation: the key-value cache, the causal mask, a reference implementation.
 
 Shapes: B rows, T positions, V ids.
 """
@@ -10,60 +10,60 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from overnight.doctor.check import CheckResult, SetUp, skipped
+from overnight.doctor.check import CheckResult, skipped
 from overnight.generation import SamplingConfig, generate
 from overnight.model.gpt import GPT, eval_mode
+from overnight.run.setup import RunSetup
 
-LOGIT_TOLERANCE = 1e-3  # in float32; seen: 0
+LOGIT_TOLERANCE = 1e-3  # in float32; observed: 0
 REFERENCE_TOLERANCE = 1e-4  # of the largest logit, in float32; README.md has 1.4e-6 of GPT-2 124M
 
 
-def check_generation(setup: SetUp) -> CheckResult:
-    """What is written with the key-value cache is what the plain model holds likeliest, id by id.
+def check_generation(run: RunSetup) -> CheckResult:
+    """Greedy generation with the key-value cache picks the most likely ids of the model without a cache.
 
-    Two prompts of unequal length, so that one is padded, to the end of the context.
+    Two prompts of different lengths, so that one is padded, to the end of the context.
     """
-    model = setup.state.model
+    model = run.state.model
     T = model.config.context_length
-    ids_T = setup.training.data.batch(0, 1).ids[0].tolist()
+    ids_T = run.training.data.batch(0, 1).ids[0].tolist()
     prompts = [ids_T[: max(1, T // 2)], ids_T[: max(1, T // 4)]]
     new = T - len(prompts[0])
     decoding = generate.Decoding(max_new_tokens=new, sampling=SamplingConfig(temperature=0.0, top_k=None))
     behind: list[float] = []
-    for prompt, written in zip(prompts, generate.generate(model, prompts, decoding), strict=True):
-        logits_TV = _logits(model, [*prompt, *written][:-1])[len(prompt) - 1 :]
-        chosen_T = logits_TV.gather(1, torch.tensor(written, device=logits_TV.device)[:, None])[:, 0]
+    for prompt, generated in zip(prompts, generate.generate(model, prompts, decoding), strict=True):
+        logits_TV = _logits(model, [*prompt, *generated][:-1])[len(prompt) - 1 :]
+        chosen_T = logits_TV.gather(1, torch.tensor(generated, device=logits_TV.device)[:, None])[:, 0]
         behind += (logits_TV.amax(dim=1) - chosen_T).tolist()
     worst = max(behind)
     return CheckResult(
         passed=all(each <= LOGIT_TOLERANCE for each in behind),
         measured=f"a logit off by {worst:.1e}",
         bound=f"{LOGIT_TOLERANCE:.0e}, {new} ids of 2 prompts",
-        cause="with the key-value cache it writes ids that the model without one does not hold likeliest: "
-        "a position is off by one, a key or value is written to another's place, or padding is seen; look "
-        "at KVCache in generate.py",
+        cause="with the key-value cache, ids are generated that are not the most likely ones without it: a "
+        "position is off by one, a key or value is written to the wrong index, or padding is attended to; "
+        "look at KVCache in generate.py",
         figures={"logit_difference": worst},
     )
 
 
-def check_causality(setup: SetUp) -> CheckResult:
-    """Another id at one place changes no logit before it, and does change those from there on."""
-    model = setup.state.model
-    ids_T = setup.training.data.batch(0, 1).ids[0].tolist()
+def check_causality(run: RunSetup) -> CheckResult:
+    """Changing an id changes no logit before it, and all logits from there on."""
+    model = run.state.model
+    ids_T = run.training.data.batch(0, 1).ids[0].tolist()
     T = len(ids_T)
-    place = T // 2
+    position = T // 2
     changed_T = [*ids_T]
-    changed_T[place] = (ids_T[place] + 1) % model.vocab_size
+    changed_T[position] = (ids_T[position] + 1) % model.vocab_size
     off_T = (_logits(model, changed_T) - _logits(model, ids_T)).abs().amax(dim=1)
-    before = float(off_T[:place].max()) if place else 0.0
-    after = float(off_T[place:].min())
+    before = float(off_T[:position].max()) if position else 0.0
+    after = float(off_T[position:].min())
     cause = (
-        "an id changes what is computed at places BEFORE it: the attention mask lets the future through "
-        "(is_causal in model/attention.py); the loss then falls far below what can be known, and the model "
-        "writes nonsense"
+        "an id changes logits BEFORE it: the attention mask lets the future through (is_causal in "
+        "model/gpt.py); the loss then falls far below what is possible, and generated text is nonsense"
         if before > LOGIT_TOLERANCE
-        else "an id changes nothing at a place after it: attention does not look back, or ids do not reach "
-        "the model; look at the mask in model/attention.py"
+        else "an id does not change the logits after it: attention does not look back, or ids do not reach "
+        "the model; look at the mask in model/gpt.py"
     )
     return CheckResult(
         passed=before <= LOGIT_TOLERANCE and after > 0.0,
@@ -84,7 +84,7 @@ def _logits(model: GPT, ids_T: list[int]) -> Tensor:
 
 @torch.no_grad()
 def check_reference(model: GPT, folder: Path) -> CheckResult:
-    """Logits of `model` against those that Transformers computes of the same folder, on the same ids."""
+    """The logits of `model` are those that Transformers computes for the same folder and ids."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
@@ -104,6 +104,6 @@ def check_reference(model: GPT, folder: Path) -> CheckResult:
         bound=f"{REFERENCE_TOLERANCE:.0e} of {largest:.3g}, {ids_BT.numel()} ids",
         cause=f"the logits of {folder.name} are not those of Transformers: the architecture is no longer "
         "GPT-2's (tanh GELU, layer norms, learned positions, the tied head: model/gpt.py), or the weights "
-        "are read wrongly (convert/huggingface.py)",
+        "are read wrongly (conversion/huggingface.py)",
         figures={"logit_difference": off, "largest_logit": largest},
     )

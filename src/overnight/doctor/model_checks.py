@@ -1,4 +1,4 @@
-"""Does it learn? The loss it begins with, the gradients, one batch by heart, a step in parts.
+"""Checks of training: initial loss, gradients, accumulation, overfitting, checkpoints, precision, processes.
 
 Shapes: B rows, T positions.
 """
@@ -6,23 +6,22 @@ Shapes: B rows, T positions.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import sys
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from overnight.data.loader import Batch
-from overnight.doctor.check import Build, CheckResult, SetUp
+from overnight.distributed.world import World
+from overnight.doctor.check import CheckResult
+from overnight.doctor.tiny_run import IN_PROCESS, TinyRun, read_steps, write_task
+from overnight.doctor.two_processes import run_in_two
+from overnight.model.gpt import GPT
 from overnight.model.loss import LossSum
+from overnight.run.setup import RunSetup
 from overnight.training import step as step_module
 from overnight.training.batch import constant_plan
 from overnight.training.checkpoint import load, save
@@ -30,33 +29,43 @@ from overnight.training.schedule import Schedule, ScheduleConfig
 from overnight.training.sharding import Replicated
 from overnight.training.state import TrainState
 
-INITIAL_STANDARD_DEVIATION = 0.02  # GPT-2's released code, model.py: of the embedding, and so of the head
-INITIAL_TOLERANCE = 0.1  # nats, beside the spread of a logit: text is not drawn evenly from the vocabulary
+INITIAL_STANDARD_DEVIATION = 0.02  # GPT-2's released code, model.py: of the embedding and the tied head
+INITIAL_TOLERANCE = 0.1  # nats, besides the spread of a logit: ids of a text are not uniform
 OVERFIT_STEPS, OVERFIT_TOKENS, OVERFIT_NATS = 200, 32, 0.1
-ROUNDING = 1e-4  # of float32 sums in another order, relative; seen: 1e-7
+ROUNDING = 1e-4  # of float32 sums in another order, relative; observed: 1e-7
+SAVED_STEPS = 2
+# Relative, of the loss and of the gradient, by precision. In float32 only sums are in another order. In 16
+# bits the loss may be off by a unit or two in the last place (2^-8 of bfloat16, 2^-11 of float16), and the
+# gradient by the roundings of a dozen products in a row.
+TOLERANCES = {
+    "fp32": (1e-5, 1e-3),
+    "tf32": (1e-3, 2e-2),
+    "fp16": (1e-3, 2e-2),
+    "bf16": (4e-3, 1e-1),
+}
+PROCESSES_TOLERANCE = 1e-4  # of the losses and norms of the first steps; observed: 1e-7
 
 
-def check_initial_loss(setup: SetUp) -> CheckResult:
-    """The loss before the first step against what GPT-2's initialisation gives.
+def check_initial_loss(run: RunSetup) -> CheckResult:
+    """The loss before the first step is what GPT-2's initialisation gives.
 
-    A hidden state that comes from a layer norm has C channels of variance 1, so that its product with a row
-    of the embedding, N(0, 0.02), has variance s^2 = 0.02^2 C. The logits are near normal: the mean of their
-    logarithm's sum is ln V + s^2 / 2, and the wanted one's mean is 0.
+    A hidden state after a layer norm has C channels of variance 1, so that its product with a row of the
+    embedding, N(0, 0.02), has variance s^2 = 0.02^2 C. The logits are nearly normal: the mean of their
+    log-sum-exp is ln V + s^2 / 2, and that of the target's logit is 0.
     """
-    config, training = setup.state.model.config, setup.training
-    batch = step_batch(setup)
+    model, batch = run.state.model, step_batch(run)
     with torch.no_grad():
-        nats = training.loss(batch.ids, batch.targets)
+        nats = run.training.loss(batch.ids, batch.targets)
     loss = LossSum(nats, batch.targets.numel()).per_token()
-    spread = INITIAL_STANDARD_DEVIATION * math.sqrt(config.n_embd)
-    expected = math.log(setup.state.model.vocab_size) + spread**2 / 2
+    spread = INITIAL_STANDARD_DEVIATION * math.sqrt(model.config.n_embd)
+    expected = math.log(model.vocab_size) + spread**2 / 2
     tolerance = INITIAL_TOLERANCE + spread
     side = "higher" if loss > expected else "lower"
     cause = {
-        "higher": "weights that are drawn too wide make a model sure of what it does not know: look at the "
-        "standard deviations of model/initialization.py, and at what is summed in loss.py",
-        "lower": "a model that has learnt nothing can't know the text: look whether targets are the ids that "
-        "FOLLOW (data/stream.py), whether the sum of nats is divided twice, and whether the head is tied",
+        "higher": "weights with too large a standard deviation make a model confident without reason: look "
+        "at the initialisation in model/gpt.py, and at what is summed in model/loss.py",
+        "lower": "an untrained model can't know the text: are targets the NEXT ids (data/loader.py), is the "
+        "sum of nats divided twice, is the head tied?",
     }[side]
     return CheckResult(
         passed=abs(loss - expected) <= tolerance,
@@ -67,23 +76,23 @@ def check_initial_loss(setup: SetUp) -> CheckResult:
     )
 
 
-def check_gradients(setup: SetUp) -> CheckResult:
-    """Every parameter gets a gradient that is finite and not zero."""
-    batch = step_batch(setup)
-    setup.training.loss(batch.ids, batch.targets).backward()  # type: ignore[no-untyped-call]
-    named = dict(setup.state.model.named_parameters())
+def check_gradients(run: RunSetup) -> CheckResult:
+    """Every parameter gets a gradient that is finite and not zero, and is updated by the optimizer."""
+    batch = step_batch(run)
+    run.training.loss(batch.ids, batch.targets).backward()  # type: ignore[no-untyped-call]
+    named = dict(run.state.model.named_parameters())
     missing = [name for name, each in named.items() if each.grad is None]
     infinite = [
         name for name, each in named.items() if each.grad is not None and not bool(each.grad.isfinite().all())
     ]
     zero = [name for name, each in named.items() if each.grad is not None and not bool(each.grad.any())]
-    updated = {id(each) for group in setup.state.optimizer.param_groups for each in group["params"]}
+    updated = {id(each) for group in run.state.optimizer.param_groups for each in group["params"]}
     forgotten = [name for name, each in named.items() if id(each) not in updated]
     faults = {
         "gets no gradient: it is frozen, or cut off by a detach() between it and the loss": missing,
         "gets a gradient that is not finite: look for a division by zero or an overflow": infinite,
-        "gets a gradient that is zero throughout: what it computes does not reach the loss": zero,
-        "is in no group of the optimizer, and so is never updated: look at optim.py": forgotten,
+        "gets a gradient of zeros: its output does not reach the loss": zero,
+        "is in no parameter group of the optimizer, and so never updated: look at optim.py": forgotten,
     }
     found = [f"{_name_some(names)} {fault}" for fault, names in faults.items() if names]
     wrong = {name for names in faults.values() for name in names}
@@ -96,26 +105,21 @@ def check_gradients(setup: SetUp) -> CheckResult:
     )
 
 
-def check_overfit(setup: SetUp) -> CheckResult:
-    """The beginning of a row, seen again and again, is known by heart: the whole machinery learns.
+def check_overfit(run: RunSetup) -> CheckResult:
+    """Training on the beginning of one row, repeated, brings its loss near 0.
 
-    At a learning rate that suits so small a model: 23 to 55 steps were seen to do, from 16 to 128 channels.
+    With a learning rate for so small a model; 23 to 55 steps were enough for 16 to 128 channels.
     """
-    row = setup.training.data.batch(0, 1)
-    row = Batch(row.ids[:, :OVERFIT_TOKENS], row.targets[:, :OVERFIT_TOKENS])
-    rate = min(1e-2, 0.4 / setup.state.model.config.n_embd)
-    plan = constant_plan(row.ids.shape[1], micro_batch_size=1)
+    row = RepeatedRow(run.training.data.batch(0, 1))
+    plan = constant_plan(row.tokens, micro_batch_size=1)
+    rate = min(1e-2, 0.4 / run.state.model.config.n_embd)
     constant = ScheduleConfig(total_steps=OVERFIT_STEPS, learning_rate_decay="constant")
-    training = dataclasses.replace(
-        setup.training,
-        data=_OneBatch(row),
-        plan=plan,
-        schedule=Schedule(constant, rate, plan, OVERFIT_STEPS),
-    )
+    schedule = Schedule(constant, rate, plan, OVERFIT_STEPS)
+    training = dataclasses.replace(run.training, data=row, plan=plan, schedule=schedule)
     first = loss = math.inf
     steps = 0
     while steps < OVERFIT_STEPS and not loss < OVERFIT_NATS / 2:
-        loss = step_module.train_step(setup.state, training).loss
+        loss = step_module.train_step(run.state, training).loss
         first = loss if steps == 0 else first
         steps += 1
         if not math.isfinite(loss):
@@ -124,25 +128,37 @@ def check_overfit(setup: SetUp) -> CheckResult:
         passed=loss <= OVERFIT_NATS,
         measured=f"{loss:.3f} nats after {steps} steps",
         bound=f"at most {OVERFIT_NATS} (from {first:.2f})",
-        cause="a model that can't learn one row by heart learns nothing: the optimizer does not move the "
-        "weights by their gradients (optim.py, its settings in the recipe: beta1, beta2, epsilon, "
-        "max_grad_norm), or the loss is of other tokens than the gradient",
+        cause="a model that can't memorize one row learns nothing: the optimizer does not apply gradients "
+        "(optim.py, its settings in the recipe: beta1, beta2, epsilon, max_grad_norm), or the loss and the "
+        "gradient are of different tokens",
         figures={"loss": loss, "steps": steps, "first_loss": first},
     )
 
 
-def check_accumulation(build: Build) -> CheckResult:
-    """A step in micro-batches is the step in one piece, and both are the mean's gradient, taken by hand."""
-    parts, whole = build(), build()
+class RepeatedRow:
+    """The beginning of one row, whatever row is asked for."""
+
+    def __init__(self, row: Batch) -> None:
+        self._row = Batch(row.ids[:, :OVERFIT_TOKENS], row.targets[:, :OVERFIT_TOKENS])
+        self.tokens = self._row.ids.shape[1]
+
+    def batch(self, _first_row: int, _rows: int) -> Batch:
+        """Always the same row."""
+        return self._row
+
+
+def check_accumulation(tiny: TinyRun) -> CheckResult:
+    """A step in micro-batches equals the step in one, and both have the gradient of the mean loss."""
+    parts, whole = tiny.build(), tiny.build()
     plan, state = parts.training.plan, parts.state
     rows = plan.micro_batches(state.step) * plan.micro_batch_size
     at_once = dataclasses.replace(whole.training, plan=constant_plan(plan.tokens_per_row, rows))
-    by_hand = build()
+    by_hand = tiny.build()
     batch = step_batch(by_hand)
     mean = by_hand.training.loss(batch.ids, batch.targets) / batch.targets.numel()
     mean.backward()  # type: ignore[no-untyped-call]
     expected = {name: each.grad for name, each in by_hand.state.model.named_parameters()}
-    steps = [measure_step(parts), measure_step(SetUp(whole.state, at_once))]
+    steps = [measure_step(parts), measure_step(dataclasses.replace(whole, training=at_once))]
     off: dict[str, float] = {}
     for step in steps:
         loss = abs(step.loss - mean.item()) / max(abs(mean.item()), 1e-9)
@@ -157,8 +173,8 @@ def check_accumulation(build: Build) -> CheckResult:
         measured=f"off by {max(off.values()):.1e}",
         bound=f"{ROUNDING:.0e}, {count} micro-batches or 1",
         cause=f"a step in micro-batches is not the mean over its tokens ({differing} differs, its gradient "
-        f"is {ratio:.3g} times that of one piece): nats and gradients are to be added up, and divided once "
-        "by ALL tokens of the step; look at gradients.py and at train_step in trainer.py",
+        f"is {ratio:.3g} times that of one micro-batch): nats and gradients must be summed and divided once "
+        "by ALL tokens of the step; look at train_step in training/step.py and at training/sharding.py",
         figures={f"{name}_relative_difference": each for name, each in off.items()} | {"norm_ratio": ratio},
     )
 
@@ -168,45 +184,30 @@ def _name_some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-# ---------------------------------------------------------------- do two ways to compute the same agree? compiled and not, in 16 bits and 32, by one process
-
-
-# Relative, of the loss and of the gradient, by precision. In float32 only sums are in another order. In 16
-# bits the loss may be off by a unit or two in the last place (2^-8 of bfloat16, 2^-11 of float16), and the
-# gradient by the roundings of a dozen products in a row.
-TOLERANCES = {
-    "fp32": (1e-5, 1e-3),
-    "tf32": (1e-3, 2e-2),
-    "fp16": (1e-3, 2e-2),
-    "bf16": (4e-3, 1e-1),
-}
-PROCESSES_TOLERANCE = 1e-4  # of the losses and norms of the first steps; seen: 1e-7
-
-
-def check_compiled(build: Build) -> CheckResult:
-    """The compiled step's loss and gradient against those of the same step, not compiled."""
+def check_compiled(tiny: TinyRun) -> CheckResult:
+    """The compiled step has the loss and the gradient of the same step, not compiled."""
     return _compare(
-        measure_pass(build(compile=True)),
-        measure_pass(build()),
+        measure_pass(tiny.build(compile=True)),
+        measure_pass(tiny.build()),
         "fp32",
-        "torch.compile makes another computation of the step: try a newer torch, or give --compile False; "
-        "if it was changed, look at what build_loss in parallel.py compiles",
+        "torch.compile changes the result of the step: try a newer torch, or give --compile False; in your "
+        "own change, look at what NextTokenLoss in training/compute.py compiles",
     )
 
 
-def check_precision(build: Build, precision: str) -> CheckResult:
-    """Loss and gradient in the recipe's precision against those in float32."""
+def check_precision(tiny: TinyRun, precision: str) -> CheckResult:
+    """Loss and gradient in the recipe's precision are near those in float32."""
     return _compare(
-        measure_pass(build(precision=precision)),
-        measure_pass(build()),
+        measure_pass(tiny.build(precision=precision)),
+        measure_pass(tiny.build()),
         precision,
         f"something is rounded to {precision} that must stay in float32: sums, layer norms, the softmax, the "
-        "loss (loss.py), the weights themselves (parallel.py); or this device computes it badly: try "
-        "--precision fp32",
+        "loss (model/loss.py), the weights themselves (training/compute.py); or this device computes it "
+        "inaccurately: try --precision fp32",
     )
 
 
-def _compare(found: Step, expected: Step, precision: str, cause: str) -> CheckResult:
+def _compare(found: MeasuredStep, expected: MeasuredStep, precision: str, cause: str) -> CheckResult:
     loss_bound, gradient_bound = TOLERANCES[precision]
     loss = abs(found.loss - expected.loss) / max(abs(expected.loss), 1e-9)
     gradient = compare_gradients(found.gradients, expected.gradients)
@@ -220,13 +221,20 @@ def _compare(found: Step, expected: Step, precision: str, cause: str) -> CheckRe
     )
 
 
+def check_processes(tiny: TinyRun, scratch: Path) -> CheckResult:
+    """Two processes, which communicate through gloo, take the same first steps as one."""
+    scratch.mkdir()
+    write_task(tiny.recipe, scratch)
+    run_in_two(IN_PROCESS, [str(scratch)], scratch / "logs")
+    return compare_steps(tiny.first_steps(), read_steps(scratch))
+
+
 Steps = Sequence[tuple[float, float]]
-"""Loss and gradient norm of the first steps."""
+"""(loss, gradient norm) of the first steps."""
 
 
-def check_processes(train_alone: Callable[[], Steps], train_in_two: Callable[[], Steps]) -> CheckResult:
-    """The first steps of one process against the same steps divided among two, which talk through gloo."""
-    alone, together = train_alone(), train_in_two()
+def compare_steps(alone: Steps, together: Steps) -> CheckResult:
+    """The steps of one process and of two are the same but for rounding."""
     pairs = [
         (mine, theirs)
         for one, two in zip(alone, together, strict=True)
@@ -239,24 +247,19 @@ def check_processes(train_alone: Callable[[], Steps], train_in_two: Callable[[],
         passed=off <= PROCESSES_TOLERANCE,
         measured=f"off by {off:.1e}" if math.isfinite(off) else "not finite",
         bound=f"{PROCESSES_TOLERANCE:.0e}, {len(alone)} steps",
-        cause="two processes do not take the steps that one takes (loss "
+        cause="two processes do not take the same steps as one (loss "
         f"{loss_of_two:.5f} instead of {loss:.5f}, gradient norm {norm_of_two:.5g} instead of {norm:.5g}): "
-        "gradients and nats are to be SUMMED over processes once a step, before clipping (gradients.py, "
-        "World.all_reduce), and each process has its own micro-batches (batching.py)",
+        "gradients and nats must be SUMMED over processes once a step, before clipping "
+        "(training/sharding.py, World.all_reduce), and each process computes its own micro-batches "
+        "(training/batch.py)",
         figures={"relative_difference": off},
     )
 
 
-# ---------------------------------------------------------------- is what is saved what comes back? weights, moments, step, to the bit
-
-
-STEPS = 2
-
-
-def check_saving(build: Build, folder: Path) -> CheckResult:
-    """Train a little, save into `folder`, load into another state: all that training changes is the same."""
-    saved, loaded = build(), build()
-    for _ in range(STEPS):
+def check_saving(tiny: TinyRun, folder: Path) -> CheckResult:
+    """A checkpoint loaded into another state gives the same weights, moments and step, to the bit."""
+    saved, loaded = tiny.build(), tiny.build()
+    for _ in range(SAVED_STEPS):
         step_module.train_step(saved.state, saved.training)
     written = save.save_checkpoint(saved.state, folder)
     load.load_checkpoint(loaded.state, written)
@@ -264,16 +267,16 @@ def check_saving(build: Build, folder: Path) -> CheckResult:
     parameters = len(dict(saved.state.model.named_parameters()))
     return CheckResult(
         passed=not faults,
-        measured="the same to the bit" if not faults else f"{len(faults)} differ",
+        measured="equal to the bit" if not faults else f"{len(faults)} differ",
         bound=f"{parameters} weights, moments, step",
-        cause=f"a run that is resumed would not go on as it was: {'; '.join(faults[:3])}; look at "
-        "save_checkpoint and load_checkpoint in the folder checkpoint",
+        cause=f"a resumed run would differ: {'; '.join(faults[:3])}; look at save_checkpoint and "
+        "load_checkpoint in training/checkpoint",
         figures={"differences": len(faults)},
     )
 
 
 def _compare_runs(saved: TrainState, loaded: TrainState) -> list[str]:
-    """What is not the same, in words."""
+    """The differences, for a person."""
     faults = []
     if saved.step != loaded.step:
         faults.append(f"the step is {loaded.step} instead of {saved.step}")
@@ -293,67 +296,49 @@ def _compare_runs(saved: TrainState, loaded: TrainState) -> list[str]:
     return faults
 
 
-# ---------------------------------------------------------------- one step of a set-up, looked at closely
-
-
-class Step(NamedTuple):
-    """What one step did."""
+class MeasuredStep(NamedTuple):
+    """The result of one step."""
 
     loss: float
     """Nats per token."""
     grad_norm: float
     gradients: Mapping[str, Tensor | None]
-    """By parameter, of the mean over the step's tokens, not clipped."""
+    """By parameter, of the mean over the step's tokens, before clipping."""
 
 
-def step_batch(setup: SetUp) -> Batch:
-    """All rows of the step that a set-up is at, in one batch."""
-    plan, step = setup.training.plan, setup.state.step
+def step_batch(run: RunSetup) -> Batch:
+    """All rows of the next step in one batch."""
+    plan, step = run.training.plan, run.state.step
     first, rows = plan.rows(step, 0)
-    return setup.training.data.batch(first, rows * plan.micro_batches(step))
+    return run.training.data.batch(first, rows * plan.micro_batches(step))
 
 
-class _OneBatch:
-    """The same batch again and again."""
+class GradientRecorder(Replicated):
+    """Replicated training that keeps a copy of the gradients before they are clipped."""
 
-    def __init__(self, row: Batch) -> None:
-        self._row = row
-
-    def batch(self, _first_row: int, _rows: int) -> Batch:
-        """It."""
-        return self._row
-
-
-class _RecordedReduction(Replicated):
-    """The reduction of a set-up, with a copy of what it leaves in the gradients."""
-
-    def __init__(self, setup: SetUp) -> None:
-        self._setup = setup
+    def __init__(self, model: GPT, world: World) -> None:
+        super().__init__(model, world)
         self.gradients: dict[str, Tensor | None] = {}
 
     def reduce(self, nats: Tensor, number: int, count: int) -> Tensor:
-        """As the set-up does it."""
-        total = self._setup.training.sharing.reduce(nats, number, count)
+        """As `Replicated.reduce`."""
+        total = super().reduce(nats, number, count)
         if number == count - 1:
-            named = self._setup.state.model.named_parameters()
+            named = self.model.named_parameters()
             self.gradients = {name: None if each.grad is None else each.grad.clone() for name, each in named}
         return total
 
-    def publish(self) -> None:
-        """As the set-up does it."""
-        self._setup.training.sharing.publish()
 
-
-def measure_step(setup: SetUp) -> Step:
-    """Do the step, as a run does it."""
-    recorded = _RecordedReduction(setup)
-    training = dataclasses.replace(setup.training, sharing=recorded)
-    result = step_module.train_step(setup.state, training)
-    return Step(result.loss, result.grad_norm, recorded.gradients)
+def measure_step(run: RunSetup) -> MeasuredStep:
+    """Do the step with `train_step`."""
+    recorder = GradientRecorder(run.state.model, run.world)
+    training = dataclasses.replace(run.training, sharing=recorder)
+    result = step_module.train_step(run.state, training)
+    return MeasuredStep(result.loss, result.grad_norm, recorder.gradients)
 
 
 def compare_gradients(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> float:
-    """The norm of the difference, all parameters together, as a share of the expected norm."""
+    """The norm of the difference of all parameters' gradients, relative to the norm of `expected`."""
     off = whole = 0.0
     for name, wanted in expected.items():
         given = found[name]
@@ -364,62 +349,14 @@ def compare_gradients(found: Mapping[str, Tensor | None], expected: Mapping[str,
     return float((off / max(whole, 1e-300)) ** 0.5)
 
 
-def measure_pass(setup: SetUp) -> Step:
-    """One micro-batch forward and backward, and no update."""
-    batch = setup.training.data.batch(*setup.training.plan.rows(setup.state.step, 0))
-    nats, scaler = setup.training.loss(batch.ids, batch.targets), setup.state.scaler
+def measure_pass(run: RunSetup) -> MeasuredStep:
+    """One micro-batch forward and backward, without an update."""
+    batch = run.training.data.batch(*run.training.plan.rows(run.state.step, 0))
+    nats, scaler = run.training.loss(batch.ids, batch.targets), run.state.scaler
     scaler.scale(nats / batch.targets.numel()).backward()  # type: ignore[no-untyped-call]
     gradients = {
         name: None if each.grad is None else each.grad / scaler.get_scale()
-        for name, each in setup.state.model.named_parameters()
+        for name, each in run.state.model.named_parameters()
     }
     norms = [each.norm() for each in gradients.values() if each is not None]
-    return Step(nats.item() / batch.targets.numel(), float(torch.stack(norms).norm()), gradients)
-
-
-# ---------------------------------------------------------------- two processes on this machine that run one line of python each, started as torchrun starts
-
-
-# Each keeps what it says in a file of its own: torch's agent would leave the files open that it redirects to.
-INTO_FILE = (
-    "import os, sys; log = os.open(f'{sys.argv.pop()}/{os.getpid()}', os.O_CREAT | os.O_WRONLY); "
-    "os.dup2(log, 1); os.dup2(log, 2); "
-)
-
-
-def run_in_two(line: str, words: Sequence[str], logs: Path) -> None:
-    """Run `line`, with `words` in sys.argv, in two processes that may meet through gloo.
-
-    Raises RuntimeError, with the last thing it said, if one fails. Nothing of what they say is shown; it is
-    written into the folder `logs`.
-    """
-    elastic = logging.getLogger("torch.distributed.elastic")
-    level = elastic.level
-    elastic.setLevel(logging.CRITICAL)  # what is raised says it all
-    said = logs / "said"
-    said.mkdir(parents=True)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
-    )
-    try:
-        elastic_launch(config, sys.executable)("-P", "-c", INTO_FILE + line, *words, str(said))
-    except ChildFailedError as error:
-        failures = error.failures
-        rank = min(failures, key=lambda each: (failures[each].exitcode < 0, failures[each].timestamp))
-        words_of_it = _last_words(said / str(failures[rank].pid))
-        raise RuntimeError(f"process {rank} of two failed: {words_of_it}") from None
-    finally:
-        elastic.setLevel(level)
-
-
-def _last_words(path: Path) -> str:
-    said = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-    return next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+    return MeasuredStep(nats.item() / batch.targets.numel(), float(torch.stack(norms).norm()), gradients)

@@ -1,7 +1,7 @@
-"""What general-purpose compressors reach on the same text: rivals for a model's bits per byte.
+"""Bits per byte of general-purpose compressors, to compare a model's with.
 
-A compressor is a language model that has seen only the text itself. xz that is also handed the
-training text first has seen what the model has seen: it is the fair rival. Needs no torch.
+A compressor is a language model that has seen only the text itself. xz that first compresses the training
+text has seen what the model has seen: it is the fair comparison. Needs no torch.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import gzip
 import lzma
 from typing import Any
 
-XZ_WINDOW_BYTES = 1 << 30  # so that all of the training text stays in view
+XZ_WINDOW_BYTES = 1 << 30  # the whole training text stays in the window
 
 
 def compressed_bits_per_byte(text: bytes, training_text: bytes) -> dict[str, float]:
-    """Bits per byte of `text` under gzip, bz2 and xz at their best, and under xz given `training_text`."""
+    """Bits per byte of `text` with gzip, bz2 and xz at their best, and with xz after `training_text`."""
     if not text:
         raise ValueError("there is no text to compress: the validation split is empty")
     sizes = {

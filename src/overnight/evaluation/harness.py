@@ -1,7 +1,7 @@
 """Every task of EleutherAI's lm-evaluation-harness, through its own interface for models.
 
-The harness is the optional extra lm-eval. It prints, draws bars and seeds everybody's random numbers; none of
-that reaches the caller.
+The harness is the optional extra lm-eval. It prints, draws progress bars and seeds all random generators;
+none of that reaches the caller.
 """
 
 from __future__ import annotations
@@ -25,39 +25,52 @@ import torch
 
 from overnight.evaluation.passages import Passage, SpanResult, cut_windows, evaluate_passages
 from overnight.generation import SamplingConfig
-from overnight.generation.generate import Decoding, TextWriter, stream_ids
+from overnight.generation.generate import Decoding, complete
 from overnight.model.gpt import GPT
 from overnight.terminal import progress
 from overnight.tokenizer.tokenizer import Tokenizer
 from overnight.training.compute import autocast
 
-DEFAULT_NEW_TOKENS = 256  # of the harness's own HFLM, where a task says nothing
-WISHES = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "num_beams"})
+DEFAULT_NEW_TOKENS = 256  # of the harness's own HFLM, for a task that does not set it
+GENERATION_SETTINGS = frozenset(
+    {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "num_beams"}
+)
+TOKENS_AT_ONCE = 8192  # prompts and completions: 600 MB for a GPT-2 124M
+EMPTY_SPAN = SpanResult(0.0, True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessScore:
-    """One metric of one task, or of a group of tasks, as the harness states it."""
+    """One metric of one task, or of a group of tasks, as the harness reports it."""
 
     task: str
     metric: str
-    """acc, acc_norm, word_perplexity; with the filter's name behind a comma where there is one."""
+    """acc, acc_norm, word_perplexity; with the filter's name after a comma if there is one."""
     value: float
     standard_error: float | None
     samples: int
-    """Questions or texts that were judged."""
+    """Number of questions or texts."""
 
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f"   standard error {self.standard_error:.4f}"
         return f"{self.task}  {self.metric:<20}{self.value:.4f}{error}   {self.samples:,} samples"
 
 
+@dataclass(frozen=True)
+class GenerationRequest:
+    """How a prompt is to be completed."""
+
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    sampling: SamplingConfig
+
+
 def check_harness(names: Sequence[str], folder: Path | None = None) -> None:
-    """Raise ValueError if the harness is not installed, or does not know one of `names`, nor `folder` it.
+    """Raise ValueError if the harness is not installed, or if neither it nor `folder` has one of `names`.
 
     A name is a task's, a group's or a tag's.
     """
-    with _undisturbed():
+    with _isolated():
         _find_tasks(names, folder)
 
 
@@ -69,94 +82,93 @@ def harness_scores(
     folder: Path | None = None,
     limit: int | None = None,
 ) -> list[HarnessScore]:
-    """Every metric of the named tasks and groups, in their order, each as the harness computes it.
+    """Every metric of the named tasks and groups, in their order, as the harness computes them.
 
-    `folder` holds further tasks as YAML files; `limit` is how many samples of each task, None for all. Raises
-    ValueError as `check_harness` does, and for a task that can't be had or asked on this machine.
+    `folder` has further tasks as YAML files; `limit` is the number of samples of each task, None for all.
+    Raises ValueError as `check_harness` does, and for a task whose data or requests are not available here.
     """
     terminal = sys.stderr
-    with _undisturbed():
+    with _isolated():
         index = _find_tasks(names, folder)
         from lm_eval.evaluator import evaluate
 
-        asked: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
+        loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
         for name in names:
             for kind, found in _load(name, index).items():
-                asked.setdefault(kind, {}).update(found)
-        _seed(asked["tasks"].values())
+                loaded[kind].update(found)
+        _seed(loaded["tasks"].values())
         lm = build_lm(EvalHarnessLM(model, tokenizer, precision), terminal)
-        results = evaluate(lm, asked, limit=limit, log_samples=False)
+        results = evaluate(lm, loaded, limit=limit, log_samples=False)
     return list(_scores({**results["results"], **results.get("groups", {})}))
 
 
-def build_lm(answers: EvalHarnessLM, terminal: TextIO | None = None) -> Any:
-    """The harness's model interface, `lm_eval.api.model.LM`, to `answers`; bars are drawn on `terminal`."""
+def build_lm(ours: EvalHarnessLM, terminal: TextIO | None = None) -> Any:
+    """`ours` as the harness's `lm_eval.api.model.LM`; progress bars are drawn on `terminal`."""
     from lm_eval.api.model import LM
 
     class OvernightLM(LM):  # type: ignore[misc]  # the harness has no types
-        """One process, which hands the harness's requests on."""
+        """Passes the harness's requests on."""
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            """Of each (context, continuation): its log-likelihood, and whether it is greedy decoding's."""
+            """Of each (context, continuation): its log-likelihood, and whether it is greedy."""
             with redirect_stderr(terminal or sys.stderr):
-                found = answers.likelihoods([request.args for request in requests])
-            return [(-scored.nats, scored.is_greedy) for scored in found]
+                found = ours.likelihoods([request.args for request in requests])
+            return [(-span.nats, span.is_greedy) for span in found]
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
             """Of each text: its log-likelihood after an end of text."""
             with redirect_stderr(terminal or sys.stderr):
-                return [-nats for nats in answers.rolling([request.args[0] for request in requests])]
+                return [-nats for nats in ours.rolling([request.args[0] for request in requests])]
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            """The completion of each prompt, as its task wishes it."""
+            """The completion of each prompt."""
             with redirect_stderr(terminal or sys.stderr):
-                return answers.completions(
-                    [(prompt, _wish(own)) for prompt, own in (r.args for r in requests)]
+                return ours.completions(
+                    [(prompt, parse_request(settings)) for prompt, settings in (r.args for r in requests)]
                 )
 
     return OvernightLM()
 
 
-def _wish(asked: Mapping[str, Any]) -> GenerationRequest:
-    """What a task's `generation_kwargs` ask for. Raises ValueError for what is not done here."""
+def parse_request(settings: Mapping[str, Any]) -> GenerationRequest:
+    """A task's `generation_kwargs`. Raises ValueError for settings that are not supported."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    wanted = dict(normalize_gen_kwargs(dict(asked), DEFAULT_NEW_TOKENS))
-    strange = [f"{name}={value}" for name, value in wanted.items() if name not in WISHES]
-    if wanted.get("num_beams", 1) != 1:
-        strange.append(f"num_beams={wanted['num_beams']}")
-    if strange:
+    values = dict(normalize_gen_kwargs(dict(settings), DEFAULT_NEW_TOKENS))
+    unsupported = [f"{name}={value}" for name, value in values.items() if name not in GENERATION_SETTINGS]
+    if values.get("num_beams", 1) != 1:
+        unsupported.append(f"num_beams={values['num_beams']}")
+    if unsupported:
         raise ValueError(
-            f"a task of lm-eval asks for completions with {', '.join(strange)}, which is not done here"
+            f"a task of lm-eval needs completions with {', '.join(unsupported)}, which is not supported"
         )
     sampling = SamplingConfig(temperature=0.0)
-    if wanted["do_sample"]:
+    if values["do_sample"]:
         sampling = SamplingConfig(
-            temperature=float(wanted.get("temperature", 1.0)),
-            top_k=wanted.get("top_k") or None,
-            top_p=wanted.get("top_p"),
+            temperature=float(values.get("temperature", 1.0)),
+            top_k=values.get("top_k") or None,
+            top_p=values.get("top_p"),
         )
-    return GenerationRequest(
-        wanted["max_gen_toks"], tuple(stop for stop in wanted["until"] if stop), sampling
-    )
+    stop = tuple(text for text in values["until"] if text)
+    return GenerationRequest(values["max_gen_toks"], stop, sampling)
 
 
 def _load(name: str, index: Any) -> dict[str, dict[str, Any]]:
-    """The tasks and groups of a name, their data read."""
+    """The tasks and groups of a name, with their data."""
     try:
         found = index.load([name])
-    except Exception as error:  # whatever a task's own code, its packages or the network come to
+    except Exception as error:  # from a task's own code, its packages or the network
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"lm-eval's task {name} can't be made ready ({reason}): most tasks fetch their data from Hugging "
-            "Face once, so run it where there is a network, or name with --task-files a folder with a YAML "
-            "file of a task over local files"
+            f"lm-eval's task {name} cannot be loaded ({reason}): most tasks download their data from Hugging "
+            "Face once, so run it with a network, or name with --task-files a folder with a YAML file of a "
+            "task over local files"
         ) from None
     return {"tasks": found["tasks"], "groups": found["groups"]}
 
 
 def _seed(tasks: Iterable[Any]) -> None:
-    """What `simple_evaluate` does first: as many examples as each task says, and the harness's own seeds."""
+    """What `simple_evaluate` does first: each task's number of examples, and the harness's own seeds."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     random.seed(DEFAULT_RANDOM_SEED)
@@ -169,16 +181,16 @@ def _seed(tasks: Iterable[Any]) -> None:
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[HarnessScore]:
-    """The harness's table: `metric,filter` -> value, and `metric_stderr,filter` -> its standard error."""
+    """From the harness's table: `metric,filter` -> value, `metric_stderr,filter` -> standard error."""
     for task, values in results.items():
         for key, value in values.items():
-            metric, comma, chosen = key.partition(",")
+            metric, comma, name = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
-            error = values.get(f"{metric}_stderr,{chosen}")
+            error = values.get(f"{metric}_stderr,{name}")
             yield HarnessScore(
                 task=task,
-                metric=metric if chosen == "none" else key,
+                metric=metric if name == "none" else key,
                 value=float(value),
                 standard_error=float(error) if isinstance(error, (int, float)) else None,
                 samples=values["sample_len"],
@@ -186,10 +198,10 @@ def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[HarnessScore]:
 
 
 def _find_tasks(names: Sequence[str], folder: Path | None) -> Any:
-    """The harness's TaskManager, which knows all of `names`; the errors of `check_harness`.
+    """The harness's TaskManager, with all of `names`; errors as in `check_harness`.
 
-    To read all of its 14,000 files takes it ten seconds. To search them for single tasks, and to read no more
-    than the folders that speak of them, takes two.
+    Indexing all of its 14,000 files takes ten seconds. Searching them for the names, and indexing only the
+    folders that mention one, takes two.
     """
     specification = importlib.util.find_spec("lm_eval")
     if specification is None or specification.origin is None:
@@ -198,29 +210,29 @@ def _find_tasks(names: Sequence[str], folder: Path | None) -> Any:
             "tasks that begin with lm-eval:"
         )
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}, in which to look for tasks of lm-eval")
+        raise ValueError(f"there is no folder {folder} with tasks of lm-eval")
     from lm_eval.tasks import TaskManager
 
     own = [] if folder is None else [folder]
     root = Path(specification.origin).parent / "tasks"
-    spoken = re.compile(rf"(?<![\w.-])(?:{'|'.join(map(re.escape, names))})(?![\w.-])")
-    found = {path for path in root.rglob("*.yaml") if spoken.search(path.read_text(encoding="utf-8"))}
-    # Of two that define a name the first in alphabetical order counts, and here the last.
+    mention = re.compile(rf"(?<![\w.-])(?:{'|'.join(map(re.escape, names))})(?![\w.-])")
+    found = {path for path in root.rglob("*.yaml") if mention.search(path.read_text(encoding="utf-8"))}
+    # Of two files that define a name, the default index takes the first, and include_path the last.
     folders = sorted({root / path.relative_to(root).parts[0] for path in found}, reverse=True)
     index = TaskManager(include_defaults=False, include_path=[*folders, *own])
-    if not set(names) <= set(index.all_subtasks):  # groups and tags gather tasks from anywhere
+    if not set(names) <= set(index.all_subtasks):  # groups and tags have tasks from any folder
         index = TaskManager(include_path=own)
     for name in names:
         if name not in index.task_index:
             near = difflib.get_close_matches(name, index.all_tasks, n=1, cutoff=0.5)
-            remedy = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists what there is"
-            raise ValueError(f"lm-eval knows no task {name}; {remedy}")
+            remedy = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists all tasks"
+            raise ValueError(f"lm-eval has no task {name}; {remedy}")
     return index
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Within, nothing is shown, and warnings are not heard; afterwards all random numbers go on as before."""
+def _isolated() -> Iterator[None]:
+    """Within, nothing is printed and no warning shown; afterwards all random states are restored."""
     states = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
@@ -235,134 +247,104 @@ def _undisturbed() -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-# ---------------------------------------------------------------- a model asked in text
-
-
-TOKENS_AT_ONCE = 8192  # of prompts and completions together: their memory takes 600 MB of a GPT-2 124M
-NOTHING = SpanResult(0.0, True)
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """How a prompt is to be completed."""
-
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    sampling: SamplingConfig
-
-
 @dataclass(frozen=True)
 class EvalHarnessLM:
-    """What a model with its tokenizer answers, in the order of the questions."""
+    """A model's results for the harness's requests, in their order."""
 
     model: GPT
     tokenizer: Tokenizer
     precision: str
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[SpanResult]:
-        """Of each (context, continuation) the continuation's nats, and whether greedy decoding writes it.
+        """Of each (context, continuation) the continuation's nats, and whether it is greedy.
 
-        The first tokens of a context that is too long are left out; an empty one is the end of text. Raises
-        ValueError for a continuation that the model can't read at once.
+        The first ids of a context that is too long are dropped; an empty one becomes the end of text. Raises
+        ValueError for a continuation longer than the model's context.
         """
         context_length = self.model.config.context_length
+        contexts = self.tokenizer.encode_batch([context.rstrip() for context, _ in pairs])
+        wholes = self.tokenizer.encode_batch([context + continuation for context, continuation in pairs])
         passages: list[Passage] = []
-        for context, continuation in self._encode(pairs):
+        for context, whole in zip(contexts, wholes, strict=True):
+            # The spaces that end a context belong to the first id of the continuation.
+            continuation = whole[len(context) :].tolist()
             if len(continuation) > context_length:
                 raise ValueError(
                     f"a continuation of {len(continuation):,} tokens does not fit the model's context of "
-                    f"{context_length:,}: leave this task out, or take a model with a longer context"
+                    f"{context_length:,}: leave this task out, or use a model with a longer context"
                 )
-            passages.append(Passage((context + continuation)[-context_length - 1 :], len(continuation)))
-        return self._judge(passages)
+            ids = (context.tolist() or [self.tokenizer.end_of_text]) + continuation
+            passages.append(Passage(ids[-context_length - 1 :], len(continuation)))
+        return self._evaluate(passages)
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
-        """The nats of each whole text after an end of text: in windows, each token judged once."""
+        """The nats of each whole text after an end of text, in windows without overlap."""
         context_length = self.model.config.context_length
         windows = [
             list(cut_windows([self.tokenizer.end_of_text, *ids.tolist()], context_length))
             for ids in self.tokenizer.encode_batch(texts)
         ]
-        judged = iter(self._judge(list(chain.from_iterable(windows))))
-        return [sum(scored.nats for scored in islice(judged, len(each))) for each in windows]
+        spans = iter(self._evaluate(list(chain.from_iterable(windows))))
+        return [sum(span.nats for span in islice(spans, len(each))) for each in windows]
 
     def completions(self, prompts: Sequence[tuple[str, GenerationRequest]]) -> list[str]:
         """What follows each prompt, up to its first stop string, the end of text or `max_new_tokens`.
 
-        The first tokens of a prompt that leaves no room for so many are left out. Raises ValueError for a
-        wish that leaves no room for any prompt.
+        The first ids of a prompt that is too long are dropped. Raises ValueError for a request that leaves no
+        room for a prompt.
         """
         found: dict[int, str] = {}
         ids = self.tokenizer.encode_batch([prompt for prompt, _ in prompts])
         with progress("completions", len(prompts), "texts") as advance:
-            for wish in dict.fromkeys(wish for _, wish in prompts):
-                room = self._room(wish)
+            for request in dict.fromkeys(request for _, request in prompts):
+                room = self._prompt_room(request)
                 rows = {
-                    place: ids[place].tolist()[-room:]
-                    for place, (_, own) in enumerate(prompts)
-                    if own == wish
+                    index: ids[index].tolist()[-room:]
+                    for index, (_, own) in enumerate(prompts)
+                    if own == request
                 }
-                for first_row, places in _batches(rows, wish.max_new_tokens):
-                    texts = self._complete([rows[place] for place in places], wish, first_row)
-                    found |= zip(places, texts, strict=True)
-                    advance(len(places))
-        return [found[place] for place in range(len(prompts))]
+                for first_row, batch in _batches(rows, request.max_new_tokens):
+                    texts = self._complete([rows[index] for index in batch], request, first_row)
+                    found |= zip(batch, texts, strict=True)
+                    advance(len(batch))
+        return [found[index] for index in range(len(prompts))]
 
-    def _encode(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[int]]]:
-        """Each as ids. Blanks that end a context belong to the token that begins the continuation."""
-        contexts = self.tokenizer.encode_batch([context.rstrip() for context, _ in pairs])
-        wholes = self.tokenizer.encode_batch([context + continuation for context, continuation in pairs])
-        for context, whole in zip(contexts, wholes, strict=True):
-            yield context.tolist() or [self.tokenizer.end_of_text], whole[len(context) :].tolist()
-
-    def _judge(self, passages: Sequence[Passage]) -> list[SpanResult]:
-        """All of them, with a bar. A passage of which nothing is judged takes no nats."""
-        found = [NOTHING] * len(passages)
-        judged = [place for place, passage in enumerate(passages) if passage.scored]
-        asked = [passages[place] for place in judged]
-        with progress("likelihoods", len(asked), "rows") as advance:
-            for place, scored in evaluate_passages(self.model, asked, self.precision):
-                found[judged[place]] = scored
+    def _evaluate(self, passages: Sequence[Passage]) -> list[SpanResult]:
+        """All passages, with a progress bar. A passage without targets has no nats."""
+        results = [EMPTY_SPAN] * len(passages)
+        indices = [index for index, passage in enumerate(passages) if passage.scored]
+        with progress("likelihoods", len(indices), "rows") as advance:
+            scored = [passages[index] for index in indices]
+            for number, span in evaluate_passages(self.model, scored, self.precision):
+                results[indices[number]] = span
                 advance()
-        return found
+        return results
 
-    def _room(self, wish: GenerationRequest) -> int:
-        """How many ids a prompt may have."""
-        room = self.model.config.context_length - wish.max_new_tokens
+    def _prompt_room(self, request: GenerationRequest) -> int:
+        """Most ids of a prompt."""
+        room = self.model.config.context_length - request.max_new_tokens
         if room < 1:
             raise ValueError(
-                f"a completion of {wish.max_new_tokens:,} tokens leaves no room for a prompt in the model's "
-                f"context of {self.model.config.context_length:,}: leave this task out"
+                f"a completion of {request.max_new_tokens:,} tokens leaves no room for a prompt in the "
+                f"model's context of {self.model.config.context_length:,}: leave this task out"
             )
         return room
 
-    def _complete(self, rows: Sequence[list[int]], wish: GenerationRequest, first_row: int) -> list[str]:
-        """The text that follows each row of ids, all written at once."""
+    def _complete(self, rows: Sequence[list[int]], request: GenerationRequest, first_row: int) -> list[str]:
+        """The text that follows each row of ids, in one batch."""
         decoding = Decoding(
-            max_new_tokens=wish.max_new_tokens,
-            sampling=wish.sampling,
-            end_of_text=self.tokenizer.end_of_text,
-            vocab_size=self.tokenizer.vocab_size,
-            first_row=first_row,
+            max_new_tokens=request.max_new_tokens, sampling=request.sampling, first_row=first_row
         )
-        writers = [TextWriter(self.tokenizer, wish.stop) for _ in rows]
-        texts = ["" for _ in rows]
-
-        def ends(row: int, token: int) -> bool:
-            texts[row] += writers[row].write(token)
-            return writers[row].stopped
-
         with autocast(self.model.wte.weight.device.type, self.precision):
-            for _ in stream_ids(self.model, rows, decoding, ends):
-                pass
-        return [text + writer.finish() for text, writer in zip(texts, writers, strict=True)]
+            completions = complete(self.model, self.tokenizer, rows, decoding, request.stop)
+        return [completion.text for completion in completions]
 
 
-def _batches(rows: Mapping[int, Sequence[int]], new: int) -> Iterator[tuple[int, list[int]]]:
-    """Places of rows about as long, TOKENS_AT_ONCE together at most, and how many rows came before them."""
-    order = sorted(rows, key=lambda place: (-len(rows[place]), place))
+def _batches(rows: Mapping[int, Sequence[int]], new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    """Indices of rows of similar length, at most TOKENS_AT_ONCE, and the number of rows before them."""
+    order = sorted(rows, key=lambda index: (-len(rows[index]), index))
     first = 0
     while first < len(order):
-        fitting = max(1, TOKENS_AT_ONCE // (len(rows[order[first]]) + new))
-        yield first, order[first : first + fitting]
-        first += fitting
+        count = max(1, TOKENS_AT_ONCE // (len(rows[order[first]]) + new_tokens))
+        yield first, order[first : first + count]
+        first += count

@@ -1,7 +1,8 @@
-"""A model's loss on prepared text, with its interval."""
+"""A model's loss on the validation split of prepared text."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,16 @@ from overnight.data.dataset import Dataset, MixtureDataset, open_dataset
 from overnight.data.loader import Batch
 from overnight.data.mixture import Concatenation
 from overnight.distributed.world import World
-from overnight.evaluation.passages import cut_windows
+from overnight.evaluation.passages import cut_windows, evaluate_passages
 from overnight.evaluation.perplexity import (
     TextLoss,
     count_characters,
     evaluation_rows,
     measure_language_model,
 )
-from overnight.evaluation.references import VALIDATION_LOSSES, PublishedResult
-from overnight.evaluation.run_tasks import gather
-from overnight.evaluation.tasks import evaluate_task
+from overnight.evaluation.references import VALIDATION_LOSSES
+from overnight.evaluation.scores import Score, score_text
+from overnight.evaluation.tasks import Numbers, gather_results
 from overnight.model.gpt import GPT
 from overnight.preparation.prepare import ensure_prepared
 from overnight.terminal import progress
@@ -34,89 +35,87 @@ METRICS = ("nats_per_token", "perplexity_per_token", "bits_per_byte", "bits_per_
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """The text to be judged on, and how."""
+    """The text, and how it is evaluated."""
 
     dataset: Dataset | MixtureDataset
     tokens: int | None
-    """How many; all if None."""
+    """Number of tokens; all if None."""
     stride: int | None
-    """How many new ids each window judges; None judges a window's all."""
+    """New ids of each window; a whole context, and no overlap, if None."""
 
-    def references(self) -> tuple[PublishedResult, ...]:
-        """What others reached on text of this source, in tokens of this tokenizer."""
-        record = self.dataset.record()
-        known = VALIDATION_LOSSES.get(str(record.get("source")), ())
-        return known if self.dataset.tokenizer.name == "gpt2" else ()
+    def check_tokenizer(self, tokenizer: Tokenizer, model: str, folder: Path) -> None:
+        """Raise ValueError unless the text is encoded with the model's tokenizer, which is in `folder`."""
+        own = self.dataset.tokenizer
+        if own.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"{model} uses the tokenizer {tokenizer.name}, but {self.dataset.folder} is encoded with "
+                f"{own.name}: prepare that text with --tokenizer {folder}"
+            )
+
+    def measure(self, model: GPT, precision: str, world: World) -> TextLoss:
+        """The nats of the text, the same in all processes, with a progress bar."""
+        dataset = self.dataset
+        stream = dataset.stream("validation", model.config.context_length, seed=0)
+        with progress("validation", self.tokens or stream.tokens - 1, "tokens") as advance:
+            if self.stride is not None:
+                return self._measure_windows(model, precision, world, advance)
+
+            def counted() -> Iterator[Batch]:
+                for batch in stream.evaluation_batches(evaluation_rows(model), self.tokens):
+                    yield batch
+                    advance(batch.targets.numel())
+
+            token_bytes, separator = dataset.tokenizer.token_bytes(), dataset.document_separator
+            return measure_language_model(model, counted(), token_bytes, precision, separator, world)
+
+    def score(self, loss: TextLoss, baseline: TextLoss | None = None) -> list[Score]:
+        """The loss in all units, with published results on text of the same source and tokenizer."""
+        kind = "pieces" if self.stride is None else "windows"
+        first, *others = score_text("validation", METRICS, loss, baseline, kind)
+        if self.dataset.tokenizer.name != "gpt2":
+            return [first, *others]
+        published = VALIDATION_LOSSES.get(str(self.dataset.record().get("source")), ())
+        return [dataclasses.replace(first, references=published), *others]
+
+    def _measure_windows(
+        self, model: GPT, precision: str, world: World, advance: Callable[[int], None]
+    ) -> TextLoss:
+        """The same with overlapping windows, which do not cross the texts of a mixture."""
+        context_length = model.config.context_length
+        texts = list(self._read_texts(context_length))
+        windows = [window for ids in texts for window in cut_windows(ids, context_length, self.stride)]
+        own: list[tuple[int, Numbers]] = []
+        for index, result in evaluate_passages(model, windows, precision, world):
+            own.append((index, result))
+            advance(windows[index].scored * world.size)
+        targets = np.concatenate([ids[1:] for ids in texts])
+        token_bytes = self.dataset.tokenizer.token_bytes()
+        return TextLoss(
+            nats=tuple(numbers[0] for numbers in gather_results(own, world)),
+            tokens=tuple(window.scored for window in windows),
+            units={
+                "byte": int(np.array(list(map(len, token_bytes)))[targets].sum()),
+                "character": int(np.array(count_characters(token_bytes))[targets].sum()),
+            },
+        )
+
+    def _read_texts(self, tokens_per_row: int) -> Iterator[NDArray[np.int64]]:
+        """The ids of the validation split in their own order; of a mixture, of each part."""
+        stream = self.dataset.stream("validation", tokens_per_row, seed=0)
+        if isinstance(stream, Concatenation):
+            parts = list(zip(stream.streams, stream.evaluation_tokens(self.tokens), strict=True))
+        else:
+            parts = [(stream, self.tokens)]
+        for part, count in parts:
+            batches = list(part.evaluation_batches(1, count))
+            yield np.concatenate([batches[0].ids[0, :1], *(batch.targets[0] for batch in batches)])
 
 
 def open_validation_set(config: DataConfig, tokens: int | None, stride: int | None) -> ValidationSet:
-    """The held-out split of prepared text. Raises ValueError for a stride where documents stand alone."""
+    """The validation split of prepared text. Raises ValueError for a stride with packing=documents."""
     dataset = open_dataset(ensure_prepared(config))
     if stride is not None and dataset.document_separator is not None:
         raise ValueError(
-            "--stride does not go with packing=documents, where documents stand by themselves: leave it out"
+            "--stride cannot be used with packing=documents, where no window crosses documents: leave it out"
         )
     return ValidationSet(dataset, tokens, stride)
-
-
-def check_same_tokenizer(held_out: ValidationSet, tokenizer: Tokenizer, model: str, folder: Path) -> None:
-    """Raise ValueError unless the text is written with the model's tokenizer, which lies in `folder`."""
-    dataset = held_out.dataset
-    if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise ValueError(
-            f"{model} reads {tokenizer.name}, but {dataset.folder} is written with the "
-            f"tokenizer {dataset.tokenizer.name}: prepare that text with --tokenizer {folder}"
-        )
-
-
-def measure_validation(held_out: ValidationSet, model: GPT, precision: str, world: World) -> TextLoss:
-    """The nats of its tokens, by pieces, with a bar; the same in all processes."""
-    dataset, wanted = held_out.dataset, held_out.tokens
-    stream = dataset.stream("validation", model.config.context_length, seed=0)
-    with progress("validation", wanted or stream.tokens - 1, "tokens") as advance:
-        if held_out.stride is not None:
-            return _measure_windows(held_out, model, precision, world, advance)
-
-        def shown() -> Iterator[Batch]:
-            for batch in stream.evaluation_batches(evaluation_rows(model), wanted):
-                yield batch
-                advance(batch.targets.numel())
-
-        token_bytes = dataset.tokenizer.token_bytes()
-        return measure_language_model(
-            model, shown(), token_bytes, precision, dataset.document_separator, world
-        )
-
-
-def _measure_windows(
-    held_out: ValidationSet, model: GPT, precision: str, world: World, advance: Callable[[int], None]
-) -> TextLoss:
-    """The same with a stride: each window knows what stands before it; of several texts, each by itself."""
-    texts = list(_read_texts(held_out, model.config.context_length))
-    passages = [
-        passage for ids in texts for passage in cut_windows(ids, model.config.context_length, held_out.stride)
-    ]
-    mine = []
-    for place, numbers in evaluate_task(model, passages, precision, world):
-        mine.append((place, numbers))
-        advance(passages[place].scored * world.size)
-    targets = np.concatenate([ids[1:] for ids in texts])
-    token_bytes = held_out.dataset.tokenizer.token_bytes()
-    return TextLoss(
-        nats=tuple(numbers[0] for numbers in gather(mine, world)),
-        tokens=tuple(passage.scored for passage in passages),
-        units={
-            "byte": int(np.array([len(token_bytes) for token_bytes in token_bytes])[targets].sum()),
-            "character": int(np.array(count_characters(token_bytes))[targets].sum()),
-        },
-    )
-
-
-def _read_texts(held_out: ValidationSet, tokens_per_row: int) -> Iterator[NDArray[np.int64]]:
-    """The ids of the held-out split in its own order; of a mixture, of each part."""
-    stream, wanted = held_out.dataset.stream("validation", tokens_per_row, seed=0), held_out.tokens
-    streams = stream.streams if isinstance(stream, Concatenation) else (stream,)
-    counts = stream.evaluation_tokens(wanted) if isinstance(stream, Concatenation) else [wanted]
-    for each, count in zip(streams, counts, strict=True):
-        batches = list(each.evaluation_batches(1, count))
-        yield np.concatenate([batches[0].ids[0, :1], *(batch.targets[0] for batch in batches)])

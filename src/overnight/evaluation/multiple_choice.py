@@ -1,9 +1,9 @@
-"""Multiple choice: the nats of each ending after its context, the context read once for all of its endings.
+"""Multiple choice: the nats of each ending after its context, the context read once for all endings.
 
-A row is a tree: the context, then the endings one after the other, each of which looks at the context and at
-itself, and counts its positions from the context's end. Rows of about the same length go together.
+A row is a tree: the context, then the endings one after the other. Each ending attends to the context and to
+itself, and its positions continue the context's. Rows of similar length form a batch.
 
-Shapes: B rows, T positions of a row, C channels, N tokens that count.
+Shapes: B rows, T positions of a row, C channels, N positions that predict a target, M targets.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.evaluation.passages import batches_by_length, padded
 from overnight.model.gpt import GPT, eval_mode
 from overnight.training.compute import autocast
 
-# On a CPU as much as its caches hold, which also pads little.
+# On a CPU as much as its caches hold, which also needs little padding.
 TOKENS_AT_ONCE = 512  # padding included
 IDS_AT_ONCE = 2048  # of the vocabulary: a quarter less time than with all logits of a position at once
 GPU_TOKENS_AT_ONCE = 8192
-GPU_SHAPE = 8  # a GPU's rows are padded to a multiple of so many tokens, for even tiles
+GPU_LENGTH_MULTIPLE = 8
+
+ACCURACIES = ("accuracy_per_token", "accuracy_per_character", "accuracy_by_sum")
+"""Per token is build-nanogpt's, per character lm-eval's acc_norm, by sum the plain accuracy of both."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class BatchLimits:
     ids: int
     """Of the vocabulary."""
     multiple: int
-    """Rows are padded to a multiple of so many tokens."""
+    """Row lengths are padded to a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -46,211 +50,168 @@ class Choice:
     context: tuple[int, ...]
     endings: tuple[tuple[int, ...], ...]
     characters: tuple[int, ...]
-    """Of each ending's text, the blank before it not counted."""
+    """Of each ending's text, without the space before it."""
     answer: int
-    """The number of the right ending."""
+    """Index of the correct ending."""
     leads: tuple[tuple[int, ...], ...] = ()
-    """Of each ending what is read between the context and it, and is not judged; () where nothing is."""
+    """Ids between the context and each ending, which are read but not scored; () if there are none."""
 
-    def branch(self, number: int) -> tuple[int, ...]:
-        """What follows the context: a lead, if there is one, and the ending."""
-        return (self.leads[number] if self.leads else ()) + self.endings[number]
+    def branch(self, index: int) -> tuple[int, ...]:
+        """The ids after the context: the lead, if there is one, and the ending."""
+        return (self.leads[index] if self.leads else ()) + self.endings[index]
 
-
-@dataclass(frozen=True)
-class ChoiceResult:
-    """What a model makes of one question."""
-
-    nats: tuple[float, ...]
-    """Of each ending, all its tokens together: what is smallest is likeliest."""
-    choice: Choice
-
-    def likeliest(self, lengths: Sequence[float]) -> int:
-        """The ending with the fewest nats for its length; the first of several."""
-        means = [nats / length for nats, length in zip(self.nats, lengths, strict=True)]
+    def predict(self, nats: Sequence[float], metric: str) -> int:
+        """Index of the most likely ending by one of ACCURACIES; the first of equals."""
+        lengths: Sequence[int] = [1] * len(nats)
+        if metric == "accuracy_per_token":
+            lengths = [len(ending) for ending in self.endings]
+        elif metric == "accuracy_per_character":
+            lengths = self.characters
+        means = [each / length for each, length in zip(nats, lengths, strict=True)]
         return means.index(min(means))
-
-    @property
-    def by_sum(self) -> bool:
-        """True if the right ending is the likeliest as a whole."""
-        return self.likeliest([1.0] * len(self.nats)) == self.choice.answer
-
-    @property
-    def by_token(self) -> bool:
-        """True if it is the likeliest per token: build-nanogpt's accuracy."""
-        return self.likeliest([len(ending) for ending in self.choice.endings]) == self.choice.answer
-
-    @property
-    def by_character(self) -> bool:
-        """True if it is the likeliest per character: lm-eval's acc_norm."""
-        return self.likeliest(self.choice.characters) == self.choice.answer
 
 
 @dataclass(frozen=True)
 class PackedQuestion:
     """A row: a context and some of its endings."""
 
-    place: int
-    """Of the question."""
+    question: int
+    """Index of the question."""
     context: tuple[int, ...]
     endings: tuple[int, ...]
-    """Their numbers."""
+    """Their indices."""
     choice: Choice
 
     @property
     def parts(self) -> list[tuple[int, ...]]:
-        """What is read after the context: the branches without their last tokens, which are only targets."""
-        return [self.choice.branch(number)[:-1] for number in self.endings]
+        """The ids after the context: the branches without their last ids, which are only targets."""
+        return [self.choice.branch(index)[:-1] for index in self.endings]
 
     def __len__(self) -> int:
         return len(self.context) + sum(map(len, self.parts))
 
 
 class TreeMask:
-    """What the rows' positions are, and who may look at whom: the model's cache protocol, in one call."""
+    """Positions and attention mask of packed rows, as the model's cache protocol."""
 
-    def __init__(self, trees: Sequence[PackedQuestion], length: int, device: torch.device) -> None:
-        positions = torch.zeros(len(trees), length, dtype=torch.long)
-        branches = torch.full((len(trees), length), -1)  # of the padding, which looks at itself alone
-        for row, tree in enumerate(trees):
-            end = len(tree.context)
-            positions[row, :end] = torch.arange(end)
-            branches[row, :end] = 0
-            for branch, part in enumerate(tree.parts, start=1):
+    def __init__(self, rows: Sequence[PackedQuestion], length: int, device: torch.device) -> None:
+        positions = torch.zeros(len(rows), length, dtype=torch.long)
+        branches = torch.full((len(rows), length), -1)  # padding attends only to padding
+        for number, row in enumerate(rows):
+            end = len(row.context)
+            positions[number, :end] = torch.arange(end)
+            branches[number, :end] = 0
+            for branch, part in enumerate(row.parts, start=1):
                 start, end = end, end + len(part)
-                positions[row, start:end] = len(tree.context) + torch.arange(len(part))
-                branches[row, start:end] = branch
+                positions[number, start:end] = len(row.context) + torch.arange(len(part))
+                branches[number, start:end] = branch
         self._positions_BT, branches_BT = positions.to(device), branches.to(device)
         same = branches_BT[:, :, None] == branches_BT[:, None, :]
         of_context = (branches_BT == 0)[:, None, :] & (branches_BT > 0)[:, :, None]
-        before = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        self._mask = ((same | of_context) & before)[:, None]
+        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        self._mask = ((same | of_context) & causal)[:, None]
 
     def positions(self, length: int) -> Tensor:
-        """(B, T): an ending goes on where its context ends."""
+        """(B, T): an ending's positions continue its context's."""
         return self._positions_BT[:, :length]
 
     def append(self, _layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Nothing is remembered; the mask is bool (B, 1, T, T)."""
+        """Stores nothing; the mask is bool (B, 1, T, T)."""
         return k_BHTD, v_BHTD, self._mask
 
 
 @torch.no_grad()
 def evaluate_choices(
     model: GPT, choices: Sequence[Choice], precision: str = "fp32", world: World = SINGLE_PROCESS
-) -> Iterator[tuple[int, ChoiceResult]]:
-    """Every question's place and what comes of it, in batches of questions that are about as long.
+) -> Iterator[tuple[int, tuple[float, ...]]]:
+    """Yield (index, nats of each ending) of every question, in batches of similar length.
 
-    The first tokens of a context that is too long for the model are left out. Questions are divided among
-    the processes of `world`, each of which yields its own. Raises ValueError for an ending that leaves no
-    room for a token before it.
+    The first ids of a context that is too long for the model are dropped. Questions are divided among the
+    processes of `world`, each of which yields its own. Raises ValueError for an ending that leaves no room
+    for an id before it.
     """
-    trees = [
-        pack_question(place, choice, model.config.context_length) for place, choice in enumerate(choices)
+    packed = [
+        pack_question(index, choice, model.config.context_length) for index, choice in enumerate(choices)
     ]
-    order = sorted(range(len(trees)), key=lambda place: (max(map(len, trees[place])), place))
     device = model.wte.weight.device.type
-    portion = BatchLimits(TOKENS_AT_ONCE, IDS_AT_ONCE, 1)
+    limits = BatchLimits(TOKENS_AT_ONCE, IDS_AT_ONCE, 1)
     if device != "cpu":
-        portion = BatchLimits(GPU_TOKENS_AT_ONCE, model.vocab_size, GPU_SHAPE)
+        limits = BatchLimits(GPU_TOKENS_AT_ONCE, model.vocab_size, GPU_LENGTH_MULTIPLE)
+    sizes = [(len(rows), max(map(len, rows))) for rows in packed]
+    batches = list(batches_by_length(sizes, limits.tokens, limits.multiple))
     with eval_mode(model), autocast(device, precision):
-        for batch in list(_batches([trees[place] for place in order], portion))[world.rank :: world.size]:
-            nats = _judge([tree for rows in batch for tree in rows], model, portion)
-            for rows in batch:
-                place = rows[0].place
-                count = len(choices[place].endings)
-                yield (
-                    place,
-                    ChoiceResult(tuple(nats[place, number] for number in range(count)), choices[place]),
-                )
+        for batch in batches[world.rank :: world.size]:
+            nats = _evaluate_rows([row for index in batch for row in packed[index]], model, limits)
+            for index in batch:
+                yield index, tuple(nats[index, ending] for ending in range(len(choices[index].endings)))
 
 
-def pack_question(place: int, choice: Choice, context_length: int) -> list[PackedQuestion]:
-    """A question's rows: one, or several that share its endings where the model can't read them at once.
+def pack_question(index: int, choice: Choice, context_length: int) -> list[PackedQuestion]:
+    """The rows of a question: one, or several with some of its endings each if one would be too long.
 
-    Of the context as much is kept as can be read beside the longest ending.
+    The context is cut on the left so that it fits beside the longest ending.
     """
-    longest = max(len(choice.branch(number)) for number in range(len(choice.endings))) - 1
+    longest = max(len(choice.branch(ending)) for ending in range(len(choice.endings))) - 1
     if longest >= context_length or not choice.context or not all(choice.endings):
         raise ValueError(
-            f"question {place + 1}, with {len(choice.context)} tokens before endings of "
+            f"question {index + 1}, with {len(choice.context)} tokens before endings of "
             f"{', '.join(str(len(ending)) for ending in choice.endings)}, does not fit the model's context "
             f"of {context_length}"
         )
     context = choice.context[-(context_length - longest) :]
-    trees: list[PackedQuestion] = []
-    for number in range(len(choice.endings)):
-        grown = PackedQuestion(place, context, (*trees[-1].endings, number) if trees else (number,), choice)
-        if trees and len(grown) <= context_length:
-            trees[-1] = grown
+    rows = [PackedQuestion(index, context, (0,), choice)]
+    for ending in range(1, len(choice.endings)):
+        extended = PackedQuestion(index, context, (*rows[-1].endings, ending), choice)
+        if len(extended) <= context_length:
+            rows[-1] = extended
         else:
-            trees.append(PackedQuestion(place, context, (number,), choice))
-    return trees
+            rows.append(PackedQuestion(index, context, (ending,), choice))
+    return rows
 
 
-def _batches(
-    questions: Sequence[list[PackedQuestion]], portion: BatchLimits
-) -> Iterator[list[list[PackedQuestion]]]:
-    """Neighbours, as many as have `portion.tokens` together at most, padding included."""
-    batch: list[list[PackedQuestion]] = []
-    for trees in questions:
-        rows = sum(map(len, [*batch, trees]))
-        if batch and rows * _padded(max(map(len, trees)), portion) > portion.tokens:
-            yield batch
-            batch = []
-        batch.append(trees)
-    if batch:
-        yield batch
-
-
-def _padded(length: int, portion: BatchLimits) -> int:
-    return -(-length // portion.multiple) * portion.multiple
-
-
-def _judge(trees: Sequence[PackedQuestion], model: GPT, portion: BatchLimits) -> dict[tuple[int, int], float]:
-    """The nats of each ending, by (place of the question, number of the ending)."""
+def _evaluate_rows(
+    rows: Sequence[PackedQuestion], model: GPT, limits: BatchLimits
+) -> dict[tuple[int, int], float]:
+    """The nats of each ending, by (index of the question, index of the ending)."""
     device = model.wte.weight.device
-    T = min(_padded(max(map(len, trees)), portion), model.config.context_length)
-    ids_BT = torch.zeros(len(trees), T, dtype=torch.long)
-    counted: dict[int, int] = {}  # places that foretell something, and their numbers: N of them
-    predicting: list[int] = []  # the number for each target: M of them, since a context foretells several
+    T = min(padded(max(map(len, rows)), limits.multiple), model.config.context_length)
+    ids_BT = torch.zeros(len(rows), T, dtype=torch.long)
+    numbers: dict[int, int] = {}  # flat position -> number, of the N positions that predict a target
+    predicting: list[int] = []  # that number for each of the M targets; a context's end predicts several
     targets: list[int] = []
     ends: list[int] = []
-    for row, tree in enumerate(trees):
-        ids_BT[row, : len(tree)] = torch.tensor(
-            [*tree.context, *(token for part in tree.parts for token in part)]
-        )
-        start = row * T + len(tree.context)
-        for number, part in zip(tree.endings, tree.parts, strict=True):
-            # The first token of a branch is foretold by the last of the context.
-            places = [row * T + len(tree.context) - 1, *range(start, start + len(part))]
-            ending = tree.choice.endings[number]
-            predicting += [counted.setdefault(place, len(counted)) for place in places[-len(ending) :]]
+    for number, row in enumerate(rows):
+        ids = [*row.context, *(token for part in row.parts for token in part)]
+        ids_BT[number, : len(row)] = torch.tensor(ids)
+        start = number * T + len(row.context)
+        for index, part in zip(row.endings, row.parts, strict=True):
+            # The first id of a branch is predicted by the last id of the context.
+            positions = [number * T + len(row.context) - 1, *range(start, start + len(part))]
+            ending = row.choice.endings[index]
+            predicting += [numbers.setdefault(each, len(numbers)) for each in positions[-len(ending) :]]
             targets += ending
             ends.append(len(targets))
             start += len(part)
-    hidden_BTC = model.trunk(ids_BT.to(device), TreeMask(trees, T, device))
-    hidden_NC = hidden_BTC.flatten(0, 1)[torch.tensor(list(counted), device=device)]
-    asked = torch.tensor(predicting, device=device), torch.tensor(targets, device=device)
-    lengths = [end - start for start, end in pairwise([0, *ends])]
-    parts = torch.split(_nats(hidden_NC, model, asked, portion.ids).cpu().double(), lengths)
-    keys = [(tree.place, number) for tree in trees for number in tree.endings]
+    hidden_BTC = model.trunk(ids_BT.to(device), TreeMask(rows, T, device))
+    hidden_NC = hidden_BTC.flatten(0, 1)[torch.tensor(list(numbers), device=device)]
+    predicting_M, targets_M = torch.tensor(predicting, device=device), torch.tensor(targets, device=device)
+    nats_M = _target_nats(hidden_NC, predicting_M, targets_M, model, limits.ids).cpu().double()
+    parts = torch.split(nats_M, [end - start for start, end in pairwise([0, *ends])])
+    keys = [(row.question, index) for row in rows for index in row.endings]
     return {key: part.sum().item() for key, part in zip(keys, parts, strict=True)}
 
 
-def _nats(hidden_NC: Tensor, model: GPT, asked: tuple[Tensor, Tensor], at_once: int) -> Tensor:
-    """Of M targets, each foretold by one of the hidden states: float32 (M,).
-
-    Of the vocabulary `at_once` ids at a time.
-    """
-    foretelling_M, targets_M = asked
+def _target_nats(
+    hidden_NC: Tensor, predicting_M: Tensor, targets_M: Tensor, model: GPT, ids_at_once: int
+) -> Tensor:
+    """Nats of each target, float32 (M,), over `ids_at_once` ids of the vocabulary at a time."""
     logsums = []
     logits_M = hidden_NC.new_zeros(len(targets_M), dtype=torch.float32)
-    for first in range(0, model.vocab_size, at_once):
-        weight = model.wte.weight[first : min(first + at_once, model.vocab_size)]
+    for first in range(0, model.vocab_size, ids_at_once):
+        weight = model.wte.weight[first : min(first + ids_at_once, model.vocab_size)]
         logits_NV = F.linear(hidden_NC, weight).float()
         logsums.append(logits_NV.logsumexp(-1))
         ids_M = targets_M - first
-        here_M = logits_NV[foretelling_M, ids_M.clamp(0, len(weight) - 1)]
-        logits_M = torch.where((ids_M >= 0) & (ids_M < len(weight)), here_M, logits_M)
-    return torch.stack(logsums).logsumexp(0)[foretelling_M] - logits_M
+        found_M = logits_NV[predicting_M, ids_M.clamp(0, len(weight) - 1)]
+        logits_M = torch.where((ids_M >= 0) & (ids_M < len(weight)), found_M, logits_M)
+    return torch.stack(logsums).logsumexp(0)[predicting_M] - logits_M

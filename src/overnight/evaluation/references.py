@@ -1,4 +1,4 @@
-"""What others reached on the same tasks, each with its source; and what needs no model."""
+"""Published results on the same tasks, each with its source. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """A result to stand beside a model's."""
+    """A result to compare a model's with. `whose` is the model."""
 
     whose: str
     value: float
@@ -60,12 +60,12 @@ REFERENCES: Mapping[tuple[str, str], tuple[PublishedResult, ...]] = {
     ("enwik8", "bits_per_byte"): _paper(1.16, 1.01, 0.97, 0.93),
     ("text8", "bits_per_character"): _paper(1.17, 1.06, 1.02, 0.98),
 }
-"""By task and metric. The paper calls its sizes 117M, 345M, 762M and 1542M; it does not say how much text
-stood before each word when its perplexities were measured."""
+"""By task and metric. The paper calls its sizes 117M, 345M, 762M and 1542M; it does not say how much
+context each word had when its perplexities were measured."""
 
 VALIDATION_LOSSES = {
     "fineweb-edu": (PublishedResult("OpenAI 124M", 3.2924, "build-nanogpt, play.ipynb"),),
     "openwebtext": (PublishedResult("OpenAI 124M", 3.12, "nanoGPT, README"),),
 }
-"""By source, in nats per token of GPT-2's BPE; never to be compared across texts. Others' held-out documents
-are not ours: the same text, other pieces of it."""
+"""By source, in nats per token of GPT-2's BPE, not comparable across texts. The validation documents of the
+others are other samples of the same source."""

@@ -1,8 +1,8 @@
-"""What was judged is not judged again: results are written down as they come, and read when begun anew.
+"""Results are written to a file as they come, so that an interrupted evaluation continues.
 
-    judged/<key>/<rank>.jsonl   a line per example: [its place, what the model makes of it]
+    judged/<key>/<rank>.jsonl   a line per example: [index, result]
 
-The key is made of everything that decides the results. The folder is deleted when all is judged.
+The key is a hash of everything that decides the results. The folder is deleted when all are there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,14 +19,64 @@ import numpy as np
 from overnight import __version__
 from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.evaluation.multiple_choice import Choice
-from overnight.evaluation.tasks import Example, Numbers
+from overnight.evaluation.tasks import Example, Numbers, Task, TaskResult, evaluate_task, gather_results
 from overnight.model.gpt import GPT
+from overnight.run_directory import cache_folder
+from overnight.terminal import progress
+from overnight.tokenizer.tokenizer import Tokenizer
 
-Judge = Callable[[Sequence[Example]], Iterator[tuple[int, Numbers]]]
+
+def evaluate_cached(task: Task, model: GPT, tokenizer: Tokenizer, precision: str, world: World) -> TaskResult:
+    """The model's results on every example, the same in all processes, with a progress bar.
+
+    Continues an evaluation that was interrupted.
+    """
+    examples = task.encode(tokenizer, model.config.context_length)
+    folder = cache_folder() / "judged" / cache_key(model, examples, precision)
+    own: list[tuple[int, Numbers]] = []
+    with progress(task.name, len(examples), "examples") as advance:
+        for pair in evaluate_missing(folder, model, examples, precision, world):
+            # Other processes are assumed to be as fast; the last of them may have no example left.
+            advance(min(world.size, max(0, len(examples) - world.size * len(own))))
+            own.append(pair)
+    numbers = gather_results(own, world)
+    if world.is_main:
+        clear_results(folder)
+    return TaskResult(examples, numbers)
+
+
+def evaluate_missing(
+    folder: Path, model: GPT, examples: Sequence[Example], precision: str, world: World = SINGLE_PROCESS
+) -> Iterator[tuple[int, Numbers]]:
+    """Yield (index, result): those in `folder`, and those of the remaining examples, which are written there.
+
+    The first process yields those in `folder`; each process yields the results of its own share of the rest.
+    """
+    known = _read(folder)
+    world.barrier()  # all have read before one writes
+    if world.is_main:
+        yield from known.items()
+    missing = [index for index in range(len(examples)) if index not in known]
+    with ExitStack() as stack:
+        file = None
+        rest = [examples[index] for index in missing]
+        for position, numbers in evaluate_task(model, rest, precision, world):
+            if file is None:  # opened late: invalid examples leave no folder behind
+                folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((folder / f"{world.rank}.jsonl").open("a"))
+                file.write("\n")  # ends a line that was interrupted
+            file.write(json.dumps([missing[position], numbers]) + "\n")
+            file.flush()
+            yield missing[position], numbers
+
+
+def clear_results(folder: Path) -> None:
+    """Delete the folder, if it exists."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def cache_key(model: GPT, examples: Sequence[Example], precision: str) -> str:
-    """One name for equal weights, equal examples, the same precision and version of this package."""
+    """A hash of the weights, the examples, the precision, the device type and this package's version."""
     device = model.wte.weight.device.type
     digest = hashlib.sha256(json.dumps([__version__, precision, device, str(model.config)]).encode())
     for name, weight in sorted(model.weights().items()):
@@ -44,43 +94,14 @@ def cache_key(model: GPT, examples: Sequence[Example], precision: str) -> str:
     return digest.hexdigest()
 
 
-def evaluate_missing(
-    folder: Path, examples: Sequence[Example], judge: Judge, world: World = SINGLE_PROCESS
-) -> Iterator[tuple[int, Numbers]]:
-    """The place of every example, and what comes of it: what was judged before first, `judge` the rest.
-
-    Of several processes each yields what it judges itself; the first, what was judged before.
-    """
-    before = _read(folder)
-    world.barrier()  # all have read before one writes
-    if world.is_main:
-        yield from before.items()
-    left = [place for place in range(len(examples)) if place not in before]
-    with ExitStack() as held:
-        file = None
-        for place, numbers in judge([examples[place] for place in left]):
-            if file is None:  # examples that can't be judged leave nothing behind
-                folder.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context((folder / f"{world.rank}.jsonl").open("a"))
-                file.write("\n")  # a line that was torn ends here
-            file.write(json.dumps([left[place], numbers]) + "\n")
-            file.flush()
-            yield left[place], numbers
-
-
-def clear_results(folder: Path) -> None:
-    """Delete what was written down."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def _read(folder: Path) -> dict[int, Numbers]:
-    """What earlier processes, however many, have written down; torn lines are left out."""
+    """The results that earlier processes have written; interrupted lines are ignored."""
     found: dict[int, Numbers] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             try:
-                place, numbers = json.loads(line)
+                index, numbers = json.loads(line)
             except ValueError:
                 continue
-            found[place] = tuple(numbers)
+            found[index] = tuple(numbers)
     return found

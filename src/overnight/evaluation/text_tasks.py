@@ -1,6 +1,6 @@
-"""Texts that a model is judged on as a whole, and LAMBADA's passages, of which only the last word counts.
+"""Texts that are evaluated as a whole, and passages whose last word is predicted (LAMBADA).
 
-They are the zero-shot table of the GPT-2 paper (table 3), without the One Billion Word Benchmark.
+They are the zero-shot tasks of the GPT-2 paper (table 3), without the One Billion Word Benchmark.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from overnight.evaluation.passages import Passage, cut_windows
 from overnight.evaluation.perplexity import Unit
 from overnight.tokenizer.tokenizer import Tokenizer
 
-TEST_BYTES = 5_000_000  # of enwik8 and text8: by custom the last twentieth is what is judged
+TEST_BYTES = 5_000_000  # of enwik8 and text8: by convention the last twentieth is the test split
 
 
 class EvaluationText(NamedTuple):
@@ -25,16 +25,16 @@ class EvaluationText(NamedTuple):
 
     text: str
     words: int | None
-    """As its publishers count them; None where results are not told by the word."""
+    """As its publishers count them; None if results are not reported per word."""
 
     def units(self) -> dict[Unit, float]:
-        """How much of it there is."""
+        """Its bytes, characters and words."""
         found: dict[Unit, float] = {"byte": len(self.text.encode()), "character": len(self.text)}
         return found if self.words is None else {**found, "word": self.words}
 
 
 class Cloze(NamedTuple):
-    """A passage without its last word, and that word with the blank before it."""
+    """A passage without its last word, and that word with the space before it."""
 
     context: str
     word: str
@@ -42,23 +42,21 @@ class Cloze(NamedTuple):
 
 @dataclass(frozen=True)
 class TextTask:
-    """A text that is judged from beginning to end."""
+    """A text that is evaluated as a whole."""
 
     name: str
-    about: str
     url: str
     file: str
     read: Callable[[Path, int | None], EvaluationText]
-    """(file, how many characters of it at most) -> its text."""
+    """(file, most characters) -> its text."""
     metrics: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ClozeTask:
-    """Passages whose last word is judged."""
+    """Passages whose last word is predicted."""
 
     name: str
-    about: str
     url: str
     file: str
     read: Callable[[Path], list[Cloze]]
@@ -76,7 +74,7 @@ def _read_treebank(path: Path, most: int | None) -> EvaluationText:
 
 def _read_wikipedia(path: Path, most: int | None) -> EvaluationText:
     data = path.read_bytes()[-TEST_BYTES:]
-    text = data.decode(errors="ignore")  # it is cut anywhere, inside a character perhaps
+    text = data.decode(errors="ignore")  # the cut may be inside a character
     return EvaluationText(text[:most], None)
 
 
@@ -87,7 +85,7 @@ def _read_lambada(path: Path) -> list[Cloze]:
             text = json.loads(line)["text"]
         except (ValueError, LookupError, TypeError):
             raise ValueError(
-                f"{path}, line {number} is no passage of lambada: fetch the file again"
+                f"{path}, line {number} is not a passage of lambada: download the file again"
             ) from None
         found.append(_cut_last_word(text, path, number))
     return found
@@ -100,12 +98,12 @@ def _read_plain_lambada(path: Path) -> list[Cloze]:
 
 def _cut_last_word(text: object, path: Path, number: int) -> Cloze:
     if not isinstance(text, str) or not (parts := text.strip().rpartition(" "))[0].strip():
-        raise ValueError(f"{path}, line {number}: {str(text)[:40]!r} has no word before its last one")
+        raise ValueError(f"{path}, line {number}: {str(text)[:40]!r} has no word before its last word")
     return Cloze(parts[0], f" {parts[2]}")
 
 
 def _count_words(text: str) -> int:
-    """As the publishers count: words between blanks, and a line's end is one."""
+    """As the publishers count: words between spaces, and the end of each line."""
     return len(text.split()) + text.count("\n")
 
 
@@ -113,102 +111,53 @@ def _utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text at byte {error.start}: fetch the file again") from None
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}: download the file again") from None
 
 
-WIKITEXT = "https://wikitext.smerity.com"
+WIKITEXT_2 = "https://wikitext.smerity.com/wikitext-2-v1.zip"
+WIKITEXT_103 = "https://wikitext.smerity.com/wikitext-103-v1.zip"
+PTB = "http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz"
+ENWIK8 = "http://mattmahoney.net/dc/enwik8.zip"
+TEXT8 = "http://mattmahoney.net/dc/text8.zip"
 OPENAI_LAMBADA = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
 PLAIN_LAMBADA = "https://zenodo.org/record/2630551/files/lambada-dataset.tar.gz"
-PTB = "http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz"
 PER_WORD = ("perplexity_per_word", "nats_per_token", "bits_per_byte")
+PER_BYTE = ("bits_per_byte", "nats_per_token")
+PER_CHARACTER = ("bits_per_character", "nats_per_token")
 
-TEXT_TASKS = {
-    task.name: task
-    for task in (
-        TextTask(
-            "wikitext-2",
-            "articles of Wikipedia, the test split (Merity et al. 2016)",
-            f"{WIKITEXT}/wikitext-2-v1.zip",
-            "wikitext-2/wiki.test.tokens",
-            _read_wikitext,
-            PER_WORD,
-        ),
-        TextTask(
-            "wikitext-2-validation",
-            "its validation split",
-            f"{WIKITEXT}/wikitext-2-v1.zip",
-            "wikitext-2/wiki.valid.tokens",
-            _read_wikitext,
-            PER_WORD,
-        ),
-        TextTask(
-            "wikitext-103",
-            "the same test articles, fewer words of them replaced by <unk>",
-            f"{WIKITEXT}/wikitext-103-v1.zip",
-            "wikitext-103/wiki.test.tokens",
-            _read_wikitext,
-            PER_WORD,
-        ),
-        TextTask(
-            "ptb",
-            "the Wall Street Journal, as prepared by Mikolov, the test split",
-            PTB,
-            "simple-examples/data/ptb.test.txt",
-            _read_treebank,
-            PER_WORD,
-        ),
-        TextTask(
-            "enwik8",
-            "the markup of Wikipedia, the last 5 MB of a hundred",
-            "http://mattmahoney.net/dc/enwik8.zip",
-            "enwik8",
-            _read_wikipedia,
-            ("bits_per_byte", "nats_per_token"),
-        ),
-        TextTask(
-            "text8",
-            "Wikipedia as lower-case words, the last 5 MB of a hundred",
-            "http://mattmahoney.net/dc/text8.zip",
-            "text8",
-            _read_wikipedia,
-            ("bits_per_character", "nats_per_token"),
-        ),
-    )
-}
+TEXT_ROWS = (
+    # Articles of Wikipedia (Merity et al. 2016); in wikitext-103 fewer of the same words are <unk>.
+    TextTask("wikitext-2", WIKITEXT_2, "wikitext-2/wiki.test.tokens", _read_wikitext, PER_WORD),
+    TextTask("wikitext-2-validation", WIKITEXT_2, "wikitext-2/wiki.valid.tokens", _read_wikitext, PER_WORD),
+    TextTask("wikitext-103", WIKITEXT_103, "wikitext-103/wiki.test.tokens", _read_wikitext, PER_WORD),
+    # The Wall Street Journal, as prepared by Mikolov.
+    TextTask("ptb", PTB, "simple-examples/data/ptb.test.txt", _read_treebank, PER_WORD),
+    # 100 MB of Wikipedia: with its markup, and as lower-case words.
+    TextTask("enwik8", ENWIK8, "enwik8", _read_wikipedia, PER_BYTE),
+    TextTask("text8", TEXT8, "text8", _read_wikipedia, PER_CHARACTER),
+)
+TEXT_TASKS = {task.name: task for task in TEXT_ROWS}
 
-CLOZE_TASKS = {
-    task.name: task
-    for task in (
-        ClozeTask(
-            "lambada",
-            "the last word of a passage, as OpenAI prepared them (Paperno et al. 2016)",
-            OPENAI_LAMBADA,
-            "lambada_test.jsonl",
-            _read_lambada,
-        ),
-        ClozeTask(
-            "lambada-plain",
-            "the same as published: words in lower case, cut from their punctuation",
-            PLAIN_LAMBADA,
-            "lambada_test_plain_text.txt",
-            _read_plain_lambada,
-        ),
-    )
-}
+CLOZE_ROWS = (
+    # Paperno et al. 2016: as prepared by OpenAI, and as published (lower case, punctuation split off).
+    ClozeTask("lambada", OPENAI_LAMBADA, "lambada_test.jsonl", _read_lambada),
+    ClozeTask("lambada-plain", PLAIN_LAMBADA, "lambada_test_plain_text.txt", _read_plain_lambada),
+)
+CLOZE_TASKS = {task.name: task for task in CLOZE_ROWS}
 
 
 def encode_text(
     text: str, tokenizer: Tokenizer, context_length: int, stride: int | None = None
 ) -> list[Passage]:
-    """A text as windows, each of its ids judged once; the first after the id that begins a document."""
+    """A text as windows, each of its ids a target once; the first follows the end-of-text id."""
     ids = [tokenizer.end_of_text, *tokenizer.encode(text)]
     return list(cut_windows(ids, context_length, stride))
 
 
 def encode_cloze(cloze: Cloze, tokenizer: Tokenizer, context_length: int) -> Passage:
-    """A passage, its last word judged; the first ids of one that is too long are left out.
+    """A passage with its last word as the target; the first ids of a passage that is too long are dropped.
 
-    Raises ValueError for a word that leaves no room for anything before it.
+    Raises ValueError for a word that leaves no room for an id before it.
     """
     word = tokenizer.encode(cloze.word)
     if len(word) > context_length:
@@ -217,11 +166,9 @@ def encode_cloze(cloze: Cloze, tokenizer: Tokenizer, context_length: int) -> Pas
     return Passage([*context, *word], len(word))
 
 
-# ---------------------------------------------------------------- text that was cut into words for older models, put together again as people write it
-
-
-_TO_THE_LEFT = re.compile(r" ([,.;:!?%)\]}]|'(?:s|t|m|d|re|ve|ll)\b|n't\b|\.\.\.)(?=\s|$|[,.;:!?)\]}'\"])")
-_TO_THE_RIGHT = re.compile(r"(?<!\S)([(\[{$£#]) (?=\S)")
+# Detokenization: these texts were split into words for older models.
+_ATTACH_LEFT = re.compile(r" ([,.;:!?%)\]}]|'(?:s|t|m|d|re|ve|ll)\b|n't\b|\.\.\.)(?=\s|$|[,.;:!?)\]}'\"])")
+_ATTACH_RIGHT = re.compile(r"(?<!\S)([(\[{$£#]) (?=\S)")
 _JOINED = re.compile(r" @([-,.])@ ")
 _SLASH = re.compile(r"(?<=\S) / (?=\S)")
 _QUOTE = re.compile(r'(?<!\S)"(?!\S)')
@@ -232,20 +179,15 @@ _BRACKETS = {"-lrb-": "(", "-rrb-": ")", "-lsb-": "[", "-rsb-": "]", "-lcb-": "{
 _BRACKET = re.compile("|".join(_BRACKETS), re.IGNORECASE)
 
 
-def join_words(text: str) -> str:
-    """Punctuation back at its words, quotation marks around what they enclose, line by line."""
-    return "\n".join(_join_line(line) for line in text.split("\n"))
-
-
 def join_wikitext(text: str) -> str:
-    """WikiText's: also headings, numbers, words with hyphens, and no blanks around lines."""
+    """Of WikiText: also headings, numbers, hyphens, and no spaces around lines."""
     text = _HEADING.sub(_heading, text)
     text = _JOINED.sub(r"\1", text)
     return "\n".join(_join_line(line.strip(" ")) for line in text.split("\n"))
 
 
 def join_treebank(text: str) -> str:
-    """The Penn Treebank's: also its brackets, its quotation marks, and cut contractions."""
+    """Of the Penn Treebank: also its brackets, quotation marks and contractions."""
     text = _BRACKET.sub(lambda found: _BRACKETS[found[0].lower()], text)
     text = text.replace("``", "\x00").replace("''", "\x01")
     return "\n".join(_join_line(line.strip(" ")) for line in text.split("\n"))
@@ -261,6 +203,6 @@ def _join_line(line: str) -> str:
     line = _QUOTE.sub(lambda _: next(turn), line)
     line = line.replace("\x00 ", '"').replace(" \x01", '"').replace("\x00", '"').replace("\x01", '"')
     line = _SINGLE.sub(r"'\1'", _POSSESSIVE.sub("'", line))
-    line = _TO_THE_LEFT.sub(r"\1", line)
-    line = _TO_THE_RIGHT.sub(r"\1", line)
+    line = _ATTACH_LEFT.sub(r"\1", line)
+    line = _ATTACH_RIGHT.sub(r"\1", line)
     return _SLASH.sub("/", line)

@@ -1,4 +1,4 @@
-"""From a prompt to text: sampling, key-value cache, narrow weights."""
+"""Text generation: sampling, key-value cache, quantised weights."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is drawn. Temperature comes first, then top-k, then top-p of what top-k left."""
+    """How the next token is drawn: temperature first, then top-k, then top-p of what top-k kept."""
 
     temperature: float = 1.0
-    """Logits are divided by it: below 1 surer, above 1 wilder; 0 always takes the likeliest token."""
+    """Divides the logits: below 1 more predictable, above 1 more varied; 0 is greedy decoding."""
     top_k: int | None = 50
-    """Draw only from this many likeliest tokens; None from all."""
+    """Draw only from this many most likely tokens; None: from all."""
     top_p: float | None = None
-    """Draw only from the fewest likeliest tokens whose probabilities reach this sum; None from all."""
+    """Draw only from the fewest most likely tokens whose probabilities reach this sum; None: from all."""
     seed: int = 0
-    """The same seed, prompt and model draw the same text."""
+    """The same seed, prompt and model give the same text."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        """Invalid values, one sentence each; [] if all are valid."""
         found = []
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            found.append(f"temperature={self.temperature} must be 0 (always the likeliest token) or greater")
+            found.append(f"temperature={self.temperature} must be 0 (greedy decoding) or greater")
         if self.top_k is not None and self.top_k < 1:
             found.append(f"top_k={self.top_k} must be at least 1, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -35,48 +35,33 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Continue one or more prompts; the text goes to standard output as it is written."""
+class GenerateConfig(SamplingConfig):
+    """Continue one or more prompts; the text is streamed to standard output."""
 
     model: Positional[str]
     """A run, a checkpoint, a Hugging Face folder or name."""
     prompts: Positional[tuple[str, ...]] = ()
-    """Texts to continue, each in quotes; without any, a text is begun."""
+    """Texts to continue, each in quotes; without any, the model starts a text."""
     max_new_tokens: int = 128
-    """Write at most this many tokens; an end of text ends it before."""
-    temperature: float = SamplingConfig.temperature
-    """Below 1 surer, above 1 wilder; 0 always takes the likeliest token."""
-    top_k: int | None = SamplingConfig.top_k
-    """Draw only from this many likeliest tokens; None from all."""
-    top_p: float | None = SamplingConfig.top_p
-    """Draw only from the fewest likeliest tokens whose probabilities reach this sum."""
-    seed: int = SamplingConfig.seed
-    """Another seed, another text."""
+    """Write at most this many tokens; an end-of-text token ends the completion earlier."""
     samples: int = 1
     """Completions of each prompt."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion, of which they are no part."""
+    """Texts that end a completion; they are not part of it."""
     json: bool = False
     """Print one JSON object for each completion to standard output."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; the best one found if left out."""
     precision: Literal["fp32", "fp16", "bf16", "int8"] | None = None
-    """Of the weights; the best of the device if left out (fp16 on most CPUs). int8 takes least memory."""
+    """Of the weights; the device's best if left out (fp16 on most CPUs). int8 takes the least memory."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
-        found = self.sampling.problems()
+        """Invalid values, one sentence each; [] if all are valid."""
+        found = super().problems()
         if self.max_new_tokens < 1:
             found.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.samples < 1:
             found.append(f"samples={self.samples} must be at least 1")
         if "" in self.stop:
-            found.append("a stop text is empty, and every text contains that; leave it out")
+            found.append("stop contains an empty text, which every text contains; leave it out")
         return found
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        """How tokens are drawn."""
-        return SamplingConfig(
-            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed
-        )

@@ -12,67 +12,75 @@ from overnight.config import raise_problems
 from overnight.conversion.open_model import OpenedModel, open_model
 from overnight.distributed.world import open_world
 from overnight.generation import GenerateConfig
-from overnight.generation.generate import Completion, Decoding, check_prompts, complete, stream_text
-from overnight.generation.quantize import DecodingPrecision, generation_precisions, prepare_for_generation
+from overnight.generation.generate import Completion, Decoding, TokenGenerator, complete, stream_text
+from overnight.generation.quantize import GenerationPrecision, generation_precisions, prepare_for_generation
 from overnight.terminal import echo
 
-ROWS_AT_ONCE = 8  # a CPU reads the weights once for all of them; more rows bring it little
+BATCH_ROWS = 8  # a CPU reads the weights once for all of them; more rows bring little
 
 
 def run(config: GenerateConfig) -> None:
-    """Write the completions and say how fast. Raises ValueError before any work if something is wrong."""
+    """Print the completions and the speed. Raises ValueError before any text if something is wrong."""
     raise_problems(config.problems(), "overnight generate")
     device = open_world(config.device).device
     precision = _choose_precision(config, device)
     opened = open_model(config.model)
     opened.model.to(device)
     prepare_for_generation(opened.model, precision)
-    decoding = Decoding(max_new_tokens=config.max_new_tokens, sampling=config.sampling)
+    decoding = Decoding(max_new_tokens=config.max_new_tokens, sampling=config)
     started_at = time.perf_counter()
     if config.json or config.samples > 1 or len(config.prompts) > 1:
-        tokens = _write_completions(config, opened, decoding, precision)
+        tokens = _print_completions(config, opened, decoding, precision)
     else:
-        tokens = _write_as_it_comes(config, opened, decoding)
+        tokens = _print_stream(config, opened, decoding)
     seconds = time.perf_counter() - started_at
     echo(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s on {device} in {precision}")
-    name = opened.run.name if opened.run else "my-model"
-    echo(
-        f"next: overnight {f'convert {config.model} --to hf --out {name}-hf' if opened.run else 'quickstart'}"
-    )
+    following = "quickstart"
+    if opened.run:
+        following = f"convert {config.model} --to hf --out {opened.run.name}-hf"
+    echo(f"next: overnight {following}")
 
 
-def _choose_precision(config: GenerateConfig, device: str) -> DecodingPrecision:
-    """The one asked for, or the device's best. Raises ValueError for one that the device lacks."""
-    found = generation_precisions(device)
-    if config.precision is not None and config.precision not in found:
-        raise ValueError(f"precision={config.precision} is not for {device}; take {' or '.join(found)}")
-    return config.precision or found[0]
+def _choose_precision(config: GenerateConfig, device: str) -> GenerationPrecision:
+    """The requested one, or the device's best. Raises ValueError for one that the device lacks."""
+    supported = generation_precisions(device)
+    if config.precision is not None and config.precision not in supported:
+        raise ValueError(
+            f"precision={config.precision} is not supported on {device}; use {' or '.join(supported)}"
+        )
+    return config.precision or supported[0]
 
 
-def _write_as_it_comes(config: GenerateConfig, opened: OpenedModel, decoding: Decoding) -> int:
-    """Stream the one completion, prompt first; how many tokens were written."""
+def _print_stream(config: GenerateConfig, opened: OpenedModel, decoding: Decoding) -> int:
+    """Stream the one completion after its prompt; returns the number of tokens."""
     prompt = "".join(config.prompts)
     pieces = stream_text(opened.model, opened.tokenizer, prompt, decoding, config.stop)
     _print(prompt)
-    written = 0
+    count = 0
     for piece in pieces:
         _print(piece)
-        written += 1
+        count += 1
     _print("\n")
-    return written - 1  # the last piece is what was held back, and no token
+    return count - 1  # the last piece is the held-back rest, not a token
 
 
-def _write_completions(
-    config: GenerateConfig, opened: OpenedModel, decoding: Decoding, precision: DecodingPrecision
+def _print_completions(
+    config: GenerateConfig, opened: OpenedModel, decoding: Decoding, precision: GenerationPrecision
 ) -> int:
-    """Print every completion, a few at a time; how many tokens were written."""
+    """Print every completion, a batch at a time; returns the number of tokens."""
     tokens = 0
     for number, (prompt, completion) in enumerate(_completions(config, opened, decoding)):
         tokens += len(completion.ids)
         if config.json:
-            about = {"model": config.model, "prompt": prompt, "completion": completion.text}
-            ending = {"tokens": len(completion.ids), "ended_by": completion.ended_by, "precision": precision}
-            _print(json.dumps({**about, **ending}) + "\n")
+            values = {
+                "model": config.model,
+                "prompt": prompt,
+                "completion": completion.text,
+                "tokens": len(completion.ids),
+                "ended_by": completion.ended_by,
+                "precision": precision,
+            }
+            _print(json.dumps(values) + "\n")
         else:
             _print(("\n" if number else "") + prompt + completion.text + "\n")
     return tokens
@@ -81,18 +89,22 @@ def _write_completions(
 def _completions(
     config: GenerateConfig, opened: OpenedModel, decoding: Decoding
 ) -> Iterator[tuple[str, Completion]]:
-    """Each prompt with each of its completions. Their number is not bounded by memory."""
-    prompts = config.prompts or ("",)
-    check_prompts(opened.model, opened.tokenizer, prompts, decoding)
+    """Each prompt with each of its completions, in batches, so that memory does not bound their number."""
+    model, tokenizer, prompts = opened.model, opened.tokenizer, config.prompts or ("",)
+    # Raises ValueError for an invalid prompt before the first one is completed.
+    TokenGenerator(
+        model, [tokenizer.encode(prompt) for prompt in prompts], decoding.with_vocabulary(tokenizer)
+    )
     total = len(prompts) * config.samples
-    for first in range(0, total, ROWS_AT_ONCE):
-        asked = [prompts[row // config.samples] for row in range(first, min(first + ROWS_AT_ONCE, total))]
+    for first in range(0, total, BATCH_ROWS):
+        rows = range(first, min(first + BATCH_ROWS, total))
+        batch = [prompts[row // config.samples] for row in rows]
         part = dataclasses.replace(decoding, first_row=first)
-        yield from zip(asked, complete(opened.model, opened.tokenizer, asked, part, config.stop), strict=True)
+        yield from zip(batch, complete(model, tokenizer, batch, part, config.stop), strict=True)
 
 
 def _print(text: str) -> None:
-    """To standard output, at once; what its encoding lacks becomes a question mark."""
+    """To standard output, flushed; characters its encoding lacks become question marks."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
     sys.stdout.flush()

@@ -1,18 +1,15 @@
-"""A finished model made ready to write: every matrix stored as the machine reads it fastest.
+"""Weights stored for generation: every matrix in the format that the machine reads fastest.
 
-Each id that is drawn takes one reading of all weights, so writing waits for memory: half the bytes are
-nearly twice the speed. On a CPU the matrices change and nothing else does. What lies between them (layer
-norms, attention, the residual stream, the logits) is computed in float32, since torch's attention in
-bfloat16 takes twice the time there.
+Each new id reads all weights once, so generation is bound by memory bandwidth: half the bytes are nearly
+twice the speed. On a CPU only the matrices change. Layer norms, attention, the residual stream and the
+logits stay in float32, since torch's attention in bfloat16 takes twice the time there.
 
-The kernels are those to which torch.compile lowers a CPU's products, called without compiling anything.
+The kernels are those to which torch.compile lowers a CPU's matrix products, called without compiling.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
@@ -22,42 +19,42 @@ from torch import Tensor, nn
 from overnight.hardware import native_precision
 from overnight.model.gpt import GPT
 
-DecodingPrecision = Literal["fp32", "fp16", "bf16", "int8"]
+GenerationPrecision = Literal["fp32", "fp16", "bf16", "int8"]
+GPU_PRECISIONS: dict[str, tuple[GenerationPrecision, ...]] = {
+    "bf16": ("bf16", "fp16", "fp32"),
+    "fp16": ("fp16", "fp32"),
+    "fp32": ("fp32",),
+}
+"""By a GPU's native precision: those that it generates well in, the best first."""
 
 
-def generation_precisions(device: str) -> tuple[DecodingPrecision, ...]:
-    """The precisions in which a torch device writes well; the first is its best.
+def generation_precisions(device: str) -> tuple[GenerationPrecision, ...]:
+    """The precisions in which a torch device generates well; the first is its best.
 
-    On a CPU that is fp16: as few bytes as bf16, eight times as exact, and faster for one row or a few.
-    For eight rows bf16 is faster where the processor multiplies it.
+    On a CPU that is fp16: as few bytes as bf16, eight times as exact, and faster for one row or a few. For
+    eight rows bf16 is faster on processors that multiply it.
     """
     native = native_precision(device)
     if device != "cpu":
-        several: dict[str, tuple[DecodingPrecision, ...]] = {
-            "bf16": ("bf16", "fp16", "fp32"),
-            "fp16": ("fp16", "fp32"),
-            "fp32": ("fp32",),
-        }
-        return several[native]
-    found: dict[DecodingPrecision, bool] = {
+        return GPU_PRECISIONS[native]
+    supported: dict[GenerationPrecision, bool] = {
         "fp16": "fbgemm" in torch.backends.quantized.supported_engines,
         "bf16": _has_onednn() and native == "bf16",
         "fp32": True,
         "int8": _has_onednn() and platform.machine().lower() in {"x86_64", "amd64"},
     }
-    return tuple(precision for precision, is_there in found.items() if is_there)
+    return tuple(precision for precision, is_supported in supported.items() if is_supported)
 
 
 @torch.no_grad()
-def prepare_for_generation(model: GPT, precision: DecodingPrecision) -> None:
-    """Store the matrices of `model`, and its head's apart from the embedding's, in `precision`, in place.
+def prepare_for_generation(model: GPT, precision: GenerationPrecision) -> None:
+    """Store the matrices of `model` in `precision`, in place, the head's apart from the embedding's.
 
-    From then on it can write and be judged, no more: its matrices are no parameters any longer.
+    Afterwards the model can generate and be evaluated, but not trained: its matrices are not parameters now.
     """
-    device = model.wte.weight.device
-    if device.type != "cpu":
+    if model.wte.weight.device.type != "cpu":
         if precision != "fp32":
-            _narrow(model, torch.float16 if precision == "fp16" else torch.bfloat16)
+            _convert_on_gpu(model, torch.float16 if precision == "fp16" else torch.bfloat16)
         return
     if precision == "fp32" and not _has_onednn():
         return
@@ -65,36 +62,35 @@ def prepare_for_generation(model: GPT, precision: DecodingPrecision) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, _store(child.weight, child.bias, precision))
+    # GPT.head is a method, since its weight is the embedding's. Here it has a matrix of its own, so an
+    # attribute of this one model hides the method.
     head = _store(model.wte.weight[: model.vocab_size], None, precision)
-    model.head = head.forward  # type: ignore[method-assign]  # of this one model
+    model.head = head.forward  # type: ignore[method-assign]
 
 
 def _has_onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
-def _narrow(model: GPT, dtype: torch.dtype) -> None:
-    """A GPU's way: everything in 16 bits but the head, whose logits would lie too far apart.
-
-    Those of GPT-2 lie between -30 and -130, where bfloat16 knows quarters and halves only.
-    """
+def _convert_on_gpu(model: GPT, dtype: torch.dtype) -> None:
+    """Everything in 16 bits but the head: GPT-2's logits are -30 to -130, too coarse in bfloat16."""
     head = model.wte.weight.detach()[: model.vocab_size]
     model.to(dtype)
     model.head = lambda hidden: F.linear(hidden.float(), head)  # type: ignore[method-assign]
 
 
-def _store(weight: Tensor, bias: Tensor | None, precision: DecodingPrecision) -> nn.Module:
-    stores: dict[DecodingPrecision, Callable[[Tensor, Tensor | None], nn.Module]] = {
-        "fp32": partial(PackedLinear, dtype=torch.float32),
-        "bf16": partial(PackedLinear, dtype=torch.bfloat16),
-        "fp16": HalfLinear,
-        "int8": QuantizedLinear,
-    }
-    return stores[precision](weight.detach(), None if bias is None else bias.detach())
+def _store(weight: Tensor, bias: Tensor | None, precision: GenerationPrecision) -> nn.Module:
+    """A layer that computes x @ weight.T + bias, float32 to float32."""
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if precision == "int8":
+        return QuantizedLinear(weight, bias)
+    if precision == "fp16":
+        return HalfLinear(weight, bias)
+    return PackedLinear(weight, bias, torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
 class PackedLinear(nn.Module):
-    """A product of float32 or bfloat16 by oneDNN, which has its matrix in the blocks that it multiplies."""
+    """A float32 or bfloat16 product by oneDNN, its matrix stored in the blocks that oneDNN multiplies."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -111,7 +107,7 @@ class PackedLinear(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """A product of float32 by FBGEMM with a matrix kept in float16, which alone is rounded."""
+    """A float32 product by FBGEMM; only its matrix is rounded to float16."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -124,14 +120,14 @@ class HalfLinear(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """A product by oneDNN with a matrix of int8, each of its rows with one scale, symmetric about 0.
+    """A product by oneDNN with an int8 matrix: one scale for each of its rows, symmetric about 0.
 
-    Only the weights are rounded to 8 bits. A row of x becomes two rows of 7 bits, a high and a low digit,
-    which are multiplied in one reading of the matrix: 14 bits of the row's greatest number. Digits of 7
-    bits, because older processors add two products in 16, and 2 * 127 * 127 still fits.
+    Only the weights are rounded to 8 bits. A row of x is split into two rows of 7 bits, a high and a low
+    digit, which are multiplied in one pass over the matrix: 14 bits of the row's largest value. Digits have
+    7 bits because older processors add pairs of products in 16 bits, and 2 * 127 * 127 still fits.
     """
 
-    STEPS, ZERO = 63, 64  # a digit lies between -63 and 63, and is kept as an unsigned number around 64
+    STEPS, ZERO = 63, 64  # a digit is -63 to 63, stored unsigned around 64
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()

@@ -10,23 +10,23 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """What is in a prepared folder: counts, lengths, duplicates, frequent tokens, odd texts, samples.
+    """What is in a prepared folder: counts, lengths, duplicates, frequent tokens, quality, samples.
 
-    Of a file or folder of .jsonl or .parquet it shows the sites that the texts come from instead.
+    Of a file or folder of .jsonl or .parquet it shows which sites the texts come from.
     """
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
     """A folder that `overnight prepare` wrote; or a file or folder with a column of addresses."""
     documents: int | None = None
-    """Look at so many documents only, the first of each split (or of the source); all if left out."""
+    """Inspect only the first N documents of each split, or of the source; all if left out."""
     samples: int = 3
     """How many documents to show the beginning of."""
     seed: int = 0
-    """Decides which ones are shown."""
+    """Seed that chooses them."""
     url_column: str = "url"
-    """Of a source: the column that holds the address."""
+    """The column of a source that holds the address."""
     text_column: str = "text"
-    """Of a source: the column that holds the text."""
+    """The column of a source that holds the text."""
     json: bool = False
     """Print everything as one JSON object to standard output."""
 

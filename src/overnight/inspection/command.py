@@ -12,45 +12,43 @@ from rich.console import Console
 from rich.text import Text
 
 from overnight.config import raise_problems
+from overnight.data.shards import MANIFEST
 from overnight.data.text_files import is_remote
 from overnight.inspection import InspectConfig
-from overnight.inspection.domains import Columns, Domains, count_domains
+from overnight.inspection.domains import Domains, SourceColumns, count_domains
 from overnight.inspection.quality import ODDITIES
-from overnight.inspection.statistics import LONGEST_LOOK_TOKENS, Inspection, Sample, inspect_shards
+from overnight.inspection.statistics import LONGEST_LOOK_TOKENS, Inspection, Row, inspect_shards
 from overnight.terminal import echo
 
 WIDTH = 80
-BAR = 30
+BAR_WIDTH = 30
 SHARDS_SHOWN = 12
 DOMAINS_SHOWN = 20
+NO_BREAK = "\ue000"  # stands for a space at which no line may be broken
 
 
 def run(config: InspectConfig) -> None:
-    """Look at the data and say what is there. Raises ValueError for what is neither shards nor a source."""
+    """Print what is in the data. Raises ValueError for what is neither shards nor a source of text."""
     raise_problems(config.problems(), "inspect")
-    if (Path(config.data) / "manifest.json").is_file():
+    found: Inspection | Domains
+    if (Path(config.data) / MANIFEST).is_file():
         found = inspect_shards(
             Path(config.data), documents=config.documents, samples=config.samples, seed=config.seed
         )
-        _print(config, found, describe_shards(found))
-        return
-    _refuse_foreign(config.data)
-    domains = count_domains(
-        config.data, Columns(url=config.url_column, text=config.text_column), config.documents
-    )
-    _print(config, domains, describe_domains(domains))
-
-
-def _print(config: InspectConfig, found: Inspection | Domains, lines: Iterator[str]) -> None:
+    else:
+        _require_source(config.data)
+        found = count_domains(
+            config.data, SourceColumns(config.url_column, config.text_column), config.documents
+        )
     if config.json:
         sys.stdout.write(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
         return
-    for line in lines:
+    for line in describe_shards(found) if isinstance(found, Inspection) else describe_domains(found):
         echo(line)
 
 
-def _refuse_foreign(data: str) -> None:
-    """Raise ValueError for what is neither there nor a source of text."""
+def _require_source(data: str) -> None:
+    """Raise ValueError if `data` is missing, or holds shards of another program."""
     path = Path(data)
     if is_remote(data):
         return
@@ -60,12 +58,12 @@ def _refuse_foreign(data: str) -> None:
         )
     if path.is_dir() and any(path.glob("*.bin")) | any(path.glob("*.npy")):
         raise ValueError(
-            f"{data} has no manifest.json: if another program wrote these shards, adopt them first, with "
+            f"{data} has no {MANIFEST}: if another program wrote these shards, import them first, with "
             f"`overnight prepare --from-shards {data}`; if `overnight prepare` did, it has not finished"
         )
 
 
-# ---------------------------------------------------------------- prepared shards
+# Prepared shards
 
 
 def describe_shards(found: Inspection) -> Iterator[str]:
@@ -76,44 +74,39 @@ def describe_shards(found: Inspection) -> Iterator[str]:
     yield "every shard is as its manifest says"
     for problem in found.problems:
         yield from _wrapped(f"! {problem}", indent="  ")
-    if found.duplicates == type(found.duplicates)(
-        train=0, validation=0, validation_in_train=0, first_in_both=None
-    ):
+    duplicates = found.duplicates
+    if not duplicates.train and not duplicates.validation and not duplicates.validation_in_train:
         yield "no document is there twice, within a split or across both"
     if found.first_documents_only is not None:
         yield from _wrapped(
             f"looked at the first {found.first_documents_only:,} documents of each split only; "
             "all that follows is of those"
         )
-    yield ""
-    yield from _counts_table(found)
-    yield ""
-    yield from _histogram(found)
-    yield ""
-    yield from _frequent(found)
-    yield ""
-    yield from _oddities(found)
+    for section in (_counts(found), _histogram(found), _frequent(found), _oddities(found)):
+        yield ""
+        yield from section
     for sample in found.samples:
         yield ""
-        yield from _shown_sample(sample)
+        yield f"document {sample['document']:,} of {sample['split']} ({sample['tokens']:,} tokens)"
+        text = " ".join(_printable(sample["text"]).split())
+        yield from _wrapped(text + (" …" if sample["is_shortened"] else ""), indent="  ", first="  ")
     yield ""
     yield "top domains: none, for shards hold no addresses; name the source instead"
     yield f"next: overnight train RECIPE --data {found.folder}"
 
 
-def _counts_table(found: Inspection) -> Iterator[str]:
+def _counts(found: Inspection) -> Iterator[str]:
     yield f"{'':<18} {'documents':>11} {'tokens':>15} {'bytes of text':>15} {'B/tok.':>6} {'tok./doc.':>10}"
     for split in found.splits:
-        yield _counts_row(split.split, split.documents, split.tokens, split.text_bytes)
+        yield _counts_row(split.split, vars(split))
         for shard in split.shards[:SHARDS_SHOWN] if len(split.shards) > 1 else ():
-            yield _counts_row(
-                f"  {shard.name.removesuffix('.bin')}", shard.documents, shard.tokens, shard.text_bytes
-            )
+            yield _counts_row(f"  {shard['name'].removesuffix('.bin')}", shard)
         if (more := len(split.shards) - SHARDS_SHOWN) > 0:
-            yield f"  and {more:,} shards more (--json tells all)"
+            yield f"  and {more:,} shards more (--json lists all)"
 
 
-def _counts_row(name: str, documents: int, tokens: int, text_bytes: int) -> str:
+def _counts_row(name: str, counts: Row) -> str:
+    documents, tokens, text_bytes = (counts[each] for each in ("documents", "tokens", "text_bytes"))
     per_token = f"{text_bytes / tokens:.3f}" if tokens else "–"
     average = tokens / documents if documents else 0.0
     per_document = f"{average:,.0f}" if average >= 1e5 else f"{average:,.1f}"
@@ -127,44 +120,37 @@ def _histogram(found: Inspection) -> Iterator[str]:
         f"{lengths.median:,}, 90% up to {lengths.percentile_90:,}, from {lengths.shortest:,} to "
         f"{lengths.longest:,}"
     )
-    documents = sum(bucket.documents for bucket in lengths.histogram)
-    most = max(bucket.documents for bucket in lengths.histogram)
-    for bucket in lengths.histogram:
-        bar = "█" * -(-BAR * bucket.documents // most)
-        span = f"{bucket.shortest:,}–{bucket.longest:,}" if bucket.longest > 1 else "1"
-        yield f"{span:>21} {bucket.documents:>11,} {bucket.documents / documents:>7.2%}  {bar}".rstrip()
+    counts = [bucket["documents"] for bucket in lengths.histogram]
+    for bucket, count in zip(lengths.histogram, counts, strict=True):
+        bar = "█" * -(-BAR_WIDTH * count // max(counts))  # rounded up: every document shows
+        span = f"{bucket['shortest']:,}–{bucket['longest']:,}" if bucket["longest"] > 1 else "1"
+        yield f"{span:>21} {count:>11,} {count / sum(counts):>7.2%}  {bar}".rstrip()
 
 
 def _frequent(found: Inspection) -> Iterator[str]:
     tokens = sum(split.tokens for split in found.splits)
-    spelled = [repr(one.text).replace(r"\\x", r"\x") for one in found.frequent]  # bytes that are no character
-    shown = [f"{text} {one.count / tokens:.2%}" for text, one in zip(spelled, found.frequent, strict=True)]
+    shown = [
+        # repr shows blanks and line ends; bytes of incomplete characters are escaped already.
+        f"{token['text']!r} {token['count'] / tokens:.2%}".replace(r"\\x", r"\x").replace(" ", NO_BREAK)
+        for token in found.frequent
+    ]
     yield f"{found.ids_used:,} of {found.vocab_size:,} ids occur, most often"
-    yield from _wrapped("   ".join(each.replace(" ", "\ue000") for each in shown), indent="  ", first="  ")
+    yield from _wrapped("   ".join(shown), indent="  ", first="  ")
 
 
 def _oddities(found: Inspection) -> Iterator[str]:
-    documents = sum(split.documents for split in found.splits)
-    which = (
-        f"all {documents:,} documents"
-        if found.sampled_documents >= documents
-        else f"{found.sampled_documents:,} documents spread evenly over the {documents:,}"
-    )
+    documents, sampled = sum(split.documents for split in found.splits), found.sampled_documents
+    which = f"all {documents:,} documents"
+    if sampled < documents:
+        which = f"{sampled:,} documents spread evenly over the {documents:,}"
     yield from _wrapped(f"of {which} (read up to {LONGEST_LOOK_TOKENS:,} tokens each)")
-    sampled = max(1, found.sampled_documents)
     for name, count in found.oddities.items():
-        yield f"{count:>10,} {count / sampled:>7.2%}  {ODDITIES[name]}"
-    share = found.not_english_looking / sampled
-    yield f"{found.not_english_looking:>10,} {share:>7.2%}  are not English-looking: one of the last two"
+        yield f"{count:>10,} {count / max(1, sampled):>7.2%}  {ODDITIES[name]}"
+    count = found.not_english_looking
+    yield f"{count:>10,} {count / max(1, sampled):>7.2%}  are not English-looking: one of the last two"
 
 
-def _shown_sample(sample: Sample) -> Iterator[str]:
-    yield f"document {sample.document:,} of {sample.split} ({sample.tokens:,} tokens)"
-    text = " ".join(_visible(sample.text).split())
-    yield from _wrapped(text + (" …" if sample.is_shortened else ""), indent="  ", first="  ")
-
-
-# ---------------------------------------------------------------- a source
+# A source
 
 
 def describe_domains(found: Domains) -> Iterator[str]:
@@ -179,38 +165,28 @@ def describe_domains(found: Domains) -> Iterator[str]:
     yield ""
     yield f"{'site':<40} {'documents':>11} {'share':>7} {'MB':>10} {'share':>7}"
     for domain in found.top[:DOMAINS_SHOWN]:
-        name = _visible(domain.name)
+        name, documents, text_bytes = _printable(domain["name"]), domain["documents"], domain["text_bytes"]
         name = name if len(name) <= 40 else name[:39] + "…"
-        of_documents, of_bytes = (
-            domain.documents / found.documents,
-            domain.text_bytes / max(1, found.text_bytes),
-        )
-        yield (
-            f"{name:<40} {domain.documents:>11,} {of_documents:>7.2%} "
-            f"{domain.text_bytes / 1e6:>10,.2f} {of_bytes:>7.2%}"
-        )
+        shares = documents / found.documents, text_bytes / max(1, found.text_bytes)
+        yield f"{name:<40} {documents:>11,} {shares[0]:>7.2%} {text_bytes / 1e6:>10,.2f} {shares[1]:>7.2%}"
     if (more := found.sites - DOMAINS_SHOWN) > 0:
         yield f"and {more:,} sites more"
     yield ""
     yield f"next: overnight prepare {found.source}"
 
 
-# ---------------------------------------------------------------- lines
+# Lines
 
 
 def _wrapped(text: str, indent: str = "", first: str = "") -> list[str]:
-    r"""Lines of at most 80 columns, wide characters counted as two; none ends at a blank written "\ue000"."""
-    console = Console(width=WIDTH)
-    lines = Text(text).wrap(console, WIDTH - max(len(indent), len(first)))
-    starts = [first, *[indent] * len(lines)]
+    """Lines of at most 80 columns, wide characters counted as two."""
+    lines = Text(text).wrap(Console(width=WIDTH), WIDTH - len(indent))
+    starts = [first] + [indent] * len(lines)
     return [
-        (start + line.plain.rstrip()).replace("\ue000", " ")
-        for start, line in zip(starts, lines, strict=False)
+        start + line.plain.rstrip().replace(NO_BREAK, " ") for start, line in zip(starts, lines, strict=False)
     ]
 
 
-def _visible(text: str) -> str:
-    """The text with U+FFFD for what a terminal would obey rather than show."""
-    return "".join(
-        character if character.isprintable() or character in "\n\t\r" else "\ufffd" for character in text
-    )
+def _printable(text: str) -> str:
+    """The text with U+FFFD for what a terminal would execute rather than show."""
+    return "".join(char if char.isprintable() or char in "\n\t\r" else "\ufffd" for char in text)

@@ -1,4 +1,4 @@
-"""Which sites a source's texts come from, by the addresses that stand beside them."""
+"""Which sites the texts of a source come from, by a column of addresses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from overnight.data.text_files import (
@@ -22,20 +23,11 @@ from overnight.data.text_files import (
 from overnight.terminal import progress
 
 WITH_COLUMNS = frozenset({".jsonl", ".parquet"})
-MOST_DOMAINS = 1000  # that are told, in JSON; a terminal shows fewer
+MOST_DOMAINS = 1000  # in the JSON output; a terminal shows fewer
 ROWS_AT_ONCE = 4096
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)?//")
 
-Row = tuple[object, int]  # an address, or what stands there instead; bytes of text
-
-
-@dataclass(frozen=True, kw_only=True)
-class Domain:
-    """One site."""
-
-    name: str
-    documents: int
-    text_bytes: int
+_Row = tuple[object, int]  # an address, or what is in its place; bytes of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +41,12 @@ class Domains:
     documents_without: int
     """Documents whose address names no site."""
     sites: int
-    top: tuple[Domain, ...]
-    """At most 1,000."""
+    top: tuple[dict[str, Any], ...]
+    """name, documents, text_bytes; at most 1,000."""
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Where the address and the text stand."""
+class SourceColumns(NamedTuple):
+    """The names of the columns that hold the address and the text."""
 
     url: str = "url"
     text: str = "text"
@@ -74,87 +65,84 @@ def domain_of(address: object) -> str | None:
     return host.removeprefix("www.").rstrip(".") or None
 
 
-def count_domains(source: str, columns: Columns, documents: int | None = None) -> Domains:
-    """Count the sites of a file, a folder or a URL; of its first `documents` rows, if given.
+def count_domains(source: str, columns: SourceColumns, documents: int | None = None) -> Domains:
+    """Count the sites of a file, a folder or a URL, or of its first `documents` rows.
 
-    Memory holds two numbers a site. Raises ValueError if no file of it has such columns, or one is damaged.
+    Memory holds two numbers a site. Raises ValueError if no file has such columns, or one is damaged.
     """
     files = [file for file in find_files(source) if file.kind in WITH_COLUMNS]
     if not files:
         raise ValueError(
             f"{source} holds texts without addresses: sites are read from .jsonl and .parquet files"
         )
-    found: Counter[str | None] = Counter()
+    counts: Counter[str | None] = Counter()
     text_bytes: Counter[str | None] = Counter()
     with progress("reading", sum(file.bytes for file in files) / 1e6, "MB") as advance:
         for address, size in itertools.islice(_rows(files, columns, advance), documents):
             site = domain_of(address)
-            found[site] += 1
+            counts[site] += 1
             text_bytes[site] += size
-    nowhere = found.pop(None, 0)
-    ordered = sorted(found.items(), key=lambda item: (-item[1], str(item[0])))
+    documents_without = counts.pop(None, 0)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
     return Domains(
         source=source,
         files=len(files),
-        documents=found.total() + nowhere,
+        documents=counts.total() + documents_without,
         text_bytes=text_bytes.total(),
-        documents_without=nowhere,
-        sites=len(found),
+        documents_without=documents_without,
+        sites=len(counts),
         top=tuple(
-            Domain(name=str(site), documents=count, text_bytes=text_bytes[site])
+            {"name": site, "documents": count, "text_bytes": text_bytes[site]}
             for site, count in ordered[:MOST_DOMAINS]
         ),
     )
 
 
-def _rows(files: Sequence[TextFile], columns: Columns, advance: Callable[..., None]) -> Iterator[Row]:
+def _rows(files: Sequence[TextFile], columns: SourceColumns, advance: Callable[..., None]) -> Iterator[_Row]:
     for file in files:
         yield from _json_rows(file, columns) if file.kind == ".jsonl" else _parquet_rows(file, columns)
         advance(file.bytes / 1e6)
 
 
-def _json_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
+def _json_rows(file: TextFile, columns: SourceColumns) -> Iterator[_Row]:
     with open_file(file) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            location = f"{file.address} line {number:,}"
             try:
                 fields = json.loads(line)
             except (ValueError, RecursionError):
                 fields = None
             if not isinstance(fields, dict):
-                raise DamagedFileError(
-                    f"{file.address} line {number:,} is not a JSON object with named fields"
-                )
-            _require(columns, list(fields), f"{file.address} line {number:,}")
+                raise DamagedFileError(f"{location} is not a JSON object with named fields")
+            _require(columns, list(fields), location)
             text = fields[columns.text]
-            size = len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
-            yield fields[columns.url], size
+            yield fields[columns.url], len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
 
 
-def _parquet_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
+def _parquet_rows(file: TextFile, columns: SourceColumns) -> Iterator[_Row]:
     pyarrow = import_pyarrow(file.address)
     from pyarrow import compute
 
     opened = open_parquet(file)
     _require(columns, opened.schema_arrow.names, file.address)
-    names = [columns.url, columns.text]
     try:
-        for batch in opened.iter_batches(batch_size=ROWS_AT_ONCE, columns=names):
+        for batch in opened.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(columns)):
             texts = batch.column(columns.text).cast(pyarrow.large_binary())
             sizes = compute.fill_null(compute.binary_length(texts), 0)
             yield from zip(batch.column(columns.url).to_pylist(), sizes.to_pylist(), strict=True)
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise DamagedFileError(
-            f"{file.address} is damaged, or holds no text there: {first_line(error)}"
+            f"{file.address} is damaged, or its column is not text: {first_line(error)}"
         ) from None
 
 
-def _require(columns: Columns, present: Sequence[str], place: str) -> None:
-    """Raise ValueError if a column is not there."""
-    for column, option in ((columns.url, "--url-column"), (columns.text, "--text-column")):
+def _require(columns: SourceColumns, present: Sequence[str], location: str) -> None:
+    """Raise ValueError if a column is missing."""
+    for column, option in zip(columns, ("--url-column", "--text-column"), strict=True):
         if column not in present:
             raise ValueError(
-                f"{place} has no column {column!r}: name it with {option}; "
+                f"{location} has no column {column!r}: name it with {option}; "
                 f"there is {', '.join(map(repr, present)) or 'none'}"
             )

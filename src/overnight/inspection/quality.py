@@ -1,4 +1,4 @@
-"""What is odd about a text: cheap tests of its characters and one of its language, each a yes or a no."""
+"""Cheap yes-or-no tests of a text's quality: seven of its characters, one of its language."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LONG_LINE_CHARACTERS = 10_000
-FEWEST_WORDS = 50  # a shorter text's words tell nothing of its language
+FEWEST_WORDS = 50  # the words of a shorter text say too little about its language
 FREQUENT_WORDS = frozenset(
     ["the", "of", "and", "to", "that", "for", "with", "this", "are"]
     + ["from", "have", "not", "it", "as", "be", "which", "were", "you"]
@@ -18,7 +18,7 @@ FREQUENT_WORDS = frozenset(
 FEWEST_FREQUENT = 0.05  # of a text's words; English prose has about 0.2
 
 ODDITIES = {
-    "replacement_character": "hold U+FFFD, which stands for bytes that were no text",
+    "replacement_character": "hold U+FFFD, which stands for bytes that were not text",
     "control_characters": "hold control characters",
     "very_long_line": f"have a line of over {LONG_LINE_CHARACTERS:,} characters",
     "mostly_not_letters": "are mostly not letters",
@@ -30,13 +30,13 @@ ODDITIES = {
 NOT_ENGLISH_LOOKING = frozenset({"not_latin", "few_english_words"})
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")  # not tab, line feed, form feed, carriage return
-# UTF-8's bytes 80 to BF as Latin-1 and as Windows-1252 read them, behind a lead byte so read.
-LATER = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
-MOJIBAKE = re.compile(f"[ÂÃ][{LATER}]|â[€\x80][{LATER}]|ï[¿»][½¿]")
+# UTF-8's bytes 80 to BF, decoded as Latin-1 and as Windows-1252, after a lead byte decoded in the same way.
+CONTINUATION = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
+MOJIBAKE = re.compile(f"[ÂÃ][{CONTINUATION}]|â[€\x80][{CONTINUATION}]|ï[¿»][½¿]")
 
 LETTER, UPPER, LATIN, BLANK = 1, 2, 4, 8
-CODE_POINTS = 0x30000  # beyond lie rare ideographs and no script in common use
-LATIN_BLOCKS = (  # Unicode's, up to and with the last
+CODE_POINTS = 0x30000  # above are rare ideographs and no script in common use
+LATIN_BLOCKS = (  # of Unicode: first and last code point
     *((0x41, 0x2AF), (0x1E00, 0x1EFF), (0x2C60, 0x2C7F), (0xA720, 0xA7FF)),
     *((0xAB30, 0xAB64), (0xFB00, 0xFB06), (0xFF21, 0xFF5A)),
 )
@@ -72,7 +72,7 @@ def _has_few_english_words(text: str) -> bool:
 
 @functools.cache
 def _classes() -> NDArray[np.uint8]:
-    """(CODE_POINTS,): what each character is, as a sum of LETTER, UPPER, LATIN and BLANK."""
+    """(CODE_POINTS,): the properties of each character, a sum of LETTER, UPPER, LATIN and BLANK."""
     characters = [chr(point) for point in range(CODE_POINTS)]
     letters = np.array([character.isalpha() for character in characters])
     is_latin = np.zeros(CODE_POINTS, dtype=bool)

@@ -1,7 +1,6 @@
-"""What is in a prepared folder: counts, lengths, duplicates, frequent tokens, odd texts, and a few to read.
+"""What is in a prepared folder: counts, lengths, duplicates, frequent tokens, quality, and a few samples.
 
-One pass over the shards, which are mapped and never loaded. What grows with the data is 16 bytes a
-document, by which duplicates are known.
+One pass over memory-mapped shards. Only the digests of the documents, 16 bytes each, grow with the data.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,28 +30,22 @@ from overnight.data.shards import (
     verify,
 )
 from overnight.inspection.quality import NOT_ENGLISH_LOOKING, ODDITIES, oddities_of
-from overnight.preparation.documents import HASHES_AT_ONCE
 from overnight.terminal import echo, progress
 
-SAMPLED_DOCUMENTS = 10_000  # whose text is looked at
+SAMPLED_DOCUMENTS = 10_000  # whose text is decoded
 LONGEST_LOOK_TOKENS = 100_000  # of each of them
 FREQUENT_TOKENS = 20
 SAMPLE_CHARACTERS = 240
+DIGESTS_AT_ONCE = 16_000_000  # compared at a time: about a gigabyte while they are sorted
+DIGEST_BYTES = 16
+HALVES = np.dtype([("high", "<u8"), ("low", "<u8")])  # of a digest: numpy has no integers of 16 bytes
 
-
-@dataclass(frozen=True, kw_only=True)
-class ShardCount:
-    """What was found in one shard; a document counts where it begins."""
-
-    name: str
-    documents: int
-    tokens: int
-    text_bytes: int
+Row = dict[str, Any]  # of a table in the JSON output
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCount:
-    """What was found in one split."""
+    """The counts of one split. A document counts in the shard where it begins."""
 
     split: str
     documents: int
@@ -60,16 +54,8 @@ class SplitCount:
     tokens: int
     text_bytes: int
     """UTF-8 bytes that the ids stand for."""
-    shards: tuple[ShardCount, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bucket:
-    """Documents of at least `shortest` and at most `longest` tokens."""
-
-    shortest: int
-    longest: int
-    documents: int
+    shards: tuple[Row, ...]
+    """name, documents, tokens, text_bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,333 +67,8 @@ class Lengths:
     percentile_90: int
     shortest: int
     longest: int
-    histogram: tuple[Bucket, ...]
-    """By powers of two."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenCount:
-    """How often an id occurs, and what it stands for."""
-
-    id: int
-    text: str
-    r"""Bytes that are no whole character are spelled \xe2."""
-    count: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """The beginning of a document."""
-
-    split: str
-    document: int
-    """Its place in its split, counted from 1."""
-    tokens: int
-    text: str
-    is_shortened: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """Everything that was found. The order of `samples` is that of the shards."""
-
-    folder: str
-    source: str
-    licence: str
-    tokenizer: str
-    vocab_size: int
-    first_documents_only: int | None
-    """Of each split; None: all."""
-    problems: tuple[str, ...]
-    """What needs a decision, the gravest first."""
-    splits: tuple[SplitCount, ...]
-    lengths: Lengths
-    duplicates: Duplicates
-    ids_used: int
-    frequent: tuple[TokenCount, ...]
-    sampled_documents: int
-    oddities: dict[str, int]
-    """Of the sampled documents, how many are so: see `oddities.ODDITIES`."""
-    not_english_looking: int
-    """Of the sampled documents: letters mostly not Latin, or almost none of English's frequent words."""
-    samples: tuple[Sample, ...]
-
-
-@dataclass(frozen=True)
-class ShardSpan:
-    """The part of a shard that is looked at."""
-
-    shard: str
-    ids: Tokens
-    starts: NDArray[np.int64]
-    """Where documents begin in it."""
-
-
-@dataclass
-class _Survey:
-    """What is gathered while the documents go by."""
-
-    token_bytes: list[bytes]
-    end_of_text: int
-    counts: NDArray[np.int64]
-    expected_documents: int
-    drawn: frozenset[int]
-    """Which documents are to be shown, counted from 0 over both splits."""
-    number: int = 0
-    sampled: int = 0
-    not_english_looking: int = 0
-    lengths: Counter[int] = field(default_factory=Counter)
-    oddities: Counter[str] = field(default_factory=Counter)
-    samples: list[Sample] = field(default_factory=list)
-
-
-def inspect_shards(
-    folder: Path, *, documents: int | None = None, samples: int = 3, seed: int = 0
-) -> Inspection:
-    """Verify a prepared folder and look at all of it, or at the first `documents` of each split.
-
-    Raises ValueError if it does not verify.
-    """
-    echo(f"verifying {folder}")
-    manifest = verify(folder)
-    tokenizer = load_prepared_tokenizer(folder)
-    expected = sum(_expected(manifest, split, documents) for split in SPLITS)
-    drawn = random.Random(seed).sample(range(expected), min(samples, expected))
-    survey = _Survey(
-        token_bytes=tokenizer.token_bytes(),
-        end_of_text=manifest.end_of_text,
-        counts=np.zeros(manifest.vocab_size, dtype=np.int64),
-        expected_documents=expected,
-        drawn=frozenset(drawn),
-    )
-    splits, digests = [], []
-    total = sum(manifest.tokens(split) for split in SPLITS)
-    with progress("inspecting", total, "tokens") as advance:
-        for split in SPLITS:
-            parts = shard_spans(folder, manifest, split, documents)
-            count, hashes = _inspect_split(split, parts, survey, advance)
-            splits.append(count)
-            digests.append(hashes)
-    duplicates = count_duplicates(*digests)
-    return Inspection(
-        folder=str(folder),
-        source=manifest.source,
-        licence=manifest.licence,
-        tokenizer=manifest.tokenizer,
-        vocab_size=manifest.vocab_size,
-        first_documents_only=documents,
-        problems=tuple(_problems(manifest, splits, duplicates, documents)),
-        splits=tuple(splits),
-        lengths=describe_lengths(survey.lengths),
-        duplicates=duplicates,
-        ids_used=int(np.count_nonzero(survey.counts)),
-        frequent=tuple(_most_frequent(survey.counts, survey.token_bytes, manifest.end_of_text)),
-        sampled_documents=survey.sampled,
-        oddities={name: survey.oddities[name] for name in ODDITIES},
-        not_english_looking=survey.not_english_looking,
-        samples=tuple(survey.samples),
-    )
-
-
-def shard_spans(folder: Path, manifest: Manifest, split: str, documents: int | None) -> Iterator[ShardSpan]:
-    """The shards of a split, up to the end of its first `documents` if that is given.
-
-    What stands before the first end-of-text id is a document too.
-    """
-    left = documents
-    for number, shard in enumerate(manifest.shards(split)):
-        ids = open_tokens(folder / shard.name)
-        starts = places_of(manifest.end_of_text, ids)
-        if number == 0 and (not starts.size or starts[0] != 0):
-            starts = np.concatenate([np.zeros(1, dtype=np.int64), starts])
-        if left is not None and starts.size > left:
-            yield ShardSpan(shard.name, ids[: starts[left]], starts[:left])
-            return
-        left = None if left is None else left - starts.size
-        yield ShardSpan(shard.name, ids, starts)
-
-
-def documents_of(parts: Iterable[ShardSpan]) -> Iterator[list[Tokens]]:
-    """Each document, its end-of-text id included, as the pieces that lie in different shards."""
-    pieces: list[Tokens] = []
-    for part in parts:
-        edges = part.starts.tolist()
-        before = edges[0] if edges else part.ids.size
-        if before:
-            pieces.append(part.ids[:before])
-        for begin, end in itertools.pairwise([*edges, part.ids.size]):
-            if pieces:
-                yield pieces
-            pieces = [part.ids[begin:end]]
-    if pieces:
-        yield pieces
-
-
-def describe_lengths(lengths: Counter[int]) -> Lengths:
-    """The usual figures of how many documents have which length."""
-    documents = lengths.total()
-    in_order = sorted(lengths.items())
-    powers: Counter[int] = Counter()
-    for length, count in in_order:
-        powers[length.bit_length() - 1] += count
-    return Lengths(
-        mean=sum(length * count for length, count in in_order) / documents,
-        median=_percentile(in_order, (documents + 1) // 2),
-        percentile_90=_percentile(in_order, -(-9 * documents // 10)),
-        shortest=in_order[0][0],
-        longest=in_order[-1][0],
-        histogram=tuple(
-            Bucket(shortest=2**power, longest=2 ** (power + 1) - 1, documents=powers[power])
-            for power in range(min(powers), max(powers) + 1)
-        ),
-    )
-
-
-def _percentile(in_order: Sequence[tuple[int, int]], rank: int) -> int:
-    """The length of the `rank`-th shortest document, counted from 1."""
-    so_far = 0
-    for length, count in in_order:
-        so_far += count
-        if so_far >= rank:
-            return length
-    raise AssertionError(rank)
-
-
-def _inspect_split(
-    split: str, parts: Iterable[ShardSpan], survey: _Survey, advance: Callable[..., None]
-) -> tuple[SplitCount, bytearray]:
-    """The counts of a split and its documents' digests."""
-    shards: list[ShardCount] = []
-    digests = bytearray()
-    lengths = byte_lengths(survey.token_bytes)
-    documents = empty = 0
-
-    def counted() -> Iterator[ShardSpan]:
-        for part in parts:
-            yield part
-            counts = count_ids(part.ids, survey.counts.size)
-            survey.counts += counts
-            shards.append(
-                ShardCount(
-                    name=part.shard,
-                    documents=part.starts.size,
-                    tokens=part.ids.size,
-                    text_bytes=int(counts @ lengths),
-                )
-            )
-            advance(part.ids.size)
-
-    for pieces in documents_of(counted()):
-        documents += 1
-        text = _without_separator(pieces, survey.end_of_text)
-        tokens = sum([piece.size for piece in pieces])
-        digest = hashlib.blake2b(text[0].data, digest_size=16)
-        for piece in text[1:]:
-            digest.update(piece.data)
-        if not any([piece.size for piece in text]):
-            empty += 1
-            digest.update(f"{split} {documents}".encode())  # equal to no other
-        digests += digest.digest()
-        _look_at(split, documents, tokens, text, survey)
-    count = SplitCount(
-        split=split,
-        documents=documents,
-        empty_documents=empty,
-        tokens=sum(shard.tokens for shard in shards),
-        text_bytes=sum(shard.text_bytes for shard in shards),
-        shards=tuple(shards),
-    )
-    return count, digests
-
-
-def _without_separator(pieces: list[Tokens], end_of_text: int) -> list[Tokens]:
-    first, *others = pieces
-    return [first[1:] if first[0] == end_of_text else first, *others]
-
-
-def _look_at(split: str, document: int, tokens: int, text: list[Tokens], survey: _Survey) -> None:
-    """Note the document's length; read it, if it is one of those spread evenly, or drawn to be shown."""
-    number, expected = survey.number, max(1, survey.expected_documents)
-    survey.number += 1
-    survey.lengths[tokens] += 1
-    if number * SAMPLED_DOCUMENTS // expected != (number - 1) * SAMPLED_DOCUMENTS // expected:
-        survey.sampled += 1
-        found = oddities_of(_read(text, survey.token_bytes, LONGEST_LOOK_TOKENS))
-        survey.oddities.update(found)
-        survey.not_english_looking += bool(found & NOT_ENGLISH_LOOKING)
-    if number in survey.drawn:
-        beginning = _read(
-            text, survey.token_bytes, 4 * SAMPLE_CHARACTERS + 4
-        )  # a character is 4 bytes at most
-        survey.samples.append(
-            Sample(
-                split=split,
-                document=document,
-                tokens=tokens,
-                text=beginning[:SAMPLE_CHARACTERS],
-                is_shortened=len(beginning) > SAMPLE_CHARACTERS,
-            )
-        )
-
-
-def _read(text: list[Tokens], token_bytes: list[bytes], most: int) -> str:
-    """What the first `most` ids decode to; a character that is cut off there is left out."""
-    ids = np.concatenate([piece[:most] for piece in text])
-    is_whole = ids.size == sum(piece.size for piece in text) and ids.size <= most
-    content = b"".join(map(token_bytes.__getitem__, ids[:most].tolist()))
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(content, final=is_whole)
-
-
-def _most_frequent(
-    counts: NDArray[np.int64], token_bytes: list[bytes], end_of_text: int
-) -> Iterator[TokenCount]:
-    """The ids that occur most, end-of-text left out."""
-    order = np.argsort(-counts, kind="stable")[: FREQUENT_TOKENS + 1]
-    found = [int(id) for id in order if id != end_of_text and counts[id]]
-    for id in found[:FREQUENT_TOKENS]:
-        yield TokenCount(id=id, text=token_bytes[id].decode(errors="backslashreplace"), count=int(counts[id]))
-
-
-def _expected(manifest: Manifest, split: str, documents: int | None) -> int:
-    """How many documents of a split will be seen, as its manifest counts them."""
-    held = sum(shard.documents for shard in manifest.shards(split))
-    return held if documents is None else min(held, documents)
-
-
-def _problems(
-    manifest: Manifest, splits: Sequence[SplitCount], duplicates: Duplicates, limit: int | None
-) -> Iterator[str]:
-    """What a person must know before training on this, the gravest first."""
-    train, validation = splits
-    if duplicates.validation_in_train:
-        assert duplicates.first_in_both is not None
-        share = duplicates.validation_in_train / validation.documents
-        yield (
-            f"{duplicates.validation_in_train:,} of {validation.documents:,} validation documents "
-            f"({share:.2%}) are also in training, the first of them number {duplicates.first_in_both + 1:,}: "
-            "a validation loss on them measures memory"
-        )
-    for split, again in ((train, duplicates.train), (validation, duplicates.validation)):
-        if again:
-            share = again / split.documents
-            counts = f"{again:,} of {split.documents:,}"
-            yield f"{counts} {split.split} documents ({share:.2%}) repeat an earlier one"
-        if split.empty_documents:
-            yield f"{split.empty_documents:,} documents of {split.split} are empty"
-        said = sum(shard.documents for shard in manifest.shards(split.split))
-        if limit is None and manifest.text_bytes(split.split) != split.text_bytes:
-            yield (
-                f"{split.split} has {manifest.text_bytes(split.split):,} bytes of text by its manifest, and "
-                f"its ids decode to {split.text_bytes:,}"
-            )
-        if limit is None and said not in {split.documents, split.documents - 1}:
-            yield f"{split.split} has {said:,} documents by its manifest, and {split.documents:,} by its ids"
-
-
-# ---------------------------------------------------------------- documents that are equal to one another, within a split and across both, by 16 bytes each
-
-
-HALVES = np.dtype([("high", "<u8"), ("low", "<u8")])
+    histogram: tuple[Row, ...]
+    """By powers of two: shortest, longest, documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,38 +85,287 @@ class Duplicates:
     """The first validation document of that kind, counted from 0."""
 
 
-def count_duplicates(train: bytes | bytearray, validation: bytes | bytearray) -> Duplicates:
-    """Count equal digests; each split is its documents' 16-byte digests, end to end.
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """Everything that was found."""
 
-    Memory holds what sorting the digests of one range takes, so any number will do.
+    folder: str
+    source: str
+    licence: str
+    tokenizer: str
+    vocab_size: int
+    first_documents_only: int | None
+    """How many of each split were inspected; None if all."""
+    problems: tuple[str, ...]
+    """What needs a decision, the most serious first."""
+    splits: tuple[SplitCount, ...]
+    lengths: Lengths
+    duplicates: Duplicates
+    ids_used: int
+    frequent: tuple[Row, ...]
+    r"""id, text, count of the most frequent tokens; bytes of incomplete characters are spelled \xe2."""
+    sampled_documents: int
+    oddities: dict[str, int]
+    """How many of the sampled documents have which oddity: see `quality.ODDITIES`."""
+    not_english_looking: int
+    """Of the sampled documents: letters mostly not Latin, or almost none of English's frequent words."""
+    samples: tuple[Row, ...]
+    """split, document (counted from 1), tokens, text, is_shortened; in the order of the shards."""
+
+
+def inspect_shards(
+    folder: Path, *, documents: int | None = None, samples: int = 3, seed: int = 0
+) -> Inspection:
+    """Verify a prepared folder and inspect all of it, or the first `documents` of each split.
+
+    Raises ValueError if it does not verify.
     """
-    splits = [np.frombuffer(digests, dtype=HALVES) for digests in (train, validation)]
-    ranges = -(-max(1, sum(map(len, splits))) // HASHES_AT_ONCE)
-    repeated = np.zeros(2, dtype=np.int64)
-    in_both: list[NDArray[np.int64]] = []
-    for number in range(ranges):
-        places = [np.flatnonzero(split["high"] % ranges == number) for split in splits]
-        again, shared = _compare([split[place] for split, place in zip(splits, places, strict=True)])
-        repeated += again
-        in_both.append(places[1][shared])
-    shared_places = np.concatenate(in_both)
-    return Duplicates(
-        train=int(repeated[0]),
-        validation=int(repeated[1]),
-        validation_in_train=shared_places.size,
-        first_in_both=int(shared_places.min()) if shared_places.size else None,
+    echo(f"verifying {folder}")
+    manifest = verify(folder)
+    token_bytes = load_prepared_tokenizer(folder).token_bytes()
+    held = [sum(shard.documents for shard in manifest.shards(split)) for split in SPLITS]
+    expected = sum(held if documents is None else [min(each, documents) for each in held])
+    drawn = random.Random(seed).sample(range(expected), min(samples, expected))
+    survey = _Survey(manifest, token_bytes, max(1, expected), frozenset(drawn))
+    with progress("inspecting", sum(map(manifest.tokens, SPLITS)), "tokens") as advance:
+        splits = [
+            survey.read_split(split, shard_spans(folder, manifest, split, documents), advance)
+            for split in SPLITS
+        ]
+    duplicates = count_duplicates(*survey.digests)
+    return Inspection(
+        folder=str(folder),
+        source=manifest.source,
+        licence=manifest.licence,
+        tokenizer=manifest.tokenizer,
+        vocab_size=manifest.vocab_size,
+        first_documents_only=documents,
+        problems=tuple(_problems(manifest, splits, duplicates, is_whole=documents is None)),
+        splits=tuple(splits),
+        lengths=describe_lengths(survey.lengths),
+        duplicates=duplicates,
+        ids_used=int(np.count_nonzero(survey.counts)),
+        frequent=tuple(survey.most_frequent()),
+        sampled_documents=survey.sampled,
+        oddities={name: survey.oddities[name] for name in ODDITIES},
+        not_english_looking=survey.not_english_looking,
+        samples=tuple(survey.samples),
     )
 
 
-def _compare(splits: Sequence[NDArray[np.void]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(2,) how many are there again in each split; which of validation are also in training."""
-    digests = np.concatenate(splits)
+# Documents in shards
+
+
+@dataclass(frozen=True)
+class ShardSpan:
+    """The inspected part of a shard."""
+
+    shard: str
+    ids: Tokens
+    starts: NDArray[np.int64]
+    """Where documents begin in it."""
+
+
+def shard_spans(folder: Path, manifest: Manifest, split: str, documents: int | None) -> Iterator[ShardSpan]:
+    """The shards of a split, up to the end of its first `documents` if that is given.
+
+    What comes before the first end-of-text id is a document, too.
+    """
+    left = documents
+    for number, shard in enumerate(manifest.shards(split)):
+        ids = open_tokens(folder / shard.name)
+        starts = places_of(manifest.end_of_text, ids)
+        if number == 0 and (not starts.size or starts[0] != 0):
+            starts = np.concatenate([np.zeros(1, dtype=np.int64), starts])
+        if left is not None and starts.size > left:
+            yield ShardSpan(shard.name, ids[: starts[left]], starts[:left])
+            return
+        left = None if left is None else left - starts.size
+        yield ShardSpan(shard.name, ids, starts)
+
+
+def documents_of(parts: Iterable[ShardSpan]) -> Iterator[list[Tokens]]:
+    """Each document, its end-of-text id included, as its pieces in consecutive shards."""
+    pieces: list[Tokens] = []
+    for part in parts:
+        edges = part.starts.tolist()
+        before = edges[0] if edges else part.ids.size
+        if before:
+            pieces.append(part.ids[:before])
+        for begin, end in itertools.pairwise([*edges, part.ids.size]):
+            if pieces:
+                yield pieces
+            pieces = [part.ids[begin:end]]
+    if pieces:
+        yield pieces
+
+
+class _Survey:
+    """Reads the documents of both splits in order and collects what is found."""
+
+    def __init__(
+        self, manifest: Manifest, token_bytes: list[bytes], expected: int, drawn: frozenset[int]
+    ) -> None:
+        self.counts = np.zeros(manifest.vocab_size, dtype=np.int64)
+        self.digests: list[bytearray] = []
+        self.lengths: Counter[int] = Counter()
+        self.sampled = self.not_english_looking = 0
+        self.oddities: Counter[str] = Counter()
+        self.samples: list[Row] = []
+        self._end_of_text, self._token_bytes = manifest.end_of_text, token_bytes
+        self._byte_lengths = byte_lengths(token_bytes)
+        self._expected, self._drawn = expected, drawn
+        self._number = 0  # of documents read, in both splits
+
+    def read_split(self, split: str, parts: Iterable[ShardSpan], advance: Callable[..., None]) -> SplitCount:
+        """The counts of a split. Its documents' digests are appended to `digests`."""
+        shards: list[Row] = []
+        digests = bytearray()
+        documents = empty = 0
+        for pieces in documents_of(self._counted(parts, shards, advance)):
+            documents += 1
+            first, *others = pieces
+            text = [first[1:] if first[0] == self._end_of_text else first, *others]
+            digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+            for piece in text:
+                digest.update(piece.data)
+            if not any([piece.size for piece in text]):
+                empty += 1
+                digest.update(f"{split} {documents}".encode())  # empty documents are not duplicates
+            digests += digest.digest()
+            self._look_at(split, documents, sum([piece.size for piece in pieces]), text)
+        self.digests.append(digests)
+        totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "text_bytes")}
+        return SplitCount(
+            split=split, documents=documents, empty_documents=empty, shards=tuple(shards), **totals
+        )
+
+    def most_frequent(self) -> Iterator[Row]:
+        """The ids that occur most, without end-of-text."""
+        order = np.argsort(-self.counts, kind="stable")[: FREQUENT_TOKENS + 1].tolist()
+        for id in [id for id in order if id != self._end_of_text and self.counts[id]][:FREQUENT_TOKENS]:
+            text = self._token_bytes[id].decode(errors="backslashreplace")
+            yield {"id": id, "text": text, "count": int(self.counts[id])}
+
+    def _counted(
+        self, parts: Iterable[ShardSpan], shards: list[Row], advance: Callable[..., None]
+    ) -> Iterator[ShardSpan]:
+        """The same parts; adds a row to `shards` for each."""
+        for part in parts:
+            yield part
+            counts = count_ids(part.ids, self.counts.size)
+            self.counts += counts
+            sizes = {"documents": part.starts.size, "tokens": part.ids.size}
+            text_bytes = int(counts @ self._byte_lengths)
+            shards.append({"name": part.shard, **sizes, "text_bytes": text_bytes})
+            advance(part.ids.size)
+
+    def _look_at(self, split: str, document: int, tokens: int, text: list[Tokens]) -> None:
+        """Record a document's length. Decode it if it is one of those spread evenly, or drawn as a sample."""
+        number, self._number = self._number, self._number + 1
+        self.lengths[tokens] += 1
+        # True for SAMPLED_DOCUMENTS of the expected ones, at equal distances.
+        if number * SAMPLED_DOCUMENTS // self._expected != (number - 1) * SAMPLED_DOCUMENTS // self._expected:
+            self.sampled += 1
+            found = oddities_of(self._decode(text, LONGEST_LOOK_TOKENS))
+            self.oddities.update(found)
+            self.not_english_looking += bool(found & NOT_ENGLISH_LOOKING)
+        if number in self._drawn:
+            beginning = self._decode(text, 4 * SAMPLE_CHARACTERS + 4)  # a character has at most 4 bytes
+            row = {"split": split, "document": document, "tokens": tokens}
+            is_shortened = len(beginning) > SAMPLE_CHARACTERS
+            self.samples.append({**row, "text": beginning[:SAMPLE_CHARACTERS], "is_shortened": is_shortened})
+
+    def _decode(self, text: list[Tokens], most: int) -> str:
+        """The text of the first `most` ids, without a character that is cut off there."""
+        ids = np.concatenate([piece[:most] for piece in text])
+        is_whole = ids.size == sum(piece.size for piece in text) and ids.size <= most
+        content = b"".join(map(self._token_bytes.__getitem__, ids[:most].tolist()))
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(content, final=is_whole)
+
+
+def describe_lengths(lengths: Counter[int]) -> Lengths:
+    """The statistics of a count of documents by length."""
+    values, counts = np.array(sorted(lengths.items())).T
+    up_to = np.cumsum(counts)
+    documents = int(up_to[-1])
+    ranks = ((documents + 1) // 2, -(-9 * documents // 10))  # counted from 1
+    median, percentile_90 = (int(values[np.searchsorted(up_to, rank)]) for rank in ranks)
+    powers: Counter[int] = Counter()
+    for length, count in lengths.items():
+        powers[length.bit_length() - 1] += count
+    return Lengths(
+        mean=int(values @ counts) / documents,
+        median=median,
+        percentile_90=percentile_90,
+        shortest=int(values[0]),
+        longest=int(values[-1]),
+        histogram=tuple(
+            {"shortest": 2**power, "longest": 2 ** (power + 1) - 1, "documents": powers[power]}
+            for power in range(min(powers), max(powers) + 1)
+        ),
+    )
+
+
+def _problems(
+    manifest: Manifest, splits: Sequence[SplitCount], duplicates: Duplicates, *, is_whole: bool
+) -> Iterator[str]:
+    """What a person must know before training on this, the most serious first."""
+    validation = splits[1]
+    if duplicates.first_in_both is not None:
+        share = duplicates.validation_in_train / validation.documents
+        yield (
+            f"{duplicates.validation_in_train:,} of {validation.documents:,} validation documents "
+            f"({share:.2%}) are also in training, the first of them number {duplicates.first_in_both + 1:,}: "
+            "a validation loss on them measures memorisation"
+        )
+    for split, repeated in zip(splits, (duplicates.train, duplicates.validation), strict=True):
+        name = split.split
+        if repeated:
+            share = repeated / split.documents
+            yield f"{repeated:,} of {split.documents:,} {name} documents ({share:.2%}) repeat an earlier one"
+        if split.empty_documents:
+            yield f"{split.empty_documents:,} documents of {name} are empty"
+        if is_whole and manifest.text_bytes(name) != split.text_bytes:
+            yield (
+                f"{name} has {manifest.text_bytes(name):,} bytes of text by its manifest, and its ids decode "
+                f"to {split.text_bytes:,}"
+            )
+        expected = sum(shard.documents for shard in manifest.shards(name))
+        if is_whole and expected not in {split.documents, split.documents - 1}:
+            yield f"{name} has {expected:,} documents by its manifest, and {split.documents:,} by its ids"
+
+
+# Duplicates
+
+
+def count_duplicates(train: bytes | bytearray, validation: bytes | bytearray) -> Duplicates:
+    """Count equal digests; each split is its documents' 16-byte digests, end to end.
+
+    Digests are compared in ranges that hold about DIGESTS_AT_ONCE of them, which bounds the memory.
+    """
+    splits = [np.frombuffer(digests, dtype=HALVES) for digests in (train, validation)]
+    ranges = -(-max(1, sum(map(len, splits))) // DIGESTS_AT_ONCE)
+    repeated = np.zeros(2, dtype=np.int64)
+    in_both: list[NDArray[np.int64]] = []
+    for number in range(ranges):
+        indices = [np.flatnonzero(split["high"] % ranges == number) for split in splits]
+        trained, validated = _group(*(split[chosen] for split, chosen in zip(splits, indices, strict=True)))
+        repeated += [each.size - np.unique(each).size for each in (trained, validated)]
+        in_both.append(indices[1][np.isin(validated, trained)])
+    shared = np.concatenate(in_both)
+    return Duplicates(
+        train=int(repeated[0]),
+        validation=int(repeated[1]),
+        validation_in_train=shared.size,
+        first_in_both=int(shared.min()) if shared.size else None,
+    )
+
+
+def _group(train: NDArray[np.void], validation: NDArray[np.void]) -> list[NDArray[np.int64]]:
+    """For each digest of each split a number that equal digests share."""
+    digests = np.concatenate([train, validation])
     order = np.lexsort((digests["low"], digests["high"]))
-    ordered = digests[order]
     group = np.zeros(len(digests), dtype=np.int64)
-    group[order[1:]] = np.cumsum(ordered[1:] != ordered[:-1])
-    trained, validated = group[: len(splits[0])], group[len(splits[0]) :]
-    groups = int(group.max()) + 1 if group.size else 0
-    counts = [np.bincount(each, minlength=groups) for each in (trained, validated)]
-    again = np.array([np.maximum(count - 1, 0).sum() for count in counts], dtype=np.int64)
-    return again, counts[0][validated] > 0
+    group[order[1:]] = np.cumsum(digests[order[1:]] != digests[order[:-1]])
+    return np.split(group, [len(train)])

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from overnight.recipe import Recipe
 
 TARGETS = ("slurm", "skypilot", "sagemaker", "kubernetes")
-
-
-FOR_TARGETS = {
+TARGETS_OF_SETTING = {
     "hours": ("slurm", "sagemaker"),
     "gpu": ("slurm", "skypilot", "sagemaker"),
     "partition": ("slurm",),
@@ -19,58 +17,56 @@ FOR_TARGETS = {
     "role": ("sagemaker",),
     "shared_disk": ("skypilot", "sagemaker", "kubernetes"),
 }
-
-
-SHORTEST_HOURS = 0.25  # a run is saved some minutes before its time is up
+SHORTEST_HOURS = 0.25  # saving starts minutes before the time limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig(Recipe):
-    """A recipe, as `overnight train` takes it, and where it is to run."""
+    """A recipe with its options, and the cluster that runs it."""
 
     slurm: bool = False
-    """Write a batch script for sbatch. It saves and queues itself again when its time is up."""
+    """Write a batch script for sbatch. It saves and requeues itself at the time limit."""
     skypilot: bool = False
-    """Write a task for `sky jobs launch`: spot machines of any cloud, found again when taken away."""
+    """Write a task for `sky jobs launch`: spot machines of any cloud, replaced after preemption."""
     sagemaker: bool = False
     """Write a request for `aws sagemaker create-training-job`, on spot machines as well."""
     kubernetes: bool = False
     """Write a PyTorchJob for Kubeflow's training operator, with its volume."""
     nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     gpus_per_node: int = 8
-    """GPUs of each, one process for each GPU; 0 for machines without."""
+    """GPUs of each machine, with one process each; 0 for machines without."""
     out: str | None = None
-    """The file to write; RUN_NAME.sbatch or RUN_NAME.TARGET.yaml if left out."""
+    """The file to write. Default: RUN_NAME.sbatch or RUN_NAME.TARGET.yaml."""
     hours: float = 24.0
     """The job's time limit, for Slurm and SageMaker."""
     gpu: str | None = None
-    """The GPU's kind: H100, A100-80GB, L4. H100 if left out; Slurm then takes any."""
+    """The GPU's kind: H100, A100-80GB, L4. Default: H100; any for Slurm."""
     partition: str | None = None
     """Slurm's partition."""
     image: str | None = None
     """The container image that has overnight installed, for SageMaker and Kubernetes."""
     bucket: str | None = None
-    """Where one node keeps runs/ and data/, for SkyPilot and SageMaker."""
+    """The bucket that holds runs/ and data/ of one node, for SkyPilot and SageMaker."""
     role: str | None = None
     """The ARN of SageMaker's role."""
     shared_disk: str | None = None
-    """What several nodes keep runs/ on: HOST:/PATH of an NFS export for SkyPilot, an FSx for Lustre's id for
-    SageMaker, the name of a volume's claim for Kubernetes, which makes one if left out."""
+    """The disk that holds runs/ of several nodes: HOST:/PATH of an NFS export for SkyPilot, the id of an FSx
+    for Lustre for SageMaker, the name of a volume claim for Kubernetes, which creates one by default."""
 
     @property
     def target(self) -> str:
-        """The one that is asked for. Raises ValueError if none is, or several are."""
-        asked = [name for name in TARGETS if getattr(self, name)]
-        options = [f"--{name}" for name in asked or TARGETS]
-        if not asked:
+        """The chosen target. Raises ValueError unless exactly one is chosen."""
+        chosen = [name for name in TARGETS if getattr(self, name)]
+        options = [f"--{name}" for name in chosen or TARGETS]
+        if not chosen:
             raise ValueError(f"overnight launch needs one of {', '.join(options)}")
-        if len(asked) > 1:
-            raise ValueError(f"a job file is for one of {' and '.join(options)}: give only one")
-        return asked[0]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(options)} exclude each other: give only one")
+        return chosen[0]
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        """One sentence for each wrong value; [] if there is none."""
         found = super().problems()
         if self.nodes < 1:
             found.append(f"nodes={self.nodes} must be at least 1")
@@ -80,16 +76,12 @@ class LaunchConfig(Recipe):
             found.append(f"hours={self.hours} must be at least {SHORTEST_HOURS}")
         if self.compute.processes is not None:
             found.append(
-                f"processes={self.compute.processes} is for one machine: leave it out, and say --nodes and "
-                "--gpus-per-node"
+                f"processes={self.compute.processes} is for one machine: use --nodes and --gpus-per-node"
             )
-        return found + self._misplaced()
-
-    def _misplaced(self) -> list[str]:
-        """Settings that have no meaning for the target."""
         default = LaunchConfig()
-        return [
-            f"{name} is for {' and '.join(f'--{target}' for target in targets)}: leave it out"
-            for name, targets in FOR_TARGETS.items()
-            if getattr(self, name) != getattr(default, name) and self.target not in targets
-        ]
+        for name, targets in TARGETS_OF_SETTING.items():
+            if getattr(self, name) != getattr(default, name) and self.target not in targets:
+                found.append(
+                    f"{name} is for {' and '.join(f'--{target}' for target in targets)}: leave it out"
+                )
+        return found

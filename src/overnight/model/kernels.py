@@ -1,4 +1,4 @@
-"""Attention kernels beside torch's own, chosen by name: blocks on a CPU, documents by mask, one by one, or flex.
+"""Attention kernels, chosen by name: blocks on a CPU; documents by a mask, one by one, or by flex_attention.
 
 An end-of-text id begins each document, so the ids alone say where one ends and the next begins. What precedes
 the first such id of a row is the rest of a document that began in an earlier row.
@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 NO_MASKS_IN_TRAINING = "with a mask cuDNN's backward pass gives NaN at some lengths (pytorch #196678)"
 
 CausalKernel = Literal["fused", "without-cudnn", "blocks", "math"]
-"""fused: torch's choice; without-cudnn: the same without cuDNN; blocks: `attend_in_blocks`; math: the formula."""
+"""fused: torch's choice; without-cudnn: torch's choice without cuDNN; math: the unfused formula."""
 DocumentKernel = Literal["mask", "efficient-mask", "one-by-one", "flex", "compiled-flex"]
 """How attention within documents is computed; `mask` works everywhere."""
 
@@ -82,7 +82,7 @@ class Documents(NamedTuple):
     document_ids: Tensor
     """Number of the document within its row, (B, T): equal within a document, then one more."""
     positions: Tensor
-    """Position within the document, (B, T), from 0; in the rest of an earlier document from the row's start."""
+    """Position within the document, (B, T), from 0; the rest of an earlier one from the row's start."""
 
 
 def find_documents(ids_BT: Tensor, end_of_text: int) -> Documents:
@@ -304,7 +304,7 @@ def attend_in_flex(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, document_BT: 
 
 @functools.cache
 def _compile_flex() -> Callable[..., Tensor]:
-    """`attend_in_flex` compiled by itself, for an eager step. Made on first use: the compiler loads in 2 s."""
+    """`attend_in_flex` compiled by itself, for an eager step. Made on first use: it loads the compiler."""
     return torch.compile(attend_in_flex, dynamic=False, fullgraph=True)
 
 

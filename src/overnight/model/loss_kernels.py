@@ -108,7 +108,7 @@ class Fp8Product(torch.autograd.Function):
 
 
 def _multiply_in_fp8(left_MK: Tensor, right_NK: Tensor, left_dtype: torch.dtype) -> Tensor:
-    """left @ right.T, (M, N) in bfloat16."""
+    """Left @ right.T, (M, N) in bfloat16."""
     left, left_scale = _quantize(left_MK, left_dtype)
     right, right_scale = _quantize(right_NK, torch.float8_e4m3fn)
     product: Tensor = torch._scaled_mm(

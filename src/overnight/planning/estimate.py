@@ -1,10 +1,11 @@
-"""How long a run takes, what it writes and what it costs: arithmetic on a recipe, without torch."""
+"""What a run does, takes on the disk and how long it takes: arithmetic on a recipe, without a device."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +14,12 @@ from overnight.data import DataConfig
 from overnight.data.shards import read_manifest, token_format
 from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
-from overnight.recipe import Recipe
+from overnight.recipe import Recipe, Resolved
 from overnight.tokenizer.open_tokenizer import load_tokenizer
-from overnight.training.batch import BatchPlan
+from overnight.training.checkpoint.format import BYTES_PER_SAVED_PARAMETER
 
-BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32
-BYTES_PER_SAVED_TENSOR = 110  # its line in the header of a safetensors file
-BYTES_BESIDE_TENSORS = 1500  # state.json and MANIFEST.json
+BYTES_PER_SAVED_TENSOR = 110  # its entry in the header of a safetensors file
+BYTES_OF_CHECKPOINT_METADATA = 1500  # state.json and MANIFEST.json
 BYTES_PER_METRICS_LINE = 220
 GPT2_VOCABULARY = 50_257
 FORWARD_SHARE = 1 / 3  # of a training pass: backward takes twice as many operations as forward
@@ -32,23 +32,23 @@ RELEASED = {
 
 
 class TokenCounts(NamedTuple):
-    """What is known of a recipe's text before it is trained on."""
+    """What is known of a recipe's text before training."""
 
     vocab_size: int
     folder: Path | str | None
-    """Where its shards lie, for a message; None if it is not all prepared yet."""
+    """Its shards, for a message; None unless all of it is prepared."""
     tokens: int | None
     """Of both splits."""
     validation_tokens: int | None
 
 
 def find_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts:
-    """The recipe's text, from its manifest where it is prepared; `vocab_size` is the recipe's own.
+    """The counts in the manifests of prepared text; `vocab_size` is the recipe's own.
 
-    Nothing is prepared or downloaded for this. Raises ValueError where the vocabulary can't be known yet.
+    Prepares and downloads nothing. Raises ValueError where the vocabulary is not known yet.
     """
     if config.mixture:
-        return _find_all(config, vocab_size)
+        return _add_token_counts(config, vocab_size)
     folder = find_prepared(config)
     if folder is None:
         return TokenCounts(vocab_size or _vocabulary(config), None, None, None)
@@ -57,7 +57,7 @@ def find_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts
     return TokenCounts(manifest.vocab_size, folder, manifest.tokens("train") + validation, validation)
 
 
-def _find_all(config: DataConfig, vocab_size: int | None) -> TokenCounts:
+def _add_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts:
     """The sources of a mixture as one text."""
     parts = [
         find_token_counts(dataclasses.replace(config, data=source.path, mixture=()), vocab_size)
@@ -72,24 +72,24 @@ def _find_all(config: DataConfig, vocab_size: int | None) -> TokenCounts:
 
 
 def find_prepared(config: DataConfig) -> Path | None:
-    """The folder of shards that a run would use as it is; None if it would prepare one, or fail to."""
+    """The folder of shards that a run would read as it is; None if it would have to prepare one."""
     folder = Path(config.data)
     if not (folder / "manifest.json").is_file():
         try:
             folder = output_folder(PrepareConfig(source=config.data, tokenizer=config.tokenizer))
-        except ValueError:  # there is nothing of that name
+        except ValueError:  # no such source
             return None
     return folder if (folder / "manifest.json").is_file() else None
 
 
 def _vocabulary(config: DataConfig) -> int:
-    """How many ids the tokenizer will have, from its name; a folder's or file's from its content."""
+    """The vocabulary size of a tokenizer, from its name, or from its files."""
     name = config.tokenizer
     if name == "gpt2":
         return GPT2_VOCABULARY
     if name == "characters":
         raise ValueError(
-            f"how many characters {config.data} has is known once it is prepared: run "
+            f"the number of characters in {config.data} is known once it is prepared: run "
             f"`overnight prepare {config.data} --tokenizer characters`, or give --vocab-size"
         )
     if size := re.fullmatch(r"bpe-([0-9]+)", name):
@@ -110,7 +110,7 @@ def model_config_of(recipe: Recipe, vocab_size: int) -> ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunCounts:
-    """What a run does, counted."""
+    """How often a run does what."""
 
     steps: int
     micro_batches: int
@@ -118,108 +118,149 @@ class RunCounts:
     tokens: int
     evaluations: int
     evaluated_tokens: int | None
-    """Of all evaluations together; None if the text, all of which is to be judged, is not prepared yet."""
+    """Of all evaluations together; None if all of a text is evaluated that is not prepared yet."""
     sampled_tokens: int
     checkpoints: int
     checkpoint_bytes: int
-    """Of one."""
+    """Of one checkpoint."""
 
 
-def count_run(recipe: Recipe, plan: BatchPlan, validation_tokens: int | None) -> RunCounts:
-    """What a run of a decided recipe does from its first step to its last."""
-    steps = recipe.schedule.total_steps
-    assert steps is not None
-    evaluation, samples, checkpoints = recipe.evaluation, recipe.samples, recipe.checkpoints
+def count_run(resolved: Resolved, validation_tokens: int | None) -> RunCounts:
+    """The counts of a run from its first step to its last."""
+    recipe, batch, steps = resolved.recipe, resolved.plan, resolved.total_steps
+    evaluation, samples = recipe.evaluation, recipe.samples
     evaluations = count_times(evaluation.evaluate_every_steps, steps)
     evaluations += evaluations > 0  # one before the first step
+    # The first token of the split has no context and is not predicted.
+    limits = [evaluation.evaluation_tokens, validation_tokens and validation_tokens - 1]
+    tokens_each = min((count for count in limits if count is not None), default=None)
+    evaluated = None if evaluations and tokens_each is None else evaluations * (tokens_each or 0)
     sampled = len(samples.sample_prompts) * samples.sample_tokens
-    tokens = plan.tokens_before(steps)
+    tokens = batch.tokens_before(steps)
     return RunCounts(
         steps=steps,
-        micro_batches=tokens // (plan.micro_batch_size * plan.tokens_per_row),
+        micro_batches=tokens // (batch.micro_batch_size * batch.tokens_per_row),
         tokens=tokens,
         evaluations=evaluations,
-        evaluated_tokens=_times(
-            evaluations, evaluated_tokens_of(evaluation.evaluation_tokens, validation_tokens)
-        ),
+        evaluated_tokens=evaluated,
         sampled_tokens=count_times(samples.sample_every_steps, steps) * sampled,
-        checkpoints=max(1, count_times(checkpoints.checkpoint_every_steps, steps)),
-        checkpoint_bytes=checkpoint_bytes(recipe.model),
+        checkpoints=max(1, count_times(recipe.checkpoints.checkpoint_every_steps, steps)),
+        checkpoint_bytes=checkpoint_bytes(resolved.model),
     )
 
 
 def count_times(every_steps: int | None, steps: int) -> int:
-    """How often something happens that happens each so many steps, and after the last; 0 if it is off."""
+    """How often an event happens that comes every `every_steps` and after the last step; 0 if it is off."""
     return 0 if every_steps is None else -(-steps // every_steps)
 
 
-def evaluated_tokens_of(asked: int | None, validation_tokens: int | None) -> int | None:
-    """Of one evaluation: what was asked for, as far as there is so much; None if that is not known."""
-    known = [count for count in (asked, validation_tokens and validation_tokens - 1) if count is not None]
-    return min(known, default=None)
-
-
-def _times(count: int, each: int | None) -> int | None:
-    return 0 if not count else None if each is None else count * each
-
-
 def checkpoint_bytes(model: ModelConfig) -> int:
-    """Of one checkpoint on the disk."""
+    """Size of one checkpoint on the disk."""
     tensors = 3 * (4 + 12 * model.n_layer)
     parameters = BYTES_PER_SAVED_PARAMETER * model.parameter_count()
-    return parameters + tensors * BYTES_PER_SAVED_TENSOR + BYTES_BESIDE_TENSORS
+    return parameters + tensors * BYTES_PER_SAVED_TENSOR + BYTES_OF_CHECKPOINT_METADATA
+
+
+def predict_disk(recipe: Recipe, counts: RunCounts, text: TokenCounts) -> dict[str, int]:
+    """Bytes that the run takes on the disk at most, by use.
+
+    Text that is not prepared yet is counted as the tokens that the run reads.
+    """
+    width = token_format(text.vocab_size).dtype.itemsize
+    kept = recipe.checkpoints.count_kept(counts.steps)
+    return {
+        "shards": width * (counts.tokens if text.tokens is None else text.tokens),
+        "checkpoints": (kept + 1) * counts.checkpoint_bytes,  # one more while it is written
+        "metrics": counts.steps * BYTES_PER_METRICS_LINE,
+    }
 
 
 class StepCost(NamedTuple):
-    """How long each part of the work takes, in seconds; 0 where it is not known and not counted."""
+    """Seconds of each part of the work; 0 where a part is unknown or not counted."""
 
     micro_batch: float
     update: float
     """The optimizer's part of a step."""
     start: float
-    """What the first step takes longer than the others: compilation, above all."""
+    """What the first step takes longer than the others, above all compilation."""
     evaluated_token: float
     sampled_token: float
     saved_byte: float
 
     def step(self, micro_batches: int) -> float:
-        """Of a step with so many micro-batches."""
+        """Seconds of a step of so many micro-batches."""
         return micro_batches * self.micro_batch + self.update
 
 
-def predict_seconds(work: RunCounts, pace: StepCost) -> dict[str, float]:
-    """How long the run takes, by what it does meanwhile."""
+CostRange = tuple[StepCost, StepCost, StepCost]
+"""Fast, likely, slow."""
+
+
+def predict_seconds(counts: RunCounts, cost: StepCost) -> dict[str, float]:
+    """Duration of the run, by use."""
     return {
-        "training": work.micro_batches * pace.micro_batch + work.steps * pace.update,
-        "evaluation": (work.evaluated_tokens or 0) * pace.evaluated_token,
-        "samples": work.sampled_tokens * pace.sampled_token,
-        "checkpoints": work.checkpoints * work.checkpoint_bytes * pace.saved_byte,
-        "compilation": pace.start,
+        "training": counts.micro_batches * cost.micro_batch + counts.steps * cost.update,
+        "evaluation": (counts.evaluated_tokens or 0) * cost.evaluated_token,
+        "samples": counts.sampled_tokens * cost.sampled_token,
+        "checkpoints": counts.checkpoints * counts.checkpoint_bytes * cost.saved_byte,
+        "compilation": cost.start,
     }
 
 
-def predict_disk(recipe: Recipe, work: RunCounts, text: TokenCounts) -> dict[str, int]:
-    """Bytes that the run takes on the disk at most, by what they hold.
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Speed, duration and price of a run, under the names of the JSON output."""
 
-    Of a text that is not prepared yet, as many tokens as the run reads: it has no more than these to show.
-    """
-    width = token_format(text.vocab_size).dtype.itemsize
-    kept = recipe.checkpoints.count_kept(work.steps)
-    return {
-        "shards": width * (work.tokens if text.tokens is None else text.tokens),
-        "checkpoints": (kept + 1) * work.checkpoint_bytes,  # the one being written is one more
-        "metrics": work.steps * BYTES_PER_METRICS_LINE,
-    }
+    tokens_per_second: float
+    """Of the steps alone."""
+    tokens_per_second_range: tuple[float, float]
+    """(slow, fast)."""
+    step_seconds: float
+    micro_batch_seconds: float
+    update_seconds: float
+    mfu: float | None
+    """Model FLOPs utilisation; None if the device's peak is not published."""
+    seconds_by_use: dict[str, float]
+    seconds: float
+    seconds_range: tuple[float, float]
+    """(fast, slow)."""
+    ends_at: str | None
+    """ISO time at which a run ends that starts now; None beyond the calendar's end."""
+    dollars: float | None
+    dollars_per_billion_tokens: float | None
 
 
-class Cost(NamedTuple):
-    """In dollars."""
+def forecast_run(
+    resolved: Resolved,
+    counts: RunCounts,
+    costs: CostRange,
+    peak_flops: float | None,
+    dollars_per_hour: float | None,
+) -> Forecast:
+    """The forecast of a run by the costs of all its processes, whose devices have that peak together."""
+    likely = costs[1]
+    micro_batches = resolved.plan.stages[-1].micro_batches
+    rates = [resolved.recipe.batch.tokens_per_step / cost.step(micro_batches) for cost in costs]
+    totals = [sum(predict_seconds(counts, cost).values()) for cost in costs]
+    dollars = None if dollars_per_hour is None else totals[1] / 3600 * dollars_per_hour
+    return Forecast(
+        tokens_per_second=rates[1],
+        tokens_per_second_range=(rates[2], rates[0]),
+        step_seconds=likely.step(micro_batches),
+        micro_batch_seconds=likely.micro_batch,
+        update_seconds=likely.update,
+        mfu=rates[1] * resolved.model.flops_per_token() / peak_flops if peak_flops else None,
+        seconds_by_use=predict_seconds(counts, likely),
+        seconds=totals[1],
+        seconds_range=(totals[0], totals[2]),
+        ends_at=_ends_at(totals[1]),
+        dollars=dollars,
+        dollars_per_billion_tokens=None if dollars is None else dollars / counts.tokens * 1e9,
+    )
 
-    run: float
-    billion_tokens: float
 
-
-def predict_cost(seconds: float, tokens: int, dollars_per_hour: float) -> Cost:
-    """Of a run that takes so long and sees so many tokens."""
-    dollars = seconds / 3600 * dollars_per_hour
-    return Cost(dollars, dollars / tokens * 1e9)
+def _ends_at(seconds: float) -> str | None:
+    try:
+        return (datetime.now().astimezone() + timedelta(seconds=seconds)).isoformat(timespec="seconds")
+    except OverflowError:
+        return None

@@ -1,145 +1,303 @@
-"""Encoded units to shards: what becomes of each document among all, and where its tokens stand.
+"""Tokenized units to shards: the status of every document, the layout of the shards, and the manifest.
 
-First everything is decided, from a few bytes a document; then every shard can be written by itself,
-by anyone, in any order. Nothing here depends on how many did the work.
+First everything is decided, from a few bytes per document; then any worker can write any shard.
+Nothing here depends on the number of workers.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.data.shards import SPLITS, Shard, TokenFile, Tokens, token_format
+from overnight import __version__
+from overnight.data.shards import SPLITS, Manifest, Shard, TokenFile, Tokens, token_format
+from overnight.preparation.decontaminate import benchmark_names
 from overnight.preparation.dedup import find_near_duplicates
-from overnight.preparation.documents import FATES, Fate, Records, find_duplicates, is_validation, kept_mask
+from overnight.preparation.documents import (
+    KEPT,
+    STATUSES,
+    DocumentStatus,
+    Records,
+    find_duplicates,
+    is_validation,
+    kept_mask,
+)
+from overnight.preparation.prepare_config import MOST_SHARDS
 from overnight.preparation.prepare_state import PrepareState, open_tokenizer, read_state, target_units
-from overnight.preparation.tokenize import TokenizedUnit, count_documents, read_unit
+from overnight.preparation.tokenize import TokenizedUnit, read_unit
 from overnight.run_directory import write_atomically
+
+NOT_WANTED = len(STATUSES)  # status of a document behind the last one that `tokens` asks for
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where the tokens of each unit stand in the two splits."""
+    """Where the tokens of each unit lie in the two splits."""
 
+    shard_tokens: int
     starts: dict[str, list[int]]
-    """By split: the place of each unit's first token; last, how many tokens there are."""
-    fates: dict[Fate, int]
-    """How many documents met which; those behind the last that was wanted are not counted."""
+    """By split: the position of each unit's first token; last, the number of tokens."""
+    first_documents: list[int]
+    """The number of each unit's first document among all; last, the number of documents."""
+    documents: dict[DocumentStatus, int]
+    """How many documents have each status; those that are not wanted are not counted."""
     damaged_files: int
     contaminated: dict[str, int]
-    """By benchmark: how many of the documents counted above, none of them a duplicate, share a passage."""
+    """By benchmark: how many of these documents, no duplicate among them, share a passage with it."""
 
-    def shards(self, split: str, shard_tokens: int) -> int:
-        """How many shards a split becomes."""
-        return -(-self.starts[split][-1] // shard_tokens)
+    @property
+    def kept_documents(self) -> int:
+        """How many documents are in the shards."""
+        return sum(self.documents.get(status, 0) for status in KEPT)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens both splits have together."""
+        return sum(self.starts[split][-1] for split in SPLITS)
+
+    def shards(self, split: str, *, only_full: bool = False) -> range:
+        """The indices of the shards of a split; further documents do not change those that are full."""
+        full, rest = divmod(self.starts[split][-1], self.shard_tokens)
+        return range(full + (rest > 0 and not only_full))
 
 
-def decide_layout(place: Path) -> ShardLayout:
-    """Write what becomes of every document, and where everything stands, into the folder."""
-    work = read_state(place)
-    units = [read_unit(place, number) for number in range(target_units(place))]
-    groups = [unit.records for unit in units]
-    fates = [records["fate"].copy() for records in groups]
-    _mark(fates, find_duplicates(groups), "duplicate")
-    if work.on_contaminated == "drop":
-        shared = [(unit.shared > 0) & kept_mask(group) for unit, group in zip(units, fates, strict=True)]
-        _mark(fates, shared, "contaminated")
-    if work.near_duplicates == "drop":
-        _mark(fates, find_near_duplicates(place, fates), "near-duplicate")
-    _stop_after(fates, groups, work.tokens)
-    np.save(place / "fates.npy", np.concatenate(fates) if fates else np.zeros(0, np.uint8))
+def decide_layout(staging: Path, state: PrepareState, units: int) -> ShardLayout:
+    """Decide the status of every document of the first `units` units, and where its tokens lie.
+
+    Writes both into the staging folder. Raises ValueError if there are too many shards.
+    """
+    tokenized = [read_unit(staging, number) for number in range(units)]
+    records = [unit.records for unit in tokenized]
+    status = _decide_status(staging, state, tokenized)
+    np.save(staging / "status.npy", np.concatenate(status))
     layout = ShardLayout(
-        starts={split: _starts(split, fates, groups, work) for split in SPLITS},
-        fates=dict(Counter(FATES[code] for group in fates for code in group if code < len(FATES))),
-        damaged_files=len(work.damaged_files) + len({n for unit in units for n in unit.damaged_files}),
-        contaminated=_count_contaminated(fates, units, work.benchmarks),
+        shard_tokens=state.config.shard_tokens,
+        starts={split: _starts(split, status, records, state) for split in SPLITS},
+        first_documents=[0, *np.cumsum([len(unit) for unit in records]).tolist()],
+        documents=dict(Counter(STATUSES[code] for unit in status for code in unit if code != NOT_WANTED)),
+        damaged_files=len(state.damaged_files) + len({n for unit in tokenized for n in unit.damaged_files}),
+        contaminated=_count_contaminated(status, tokenized, benchmark_names(state.config.benchmark_paths)),
     )
-    write_atomically(place / "layout.json", json.dumps(asdict(layout)) + "\n")
+    for split in SPLITS:
+        if (shards := len(layout.shards(split))) > MOST_SHARDS:
+            tokens = layout.starts[split][-1]
+            raise ValueError(
+                f"{tokens:,} tokens make {shards:,} shards, more than {MOST_SHARDS:,}: "
+                f"give --shard-tokens {-(-tokens // MOST_SHARDS)} or more"
+            )
+    write_atomically(staging / "layout.json", json.dumps(asdict(layout)) + "\n")
     return layout
 
 
-def read_layout(place: Path) -> ShardLayout:
-    """What `decide_layout` wrote."""
-    return ShardLayout(**json.loads((place / "layout.json").read_text(encoding="utf-8")))
+def require_documents(state: PrepareState, layout: ShardLayout) -> None:
+    """Raise ValueError if a split has no document."""
+    if layout.kept_documents == 0 and layout.documents.get("contaminated"):
+        raise ValueError(f"every document of {state.source} shares a passage with a benchmark")
+    if layout.kept_documents == 0:
+        raise ValueError(f"{state.source} holds no text")
+    for split in SPLITS:
+        if layout.starts[split][-1] == 0:
+            direction = "raise" if split == "validation" else "lower"
+            raise ValueError(
+                f"none of the {layout.kept_documents:,} documents of {state.source} is in the {split} split, "
+                f"which is chosen by their hash: {direction} --validation-fraction, or give more text"
+            )
 
 
-def write_shard(place: Path, split: str, index: int) -> Shard:
-    """Write one shard of a split from the encoded units; nothing if it is there already."""
-    tokens, last = read_state(place).shard_tokens, read_layout(place).starts[split][-1]
-    name = f"{split}-{index:05d}"
-    about = place / f"{name}.json"
-    if about.is_file():
-        return Shard(**json.loads(about.read_text(encoding="utf-8")))
-    shard = _write(place, f"{name}.bin", split, (index * tokens, min((index + 1) * tokens, last)))
-    write_atomically(about, json.dumps(asdict(shard)) + "\n")
-    return shard
+def decide_shards(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
+    """As a step of Slurm's: decide the layout. Raises ValueError if a split has no document."""
+    state = read_state(staging)
+    require_documents(state, decide_layout(staging, state, target_units(staging)))
 
 
-def write_first_shards(place: Path, split: str) -> list[Shard]:
-    """Write the beginning of the first shard that is not complete yet: what there is of it, if anything."""
-    tokens, end = read_state(place).shard_tokens, read_layout(place).starts[split][-1]
-    index, rest = divmod(end, tokens)
-    return [_write(place, f"{split}-{index:05d}-{rest}.bin", split, (end - rest, end))] if rest else []
+def write_shards(staging: Path, rank: int = 0, ranks: int = 1, *, only_full: bool = False) -> None:
+    """Write every `ranks`-th shard of both splits."""
+    assembler = open_assembler(staging)
+    layout = assembler.layout
+    shards = [(split, index) for split in SPLITS for index in layout.shards(split, only_full=only_full)]
+    for split, index in shards[rank::ranks]:
+        assembler.write(split, index)
 
 
-def _write(place: Path, name: str, split: str, wanted: tuple[int, int]) -> Shard:
-    """A file of the tokens of a split from the first to before the second of these places."""
-    file = TokenFile(place / name, open_tokenizer(place).vocab_size)
-    documents = text_bytes = 0
-    try:
-        for stretch in _stretches(place, split, *wanted):
-            file.append(stretch.ids)
-            documents += stretch.documents
-            text_bytes += stretch.text_bytes
-        return Shard(
-            name=name, tokens=file.tokens, documents=documents, text_bytes=text_bytes, sha256=file.close()
-        )
-    finally:
-        file.abandon()
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens that stand together in a unit and in a shard."""
+class Span(NamedTuple):
+    """Tokens that lie together in a unit and in a shard."""
 
     ids: Tokens
     documents: int
-    """How many begin here."""
+    """How many documents begin here."""
     text_bytes: int
-    """Of those that begin here, to their ends."""
+    """Of those documents, to their ends."""
 
 
-def _stretches(place: Path, split: str, begin: int, end: int) -> Iterator[Span]:
-    """What stands in a split from token `begin` to `end`."""
-    work, starts = read_state(place), read_layout(place).starts[split]
-    first = int(np.searchsorted(starts, begin, side="right")) - 1
-    documents_before = _documents_before(place, first)
-    fates = np.load(place / "fates.npy", mmap_mode="r")
-    dtype = token_format(open_tokenizer(place).vocab_size).dtype
-    for number in range(first, len(starts) - 1):
-        if starts[number] >= end:
-            return
-        unit = read_unit(place, number)
-        records = unit.records
-        mine = _of_split(split, fates[documents_before : documents_before + len(records)], records, work)
-        documents_before += len(records)
-        if mine.any():
-            ids = np.memmap(unit.ids, dtype=dtype, mode="r")
-            yield from _cut(np.asarray(ids), records, mine, (begin - starts[number], end - starts[number]))
+class ShardAssembler:
+    """Writes shards from the tokenized units of a staging folder whose layout is decided."""
+
+    def __init__(self, staging: Path, state: PrepareState, layout: ShardLayout) -> None:
+        self.staging, self.state, self.layout = staging, state, layout
+        self._vocab_size = open_tokenizer(staging).vocab_size
+        self._status = np.load(staging / "status.npy", mmap_mode="r")
+
+    def write(self, split: str, index: int) -> Shard:
+        """Write one shard, unless it is there already."""
+        name, size = f"{split}-{index:05d}", self.layout.shard_tokens
+        record = self.staging / f"{name}.json"
+        if record.is_file():
+            return Shard(**json.loads(record.read_text(encoding="utf-8")))
+        end = min((index + 1) * size, self.layout.starts[split][-1])
+        shard = self._write_tokens(f"{name}.bin", split, index * size, end)
+        write_atomically(record, json.dumps(asdict(shard)) + "\n")
+        return shard
+
+    def write_unfinished(self, split: str) -> tuple[Shard, ...]:
+        """Write what there is of the shard that is not complete yet: one shard, or none."""
+        end = self.layout.starts[split][-1]
+        index, rest = divmod(end, self.layout.shard_tokens)
+        return (
+            (self._write_tokens(f"{split}-{index:05d}-{rest}.bin", split, end - rest, end),) if rest else ()
+        )
+
+    def manifest(self, shards: dict[str, tuple[Shard, ...]]) -> Manifest:
+        """The manifest of a prepared folder that holds these shards."""
+        state, layout, tokenizer = self.state, self.layout, open_tokenizer(self.staging)
+        return Manifest(
+            overnight_version=__version__,
+            source=state.source,
+            licence=state.licence,
+            request=state.request,
+            split_rule="validation if the first 8 bytes of the text's blake2b-128 are below "
+            f"{state.validation_fraction} of 2^64",
+            tokenizer=tokenizer.name,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+            documents=layout.kept_documents,
+            duplicate_documents=layout.documents.get("duplicate", 0),
+            empty_documents=layout.documents.get("empty", 0),
+            skipped_documents=layout.documents.get("skipped", 0),
+            repaired_documents=layout.documents.get("repaired", 0),
+            damaged_files=layout.damaged_files,
+            near_duplicate_documents=layout.documents.get("near-duplicate", 0),
+            contaminated_documents=layout.contaminated,
+            train=shards["train"],
+            validation=shards["validation"],
+        )
+
+    def _write_tokens(self, name: str, split: str, begin: int, end: int) -> Shard:
+        """A shard of the tokens of a split from `begin` to before `end`."""
+        file = TokenFile(self.staging / name, self._vocab_size)
+        documents = text_bytes = 0
+        try:
+            for span in self._spans(split, begin, end):
+                file.append(span.ids)
+                documents += span.documents
+                text_bytes += span.text_bytes
+            return Shard(
+                name=name, tokens=file.tokens, documents=documents, text_bytes=text_bytes, sha256=file.close()
+            )
+        finally:
+            file.abandon()
+
+    def _spans(self, split: str, begin: int, end: int) -> Iterator[Span]:
+        """The tokens of a split from `begin` to before `end`, unit by unit."""
+        starts, first_documents = self.layout.starts[split], self.layout.first_documents
+        dtype = token_format(self._vocab_size).dtype
+        first = int(np.searchsorted(starts, begin, side="right")) - 1
+        for number in range(first, len(starts) - 1):
+            if starts[number] >= end:
+                return
+            if starts[number] == starts[number + 1]:
+                continue
+            unit = read_unit(self.staging, number)
+            status = self._status[first_documents[number] : first_documents[number + 1]]
+            chosen = _in_split(split, status, unit.records, self.state)
+            ids = np.asarray(np.memmap(unit.ids, dtype=dtype, mode="r"))
+            yield from _cut(ids, unit.records, chosen, (begin - starts[number], end - starts[number]))
 
 
-def _cut(ids: Tokens, records: Records, mine: NDArray[np.bool_], wanted: tuple[int, int]) -> Iterator[Span]:
-    """A unit's documents of one split as stretches; only the tokens `wanted`, counted among these alone."""
+def open_assembler(staging: Path) -> ShardAssembler:
+    """Of a staging folder, with the state and the layout that are written there."""
+    layout = ShardLayout(**json.loads((staging / "layout.json").read_text(encoding="utf-8")))
+    return ShardAssembler(staging, read_state(staging), layout)
+
+
+def _decide_status(
+    staging: Path, state: PrepareState, units: Sequence[TokenizedUnit]
+) -> list[NDArray[np.uint8]]:
+    """For each unit the status codes of its documents."""
+    records = [unit.records for unit in units]
+    status: list[NDArray[np.uint8]] = [unit["status"].copy() for unit in records]
+
+    def mark(chosen: list[NDArray[np.bool_]], name: DocumentStatus) -> None:
+        for unit, documents in zip(status, chosen, strict=True):
+            unit[documents] = STATUSES.index(name)
+
+    mark(find_duplicates(records), "duplicate")
+    if state.config.on_contaminated == "drop":
+        mark(
+            [(u.shared > 0) & kept_mask(codes) for u, codes in zip(units, status, strict=True)],
+            "contaminated",
+        )
+    if state.config.near_duplicates == "drop":
+        mark(find_near_duplicates(staging, status), "near-duplicate")
+    if state.config.tokens is not None:
+        _mark_not_wanted(status, records, state.config.tokens)
+    return status
+
+
+def _mark_not_wanted(status: list[NDArray[np.uint8]], units: list[Records], tokens: int) -> None:
+    """Mark what lies behind the document with which both splits together reach `tokens`."""
+    so_far = 0
+    for codes, records in zip(status, units, strict=True):
+        kept = np.where(kept_mask(codes), records["tokens"], 0).astype(np.int64)
+        reached = so_far + np.cumsum(kept)
+        so_far = int(reached[-1]) if reached.size else so_far
+        codes[reached - kept >= tokens] = NOT_WANTED
+
+
+def _count_contaminated(
+    status: list[NDArray[np.uint8]], units: list[TokenizedUnit], benchmarks: Iterable[str]
+) -> dict[str, int]:
+    """By benchmark, how many documents share a passage with it: those kept, or left out for it."""
+    counted = [kept_mask(codes) | (codes == STATUSES.index("contaminated")) for codes in status]
+    shared = [unit.shared[chosen] for unit, chosen in zip(units, counted, strict=True)]
+    return {
+        name: sum(int(np.count_nonzero(bits & np.uint64(1 << number))) for bits in shared)
+        for number, name in enumerate(benchmarks)
+    }
+
+
+def _starts(
+    split: str, status: list[NDArray[np.uint8]], units: list[Records], state: PrepareState
+) -> list[int]:
+    """Where each unit begins among the tokens of a split, and last where all end."""
+    sizes = [
+        int(records["tokens"][_in_split(split, codes, records, state)].sum())
+        for codes, records in zip(status, units, strict=True)
+    ]
+    return [0, *np.cumsum(sizes).tolist()]
+
+
+def _in_split(
+    split: str, status: NDArray[np.uint8], records: Records, state: PrepareState
+) -> NDArray[np.bool_]:
+    """Which documents of a unit are in the shards of a split."""
+    validation = is_validation(records, state.validation_fraction)
+    return kept_mask(status) & (validation if split == "validation" else ~validation)
+
+
+def _cut(ids: Tokens, records: Records, chosen: NDArray[np.bool_], wanted: tuple[int, int]) -> Iterator[Span]:
+    """The chosen documents of a unit as spans; only the tokens `wanted`, counted among these documents."""
     lengths = records["tokens"].astype(np.int64)
-    places = np.cumsum(lengths) - lengths  # in the unit
-    own = np.flatnonzero(mine)
-    own_ends = np.cumsum(lengths[own])  # among the documents of this split
+    positions = np.cumsum(lengths) - lengths  # of each document in the unit
+    own = np.flatnonzero(chosen)
+    own_ends = np.cumsum(lengths[own])  # of each chosen document among the chosen
     own_starts = own_ends - lengths[own]
     begin, end = max(0, wanted[0]), wanted[1]
     inside = np.flatnonzero((own_ends > begin) & (own_starts < end))
@@ -147,60 +305,7 @@ def _cut(ids: Tokens, records: Records, mine: NDArray[np.bool_], wanted: tuple[i
     for run in np.split(inside, breaks):
         if not run.size:
             continue
-        shift = int(places[own[run[0]]] - own_starts[run[0]])  # from places in the split to the unit's
+        shift = int(positions[own[run[0]]] - own_starts[run[0]])  # from among the chosen to in the unit
         first, last = max(begin, int(own_starts[run[0]])), min(end, int(own_ends[run[-1]]))
         begun = own[run[(own_starts[run] >= begin) & (own_starts[run] < end)]]
         yield Span(ids[first + shift : last + shift], len(begun), int(records["bytes"][begun].sum()))
-
-
-def _of_split(
-    split: str, fates: NDArray[np.uint8], records: Records, work: PrepareState
-) -> NDArray[np.bool_]:
-    """Which documents of a unit stand in the shards of a split."""
-    validation = is_validation(records, work.validation_fraction)
-    return kept_mask(fates) & (validation if split == "validation" else ~validation)
-
-
-def _starts(
-    split: str, fates: list[NDArray[np.uint8]], groups: list[Records], work: PrepareState
-) -> list[int]:
-    """Where each unit begins among the tokens of a split, and last where all end."""
-    sizes = [
-        int(records["tokens"][_of_split(split, group, records, work)].sum())
-        for group, records in zip(fates, groups, strict=True)
-    ]
-    return [0, *np.cumsum(sizes).tolist()] if sizes else [0]
-
-
-def _mark(fates: list[NDArray[np.uint8]], chosen: list[NDArray[np.bool_]], fate: Fate) -> None:
-    for group, documents in zip(fates, chosen, strict=True):
-        group[documents] = FATES.index(fate)
-
-
-def _count_contaminated(
-    fates: list[NDArray[np.uint8]], units: list[TokenizedUnit], benchmarks: Sequence[str]
-) -> dict[str, int]:
-    """By benchmark, how many documents share a passage with it: those kept, or left out for that."""
-    counted = [kept_mask(group) | (group == FATES.index("contaminated")) for group in fates]
-    shared = [unit.shared[group] for unit, group in zip(units, counted, strict=True)]
-    return {
-        name: sum(int(np.count_nonzero(bits & np.uint64(1 << number))) for bits in shared)
-        for number, name in enumerate(benchmarks)
-    }
-
-
-def _stop_after(fates: Sequence[NDArray[np.uint8]], groups: Sequence[Records], tokens: int | None) -> None:
-    """Drop what stands behind the document with which both splits together have so many tokens."""
-    if tokens is None:
-        return
-    so_far, beyond = 0, np.uint8(len(FATES))  # which is no fate, and counted nowhere
-    for group, records in zip(fates, groups, strict=True):
-        kept = np.where(kept_mask(group), records["tokens"], 0).astype(np.int64)
-        reached = so_far + np.cumsum(kept)
-        so_far = int(reached[-1]) if reached.size else so_far
-        group[reached - kept >= tokens] = beyond
-
-
-def _documents_before(place: Path, unit: int) -> int:
-    """How many documents all units before this one have."""
-    return sum(count_documents(place, number) for number in range(unit))

@@ -1,4 +1,4 @@
-"""Prepare: a source becomes a folder of shards, with a summary of what is in it."""
+"""`overnight prepare`: a source becomes a folder of shards, and a summary of what is in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from overnight.terminal import echo
 
 
 def run(config: PrepareConfig) -> Manifest | None:
-    """Fill the output folder, or verify and reuse it, and say what it holds; None if Slurm is at it."""
+    """Fill the output folder, or verify and reuse it, and print its summary; None if Slurm does the work."""
     started_at = time.perf_counter()
     manifest = prepare(config)
     if manifest is None:
@@ -26,9 +26,15 @@ def run(config: PrepareConfig) -> Manifest | None:
 
 def summarize_prepared(manifest: Manifest) -> list[str]:
     """What a prepared folder holds, in a few plain lines."""
-    tokens = {split: manifest.tokens(split) for split in ("train", "validation")}
-    total = sum(tokens.values())
+    train, validation = manifest.tokens("train"), manifest.tokens("validation")
+    tokens = train + validation
     text_bytes = manifest.text_bytes("train") + manifest.text_bytes("validation")
+    lines = [
+        f"{manifest.source} (licence: {manifest.licence}) in ids of {manifest.tokenizer}",
+        f"{manifest.documents:,} documents, {text_bytes / 1e6:,.2f} MB of text, {tokens:,} tokens",
+        f"{tokens / manifest.documents:,.1f} tokens per document, {text_bytes / tokens:.3f} bytes per token",
+        f"{train:,} tokens to train on, {validation:,} held out ({validation / tokens:.2%})",
+    ]
     left_out = {
         "duplicates": manifest.duplicate_documents,
         "near-duplicates": manifest.near_duplicate_documents,
@@ -36,20 +42,10 @@ def summarize_prepared(manifest: Manifest) -> list[str]:
         "not sound text": manifest.skipped_documents,
         "damaged files": manifest.damaged_files,
     }
-    lines = [
-        f"{manifest.source} (licence: {manifest.licence}) in ids of {manifest.tokenizer}",
-        f"{manifest.documents:,} documents, {text_bytes / 1e6:,.2f} MB of text, {total:,} tokens",
-        f"{total / manifest.documents:,.1f} tokens per document, {text_bytes / total:.3f} bytes per token",
-        f"{tokens['train']:,} tokens to train on, {tokens['validation']:,} held out "
-        f"({tokens['validation'] / total:.2%})",
-    ]
-    if any(left_out.values()):
-        counts = ", ".join(f"{name} {count:,}" for name, count in left_out.items() if count)
+    if counts := ", ".join(f"{name} {count:,}" for name, count in left_out.items() if count):
         lines.append(f"left out: {counts}")
-    if manifest.contaminated_documents:
-        found = ", ".join(
-            f"{name} {count:,} documents" for name, count in manifest.contaminated_documents.items()
-        )
+    if shared := manifest.contaminated_documents:
+        found = ", ".join(f"{name} {count:,} documents" for name, count in shared.items())
         dropped = manifest.request.get("on_contaminated") == "drop"
         lines.append(f"contaminated: {found} ({'left out' if dropped else 'reported, kept'})")
     if manifest.repaired_documents:

@@ -1,12 +1,11 @@
-"""Files as a stream of documents.
+"""Files as a stream of documents, and what becomes of each: kept, left out, in training or in validation.
 
     .txt .md     a document; a file over 20,000 bytes is several: see `end_of_piece`
-    .jsonl       a document a line, its text in the text column
-    .parquet     a document a row, its text in the text column
+    .jsonl       a document per line, its text in the text column
+    .parquet     a document per row, its text in the text column
 
 Nothing is cleaned: a document's text is the file's, character for character, line ends included.
-Nothing is dropped either: text that can't be read comes as a document with `damage`, and whoever
-reads the stream decides what becomes of it.
+Nothing is dropped by the readers: text that can't be read is a document with `damage`.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +34,24 @@ LONGEST_PIECE_BYTES = 20_000
 ENDS_OF_PIECES = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb" "))
 SURROGATE = re.compile("[\ud800-\udfff]")
 ROWS_AT_ONCE = 256
-PACKED_TEXT_BYTES = 3  # of text in a byte of a packed file, roughly
+PACKED_TEXT_BYTES = 3  # bytes of text in a byte of a packed file, roughly
+TEXT_TYPES = {"string", "large_string", "string_view", "binary", "large_binary"}
+HASHES_AT_ONCE = (
+    16_000_000  # compared at once to find duplicates: about a gigabyte with the memory for sorting
+)
+
+DocumentStatus = Literal[
+    "kept", "repaired", "duplicate", "empty", "skipped", "near-duplicate", "contaminated"
+]
+STATUSES: tuple[DocumentStatus, ...] = get_args(DocumentStatus)
+KEPT: frozenset[DocumentStatus] = frozenset({"kept", "repaired"})
+
+RECORD = np.dtype(
+    [("hash_high", "<u8"), ("hash_low", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("status", "u1")]
+)
+"""What is stored of a document: the halves of its hash, its lengths, and the index of its status."""
+
+Records = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -44,50 +60,56 @@ class Document:
 
     text: str
     origin: str
-    """For people: a file and a place in it."""
+    """A file and a position in it, for people."""
     damage: str | None = None
-    """What is wrong with the text and where, if it is not sound; `text` is then what could be saved of it."""
+    """What is wrong with the text and where; `text` is then what could be read of it."""
+
+
+class FilteredDocument(NamedTuple):
+    """A document and its status, decided from the document alone."""
+
+    document: Document
+    status: DocumentStatus
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file, or some row groups of a Parquet file: what is read in one piece."""
+    """A file, or some row groups of a Parquet file."""
 
     file: TextFile
     groups: tuple[int, int] | None = None
-    """The first row group and the end of the last; None: all there is."""
+    """(first row group, end); None for all of them."""
 
 
 def read_part(part: Part, text_column: str = "text") -> Iterator[Document]:
-    """Every document of it, in its order. Memory stays flat.
+    """Every document of a part, in order. Needs little memory, however long it is.
 
-    Raises ValueError if the text column is missing, DamagedFileError if it can't be read to its end.
+    Raises ValueError if the text column is missing, DamagedFileError if the file can't be read to its end.
     """
-    return READERS[part.file.kind](part, text_column)
+    if part.file.kind == ".parquet":
+        return _read_parquet(part, text_column)
+    return _read_json_lines(part, text_column) if part.file.kind == ".jsonl" else _read_text(part)
 
 
-def divide_file(file: TextFile, text_column: str, part_bytes: int) -> list[Part]:
-    """The file as parts of about so many bytes of text, if it is larger and can be divided.
+def divide_file(file: TextFile, text_column: str, part_bytes: int) -> dict[Part, int]:
+    """The parts of a file and the bytes of text in each: about `part_bytes`, if the file can be divided.
 
-    Raises DamagedFileError or ValueError for a Parquet file that can't be read, or has no such column.
+    The sizes are estimates; of a Parquet file, the text column before compression. Raises DamagedFileError
+    or ValueError for a Parquet file that can't be read or has no such column.
     """
     if file.kind != ".parquet":
-        return [Part(file)]
-    sizes = _row_group_bytes(file, text_column)
-    parts, first, held = [], 0, 0
-    for group, size in enumerate(sizes):
-        if held and held + size > part_bytes:
-            parts.append(Part(file, (first, group)))
-            first, held = group, 0
-        held += size
-    return [*parts, Part(file, (first, len(sizes)) if parts else None)]
-
-
-def estimate_text_bytes(part: Part, text_column: str = "text") -> int:
-    """About how many bytes of text it holds; of a Parquet file, its text column before compression."""
-    if part.file.kind != ".parquet":
-        return part.file.bytes * (PACKED_TEXT_BYTES if part.file.is_packed else 1)
-    return sum(_row_group_bytes(part.file, text_column)[slice(*(part.groups or (None,)))])
+        return {Part(file): file.bytes * (PACKED_TEXT_BYTES if file.is_packed else 1)}
+    ends, sizes = [0], [0]
+    groups = _row_group_bytes(file, text_column)
+    for group, size in enumerate(groups):
+        if sizes[-1] and sizes[-1] + size > part_bytes:
+            ends.append(group)
+            sizes.append(0)
+        sizes[-1] += size
+    if len(sizes) == 1:
+        return {Part(file): sizes[0]}
+    spans = zip(ends, [*ends[1:], len(groups)], strict=True)
+    return {Part(file, span): size for span, size in zip(spans, sizes, strict=True)}
 
 
 def end_of_piece(text: bytes) -> int:
@@ -107,7 +129,84 @@ def end_of_piece(text: bytes) -> int:
     return end
 
 
-def _read_text(part: Part, _text_column: str) -> Iterator[Document]:
+def filter_documents(documents: Iterable[Document], on_bad_text: str) -> Iterator[FilteredDocument]:
+    """Each document with its status: kept, repaired, empty or skipped.
+
+    Raises ValueError at the first damaged text if on_bad_text is "fail".
+    """
+    for document in documents:
+        if document.damage is not None and on_bad_text == "fail":
+            raise ValueError(f"{document.damage}; mend it, or give --on-bad-text replace or skip")
+        if document.damage is not None and on_bad_text == "skip":
+            yield FilteredDocument(document, "skipped")
+        elif not document.text:
+            yield FilteredDocument(document, "empty")
+        else:
+            yield FilteredDocument(document, "kept" if document.damage is None else "repaired")
+
+
+def document_hash(text: str) -> bytes:
+    """16 bytes that identify a text."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def hash_halves(digest: bytes) -> tuple[int, int]:
+    """The two halves of a document's hash, as numbers below 2^64."""
+    return int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
+
+
+def split_of(text: str, validation_fraction: float) -> str:
+    """The split of a text, "train" or "validation".
+
+    A pure function of the text: no document changes sides when others are added, lost or reordered.
+    """
+    position = hash_halves(document_hash(text))[0] / 2**64
+    return "validation" if position < validation_fraction else "train"
+
+
+def is_validation(records: Records, validation_fraction: float) -> NDArray[np.bool_]:
+    """`split_of` for many documents at once, by their hashes."""
+    falls_below: NDArray[np.bool_] = records["hash_high"] / 2.0**64 < validation_fraction
+    return falls_below
+
+
+def kept_mask(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which documents go into the shards."""
+    return np.isin(status, [STATUSES.index(name) for name in KEPT])
+
+
+def find_duplicates(groups: Sequence[Records]) -> list[NDArray[np.bool_]]:
+    """For each group of records, which documents equal an earlier one, in this group or one before.
+
+    Only kept documents count. One range of hashes is in memory at a time, so the number is not limited.
+    """
+    found = [np.zeros(len(records), dtype=bool) for records in groups]
+    ranges = -(-max(1, sum(map(len, groups))) // HASHES_AT_ONCE)
+    edges = [2**64 * number // ranges for number in range(ranges + 1)]
+    for begin, end in zip(edges, edges[1:], strict=False):
+        indices = [_indices_in_range(records, begin, end) for records in groups]
+        high, low = (
+            np.concatenate([records[half][chosen] for records, chosen in zip(groups, indices, strict=True)])
+            for half in ("hash_high", "hash_low")
+        )
+        order = np.lexsort((low, high))  # stable: equal documents stay in their order
+        equal = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
+        is_duplicate = np.zeros(len(order), dtype=bool)
+        is_duplicate[order[1:][equal]] = True
+        sizes = np.cumsum([len(chosen) for chosen in indices])[:-1]
+        for group, chosen, part in zip(found, indices, np.split(is_duplicate, sizes), strict=True):
+            group[chosen] = part
+    return found
+
+
+def _indices_in_range(records: Records, begin: int, end: int) -> NDArray[np.intp]:
+    """The kept documents whose first half of the hash is at least `begin` and below `end`."""
+    high = records["hash_high"]
+    inside = (high >= np.uint64(begin)) & (high <= np.uint64(end - 1)) & kept_mask(records["status"])
+    return np.flatnonzero(inside)
+
+
+def _read_text(part: Part) -> Iterator[Document]:
     with open_file(part.file) as file:
         for offset, piece in _pieces(file):
             text, bad = _decode(piece)
@@ -117,15 +216,15 @@ def _read_text(part: Part, _text_column: str) -> Iterator[Document]:
 
 def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """(byte offset, bytes) of each document of a text file."""
-    offset, waiting = 0, b""
+    offset, buffer = 0, b""
     while block := file.read(65_536):
-        waiting += block
-        while len(waiting) > LONGEST_PIECE_BYTES:
-            end = end_of_piece(waiting)
-            yield offset, waiting[:end]
-            offset, waiting = offset + end, waiting[end:]
-    if waiting:
-        yield offset, waiting
+        buffer += block
+        while len(buffer) > LONGEST_PIECE_BYTES:
+            end = end_of_piece(buffer)
+            yield offset, buffer[:end]
+            offset, buffer = offset + end, buffer[end:]
+    if buffer:
+        yield offset, buffer
 
 
 def _read_json_lines(part: Part, text_column: str) -> Iterator[Document]:
@@ -133,50 +232,50 @@ def _read_json_lines(part: Part, text_column: str) -> Iterator[Document]:
     with open_file(part.file) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                place = f"{part.file.address} line {number:,}"
-                text, damage = _json_text(line, place, offset, text_column)
+                where = f"{part.file.address} line {number:,}"
+                text, damage = _json_text(line, where, offset, text_column)
                 yield Document(text, f"{part.file.name}, line {number:,}", damage)
             offset += len(line)
 
 
-def _json_text(line: bytes, place: str, offset: int, text_column: str) -> tuple[str, str | None]:
-    """The text of one line of JSON and its damage; `offset` is the line's first byte in the file."""
+def _json_text(line: bytes, where: str, offset: int, text_column: str) -> tuple[str, str | None]:
+    """The text of one line of JSON and its damage; `offset` is the position of the line in the file."""
     decoded, bad = _decode(line)
-    damage = None if bad is None else f"{place} is not UTF-8 at byte {offset + bad:,}"
+    damage = None if bad is None else f"{where} is not UTF-8 at byte {offset + bad:,}"
+    where_in_bytes = f"{where} (byte {offset:,})"
     try:
         fields = json.loads(decoded)
     except (json.JSONDecodeError, RecursionError):
-        return "", damage or f"{place} (byte {offset:,}) is not JSON"
+        return "", damage or f"{where_in_bytes} is not JSON"
     if not isinstance(fields, dict):
-        return "", damage or f"{place} (byte {offset:,}) is not a JSON object with named fields"
-    _require_column(text_column, list(fields), place)
+        return "", damage or f"{where_in_bytes} is not a JSON object with named fields"
+    _require_column(text_column, list(fields), where)
     text = fields[text_column]
     if not isinstance(text, str):
-        return "", damage or f"{place} (byte {offset:,}) holds no text in {text_column!r}"
-    if SURROGATE.search(text):  # "\ud800" is legal JSON, but no UTF-8 can hold it
+        return "", damage or f"{where_in_bytes} holds no text in {text_column!r}"
+    if SURROGATE.search(text):  # "\ud800" is legal JSON, but UTF-8 can't encode it
         text = SURROGATE.sub("\ufffd", text)
-        damage = damage or f"{place} (byte {offset:,}) is not UTF-8: it escapes half a surrogate pair"
+        damage = damage or f"{where_in_bytes} is not UTF-8: it escapes half a surrogate pair"
     return text, damage
 
 
 def _read_parquet(part: Part, text_column: str) -> Iterator[Document]:
-    file, first_row = _open_column(part.file, text_column), 0
-    groups = range(file.num_row_groups) if part.groups is None else range(*part.groups)
-    if part.groups is not None:
-        first_row = sum(file.metadata.row_group(group).num_rows for group in range(part.groups[0]))
-    values = _parquet_values(file, list(groups), part.file.address, text_column)
+    file = _open_parquet_text(part.file, text_column)
+    first, end = part.groups or (0, file.num_row_groups)
+    first_row = sum(file.metadata.row_group(group).num_rows for group in range(first))
+    values = _parquet_values(file, list(range(first, end)), part.file.address, text_column)
     for number, value in enumerate(values, start=first_row + 1):
+        where, damage = f"{part.file.address} row {number:,}", None
         text, bad = ("", None) if value is None else _decode(value)
-        place, damage = f"{part.file.address} row {number:,}", None
         if value is None:
-            damage = f"{place} holds no text in {text_column!r}"
+            damage = f"{where} holds no text in {text_column!r}"
         elif bad is not None:
-            damage = f"{place} is not UTF-8 at byte {bad:,} of its text"
+            damage = f"{where} is not UTF-8 at byte {bad:,} of its text"
         yield Document(text, f"{part.file.name}, row {number:,}", damage)
 
 
 def _parquet_values(file: Any, groups: list[int], address: str, text_column: str) -> Iterator[bytes | None]:
-    """The text column as bytes: Parquet does not promise that a column of strings is UTF-8."""
+    """The text column as bytes: Parquet does not guarantee that a column of strings is UTF-8."""
     pyarrow = import_pyarrow(address)
     rows = 0
     try:
@@ -187,20 +286,20 @@ def _parquet_values(file: Any, groups: list[int], address: str, text_column: str
         raise DamagedFileError(f"{address} is damaged after row {rows:,}: {first_line(error)}") from None
 
 
-def _open_column(file: TextFile, text_column: str) -> Any:
-    """The pyarrow ParquetFile, whose text column is there and holds text."""
+def _open_parquet_text(file: TextFile, text_column: str) -> Any:
+    """The pyarrow ParquetFile, once its text column is found to hold text."""
     opened = open_parquet(file)
     schema = opened.schema_arrow
     _require_column(text_column, schema.names, file.address)
     kind = str(schema.field(text_column).type)
-    if kind not in {"string", "large_string", "string_view", "binary", "large_binary"}:
+    if kind not in TEXT_TYPES:
         raise ValueError(f"{file.address} holds {kind}, not text, in its column {text_column!r}")
     return opened
 
 
 def _row_group_bytes(file: TextFile, text_column: str) -> list[int]:
     """Bytes of the text column in each row group, before compression."""
-    metadata = _open_column(file, text_column).metadata
+    metadata = _open_parquet_text(file, text_column).metadata
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     columns = ([group.column(index) for index in range(group.num_columns)] for group in groups)
     return [
@@ -209,10 +308,10 @@ def _row_group_bytes(file: TextFile, text_column: str) -> list[int]:
     ]
 
 
-def _require_column(text_column: str, columns: list[str], place: str) -> None:
+def _require_column(text_column: str, columns: list[str], where: str) -> None:
     if text_column not in columns:
         raise ValueError(
-            f"{place} has no column {text_column!r}; name the one that holds the text "
+            f"{where} has no column {text_column!r}; name the one that holds the text "
             f"with --text-column: {', '.join(columns) or 'there is none'}"
         )
 
@@ -223,100 +322,3 @@ def _decode(data: bytes) -> tuple[str, int | None]:
         return data.decode(), None
     except UnicodeDecodeError as error:
         return data.decode(errors="replace"), error.start
-
-
-READERS: dict[str, Callable[[Part, str], Iterator[Document]]] = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".jsonl": _read_json_lines,
-    ".parquet": _read_parquet,
-}
-
-
-# ---------------------------------------------------------------- what becomes of each document, and on which side of the split it is
-
-
-Fate = Literal["kept", "repaired", "duplicate", "empty", "skipped", "near-duplicate", "contaminated"]
-FATES: tuple[Fate, ...] = get_args(Fate)
-KEPT: frozenset[Fate] = frozenset({"kept", "repaired"})
-
-RECORD = np.dtype(
-    [("hash_high", "<u8"), ("hash_low", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("fate", "u1")]
-)
-"""What is remembered of a document: its hash's halves, what it is long, and its place in FATES."""
-
-HASHES_AT_ONCE = 16_000_000  # in which duplicates are looked for: about a gigabyte with what sorting takes
-
-Records = NDArray[Any]
-
-
-def filter_documents(documents: Iterable[Document], on_bad_text: str) -> Iterator[tuple[Document, Fate]]:
-    """Each document and what becomes of it, looked at alone: kept, repaired, empty or skipped.
-
-    Raises ValueError at the first unsound text if on_bad_text is "fail".
-    """
-    for document in documents:
-        if document.damage is not None and on_bad_text == "fail":
-            raise ValueError(f"{document.damage}; mend it, or give --on-bad-text replace or skip")
-        if document.damage is not None and on_bad_text == "skip":
-            yield document, "skipped"
-        elif not document.text:
-            yield document, "empty"
-        else:
-            yield document, "kept" if document.damage is None else "repaired"
-
-
-def document_hash(text: str) -> bytes:
-    """16 bytes that stand for a text."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def split_of(text: str, validation_fraction: float) -> str:
-    """The side a text is on, "train" or "validation".
-
-    A pure function of the text: no document changes sides when others are added, lost or reordered.
-    """
-    place = int.from_bytes(document_hash(text)[:8]) / 2**64
-    return "validation" if place < validation_fraction else "train"
-
-
-def is_validation(records: Records, validation_fraction: float) -> NDArray[np.bool_]:
-    """`split_of` for many documents at once, by their hashes."""
-    falls_below: NDArray[np.bool_] = records["hash_high"] / 2.0**64 < validation_fraction
-    return falls_below
-
-
-def kept_mask(fates: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which of the documents go into the shards."""
-    return np.isin(fates, [FATES.index(fate) for fate in KEPT])
-
-
-def find_duplicates(groups: Sequence[Records]) -> list[NDArray[np.bool_]]:
-    """For each group of records which documents are equal to one before, in this group or an earlier one.
-
-    Only documents to be kept count. Memory holds the hashes of a range at a time, so any number will do.
-    """
-    found = [np.zeros(len(records), dtype=bool) for records in groups]
-    ranges = -(-max(1, sum(map(len, groups))) // HASHES_AT_ONCE)
-    edges = [2**64 * number // ranges for number in range(ranges + 1)]
-    for begin, end in zip(edges, edges[1:], strict=False):
-        places = [_in_range(records, begin, end) for records in groups]
-        high, low = (
-            np.concatenate([records[half][place] for records, place in zip(groups, places, strict=True)])
-            for half in ("hash_high", "hash_low")
-        )
-        order = np.lexsort((low, high))  # stable: equal ones stay in their order
-        equal = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
-        again = np.zeros(len(order), dtype=bool)
-        again[order[1:][equal]] = True
-        sizes = np.cumsum([len(place) for place in places])[:-1]
-        for duplicate, place, part in zip(found, places, np.split(again, sizes), strict=True):
-            duplicate[place] = part
-    return found
-
-
-def _in_range(records: Records, begin: int, end: int) -> NDArray[np.intp]:
-    """Where the documents to be kept stand whose hash begins so."""
-    high = records["hash_high"]
-    inside = (high >= np.uint64(begin)) & (high <= np.uint64(end - 1)) & kept_mask(records["fate"])
-    return np.flatnonzero(inside)

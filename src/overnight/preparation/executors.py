@@ -1,12 +1,14 @@
-"""Who does the work: this process, processes of this machine, a Ray cluster, or an array of Slurm jobs.
+"""Who does the work: this process, several processes here, a Ray cluster, or arrays of Slurm jobs.
 
-A step of the work is a function (place, rank, ranks): it does every `ranks`-th item from `rank` on, leaves
-out what is done already, and the folder `place` is all that the ranks share. datatrove, FineWeb's own
-engine, runs steps on many machines, and marks what is complete; one process needs none of it.
+A step is a function (staging, rank, ranks): it does every `ranks`-th item from `rank` on, leaves out what is
+done already, and shares nothing with the other ranks but the staging folder. On several machines datatrove,
+FineWeb's engine, runs the steps and marks complete ranks. On this machine a process pool does: datatrove's
+own waits forever for a worker that was killed, and its workers outlive the process that started them.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,70 +18,67 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from overnight.data.text_files import first_line
 from overnight.distributed.machine import count_cores
 from overnight.preparation.prepare_config import PrepareConfig
-
-if TYPE_CHECKING:
-    from datatrove.executor.base import PipelineExecutor
+from overnight.preparation.prepare_state import SLURM_JOB
+from overnight.run_directory import write_atomically
+from overnight.terminal import echo
 
 Step = Callable[[Path, int, int], object]
 Watch = Callable[[], None]
 
-THREADS_OF_PROCESS = 4  # with more, what Python does between the tokenizer's calls is in their way
-JOBS = 10  # of Slurm or Ray, unless the user says otherwise
+THREADS_PER_PROCESS = 4  # with more, Python's work between the calls of the tokenizer is the bottleneck
+DEFAULT_JOBS = 10  # of Slurm or Ray
 POLL_SECONDS = 0.3
 
 
-def run_step(step: Step, place: Path, ranks: int, config: PrepareConfig, watch: Watch | None = None) -> None:
-    """Do one step here or on a Ray cluster, in `ranks` pieces, and return when it is done.
+def run_step(
+    step: Step, staging: Path, items: int, config: PrepareConfig, watch: Watch | None = None
+) -> None:
+    """Do one step here or on a Ray cluster, divided into up to `items` ranks; returns when it is done.
 
-    `watch` is called now and then meanwhile. Raises ValueError if a piece is refused or a worker dies.
+    `watch` is called a few times a second. Raises ValueError if the data is refused, ChildProcessError if a
+    worker dies.
     """
+    processes = count_worker_processes(config, items)
     with _watched(watch):
         if config.executor == "ray":
-            _run_on_ray(step, place, ranks, config)
-        elif count_prepare_processes(config, ranks) == 1:
-            for rank in range(ranks):
-                step(place, rank, ranks)
+            _run_on_ray(step, staging.resolve(), min(items, config.tasks or DEFAULT_JOBS), config)
+        elif processes == 1:
+            step(staging, 0, 1)
         else:
-            _run_in_processes(step, place, ranks, count_prepare_processes(config, ranks))
+            _run_in_processes(step, staging, items, processes)
 
 
 def count_workers(config: PrepareConfig) -> int:
-    """How many work at once: as many as there are cores for this process, unless the user says otherwise."""
+    """How many workers work at once: one per core, unless the user says otherwise."""
     return config.workers or count_cores() or 1
 
 
-def count_prepare_processes(config: PrepareConfig, ranks: int) -> int:
-    """How many processes that is on this machine: up to four workers are threads of one.
+def count_worker_processes(config: PrepareConfig, items: int) -> int:
+    """How many processes these are on this machine: four workers are threads of one process.
 
-    Tokenizers let other threads work, and a process takes a second to start.
+    The tokenizers release the GIL, and a process takes a second to start.
     """
-    return min(ranks, -(-count_workers(config) // THREADS_OF_PROCESS))
+    return min(items, -(-count_workers(config) // THREADS_PER_PROCESS))
 
 
-def count_threads(config: PrepareConfig, ranks: int) -> int:
-    """How many threads each process has; one where the work is on other machines."""
+def count_threads(config: PrepareConfig, items: int) -> int:
+    """How many threads each process has; one if the work is done on other machines."""
     if config.executor != "local":
         return 1
-    return max(1, count_workers(config) // count_prepare_processes(config, ranks))
+    return max(1, count_workers(config) // count_worker_processes(config, items))
 
 
-def _run_in_processes(step: Step, place: Path, ranks: int, workers: int) -> None:
-    """Datatrove's local run, but in a pool that notices when a worker is killed: its own waits for ever."""
-    datatrove = _import_datatrove()
-    executor = datatrove.executor.local.LocalPipelineExecutor(
-        [_as_pipeline_step(step, place)], tasks=ranks, workers=workers, logging_dir=_logs(step, place, ranks)
-    )
-    waiting = executor.get_incomplete_ranks()
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_work) as pool:
+def _run_in_processes(step: Step, staging: Path, ranks: int, processes: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_begin_worker) as pool:
         try:
-            for _ in pool.map(partial(_run_rank, executor), waiting):
+            for _ in pool.map(partial(step, staging), range(ranks), [ranks] * ranks):
                 pass
         except BrokenProcessPool:
             raise ChildProcessError(
@@ -91,132 +90,133 @@ def _run_in_processes(step: Step, place: Path, ranks: int, workers: int) -> None
             raise
 
 
-def _run_rank(executor: PipelineExecutor, rank: int) -> None:
-    executor._run_for_rank(rank, local_rank=1)  # which is one that does not log to the terminal
-
-
-def _begin_work() -> None:
-    """In a new worker: its errors come back to the parent, which tells them once; it ends with the parent."""
-    sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
+def _begin_worker() -> None:
+    """In a new worker: the parent reports its errors, and it ends when the parent ends."""
+    sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - open as long as the process lives
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Whatever ended it; or a worker would write beside the next command, and wait for its next piece."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    """However the parent ended: a worker must not write beside the command that continues the work."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
-def _run_on_ray(step: Step, place: Path, ranks: int, config: PrepareConfig) -> None:
+def _run_on_ray(step: Step, staging: Path, tasks: int, config: PrepareConfig) -> None:
     datatrove = _import_datatrove()
     try:
         import ray
     except ImportError:
         raise ValueError("executor=ray needs Ray: pip install 'overnight[ray]'") from None
-    tasks = min(ranks, config.tasks or JOBS)
     executor = datatrove.executor.ray.RayPipelineExecutor(
-        [_as_pipeline_step(step, place.resolve())],
+        [partial(_run_rank, step, staging)],
         tasks=tasks,
         workers=config.workers or -1,
-        logging_dir=_logs(step, place.resolve(), tasks),
+        logging_dir=_logs(step, staging, tasks),
         mem_per_cpu_gb=1,
     )
-    begun = not ray.is_initialized()
-    if begun:
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
         try:
             ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
-        except Exception as error:  # of many kinds, and none of them the user's words
+        except Exception as error:  # of many kinds, none of which a user could act upon
             raise ValueError(f"Ray could not be started: {first_line(error)}") from None
     try:
         executor.run()
     finally:
-        if begun:
+        if starts_ray:
             ray.shutdown()
-    if left := executor.get_incomplete_ranks():
+    if failed := executor.get_incomplete_ranks():
         raise ChildProcessError(
-            f"{len(left)} of {tasks} tasks failed; {_logs(step, place, tasks)}/logs tells why, and the same "
-            "command again goes on from what is done"
+            f"{len(failed)} of {tasks} tasks failed: see {_logs(step, staging, tasks)}/logs, and run the "
+            "same command again; what is done is kept"
         )
 
 
-def submit_to_slurm(steps: list[tuple[Step, int]], place: Path, config: PrepareConfig) -> str:
-    """Hand a chain of steps, each with its number of ranks, to sbatch; the number of the last job."""
+def submit_to_slurm(steps: list[tuple[Step, int]], staging: Path, config: PrepareConfig) -> None:
+    """Submit a chain of steps, each with the number of its ranks, and record the number of the last job."""
     datatrove = _import_datatrove()
-    before = None
+    executor: Any = None
+    activate = Path(sys.prefix) / "bin" / "activate"  # so that the jobs use this environment
     for step, ranks in steps:
-        before = datatrove.executor.slurm.SlurmPipelineExecutor(
-            [_as_pipeline_step(step, place.resolve())],
+        executor = datatrove.executor.slurm.SlurmPipelineExecutor(
+            [partial(_run_rank, step, staging.resolve())],
             tasks=ranks,
             workers=config.workers or -1,
             time=config.slurm_time,
             partition=config.slurm_partition,
             job_name=f"overnight-{_name(step).replace('_', '-')}",
             qos="",
-            logging_dir=_logs(step, place.resolve(), ranks),
-            venv_path=_activation(),
-            depends=before,
+            logging_dir=_logs(step, staging.resolve(), ranks),
+            venv_path=str(activate) if activate.is_file() else None,
+            depends=executor,
             mem_per_cpu_gb=2,
         )
-    assert before is not None
     try:
-        before.launch_job()
+        executor.launch_job()
     except FileNotFoundError:
         raise ValueError("executor=slurm needs sbatch, which is not on this machine") from None
     except subprocess.CalledProcessError as error:
         raise ValueError(
-            f"sbatch refused the jobs (exit status {error.returncode}), and what it said stands above: "
-            "slurm_partition and slurm_time must be ones that this cluster has"
+            f"sbatch refused the jobs (exit status {error.returncode}; its message is above): give a "
+            "slurm_partition and slurm_time that this cluster has"
         ) from None
-    return str(before.job_id)
+    if staging.is_dir():  # it may be done by now
+        write_atomically(staging / SLURM_JOB, f"{executor.job_id}\n")
+    echo(
+        f"handed to Slurm, in {len(steps)} arrays of jobs; once job {executor.job_id} is done, "
+        "the same command finds it done"
+    )
 
 
-def is_at_work(job: str) -> bool:
-    """True while Slurm has that job, waiting or running. False where it can't be asked."""
+def is_with_slurm(staging: Path) -> bool:
+    """True, with a message, while Slurm has the job that was submitted; False if Slurm can't be asked."""
+    if not (staging / SLURM_JOB).is_file():
+        return False
+    job = (staging / SLURM_JOB).read_text(encoding="utf-8").strip()
     try:
         listed = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, check=False)
     except FileNotFoundError:
         return False
-    return listed.returncode == 0 and bool(listed.stdout.strip())
+    if listed.returncode != 0 or not listed.stdout.strip():
+        return False
+    echo(f"Slurm is at it already: see squeue --jobs {job}, or cancel that to begin again")
+    return True
 
 
-def _activation() -> str | None:
-    """The script that makes a job use this very environment; None for the system's Python."""
-    script = Path(sys.prefix) / "bin" / "activate"
-    return str(script) if script.is_file() else None
+def silence_datatrove() -> None:
+    """Keep datatrove's messages off the terminal of this process; workers log into the staging folder."""
+    from loguru import logger
+
+    logger.disable("datatrove")
 
 
-def _logs(step: Step, place: Path, ranks: int) -> str:
-    """Where a step's logs and completion marks lie; another division of the work has its own."""
-    return str(place / "logs" / f"{_name(step)}-{ranks}")
+def _run_rank(step: Step, staging: Path, _documents: object, rank: int, ranks: int) -> None:
+    """A step of ours as a step of a datatrove pipeline: documents neither come in nor go out."""
+    step(staging, rank, ranks)
+
+
+def _logs(step: Step, staging: Path, ranks: int) -> str:
+    """Where datatrove keeps a step's logs and the marks of complete ranks, which depend on their number."""
+    return str(staging / "logs" / f"{_name(step)}-{ranks}")
 
 
 def _name(step: Step) -> str:
-    """What the function is called, also with some of its arguments given."""
-    function = step.func if isinstance(step, partial) else step
-    return str(function.__name__)
-
-
-def _as_pipeline_step(step: Step, place: Path) -> Any:
-    from overnight.preparation.datatrove_steps import WorkStep
-
-    return WorkStep(step, place)
+    """The name of the function, also if some of its arguments are bound."""
+    return str((step.func if isinstance(step, partial) else step).__name__)
 
 
 def _import_datatrove() -> Any:
     try:
-        import datatrove.executor.local
         import datatrove.executor.ray
         import datatrove.executor.slurm
     except ImportError:
         raise ValueError(
-            "several workers need datatrove, which is not installed: pip install 'overnight[data]', or give "
-            "--workers 1"
+            "executor=slurm and executor=ray need datatrove: pip install 'overnight[data]', or give "
+            "--executor local"
         ) from None
-    from loguru import logger
-
-    logger.disable("datatrove")  # in this process; what the workers do lies in the folder's logs
+    silence_datatrove()
     return datatrove
 
 

@@ -1,4 +1,4 @@
-"""Which folders of shards a recipe reads, and the commands that prepare them, before any is there."""
+"""The folders of shards that a recipe reads, and the commands that prepare them."""
 
 from __future__ import annotations
 
@@ -18,76 +18,14 @@ from overnight.recipe_options import as_option
 Command = tuple[str, ...]
 
 
-def find_recipe_texts(config: DataConfig, name: str, *, with_files: bool) -> tuple[JobText, ...]:
-    """What a run of the recipe `name` reads; commands that need files of this machine only `with_files`."""
-    found = [
-        find_recipe_text(path, config) for path in [each.path for each in config.mixture] or [config.data]
-    ]
-    weights: list[float | None] = [each.weight for each in config.mixture] or [None]
-    told = find_told_commands(name)
-    return tuple(
-        JobText(folder, told.get(folder, prepare) if with_files or needs_no_files(prepare) else (), weight)
-        for (folder, prepare), weight in zip(found, weights, strict=True)
-    )
-
-
-def find_recipe_text(path: str, config: DataConfig) -> tuple[str, Command]:
-    """Of what `data` may be, (the folder or URL of shards, the command that fills it or () if unknown)."""
-    if "://" in path:
-        return path, ()
-    is_text = path in NAMED_SOURCES or (Path(path).exists() and not (Path(path) / "manifest.json").is_file())
-    source = path if is_text else Path(path).name  # a folder of shards is named after what is in it
-    if not is_text and source not in NAMED_SOURCES:
-        return path, ()
-    wanted = PrepareConfig(
-        source=source, tokenizer=config.tokenizer, validation_fraction=config.validation_fraction
-    )
-    folder = str(output_folder(wanted)) if is_text else path
-    if folder != str(output_folder(wanted)):
-        wanted = dataclasses.replace(wanted, out=folder)
-    options = ("tokenizer", "validation_fraction", "out")
-    given = {
-        name: getattr(wanted, name)
-        for name in options
-        if getattr(wanted, name) != getattr(PrepareConfig(), name)
-    }
-    words = [word for name, value in given.items() for word in as_option(name, value, str)]
-    return folder, ("overnight", "prepare", source, *words)
-
-
-def needs_no_files(prepare: Command) -> bool:
-    """True for a command that prepares what can be had anywhere."""
-    return bool({*prepare[2:3]} & {*NAMED_SOURCES}) and not any(Path(word).exists() for word in prepare[3:])
-
-
-def find_told_commands(name: str) -> dict[str, Command]:
-    """The commands in the recipe's first lines that prepare its text, by the folder that they fill."""
-    path = Path(name) if name.endswith(".toml") else resources.files("overnight") / "recipes" / f"{name}.toml"
-    lines = re.findall(r"^# +(overnight prepare [a-z].*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    commands = [tuple(shlex.split(line)) for line in lines]
-    return {f"data/{command[2]}": command for command in commands}
-
-
-def with_folders(recipe: Recipe, texts: tuple[JobText, ...]) -> Recipe:
-    """`recipe` that names the folders of its text, for a machine that does not have what they are made of."""
-    data = recipe.data
-    if data.mixture:
-        pairs = zip(data.mixture, texts, strict=True)
-        sources = tuple(dataclasses.replace(source, path=text.folder) for source, text in pairs)
-        data = dataclasses.replace(data, mixture=sources)
-    else:
-        data = dataclasses.replace(data, data=texts[0].folder)
-    return dataclasses.replace(recipe, data=data)
-
-
 @dataclass(frozen=True)
 class JobText:
-    """A folder of shards that the run reads."""
+    """A folder of shards that a run reads."""
 
     folder: str
     """As the recipe names it; or a URL, which every machine reads for itself."""
-    prepare: tuple[str, ...] = ()
-    """The command that fills it; () if that needs files of the machine at hand, or is not known."""
+    prepare: Command = ()
+    """The command that fills it; () if it needs files of this machine, or is not known."""
     weight: float | None = None
     """In a mixture."""
 
@@ -95,3 +33,59 @@ class JobText:
     def is_remote(self) -> bool:
         """True for a URL."""
         return "://" in self.folder
+
+
+def find_recipe_texts(config: DataConfig, name: str, *, with_files: bool) -> tuple[JobText, ...]:
+    """What a run of the recipe `name` reads; commands that need files of this machine only `with_files`."""
+    sources: list[tuple[str, float | None]] = [(source.path, source.weight) for source in config.mixture]
+    known = find_told_commands(name)
+    texts = []
+    for path, weight in sources or [(config.data, None)]:
+        folder, prepare = find_recipe_text(path, config)
+        is_shown = with_files or needs_no_files(prepare)
+        texts.append(JobText(folder, known.get(folder, prepare) if is_shown else (), weight))
+    return tuple(texts)
+
+
+def find_recipe_text(path: str, config: DataConfig) -> tuple[str, Command]:
+    """(folder or URL of the shards, command that fills it or () if unknown) of one text of a recipe."""
+    if "://" in path:
+        return path, ()
+    is_text = path in NAMED_SOURCES or (Path(path).exists() and not (Path(path) / "manifest.json").is_file())
+    source = path if is_text else Path(path).name  # a folder of shards is named after its source
+    if not is_text and source not in NAMED_SOURCES:
+        return path, ()
+    options = {"tokenizer": config.tokenizer, "validation_fraction": config.validation_fraction}
+    usual = str(output_folder(PrepareConfig(source=source, **options)))  # type: ignore[arg-type]
+    folder = usual if is_text else path
+    options["out"] = None if folder == usual else folder
+    words = [
+        word
+        for name, value in options.items()
+        if value != getattr(PrepareConfig(), name)
+        for word in as_option(name, value, str)
+    ]
+    return folder, ("overnight", "prepare", source, *words)
+
+
+def needs_no_files(prepare: Command) -> bool:
+    """True for a command that any machine can run: a named source, and no file among the options."""
+    return bool({*prepare[2:3]} & {*NAMED_SOURCES}) and not any(Path(word).exists() for word in prepare[3:])
+
+
+def find_told_commands(name: str) -> dict[str, Command]:
+    """The commands in a recipe's first lines that prepare its texts, by the folder that they fill."""
+    path = Path(name) if name.endswith(".toml") else resources.files("overnight") / "recipes" / f"{name}.toml"
+    lines = re.findall(r"^# +(overnight prepare [a-z].*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    commands = [tuple(shlex.split(line)) for line in lines]
+    return {f"data/{command[2]}": command for command in commands}
+
+
+def with_folders(recipe: Recipe, texts: tuple[JobText, ...]) -> Recipe:
+    """`recipe` with the folders of its texts, for a machine that does not have their sources."""
+    mixture = tuple(
+        dataclasses.replace(source, path=text.folder)
+        for source, text in zip(recipe.data.mixture, texts, strict=False)
+    )
+    folder = recipe.data.data if mixture else texts[0].folder
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, data=folder, mixture=mixture))

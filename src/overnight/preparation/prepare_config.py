@@ -1,4 +1,4 @@
-"""What can be asked of `prepare`. Light to import, so that `overnight prepare --help` is instant."""
+"""The options of `prepare`."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ from overnight.preparation.sources import source_name
 MOST_TOKENS = 2**31 - 1  # a shard's header counts in an int32
 MOST_SHARDS = 100_000
 POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
-NO_ORIGIN = "name a source (python-docs, shakespeare, a file, a folder), or give from_shards"
+NO_SOURCE = "name a source (python-docs, shakespeare, a file, a folder), or give from_shards"
 BENCHMARK_KINDS = (".jsonl", ".txt", ".tokens")
-OF_ADOPTION = frozenset({"from_shards", "out", "tokenizer", "shard_tokens"})
+IMPORT_OPTIONS = frozenset({"from_shards", "out", "tokenizer", "shard_tokens"})
+CHOICES = {
+    "on_bad_text": ("fail", "replace", "skip"),
+    "on_bad_file": ("fail", "skip"),
+    "on_contaminated": ("report", "drop"),
+    "near_duplicates": ("keep", "drop"),
+}
 
 
 def parse_count(text: str) -> int:
     """1000, 500K, 10M, 1B, 1.3T as a whole number. Raises ValueError for anything else."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMBT]?)", text.strip().replace("_", ""), re.IGNORECASE)
     if found is None:
-        raise ValueError(f"{text!r} is no count; write 1000000, 500K, 10M, 1B or 1.3T")
+        raise ValueError(f"{text!r} is not a count: write 1000000, 500K, 10M, 1B or 1.3T")
     return round(float(found[1]) * 10 ** POWERS[found[2].upper()]) if found[2] else int(float(found[1]))
 
 
-def _count_option(*, may_be_none: bool) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
-    """How tyro reads a count, and shows one."""
-
-    def read(words: list[str]) -> int | None:
-        return None if may_be_none and words == ["None"] else parse_count(words[0])
-
+def _count_option(*, optional: bool) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """How tyro reads and shows a count."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="COUNT",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, int) or (may_be_none and value is None),
+        instance_from_str=lambda words: None if optional and words == ["None"] else parse_count(words[0]),
+        is_instance=lambda value: isinstance(value, int) or (optional and value is None),
         str_from_instance=lambda value: [str(value)],
     )
 
@@ -63,14 +65,14 @@ class PrepareConfig:
     tokenizer: str = "gpt2"
     """gpt2, characters, bpe-N (trained on the training documents: N ids), or the path of one."""
     train_tokenizer: int | None = None
-    """Train a BPE of so many ids on the training documents: the same as --tokenizer bpe-N."""
+    """Train a BPE of N ids on the training documents: the same as --tokenizer bpe-N."""
     validation_fraction: float | None = None
     """Share of the documents held out, chosen by their hash; 0.1 for python-docs and shakespeare, else 0.01
     if left out."""
     text_column: str = "text"
     """The column of JSON lines and Parquet files that holds the text."""
     on_bad_text: Literal["fail", "replace", "skip"] = "fail"
-    """Text that is not UTF-8: stop, keep it with U+FFFD in the bad places, or leave the document out."""
+    """Text that is not UTF-8: stop, replace what is bad by U+FFFD, or leave the document out."""
     on_bad_file: Literal["fail", "skip"] = "fail"
     """A packed or Parquet file that is cut short or damaged: stop, or leave it out."""
     from_file: str | None = None
@@ -82,12 +84,12 @@ class PrepareConfig:
     """Documents that share a passage with a benchmark: keep and count them, or leave them out."""
     near_duplicates: Literal["keep", "drop"] = "keep"
     """Documents that differ in a few words (MinHash): keep all, or only the first of those alike."""
-    tokens: Annotated[int | None, _count_option(may_be_none=True)] = None
+    tokens: Annotated[int | None, _count_option(optional=True)] = None
     """Stop after the document with which both splits together have this many (500M, 10B); all if left out."""
-    shard_tokens: Annotated[int, _count_option(may_be_none=False)] = 100_000_000
+    shard_tokens: Annotated[int, _count_option(optional=False)] = 100_000_000
     """Tokens per shard."""
     workers: int | None = None
-    """Documents are encoded by so many at once; one per core if left out. The shards do not depend on it."""
+    """How many documents are encoded at once; one per core if left out. The shards do not depend on it."""
     executor: Literal["local", "ray", "slurm"] = "local"
     """Where the workers are: here, on a Ray cluster, or in an array of Slurm jobs."""
     tasks: int | None = None
@@ -98,64 +100,56 @@ class PrepareConfig:
     """Each job's time limit."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        """What is wrong with these values, one sentence each; [] if nothing."""
         found = []
         if self.validation_fraction is not None and not 0.0 < self.validation_fraction < 1.0:
-            found.append(f"validation_fraction={self.validation_fraction} must lie between 0 and 1")
-        if self.on_bad_text not in {"fail", "replace", "skip"}:
-            found.append(f"on_bad_text={self.on_bad_text!r} must be fail, replace or skip")
-        if self.near_duplicates not in {"keep", "drop"}:
-            found.append(f"near_duplicates={self.near_duplicates!r} must be keep or drop")
+            found.append(f"validation_fraction={self.validation_fraction} must be between 0 and 1")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                found.append(f"{name}={getattr(self, name)!r} must be {' or '.join(choices)}")
         if not 1 <= self.shard_tokens <= MOST_TOKENS:
-            found.append(f"shard_tokens={self.shard_tokens} must lie between 1 and {MOST_TOKENS:,}")
+            found.append(f"shard_tokens={self.shard_tokens} must be between 1 and {MOST_TOKENS:,}")
         for name in ("tokens", "workers", "tasks"):
             if (count := getattr(self, name)) is not None and count < 1:
                 found.append(f"{name}={count} must be at least 1, or left out")
-        if self.train_tokenizer is not None and self.tokenizer != "gpt2":
-            found.append(f"give only one of train_tokenizer and tokenizer={self.tokenizer}")
-        return found + self._unclear_benchmarks() + self._misplaced() + self._unclear_origin()
+        return found + self._benchmark_problems() + self._conflicts()
 
-    def _unclear_benchmarks(self) -> list[str]:
-        """Benchmarks that are no files, or none where one is needed."""
+    def _benchmark_problems(self) -> list[str]:
+        """Benchmarks that are not files, or none where one is needed."""
         found = [
-            f"decontaminate: {path} is no {', '.join(BENCHMARK_KINDS)} file that is there; give its path, "
-            "for benchmarks are not downloaded"
+            f"decontaminate: there is no {', '.join(BENCHMARK_KINDS)} file {path}; give its path, since "
+            "benchmarks are not downloaded"
             for path in self.benchmark_paths
             if not path.lower().endswith(BENCHMARK_KINDS) or not Path(path).is_file()
         ]
-        if self.on_contaminated not in {"report", "drop"}:
-            found.append(f"on_contaminated={self.on_contaminated!r} must be report or drop")
         if self.on_contaminated == "drop" and not self.benchmark_paths:
             found.append("on_contaminated=drop needs decontaminate: the benchmarks' files")
         return found
 
-    def _misplaced(self) -> list[str]:
-        """Settings that have no meaning with the executor."""
+    def _conflicts(self) -> list[str]:
+        """Settings that do not go together, and settings without the one they need."""
+        found = []
+        if self.train_tokenizer is not None and self.tokenizer != "gpt2":
+            found.append(f"give only one of train_tokenizer and tokenizer={self.tokenizer}")
         if self.executor == "slurm" and self.slurm_partition is None:
-            return ["executor=slurm needs slurm_partition: where sbatch is to send the jobs"]
+            found.append("executor=slurm needs slurm_partition: where sbatch is to send the jobs")
         if self.executor == "local" and self.tasks is not None:
-            return ["tasks is for executor=slurm and executor=ray; here, say how many workers"]
-        return []
-
-    def _unclear_origin(self) -> list[str]:
-        """Neither a source nor shards, or shards together with what is for a source."""
-        if self.from_shards is None:
-            return [] if self.source is not None else [NO_ORIGIN]
-        misplaced = [
-            field.name
-            for field in fields(self)
-            if field.name not in OF_ADOPTION and getattr(self, field.name) != field.default
-        ]
-        return [f"{name} does not go with from_shards: they are taken as they are" for name in misplaced]
+            found.append("tasks is for executor=slurm and executor=ray; here, give workers")
+        if self.source is None and self.from_shards is None:
+            found.append(NO_SOURCE)
+        for field in fields(self) if self.from_shards is not None else ():
+            if field.name not in IMPORT_OPTIONS and getattr(self, field.name) != field.default:
+                found.append(f"{field.name} does not go with from_shards, which takes the shards as they are")
+        return found
 
     @property
     def benchmark_paths(self) -> tuple[str, ...]:
-        """The benchmarks' files, said in several words or with commas between them."""
+        """The benchmarks' files, given as several words or with commas between them."""
         return tuple(path.strip() for word in self.decontaminate for path in word.split(",") if path.strip())
 
     @property
     def tokenizer_name(self) -> str:
-        """gpt2, characters, bpe-N or a path, however it was said."""
+        """gpt2, characters, bpe-N or a path, by either option."""
         return self.tokenizer if self.train_tokenizer is None else f"bpe-{self.train_tokenizer}"
 
 
@@ -166,7 +160,7 @@ def output_folder(config: PrepareConfig) -> Path:
             raise ValueError(f"from_shards: there is no folder {config.from_shards}")
         name = f"{Path(config.from_shards).resolve().name}-adopted"
     elif config.source is None:
-        raise ValueError(NO_ORIGIN)
+        raise ValueError(NO_SOURCE)
     else:
         name = source_name(config.source, config.subset)
     if config.out is not None:

@@ -1,17 +1,16 @@
-"""What is to be prepared, as every worker on every machine reads it; and how far it has come.
+"""What is prepared and how far it is: the files in the staging folder, which all workers share.
 
-The folder that is being filled, hidden beside the one that it will be:
-
-    work.json            what is asked for, the units of the source, and what they become
-    tokenizer/
-    benchmarks/          passages that are looked for, see contamination.py
-    near/                near-duplicates, see near_duplicates.py
-    units/               what one unit became: 00017.ids, 00017.documents.npy, and, last, 00017.json
-    fates.npy            what became of every document
-    slurm-job            its number, if Slurm does the work
-    layout.json          where each unit's tokens stand, hence how many shards there are
-    train-00000.bin ...  and last manifest.json
-    so-far.json          a manifest of the shards that are complete, while there is more to come
+work.json            the request, the units of the source, and how they are tokenized
+wanted               how many units are to be tokenized
+tokenizer/
+benchmarks/          passages to search for, see decontaminate.py
+near/                near-duplicates, see dedup.py
+units/               tokenized units: 00017.ids, 00017.documents, and, last, 00017.json
+status.npy           the status of every document
+layout.json          where the tokens of each unit lie, hence how many shards there are
+train-00000.bin ...  shards, each with its record in a .json; last manifest.json
+so-far.json          a manifest of the complete shards, while there is more to come
+slurm-job            the number of the last Slurm job
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import functools
 import itertools
 import json
 import shutil
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 from overnight.data.shards import MANIFEST, read_manifest
 from overnight.data.text_files import TextFile
 from overnight.preparation.documents import Part
+from overnight.preparation.prepare_config import PrepareConfig
 from overnight.run_directory import write_atomically
 from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
@@ -40,92 +40,75 @@ Request = dict[str, str | int | float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareState:
-    """Everything that decides what the shards hold."""
+    """Everything that decides the content of the shards."""
 
     request: Request
-    """In words that mean the same on every machine: compared when the folder is asked for again."""
+    """The same on every machine: compared when the folder is asked for again."""
     source: str
     licence: str
+    config: PrepareConfig
+    """Only what is in the request decides the content."""
     units: tuple[Unit, ...]
-    """What is read in one piece, in the source's order. The shards do not depend on where it is cut."""
+    """Pieces of work, in the order of the source. The shards do not depend on how it is divided."""
     unit_bytes: tuple[int, ...]
-    """About how much text each unit holds."""
+    """Estimated bytes of text in each unit."""
     damaged_files: tuple[str, ...]
-    """Left out as on_bad_file="skip" asks, before a word of them was read."""
-    text_column: str
-    on_bad_text: str
-    on_bad_file: str
+    """Files skipped because their size or columns could not be read (on_bad_file="skip")."""
     validation_fraction: float
-    tokens: int | None
-    shard_tokens: int
-    benchmarks: tuple[str, ...] = ()
-    """Whose passages are looked for; in the order of their bits."""
-    on_contaminated: str = "report"
-    near_duplicates: str = "keep"
+    """`config`'s, or else the source's own."""
 
     def units_for(self, text_bytes: float) -> int:
-        """How many units hold so much text; all of them if there is less."""
+        """How many units hold at least `text_bytes` of text; all units if there is less."""
         short = sum(size < text_bytes for size in itertools.accumulate(self.unit_bytes))
         return min(len(self.units), short + 1)
 
-    def to_json(self) -> str:
-        """The text of work.json."""
-        return json.dumps(dataclasses.asdict(self)) + "\n"
+
+def write_state(staging: Path, state: PrepareState) -> None:
+    """Record what is prepared in an empty staging folder."""
+    write_atomically(staging / "work.json", json.dumps(dataclasses.asdict(state)) + "\n")
 
 
-def write_state(place: Path, work: PrepareState) -> None:
-    """Say what is to be done in an empty folder."""
-    write_atomically(place / "work.json", work.to_json())
-
-
-def read_state(place: Path) -> PrepareState:
+def read_state(staging: Path) -> PrepareState:
     """What `write_state` wrote."""
-    return _parse_work((place / "work.json").read_text(encoding="utf-8"))
+    values: dict[str, Any] = json.loads((staging / "work.json").read_text(encoding="utf-8"))
+    units = tuple(
+        tuple(Part(TextFile(**part["file"]), part["groups"] and tuple(part["groups"])) for part in unit)
+        for unit in values.pop("units")
+    )
+    config = values.pop("config")
+    config["decontaminate"] = tuple(config["decontaminate"])
+    for name in ("unit_bytes", "damaged_files"):
+        values[name] = tuple(values[name])
+    return PrepareState(config=PrepareConfig(**config), units=units, **values)
 
 
-@functools.lru_cache(maxsize=2)
-def _parse_work(text: str) -> PrepareState:
-    values: dict[str, Any] = json.loads(text)
-    units = tuple(tuple(_read_part(part) for part in unit) for unit in values.pop("units"))
-    values |= {name: tuple(values[name]) for name in ("unit_bytes", "damaged_files", "benchmarks")}
-    return PrepareState(units=units, **values)
+def is_complete(staging: Path) -> bool:
+    """True if the manifest is written. What only the work needed may be partly removed by then."""
+    return (staging / MANIFEST).is_file()
 
 
-def _read_part(values: dict[str, Any]) -> Part:
-    groups = values["groups"]
-    return Part(TextFile(**values["file"]), groups and tuple(groups))
-
-
-def is_complete(place: Path) -> bool:
-    """True if all is done but for removing what only the work needed; some of that may be gone."""
-    return (place / MANIFEST).is_file()
-
-
-def is_begun(place: Path, work: PrepareState) -> bool:
-    """True if the folder holds a beginning of this very work, or all of it."""
+def is_begun(staging: Path, request: Request) -> bool:
+    """True if the folder holds a part of this request, or all of it."""
     try:
-        request = read_manifest(place).request if is_complete(place) else read_state(place).request
-        return request == work.request
+        found = read_manifest(staging).request if is_complete(staging) else read_state(staging).request
     except (OSError, ValueError, LookupError, TypeError):
         return False
+    return found == request
 
 
-def request_units(place: Path, units: int) -> None:
-    """Say that the first so many units are to be encoded: as many as the tokens wanted will take."""
-    write_atomically(place / "wanted", f"{units}\n")
+def request_units(staging: Path, units: int) -> None:
+    """Record that the first `units` units are to be tokenized."""
+    write_atomically(staging / "wanted", f"{units}\n")
 
 
-def target_units(place: Path) -> int:
-    """What `request_units` said last."""
-    return int((place / "wanted").read_text(encoding="utf-8"))
+def target_units(staging: Path) -> int:
+    """How many units are to be tokenized."""
+    return int((staging / "wanted").read_text(encoding="utf-8"))
 
 
-def remove_traces(place: Path, shards: Container[str]) -> None:
-    """Remove everything but what is to stay: the shards of these names, tokenizer and manifest.
-
-    The last to go says who is at it.
-    """
-    for path in sorted(place.iterdir(), key=lambda path: path.name == SLURM_JOB):
+def remove_traces(staging: Path, shards: Container[str]) -> None:
+    """Remove everything but the named shards, the tokenizer and the manifest; the Slurm job last."""
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == SLURM_JOB):
         if path.name in {"tokenizer", MANIFEST} or path.name in shards:
             continue
         if path.is_dir():
@@ -134,27 +117,11 @@ def remove_traces(place: Path, shards: Container[str]) -> None:
             path.unlink()
 
 
-def group_parts(sizes: Mapping[Part, int], unit_bytes: int) -> tuple[Unit, ...]:
-    """The parts in their order, as many together as have about so many bytes of text."""
-    units: list[Unit] = []
-    waiting: list[Part] = []
-    held = 0
-    for part, size in sizes.items():
-        if waiting and held + size > unit_bytes:
-            units.append(tuple(waiting))
-            waiting, held = [], 0
-        waiting.append(part)
-        held += size
-    return (*units, tuple(waiting))
+def open_tokenizer(staging: Path) -> Tokenizer:
+    """The tokenizer in the staging folder, read once per process."""
+    return _load_tokenizer(staging / "tokenizer", (staging / "tokenizer").stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=2)
-def _open_tokenizer(folder: str, _state: str) -> Tokenizer:
-    return load_tokenizer(Path(folder))
-
-
-def open_tokenizer(place: Path) -> Tokenizer:
-    """The one in the folder, opened once in a process."""
-    files = sorted((place / "tokenizer").iterdir())
-    state = " ".join(f"{path.name} {path.stat().st_mtime_ns}" for path in files)
-    return _open_tokenizer(str(place / "tokenizer"), state)
+def _load_tokenizer(folder: Path, _modified_ns: int) -> Tokenizer:
+    return load_tokenizer(folder)

@@ -1,7 +1,7 @@
-"""Where text comes from: the named sources, any file or folder, any place that fsspec reaches.
+"""Where text comes from: the named sources, any file or folder, any URL that fsspec reads.
 
-`python-docs` is there without a network, `shakespeare` is downloaded once and kept in the user's cache,
-`fineweb-edu` and `openwebtext` are read where they lie. Each knows its licence.
+`python-docs` needs no network, `shakespeare` is downloaded once and kept in the user's cache, `fineweb-edu`
+and `openwebtext` are read from Hugging Face's hub.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ NAMED_SOURCES = ("python-docs", "shakespeare", "fineweb-edu", "openwebtext")
 
 @dataclass(frozen=True)
 class Source:
-    """Text ready to be read, as often as wanted."""
+    """Text that can be read as often as needed."""
 
     name: str
-    """Of the prepared folder, unless the user chose another."""
+    """The prepared folder is named after it, unless the user chose another name."""
     licence: str
     sha256: str
-    """Of the files it is read from, names and contents: the same hash, the same documents."""
+    """Of names and contents of the files: the same hash, the same documents."""
     validation_fraction: float
-    """The share of documents held out unless the user says otherwise: small sources need a larger one."""
+    """Used unless the user gives one: small sources need a larger one."""
     files: tuple[TextFile, ...]
     """In the order in which they are read."""
 
 
 def source_name(source: str, subset: str | None = None) -> str:
-    """What a source is called: its own name, or that of the file or folder. Reads nothing.
+    """The name of a source: its own, or that of the file or folder. Reads nothing.
 
     A named source comes before a file of the same name; `./shakespeare` is the file. Raises ValueError
     if `source` is neither.
@@ -81,28 +81,32 @@ def source_name(source: str, subset: str | None = None) -> str:
         )
     if not path.exists():
         raise ValueError(
-            f"{source!r} is no file or folder, nor a source that is known{nearest(source, NAMED_SOURCES)}"
+            f"{source!r} is neither a file, nor a folder, nor a named source{nearest(source, NAMED_SOURCES)}"
         )
     return plain_name(path.name) if path.is_file() else path.resolve().name
 
 
 def open_source(source: str, subset: str | None = None, from_file: str | None = None) -> Source:
-    """The named source, or the file, folder or URL, downloaded where need be and hashed.
+    """The named source, or the file, folder or URL; downloaded if necessary, and hashed.
 
-    `from_file` is a copy that the user already has of what would be downloaded.
+    `from_file` is the user's own copy of what would be downloaded.
     """
     name = source_name(source, subset)
     if from_file is not None and source != "shakespeare":
         raise ValueError(f"from_file is for a source that is downloaded (shakespeare), which {source} is not")
     if source == "python-docs":
-        return _open_python_docs()
+        paths = library_files()
+        names = [path.relative_to(library_folder()).as_posix() for path in paths]
+        library = [TextFile(str(p), name, p.stat().st_size) for p, name in zip(paths, names, strict=True)]
+        return Source(source, "PSF-2.0", hash_files(library), 0.1, (PYTHON_DOCS,))
     if source == "shakespeare":
-        return _open_shakespeare(from_file)
+        path = _cache_shakespeare(from_file)
+        file = TextFile(str(path), "input.txt", SHAKESPEARE_BYTES)
+        return Source(source, "public domain", SHAKESPEARE_SHA256, 0.1, (file,))  # nanoGPT's fraction
     if source == "fineweb-edu":
-        folder = FINEWEB_EDU_SUBSETS[subset or "sample-10BT"]
-        return _open_elsewhere(name, f"{FINEWEB_EDU}/{folder}", "ODC-BY 1.0")
+        return _open_hub(name, f"{FINEWEB_EDU}/{FINEWEB_EDU_SUBSETS[subset or 'sample-10BT']}", "ODC-BY 1.0")
     if source == "openwebtext":
-        return _open_elsewhere(name, OPENWEBTEXT, "CC0 1.0 (the packaging; the texts are their authors')")
+        return _open_hub(name, OPENWEBTEXT, "CC0 1.0 (the packaging; the texts are their authors')")
     files = tuple(find_files(source))
     return Source(as_utf8(name), "not stated", hash_files(files), 0.01, files)
 
@@ -116,23 +120,14 @@ def read_parts(parts: Sequence[Part], text_column: str) -> Iterator[Document]:
     )
 
 
-def _open_python_docs() -> Source:
-    files = library_files()
-    library = [
-        TextFile(str(path), path.relative_to(library_folder()).as_posix(), path.stat().st_size)
-        for path in files
-    ]
-    return Source("python-docs", "PSF-2.0", hash_files(library), 0.1, (PYTHON_DOCS,))
-
-
 @functools.cache  # read twice where a tokenizer is trained, and parsing takes seconds
 def _python_docs() -> tuple[Document, ...]:
     with progress("reading", None, "documents") as advance:
         return tuple(document for document in python_documents() if advance() is None)
 
 
-def _open_elsewhere(name: str, address: str, licence: str) -> Source:
-    """A source that lies on Hugging Face's hub. Raises ValueError, with what else can be done, offline."""
+def _open_hub(name: str, address: str, licence: str) -> Source:
+    """A source on Hugging Face's hub. Raises ValueError, with another way to get it, without a network."""
     try:
         files = tuple(find_files(address))
     except ValueError as error:
@@ -144,14 +139,14 @@ def _open_elsewhere(name: str, address: str, licence: str) -> Source:
     return Source(name, licence, hash_files(files), 0.01, files)
 
 
-def _open_shakespeare(from_file: str | None) -> Source:
+def _cache_shakespeare(from_file: str | None) -> Path:
+    """The published file in the user's cache: copied from `from_file`, or downloaded if it is not there."""
     path = cache_folder() / "shakespeare" / "input.txt"
     if from_file is not None:
-        write_atomically(path, _read_shakespeare(Path(from_file)))  # from then on no command needs a network
+        write_atomically(path, _read_shakespeare(Path(from_file)))  # no later command needs a network
     elif not path.is_file() or _sha256(path.read_bytes()) != SHAKESPEARE_SHA256:
         write_atomically(path, _download_shakespeare())
-    file = TextFile(str(path), "input.txt", SHAKESPEARE_BYTES)
-    return Source("shakespeare", "public domain", SHAKESPEARE_SHA256, 0.1, (file,))  # nanoGPT's share
+    return path
 
 
 def _read_shakespeare(path: Path) -> bytes:
@@ -168,29 +163,25 @@ def _read_shakespeare(path: Path) -> bytes:
 
 
 def _download_shakespeare() -> bytes:
-    """The published file, fetched. Raises ValueError if that fails, or something else comes."""
+    """The published file. Raises ValueError if it can't be downloaded, or is another file."""
+    command = "overnight prepare shakespeare --from-file FILE"
+    remedy = f"fetch {SHAKESPEARE_URL} some other way, then run `{command}` once"
     echo(f"downloading {SHAKESPEARE_URL}")
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer:
-            content: bytes = answer.read(SHAKESPEARE_BYTES + 1)  # no server makes us read more
+            content: bytes = answer.read(SHAKESPEARE_BYTES + 1)  # a server can't make us read more
     except (OSError, http.client.HTTPException) as error:
-        raise ValueError(_instead(f"shakespeare could not be downloaded ({error})")) from None
+        raise ValueError(f"shakespeare could not be downloaded ({error}); {remedy}") from None
     if _sha256(content) != SHAKESPEARE_SHA256:
-        raise ValueError(_instead("what was downloaded as shakespeare is not the published file"))
+        raise ValueError(f"what was downloaded as shakespeare is not the published file; {remedy}")
     return content
-
-
-def _instead(problem: str) -> str:
-    command = "overnight prepare shakespeare --from-file FILE"
-    return f"{problem}; fetch {SHAKESPEARE_URL} some other way, then run `{command}` once"
 
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-# ---------------------------------------------------------------- the text every python carries
-
+# The docstrings of Python's standard library, in which every machine has two megabytes of English
 
 # Tests, bundled programs, what was installed later, and the topics (they are read as topics).
 LEFT_OUT_FOLDERS = {
@@ -229,30 +220,29 @@ def library_folder() -> Path:
 
 
 def python_documents() -> Iterator[Document]:
-    """Each topic, then each module without its classes and each class, their docstrings in source order."""
+    """Each topic, then each module without its classes and each class, their docstrings in source order.
+
+    A whole module would be too large to split by: tkinter's text alone is a third of a held-out tenth.
+    """
     topics, *modules = library_files()
     for name, text in _read_topics(topics).items():
         yield Document(text, f"topic {name}")
     for path in modules:
-        for kind, name, node in _described_things(_parse(path), _dotted_name(path)):
-            text = "\n\n".join(_described(node, name)) + "\n"
+        module, name = _parse(path), _dotted_name(path)
+        classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+        rest = ast.Module([node for node in module.body if node not in classes], type_ignores=[])
+        named: list[tuple[str, str, Described]] = [
+            ("module", name, rest),
+            *(("class", f"{name}.{node.name}", node) for node in classes),
+        ]
+        for kind, described_name, node in named:
+            text = "\n\n".join(_described(node, described_name)) + "\n"
             if len(text) >= SHORTEST_DOCUMENT_CHARACTERS:
-                yield Document(text, f"{kind} {name}")
-
-
-def _described_things(module: ast.Module, name: str) -> Iterator[tuple[str, str, Described]]:
-    """Kind, name and node of what makes a document: the module with its functions, then each class.
-
-    A whole module would be too lumpy to split by: tkinter's text alone is a third of a held-out tenth.
-    """
-    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
-    rest = [node for node in module.body if not isinstance(node, ast.ClassDef)]
-    yield "module", name, ast.Module(rest, type_ignores=[])
-    yield from (("class", f"{name}.{node.name}", node) for node in classes)
+                yield Document(text, f"{kind} {described_name}")
 
 
 def _read_topics(path: Path) -> dict[str, str]:
-    """The topics of `pydoc` by name: a file holding one dictionary of strings, read without running it."""
+    """The topics of `pydoc` by name: a dictionary of strings, read without running the file."""
     for statement in _parse(path).body:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
             topics = ast.literal_eval(statement.value)
@@ -261,7 +251,7 @@ def _read_topics(path: Path) -> dict[str, str]:
 
 
 def _described(node: Described, name: str) -> Iterator[str]:
-    """A heading and a docstring for everything in `node` that has one, outermost first, in source order."""
+    """A heading and a docstring for everything in `node` that has one, in source order."""
     if docstring := ast.get_docstring(node):
         yield f"{name}\n\n{docstring}"
     for child in node.body:
@@ -271,7 +261,7 @@ def _described(node: Described, name: str) -> Iterator[str]:
 
 def _parse(path: Path) -> ast.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library's own doubtful escapes are not our reader's business
+        warnings.simplefilter("ignore")  # of invalid escapes in the library
         return ast.parse(path.read_bytes(), filename=str(path))
 
 

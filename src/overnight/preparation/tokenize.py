@@ -1,12 +1,13 @@
-"""Documents to ids: the part of the work that takes the time, done unit by unit, by anyone, in any order."""
+"""Documents to ids, unit by unit: what takes most of the time, done by any worker in any order."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
+import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,188 +16,238 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.data.shards import check_ids, token_format
+from overnight.data.shards import HEADER_BYTES, check_ids, token_format
 from overnight.data.text_files import DamagedFileError
 from overnight.preparation.decontaminate import BenchmarkSearch, open_search
 from overnight.preparation.documents import (
-    FATES,
     KEPT,
     RECORD,
+    STATUSES,
     Document,
-    Fate,
+    FilteredDocument,
     Part,
     Records,
     document_hash,
     filter_documents,
+    hash_halves,
+    split_of,
 )
-from overnight.preparation.prepare_state import PrepareState, Unit, open_tokenizer, read_state
+from overnight.preparation.prepare_state import PrepareState, Unit, open_tokenizer, read_state, target_units
 from overnight.preparation.sources import read_parts
 from overnight.run_directory import flush_to_disk, write_atomically
+from overnight.terminal import progress
+from overnight.tokenizer.open_tokenizer import build_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 200_000  # what one thread encodes at a time
-BYTES_PER_TOKEN = 4.5  # of English in GPT-2's: for the bar of a unit that is not done
-BATCHES_AHEAD = 32  # the same for any number of threads, so that they all read equally far
-Judged = tuple[Document, Fate]
-Encoded = tuple[Document, Fate, NDArray[np.uint32]]
+TRAINING_BYTES = 1_000_000_000  # of text that a tokenizer is trained on, at most
+SAMPLED_DOCUMENTS = 64
+BYTES_PER_TOKEN = 4.5  # of English text in GPT-2's tokens: for the progress bar of an unfinished unit
+BATCHES_AHEAD = 32  # the same for any number of threads, so that all of them read equally far ahead
+Encoded = tuple[FilteredDocument, NDArray[np.uint32]]
 
 
 @dataclass(frozen=True)
 class TokenizedUnit:
-    """What a unit became."""
+    """The documents of a unit and their ids."""
 
     records: Records
-    """One a document, in order; see `selection.RECORD`."""
+    """One per document, in order; see `documents.RECORD`."""
     ids: Path
-    """The ids of all documents that were encoded, end to end, each with its end-of-text id before it."""
+    """The ids of all documents, end to end, each document with its end-of-text id before it."""
     damaged_files: list[str]
-    """Left out as on_bad_file="skip" asks."""
+    """Files that were skipped (on_bad_file="skip")."""
     shared: NDArray[np.uint64]
-    """(documents,): the sum of the bits of the benchmarks that it shares a passage with."""
+    """(documents,): a bit for each benchmark that the document shares a passage with."""
 
 
-def tokenize_unit(place: Path, number: int, threads: int = 1) -> None:
-    """Write what unit `number` becomes into the folder; nothing if it is there already.
+def save_tokenizer(staging: Path, state: PrepareState) -> None:
+    """Load or train the tokenizer, and save it in the staging folder, whole or not at all."""
+    partial_folder = staging / "tokenizer.partial"
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    build_tokenizer(state.config.tokenizer_name, training_texts(state)).save(partial_folder)
+    partial_folder.rename(staging / "tokenizer")
 
-    Raises ValueError for text that on_bad_text, and DamagedFileError for a file that on_bad_file refuses.
+
+def training_texts(state: PrepareState) -> Iterator[str]:
+    """The texts that a tokenizer may be trained on: of the training split, each once; a gigabyte at most.
+
+    Reads nothing until the first is taken.
     """
-    path = place / "units" / f"{number:05d}"
+    seen: set[bytes] = set()
+    documents = documents_in_order(state)
+    read_bytes = 0
+    with progress("tokenizer", min(TRAINING_BYTES, sum(state.unit_bytes)) / 1e6, "MB") as advance:
+        for document, status in filter_documents(documents, state.config.on_bad_text):
+            size = len(document.text.encode())
+            advance(size / 1e6)
+            read_bytes += size
+            digest = document_hash(document.text)
+            if status in KEPT and digest not in seen:
+                seen.add(digest)
+                if split_of(document.text, state.validation_fraction) == "train":
+                    yield document.text
+            if read_bytes >= TRAINING_BYTES:
+                return
+
+
+def estimate_bytes(staging: Path, state: PrepareState) -> int:
+    """Estimated disk space of the units and the shards, if all documents are like the first ones."""
+    tokenizer = open_tokenizer(staging)
+    first = itertools.islice(filter_documents(documents_in_order(state), "replace"), SAMPLED_DOCUMENTS)
+    encoded = list(tokenize_documents(first, tokenizer))
+    tokens = sum(ids.size for _, ids in encoded)
+    text_bytes = sum(len(document.text.encode()) for (document, _), _ in encoded)
+    expected = tokens * max(1.0, sum(state.unit_bytes) / max(1, text_bytes))
+    if state.config.tokens is not None:
+        expected = min(expected, state.config.tokens)
+    return 2 * round(1.1 * expected * token_format(tokenizer.vocab_size).dtype.itemsize) + 2 * HEADER_BYTES
+
+
+def tokenize_units(staging: Path, rank: int = 0, ranks: int = 1, threads: int = 1) -> None:
+    """Tokenize every `ranks`-th unit that is wanted."""
+    state = read_state(staging)
+    for number in range(rank, target_units(staging), ranks):
+        tokenize_unit(staging, state, number, threads)
+
+
+def tokenize_unit(staging: Path, state: PrepareState, number: int, threads: int = 1) -> None:
+    """Write the ids and records of one unit into the staging folder, unless they are there already.
+
+    Raises ValueError for bad text and DamagedFileError for a damaged file, unless they are to be skipped.
+    """
+    path = staging / "units" / f"{number:05d}"
     if path.with_suffix(".json").is_file():
         return
-    work, tokenizer = read_state(place), open_tokenizer(place)
-    parts, damaged = sound_parts(work.units[number], work)
-    judged = filter_documents(read_parts(parts, work.text_column), work.on_bad_text)
+    tokenizer = open_tokenizer(staging)
+    parts, damaged_files = sound_parts(state.units[number], state)
+    documents = filter_documents(read_parts(parts, state.config.text_column), state.config.on_bad_text)
     shared: dict[int, int] = {}
-    if work.benchmarks:
-        judged = _searched(judged, open_search(place), shared)
-    partial = path.with_suffix(".ids.partial")
-    with partial.open("wb", buffering=1 << 20) as file:
-        rows = list(_write_ids(file, tokenize_documents(judged, tokenizer, threads), tokenizer))
+    if state.config.benchmark_paths:
+        documents = _search_benchmarks(documents, open_search(staging), shared)
+    partial_file = path.with_suffix(".ids.partial")
+    with partial_file.open("wb", buffering=1 << 20) as file:
+        rows = list(_write_ids(file, tokenize_documents(documents, tokenizer, threads), tokenizer))
         file.flush()
         flush_to_disk(file.fileno())
-    partial.replace(path.with_suffix(".ids"))
-    records = np.array(rows, dtype=RECORD)
-    write_atomically(path.with_suffix(".documents"), records.tobytes())
-    text_bytes = int(records["bytes"].sum())
-    tokens = int(records["tokens"].sum())
-    about = {"damaged_files": damaged, "text_bytes": text_bytes, "tokens": tokens, "shared": shared}
-    write_atomically(path.with_suffix(".json"), json.dumps(about) + "\n")
+    partial_file.replace(path.with_suffix(".ids"))
+    write_atomically(path.with_suffix(".documents"), np.array(rows, dtype=RECORD).tobytes())
+    content = {"damaged_files": damaged_files, "shared": shared}
+    write_atomically(path.with_suffix(".json"), json.dumps(content) + "\n")
 
 
-def read_unit(place: Path, number: int) -> TokenizedUnit:
+def read_unit(staging: Path, number: int) -> TokenizedUnit:
     """What `tokenize_unit` wrote."""
-    path = place / "units" / f"{number:05d}"
-    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    path = staging / "units" / f"{number:05d}"
+    content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     records = np.fromfile(path.with_suffix(".documents"), dtype=RECORD)
     shared = np.zeros(len(records), dtype=np.uint64)
-    for document, bits in about["shared"].items():
+    for document, bits in content["shared"].items():
         shared[int(document)] = bits
-    return TokenizedUnit(records, path.with_suffix(".ids"), about["damaged_files"], shared)
+    return TokenizedUnit(records, path.with_suffix(".ids"), content["damaged_files"], shared)
 
 
-def documents_in_order(work: PrepareState) -> Iterator[Document]:
-    """Every document of all units, damaged files left out where they are to be skipped.
+def tokenize_documents(
+    documents: Iterable[FilteredDocument], tokenizer: Tokenizer, threads: int = 1
+) -> Iterator[Encoded]:
+    """The documents in order, each with its end-of-text id and its ids; no ids for one that is left out.
 
-    Python's documentation is parsed at once, since it shows a bar of its own.
+    Uses threads, not processes: the tokenizers release the GIL while they encode.
     """
-    first, *others = work.units
-    documents = read_parts(sound_parts(first, work)[0], work.text_column)
-    later = (read_parts(sound_parts(unit, work)[0], work.text_column) for unit in others)
+    separator = np.array([tokenizer.end_of_text], dtype=np.uint32)
+    pending: deque[tuple[list[FilteredDocument], Future[list[NDArray[np.uint32]]]]] = deque()
+
+    def finish_first() -> Iterator[Encoded]:
+        batch, future = pending.popleft()
+        for filtered, ids in zip(batch, future.result(), strict=True):
+            yield filtered, np.concatenate([separator, ids]) if filtered.status in KEPT else ids
+
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in _in_batches(documents):
+            pending.append((batch, pool.submit(tokenizer.encode_batch, _kept_texts(batch))))
+            if len(pending) > BATCHES_AHEAD:
+                yield from finish_first()
+        while pending:
+            yield from finish_first()
+
+
+def documents_in_order(state: PrepareState) -> Iterator[Document]:
+    """Every document of all units, without damaged files if they are to be skipped."""
+    first, *others = state.units
+    # read_parts parses Python's documentation at once, with a progress bar, which must not overlap another.
+    documents = read_parts(sound_parts(first, state)[0], state.config.text_column)
+    later = (read_parts(sound_parts(unit, state)[0], state.config.text_column) for unit in others)
     return itertools.chain(documents, itertools.chain.from_iterable(later))
 
 
-def count_documents(place: Path, number: int) -> int:
-    """How many documents an encoded unit has."""
-    return (place / "units" / f"{number:05d}.documents").stat().st_size // RECORD.itemsize
+def sound_parts(unit: Unit, state: PrepareState) -> tuple[list[Part], list[str]]:
+    """The parts of a unit that can be read to their end, and the file names of the others.
 
-
-def count_encoded(place: Path, unit_bytes: Sequence[int]) -> tuple[int, int]:
-    """About (bytes of text that were read, tokens they became) so far: for a progress bar."""
-    itemsize = token_format(open_tokenizer(place).vocab_size).dtype.itemsize
-    read_bytes = tokens = 0
-    for entry in os.scandir(place / "units"):
-        number, _, kind = entry.name.partition(".")
-        if kind == "ids":
-            read_bytes += unit_bytes[int(number)]
-        elif kind == "ids.partial":
-            read_bytes += min(
-                unit_bytes[int(number)], round(entry.stat().st_size / itemsize * BYTES_PER_TOKEN)
-            )
-        tokens += entry.stat().st_size // itemsize if kind.startswith("ids") else 0
-    return read_bytes, tokens
-
-
-def tokenize_documents(judged: Iterable[Judged], tokenizer: Tokenizer, threads: int = 1) -> Iterator[Encoded]:
-    """The documents in their order, each with its end-of-text id and its own; one left out has no ids.
-
-    Threads, not processes: the tokenizers release the interpreter while they work.
+    Checked only if damaged files are to be skipped: packed and Parquet files are read twice then.
     """
-    before = np.array([tokenizer.end_of_text], dtype=np.uint32)
-    waiting: deque[tuple[list[Judged], Future[list[NDArray[np.uint32]]]]] = deque()
+    if state.config.on_bad_file == "fail":
+        return list(unit), []
+    sound, damaged_files = [], []
+    for part in unit:
+        try:
+            if part.file.is_packed or part.file.kind == ".parquet":
+                deque(read_parts([part], state.config.text_column), maxlen=0)
+            sound.append(part)
+        except DamagedFileError:
+            damaged_files.append(part.file.name)
+    return sound, damaged_files
 
-    def finished() -> Iterator[Encoded]:
-        batch, future = waiting.popleft()
-        for (document, fate), ids in zip(batch, future.result(), strict=True):
-            yield document, fate, np.concatenate([before, ids]) if fate in KEPT else ids
 
-    with ThreadPoolExecutor(threads) as pool:
-        for batch in _in_batches(judged):
-            texts = [document.text if fate in KEPT else "" for document, fate in batch]
-            waiting.append((batch, pool.submit(tokenizer.encode_batch, texts)))
-            if len(waiting) > BATCHES_AHEAD:
-                yield from finished()
-        while waiting:
-            yield from finished()
+def count_tokenized(staging: Path, state: PrepareState) -> tuple[int, int]:
+    """Estimated (bytes of text read, tokens written) so far: for a progress bar."""
+    itemsize = token_format(open_tokenizer(staging).vocab_size).dtype.itemsize
+    read_bytes = tokens = 0
+    for entry in os.scandir(staging / "units"):
+        number, _, kind = entry.name.partition(".")
+        if kind not in {"ids", "ids.partial"}:
+            continue
+        written = entry.stat().st_size // itemsize
+        tokens += written
+        unit_bytes = state.unit_bytes[int(number)]
+        read_bytes += unit_bytes if kind == "ids" else min(unit_bytes, round(written * BYTES_PER_TOKEN))
+    return read_bytes, tokens
 
 
 def _write_ids(
     file: BinaryIO, encoded: Iterable[Encoded], tokenizer: Tokenizer
 ) -> Iterator[tuple[int, int, int, int, int]]:
-    """Append every document's ids to the file; yields its record."""
+    """Append the ids of every document to the file; yields its record."""
     dtype = token_format(tokenizer.vocab_size).dtype
-    for document, fate, ids in encoded:
+    for (document, status), ids in encoded:
         check_ids(ids, tokenizer.vocab_size)
         file.write(ids.astype(dtype).tobytes())
-        digest = document_hash(document.text)
-        high, low = (int.from_bytes(half) for half in (digest[:8], digest[8:]))
-        yield high, low, ids.size, len(document.text.encode()), FATES.index(fate)
+        halves = hash_halves(document_hash(document.text))
+        yield (*halves, ids.size, len(document.text.encode()), STATUSES.index(status))
 
 
-def _searched(judged: Iterable[Judged], search: BenchmarkSearch, shared: dict[int, int]) -> Iterator[Judged]:
-    """The same documents; `shared` receives the bits of those that share a passage with a benchmark."""
-    before = 0
-    for batch in _in_batches(judged):
-        bits = search.find([document.text if fate in KEPT else "" for document, fate in batch])
-        shared |= {before + int(place): int(bits[place]) for place in np.flatnonzero(bits)}
-        before += len(batch)
+def _search_benchmarks(
+    documents: Iterable[FilteredDocument], search: BenchmarkSearch, shared: dict[int, int]
+) -> Iterator[FilteredDocument]:
+    """The same documents; the bits of those that share a passage with a benchmark are added to `shared`."""
+    searched = 0
+    for batch in _in_batches(documents):
+        bits = search.find(_kept_texts(batch))
+        shared |= {searched + int(index): int(bits[index]) for index in np.flatnonzero(bits)}
+        searched += len(batch)
         yield from batch
 
 
-def sound_parts(unit: Unit, work: PrepareState) -> tuple[list[Part], list[str]]:
-    """The parts that can be read to their end, and the names of the files of the others.
-
-    Only where damaged files are to be skipped; they are read twice then, packed files and Parquet's.
-    """
-    if work.on_bad_file == "fail":
-        return list(unit), []
-    sound, damaged = [], []
-    for part in unit:
-        try:
-            if part.file.is_packed or part.file.kind == ".parquet":
-                deque(read_parts([part], work.text_column), maxlen=0)
-            sound.append(part)
-        except DamagedFileError:
-            damaged.append(part.file.name)
-    return sound, damaged
+def _kept_texts(batch: list[FilteredDocument]) -> list[str]:
+    return [document.text if status in KEPT else "" for document, status in batch]
 
 
-def _in_batches(judged: Iterable[Judged]) -> Iterator[list[Judged]]:
+def _in_batches(documents: Iterable[FilteredDocument]) -> Iterator[list[FilteredDocument]]:
     """Lists of consecutive documents of about BATCH_CHARACTERS together."""
-    batch: list[Judged] = []
+    batch: list[FilteredDocument] = []
     characters = 0
-    for document, fate in judged:
-        batch.append((document, fate))
-        characters += len(document.text)
+    for filtered in documents:
+        batch.append(filtered)
+        characters += len(filtered.document.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """The main job, small: it trains a GPT-2 on the Python documentation that comes with Python."""
+    """Train a small GPT-2 on the Python documentation, from text to report."""
 
     fresh: bool = False
     """Start over, even if there is a quickstart run already."""

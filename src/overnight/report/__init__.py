@@ -1,22 +1,13 @@
-"""The morning page, the comparison of several runs, and how each run is doing.
+"""The page about a run, and the comparison of several runs.
 
-Everything here is read from run directories alone; nothing imports torch, and matplotlib only where
-a curve is drawn, so that a report can be made again on any laptop.
+Everything is read from run directories alone. Nothing imports torch, and matplotlib is imported only to draw
+curves, so a report can be written again on any machine.
 
-    words        numbers as a person reads them
-    lines        JSON-lines files, read tolerantly: what is damaged is named, not hidden
-    status       one line about each run, from the ends of its files
-    record       everything a run wrote, read for a page
-    curves       smoothing and thinning of long series
-    drawing      matplotlib figure -> small SVG whose colours follow the page
-    plots        the loss chart, the small charts, the overlay of several runs
-    markup       escaping, tables, the page around them (style.css)
-    headline     the top of a run's page: state, numbers, rivals
-    page         write_report: one run
-    comparison   compare_runs: several
-    ladder       what `overnight ladder` measured, and what follows from it
-    ladder_table the same as a table, for a terminal and as Markdown
-    ladder_plot  the same as a picture
+    run_data   everything a run wrote; smoothing and thinning of long series
+    plots      matplotlib figures as SVG that follows the page's colours
+    html       renders the templates of templates/
+    page       write_report: one run
+    compare    write_comparison: several runs
 """
 
 from __future__ import annotations
@@ -28,9 +19,9 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """One page about a run: its curves, samples, recipe and data. With several runs: a comparison."""
+    """Write one page about a run: curves, samples, recipe and data. With several runs: a comparison."""
 
     runs: Positional[tuple[str, ...]]
     """Runs, by path or by name."""
     out: str | None = None
-    """Where the page is written; runs/NAME/report.html or runs/comparison.html if left out."""
+    """The file to write. Default: runs/NAME/report.html or runs/comparison.html."""

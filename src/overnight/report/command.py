@@ -1,19 +1,18 @@
-"""The command `overnight report`: the morning page of one run, or several runs side by side."""
+"""The command `overnight report`: the page about one run, or a comparison of several."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from overnight.report import ReportConfig
+from overnight.report.compare import write_comparison
+from overnight.report.page import write_report
+from overnight.runs.status import find_run
 from overnight.terminal import echo
 
 
 def run(config: ReportConfig) -> Path:
-    """Write the page and say where it lies. Raises ValueError if there is no such run."""
-    from overnight.report.compare import write_comparison
-    from overnight.report.page import write_report
-    from overnight.runs.status import find_run
-
+    """Write the page and return its path. Raises ValueError if there is no such run."""
     if not config.runs:
         raise ValueError("name the run to report on, as in overnight report runs/quickstart")
     runs = list(dict.fromkeys(find_run(name) for name in config.runs))

@@ -1,50 +1,53 @@
-"""A matplotlib figure as a small inline SVG: its text in the page's font, its colours the page's variables.
+"""The charts of a report, drawn by matplotlib as inline SVG.
 
-Figures are drawn in CSS pixels with placeholder colours. Each placeholder then becomes `var(--name)`,
-which style.css defines once for light and once for dark.
+Matplotlib writes each colour into a style attribute. style.css selects these attributes and replaces the
+colours by the page's variables, so the drawings follow the page's light and dark themes.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
-import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
 
-from overnight.report.html import Markup, escape
-from overnight.report.run_data import RunData, Series, smoothed, spread, thinned
+from overnight.report.run_data import RunData, Series, smoothed
 from overnight.terminal import scientific, short, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that no drawing would use by chance.
-RUN_COLOURS = tuple(f"#0f1e{number:02x}" for number in range(16, 22))
-PLACEHOLDERS = {
-    "#0f1e01": "muted",
-    "#0f1e02": "rule",
-    "#0f1e03": "accent",
-    "#0f1e04": "math",
-    **{colour: f"run-{number}" for number, colour in enumerate(RUN_COLOURS, start=1)},
+CHART_COLOURS = {
+    "muted": "#666b75",
+    "rule": "#e3e3de",
+    "plain": "#7b818c",
+    "accent": "#2b50d8",
+    "run-1": "#2b50d9",
+    "run-2": "#b8471b",
+    "run-3": "#147d64",
+    "run-4": "#8e3fb0",
+    "run-5": "#8a6a00",
+    "run-6": "#c02b62",
 }
-MUTED, RULE, ACCENT, PLAIN = ("#0f1e01", "#0f1e02", "#0f1e03", "#0f1e04")
+"""The colours of the light theme by the names of their CSS variables. No two are equal: see above."""
+MUTED, RULE, PLAIN, ACCENT, *RUN_COLOURS = CHART_COLOURS.values()
+BAND_COLOURS = {"loss": PLAIN, "validation_loss": ACCENT}
+"""The reference bands that are drawn, in the colours of the run's own curves."""
 
 TEXT_SIZE = 12.5
 """In CSS pixels at a chart's own width; style.css keeps charts near that width."""
-
 PIXELS_PER_INCH = 72
-
-SETTINGS: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a run may be called a$b$c
-    "axes.unicode_minus": True,
-    "path.simplify": True,
+    "font.sans-serif": ["sans-serif", "DejaVu Sans"],
     "font.size": TEXT_SIZE,
     "text.color": MUTED,
     "axes.labelcolor": MUTED,
@@ -62,31 +65,56 @@ SETTINGS: dict[Any, Any] = {
     "grid.linewidth": 1.0,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
     "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
 }
+
+SMOOTH_POINTS = 500
+TASK_COLUMNS = ("step", "value", "low", "high", "chance")
+
+
+class ChartLayout(NamedTuple):
+    """A chart's size in CSS pixels, and how much fits into it."""
+
+    name: str
+    width: int
+    height: int
+    margins: tuple[int, int, int, int]
+    """Top, right, bottom, left."""
+    x_ticks: int
+    y_ticks: int
+    points: int
+    """Most points of a curve that is not smoothed."""
+
+
+WIDE = ChartLayout("wide", 880, 400, (30, 132, 30, 40), 8, 5, 1_500)
+SMALL = ChartLayout("small", 300, 180, (10, 22, 26, 44), 3, 3, 750)
+
+
+class LineEnd(NamedTuple):
+    """The text at the end of a line, at `height` in the axis' units."""
+
+    height: float
+    text: str
+    colour: str
 
 
 def check_matplotlib() -> None:
-    """Raise ValueError, saying what to install, if the [report] extra is not there."""
+    """Raise ValueError, with the command to install it, if the [report] extra is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a report's curves are drawn by matplotlib: pip install 'overnight[report]'")
+        raise ValueError("matplotlib draws a report's curves: pip install 'overnight[report]'")
 
 
 @contextmanager
-def house_style(name: str) -> Iterator[None]:
-    """Draw in here. Whatever style the user has set up elsewhere counts for nothing, and is back afterwards.
+def chart_style(name: str) -> Iterator[None]:
+    """Draw inside: the user's own matplotlib settings do not apply, and are restored afterwards.
 
-    `name` makes the ids inside the SVG unlike those of the page's other drawings, the same each time.
+    `name` must be unique on a page: it makes the ids inside the SVG unique and reproducible.
     """
     import matplotlib
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(SETTINGS)
-        matplotlib.rcParams["svg.hashsalt"] = name
+        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": name})
         yield
 
 
@@ -103,144 +131,124 @@ def new_axes(size: tuple[int, int], margins: tuple[int, int, int, int]) -> tuple
     return figure, axes
 
 
-def to_svg(figure: Figure, description: str, css: str = "") -> Markup:
-    """The figure as an <svg> element for the middle of a page; screen readers read out `description`."""
+def to_svg(figure: Figure, name: str) -> Markup:
+    """The figure as an <svg> element. Its ids start with a hash of `name`, so a page may hold several."""
+    figure.draw_without_rendering()  # creates the ticks, which need ids too
+    prefix = f"c{zlib.crc32(name.encode()):08x}"
+    for number, artist in enumerate(figure.findobj()):
+        artist.set_gid(f"{prefix}-{number}")
     buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    width, height = (round(inches * PIXELS_PER_INCH) for inches in figure.get_size_inches())
-    attributes = f'viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}"'
-    return Markup(f'<svg class="{escape(css)}" {attributes}>{_without_ballast(buffer.getvalue())}</svg>')
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    svg = buffer.getvalue()
+    return Markup(svg[svg.index("<svg") :])  # without the XML declaration, which HTML does not allow
 
 
-REPLACEMENTS: Sequence[tuple[str, str]] = (
-    (r"(?s)^.*?<svg[^>]*>|</svg>\s*$", ""),
-    (r"(?s)<metadata>.*?</metadata>", ""),
-    (r"(?s)<style.*?</style>", ""),  # its rules would hold for the whole page
-    (r'(<g) id="[^"]*"', r"\1"),  # numbered from 1 in each drawing, so not unique in a page
-    (r"font-size: ([\d.]+)px; font-family: [^;\"]*", r"font-size: \1px"),
-    (r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px"),  # the shorthand of matplotlib before 3.9
-    (r' transform="rotate\(-0 [^"]*"', ""),
-    (r"\s*\n\s*", " "),
-    (r"<defs>\s*</defs>", ""),
-    (r"> +<", "><"),
-)
+def loss_chart(run: RunData) -> Markup:
+    """Training and validation loss over steps (below) and tokens (above), with the reference's bands."""
+    steps, smooth = run.metrics["step"], run.smoothed_loss()
+    evaluated_at, evaluated = evaluated_losses(run, "step")
+    description = "Training and validation loss over steps and tokens"
+    with chart_style(description):
+        figure, axes = new_axes((WIDE.width, WIDE.height), WIDE.margins)
+        for name, (at, low, high) in reference_bands(run).items():
+            axes.fill_between(at, low, high, color=BAND_COLOURS[name], alpha=0.16, linewidth=0)
+        _plot(axes, steps, run.metrics["loss"], WIDE.points, color=PLAIN, alpha=0.28, linewidth=0.7)
+        _plot(axes, steps, smooth, SMOOTH_POINTS, color=PLAIN, linewidth=1.6)
+        ends = [LineEnd(smooth[-1], f"training {significant(smooth[-1])}", PLAIN)]
+        if evaluated.size:
+            axes.plot(evaluated_at, evaluated, color=ACCENT, linewidth=1.8, marker="o", markersize=5)
+            ends.append(LineEnd(evaluated[-1], f"validation {significant(evaluated[-1])}", ACCENT))
+        axes.set_xlim(0, steps[-1])
+        axes.set_ylim(visible_loss([run], "step"))
+        _set_ticks(axes, WIDE, "steps")
+        _write_tokens_above(axes, run)
+        _write_line_ends(axes, ends)
+        return _labelled(figure, description, WIDE)
 
 
-def _without_ballast(svg: str) -> str:
-    for pattern, replacement in REPLACEMENTS:
-        svg = re.sub(pattern, replacement, svg)
-    svg = re.sub(r' (?:d|x|y)="[^"]*"', _rounded, svg)
-    for placeholder, name in PLACEHOLDERS.items():
-        svg = svg.replace(placeholder, f"var(--{name})")
-    return svg
+def comparison_chart(runs: Sequence[RunData], names: Sequence[str]) -> Markup:
+    """Training and validation loss of several runs over tokens."""
+    drawn = [(run, name, run_style(at)) for at, (run, name) in enumerate(zip(runs, names, strict=True))]
+    drawn = [each for each in drawn if each[0].steps >= 2]
+    description = "Training and validation loss of every run over tokens"
+    with chart_style(description):
+        figure, axes = new_axes((WIDE.width, WIDE.height), WIDE.margins)
+        ends = []
+        for run, name, style in drawn:
+            tokens, smooth = run.metrics["tokens"], run.smoothed_loss()
+            at, evaluated = evaluated_losses(run, "tokens")
+            _plot(axes, tokens, smooth, SMOOTH_POINTS, alpha=0.5, linewidth=1.2, **style)
+            axes.plot(at, evaluated, linewidth=1.8, marker="o", markersize=4, **style)
+            text = name if len(name) <= 17 else f"{name[:16]}…"
+            ends.append(LineEnd(evaluated[-1] if evaluated.size else smooth[-1], text, style["color"]))
+        axes.set_xlim(0, max(run.metrics["tokens"][-1] for run, _, _ in drawn) or 1)
+        axes.set_ylim(visible_loss([run for run, _, _ in drawn], "tokens"))
+        _set_ticks(axes, WIDE, "tokens")
+        _write_line_ends(axes, ends)
+        return _labelled(figure, description, WIDE)
 
 
-def _rounded(coordinates: re.Match[str]) -> str:
-    """A tenth of a pixel is enough."""
-    return re.sub(r"(\.\d)\d+", r"\1", coordinates[0])
-
-
-# ---------------------------------------------------------------- the charts of a report
-
-
-REFERENCES = {"loss": PLAIN, "validation_loss": ACCENT}
-"""The curves of a reference that are drawn, in the colours of the run's own."""
-TASK_COLUMNS = ("step", "value", "low", "high", "chance")
-RAW_POINTS = 1_500
-SMOOTH_POINTS = 500
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChartLayout:
-    """A chart's size in CSS pixels, and how much fits into it."""
-
-    css: str
-    size: tuple[int, int]
-    margins: tuple[int, int, int, int]
-    """Top, right, bottom, left."""
-    ticks: int
-    raw_points: int
-
-
-WIDE = ChartLayout(css="wide", size=(880, 400), margins=(30, 132, 30, 40), ticks=8, raw_points=RAW_POINTS)
-NARROW = ChartLayout(
-    css="narrow", size=(400, 330), margins=(30, 78, 30, 34), ticks=3, raw_points=RAW_POINTS // 2
-)
-SMALL = ChartLayout(css="", size=(300, 180), margins=(10, 22, 26, 44), ticks=3, raw_points=RAW_POINTS // 2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LineEnd:
-    """What to write beside the end of a line, `height` in the axis' units."""
-
-    height: float
-    text: str
-    colour: str
-
-
-def run_style(index: int) -> dict[str, Any]:
-    """How the run at `index` of a comparison is drawn: six colours, then the same six dashed."""
-    repeated, number = divmod(index, len(RUN_COLOURS))
-    return {"color": RUN_COLOURS[number], "linestyle": "--" if repeated % 2 else "-"}
-
-
-def loss_charts(record: RunData) -> Markup:
-    """Training and validation loss over steps (below) and tokens (above)."""
-    return Markup(_loss_chart(record, WIDE) + _loss_chart(record, NARROW))
-
-
-def overlay_charts(records: Sequence[RunData], names: Sequence[str]) -> Markup:
-    """The losses of several runs over tokens. Narrow, it has no names: the table's colours tell."""
-    return Markup(_overlay_chart(records, names, WIDE) + _overlay_chart(records, [], NARROW))
-
-
-def learning_rate_chart(record: RunData) -> Markup:
-    """The learning rate of every step."""
-    return _small_chart(record, "learning_rate", scientific, is_smoothed=False)
-
-
-def gradient_chart(record: RunData) -> Markup:
-    """The gradient's norm before clipping; on a logarithmic axis if single steps tower above the rest."""
-    return _small_chart(record, "grad_norm", "{:g}".format, is_smoothed=True)
-
-
-def throughput_chart(record: RunData) -> Markup:
-    """Tokens per second of every step."""
-    return _small_chart(record, "tokens_per_second", short, is_smoothed=True)
+def metric_chart(run: RunData, name: str) -> Markup:
+    """A column of the metrics over steps; logarithmic if single values are far above the rest."""
+    steps, series = run.metrics["step"], run.metrics[name]
+    finite = series[np.isfinite(series)]
+    top = float(finite.max()) or 1.0
+    description = f"{name.replace('_', ' ')} over steps"
+    with chart_style(description):
+        figure, axes = new_axes((SMALL.width, SMALL.height), SMALL.margins)
+        if name == "learning_rate":
+            _plot(axes, steps, series, SMALL.points, color=PLAIN, linewidth=1.6)
+        else:
+            _plot(axes, steps, series, SMALL.points, color=PLAIN, alpha=0.28, linewidth=0.7)
+            _plot(axes, steps, smoothed(series), SMOOTH_POINTS, color=PLAIN, linewidth=1.6)
+        axes.set_xlim(0, steps[-1])
+        if finite.min() > 0 and top > 20 * float(np.median(finite)):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, 1.08 * top)
+        formats = {"learning_rate": scientific, "tokens_per_second": short}
+        _set_ticks(axes, SMALL, "", formats.get(name, "{:g}".format))
+        return _labelled(figure, description, SMALL)
 
 
 def task_chart(lines: Sequence[dict[str, Any]], description: str) -> Markup:
-    """A task's results over steps, with their intervals, and a dashed line where guessing is."""
+    """A task's results over steps with their intervals, and a dashed line at chance."""
     columns = [np.array([line.get(name, np.nan) for line in lines], float) for name in TASK_COLUMNS]
     steps, values, low, high, chance = columns
-    with house_style(description):
-        figure, axes = new_axes(SMALL.size, SMALL.margins)
+    with chart_style(description):
+        figure, axes = new_axes((SMALL.width, SMALL.height), SMALL.margins)
         axes.fill_between(steps, low, high, color=PLAIN, alpha=0.15, linewidth=0)
         axes.plot(steps, values, color=PLAIN, linewidth=1.6, marker="o", markersize=3)
         axes.plot(steps, chance, color=PLAIN, linewidth=0.9, linestyle=(0, (3, 3)))
         axes.set_xlim(0, steps[-1])
         _set_ticks(axes, SMALL, "")
-        return to_svg(figure, description)
+        return _labelled(figure, description, SMALL)
 
 
-def visible_loss(records: Sequence[RunData], against: str) -> tuple[float, float]:
-    """The ends of the loss axis over `against`, which the first twentieth of a long run may exceed.
+def run_style(index: int) -> dict[str, Any]:
+    """Colour and line style of the run at `index` of a comparison: six colours, then the same six dashed."""
+    repeated, number = divmod(index, len(RUN_COLOURS))
+    return {"color": RUN_COLOURS[number], "linestyle": "--" if repeated % 2 else "-"}
 
-    The fall from ln V would otherwise flatten all that comes after it.
+
+def visible_loss(runs: Sequence[RunData], against: str) -> tuple[float, float]:
+    """The limits of the loss axis over `against`, "step" or "tokens".
+
+    The first twentieth of a long run may exceed them: its fall from ln V would flatten the rest.
     """
-    longest = max(records, key=lambda record: record.metrics[against][-1:].sum())
+    longest = max(runs, key=lambda run: run.metrics[against][-1:].sum())
     settled_at = longest.metrics[against][-1] / 20 if longest.steps >= 100 else 0
     parts = []
-    for record in records:
-        evaluated_at, evaluated = evaluated_losses(record, against)
-        at = np.concatenate([record.metrics[against], evaluated_at])
-        losses = np.concatenate([record.smoothed_loss(), evaluated])
+    for run in runs:
+        evaluated_at, evaluated = evaluated_losses(run, against)
+        at = np.concatenate([run.metrics[against], evaluated_at])
+        losses = np.concatenate([run.smoothed_loss(), evaluated])
         parts.append(losses[np.isfinite(losses) & (at >= settled_at)])
         if against == "step":  # over tokens, several runs are drawn, without their references
             parts += [
                 edge[(steps >= settled_at) & (steps <= at.max(initial=0))]
-                for steps, *edges in references(record).values()
+                for steps, *edges in reference_bands(run).values()
                 for edge in edges
             ]
     finite = np.concatenate(parts)
@@ -251,98 +259,67 @@ def visible_loss(records: Sequence[RunData], against: str) -> tuple[float, float
     return low - room, high + room
 
 
-def evaluated_losses(record: RunData, against: str) -> tuple[Series, Series]:
+def evaluated_losses(run: RunData, against: str) -> tuple[Series, Series]:
     """(`against`, loss) of every evaluation; `against` is "step" or "tokens"."""
-    rows = np.array([[line[against], line["loss"]] for line in record.evaluations], np.float64).reshape(-1, 2)
+    rows = np.array([[line[against], line["loss"]] for line in run.evaluations], np.float64).reshape(-1, 2)
     return rows[:, 0], rows[:, 1]
 
 
-def references(record: RunData) -> dict[str, tuple[Series, Series, Series]]:
-    """(steps, low, high) of each curve of the reference that is drawn; {} if there is no reference.
+def reference_bands(run: RunData) -> dict[str, tuple[Series, Series, Series]]:
+    """(steps, low, high) of each band that is drawn; {} without a reference.
 
-    What was taken over a stretch of steps lies in its middle.
+    An average over a window of steps is drawn in the window's middle.
     """
-    curves = record.verdict.band.curves if record.verdict and record.steps >= 2 else {}
-    seen = np.append(0.0, record.metrics["tokens"])
-    steps = np.append(0.0, record.metrics["step"])
+    curves = run.comparison.band.curves if run.comparison and run.steps >= 2 else {}
+    run_tokens = np.append(0.0, run.metrics["tokens"])
+    run_steps = np.append(0.0, run.metrics["step"])
     found = {}
-    for name in REFERENCES.keys() & curves.keys():
+    for name in BAND_COLOURS.keys() & curves.keys():
         curve = curves[name]
         tokens = np.array(curve.tokens, np.float64)
         if name == "loss":
             tokens = (tokens + np.append(0.0, tokens[:-1])) / 2
-        ahead = np.maximum(tokens - seen[-1], 0.0) / (seen[-1] - seen[-2])
-        found[name] = (np.interp(tokens, seen, steps) + ahead, np.array(curve.low), np.array(curve.high))
+        steps_ahead = np.maximum(tokens - run_tokens[-1], 0.0) / (run_tokens[-1] - run_tokens[-2])
+        steps = np.interp(tokens, run_tokens, run_steps) + steps_ahead
+        found[name] = (steps, np.array(curve.low), np.array(curve.high))
     return found
 
 
-def _loss_chart(record: RunData, layout: ChartLayout) -> Markup:
-    steps, smooth = record.metrics["step"], record.smoothed_loss()
-    evaluated_at, evaluated = evaluated_losses(record, "step")
-    with house_style(f"loss {layout.css}"):
-        figure, axes = new_axes(layout.size, layout.margins)
-        for name, (at, low, high) in references(record).items():
-            axes.fill_between(at, low, high, color=REFERENCES[name], alpha=0.16, linewidth=0)
-        _plot(axes, steps, record.metrics["loss"], layout.raw_points, color=PLAIN, alpha=0.28, linewidth=0.7)
-        _plot(axes, steps, smooth, SMOOTH_POINTS, color=PLAIN, linewidth=1.6)
-        ends = [LineEnd(height=smooth[-1], text=_labelled("training", smooth[-1], layout), colour=PLAIN)]
-        if evaluated.size:
-            axes.plot(evaluated_at, evaluated, color=ACCENT, linewidth=1.8, marker="o", markersize=5)
-            label = _labelled("validation", evaluated[-1], layout)
-            ends.append(LineEnd(height=evaluated[-1], text=label, colour=ACCENT))
-        axes.set_xlim(0, steps[-1])
-        axes.set_ylim(visible_loss([record], "step"))
-        _set_ticks(axes, layout, "steps")
-        _write_tokens_above(axes, record, layout)
-        _write_line_ends(axes, ends, layout)
-        return to_svg(figure, "Training and validation loss over steps and tokens", layout.css)
+def thinned(series: Series, points: int) -> NDArray[np.int64]:
+    """Indices of at most `points` values that look like the whole series: each part's lowest and highest.
+
+    A spike of a single step stays visible. The first and the last value are always kept.
+    """
+    count = len(series)
+    if count <= points:
+        return np.arange(count)
+    edges = np.linspace(0, count, max(1, (points - 2) // 2) + 1).astype(int)
+    kept = {0, count - 1}
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        part = series[start:stop]
+        if np.isfinite(part).any():
+            kept |= {start + int(np.nanargmin(part)), start + int(np.nanargmax(part))}
+    return np.array(sorted(kept), np.int64)
 
 
-def _overlay_chart(records: Sequence[RunData], names: Sequence[str], layout: ChartLayout) -> Markup:
-    drawn = [index for index, record in enumerate(records) if record.steps >= 2]
-    ends = []
-    with house_style(f"overlay {layout.css}"):
-        figure, axes = new_axes(layout.size, layout.margins if names else (10, 66, 30, 34))
-        for index in drawn:
-            height = _plot_run(axes, records[index], **run_style(index))
-            if names:
-                ends.append(
-                    LineEnd(height=height, text=_clipped(names[index]), colour=run_style(index)["color"])
-                )
-        axes.set_xlim(0, max(records[index].metrics["tokens"][-1] for index in drawn) or 1)
-        axes.set_ylim(visible_loss([records[index] for index in drawn], "tokens"))
-        _set_ticks(axes, layout, "tokens")
-        _write_line_ends(axes, ends, layout)
-        return to_svg(figure, "Training and validation loss of every run over tokens", layout.css)
+def spread(positions: Sequence[float], gap: float) -> list[float]:
+    """Positions at least `gap` apart, in the same order and as near to the given ones as possible."""
+    order = np.argsort(positions, kind="stable")
+    groups: list[tuple[float, int]] = []  # (centre, number of members) of each run of touching labels
+    for index in order:
+        groups.append((positions[index], 1))
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
+            (low, before), (high, after) = groups[-2:]
+            groups[-2:] = [((low * before + high * after) / (before + after), before + after)]
+    placed = [centre + (rank - (count - 1) / 2) * gap for centre, count in groups for rank in range(count)]
+    return [placed[rank] for rank in np.argsort(order)]
 
 
-def _plot_run(axes: Axes, record: RunData, **style: Any) -> float:
-    """Draw one run's two losses over tokens; returns the height at which they end."""
-    smooth = record.smoothed_loss()
-    evaluated_at, evaluated = evaluated_losses(record, "tokens")
-    _plot(axes, record.metrics["tokens"], smooth, SMOOTH_POINTS, alpha=0.5, linewidth=1.2, **style)
-    axes.plot(evaluated_at, evaluated, linewidth=1.8, marker="o", markersize=4, **style)
-    return float(evaluated[-1] if evaluated.size else smooth[-1])
-
-
-def _small_chart(record: RunData, name: str, words: Callable[[float], str], is_smoothed: bool) -> Markup:
-    steps, series = record.metrics["step"], record.metrics[name]
-    finite = series[np.isfinite(series)]
-    top = float(finite.max()) or 1.0
-    with house_style(name):
-        figure, axes = new_axes(SMALL.size, SMALL.margins)
-        if is_smoothed:
-            _plot(axes, steps, series, SMALL.raw_points, color=PLAIN, alpha=0.28, linewidth=0.7)
-            _plot(axes, steps, smoothed(series), SMOOTH_POINTS, color=PLAIN, linewidth=1.6)
-        else:
-            _plot(axes, steps, series, SMALL.raw_points, color=PLAIN, linewidth=1.6)
-        axes.set_xlim(0, steps[-1])
-        if finite.min() > 0 and top > 20 * float(np.median(finite)):
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(0, 1.08 * top)
-        _set_ticks(axes, SMALL, "", words)
-        return to_svg(figure, f"{name.replace('_', ' ')} over steps")
+def _labelled(figure: Figure, description: str, layout: ChartLayout) -> Markup:
+    """The chart in a box that scrolls where it is too wide; screen readers read out `description`."""
+    svg = to_svg(figure, description)
+    box = Markup('<div class="chart {}" role="img" aria-label="{}" tabindex="{}">{}</div>')
+    return box.format(layout.name, description, 0 if layout is WIDE else -1, svg)
 
 
 def _plot(axes: Axes, x: Series, y: Series, points: int, **style: Any) -> None:
@@ -351,60 +328,50 @@ def _plot(axes: Axes, x: Series, y: Series, points: int, **style: Any) -> None:
 
 
 def _set_ticks(
-    axes: Axes, layout: ChartLayout, unit: str, words: Callable[[float], str] | None = None
+    axes: Axes, layout: ChartLayout, unit: str, format_y: Callable[[float], str] = "{:g}".format
 ) -> None:
-    """Few round numbers on both axes, and the horizontal axis' unit behind its last number."""
+    """Few round numbers on both axes, and the horizontal axis' unit after its last number."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(layout.ticks, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(layout.x_ticks, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: short(number)))
-    axes.yaxis.set_major_locator(
-        LogLocator(numticks=4)
-        if axes.get_yscale() == "log"
-        else MaxNLocator(5 if layout.css else 3, steps=[1, 2, 2.5, 5, 10])
-    )
+    is_log = axes.get_yscale() == "log"
+    linear = MaxNLocator(layout.y_ticks, steps=[1, 2, 2.5, 5, 10])
+    axes.yaxis.set_major_locator(LogLocator(numticks=4) if is_log else linear)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: words(number) if words else f"{number:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: format_y(number)))
     axes.tick_params(axis="x", pad=7)
     _write(axes, unit, (1, 0), (24, -7), xycoords="axes fraction", va="top")
 
 
-def _write_tokens_above(axes: Axes, record: RunData, layout: ChartLayout) -> None:
-    """Round numbers of tokens above the steps that reached them; the batch may have grown in between."""
+def _write_tokens_above(axes: Axes, run: RunData) -> None:
+    """Round numbers of tokens above the steps that reached them; the batch size may have changed."""
     from matplotlib.ticker import MaxNLocator
 
-    steps = np.append(0.0, record.metrics["step"])
-    tokens = np.append(0.0, record.metrics["tokens"])
-    place = axes.get_xaxis_transform()
-    for number in MaxNLocator(layout.ticks, steps=[1, 2, 5, 10]).tick_values(0, tokens[-1]):
+    steps = np.append(0.0, run.metrics["step"])
+    tokens = np.append(0.0, run.metrics["tokens"])
+    for number in MaxNLocator(WIDE.x_ticks, steps=[1, 2, 5, 10]).tick_values(0, tokens[-1]):
         if number <= tokens[-1]:
             at = float(np.interp(number, tokens, steps))
-            _write(axes, short(number), (at, 1), (0, 8), xycoords=place, ha="center")
+            _write(axes, short(number), (at, 1), (0, 8), xycoords=axes.get_xaxis_transform(), ha="center")
     _write(axes, "tokens", (1, 1), (24, 8), xycoords="axes fraction")
 
 
 def _write(axes: Axes, text: str, at: tuple[float, float], shift: tuple[int, int], **style: Any) -> None:
-    """Write `shift` pixels from the place `at`, which is in the units of `xycoords`."""
+    """Write `text` `shift` pixels from the point `at`, which is in units of `xycoords`."""
     axes.annotate(text, at, shift, textcoords="offset points", **style)
 
 
-def _write_line_ends(axes: Axes, ends: Iterable[LineEnd], layout: ChartLayout) -> None:
-    """Names beside the lines' ends instead of a legend, moved apart where they would overlap."""
+def _write_line_ends(axes: Axes, ends: Iterable[LineEnd]) -> None:
+    """Names at the lines' ends instead of a legend, moved apart where they would overlap."""
     ends = [end for end in ends if np.isfinite(end.height)]
     low, high = axes.get_ylim()
-    top, _, bottom, _ = layout.margins
-    units_per_pixel = (high - low) / (layout.size[1] - top - bottom)
-    gap = 1.35 * TEXT_SIZE * units_per_pixel
+    top, _, bottom, _ = WIDE.margins
+    gap = 1.35 * TEXT_SIZE * (high - low) / (WIDE.height - top - bottom)
     heights = spread([min(max(end.height, low), high) for end in ends], gap)
     lift = max(0.0, low + gap / 2 - min(heights, default=high))
     for end, height in zip(ends, heights, strict=True):
-        place = axes.get_yaxis_transform()
-        _write(axes, end.text, (1, height + lift), (10, 0), xycoords=place, va="center", color=end.colour)
-
-
-def _labelled(name: str, value: float, layout: ChartLayout) -> str:
-    return f"{name} {significant(value)}" if layout is WIDE else name
-
-
-def _clipped(name: str, length: int = 17) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+        at = (1, height + lift)
+        _write(
+            axes, end.text, at, (10, 0), xycoords=axes.get_yaxis_transform(), va="center", color=end.colour
+        )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from overnight import __version__
-from overnight.data.mixture import Mixture, Rows
+from overnight.data.mixture import Mixture, SourceRows
 from overnight.data.packing import BestFitStream
 from overnight.hardware import find_device_name
 from overnight.recipe import Recipe
@@ -61,7 +61,7 @@ def describe_processes(asked: Recipe, run: RunSetup) -> str:
     return f"{world.size}{where}, sharding {compute.sharding} ({reason}){order}"
 
 
-def describe_cut_tokens(rows: Rows | Mixture) -> str:
+def describe_cut_tokens(rows: SourceRows | Mixture) -> str:
     """The share of the text that is in no row, in words; for each source of a mixture."""
     if isinstance(rows, Mixture):
         sources = zip(rows.names, rows.streams, strict=True)

@@ -22,9 +22,17 @@ from overnight.evaluation.perplexity import (
     evaluation_rows,
     pool_evaluations,
 )
-from overnight.evaluation.run_tasks import HARNESS, open_tasks, split_names
 from overnight.evaluation.scores import Score
-from overnight.evaluation.tasks import Example, Numbers, Task, TaskResult, evaluate_task
+from overnight.evaluation.tasks import (
+    HARNESS,
+    Example,
+    Numbers,
+    Task,
+    TaskResult,
+    evaluate_task,
+    open_tasks,
+    split_names,
+)
 from overnight.model.gpt import GPT
 from overnight.recipe import EvaluationConfig
 from overnight.run.setup import RunSetup

@@ -11,7 +11,7 @@ from types import TracebackType
 from overnight.baselines.band import columns_of, find_band
 from overnight.baselines.verdict import compare_with_band
 from overnight.distributed.watchdog import Watchdog
-from overnight.evaluation.run_tasks import describe_briefly
+from overnight.evaluation.page import describe_briefly
 from overnight.generation import SamplingConfig
 from overnight.generation.generate import Decoding, complete
 from overnight.hardware import find_peak_flops
@@ -74,7 +74,7 @@ class RunLog:
         self._open.__exit__(kind, error, trace)
 
     def after_step(self, result: StepResult) -> None:
-        """Log a step, and do what is due after it; the checkpoint comes last, after all files it refers to."""
+        """Log a step, and do what is due after it; the checkpoint comes last, after the files it refers to."""
         recipe = self.run.resolved.recipe
         tasks_every = recipe.evaluation.tasks_every_steps or recipe.evaluation.evaluate_every_steps
         self.log_metrics(result)

@@ -1,4 +1,4 @@
-"""Checks of a resolved run before its first step: memory, disk, prompts, held-out text, agreement of processes."""
+"""Checks before the first step: memory, disk, prompts, held-out text, agreement of processes."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,14 @@ from pathlib import Path
 from overnight.config import to_toml
 from overnight.data.dataset import is_same_data
 from overnight.distributed.world import World
-from overnight.recipe import Recipe, flatten, frozen_settings, incompatible_settings, read_recipe_of
+from overnight.recipe import (
+    Recipe,
+    flatten,
+    frozen_settings,
+    incompatible_settings,
+    read_recipe_of,
+    with_settings,
+)
 from overnight.run.environment import describe_environment
 from overnight.run.setup import RunSetup
 from overnight.run_directory import RunDirectory, write_atomically
@@ -87,8 +93,8 @@ def check_settings(run: RunSetup, directory: RunDirectory, newest: VerifiedCheck
     changed = incompatible_settings(frozen_settings(run.resolved.recipe), before)
     if changed:
         raise ValueError(
-            f"{directory.recipe} is not the recipe of the newest checkpoint: {'; '.join(changed)}; undo these "
-            "changes, or begin another run with --run-name"
+            f"{directory.recipe} is not the recipe of the newest checkpoint: {'; '.join(changed)}; undo "
+            "these changes, or begin another run with --run-name"
         )
 
 
@@ -144,8 +150,7 @@ def record_start(run: RunSetup, directory: RunDirectory, choices: Mapping[str, s
     environment = describe_environment(resolved.compute, parameters, choices, before)
     # Of several processes each has its own GPU; the recipe names the kind.
     device = world.device.partition(":")[0] if world.is_distributed else world.device
-    compute = dataclasses.replace(resolved.recipe.compute, device=device)
-    directory.begin(to_toml(dataclasses.replace(resolved.recipe, compute=compute)), environment)
+    directory.begin(to_toml(with_settings(resolved.recipe, device=device)), environment)
 
 
 def record_data(run: RunSetup, directory: RunDirectory) -> None:

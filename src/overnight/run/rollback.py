@@ -1,4 +1,4 @@
-"""After too many bad steps in a row: return to the last good checkpoint and skip the rows of the bad steps."""
+"""After too many bad steps in a row: return to the last good checkpoint and skip their rows."""
 
 from __future__ import annotations
 

@@ -16,12 +16,11 @@ from overnight.data.incremental import IncrementalStream
 from overnight.data.loader import BatchSource, TokenStream, prefetch
 from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.packing import BestFitStream
-from overnight.distributed.machine import compute_with_threads
-from overnight.distributed.world import World
+from overnight.distributed.world import World, compute_with_threads
 from overnight.hardware import find_memory_bytes
 from overnight.model.gpt import GPT, init_weights, weight_shapes
 from overnight.model.model_config import ModelConfig
-from overnight.recipe import Recipe, Resolved
+from overnight.recipe import Recipe, Resolved, with_settings
 from overnight.run.preflight import (
     check_agreement,
     check_evaluation,
@@ -85,27 +84,20 @@ def resolve(
         compute = dataclasses.replace(compute, sharding=sharding)
     rows = asked or rows_that_fit(model, compute, resources)
     plan = plan_batches(recipe.batch, model.context_length, rows, resources.processes)
-    schedule = recipe.schedule
-    total_steps = schedule.total_steps or 0
-    if schedule.total_tokens is not None:
-        total_steps = plan.steps_for(schedule.total_tokens)
-        schedule = dataclasses.replace(schedule, total_steps=total_steps, total_tokens=None)
-    complete = dataclasses.replace(
-        recipe,
-        model=model,
-        data=data,
-        schedule=schedule,
-        batch=dataclasses.replace(recipe.batch, micro_batch_size=plan.micro_batch_size),
-        compute=dataclasses.replace(
-            recipe.compute,
-            device=compute.device,
-            precision=compute.precision,
-            compile=compute.compile,
-            attention=compute.attention,
-            loss=compute.loss,
-        ),
+    total_steps = recipe.schedule.total_steps or 0
+    if recipe.schedule.total_tokens is not None:
+        total_steps = plan.steps_for(recipe.schedule.total_tokens)
+    complete = with_settings(
+        dataclasses.replace(recipe, model=model, data=data),
+        micro_batch_size=plan.micro_batch_size,
+        total_steps=total_steps,
+        device=compute.device,
+        precision=compute.precision,
+        compile=compute.compile,
+        attention=compute.attention,
+        loss=compute.loss,
     )
-    problems = complete.problems() or schedule.problems(plan.full_steps_before(total_steps))
+    problems = complete.problems() or complete.schedule.problems(plan.full_steps_before(total_steps))
     raise_problems(problems, f"recipe {recipe.run_name}")
     return Resolved(recipe=complete, model=model, compute=compute, plan=plan, total_steps=total_steps)
 
@@ -194,14 +186,14 @@ def with_fewer_rows(resolved: Resolved, processes: int = 1) -> Resolved:
             f"a single row does not fit into the memory of {device}: choose --activation-checkpointing "
             "block, --loss chunked, a smaller model or a shorter --context-length"
         )
-    open_batch = dataclasses.replace(recipe.batch, micro_batch_size=None)
+    open_batch = with_settings(recipe, micro_batch_size=None).batch
     plan = plan_batches(open_batch, plan.tokens_per_row, rows // 2, processes)
-    batch = dataclasses.replace(recipe.batch, micro_batch_size=plan.micro_batch_size)
+    recipe = with_settings(recipe, micro_batch_size=plan.micro_batch_size)
     echo(
         f"micro-batches of {rows} rows do not fit into the memory of {device}: training with "
         f"{plan.micro_batch_size}, and the same tokens per step"
     )
-    return dataclasses.replace(resolved, recipe=dataclasses.replace(recipe, batch=batch), plan=plan)
+    return dataclasses.replace(resolved, recipe=recipe, plan=plan)
 
 
 def initial_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -123,7 +124,10 @@ class StopConditions:
         self._signals: list[int] = []
 
     def __enter__(self) -> StopConditions:
-        self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        # Python allows signal handlers in the main thread only; a run in another thread has none.
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = STOP_SIGNALS if is_main else ()
+        self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

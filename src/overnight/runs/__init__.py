@@ -11,9 +11,9 @@ FOLDER = "runs"
 
 @dataclass(frozen=True, kw_only=True)
 class RunsConfig:
-    """Every run: how far it is, its losses, its speed. Reads only the ends of their files."""
+    """List every run: progress, losses, speed. Reads only the ends of their files."""
 
     folder: Positional[str] = FOLDER
     """The folder that holds the runs, or one run."""
     json: bool = False
-    """Print one JSON list to standard output, an object for each run."""
+    """Print one JSON list to standard output, with an object for each run."""

@@ -1,4 +1,4 @@
-"""The command `overnight runs`: what is in runs/, and how each run is doing."""
+"""The command `overnight runs`: lists the runs in runs/ and the state of each."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from overnight.runs import FOLDER, RunsConfig
 from overnight.runs.status import RunStatus, describe_run, is_run, list_runs
@@ -29,10 +33,10 @@ COLOURS = {
 
 
 def run(config: RunsConfig) -> None:
-    """Show every run, the latest last. Raises ValueError if a folder was named that is not there."""
+    """Show every run, the latest last. Raises ValueError if the named folder does not exist."""
     folder = Path(config.folder)
     if not folder.is_dir() and config.folder != FOLDER:
-        raise ValueError(f"there is no folder {folder}; runs lie in {FOLDER}/ unless they were put elsewhere")
+        raise ValueError(f"there is no folder {folder}; runs are in {FOLDER}/ by default")
     runs = [describe_run(folder)] if is_run(folder) else list_runs(folder)
     if config.json:
         sys.stdout.write(json.dumps([runs_to_json(one) for one in runs], indent=2) + "\n")
@@ -41,20 +45,12 @@ def run(config: RunsConfig) -> None:
         echo(f"there are no runs in {folder}/ yet")
         echo("next: overnight quickstart")
         return
-    columns = shutil.get_terminal_size().columns  # 80 where there is no terminal
+    columns = shutil.get_terminal_size().columns  # 80 without a terminal
     echo(runs_table(runs, datetime.now(UTC), columns))
     for one in runs:
-        if one.problem:
-            echo(f"{one.path}: {one.problem}")
-        if one.ended_by:
-            how = "stopped by" if one.state == "stopped" else "diverged:"
-            echo(f"{one.path}: {how} {one.ended_by}")
-        if one.rollbacks:
-            times = "once" if one.rollbacks == 1 else f"{one.rollbacks} times"
-            echo(f"{one.path}: went back to a checkpoint {times} (events/rollbacks.jsonl)")
-        if one.on_track in SIGNS:
-            echo(f"{one.path}: {describe_place(one)}")
-    echo(resume_command(runs))
+        for note in _notes(one):
+            echo(f"{one.path}: {note}")
+    echo(next_command(runs))
 
 
 def runs_to_json(run: RunStatus) -> dict[str, object]:
@@ -68,34 +64,21 @@ def runs_to_json(run: RunStatus) -> dict[str, object]:
     return values
 
 
-def describe_place(run: RunStatus) -> str:
-    """Where a run that is off lies beside its reference, and what fits."""
-    likely = f"; likeliest: {run.likely_mistake}" if run.likely_mistake else ""
-    place = (
-        "within its reference, and suspect" if run.on_track == "suspect" else f"{run.on_track} its reference"
-    )
-    return f"{SIGNS[run.on_track or ''].strip()} {place}{likely}"
-
-
-def resume_command(runs: Sequence[RunStatus]) -> str:
-    """What one would want to do about the latest run."""
+def next_command(runs: Sequence[RunStatus]) -> str:
+    """The command to use on the latest run."""
     latest = runs[-1]
-    if latest.state in {"stopped", "empty", "damaged"}:  # which says what is to be mended
+    if latest.state in {"stopped", "empty", "damaged"}:  # --resume says how to mend the damage
         return f"next: overnight train --resume {latest.path}"
     return f"next: overnight report {latest.path}"
 
 
 def runs_table(runs: Sequence[RunStatus], now: datetime, columns: int = 80) -> str:
-    """The runs as a table no wider than `columns`; coloured where stderr is a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
+    """The runs as a table no wider than `columns`; coloured if stderr is a terminal."""
     rows = [_cells(one, now) for one in runs]
     widths = [max(map(len, column)) for column in zip(TITLES, *rows, strict=True)]
+    widths[0] = min(widths[0], columns - sum(widths[1:]) - GAP * len(widths))
     table = Table(box=None, padding=(0, GAP, 0, 0), header_style="dim", pad_edge=False)
-    name_width = columns - sum(widths[1:]) - GAP * len(widths)
-    for title, width in zip(TITLES, [min(widths[0], name_width), *widths[1:]], strict=True):
+    for title, width in zip(TITLES, widths, strict=True):
         is_word = title in {"run", "state"}
         table.add_column(title, justify="left" if is_word else "right", no_wrap=True, width=width)
     for one, (name, _, *numbers) in zip(runs, rows, strict=True):
@@ -108,9 +91,8 @@ def runs_table(runs: Sequence[RunStatus], now: datetime, columns: int = 80) -> s
 
 def _cells(run: RunStatus, now: datetime) -> list[str]:
     """The row's plain text, in the order of TITLES."""
-    written = run.last_written_at
+    written = ago((now - run.last_written_at).total_seconds()) if run.last_written_at else "–"
     sign = SIGNS.get(run.on_track or "", "")
-    left = f"{duration(run.seconds_left)} left" if run.seconds_left else ""
     return [
         run.name,
         run.state,
@@ -118,5 +100,24 @@ def _cells(run: RunStatus, now: datetime) -> list[str]:
         f"{run.validation_loss:.4f}{sign}" if run.validation_loss is not None else "–",
         f"{run.bits_per_byte:.4f}" if run.bits_per_byte is not None else "–",
         short(run.tokens_per_second) if run.tokens_per_second is not None else "–",
-        left or (ago((now - written).total_seconds()) if written else "–"),
+        f"{duration(run.seconds_left)} left" if run.seconds_left else written,
     ]
+
+
+def _notes(run: RunStatus) -> Iterator[str]:
+    """What the table has no room for."""
+    if run.problem:
+        yield run.problem
+    if run.ended_by:
+        yield f"{'stopped by' if run.state == 'stopped' else 'diverged:'} {run.ended_by}"
+    if run.rollbacks:
+        times = "once" if run.rollbacks == 1 else f"{run.rollbacks} times"
+        yield f"rolled back to a checkpoint {times} (events/rollbacks.jsonl)"
+    if run.on_track in SIGNS:
+        position = (
+            "within its reference, but suspect"
+            if run.on_track == "suspect"
+            else f"{run.on_track} its reference"
+        )
+        likely = f"; likeliest: {run.likely_mistake}" if run.likely_mistake else ""
+        yield f"{SIGNS[run.on_track].strip()} {position}{likely}"

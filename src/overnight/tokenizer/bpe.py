@@ -1,10 +1,9 @@
-"""Byte-level BPE as GPT-2's: a text's UTF-8 bytes, joined pair by pair in the order the merges were learned.
+"""Byte-level BPE as in GPT-2: a text's UTF-8 bytes, joined pair by pair in the order of the merges.
 
-Such a tokenizer is nothing but its list of merges. The ids follow from it: 256 bytes, one id per
-merge, end-of-text last. tiktoken does the encoding, about five times as fast as `tokenizers`, which
-does the training.
+The list of merges is the whole tokenizer. The ids follow from it: 256 bytes, one id per merge, end-of-text
+last. Encoding is done by tiktoken, about five times as fast as `tokenizers`, which does the training.
 
-Merges and vocabularies are written in GPT-2's spelling, where each byte is one visible character.
+Merges and vocabularies are written in GPT-2's spelling, in which each byte is one visible character.
 """
 
 from __future__ import annotations
@@ -27,30 +26,30 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from overnight.run_directory import cache_folder, write_atomically
 from overnight.terminal import echo
-from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean, special_token, write_tokenizer
+from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean, tokenizer_json, write_tokenizer
 
 GPT2_FINGERPRINT = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 """sha256 of GPT-2's vocab.bpe as OpenAI publishes it, and so the fingerprint of GPT-2's merges."""
 
-# GPT-2's way of cutting text into words (encoder.py), with possessive quantifiers: same words, less work.
+# GPT-2's pattern for words (encoder.py) with possessive quantifiers: same words, less backtracking.
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-BLANKS = re.compile(r"[^\S\x1c-\x1f]*")  # Unicode's White_Space: Python's \s has four more
+BLANKS = re.compile(r"[^\S\x1c-\x1f]*")  # Unicode's White_Space; Python's \s has four more
 STRIDE = 100_000
 
 Merge = tuple[str, str]
 
 
 def byte_characters() -> list[str]:
-    """The character that spells each byte: itself if it can be seen, else the next one from U+0100 on."""
-    unseen = itertools.count(256)
+    """GPT-2's spelling of each byte: the character itself if printable, else the next one from U+0100 on."""
+    substitutes = itertools.count(256)
     return [
-        chr(byte) if chr(byte).isprintable() and byte != ord(" ") else chr(next(unseen))
+        chr(byte) if chr(byte).isprintable() and byte != ord(" ") else chr(next(substitutes))
         for byte in range(256)
     ]
 
 
 def spelled_bytes(tokens: Iterable[str]) -> list[bytes]:
-    """The bytes of tokens in GPT-2's spelling; a token that is not in it is taken as the text it is."""
+    """The bytes of tokens in GPT-2's spelling; a token in another spelling is encoded as UTF-8."""
     spelling = {ord(character): byte for byte, character in enumerate(byte_characters())}
     return [
         token.translate(spelling).encode("latin-1")
@@ -61,19 +60,19 @@ def spelled_bytes(tokens: Iterable[str]) -> list[bytes]:
 
 
 def vocabulary(merges: Iterable[Merge]) -> dict[str, int]:
-    """Every token in GPT-2's spelling, with its id."""
+    """Every token, in GPT-2's spelling, with its id."""
     tokens = [*sorted(byte_characters()), *(first + second for first, second in merges), END_OF_TEXT]
     return {token: id for id, token in enumerate(tokens)}
 
 
 def fingerprint(merges: Iterable[Merge]) -> str:
-    """sha256 of the merges written as a vocab.bpe."""
+    """sha256 of the merges in the format of vocab.bpe."""
     lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges), ""]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class BytePair(Tokenizer):
-    """A byte-level BPE, laid out as GPT-2's. `merges` are such that `run_alike` holds."""
+    """A byte-level BPE with GPT-2's layout of ids. `merges` must satisfy `tiktoken_agrees`."""
 
     def __init__(self, merges: Sequence[Merge]) -> None:
         self._merges = list(merges)
@@ -92,7 +91,7 @@ class BytePair(Tokenizer):
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """The ids of each text, worked out in the calling thread."""
+        """The ids of each text, computed in the calling thread."""
         return [np.concatenate([self._encode(part) for part in _parts(clean(text))]) for text in texts]
 
     def _encode(self, text: str) -> NDArray[np.uint32]:
@@ -106,32 +105,22 @@ class BytePair(Tokenizer):
         """Write the folder that `load_tokenizer` and Transformers open."""
         merges = [f"{first} {second}" for first, second in self._merges]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        content = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [special_token(END_OF_TEXT, self.end_of_text)],
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": byte_level,
-            "decoder": byte_level,
-            "model": {"type": "BPE", "vocab": self._vocabulary, "merges": merges},
-        }
-        write_tokenizer(folder, content)
+        steps = dict.fromkeys(("pre_tokenizer", "post_processor", "decoder"), byte_level)
+        model = {"type": "BPE", "vocab": self._vocabulary, "merges": merges}
+        write_tokenizer(folder, tokenizer_json(self.end_of_text, **steps, model=model))
 
 
 def _parts(text: str) -> Iterator[str]:
-    """The text, cut inside very long runs of blanks at the one place where a cut changes no id.
+    """The text, cut inside very long runs of blanks where the cut changes no id.
 
-    tiktoken's regular expression engine panics on some million blanks before a word. GPT-2's rule
-    leaves the last blank of a run to the word that follows, so before it a word ends in any case.
+    tiktoken's regular expression engine panics on a million blanks before a word. In GPT-2's pattern the last
+    blank of a run belongs to the next word, so a word ends before it in any case.
     """
     start = 0
     for position in range(STRIDE, len(text), STRIDE):
         if position < start:
             continue
-        run = BLANKS.match(text, position)
-        assert run is not None  # it also matches nothing
+        run = next(BLANKS.finditer(text, position))  # at `position`, for the pattern also matches ""
         if len(run[0]) >= 2 and run.end() < len(text):
             yield text[start : run.end() - 1]
             start = run.end() - 1
@@ -141,30 +130,30 @@ def _parts(text: str) -> Iterator[str]:
 def train_byte_pair(documents: Iterable[str], vocab_size: int) -> BytePair:
     """Learn `vocab_size` - 257 merges; the same documents give the same merges.
 
-    Words are cut as GPT-2 cuts them, so no token spans two words or a letter and a digit. Raises
-    ValueError if the documents hold too little text for that many.
+    No token spans two words or a letter and a digit, as in GPT-2. Raises ValueError if the documents have too
+    little text.
     """
     trainable = Trainable(models.BPE())
     trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,  # end-of-text is no merge
+        vocab_size=vocab_size - 1,  # without end-of-text
         initial_alphabet=byte_characters(),
         show_progress=False,
     )
     trainable.train_from_iterator(map(clean, documents), trainer)
     merges = merges_in(json.loads(trainable.to_str())["model"])
-    assert run_alike(merges), "tiktoken would not do what these merges say"
+    assert tiktoken_agrees(merges), "tiktoken would give other ids than these merges"
     tokenizer = BytePair(merges)
     if tokenizer.vocab_size < vocab_size:
         raise ValueError(
-            f"there is too little text to learn bpe-{vocab_size} from: it gives out at "
-            f"{tokenizer.name}; choose a smaller number, or characters"
+            f"there is too little text to learn bpe-{vocab_size}: it is enough for {tokenizer.name}; "
+            "choose a smaller number, or characters"
         )
     return tokenizer
 
 
 def read_byte_pair(content: Mapping[str, Any]) -> BytePair | None:
-    """The tokenizer in a tokenizer.json, or None unless it is a byte-level BPE laid out as GPT-2's."""
+    """The tokenizer of a tokenizer.json, or None unless it is a byte-level BPE with GPT-2's layout."""
     model, words = content["model"], content.get("pre_tokenizer") or {}
     if (
         content.get("normalizer") is not None
@@ -178,22 +167,22 @@ def read_byte_pair(content: Mapping[str, Any]) -> BytePair | None:
     added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     if set(added) != {END_OF_TEXT} or {**model["vocab"], **added} != vocabulary(merges):
         return None
-    is_gpt2 = fingerprint(merges) == GPT2_FINGERPRINT  # spares a quarter of a second
-    return BytePair(merges) if is_gpt2 or run_alike(merges) else None
+    is_gpt2 = fingerprint(merges) == GPT2_FINGERPRINT  # the check of GPT-2's merges takes 0.25 s
+    return BytePair(merges) if is_gpt2 or tiktoken_agrees(merges) else None
 
 
 def merges_in(model: Mapping[str, Any]) -> list[Merge]:
-    """The merges of tokenizer.json's `model`, each written as "a b" or as ["a", "b"]."""
+    """The merges of tokenizer.json's `model`, each written as "a b" or ["a", "b"]."""
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", []))
     return [(first, second) for first, second in pairs]
 
 
-def run_alike(merges: Sequence[Merge]) -> bool:
-    """True if tiktoken picks the ids that the merges themselves, applied in their order, would.
+def tiktoken_agrees(merges: Sequence[Merge]) -> bool:
+    """True if tiktoken gives the ids that applying the merges in their order gives.
 
-    A merge joins two given neighbours; tiktoken joins any two that together spell a token. The
-    results agree for every text if no token is learned twice, or before its parts, and if each one,
-    spelled alone, is put together by its own merge. Training by counts gives merges of that kind.
+    A merge joins two given neighbours; tiktoken joins any two that together spell a token. The results agree
+    for every text if no token is learned twice or before its parts, and if the text of each token is encoded
+    as that token. Merges that were learned from counts satisfy this.
     """
     ids = vocabulary(merges)
     if len(ids) != 257 + len(merges):
@@ -204,10 +193,10 @@ def run_alike(merges: Sequence[Merge]) -> bool:
     return all(len(model.tokenize(first + second)) == 1 for first, second in merges)
 
 
-# ---------------------------------------------------------------- gpt-2's own tokenizer
+# GPT-2's own tokenizer
 
 
-# Address and sha256 as tiktoken publishes them (tiktoken_ext/openai_public.py).
+# Address and sha256 from tiktoken's source (tiktoken_ext/openai_public.py).
 ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -217,9 +206,9 @@ TIMEOUT_SECONDS = 30.0
 
 
 def load_gpt2() -> BytePair:
-    """GPT-2's tokenizer from the cache, which is filled by one download of 1.5 MB.
+    """GPT-2's tokenizer from the cache; the first time, from a download of 1.5 MB.
 
-    Raises ValueError, naming the files and the folder they belong in, if they can't be fetched.
+    Raises ValueError, naming the files and their folder, if they cannot be fetched.
     """
     folder = cache_folder() / "gpt2"
     missing = [name for name in FILES if not is_genuine(folder / name)]
@@ -240,18 +229,18 @@ def load_gpt2() -> BytePair:
 def read_gpt2(folder: Path) -> BytePair:
     """GPT-2's tokenizer from a folder with encoder.json and vocab.bpe; ValueError unless both are OpenAI's.
 
-    The ids follow from vocab.bpe alone. encoder.json repeats them; it is only held against its hash.
+    The ids follow from vocab.bpe alone; of encoder.json only the hash is checked.
     """
     for name in FILES:
         if not is_genuine(folder / name):
-            state = "is damaged, or not GPT-2's" if (folder / name).exists() else "is missing"
+            state = "is damaged or not GPT-2's" if (folder / name).exists() else "is missing"
             raise ValueError(f"{folder / name} {state}; fetch it again from {ADDRESS}/{name}")
     lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]  # the first is a version
     return BytePair([(first, second) for first, second in map(str.split, lines)])
 
 
 def is_genuine(path: Path) -> bool:
-    """True if the file is there and is OpenAI's, byte for byte."""
+    """True if the file exists and is OpenAI's, byte for byte."""
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == FILES[path.name]
 
 
@@ -259,5 +248,5 @@ def _download(name: str) -> bytes:
     with urllib.request.urlopen(f"{ADDRESS}/{name}", timeout=TIMEOUT_SECONDS) as response:
         content: bytes = response.read()
     if hashlib.sha256(content).hexdigest() != FILES[name]:
-        raise OSError(f"{ADDRESS}/{name} answered with something else")
+        raise OSError(f"{ADDRESS}/{name} returned another file")
     return content

@@ -1,4 +1,4 @@
-"""One id per character of the training text; every other character is spelled by its UTF-8 bytes.
+"""One id per character of the training text; other characters become the ids of their UTF-8 bytes.
 
 The ids: the characters in the order of their code points, then 256 bytes, then end-of-text.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean, special_token, write_tokenizer
+from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean, tokenizer_json, write_tokenizer
 
 CODE_POINTS = 0x110000
 
@@ -30,7 +30,7 @@ class Characters(Tokenizer):
         self.vocab_size = self.end_of_text + 1
         self.fingerprint = hashlib.sha256(b"characters\n" + self._characters.encode()).hexdigest()
         self._bytes = [*(c.encode() for c in self._characters), *(bytes([b]) for b in range(256)), b""]
-        self._ids = np.full(CODE_POINTS, -1, dtype=np.int32)  # by code point; -1: spelled by its bytes
+        self._ids = np.full(CODE_POINTS, -1, dtype=np.int32)  # by code point; -1: no id of its own
         self._ids[_code_points(self._characters)] = np.arange(self._first_byte)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
@@ -41,12 +41,12 @@ class Characters(Tokenizer):
         ids: NDArray[np.int32] = self._ids[_code_points(text)]
         if (ids >= 0).all():
             return ids.astype(np.uint32)
-        spelled = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
-        begins: NDArray[np.bool_] = (spelled & 0xC0) != 0x80  # UTF-8's later bytes are 10xxxxxx
+        content = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+        begins: NDArray[np.bool_] = (content & 0xC0) != 0x80  # UTF-8's continuation bytes are 10xxxxxx
         ids = ids[np.cumsum(begins) - 1]  # for each byte, the id of the character it belongs to
-        is_spelled = ids < 0
-        ids = np.where(is_spelled, self._first_byte + spelled, ids)
-        return ids[begins | is_spelled].astype(np.uint32)
+        is_byte = ids < 0
+        ids = np.where(is_byte, self._first_byte + content, ids)
+        return ids[begins | is_byte].astype(np.uint32)
 
     def token_bytes(self) -> list[bytes]:
         """The bytes each id stands for."""
@@ -54,28 +54,21 @@ class Characters(Tokenizer):
 
     def save(self, folder: Path) -> None:
         """Write the folder that `load_tokenizer` and Transformers open."""
-        content = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [special_token(END_OF_TEXT, self.end_of_text)],
-            "normalizer": None,
-            "pre_tokenizer": None,
-            "post_processor": None,
-            "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-            # A BPE that has learned no merge leaves the characters as they are.
-            "model": {
-                "type": "BPE",
-                "byte_fallback": True,
-                "vocab": _vocabulary(self._characters),
-                "merges": [],
-            },
-        }
+        decoders = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+        # A BPE without merges leaves the characters as they are.
+        model = {"type": "BPE", "byte_fallback": True, "vocab": _vocabulary(self._characters), "merges": []}
+        content = tokenizer_json(
+            self.end_of_text,
+            pre_tokenizer=None,
+            post_processor=None,
+            decoder={"type": "Sequence", "decoders": decoders},
+            model=model,
+        )
         write_tokenizer(folder, content)
 
 
 def train_characters(documents: Iterable[str]) -> Characters:
-    """The tokenizer that has an id for every character of the documents."""
+    """The tokenizer with an id for every character of the documents."""
     characters: set[str] = set()
     for document in documents:
         characters.update(clean(document))
@@ -83,7 +76,7 @@ def train_characters(documents: Iterable[str]) -> Characters:
 
 
 def read_characters(content: Mapping[str, Any]) -> Characters | None:
-    """The tokenizer in a tokenizer.json, or None if it is of another kind."""
+    """The tokenizer of a tokenizer.json, or None if it is of another kind."""
     model = content["model"]
     if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback") or model["merges"]:
         return None
@@ -92,7 +85,7 @@ def read_characters(content: Mapping[str, Any]) -> Characters | None:
 
 
 def _vocabulary(characters: Iterable[str]) -> dict[str, int]:
-    """Every token as tokenizer.json spells it, with its id."""
+    """Every token, as spelled in tokenizer.json, with its id."""
     tokens = [*characters, *(f"<0x{byte:02X}>" for byte in range(256)), END_OF_TEXT]
     return {token: id for id, token in enumerate(tokens)}
 

@@ -1,4 +1,4 @@
-"""A tokenizer by its name, from a folder or file, or learned from documents."""
+"""Opens a tokenizer by name, from a folder or file, or learns one from documents."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from overnight.tokenizer.bpe import FILES as GPT2_FILES
 from overnight.tokenizer.bpe import load_gpt2, read_byte_pair, read_gpt2, train_byte_pair
 from overnight.tokenizer.characters import read_characters, train_characters
 from overnight.tokenizer.tokenizer import Tokenizer
-from overnight.tokenizer.tokenizer_json import Foreign
+from overnight.tokenizer.tokenizer_json import HuggingFaceTokenizer
 
 LARGEST_BPE = 65_535  # ids of 16 bits
 NAMES = ("gpt2", "characters", "bpe-4096")
 
 
 def build_tokenizer(name: str, documents: Iterable[str]) -> Tokenizer:
-    """Learn "characters" or "bpe-N" from the documents, or load any other name without reading them."""
+    """Learn "characters" or "bpe-N" from the documents; load any other name without reading them."""
     if name == "characters":
         return train_characters(documents)
     if (vocab_size := _bpe_size(name)) is not None:
@@ -32,7 +32,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer "gpt2", or the one in a folder or file.
 
     A folder holds tokenizer.json, or GPT-2's encoder.json and vocab.bpe; a file is a tokenizer.json.
-    A folder that is itself called gpt2 is reached by ./gpt2. Raises ValueError with the remedy.
+    Write ./gpt2 for a folder called gpt2. Raises ValueError with the remedy.
     """
     if name == "gpt2":
         return load_gpt2()
@@ -60,7 +60,8 @@ def _bpe_size(name: str) -> int | None:
         return None
     if not 257 < int(number[1]) <= LARGEST_BPE:
         raise ValueError(
-            f"{name} can't be: choose from bpe-258 (256 bytes, one merge, end of text) to bpe-{LARGEST_BPE}"
+            f"{name} is not possible: choose from bpe-258 (256 bytes, one merge, end-of-text) to "
+            f"bpe-{LARGEST_BPE}"
         )
     return int(number[1])
 
@@ -69,13 +70,15 @@ def _read_file(path: Path) -> Tokenizer:
     content = _read_json(path)
     end_of_text = _end_of_text(path.with_name("tokenizer_config.json"))
     try:
-        return read_byte_pair(content) or read_characters(content) or Foreign(content, end_of_text)
+        return (
+            read_byte_pair(content) or read_characters(content) or HuggingFaceTokenizer(content, end_of_text)
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} can't be used as a tokenizer: {error}") from None
 
 
 def _end_of_text(config: Path) -> str | None:
-    """The eos_token of Transformers' tokenizer_config.json: a text, or a table with its content."""
+    """The eos_token of Transformers' tokenizer_config.json: a string, or an object with its content."""
     token = _read_json(config).get("eos_token") if config.is_file() else None
     return token.get("content") if isinstance(token, dict) else token
 
@@ -84,7 +87,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is damaged, or not JSON: {error}") from None
+        raise ValueError(f"{path} is damaged or not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not what its name says: it holds no table")
+        raise ValueError(f"{path} does not hold a JSON object")
     return content

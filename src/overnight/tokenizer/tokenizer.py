@@ -1,8 +1,8 @@
-"""What every tokenizer of this package is, and what all of them do the same way.
+"""The interface of all tokenizers, and what they have in common.
 
-A tokenizer is a list of byte strings, one per id, and a rule that picks ids for a text. So decoding
-is the same everywhere: join the bytes, read them as UTF-8. On the disk each one is a folder with the
-two files that Transformers opens: tokenizer.json and tokenizer_config.json.
+A tokenizer is a list of byte strings, one per id, and a rule that picks ids for a text. So decoding is the
+same for all: join the bytes and decode them as UTF-8. On the disk each one is a folder with the two files
+that Transformers opens: tokenizer.json and tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back without loss, for every text; ids are 0 to vocab_size - 1.
+    """Text to ids and back without loss, for every text. Ids are 0 to vocab_size - 1.
 
-    Text is never read for special ids: a document that spells "<|endoftext|>" becomes the ids of those
-    13 characters. The one thing not kept is a lone surrogate, which is no character: see `clean`.
+    Text never becomes special ids: a document that spells "<|endoftext|>" becomes the ids of those 13
+    characters. Only lone surrogates are lost, which are not characters: see `clean`.
     """
 
     name: str
     """gpt2, characters, bpe-4096."""
     vocab_size: int
     end_of_text: int
-    """The id that goes before each document; it stands for no text."""
+    """The id before each document; it stands for no text."""
     fingerprint: str
-    """sha256 of what decides which ids a text becomes: equal for equal tokenizers, wherever loaded from."""
+    """sha256 of everything that decides the ids of a text: equal for equal tokenizers, from any source."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """The ids of each text. Other Python threads can work meanwhile."""
+        """The ids of each text. Releases the GIL."""
         ...
 
     def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for, b"" for special ids. The tokenizer's own list: do not change it."""
+        """The bytes each id stands for, b"" for special ids. Not a copy: do not change it."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, for `load_tokenizer` and Transformers to open."""
+        """Write tokenizer.json and tokenizer_config.json, which `load_tokenizer` and Transformers open."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -61,14 +61,14 @@ class Tokenizer(Protocol):
         return b"".join(map(self.token_bytes().__getitem__, numbers.tolist()))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that the ids stand for; U+FFFD where they end, or begin, inside a character."""
+        """The text that the ids stand for; U+FFFD where they begin or end inside a character."""
         return self.decode_bytes(ids).decode(errors="replace")
 
 
 def clean(text: str) -> str:
-    """The text with U+FFFD for each lone surrogate, and a pair of surrogates as the character it spells.
+    """The text with surrogate pairs joined to characters, and U+FFFD for each lone surrogate.
 
-    A Python string can hold half of a UTF-16 pair (broken JSON escapes leave them); UTF-8 cannot.
+    A Python string can hold half of a UTF-16 pair, from broken JSON escapes; UTF-8 cannot.
     """
     try:
         text.encode()
@@ -78,10 +78,10 @@ def clean(text: str) -> str:
 
 
 def write_tokenizer(folder: Path, content: Mapping[str, Any], end_of_text: str = END_OF_TEXT) -> None:
-    """Write the folder; tokenizer.json comes last, so where it is, all is."""
+    """Write both files, tokenizer.json last: if it exists, the folder is complete."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # Converters to other formats fail where one of the three is missing.
+        # Converters to other formats fail if one of the three is missing.
         "bos_token": end_of_text,
         "eos_token": end_of_text,
         "unk_token": end_of_text,
@@ -91,7 +91,9 @@ def write_tokenizer(folder: Path, content: Mapping[str, Any], end_of_text: str =
     write_atomically(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False) + "\n")
 
 
-def special_token(text: str, id: int) -> dict[str, Any]:
-    """An entry of tokenizer.json's `added_tokens` for an id that stands for no text."""
+def tokenizer_json(end_of_text: int, **parts: Any) -> dict[str, Any]:
+    """A tokenizer.json with one special token. `parts`: pre_tokenizer, post_processor, decoder, model."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": id, "content": text, **flags, "special": True}
+    special = {"id": end_of_text, "content": END_OF_TEXT, **flags, "special": True}
+    empty = {"truncation": None, "padding": None}
+    return {"version": "1.0", **empty, "added_tokens": [special], "normalizer": None, **parts}

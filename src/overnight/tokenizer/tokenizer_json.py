@@ -1,4 +1,4 @@
-"""A tokenizer.json made elsewhere, run by Hugging Face's `tokenizers`: any whose ids stand for bytes."""
+"""Any byte-level tokenizer.json, run by Hugging Face's `tokenizers`."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ from overnight.tokenizer.bpe import spelled_bytes
 from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean, write_tokenizer
 
 PROBE = "two  blanks, a\ttab,\r\na line; Grüße, 你好, 🙂 and 1,024"
-LARGEST_ID = 1 << 24  # far above any vocabulary's: a damaged file must not fill the memory
+LARGEST_ID = 1 << 24  # far above every vocabulary: a damaged file must not fill the memory
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
 
-class Foreign(Tokenizer):
-    """What a tokenizer.json says, except that text never becomes one of its added tokens.
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, except that text never becomes one of its added tokens.
 
-    Those are left out of the tokenizer that reads text, so nothing can switch them on. Raises
-    ValueError if ids do not stand for bytes, if a text is lost on the way, or if no added token
-    ends a text.
+    The tokenizer that encodes text is built without them. Raises ValueError if ids do not stand for bytes, if
+    a text does not survive encoding and decoding, or if no added token marks the end of a text.
     """
 
     def __init__(self, content: Mapping[str, Any], end_of_text: str | None) -> None:
         self._content = {**content, "truncation": None, "padding": None}
         added = {token["content"]: token for token in content.get("added_tokens", [])}
         self._end_of_text = _end_of_text(end_of_text, added)
-        self._reader = _reader(content)
-        ids = {**self._reader.get_vocab(), **{name: token["id"] for name, token in added.items()}}
+        self._encoder = _build_encoder(content)
+        ids = {**self._encoder.get_vocab(), **{name: token["id"] for name, token in added.items()}}
         if not all(0 <= id <= LARGEST_ID for id in ids.values()):
             raise ValueError(f"its ids are not numbers from 0 to {LARGEST_ID}")
         special = {name for name, token in added.items() if token.get("special")} | {self._end_of_text}
-        _refuse_special_ids_in_text(self._reader, {name: ids[name] for name in special})
+        _check_text_is_not_special(self._encoder, {name: ids[name] for name in special})
         self.end_of_text = ids[self._end_of_text]
         self.vocab_size = max(ids.values()) + 1
         self.name = f"{content['model'].get('type', 'bpe').lower()}-{self.vocab_size}"
@@ -51,7 +50,7 @@ class Foreign(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """The ids of each text."""
-        encoded = self._reader.encode_batch_fast([clean(text) for text in texts], add_special_tokens=False)
+        encoded = self._encoder.encode_batch_fast([clean(text) for text in texts], add_special_tokens=False)
         return [np.array(one.ids, dtype=np.uint32) for one in encoded]
 
     def token_bytes(self) -> list[bytes]:
@@ -63,8 +62,8 @@ class Foreign(Tokenizer):
         write_tokenizer(folder, self._content, self._end_of_text)
 
 
-def _reader(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer for text, without the added tokens and what would put them around a text."""
+def _build_encoder(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """The tokenizer without added tokens, and without the steps that would insert them."""
     decoder = (content.get("decoder") or {}).get("type")
     if decoder != "ByteLevel":
         raise ValueError(
@@ -75,7 +74,7 @@ def _reader(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(bare))
     except Exception as error:  # tokenizers raises no narrower class
-        raise ValueError(f"it is damaged, or no tokenizer.json: {error}") from None
+        raise ValueError(f"it is damaged or not a tokenizer.json: {error}") from None
 
 
 def _end_of_text(given: str | None, added: Mapping[str, Any]) -> str:
@@ -84,12 +83,12 @@ def _end_of_text(given: str | None, added: Mapping[str, Any]) -> str:
         if name in added:
             return name
     raise ValueError(
-        f"it has no added token {' or '.join(names)} to end a text; "
-        "name the one that does as eos_token in a tokenizer_config.json beside it"
+        f"it has no added token {' or '.join(names)} to end a text; name the one that does as eos_token in a "
+        "tokenizer_config.json in the same folder"
     )
 
 
-def _refuse_special_ids_in_text(reader: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
+def _check_text_is_not_special(encoder: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
     for name, id in special.items():
-        if id in reader.encode(name, add_special_tokens=False).ids:
-            raise ValueError(f"it turns a text that spells {name} into that special token; choose another")
+        if id in encoder.encode(name, add_special_tokens=False).ids:
+            raise ValueError(f"it encodes the text {name} as that special token; choose another tokenizer")

@@ -15,7 +15,7 @@ Attention = Literal["fused", "blocks", "math"]
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the machine is used. What is left out is chosen for the machine and recorded in the run's recipe."""
+    """How the machine is used. What is left out is chosen for it and recorded in the run's recipe."""
 
     device: str | None = None
     """cpu, cuda, cuda:1 or mps; the best device found if left out."""
@@ -38,7 +38,7 @@ class ComputeConfig:
     it out under torchrun or srun, which start the processes themselves."""
     sharding: Sharding | None = None
     """What several processes divide among them. none: nothing; zero1: AdamW's moments; fsdp: weights and
-    gradients, too (FSDP2); hsdp: the same within each machine. The first that fits into memory if left out."""
+    gradients, too (FSDP2); hsdp: the same within each machine. The first that fits if left out."""
     deterministic_reduce: bool = False
     """Sum gradients in one fixed binary tree: weights do not depend on the number of processes, to the bit.
     On a CPU, computes with one thread."""

@@ -12,7 +12,7 @@ CPU_TOKENS_AT_MOST = 4096  # of a micro-batch on a CPU: more tokens gain no spee
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """`tokens_per_step` and its ramp decide what is learned; `micro_batch_size` is what the machine can hold."""
+    """`tokens_per_step` and its ramp decide the result; `micro_batch_size` is what the machine can hold."""
 
     tokens_per_step: int = 524_288
     """Tokens of one optimizer step: 512 rows of 1,024 (GPT-2 paper, section 2.3)."""
@@ -83,13 +83,13 @@ class BatchPlan:
         return self.micro_batches(step) * self._tokens_per_micro_batch
 
     def share(self, step: int, rank: int, size: int) -> range:
-        """The micro-batches of the step that process `rank` of `size` computes: consecutive, the same number each."""
+        """The micro-batches of the step that process `rank` of `size` computes: consecutive, equally many."""
         count = self.micro_batches(step) // size
         assert count * size == self.micro_batches(step), (step, size)
         return range(rank * count, (rank + 1) * count)
 
     def next_row(self, first_row: int, rank: int, size: int) -> int:
-        """The first row that `rank` computes after the micro-batch that begins at `first_row`: for prefetching."""
+        """The first row that `rank` computes after the micro-batch at `first_row`: for prefetching."""
         number = first_row // self.micro_batch_size
         index = bisect_right(self.stages, number, key=lambda stage: stage.first_micro_batch) - 1
         stage = self.stages[index]
@@ -108,7 +108,7 @@ class BatchPlan:
         return self._before(step) * self._tokens_per_micro_batch
 
     def full_steps_before(self, step: int) -> float:
-        """All steps before `step`, in full steps: a smaller step counts for its share of a full step's tokens."""
+        """All steps before `step`, in full steps: a smaller one counts for its share of a full one's tokens."""
         return self._before(step) / self.stages[-1].micro_batches
 
     def steps_for(self, tokens: int) -> int:
@@ -199,11 +199,11 @@ def _divisors(number: int) -> list[int]:
 
 
 def _stages(config: BatchConfig, micro_batches: int) -> tuple[Stage, ...]:
-    """The ramp and what follows it; `micro_batches` are those of its unit, the smallest size.
+    """The ramp and the constant size after it; `micro_batches` are those of its unit, the smallest size.
 
-    batch_ramp_tokens is cut into equal shares, one for each size below the full one: none if there is no ramp.
-    A step has one unit, and one more for each share seen whole before it. So a stage that runs over its
-    share, since its steps are whole, shortens the next, and no error adds up.
+    The ramp's tokens are cut into equal shares, one for each size below the full one. A step has one unit, and
+    one more for each share that was seen completely before it. A stage that exceeds its share, since its steps
+    are whole, shortens the next one, so that no error accumulates.
     """
     unit, batch_ramp_tokens = (
         config.batch_ramp_start_tokens or config.tokens_per_step,

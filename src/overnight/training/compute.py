@@ -179,7 +179,7 @@ def document_kernel(model: ModelConfig, compute: Compute) -> DocumentKernel:
 
 
 def describe_attention_kernel(model: ModelConfig, compute: Compute, *, within_documents: bool = False) -> str:
-    """The kernel that training uses, in words: blocks, flash, efficient, cudnn, math, or one for documents."""
+    """The kernel of training, in words: blocks, flash, efficient, cudnn, math, or one for documents."""
     if within_documents:
         return (
             "math with a mask"

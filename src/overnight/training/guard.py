@@ -1,9 +1,9 @@
 """Bad steps: their update is skipped, or their rows are. Needs no torch.
 
-A step is bad if its loss or its gradients are not finite, or if the loss has exploded; with `spike_sigma` also
-if loss or gradient norm are outliers among those of the sound steps before it. An update that is not finite is
-never applied. The decisions follow from losses and norms alone, which are saved with the weights: a resumed run
-decides as the uninterrupted one.
+A step is bad if its loss or its gradients are not finite, or if the loss has exploded; with `spike_sigma`
+also if loss or gradient norm are outliers among those of the sound steps before it. An update that is not
+finite is never applied. The decisions follow from losses and norms alone, which are saved with the weights: a
+resumed run decides like the uninterrupted one.
 """
 
 from __future__ import annotations

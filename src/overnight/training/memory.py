@@ -1,8 +1,8 @@
 """The memory that training takes on a device, by arithmetic on sizes.
 
 Counted operation by operation: what autograd keeps of each for the backward pass. In 16 bits that is 36 C
-bytes for a token and layer. Korthikanti et al. 2022, equation 2, without the T x T scores that fused attention
-never writes, has 34 C: it counts dropout's masks, this the float32 of the residual stream.
+bytes for a token and layer. Korthikanti et al. 2022, equation 2, without the T x T scores that fused
+attention never writes, has 34 C: it counts dropout's masks, this the float32 of the residual stream.
 
 Several processes may divide what they hold (ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054). Weights,
 gradients and moments are then counted parameter by parameter, as they are divided: under zero1 moments by
@@ -50,27 +50,27 @@ class Resources(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes of one process at the fullest moment of a step, by what they hold; of the fullest process."""
+    """Peak bytes of a step in the process that needs most, by what they hold."""
 
     weights: int
     gradients: int
     moments: int
-    """AdamW's two running means."""
+    """AdamW's two moments."""
     copies: int
-    """The weights once more in 16 bits, for the matrix products."""
+    """16-bit copies of the weights, for matrix products."""
     activations: int
-    """What the blocks keep for the backward pass."""
+    """What blocks keep for the backward pass."""
     logits: int
-    """The head's, and what the loss makes of them."""
+    """The output layer's logits, and what the loss computes from them."""
     new_gradients: int
-    """A compiled backward pass hands over all gradients at once, before they are added to those of the
-    micro-batches before it: what these take beyond the activations, which are gone by then."""
+    """A compiled backward pass returns all gradients at once, before they are added to those of earlier
+    micro-batches: what they take beyond the activations, which are freed by then."""
     gathered: int = 0
-    """Where weights are divided: those that are whole for the moment, and their gradients."""
+    """Sharded weights that are gathered at the moment, and their gradients."""
 
     @property
     def together(self) -> int:
-        """All of them."""
+        """Their sum."""
         return sum(vars(self).values())
 
 
@@ -81,21 +81,20 @@ def estimate_memory(
     processes: int = 1,
     processes_per_machine: int | None = None,
 ) -> MemoryEstimate:
-    """What a step takes in one process whose micro-batches have `rows` rows of the whole context.
+    """The memory of a step in one process, with micro-batches of `rows` rows of the full context.
 
-    `compute.sharding` says what the processes divide.
-    A step of a single micro-batch takes less, at most by its gradients, which are not there yet while it
-    goes forward. All processes are on one machine if `processes_per_machine` is None.
+    A step of a single micro-batch takes less, at most by its gradients, which do not exist during its forward
+    pass. All processes are on one machine if `processes_per_machine` is None.
     """
     tokens = rows * model.context_length
     logits = _logits_bytes(model, tokens, compute)
     again = tokens * _again_per_token(model, compute)
     if not (compute.compile and compute.activation_checkpointing == "block"):
-        again = max(0, again - logits)  # the loss is done with by then; compiled, its memory is not yet free
+        again = max(0, again - logits)  # the loss has freed its memory by then, except in a compiled step
     activations = tokens * kept_per_token(model, compute) + again
     sharers = count_sharers(compute.sharding, processes, processes_per_machine or processes)
     weights = FLOAT32 * _largest_shard(model, sharers)
-    hands_over = compute.compile and sharers == 1  # divided, a block's gradients leave it at once
+    returns_all = compute.compile and sharers == 1  # sharded, a block's gradients are reduced at once
     return MemoryEstimate(
         weights=weights,
         gradients=weights,
@@ -103,13 +102,13 @@ def estimate_memory(
         copies=_copies_bytes(model, compute, sharers),
         activations=activations,
         logits=logits,
-        new_gradients=max(0, weights - activations - logits) if hands_over else 0,
+        new_gradients=max(0, weights - activations - logits) if returns_all else 0,
         gathered=_gathered_bytes(model) if sharers > 1 else 0,
     )
 
 
 def count_sharers(sharding: Sharding, processes: int, processes_per_machine: int) -> int:
-    """How many processes have one set of weights between them."""
+    """Number of processes that hold one copy of the weights together."""
     return {"fsdp": processes, "hsdp": processes_per_machine}.get(sharding, 1)
 
 
@@ -121,10 +120,10 @@ def try_shardings(
     processes: int,
     processes_per_machine: int,
 ) -> dict[Sharding, int]:
-    """Bytes that one process needs with each sharding until one fits, those that say least to others first.
+    """Bytes that one process needs with each sharding until one fits, in order of rising communication.
 
-    The last one fits, or else takes least. Hybrid is tried where there are several machines with several
-    processes each. `memory_bytes` are one process's.
+    The last one fits, or takes least. hsdp is tried on several machines with several processes each.
+    `memory_bytes` is one process's.
     """
     found: dict[Sharding, int] = {}
     possible: list[Sharding] = ["none"]
@@ -141,7 +140,7 @@ def try_shardings(
 
 
 def choose_sharding(model: ModelConfig, rows: int, compute: Compute, resources: Resources) -> Sharding:
-    """The first of none, zero1, hsdp and fsdp with which `rows` rows fit into each process; fsdp if none does."""
+    """The first of none, zero1, hsdp, fsdp with which `rows` rows fit into each process, or fsdp."""
     _, memory_bytes, processes, per_machine = resources
     return [*try_shardings(model, rows, compute, memory_bytes, processes, per_machine)][-1]
 
@@ -166,10 +165,10 @@ def rows_that_fit(model: ModelConfig, compute: Compute, resources: Resources) ->
 
 
 class FitOption(NamedTuple):
-    """Settings with which a model fits that else does not."""
+    """Settings with which a model fits."""
 
     options: str
-    """As they are given on the command line."""
+    """Options of the command line."""
     needed_bytes: int
 
 
@@ -181,9 +180,9 @@ def suggest_fits(
     processes: int = 1,
     processes_per_machine: int | None = None,
 ) -> Iterator[FitOption]:
-    """What makes a model fit, with as many of the `possible_rows` as then do; the cheapest in time first.
+    """Settings with which a model fits, with the largest of `possible_rows`; the cheapest in time first.
 
-    A change that costs time and does not let more rows fit is left out.
+    A setting that costs time without allowing more rows is left out.
     """
     most_rows = 0
     changes = [*REDUCTIONS]
@@ -208,7 +207,7 @@ def suggest_fits(
 def largest_that_fits(
     compute: Compute, memory_bytes: int, processes: int = 1, processes_per_machine: int | None = None
 ) -> tuple[str, int] | None:
-    """The largest published model of which a single row fits, and its bytes; None if there is none."""
+    """The largest published model that fits with one row, and its bytes; None if none does."""
     needed = {
         name: estimate_memory(model, 1, compute, processes, processes_per_machine).together
         for name, model in PRESETS.items()
@@ -221,32 +220,32 @@ def largest_that_fits(
 
 
 def fits_into(memory_bytes: int, needed_bytes: int) -> bool:
-    """True if so much can be had of a memory of this size."""
+    """True if `needed_bytes` fit into a memory of `memory_bytes`, less what others take of it."""
     return needed_bytes <= USABLE_FRACTION * memory_bytes
 
 
 def count_stored(model: ModelConfig) -> int:
-    """Parameters as they lie in memory, the rows that pad the vocabulary among them."""
+    """Number of parameters in memory, with the rows that pad the vocabulary."""
     return model.parameter_count() + (model.padded_vocab_size() - model.vocabulary) * model.n_embd
 
 
 def _largest_shard(model: ModelConfig, sharers: int) -> int:
-    """Parameters in the fullest process: of each the rows divided among them, rounded up."""
+    """Parameters in the process that holds most: of each its rows divided by the sharers, rounded up."""
     shapes = parameter_shapes(model).values()
     return sum(-(-rows // sharers) * math.prod(columns) for rows, *columns in shapes)
 
 
 def _most_owned(model: ModelConfig, processes: int) -> int:
-    """Parameters whose moments the fullest process holds."""
+    """Parameters owned by the process that owns most."""
     sizes = {name: math.prod(shape) for name, shape in parameter_shapes(model).items()}
     return largest_share(sizes, processes)
 
 
 def _copies_bytes(model: ModelConfig, compute: Compute, sharers: int) -> int:
-    """Of the weights in 16 bits, which autograd keeps for the backward pass, also where weights are divided.
+    """16-bit copies of the weights, which autograd keeps for the backward pass, also of sharded weights.
 
-    Blocks that are gathered and recomputed make theirs again. Compiled, they keep none; eager, autocast has
-    them all until the forward pass ends, when no gradients are there yet.
+    Sharded blocks with activation checkpointing make theirs again: compiled they keep none; eager, autocast
+    keeps all of them until the forward pass ends, before there are gradients.
     """
     if _product_bytes(compute) == FLOAT32:
         return 0
@@ -259,10 +258,10 @@ def _copies_bytes(model: ModelConfig, compute: Compute, sharers: int) -> int:
 
 
 def _gathered_bytes(model: ModelConfig) -> int:
-    """Of whole weights and gradients, in the backward pass, where most of them are there.
+    """Gathered weights and unreduced gradients of a backward pass, at its peak.
 
-    The weights of the block at work and of the next one, which is fetched meanwhile; its gradients and those
-    of the block before, which are on their way. What belongs to no block is there from end to end.
+    The weights of the present block and of the next one, which is prefetched; the gradients of the present
+    one and of the one before, which are being reduced. Parameters outside of blocks are gathered throughout.
     """
     shapes = parameter_shapes(model)
     block = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("h.0."))
@@ -271,7 +270,7 @@ def _gathered_bytes(model: ModelConfig) -> int:
 
 
 def kept_per_token(model: ModelConfig, compute: Compute) -> int:
-    """Bytes of activations when the forward pass has come to the loss, which is not counted."""
+    """Bytes of activations a token at the end of the trunk's forward pass."""
     stream = FLOAT32 * model.n_embd
     block = _kept_by_block(model, compute)
     kept = {"none": block, "selective": stream + _kept_by_products(model, compute), "block": stream}
@@ -282,13 +281,13 @@ def kept_per_token(model: ModelConfig, compute: Compute) -> int:
 
 
 def _again_per_token(model: ModelConfig, compute: Compute) -> int:
-    """Bytes that the one block takes in addition which the backward pass is at, where it recomputes."""
+    """Additional bytes a token of the one block that the backward pass computes again."""
     kept = {"none": _kept_by_block, "selective": _kept_by_products, "block": lambda *_: 0}
     return _kept_by_block(model, compute) - kept[compute.activation_checkpointing](model, compute)
 
 
 def _kept_by_block(model: ModelConfig, compute: Compute) -> int:
-    """Bytes a token: of both halves the layer norm's input and statistics, and every product's input."""
+    """Bytes a token of a block: inputs and statistics of both layer norms, and the input of every product."""
     C, width = model.n_embd, _product_bytes(compute)
     norms = 2 * (FLOAT32 * C + 2 * FLOAT32)
     qkv, mixed, inputs, gelu = 3 * C, C, 2 * C, 2 * 4 * C
@@ -297,14 +296,14 @@ def _kept_by_block(model: ModelConfig, compute: Compute) -> int:
 
 
 def _kept_by_products(model: ModelConfig, compute: Compute) -> int:
-    """Bytes a token: what selective recomputation keeps of a block, which is what its products return."""
+    """Bytes a token of a block under selective checkpointing: the outputs of its products."""
     qkv, mixed, out, wide, narrow = 3, 1, 1, 4, 1
     products = _product_bytes(compute) * (qkv + mixed + out + wide + narrow) * model.n_embd
     return products + FLOAT32 * model.n_head
 
 
 def _kept_by_attention(model: ModelConfig, compute: Compute) -> int:
-    """Bytes a token, beside queries, keys and values: a sum for each head, or the weights themselves."""
+    """Bytes a token besides queries, keys and values: a sum for each head, or the attention weights."""
     H, T, C = model.n_head, model.context_length, model.n_embd
     rounded = 0 if _product_bytes(compute) == FLOAT32 else 6 * C  # a softmax in 16 bits takes float32 inputs
     if model.dropout > 0 and compute.device == "cpu":  # torch has no fused kernel with dropout there
@@ -317,10 +316,10 @@ def _kept_by_attention(model: ModelConfig, compute: Compute) -> int:
 
 
 def _logits_bytes(model: ModelConfig, tokens: int, compute: Compute) -> int:
-    """Compiled, logits stand there once, and their gradient takes their place; eager, in several copies.
+    """Bytes of logits. Compiled there is one copy, which their gradient replaces; eager there are several.
 
-    Those are three in float32 of the whole head's, and four of a chunk's beside the logits of two chunks. A
-    chunked head sums up the gradient of its weights in float32 besides.
+    Three in float32 of the full logits; of a chunk four, beside the logits of two chunks. The chunked loss
+    also sums the gradient of the output layer's weights in float32.
     """
     width, vocabulary = _product_bytes(compute), model.padded_vocab_size()
     if compute.loss != "chunked":
@@ -331,7 +330,7 @@ def _logits_bytes(model: ModelConfig, tokens: int, compute: Compute) -> int:
 
 
 def _count_multiplied(model: ModelConfig) -> int:
-    """Parameters of the products: all but the layer norms and the positions."""
+    """Parameters in matrix products: all but the layer norms and the position embedding."""
     C = model.n_embd
     return model.padded_vocab_size() * C + model.n_layer * (12 * C * C + 9 * C)
 

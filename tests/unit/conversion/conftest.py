@@ -1,4 +1,4 @@
-"""Checkpoints as nanoGPT and build-nanogpt write them, made by hand."""
+"""Hand-made checkpoints in the formats of nanoGPT and build-nanogpt."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Write = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
-def _gpt2_of_few_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another vocabulary stands for GPT-2's, so that a checkpoint is small."""
+def _small_gpt2_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces GPT-2's tokenizer by a small one, so that checkpoints are small."""
     monkeypatch.setattr(nanogpt, "load_tokenizer", lambda name: {"gpt2": TOKENIZER}[name])
 
 
 @pytest.fixture(scope="session")
 def original() -> GPT:
-    """The model that the checkpoints hold; every weight and bias differs from every other."""
+    """The model in the checkpoints; all its weights and biases differ."""
     model = GPT(SIZES)
     initialize(model, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -43,7 +43,7 @@ def original() -> GPT:
 
 
 def state_dict(model: GPT, *, bias: bool = True, padded: bool = False, prefix: str = "") -> dict[str, Any]:
-    """As nanoGPT's own modules name their weights: the head is the embedding's tensor itself."""
+    """Weights under nanoGPT's names; the head is the embedding's tensor itself."""
     found = {f"transformer.{name}": weight for name, weight in model.weights().items()}
     if padded:
         found["transformer.wte.weight"] = model.wte.weight.detach().clone()
@@ -53,7 +53,7 @@ def state_dict(model: GPT, *, bias: bool = True, padded: bool = False, prefix: s
 
 
 def model_args(vocab_size: int, *, bias: bool = True) -> dict[str, Any]:
-    """What nanoGPT writes of the sizes."""
+    """The sizes as nanoGPT writes them."""
     return {
         "n_layer": SIZES.n_layer,
         "n_head": SIZES.n_head,
@@ -67,7 +67,7 @@ def model_args(vocab_size: int, *, bias: bool = True) -> dict[str, Any]:
 
 @pytest.fixture
 def write(original: GPT, tmp_path: Path) -> Write:
-    """`write(bias=, padded=, prefix=, **changes)`: the path of a checkpoint of nanoGPT's."""
+    """`write(bias=, padded=, prefix=, **changes)`: the path of a checkpoint of nanoGPT."""
 
     def write(*, bias: bool = True, padded: bool = False, prefix: str = "", **changes: Any) -> Path:
         state = state_dict(original, bias=bias, padded=padded, prefix=prefix)
@@ -89,10 +89,10 @@ def write(original: GPT, tmp_path: Path) -> Write:
 
 @pytest.fixture
 def write_build_nanogpt(original: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """`write_build_nanogpt(**changes)`: a checkpoint of build-nanogpt's, whose sizes are an object."""
+    """`write_build_nanogpt(**changes)`: a checkpoint of build-nanogpt, whose sizes are an object."""
 
     def write(**changes: Any) -> Path:
-        kind = type("GPTConfig", (SimpleNamespace,), {"__module__": "__main__", "__reduce__": _plainly})
+        kind = type("GPTConfig", (SimpleNamespace,), {"__module__": "__main__", "__reduce__": _reduce})
         monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", kind, raising=False)
         sizes = model_args(TOKENIZER.vocab_size)
         del sizes["bias"], sizes["dropout"]
@@ -104,8 +104,8 @@ def write_build_nanogpt(original: GPT, tmp_path: Path, monkeypatch: pytest.Monke
     return write
 
 
-def _plainly(self: Any) -> Any:
-    """As a dataclass is pickled: a new object of the class, then its fields."""
+def _reduce(self: Any) -> Any:
+    """Pickle like a dataclass: a new object of the class, then its fields."""
     import copyreg
 
     return copyreg.__newobj__, (type(self),), dict(vars(self))  # type: ignore[attr-defined]
@@ -113,15 +113,15 @@ def _plainly(self: Any) -> Any:
 
 @pytest.fixture
 def in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The child's reading is done here, without its limits, which spares two seconds a file."""
+    """Run the child's program in this process, without its limits: two seconds less for each file."""
 
     def run(command: list[str], **_options: Any) -> subprocess.CompletedProcess[bytes]:
         *_, path, out = command
-        said = tmp_path / "said"
-        with pytest.MonkeyPatch.context() as patch, said.open("w") as file:
+        output = tmp_path / "output"
+        with pytest.MonkeyPatch.context() as patch, output.open("w") as file:
             patch.setattr(safe_unpickle, "limit_resources", lambda size: None)
             patch.setattr(sys, "stdout", file)
-            status = safe_unpickle.hand_over(path, out)
-        return subprocess.CompletedProcess(command, status, stdout=said.read_bytes())
+            status = safe_unpickle.convert_in_child(path, out)
+        return subprocess.CompletedProcess(command, status, stdout=output.read_bytes())
 
     monkeypatch.setattr(subprocess, "run", run)

@@ -10,27 +10,32 @@ import pytest
 
 from overnight.data.atomic_folder import (
     exclusive,
+    is_locked_folder,
     plain_file_errors,
     publish_folder,
     published_path,
     require_disk_space,
     staging_folder,
+    staging_path,
 )
+
+
+def fill(folder: Path, name: str, *, can_resume: bool = False, error: BaseException | None = None) -> Path:
+    with staging_folder(folder, lambda _: can_resume) as staging:
+        (staging / name).write_text(name)
+        if error is not None:
+            raise error
+    return staging
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def never(place: Path) -> bool:
-    return False
-
-
-def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
-    with staging_folder(tmp_path / "data", never) as place:
-        (place / "a").write_text("a")
-        assert not (tmp_path / "data").exists()
-    assert published_path(place) == tmp_path / "data"
+def test_folder_appears_when_published(tmp_path: Path) -> None:
+    staging = fill(tmp_path / "data", "a")
+    assert not (tmp_path / "data").exists()
+    assert (staging_path(tmp_path / "data"), published_path(staging)) == (staging, tmp_path / "data")
     publish_folder(tmp_path / "data")
     assert names(tmp_path) == ["data"]
     assert names(tmp_path / "data") == ["a"]
@@ -39,77 +44,68 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error,left", [(KeyboardInterrupt(), True), (OSError("disk"), True), (ValueError("no"), False)]
 )
-def test_an_interruption_leaves_what_is_done_and_a_refusal_nothing(
+def test_interruption_keeps_staging_folder_and_value_error_deletes_it(
     tmp_path: Path, error: BaseException, left: bool
 ) -> None:
-    def stopped() -> None:
-        with staging_folder(tmp_path / "data", never) as place:
-            (place / "a").write_text("a")
-            raise error
-
     with pytest.raises(type(error)):
-        stopped()
+        fill(tmp_path / "data", "a", error=error)
     assert names(tmp_path) == ([".data.partial"] if left else [])
 
 
-@pytest.mark.parametrize("goes_on", [True, False])
-def test_what_a_killed_process_left_is_gone_on_with_or_removed(tmp_path: Path, goes_on: bool) -> None:
-    (tmp_path / ".data.partial").mkdir()
-    (tmp_path / ".data.partial" / "old").write_text("old")
-    with staging_folder(tmp_path / "data", lambda place: goes_on) as place:
-        (place / "new").write_text("new")
+@pytest.mark.parametrize("can_resume", [True, False])
+def test_staging_folder_is_resumed_or_emptied(tmp_path: Path, can_resume: bool) -> None:
+    staging_path(tmp_path / "data").mkdir()
+    (staging_path(tmp_path / "data") / "old").write_text("old")
+    fill(tmp_path / "data", "new", can_resume=can_resume)
     publish_folder(tmp_path / "data")
-    assert names(tmp_path / "data") == (["new", "old"] if goes_on else ["new"])
+    assert names(tmp_path / "data") == (["new", "old"] if can_resume else ["new"])
 
 
-def test_an_empty_folder_is_filled_and_a_full_one_is_kept(tmp_path: Path) -> None:
+def test_publishing_replaces_only_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    with staging_folder(tmp_path / "data", never) as place:
-        (place / "a").write_text("a")
+    fill(tmp_path / "data", "a")
     publish_folder(tmp_path / "data")
-    with staging_folder(tmp_path / "data", never), pytest.raises(OSError, match="not empty"):
+    fill(tmp_path / "data", "b")
+    with pytest.raises(OSError, match="not empty"):
         publish_folder(tmp_path / "data")
     assert names(tmp_path / "data") == ["a"]
 
 
-def test_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inside: list[str] = []
+def test_lock_is_exclusive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, order = tmp_path / "data", []
 
     def second() -> None:
-        with exclusive(tmp_path / "data"):
-            inside.append("second")
+        with exclusive(folder):
+            order.append("second")
 
-    with exclusive(tmp_path / "data"):
+    with exclusive(folder):
         thread = threading.Thread(target=second)
         thread.start()
         thread.join(timeout=0.3)
-        assert inside == []
-        inside.append("first")
-    thread.join(timeout=10)
-    assert inside == ["first", "second"]
-    assert "waiting for another process" in capsys.readouterr().err
+        assert is_locked_folder(folder)
+        order.append("first")
+    thread.join(timeout=30)
+    assert order == ["first", "second"]
+    assert not is_locked_folder(folder)
+    assert str(folder) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_a_sentence(code: int) -> None:
-    message = r"the disk of data is full: free some and give the same command again, .* --out"
-    with pytest.raises(ValueError, match=message), plain_file_errors(Path("data")):
-        raise OSError(code, "No space left on device")
+@pytest.mark.parametrize(
+    "error,match",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk of data is full.*--out"),
+        (OSError(errno.EDQUOT, "Quota exceeded"), "the disk of data is full.*--out"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), r"/x/y .*\(Permission denied\)"),
+        (OSError(errno.EIO, "Input/output error"), None),
+    ],
+)
+def test_disk_errors_become_sentences_and_others_pass(error: OSError, match: str | None) -> None:
+    with pytest.raises(ValueError if match else OSError, match=match), plain_file_errors(Path("data")):
+        raise error
 
 
-def test_a_closed_folder_is_a_sentence() -> None:
-    message = r"/x/y may not be touched \(Permission denied\)"
-    with pytest.raises(ValueError, match=message), plain_file_errors(Path("data")):
-        raise PermissionError(errno.EACCES, "Permission denied", "/x/y")
-
-
-def test_other_errors_pass() -> None:
-    with pytest.raises(OSError, match="Input/output error"), plain_file_errors(Path("data")):
-        raise OSError(errno.EIO, "Input/output error")
-
-
-def test_too_little_space_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     require_disk_space(tmp_path, 10**9)
-    with pytest.raises(ValueError, match=r"need about 20\.00 GB and the disk of .* has 1\.00 GB free"):
+    with pytest.raises(ValueError, match=r"20\.00 GB .* 1\.00 GB free"):
         require_disk_space(tmp_path, 20 * 10**9)

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overnight.data import shards
-from overnight.data.loader import Batch, TokenStream
+from overnight.data import token_reader
+from overnight.data.loader import Batch, PrefetchLoader, TokenStream, prefetch
 from overnight.data.permutation import build_permutation, derive_keys
 from overnight.data.shards import Manifest
 
@@ -24,7 +25,7 @@ Prepare = Callable[..., Manifest]
 
 @pytest.fixture
 def stream_of(tmp_path: Path, prepared: Prepare) -> Callable[..., TokenStream]:
-    """A stream over the ids 0, 1, ... n - 1: an id is its own place."""
+    """A stream over the ids 0, 1, ... n - 1: an id is its own index."""
 
     def build(n: int, tokens_per_row: int, *, shard_tokens: int = 100, seed: int = 0) -> TokenStream:
         folder = tmp_path / f"{n}-{shard_tokens}"
@@ -35,93 +36,76 @@ def stream_of(tmp_path: Path, prepared: Prepare) -> Callable[..., TokenStream]:
     return build
 
 
-def rows_of(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([batch.ids for batch in batches]), torch.cat([batch.targets for batch in batches])
+# The order of the rows
 
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_an_epoch_has_every_window_once_and_every_token_as_a_target(
+def test_epoch_has_every_window_once_and_every_token_as_target(
     prepared: Prepare, data: st.DataObject
 ) -> None:
     n = data.draw(st.integers(2, 400), "tokens")
     length = data.draw(st.integers(1, n - 1), "tokens_per_row")
     shard_tokens = data.draw(st.integers(1, n + 5) if n < 50 else st.integers(20, n + 5), "shard_tokens")
-    seed = data.draw(st.integers(0, 2**32), "seed")
     epoch = data.draw(st.integers(0, 3), "epoch")
     with tempfile.TemporaryDirectory() as folder:
         prepared(Path(folder), range(n), shard_tokens=shard_tokens)
-        stream = TokenStream(folder, tokens_per_row=length, seed=seed)
-        windows = stream.windows_per_epoch
-        batch = stream.batch(epoch * windows, windows)
-    assert windows == math.ceil(n / length)
-    # Ids are their own places: each row must be consecutive around the circle, targets one further on.
+        stream = TokenStream(folder, tokens_per_row=length, seed=data.draw(st.integers(0, 2**32), "seed"))
+        rows = stream.rows_per_epoch
+        batch = stream.batch(epoch * rows, rows)
+    assert rows == math.ceil(n / length)
+    # Each row is consecutive around the ring, its targets one further on.
     assert torch.equal(batch.ids, (batch.ids[:, :1] + torch.arange(length)) % n)
     assert torch.equal(batch.targets, (batch.ids + 1) % n)
-    starts = sorted(batch.ids[:, 0].tolist())
-    assert len(set(starts)) == windows
+    assert len(set(batch.ids[:, 0].tolist())) == rows
     counts = Counter(batch.targets.flatten().tolist())
     assert set(counts) == set(range(n))
     assert set(counts.values()) <= {1, 2}
-    assert sum(count == 2 for count in counts.values()) == windows * length - n < length
+    assert sum(count == 2 for count in counts.values()) == rows * length - n < length
 
 
-def test_epochs_differ_in_order_and_in_boundaries(stream_of: Callable[..., TokenStream]) -> None:
+def test_epochs_and_seeds_differ_in_order_and_boundaries(stream_of: Callable[..., TokenStream]) -> None:
     stream = stream_of(3000, 16)
-    windows = stream.windows_per_epoch
-    starts = [stream.batch(epoch * windows, windows).ids[:, 0] for epoch in range(4)]
+    rows = stream.rows_per_epoch
+    starts = [stream.batch(epoch * rows, rows).ids[:, 0] for epoch in range(4)]
     assert len({tuple(each.tolist()) for each in starts}) == 4
-    assert len({int(each[0]) % 16 for each in starts}) > 1
     assert len({tuple(sorted(each.tolist())) for each in starts}) == 4
-    other = stream_of(3000, 16, seed=1).batch(0, windows).ids[:, 0]
-    assert not torch.equal(other, starts[0])
-
-
-def test_an_epoch_is_shuffled(stream_of: Callable[..., TokenStream]) -> None:
-    stream = stream_of(3000, 16)
-    starts = stream.batch(0, stream.windows_per_epoch).ids[:, 0]
-    follows = (starts[1:] - starts[:-1]) % 3000 == 16
+    assert not torch.equal(stream_of(3000, 16, seed=1).batch(0, rows).ids[:, 0], starts[0])
+    follows = (starts[0][1:] - starts[0][:-1]) % 3000 == 16
     assert follows.sum() < 10
 
 
 @pytest.mark.parametrize("parts", [[48], [1] * 48, [5, 1, 30, 12], [24, 24]])
-def test_rows_do_not_depend_on_how_they_are_fetched(
+def test_rows_do_not_depend_on_batches_history_or_shards(
     stream_of: Callable[..., TokenStream], parts: list[int]
 ) -> None:
-    stream = stream_of(500, 32)  # 16 windows an epoch: 48 rows from row 7 on cross epochs
-    whole = stream.batch(7, 48)
-    firsts = [7 + done for done in itertools.accumulate(parts, initial=0)]
-    pieces = [stream.batch(first, rows) for first, rows in zip(firsts, parts, strict=False)]
-    ids, targets = rows_of(pieces)
-    assert torch.equal(ids, whole.ids)
-    assert torch.equal(targets, whole.targets)
-
-
-def test_rows_do_not_depend_on_the_past_or_on_shards(stream_of: Callable[..., TokenStream]) -> None:
-    one = stream_of(500, 32, shard_tokens=1000)
-    many = stream_of(500, 32, shard_tokens=7)
-    expected = one.batch(100, 8)
+    whole = stream_of(500, 32, shard_tokens=1000).batch(7, 48)  # 16 rows an epoch: 48 rows cross epochs
+    stream = stream_of(500, 32, shard_tokens=7)
     for row in (0, 10**12, 3):
-        many.batch(row, 2)
-    assert torch.equal(many.batch(100, 8).ids, expected.ids)
-    assert torch.equal(many.batch(100, 8).targets, expected.targets)
+        stream.batch(row, 2)
+    firsts = itertools.accumulate(parts, initial=7)
+    pieces = [stream.batch(first, rows) for first, rows in zip(firsts, parts, strict=False)]
+    for name in ("ids", "targets"):
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(whole, name))
+        assert getattr(whole, name).dtype == torch.int64
+        assert getattr(whole, name).is_contiguous()
 
 
 def naive_rows(ids: list[int], length: int, seed: int, rows: range) -> list[list[int]]:
     """Row by row and index by index: the order that every run so far was trained in."""
     n, found = len(ids), []
-    windows = -(-n // length)
+    rows_per_epoch = -(-n // length)
     for row in rows:
-        epoch, place = divmod(row, windows)
-        (shift,) = derive_keys(seed, epoch, "shift", 1)
-        start = shift % n + build_permutation(windows, seed, epoch)(place) * length
-        found.append([ids[(start + offset) % n] for offset in range(length + 1)])
+        epoch, index = divmod(row, rows_per_epoch)
+        (offset,) = derive_keys(seed, epoch, "shift", 1)
+        start = offset % n + int(build_permutation(rows_per_epoch, seed, epoch).at(index, 1)[0]) * length
+        found.append([ids[(start + step) % n] for step in range(length + 1)])
     return found
 
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_the_order_of_the_rows_is_the_naive_one(prepared: Prepare, data: st.DataObject) -> None:
+def test_rows_equal_naive_twin(prepared: Prepare, data: st.DataObject) -> None:
     n = data.draw(st.integers(2, 20_000), "tokens")
     length = data.draw(st.integers(1, min(n - 1, 64)), "tokens_per_row")
     seed = data.draw(st.integers(0, 2**63 - 1), "seed")
@@ -135,48 +119,44 @@ def test_the_order_of_the_rows_is_the_naive_one(prepared: Prepare, data: st.Data
     assert batch.targets.tolist() == [row[1:] for row in expected]
 
 
-def test_the_order_of_the_rows_is_pinned(tmp_path: Path, prepared: Prepare) -> None:
+def test_row_order_is_pinned(tmp_path: Path, prepared: Prepare) -> None:
     """A resumed run must find the same rows, whatever version it began with."""
-    prepared(tmp_path, [place % 50_000 for place in range(100_000)], shard_tokens=30_000)
+    prepared(tmp_path, [index % 50_000 for index in range(100_000)], shard_tokens=30_000)
     stream = TokenStream(tmp_path, tokens_per_row=16, seed=1337)
-    assert [stream.window_start(row) for row in range(4)] == [38_410, 19_834, 7_706, 11_562]
-    later = [stream.window_start(10**9 + row) for row in range(4)]
-    assert later == [19_189, 9_285, 98_597, 74_693]
+    assert [stream.row_start(row) for row in range(4)] == [38_410, 19_834, 7_706, 11_562]
+    assert [stream.row_start(10**9 + row) for row in range(4)] == [19_189, 9_285, 98_597, 74_693]
+    windows = TokenStream(tmp_path, tokens_per_row=16, seed=1337, shuffle_window=10_000)
+    assert [windows.row_start(row) for row in (0, 1, 625, 626, 10**9)] == [2202, 5610, 19387, 12107, 933]
 
 
-def test_a_shard_cut_short_meanwhile_is_refused(tmp_path: Path, prepared: Prepare) -> None:
+# Reading
+
+
+def test_shard_cut_short_while_reading_is_refused(tmp_path: Path, prepared: Prepare) -> None:
     prepared(tmp_path, range(300), shard_tokens=1000)
     stream = TokenStream(tmp_path, tokens_per_row=200)
     os.truncate(tmp_path / "train-00000.bin", 1024 + 300)
-    with pytest.raises(ValueError, match=r"train-00000\.bin is damaged|was cut short while it was read"):
+    with pytest.raises(ValueError, match=r"train-00000\.bin"):
         list(stream.evaluation_batches(1))
     stream = TokenStream(tmp_path, "validation", tokens_per_row=1)
-    next(stream.evaluation_batches(1))
+    next(stream.evaluation_batches(1))  # the file is open now
     os.truncate(tmp_path / "validation-00000.bin", 1024 + 1)
-    with pytest.raises(ValueError, match="was cut short while it was read"):
+    with pytest.raises(ValueError, match=r"validation-00000\.bin"):
         stream.batch(0, 1)
 
 
-def test_more_shards_than_a_process_may_open(
+def test_open_files_are_limited_and_closed(
     tmp_path: Path, prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared(tmp_path, range(3000), shard_tokens=10)
-    monkeypatch.setattr(shards, "files_at_once", lambda: 16)
+    monkeypatch.setattr(token_reader, "files_at_once", lambda: 16)
     before = len(os.listdir("/dev/fd"))
     stream = TokenStream(tmp_path, tokens_per_row=16)
-    batch = stream.batch(0, stream.windows_per_epoch)
+    batch = stream.batch(0, stream.rows_per_epoch)
     assert set(batch.targets.flatten().tolist()) == set(range(3000))
     assert len(os.listdir("/dev/fd")) - before == 16
     del stream
     assert len(os.listdir("/dev/fd")) == before
-
-
-def test_a_batch_is_two_contiguous_int64_tensors(stream_of: Callable[..., TokenStream]) -> None:
-    batch = stream_of(500, 32).batch(0, 3)
-    for tensor in (batch.ids, batch.targets):
-        assert tensor.shape == (3, 32)
-        assert tensor.dtype == torch.int64
-        assert tensor.is_contiguous()
 
 
 @settings(deadline=None, max_examples=60)
@@ -186,7 +166,7 @@ def test_a_batch_is_two_contiguous_int64_tensors(stream_of: Callable[..., TokenS
     rows=st.integers(1, 9),
     limit=st.none() | st.integers(1, 300),
 )
-def test_evaluation_takes_every_target_once_and_in_order(
+def test_evaluation_has_every_target_once_in_order(
     prepared: Prepare, n: int, length: int, rows: int, limit: int | None
 ) -> None:
     length = min(length, n - 1)
@@ -194,40 +174,83 @@ def test_evaluation_takes_every_target_once_and_in_order(
         prepared(Path(folder), [0, 1, 2] * 30, range(n), shard_tokens=17)
         stream = TokenStream(folder, "validation", tokens_per_row=length)
         batches = list(stream.evaluation_batches(rows, limit))
-    targets = torch.cat([batch.targets.flatten() for batch in batches]).tolist()
-    assert targets == list(range(1, n))[:limit]
-    assert torch.cat([batch.ids.flatten() for batch in batches]).tolist() == [
-        target - 1 for target in targets
-    ]
+    targets = torch.cat([batch.targets.flatten() for batch in batches])
+    assert targets.tolist() == list(range(1, n))[:limit]
+    assert torch.equal(torch.cat([batch.ids.flatten() for batch in batches]), targets - 1)
     shapes = [tuple(batch.ids.shape) for batch in batches]
-    full = [shape for shape in shapes if shape == (rows, length)]
-    assert len(shapes) - len(full) <= 2  # one with fewer rows, one shorter
+    assert sum(shape != (rows, length) for shape in shapes) <= 2  # one with fewer rows, one shorter
 
 
-def test_a_row_longer_than_the_data_is_refused(tmp_path: Path, prepared: Prepare) -> None:
+def test_rows_longer_than_data_or_shuffle_window_are_refused(tmp_path: Path, prepared: Prepare) -> None:
     prepared(tmp_path, range(64), range(8))
-    with pytest.raises(
-        ValueError, match=r"64 tokens and its targets do not fit in the 64 of the train split"
+    assert TokenStream(tmp_path, tokens_per_row=63).rows_per_epoch == 2
+    for split, settings_of_stream, match in (
+        ("train", {"tokens_per_row": 64}, "64 tokens .* the 64 of the train split"),
+        ("validation", {"tokens_per_row": 8}, "the validation split"),
+        ("train", {"tokens_per_row": 10, "shuffle_window": 10}, "shuffle_window=10 .* a row of 10"),
+        ("test", {"tokens_per_row": 8}, "split='test'"),
     ):
-        TokenStream(tmp_path, tokens_per_row=64)
-    with pytest.raises(ValueError, match="the validation split"):
-        TokenStream(tmp_path, "validation", tokens_per_row=8)
-    assert TokenStream(tmp_path, tokens_per_row=63).windows_per_epoch == 2
+        with pytest.raises(ValueError, match=match):
+            TokenStream(tmp_path, split, **settings_of_stream)
 
 
-def test_an_unknown_split_is_refused(tmp_path: Path, prepared: Prepare) -> None:
-    prepared(tmp_path, range(64))
-    with pytest.raises(ValueError, match="split='test' must be train or validation"):
-        TokenStream(tmp_path, "test", tokens_per_row=8)
-
-
-def test_opening_reads_every_shard(tmp_path: Path, prepared: Prepare) -> None:
+def test_opening_reads_every_shard_of_the_split(tmp_path: Path, prepared: Prepare) -> None:
     prepared(tmp_path, range(300))
     path = tmp_path / "train-00002.bin"
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"train-00002\.bin was changed since it was written"):
+    with pytest.raises(ValueError, match=r"train-00002\.bin"):
         TokenStream(tmp_path, tokens_per_row=8)
-    # The other split is sound, and does not read this one.
     assert TokenStream(tmp_path, "validation", tokens_per_row=1).tokens == 2
+
+
+# Prefetching
+
+
+class Numbered:
+    """Row n is the id n. Records what is read, and fails at one row if asked to."""
+
+    def __init__(self, damaged_row: int | None = None) -> None:
+        self.damaged_row = damaged_row
+        self.read: list[tuple[int, int]] = []
+        self.is_next_read = threading.Event()
+
+    def batch(self, first_row: int, rows: int) -> Batch:
+        self.read.append((first_row, rows))
+        if first_row == self.damaged_row:
+            raise ValueError("row is damaged")
+        if first_row:
+            self.is_next_read.set()
+        ids = torch.arange(first_row, first_row + rows)[:, None]
+        return Batch(ids, ids + 1)
+
+
+def test_prefetched_batches_are_the_same_in_any_order() -> None:
+    loader = prefetch(Numbered(), "meta")
+    for first, rows in [(0, 2), (2, 2), (4, 2), (0, 2), (2, 4), (6, 4), (7, 1)]:
+        batch = loader.batch(first, rows)
+        assert (batch.ids.shape, batch.ids.device.type) == ((rows, 1), "meta")
+
+
+@pytest.mark.parametrize("next_row", [None, lambda first_row: first_row + 7])
+def test_next_batch_is_read_ahead_and_once(next_row: Callable[[int], int] | None) -> None:
+    source = Numbered()
+    loader = PrefetchLoader(source, "meta", next_row)
+    loader.batch(0, 3)
+    assert source.is_next_read.wait(timeout=60)
+    following = 3 if next_row is None else 7
+    loader.batch(following, 3)
+    assert source.read.count((following, 3)) == 1
+
+
+def test_prefetch_error_is_raised_where_its_rows_are_asked_for() -> None:
+    loader = prefetch(Numbered(damaged_row=1), "meta")
+    loader.batch(0, 1)
+    with pytest.raises(ValueError, match="damaged"):
+        loader.batch(1, 1)
+
+
+def test_prefetch_on_cpu_is_the_source() -> None:
+    source = Numbered()
+    assert prefetch(source, "cpu") is source

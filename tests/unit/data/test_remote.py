@@ -25,32 +25,47 @@ ADDRESS = "memory://bucket/folder"
 
 
 @pytest.fixture
-def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache, empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "overnight" / "shards"
 
 
 @pytest.fixture
-def here(tmp_path: Path, prepared: Prepare) -> Path:
+def local(tmp_path: Path, prepared: Prepare) -> Path:
     """A prepared folder of five shards of training tokens and one of validation."""
-    prepared(tmp_path / "here", range(500), range(40))
-    (tmp_path / "here" / "tokenizer").mkdir()
-    (tmp_path / "here" / "tokenizer" / "tokenizer.json").write_text("{}")
-    return tmp_path / "here"
+    prepared(tmp_path / "local", range(500), range(40))
+    (tmp_path / "local" / "tokenizer").mkdir()
+    (tmp_path / "local" / "tokenizer" / "tokenizer.json").write_text("{}")
+    return tmp_path / "local"
 
 
 @pytest.fixture
-def bucket(here: Path, shelf: Path) -> Iterator[fsspec.AbstractFileSystem]:
+def bucket(local: Path, cache: Path) -> Iterator[fsspec.AbstractFileSystem]:
     """An object store that holds a copy of it."""
     system = fsspec.filesystem("memory")
-    system.put(str(here), "/bucket/folder", recursive=True)
+    system.put(str(local), "/bucket/folder", recursive=True)
     yield system
     system.rm("/bucket", recursive=True)
 
 
-def kept(shelf: Path) -> set[str]:
-    return {path.name for path in shelf.glob("*/*.bin")}
+@pytest.fixture
+def fetched(bucket: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the shards that are downloaded whole. Pieces are small here: a shard has several."""
+    names: list[str] = []
+    get_file = bucket.get_file
+
+    def record(source: str, target: str) -> None:
+        names.append(Path(source).name)
+        get_file(source, target)
+
+    monkeypatch.setattr(bucket, "get_file", record)
+    monkeypatch.setattr(remote, "PIECE_BYTES", 64)
+    return names
+
+
+def cached(cache: Path) -> set[str]:
+    return {path.name for path in cache.glob("*/*.bin")}
 
 
 def flip(system: fsspec.AbstractFileSystem, path: str) -> None:
@@ -59,49 +74,58 @@ def flip(system: fsspec.AbstractFileSystem, path: str) -> None:
     system.pipe_file(path, bytes(content))
 
 
+# Without a limit
+
+
 @pytest.mark.usefixtures("bucket")
-def test_a_folder_elsewhere_gives_the_rows_of_the_one_here(here: Path, shelf: Path) -> None:
-    for split in ("train", "validation"):
-        ours = TokenStream(RemoteFolder(ADDRESS), split, tokens_per_row=16, seed=5)
-        theirs = TokenStream(here, split, tokens_per_row=16, seed=5)
-        rows = 3 * theirs.windows_per_epoch
-        assert torch.equal(ours.batch(0, rows).ids, theirs.batch(0, rows).ids)
-        assert torch.equal(ours.batch(0, rows).targets, theirs.batch(0, rows).targets)
-        pairs = zip(ours.evaluation_batches(3), theirs.evaluation_batches(3), strict=True)
-        assert all(torch.equal(one.targets, other.targets) for one, other in pairs)
-    assert len(kept(shelf)) == 6
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_remote_rows_are_the_local_ones(local: Path, split: str) -> None:
+    ours = TokenStream(RemoteFolder(ADDRESS), split, tokens_per_row=16, seed=5)
+    theirs = TokenStream(local, split, tokens_per_row=16, seed=5)
+    rows = 3 * theirs.rows_per_epoch
+    assert torch.equal(ours.batch(0, rows).ids, theirs.batch(0, rows).ids)
+    assert torch.equal(ours.batch(0, rows).targets, theirs.batch(0, rows).targets)
+    pairs = zip(ours.evaluation_batches(3), theirs.evaluation_batches(3), strict=True)
+    assert all(torch.equal(one.targets, other.targets) for one, other in pairs)
 
 
-def test_a_shard_is_fetched_when_a_row_first_needs_it_and_once(
-    bucket: fsspec.AbstractFileSystem, shelf: Path, capsys: pytest.CaptureFixture[str]
+def test_shard_is_fetched_when_first_needed_and_once(
+    bucket: fsspec.AbstractFileSystem, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = RemoteFolder(ADDRESS)
-    assert kept(shelf) == set()
-    assert [path.name for path in shelf.glob("*/tokenizer/*")] == ["tokenizer.json"]
-    stream = TokenStream(folder, tokens_per_row=16)
-    assert kept(shelf) == set()
+    stream = TokenStream(RemoteFolder(f"{ADDRESS}/"), tokens_per_row=16)
+    assert cached(cache) == set()
+    assert [path.name for path in cache.glob("*/tokenizer/*")] == ["tokenizer.json"]
     next(stream.evaluation_batches(1))
-    assert kept(shelf) == {"train-00000.bin"}
-    assert "fetching memory://bucket/folder/train-00000.bin" in capsys.readouterr().err
-    for number in range(5):  # another process finds it there, even if the store has lost it
+    assert cached(cache) == {"train-00000.bin"}
+    assert f"{ADDRESS}/train-00000.bin" in capsys.readouterr().err
+    for number in range(5):  # another process finds it in the cache, even if the store has lost it
         bucket.rm(f"/bucket/folder/train-{number:05d}.bin")
     next(TokenStream(RemoteFolder(ADDRESS), tokens_per_row=16).evaluation_batches(1))
-    with pytest.raises(ValueError, match=r"^memory://bucket/folder/train-00001\.bin can't be fetched"):
+    with pytest.raises(ValueError, match=rf"^{ADDRESS}/train-00001\.bin"):
         list(stream.evaluation_batches(1))
 
 
-def test_a_flipped_bit_is_refused_and_not_kept(bucket: fsspec.AbstractFileSystem, shelf: Path) -> None:
+def test_path_in_remote_folder_is_local(local: Path, bucket: fsspec.AbstractFileSystem) -> None:
+    folder = RemoteFolder(f"{ADDRESS}/")
+    assert str(folder) == ADDRESS
+    assert (folder / "train-00004.bin").read_bytes() == (local / "train-00004.bin").read_bytes()
+    assert (folder / "tokenizer" / "tokenizer.json").read_text() == "{}"
+
+
+def test_flipped_bit_at_the_url_is_refused_and_not_cached(
+    bucket: fsspec.AbstractFileSystem, cache: Path
+) -> None:
     flip(bucket, "/bucket/folder/train-00001.bin")
     batches = TokenStream(RemoteFolder(ADDRESS), tokens_per_row=20).evaluation_batches(1)
     for _ in range(4):
         next(batches)  # from the first shard, which is sound
-    with pytest.raises(ValueError, match=r"train-00001\.bin is not as its manifest says: upload"):
+    with pytest.raises(ValueError, match=r"train-00001\.bin does not match its manifest"):
         next(batches)
-    assert {path.name for path in shelf.rglob("*.bin")} == {"train-00000.bin"}
+    assert {path.name for path in cache.rglob("*.bin")} == {"train-00000.bin"}
 
 
-def test_a_shard_that_does_not_come_whole_is_refused(
-    bucket: fsspec.AbstractFileSystem, shelf: Path, monkeypatch: pytest.MonkeyPatch
+def test_incomplete_download_is_refused(
+    bucket: fsspec.AbstractFileSystem, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RemoteFolder(ADDRESS)
 
@@ -111,147 +135,40 @@ def test_a_shard_that_does_not_come_whole_is_refused(
 
     with monkeypatch.context() as patch:
         patch.setattr(bucket, "get_file", full)
-        with pytest.raises(ValueError, match=r"^the disk of .* is full: free some, or limit what is kept"):
+        with pytest.raises(ValueError, match=r"^the disk of .* is full.*--cache-bytes"):
             folder.open(folder.manifest.train[0])
-    assert not list(shelf.rglob("*.bin"))
-    bucket.pipe_file("/bucket/folder/train-00000.bin", bucket.cat_file("/bucket/folder/train-00000.bin")[:-2])
-    with pytest.raises(ValueError, match=r"train-00000\.bin is not as its manifest says"):
+    assert not list(cache.rglob("*.bin"))
+    path = "/bucket/folder/train-00000.bin"
+    bucket.pipe_file(path, bucket.cat_file(path)[:-2])
+    with pytest.raises(ValueError, match=r"train-00000\.bin does not match its manifest"):
         folder.open(folder.manifest.train[0])
 
 
 @pytest.mark.usefixtures("bucket")
-def test_a_bit_that_flips_in_the_cache_is_mended(here: Path, shelf: Path) -> None:
+def test_flipped_bit_in_the_cache_is_repaired(local: Path, cache: Path) -> None:
     (first,) = TokenStream(RemoteFolder(ADDRESS), "validation", tokens_per_row=39).evaluation_batches(1)
-    (path,) = shelf.glob("*/validation-00000.bin")
+    (path,) = cache.glob("*/validation-00000.bin")
     content = bytearray(path.read_bytes())
     for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:-2], b""):
         path.write_bytes(damaged)
         (again,) = TokenStream(RemoteFolder(ADDRESS), "validation", tokens_per_row=39).evaluation_batches(1)
         assert torch.equal(again.targets, first.targets)
-        assert path.read_bytes() == (here / "validation-00000.bin").read_bytes()
+        assert path.read_bytes() == (local / "validation-00000.bin").read_bytes()
 
 
-def test_a_manifest_that_was_changed_is_refused(bucket: fsspec.AbstractFileSystem) -> None:
-    flip(bucket, "/bucket/folder/manifest.json")
-    with pytest.raises(ValueError, match=r"^memory://bucket/folder: .*manifest\.json"):
-        RemoteFolder(ADDRESS)
-
-
-@pytest.mark.usefixtures("bucket")
-def test_a_folder_without_a_manifest_is_refused() -> None:
+def test_missing_or_changed_manifest_is_refused(bucket: fsspec.AbstractFileSystem) -> None:
     assert is_prepared_elsewhere(ADDRESS)
     assert not is_prepared_elsewhere("memory://bucket/nothing")
     assert not is_prepared_elsewhere("bucket/folder")
     with pytest.raises(ValueError, match=r"memory://bucket/nothing has no manifest\.json"):
         RemoteFolder("memory://bucket/nothing")
+    flip(bucket, "/bucket/folder/manifest.json")
+    with pytest.raises(ValueError, match=rf"^{ADDRESS}: .*manifest\.json"):
+        RemoteFolder(ADDRESS)
 
 
 @pytest.mark.usefixtures("bucket")
-def test_the_limit_holds_and_the_least_recently_used_go_first(shelf: Path) -> None:
-    folder = RemoteFolder(ADDRESS, cache_bytes=3 * SHARD_BYTES + 5)
-    shards = folder.manifest.train
-    for shard in shards[:3]:
-        folder.open(shard)
-    folder.open(shards[0])  # now the second is the one that was not used for longest
-    folder.open(shards[3])
-    assert kept(shelf) == {shards[0].name, shards[2].name, shards[3].name}
-    stream = TokenStream(folder, tokens_per_row=16)
-    for row in range(60):
-        stream.batch(row, 1)
-        assert sum(path.stat().st_size for path in shelf.glob("*/*.bin")) <= 3 * SHARD_BYTES
-
-
-@pytest.fixture
-def fetched(bucket: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the shards that are fetched as a whole. Pieces are small here: a shard has several."""
-    names: list[str] = []
-    get_file = bucket.get_file
-
-    def noted(source: str, target: str) -> None:
-        names.append(Path(source).name)
-        get_file(source, target)
-
-    monkeypatch.setattr(bucket, "get_file", noted)
-    monkeypatch.setattr(remote, "PIECE_BYTES", 64)
-    return names
-
-
-@pytest.mark.parametrize("tokens_per_row", [1, 16, 150])
-def test_a_text_larger_than_the_cache_is_fetched_once(
-    here: Path, fetched: list[str], tokens_per_row: int
-) -> None:
-    ours = TokenStream(RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES), tokens_per_row=tokens_per_row)
-    theirs = TokenStream(here, tokens_per_row=tokens_per_row)
-    for _ in range(2):
-        for row in range(100):
-            assert torch.equal(ours.batch(row, 2).targets, theirs.batch(row, 2).targets)
-    assert sorted(fetched) == [f"train-{number:05d}.bin" for number in range(5)]
-
-
-def distant(folder: RemoteFolder) -> Shard:
-    """A shard that was here and had to go."""
-    for shard in folder.manifest.train:
-        folder.open(shard)
-    assert isinstance(folder.open(folder.manifest.train[0]), remote.RemoteShard)
-    return folder.manifest.train[0]
-
-
-def first_tokens(folder: RemoteFolder, shard: Shard) -> list[int]:
-    tokens = np.empty(100, dtype=np.uint16)
-    folder.open(shard).read(0, tokens)
-    return tokens.tolist()
-
-
-def test_a_bit_that_flips_where_it_lies_is_refused(
-    bucket: fsspec.AbstractFileSystem, fetched: list[str]
-) -> None:
-    folder = RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES)
-    shard = distant(folder)
-    assert first_tokens(folder, shard) == list(range(100))
-    flip(bucket, f"/bucket/folder/{shard.name}")
-    with pytest.raises(ValueError, match=r"train-00000\.bin is not as its manifest says: upload"):
-        first_tokens(folder, shard)
-    assert fetched.count(shard.name) == 2
-
-
-def test_damaged_digests_are_mended(shelf: Path, fetched: list[str]) -> None:
-    folder = RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES)
-    shard = distant(folder)
-    (path,) = shelf.glob("*/train-00000.pieces")
-    path.write_bytes(bytes(path.stat().st_size))
-    assert first_tokens(folder, shard) == list(range(100))
-    assert fetched.count(shard.name) == 2
-
-
-def test_where_there_is_room_again_a_shard_is_kept(shelf: Path, fetched: list[str]) -> None:
-    shard = distant(RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES))
-    assert first_tokens(RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES), shard) == list(range(100))
-    assert fetched.count(shard.name) == 1  # the digests outlive the process
-    assert first_tokens(RemoteFolder(ADDRESS, cache_bytes=3 * SHARD_BYTES), shard) == list(range(100))
-    assert fetched.count(shard.name) == 2
-    assert shard.name in kept(shelf)
-
-
-@pytest.mark.usefixtures("bucket")
-def test_without_a_limit_all_are_kept(shelf: Path) -> None:
-    folder = RemoteFolder(ADDRESS)
-    for shard in folder.manifest.train:
-        folder.open(shard)
-    assert len(kept(shelf)) == 5
-
-
-@pytest.mark.usefixtures("bucket")
-def test_a_limit_is_told_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match=f"cache_bytes=1000 is less than .*, which has {SHARD_BYTES}: give"):
-        RemoteFolder(ADDRESS, cache_bytes=1000)
-    RemoteFolder(ADDRESS, cache_bytes=5 * SHARD_BYTES)
-    assert "one by one" not in capsys.readouterr().err
-    RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES)
-    assert "about 60% of the rows will be read from there one by one" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("bucket")
-def test_more_shards_than_may_be_open(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_open_files_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "files_at_once", lambda: 2)
     verified: list[str] = []
     verify = remote.verify_shard
@@ -263,12 +180,83 @@ def test_more_shards_than_may_be_open(shelf: Path, monkeypatch: pytest.MonkeyPat
     assert len(verified) == 2 * 5  # not found; then found as it should be; never again
 
 
-def test_a_path_below_it_is_on_this_machine(here: Path, bucket: fsspec.AbstractFileSystem) -> None:
-    folder = RemoteFolder(f"{ADDRESS}/")
-    assert str(folder) == ADDRESS
-    assert (folder / "train-00004.bin").read_bytes() == (here / "train-00004.bin").read_bytes()
-    assert (folder / "tokenizer" / "tokenizer.json").read_text() == "{}"
+# With a limit
 
+
+@pytest.mark.usefixtures("bucket")
+def test_cache_limit_deletes_least_recently_used(cache: Path) -> None:
+    folder = RemoteFolder(ADDRESS, cache_bytes=3 * SHARD_BYTES + 5)
+    shards = folder.manifest.train
+    for number in (0, 1, 2, 0, 3):  # shard 1 is the least recently used when shard 3 comes
+        folder.open(shards[number])
+    assert cached(cache) == {shards[0].name, shards[2].name, shards[3].name}
+    stream = TokenStream(folder, tokens_per_row=16)
+    for row in range(60):
+        stream.batch(row, 1)
+        assert sum(path.stat().st_size for path in cache.glob("*/*.bin")) <= 3 * SHARD_BYTES
+
+
+@pytest.mark.parametrize("tokens_per_row", [1, 16, 150])
+def test_text_larger_than_cache_is_fetched_once(local: Path, fetched: list[str], tokens_per_row: int) -> None:
+    ours = TokenStream(RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES), tokens_per_row=tokens_per_row)
+    theirs = TokenStream(local, tokens_per_row=tokens_per_row)
+    for row in [*range(100), *range(100)]:
+        assert torch.equal(ours.batch(row, 2).targets, theirs.batch(row, 2).targets)
+    assert sorted(fetched) == [f"train-{number:05d}.bin" for number in range(5)]
+
+
+@pytest.mark.usefixtures("bucket")
+def test_cache_limit_below_a_shard_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=f"cache_bytes={SHARD_BYTES - 1} .* {SHARD_BYTES} bytes"):
+        RemoteFolder(ADDRESS, cache_bytes=SHARD_BYTES - 1)
+    RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES)
+    assert "about 60% of the rows" in capsys.readouterr().err
+
+
+def remote_shard(folder: RemoteFolder) -> Shard:
+    """A shard that was in the cache and was deleted."""
+    for shard in folder.manifest.train:
+        folder.open(shard)
+    assert isinstance(folder.open(folder.manifest.train[0]), remote.RemoteShard)
+    return folder.manifest.train[0]
+
+
+def tokens_of(folder: RemoteFolder, shard: Shard) -> list[int]:
+    tokens = np.empty(100, dtype=np.uint16)
+    folder.open(shard).read(0, tokens)
+    return tokens.tolist()
+
+
+def test_flipped_bit_of_a_remote_shard_is_refused(
+    bucket: fsspec.AbstractFileSystem, fetched: list[str]
+) -> None:
+    folder = RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES)
+    shard = remote_shard(folder)
+    assert tokens_of(folder, shard) == list(range(100))
+    flip(bucket, f"/bucket/folder/{shard.name}")
+    with pytest.raises(ValueError, match=r"train-00000\.bin does not match its manifest"):
+        tokens_of(folder, shard)
+    assert fetched.count(shard.name) == 2
+
+
+def test_damaged_digests_are_repaired(cache: Path, fetched: list[str]) -> None:
+    folder = RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES)
+    shard = remote_shard(folder)
+    (path,) = cache.glob("*/train-00000.pieces")
+    path.write_bytes(bytes(path.stat().st_size))
+    assert tokens_of(folder, shard) == list(range(100))
+    assert fetched.count(shard.name) == 2
+
+
+def test_remote_shard_is_cached_when_there_is_room(fetched: list[str]) -> None:
+    shard = remote_shard(RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES))
+    assert tokens_of(RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES), shard) == list(range(100))
+    assert fetched.count(shard.name) == 1  # the digests outlive the process
+    assert tokens_of(RemoteFolder(ADDRESS, cache_bytes=3 * SHARD_BYTES), shard) == list(range(100))
+    assert fetched.count(shard.name) == 2
+
+
+# Several processes
 
 READER = """
 import sys, hashlib
@@ -285,45 +273,43 @@ print(digest.hexdigest())
 """
 
 
-def test_two_processes_share_one_cache(here: Path, shelf: Path) -> None:
+def start_reader(local: Path, cache_bytes: int) -> subprocess.Popen[str]:
+    """A process that waits for a line and then prints the digest of 300 rows."""
+    command = [sys.executable, "-c", READER, f"file://{local}", str(cache_bytes)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_two_processes_share_one_cache(local: Path, cache: Path) -> None:
     """Each deletes what the other has just used: the cache holds two shards of five."""
-    command = [sys.executable, "-c", READER, f"file://{here}", str(2 * SHARD_BYTES)]
-    readers = [
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
+    readers = [start_reader(local, 2 * SHARD_BYTES) for _ in range(2)]
     for reader in readers:
-        assert reader.stdout is not None
+        assert reader.stdout
         assert reader.stdout.readline() == "ready\n"
+    results = []
     for reader in readers:
-        assert reader.stdin is not None
+        assert reader.stdin
         reader.stdin.write("\n")
         reader.stdin.flush()
-    told = [reader.communicate(timeout=60) for reader in readers]
-    assert [reader.returncode for reader in readers] == [0, 0], told
-    local = TokenStream(here, tokens_per_row=16, seed=1)
-    expected = hashlib.sha256(b"".join(local.batch(row, 1).ids.numpy().tobytes() for row in range(300)))
-    assert [out.strip() for out, _ in told] == [expected.hexdigest()] * 2
-    assert len(kept(shelf)) <= 3  # two, and one that the other may have been fetching meanwhile
+    for reader in readers:
+        results.append(reader.communicate(timeout=120))
+        assert reader.returncode == 0, results
+    stream = TokenStream(local, tokens_per_row=16, seed=1)
+    expected = hashlib.sha256(b"".join(stream.batch(row, 1).ids.numpy().tobytes() for row in range(300)))
+    assert [out.strip() for out, _ in results] == [expected.hexdigest()] * 2
+    assert len(cached(cache)) <= 3  # two, and one that the other may have been fetching meanwhile
 
 
-def test_a_shard_that_another_process_fetches_is_waited_for(
-    here: Path, shelf: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = RemoteFolder(f"file://{here}")
-    place = folder.folder / "train-00000.bin"
-    command = [sys.executable, "-c", READER, f"file://{here}", str(9 * SHARD_BYTES)]
-    with FileLock(place.with_name(f".{place.name}.lock")):
-        reader = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert reader.stdin is not None
+@pytest.mark.usefixtures("cache")
+def test_shard_fetched_by_another_process_is_waited_for(local: Path) -> None:
+    path = RemoteFolder(f"file://{local}").folder / "train-00000.bin"
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        reader = start_reader(local, 9 * SHARD_BYTES)
+        assert reader.stdin
         reader.stdin.write("\n")
         reader.stdin.flush()
-        place.write_bytes((here / place.name).read_bytes())
-    _, told = reader.communicate(timeout=60)
-    assert reader.returncode == 0, told
-    assert "train-00001.bin" in told
-    assert "train-00000.bin" not in told
+        path.write_bytes((local / path.name).read_bytes())
+    _, printed = reader.communicate(timeout=120)
+    assert reader.returncode == 0, printed
+    assert "train-00001.bin" in printed
+    assert "train-00000.bin" not in printed

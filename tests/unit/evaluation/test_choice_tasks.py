@@ -1,4 +1,4 @@
-"""Lines of the official files, as their publishers write them, become questions; anything else is refused."""
+"""Records of the official files become questions; invalid ones are refused."""
 
 from __future__ import annotations
 
@@ -11,136 +11,87 @@ import pytest
 from overnight.evaluation.choice_tasks import CHOICE_TASKS, encode_question, read_questions
 from overnight.tokenizer.bpe import BytePair
 
+ANSWERS = ("ice", "the sun", "the moon", "snow")
 SCIENCE = {
     "question": {
         "stem": "What is hot?",
-        "choices": [{"text": "ice", "label": "A"}, {"text": "the sun", "label": "B"}]
-        + [{"text": text, "label": label} for text, label in (("the moon", "C"), ("snow", "D"))],
+        "choices": [{"text": text, "label": label} for text, label in zip(ANSWERS, "ABCD", strict=True)],
     },
     "answerKey": "B",
 }
+ANIMALS = ["crow", "dog", "king", "cat", "rat", "owl", "bee", "fly", "ant", "elk"]
 STORY = "".join(f"{number} Sentence {number} .\n" for number in range(1, 21))
-BEASTS = ["crow", "dog", "king", "cat", "rat", "owl", "bee", "fly", "ant", "elk"]
-STORY += "21 `` The XXXXX , '' said he .\tking\t\t" + "|".join(BEASTS) + "\n"
-LINES: dict[str, tuple[dict[str, Any] | str, str, list[str], int]] = {
+STORY += "21 `` The XXXXX , '' said he .\tking\t\t" + "|".join(ANIMALS) + "\n"
+JOINED_STORY = " ".join(f"Sentence {number}." for number in range(1, 21)) + ' "The'
+HELLASWAG = {"ctx": "A man sits. he", "endings": ["runs.", "eats.", "is a roof.", "sleeps."], "label": 3}
+WITH_HINTS = {
+    "activity_label": "Sitting",
+    "ctx": "[header] A man sits. he",
+    "endings": ["runs [substeps] away.", "eats.", "is [title] a roof.", "sleeps."],
+    "label": "3",
+}
+GAP = {"sentence": "Ann paid Eve since _ was rich.", "option1": "Ann", "option2": "Eve", "answer": "1"}
+COPA = {"premise": "He fell.", "question": "cause", "choice1": "It froze.", "choice2": "He sang.", "label": 0}
+ARC = "Question: What is hot?\nAnswer:"
+JAR = {"goal": "Open a jar", "sol1": "turn it", "sol2": "eat it", "label": 0}
+SNOW = {"passage": "Snow is cold.", "question": "is snow cold", "label": True}
+
+# Record, context, endings without their first space, answer.
+RECORDS: dict[str, tuple[dict[str, Any] | str, str, list[str] | tuple[str, ...], int]] = {
+    "hellaswag": (HELLASWAG, "A man sits. he", ["runs.", "eats.", "is a roof.", "sleeps."], 3),
     "hellaswag-lm-eval": (
-        {
-            "activity_label": "Sitting",
-            "ctx": "[header] A man sits. he",
-            "endings": ["runs [substeps] away.", "eats.", "is [title] a roof.", "sleeps."],
-            "label": "3",
-        },
+        WITH_HINTS,
         "Sitting: A man sits. he",
-        [" runs away.", " eats.", " is. a roof.", " sleeps."],
+        ["runs away.", "eats.", "is. a roof.", "sleeps."],
         3,
     ),
-    "winogrande": (
-        {"sentence": "Ann paid Eve since _ was rich.", "option1": "Ann", "option2": "Eve", "answer": "1"},
-        "Ann paid Eve since",
-        [" was rich.", " was rich."],
-        0,
-    ),
-    **{
-        name: (
-            STORY,
-            " ".join(f"Sentence {number}." for number in range(1, 21)) + ' "The',
-            [f' {word}," said he.' for word in BEASTS],
-            2,
-        )
-        for name in ("cbt-common-nouns", "cbt-named-entities")
-    },
-    "hellaswag": (
-        {"ctx": "A man sits. he", "endings": ["runs.", "eats.", "is a roof.", "sleeps."], "label": 3},
-        "A man sits. he",
-        [" runs.", " eats.", " is a roof.", " sleeps."],
-        3,
-    ),
-    "arc-easy": (
-        SCIENCE,
-        "Question: What is hot?\nAnswer:",
-        [" ice", " the sun", " the moon", " snow"],
-        1,
-    ),
-    "arc-challenge": (
-        {**SCIENCE, "answerKey": "D"},
-        "Question: What is hot?\nAnswer:",
-        [" ice", " the sun", " the moon", " snow"],
-        3,
-    ),
-    "openbookqa": (SCIENCE, "What is hot?", [" ice", " the sun", " the moon", " snow"], 1),
-    "piqa": (
-        {"goal": "Open a jar", "sol1": "turn it", "sol2": "eat it", "label": 0},
-        "Question: Open a jar\nAnswer:",
-        [" turn it", " eat it"],
-        0,
-    ),
-    "boolq": (
-        {"passage": "Snow is cold.", "question": "is snow cold", "label": True},
-        "Snow is cold.\nQuestion: is snow cold?\nAnswer:",
-        [" no", " yes"],
-        1,
-    ),
-    "copa": (
-        {
-            "premise": "He fell.",
-            "question": "cause",
-            "choice1": "It froze.",
-            "choice2": "He sang.",
-            "label": 0,
-        },
-        "He fell because",
-        [" it froze.", " he sang."],
-        0,
-    ),
+    "arc-easy": (SCIENCE, ARC, ANSWERS, 1),
+    "arc-challenge": ({**SCIENCE, "answerKey": "D"}, ARC, ANSWERS, 3),
+    "openbookqa": (SCIENCE, "What is hot?", ANSWERS, 1),
+    "piqa": (JAR, "Question: Open a jar\nAnswer:", ["turn it", "eat it"], 0),
+    "boolq": (SNOW, "Snow is cold.\nQuestion: is snow cold?\nAnswer:", ["no", "yes"], 1),
+    "copa": (COPA, "He fell because", ["it froze.", "he sang."], 0),
+    "winogrande": (GAP, "Ann paid Eve since", ["was rich.", "was rich."], 0),
+    "cbt-common-nouns": (STORY, JOINED_STORY, [f'{word}," said he.' for word in ANIMALS], 2),
+    "cbt-named-entities": (STORY, JOINED_STORY, [f'{word}," said he.' for word in ANIMALS], 2),
 }
 
 
-def test_every_task_has_an_example_here() -> None:
-    assert LINES.keys() == CHOICE_TASKS.keys()
-
-
 @pytest.mark.parametrize("name", CHOICE_TASKS)
-def test_a_line_becomes_a_question(name: str, tmp_path: Path) -> None:
-    line, context, endings, answer = LINES[name]
+def test_record_becomes_question(name: str, tmp_path: Path) -> None:
+    record, context, endings, answer = RECORDS[name]
     path = tmp_path / "task.jsonl"
-    record = line if isinstance(line, str) else json.dumps(line)
-    path.write_text(f"{record}\n{record}\n")
+    text = record if isinstance(record, str) else json.dumps(record)
+    path.write_text(f"{text}\n{text}\n")
     first, second = read_questions(CHOICE_TASKS[name], path)
     assert first == second
-    assert first[:3] == (context, tuple(endings), answer)
+    assert first[:3] == (context, tuple(f" {ending}" for ending in endings), answer)
     assert first.leads == ((" Ann", " Eve") if name == "winogrande" else ())
 
 
 @pytest.mark.parametrize(
-    "line, complaint",
+    "line",
     [
-        ("{", "line 2 is no question of hellaswag"),
-        ("\udcff", "line 2 is no question of hellaswag"),
-        ('{"ctx": 5, "endings": ["a", "b", "c", "d"], "label": 0}', "line 2: its context 5 is no text"),
-        ('{"ctx": "x"}', "line 2 is no question of hellaswag"),
-        ('{"ctx": "x", "endings": ["a", "b", "c"], "label": 0}', "line 2 has 3 endings, and hellaswag has 4"),
-        (
-            '{"ctx": "x", "endings": ["a", "b", "c", "d"], "label": 4}',
-            "the answer is number 4, and there are 4",
-        ),
-        ('{"ctx": "x", "endings": ["a", "b", "c", "d"], "label": "?"}', "line 2 is no question"),
+        "{",
+        "\udcff",
+        json.dumps({**HELLASWAG, "ctx": 5}),
+        '{"ctx": "x"}',
+        json.dumps({**HELLASWAG, "endings": ["a", "b", "c"]}),
+        json.dumps({**HELLASWAG, "label": 4}),
+        json.dumps({**HELLASWAG, "label": "?"}),
     ],
 )
-def test_a_damaged_line_is_named(line: str, complaint: str, tmp_path: Path) -> None:
+def test_invalid_record_is_refused(line: str, tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
-    path.write_text(json.dumps(LINES["hellaswag"][0]) + "\n" + line + "\n", errors="surrogateescape")
-    with pytest.raises(ValueError, match=complaint):
+    path.write_text(json.dumps(HELLASWAG) + "\n" + line + "\n", errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"task\.jsonl, line 2"):
         list(read_questions(CHOICE_TASKS["hellaswag"], path))
 
 
-def test_a_question_is_encoded_part_by_part() -> None:
+def test_question_is_encoded_in_parts() -> None:
     tokenizer = BytePair([])
-    choice = encode_question(next(iter([read_one("copa")])), tokenizer)
+    choice = encode_question(CHOICE_TASKS["copa"].read(COPA), tokenizer)
     assert tokenizer.decode(list(choice.context)) == "He fell because"
     assert [tokenizer.decode(list(ending)) for ending in choice.endings] == [" it froze.", " he sang."]
     assert choice.characters == (9, 8)
     assert choice.answer == 0
-
-
-def read_one(name: str) -> Any:
-    return CHOICE_TASKS[name].read(LINES[name][0])

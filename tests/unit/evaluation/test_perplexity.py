@@ -1,3 +1,5 @@
+"""The loss of a text against its definition."""
+
 from __future__ import annotations
 
 import math
@@ -5,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from overnight.data.loader import Batch
 from overnight.evaluation.perplexity import evaluate_language_model, pool_evaluations
@@ -12,17 +15,21 @@ from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
 
 V, T = 40, 8
-SPELT = [b""] + [b"x" * (1 + number % 3) for number in range(V - 1)]  # id 0 separates documents
+TOKEN_BYTES = [b""] + [b"x" * (1 + number % 3) for number in range(V - 1)]  # id 0 separates documents
 
 
 @pytest.fixture
-def model() -> GPT:
+def dropping() -> GPT:
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=T, vocab_size=V, dropout=0.5))
     initialize(model, seed=0)
     return model.train()
 
 
-def rows(ids: torch.Tensor, count: int) -> list[Batch]:
+def draw_ids(count: int, seed: int = 3) -> Tensor:
+    return torch.randint(V, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def rows(ids: Tensor, count: int) -> list[Batch]:
     """`ids` as batches of `count` rows of T, then one shorter row."""
     targets = len(ids) - 1
     full = targets // T
@@ -36,8 +43,8 @@ def rows(ids: torch.Tensor, count: int) -> list[Batch]:
     return batches
 
 
-def one_at_a_time(model: GPT, ids: torch.Tensor) -> float:
-    """Mean nats, from the definition: each target under the row that stands before it."""
+def naive(model: GPT, ids: Tensor) -> float:
+    """Mean nats by definition: each target after the ids before it in its row."""
     nats = 0.0
     for target in range(1, len(ids)):
         start = (target - 1) // T * T
@@ -46,67 +53,60 @@ def one_at_a_time(model: GPT, ids: torch.Tensor) -> float:
     return nats / (len(ids) - 1)
 
 
+@pytest.mark.parametrize("count", [1, 3, 7])
 @torch.no_grad()
-def test_every_target_counts_once_however_the_rows_are_batched(model: GPT) -> None:
-    ids = torch.randint(V, (61,), generator=torch.Generator().manual_seed(3))
-    expected = one_at_a_time(model, ids)
-    for count in (1, 3, 7):
-        found = evaluate_language_model(model, rows(ids, count), SPELT)
-        assert found.loss == pytest.approx(expected, abs=1e-5)
-        assert found.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
-        assert found.evaluated_tokens == 60
-        assert found.evaluated_bytes == sum(len(SPELT[number]) for number in ids[1:])
-        assert found.bits_per_byte == pytest.approx(
-            expected * 60 / math.log(2) / found.evaluated_bytes, rel=1e-5
-        )
+def test_loss_does_not_depend_on_batches(dropping: GPT, count: int) -> None:
+    ids = draw_ids(61)
+    wanted = naive(dropping, ids)
+    found = evaluate_language_model(dropping, rows(ids, count), TOKEN_BYTES)
+    assert found.loss == pytest.approx(wanted, abs=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(wanted), rel=1e-5)
+    assert found.evaluated_tokens == 60
+    assert found.evaluated_bytes == sum(len(TOKEN_BYTES[number]) for number in ids[1:])
+    assert found.bits_per_byte == pytest.approx(wanted * 60 / math.log(2) / found.evaluated_bytes, rel=1e-5)
 
 
 @torch.no_grad()
-def test_a_mean_of_batch_means_would_be_another_number(model: GPT) -> None:
-    """The negative control: the last batch is short, so averaging averages is wrong by a visible amount."""
-    ids = torch.randint(V, (20,), generator=torch.Generator().manual_seed(3))
-    batches = rows(ids, 2)
-    means = [evaluate_language_model(model, [batch], SPELT).loss for batch in batches]
-    assert sum(means) / len(means) != pytest.approx(
-        evaluate_language_model(model, batches, SPELT).loss, abs=1e-5
-    )
+def test_mean_of_batch_means_differs(dropping: GPT) -> None:
+    """The negative control: the last batch is short."""
+    batches = rows(draw_ids(20), 2)
+    means = [evaluate_language_model(dropping, [batch], TOKEN_BYTES).loss for batch in batches]
+    whole = evaluate_language_model(dropping, batches, TOKEN_BYTES).loss
+    assert sum(means) / len(means) != pytest.approx(whole, abs=1e-5)
 
 
-def test_judging_changes_nothing(model: GPT) -> None:
+def test_evaluation_leaves_training_state_unchanged(dropping: GPT) -> None:
     state = torch.random.get_rng_state()
-    evaluate_language_model(model, rows(torch.randint(V, (20,), generator=torch.Generator()), 2), SPELT)
-    assert model.training
+    evaluate_language_model(dropping, rows(draw_ids(20), 2), TOKEN_BYTES)
+    assert dropping.training
     assert torch.equal(torch.random.get_rng_state(), state)
-    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()  # and training goes on
+    dropping(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
 
 
-def test_nats_become_float64_on_the_cpu(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An Apple GPU has no float64; of its tensors, only the way to the CPU is played here."""
+def test_nats_are_summed_on_the_cpu(dropping: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPS has no float64."""
     nats = SimpleNamespace(item=lambda: 30.0)
     monkeypatch.setattr("overnight.evaluation.perplexity.cross_entropy_nats", lambda *_: nats)
-    ids = torch.randint(V, (21,), generator=torch.Generator().manual_seed(3))
-    assert evaluate_language_model(model, rows(ids, 1), SPELT).loss == 3 * 30 / 20
+    assert evaluate_language_model(dropping, rows(draw_ids(21), 1), TOKEN_BYTES).loss == 3 * 30 / 20
 
 
 @pytest.mark.gpu
-def test_a_gpu_judges_as_the_cpu_does(model: GPT) -> None:
-    ids = torch.randint(V, (61,), generator=torch.Generator().manual_seed(3))
-    on_cpu = evaluate_language_model(model, rows(ids, 3), SPELT)
-    on_gpu = evaluate_language_model(model.to("cuda"), rows(ids, 3), SPELT)
+def test_gpu_loss_matches_cpu(dropping: GPT) -> None:
+    on_cpu = evaluate_language_model(dropping, rows(draw_ids(61), 3), TOKEN_BYTES)
+    on_gpu = evaluate_language_model(dropping.to("cuda"), rows(draw_ids(61), 3), TOKEN_BYTES)
     assert on_gpu.loss == pytest.approx(on_cpu.loss, abs=1e-4)
 
 
-def test_no_text_is_refused(model: GPT) -> None:
-    with pytest.raises(ValueError, match="no text"):
-        evaluate_language_model(model, [], SPELT)
+def test_empty_text_is_refused(dropping: GPT) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        evaluate_language_model(dropping, [], TOKEN_BYTES)
 
 
 @torch.no_grad()
-def test_several_texts_pooled_are_one_text(model: GPT) -> None:
-    generator = torch.Generator().manual_seed(4)
-    short, long = (rows(torch.randint(V, (count,), generator=generator), 2) for count in (9, 90))
-    whole = evaluate_language_model(model, [*short, *long], SPELT)
-    parts = [evaluate_language_model(model, each, SPELT) for each in (short, long)]
+def test_pooled_evaluations_match_one_text(dropping: GPT) -> None:
+    short, long = rows(draw_ids(9, 4), 2), rows(draw_ids(90, 5), 2)
+    whole = evaluate_language_model(dropping, [*short, *long], TOKEN_BYTES)
+    parts = [evaluate_language_model(dropping, each, TOKEN_BYTES) for each in (short, long)]
     pooled = pool_evaluations(parts)
     assert vars(pooled) == pytest.approx(vars(whole), rel=1e-12)
-    assert pooled.loss != pytest.approx((parts[0].loss + parts[1].loss) / 2, rel=1e-3)  # no mean of means
+    assert pooled.loss != pytest.approx((parts[0].loss + parts[1].loss) / 2, rel=1e-3)

@@ -1,8 +1,9 @@
-"""Any prompt with any way of sampling is answered or refused in a sentence: the command in full."""
+"""Fuzzing the whole command: any prompt and any settings are completed, or refused in one sentence."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from overnight.conversion import open_model as open_model_module
 from overnight.conversion.open_model import OpenedModel
 from overnight.generation import GenerateConfig, SamplingConfig
 from overnight.generation import command as generation_command
@@ -20,45 +20,18 @@ from overnight.model.model_config import ModelConfig
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer("bpe-270", ["the quick brown fox jumps over the lazy dog"] * 9)
-NUMBERS = (
-    0.0,
-    -0.0,
-    1.0,
-    0.7,
-    2.0,
-    -1.0,
-    1e-320,
-    5e-324,
-    1e308,
-    1e-30,
-    float("nan"),
-    float("inf"),
-    -float("inf"),
-)
+NUMBERS = (0.0, -0.0, 1.0, 0.7, 2.0, -1.0, 1e-320, 5e-324, 1e308, 1e-30, math.nan, math.inf, -math.inf)
 COUNTS = (None, 0, 1, 2, 40, 50_257, -1, 2**31, 2**63, 10**30)
-PROMPTS = (
-    *(
-        "",
-        " ",
-        "\0",
-        "the quick",
-        "<|endoftext|>",
-        "\ud83d",
-        "\udfff",
-        "\x1b[2J\x07",
-        "é🙂中",
-        "\u202e",
-        "\n" * 9,
-    ),
-    *("x" * 15, "x" * 17, "x" * 10_000, "🙂" * 40, "-- --json", "{0.__class__}", "%s%n", "../../etc/passwd"),
-)
+HOSTILE = ("", " ", "\0", "<|endoftext|>", "\ud83d", "\udfff", "\x1b[2J\x07", "é🙂中", "\u202e", "\n" * 9)
+SHELL = ("-- --json", "{0.__class__}", "%s%n", "../../etc/passwd")
+PROMPTS = (*HOSTILE, *SHELL, "the quick", "x" * 15, "x" * 17, "x" * 10_000, "🙂" * 40)
 
 Run = Callable[[GenerateConfig], tuple[str, str]]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """What the command writes with a model of 16 tokens of context, and with what sentence it refuses."""
+    """Runs the command with a model of context 16; returns its output and its error message, or ""."""
 
     def open_model(name: str) -> OpenedModel:
         sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "context_length": 16}
@@ -69,24 +42,24 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             model=model.eval(), tokenizer=TOKENIZER, origin=here, tokenizer_folder=here, run=None
         )
 
-    monkeypatch.setattr(open_model_module, "open_model", open_model)
+    monkeypatch.setattr(generation_command, "open_model", open_model)
 
     def run(config: GenerateConfig) -> tuple[str, str]:
-        said = ""
+        message = ""
         try:
             generation_command.run(config)
         except ValueError as error:
-            said = str(error) or "nothing"
-        return capsys.readouterr().out, said
+            message = str(error) or "nothing"
+        return capsys.readouterr().out, message
 
     return run
 
 
 def hostile(draw: random.Random) -> GenerateConfig:
-    """Mostly sound values, with some that are not."""
+    """Mostly valid values, with some that are not."""
 
-    def one(sound: Any, others: tuple[Any, ...]) -> Any:
-        return draw.choice(others) if draw.random() < 0.3 else sound
+    def one(valid: Any, others: tuple[Any, ...]) -> Any:
+        return draw.choice(others) if draw.random() < 0.3 else valid
 
     prompt = "".join(chr(draw.randrange(0x110000)) for _ in range(draw.randrange(6)))
     prompts = tuple(draw.choice((*PROMPTS, prompt)) for _ in range(draw.choice((0, 1, 1, 1, 3))))
@@ -106,48 +79,42 @@ def hostile(draw: random.Random) -> GenerateConfig:
     )
 
 
-def answer(run: Run, config: GenerateConfig) -> bool:
-    """True if it was answered, False if refused before a word. Whatever else happens is raised."""
-    written, said = run(config)
-    assert "\n" not in said
-    assert not (said and written)
+def is_answered(run: Run, config: GenerateConfig) -> bool:
+    """True if completed, False if refused before any output; anything else raises."""
+    written, message = run(config)
+    assert "\n" not in message
+    assert not (message and written)
     written.encode()
     if config.json:
         for line in written.splitlines():
             assert 0 <= json.loads(line)["tokens"] <= config.max_new_tokens
-    return not said
-
-
-def ask(run: Run, count: int) -> int:
-    """How many of so many were answered."""
-    return sum(answer(run, hostile(random.Random(seed))) for seed in range(count))
+    return not message
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_anything_asked_is_answered_or_refused(run: Run, count: int) -> None:
-    answered = ask(run, count)
+def test_generate_answers_or_refuses_any_request(run: Run, count: int) -> None:
+    answered = sum(is_answered(run, hostile(random.Random(seed))) for seed in range(count))
     assert count // 10 < answered < count - count // 10
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_each_prompt_by_itself(run: Run, prompt: str) -> None:
+def test_generate_handles_hostile_prompt(run: Run, prompt: str) -> None:
     config = GenerateConfig(model="tiny", prompts=(prompt,), max_new_tokens=3, device="cpu", json=True)
     is_too_long = len(TOKENIZER.encode(prompt)) > 16
-    assert answer(run, config) == (not is_too_long)
+    assert is_answered(run, config) == (not is_too_long)
 
 
-def test_a_prompt_that_is_too_long_is_found_before_the_first_is_continued(run: Run) -> None:
-    """However many there are: eight are written at a time."""
+def test_generate_checks_all_prompts_before_the_first_batch(run: Run) -> None:
     config = GenerateConfig(model="tiny", prompts=("the",) * 9 + ("x" * 99,), max_new_tokens=2, device="cpu")
-    written, said = run(config)
-    assert "prompt 10 has" in said
+    written, message = run(config)
+    assert "prompt 10" in message
     assert written == ""
 
 
-def test_without_the_check_of_values_it_would_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_without_validation_crashes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control."""
     wrong = GenerateConfig(model="tiny", max_new_tokens=3, device="cpu", top_k=-1)
-    assert not answer(run, wrong)
+    assert not is_answered(run, wrong)
     monkeypatch.setattr(SamplingConfig, "problems", lambda self: [])
     with pytest.raises(RuntimeError):
-        answer(run, wrong)
+        is_answered(run, wrong)

@@ -1,4 +1,4 @@
-"""Models prepared to write beside the same models as they were, and products with rounded weights."""
+"""Prepared models against the originals, and products with rounded weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from overnight.generation import SamplingConfig, quantize
 from overnight.generation.generate import Decoding, generate
 from overnight.generation.quantize import (
-    DecodingPrecision,
+    GenerationPrecision,
     HalfLinear,
     PackedLinear,
     QuantizedLinear,
@@ -24,20 +24,16 @@ from overnight.model.model_config import ModelConfig
 
 HERE = generation_precisions("cpu")
 # Greatest difference of a logit, in standard deviations of all logits. Measured: 3e-6, 0.003, 0.05, 0.09.
-TOLERANCES: dict[DecodingPrecision, float] = {"fp32": 2e-5, "fp16": 0.01, "bf16": 0.15, "int8": 0.25}
+TOLERANCES: dict[GenerationPrecision, float] = {"fp32": 2e-5, "fp16": 0.01, "bf16": 0.15, "int8": 0.25}
+LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+GREEDY = SamplingConfig(temperature=0)
 
-every_precision = pytest.mark.parametrize(
-    "precision",
-    [
-        pytest.param(precision, marks=pytest.mark.skipif(precision not in HERE, reason="not on this CPU"))
-        for precision in TOLERANCES
-    ],
-)
-with_int8 = pytest.mark.skipif("int8" not in HERE, reason="not on this CPU")
+every_precision = pytest.mark.parametrize("precision", [each for each in TOLERANCES if each in HERE])
+needs_int8 = pytest.mark.skipif("int8" not in HERE, reason="not on this CPU")
 
 
 def build_model() -> GPT:
-    """Its logits are as far apart as a trained model's; 101 ids, so that its embedding is padded."""
+    """Logits spread like a trained model's; 101 ids, so that the embedding is padded."""
     model = GPT(ModelConfig(n_layer=4, n_head=4, n_embd=128, vocab_size=101, context_length=64))
     initialize(model, seed=1)
     with torch.no_grad():
@@ -49,82 +45,75 @@ def build_model() -> GPT:
 
 MODEL = build_model()
 IDS = torch.randint(101, (3, 64), generator=torch.Generator().manual_seed(1))
+PROMPTS = IDS[:, :20].tolist()
+
+
+def prepared(precision: GenerationPrecision, device: str = "cpu") -> GPT:
+    model = copy.deepcopy(MODEL).to(device)
+    prepare_for_generation(model, precision)
+    return model
 
 
 @torch.inference_mode()
 def error_of(model: GPT) -> float:
-    wanted = MODEL(IDS)
-    logits = model(IDS)
+    wanted, logits = MODEL(IDS), model(IDS.to(model.wte.weight.device))
     assert logits.shape == wanted.shape
     assert logits.dtype == torch.float32
-    return float((logits - wanted).abs().max() / wanted.std())
+    return float((logits.cpu() - wanted).abs().max() / wanted.std())
 
 
 @every_precision
-def test_a_prepared_model_has_the_logits_of_the_model(precision: DecodingPrecision) -> None:
-    model = copy.deepcopy(MODEL)
-    prepare_for_generation(model, precision)
-    assert error_of(model) < TOLERANCES[precision]
-    assert error_of(MODEL) == 0  # which is as it was
+def test_prepared_model_has_same_logits(precision: GenerationPrecision) -> None:
+    assert error_of(prepared(precision)) < TOLERANCES[precision]
+    assert error_of(MODEL) == 0
 
 
-@with_int8
-def test_a_coarser_rounding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_int8
+def test_coarser_rounding_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: one scale for all rows of a matrix."""
+    initialize_correctly = QuantizedLinear.__init__
+
     def with_one_scale(self: QuantizedLinear, weight: Tensor, bias: Tensor | None) -> None:
-        widened = torch.cat([weight, torch.eye(1, weight.shape[1]) * 8 * weight.abs().max()])
-        rounded = (widened / widened.abs().max() * 127).round() * widened.abs().max() / 127
-        initialize_rightly(self, rounded[:-1], bias)
+        scale = 8 * weight.abs().max() / 127
+        initialize_correctly(self, (weight / scale).round() * scale, bias)
 
-    initialize_rightly = QuantizedLinear.__init__
     monkeypatch.setattr(QuantizedLinear, "__init__", with_one_scale)
-    model = copy.deepcopy(MODEL)
-    prepare_for_generation(model, "int8")
-    assert error_of(model) > 2 * TOLERANCES["int8"]
+    assert error_of(prepared("int8")) > 2 * TOLERANCES["int8"]
 
 
 @every_precision
-def test_every_matrix_is_stored_anew_and_keeps_its_name(precision: DecodingPrecision) -> None:
-    model = copy.deepcopy(MODEL)
-    prepare_for_generation(model, precision)
-    kinds = {"fp16": HalfLinear, "int8": QuantizedLinear}
+def test_prepare_replaces_every_matrix(precision: GenerationPrecision) -> None:
+    model = prepared(precision)
+    kind = {"fp16": HalfLinear, "int8": QuantizedLinear}.get(precision, PackedLinear)
     changed = {
         name for name, module in model.named_modules() if type(module) is not type(MODEL.get_submodule(name))
     }
-    assert changed == {f"h.{i}.{name}" for i in range(4) for name in NAMES}
-    assert all(isinstance(model.get_submodule(name), kinds.get(precision, PackedLinear)) for name in changed)
-    assert {name for name, _ in model.named_parameters()} == {
-        name for name, parameter in MODEL.named_parameters() if parameter.dim() == 1 and ".c_" not in name
-    } | {"wte.weight", "wpe.weight"}
-
-
-NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert changed == {f"h.{layer}.{name}" for layer in range(4) for name in LINEARS}
+    assert all(isinstance(model.get_submodule(name), kind) for name in changed)
+    vectors = {name for name, weight in MODEL.named_parameters() if weight.dim() == 1 and ".c_" not in name}
+    assert {name for name, _ in model.named_parameters()} == vectors | {"wte.weight", "wpe.weight"}
 
 
 @every_precision
-def test_a_prepared_model_writes(precision: DecodingPrecision) -> None:
-    model = copy.deepcopy(MODEL)
-    prepare_for_generation(model, precision)
-    greedy = Decoding(max_new_tokens=80, sampling=SamplingConfig(temperature=0))  # beyond the context, too
-    prompts = IDS[:, :20].tolist()
-    written = generate(model, prompts, greedy)
-    assert [len(ids) for ids in written] == [80, 80, 80]
+def test_prepared_model_generates(precision: GenerationPrecision) -> None:
+    model, beyond_context = prepared(precision), Decoding(max_new_tokens=80, sampling=GREEDY)
+    generated = generate(model, PROMPTS, beyond_context)
+    assert [len(ids) for ids in generated] == [80, 80, 80]
     if precision == "fp32":
-        assert written == generate(MODEL, prompts, greedy)
-    assert written == [generate(model, [prompt], greedy)[0] for prompt in prompts]
+        assert generated == generate(MODEL, PROMPTS, beyond_context)
+    assert generated == [generate(model, [prompt], beyond_context)[0] for prompt in PROMPTS]
 
 
-@with_int8
-def test_int8_rounds_weights_and_nothing_else() -> None:
+@needs_int8
+def test_int8_rounds_only_weights() -> None:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(100, 64, generator=generator) * torch.rand(100, 1, generator=generator)
     weight[5] = 0.0
-    bias = torch.randn(100, generator=generator)
-    x = torch.randn(7, 3, 64, generator=generator)
-    x[..., 10] *= 40  # a channel far out, of which trained models have some
+    bias, x = torch.randn(100, generator=generator), torch.randn(7, 3, 64, generator=generator)
+    x[..., 10] *= 40  # an outlier channel, as in trained models
     x[2, 1] = 0.0
     steps = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30).double() / 127
-    rounded = (weight / steps).round() * steps
-    wanted = x.double() @ rounded.T + bias
+    wanted = x.double() @ ((weight / steps).round() * steps).T + bias
     product = QuantizedLinear(weight, bias)(x)
     of_activations = float((product - wanted).abs().max())
     of_weights = float((x.double() @ weight.double().T + bias - wanted).abs().max())
@@ -133,8 +122,8 @@ def test_int8_rounds_weights_and_nothing_else() -> None:
     assert torch.equal(QuantizedLinear(weight, None)(x), QuantizedLinear(weight, torch.zeros(100))(x))
 
 
-@with_int8
-def test_a_row_in_int8_is_the_same_to_the_last_bit_beside_others() -> None:
+@needs_int8
+def test_int8_row_does_not_depend_on_batch() -> None:
     generator = torch.Generator().manual_seed(3)
     linear = QuantizedLinear(torch.randn(96, 64, generator=generator), None)
     x = torch.randn(8, 64, generator=generator) * torch.logspace(-3, 3, 8)[:, None]
@@ -142,56 +131,45 @@ def test_a_row_in_int8_is_the_same_to_the_last_bit_beside_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("native", "device", "found"),
+    ("native", "device", "has_libraries", "supported"),
     [
-        ("bf16", "cuda", ("bf16", "fp16", "fp32")),
-        ("fp16", "cuda", ("fp16", "fp32")),
-        ("fp32", "mps", ("fp32",)),
-        ("bf16", "cpu", ("fp16", "bf16", "fp32", "int8")),
-        ("fp32", "cpu", ("fp16", "fp32", "int8")),
+        ("bf16", "cuda", True, ("bf16", "fp16", "fp32")),
+        ("fp16", "cuda", True, ("fp16", "fp32")),
+        ("fp32", "mps", True, ("fp32",)),
+        ("bf16", "cpu", True, ("fp16", "bf16", "fp32", "int8")),
+        ("fp32", "cpu", True, ("fp16", "fp32", "int8")),
+        ("bf16", "cpu", False, ("fp32",)),
     ],
 )
-def test_a_device_writes_in_what_it_has(
-    monkeypatch: pytest.MonkeyPatch, native: str, device: str, found: tuple[str, ...]
+def test_generation_precisions_of_device(
+    monkeypatch: pytest.MonkeyPatch, native: str, device: str, has_libraries: bool, supported: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(quantize, "native_precision", lambda _: native)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["none", "fbgemm"]))
-    assert generation_precisions(device) == found
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_libraries)
+    engines = ["none", "fbgemm"] if has_libraries else ["none"]
+    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=engines))
+    assert generation_precisions(device) == supported
+    if not has_libraries:
+        assert error_of(prepared("fp32")) == 0, "the matrices stay as they are"
 
 
-def test_a_cpu_without_these_libraries_writes_as_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["none"]))
-    assert generation_precisions("cpu") == ("fp32",)
-    model = copy.deepcopy(MODEL)
-    prepare_for_generation(model, "fp32")
-    assert error_of(model) == 0
-
-
-def test_a_gpu_s_way_keeps_the_logits_apart() -> None:
-    """Played on the CPU."""
-    model = copy.deepcopy(MODEL)
-    quantize._narrow(model, torch.bfloat16)
+def test_gpu_conversion_keeps_head_in_fp32() -> None:
+    """Run on the CPU."""
+    model, all_bf16 = copy.deepcopy(MODEL), copy.deepcopy(MODEL).to(torch.bfloat16)
+    quantize._convert_on_gpu(model, torch.bfloat16)
     assert error_of(model) < TOLERANCES["bf16"]
-    greedy = Decoding(max_new_tokens=3, sampling=SamplingConfig(temperature=0))
-    assert [len(ids) for ids in generate(model, IDS[:, :20].tolist(), greedy)] == [3, 3, 3]
-    plain = copy.deepcopy(MODEL).to(torch.bfloat16)
+    generated = generate(model, PROMPTS, Decoding(max_new_tokens=3, sampling=GREEDY))
+    assert [len(ids) for ids in generated] == [3, 3, 3]
     with torch.inference_mode():
         hidden = model.trunk(IDS)
-        apart = [len(torch.unique(each.head(hidden))) for each in (model, plain)]
-    assert apart[0] > 5 * apart[1]
+        distinct = [len(torch.unique(each.head(hidden))) for each in (model, all_bf16)]
+    assert distinct[0] > 5 * distinct[1]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_a_gpu_has_the_logits_of_the_model(precision: DecodingPrecision) -> None:
-    model = copy.deepcopy(MODEL).to("cuda")
-    prepare_for_generation(model, precision)
-    with torch.inference_mode():
-        logits = model(IDS.to("cuda"))
-    assert logits.dtype == torch.float32
-    assert float((logits.cpu() - MODEL(IDS)).abs().max() / MODEL(IDS).std()) < 0.15
-    written = generate(model, IDS[:, :20].tolist(), Decoding(max_new_tokens=5))
-    assert [len(ids) for ids in written] == [5, 5, 5]
+def test_gpu_prepared_model_has_same_logits(precision: GenerationPrecision) -> None:
+    model = prepared(precision, "cuda")
+    assert error_of(model) < 0.15
+    assert [len(ids) for ids in generate(model, PROMPTS, Decoding(max_new_tokens=5))] == [5, 5, 5]

@@ -47,12 +47,12 @@ GERMAN = (
         ("Café für Ærø", set()),
     ],
 )
-def test_each_oddity_is_found_and_no_other(text: str, expected: set[str]) -> None:
+def test_oddities_of_text(text: str, expected: set[str]) -> None:
     assert oddities_of(text) == expected
 
 
 @pytest.mark.parametrize("text", ["Café", "it’s", "“quoted”", "a – b", "n° 5", "\ufeffmark", "naïve"])
-def test_what_was_decoded_wrongly_once_is_mojibake(text: str) -> None:
+def test_mojibake_is_found(text: str) -> None:
     """A text in UTF-8, read as Windows-1252 or Latin-1; as it is, it is sound."""
     assert "mojibake" not in oddities_of(text)
     assert "mojibake" in oddities_of(text.encode().decode("latin-1"))
@@ -60,11 +60,11 @@ def test_what_was_decoded_wrongly_once_is_mojibake(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["NÃO", "Ângela", "pâté", "â la carte", "ÃO", "São Paulo", "¿Qué?"])
-def test_letters_that_only_look_so_are_not(text: str) -> None:
+def test_accented_letters_are_not_mojibake(text: str) -> None:
     assert "mojibake" not in oddities_of(text)
 
 
-def test_letters_and_capitals_are_unicode_s() -> None:
+def test_character_classes_are_those_of_unicode() -> None:
     for point in range(0, 0x30000, 7):
         character, classes = chr(point), int(_classes()[point])
         is_letter = character.isalpha()
@@ -73,7 +73,7 @@ def test_letters_and_capitals_are_unicode_s() -> None:
         assert bool(classes & BLANK) == character.isspace()
 
 
-def test_letters_are_latin_by_their_names() -> None:
+def test_latin_letters_are_those_named_latin() -> None:
     ordinals_and_micro = {0xAA, 0xB5, 0xBA}
     for point in [*range(0x2B0), *range(0x1E00, 0x1F00)]:
         is_latin = chr(point).isalpha() and unicodedata.name(chr(point)).startswith("LATIN ")

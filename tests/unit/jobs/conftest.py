@@ -12,7 +12,6 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ import pytest
 from overnight.jobs.request import JobRequest
 from overnight.preparation.prepare_commands import JobText
 
-# Stands for `overnight`: writes down what it was told and where it stands. `train long` begins a run and
-# waits to be told to save; `train short` and a resumed run do all steps at once.
+# Stands for `overnight`: notes its arguments and its rank. `train long` starts a run and waits for the signal
+# to save; `train short` and a resumed run do all steps at once.
 OVERNIGHT = """\
 import json, os, signal, sys, time
 from pathlib import Path
 
 words, notes, run = sys.argv[1:], Path(os.environ["STAND_INS"]), Path("runs/mine")
-names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 def note(kind, value):
     with (notes / kind).open("a") as file:
@@ -42,14 +41,14 @@ def save(number, frame):
 if words[0] == "runs":
     print(json.dumps([{"state": "finished" if (run / "finished").exists() else "stopped"}], indent=2))
     sys.exit()
-told = {"words": words, **{name: os.environ.get(name) for name in names}}
+call = {"words": words, **{name: os.environ.get(name) for name in names}}
 if "TOGETHER" in os.environ:
     import torch, torch.distributed as dist
 
     dist.init_process_group("gloo")
     ranks = torch.tensor(float(dist.get_rank()))
     dist.all_reduce(ranks)
-    told["sum_of_ranks"] = ranks.item()
+    call["sum_of_ranks"] = ranks.item()
     dist.destroy_process_group()
 signal.signal(signal.SIGTERM, save)
 if words[0] == "train":
@@ -61,16 +60,16 @@ if words[0] == "prepare":
     folder = Path("data/notes")
     folder.mkdir(parents=True)
     (folder / "manifest.json").touch()
-note("told", told)
+note("calls", call)
 if words[:2] == ["train", "long"]:
     time.sleep(60)
 if words[:2] == ["train", "wrong"]:
     sys.exit(2)
 """
 
-# Stands for `torchrun`, where it is not the rendezvous that is tested: says what it was told, and obeys.
+# Stands for `torchrun` where the rendezvous is not tested: notes its arguments and starts one process.
 TORCHRUN = """\
-import json, os, subprocess, sys
+import json, os, sys
 from pathlib import Path
 
 with (Path(os.environ["STAND_INS"]) / "torchrun").open("a") as file:
@@ -81,14 +80,17 @@ os.execvp(command[0], command)
 """
 
 
-@dataclass
 class Machines:
     """A folder of programs that come before the real ones, and the folder that all nodes see."""
 
-    programs: Path
-    work: Path
-    notes: Path
-    started: list[subprocess.Popen[str]] = field(default_factory=list)
+    def __init__(self, root: Path) -> None:
+        self.programs, self.work, self.notes = root / "programs", root / "work", root / "notes"
+        for folder in (self.programs, self.work, self.notes):
+            folder.mkdir()
+        self.started: list[subprocess.Popen[str]] = []
+        self.add("overnight", OVERNIGHT)
+        self.add("torchrun", TORCHRUN)
+        self.add("sleep", "import time; time.sleep(0.05)")
 
     def add(self, name: str, script: str) -> None:
         """A program; Python unless its first line says otherwise."""
@@ -103,17 +105,18 @@ class Machines:
         (self.programs / "torchrun").unlink()
         (self.programs / "torchrun").symlink_to(Path(sysconfig.get_path("scripts"), "torchrun"))
 
-    def environment(self, **more: str) -> dict[str, str]:
-        paths = f"{self.programs}:{os.environ['PATH']}"
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SM_", "PET_"))}
-        return kept | {"PATH": paths, "STAND_INS": str(self.notes)} | more
+    def prepare_text(self) -> None:
+        (self.work / "data/notes").mkdir(parents=True)
+        (self.work / "data/notes/manifest.json").touch()
 
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
-        """A process in the folder that all nodes see, at the head of a group of its own."""
+        """A process in the folder that all nodes see, in a process group of its own."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SM_", "PET_"))}
+        paths = {"PATH": f"{self.programs}:{os.environ['PATH']}", "STAND_INS": str(self.notes)}
         process = subprocess.Popen(
             words,
             cwd=self.work,
-            env=self.environment(**more),
+            env=kept | paths | more,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -133,36 +136,35 @@ class Machines:
         path = self.notes / kind
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def wait_for(self, kind: str, count: int, process: subprocess.Popen[str]) -> None:
-        for _ in range(600):
-            if len(self.noted(kind)) >= count:
+    def calls(self) -> list[list[str]]:
+        """The arguments of every call of `overnight`."""
+        return [call["words"] for call in self.noted("calls")]
+
+    def wait_for_calls(self, count: int, process: subprocess.Popen[str]) -> None:
+        for _ in range(1200):
+            if len(self.noted("calls")) >= count:
                 return
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
-        pytest.fail(f"{kind} came {len(self.noted(kind))} times, not {count}: {self.noted(kind)}")
+        pytest.fail(f"overnight was called {len(self.calls())} times, not {count}: {self.calls()}")
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for a process; (its exit status, its output)."""
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
 
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[Machines]:
-    found = Machines(tmp_path / "programs", tmp_path / "work", tmp_path / "notes")
-    for folder in (found.programs, found.work, found.notes):
-        folder.mkdir()
-    found.add("overnight", OVERNIGHT)
-    found.add("torchrun", TORCHRUN)
-    found.add("sleep", "import time; time.sleep(0.05)")
+    found = Machines(tmp_path)
     yield found
     found.stop_all()
 
 
 @pytest.fixture
-def ended() -> Callable[..., tuple[int, str]]:
-    """Waits for a process; returns (its exit status, what it said)."""
-
-    def end(process: subprocess.Popen[str]) -> tuple[int, str]:
-        said, _ = process.communicate(timeout=60)
-        return process.returncode, said
-
-    return end
+def wait() -> Callable[[subprocess.Popen[str]], tuple[int, str]]:
+    return ended
 
 
 @pytest.fixture
@@ -175,9 +177,9 @@ def free_port() -> int:
 
 @pytest.fixture
 def request_job() -> Callable[..., JobRequest]:
-    """A job of the run `mine`, with what is told otherwise."""
+    """request_job(nodes=2, ...) -> a job of the run `mine` with these values."""
 
-    def build(**settings: Any) -> JobRequest:
+    def build(**values: Any) -> JobRequest:
         default = {
             "path": "mine.job",
             "made_by": "overnight launch long --slurm",
@@ -185,20 +187,14 @@ def request_job() -> Callable[..., JobRequest]:
             "words": ("long",),
             "texts": (JobText("data/notes", ("overnight", "prepare", "notes")),),
         }
-        return JobRequest(**default | settings)
+        return JobRequest(**default | values)
 
     return build
 
 
 @pytest.fixture
-def text_is_there(machines: Machines) -> None:
-    (machines.work / "data/notes").mkdir(parents=True)
-    (machines.work / "data/notes/manifest.json").touch()
-
-
-@pytest.fixture
 def parse_torchrun() -> Callable[[list[str]], Any]:
-    """Torchrun's own reading of its options, with those of its environment."""
+    """Torchrun's own reading of its options."""
     from torch.distributed.run import get_args_parser
 
     return lambda words: get_args_parser().parse_args(words)

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from overnight.cli import main
+from overnight.jobs import TARGETS
 
-TARGETS = ("slurm", "skypilot", "sagemaker", "kubernetes")
-ENDINGS = {"slurm": "sbatch"} | {name: f"{name}.yaml" for name in TARGETS[1:]}
+FILES = {name: f"gpt2-124m.{'sbatch' if name == 'slurm' else f'{name}.yaml'}" for name in TARGETS}
+ON_EACH_TARGET = pytest.mark.parametrize("target", TARGETS)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def launch(capfd: pytest.CaptureFixture[str]) -> Any:
-    """The command; returns (its exit status, what it said)."""
+    """launch(*words) -> (exit status, standard error)."""
 
     def run(*words: str) -> tuple[int, str]:
         status = main(["launch", *words])
@@ -32,193 +33,154 @@ def launch(capfd: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-def trained_words(job: str) -> str:
-    """What begins the run."""
+def train_arguments(job: str) -> str:
+    """The arguments that start the run."""
     (line,) = re.findall("exec overnight train (?!--resume)(.*)", job)
     return str(line)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "nodes, size", [((), "1 node with 8 GPUs"), (("--nodes", "2"), "2 nodes with 8 GPUs each")]
-)
-def test_every_target_has_a_file_and_a_next_command(
-    target: str, nodes: tuple[str, ...], size: str, launch: Any, folder: Path
+@ON_EACH_TARGET
+@pytest.mark.parametrize("nodes", [(), ("--nodes", "2")])
+def test_launch_writes_a_file_and_prints_the_next_command(
+    target: str, nodes: tuple[str, ...], launch: Any
 ) -> None:
-    status, said = launch(f"--{target}", "gpt2-124m", *nodes)
+    status, err = launch(f"--{target}", "gpt2-124m", *nodes)
     assert status == 0
-    path = folder / f"gpt2-124m.{ENDINGS[target]}"
-    assert said.startswith(f"wrote {path.name}: runs/gpt2-124m on {size}\n")
-    written_by = " ".join(["overnight launch gpt2-124m", f"--{target}", *nodes])
-    assert f"# Written by: {written_by}\n" in path.read_text()
-    assert all(len(line) <= 110 for line in path.read_text().splitlines())
-    submit = {"slurm": "sbatch ", "skypilot": "sky jobs launch ", "sagemaker": "aws s3 sync "}
-    (last,) = [line for line in said.splitlines() if line.startswith("next: ")]
-    assert submit.get(target, "kubectl apply -f ") in last
-    assert path.name in last
+    job = Path(FILES[target]).read_text()
+    assert FILES[target] in err.splitlines()[0]
+    assert f"# Written by: {' '.join(['overnight launch gpt2-124m', f'--{target}', *nodes])}\n" in job
+    blanks = {*re.findall("YOUR-[A-Z-]*[A-Z]", err)}
+    assert blanks == {*re.findall("YOUR-[A-Z-]*[A-Z]", job)}
+    programs = {"slurm": "sbatch ", "skypilot": "sky jobs ", "sagemaker": "aws s3 ", "kubernetes": "kubectl "}
+    (last,) = [line for line in err.splitlines() if line.startswith("next: ")]
+    assert programs[target] in last
+    assert FILES[target] in last
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_what_the_file_leaves_open_is_said(target: str, launch: Any, folder: Path) -> None:
-    blanks = {
-        "slurm": "",
-        "skypilot": "fill in YOUR-BUCKET there\n",
-        "sagemaker": "fill in YOUR-BUCKET, YOUR-IMAGE, YOUR-ROLE there\n",
-        "kubernetes": "fill in YOUR-IMAGE there\n",
-    }
-    _, said = launch("gpt2-124m", f"--{target}")
-    assert "".join(re.findall("^fill in .*\n", said, re.MULTILINE)) == blanks[target]
-
-
-def test_nothing_is_left_open_that_was_given(launch: Any, folder: Path) -> None:
+def test_blanks_can_be_given(launch: Any) -> None:
     given = ("--bucket", "b", "--image", "i", "--role", "arn:aws:iam::111122223333:role/r")
-    _, said = launch("gpt2-124m", "--sagemaker", *given)
-    assert "fill in" not in said
-    job = yaml.safe_load((folder / "gpt2-124m.sagemaker.yaml").read_text())
-    assert job["RoleArn"] == given[-1]
+    _, err = launch("gpt2-124m", "--sagemaker", *given)
+    assert "YOUR-" not in err
+    assert yaml.safe_load(Path(FILES["sagemaker"]).read_text())["RoleArn"] == given[-1]
 
 
-def test_the_recipes_options_are_passed_on(launch: Any, folder: Path) -> None:
+def test_options_are_passed_on(launch: Any) -> None:
     options = ("--total-steps=5000", "--sample-prompts", "it's", "a b", "--out", "jobs/mine.sbatch")
-    given = (
-        "--nodes",
-        "2",
-        "--gpus-per-node",
-        "4",
-        "--hours",
-        "2",
-        "--max-restarts",
-        "5",
-        "--partition",
-        "a",
-    )
-    assert launch("gpt2-124m", "--slurm", *given, *options, "--run-name", "mine")[0] == 0
-    job = (folder / "jobs/mine.sbatch").read_text()
+    given = "--nodes=2 --gpus-per-node=4 --hours=2 --max-restarts=5 --partition=a --run-name=mine"
+    assert launch("gpt2-124m", "--slurm", *given.split(), *options)[0] == 0
+    job = Path("jobs/mine.sbatch").read_text()
     words = """gpt2-124m --run-name mine --total-steps 5000 --sample-prompts 'it'"'"'s' 'a b'"""
-    assert trained_words(job) == words
+    assert train_arguments(job) == words
     for line in ("--nodes=2", "--gpus-per-node=4", "--time=0-02:00:00", "--partition=a"):
         assert f"#SBATCH {line}\n" in job
     assert "--max-restarts 5 " in job
     assert "runs/mine/recipe.toml" in job
 
 
-def test_slurm_comes_with_this_machines_programs(launch: Any, folder: Path) -> None:
-    launch("gpt2-124m", "--slurm")
-    job = (folder / "gpt2-124m.sbatch").read_text()
-    assert f'export PATH={Path(sys.executable).parent}:"$PATH"' in job
-    launch("gpt2-124m", "--kubernetes")
-    assert str(Path(sys.executable).parent) not in (folder / "gpt2-124m.kubernetes.yaml").read_text()
+def test_only_slurm_uses_the_programs_of_this_machine(launch: Any) -> None:
+    for target in TARGETS:
+        launch("gpt2-124m", f"--{target}")
+        job = Path(FILES[target]).read_text()
+        assert (f'export PATH={Path(sys.executable).parent}:"$PATH"' in job) == (target == "slurm")
 
 
-def test_a_recipe_file_is_named_where_it_is_seen_and_spelt_out_elsewhere(launch: Any, folder: Path) -> None:
-    (folder / "mine.toml").write_text(
+def test_recipe_file_is_named_for_slurm_and_written_out_elsewhere(launch: Any) -> None:
+    Path("mine.toml").write_text(
         '[schedule]\ntotal_steps = 900\n[model]\nn_layer = 3\n[data]\ndata = "data/fineweb-edu"\n'
     )
     launch("mine.toml", "--slurm", "--seed=5")
-    assert trained_words((folder / "mine.sbatch").read_text()) == "mine.toml --seed 5"
+    assert train_arguments(Path("mine.sbatch").read_text()) == "mine.toml --seed 5"
     launch("mine.toml", "--skypilot", "--seed=5")
-    words = trained_words((folder / "mine.skypilot.yaml").read_text())
+    words = train_arguments(Path("mine.skypilot.yaml").read_text())
     assert "mine.toml" not in words
-    assert "--run-name mine " in words
-    assert "--seed 5" in words
-    assert "--n-layer 3" in words
+    assert all(option in words for option in ("--run-name mine ", "--seed 5", "--n-layer 3"))
 
 
-def test_text_is_prepared_first_where_it_is_not_there(launch: Any, folder: Path) -> None:
-    _, said = launch("gpt2-1558m", "--slurm")
-    assert "next: overnight prepare fineweb-edu --subset sample-100BT && sbatch gpt2-1558m.sbatch" in said
-    assert "fineweb-edu is not prepared" in (folder / "gpt2-1558m.sbatch").read_text()
-    (folder / "data/fineweb-edu").mkdir(parents=True)
-    (folder / "data/fineweb-edu/manifest.json").touch()
-    _, said = launch("gpt2-1558m", "--slurm", "--out", "again")
-    assert "next: sbatch again" in said
+def test_missing_text_is_prepared_first(launch: Any) -> None:
+    _, err = launch("gpt2-1558m", "--slurm")
+    assert "next: overnight prepare fineweb-edu --subset sample-100BT && sbatch gpt2-1558m.sbatch" in err
+    assert "data/fineweb-edu/manifest.json" in Path("gpt2-1558m.sbatch").read_text()
+    Path("data/fineweb-edu").mkdir(parents=True)
+    Path("data/fineweb-edu/manifest.json").touch()
+    assert "next: sbatch again" in launch("gpt2-1558m", "--slurm", "--out", "again")[1]
 
 
-def test_a_run_that_need_not_wait_for_its_text_does_not(launch: Any, folder: Path) -> None:
+def test_run_with_a_shuffle_window_does_not_wait_for_its_text(launch: Any) -> None:
     launch("gpt2-124m", "--slurm", "--shuffle-window", "100_000_000", "--evaluation-tokens", "1000")
-    assert "is not prepared" not in (folder / "gpt2-124m.sbatch").read_text()
+    assert "manifest.json" not in Path(FILES["slurm"]).read_text()
 
 
-def test_a_machine_elsewhere_is_told_the_folder_of_what_only_this_one_has(launch: Any, folder: Path) -> None:
-    (folder / "notes.txt").write_text("text")
-    mine = ("gpt2-124m", "--data", "notes.txt", "--tokenizer", "bpe-300")
+@pytest.mark.parametrize("option", ["--data", "--mixture"])
+def test_other_machines_get_the_folder_of_text_that_only_this_one_has(option: str, launch: Any) -> None:
+    Path("notes.txt").write_text("text")
+    text = "notes.txt" if option == "--data" else "notes.txt=1.0"
+    mine = ("gpt2-124m", "--data=", option, text, "--tokenizer", "bpe-300")
     launch("--kubernetes", *mine)
-    job = (folder / "gpt2-124m.kubernetes.yaml").read_text()
-    assert "--data data/notes-bpe-300" in trained_words(job)
+    job = Path(FILES["kubernetes"]).read_text()
+    assert f"{option} data/notes-bpe-300" in train_arguments(job)
     assert "overnight prepare" not in job
     launch("--sagemaker", *mine)
-    told = yaml.safe_load((folder / "gpt2-124m.sagemaker.yaml").read_text())
-    assert "--data" not in told["AlgorithmSpecification"]["ContainerArguments"]
-    assert told["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"].endswith("/data/notes-bpe-300/")
+    job = yaml.safe_load(Path(FILES["sagemaker"]).read_text())
+    assert option not in job["AlgorithmSpecification"]["ContainerArguments"], (
+        "its folder has another name there"
+    )
+    assert f'{option} "$SM_CHANNEL_TRAINING"' in job["Environment"]["OVERNIGHT_TRAIN"]
+    uri = job["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"]
+    assert uri.endswith("/data/notes-bpe-300/")
 
 
 @pytest.mark.parametrize(
-    "words, sentence",
+    "words, message",
     [
-        ([], "overnight launch needs a recipe"),
-        (["--slurm"], "overnight launch needs a recipe"),
-        (["--slurm", "gpt2-125m"], "there is no recipe gpt2-125m; did you mean"),
-        (["gpt2-124m"], "needs one of --slurm, --skypilot, --sagemaker, --kubernetes"),
-        (["--slurm", "--kubernetes", "gpt2-124m"], "one of --slurm and --kubernetes: give only one"),
-        (["gpt2-124m", "--slrum"], "no option --slrum; did you mean slurm?"),
-        (["gpt2-124m", "--slurm", "--nodes", "0"], "nodes=0 must be at least 1"),
-        (["gpt2-124m", "--slurm", "--gpus-per-node=-1"], "gpus_per_node=-1 must be at least 0"),
-        (["gpt2-124m", "--slurm", "--hours", "0.1"], "hours=0.1 must be at least 0.25"),
-        (["gpt2-124m", "--slurm", "--hours", "inf"], "hours=inf"),
-        (["gpt2-124m", "--slurm", "--processes", "8"], "processes=8 is for one machine"),
-        (["gpt2-124m", "--slurm", "--n-head", "5"], "n_embd=768 does not divide among n_head=5"),
-        (["gpt2-124m", "--kubernetes", "--role", "r"], "role is for --sagemaker: leave it out"),
-        (["gpt2-124m", "--slurm", "--bucket", "b"], "bucket is for --skypilot and --sagemaker"),
-        (["gpt2-124m", "--sagemaker", "--gpu", "T4"], "gpu=T4 is of no SageMaker instance that is known"),
-        (["gpt2-124m", "--slurm", "--out", "."], ". is already there: move it, or give another --out"),
-        (
-            ["gpt2-124m", "--slurm", "--nodes", "3"],
-            "is 512 micro-batches of 1 row, which 24 processes can't share equally: 16 can, or give "
-            "tokens_per_step=516096",
-        ),
-        (
-            ["gpt2-124m", "--slurm", "--nodes", "8", "--micro-batch-size", "16"],
-            "tokens_per_step=524288 is 32 micro-batches of 16 rows, which 64 processes can't share equally: "
-            "32 can, or give tokens_per_step=1048576",
-        ),
-        (
-            ["gpt3-125m", "--slurm", "--nodes", "3"],
-            "batch_ramp_start_tokens=32768 is 16 micro-batches of 1 row, which 24 processes can't share",
-        ),
-        (["gpt2-124m", "--slurm", "--tokens-per-step", "1000"], "tokens_per_step=1000 is not a whole number"),
+        ("", "recipe"),
+        ("--slurm", "recipe"),
+        ("--slurm gpt2-125m", "gpt2-125m; did you mean"),
+        ("gpt2-124m", "--slurm, --skypilot, --sagemaker, --kubernetes"),
+        ("--slurm --kubernetes gpt2-124m", "--slurm and --kubernetes"),
+        ("gpt2-124m --slrum", "--slrum; did you mean slurm"),
+        ("gpt2-124m --slurm --nodes 0", "nodes=0"),
+        ("gpt2-124m --slurm --gpus-per-node=-1", "gpus_per_node=-1"),
+        ("gpt2-124m --slurm --hours 0.1", "hours=0.1"),
+        ("gpt2-124m --slurm --hours inf", "hours=inf"),
+        ("gpt2-124m --slurm --processes 8", "processes=8"),
+        ("gpt2-124m --slurm --n-head 5", "n_head=5"),
+        ("gpt2-124m --kubernetes --role r", "role is for --sagemaker"),
+        ("gpt2-124m --slurm --bucket b", "bucket is for --skypilot and --sagemaker"),
+        ("gpt2-124m --sagemaker --gpu T4", "gpu=T4"),
+        ("gpt2-124m --slurm --out .", "--out"),
+        ("gpt2-124m --slurm --nodes 3", "24 processes.* 16 .*tokens_per_step=516096"),
+        ("gpt2-124m --slurm --nodes 8 --micro-batch-size 16", "64 processes.* 32 .*tokens_per_step=1048576"),
+        ("gpt3-125m --slurm --nodes 3", "batch_ramp_start_tokens=32768.* 24 processes"),
+        ("gpt2-124m --slurm --tokens-per-step 1000", "tokens_per_step=1000"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_use_is_one_sentence_and_no_file(
-    words: list[str], sentence: str, launch: Any, folder: Path
-) -> None:
-    status, said = launch(*words)
+def test_wrong_use_is_one_line_and_no_file(words: str, message: str, launch: Any, folder: Path) -> None:
+    status, err = launch(*words.split())
     assert status == 2
-    assert sentence in said
-    assert len(said.splitlines()) == 1
+    assert re.search(message, err)
+    assert len(err.splitlines()) == 1
     assert list(folder.iterdir()) == []
 
 
-def test_the_tokens_that_are_proposed_are_taken(launch: Any) -> None:
-    _, said = launch("gpt2-124m", "--slurm", "--nodes", "3")
-    proposed = re.findall("tokens_per_step=([0-9]+)", said)[-1]
+def test_proposed_tokens_are_accepted(launch: Any) -> None:
+    _, err = launch("gpt2-124m", "--slurm", "--nodes", "3")
+    proposed = re.findall("tokens_per_step=([0-9]+)", err)[-1]
     assert launch("gpt2-124m", "--slurm", "--nodes", "3", "--tokens-per-step", proposed)[0] == 0
 
 
-def test_a_file_that_is_there_stays(launch: Any, folder: Path) -> None:
+def test_existing_file_is_not_replaced(launch: Any) -> None:
     assert launch("gpt2-124m", "--slurm")[0] == 0
-    before = (folder / "gpt2-124m.sbatch").read_text()
-    status, said = launch("gpt2-124m", "--slurm", "--nodes", "2")
+    before = Path(FILES["slurm"]).read_text()
+    status, err = launch("gpt2-124m", "--slurm", "--nodes", "2")
     assert status == 2
-    assert "gpt2-124m.sbatch is already there: move it, or give another --out" in said
-    assert (folder / "gpt2-124m.sbatch").read_text() == before
+    assert FILES["slurm"] in err
+    assert Path(FILES["slurm"]).read_text() == before
 
 
-def test_what_it_was_written_by_writes_it_again(launch: Any, folder: Path) -> None:
+def test_written_by_command_writes_the_file_again(launch: Any) -> None:
     launch("gpt2-124m", "--slurm", "--nodes", "2", "--sample-prompts", "it's", "--hours=3")
-    job = (folder / "gpt2-124m.sbatch").read_text()
+    job = Path(FILES["slurm"]).read_text()
     (command,) = re.findall("# Written by: (.*)", job)
-    (folder / "gpt2-124m.sbatch").unlink()
-    python = f"{sys.executable} -m {command}"
-    subprocess.run(["bash", "-c", python], check=True, capture_output=True)
-    assert (folder / "gpt2-124m.sbatch").read_text() == job
+    Path(FILES["slurm"]).unlink()
+    subprocess.run(["bash", "-c", f"{sys.executable} -m {command}"], check=True, capture_output=True)
+    assert Path(FILES["slurm"]).read_text() == job

@@ -1,4 +1,4 @@
-"""The batch script, read as sbatch reads it and run with programs that stand for Slurm's."""
+"""The batch script, read by sbatch's rules and run with programs that stand for Slurm's."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from typing import Any
 import pytest
 
 from overnight.jobs.request import JobRequest
-from overnight.jobs.slurm import WARNING_SECONDS, slurm_submit_command, write_slurm_job
+from overnight.jobs.targets import job_file
 from overnight.preparation.prepare_commands import JobText
 
-# Runs the command once for each node, as its own process, which scancel then knows.
+Build = Callable[..., JobRequest]
+
+# Runs the command once for each node, as a process of its own, which scancel then knows.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 for node in $(seq 0 $((SLURM_NNODES - 1))); do
@@ -44,20 +46,29 @@ esac
 
 
 @pytest.fixture
-def slurm(machines: Any, text_is_there: None) -> Any:
+def slurm(machines: Any) -> Any:
+    machines.prepare_text()
     for name, script in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
         machines.add(name, script)
     return machines
 
 
-def submit(slurm: Any, job: str, job_id: str = "4711", **more: str) -> subprocess.Popen[str]:
-    path = slurm.work / "mine.sbatch"
-    path.write_text(job)
-    for kind in ("told", "saved", "tasks"):
-        (slurm.notes / kind).unlink(missing_ok=True)
-    allocation = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
-    process: subprocess.Popen[str] = slurm.start("bash", str(path), SLURM_JOB_ID=job_id, **allocation, **more)
-    return process
+@pytest.fixture
+def submit(slurm: Any, request_job: Build) -> Callable[..., subprocess.Popen[str]]:
+    """submit(job_id, variables, **values): the process of the batch script of such a job on two nodes."""
+
+    def start(
+        job_id: str = "4711", variables: dict[str, str] | None = None, **values: Any
+    ) -> subprocess.Popen[str]:
+        path = slurm.work / "mine.sbatch"
+        path.write_text(job_file("slurm", request_job(nodes=2, **values)))
+        for kind in ("calls", "saved", "tasks"):
+            (slurm.notes / kind).unlink(missing_ok=True)
+        allocation = {"SLURM_JOB_ID": job_id, "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+        process: subprocess.Popen[str] = slurm.start("bash", str(path), **allocation, **variables or {})
+        return process
+
+    return start
 
 
 def read_options(job: str) -> argparse.Namespace:
@@ -78,181 +89,137 @@ def read_options(job: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def test_the_head_asks_for_what_the_run_needs(request_job: Callable[..., JobRequest]) -> None:
-    job = write_slurm_job(request_job(nodes=2, gpus_per_node=4, hours=30.5, partition="gpu", gpu="h100"))
+def test_head_asks_for_what_the_run_needs(request_job: Build) -> None:
+    job = job_file("slurm", request_job(nodes=2, gpus_per_node=4, hours=30.5, partition="gpu", gpu="h100"))
     assert job.startswith("#!/bin/bash\n")
     options = read_options(job)
     assert (options.nodes, options.ntasks_per_node, options.gpus_per_node) == (2, 1, "h100:4")
     assert (options.time, options.partition, options.requeue) == ("1-06:30:00", "gpu", True)
-    assert options.signal == f"B:USR1@{WARNING_SECONDS}"
-    assert options.open_mode == "append", "a job that is queued again goes on with its log"
+    assert options.signal == "B:USR1@180"
+    assert options.open_mode == "append", "a requeued job appends to its log"
     assert not options.exclusive
+    options = read_options(job_file("slurm", request_job(gpus_per_node=0)))
+    assert (options.gpus_per_node, options.partition, options.exclusive) == (None, None, True)
 
 
-def test_a_job_without_gpus_asks_for_whole_nodes(request_job: Callable[..., JobRequest]) -> None:
-    job = write_slurm_job(request_job(gpus_per_node=0))
-    options = read_options(job)
-    assert options.gpus_per_node is None
-    assert options.partition is None
-    assert options.exclusive
-    assert "--nproc-per-node 1 " in job
+def test_bash_can_read_it(request_job: Build) -> None:
+    words = ("long", "--sample-prompts", "it's", 'a "b"', "$(touch x)", "two\nlines")
+    job = job_file("slurm", request_job(run_name="a run's", words=words))
+    assert subprocess.run(["bash", "-n"], input=job, text=True, capture_output=True, check=True).stderr == ""
 
 
-def test_the_shell_can_read_it(request_job: Callable[..., JobRequest], tmp_path: Path) -> None:
-    awkward = ("--sample-prompts", "it's", 'a "b"', "$(touch x)", "two\nlines")
-    job = write_slurm_job(request_job(run_name="a run's", words=("long", *awkward), made_by="a\nb"))
-    path = tmp_path / "job"
-    path.write_text(job)
-    assert subprocess.run(["bash", "-n", path], capture_output=True, check=True).stderr == b""
-    assert all(len(line) <= 110 for line in write_slurm_job(request_job()).splitlines())
-
-
-def test_torchrun_understands_its_options(
-    slurm: Any,
-    request_job: Callable[..., JobRequest],
-    ended: Any,
-    parse_torchrun: Callable[[list[str]], Any],
-) -> None:
-    job = write_slurm_job(request_job(words=("short", "--seed", "5"), nodes=2, max_restarts=4))
-    assert ended(submit(slurm, job, job_id="70001"))[0] == 0
-    first, second = sorted(
-        (parse_torchrun(words) for words in slurm.noted("torchrun")), key=lambda a: a.rdzv_conf
-    )
+def test_torchrun_gets_its_options(slurm: Any, submit: Any, wait: Any, parse_torchrun: Any) -> None:
+    assert wait(submit("70001", words=("short", "--seed", "5"), max_restarts=4))[0] == 0
+    first, second = sorted(map(parse_torchrun, slurm.noted("torchrun")), key=lambda node: str(node.rdzv_conf))
     assert (first.rdzv_conf, second.rdzv_conf) == ("is_host=0", "is_host=1")
     assert (first.nnodes, first.nproc_per_node, first.max_restarts) == ("2", "8", 4)
     assert (first.rdzv_backend, first.rdzv_endpoint, first.rdzv_id) == ("c10d", "localhost:30001", "70001")
-    assert [told["words"] for told in slurm.noted("told")] == 2 * [["train", "short", "--seed", "5"]]
+    assert slurm.calls() == 2 * [["train", "short", "--seed", "5"]]
 
 
-def test_two_nodes_meet_are_saved_at_the_time_limit_and_go_on(
-    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
-) -> None:
-    """For real, but for Slurm: two agents of torchrun's, their rendezvous, a sum over both processes."""
+def test_two_nodes_meet_save_at_the_time_limit_and_resume(slurm: Any, submit: Any, wait: Any) -> None:
+    """All real except Slurm: two agents of torchrun, their rendezvous, a sum over both processes."""
     slurm.use_real_torchrun()
-    job = write_slurm_job(request_job(nodes=2, gpus_per_node=1))
-    job_id = {"job_id": "4711", "TOGETHER": "yes", "OMP_NUM_THREADS": "1"}
-    process = submit(slurm, job, **job_id)
-    slurm.wait_for("told", 2, process)
-    told = sorted(slurm.noted("told"), key=lambda line: line["RANK"])
-    assert [(line["RANK"], line["WORLD_SIZE"], line["LOCAL_RANK"]) for line in told] == [
+    variables = {"TOGETHER": "yes", "OMP_NUM_THREADS": "1"}
+    process = submit(variables=variables, gpus_per_node=1)
+    slurm.wait_for_calls(2, process)
+    calls = sorted(slurm.noted("calls"), key=lambda call: str(call["RANK"]))
+    assert [(call["RANK"], call["WORLD_SIZE"], call["LOCAL_RANK"]) for call in calls] == [
         ("0", "2", "0"),
         ("1", "2", "0"),
     ]
-    assert [line["sum_of_ranks"] for line in told] == [1.0, 1.0]
-    assert [line["words"] for line in told] == 2 * [["train", "long"]]
-    os.kill(process.pid, signal.SIGUSR1)  # the batch shell alone, as B: has it
-    status, said = ended(process)
+    assert [call["sum_of_ranks"] for call in calls] == [1.0, 1.0]
+    assert slurm.calls() == 2 * [["train", "long"]]
+    os.kill(process.pid, signal.SIGUSR1)  # to the batch script only, as in B:USR1
+    status, output = wait(process)
     assert status != 0
-    assert sorted(slurm.noted("saved")) == [0, 1], said
+    assert sorted(slurm.noted("saved")) == [0, 1], output
     assert slurm.noted("requeued") == [4711]
 
-    status, said = ended(submit(slurm, job, **job_id))
-    assert status == 0, said
-    assert [line["words"] for line in slurm.noted("told")] == 2 * [["train", "--resume", "runs/mine"]]
-    assert slurm.noted("requeued") == [4711], "a run that is done is not queued again"
+    status, output = wait(submit(variables=variables, gpus_per_node=1))
+    assert status == 0, output
+    assert slurm.calls() == 2 * [["train", "--resume", "runs/mine"]]
+    assert slurm.noted("requeued") == [4711], "a finished run is not requeued"
 
 
 @pytest.mark.slow
-def test_a_run_of_overnight_s_own_goes_on_after_the_time_limit(
-    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
-) -> None:
-    """As above, with the program itself: every step is there once. It takes half a minute."""
+def test_real_run_resumes_after_the_time_limit(slurm: Any, submit: Any, wait: Any) -> None:
+    """As above, with the program itself: every step is done once. It takes half a minute."""
     slurm.use_real_torchrun()
     (slurm.programs / "overnight").unlink()
     text = "\n\n".join(f"Paragraph {number} says that {number} is a number." for number in range(4000))
     (slurm.work / "notes.txt").write_text(text)
-    prepare = ("prepare", "notes.txt", "--tokenizer=bpe-300", "--validation-fraction=0.3", "--out=data/mine")
-    assert ended(slurm.start(sys.executable, "-m", "overnight", *prepare))[0] == 0
+    prepare = "prepare notes.txt --tokenizer=bpe-300 --validation-fraction=0.3 --out=data/mine"
+    assert wait(slurm.start(sys.executable, "-m", "overnight", *prepare.split()))[0] == 0
     sizes = ("--n-layer=1", "--n-head=2", "--n-embd=16", "--context-length=32", "--tokens-per-step=128")
     length = ("--total-steps=600", "--warmup-steps=1", "--evaluate-every-steps=None", "--sample-tokens=8")
     words = ("quickstart", "--run-name=mine", "--data=data/mine", "--compile=False", *sizes, *length)
-    programs = f"{slurm.programs}:{sysconfig.get_path('scripts')}"
-    job = write_slurm_job(request_job(nodes=2, gpus_per_node=0, words=words, texts=(JobText("data/mine"),)))
-    process = submit(slurm, job, PATH=f"{programs}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
+    values = {"gpus_per_node": 0, "words": words, "texts": (JobText("data/mine"),)}
+    programs = f"{slurm.programs}:{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
+    variables = {"PATH": programs, "OMP_NUM_THREADS": "1"}
+    process = submit(variables=variables, **values)
     metrics = slurm.work / "runs/mine/metrics.jsonl"
-    for _ in range(600):
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= 10:
-            break
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 10:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGUSR1)
-    _, said = ended(process)
+    _, output = wait(process)
     done = len(metrics.read_text().splitlines())
-    assert 10 <= done < 600, said
+    assert 10 <= done < 600, output
     assert [path.name for path in (slurm.work / "runs/mine/checkpoints").iterdir()] == [f"step-{done:08d}"]
-    assert slurm.noted("requeued") == [4711]
-    again = submit(slurm, job, PATH=f"{programs}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
-    status, said = ended(again)
-    assert status == 0, said
+    status, output = wait(submit(variables=variables, **values))
+    assert status == 0, output
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 601))
     assert slurm.noted("requeued") == [4711]
 
 
-def test_without_the_trap_nothing_is_saved(
-    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
+@pytest.mark.parametrize("has_trap", [True, False])
+def test_nothing_is_saved_without_the_trap(
+    has_trap: bool, slurm: Any, submit: Any, wait: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = write_slurm_job(request_job(nodes=2))
-    without = re.sub("^trap .* USR1$", "", job, flags=re.MULTILINE)
-    assert without != job
-    for script, is_saved in ((job, True), (without, False)):
-        (slurm.notes / "requeued").unlink(missing_ok=True)
-        (slurm.work / "runs/mine/recipe.toml").unlink(missing_ok=True)
-        process = submit(slurm, script)
-        slurm.wait_for("told", 2, process)
-        os.kill(process.pid, signal.SIGUSR1)
-        if not is_saved:
-            assert process.wait(timeout=10) == -signal.SIGUSR1
-            os.killpg(process.pid, signal.SIGKILL)
-        ended(process)
-        assert bool(slurm.noted("saved")) is is_saved
-        assert bool(slurm.noted("requeued")) is is_saved
+    if not has_trap:
+        write = Path.write_text
+        trap = re.compile("^trap .* USR1$", re.MULTILINE)
+        monkeypatch.setattr(Path, "write_text", lambda path, text: write(path, trap.sub("", text)))
+    process = submit()
+    slurm.wait_for_calls(2, process)
+    os.kill(process.pid, signal.SIGUSR1)
+    if not has_trap:
+        assert process.wait(timeout=60) == -signal.SIGUSR1
+        os.killpg(process.pid, signal.SIGKILL)
+    wait(process)
+    assert bool(slurm.noted("saved")) is has_trap
+    assert bool(slurm.noted("requeued")) is has_trap
 
 
-def test_a_cancelled_job_saves_and_is_not_queued_again(
-    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
-) -> None:
-    """Scancel tells every process, the batch shell too."""
-    process = submit(slurm, write_slurm_job(request_job(nodes=2)))
-    slurm.wait_for("told", 2, process)
-    os.kill(process.pid, signal.SIGTERM)
-    for task in (slurm.notes / "tasks").read_text().split():
-        os.kill(int(task), signal.SIGTERM)
-    _, said = ended(process)
-    assert len(slurm.noted("saved")) == 2, said
+def test_cancelled_job_saves_and_is_not_requeued(slurm: Any, submit: Any, wait: Any) -> None:
+    """Scancel signals every process, the batch script too."""
+    process = submit()
+    slurm.wait_for_calls(2, process)
+    for task in (process.pid, *map(int, (slurm.notes / "tasks").read_text().split())):
+        os.kill(task, signal.SIGTERM)
+    _, output = wait(process)
+    assert len(slurm.noted("saved")) == 2, output
     assert slurm.noted("requeued") == []
 
 
-def test_an_error_ends_the_job_with_its_status(
-    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
-) -> None:
-    assert ended(submit(slurm, write_slurm_job(request_job(words=("wrong",)))))[0] == 2
+def test_error_ends_the_job_with_its_status(slurm: Any, submit: Any, wait: Any) -> None:
+    assert wait(submit(words=("wrong",)))[0] == 2
     assert slurm.noted("requeued") == []
 
 
-def test_a_job_without_its_text_ends_at_once(
-    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
-) -> None:
-    texts = (
-        JobText("s3://elsewhere/text"),
-        JobText("data/other", ("overnight", "prepare", "other", "--out", "a b")),
-    )
-    status, said = ended(submit(slurm, write_slurm_job(request_job(texts=texts))))
+def test_job_without_its_text_ends_at_once(slurm: Any, submit: Any, wait: Any) -> None:
+    prepare = ("overnight", "prepare", "other", "--out", "a b")
+    status, output = wait(submit(texts=(JobText("s3://elsewhere/text"), JobText("data/other", prepare))))
     assert status == 2
-    assert said == "data/other is not prepared: overnight prepare other --out 'a b'\n"
+    assert "overnight prepare other --out 'a b'" in output
     assert slurm.noted("torchrun") == []
 
 
-def test_programs_of_this_machine_come_first(
-    slurm: Any, request_job: Callable[..., JobRequest], ended: Any
-) -> None:
+def test_programs_of_this_machine_come_first(slurm: Any, submit: Any, wait: Any) -> None:
     elsewhere = slurm.work / "my env"
     elsewhere.mkdir()
     slurm.programs.joinpath("overnight").rename(elsewhere / "overnight")
-    job = write_slurm_job(request_job(words=("short",), programs=str(elsewhere)))
-    assert ended(submit(slurm, job))[0] == 0
-    assert len(slurm.noted("told")) == 2
-
-
-def test_it_is_submitted_by_sbatch(request_job: Callable[..., JobRequest]) -> None:
-    assert slurm_submit_command(request_job(path="my jobs/a.sbatch")) == "sbatch 'my jobs/a.sbatch'"
+    assert wait(submit(words=("short",), programs=str(elsewhere)))[0] == 0
+    assert len(slurm.calls()) == 2

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
 
 from overnight.data.atomic_folder import staging_path
-from overnight.data.shards import load_prepared_tokenizer, open_tokens, read_manifest
+from overnight.preparation import assemble, minhash
 from overnight.preparation import prepare as prepare_module
 from overnight.preparation.command import summarize_prepared
-from overnight.preparation.datatrove_steps import WordSignature
-from overnight.preparation.dedup import comparing_steps
+from overnight.preparation.dedup import dedup_steps
+from overnight.preparation.minhash import WordSignature
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
 
@@ -38,18 +36,14 @@ def nearly(text: str, changes: int = 1) -> str:
 ALMOST = [nearly(text) for text in TEXTS[:25]]
 
 
-def write_lines(path: Path, texts: list[str]) -> None:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
 @pytest.fixture
-def config(tmp_path: Path) -> PrepareConfig:
+def config(tmp_path: Path, write_texts: Any) -> PrepareConfig:
     """All texts, then 25 that are almost among them, an equal one and an empty one."""
     source = tmp_path / "texts"
     source.mkdir()
     documents = [*TEXTS, TEXTS[3], "", *ALMOST]
     for number in range(9):
-        write_lines(source / f"{number}.jsonl", documents[number * 10 :][:10])
+        write_texts(source / f"{number}.jsonl", documents[number * 10 :][:10])
     return PrepareConfig(
         source=str(source),
         out=str(tmp_path / "out"),
@@ -60,27 +54,8 @@ def config(tmp_path: Path) -> PrepareConfig:
     )
 
 
-@pytest.fixture
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "UNIT_BYTES", 10_000)
-
-
 def elsewhere(config: PrepareConfig, name: str, **changes: Any) -> PrepareConfig:
     return dataclasses.replace(config, out=f"{config.out}-{name}", **changes)
-
-
-def contents(folder: str | Path | None) -> dict[str, bytes]:
-    assert folder is not None
-    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def texts_in(folder: str | None, split: str) -> list[str]:
-    assert folder is not None
-    manifest, tokenizer = read_manifest(Path(folder)), load_prepared_tokenizer(Path(folder))
-    ids = np.concatenate([open_tokens(Path(folder) / shard.name) for shard in manifest.shards(split)])
-    pieces = np.split(ids, np.flatnonzero(ids == manifest.end_of_text))[1:]
-    return [tokenizer.decode(piece[1:].tolist()) for piece in pieces]
 
 
 def runs_of(text: str) -> set[tuple[str, ...]]:
@@ -98,75 +73,64 @@ def most_similar(texts: list[str], others: list[str]) -> float:
     return max(similarity(one, other) for one in texts for other in others)
 
 
-# ---------------------------------------------------------------- what stays
+# What stays
 
 
-def test_of_texts_that_are_nearly_alike_the_first_stays(config: PrepareConfig) -> None:
+def test_first_of_near_duplicates_stays(config: PrepareConfig, texts_in: Any) -> None:
     assert min(map(similarity, TEXTS, ALMOST)) > 0.96
     manifest = prepare(config)
-    assert manifest is not None
-    assert set(texts_in(config.out, "train") + texts_in(config.out, "validation")) == set(TEXTS)
+    train, validation = (texts_in(config, split) for split in ("train", "validation"))
+    assert {*train, *validation} == {*TEXTS}
+    assert most_similar(validation, train) < 0.1
     counts = (manifest.documents, manifest.near_duplicate_documents, manifest.duplicate_documents)
     assert counts == (60, 25, 1)
-    assert "left out: duplicates 1, near-duplicates 25, empty 1" in summarize_prepared(manifest)
+    assert any("near-duplicates 25" in line for line in summarize_prepared(manifest))
+    with pytest.raises(ValueError, match="near_duplicates"):
+        prepare(dataclasses.replace(config, near_duplicates="keep"))
 
 
-def test_without_the_option_all_stay(config: PrepareConfig) -> None:
-    kept = dataclasses.replace(config, near_duplicates="keep")
-    manifest = prepare(kept)
-    assert manifest is not None
-    assert set(texts_in(config.out, "train") + texts_in(config.out, "validation")) == {*TEXTS, *ALMOST}
+def test_near_duplicates_stay_without_the_option(config: PrepareConfig, texts_in: Any) -> None:
+    manifest = prepare(dataclasses.replace(config, near_duplicates="keep"))
+    train, validation = (texts_in(config, split) for split in ("train", "validation"))
+    assert {*train, *validation} == {*TEXTS, *ALMOST}
+    assert most_similar(validation, train) > 0.96
     assert (manifest.documents, manifest.near_duplicate_documents) == (85, 0)
-    with pytest.raises(ValueError, match="holds something else .near_duplicates is None there and drop here"):
-        prepare(config)
 
 
-def test_validation_shares_nothing_with_training(config: PrepareConfig) -> None:
-    prepare(config)
-    assert most_similar(texts_in(config.out, "validation"), texts_in(config.out, "train")) < 0.1
-    kept = elsewhere(config, "kept", near_duplicates="keep")
-    prepare(kept)
-    assert most_similar(texts_in(kept.out, "validation"), texts_in(kept.out, "train")) > 0.96
-
-
-def test_texts_that_share_a_part_stay(config: PrepareConfig) -> None:
+def test_texts_that_share_a_part_stay(config: PrepareConfig, write_texts: Any) -> None:
     halves = [nearly(text, 20) for text in TEXTS[:20]]  # a probability of 0.01 each
     assert all(0.3 < similarity(one, other) < 0.6 for one, other in zip(TEXTS, halves, strict=False))
-    write_lines(Path(str(config.source)) / "9.jsonl", halves)
+    write_texts(Path(str(config.source)) / "9.jsonl", halves)
     manifest = prepare(config)
-    assert manifest is not None
     assert 25 <= manifest.near_duplicate_documents <= 28
 
 
-def test_what_is_left_out_for_itself_speaks_for_nobody(config: PrepareConfig, tmp_path: Path) -> None:
+def test_contaminated_document_does_not_stand_for_its_cluster(
+    config: PrepareConfig, tmp_path: Path, texts_in: Any, write_texts: Any
+) -> None:
     """The first of a cluster is contaminated: then the second stays."""
     words = TEXTS[0].split()
     place = next(i for i in range(300) if words[i] != ALMOST[0].split()[i])  # what the second has not
     passage = " ".join(words[max(0, place - 6) :][:13])
-    write_lines(tmp_path / "benchmark.jsonl", [passage])
-    manifest = prepare(
-        dataclasses.replace(
-            config, decontaminate=(str(tmp_path / "benchmark.jsonl"),), on_contaminated="drop"
-        )
-    )
-    assert manifest is not None
-    kept = set(texts_in(config.out, "train") + texts_in(config.out, "validation"))
+    write_texts(tmp_path / "benchmark.jsonl", [passage])
+    benchmarks = (str(tmp_path / "benchmark.jsonl"),)
+    manifest = prepare(dataclasses.replace(config, decontaminate=benchmarks, on_contaminated="drop"))
+    kept = set(texts_in(config, "train") + texts_in(config, "validation"))
     assert kept == {ALMOST[0], *TEXTS[1:]}
     assert manifest.contaminated_documents == {"benchmark": 1}
 
 
-def test_short_texts_are_compared_by_nothing(config: PrepareConfig) -> None:
-    write_lines(Path(str(config.source)) / "9.jsonl", ["one two three four", "one two three four."])
+def test_short_texts_are_not_compared(config: PrepareConfig, write_texts: Any) -> None:
+    write_texts(Path(str(config.source)) / "9.jsonl", ["one two three four", "one two three four."])
     manifest = prepare(config)
-    assert manifest is not None
     assert (manifest.documents, manifest.near_duplicate_documents) == (62, 25)
 
 
-# ---------------------------------------------------------------- who does the work
+# Who does the work
 
 
-def test_it_depends_neither_on_the_units_nor_on_who_works(
-    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+def test_near_duplicates_do_not_depend_on_units_or_workers(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
     prepare(config)
     for unit_bytes, workers in ((1, 1), (10_000, 2), (10_000, 8)):
@@ -180,18 +144,18 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_ranks_in_any_order_find_the_same(
-    config: PrepareConfig, small_units: None, monkeypatch: pytest.MonkeyPatch
+def test_near_duplicates_do_not_depend_on_the_order_of_ranks(
+    config: PrepareConfig, small_units: None, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
     """As an array of Slurm's jobs would do it."""
-    monkeypatch.setattr(prepare_module, "decide_all", stop)
+    monkeypatch.setattr(assemble, "decide_layout", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
     place = staging_path(Path(config.out or ""))
     found = contents(place / "near")
     assert any(found[name] for name in found if name.endswith(".clusters"))
     (place / "near").rename(place / "before")
-    steps = comparing_steps(4)
+    steps = dedup_steps(4)
     assert [ranks for _, ranks in steps] == [4, 4, 1]
     for step, ranks in steps:
         for rank in reversed(range(ranks)):
@@ -199,62 +163,48 @@ def test_ranks_in_any_order_find_the_same(
     assert contents(place / "near") == found
 
 
-@pytest.mark.parametrize("step", ["build_buckets", "build_clusters"])
-def test_it_goes_on_where_it_was(
-    config: PrepareConfig, small_units: None, step: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["get_signature", "build_buckets", "build_clusters"])
+def test_interrupted_step_continues(
+    config: PrepareConfig, small_units: None, step: str, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
     expected = elsewhere(config, "expected")
     prepare(expected)
-    import overnight.preparation.datatrove_steps as minhash_module
+    owner = WordSignature if step == "get_signature" else minhash
+    real, calls = getattr(owner, step), []
 
-    with monkeypatch.context() as patch:
-        patch.setattr(minhash_module, step, stop)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(config)
-    signed: list[int] = []
-    monkeypatch.setattr(WordSignature, "run", lambda self, data, rank: signed.append(rank))
-    prepare(config)
-    assert signed == []
-    assert contents(config.out) == contents(expected.out)
-
-
-def test_an_interrupted_signature_is_written_anew(
-    config: PrepareConfig, small_units: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = elsewhere(config, "expected")
-    prepare(expected)
-    real = WordSignature.get_signature
-    calls: list[None] = []
-
-    def stop_at_the_twentieth(self: WordSignature, shingles: Any) -> Any:
+    def stop_at(*given: Any) -> Any:
         calls.append(None)
-        return stop() if len(calls) == 20 else real(self, shingles)
+        return stop() if len(calls) == (20 if owner is WordSignature else 1) else real(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(WordSignature, "get_signature", stop_at_the_twentieth)
+        patch.setattr(owner, step, stop_at)
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
+    if owner is minhash:  # the signatures are complete
+        monkeypatch.setattr(WordSignature, "run", lambda *_: pytest.fail("signed again"))
     prepare(config)
     assert contents(config.out) == contents(expected.out)
 
 
-def test_more_units_are_compared_anew(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_units_are_compared_again(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, contents: Any, texts_in: Any, write_texts: Any
+) -> None:
     """With a limit on tokens, units are asked for until there are enough."""
     source = Path(str(config.source))
     for path in source.iterdir():
         path.unlink()
     pairs = [text for both in zip(TEXTS, map(nearly, TEXTS), strict=True) for text in both]
-    write_lines(source / "all.jsonl", pairs)
+    write_texts(source / "all.jsonl", pairs)
     tokens = sum(len(text) + 1 for text in TEXTS[:40])
     whole = elsewhere(config, "full", tokens=tokens)
     prepare(whole)
-    assert sorted(texts_in(whole.out, "train") + texts_in(whole.out, "validation")) == sorted(TEXTS[:40])
+    assert sorted(texts_in(whole, "train") + texts_in(whole, "validation")) == sorted(TEXTS[:40])
     (source / "all.jsonl").unlink()
     for number in range(12):
-        write_lines(source / f"{number:02d}.jsonl", pairs[number * 10 :][:10])
+        write_texts(source / f"{number:02d}.jsonl", pairs[number * 10 :][:10])
     monkeypatch.setattr(prepare_module, "UNIT_BYTES", 10_000)
     wanted: list[int] = []
-    real = prepare_module.want_units
+    real = prepare_module.request_units
     monkeypatch.setattr(
         prepare_module, "request_units", lambda place, units: wanted.append(units) or real(place, units)
     )
@@ -268,10 +218,10 @@ def test_more_units_are_compared_anew(config: PrepareConfig, monkeypatch: pytest
     assert wanted[0] < wanted[1] < 12
 
 
-# ---------------------------------------------------------------- datatrove
+# Datatrove
 
 
-def test_signatures_are_those_that_datatrove_would_work_out(tmp_path: Path) -> None:
+def test_signatures_equal_datatroves(tmp_path: Path) -> None:
     signature = WordSignature(tmp_path)
     for text in ("one two three four five", TEXTS[0], " ".join(TEXTS)):
         shingles = signature.get_shingles(text)
@@ -282,15 +232,15 @@ def test_signatures_are_those_that_datatrove_would_work_out(tmp_path: Path) -> N
     assert signature.get_shingles("one two three four").size == 0
 
 
-def test_it_needs_datatrove(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "overnight.preparation.datatrove_steps", None)
-    with pytest.raises(ValueError, match=r"^near_duplicates=drop needs datatrove, .*'overnight\[data\]'$"):
+def test_near_duplicates_need_datatrove(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "overnight.preparation.minhash", None)
+    with pytest.raises(ValueError, match=r"near_duplicates=drop .*'overnight\[data\]'"):
         prepare(config)
     assert not Path(config.out or "").exists()
     prepare(dataclasses.replace(config, near_duplicates="keep"))
 
 
-def test_it_says_nothing_of_its_own(config: PrepareConfig, capfd: pytest.CaptureFixture[str]) -> None:
+def test_datatrove_is_silent(config: PrepareConfig, capfd: pytest.CaptureFixture[str]) -> None:
     prepare(config)
     said = capfd.readouterr()
     assert said.out == ""

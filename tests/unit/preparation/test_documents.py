@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import builtins
 import gzip
+import hashlib
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 from hypothesis import given
@@ -14,15 +17,26 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from overnight.data.text_files import DamagedFileError, find_files
+from overnight.preparation import documents as documents_module
 from overnight.preparation.documents import (
     LONGEST_PIECE_BYTES,
+    RECORD,
     SHORTEST_PIECE_BYTES,
+    STATUSES,
     Document,
     Part,
+    Records,
     divide_file,
-    estimate_text_bytes,
+    document_hash,
+    filter_documents,
+    find_duplicates,
+    hash_halves,
+    is_validation,
     read_part,
+    split_of,
 )
+
+TEXTS = [f"The document of number {number}." for number in range(4000)]
 
 
 def read_documents(path: Path, text_column: str = "text") -> Iterator[Document]:
@@ -46,11 +60,11 @@ def write_parquet(path: Path, column: Any, name: str = "text") -> Path:
     return path
 
 
-# ---------------------------------------------------------------- kinds of files
+# Kinds of files
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "A.TXT"])
-def test_a_text_file_is_a_document_as_it_is(tmp_path: Path, name: str) -> None:
+def test_text_file_is_unchanged(tmp_path: Path, name: str) -> None:
     text = "\ufeffOne line.\r\n\r\n\tÄnother – 日本.\n\n\n "
     (tmp_path / name).write_bytes(text.encode())
     (document,) = read_documents(tmp_path / name)
@@ -62,7 +76,7 @@ def test_json_lines(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "a.jsonl", {"text": "one\n\ntwo", "id": 1}, {"id": 2, "text": "日本"}, {"text": ""}
     )
-    path.write_text(path.read_text().replace("\n", "\n\n", 1))  # a blank line is no document
+    path.write_text(path.read_text().replace("\n", "\n\n", 1))  # a blank line is not a document
     assert texts(path) == ["one\n\ntwo", "日本", ""]
     write_lines(path, {"body": "b", "text": "t"})
     assert texts(path, text_column="body") == ["b"]
@@ -75,71 +89,29 @@ def test_parquet(tmp_path: Path, kind: pyarrow.DataType) -> None:
     assert texts(path, text_column="body") == values
 
 
-def test_a_parquet_file_of_the_corpus(shared_data: Path) -> None:
+def test_parquet_file_of_the_corpus(shared_data: Path) -> None:
     path = shared_data / "corpus" / "validation.parquet"
     expected = parquet.read_table(path, columns=["text"]).column("text").to_pylist()
     assert texts(path) == expected
     (file,) = find_files(str(path))
-    estimated = estimate_text_bytes(Part(file))
-    assert 0.5 < estimated / sum(len(text.encode()) for text in expected) < 1.5
+    (estimate,) = divide_file(file, "text", 1 << 40).values()
+    assert 0.5 < estimate / sum(len(text.encode()) for text in expected) < 1.5
 
 
-def test_a_folder_of_any_depth_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
+def test_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     write_lines(tmp_path / "b.jsonl", {"text": "b1"}, {"text": "b2"})
     (tmp_path / "a" / "deep").mkdir(parents=True)
     (tmp_path / "a" / "deep" / "z.md").write_text("a/deep/z")
     (tmp_path / "a" / "y.txt").write_text("a/y")
     write_parquet(tmp_path / "c.parquet", ["c1"])
     (tmp_path / "a.txt").write_text("a.txt")
-    for ignored in ("image.png", ".hidden.txt", "notes.txt~"):
-        (tmp_path / ignored).write_text("no")
     (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "description.txt").write_text("no")
+    for ignored in ("image.png", ".hidden.txt", "notes.txt~", ".git/description.txt"):
+        (tmp_path / ignored).write_text("no")
     assert texts(tmp_path) == ["a/deep/z", "a/y", "a.txt", "b1", "b2", "c1"]
-    assert texts(tmp_path) == texts(tmp_path)
 
 
-def pack(path: Path) -> Path:
-    """The file packed beside itself, as .gz or .zst; itself removed."""
-    content, unpacked = path.read_bytes(), path.with_suffix("")
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(content))
-    else:
-        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.CompressedOutputStream(file, "zstd") as packed:
-            packed.write(content)
-    assert not unpacked.exists()
-    return path
-
-
-@pytest.mark.parametrize("packing", [".gz", ".zst"])
-@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
-def test_packed_files_are_their_contents(tmp_path: Path, kind: str, packing: str) -> None:
-    written = ["one", "zwei\n", "日本"] if kind == ".jsonl" else ["one\n" * 3000]
-    path = tmp_path / f"a{kind}{packing}"
-    path.write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in written) if kind == ".jsonl" else written[0]
-    )
-    assert texts(pack(path)) == written
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DamagedFileError, match=rf"a\{kind}\{packing} is damaged: "):
-        texts(path)
-
-
-def test_a_large_parquet_file_is_divided_between_row_groups(tmp_path: Path) -> None:
-    values = [f"{number} " * 50 for number in range(20)]
-    (file,) = find_files(str(write_parquet(tmp_path / "a.parquet", values)))
-    parts = divide_file(file, "text", part_bytes=600)
-    assert len(parts) > 3
-    assert [text for part in parts for text in (d.text for d in read_part(part))] == values
-    origins = [document.origin for part in parts for document in read_part(part)]
-    assert origins == [f"a.parquet, row {number}" for number in range(1, 21)]
-    whole = estimate_text_bytes(Part(file))
-    assert sum(estimate_text_bytes(part) for part in parts) == whole
-    assert divide_file(file, "text", part_bytes=10 * whole) == [Part(file)]
-
-
-def test_a_readme_beside_tables_tells_of_them_and_is_no_text(tmp_path: Path) -> None:
+def test_readme_beside_tables_is_not_a_text(tmp_path: Path) -> None:
     write_lines(tmp_path / "tables" / "train" / "a.jsonl", {"text": "a"})
     for folder in ("tables", "notes"):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -148,7 +120,37 @@ def test_a_readme_beside_tables_tells_of_them_and_is_no_text(tmp_path: Path) -> 
     assert texts(tmp_path) == ["notes", "more notes", "more tables", "a"]
 
 
-# ---------------------------------------------------------------- long text files
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_packed_files(tmp_path: Path, kind: str, packing: str) -> None:
+    written = ["one", "zwei\n", "日本"] if kind == ".jsonl" else ["one\n" * 3000]
+    plain = "".join(json.dumps({"text": text}) + "\n" for text in written) if kind == ".jsonl" else written[0]
+    path = tmp_path / f"a{kind}{packing}"
+    if packing == ".gz":
+        path.write_bytes(gzip.compress(plain.encode()))
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.CompressedOutputStream(file, "zstd") as packed:
+            packed.write(plain.encode())
+    assert texts(path) == written
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DamagedFileError, match=rf"a\{kind}\{packing} is damaged"):
+        texts(path)
+
+
+def test_large_parquet_file_is_divided_between_row_groups(tmp_path: Path) -> None:
+    values = [f"{number} " * 50 for number in range(20)]
+    (file,) = find_files(str(write_parquet(tmp_path / "a.parquet", values)))
+    parts = divide_file(file, "text", part_bytes=600)
+    assert len(parts) > 3
+    documents = [document for part in parts for document in read_part(part)]
+    assert [document.text for document in documents] == values
+    assert [d.origin for d in documents] == [f"a.parquet, row {number}" for number in range(1, 21)]
+    whole = sum(parts.values())
+    assert divide_file(file, "text", part_bytes=whole) == {Part(file): whole}
+
+
+# Long text files
 
 
 @given(
@@ -157,7 +159,7 @@ def test_a_readme_beside_tables_tells_of_them_and_is_no_text(tmp_path: Path) -> 
     ),
     repeat=st.integers(1, 60),
 )
-def test_the_pieces_of_a_long_file_join_to_the_file(
+def test_pieces_of_a_long_file_join_to_the_file(
     tmp_path_factory: pytest.TempPathFactory, words: list[str], repeat: int
 ) -> None:
     path = tmp_path_factory.mktemp("long") / "a.txt"
@@ -173,36 +175,25 @@ def test_the_pieces_of_a_long_file_join_to_the_file(
         assert len(documents) == bool(content)
 
 
-@pytest.mark.parametrize(
-    "line,end",
-    [
-        ("Some words.\n\n", "\n\n"),
-        ("Some words.\r\n\r\n", "\r\n\r\n"),
-        ("Some words.\n \t\n", "\n \t\n"),
-        ("Some words.\n", "\n"),
-        ("Some words. ", " "),
-    ],
-)
-def test_a_long_file_is_cut_at_the_best_place_there_is(tmp_path: Path, line: str, end: str) -> None:
-    (tmp_path / "a.txt").write_bytes((line * 9000).encode())
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\n \t\n", "\n", " "])
+def test_long_file_is_cut_at_the_best_place(tmp_path: Path, end: str) -> None:
+    (tmp_path / "a.txt").write_bytes((f"Some words.{end}" * 9000).encode())
     pieces = texts(tmp_path / "a.txt")
     assert len(pieces) > 4
     assert all(piece.endswith(end) for piece in pieces)
-    assert {len(piece) for piece in pieces[:-1]} <= set(
-        range(SHORTEST_PIECE_BYTES, SHORTEST_PIECE_BYTES + 20)
-    )
+    assert all(0 <= len(piece) - SHORTEST_PIECE_BYTES < 20 for piece in pieces[:-1])
 
 
-def test_a_file_with_no_place_to_cut_is_cut_between_characters(tmp_path: Path) -> None:
-    for character in "x", "é", "日", "🙂":
-        content = ("a" + character * 30_000).encode()
-        (tmp_path / "a.txt").write_bytes(content)
-        pieces = texts(tmp_path / "a.txt")
-        assert "\ufffd" not in "".join(pieces)
-        assert "".join(pieces).encode() == content
+@pytest.mark.parametrize("character", ["x", "é", "日", "🙂"])
+def test_long_file_is_cut_between_characters(tmp_path: Path, character: str) -> None:
+    content = "a" + character * 30_000
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    pieces = texts(tmp_path / "a.txt")
+    assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) == content
 
 
-# ---------------------------------------------------------------- text that can't be read
+# Text that can't be read
 
 
 def damages(path: Path) -> list[str]:
@@ -213,9 +204,8 @@ def test_bad_bytes_are_named_by_file_and_offset(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_bytes(b"good \xff bad")
     assert damages(text) == ["F is not UTF-8 at byte 5"]
-    (document,) = read_documents(text)
-    assert document.text == "good \ufffd bad"
-    # Far into a long file: the offset counts from the file's beginning, and only one piece is unsound.
+    assert texts(text) == ["good \ufffd bad"]
+    # Far into a long file: the offset counts from the file's beginning, and only one piece is damaged.
     text.write_bytes(b"line\n" * 20_000 + b"\xc3\x28" + b"line\n" * 20_000)
     assert damages(text) == ["F is not UTF-8 at byte 100,000"]
 
@@ -226,16 +216,11 @@ def test_bad_json_lines_are_named_by_line_and_offset(tmp_path: Path) -> None:
         b'{"text": "one"}\n{"text": "tw\xe9"}\n{"text": tru\n[1]\n{"text": null}\n{"text": "\\ud800x"}\n'
         b'{"text": "\\ud83d\\ude42"}\n' + b"[" * 100_000 + b"\n"
     )
-    documents = list(read_documents(path))
-    assert [document.text for document in documents] == ["one", "tw\ufffd", "", "", "", "\ufffdx", "🙂", ""]
-    assert damages(path) == [
-        "F line 2 is not UTF-8 at byte 28",
-        "F line 3 (byte 32) is not JSON",
-        "F line 4 (byte 45) is not a JSON object with named fields",
-        "F line 5 (byte 49) holds no text in 'text'",
-        "F line 6 (byte 64) is not UTF-8: it escapes half a surrogate pair",
-        "F line 8 (byte 109) is not JSON",
-    ]
+    assert texts(path) == ["one", "tw\ufffd", "", "", "", "\ufffdx", "🙂", ""]
+    places = [(2, 28), (3, 32), (4, 45), (5, 49), (6, 64), (8, 109)]
+    for damage, (line, byte) in zip(damages(path), places, strict=True):
+        assert damage.startswith(f"F line {line} ")
+        assert f"byte {byte}" in damage
     assert path.read_bytes()[28:29] == b"\xe9"
 
 
@@ -246,34 +231,27 @@ def test_bad_parquet_rows_are_named(tmp_path: Path) -> None:
     assert damages(path) == ["F row 2 is not UTF-8 at byte 2 of its text", "F row 3 holds no text in 'text'"]
 
 
-# ---------------------------------------------------------------- refusals
-
-
-def test_a_missing_column_lists_those_there_are(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", {"body": "x", "id": 1})
-    with pytest.raises(ValueError, match=r"a\.jsonl line 1 has no column 'text'; .* --text-column: body, id"):
-        texts(path)
-    path = write_parquet(tmp_path / "a.parquet", ["x"], "body")
-    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text'; .* --text-column: body, id"):
-        texts(path)
-    with pytest.raises(ValueError, match=r"a\.parquet holds int64, not text, in its column 'id'"):
+def test_missing_column_lists_those_there_are(tmp_path: Path) -> None:
+    for path in (
+        write_lines(tmp_path / "a.jsonl", {"body": "x", "id": 1}),
+        write_parquet(tmp_path / "a.parquet", ["x"], "body"),
+    ):
+        with pytest.raises(ValueError, match=rf"{path.name} .*'text'; .* --text-column: body, id"):
+            texts(path)
+    with pytest.raises(ValueError, match=r"a\.parquet holds int64, .*'id'"):
         texts(path, text_column="id")
 
 
-def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+def test_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["some text"] * 100)
     content = path.read_bytes()
-    path.write_bytes(content[:-50])
-    with pytest.raises(ValueError, match=r"a\.parquet is damaged or is not a Parquet file"):
-        texts(path)
-    path.write_bytes(content[:4] + b"\xff" * 40 + content[44:])
-    with pytest.raises(ValueError, match=r"a\.parquet is damaged after row 0"):
-        texts(path)
+    for damaged in (content[:-50], content[:4] + b"\xff" * 40 + content[44:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFileError, match=r"a\.parquet is damaged"):
+            texts(path)
 
 
-def test_parquet_without_pyarrow_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["x"])
     real_import = builtins.__import__
 
@@ -288,13 +266,76 @@ def test_parquet_without_pyarrow_says_what_to_install(
 
 
 def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"holds no file that can be read \(\.txt, \.md, \.jsonl, \.parquet; packed: \.gz, \.zst\)",
-    ):
-        find_files(str(tmp_path))
     (tmp_path / "a.docx").write_text("x")
-    with pytest.raises(ValueError, match="holds no file that can be read"):
+    with pytest.raises(ValueError, match=r"\.txt, \.md, \.jsonl, \.parquet; packed: \.gz, \.zst"):
         find_files(str(tmp_path))
-    with pytest.raises(ValueError, match=r"a\.docx is not a kind of file that can be read"):
+    with pytest.raises(ValueError, match=r"a\.docx .*\.jsonl"):
         find_files(str(tmp_path / "a.docx"))
+
+
+# Status and split
+
+
+def test_split_of_a_document_never_changes() -> None:
+    """It depends on the text alone, and these are written down."""
+    assert document_hash("日本") == hashlib.blake2b("日本".encode(), digest_size=16).digest()
+    sides = {text: split_of(text, 0.1) for text in TEXTS}
+    held_out = [number for number, text in enumerate(TEXTS) if sides[text] == "validation"]
+    assert held_out[:6] == [6, 7, 28, 35, 39, 53]
+    shuffled = random.Random(0).sample(TEXTS, len(TEXTS) // 2)
+    assert all(split_of(text, 0.1) == sides[text] for text in shuffled)
+
+
+def record(text: str, status: Any = "kept") -> tuple[int, ...]:
+    return (*hash_halves(document_hash(text)), len(text), len(text.encode()), STATUSES.index(status))
+
+
+def records(texts: list[str]) -> Records:
+    return np.array([record(text) for text in texts], dtype=RECORD)
+
+
+def test_validation_fraction_is_the_share_held_out() -> None:
+    held_out: dict[float, set[str]] = {}
+    for fraction in (0.01, 0.1, 0.5):
+        sides = [split_of(text, fraction) == "validation" for text in TEXTS]
+        assert is_validation(records(TEXTS), fraction).tolist() == sides
+        # The standard deviation of a share of 4,000 is at most 0.8%.
+        assert abs(sum(sides) / len(TEXTS) - fraction) < 0.03
+        held_out[fraction] = {text for text, side in zip(TEXTS, sides, strict=True) if side}
+    assert held_out[0.01] < held_out[0.1] < held_out[0.5]
+
+
+@given(
+    st.lists(st.lists(st.text("abc", max_size=2), max_size=12), min_size=1, max_size=5), st.integers(1, 50)
+)
+def test_first_of_equal_texts_is_kept(groups: list[list[str]], at_once: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents_module, "HASHES_AT_ONCE", at_once)  # so that ranges are compared one by one
+        duplicates = find_duplicates([records(texts) for texts in groups])
+    kept = [
+        text
+        for texts, again in zip(groups, duplicates, strict=True)
+        for text, is_duplicate in zip(texts, again, strict=True)
+        if not is_duplicate
+    ]
+    assert kept == list(dict.fromkeys(text for texts in groups for text in texts))
+
+
+def test_skipped_text_has_no_duplicates() -> None:
+    """A text skipped because its file was damaged does not remove a sound copy after it."""
+    both = np.array([record("a", "skipped"), record("a"), record("a", "skipped")], dtype=RECORD)
+    assert find_duplicates([both])[0].tolist() == [False, False, False]
+
+
+def test_damaged_text_has_the_status_asked_for() -> None:
+    documents = [
+        Document("one", ""),
+        Document("tw\ufffd", "", damage="F is not UTF-8 at byte 7"),
+        Document("", ""),
+        Document("one", ""),
+    ]
+    for policy, status in (("skip", "skipped"), ("replace", "repaired")):
+        found = [filtered.status for filtered in filter_documents(documents, policy)]
+        assert found == ["kept", status, "empty", "kept"]
+    with pytest.raises(ValueError, match="byte 7; .*--on-bad-text"):
+        list(filter_documents(documents, "fail"))

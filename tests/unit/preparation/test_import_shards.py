@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from overnight.data import shards
 from overnight.data.loader import TokenStream
 from overnight.data.shards import Manifest, load_prepared_tokenizer, read_manifest, verify
 from overnight.preparation import import_shards
@@ -93,9 +94,7 @@ def nanogpt(here: Path) -> Path:
 
 def adopt(folder: Path, tokenizer: str, **more: object) -> Manifest:
     config = PrepareConfig(from_shards=str(folder), tokenizer=tokenizer, out="adopted", **more)  # type: ignore[arg-type]
-    manifest = prepare(config)
-    assert manifest is not None
-    return manifest
+    return prepare(config)  # type: ignore[return-value]
 
 
 def ids_of(folder: Path, split: str) -> list[int]:
@@ -107,7 +106,7 @@ def ids_of(folder: Path, split: str) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["llm_c", "build_nanogpt", "nanogpt"])
-def test_what_is_streamed_are_the_ids_that_were_put_in(
+def test_stream_has_the_imported_ids(
     kind: str, here: Path, tokenizer: str, request: pytest.FixtureRequest
 ) -> None:
     manifest = adopt(request.getfixturevalue(kind), tokenizer)
@@ -119,43 +118,32 @@ def test_what_is_streamed_are_the_ids_that_were_put_in(
     assert manifest.text_bytes("train") == len(decoded)
     assert sum(shard.documents for shard in manifest.train) == sum(TRAIN, []).count(END) == 51
     assert manifest.documents == 60
-    assert manifest.split_rule == "as the adopted shards have it"
     assert manifest.request["from_shards"] in manifest.source
-    assert "adopted from" in manifest.source
     assert load_prepared_tokenizer(folder).fingerprint == manifest.tokenizer_fingerprint
 
 
-def test_files_of_our_own_format_take_no_more_disk(llm_c: Path, here: Path, tokenizer: str) -> None:
-    adopt(llm_c, tokenizer)
-    for number in range(3):
-        shard = here / "adopted" / f"train-{number:05d}.bin"
-        assert shard.samefile(llm_c / f"fineweb_train_{number + 9}.bin")
-
-
-def test_another_disk_gets_a_copy(
-    llm_c: Path, here: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["linked", "copied", "from a cache"])
+def test_files_of_our_format_are_linked_or_copied(
+    llm_c: Path, here: Path, tokenizer: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*paths: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(os, "link", refuse)
+    if way == "copied":
+        monkeypatch.setattr(os, "link", refuse)
+    if way == "from a cache":  # of downloads, which has links in the folder
+        for path in llm_c.iterdir():
+            path.symlink_to(path.rename(here / f"blob-{path.stem}"))
     manifest = adopt(llm_c, tokenizer)
-    assert verify(here / "adopted") == manifest
-    assert not (here / "adopted" / "train-00000.bin").samefile(llm_c / "fineweb_train_9.bin")
-
-
-def test_a_link_in_the_source_is_followed(llm_c: Path, here: Path, tokenizer: str) -> None:
-    """As a cache of downloads has them."""
-    for path in llm_c.iterdir():
-        target = path.rename(here / f"blob-{path.stem}")
-        path.symlink_to(target)
-    adopt(llm_c, tokenizer)
-    assert not (here / "adopted" / "train-00000.bin").is_symlink()
+    for number in range(3):
+        shard = here / "adopted" / f"train-{number:05d}.bin"
+        assert shard.samefile(llm_c / f"fineweb_train_{number + 9}.bin") == (way != "copied")
+        assert not shard.is_symlink()
     shutil.rmtree(llm_c)
-    assert ids_of(here / "adopted", "validation") == VALIDATION
+    assert verify(here / "adopted") == manifest
 
 
-def test_wider_ids_than_the_vocabulary_needs_are_narrowed(here: Path, tokenizer: str) -> None:
+def test_wide_ids_are_narrowed(here: Path, tokenizer: str) -> None:
     write_llm_c(here / "wide" / "a_train.bin", TRAIN[0], version=7)
     write_llm_c(here / "wide" / "a_val.bin", VALIDATION, version=7)
     manifest = adopt(here / "wide", tokenizer)
@@ -163,9 +151,7 @@ def test_wider_ids_than_the_vocabulary_needs_are_narrowed(here: Path, tokenizer:
     assert (here / "adopted" / manifest.train[0].name).stat().st_size == 1024 + 2 * len(TRAIN[0])
 
 
-def test_long_files_are_cut_and_documents_counted_where_they_begin(
-    nanogpt: Path, here: Path, tokenizer: str
-) -> None:
+def test_long_files_are_cut(nanogpt: Path, here: Path, tokenizer: str) -> None:
     manifest = adopt(nanogpt, tokenizer, shard_tokens=100)
     ids = sum(TRAIN, [])
     pieces = [ids[start : start + 100] for start in range(0, len(ids), 100)]
@@ -175,17 +161,10 @@ def test_long_files_are_cut_and_documents_counted_where_they_begin(
     assert ids_of(here / "adopted", "train") == ids
 
 
-def test_the_same_adoption_again_is_found_done(
-    llm_c: Path, here: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    manifest = adopt(llm_c, tokenizer)
-    capsys.readouterr()
-    assert adopt(llm_c, tokenizer) == manifest
-    assert "adopted holds this already, and it is sound" in capsys.readouterr().err
+def test_same_import_is_reused(llm_c: Path, tokenizer: str) -> None:
+    assert adopt(llm_c, tokenizer) == adopt(llm_c, tokenizer)
     (llm_c / "fineweb_train_9.bin").unlink()
-    with pytest.raises(
-        ValueError, match=r"adopted holds something else \(the text of the source has changed"
-    ):
+    with pytest.raises(ValueError, match="adopted .*--out"):
         adopt(llm_c, tokenizer)
 
 
@@ -198,14 +177,13 @@ def test_characters_need_their_own_tokenizer(
     write_nanogpt(here / "char" / "train.bin", ids[:600])
     write_nanogpt(here / "char" / "val.bin", ids[600:])
     (here / "char" / "meta.pkl").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(ValueError, match=r"meta\.pkl .* is never opened: name the tokenizer .* --tokenizer"):
+    with pytest.raises(ValueError, match=r"meta\.pkl .*--tokenizer"):
         adopt(here / "char", "gpt2")
     Characters(text).save(here / "letters")
     manifest = adopt(here / "char", str(here / "letters"))
     said = capsys.readouterr().err
-    assert "char/meta.pkl is ignored" in said
-    assert "no end-of-text id is in train.bin, val.bin: one document each" in said
-    assert "if this does not read as text, --tokenizer is wrong: 'to be or not to be, that'" in said
+    for part in ("char/meta.pkl", "train.bin, val.bin", "'to be or not to be, that'"):
+        assert part in said
     assert not (here / "sprung").exists()
     assert [shard.documents for shard in (*manifest.train, *manifest.validation)] == [1, 1]
     assert Characters(text).decode(ids_of(here / "adopted", "train")) == text[:600]
@@ -219,20 +197,20 @@ class Trap:
         return open, ("sprung", "w")
 
 
-def test_the_trap_works(here: Path) -> None:
+def test_pickle_would_be_sprung(here: Path) -> None:
     """The negative control: opening it does what the test above finds not done."""
     pickle.loads(pickle.dumps(Trap())).close()
     assert (here / "sprung").exists()
 
 
-def test_what_was_interrupted_does_not_show_and_is_begun_anew(
+def test_interrupted_import_is_begun_again(
     llm_c: Path, here: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*given: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_shards, "write_manifest", interrupt)
+        patch.setattr(shards, "write_manifest", interrupt)
         with pytest.raises(KeyboardInterrupt):
             adopt(llm_c, tokenizer)
     assert not (here / "adopted").exists()
@@ -241,14 +219,9 @@ def test_what_was_interrupted_does_not_show_and_is_begun_anew(
     assert verify(here / "adopted") == manifest
 
 
-def test_an_id_that_the_tokenizer_lacks_is_refused_and_nothing_stays(
-    llm_c: Path, here: Path, tokenizer: str
-) -> None:
+def test_id_outside_the_vocabulary_is_refused(llm_c: Path, here: Path, tokenizer: str) -> None:
     write_llm_c(llm_c / "fineweb_train_10.bin", [*TRAIN[1], 260])
-    with pytest.raises(
-        ValueError,
-        match=r"fineweb_train_10\.bin holds the id 260, outside a vocabulary of 260, .* --tokenizer",
-    ):
+    with pytest.raises(ValueError, match=r"fineweb_train_10\.bin .*260.*--tokenizer"):
         adopt(llm_c, tokenizer)
     assert not (here / "adopted").exists()
     assert not (here / ".adopted.partial").exists()
@@ -269,89 +242,91 @@ def spoil(path: Path, change: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, name, change, message",
+    "kind, name, changes",
     [
-        ("llm_c", "fineweb_train_9.bin", "cut", "is damaged: .* fetch or write that file again"),
-        ("llm_c", "fineweb_val_0.bin", "grown", "is damaged: .* tokens make"),
-        ("llm_c", "fineweb_train_9.bin", "empty", "does not begin with the header"),
-        ("llm_c", "fineweb_train_9.bin", "no mark", "does not begin with the header of llm.c's shards"),
-        ("llm_c", "fineweb_train_9.bin", "another version", "begins with 20240520, version 2"),
-        ("llm_c", "fineweb_train_9.bin", "within the header", "ends after 500 bytes, within its header"),
-        ("build_nanogpt", "edufineweb_val_000000.npy", "cut", "is damaged, or no array of ids"),
-        ("build_nanogpt", "edufineweb_val_000000.npy", "grown", "is damaged: 2 bytes follow the"),
-        ("build_nanogpt", "edufineweb_val_000000.npy", "empty", "is damaged, or no array of ids"),
-        ("build_nanogpt", "edufineweb_val_000000.npy", "no mark", "is damaged, or no array of ids"),
-        ("nanogpt", "train.bin", "cut", "is damaged, or none of nanoGPT's: it has .* bytes"),
-        ("nanogpt", "val.bin", "empty", "is damaged, or none of nanoGPT's: it has 0 bytes"),
+        (
+            "llm_c",
+            "fineweb_train_9.bin",
+            ("cut", "grown", "empty", "no mark", "another version", "within the header"),
+        ),
+        ("build_nanogpt", "edufineweb_val_000000.npy", ("cut", "grown", "empty", "no mark")),
+        ("nanogpt", "val.bin", ("cut", "empty")),
     ],
 )
-def test_damage_is_named(
-    kind: str, name: str, change: str, message: str, here: Path, request: pytest.FixtureRequest
+def test_damaged_file_is_named(
+    kind: str, name: str, changes: tuple[str, ...], request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
-    assert find_external_shards(folder)
-    spoil(folder / name, change)
-    with pytest.raises(ValueError, match=message) as error:
-        find_external_shards(folder)
-    assert name in str(error.value)
+    sound = (folder / name).read_bytes()
+    for change in changes:
+        (folder / name).write_bytes(sound)
+        assert find_external_shards(folder)
+        spoil(folder / name, change)
+        with pytest.raises(ValueError, match=name):
+            find_external_shards(folder)
 
 
-def test_a_header_that_was_damaged_is_not_taken_for_ids(nanogpt: Path) -> None:
+def test_damaged_header_is_not_read_as_ids(nanogpt: Path) -> None:
     """Those of nanoGPT have none, so every file called train.bin could be one."""
     write_llm_c(nanogpt / "train.bin", TRAIN[0])
     spoil(nanogpt / "train.bin", "no mark")
-    with pytest.raises(ValueError, match=r"train\.bin is damaged: it begins like a shard with a header"):
+    with pytest.raises(ValueError, match=r"train\.bin is damaged"):
         find_external_shards(nanogpt)
 
 
 @pytest.mark.parametrize(
-    "array, message",
+    "array",
     [
-        (np.zeros((3, 4), np.uint16), r"holds uint16 in the shape \(3, 4\)"),
-        (np.zeros(5, np.int64), "holds int64 in the shape"),
-        (np.zeros(5, np.float32), "holds float32"),
-        (np.array([Trap()], dtype=object), "Python objects|objects"),
+        np.zeros((3, 4), np.uint16),
+        np.zeros(5, np.int64),
+        np.zeros(5, np.float32),
+        np.array([None], dtype=object),
     ],
 )
-def test_another_array_is_refused(build_nanogpt: Path, here: Path, array: np.ndarray, message: str) -> None:
+def test_another_array_is_refused(build_nanogpt: Path, array: np.ndarray) -> None:
     np.save(build_nanogpt / "edufineweb_val_000000.npy", array, allow_pickle=True)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="edufineweb_val_000000"):
+        find_external_shards(build_nanogpt)
+
+
+def test_pickle_in_an_array_is_not_opened(build_nanogpt: Path, here: Path) -> None:
+    np.save(build_nanogpt / "edufineweb_val_000000.npy", np.array([Trap()], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="edufineweb_val_000000"):
         find_external_shards(build_nanogpt)
     assert not (here / "sprung").exists()
 
 
-def test_a_folder_without_shards_is_refused(here: Path, llm_c: Path, tokenizer: str) -> None:
+def test_folder_without_shards_is_refused(here: Path, llm_c: Path, tokenizer: str) -> None:
     (here / "none").mkdir()
-    with pytest.raises(ValueError, match=r"none holds no shards: neither \.bin nor \.npy"):
+    with pytest.raises(ValueError, match=r"none .*\.npy"):
         find_external_shards(here / "none")
     with pytest.raises(ValueError, match="there is no folder nowhere"):
         adopt(Path("nowhere"), tokenizer)
     adopt(llm_c, tokenizer)
-    with pytest.raises(ValueError, match="use it as it is, with --data adopted"):
+    with pytest.raises(ValueError, match="--data adopted"):
         find_external_shards(Path("adopted"))
 
 
-def test_one_split_is_not_enough(llm_c: Path, nanogpt: Path) -> None:
+def test_both_splits_are_needed(llm_c: Path, nanogpt: Path) -> None:
     (llm_c / "fineweb_val_0.bin").unlink()
-    remedy = r"none of the 3 files .* is validation.*: rename one, for example (.*) to val_\1"
-    with pytest.raises(ValueError, match=remedy):
+    with pytest.raises(ValueError, match=r"validation .*rename one, for example (.*) to val_\1"):
         find_external_shards(llm_c)
     for path in list(llm_c.iterdir()):
         path.rename(llm_c / path.name.replace("train", "val"))
-    with pytest.raises(ValueError, match=r"is train.*: rename one, for example (.*)_val_(.*) to \1_train_\2"):
+    with pytest.raises(ValueError, match=r"train .*rename one, for example (.*)_val_(.*) to \1_train_\2"):
         find_external_shards(llm_c)
     for number in (9, 10):
         (llm_c / f"fineweb_val_{number}.bin").unlink()
-    with pytest.raises(ValueError, match=r"holds fineweb_val_11\.bin alone.*put a file for the other beside"):
+    with pytest.raises(ValueError, match=r"fineweb_val_11\.bin is alone"):
         find_external_shards(llm_c)
     (nanogpt / "val.bin").unlink()
-    with pytest.raises(ValueError, match=r"holds train\.bin alone: nanoGPT's prepare\.py writes"):
+    with pytest.raises(ValueError, match=r"only train\.bin"):
         find_external_shards(nanogpt)
 
 
 def test_files_of_two_programs_are_not_mixed(llm_c: Path) -> None:
     write_numpy(llm_c / "edufineweb_train_000001.npy", TRAIN[0])
-    with pytest.raises(ValueError, match="several programs .* give each a folder of its own"):
+    with pytest.raises(ValueError, match="several programs"):
         find_external_shards(llm_c)
 
 
@@ -367,27 +342,21 @@ def test_files_of_two_programs_are_not_mixed(llm_c: Path) -> None:
         ("valley_1", "train"),
     ],
 )
-def test_a_split_goes_by_the_word_in_the_name(name: str, split: str) -> None:
+def test_split_is_in_the_name(name: str, split: str) -> None:
     assert bool(import_shards.VALIDATION_NAME.search(name)) == (split == "validation")
 
 
-def test_what_is_for_a_source_has_no_place_with_shards(llm_c: Path) -> None:
+def test_options_of_a_source_are_refused(llm_c: Path) -> None:
     config = PrepareConfig(from_shards=str(llm_c), source="shakespeare", tokens=5, subset="x")
-    assert config.problems() == [
-        f"{name} does not go with from_shards: they are taken as they are"
-        for name in ("source", "subset", "tokens")
-    ]
+    assert [problem.split()[0] for problem in config.problems()] == ["source", "subset", "tokens"]
     assert PrepareConfig(from_shards=str(llm_c), out="x", tokenizer="y", shard_tokens=7).problems() == []
-
-
-def test_neither_a_source_nor_shards_is_refused() -> None:
-    with pytest.raises(ValueError, match="name a source .*, or give from_shards"):
+    with pytest.raises(ValueError, match="from_shards"):
         prepare(PrepareConfig())
-    with pytest.raises(ValueError, match="name a source"):
+    with pytest.raises(ValueError, match="from_shards"):
         output_folder(PrepareConfig())
 
 
-def test_the_folder_is_never_the_shards_own(llm_c: Path) -> None:
+def test_output_folder_of_an_import(llm_c: Path) -> None:
     assert output_folder(PrepareConfig(from_shards="fineweb")) == Path("data/fineweb-adopted")
     assert output_folder(PrepareConfig(from_shards="fineweb/")) == Path("data/fineweb-adopted")
     named = PrepareConfig(from_shards="fineweb", tokenizer="mine/tokenizer.json")

@@ -50,13 +50,13 @@ PREPARE = ("overnight", "prepare")
         ),
     ],
 )
-def test_the_command_that_prepares_a_text(config: DataConfig, folder: str, command: tuple[str, ...]) -> None:
+def test_command_that_prepares_a_text(config: DataConfig, folder: str, command: tuple[str, ...]) -> None:
     """The recipe's first lines name the subset of FineWeb-Edu; the rest is `train`'s own preparation."""
     assert find_recipe_texts(config, "gpt2-1558m", with_files=True) == (JobText(folder, PREPARE + command),)
 
 
 @pytest.mark.parametrize("data", ["data/ready", "data/unknown", "s3://bucket/fineweb-edu"])
-def test_of_other_folders_no_command_is_known(data: str) -> None:
+def test_other_folders_have_no_command(data: str) -> None:
     assert find_recipe_texts(DataConfig(data=data), "quickstart", with_files=True) == (JobText(data),)
 
 
@@ -68,25 +68,23 @@ def test_of_other_folders_no_command_is_known(data: str) -> None:
         (DataConfig(data="shakespeare"), True),
     ],
 )
-def test_another_machine_prepares_only_what_can_be_had_anywhere(config: DataConfig, is_named: bool) -> None:
+def test_another_machine_prepares_only_named_sources(config: DataConfig, is_named: bool) -> None:
     (at_home,), (away,) = (find_recipe_texts(config, "quickstart", with_files=each) for each in (True, False))
     assert at_home.prepare
     assert away == (at_home if is_named else JobText(at_home.folder))
 
 
-def test_a_mixture_is_several_texts_and_another_machine_has_their_folders() -> None:
+def test_mixture_has_several_texts() -> None:
     sources = (MixtureSource(path="notes.txt", weight=0.75), MixtureSource(path="s3://b/c", weight=0.25))
     config = DataConfig(mixture=sources)
     texts = find_recipe_texts(config, "quickstart", with_files=False)
     assert texts == (JobText("data/notes", (), 0.75), JobText("s3://b/c", (), 0.25))
     recipe = with_folders(dataclasses.replace(load_recipe("quickstart"), data=config), texts)
-    assert [(each.path, each.weight) for each in recipe.data.mixture] == [
-        ("data/notes", 0.75),
-        ("s3://b/c", 0.25),
-    ]
+    folders = [(source.path, source.weight) for source in recipe.data.mixture]
+    assert folders == [("data/notes", 0.75), ("s3://b/c", 0.25)]
 
 
-def test_a_recipe_file_tells_its_command_too(here: Path) -> None:
+def test_recipe_file_names_its_command(here: Path) -> None:
     (here / "mine.toml").write_text("# Mine:\n#   overnight prepare openwebtext --tokens 10M\n[data]\n")
     found = find_recipe_texts(DataConfig(data="data/openwebtext"), "mine.toml", with_files=True)
     assert found == (JobText("data/openwebtext", (*PREPARE, "openwebtext", "--tokens", "10M")),)

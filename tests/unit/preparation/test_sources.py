@@ -3,6 +3,7 @@ from __future__ import annotations
 import http.client
 import io
 import os
+import re
 import subprocess
 import sys
 import urllib.error
@@ -16,14 +17,16 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from overnight.data.text_files import TextFile, hash_files
+from overnight.data.text_files import TextFile
 from overnight.preparation import sources
 from overnight.preparation.documents import Document, Part
 from overnight.preparation.sources import (
     SHAKESPEARE_BYTES,
     SHAKESPEARE_SHA256,
     Source,
+    library_files,
     open_source,
+    python_documents,
     read_parts,
     source_name,
 )
@@ -59,7 +62,7 @@ def documents_of(source: Source) -> list[Document]:
     return list(read_parts([Part(file) for file in source.files], "text"))
 
 
-def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("books.v2").mkdir()
     Path("notes.txt").write_text("x")
@@ -76,16 +79,16 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "source,message",
+    "source,part",
     [
-        ("shakespear", r"'shakespear' is no file or folder, nor a source .*; did you mean shakespeare\?"),
+        ("shakespear", r"did you mean shakespeare\?"),
         ("python_docs", r"did you mean python-docs\?"),
-        ("texts.jsonl", r"'texts.jsonl' is no file or folder, .*; there is fineweb-edu, openwebtext, python"),
-        ("data/x", r"nothing lies at data/x; .*`overnight prepare SOURCE --out data/x`, and the recipe's"),
+        ("texts.jsonl", "'texts.jsonl' .*openwebtext"),
+        ("data/x", "overnight prepare SOURCE --out data/x"),
     ],
 )
-def test_an_unknown_source_gets_the_nearest_name(source: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_unknown_source_is_refused(source: str, part: str) -> None:
+    with pytest.raises(ValueError, match=part):
         open_source(source)
 
 
@@ -95,7 +98,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     assert [document.text for document in documents_of(source)] == ["a", "bb"]
     assert (source.name, source.licence) == (tmp_path.name, "not stated")
-    with pytest.raises(ValueError, match="from_file is for a source that is downloaded"):
+    with pytest.raises(ValueError, match="from_file"):
         open_source(str(tmp_path), from_file="x")
 
 
@@ -108,7 +111,7 @@ print(ascii([opened.name, opened.sha256, [file.name for file in opened.files]]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a name must be UTF-8")
-def test_names_that_the_locale_can_not_read_are_the_same(tmp_path: Path) -> None:
+def test_locale_does_not_change_names(tmp_path: Path) -> None:
     """C without Python's UTF-8: names arrive as surrogates, which nothing can encode."""
     folder = tmp_path / "Texte-中"
     folder.mkdir()
@@ -129,22 +132,18 @@ def test_names_that_the_locale_can_not_read_are_the_same(tmp_path: Path) -> None
     assert ascii(["not-\\xff-utf8.txt", "zebra.txt", "Äpfel.txt", "中.txt"]) in said[0]
 
 
-def test_the_hash_is_of_names_and_contents_and_not_of_the_place(tmp_path: Path) -> None:
+def test_hash_is_of_names_and_contents(tmp_path: Path) -> None:
     def hash_of(**contents: str) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         for name, content in contents.items():
-            (folder / name).write_text(content)
-        return hash_files(
-            TextFile(str(path), path.name, path.stat().st_size) for path in sorted(folder.iterdir())
-        )
+            (folder / f"{name}.txt").write_text(content)
+        return open_source(str(folder)).sha256
 
     first = hash_of(a="x", b="y")
-    assert hash_of(a="x", b="y") == first
-    assert (
-        len({first, hash_of(a="x", b="z"), hash_of(a="x", c="y"), hash_of(a="xy"), hash_of(a="y", b="x")})
-        == 5
-    )
+    assert hash_of(a="x", b="y") == first  # of another folder
+    others = [hash_of(a="x", b="z"), hash_of(a="x", c="y"), hash_of(a="xy"), hash_of(a="y", b="x")]
+    assert len({first, *others}) == 5
 
 
 def test_python_docs_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +159,7 @@ def test_python_docs_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert source.licence == "PSF-2.0"
 
 
-# ---------------------------------------------------------------- elsewhere
+# elsewhere
 
 
 @pytest.fixture
@@ -171,7 +170,7 @@ def store() -> Iterator[Any]:
     system.store.clear()
 
 
-def test_a_folder_elsewhere_is_read_as_one_here(store: Any, tmp_path: Path) -> None:
+def test_remote_folder_equals_local_folder(store: Any, tmp_path: Path) -> None:
     contents = {"b/x.jsonl": '{"text": "two"}\n', "a.txt": "one", ".hidden.txt": "no", "c.png": "no"}
     for name, content in contents.items():
         store.pipe(f"/books/{name}", content.encode())
@@ -187,7 +186,7 @@ def test_a_folder_elsewhere_is_read_as_one_here(store: Any, tmp_path: Path) -> N
     assert [document.text for document in documents_of(single)] == ["one"]
 
 
-def test_a_changed_file_elsewhere_is_another_source(store: Any) -> None:
+def test_changed_remote_file_is_another_source(store: Any) -> None:
     store.pipe("/books/a.txt", b"one")
     before = open_source("memory://books").sha256
     assert open_source("memory://books").sha256 == before
@@ -195,7 +194,7 @@ def test_a_changed_file_elsewhere_is_another_source(store: Any) -> None:
     assert open_source("memory://books").sha256 != before
 
 
-def test_a_store_that_refuses_is_a_sentence(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusal_of_a_store_is_a_sentence(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class NoCredentialsError(Exception):
         """Of no kind that Python knows."""
 
@@ -205,21 +204,20 @@ def test_a_store_that_refuses_is_a_sentence(store: Any, monkeypatch: pytest.Monk
     store.pipe("/books/a.txt", b"one")
     source = open_source("memory://books")
     monkeypatch.setattr(type(store), "open", refuse)
-    with pytest.raises(ValueError, match=r"memory://.*a\.txt can't be opened: no credentials"):
+    with pytest.raises(ValueError, match=r"memory://.*a\.txt .*no credentials"):
         documents_of(source)
     monkeypatch.setattr(type(store), "find", refuse)
-    with pytest.raises(ValueError, match="memory://books can't be listed: no credentials"):
+    with pytest.raises(ValueError, match="memory://books .*no credentials"):
         open_source("memory://books")
 
 
-def test_nothing_elsewhere_is_refused(store: Any) -> None:
-    with pytest.raises(ValueError, match="memory://none holds no file that can be read"):
-        open_source("memory://none")
-    with pytest.raises(ValueError, match="gopher:// is no place that fsspec knows"):
-        open_source("gopher://books")
+@pytest.mark.parametrize("address", ["memory://none", "gopher://books"])
+def test_empty_or_unknown_store_is_refused(store: Any, address: str) -> None:
+    with pytest.raises(ValueError, match=address.split("/", maxsplit=1)[0]):
+        open_source(address)
 
 
-def test_the_named_ones_lie_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_sources_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def find(address: str) -> list[TextFile]:
@@ -235,23 +233,20 @@ def test_the_named_ones_lie_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         "hf://datasets/HuggingFaceFW/fineweb-edu/sample/100BT",
         "hf://datasets/Skylion007/openwebtext@refs/convert/parquet/plain_text",
     ]
-    with pytest.raises(ValueError, match=r"has no subset sample-10B; did you mean sample-10BT\?"):
+    with pytest.raises(ValueError, match=r"did you mean sample-10BT\?"):
         open_source("fineweb-edu", subset="sample-10B")
-    with pytest.raises(ValueError, match="subset=default is for fineweb-edu, and openwebtext has none"):
+    with pytest.raises(ValueError, match="subset=default"):
         open_source("openwebtext", subset="default")
 
+    def refuse(address: str) -> list[TextFile]:
+        raise ValueError("no route")
 
-def test_without_a_network_it_is_said_what_to_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find(address: str) -> list[TextFile]:
-        raise ValueError(f"{address} can't be listed: no route")
-
-    monkeypatch.setattr(sources, "find_files", find)
-    message = r"fineweb-edu could not be reached .*huggingface\.co/datasets/HuggingFaceFW/.*prepare FOLDER"
-    with pytest.raises(ValueError, match=message):
+    monkeypatch.setattr(sources, "find_files", refuse)
+    with pytest.raises(ValueError, match=r"no route.*huggingface\.co/datasets/.*prepare FOLDER"):
         open_source("fineweb-edu")
 
 
-# ---------------------------------------------------------------- shakespeare
+# shakespeare
 
 
 def test_shakespeare_from_a_file(
@@ -283,7 +278,7 @@ def test_shakespeare_is_downloaded_once(
     assert [path.read_bytes() for path in kept] == [shakespeare.read_bytes()]
 
 
-def test_a_damaged_copy_in_the_cache_is_fetched_again(
+def test_damaged_cache_is_downloaded_again(
     shakespeare: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = answer_with(monkeypatch, shakespeare.read_bytes())
@@ -294,44 +289,132 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize(
-    "failure",
-    [
-        urllib.error.URLError("no route"),
-        TimeoutError("slow"),
-        http.client.IncompleteRead(b"half"),
-        ConnectionResetError(),
-        http.client.BadStatusLine("?"),
-    ],
-)
-def test_offline_says_what_to_fetch(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+FAILURES = [
+    urllib.error.URLError("no route"),
+    TimeoutError("slow"),
+    http.client.IncompleteRead(b"half"),
+    ConnectionResetError(),
+    http.client.BadStatusLine("?"),
+]
+CHANGES: list[Any] = [
+    lambda text: text[:-1],
+    lambda text: text[:50] + b"#" + text[51:],
+    lambda text: text * 2,
+]
+
+
+@pytest.mark.parametrize("answer", [*FAILURES, *CHANGES])
+def test_failed_download_names_the_remedy(
+    shakespeare: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch, answer: Any
 ) -> None:
-    answer_with(monkeypatch, failure)
-    with pytest.raises(
-        ValueError,
-        match=r"could not be .*fetch https://.*input\.txt .*`overnight prepare shakespeare --from-file FILE`",
-    ):
+    is_failure = isinstance(answer, Exception)
+    answer_with(monkeypatch, answer if is_failure else answer(shakespeare.read_bytes()))
+    with pytest.raises(ValueError, match=r"https://.*input\.txt .*shakespeare --from-file"):
         open_source("shakespeare")
     assert not empty_cache.exists()
 
 
-@pytest.mark.parametrize(
-    "change", [lambda text: text[:-1], lambda text: text[:50] + b"#" + text[51:], lambda text: text * 2]
-)
-def test_a_wrong_answer_is_never_kept(
-    shakespeare: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch, change: Any
-) -> None:
-    answer_with(monkeypatch, change(shakespeare.read_bytes()))
-    with pytest.raises(ValueError, match="what was downloaded as shakespeare is not the published file"):
-        open_source("shakespeare")
-    assert not empty_cache.exists()
-
-
-def test_a_wrong_file_is_refused(tmp_path: Path, empty_cache: Path) -> None:
+@pytest.mark.parametrize("name", ["other.txt", "absent.txt"])
+def test_wrong_copy_is_refused(tmp_path: Path, empty_cache: Path, name: str) -> None:
     (tmp_path / "other.txt").write_text("To be or not to be")
-    with pytest.raises(ValueError, match=r"other\.txt is not tiny shakespeare as it is published"):
-        open_source("shakespeare", from_file=str(tmp_path / "other.txt"))
-    with pytest.raises(ValueError, match=r"from_file: there is no file .*absent\.txt"):
-        open_source("shakespeare", from_file=str(tmp_path / "absent.txt"))
+    with pytest.raises(ValueError, match=name):
+        open_source("shakespeare", from_file=str(tmp_path / name))
     assert not empty_cache.exists()
+
+
+# Python's documentation
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Document]:
+    return list(python_documents())
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small library in the place of Python's."""
+    (tmp_path / "pydoc_data").mkdir()
+    (tmp_path / "pydoc_data" / "topics.py").write_text(
+        "topics = {'while': 'The while loop.', 'if': 'The if.'}\n"
+    )
+    (tmp_path / "alpha.py").write_text('"""Alpha."""\n')
+    monkeypatch.setattr(sources, "library_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def test_python_docs_are_two_megabytes_of_english(documents: list[Document]) -> None:
+    text = "".join(document.text for document in documents)
+    assert 1.5e6 < len(text.encode()) < 3.5e6
+    assert 700 < len(documents) < 2500
+    words = re.findall(r"[a-z]+", text.lower())
+    assert 0.03 < words.count("the") / len(words) < 0.12
+    assert not any(document.damage for document in documents)
+    assert len({document.origin for document in documents}) == len(documents)
+
+
+def test_python_docs_hold_topics_and_docstrings(documents: list[Document]) -> None:
+    by_origin = {document.origin: document.text for document in documents}
+    from pydoc_data.topics import topics
+
+    assert {origin for origin in by_origin if origin.startswith("topic")} == {
+        f"topic {name}" for name in topics
+    }
+    assert by_origin["topic for"] == topics["for"]
+    wrapped = by_origin["module textwrap"]
+    assert wrapped.startswith("textwrap\n\nText wrapping and filling.\n\ntextwrap.wrap\n\n")
+    assert "textwrap.dedent\n\nRemove any common leading whitespace from every line in `text`." in wrapped
+    assert wrapped.index("textwrap.wrap\n") < wrapped.index("textwrap.dedent\n")
+    assert by_origin["class textwrap.TextWrapper"].startswith("textwrap.TextWrapper\n\nObject for wrapping")
+    assert "module json" in by_origin
+    assert "module json.decoder" in by_origin
+
+
+def test_python_docs_leave_out_what_differs_by_machine(documents: list[Document]) -> None:
+    paths = [path.as_posix() for path in library_files()]
+    for fragment in ("/test/", "/tests/", "site-packages", "idlelib", "lib2to3", "_sysconfigdata", "config-"):
+        assert not any(fragment in path for path in paths)
+    text = "".join(document.text for document in documents)
+    assert sys.prefix not in text or sys.prefix in {"/usr", "/usr/local"}
+
+
+def test_python_docs_are_in_the_order_of_names(library: Path) -> None:
+    names = [f"module_{letter}" for letter in "gdbfaec"]
+    for name in names:
+        (library / f"{name}.py").write_text(f'"""{name} {"x" * 200}."""\n')
+    documents = list(python_documents())
+    assert [document.origin for document in documents[2:]] == [f"module {name}" for name in sorted(names)]
+    assert list(python_documents()) == documents
+
+
+def test_python_docs_import_nothing(library: Path) -> None:
+    (library / "bomb.py").write_text(
+        '"""' + "Never import this. " * 20 + '"""\nraise SystemExit("imported")\n'
+    )
+    assert [document.origin for document in python_documents()] == ["topic if", "topic while", "module bomb"]
+
+
+def test_docstrings_are_in_source_order(library: Path) -> None:
+    (library / "pack").mkdir()
+    (library / "pack" / "__init__.py").write_text(
+        f'"""Pack.\n\n    Indented.\n    {"x" * 200}\n    """\n'
+        'def zeta():\n    """Last letter."""\n    def inner():\n        """In it."""\n'
+        f'class Alpha:\n    """{"y" * 200}"""\n    async def run(self):\n        """It runs."""\n'
+        'def eta():\n    """Another letter."""\n'
+    )
+    *_, module, of_class = python_documents()
+    assert module.origin == "module pack"
+    assert module.text == (
+        f"pack\n\nPack.\n\nIndented.\n{'x' * 200}\n\n"
+        "pack.zeta\n\nLast letter.\n\npack.zeta.inner\n\nIn it.\n\npack.eta\n\nAnother letter.\n"
+    )
+    assert of_class.origin == "class pack.Alpha"
+    assert of_class.text == f"pack.Alpha\n\n{'y' * 200}\n\npack.Alpha.run\n\nIt runs.\n"
+
+
+def test_python_without_sources_is_refused(library: Path) -> None:
+    (library / "pydoc_data" / "topics.py").write_text("from elsewhere import topics\n")
+    with pytest.raises(ValueError, match="topics"):
+        list(python_documents())
+    (library / "alpha.py").unlink()
+    with pytest.raises(ValueError, match="sources of its standard library"):
+        library_files()

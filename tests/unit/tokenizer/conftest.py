@@ -1,4 +1,4 @@
-"""The tokenizers under test, each made once, and texts that try to break them."""
+"""The tokenizers under test, each made once, and pieces of text that have broken tokenizers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 
-SYLLABLES = (
+SYLLABLES = [
     "the",
     "wa",
     "ter",
@@ -33,29 +32,7 @@ SYLLABLES = (
     ".",
     "Ro",
     "meo",
-)
-FRAGMENTS = (
-    *("<|endoftext|>", "<|endo", "ftext|>", "<|", "|>", "<|endoftext|><|endoftext|>", "<0x41>", "Ġ", "Ċ"),
-    *(" ", "  ", "\t", "\n", "\r\n", "\xa0", "\x1c", "\x85", "\u2028", "\u200b", "\0", "'s", "'LL", "it's"),
-    *(
-        "a",
-        "Z",
-        "é",
-        "e\u0301",
-        "ß",
-        "中",
-        "🙂",
-        "👩‍👩‍👧",
-        "\ud83d",
-        "\ude42",
-        "\udfff",
-        "\ufffd",
-        "\uffff",
-        "7",
-        "²",
-        "!?",
-    ),
-)
+]
 
 
 @pytest.fixture(scope="session")
@@ -80,23 +57,17 @@ def characters(documents: list[str]) -> Tokenizer:
     return build_tokenizer("characters", documents)
 
 
-@pytest.fixture(scope="session", params=["gpt2", "bpe", "characters", "foreign"])
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    """Each tokenizer in turn."""
-    made: Tokenizer = request.getfixturevalue(request.param)
-    return made
-
-
 @pytest.fixture(scope="session")
 def foreign_content(documents: list[str]) -> dict[str, Any]:
     """A byte-level tokenizer.json in another layout: special ids first, other added tokens last."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|user|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=500,
+        special_tokens=["<|endoftext|>", "<|user|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     made.train_from_iterator(documents, trainer)
     made.add_tokens(["<tool>", "    "])
@@ -111,8 +82,8 @@ def foreign(foreign_content: dict[str, Any], tmp_path_factory: pytest.TempPathFa
     return load_tokenizer(path)
 
 
-@pytest.fixture(scope="session")
-def any_text() -> st.SearchStrategy[str]:
-    """Texts of any code points, lone surrogates too, and texts made of what has broken tokenizers before."""
-    code_points = st.text(st.characters(exclude_categories=()), max_size=60)
-    return st.one_of(code_points, st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join))
+@pytest.fixture(scope="session", params=["gpt2", "bpe", "characters", "foreign"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """Each tokenizer in turn."""
+    made: Tokenizer = request.getfixturevalue(request.param)
+    return made

@@ -1,15 +1,22 @@
+"""AdamW: against its formula in float64, clipped, and unmoved by what is not finite."""
+
 from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.optim import AdamW
 
 from overnight.training import OptimizerConfig
-from overnight.training.optim import apply_gradients, build_optimizer
+from overnight.training.optim import build_optimizer, clip_gradients, step_if
+
+OFF = GradScaler(enabled=False)
+NOT_FINITE = (math.nan, math.inf, -math.inf)
 
 
 def small_net() -> nn.Module:
@@ -18,23 +25,15 @@ def small_net() -> nn.Module:
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
-    optimizer = build_optimizer(small_net(), OptimizerConfig())
-    assert [{parameter.dim() for parameter in group["params"]} for group in optimizer.param_groups] == [
-        {2},
-        {1},
-    ]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    groups = build_optimizer(small_net(), OptimizerConfig()).param_groups
+    assert [{parameter.dim() for parameter in group["params"]} for group in groups] == [{2}, {1}]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
 
 
-def adamw_by_hand(
-    weight: torch.Tensor, gradients: list[torch.Tensor], rate: float, decay: float
-) -> torch.Tensor:
+def adamw_by_hand(weight: Tensor, gradients: list[Tensor], rate: float, decay: float) -> Tensor:
     """Decoupled weight decay as Loshchilov and Hutter's algorithm 2 writes it, in float64."""
-    weight, mean, square = (
-        weight.double(),
-        torch.zeros_like(weight).double(),
-        torch.zeros_like(weight).double(),
-    )
+    weight = weight.double()
+    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
     for step, gradient in enumerate(gradients, start=1):
         mean = 0.9 * mean + 0.1 * gradient.double()
         square = 0.95 * square + 0.05 * gradient.double() ** 2
@@ -43,7 +42,7 @@ def adamw_by_hand(
     return weight
 
 
-def test_the_update_is_adamw() -> None:
+def test_update_is_adamw() -> None:
     net = small_net()
     before = [parameter.detach().clone() for parameter in net.parameters()]
     gradients = [[torch.randn_like(parameter) for parameter in net.parameters()] for _ in range(5)]
@@ -51,14 +50,15 @@ def test_the_update_is_adamw() -> None:
     for step in range(5):
         for parameter, gradient in zip(net.parameters(), gradients[step], strict=True):
             parameter.grad = gradient.clone()
-        apply_gradients(optimizer, list(net.parameters()), 1e-2, None, GradScaler(enabled=False))
+        clip_gradients([*net.parameters()], None)
+        step_if(optimizer, OFF, torch.tensor(True), 1e-2)
     for index, parameter in enumerate(net.parameters()):
         decay = 0.1 if parameter.dim() >= 2 else 0.0
         expected = adamw_by_hand(before[index], [step[index] for step in gradients], 1e-2, decay)
         torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_the_norm_returned_is_the_one_before_clipping_and_the_update_is_clipped() -> None:
+def test_clipping_returns_the_norm_before_and_updates_by_the_clipped() -> None:
     net = small_net()
     twin = copy.deepcopy(net)
     for module, scale in ((net, 1.0), (twin, 100.0)):
@@ -66,107 +66,92 @@ def test_the_norm_returned_is_the_one_before_clipping_and_the_update_is_clipped(
         for parameter in module.parameters():
             parameter.grad = torch.full_like(parameter, scale)
         elements = sum(parameter.numel() for parameter in module.parameters())
-        parameters = list(module.parameters())
-        norm, _ = apply_gradients(optimizer, parameters, 1e-3, 1e-9, GradScaler(enabled=False))
+        norm = clip_gradients([*module.parameters()], 1e-9)
         assert norm.item() == pytest.approx(scale * elements**0.5, rel=1e-5)
-        assert all(parameter.grad is None for parameter in parameters)
+        step_if(optimizer, OFF, torch.tensor(True), 1e-3)
     for one, other in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "name, value",
     [
-        {"peak_learning_rate": 0.0},
-        {"peak_learning_rate": float("nan")},
-        {"beta2": 1.0},
-        {"weight_decay": -0.1},
-        {"max_grad_norm": 0.0},
-        {"epsilon": 0.0},
+        ("peak_learning_rate", 0.0),
+        ("peak_learning_rate", math.nan),
+        ("beta2", 1.0),
+        ("weight_decay", -0.1),
+        ("max_grad_norm", 0.0),
+        ("epsilon", 0.0),
     ],
 )
-def test_what_makes_no_sense_is_told(wrong: dict[str, float]) -> None:
-    (problem,) = OptimizerConfig(**wrong).problems()
-    assert next(iter(wrong)) in problem
+def test_invalid_setting_is_named(name: str, value: float) -> None:
+    settings: dict[str, Any] = {name: value}
+    (problem,) = OptimizerConfig(**settings).problems()
+    assert name in problem
 
 
-POISONS = (float("nan"), float("inf"), float("-inf"))
-
-
-def state_of(net: nn.Module, optimizer: torch.optim.AdamW) -> list[bytes]:
+def bytes_of(net: nn.Module, optimizer: AdamW) -> list[bytes]:
     """Every byte of the weights, of both moments and of the counts of updates."""
     tensors = [parameter.detach() for parameter in net.parameters()]
     for parameter in net.parameters():
-        tensors += [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+        tensors += [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
     return [tensor.numpy().tobytes() for tensor in tensors]
 
 
-def update(
-    net: nn.Module, optimizer: torch.optim.AdamW, poison: tuple[int, int, float] | None, nats: float = 1.0
-) -> float:
-    """One step on gradients of noise, an element of one of which is poisoned."""
+def update(net: nn.Module, optimizer: AdamW, spoiled: tuple[int, int, float] | None = None) -> float:
+    """One step on gradients of noise, where element `spoiled` of one parameter has another value."""
     for parameter in net.parameters():
         parameter.grad = torch.randn_like(parameter)
-    if poison is not None:
-        number, place, value = poison
-        gradient = list(net.parameters())[number].grad
+    if spoiled is not None:
+        number, index, value = spoiled
+        gradient = [*net.parameters()][number].grad
         assert gradient is not None
-        gradient.view(-1)[place % gradient.numel()] = value
-    told = torch.tensor(nats)
-    found = apply_gradients(
-        optimizer,
-        list(net.parameters()),
-        1e-2,
-        1.0,
-        GradScaler(enabled=False),
-        lambda norm: norm.isfinite() & told.isfinite(),
-    )
-    assert bool(found.is_applied) == (poison is None and math.isfinite(nats))
-    return found.grad_norm.item()
+        gradient.view(-1)[index % gradient.numel()] = value
+    norm = clip_gradients([*net.parameters()], 1.0)
+    step_if(optimizer, OFF, norm.isfinite(), 1e-2)
+    return norm.item()
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_what_is_not_finite_never_reaches_the_weights(fused: bool) -> None:
-    """300 gradients with one bad element, and losses that are bad themselves: not a byte changes."""
+def test_unsound_step_changes_no_byte(fused: bool) -> None:
+    """300 gradients with one element that is not finite, and a step that is unsound for another reason."""
     net = small_net()
     optimizer = build_optimizer(net, OptimizerConfig(), fused=fused)
-    update(net, optimizer, None)
-    before = state_of(net, optimizer)
-    parameters = len(list(net.parameters()))
+    update(net, optimizer)
+    before, parameters = bytes_of(net, optimizer), len([*net.parameters()])
     for number in range(300):
-        norm = update(net, optimizer, (number % parameters, 7 * number, POISONS[number // 100]))
+        norm = update(net, optimizer, (number % parameters, 7 * number, NOT_FINITE[number // 100]))
         assert not math.isfinite(norm)
-        assert state_of(net, optimizer) == before
-    for nats in POISONS:
-        update(net, optimizer, None, nats)
-        assert state_of(net, optimizer) == before
-    update(net, optimizer, None)
-    after = state_of(net, optimizer)
-    assert not {*after} & {*before}, "a sound step changes everything"
+        assert bytes_of(net, optimizer) == before
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    step_if(optimizer, OFF, torch.tensor(False), 1e-2)
+    assert bytes_of(net, optimizer) == before
+    update(net, optimizer)
+    assert not {*bytes_of(net, optimizer)} & {*before}, "a sound step changes everything"
     assert all(parameter.isfinite().all() for parameter in net.parameters())
 
 
-def test_without_the_guard_one_bad_element_is_the_end() -> None:
-    """The control: what torch does by itself, and what multiplying the step by 0 would do."""
+def test_torch_alone_spreads_one_bad_element() -> None:
+    """The negative control, and why the step is not multiplied by 0."""
     net = small_net()
     optimizer = build_optimizer(net, OptimizerConfig())
-    update(net, optimizer, None)
+    update(net, optimizer)
     for parameter in net.parameters():
-        parameter.grad = torch.full_like(parameter, float("nan"))
+        parameter.grad = torch.full_like(parameter, math.nan)
     optimizer.step()
     assert all(parameter.isnan().all() for parameter in net.parameters())
-    assert math.isnan(0 * float("nan"))
+    assert math.isnan(0 * math.nan)
 
 
-def test_a_bad_first_step_leaves_nothing_behind() -> None:
+def test_unsound_first_step_leaves_no_trace() -> None:
     runs = []
-    for is_poisoned in (True, False):
-        torch.manual_seed(3)
+    for is_spoiled in (True, False):
         net = small_net()
         optimizer = build_optimizer(net, OptimizerConfig())
-        if is_poisoned:
-            update(net, optimizer, (0, 0, float("nan")))
+        if is_spoiled:
+            update(net, optimizer, (0, 0, math.nan))
         torch.manual_seed(4)
-        update(net, optimizer, None)
-        runs.append(state_of(net, optimizer))
+        update(net, optimizer)
+        runs.append(bytes_of(net, optimizer))
     assert runs[0] == runs[1]

@@ -1,4 +1,4 @@
-"""The names of checkpoints and of their files; which are there, which are kept, how a file is known again."""
+"""Names of checkpoints and their files, retention, digests; named tensors in safetensors files."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = 4
-READABLE = (2, 3, 4)  # 3 knew no guard; 2 had a single file of each kind, and did not name them
+READABLE = (2, 3, 4)  # 3 has no guard; 2 has one file of each kind, and does not list them
 KINDS = ("model", "optimizer")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-READ_AT_ONCE = 16_000_000  # bytes: of small pieces each would have to wait for the interpreter
+BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32
+READ_BYTES = 16_000_000  # small reads would each wait for the interpreter lock
 
 
 def checkpoint_name(step: int) -> str:
-    """step-00001000 for 1000: names sort as their steps do."""
+    """step-00001000 for 1000: names sort like their steps."""
     return f"step-{step:08d}"
 
 
@@ -38,16 +39,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def file_names(kind: str, count: int) -> list[str]:
-    """The files of one kind, one of each process."""
+    """The files of one kind, one for each process."""
     if count == 1:
         return [f"{kind}.safetensors"]
     return [f"{kind}-{rank:05d}-of-{count:05d}.safetensors" for rank in range(count)]
 
 
 def file_digest(path: Path) -> dict[str, Any]:
-    """A file's length and sha256, as the disk has them."""
+    """A file's length and sha256, read from the disk."""
     size = path.stat().st_size
-    digest, piece = hashlib.sha256(), memoryview(bytearray(min(size, READ_AT_ONCE)))
+    digest, piece = hashlib.sha256(), memoryview(bytearray(min(size, READ_BYTES)))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(piece):
             digest.update(piece[:count])
@@ -55,17 +56,17 @@ def file_digest(path: Path) -> dict[str, Any]:
 
 
 def manifest(files: dict[str, Any], format_: int) -> str:
-    """What MANIFEST.json says of files with these identities; always the same bytes for the same files."""
+    """The text of MANIFEST.json for files with these digests; the same bytes for the same files."""
     return json.dumps({"format": format_, "files": files}, indent=2, sort_keys=True) + "\n"
 
 
 def retained_steps(
     steps: Sequence[int], last: int | None, every: int | None = None, best: int | None = None
 ) -> set[int]:
-    """Of the steps with a checkpoint, in order, those to be kept.
+    """The steps whose checkpoints are kept, of `steps` in order.
 
-    The newest `last` of them, all if None; multiples of `every`; `best`, if it is one of them. The newest is
-    always kept: it is the one whose bytes have just been brought to the disk.
+    The newest `last`, all if None; multiples of `every`; `best`, if it is one of them. The newest one is
+    always kept.
     """
     if last is None:
         return {*steps}
@@ -81,14 +82,13 @@ def keep_only(kept: Collection[int], folder: Path) -> None:
 
 
 def discard_checkpoints_after(step: int, folder: Path) -> None:
-    """Delete the checkpoints of later steps: damaged, since they were passed over; they are made again."""
+    """Delete the checkpoints of later steps, which were found damaged; they are written again."""
     for checkpoint in list_checkpoints(folder):
         if checkpoint.name > checkpoint_name(step):
             shutil.rmtree(checkpoint)
 
 
-# ---------------------------------------------------------------- named tensors in one or several safetensors files, each of which may hold some rows of a t
-
+# ---------------------------------------------------------------- tensors in several files
 
 METADATA = "first_rows"
 
@@ -98,11 +98,11 @@ class TensorShard(NamedTuple):
 
     rows: Tensor
     first: int
-    """The number of the first of them."""
+    """Index of the first of them."""
 
 
 def write_tensors(path: Path, pieces: Mapping[str, TensorShard]) -> None:
-    """Write the pieces, of the CPU's memory, into one file. Raises OSError if the disk does not take it."""
+    """Write CPU tensors into one file. Raises OSError if the disk does not take it."""
     firsts = {name: piece.first for name, piece in pieces.items() if piece.first}
     tensors = {name: piece.rows.contiguous() for name, piece in pieces.items()}
     try:
@@ -112,14 +112,14 @@ def write_tensors(path: Path, pieces: Mapping[str, TensorShard]) -> None:
 
 
 class TensorFiles:
-    """All tensors of some files, read a few rows at a time. The files must be sound."""
+    """All tensors of several files, read a few rows at a time. The files must be verified."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._pieces: dict[str, list[tuple[int, int, Any]]] = {}
         for path in paths:
             file: Any = safe_open(path, framework="pt")
             firsts = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            for name in file.keys():  # noqa: SIM118 - no mapping
+            for name in file.keys():  # noqa: SIM118 - not a mapping
                 first = firsts.get(name, 0)
                 end = first + file.get_slice(name).get_shape()[0]
                 self._pieces.setdefault(name, []).append((first, end, file))
@@ -128,7 +128,7 @@ class TensorFiles:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of every whole tensor. Raises ValueError if some of its rows are in no file."""
+        """The shape of every whole tensor. Raises ValueError if rows are missing."""
         found = {}
         for name, pieces in self._pieces.items():
             begins, ends = [0, *(end for _, end, _ in pieces)], [first for first, _, _ in pieces]
@@ -139,15 +139,12 @@ class TensorFiles:
         return found
 
     def read(self, name: str, into: Tensor, first: int = 0) -> None:
-        """Fill `into` with the rows from `first` on; those behind the last one become zero."""
+        """Fill `into` with the rows from `first` on; rows beyond the last become zero."""
         pieces = self._pieces[name]
         row, end = first, first + len(into)
         while row < min(end, pieces[-1][1]):
             begin, stop, file = pieces[bisect_right(pieces, row, key=lambda piece: piece[0]) - 1]
-            upto = min(stop, end)
-            into[row - first : upto - first].copy_(file.get_slice(name)[row - begin : upto - begin])
-            row = upto
+            until = min(stop, end)
+            into[row - first : until - first].copy_(file.get_slice(name)[row - begin : until - begin])
+            row = until
         into[row - first :] = 0.0
-
-
-BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32

@@ -1,4 +1,4 @@
-"""A checkpoint -> TrainState, or a model: only if every byte is still the one that was written."""
+"""A checkpoint -> TrainState, or a model; only if every byte is as it was written."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Read = TypeVar("Read")
 
 
 def read_newest(folder: Path, read: Callable[[Path], Read]) -> Read | None:
-    """What `read` makes of the newest checkpoint that it can read; None if there is no checkpoint.
+    """`read` of the newest checkpoint that it accepts; None if there is no checkpoint.
 
-    `read` refuses a damaged one with ValueError: that is said, and the one before it is tried. Raises
-    ValueError if there are checkpoints and none can be read.
+    `read` raises ValueError for a damaged one: the error is printed, and the one before is tried. Raises
+    ValueError if there are checkpoints and none is accepted.
     """
     found = list_checkpoints(folder)
     for checkpoint in reversed(found):
@@ -43,7 +43,7 @@ def read_newest(folder: Path, read: Callable[[Path], Read]) -> Read | None:
             echo(f"{error}; trying the one before it")
     if found:
         raise ValueError(
-            f"no checkpoint in {folder} is whole; take one from a copy, or begin with another --run-name"
+            f"every checkpoint in {folder} is damaged: restore one, or begin with another --run-name"
         )
     return None
 
@@ -53,39 +53,37 @@ def verify_checkpoint(checkpoint: Path, world: World = SINGLE_PROCESS) -> None:
     with world.raise_together():
         try:
             written = (checkpoint / "MANIFEST.json").read_bytes()
-            told = json.loads(written)
-            names = sorted(told["files"])
-            found = dict(told["files"])
+            stated = json.loads(written)
+            names = sorted(stated["files"])
+            found = dict(stated["files"])
             for name in names[world.rank :: world.size]:
                 found[name] = file_digest(checkpoint / name)
-            sound = written == manifest(found, told["format"]).encode() and "state.json" in names
+            is_sound = written == manifest(found, stated["format"]).encode() and "state.json" in names
         except OSError as error:
             raise ValueError(
                 f"checkpoint {checkpoint} is incomplete: {error.strerror} ({error.filename})"
             ) from None
         except (ValueError, LookupError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise ValueError(
-                f"checkpoint {checkpoint} is damaged: its files are not what its MANIFEST.json says"
-            )
+            is_sound = False
+        if not is_sound:
+            raise ValueError(f"checkpoint {checkpoint} is damaged: its files differ from its MANIFEST.json")
 
 
 class VerifiedCheckpoint(NamedTuple):
-    """A checkpoint of which every byte is as it was written."""
+    """A checkpoint whose bytes are all as they were written."""
 
     path: Path
     about: Mapping[str, Any]
-    """What its state.json says."""
+    """The content of state.json."""
 
     @property
     def settings(self) -> Mapping[str, object]:
-        """The run's, by name, those that may not change; {} if they were not written down."""
+        """The run's settings that may not change, by name; {} if they were not recorded."""
         return dict(self.about.get("settings", {}))
 
 
 def open_checkpoint(checkpoint: Path, world: World = SINGLE_PROCESS) -> VerifiedCheckpoint:
-    """Verify it, each process a share. Raises ValueError if it is damaged, or of another format."""
+    """Verify it, each process a share of the files. Raises ValueError if it is damaged or unreadable."""
     verify_checkpoint(checkpoint, world)
     about: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     if about["format"] not in READABLE:
@@ -107,15 +105,15 @@ def read_model(checkpoint: Path) -> GPT:
 
 
 def load_checkpoint(state: TrainState, checkpoint: Path, world: World = SINGLE_PROCESS) -> None:
-    """Make `state` what it was when `checkpoint` was saved. Raises ValueError if that is damaged."""
+    """Restore `state` from `checkpoint`. Raises ValueError if the checkpoint is damaged."""
     restore(state, open_checkpoint(checkpoint, world))
 
 
 @torch.no_grad()
 def restore(state: TrainState, opened: VerifiedCheckpoint) -> None:
-    """Make `state` what it was when it was saved. Raises ValueError if the model is another one.
+    """Restore `state` from a verified checkpoint. Raises ValueError if its model is another one.
 
-    Each process reads what it holds of the weights and moments, whoever wrote them.
+    Each process reads the weights and moments that it holds, whichever process wrote them.
     """
     about = opened.about
     _read_weights(state.model, opened)
@@ -124,8 +122,8 @@ def restore(state: TrainState, opened: VerifiedCheckpoint) -> None:
     updated = {parameter for group in state.optimizer.param_groups for parameter in group["params"]}
     for name, parameter in state.model.named_parameters():
         if f"{name}.{MOMENTS[0]}" not in moments.shapes or parameter not in updated:
-            continue  # saved before the first step, when there were no moments; or another's to update
-        # Fused AdamW counts its updates beside the parameter, the other kinds on the CPU.
+            continue  # saved before the first step, without moments; or updated by another process
+        # Fused AdamW keeps its count of updates on the parameter's device, other kinds on the CPU.
         updates = torch.tensor(float(about["updates"]), device=parameter.device if is_fused else "cpu")
         restored = {"step": updates}
         for moment in MOMENTS:
@@ -141,7 +139,7 @@ def restore(state: TrainState, opened: VerifiedCheckpoint) -> None:
 
 @torch.no_grad()
 def _read_weights(model: GPT, opened: VerifiedCheckpoint) -> None:
-    """Fill what this process holds of the parameters. Raises ValueError if they are not this model's."""
+    """Fill this process's shards of the parameters. Raises ValueError if their shapes differ."""
     files = _open_files(opened, "model")
     shapes, expected = files.shapes, weight_shapes(model.config)
     wrong = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))

@@ -1,4 +1,4 @@
-"""TrainState -> a checkpoint: what is to be saved is copied, written, and published in one rename."""
+"""TrainState -> a checkpoint: copied to host memory, written, and published in one rename."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from overnight.training.state import TrainState, is_writer, local_shard
 
 
 class Snapshot(NamedTuple):
-    """What one process writes of a state, copied to the host's memory: training may go on."""
+    """What one process writes of a state, copied to host memory, so that training can continue."""
 
     step: int
     about: Mapping[str, Any]
-    """What state.json says, but for the files."""
+    """The content of state.json, without the files."""
     tensors: Mapping[str, Mapping[str, TensorShard]]
     """By kind of file, and name."""
 
@@ -47,21 +47,21 @@ class Snapshot(NamedTuple):
 def save_checkpoint(state: TrainState, folder: Path, world: World = SINGLE_PROCESS) -> Path:
     """Publish `folder`/step-<8 digits>; returns its path.
 
-    All processes write at the same time, into a folder that all of them see. There must be no checkpoint of
-    this step or a later one.
+    All processes call it; they write at the same time, into a folder that all of them see. There must be no
+    checkpoint of this step or a later one.
     """
     snapshot = take_snapshot(state, world)
-    building = make_staging_folder(snapshot.step, folder, world)
-    written = world.all_gather_object(write_rank_files(snapshot, building, world))
+    staging = make_staging_folder(snapshot.step, folder, world)
+    written = world.all_gather_object(write_rank_files(snapshot, staging, world))
     if world.is_main:
-        publish_checkpoint(snapshot, building, written)
+        publish_checkpoint(snapshot, staging, written)
     world.barrier()
-    return building.with_name(checkpoint_name(snapshot.step))
+    return staging.with_name(checkpoint_name(snapshot.step))
 
 
 @torch.no_grad()
 def take_snapshot(state: TrainState, world: World, settings: Mapping[str, object] | None = None) -> Snapshot:
-    """Copy what this process is to write; `settings` are of the run, by name, values as JSON has them."""
+    """Copy what this process writes; `settings` are the run's frozen settings, as JSON holds them."""
     mine = _own_parameters(state, world)
     about = {
         "format": FORMAT,
@@ -77,23 +77,23 @@ def take_snapshot(state: TrainState, world: World, settings: Mapping[str, object
 
 
 def make_staging_folder(step: int, folder: Path, world: World) -> Path:
-    """An empty folder where the checkpoint of `step` is put together; what earlier saves left is deleted."""
-    building = folder / f".building-{checkpoint_name(step)}"
+    """An empty folder in which the checkpoint of `step` is written; remains of earlier saves are deleted."""
+    staging = folder / f".building-{checkpoint_name(step)}"
     if world.is_main:
-        for unfinished in folder.glob(".building-*"):  # of a save that was killed, of whatever step
+        for unfinished in folder.glob(".building-*"):  # of a save that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
-        building.mkdir(parents=True)
+        staging.mkdir(parents=True)
     world.barrier()
-    return building
+    return staging
 
 
-def write_rank_files(snapshot: Snapshot, building: Path, world: World) -> str:
-    """Write what this process is to write; the identity of each file, as JSON."""
-    if not building.is_dir():
-        raise OSError(f"rank {world.rank} does not see {building}: a run's folder lies on a shared disk")
+def write_rank_files(snapshot: Snapshot, staging: Path, world: World) -> str:
+    """Write this process's files; returns the digest of each, as JSON."""
+    if not staging.is_dir():
+        raise OSError(f"rank {world.rank} does not see {staging}: a run's folder must be on a shared disk")
     found = {}
     for kind in KINDS:
-        path = building / file_names(kind, world.size)[world.rank]
+        path = staging / file_names(kind, world.size)[world.rank]
         write_tensors(path, snapshot.tensors[kind])
         with path.open("rb") as file:
             flush_to_disk(file.fileno())
@@ -101,20 +101,22 @@ def write_rank_files(snapshot: Snapshot, building: Path, world: World) -> str:
     return json.dumps(found)
 
 
-def publish_checkpoint(snapshot: Snapshot, building: Path, written: Sequence[str]) -> None:
-    """Add what is said of all files together, and give the folder its name."""
+def publish_checkpoint(snapshot: Snapshot, staging: Path, written: Sequence[str]) -> None:
+    """Add state.json and MANIFEST.json, and rename the folder to its final name."""
     files = {name: identity for each in written for name, identity in json.loads(each).items()}
     names = {kind: sorted(name for name in files if name.startswith(kind)) for kind in KINDS}
-    write_atomically(building / "state.json", json.dumps({**snapshot.about, "files": names}, indent=2) + "\n")
-    files["state.json"] = file_digest(building / "state.json")
-    write_atomically(building / "MANIFEST.json", manifest(files, FORMAT))
-    flush_folder(building.parent.parent)  # where the folder of all checkpoints has its own name
-    building.rename(building.with_name(checkpoint_name(snapshot.step)))
-    flush_folder(building.parent)
+    write_atomically(staging / "state.json", json.dumps({**snapshot.about, "files": names}, indent=2) + "\n")
+    files["state.json"] = file_digest(staging / "state.json")
+    write_atomically(staging / "MANIFEST.json", manifest(files, FORMAT))
+    flush_folder(
+        staging.parent.parent
+    )  # the name of the folder of all checkpoints must survive a power cut, too
+    staging.rename(staging.with_name(checkpoint_name(snapshot.step)))
+    flush_folder(staging.parent)
 
 
 def _own_parameters(state: TrainState, world: World) -> dict[str, Tensor]:
-    """The parameters of which this process writes something: those it owns, or its rows of all."""
+    """The parameters of which this process writes something: those it owns or, sharded, its rows of all."""
     named = dict(state.model.named_parameters())
     owner = assign_parameters({name: parameter.numel() for name, parameter in named.items()}, world.size)
     return {
@@ -136,7 +138,7 @@ def _weights(state: TrainState, parameters: dict[str, Tensor]) -> Iterator[tuple
 
 
 def _moments(state: TrainState, parameters: dict[str, Tensor]) -> Iterator[tuple[str, TensorShard]]:
-    """AdamW's moments by parameter name; there are none before the first step."""
+    """AdamW's moments by parameter name; none before the first step."""
     for name, parameter in parameters.items():
         for moment in MOMENTS if parameter in state.optimizer.state else ():
             values = state.optimizer.state[parameter][moment]
@@ -144,7 +146,7 @@ def _moments(state: TrainState, parameters: dict[str, Tensor]) -> Iterator[tuple
 
 
 def _without_padding(model: GPT, name: str, label: str, values: Tensor) -> Iterator[tuple[str, TensorShard]]:
-    """What this process holds of a tensor, less the rows that pad the vocabulary (always zero)."""
+    """This process's shard of a tensor, without the rows that pad the vocabulary (always zero)."""
     rows, first = local_shard(values)
     rows = rows[: max(0, model.vocab_size - first)] if name == "wte.weight" else rows
     if len(rows):
@@ -152,7 +154,7 @@ def _without_padding(model: GPT, name: str, label: str, values: Tensor) -> Itera
 
 
 def _updates(state: TrainState) -> int:
-    """How often the weights were changed: `step`, less the steps whose gradients overflowed float16."""
+    """Number of updates: `step` without the steps that were skipped."""
     return max((int(each["step"]) for each in state.optimizer.state.values()), default=0)
 
 
@@ -214,7 +216,7 @@ class Saver:
             self._advance(thread)
 
     def abandon(self) -> None:
-        """Before a failing run ends: wait for the thread, and print its error, if any. Publishes nothing more."""
+        """Before a failing run ends: wait for the thread, and print its error. Publishes nothing more."""
         if self._thread is not None and (error := self._thread.exception()) is not None:
             echo(f"the checkpoint under way is lost: {error}")
 

@@ -1,0 +1,206 @@
+"""What a benchmark is going to measure: tasks, groups that fit into memory, duration."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from overnight.bench import BenchConfig
+from overnight.bench.variants import baseline_compute, choose_variants, find_machine, stack_tasks
+from overnight.bench.worker import StepTask, untimed_steps
+from overnight.config import nearest
+from overnight.hardware import Precision, find_memory_bytes, find_peak_flops, measure_matmul_flops
+from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.training import ComputeConfig
+from overnight.training.compute import resolve_compute
+from overnight.training.memory import USABLE_FRACTION, Resources, estimate_memory, rows_that_fit
+
+# Rows of a micro-batch: the first that fit. On a GPU the lecture has 16.
+ROWS_ON_CPU, ROWS_ON_GPU = (1,), (16, 8, 4, 2, 1)
+GROWTH_ON_CPU, GROWTH_ON_GPU = 2, 4  # at most so many micro-batches are one in the variant micro-batch
+WARM_UPS = 2  # in its second step a process's heap still grows
+STEPS_ON_CPU, STEPS_ON_GPU = 3, 5
+PROCESS_BYTES = 0.5e9  # a GPU's context, or torch's libraries and what Python keeps of them
+SECONDS_TO_START, SECONDS_TO_COMPILE = 5, 30
+SHARE_OF_PEAK = 0.5  # that a step reaches, roughly, over all variants
+MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """Everything decided, nothing measured."""
+
+    model_name: str
+    data: str | None
+    device: str
+    variants: Mapping[str, str | None]
+    """The reason for each variant that is skipped, None for the others; in order."""
+    tasks: Mapping[str, StepTask]
+    """Of each variant that is not skipped; their ids are not written yet."""
+    groups: Sequence[Sequence[str]]
+    """Variants that are interleaved with one another; each group begins with the last of the one before."""
+    steps: int
+
+    @property
+    def baseline(self) -> StepTask:
+        """The first variant's task."""
+        return next(iter(self.tasks.values()))
+
+    @property
+    def rounds(self) -> int:
+        """Including warm-ups."""
+        return WARM_UPS + self.steps
+
+    @property
+    def steps_per_round(self) -> int:
+        """Of each process, including those that are not timed."""
+        return 1 + untimed_steps(self.device)
+
+    @property
+    def tokens_to_read(self) -> int:
+        """Of one process: all its steps, one step more, which a GPU prefetches, and the last target."""
+        return (self.rounds * self.steps_per_round + 1) * self.baseline.tokens_per_step + 1
+
+    @property
+    def precision(self) -> Precision:
+        """Of the last variant's matrix products."""
+        *_, last = self.tasks.values()
+        return last.compute.precision
+
+
+def decide_bench(config: BenchConfig, device: str) -> BenchPlan:
+    """Decide what is left open. Raises ValueError for wrong options, and for what memory can't hold."""
+    model, machine = find_bench_model(config), find_machine(device)
+    names = (
+        None if config.variants is None else [name for word in config.variants for name in word.split(",")]
+    )
+    free = USABLE_FRACTION * find_free_bytes(device)
+    possible_rows = ROWS_ON_CPU if device == "cpu" else ROWS_ON_GPU
+    for rows in possible_rows if config.rows is None else [config.rows]:
+        baseline = find_baseline(model, device, rows)
+        variants = choose_variants(names, machine, baseline)
+        chosen = [name for name, reason in variants.items() if reason is None]
+        if "micro-batch" not in chosen:
+            baseline = dataclasses.replace(baseline, rows_per_step=rows, micro_batches=1)
+        tasks = stack_tasks(chosen, baseline)
+        if groups := divide(tasks, free):
+            steps = config.steps or (STEPS_ON_CPU if device == "cpu" else STEPS_ON_GPU)
+            return BenchPlan(config.model, config.data, device, variants, tasks, groups, steps)
+    pairs: Sequence[Sequence[StepTask]] = list(itertools.pairwise(tasks.values())) or [list(tasks.values())]
+    needed = max(memory_of_tasks(pair) for pair in pairs)
+    raise ValueError(
+        f"two variants at a time need {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
+        "give fewer --rows, a smaller --context-length, or a smaller --model"
+    )
+
+
+def find_bench_model(config: BenchConfig) -> ModelConfig:
+    """The published model with the requested context length."""
+    if config.model not in PRESETS:
+        raise ValueError(f"there is no model {config.model}{nearest(config.model, PRESETS)}")
+    problems = [
+        f"--{name.replace('_', '-')} {value} must be at least 1"
+        for name in ("rows", "steps", "context_length")
+        if (value := getattr(config, name)) is not None and value < 1
+    ]
+    model = PRESETS[config.model]
+    length = config.context_length or model.context_length
+    if length > model.context_length:
+        problems.append(f"--context-length {length} exceeds the {model.context_length} of {config.model}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return dataclasses.replace(model, context_length=length)
+
+
+def find_baseline(model: ModelConfig, device: str, rows: int) -> StepTask:
+    """The step before the first variant, without optimizations.
+
+    `overnight train` would compute its micro-batches as one; they are at most 2 on a CPU and 4 on a GPU, so
+    that the variant micro-batch has the same step.
+    """
+    compute = resolve_compute(ComputeConfig(device=device), device)
+    fitting = rows_that_fit(model, compute, Resources(device, find_memory_bytes(device)))
+    micro_batches = max(1, min(fitting // rows, GROWTH_ON_CPU if device == "cpu" else GROWTH_ON_GPU))
+    return StepTask(
+        model=model,
+        compute=baseline_compute(device),
+        ids="",
+        rows_per_step=rows * micro_batches,
+        micro_batches=micro_batches,
+        vocabulary_multiple=1,
+        fused_optimizer=False,
+        large_pages=False,
+    )
+
+
+def divide(tasks: Mapping[str, StepTask], memory_bytes: float) -> list[list[str]]:
+    """The fewest groups that fit into memory, each beginning with the last task of the one before.
+
+    [] if not even two tasks fit.
+    """
+    groups: list[list[str]] = [[]]
+    for name, task in tasks.items():
+        if memory_of_tasks([*(tasks[each] for each in groups[-1]), task]) > memory_bytes:
+            groups.append(groups[-1][-1:])
+            if memory_of_tasks([*(tasks[each] for each in groups[-1]), task]) > memory_bytes:
+                return []
+        groups[-1].append(name)
+    return groups
+
+
+def find_free_bytes(device: str) -> float:
+    """Free memory; all memory where the operating system does not say."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.mem_get_info(device)[0])
+    total = find_memory_bytes(device)
+    if device == "cpu" and MEMINFO.is_file():
+        found = re.search(r"^MemAvailable: +(\d+) kB", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
+        return min(total, int(found[1]) * 1024) if found else total
+    return total
+
+
+def memory_of_tasks(tasks: Iterable[StepTask]) -> float:
+    """The memory of the processes of all tasks while one of them steps."""
+    at_rest, most = 0.0, 0.0
+    for task in tasks:
+        memory = estimate_memory(task.model, task.rows_per_step // task.micro_batches, task.compute)
+        kept = memory.weights + memory.moments
+        if task.compute.device == "cpu":  # the heap keeps some of what was freed; with large pages all of it
+            kept = memory.together if task.large_pages else kept + memory.gradients
+        at_rest += PROCESS_BYTES + kept
+        most = max(most, memory.together - kept)
+    return at_rest + most
+
+
+def estimate_seconds(plan: BenchPlan) -> float:
+    """Rough duration of the whole benchmark."""
+    flops = plan.baseline.tokens_per_step * plan.baseline.model.flops_per_token()
+    tasks = [plan.tasks[name] for group in plan.groups for name in group]
+    precisions = {task.compute.precision for task in tasks}
+    rates = {precision: find_peak_flops_or_measure(plan.device, precision) for precision in precisions}
+    steps = plan.rounds * plan.steps_per_round
+    seconds = sum(steps * flops / (SHARE_OF_PEAK * rates[task.compute.precision]) for task in tasks)
+    compiled = {
+        (task.compute, task.vocabulary_multiple, task.micro_batches) for task in tasks if task.compute.compile
+    }
+    return seconds + SECONDS_TO_START * len(tasks) + SECONDS_TO_COMPILE * len(compiled)
+
+
+def find_peak_flops_or_measure(device: str, precision: str) -> float:
+    """The published FLOP/s; where there are none, those of a large matrix product."""
+    published = find_peak_flops(device, cast(Precision, precision))
+    return measure_matmul_flops(device, precision, repeats=1) if published is None else published
+
+
+def about_peak(device: str, precision: str) -> str:
+    """Where that figure comes from."""
+    if find_peak_flops(device, cast(Precision, precision)) is not None:
+        return f"the maker's figure for {precision}"
+    return f"measured in each round: a large {precision} matrix product"

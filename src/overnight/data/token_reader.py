@@ -1,0 +1,99 @@
+"""Reads the tokens of a split from its shards, wherever they are stored."""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import weakref
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+from overnight.data.shards import HEADER_BYTES, Manifest, Shard, Tokens, open_tokens, token_format, verify
+
+
+class ShardReader(Protocol):
+    """One shard, local or remote."""
+
+    def read(self, first: int, into: Tokens) -> None:
+        """Fill `into` with the tokens from index `first` on, verified against the manifest."""
+        ...
+
+
+class ShardStore(Protocol):
+    """A prepared folder, local or remote."""
+
+    manifest: Manifest
+
+    def open(self, shard: Shard) -> ShardReader:
+        """One of its shards."""
+        ...
+
+
+class ShardFile:
+    """A local shard. The file is closed when the last reference to this object is dropped.
+
+    It is read with pread rather than mapped: every page of a map that was ever touched counts as this
+    process's memory, and each page fault waits for the kernel's read-ahead of megabytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tokens = open_tokens(path).size
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, first: int, into: Tokens) -> None:
+        """Fill `into`, a contiguous array of the shard's dtype, with the tokens from index `first` on.
+
+        Raises ValueError if the file ends before them.
+        """
+        offset = HEADER_BYTES + first * into.itemsize
+        if os.preadv(self._descriptor, [into.data], offset) != into.nbytes:
+            raise ValueError(f"{self.path} was cut short while it was read: prepare the data again")
+
+
+class LocalStore:
+    """A split of a prepared folder on this machine. Opening verifies every shard of the split.
+
+    Raises ValueError, naming the file, if a shard differs from its manifest.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder = folder
+        self.manifest = verify(folder, split)
+        self._open = functools.lru_cache(files_at_once())(lambda name: ShardFile(folder / name))
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def open(self, shard: Shard) -> ShardFile:
+        """One of its shards."""
+        return self._open(shard.name)
+
+
+class TokenReader:
+    """The tokens of a split as one array that spans all of its shards."""
+
+    def __init__(self, store: ShardStore, split: str) -> None:
+        self._store = store
+        self._shards = store.manifest.shards(split)
+        self._starts = [0, *accumulate(shard.tokens for shard in self._shards)]
+        self.tokens = self._starts[-1]
+        self.dtype = token_format(store.manifest.vocab_size).dtype
+
+    def read(self, start: int, into: Tokens) -> None:
+        """Fill `into`, a contiguous array of `dtype`, with the tokens from index `start` on."""
+        while into.size:
+            number = bisect_right(self._starts, start) - 1
+            part = into[: self._starts[number + 1] - start]
+            self._store.open(self._shards[number]).read(start - self._starts[number], part)
+            start, into = start + part.size, into[part.size :]
+
+
+def files_at_once() -> int:
+    """How many shards to keep open: an eighth of the files that this process may have open, at least 16."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, limit // 8) if limit != resource.RLIM_INFINITY else 1 << 16

@@ -1,0 +1,152 @@
+"""Evaluate a model, beside a baseline if there is one, on validation text and tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from overnight.conversion.open_model import OpenedModel, open_model
+from overnight.data import DataConfig
+from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.evaluation import EvaluateConfig
+from overnight.evaluation.harness import HarnessScore, check_harness, harness_scores
+from overnight.evaluation.held_out import ValidationSet, open_validation_set
+from overnight.evaluation.page import describe_scores, to_json
+from overnight.evaluation.perplexity import Evaluation
+from overnight.evaluation.result_cache import evaluate_cached
+from overnight.evaluation.scores import Score
+from overnight.evaluation.tasks import Task, TaskNames, open_tasks, split_names
+from overnight.recipe import Recipe, read_recipe_of
+from overnight.terminal import echo
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model, and how to evaluate it."""
+
+    opened: OpenedModel
+    name: str
+    recipe: Recipe | None
+    """The run's; None for any other model."""
+    precision: str
+    """The run's own; fp32 for any other model."""
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """The examples that every model is evaluated on."""
+
+    names: TaskNames
+    validation: ValidationSet | None
+    tasks: list[Task]
+
+
+@dataclass(kw_only=True)
+class EvaluationResults:
+    """The results of one model."""
+
+    model: str
+    precision: str
+    validation: Evaluation | None = None
+    scores: list[Score] = field(default_factory=list)
+    harness: list[HarnessScore] | None = None
+    """None if no task of lm-evaluation-harness was named."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values for JSON; NaN and infinity are None."""
+        values: dict[str, Any] = {"model": self.model, "precision": self.precision}
+        if self.validation is not None:
+            values |= dataclasses.asdict(self.validation)
+        values["tasks"] = [dataclasses.asdict(score) for score in self.scores]
+        if self.harness is not None:
+            values["lm_eval"] = [dataclasses.asdict(score) for score in self.harness]
+        found: dict[str, Any] = to_json(values)
+        return found
+
+    def __str__(self) -> str:
+        return "\n".join([*describe_scores(self.scores), *map(str, self.harness or ())])
+
+
+def evaluate_opened(opened: OpenedModel, config: EvaluateConfig) -> EvaluationResults:
+    """Evaluate a model that is already open, in this process. Raises ValueError for an invalid task."""
+    models = [_evaluated_model(opened, config.model)]
+    return evaluate_models(models, open_inputs(config, models), config, SINGLE_PROCESS)
+
+
+def open_evaluated_models(config: EvaluateConfig, device: str) -> list[EvaluatedModel]:
+    """The model, and the baseline if one is named, on `device`."""
+    models = []
+    for name in filter(None, (config.model, config.baseline)):
+        opened = open_model(name)
+        opened.model.to(device)
+        models.append(_evaluated_model(opened, name))
+    return models
+
+
+def _evaluated_model(opened: OpenedModel, name: str) -> EvaluatedModel:
+    recipe = read_recipe_of(opened.run) if opened.run else None
+    return EvaluatedModel(opened, name, recipe, (recipe.compute.precision if recipe else None) or "fp32")
+
+
+def open_inputs(config: EvaluateConfig, models: Sequence[EvaluatedModel]) -> EvaluationInputs:
+    """Open all inputs before anything is evaluated. Raises ValueError for one that cannot be."""
+    names = split_names(config.tasks)
+    validation = _open_validation(config, models) if names.validation else None
+    if names.harness:
+        check_harness(names.harness, _task_folder(config))
+    tasks = open_tasks(names.own, config.task_files, config.examples, config.stride)
+    return EvaluationInputs(names, validation, tasks)
+
+
+def _open_validation(config: EvaluateConfig, models: Sequence[EvaluatedModel]) -> ValidationSet:
+    """The validation text. Raises ValueError unless it is encoded with every model's tokenizer."""
+    recipe = models[0].recipe
+    if config.data:
+        data = DataConfig(data=config.data, packing=recipe.data.packing if recipe else "stream")
+    elif recipe:
+        data = recipe.data
+    else:
+        raise ValueError("this model's training data is not known: name prepared text with --data FOLDER")
+    validation = open_validation_set(data, config.evaluation_tokens, config.stride)
+    for each in models:
+        validation.check_tokenizer(each.opened.tokenizer, each.name, each.opened.tokenizer_folder)
+    return validation
+
+
+def evaluate_models(
+    models: Sequence[EvaluatedModel], inputs: EvaluationInputs, config: EvaluateConfig, world: World
+) -> EvaluationResults:
+    """The first model's results, compared with the second's if there is one; each table is printed."""
+    model = models[0]
+    results = EvaluationResults(model=model.name, precision=model.precision)
+    if inputs.validation is not None:
+        losses = [inputs.validation.measure(each.opened.model, each.precision, world) for each in models]
+        results.validation = losses[0].summary()
+        results.scores += inputs.validation.score(*losses)
+        for line in describe_scores(results.scores):
+            echo(line)
+        echo(f"  of {inputs.validation.dataset.folder}, in {model.precision}")
+    for task in inputs.tasks:
+        found = [
+            evaluate_cached(task, each.opened.model, each.opened.tokenizer, each.precision, world)
+            for each in models
+        ]
+        scores = task.score(*found)
+        results.scores += scores
+        for line in describe_scores(scores):
+            echo(line)
+    if inputs.names.harness and world.is_main:
+        opened, names, folder = model.opened, inputs.names.harness, _task_folder(config)
+        results.harness = harness_scores(
+            opened.model, opened.tokenizer, names, model.precision, folder, config.examples
+        )
+        for score in results.harness:
+            echo(str(score))
+    return results
+
+
+def _task_folder(config: EvaluateConfig) -> Path | None:
+    return Path(config.task_files) if config.task_files is not None else None

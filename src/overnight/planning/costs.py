@@ -1,0 +1,134 @@
+"""The speed of a plan: measured here, or assumed from the device's published peak."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from overnight.hardware import measure_matmul_flops, native_precision
+from overnight.planning import measure
+from overnight.planning.estimate import FORWARD_SHARE, StepCost, count_run
+from overnight.planning.parallel_layout import find_processes
+from overnight.planning.plan import Plan
+from overnight.recipe import Resolved
+from overnight.training.batch import ROWS_AT_MOST
+from overnight.training.memory import estimate_memory, fits_into, largest_that_fits, suggest_fits
+
+# MFU assumed of a device that is not here. Published for 124M parameters in 16 bits: build-nanogpt, eager,
+# 33 to 38% on A100 and H200; PyTorch compiled 32% on one A100 PCIe (llm.c, pull request 323) and 42% on one
+# H200 (modded-nanogpt, records/track_3_optimization); llm.c 40% on 8 H100 (the same,
+# records/track_1_short/2024-10-13_llmc) and 60% on 8 A100 (its scripts/run_gpt2_124M.sh). All by the count of
+# `ModelConfig.flops_per_token`.
+ASSUMED_MFU = (0.50, 0.40, 0.30)  # fast, likely, slow
+PUBLISHED = {
+    "a100": "others measured 32% (PyTorch, one A100) to 60% (llm.c, eight)",
+    "h100": "others measured 40% (llm.c, eight H100)",
+    "h200": "others measured 42% (PyTorch, one H200)",
+}
+NOT_PUBLISHED = "no published measurement of this device"
+LONGEST_MICRO_BATCH = 0.5  # seconds, above which no steps are timed for a quick forecast
+QUICK_SECONDS = 2.0
+CPU_SHARE_OF_MATMUL = 0.85  # 88 to 92% were measured of GPT-2 124M
+
+
+def with_measured_costs(plan: Plan, seconds: float) -> Plan:
+    """`plan` with the costs of one process measured here, and what follows for all of them.
+
+    They are assumed where the whole model does not fit into one device.
+    """
+    layout, resolved = plan.layout, plan.resolved
+    alone = dataclasses.replace(resolved.compute, sharding="none")
+    whole = estimate_memory(resolved.model, resolved.plan.micro_batch_size, alone)
+    if layout.processes > 1 and not fits_into(plan.device_memory_bytes or 0, whole.together):
+        return with_assumed_costs(plan, "the model is too large to be measured in one process: ")
+    found = measure.measure_step_costs(resolved, seconds, layout.processes)
+    if found is None:
+        return with_fit_options(plan)
+    resolved, is_whole = found.resolved, layout.sharding == "none"  # else one process of several needs less
+    plan = dataclasses.replace(
+        plan,
+        resolved=resolved,
+        counts=count_run(resolved, plan.text.validation_tokens),
+        memory=layout.estimate_memory(resolved.model, resolved.plan.micro_batch_size, resolved.compute),
+        process_memory_bytes=found.process_memory_bytes,
+        peak_memory_bytes=found.peak_memory_bytes if is_whole else None,
+        evaluation_peak_memory_bytes=found.evaluation_peak_memory_bytes if is_whole else None,
+    )
+    return plan.with_costs(found.costs)
+
+
+def with_assumed_costs(plan: Plan, reason: str = "") -> Plan:
+    """`plan` with costs that follow from an assumed MFU; without any where no peak is published."""
+    if plan.peak_flops is None:
+        return dataclasses.replace(plan, assumption=reason.removesuffix(": "))
+    precision = plan.resolved.compute.precision
+    assumption = plan.assumption or reason + describe_assumption("", plan.peak_flops, precision)
+    fast, likely, slow = (assumed_cost(plan.resolved, plan.peak_flops * share) for share in ASSUMED_MFU)
+    return dataclasses.replace(plan, assumption=assumption).with_costs((fast, likely, slow))
+
+
+def assumed_cost(resolved: Resolved, flops: float) -> StepCost:
+    """The costs of a device that computes so many of a model's FLOPs a second."""
+    model, plan = resolved.model, resolved.plan
+    executed = model.executed_flops_per_token(resolved.compute.activation_checkpointing)
+    recomputation = executed / model.executed_flops_per_token("none")
+    token = model.flops_per_token() / flops
+    return StepCost(
+        micro_batch=recomputation * token * plan.micro_batch_size * plan.tokens_per_row,
+        update=0.0,
+        start=0.0,
+        evaluated_token=FORWARD_SHARE * token,
+        sampled_token=0.0,
+        saved_byte=0.0,
+    )
+
+
+def describe_assumption(device_name: str, peak_flops: float, precision: str) -> str:
+    """What an estimate is based on, with published measurements."""
+    slow, likely, fast = sorted(ASSUMED_MFU)
+    published = (words for name, words in PUBLISHED.items() if device_name.startswith(name))
+    return (
+        f"{likely:.0%} ({slow:.0%} to {fast:.0%}) of the published {peak_flops / 1e12:,.4g} TFLOP/s in "
+        f"{precision}; {next(published, NOT_PUBLISHED)}"
+    )
+
+
+def with_fit_options(plan: Plan) -> Plan:
+    """`plan` of a model that does not fit, with the options that would make it fit."""
+    resolved, layout, memory_bytes = plan.resolved, plan.layout, plan.device_memory_bytes or 0
+    batch = resolved.recipe.batch
+    smallest = batch.batch_ramp_start_tokens or batch.tokens_per_step
+    rows = smallest // resolved.model.context_length // layout.processes
+    possible = [count for count in range(1, min(rows, ROWS_AT_MOST) + 1) if rows % count == 0]
+    group = (layout.processes, layout.processes_per_machine)
+    options = suggest_fits(resolved.model, resolved.compute, possible, memory_bytes, *group)
+    return dataclasses.replace(
+        plan,
+        fits=False,
+        fit_options=tuple(option._replace(options=option.options.replace("_", "-")) for option in options),
+        fit_in_processes=find_processes(layout, resolved, memory_bytes),
+        largest_fitting=largest_that_fits(resolved.compute, memory_bytes, *group),
+    )
+
+
+def quick_forecast(plan: Plan) -> tuple[float, str]:
+    """(seconds of the run, what they are based on), within seconds and without compiling.
+
+    A few steps are timed where they are short; otherwise the device's matrix products are.
+    """
+    resolved, batch = plan.resolved, plan.resolved.plan
+    device, precision = resolved.compute.device, resolved.compute.precision
+    native = device != "cpu" or precision == native_precision(device)  # emulation is a hundred times slower
+    flops = measure_matmul_flops(device, precision if native else "fp32", repeats=3)
+    tokens = batch.micro_batch_size * batch.tokens_per_row
+    if tokens * resolved.model.flops_per_token() / flops < LONGEST_MICRO_BATCH:
+        compute = dataclasses.replace(resolved.compute, compile=False)
+        eager = dataclasses.replace(resolved, compute=compute)
+        found = measure.measure_step_costs(eager, QUICK_SECONDS, plan.layout.processes)
+        if found is not None:
+            return plan.forecast_with(found.costs)[0].seconds, "from a few steps, not compiled"
+    share = CPU_SHARE_OF_MATMUL if device == "cpu" else max(ASSUMED_MFU)
+    cost = assumed_cost(resolved, share * flops)
+    basis = f"at {share:.0%} of the speed of a matrix product"
+    if not native:
+        basis = f"or more: {precision} is emulated here"
+    return plan.forecast_with((cost, cost, cost))[0].seconds, basis

@@ -1,0 +1,141 @@
+"""The record of a plan: a recipe with everything decided, the machine it is for, and what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from overnight.planning.estimate import (
+    CostRange,
+    Forecast,
+    RunCounts,
+    TokenCounts,
+    forecast_run,
+    predict_disk,
+)
+from overnight.planning.parallel_layout import (
+    Communication,
+    ParallelLayout,
+    predict_communication,
+    scale_costs,
+)
+from overnight.recipe import Resolved
+from overnight.training.memory import FitOption, MemoryEstimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is planned, for which machine, and the figures found."""
+
+    name: str
+    """Of the recipe, as the user gave it."""
+    resolved: Resolved
+    text: TokenCounts
+    counts: RunCounts
+    layout: ParallelLayout
+    device_name: str
+    """Of all devices together, for a person."""
+    device_memory_bytes: int | None
+    """Available to one process; None for a device that shares the memory of a machine that is not here."""
+    peak_flops: float | None
+    """Of one device in the recipe's precision, as its maker publishes it."""
+    disk_free_bytes: int | None
+    """None for another machine."""
+    load_average: float = 0.0
+    """Programs that competed for this machine's cores in the minute before; 0 where a GPU computes."""
+    dollars_per_hour: float | None = None
+    """Of all machines together."""
+    memory: MemoryEstimate
+    """Of one process."""
+    fits: bool | None
+    """None where the device's memory is unknown."""
+    fit_options: tuple[FitOption, ...] = ()
+    """Options that make it fit, if it does not."""
+    fit_in_processes: FitOption | None = None
+    """The number of GPUs of one machine that it fits into, up to eight, if it does not fit into one."""
+    largest_fitting: tuple[str, int] | None = None
+    """The largest published model that fits, and its bytes, if this one does not."""
+    assumption: str | None = None
+    """What an estimate is based on; None if the machine was measured."""
+    process_memory_bytes: int = 0
+    """On a CPU: what a process holds besides, above all torch and its libraries."""
+    peak_memory_bytes: int | None = None
+    """Measured in training."""
+    evaluation_peak_memory_bytes: int | None = None
+    """Measured in training and evaluation."""
+    forecast: Forecast | None = None
+    """None if nothing was measured or assumed about the speed."""
+    communication: Communication | None = None
+    """None for a single process, and where it is unknown."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """Estimated memory of one process."""
+        return self.memory.together + self.process_memory_bytes
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a full step, after any batch ramp."""
+        return self.resolved.plan.stages[-1].micro_batches
+
+    @property
+    def disk_bytes(self) -> dict[str, int]:
+        """Bytes on the disk, by use."""
+        return predict_disk(self.resolved.recipe, self.counts, self.text)
+
+    @property
+    def new_disk_bytes(self) -> dict[str, int]:
+        """The part of `disk_bytes` that is not on the disk yet."""
+        return {
+            use: count for use, count in self.disk_bytes.items() if use != "shards" or not self.text.folder
+        }
+
+    def forecast_with(self, costs: CostRange) -> tuple[Forecast, Communication | None]:
+        """What follows from the costs of one process."""
+        layout, resolved, communication = self.layout, self.resolved, None
+        if layout.processes > 1:
+            communication = predict_communication(layout, resolved, costs[1], self.device_memory_bytes)
+            costs = scale_costs(layout, resolved.model, costs)
+        peak = self.peak_flops and self.peak_flops * layout.processes
+        return forecast_run(resolved, self.counts, costs, peak, self.dollars_per_hour), communication
+
+    def with_costs(self, costs: CostRange) -> Plan:
+        """The plan with the forecast that follows from the costs of one process."""
+        forecast, communication = self.forecast_with(costs)
+        return dataclasses.replace(self, forecast=forecast, communication=communication)
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """Every figure by name; null where it is unknown."""
+    layout, cluster = plan.layout, plan.layout.cluster
+    same = ("device_name", "assumption", "fits", "device_memory_bytes", "needed_bytes", "load_average")
+    measured = ("peak_memory_bytes", "evaluation_peak_memory_bytes", "disk_free_bytes")
+    found = {
+        "recipe": plan.name,
+        "parameters": plan.resolved.model.parameter_count(),
+        "measured": plan.assumption is None,
+        **dataclasses.asdict(plan.resolved.recipe.compute),
+        **{name: getattr(plan, name) for name in (*same, *measured)},
+        "needed_bytes_by_use": {**dataclasses.asdict(plan.memory), "process": plan.process_memory_bytes},
+        "ways_out": [option._asdict() for option in plan.fit_options],
+        "fits_in_processes": plan.fit_in_processes and plan.fit_in_processes.options,
+        "micro_batch_size": plan.resolved.plan.micro_batch_size,
+        "micro_batches_per_step": plan.micro_batches,
+        "tokens_per_step": plan.resolved.recipe.batch.tokens_per_step,
+        "total_steps": plan.counts.steps,
+        "total_tokens": plan.counts.tokens,
+        "checkpoint_bytes": plan.counts.checkpoint_bytes,
+        "disk_bytes_by_use": plan.disk_bytes,
+        "disk_bytes": sum(plan.disk_bytes.values()),
+        "machines": layout.machines,
+        "processes_per_machine": layout.processes_per_machine,
+        "all_processes": layout.processes,
+        "sharding": layout.sharding,
+        "needed_bytes_by_sharding": layout.needed_bytes_by_sharding,
+        "link_within": cluster and dataclasses.asdict(cluster.within),
+        "link_between": cluster and cluster.between and dataclasses.asdict(cluster.between),
+    }
+    for part in (plan.communication, plan.forecast):
+        found |= dataclasses.asdict(part) if part else {}
+    return found

@@ -1,0 +1,138 @@
+"""Each diagnosis on invented numbers that show the mistake, and on controls that do not."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import pytest
+
+from overnight.baselines.band import BandPoint
+from overnight.baselines.diagnoses import DIAGNOSES, Deviation, RunStats, count_micro_batches
+
+
+def around(middle: float, share: float = 0.02) -> BandPoint:
+    return BandPoint(middle * (1 - share), middle, middle * (1 + share))
+
+
+def compared(values: list[float], middles: list[float], share: float = 0.02) -> list[Deviation]:
+    """Points at 0, 1000, 2000, ... tokens."""
+    pairs = enumerate(zip(values, middles, strict=True))
+    return [Deviation(1000 * at, value, around(middle, share)) for at, (value, middle) in pairs]
+
+
+GAP = BandPoint(-0.02, 0.0, 0.02)
+HEALTHY: dict[str, list[Deviation]] = {
+    "loss": compared([8.0, 4.01, 3.0], [8.0, 4.0, 3.0]),
+    "validation_loss": compared([8.0, 4.0, 3.01], [8.0, 4.0, 3.0]),
+    "gap": [Deviation(2000, 0.01, GAP)],
+    "grad_norm": compared([2.1, 0.5, 0.4], [2.0, 0.5, 0.4], 0.2),
+    "grad_norm_peak": compared([2.1, 0.9, 0.8], [2.0, 0.9, 0.7], 0.3),
+    "learning_rate": compared([1e-3, 1e-3, 1e-4], [1e-3, 1e-3, 1e-4]),
+    "norm_gain": compared([1.0, 1.05, 1.1], [1.0, 1.05, 1.1]),
+    "residual_ratio": compared([0.5, 0.6, 0.7], [0.5, 0.6, 0.7]),
+}
+HEALTHY_STATS = RunStats(
+    curves=HEALTHY, applied_rates=[1.0, 1.0], is_same_schedule=True, micro_batches=8, unigram_nats=6.0
+)
+
+
+def stats_with(facts: dict[str, Any] | None = None, **curves: list[Deviation]) -> RunStats:
+    return dataclasses.replace(HEALTHY_STATS, curves=HEALTHY | curves, **(facts or {}))
+
+
+def norms(factor: float) -> list[Deviation]:
+    return compared([2.0 * factor, 0.5 * factor, 0.4 * factor], [2.0, 0.5, 0.4], 0.2)
+
+
+def losses(last: float, middle: float = 3.0, first: float = 8.0) -> list[Deviation]:
+    return compared([first, last], [8.0, middle])
+
+
+def gap(value: float) -> list[Deviation]:
+    return [Deviation(2000, value, GAP)]
+
+
+# A word of the diagnosis' name, numbers that show the mistake, and what the evidence says.
+OFF = [
+    ("factor", stats_with(learning_rate=compared([1e-2, 1e-3], [1e-3, 1e-4])), "10 times"),
+    ("factor", stats_with({"applied_rates": [0.1, 0.1]}), "0.1 times"),
+    (
+        "schedule",
+        stats_with(learning_rate=compared([1e-3] * 3, [1e-3, 1e-3, 1e-4])),
+        "2,000 .*0.001.* 0.0001",
+    ),
+    ("schedule", stats_with({"applied_rates": [1.0, 4.0]}), "1 to 4 times"),
+    ("residual", stats_with(residual_ratio=compared([1.0], [0.5])), "1 times .*0.5 times"),
+    ("initial weights", stats_with(loss=losses(4.0, 4.0, first=20.0)), "20, the reference's"),
+    ("summed", stats_with(grad_norm=norms(8.2)), "8 micro-batches"),
+    ("scaled", stats_with(grad_norm=norms(1024.0)), "1.02e.03 times"),
+    ("scaled", stats_with(grad_norm=norms(0.125)), "0.125 times"),
+    ("explode", stats_with(grad_norm_peak=compared([2.0, 900.0], [2.0, 0.9])), "900 before 1,000"),
+    ("explode", stats_with(loss=losses(math.inf)), "not finite after 1,000"),
+    ("norms", stats_with(norm_gain=compared([1.0, 0.9], [1.0, 1.1])), "0.9, the reference's"),
+    ("sees", stats_with(loss=losses(1.0, 4.0), validation_loss=losses(1.1, 4.0)), "1 and 1.1, .* 4 and 4"),
+    ("repeats", stats_with(loss=losses(2.0), gap=gap(2.0)), r"\+2.000 .* -0.020 to \+0.020"),
+    ("dropout", stats_with(loss=losses(3.3), gap=gap(-0.1)), "-0.100"),
+    ("shuffled", stats_with(loss=losses(5.9)), "5.9.* the 6 .* 3$"),
+]
+
+CONTROLS = [
+    # Another rate that the recipe asks for is a difference, not a mistake.
+    ("factor", stats_with({"is_same_schedule": False}, learning_rate=compared([1e-2], [1e-3]))),
+    ("schedule", stats_with({"is_same_schedule": False}, learning_rate=compared([1e-3, 1e-2], [1e-3, 1e-3]))),
+    # The weights of a run that starts from a checkpoint do not show how they were drawn.
+    ("residual", stats_with(residual_ratio=[Deviation(5000, 1.0, around(0.5))])),
+    # A norm that is off later, or together with the loss, is not a matter of scale.
+    ("scaled", stats_with(grad_norm=compared([2.0, 9.0, 9.0], [2.0, 0.5, 0.4], 0.2))),
+    ("scaled", stats_with(grad_norm=norms(8.0), loss=losses(4.0, first=20.0))),
+    ("summed", stats_with(grad_norm=norms(7.0))),
+    ("summed", stats_with({"micro_batches": 1}, grad_norm=norms(8.0))),
+    # A gradient that is scaled from the start does not explode.
+    ("explode", stats_with(grad_norm=norms(100.0), grad_norm_peak=compared([200.0], [2.0]))),
+    ("explode", stats_with(grad_norm_peak=compared([2.0, 4.0], [2.0, 0.9]))),
+    # A little below is luck, or a better machine.
+    ("sees", stats_with(loss=losses(2.9), validation_loss=losses(2.9))),
+    # A gap has two sides: the training loss must be off the same way.
+    ("repeats", stats_with(loss=losses(3.5), gap=gap(0.5))),
+    ("dropout", stats_with(loss=losses(2.5), gap=gap(-0.5))),
+    # Half-way between is slow learning; early on, the reference itself is no better.
+    ("shuffled", stats_with(loss=losses(4.5))),
+    ("shuffled", stats_with(loss=losses(5.9, 5.8))),
+]
+
+EVIDENCE = {diagnosis.name: diagnosis.evidence for diagnosis in DIAGNOSES}
+
+
+def named(word: str) -> str:
+    (name,) = [name for name in EVIDENCE if word in name]
+    return name
+
+
+@pytest.mark.parametrize("word, stats, numbers", OFF)
+def test_mistake_is_the_first_diagnosis_and_has_its_numbers(word: str, stats: RunStats, numbers: str) -> None:
+    found = {name: evidence(stats) for name, evidence in EVIDENCE.items()}
+    assert re.search(numbers, found[named(word)] or ""), found
+    assert next(name for name in found if found[name] is not None) == named(word)
+
+
+@pytest.mark.parametrize("word, stats", CONTROLS)
+def test_what_only_looks_like_a_mistake_is_not_diagnosed(word: str, stats: RunStats) -> None:
+    assert EVIDENCE[named(word)](stats) is None
+
+
+def test_every_diagnosis_is_tested() -> None:
+    assert {named(word) for word, _, _ in OFF} == {*EVIDENCE}
+
+
+@pytest.mark.parametrize("name", EVIDENCE)
+def test_healthy_or_unknown_run_has_no_diagnosis(name: str) -> None:
+    assert EVIDENCE[name](HEALTHY_STATS) is None
+    unknown: dict[str, Any] = {"curves": {}, "applied_rates": [], "micro_batches": None, "unigram_nats": None}
+    assert EVIDENCE[name](RunStats(is_same_schedule=True, **unknown)) is None
+
+
+def test_micro_batches_follow_from_the_settings() -> None:
+    settings = {"tokens_per_step": 1024, "micro_batch_size": 8, "context_length": 32}
+    assert count_micro_batches(settings) == 4
+    assert count_micro_batches(settings | {"micro_batch_size": None}) is None

@@ -1,0 +1,90 @@
+"""A tokenizer.json of another program: its ids, and none of its special ones from text."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import tokenizers
+
+from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.tokenizer.tokenizer_json import HuggingFaceTokenizer
+
+
+def changed(content: dict[str, Any], **values: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(content), **values}
+
+
+def test_ids_are_those_of_the_file(
+    foreign: Tokenizer, foreign_content: dict[str, Any], documents: list[str]
+) -> None:
+    reference = tokenizers.Tokenizer.from_str(json.dumps(foreign_content))
+    for text in documents:
+        plain = text.replace("    ", "")  # four blanks are one of its added tokens
+        assert foreign.encode(plain) == reference.encode(plain).ids
+    assert foreign.vocab_size == reference.get_vocab_size() == 502
+    assert (foreign.name, foreign.end_of_text) == ("bpe-502", 0)
+    assert [id for id, spelled in enumerate(foreign.token_bytes()) if not spelled] == [0, 1]
+    assert foreign.token_bytes()[-2:] == [b"<tool>", b"    "]
+
+
+@pytest.mark.parametrize("text", ["<|endoftext|>", "<|user|>", "<tool>", "    ", "a<|user|>b    c"])
+def test_text_never_becomes_an_added_token(
+    foreign: Tokenizer, foreign_content: dict[str, Any], text: str
+) -> None:
+    added = {token["id"] for token in foreign_content["added_tokens"]}
+    assert len(added) == 4
+    assert not added.intersection(foreign.encode(text))
+    assert foreign.decode(foreign.encode(text)) == text
+    trusting = tokenizers.Tokenizer.from_str(json.dumps(foreign_content))
+    assert added.intersection(trusting.encode(text).ids)  # the control
+
+
+def test_end_of_text_is_found_or_named(foreign_content: dict[str, Any]) -> None:
+    assert HuggingFaceTokenizer(foreign_content, "<|user|>").end_of_text == 1
+    with pytest.raises(ValueError, match=r"<\|end\|>.*eos_token"):
+        HuggingFaceTokenizer(foreign_content, "<|end|>")
+    unnamed = [token for token in foreign_content["added_tokens"] if token["content"] != "<|endoftext|>"]
+    with pytest.raises(ValueError, match=r"eos_token.*tokenizer_config\.json"):
+        HuggingFaceTokenizer(changed(foreign_content, added_tokens=unnamed), None)
+
+
+@pytest.mark.parametrize(
+    "values, match",
+    [
+        ({"decoder": {"type": "WordPiece"}}, "WordPiece"),
+        ({"decoder": None}, "decoder ByteLevel"),
+        ({"normalizer": {"type": "Lowercase"}}, "two  blanks"),
+        ({"pre_tokenizer": {"type": "Unheard"}}, "damaged"),
+    ],
+)
+def test_lossy_or_damaged_content_is_refused(
+    foreign_content: dict[str, Any], values: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match) as refused:
+        HuggingFaceTokenizer(changed(foreign_content, **values), None)
+    assert "\n" not in str(refused.value)
+
+
+def test_model_that_reads_special_tokens_in_text_is_refused(foreign_content: dict[str, Any]) -> None:
+    content = changed(foreign_content, pre_tokenizer=None)
+    content["model"]["ignore_merges"] = True  # a text that is a token becomes it, and so does "<|user|>"
+    with pytest.raises(ValueError, match="special token"):
+        HuggingFaceTokenizer(content, None)
+
+
+@pytest.mark.parametrize("id", [-1, 2**31])
+def test_absurd_id_is_refused(foreign_content: dict[str, Any], id: int) -> None:
+    content = copy.deepcopy(foreign_content)
+    content["added_tokens"][-1]["id"] = id
+    with pytest.raises(ValueError, match="ids"):
+        HuggingFaceTokenizer(content, None)
+
+
+def test_truncation_is_ignored(foreign: Tokenizer, foreign_content: dict[str, Any]) -> None:
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    read = HuggingFaceTokenizer(changed(foreign_content, truncation=cut), None)
+    assert read.encode("the water") == foreign.encode("the water")
+    assert read.fingerprint == foreign.fingerprint
