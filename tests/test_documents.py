@@ -16,6 +16,7 @@ import pytest
 from overnight import __version__, cli
 from overnight.recipe import load_recipe
 from overnight.run import command as run_command
+from overnight.run import resume
 from overnight.runs import status
 
 REPOSITORY = Path(__file__).parents[1]
@@ -91,7 +92,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def without_work(module: str) -> ModuleType:
         command = importlib.import_module(module)
-        for entrance in ("run", "run_in_processes"):
+        for entrance in ("run", "evaluate_in_processes"):
             replacement = lambda *given: names.append(module.split(".")[1]) or cli.DONE  # type: ignore[func-returns-value]  # noqa: E731
             monkeypatch.setattr(command, entrance, replacement, raising=False)
         return command
@@ -99,7 +100,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=without_work))
     monkeypatch.setattr(run_command, "run", lambda *given: names.append("train"))
     monkeypatch.setattr(run_command, "train_in_processes", lambda *given: names.append("train") or cli.DONE)
-    monkeypatch.setattr(run_command, "load_resumed", lambda path: load_recipe("quickstart"))
+    monkeypatch.setattr(resume, "load_resumed", lambda path: load_recipe("quickstart"))
     monkeypatch.setattr(status, "find_run", Path)
     return names
 

@@ -84,7 +84,7 @@ def check_names(files: Files) -> Iterator[str]:
     found = defaultdict(list)
     for path, text in files.items():
         found[Path(path).stem, "file"].append(path)
-        for node in ast.parse(text).body:
+        for node in ast.parse(text).body if path != "api.py" else ():  # its verbs are the commands' own
             if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_"):
                 found[node.name, "definition"].append(path)
     for (name, _), paths in found.items():
