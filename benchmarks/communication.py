@@ -44,7 +44,8 @@ from overnight.planning.network import (
     list_collectives,
     sent_bytes,
 )
-from overnight.training.ownership import Sharding, assign_parameters
+from overnight.training import Sharding
+from overnight.training.sharding import assign_parameters
 
 HEADINGS = ("what is said", "processes", "MB", "measured, ms", "foretold, ms", "error", "")
 KINDS: tuple[Kind, ...] = ("all-reduce", "all-gather", "reduce-scatter", "broadcast")

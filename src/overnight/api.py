@@ -128,10 +128,9 @@ def train(recipe: str | Recipe = "quickstart", *, resume: str | Path | None = No
     Raises ValueError for invalid settings, and KeyboardInterrupt if the run was stopped and saved.
     """
     if resume is not None:
-        asked, path = load_resumed(Path(resume)), Path(resume)
+        asked, path = with_settings(load_resumed(Path(resume)), **settings), Path(resume)
     else:
-        asked = load_recipe(recipe) if isinstance(recipe, str) else recipe
-        asked = with_settings(asked, **settings)
+        asked = with_settings(load_recipe(recipe) if isinstance(recipe, str) else recipe, **settings)
         path = Path("runs") / asked.run_name
     run_train.train(asked, RunDirectory(path), resume=resume is not None)
     return Run(path)

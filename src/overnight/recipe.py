@@ -199,7 +199,8 @@ def with_settings(recipe: AnyRecipe, **settings: Any) -> AnyRecipe:
     for name, value in Recipe.RENAMED.settings(settings).items():
         if name not in sections:
             raise ValueError(f"{name} is not a setting of a recipe{nearest(name, sections)}")
-        changes: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value}
+        given = str(value) if isinstance(value, Path) else value
+        changes: dict[str, Any] = {name: tuple(given) if isinstance(given, list) else given}
         if name in ("total_steps", "total_tokens"):
             changes = {"total_steps": None, "total_tokens": None, **changes}
         if section := sections[name]:

@@ -71,8 +71,7 @@ def find_problems(names: Sequence[str]) -> list[str]:
 @contextlib.contextmanager
 def _open_tensorboard(tracked: TrackedRun) -> Iterator[Log]:
     """Event files in the run directory: `tensorboard --logdir runs` shows all runs together."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     # TensorBoard's own writer: torch.utils.tensorboard adds only conversions from tensors.
@@ -82,10 +81,13 @@ def _open_tensorboard(tracked: TrackedRun) -> Iterator[Log]:
     def log(step: int, values: Mapping[str, float]) -> None:
         nonlocal has_started
         if not has_started:  # makes TensorBoard drop what an interrupted session logged from this step on
-            writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            writer.add_event(event_pb2.Event(step=step, session_log=start))
             has_started = True
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        writer.add_event(Event(step=step, summary=Summary(value=scalars)))
+        summary = summary_pb2.Summary()
+        for name, value in values.items():
+            summary.value.add(tag=name, simple_value=value)
+        writer.add_event(event_pb2.Event(step=step, summary=summary))
 
     with contextlib.closing(writer):
         yield log

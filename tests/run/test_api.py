@@ -101,7 +101,9 @@ def test_train_works_in_a_thread_twice_and_inside_an_event_loop(recipe: Build) -
 def test_a_run_is_resumed_with_more_steps(run: overnight.Run) -> None:
     with pytest.raises(ValueError, match="runs/small"):
         overnight.train(Recipe(run_name="small"))
-    assert overnight.train(resume="runs/small").directory.read_metrics()[-1]["step"] == 4
+    assert overnight.train(resume="runs/small", total_steps=6).directory.read_metrics()[-1]["step"] == 6
+    with pytest.raises(ValueError, match="n_layer"):
+        overnight.train(resume="runs/small", n_layer=3)
 
 
 @pytest.mark.parametrize(

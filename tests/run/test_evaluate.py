@@ -143,6 +143,7 @@ def test_evaluate_opened_matches_command(
     assert results.to_dict() == evaluate(trained.path, **settings)
     assert "hellaswag: 40 questions, chance 0.25" in str(results)
     assert max(map(len, str(results).splitlines())) <= 80
+    assert "hellaswag" in results._repr_html_()
 
 
 def test_evaluate_stride_keeps_tokens(trained: RunDirectory, evaluate: Callable[..., dict[str, Any]]) -> None:

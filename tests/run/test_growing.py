@@ -16,7 +16,6 @@ import pytest
 from overnight.data import DataConfig, MixtureSource
 from overnight.data.shards import read_manifest
 from overnight.preparation import prepare as prepare_module
-from overnight.preparation.assemble import ShardAssembler
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import EvaluationConfig, Recipe, read_recipe_of
@@ -32,8 +31,8 @@ from overnight.preparation import prepare as module
 from overnight.preparation.prepare_config import PrepareConfig
 module.UNIT_BYTES, module.EARLY_BYTES = 2000, 12_000
 show = module.show_so_far
-def slowly(assembler):
-    show(assembler)
+def slowly(*given):
+    show(*given)
     time.sleep(1.5)
 module.show_so_far = slowly
 module.prepare(PrepareConfig(source=sys.argv[1], out=sys.argv[2], tokenizer="characters",
@@ -76,8 +75,8 @@ def interrupted(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A preparation that was interrupted when it had published its first shards."""
     real = prepare_module.show_so_far
 
-    def show(assembler: ShardAssembler) -> None:
-        real(assembler)
+    def show(*given: Any) -> None:
+        real(*given)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

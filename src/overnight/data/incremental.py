@@ -92,18 +92,12 @@ def open_incremental(folder: Path, shuffle_window: int) -> IncrementalFolder:
 
     Raises ValueError if they cannot, and no process prepares the folder.
     """
-    is_waiting = False
-    while not has_shuffle_window(folder, shuffle_window):
-        if not is_locked_folder(folder) and not has_shuffle_window(folder, shuffle_window):
-            raise ValueError(
-                f"{folder} does not have the {2 * shuffle_window:,} training tokens yet that shuffle_window="
-                f"{shuffle_window} needs to begin, and no process prepares it: run its `overnight prepare` "
-                "command again"
-            )
-        if not is_waiting:
-            echo(f"waiting for the first {2 * shuffle_window:,} training tokens of {folder}")
-        is_waiting = True
-        time.sleep(POLL_SECONDS)
+    needed = f"the first {2 * shuffle_window:,} training tokens of {folder}"
+    if not _wait_until(lambda: has_shuffle_window(folder, shuffle_window), folder, needed):
+        raise ValueError(
+            f"shuffle_window={shuffle_window} needs {needed}, and no process prepares them: run its "
+            "`overnight prepare` command again"
+        )
     return IncrementalFolder(folder)
 
 
@@ -115,6 +109,22 @@ def has_shuffle_window(folder: Path, shuffle_window: int) -> bool:
         return read_manifest(staging_path(folder), SO_FAR).tokens("train") >= 2 * shuffle_window
     except ValueError:  # not written yet, or just renamed
         return False
+
+
+def _wait_until(
+    is_ready: Callable[[], bool], folder: Path, what: str, stopped: Callable[[], bool] = lambda: False
+) -> bool:
+    """Poll until `is_ready()`. False if `stopped()`, or if no process prepares `folder`."""
+    is_waiting = False
+    while not is_ready():
+        # Asked again, since the preparation may have finished between the two questions.
+        if stopped() or (not is_locked_folder(folder) and not is_ready()):
+            return False
+        if not is_waiting:
+            echo(f"waiting for {what}")
+        is_waiting = True
+        time.sleep(POLL_SECONDS)
+    return True
 
 
 class IncrementalStream:
@@ -144,21 +154,15 @@ class IncrementalStream:
 
     def wait_for(self, rows: int, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Wait until the first `rows` rows can be read; False if `stopped()`, or no process prepares them."""
-        is_waiting = False
-        while not self.is_ready(rows):
-            if stopped():
-                return False
-            if not is_locked_folder(self.folder.folder) and not self.is_ready(rows):
-                echo(
-                    f"the next step needs more text, and no process prepares {self.folder}: run its "
-                    "`overnight prepare` command again"
-                )
-                return False
-            if not is_waiting:
-                echo(f"waiting for the preparation of {self.folder}")
-            is_waiting = True
-            time.sleep(POLL_SECONDS)
-        return True
+        folder = self.folder.folder
+        if _wait_until(lambda: self.is_ready(rows), folder, f"the preparation of {folder}", stopped):
+            return True
+        if not stopped():
+            echo(
+                f"the next step needs more text, and no process prepares {folder}: run its "
+                "`overnight prepare` command again"
+            )
+        return False
 
     def _has(self, rows: int) -> bool:
         return self.folder.is_complete or rows <= self._stream.rows_before_last_window

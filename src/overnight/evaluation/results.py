@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,10 @@ class EvaluationResults:
 
     def __str__(self) -> str:
         return "\n".join([*describe_scores(self.scores), *map(str, self.harness or ())])
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the tables."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def evaluate_opened(opened: OpenedModel, config: EvaluateConfig) -> EvaluationResults:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from overnight.evaluation.passages import Passage, cut_windows
 from overnight.evaluation.perplexity import Unit
@@ -47,9 +46,18 @@ class TextTask:
     name: str
     url: str
     file: str
-    read: Callable[[Path, int | None], EvaluationText]
-    """(file, most characters) -> its text."""
+    format: Literal["wikitext", "treebank", "wikipedia"]
     metrics: tuple[str, ...]
+
+    def read(self, path: Path, most: int | None) -> EvaluationText:
+        """The text of the file, or its first `most` characters. Raises ValueError if it is not UTF-8."""
+        if self.format == "wikipedia":
+            data = path.read_bytes()[-TEST_BYTES:]
+            return EvaluationText(data.decode(errors="ignore")[:most], None)  # the cut may split a character
+        text = _utf8(path)[:most]
+        words = len(text.split()) + text.count("\n")  # as the publishers count: the end of a line is a word
+        join = join_wikitext if self.format == "wikitext" else join_treebank
+        return EvaluationText(join(text), words)
 
 
 @dataclass(frozen=True)
@@ -59,52 +67,30 @@ class ClozeTask:
     name: str
     url: str
     file: str
-    read: Callable[[Path], list[Cloze]]
+    is_json: bool
+    """True for JSON lines, false for a passage on each line."""
 
-
-def _read_wikitext(path: Path, most: int | None) -> EvaluationText:
-    text = _utf8(path)[:most]
-    return EvaluationText(join_wikitext(text), _count_words(text))
-
-
-def _read_treebank(path: Path, most: int | None) -> EvaluationText:
-    text = _utf8(path)[:most]
-    return EvaluationText(join_treebank(text), _count_words(text))
-
-
-def _read_wikipedia(path: Path, most: int | None) -> EvaluationText:
-    data = path.read_bytes()[-TEST_BYTES:]
-    text = data.decode(errors="ignore")  # the cut may be inside a character
-    return EvaluationText(text[:most], None)
-
-
-def _read_lambada(path: Path) -> list[Cloze]:
-    found = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(
-                f"{path}, line {number} is not a passage of lambada: download the file again"
-            ) from None
-        found.append(_cut_last_word(text, path, number))
-    return found
-
-
-def _read_plain_lambada(path: Path) -> list[Cloze]:
-    lines = _utf8(path).splitlines()
-    return [_cut_last_word(line, path, number) for number, line in enumerate(lines, start=1)]
+    def read(self, path: Path) -> list[Cloze]:
+        """Every passage of the file. Raises ValueError, naming the line, for an invalid one."""
+        if not self.is_json:
+            lines = _utf8(path).splitlines()
+            return [_cut_last_word(line, path, number) for number, line in enumerate(lines, start=1)]
+        found = []
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, LookupError, TypeError):
+                raise ValueError(
+                    f"{path}, line {number} is not a passage of lambada: download the file again"
+                ) from None
+            found.append(_cut_last_word(text, path, number))
+        return found
 
 
 def _cut_last_word(text: object, path: Path, number: int) -> Cloze:
     if not isinstance(text, str) or not (parts := text.strip().rpartition(" "))[0].strip():
         raise ValueError(f"{path}, line {number}: {str(text)[:40]!r} has no word before its last word")
     return Cloze(parts[0], f" {parts[2]}")
-
-
-def _count_words(text: str) -> int:
-    """As the publishers count: words between spaces, and the end of each line."""
-    return len(text.split()) + text.count("\n")
 
 
 def _utf8(path: Path) -> str:
@@ -127,21 +113,21 @@ PER_CHARACTER = ("bits_per_character", "nats_per_token")
 
 TEXT_ROWS = (
     # Articles of Wikipedia (Merity et al. 2016); in wikitext-103 fewer of the same words are <unk>.
-    TextTask("wikitext-2", WIKITEXT_2, "wikitext-2/wiki.test.tokens", _read_wikitext, PER_WORD),
-    TextTask("wikitext-2-validation", WIKITEXT_2, "wikitext-2/wiki.valid.tokens", _read_wikitext, PER_WORD),
-    TextTask("wikitext-103", WIKITEXT_103, "wikitext-103/wiki.test.tokens", _read_wikitext, PER_WORD),
+    TextTask("wikitext-2", WIKITEXT_2, "wikitext-2/wiki.test.tokens", "wikitext", PER_WORD),
+    TextTask("wikitext-2-validation", WIKITEXT_2, "wikitext-2/wiki.valid.tokens", "wikitext", PER_WORD),
+    TextTask("wikitext-103", WIKITEXT_103, "wikitext-103/wiki.test.tokens", "wikitext", PER_WORD),
     # The Wall Street Journal, as prepared by Mikolov.
-    TextTask("ptb", PTB, "simple-examples/data/ptb.test.txt", _read_treebank, PER_WORD),
+    TextTask("ptb", PTB, "simple-examples/data/ptb.test.txt", "treebank", PER_WORD),
     # 100 MB of Wikipedia: with its markup, and as lower-case words.
-    TextTask("enwik8", ENWIK8, "enwik8", _read_wikipedia, PER_BYTE),
-    TextTask("text8", TEXT8, "text8", _read_wikipedia, PER_CHARACTER),
+    TextTask("enwik8", ENWIK8, "enwik8", "wikipedia", PER_BYTE),
+    TextTask("text8", TEXT8, "text8", "wikipedia", PER_CHARACTER),
 )
 TEXT_TASKS = {task.name: task for task in TEXT_ROWS}
 
 CLOZE_ROWS = (
     # Paperno et al. 2016: as prepared by OpenAI, and as published (lower case, punctuation split off).
-    ClozeTask("lambada", OPENAI_LAMBADA, "lambada_test.jsonl", _read_lambada),
-    ClozeTask("lambada-plain", PLAIN_LAMBADA, "lambada_test_plain_text.txt", _read_plain_lambada),
+    ClozeTask("lambada", OPENAI_LAMBADA, "lambada_test.jsonl", True),
+    ClozeTask("lambada-plain", PLAIN_LAMBADA, "lambada_test_plain_text.txt", False),
 )
 CLOZE_TASKS = {task.name: task for task in CLOZE_ROWS}
 

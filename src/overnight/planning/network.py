@@ -20,7 +20,7 @@ from overnight.distributed.world import BUCKET_BYTES
 from overnight.hardware import GB
 from overnight.model.gpt import parameter_shapes
 from overnight.model.model_config import ModelConfig
-from overnight.training.ownership import Sharding
+from overnight.training import Sharding
 
 FLOAT32 = 4
 MICROSECOND = 1e-6

@@ -12,10 +12,9 @@ from overnight.model.model_config import ModelConfig
 from overnight.planning.estimate import CostRange, StepCost
 from overnight.planning.network import BETWEEN, Cluster, StepPrediction, find_link_within, predict_step
 from overnight.recipe import Resolved
-from overnight.training import Compute
+from overnight.training import Compute, Sharding
 from overnight.training.batch import ROWS_AT_MOST, BatchPlan
 from overnight.training.memory import FitOption, MemoryEstimate, estimate_memory, fits_into, try_shardings
-from overnight.training.ownership import Sharding
 
 SMALLEST_GAIN = 0.95  # of a step's time: options that save less are not suggested
 ACTIVATION_CHECKPOINTING: tuple[Literal["selective", "block"], ...] = ("selective", "block")

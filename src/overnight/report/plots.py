@@ -331,26 +331,23 @@ def _set_ticks(
     axes: Axes, layout: ChartLayout, unit: str, format_y: Callable[[float], str] = "{:g}".format
 ) -> None:
     """Few round numbers on both axes, and the horizontal axis' unit after its last number."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(layout.x_ticks, steps=[1, 2, 5, 10], integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: short(number)))
-    is_log = axes.get_yscale() == "log"
-    linear = MaxNLocator(layout.y_ticks, steps=[1, 2, 2.5, 5, 10])
-    axes.yaxis.set_major_locator(LogLocator(numticks=4) if is_log else linear)
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: format_y(number)))
+    axes.locator_params(axis="x", nbins=layout.x_ticks, steps=[1, 2, 5, 10], integer=True)
+    axes.xaxis.set_major_formatter(lambda number, _: short(number))
+    if axes.get_yscale() == "log":
+        axes.locator_params(axis="y", numticks=4)
+    else:
+        axes.locator_params(axis="y", nbins=layout.y_ticks, steps=[1, 2, 2.5, 5, 10])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda number, _: format_y(number))
     axes.tick_params(axis="x", pad=7)
     _write(axes, unit, (1, 0), (24, -7), xycoords="axes fraction", va="top")
 
 
 def _write_tokens_above(axes: Axes, run: RunData) -> None:
     """Round numbers of tokens above the steps that reached them; the batch size may have changed."""
-    from matplotlib.ticker import MaxNLocator
-
     steps = np.append(0.0, run.metrics["step"])
     tokens = np.append(0.0, run.metrics["tokens"])
-    for number in MaxNLocator(WIDE.x_ticks, steps=[1, 2, 5, 10]).tick_values(0, tokens[-1]):
+    for number in axes.xaxis.get_major_locator().tick_values(0, tokens[-1]):
         if number <= tokens[-1]:
             at = float(np.interp(number, tokens, steps))
             _write(axes, short(number), (at, 1), (0, 8), xycoords=axes.get_xaxis_transform(), ha="center")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from overnight.model import ActivationCheckpointing, LossMethod
-from overnight.training.ownership import Sharding
 
+Sharding = Literal["none", "zero1", "fsdp", "hsdp"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Attention = Literal["fused", "blocks", "math"]
 

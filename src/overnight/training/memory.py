@@ -21,9 +21,9 @@ from overnight.model.gpt import parameter_shapes
 from overnight.model.kernels import QUERIES
 from overnight.model.loss_kernels import rows_of_chunk
 from overnight.model.model_config import PRESETS, ModelConfig
-from overnight.training import Compute
+from overnight.training import Compute, Sharding
 from overnight.training.batch import CPU_TOKENS_AT_MOST, ROWS_AT_MOST
-from overnight.training.ownership import Sharding, largest_share
+from overnight.training.sharding import largest_share
 
 FLOAT32 = 4
 USABLE_FRACTION = 0.9  # the rest is the driver's, the libraries' and the allocator's fragmentation

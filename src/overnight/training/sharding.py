@@ -9,7 +9,7 @@ processes of each machine, and the machines hold the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,8 @@ from torch.optim import AdamW
 from overnight.distributed.world import World
 from overnight.model.gpt import GPT, empty_model, weight_shapes
 from overnight.model.model_config import ModelConfig
-from overnight.training import OptimizerConfig, Precision
+from overnight.training import OptimizerConfig, Precision, Sharding
 from overnight.training.optim import build_optimizer
-from overnight.training.ownership import Sharding, assign_parameters
 from overnight.training.state import set_weights
 
 FULLY_SHARDED = ("fsdp", "hsdp")
@@ -252,3 +251,30 @@ def unsupported_reasons(
             f"sharding=hsdp takes the same number of processes on each machine, not {world.size} in all"
         )
     return found
+
+
+def assign_parameters(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """The rank that owns each parameter, by name, in the order of `sizes`.
+
+    The largest parameter first, each to the rank that owns least so far; ties go to the first name and the
+    lowest rank. Every process computes the same, from names, sizes and their order. No rank owns more than a
+    1/`ranks` share plus one parameter (Graham 1969, Bounds on Multiprocessing Timing Anomalies). Raises
+    ValueError if `ranks` is less than 1.
+    """
+    if ranks < 1:
+        raise ValueError(f"ranks={ranks} must be at least 1")
+    taken = [0] * ranks
+    owner = dict.fromkeys(sizes, 0)
+    for name in sorted(sizes, key=lambda name: -sizes[name]):  # stable: ties stay in order
+        rank = taken.index(min(taken))
+        owner[name] = rank
+        taken[rank] += sizes[name]
+    return owner
+
+
+def largest_share(sizes: Mapping[str, int], ranks: int) -> int:
+    """The size owned by the rank that owns most, in the unit of `sizes`."""
+    owned = [0] * ranks
+    for name, rank in assign_parameters(sizes, ranks).items():
+        owned[rank] += sizes[name]
+    return max(owned)

@@ -8,6 +8,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ from overnight.data.incremental import (
 from overnight.data.loader import TokenStream
 from overnight.data.shards import SO_FAR, Manifest, open_tokens, read_manifest, verify
 from overnight.preparation import prepare as prepare_module
-from overnight.preparation.assemble import ShardAssembler
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
 
@@ -142,9 +142,9 @@ def interrupted(
     """The folder of a preparation that was interrupted after it published shards for the `wave`-th time."""
     real, waves = prepare_module.show_so_far, 0
 
-    def show(assembler: ShardAssembler) -> None:
+    def show(*given: Any) -> None:
         nonlocal waves
-        real(assembler)
+        real(*given)
         waves += 1
         if waves == wave:
             raise error
@@ -160,9 +160,9 @@ def test_early_shards_stay_the_same(config: PrepareConfig, monkeypatch: pytest.M
     shown: list[tuple[Manifest, dict[str, bytes]]] = []
     real = prepare_module.show_so_far
 
-    def show(assembler: ShardAssembler) -> None:
-        real(assembler)
-        staging = assembler.staging
+    def show(*given: Any) -> None:
+        real(*given)
+        staging = staging_path(folder_of(config))
         manifest = read_manifest(staging, SO_FAR)
         names = [shard.name for shard in (*manifest.train, *manifest.validation)]
         shown.append((manifest, {name: (staging / name).read_bytes() for name in names}))
@@ -217,7 +217,7 @@ def test_refused_preparation_keeps_its_shards(config: PrepareConfig, monkeypatch
 def test_near_duplicates_publish_no_early_shards(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "show_so_far", lambda assembler: pytest.fail("shown too early"))
+    monkeypatch.setattr(prepare_module, "show_so_far", lambda *given: pytest.fail("shown too early"))
     assert prepare(dataclasses.replace(config, near_duplicates="drop"))
 
 
@@ -258,7 +258,7 @@ def test_opening_waits_for_the_first_window(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = interrupted(config, monkeypatch)
-    with pytest.raises(ValueError, match=r"200,000 .* shuffle_window=100000"):
+    with pytest.raises(ValueError, match=r"shuffle_window=100000 .* 200,000"):
         open_incremental(folder, 100_000)
 
     def meanwhile(seconds: float) -> None:

@@ -33,7 +33,7 @@ from overnight.planning.network import (
     predict_step,
     sent_bytes,
 )
-from overnight.training.ownership import Sharding
+from overnight.training import Sharding
 from overnight.training.sharding import build_sharded_model, build_sharing
 
 SIZES = ModelConfig(n_layer=3, n_head=4, n_embd=64, context_length=32, vocab_size=1000)  # all divides by 16

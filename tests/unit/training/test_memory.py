@@ -42,7 +42,7 @@ from overnight.training.memory import (
     try_shardings,
 )
 from overnight.training.optim import build_optimizer
-from overnight.training.ownership import assign_parameters
+from overnight.training.sharding import assign_parameters
 
 SIZES = ModelConfig(n_layer=3, n_head=4, n_embd=64, context_length=256, vocab_size=500)
 ROWS = 4

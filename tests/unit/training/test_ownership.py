@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from overnight.model.gpt import parameter_shapes
 from overnight.model.model_config import PRESETS
-from overnight.training.ownership import assign_parameters, largest_share
+from overnight.training.sharding import assign_parameters, largest_share
 
 SIZES = st.dictionaries(st.text(max_size=3), st.integers(0, 1000), max_size=12)
 

@@ -30,7 +30,7 @@ from overnight.training.checkpoint.format import (
     manifest,
     write_tensors,
 )
-from overnight.training.ownership import assign_parameters
+from overnight.training.sharding import assign_parameters
 from overnight.training.state import TrainState, is_writer, local_shard
 
 
