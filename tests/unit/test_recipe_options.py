@@ -1,3 +1,5 @@
+"""Options that turn one recipe into another."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -45,7 +47,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
     ids=" ".join,
 )
 @pytest.mark.parametrize("name", ["gpt2-124m", "gpt3-125m", "shakespeare-char"])
-def test_the_options_are_read_as_the_recipe_they_are_of(name: str, words: list[str], parse: Any) -> None:
+def test_options_are_read_back_as_the_recipe(name: str, words: list[str], parse: Any) -> None:
     wanted = parse(name, *words)
     options = changed_options(wanted, load_recipe(name))
     assert bool(options) is bool(words)
@@ -54,11 +56,11 @@ def test_the_options_are_read_as_the_recipe_they_are_of(name: str, words: list[s
 
 @pytest.mark.parametrize("original", ["gpt2-124m", "quickstart"])
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_becomes_any_other_by_options(name: str, original: str, parse: Any) -> None:
+def test_recipe_becomes_any_other_by_options(name: str, original: str, parse: Any) -> None:
     wanted = load_recipe(name)
     assert parse(original, *changed_options(wanted, load_recipe(original))) == wanted
 
 
-def test_what_is_left_out_stays_as_it_is(parse: Any) -> None:
+def test_left_out_setting_stays(parse: Any) -> None:
     wanted, original = parse("gpt2-124m", "--seed=7", "--deterministic_reduce"), load_recipe("gpt2-124m")
     assert changed_options(wanted, original, {"deterministic_reduce"}) == ["--seed", "7"]

@@ -1,55 +1,39 @@
+"""Counts that follow from a model's sizes, against torch's own."""
+
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from overnight.model import LossMethod
-from overnight.model.gpt import GPT, initialize
-from overnight.model.loss import head_loss
+from overnight.model import ActivationCheckpointing
+from overnight.model.gpt import GPT
 from overnight.model.model_config import PRESETS, ModelConfig
-from overnight.training import ComputeConfig
-from overnight.training.compute import build_loss
+from overnight.training import Compute
+from overnight.training.compute import NextTokenLoss
 
-Recompute = Literal["none", "selective", "block"]
 SMALL = ModelConfig(n_layer=3, n_head=2, n_embd=32, context_length=64, vocab_size=100)
 GPT2 = PRESETS["gpt2-124m"]
 
 
-def next_token_nats(model: GPT, ids_BT: Tensor, targets_BT: Tensor, method: LossMethod) -> Tensor:
-    hidden_BTC = model.trunk(ids_BT)
-    return head_loss(hidden_BTC, model.wte.weight, targets_BT, vocab_size=model.vocab_size, method=method)
-
-
-def count_flops(model: ModelConfig, activation_checkpointing: Recompute) -> tuple[float, float]:
+def count_flops(model: ModelConfig, activation_checkpointing: ActivationCheckpointing) -> tuple[float, float]:
     """(matrix products with weights, attention) of a step for each token, as torch counts them.
 
-    It counts what is dispatched, so with what is recomputed; of attention seven products over the whole
-    square, whether causal or not. It knows the GPUs' kernels, whose formulas are lent to the CPU's.
+    It counts every dispatched operation, recomputed ones included; of attention seven products over the
+    whole square, causal or not. It knows the GPUs' kernels only, so the CPU's get their formulas.
     """
-    gpt = GPT(model)
-    initialize(gpt, seed=1)
-    compute = ComputeConfig(
-        device="cpu",
-        precision="fp32",
-        compile=False,
-        attention="fused",
-        loss="full",
-        activation_checkpointing=activation_checkpointing,
-    )
-    loss = build_loss(gpt, next_token_nats, compute)
-    ids_BT = torch.randint(SMALL.vocab_size or 0, (2, model.context_length))
+    compute = Compute(device="cpu", precision="fp32", compile=False, attention="fused", loss="full")
+    compute = dataclasses.replace(compute, activation_checkpointing=activation_checkpointing)
+    loss = NextTokenLoss(GPT(model, seed=1), compute)
+    ids_BT = torch.randint(model.vocabulary, (2, model.context_length))
     kernel: Any = torch.ops.aten
     formulas = {
-        kernel._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-            q, k, v
-        ),
-        kernel._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-            sdpa_backward_flop_count(grad, q, k, v)
+        kernel._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
+        kernel._scaled_dot_product_flash_attention_for_cpu_backward: lambda *grad_qkv, **_: (
+            sdpa_backward_flop_count(*grad_qkv[:4])
         ),
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
@@ -60,14 +44,15 @@ def count_flops(model: ModelConfig, activation_checkpointing: Recompute) -> tupl
 
 
 @pytest.mark.parametrize("activation_checkpointing", ["none", "selective", "block"])
-def test_the_flops_executed_are_those_that_torch_counts(activation_checkpointing: Recompute) -> None:
+def test_executed_flops_are_those_that_torch_counts(
+    activation_checkpointing: ActivationCheckpointing,
+) -> None:
     products, attention = count_flops(SMALL, activation_checkpointing)
-    assert (
-        SMALL.executed_flops_per_token(activation_checkpointing) == products + attention / 2
-    )  # half the square is causal
+    causal = attention / 2  # half the square
+    assert SMALL.executed_flops_per_token(activation_checkpointing) == products + causal
 
 
-def test_torch_s_count_sees_another_model_and_what_is_recomputed() -> None:
+def test_torch_s_count_sees_sizes_and_recomputation() -> None:
     """The negative control of the test above."""
     counts = {
         count_flops(dataclasses.replace(SMALL, **changes), activation_checkpointing)
@@ -77,7 +62,7 @@ def test_torch_s_count_sees_another_model_and_what_is_recomputed() -> None:
     assert len(counts) == 8
 
 
-def test_gpt2_s_flops_are_the_published_ones() -> None:
+def test_gpt2_flops_are_the_published_ones() -> None:
     """By hand: 84.9 million weights in blocks and 38.6 million in the padded head; attention 7 L C T."""
     assert GPT2.flops_per_token() / 1e6 == pytest.approx(855.2, abs=0.05)  # nanoGPT's estimate_mfu
     products = 6 * (12 * 12 * 768**2 + 50304 * 768)
@@ -90,13 +75,13 @@ def test_gpt2_s_flops_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [1, 64, 65, 50257])
-def test_the_padded_vocabulary_is_the_model_s(vocab_size: int) -> None:
+def test_padded_vocabulary_is_that_of_the_module(vocab_size: int) -> None:
     model = ModelConfig(n_layer=1, n_head=1, n_embd=2, context_length=2, vocab_size=vocab_size)
     assert model.padded_vocab_size() == GPT(model).wte.num_embeddings
 
 
 @pytest.mark.parametrize("sizes", [{"n_layer": 10**9}, {"n_embd": 12 * 10**8}, {"context_length": 10**20}])
-def test_sizes_that_no_machine_holds_are_refused(sizes: dict[str, int]) -> None:
+def test_absurd_sizes_are_refused(sizes: dict[str, int]) -> None:
     (problem,) = ModelConfig(**sizes).problems()
-    assert "parameters, and the most is 10,000,000,000,000" in problem
+    assert "parameters" in problem
     assert not any(preset.problems() for preset in PRESETS.values())

@@ -1,3 +1,5 @@
+"""Attention in blocks of queries, against its definition in float64."""
+
 from __future__ import annotations
 
 import pytest
@@ -40,32 +42,34 @@ def errors(B: int, H: int, T: int, D: int) -> list[float]:
 
 
 @pytest.mark.parametrize("T", [2, 127, QUERIES, QUERIES + 1, 3 * QUERIES - 5])
-def test_output_and_gradients_are_those_of_attention_written_out(T: int) -> None:
+def test_output_and_gradients_equal_the_definition(T: int) -> None:
     assert max(errors(2, 3, T, 16)) < TOLERANCE
 
 
-def test_a_position_that_sees_the_future_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_future", lambda queries, dtype: torch.zeros(queries, queries, dtype=dtype))
+def test_comparison_detects_a_look_at_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        kernels, "_causal_bias", lambda queries, dtype: torch.zeros(queries, queries, dtype=dtype)
+    )
     assert max(errors(2, 3, 200, 16)) > 10 * TOLERANCE
 
 
-def test_it_is_as_exact_as_torchs_own_kernel() -> None:
+def test_blocks_are_as_exact_as_torch_s_kernel() -> None:
     inputs = parts(2, 3, 300, 32)
     truth = naive(*(each.detach().double() for each in inputs))
     torchs = off_by(F.scaled_dot_product_attention(*inputs, is_causal=True), truth)
     assert off_by(attend_in_blocks(*inputs, is_causal=True), truth) < 2 * torchs
 
 
-@pytest.mark.parametrize("case", ["fp32", "mask", "not causal", "judged"])
-def test_what_it_is_not_for_goes_through_torch(case: str) -> None:
+@pytest.mark.parametrize("case", ["fp32", "mask", "not causal", "evaluated"])
+def test_unsupported_call_goes_to_torch(case: str) -> None:
     q, k, v = parts(1, 2, 8, 16, torch.float32 if case == "fp32" else torch.bfloat16)
     mask = torch.ones(8, 8, dtype=torch.bool).tril(2) if case == "mask" else None
-    causal = case in {"fp32", "judged"}
-    with torch.set_grad_enabled(case != "judged"):
+    causal = case in {"fp32", "evaluated"}
+    with torch.set_grad_enabled(case != "evaluated"):
         ours = attend_in_blocks(q, k, v, attn_mask=mask, is_causal=causal)
     assert torch.equal(ours, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
 
 
-def test_torch_can_trace_and_differentiate_it() -> None:
+def test_torch_can_trace_and_differentiate_blocks() -> None:
     inputs = [part.flatten(0, 1).contiguous().detach().requires_grad_() for part in parts(1, 2, 150, 16)]
     torch.library.opcheck(torch.ops.overnight.attend_in_blocks.default, tuple(inputs), atol=0.05, rtol=0.05)
