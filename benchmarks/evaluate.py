@@ -161,7 +161,7 @@ def measure(options: argparse.Namespace) -> Report:
     config, precision = check(options)
     tokens = options.batches * options.rows * options.context
     ids = np.resize(read_ids(options.text, options.data, options.bpe), tokens + 1)
-    batch = Rows(ids, options.context)
+    batch = Rows(ids, options.context).batch
     batches = [batch(number * options.rows, options.rows) for number in range(options.batches)]
     question = Question(batches=batches, precision=precision, device=options.device)
     model = empty_model(config)
