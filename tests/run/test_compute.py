@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from overnight.recipe import Recipe, read_recipe_of
+from overnight.recipe import read_recipe_of
 from overnight.run import setup
 from overnight.run.train import train
 from overnight.run_directory import RunDirectory
@@ -21,8 +18,6 @@ from overnight.training.batch import BatchConfig
 from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.checkpoint.load import read_model
 
-Build = Callable[..., Recipe]
-Train = Callable[..., RunDirectory]
 COMPILES = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 
@@ -30,9 +25,7 @@ def weights(directory: RunDirectory) -> dict[str, torch.Tensor]:
     return read_model(list_checkpoints(directory.checkpoints)[-1]).weights()
 
 
-def test_fp16_overflow_skips_step_and_resumes_exactly(
-    recipe: Build, overflow_at: Callable[[set[int]], None], train_to: Train, fingerprint: Callable[..., Any]
-) -> None:
+def test_fp16_overflow_skips_step_and_resumes_exactly(recipe, overflow_at, train_to, fingerprint):
     small = recipe(compute=ComputeConfig(device="cpu", precision="fp16", compile=False))
     overflow_at({4, 5})
     whole = train_to(small, "full")
@@ -44,9 +37,7 @@ def test_fp16_overflow_skips_step_and_resumes_exactly(
     assert fingerprint(train_to(small, "stopped", 6)) == fingerprint(whole)
 
 
-def test_micro_batch_is_halved_until_it_fits(
-    recipe: Build, train_to: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_micro_batch_is_halved_until_it_fits(recipe, train_to, monkeypatch):
     small = recipe(model=dataclasses.replace(recipe().model, dropout=0.0))
     with monkeypatch.context() as patch:
         patch.setattr(setup, "fits", lambda state, training: training.plan.micro_batch_size <= 10)
@@ -59,9 +50,7 @@ def test_micro_batch_is_halved_until_it_fits(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_nothing_is_written_if_no_row_fits(
-    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_written_if_no_row_fits(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "fits", lambda state, training: False)
     with pytest.raises(ValueError, match="--activation-checkpointing"):
         train(recipe(), RunDirectory(tmp_path / "none"))
@@ -69,7 +58,7 @@ def test_nothing_is_written_if_no_row_fits(
 
 
 @COMPILES
-def test_evaluation_samples_and_checkpoints_recompile_nothing(recipe: Build, tmp_path: Path) -> None:
+def test_evaluation_samples_and_checkpoints_recompile_nothing(recipe, tmp_path):
     torch._dynamo.reset()
     counters.clear()
     small = recipe(
@@ -84,7 +73,7 @@ def test_evaluation_samples_and_checkpoints_recompile_nothing(recipe: Build, tmp
 
 
 @COMPILES
-def test_another_shape_is_counted_as_a_recompilation() -> None:
+def test_another_shape_is_counted_as_a_recompilation():
     """The negative control."""
     torch._dynamo.reset()
     counters.clear()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from overnight.data.dataset import open_one_dataset
-from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig, read_recipe_of
+from overnight.recipe import CheckpointsConfig, EvaluationConfig, SamplesConfig, read_recipe_of
 from overnight.run import resume
 from overnight.run import train as train_module
 from overnight.run.train import train
@@ -20,31 +17,18 @@ from overnight.run_directory import RunDirectory
 from overnight.runs import command as runs_command
 from overnight.runs.status import describe_run
 from overnight.training import OptimizerConfig
-from overnight.training.checkpoint.load import VerifiedCheckpoint
-from overnight.training.state import TrainState
-
-Build = Callable[..., Recipe]
-Fingerprint = Callable[[RunDirectory], Any]
-Train = Callable[..., RunDirectory]
-
 
 DRAWN = [[random.Random(number).randrange(4) for _ in range(3)] for number in range(6)]
 
 
 @pytest.mark.parametrize("stops", [*([step] for step in range(12)), *DRAWN], ids=str)
-def test_stopping_and_resuming_changes_nothing(
-    recipe: Build,
-    finished_run: RunDirectory,
-    fingerprint: Fingerprint,
-    train_to: Train,
-    stops: list[int],
-) -> None:
+def test_stopping_and_resuming_changes_nothing(recipe, finished_run, fingerprint, train_to, stops):
     resumed = train_to(recipe(), "run", *stops)
     assert fingerprint(resumed) == fingerprint(finished_run)
     assert [line["step"] for line in resumed.read_metrics()] == list(range(1, 13))
 
 
-def test_the_run_crosses_epochs_and_shards_and_learns(recipe: Build, finished_run: RunDirectory) -> None:
+def test_the_run_crosses_epochs_and_shards_and_learns(recipe, finished_run):
     """What the comparisons above are about."""
     dataset = open_one_dataset(recipe().data)
     assert 4 * dataset.stream("train", 32, 1337).rows_per_epoch < 12 * 96
@@ -54,17 +38,11 @@ def test_the_run_crosses_epochs_and_shards_and_learns(recipe: Build, finished_ru
     assert finished_run.read_events("evaluations")[-1]["step"] == 12
 
 
-def test_comparison_detects_lost_moments(
-    recipe: Build,
-    finished_run: RunDirectory,
-    fingerprint: Fingerprint,
-    train_to: Train,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_comparison_detects_lost_moments(recipe, finished_run, fingerprint, train_to, monkeypatch):
     """The negative control: resuming with fresh moments is noticed."""
     restore = resume.restore
 
-    def weights_only(state: TrainState, opened: VerifiedCheckpoint) -> None:
+    def weights_only(state, opened):
         restore(state, opened)
         state.optimizer.state.clear()
 
@@ -73,18 +51,12 @@ def test_comparison_detects_lost_moments(
     assert fingerprint(resumed) != fingerprint(finished_run)
 
 
-def test_killed_run_repeats_lost_steps_exactly(
-    recipe: Build,
-    finished_run: RunDirectory,
-    fingerprint: Fingerprint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_killed_run_repeats_lost_steps_exactly(recipe, finished_run, fingerprint, tmp_path, monkeypatch):
     """No signal handler runs: metrics and events beyond the last checkpoint are rewound."""
     directory = RunDirectory(tmp_path / "run")
     append = RunDirectory.append_metrics
 
-    def killed(self: RunDirectory, line: dict[str, float]) -> None:
+    def killed(self, line):
         append(self, line)
         if line["step"] == 8:
             raise MemoryError("in place of a kill")
@@ -98,7 +70,7 @@ def test_killed_run_repeats_lost_steps_exactly(
     assert fingerprint(directory) == fingerprint(finished_run)
 
 
-def test_settings_that_are_off_stay_off(recipe: Build, fingerprint: Fingerprint, train_to: Train) -> None:
+def test_settings_that_are_off_stay_off(recipe, fingerprint, train_to):
     """TOML has no null, and these settings are on by default."""
     off = recipe(
         optimizer=OptimizerConfig(peak_learning_rate=1e-2, max_grad_norm=None),
@@ -111,9 +83,7 @@ def test_settings_that_are_off_stay_off(recipe: Build, fingerprint: Fingerprint,
     assert fingerprint(resumed) == fingerprint(whole)
 
 
-def test_resumed_run_does_not_need_its_initial_model(
-    recipe: Build, copied_run: RunDirectory, tmp_path: Path, stop_after: Callable[[int], None]
-) -> None:
+def test_resumed_run_does_not_need_its_initial_model(recipe, copied_run, tmp_path, stop_after):
     directory = RunDirectory(tmp_path / "tuned")
     stop_after(3)
     with pytest.raises(KeyboardInterrupt):
@@ -123,9 +93,7 @@ def test_resumed_run_does_not_need_its_initial_model(
     assert directory.is_finished(12)
 
 
-def test_evaluation_samples_and_checkpoints_do_not_change_training(
-    recipe: Build, finished_run: RunDirectory, fingerprint: Fingerprint, train_to: Train
-) -> None:
+def test_evaluation_and_checkpoints_do_not_change_training(recipe, finished_run, fingerprint, train_to):
     silent = recipe(
         evaluation=EvaluationConfig(evaluate_every_steps=None),
         samples=SamplesConfig(sample_every_steps=None),
@@ -136,13 +104,7 @@ def test_evaluation_samples_and_checkpoints_do_not_change_training(
     assert fingerprint(directory)[2] == []
 
 
-def test_max_time_stops_the_run_and_it_resumes(
-    recipe: Build,
-    finished_run: RunDirectory,
-    fingerprint: Fingerprint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_max_time_stops_the_run_and_it_resumes(recipe, finished_run, fingerprint, tmp_path, monkeypatch):
     """The clock moves ten minutes at each reading: the time is over before the third step."""
     directory, readings = RunDirectory(tmp_path / "small"), iter(range(0, 10**6, 600))
     checkpoints = CheckpointsConfig(checkpoint_every_steps=3, max_time="25m")
@@ -159,12 +121,7 @@ def test_max_time_stops_the_run_and_it_resumes(
     assert (finished.state, finished.ended_by) == ("finished", None)
 
 
-def test_runs_tells_what_stopped_a_run(
-    recipe: Build,
-    tmp_path: Path,
-    stop_after: Callable[[int], None],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_runs_tells_what_stopped_a_run(recipe, tmp_path, stop_after, capsys):
     directory = RunDirectory(tmp_path / "small")
     stop_after(2)
     with pytest.raises(KeyboardInterrupt):
