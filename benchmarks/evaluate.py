@@ -75,12 +75,11 @@ def judge_ours(model: GPT, question: Question) -> float:
 
 def train_forward(model: GPT, question: Question) -> float:
     """The forward pass of `overnight train` on the same batches, everything kept for the backward pass."""
-    from overnight.model.loss import next_token_loss
-    from overnight.training.compute import build_loss
+    from overnight.training.compute import NextTokenLoss
 
     asked = ComputeConfig(device=question.device, precision=question.precision, compile=False)
     compute = resolve_compute(asked, question.device)
-    loss = build_loss(model, next_token_loss, compute)
+    loss = NextTokenLoss(model, compute)
     total = 0.0
     model.train()
     for batch in question.batches:
@@ -162,7 +161,7 @@ def measure(options: argparse.Namespace) -> Report:
     config, precision = check(options)
     tokens = options.batches * options.rows * options.context
     ids = np.resize(read_ids(options.text, options.data, options.bpe), tokens + 1)
-    batch = Rows(ids, options.context).batch
+    batch = Rows(ids, options.context)
     batches = [batch(number * options.rows, options.rows) for number in range(options.batches)]
     question = Question(batches=batches, precision=precision, device=options.device)
     model = empty_model(config)

@@ -12,7 +12,7 @@ from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
 from overnight.run import evaluate
 from overnight.run.evaluate import describe_weights
-from overnight.training.checkpoint.format import TensorShard
+from overnight.training.state import TensorShard
 
 
 @pytest.fixture

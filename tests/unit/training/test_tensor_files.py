@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from overnight.training.checkpoint.format import TensorFiles, TensorShard, write_tensors
+from overnight.training.checkpoint.format import TensorFiles, write_tensors
+from overnight.training.state import TensorShard
 
 SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=4)
 

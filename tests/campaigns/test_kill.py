@@ -1,4 +1,4 @@
-"""Killed by the kernel at any instant, a run goes on to the very same bits.
+"""A run killed by the kernel at any instant resumes to the same bits.
 
 Every run here is a process of its own and every kill a real SIGKILL, after which no line of Python is
 executed. The processes are forked from one that has imported torch and never trained.
@@ -86,7 +86,7 @@ def write_for_ever(*given):
 
 save.write_rank_files = write_for_ever
 from overnight.cli import main
-from overnight.distributed.world import exit_process
+from overnight.distributed.launcher import exit_process
 exit_process(main(words))
 """
 
@@ -185,16 +185,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe: str) -> dict[s
         pytest.param(r"rename .*building-step-00000012", 1, id="before the last checkpoint gets its name"),
     ],
 )
-def test_killed_at_a_chosen_instant(
-    folder: Path, undisturbed: dict[str, Any], pattern: str, nth: int
-) -> None:
+def test_killed_at_chosen_instant(folder: Path, undisturbed: dict[str, Any], pattern: str, nth: int) -> None:
     assert outcome(start(folder, pattern, nth)) == -signal.SIGKILL
     assert not RunDirectory(folder / RUN).is_finished(12)
     assert outcome(start(folder)) == 0
     assert record(folder) == undisturbed
 
 
-def test_killed_again_and_again(folder: Path, undisturbed: dict[str, Any]) -> None:
+def test_killed_repeatedly(folder: Path, undisturbed: dict[str, Any]) -> None:
     """Each start may open, make, rename and delete a few more files of the run than the one before."""
     kills = 0
     while outcome(start(folder, f"{RUN}.*", 15 + 9 * kills)) == -signal.SIGKILL:
@@ -204,9 +202,7 @@ def test_killed_again_and_again(folder: Path, undisturbed: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("lines", [1, 5, 10])
-def test_killed_from_outside_at_whatever_it_is_doing(
-    folder: Path, undisturbed: dict[str, Any], lines: int
-) -> None:
+def test_killed_from_outside(folder: Path, undisturbed: dict[str, Any], lines: int) -> None:
     process = start(folder)
     while count_lines(folder / RUN / "metrics.jsonl") < lines:
         assert process.is_alive()
@@ -221,7 +217,7 @@ def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def test_a_line_that_a_power_cut_tore(folder: Path, undisturbed: dict[str, Any]) -> None:
+def test_torn_metrics_line(folder: Path, undisturbed: dict[str, Any]) -> None:
     assert outcome(start(folder, r"open .*metrics\.jsonl a", 8)) == -signal.SIGKILL
     metrics = folder / RUN / "metrics.jsonl"
     os.truncate(metrics, metrics.stat().st_size - 9)
@@ -229,15 +225,15 @@ def test_a_line_that_a_power_cut_tore(folder: Path, undisturbed: dict[str, Any])
     assert record(folder) == undisturbed
 
 
-def test_the_comparison_sees_a_lost_optimizer(folder: Path, undisturbed: dict[str, Any]) -> None:
-    """The negative control: going on with fresh moments, as many scripts do, is noticed."""
+def test_comparison_sees_lost_optimizer(folder: Path, undisturbed: dict[str, Any]) -> None:
+    """Negative control: a resume with fresh moments differs."""
     assert outcome(start(folder, r"open .*metrics\.jsonl a", 8)) == -signal.SIGKILL
     assert outcome(start(folder, script=FORGETFUL + START)) == 0
     assert record(folder)["metrics"] != undisturbed["metrics"]
 
 
-def test_told_twice_it_does_not_wait_for_a_checkpoint_that_is_written(folder: Path) -> None:
-    """The first signal lets the step end, and its save waits for a thread; the second ends it all."""
+def test_second_signal_does_not_wait_for_checkpoint(folder: Path) -> None:
+    """After the first signal the save waits for its thread; the second ends the process."""
     process = start(folder, script=STUCK)
     while not (folder / "writing").exists():
         assert process.is_alive()
