@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from overnight.recipe import read_recipe_of
+from overnight.recipe import read_recipe_of, with_settings
 from overnight.run import setup
 from overnight.run.train import train
 from overnight.run_directory import RunDirectory
-from overnight.training import ComputeConfig
-from overnight.training.batch import BatchConfig
 from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.checkpoint.load import read_model
 
@@ -26,7 +23,7 @@ def weights(directory: RunDirectory) -> dict[str, torch.Tensor]:
 
 
 def test_fp16_overflow_skips_step_and_resumes_exactly(recipe, overflow_at, train_to, fingerprint):
-    small = recipe(compute=ComputeConfig(device="cpu", precision="fp16", compile=False))
+    small = with_settings(recipe(), precision="fp16")
     overflow_at({4, 5})
     whole = train_to(small, "full")
     norms = [line["grad_norm"] for line in whole.read_metrics()]
@@ -38,14 +35,14 @@ def test_fp16_overflow_skips_step_and_resumes_exactly(recipe, overflow_at, train
 
 
 def test_micro_batch_is_halved_until_it_fits(recipe, train_to, monkeypatch):
-    small = recipe(model=dataclasses.replace(recipe().model, dropout=0.0))
+    small = with_settings(recipe(), dropout=0.0)
     with monkeypatch.context() as patch:
         patch.setattr(setup, "fits", lambda state, training: training.plan.micro_batch_size <= 10)
         halved = train_to(small, "halved")
     assert read_recipe_of(halved.path).batch.micro_batch_size == 8
     choices = json.loads(halved.environment.read_text())["choices"]
     assert choices["micro_batch_size"].startswith("8 (halved")
-    asked = dataclasses.replace(small, batch=BatchConfig(tokens_per_step=96 * 32, micro_batch_size=8))
+    asked = with_settings(small, micro_batch_size=8)
     ours, theirs = weights(train_to(asked, "asked")), weights(halved)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -61,12 +58,8 @@ def test_nothing_is_written_if_no_row_fits(recipe, tmp_path, monkeypatch):
 def test_evaluation_samples_and_checkpoints_recompile_nothing(recipe, tmp_path):
     torch._dynamo.reset()
     counters.clear()
-    small = recipe(
-        model=dataclasses.replace(recipe().model, n_layer=1),  # compiles in half the time
-        compute=ComputeConfig(device="cpu", precision="fp32", compile=True),
-        evaluation=dataclasses.replace(recipe().evaluation, evaluate_every_steps=2),
-        samples=dataclasses.replace(recipe().samples, sample_every_steps=2),
-    )
+    often = {"evaluate_every_steps": 2, "sample_every_steps": 2}
+    small = with_settings(recipe(), n_layer=1, compile=True, **often)  # one layer compiles in half the time
     train(small, RunDirectory(tmp_path / "compiled"))
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["recompile_limit"]

@@ -14,7 +14,7 @@ import pytest
 from overnight import recipe as recipe_module
 from overnight.config import flat_names, to_toml
 from overnight.data.shards import Manifest
-from overnight.recipe import RESUME_MUTABLE, Recipe, flatten, read_recipe_of
+from overnight.recipe import RESUME_MUTABLE, Recipe, flatten, read_recipe_of, with_settings
 from overnight.run import resume
 from overnight.run.train import train
 from overnight.run_directory import RunDirectory
@@ -57,8 +57,8 @@ COMPARED_ONLY = {"compile": True, "processes": 2, "tasks": ("hellaswag",), "trac
 @pytest.fixture(scope="module")
 def begun(recipe, tmp_path_factory):
     """A run of four steps. Do not change it."""
-    small, directory = recipe(), RunDirectory(tmp_path_factory.mktemp("begun") / "run")
-    train(dataclasses.replace(small, schedule=dataclasses.replace(small.schedule, total_steps=4)), directory)
+    directory = RunDirectory(tmp_path_factory.mktemp("begun") / "run")
+    train(with_settings(recipe(), total_steps=4), directory)
     return directory
 
 
@@ -66,14 +66,6 @@ def begun(recipe, tmp_path_factory):
 def directory(begun, tmp_path):
     """A copy of the run of four steps."""
     return RunDirectory(shutil.copytree(begun.path, tmp_path / "run"))
-
-
-def changed(recipe: Recipe, name: str, value: Any) -> Recipe:
-    section = flat_names(Recipe)[name]
-    if section is None:
-        return dataclasses.replace(recipe, **{name: value})
-    part = dataclasses.replace(getattr(recipe, section), **{name: value})
-    return dataclasses.replace(recipe, **{section: part})
 
 
 def another(value: Any) -> Any:
@@ -108,7 +100,7 @@ def digests(directory: RunDirectory) -> dict[Path, str]:
 def test_changed_frozen_setting_is_named(directory, name):
     before = read_recipe_of(directory.path)
     value = flatten(before)[name]
-    said = refusal(directory, changed(before, name, another(value)))
+    said = refusal(directory, with_settings(before, **{name: another(value)}))
     assert f" {name}={another(value)} (was {value})" in said
 
 
@@ -117,7 +109,7 @@ def test_frozen_setting_edited_in_the_run_s_recipe_is_named(directory, name):
     """The newest checkpoint has its own record of the settings."""
     before = read_recipe_of(directory.path)
     otherwise = another(flatten(before)[name])
-    directory.recipe.write_text(to_toml(changed(before, name, otherwise)))
+    directory.recipe.write_text(to_toml(with_settings(before, **{name: otherwise})))
     with pytest.raises(ValueError, match=".") as error:
         train(read_recipe_of(directory.path), directory, resume=True)
     assert name in str(error.value) or str(otherwise) in str(error.value)
@@ -125,8 +117,8 @@ def test_frozen_setting_edited_in_the_run_s_recipe_is_named(directory, name):
 
 @pytest.mark.parametrize("name", sorted(RESUME_MUTABLE & set(OTHERWISE)))
 def test_mutable_setting_may_change(directory, name):
-    longer = changed(read_recipe_of(directory.path), "total_steps", 5)
-    train(changed(longer, name, OTHERWISE[name]), directory, resume=True)
+    changes = {"total_steps": 5, name: OTHERWISE[name]}
+    train(with_settings(read_recipe_of(directory.path), **changes), directory, resume=True)
     steps = [line["step"] for line in directory.read_metrics()]
     assert steps == list(range(1, 7 if name == "total_steps" else 6))
 
@@ -137,32 +129,32 @@ def test_every_mutable_setting_is_tested():
 
 @pytest.mark.parametrize("name", COMPARED_ONLY)
 def test_mutable_setting_is_accepted_by_comparison(directory, name):
-    recipe = changed(read_recipe_of(directory.path), name, COMPARED_ONLY[name])
+    recipe = with_settings(read_recipe_of(directory.path), **{name: COMPARED_ONLY[name]})
     resume.check_directory(recipe, directory, resume=True)
     with pytest.raises(ValueError, match="seed"):
-        resume.check_directory(changed(recipe, "seed", 1), directory, resume=True)
+        resume.check_directory(with_settings(recipe, seed=1), directory, resume=True)
 
 
 def test_total_tokens_may_replace_total_steps(directory):
     before = read_recipe_of(directory.path)
-    tokens = changed(changed(before, "total_steps", None), "total_tokens", 5 * before.batch.tokens_per_step)
-    train(tokens, directory, resume=True)
+    train(with_settings(before, total_tokens=5 * before.batch.tokens_per_step), directory, resume=True)
     assert directory.is_finished(5)
 
 
 def test_wrongly_mutable_setting_would_go_unnoticed(directory, monkeypatch):
     """The negative control of the list of settings."""
     monkeypatch.setattr(recipe_module, "RESUME_MUTABLE", RESUME_MUTABLE | {"weight_decay"})
-    longer = changed(read_recipe_of(directory.path), "total_steps", 5)
-    train(changed(longer, "weight_decay", 0.7), directory, resume=True)
+    recipe = with_settings(read_recipe_of(directory.path), total_steps=5, weight_decay=0.7)
+    train(recipe, directory, resume=True)
     assert directory.is_finished(5)
 
 
 def test_edited_recipe_would_go_unnoticed_without_the_checkpoint_s_record(directory, monkeypatch):
     """The negative control of the checkpoint's record."""
-    directory.recipe.write_text(to_toml(changed(read_recipe_of(directory.path), "weight_decay", 0.7)))
+    edited = with_settings(read_recipe_of(directory.path), weight_decay=0.7)
+    directory.recipe.write_text(to_toml(edited))
     monkeypatch.setattr(resume, "check_settings", lambda *_: None)
-    train(changed(read_recipe_of(directory.path), "total_steps", 5), directory, resume=True)
+    train(with_settings(edited, total_steps=5), directory, resume=True)
     assert directory.is_finished(5)
 
 

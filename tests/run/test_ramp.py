@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any
 
 import pytest
 
 from overnight.data.loader import TokenStream
-from overnight.recipe import Recipe, read_recipe_of
+from overnight.recipe import read_recipe_of, with_settings
 from overnight.run import log, setup
 from overnight.run.train import train
 from overnight.run_directory import RunDirectory
@@ -100,15 +98,10 @@ def test_progress_bar_of_a_ramp_counts_tokens(ramped, train_to, monkeypatch, sto
 
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
 def test_run_resumed_in_other_micro_batches_reads_the_same_rows(
-    ramped: Recipe,
-    metrics_of: Callable[[RunDirectory], list[dict[str, float]]],
-    stop_after: Callable[[int], None],
-    train_to: Train,
-    monkeypatch: pytest.MonkeyPatch,
-    micro_batch_size: int,
-) -> None:
+    ramped, metrics_of, stop_after, train_to, monkeypatch, micro_batch_size
+):
     # Without dropout, whose noise belongs to the micro-batch.
-    ramped = dataclasses.replace(ramped, model=dataclasses.replace(ramped.model, dropout=0.0))
+    ramped = with_settings(ramped, dropout=0.0)
     read: list[int] = []
     batch = TokenStream.batch
 
@@ -124,9 +117,8 @@ def test_run_resumed_in_other_micro_batches_reads_the_same_rows(
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
         train(ramped, directory)
-    again = read_recipe_of(directory.path)
-    batches = dataclasses.replace(again.batch, micro_batch_size=micro_batch_size)
-    train(dataclasses.replace(again, batch=batches), directory, resume=True)
+    again = with_settings(read_recipe_of(directory.path), micro_batch_size=micro_batch_size)
+    train(again, directory, resume=True)
     assert read == list(range(sum(ROWS_OF_STEPS)))
     for one, other in zip(metrics_of(full), metrics_of(directory), strict=True):
         assert other.pop("loss") == pytest.approx(one.pop("loss"), abs=1e-5)
@@ -135,14 +127,13 @@ def test_run_resumed_in_other_micro_batches_reads_the_same_rows(
 
 
 @pytest.mark.parametrize(
-    "section, change, named",
+    "change, named",
     [
-        ("schedule", {"warmup_steps": 6}, r"warmup_steps=6 .*5\.5"),  # longer than the run's full steps
-        ("batch", {"batch_ramp_tokens": None}, "batch_ramp_start_tokens and batch_ramp_tokens"),
+        ({"warmup_steps": 6}, r"warmup_steps=6 .*5\.5"),  # longer than the run's full steps
+        ({"batch_ramp_tokens": None}, "batch_ramp_start_tokens and batch_ramp_tokens"),
     ],
 )
-def test_invalid_ramp_is_refused_before_any_work(ramped, tmp_path, section, change, named):
-    changed: Any = dataclasses.replace(getattr(ramped, section), **change)
+def test_invalid_ramp_is_refused_before_any_work(ramped, tmp_path, change, named):
     with pytest.raises(ValueError, match=named):
-        train(dataclasses.replace(ramped, **{section: changed}), RunDirectory(tmp_path / "run"))
+        train(with_settings(ramped, **change), RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

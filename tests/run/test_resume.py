@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 
 from overnight.data.dataset import open_one_dataset
-from overnight.recipe import CheckpointsConfig, EvaluationConfig, SamplesConfig, read_recipe_of
+from overnight.recipe import read_recipe_of, with_settings
 from overnight.run import resume
 from overnight.run import train as train_module
 from overnight.run.train import train
 from overnight.run_directory import RunDirectory
 from overnight.runs import command as runs_command
 from overnight.runs.status import describe_run
-from overnight.training import OptimizerConfig
 
 DRAWN = [[random.Random(number).randrange(4) for _ in range(3)] for number in range(6)]
 
@@ -72,10 +71,7 @@ def test_killed_run_repeats_lost_steps_exactly(recipe, finished_run, fingerprint
 
 def test_settings_that_are_off_stay_off(recipe, fingerprint, train_to):
     """TOML has no null, and these settings are on by default."""
-    off = recipe(
-        optimizer=OptimizerConfig(peak_learning_rate=1e-2, max_grad_norm=None),
-        checkpoints=CheckpointsConfig(checkpoint_every_steps=2, keep_checkpoints=None),
-    )
+    off = with_settings(recipe(), max_grad_norm=None, checkpoint_every_steps=2, keep_checkpoints=None)
     whole = train_to(off, "full")
     resumed = train_to(off, "run", 5)
     assert read_recipe_of(resumed.path).optimizer.max_grad_norm is None
@@ -94,12 +90,8 @@ def test_resumed_run_does_not_need_its_initial_model(recipe, copied_run, tmp_pat
 
 
 def test_evaluation_and_checkpoints_do_not_change_training(recipe, finished_run, fingerprint, train_to):
-    silent = recipe(
-        evaluation=EvaluationConfig(evaluate_every_steps=None),
-        samples=SamplesConfig(sample_every_steps=None),
-        checkpoints=CheckpointsConfig(checkpoint_every_steps=None),
-    )
-    directory = train_to(silent, "run")
+    never = {f"{what}_every_steps": None for what in ("evaluate", "sample", "checkpoint")}
+    directory = train_to(with_settings(recipe(), **never), "run")
     assert fingerprint(directory)[:2] == fingerprint(finished_run)[:2]
     assert fingerprint(directory)[2] == []
 
@@ -107,12 +99,11 @@ def test_evaluation_and_checkpoints_do_not_change_training(recipe, finished_run,
 def test_max_time_stops_the_run_and_it_resumes(recipe, finished_run, fingerprint, tmp_path, monkeypatch):
     """The clock moves ten minutes at each reading: the time is over before the third step."""
     directory, readings = RunDirectory(tmp_path / "small"), iter(range(0, 10**6, 600))
-    checkpoints = CheckpointsConfig(checkpoint_every_steps=3, max_time="25m")
     with monkeypatch.context() as patch:
         clock = SimpleNamespace(monotonic=lambda: float(next(readings)))
         patch.setattr(train_module, "time", clock)
         with pytest.raises(KeyboardInterrupt):
-            train(recipe(checkpoints=checkpoints), directory)
+            train(with_settings(recipe(), max_time="25m"), directory)
     stopped = describe_run(directory.path)
     assert (stopped.state, stopped.step, stopped.ended_by) == ("stopped", 2, "its time limit")
     train(read_recipe_of(directory.path), directory, resume=True)

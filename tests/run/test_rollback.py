@@ -12,14 +12,12 @@ import pytest
 from torch import Tensor
 
 from overnight.data.loader import Batch
-from overnight.recipe import CheckpointsConfig
+from overnight.recipe import with_settings
 from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
 from overnight.runs.status import describe_run
-from overnight.training.batch import BatchConfig
 from overnight.training.checkpoint.format import list_checkpoints
-from overnight.training.guard import AT_LEAST, Guard, GuardConfig, SkippedRows
-from overnight.training.schedule import ScheduleConfig
+from overnight.training.guard import AT_LEAST, Guard, SkippedRows
 
 STEPS, ROWS, LIMIT = 60, 8, 3
 
@@ -27,11 +25,13 @@ STEPS, ROWS, LIMIT = 60, 8, 3
 @pytest.fixture
 def asked(recipe):
     """A run of many small steps, with dropout."""
-    return recipe(
-        schedule=ScheduleConfig(total_steps=STEPS, warmup_steps=3),
-        batch=BatchConfig(tokens_per_step=ROWS * 32, micro_batch_size=4),
-        checkpoints=CheckpointsConfig(checkpoint_every_steps=4),
-        guard=GuardConfig(rollback_after_steps=LIMIT),
+    return with_settings(
+        recipe(),
+        total_steps=STEPS,
+        tokens_per_step=ROWS * 32,
+        micro_batch_size=4,
+        checkpoint_every_steps=4,
+        rollback_after_steps=LIMIT,
     )
 
 
@@ -182,7 +182,7 @@ def test_run_ends_if_there_is_no_earlier_checkpoint(asked, poison, train_to):
 def test_without_guard_the_run_trains_through_the_explosion(asked, poison, train_to):
     """The negative control: nothing else rolls back."""
     poison.put(rows_of(45, LIMIT), 3.0)
-    run = train_to(dataclasses.replace(asked, guard=GuardConfig(rollback_after_steps=None)), "run")
+    run = train_to(with_settings(asked, rollback_after_steps=None), "run")
     assert run.read_events("rollbacks") == []
     assert poison.times_read == 2 * LIMIT
     assert min(line["loss"] for line in run.read_metrics()[45:48]) > 6
@@ -191,15 +191,14 @@ def test_without_guard_the_run_trains_through_the_explosion(asked, poison, train
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_spike_is_skipped_with_spike_sigma(asked, poison, train_to, factor):
     poison.put(rows_of(50, 1), factor)
-    guard = GuardConfig(spike_sigma=4.0, rollback_after_steps=None)
-    run = train_to(dataclasses.replace(asked, guard=guard), "run")
+    run = train_to(with_settings(asked, spike_sigma=4.0, rollback_after_steps=None), "run")
     skipped = [line["step"] for line in run.read_metrics() if line.get("skipped")]
     assert skipped == ([51] if factor > 1 else [])
 
 
 def test_resumed_run_skips_the_same_spikes(asked, poison, train_to, fingerprint):
     poison.put(range(rows_of(40, 1).start, 10**9, 3 * ROWS), 4.0)
-    recipe = dataclasses.replace(asked, guard=GuardConfig(spike_sigma=6.0, rollback_after_steps=None))
+    recipe = with_settings(asked, spike_sigma=6.0, rollback_after_steps=None)
     twin = train_to(recipe, "twin")
     assert sum("skipped" in line for line in twin.read_metrics()) >= 3
     assert fingerprint(train_to(recipe, "run", 38, 5, 7)) == fingerprint(twin)
