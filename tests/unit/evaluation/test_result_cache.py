@@ -9,37 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.distributed.world import World
+from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.evaluation import result_cache
 from overnight.evaluation.multiple_choice import Choice
 from overnight.evaluation.passages import Passage
-from overnight.evaluation.result_cache import cache_key, clear_results, evaluate_missing
-from overnight.evaluation.tasks import Example, Numbers
+from overnight.evaluation.result_cache import cache_key, evaluate_missing
+from overnight.evaluation.scores import Numbers
 from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
 
 EXAMPLES = [Passage([number, 1], 1) for number in range(6)]
 RESULTS = {index: (float(index), 0.0) for index in range(6)}
-
-
-class PowerCutError(Exception):
-    """Ends an evaluation."""
-
-
-class Evaluator:
-    """In place of `evaluate_task`: a passage's result is its first id; raises after `last` examples."""
-
-    def __init__(self, last: int | None = None) -> None:
-        self.last, self.count = last, 0
-
-    def __call__(self, _model: Any, examples: Sequence[Example], *_: Any) -> Iterator[tuple[int, Numbers]]:
-        for index in reversed(range(len(examples))):
-            if self.count == self.last:
-                raise PowerCutError
-            self.count += 1
-            example = examples[index]
-            assert isinstance(example, Passage)
-            yield index, (float(example.ids[0]), 0.0)
 
 
 def build(seed: int) -> GPT:
@@ -51,41 +31,46 @@ def build(seed: int) -> GPT:
 MODEL = build(0)
 
 
-def evaluate(folder: Path, evaluator: Evaluator, world: World | None = None) -> dict[int, Numbers]:
+class PowerCutError(Exception):
+    """Ends an evaluation."""
+
+
+def evaluate(
+    folder: Path, last: int | None = None, world: World = SINGLE_PROCESS
+) -> tuple[dict[int, Numbers], int]:
+    """All results, and the number of evaluated examples; a result is the first id. Raises after `last`."""
+    count = 0
+
+    def evaluate_task(_model: Any, examples: Sequence[Any], *_: Any) -> Iterator[tuple[int, Numbers]]:
+        nonlocal count
+        for index in reversed(range(len(examples))):
+            if count == last:
+                raise PowerCutError
+            count += 1
+            yield index, (float(examples[index].ids[0]), 0.0)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(result_cache, "evaluate_task", evaluator)
-        more = () if world is None else (world,)
-        return dict(evaluate_missing(folder, MODEL, EXAMPLES, "fp32", *more))
+        patch.setattr(result_cache, "evaluate_task", evaluate_task)
+        return dict(evaluate_missing(folder, MODEL, EXAMPLES, "fp32", world)), count
 
 
 def test_interrupted_evaluation_continues(tmp_path: Path) -> None:
     folder = tmp_path / "judged"
     with pytest.raises(PowerCutError):
-        evaluate(folder, Evaluator(last=4))
+        evaluate(folder, last=4)
     with (folder / "0.jsonl").open("a") as file:
-        file.write("[1, [0.5")  # an interrupted line
-    second, third = Evaluator(), Evaluator()
-    assert evaluate(folder, second) == evaluate(folder, third) == RESULTS
-    assert (second.count, third.count) == (2, 0)
-    clear_results(folder)
-    clear_results(folder)
-    evaluate(folder, third)
-    assert third.count == 6
+        file.write("\n[1, [0.5")  # an interrupted line
+    assert evaluate(folder) == (RESULTS, 2)
+    assert evaluate(folder) == (RESULTS, 0)
 
 
-def test_one_process_continues_from_two(tmp_path: Path) -> None:
+def test_other_number_of_processes_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "0.jsonl").write_text("[0, [0.0, 0.0]]\n[3, [3.0, 0.0]]\n")
     (tmp_path / "1.jsonl").write_text("[5, [5.0, 0.0]]\n[1, [1.0")
-    evaluator = Evaluator()
-    assert evaluate(tmp_path, evaluator) == RESULTS
-    assert evaluator.count == 3
-
-
-def test_first_process_yields_cached_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evaluate(tmp_path) == (RESULTS, 3)
     monkeypatch.setattr(World, "barrier", lambda _: None)
-    (tmp_path / "7.jsonl").write_text("".join(f"[{index}, [1.0, 0.0]]\n" for index in range(6)))
-    found = [evaluate(tmp_path, Evaluator(), World(rank, 2, "cpu")) for rank in range(2)]
-    assert [len(each) for each in found] == [6, 0]
+    found = [evaluate(tmp_path, world=World(rank, 2, "cpu")) for rank in range(2)]
+    assert found == [(RESULTS, 0), ({}, 0)]  # the first process yields what is cached
 
 
 def test_cache_key_covers_everything_that_decides_results() -> None:
