@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.distributed.world import World
 from overnight.evaluation import result_cache
 from overnight.evaluation.multiple_choice import Choice
 from overnight.evaluation.passages import Passage
@@ -28,49 +28,27 @@ def build(seed: int) -> GPT:
     return model
 
 
-MODEL = build(0)
-
-
-class PowerCutError(Exception):
-    """Ends an evaluation."""
-
-
-def evaluate(
-    folder: Path, last: int | None = None, world: World = SINGLE_PROCESS
-) -> tuple[dict[int, Numbers], int]:
-    """All results, and the number of evaluated examples; a result is the first id. Raises after `last`."""
+def test_other_number_of_processes_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An example's result is its first id here."""
     count = 0
 
     def evaluate_task(_model: Any, examples: Sequence[Any], *_: Any) -> Iterator[tuple[int, Numbers]]:
         nonlocal count
         for index in reversed(range(len(examples))):
-            if count == last:
-                raise PowerCutError
             count += 1
             yield index, (float(examples[index].ids[0]), 0.0)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(result_cache, "evaluate_task", evaluate_task)
-        return dict(evaluate_missing(folder, MODEL, EXAMPLES, "fp32", world)), count
-
-
-def test_interrupted_evaluation_continues(tmp_path: Path) -> None:
-    folder = tmp_path / "judged"
-    with pytest.raises(PowerCutError):
-        evaluate(folder, last=4)
-    with (folder / "0.jsonl").open("a") as file:
-        file.write("\n[1, [0.5")  # an interrupted line
-    assert evaluate(folder) == (RESULTS, 2)
-    assert evaluate(folder) == (RESULTS, 0)
-
-
-def test_other_number_of_processes_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "0.jsonl").write_text("[0, [0.0, 0.0]]\n[3, [3.0, 0.0]]\n")
-    (tmp_path / "1.jsonl").write_text("[5, [5.0, 0.0]]\n[1, [1.0")
-    assert evaluate(tmp_path) == (RESULTS, 3)
+    monkeypatch.setattr(result_cache, "evaluate_task", evaluate_task)
     monkeypatch.setattr(World, "barrier", lambda _: None)
-    found = [evaluate(tmp_path, world=World(rank, 2, "cpu")) for rank in range(2)]
-    assert found == [(RESULTS, 0), ({}, 0)]  # the first process yields what is cached
+    (tmp_path / "0.jsonl").write_text("[0, [0.0, 0.0]]\n[3, [3.0, 0.0]]\n")
+    (tmp_path / "1.jsonl").write_text("[5, [5.0, 0.0]]\n[1, [1.0")  # interrupted
+    model = build(0)
+    assert dict(evaluate_missing(tmp_path, model, EXAMPLES, "fp32")) == RESULTS
+    assert count == 3
+    worlds = World(0, 2, "cpu"), World(1, 2, "cpu")
+    found = [dict(evaluate_missing(tmp_path, model, EXAMPLES, "fp32", world)) for world in worlds]
+    assert found == [RESULTS, {}]  # the first process yields what is cached
+    assert count == 3
 
 
 def test_cache_key_covers_everything_that_decides_results() -> None:
