@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from overnight.baselines.band import COLUMNS as BAND_COLUMNS
 from overnight.baselines.band import find_band
 from overnight.baselines.verdict import BandComparison, compare_with_band
-from overnight.runs.json_lines import EVALUATION_KEYS, EVENT_KEYS, METRICS_KEYS, read_lines
+from overnight.runs.json_lines import EVENT_KEYS, LOSS_KEYS, read_lines
 from overnight.runs.status import RunStatus, describe_run, flat_settings
 
 COLUMNS = (
@@ -77,10 +77,10 @@ class RunData:
 def read_run(path: Path) -> RunData:
     """Read the run in `path`. Damaged parts are left out and reported in `problems`."""
     problems: list[str] = []
-    lines = _read_steps(path / "metrics.jsonl", METRICS_KEYS, problems)
+    lines = _read_steps(path / "metrics.jsonl", LOSS_KEYS, problems)
     metrics = {name: column(lines, name) for name in COLUMNS}
     events = path / "events"
-    evaluations = _read_steps(events / "evaluations.jsonl", EVALUATION_KEYS, problems)
+    evaluations = _read_steps(events / "evaluations.jsonl", LOSS_KEYS, problems)
     recipe, data = (_read_object(path / name, problems) for name in ("recipe.toml", "data.json"))
     settings = flat_settings(recipe)
     band = find_band(settings, data)
