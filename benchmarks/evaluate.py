@@ -70,7 +70,7 @@ def judge_ours(model: GPT, question: Question) -> float:
     from overnight.evaluation.perplexity import evaluate_language_model
 
     token_bytes = [b"?"] * model.vocab_size  # what the ids spell does not matter to the time
-    return evaluate_language_model(model, question.batches, token_bytes, question.precision).loss
+    return evaluate_language_model(model, question.batches, token_bytes, question.precision).per("token")
 
 
 def train_forward(model: GPT, question: Question) -> float:
