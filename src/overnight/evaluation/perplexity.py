@@ -85,19 +85,6 @@ def evaluate_language_model(
     precision: str = "fp32",
     document_separator: int | None = None,
     world: World = SINGLE_PROCESS,
-) -> Evaluation:
-    """The loss on all targets of `batches`; see `measure_language_model`."""
-    loss = measure_language_model(model, batches, token_bytes, precision, document_separator, world)
-    return loss.summary()
-
-
-def measure_language_model(
-    model: GPT,
-    batches: Iterable[Batch],
-    token_bytes: Sequence[bytes],
-    precision: str = "fp32",
-    document_separator: int | None = None,
-    world: World = SINGLE_PROCESS,
 ) -> TextLoss:
     """The nats of all targets of `batches`, LOGITS_AT_ONCE targets an example.
 
