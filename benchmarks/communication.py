@@ -33,6 +33,7 @@ import torch.multiprocessing as mp
 from measure import Report, interleave, run_plainly
 from overnight.distributed.machine import environment_of_process
 from overnight.distributed.world import BUCKET_BYTES, World
+from overnight.model.gpt import parameter_shapes
 from overnight.model.model_config import ModelConfig
 from overnight.planning.network import (
     Cluster,
@@ -49,7 +50,7 @@ from overnight.training.sharding import assign_parameters
 HEADINGS = ("what is said", "processes", "MB", "measured, ms", "foretold, ms", "error", "")
 KINDS: tuple[Kind, ...] = ("all-reduce", "all-gather", "reduce-scatter", "broadcast")
 SHARES = (0.0005, 0.002, 0.03, 0.12, 0.5, 1.0)  # of the largest size; every other one is fitted
-STEPS: dict[str, Sharding] = {"replicated": "none", "ZeRO-1": "optimizer", "FSDP2": "full"}
+STEPS: dict[str, Sharding] = {"replicated": "none", "ZeRO-1": "zero1", "FSDP2": "fsdp"}
 MICRO_BATCHES = 2  # of each process in a step
 Rows = list[list[str]]
 MB = 10**6
@@ -136,8 +137,8 @@ def say(kind: Kind, whole: torch.Tensor, part: torch.Tensor) -> None:
 
 def time_step(sharding: Sharding, here: World, model: ModelConfig) -> float:
     """Seconds of all that a step says."""
-    tensors = {name: torch.zeros(shape) for name, shape in model.parameter_shapes().items()}
-    if sharding == "full":
+    tensors = {name: torch.zeros(shape) for name, shape in parameter_shapes(model).items()}
+    if sharding == "fsdp":
         groups = [("h.0.",)] * model.n_layer + [("w", "ln_f")]
         sizes = [
             sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(group))
@@ -148,9 +149,9 @@ def time_step(sharding: Sharding, here: World, model: ModelConfig) -> float:
     owners = assign_parameters({name: tensor.numel() for name, tensor in tensors.items()}, here.size)
 
     def reduce_and_spread() -> None:
-        here.sum(list(tensors.values()))
-        for rank in range(here.size) if sharding == "optimizer" else ():
-            here.spread([tensor for name, tensor in tensors.items() if owners[name] == rank], rank)
+        here.all_reduce(list(tensors.values()))
+        for rank in range(here.size) if sharding == "zero1" else ():
+            here.broadcast([tensor for name, tensor in tensors.items() if owners[name] == rank], rank)
 
     return slowest(reduce_and_spread)
 
@@ -317,7 +318,7 @@ def rows_of_steps(model: ModelConfig, processes: int, times: Times, links: Mappi
     for name, sharding in STEPS.items():
         alone = Cluster(machines=1, processes_per_machine=processes, within=_link(math.inf, 0.0))
         said = list_collectives(model, sharding, alone, MICRO_BATCHES)
-        copies = None if sharding == "full" else times.copy_bytes_per_second
+        copies = None if sharding == "fsdp" else times.copy_bytes_per_second
         told = foretell(said, links, processes, copies)
         size = sum(each.bytes for each in said)
         found.append(_row(f"a step, {name}", processes, size, (times.of_step[name], told), ""))

@@ -28,7 +28,7 @@ from overnight.data.shards import (
     read_manifest,
     write_manifest,
 )
-from overnight.doctor import CHECKS, DoctorConfig, model_checks
+from overnight.doctor import CHECKS, DATA_CHECKS, DoctorConfig, model_checks
 from overnight.doctor import context as context_module
 from overnight.doctor.check import CheckResult
 from overnight.doctor.command import run, run_checks
@@ -372,6 +372,23 @@ def test_check_that_raises_does_not_stop_the_others(check: Check, monkeypatch: P
     assert cause(found, "checkpoint").endswith("the disk said no and no again")
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_tiny_run_reads_the_recipe_s_text_if_it_can(
+    is_damaged: bool, recipe: Callable[..., Recipe], prepared: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "copy"
+    shutil.copytree(prepared, folder)
+    if is_damaged:
+        shutil.rmtree(folder / "tokenizer")
+    (tmp_path / "small.toml").write_text(to_toml(recipe()))
+    config = DoctorConfig(**vars(recipe(data=DataConfig(data=str(folder)))))
+    tiny = DoctorContext(config, "small.toml", tmp_path).tiny_run
+    assert ("made-up text" in tiny.reductions) is is_damaged
+    text = tiny.build().dataset.tokenizer.decode(tiny.build().training.data.batch(0, 2).ids[0].tolist())
+    assert ("small text" in text) is not is_damaged
+
+
 # Recipes.
 
 
@@ -456,7 +473,7 @@ def test_damaged_text_is_found(
     prepared: Path,
     tmp_path: Path,
 ) -> None:
-    found = check(data=DataConfig(data=str(rewrite(prepared, tmp_path / "rewritten", change))))
+    found = check(*DATA_CHECKS, data=DataConfig(data=str(rewrite(prepared, tmp_path / "rewritten", change))))
     assert failed(found) == {name}
     assert words in cause(found, name)
 
@@ -475,7 +492,7 @@ def test_flipped_bit_is_found(check: Check, prepared: Path, tmp_path: Path) -> N
         (byte,) = file.read(1)
         file.seek(HEADER_BYTES + 200)
         file.write(bytes([byte ^ 1]))
-    found = check(data=DataConfig(data=str(folder)))
+    found = check(*DATA_CHECKS, data=DataConfig(data=str(folder)))
     assert failed(found) == {"shards"}
     assert "train-00000.bin" in cause(found, "shards")
 
@@ -485,7 +502,7 @@ def test_wrong_tokenizer_is_found(check: Check, prepared: Path, tmp_path: Path) 
     shutil.copytree(prepared, folder)
     shutil.rmtree(folder / "tokenizer")
     Characters("abcdefghijklm").save(folder / "tokenizer")
-    found = check(data=DataConfig(data=str(folder)))
+    found = check(*DATA_CHECKS, data=DataConfig(data=str(folder)))
     assert failed(found) == {"tokenizer"}
     assert "tokenizer" in cause(found, "tokenizer")
 

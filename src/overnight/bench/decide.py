@@ -24,7 +24,7 @@ from overnight.training.memory import USABLE_FRACTION, Resources, estimate_memor
 
 # Rows of a micro-batch: the first that fit. On a GPU the lecture has 16.
 ROWS_ON_CPU, ROWS_ON_GPU = (1,), (16, 8, 4, 2, 1)
-GROWTH_ON_CPU, GROWTH_ON_GPU = 2, 4  # at most so many micro-batches are one in the variant micro-batch
+GROWTH_ON_CPU, GROWTH_ON_GPU = 2, 4  # at most: micro-batches that the variant micro-batch merges
 WARM_UPS = 2  # in its second step a process's heap still grows
 STEPS_ON_CPU, STEPS_ON_GPU = 3, 5
 PROCESS_BYTES = 0.5e9  # a GPU's context, or torch's libraries and what Python keeps of them
@@ -156,7 +156,7 @@ def divide(tasks: Mapping[str, StepTask], memory_bytes: float) -> list[list[str]
 
 
 def find_free_bytes(device: str) -> float:
-    """Free memory; all memory where the operating system does not say."""
+    """Free memory; all memory where the operating system does not report it."""
     if device.startswith("cuda"):
         return float(torch.cuda.mem_get_info(device)[0])
     total = find_memory_bytes(device)

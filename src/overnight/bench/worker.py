@@ -25,7 +25,7 @@ import torch
 
 from overnight.data.loader import Batch
 from overnight.distributed.machine import environment_of_process
-from overnight.distributed.world import SINGLE_PROCESS, open_world
+from overnight.distributed.world import World, open_world
 from overnight.hardware import peak_memory_bytes, release_cached_memory, reset_peak_memory
 from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
@@ -122,7 +122,7 @@ def build_step(task: StepTask) -> Callable[[], StepResult]:
     optimizer = build_optimizer(model, recipe.optimizer, fused=task.fused_optimizer)
     state = TrainState(model, optimizer, scaler=build_scaler(device, task.compute.precision))
     rows = Rows(np.load(task.ids), context_length)
-    training = build_training(resolved, model, rows, dataclasses.replace(SINGLE_PROCESS, device=device))
+    training = build_training(resolved, model, rows, World(rank=0, size=1, device=device))
 
     def step() -> StepResult:
         result = train_step(state, training)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 import shlex
@@ -24,7 +23,6 @@ from overnight.doctor.check import (
     checks_to_json,
     describe_check,
     run_check,
-    skipped,
     summarize_checks,
 )
 from overnight.doctor.context import DoctorContext
@@ -85,7 +83,7 @@ def run_checks(context: DoctorContext, names: tuple[str, ...]) -> Iterator[Check
             continue
         if DEPENDS_ON.get(name) in failed:
             reason = f"it can't be checked before {DEPENDS_ON[name]} passes"
-            yield dataclasses.replace(skipped(reason), name=name)
+            yield CheckResult(name=name, passed=None, cause=reason)
             continue
         with quiet(True):
             result = run_check(name, checks[name])

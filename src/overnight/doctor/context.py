@@ -58,7 +58,8 @@ class DoctorContext:
                 return found
             except (ValueError, OSError):  # the checks of the text report what is wrong with it
                 pass
-        return shrink(self.recipe, self.sizes, prepare_made_up_text(self.scratch / "made-up"), self.world)
+        made_up = prepare_made_up_text(self.scratch / "made-up")
+        return shrink(self.recipe, self.sizes, made_up, self.world, "a made-up text")
 
     @cached_property
     def plan(self) -> Plan:
@@ -150,9 +151,8 @@ class DoctorContext:
     def _processes(self) -> CheckResult:
         if not (dist.is_available() and dist.is_gloo_available()):
             return skipped("this torch has no gloo, the backend for processes on a CPU")
-        small = self.tiny_run.recipe
-        small = dataclasses.replace(small, compute=dataclasses.replace(small.compute, device="cpu"))
-        return model_checks.check_processes(TinyRun(small, SINGLE_PROCESS), self.scratch / "two")
+        on_cpu = TinyRun(self.tiny_run.recipe, SINGLE_PROCESS)
+        return model_checks.check_processes(on_cpu, self.scratch / "two")
 
     def _reference(self) -> CheckResult:
         if self.baseline is None:

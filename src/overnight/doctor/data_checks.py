@@ -123,10 +123,10 @@ def show_boundaries(folder: Path, manifest: Manifest) -> Iterator[str]:
     except (ValueError, OSError):
         return  # the check of the tokenizer reports it
     ids = open_tokens(folder / manifest.train[0].name)
-    places = [int(place) for place in places_of(manifest.end_of_text, ids) if place]
-    for place in _spread(places, SHOWN_BOUNDARIES):
-        before = _one_line(tokenizer, ids[max(0, place - SHOWN_CHARACTERS) : place], manifest.end_of_text)
-        after = _one_line(tokenizer, ids[place + 1 : place + 1 + SHOWN_CHARACTERS], manifest.end_of_text)
+    boundaries = [int(index) for index in places_of(manifest.end_of_text, ids) if index]
+    for index in _spread(boundaries, SHOWN_BOUNDARIES):
+        before = _one_line(tokenizer, ids[max(0, index - SHOWN_CHARACTERS) : index], manifest.end_of_text)
+        after = _one_line(tokenizer, ids[index + 1 : index + 1 + SHOWN_CHARACTERS], manifest.end_of_text)
         yield f"{before[-SHOWN_CHARACTERS:]}{MARK}{after[:SHOWN_CHARACTERS]}"
 
 

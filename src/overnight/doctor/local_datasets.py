@@ -32,18 +32,17 @@ class LocalDataset(NamedTuple):
 def find_local_datasets(config: DataConfig, name: str) -> list[LocalDataset]:
     """All texts of the recipe `name`. Raises ValueError for one that does not exist."""
     paths = [each.path for each in config.mixture] or [config.data]
-    return [_find(dataclasses.replace(config, data=path, mixture=()), name) for path in paths]
+    return [_find(path, config, name) for path in paths]
 
 
-def _find(config: DataConfig, name: str) -> LocalDataset:
-    path = config.data
+def _find(path: str, config: DataConfig, name: str) -> LocalDataset:
     if "://" in path:
         return LocalDataset(path, None, f"{path} is remote: each shard is verified when it is read")
-    if prepared := find_prepared(config):
+    if prepared := find_prepared(path, config.tokenizer):
         return LocalDataset(path, prepared)
     folder, command = find_recipe_text(path, config)
     if is_small_and_local(path):
-        ensure_prepared(dataclasses.replace(config, shuffle_window=None))
+        ensure_prepared(dataclasses.replace(config, data=path, mixture=(), shuffle_window=None))
         return LocalDataset(path, Path(folder))
     command = find_told_commands(name).get(folder, command)
     if not command:

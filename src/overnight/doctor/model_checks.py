@@ -28,6 +28,7 @@ from overnight.training.checkpoint import load, save
 from overnight.training.schedule import Schedule, ScheduleConfig
 from overnight.training.sharding import Replicated
 from overnight.training.state import TrainState
+from overnight.training.step import TrainSetup
 
 INITIAL_STANDARD_DEVIATION = 0.02  # GPT-2's released code, model.py: of the embedding and the tied head
 INITIAL_TOLERANCE = 0.1  # nats, besides the spread of a logit: ids of a text are not uniform
@@ -158,7 +159,7 @@ def check_accumulation(tiny: TinyRun) -> CheckResult:
     mean = by_hand.training.loss(batch.ids, batch.targets) / batch.targets.numel()
     mean.backward()  # type: ignore[no-untyped-call]
     expected = {name: each.grad for name, each in by_hand.state.model.named_parameters()}
-    steps = [measure_step(parts), measure_step(dataclasses.replace(whole, training=at_once))]
+    steps = [measure_step(parts.state, parts.training), measure_step(whole.state, at_once)]
     off: dict[str, float] = {}
     for step in steps:
         loss = abs(step.loss - mean.item()) / max(abs(mean.item()), 1e-9)
@@ -329,11 +330,10 @@ class GradientRecorder(Replicated):
         return total
 
 
-def measure_step(run: RunSetup) -> MeasuredStep:
+def measure_step(state: TrainState, training: TrainSetup) -> MeasuredStep:
     """Do the step with `train_step`."""
-    recorder = GradientRecorder(run.state.model, run.world)
-    training = dataclasses.replace(run.training, sharing=recorder)
-    result = step_module.train_step(run.state, training)
+    recorder = GradientRecorder(state.model, training.world)
+    result = step_module.train_step(state, dataclasses.replace(training, sharing=recorder))
     return MeasuredStep(result.loss, result.grad_norm, recorder.gradients)
 
 

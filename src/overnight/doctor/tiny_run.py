@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from overnight.config import from_toml, to_toml
 from overnight.data import DataConfig
 from overnight.data.dataset import open_dataset
-from overnight.data.shards import load_prepared_tokenizer, read_manifest
+from overnight.data.shards import SPLITS, load_prepared_tokenizer, open_tokens, read_manifest
 from overnight.distributed.launcher import exit_process
 from overnight.distributed.world import World, join_world
-from overnight.doctor.data_checks import sample_documents
 from overnight.model.model_config import ModelConfig
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
@@ -31,8 +32,9 @@ from overnight.training.step import train_step
 
 LAYERS, CHANNELS, CONTEXT = 2, 128, 128  # at most
 ROWS, MICRO_BATCHES = 2, 4
-TEXT_TOKENS = 200_000
-VALIDATION_FRACTION = 0.2
+TEXT_TOKENS = 100_000  # of each split
+DOCUMENT_TOKENS = 2_000  # longer documents are cut, so that both splits get some
+VALIDATION_FRACTION = 0.5
 STEPS_IN_PROCESSES = 2
 IN_PROCESS = (
     "import sys; from overnight.doctor.tiny_run import train_in_process; train_in_process(sys.argv[1])"
@@ -63,8 +65,11 @@ class TinyRun:
         return [(result.loss, result.grad_norm) for result in results]
 
 
-def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World) -> TinyRun:
-    """`recipe` with a model of at most 2 layers and 128 channels, on the shards in `folder`."""
+def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World, text: str = "") -> TinyRun:
+    """`recipe` with a model of at most 2 layers and 128 channels, on the shards in `folder`.
+
+    `text` describes them if they are not the recipe's.
+    """
     channels = sizes.n_embd // sizes.n_head
     heads = max(1, min(sizes.n_head, CHANNELS // channels))
     model = dataclasses.replace(
@@ -80,7 +85,7 @@ def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World) -> Ti
         recipe,
         init_from=None,
         trackers=(),
-        data=dataclasses.replace(DataConfig(data=str(folder)), packing=recipe.data.packing),
+        data=DataConfig(data=str(folder), packing=recipe.data.packing),
         model=model,
         schedule=ScheduleConfig(total_steps=1000, learning_rate_decay="constant"),
         batch=BatchConfig(tokens_per_step=MICRO_BATCHES * ROWS * model.context_length, micro_batch_size=ROWS),
@@ -97,36 +102,40 @@ def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World) -> Ti
         samples=SamplesConfig(sample_prompts=()),
         checkpoints=CheckpointsConfig(),
     )
-    return TinyRun(small, world, _describe_reductions(sizes, model))
+    reductions = [*_reductions(sizes, model), *([text] if text else [])]
+    return TinyRun(small, world, ", ".join(reductions))
 
 
-def _describe_reductions(sizes: ModelConfig, model: ModelConfig) -> str:
+def _reductions(sizes: ModelConfig, model: ModelConfig) -> list[str]:
     words = {"n_layer": "layers", "n_embd": "channels", "context_length": "positions"}
     found = [
         f"{getattr(model, name):,} of {getattr(sizes, name):,} {word}"
         for name, word in words.items()
         if getattr(model, name) != getattr(sizes, name)
     ]
-    return ", ".join([*found, *(["no dropout"] if sizes.dropout else [])])
+    return [*found, *(["no dropout"] if sizes.dropout else [])]
 
 
 def prepare_piece(source: Path, scratch: Path) -> Path:
-    """A folder of shards of the first documents of `source`, prepared again with its tokenizer.
+    """A folder of shards of the beginning of `source`, prepared again with its tokenizer.
 
-    Raises ValueError or OSError if they can't be read, or are not enough.
+    Raises ValueError or OSError if it can't be read, or is not enough.
     """
     manifest = read_manifest(source)
     tokenizer = load_prepared_tokenizer(source, manifest)
-
-    def texts() -> Iterator[str]:
-        tokens = 0
-        for ids in sample_documents(source, manifest, "train", None):
-            yield tokenizer.decode(ids[: TEXT_TOKENS - tokens].tolist())
-            tokens += ids.size
-            if tokens >= TEXT_TOKENS:
-                return
-
-    return _prepare(texts(), str(source / "tokenizer"), scratch)
+    pieces, texts = [], []
+    # Documents are split by a hash of their text: those of one split alone could all go there again.
+    for split in SPLITS:
+        missing = TEXT_TOKENS
+        for shard in manifest.shards(split):
+            pieces.append(open_tokens(source / shard.name)[:missing])
+            missing -= pieces[-1].size
+    ids = np.concatenate(pieces)
+    for document in np.split(ids, np.flatnonzero(ids == manifest.end_of_text)):
+        content = document[document != manifest.end_of_text]
+        for start in range(0, content.size, DOCUMENT_TOKENS):
+            texts.append(tokenizer.decode(content[start : start + DOCUMENT_TOKENS].tolist()))
+    return _prepare(texts, str(source / "tokenizer"), scratch)
 
 
 def prepare_made_up_text(scratch: Path) -> Path:

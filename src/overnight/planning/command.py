@@ -25,10 +25,10 @@ from overnight.hardware import (
 )
 from overnight.planning import PlanConfig
 from overnight.planning.costs import (
+    add_assumed_costs,
+    add_fit_options,
+    add_measured_costs,
     describe_assumption,
-    with_assumed_costs,
-    with_fit_options,
-    with_measured_costs,
 )
 from overnight.planning.estimate import (
     TokenCounts,
@@ -37,7 +37,7 @@ from overnight.planning.estimate import (
     model_config_of,
 )
 from overnight.planning.page import plan_text
-from overnight.planning.parallel_layout import choose_parallel_layout, with_sharding
+from overnight.planning.parallel_layout import build_cluster, choose_parallel_layout
 from overnight.planning.plan import Plan, plan_to_json
 from overnight.recipe import Recipe, load_recipe
 from overnight.recipe_options import list_options
@@ -65,8 +65,12 @@ def plan_recipe(config: PlanConfig, name: str) -> Plan:
     """The whole plan: measured on this machine, or estimated for another one."""
     plan = estimate_plan(config, name)
     if plan.fits is False:
-        return with_fit_options(plan)
-    return with_assumed_costs(plan) if config.device_type else with_measured_costs(plan, config.seconds)
+        add_fit_options(plan)
+    elif config.device_type:
+        add_assumed_costs(plan)
+    else:
+        add_measured_costs(plan, config.seconds)
+    return plan
 
 
 def planned_recipe(config: Recipe) -> Recipe:
@@ -102,8 +106,8 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
     resources = Resources(target.compute.device, target.memory_bytes or 0, processes, target.processes)
     sizes = model_config_of(config, text.vocab_size)
     resolved = resolve(planned_recipe(config), sizes, config.data, target.compute, resources)
-    layout = choose_parallel_layout(config.machines, target.processes, target.device, config.network)
-    layout = with_sharding(layout, resolved, target.memory_bytes)
+    cluster = build_cluster(config.machines, target.processes, target.device, config.network)
+    layout = choose_parallel_layout(resolved, resources, cluster)
     memory = layout.estimate_memory(sizes, resolved.plan.micro_batch_size, resolved.compute)
     one = "" if is_here or processes > 1 else "one "
     assumption = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ BYTES_PER_SAVED_TENSOR = 110  # its entry in the header of a safetensors file
 BYTES_OF_CHECKPOINT_METADATA = 1500  # state.json and MANIFEST.json
 BYTES_PER_METRICS_LINE = 220
 GPT2_VOCABULARY = 50_257
-FORWARD_SHARE = 1 / 3  # of a training pass: backward takes twice as many operations as forward
+FORWARD_SHARE = 1 / 3  # of a training pass: backward takes twice the operations of forward
 RELEASED = {
     "gpt2": "gpt2-124m",
     "gpt2-medium": "gpt2-350m",
@@ -48,21 +49,22 @@ def find_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts
     Prepares and downloads nothing. Raises ValueError where the vocabulary is not known yet.
     """
     if config.mixture:
-        return _add_token_counts(config, vocab_size)
-    folder = find_prepared(config)
+        parts = [_count_text(source.path, config.tokenizer, vocab_size) for source in config.mixture]
+        return _add_token_counts(parts)
+    return _count_text(config.data, config.tokenizer, vocab_size)
+
+
+def _count_text(path: str, tokenizer: str, vocab_size: int | None) -> TokenCounts:
+    folder = find_prepared(path, tokenizer)
     if folder is None:
-        return TokenCounts(vocab_size or _vocabulary(config), None, None, None)
+        return TokenCounts(vocab_size or _vocabulary(path, tokenizer), None, None, None)
     manifest = read_manifest(folder)
     validation = manifest.tokens("validation")
     return TokenCounts(manifest.vocab_size, folder, manifest.tokens("train") + validation, validation)
 
 
-def _add_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts:
+def _add_token_counts(parts: Sequence[TokenCounts]) -> TokenCounts:
     """The sources of a mixture as one text."""
-    parts = [
-        find_token_counts(dataclasses.replace(config, data=source.path, mixture=()), vocab_size)
-        for source in config.mixture
-    ]
     counts = [(part.tokens, part.validation_tokens) for part in parts]
     if any(None in pair for pair in counts):
         return TokenCounts(parts[0].vocab_size, None, None, None)
@@ -71,26 +73,25 @@ def _add_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts
     return TokenCounts(parts[0].vocab_size, folders, tokens, validation_tokens)
 
 
-def find_prepared(config: DataConfig) -> Path | None:
+def find_prepared(path: str, tokenizer: str) -> Path | None:
     """The folder of shards that a run would read as it is; None if it would have to prepare one."""
-    folder = Path(config.data)
+    folder = Path(path)
     if not (folder / "manifest.json").is_file():
         try:
-            folder = output_folder(PrepareConfig(source=config.data, tokenizer=config.tokenizer))
+            folder = output_folder(PrepareConfig(source=path, tokenizer=tokenizer))
         except ValueError:  # no such source
             return None
     return folder if (folder / "manifest.json").is_file() else None
 
 
-def _vocabulary(config: DataConfig) -> int:
+def _vocabulary(path: str, name: str) -> int:
     """The vocabulary size of a tokenizer, from its name, or from its files."""
-    name = config.tokenizer
     if name == "gpt2":
         return GPT2_VOCABULARY
     if name == "characters":
         raise ValueError(
-            f"the number of characters in {config.data} is known once it is prepared: run "
-            f"`overnight prepare {config.data} --tokenizer characters`, or give --vocab-size"
+            f"the number of characters in {path} is known once it is prepared: run "
+            f"`overnight prepare {path} --tokenizer characters`, or give --vocab-size"
         )
     if size := re.fullmatch(r"bpe-([0-9]+)", name):
         return int(size[1])
@@ -188,7 +189,7 @@ class StepCost(NamedTuple):
     saved_byte: float
 
     def step(self, micro_batches: int) -> float:
-        """Seconds of a step of so many micro-batches."""
+        """Seconds of a step of `micro_batches`."""
         return micro_batches * self.micro_batch + self.update
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from overnight.data.loader import Batch
-from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.distributed.world import World
 from overnight.evaluation.perplexity import evaluate_language_model, evaluation_rows
 from overnight.generation.generate import Decoding, generate
 from overnight.hardware import peak_memory_bytes, reset_peak_memory, synchronize
@@ -47,7 +47,7 @@ class Measurement(NamedTuple):
     resolved: Resolved
     """With the rows per micro-batch that fitted."""
     timed_micro_batches: int
-    """Of each timed step: the recipe's, or as many as time allowed."""
+    """Of each timed step: the recipe's, or fewer if the time was short."""
     process_memory_bytes: int
     """Held by the process before there was a model; 0 on a GPU, where only tensors are counted."""
     peak_memory_bytes: int | None
@@ -56,17 +56,19 @@ class Measurement(NamedTuple):
     """In training and evaluation."""
 
 
-def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -> Measurement | None:
+def measure_step_costs(
+    resolved: Resolved, seconds: float, processes: int = 1, *, compiled: bool = True
+) -> Measurement | None:
     """Train for about `seconds`, with fewer rows per micro-batch if a GPU needs it.
 
-    `resolved` is for all `processes`; this one computes any micro-batches of a step, as many as it has time
-    for. None if not even one row fits into the GPU's memory.
+    `resolved` is for all `processes`; this one computes any micro-batches of a step, fewer if the time is
+    short. None if not even one row fits into the GPU's memory.
     """
     device, plan = resolved.compute.device, resolved.plan
     started_at = time.perf_counter()
     reset_peak_memory(device)
     process_memory = peak_memory_bytes(device) or 0
-    state, training = build_trial(resolved)
+    state, training = build_trial(resolved, compiled=compiled)
     with progress("measure", None, "steps") as advance:
         first_at = time.perf_counter()
         while not fits(state, training):
@@ -77,7 +79,7 @@ def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -
             training = dataclasses.replace(training, plan=plan)
         _step(state, training, 1)
         first = time.perf_counter() - first_at
-        advance(1, "compiled" if resolved.compute.compile else "")
+        advance(1, "compiled" if training.loss.compute.compile else "")
         micro_batch, update = time_parts(state, training, min(2, plan.micro_batches(state.step)))
         advance()
         left = max(seconds - (time.perf_counter() - started_at), MINIMUM_SHARE * seconds)
@@ -107,7 +109,7 @@ def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -
 
 
 def cost_quartiles(parts: StepCost, step_seconds: Sequence[float], micro_batches: int) -> CostRange:
-    """`parts` scaled so that steps of so many micro-batches take the quartiles of the timed ones.
+    """`parts` scaled so that steps of `micro_batches` take the quartiles of the timed ones.
 
     Parts are timed once and whole steps often, so only the ratio of the parts is used.
     """
@@ -120,18 +122,25 @@ def _scaled(parts: StepCost, factor: float) -> StepCost:
     return parts._replace(micro_batch=factor * parts.micro_batch, update=factor * parts.update)
 
 
-def build_trial(resolved: Resolved) -> tuple[TrainState, TrainSetup]:
-    """A new model, and everything to train it in this process alone, on random ids."""
+def build_trial(resolved: Resolved, *, compiled: bool = True) -> tuple[TrainState, TrainSetup]:
+    """A new model, and everything to train it in this process alone, on random ids.
+
+    Without `compiled`, not even where the recipe compiles.
+    """
     recipe, device = resolved.recipe, resolved.compute.device
-    alone = dataclasses.replace(
-        resolved, compute=dataclasses.replace(resolved.compute, sharding="none", deterministic_reduce=False)
+    compute = dataclasses.replace(
+        resolved.compute,
+        sharding="none",
+        deterministic_reduce=False,
+        compile=compiled and resolved.compute.compile,
     )
+    alone = dataclasses.replace(resolved, compute=compute)
     model = GPT(resolved.model, seed=recipe.seed).to(device)
     optimizer = build_optimizer(model, recipe.optimizer)
     state = TrainState(model, optimizer, scaler=build_scaler(device, resolved.compute.precision))
     # Any id can be the separator of documents: all are equally rare in random rows.
     separator = 0 if recipe.data.packing == "documents" else None
-    world = dataclasses.replace(SINGLE_PROCESS, device=device)
+    world = World(rank=0, size=1, device=device)
     return state, build_training(alone, model, RandomRows(resolved.model), world, separator)
 
 
@@ -143,17 +152,20 @@ class RandomRows:
         self._generator = torch.Generator().manual_seed(0)
 
     def batch(self, _first_row: int, rows: int) -> Batch:
-        """So many rows; other ones each time."""
+        """`rows` rows, different ones each time."""
         shape = (2, rows, self._context_length)
         ids, targets = torch.randint(self._vocab_size, shape, generator=self._generator)
         return Batch(ids, targets)
 
 
-def _step(state: TrainState, training: TrainSetup, micro_batches: int) -> float:
+def _step(
+    state: TrainState, training: TrainSetup, micro_batches: int, sharing: Replicated | None = None
+) -> float:
     """Seconds of one step of `overnight train` with `micro_batches`."""
     plan = training.plan
     cut = constant_plan(plan.tokens_per_row, plan.micro_batch_size, micro_batches)
-    return train_step(state, dataclasses.replace(training, plan=cut)).seconds
+    changed = dataclasses.replace(training, plan=cut, sharing=sharing or training.sharing)
+    return train_step(state, changed).seconds
 
 
 class Stopwatch(Replicated):
@@ -175,7 +187,7 @@ def time_parts(state: TrainState, training: TrainSetup, micro_batches: int) -> t
     """Seconds of the last micro-batch of a step, and of its update."""
     stopwatch = Stopwatch(state.model, training.world)
     started_at = time.perf_counter()
-    _step(state, dataclasses.replace(training, sharing=stopwatch), micro_batches)
+    _step(state, training, micro_batches, stopwatch)
     before, last = [started_at, *stopwatch.finished_at][-2:]
     return last - before, time.perf_counter() - last
 

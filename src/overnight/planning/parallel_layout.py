@@ -14,7 +14,14 @@ from overnight.planning.network import BETWEEN, Cluster, StepPrediction, find_li
 from overnight.recipe import Resolved
 from overnight.training import Compute, Sharding
 from overnight.training.batch import ROWS_AT_MOST, BatchPlan
-from overnight.training.memory import FitOption, MemoryEstimate, estimate_memory, fits_into, try_shardings
+from overnight.training.memory import (
+    FitOption,
+    MemoryEstimate,
+    Resources,
+    estimate_memory,
+    fits_into,
+    try_shardings,
+)
 
 SMALLEST_GAIN = 0.95  # of a step's time: options that save less are not suggested
 ACTIVATION_CHECKPOINTING: tuple[Literal["selective", "block"], ...] = ("selective", "block")
@@ -47,7 +54,6 @@ class ParallelLayout:
 
     def estimate_memory(self, model: ModelConfig, rows: int, compute: Compute) -> MemoryEstimate:
         """Memory of one process."""
-        compute = dataclasses.replace(compute, sharding=self.sharding)
         return estimate_memory(model, rows, compute, self.processes, self.processes_per_machine)
 
     def predict_step(self, model: ModelConfig, micro_batches: int, seconds: float) -> StepPrediction | None:
@@ -66,39 +72,39 @@ class ParallelLayout:
         return each if self.machines == 1 else f"{self.machines} machines of {each}"
 
 
-def choose_parallel_layout(
+def build_cluster(
     machines: int, processes_per_machine: int, device: Device | None, network: str
-) -> ParallelLayout:
-    """Processes with one GPU each of that row of the device table; on a CPU if `device` is None."""
-    cluster = device and Cluster(
+) -> Cluster | None:
+    """Processes with one GPU each of that row of the device table; None for a CPU."""
+    return device and Cluster(
         machines=machines,
         processes_per_machine=processes_per_machine,
         within=find_link_within(device.name),
         between=BETWEEN[network] if machines > 1 else None,
         memory_bytes_per_second=device.facts.bytes_per_second,
     )
-    return ParallelLayout(machines=machines, processes_per_machine=processes_per_machine, cluster=cluster)
 
 
-def with_sharding(layout: ParallelLayout, resolved: Resolved, memory_bytes: int | None) -> ParallelLayout:
-    """`layout` with the sharding of `resolved`, and the memory of those that were tried before it."""
-    if layout.processes == 1:
-        return layout
-    asked, model, rows = resolved.recipe.compute.sharding, resolved.model, resolved.plan.micro_batch_size
-    layout = dataclasses.replace(
-        layout, sharding=resolved.compute.sharding, is_sharding_requested=asked is not None
+def choose_parallel_layout(
+    resolved: Resolved, resources: Resources, cluster: Cluster | None
+) -> ParallelLayout:
+    """The processes of a run, with its sharding and the memory of those that were tried before it."""
+    _, memory_bytes, processes, per_machine = resources
+    model, rows, compute = resolved.model, resolved.plan.micro_batch_size, resolved.compute
+    is_requested, needed = resolved.recipe.compute.sharding is not None, {}
+    if processes > 1 and is_requested:
+        estimate = estimate_memory(model, rows, compute, processes, per_machine)
+        needed = {compute.sharding: estimate.together}
+    elif processes > 1:
+        needed = try_shardings(model, rows, compute, memory_bytes, processes, per_machine)
+    return ParallelLayout(
+        machines=processes // per_machine,
+        processes_per_machine=per_machine,
+        cluster=cluster,
+        sharding=compute.sharding if processes > 1 else "none",
+        needed_bytes_by_sharding=needed,
+        is_sharding_requested=processes > 1 and is_requested,
     )
-    tried: list[Sharding] = [resolved.compute.sharding]
-    if asked is None and memory_bytes is not None:
-        group = (layout.processes, layout.processes_per_machine)
-        tried = [*try_shardings(model, rows, resolved.compute, memory_bytes, *group)]
-    needed = {
-        sharding: dataclasses.replace(layout, sharding=sharding)
-        .estimate_memory(model, rows, resolved.compute)
-        .together
-        for sharding in tried
-    }
-    return dataclasses.replace(layout, needed_bytes_by_sharding=needed)
 
 
 def find_processes(layout: ParallelLayout, resolved: Resolved, memory_bytes: int) -> FitOption | None:

@@ -24,9 +24,9 @@ from overnight.recipe import Resolved
 from overnight.training.memory import FitOption, MemoryEstimate
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Plan:
-    """What is planned, for which machine, and the figures found."""
+    """What is planned, for which machine, and the figures found, which are filled in step by step."""
 
     name: str
     """Of the recipe, as the user gave it."""
@@ -100,10 +100,9 @@ class Plan:
         peak = self.peak_flops and self.peak_flops * layout.processes
         return forecast_run(resolved, self.counts, costs, peak, self.dollars_per_hour), communication
 
-    def with_costs(self, costs: CostRange) -> Plan:
-        """The plan with the forecast that follows from the costs of one process."""
-        forecast, communication = self.forecast_with(costs)
-        return dataclasses.replace(self, forecast=forecast, communication=communication)
+    def add_forecast(self, costs: CostRange) -> None:
+        """Fill in what follows from the costs of one process."""
+        self.forecast, self.communication = self.forecast_with(costs)
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

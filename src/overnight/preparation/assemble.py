@@ -6,9 +6,9 @@ Nothing here depends on the number of workers.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from overnight.preparation.decontaminate import benchmark_names
 from overnight.preparation.dedup import find_near_duplicates
 from overnight.preparation.documents import (
     KEPT,
+    RECORD,
     STATUSES,
     DocumentStatus,
     Records,
@@ -29,9 +30,9 @@ from overnight.preparation.documents import (
     is_validation,
     kept_mask,
 )
-from overnight.preparation.prepare_config import MOST_SHARDS
+from overnight.preparation.prepare_config import MOST_SHARDS, PrepareConfig
 from overnight.preparation.prepare_state import PrepareState, open_tokenizer, read_state, target_units
-from overnight.preparation.tokenize import TokenizedUnit, read_unit
+from overnight.preparation.tokenize import count_documents, read_unit
 from overnight.run_directory import write_atomically
 
 NOT_WANTED = len(STATUSES)  # status of a document behind the last one that `tokens` asks for
@@ -73,17 +74,25 @@ def decide_layout(staging: Path, state: PrepareState, units: int) -> ShardLayout
 
     Writes both into the staging folder. Raises ValueError if there are too many shards.
     """
-    tokenized = [read_unit(staging, number) for number in range(units)]
-    records = [unit.records for unit in tokenized]
-    status = _decide_status(staging, state, tokenized)
-    np.save(staging / "status.npy", np.concatenate(status))
+    sizes = [count_documents(staging, number) for number in range(units)]
+    first_documents = [0, *itertools.accumulate(sizes)]
+    records = np.empty(first_documents[-1], dtype=RECORD)
+    shared = np.zeros(first_documents[-1], dtype=np.uint64)
+    damaged_files = {*state.damaged_files}
+    for number, (begin, end) in enumerate(itertools.pairwise(first_documents)):
+        unit = read_unit(staging, number)
+        records[begin:end], shared[begin:end] = unit.records, unit.shared
+        damaged_files |= {*unit.damaged_files}
+    status = _decide_status(staging, state, records, shared, first_documents)
+    np.save(staging / "status.npy", status)
+    counts = np.bincount(status, minlength=NOT_WANTED + 1).tolist()
     layout = ShardLayout(
         shard_tokens=state.config.shard_tokens,
-        starts={split: _starts(split, status, records, state) for split in SPLITS},
-        first_documents=[0, *np.cumsum([len(unit) for unit in records]).tolist()],
-        documents=dict(Counter(STATUSES[code] for unit in status for code in unit if code != NOT_WANTED)),
-        damaged_files=len(state.damaged_files) + len({n for unit in tokenized for n in unit.damaged_files}),
-        contaminated=_count_contaminated(status, tokenized, benchmark_names(state.config.benchmark_paths)),
+        starts={split: _starts(split, status, records, state)[first_documents].tolist() for split in SPLITS},
+        first_documents=first_documents,
+        documents={name: count for name, count in zip(STATUSES, counts, strict=False) if count},
+        damaged_files=len(damaged_files),
+        contaminated=_count_contaminated(status, shared, state.config),
     )
     for split in SPLITS:
         if (shards := len(layout.shards(split))) > MOST_SHARDS:
@@ -228,60 +237,41 @@ def open_assembler(staging: Path) -> ShardAssembler:
 
 
 def _decide_status(
-    staging: Path, state: PrepareState, units: Sequence[TokenizedUnit]
-) -> list[NDArray[np.uint8]]:
-    """For each unit the status codes of its documents."""
-    records = [unit.records for unit in units]
-    status: list[NDArray[np.uint8]] = [unit["status"].copy() for unit in records]
-
-    def mark(chosen: list[NDArray[np.bool_]], name: DocumentStatus) -> None:
-        for unit, documents in zip(status, chosen, strict=True):
-            unit[documents] = STATUSES.index(name)
-
-    mark(find_duplicates(records), "duplicate")
+    staging: Path,
+    state: PrepareState,
+    records: Records,
+    shared: NDArray[np.uint64],
+    first_documents: list[int],
+) -> NDArray[np.uint8]:
+    """(documents,): the status codes of all documents."""
+    status: NDArray[np.uint8] = records["status"].copy()
+    status[find_duplicates(records)] = STATUSES.index("duplicate")
     if state.config.on_contaminated == "drop":
-        mark(
-            [(u.shared > 0) & kept_mask(codes) for u, codes in zip(units, status, strict=True)],
-            "contaminated",
-        )
+        status[(shared > 0) & kept_mask(status)] = STATUSES.index("contaminated")
     if state.config.near_duplicates == "drop":
-        mark(find_near_duplicates(staging, status), "near-duplicate")
+        near_duplicates = find_near_duplicates(staging, status, first_documents)
+        status[near_duplicates] = STATUSES.index("near-duplicate")
     if state.config.tokens is not None:
-        _mark_not_wanted(status, records, state.config.tokens)
+        kept_tokens = np.where(kept_mask(status), records["tokens"], 0).astype(np.int64)
+        status[np.cumsum(kept_tokens) - kept_tokens >= state.config.tokens] = NOT_WANTED
     return status
 
 
-def _mark_not_wanted(status: list[NDArray[np.uint8]], units: list[Records], tokens: int) -> None:
-    """Mark what lies behind the document with which both splits together reach `tokens`."""
-    so_far = 0
-    for codes, records in zip(status, units, strict=True):
-        kept = np.where(kept_mask(codes), records["tokens"], 0).astype(np.int64)
-        reached = so_far + np.cumsum(kept)
-        so_far = int(reached[-1]) if reached.size else so_far
-        codes[reached - kept >= tokens] = NOT_WANTED
-
-
 def _count_contaminated(
-    status: list[NDArray[np.uint8]], units: list[TokenizedUnit], benchmarks: Iterable[str]
+    status: NDArray[np.uint8], shared: NDArray[np.uint64], config: PrepareConfig
 ) -> dict[str, int]:
     """By benchmark, how many documents share a passage with it: those kept, or left out for it."""
-    counted = [kept_mask(codes) | (codes == STATUSES.index("contaminated")) for codes in status]
-    shared = [unit.shared[chosen] for unit, chosen in zip(units, counted, strict=True)]
-    return {
-        name: sum(int(np.count_nonzero(bits & np.uint64(1 << number))) for bits in shared)
-        for number, name in enumerate(benchmarks)
-    }
+    found = shared[kept_mask(status) | (status == STATUSES.index("contaminated"))]
+    names = benchmark_names(config.benchmark_paths)
+    return {name: int(np.count_nonzero(found & np.uint64(1 << bit))) for bit, name in enumerate(names)}
 
 
 def _starts(
-    split: str, status: list[NDArray[np.uint8]], units: list[Records], state: PrepareState
-) -> list[int]:
-    """Where each unit begins among the tokens of a split, and last where all end."""
-    sizes = [
-        int(records["tokens"][_in_split(split, codes, records, state)].sum())
-        for codes, records in zip(status, units, strict=True)
-    ]
-    return [0, *np.cumsum(sizes).tolist()]
+    split: str, status: NDArray[np.uint8], records: Records, state: PrepareState
+) -> NDArray[np.int64]:
+    """(documents + 1,): where each document begins among the tokens of a split, or would begin."""
+    tokens = np.where(_in_split(split, status, records, state), records["tokens"], 0)
+    return np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
 
 
 def _in_split(

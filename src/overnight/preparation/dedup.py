@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,17 +20,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.preparation.documents import KEPT, Document, filter_documents, kept_mask
-from overnight.preparation.executors import Step, count_threads, run_step, silence_datatrove
+from overnight.preparation.documents import KEPT, Document, kept_mask
+from overnight.preparation.executors import Step, divide_workers, run_step, silence_datatrove
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.prepare_state import PrepareState, read_state, target_units
-from overnight.preparation.sources import read_parts
-from overnight.preparation.tokenize import sound_parts
+from overnight.preparation.tokenize import open_unit
 from overnight.run_directory import flush_to_disk
 from overnight.terminal import progress
 
 BUCKETS = 14
 OTHER_OPEN_FILES = 200  # of this process, generously
+NO_CLUSTER = 2**32 - 1
 
 
 def require_datatrove() -> None:
@@ -56,7 +56,7 @@ def compare_units(staging: Path, units: int, config: PrepareConfig) -> None:
             advance(signed - shown)
             shown = signed
 
-        sign = partial(sign_documents, threads=count_threads(config, units))
+        sign = partial(sign_documents, threads=divide_workers(config, units)[1])
         run_step(sign, staging, units, config, watch)
     run_step(pair_documents, staging, BUCKETS, config)
     run_step(cluster_documents, staging, 1, config)
@@ -84,8 +84,7 @@ def _sign_unit(staging: Path, state: PrepareState, number: int) -> None:
     done = folder / f"{number:05d}.signed"
     if done.is_file():
         return
-    parts, _ = sound_parts(state.units[number], state)
-    documents = filter_documents(read_parts(parts, state.config.text_column), state.config.on_bad_text)
+    documents, _ = open_unit(state, number)
     empty = Document("", "")  # has no n-grams, hence no signature
     WordSignature(folder).run(
         (document if status in KEPT else empty for document, status in documents), number
@@ -132,30 +131,24 @@ def forget_clusters(staging: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def find_near_duplicates(staging: Path, status: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.bool_]]:
-    """For each unit, which documents are near-duplicates of an earlier one, in any unit.
+def find_near_duplicates(
+    staging: Path, status: NDArray[np.uint8], first_documents: list[int]
+) -> NDArray[np.bool_]:
+    """Which documents are near-duplicates of an earlier one, in any unit.
 
     `status` is that of the documents so far: the first kept document of a cluster stays.
     """
-    found = [np.zeros(len(codes), dtype=bool) for codes in status]
-    pairs = [_clustered(staging, number, codes) for number, codes in enumerate(status)]
-    clusters = np.concatenate([pair[:, 1] for pair in pairs])
-    is_near = np.ones(clusters.size, dtype=bool)
-    is_near[np.unique(clusters, return_index=True)[1]] = False
-    ends = np.cumsum([len(pair) for pair in pairs])[:-1]
-    for documents, pair, near in zip(found, pairs, np.split(is_near, ends), strict=True):
-        documents[pair[near, 0]] = True
-    return found
-
-
-def _clustered(staging: Path, number: int, status: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """(documents, 2): the kept documents of a unit that belong to a cluster, and that cluster."""
-    path = staging / "near" / "clusters" / f"{number:06d}.clusters"
-    if not path.is_file():
-        return np.zeros((0, 2), dtype=np.uint32)
-    pairs = np.fromfile(path, dtype="<u4").reshape(-1, 2)
-    clustered: NDArray[np.uint32] = pairs[kept_mask(status)[pairs[:, 0]]]
-    return clustered
+    clusters = np.full(len(status), NO_CLUSTER, dtype=np.uint32)
+    for number, first in enumerate(first_documents[:-1]):
+        path = staging / "near" / "clusters" / f"{number:06d}.clusters"
+        if path.is_file():
+            documents, cluster = np.fromfile(path, dtype="<u4").reshape(-1, 2).T
+            clusters[first + documents.astype(np.int64)] = cluster
+    members = np.flatnonzero(kept_mask(status) & (clusters != NO_CLUSTER))
+    is_near = np.zeros(len(status), dtype=bool)
+    is_near[members] = True
+    is_near[members[np.unique(clusters[members], return_index=True)[1]]] = False  # the first of each cluster
+    return is_near
 
 
 def _flush(paths: Iterable[Path]) -> None:

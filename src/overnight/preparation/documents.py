@@ -11,9 +11,10 @@ Nothing is dropped by the readers: text that can't be read is a document with `d
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
@@ -175,35 +176,21 @@ def kept_mask(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return np.isin(status, [STATUSES.index(name) for name in KEPT])
 
 
-def find_duplicates(groups: Sequence[Records]) -> list[NDArray[np.bool_]]:
-    """For each group of records, which documents equal an earlier one, in this group or one before.
+def find_duplicates(records: Records) -> NDArray[np.bool_]:
+    """Which documents equal an earlier one; only kept documents count.
 
-    Only kept documents count. One range of hashes is in memory at a time, so the number is not limited.
+    Sorts one range of hashes at a time, so that the number of documents is not limited by the memory for it.
     """
-    found = [np.zeros(len(records), dtype=bool) for records in groups]
-    ranges = -(-max(1, sum(map(len, groups))) // HASHES_AT_ONCE)
+    is_duplicate = np.zeros(len(records), dtype=bool)
+    is_kept, high, low = kept_mask(records["status"]), records["hash_high"], records["hash_low"]
+    ranges = -(-max(1, len(records)) // HASHES_AT_ONCE)
     edges = [2**64 * number // ranges for number in range(ranges + 1)]
-    for begin, end in zip(edges, edges[1:], strict=False):
-        indices = [_indices_in_range(records, begin, end) for records in groups]
-        high, low = (
-            np.concatenate([records[half][chosen] for records, chosen in zip(groups, indices, strict=True)])
-            for half in ("hash_high", "hash_low")
-        )
-        order = np.lexsort((low, high))  # stable: equal documents stay in their order
+    for begin, end in itertools.pairwise(edges):
+        chosen = np.flatnonzero(is_kept & (high >= np.uint64(begin)) & (high <= np.uint64(end - 1)))
+        order = chosen[np.lexsort((low[chosen], high[chosen]))]  # stable: equal documents stay in their order
         equal = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
-        is_duplicate = np.zeros(len(order), dtype=bool)
         is_duplicate[order[1:][equal]] = True
-        sizes = np.cumsum([len(chosen) for chosen in indices])[:-1]
-        for group, chosen, part in zip(found, indices, np.split(is_duplicate, sizes), strict=True):
-            group[chosen] = part
-    return found
-
-
-def _indices_in_range(records: Records, begin: int, end: int) -> NDArray[np.intp]:
-    """The kept documents whose first half of the hash is at least `begin` and below `end`."""
-    high = records["hash_high"]
-    inside = (high >= np.uint64(begin)) & (high <= np.uint64(end - 1)) & kept_mask(records["status"])
-    return np.flatnonzero(inside)
+    return is_duplicate
 
 
 def _read_text(part: Part) -> Iterator[Document]:
@@ -300,12 +287,9 @@ def _open_parquet_text(file: TextFile, text_column: str) -> Any:
 def _row_group_bytes(file: TextFile, text_column: str) -> list[int]:
     """Bytes of the text column in each row group, before compression."""
     metadata = _open_parquet_text(file, text_column).metadata
+    paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    columns = ([group.column(index) for index in range(group.num_columns)] for group in groups)
-    return [
-        sum(column.total_uncompressed_size for column in each if column.path_in_schema == text_column)
-        for each in columns
-    ]
+    return [group.column(paths.index(text_column)).total_uncompressed_size for group in groups]
 
 
 def _require_column(text_column: str, columns: list[str], where: str) -> None:

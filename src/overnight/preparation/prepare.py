@@ -76,7 +76,7 @@ def prepare(config: PrepareConfig) -> Manifest | None:
     raise_problems(config.problems(), "prepare")
     folder = output_folder(config)
     with plain_file_errors(folder):
-        preparation = plan_text(config) if config.from_shards is None else plan_import(config)
+        preparation = plan_preparation(config) if config.from_shards is None else plan_import(config)
         existing = _find_prepared(folder, preparation.request)  # needs no lock: a folder appears whole
         if existing is None:
             with exclusive(folder):
@@ -146,7 +146,7 @@ class TextPreparation:
         state = _plan_work(self.config, self.source, self.request)
         if self.config.near_duplicates == "drop":
             dedup.require_datatrove()
-        with staging_folder(folder, lambda staging: is_begun(staging, self.request)) as staging:
+        with staging_folder(folder, lambda staging: is_begun(staging, state)) as staging:
             if executors.is_with_slurm(staging):
                 return None
             if not is_complete(staging):
@@ -161,7 +161,7 @@ class TextPreparation:
         return manifest
 
 
-def plan_text(config: PrepareConfig) -> TextPreparation:
+def plan_preparation(config: PrepareConfig) -> TextPreparation:
     """Open the source that `config` names. Raises ValueError if there is none."""
     source = open_source(config.source or "", config.subset, config.from_file)
     return TextPreparation(config, source, _request(config, source))
@@ -263,7 +263,7 @@ def _begin(staging: Path, state: PrepareState) -> int:
     """Write what all workers need into the staging folder; returns how many units are probably enough."""
     tokens, benchmarks = state.config.tokens, state.config.benchmark_paths
     units = state.units_for(float("inf") if tokens is None else tokens * BYTES_PER_TOKEN_AT_MOST)
-    if not is_begun(staging, state.request):
+    if not is_begun(staging, state):
         (staging / "units").mkdir()
         early = state.units_for(EARLY_BYTES) if _shows_early(state.config) else units
         request_units(staging, min(units, early))
@@ -301,7 +301,8 @@ def _tokenize_here(staging: Path, state: PrepareState, enough: int) -> int:
     with progress("encoding", sum(state.unit_bytes[:enough]) / 1e6, "MB") as advance:
         watch = _watch_tokenizing(staging, state, advance)
         while True:
-            step = partial(tokenize.tokenize_units, threads=executors.count_threads(config, units))
+            _, threads = executors.divide_workers(config, units)
+            step = partial(tokenize.tokenize_units, threads=threads)
             executors.run_step(step, staging, units, config, watch)
             if units >= enough:
                 break
@@ -343,12 +344,11 @@ def _show_early(staging: Path, state: PrepareState, units: int) -> None:
     layout = assemble.decide_layout(staging, state, units)
     step = partial(assemble.write_shards, only_full=True)
     executors.run_step(step, staging, _count_writers(layout), state.config)
-    show_so_far(staging)
+    show_so_far(assemble.ShardAssembler(staging, state, layout))
 
 
-def show_so_far(staging: Path) -> None:
+def show_so_far(assembler: assemble.ShardAssembler) -> None:
     """List the complete shards in so-far.json; of the validation split also the beginning of the next one."""
-    assembler = assemble.open_assembler(staging)
     shards = {
         split: tuple(
             assembler.write(split, index) for index in assembler.layout.shards(split, only_full=True)
@@ -356,7 +356,7 @@ def show_so_far(staging: Path) -> None:
         for split in SPLITS
     }
     shards["validation"] += assembler.write_unfinished("validation")
-    write_manifest(staging, assembler.manifest(shards), SO_FAR)
+    write_manifest(assembler.staging, assembler.manifest(shards), SO_FAR)
 
 
 def _count_writers(layout: assemble.ShardLayout) -> int:

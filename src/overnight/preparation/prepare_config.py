@@ -78,14 +78,15 @@ class PrepareConfig:
     from_file: str | None = None
     """Your own copy of what would be downloaded, for a machine without a network."""
     decontaminate: tuple[str, ...] = ()
-    """Benchmarks' files (.jsonl, .txt, .tokens; spaces or commas between them): count the documents that
+    """Files of benchmarks (.jsonl, .txt, .tokens; separated by spaces or commas): count the documents that
     share 13 words in a row with one."""
     on_contaminated: Literal["report", "drop"] = "report"
     """Documents that share a passage with a benchmark: keep and count them, or leave them out."""
     near_duplicates: Literal["keep", "drop"] = "keep"
-    """Documents that differ in a few words (MinHash): keep all, or only the first of those alike."""
+    """Documents that differ in a few words (MinHash): keep all, or only the first of each cluster."""
     tokens: Annotated[int | None, _count_option(optional=True)] = None
-    """Stop after the document with which both splits together have this many (500M, 10B); all if left out."""
+    """Stop after the document with which both splits together have this many tokens (500M, 10B); all if left
+    out."""
     shard_tokens: Annotated[int, _count_option(optional=False)] = 100_000_000
     """Tokens per shard."""
     workers: int | None = None
@@ -95,7 +96,7 @@ class PrepareConfig:
     tasks: int | None = None
     """How many jobs of Slurm or Ray the work is divided into; 10 if left out."""
     slurm_partition: str | None = None
-    """Where sbatch is to send the jobs."""
+    """The partition that sbatch submits to."""
     slurm_time: str = "04:00:00"
     """Each job's time limit."""
 
@@ -132,7 +133,7 @@ class PrepareConfig:
         if self.train_tokenizer is not None and self.tokenizer != "gpt2":
             found.append(f"give only one of train_tokenizer and tokenizer={self.tokenizer}")
         if self.executor == "slurm" and self.slurm_partition is None:
-            found.append("executor=slurm needs slurm_partition: where sbatch is to send the jobs")
+            found.append("executor=slurm needs slurm_partition: the partition that sbatch submits to")
         if self.executor == "local" and self.tasks is not None:
             found.append("tasks is for executor=slurm and executor=ray; here, give workers")
         if self.source is None and self.from_shards is None:

@@ -69,8 +69,14 @@ def write_state(staging: Path, state: PrepareState) -> None:
 
 
 def read_state(staging: Path) -> PrepareState:
-    """What `write_state` wrote."""
-    values: dict[str, Any] = json.loads((staging / "work.json").read_text(encoding="utf-8"))
+    """What `write_state` wrote, parsed once per process: of a large source it is megabytes."""
+    path = staging / "work.json"
+    return _parse_state(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _parse_state(path: Path, _modified_ns: int) -> PrepareState:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     units = tuple(
         tuple(Part(TextFile(**part["file"]), part["groups"] and tuple(part["groups"])) for part in unit)
         for unit in values.pop("units")
@@ -87,13 +93,15 @@ def is_complete(staging: Path) -> bool:
     return (staging / MANIFEST).is_file()
 
 
-def is_begun(staging: Path, request: Request) -> bool:
-    """True if the folder holds a part of this request, or all of it."""
+def is_begun(staging: Path, state: PrepareState) -> bool:
+    """True if the folder holds a part of this very work, or all of it."""
     try:
-        found = read_manifest(staging).request if is_complete(staging) else read_state(staging).request
+        if is_complete(staging):
+            return read_manifest(staging).request == state.request
+        found = read_state(staging)
     except (OSError, ValueError, LookupError, TypeError):
         return False
-    return found == request
+    return (found.request, found.units) == (state.request, state.units)
 
 
 def request_units(staging: Path, units: int) -> None:

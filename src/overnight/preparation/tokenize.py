@@ -120,8 +120,7 @@ def tokenize_unit(staging: Path, state: PrepareState, number: int, threads: int 
     if path.with_suffix(".json").is_file():
         return
     tokenizer = open_tokenizer(staging)
-    parts, damaged_files = sound_parts(state.units[number], state)
-    documents = filter_documents(read_parts(parts, state.config.text_column), state.config.on_bad_text)
+    documents, damaged_files = open_unit(state, number)
     shared: dict[int, int] = {}
     if state.config.benchmark_paths:
         documents = _search_benchmarks(documents, open_search(staging), shared)
@@ -145,6 +144,11 @@ def read_unit(staging: Path, number: int) -> TokenizedUnit:
     for document, bits in content["shared"].items():
         shared[int(document)] = bits
     return TokenizedUnit(records, path.with_suffix(".ids"), content["damaged_files"], shared)
+
+
+def count_documents(staging: Path, number: int) -> int:
+    """How many documents a tokenized unit has."""
+    return (staging / "units" / f"{number:05d}.documents").stat().st_size // RECORD.itemsize
 
 
 def tokenize_documents(
@@ -175,12 +179,19 @@ def documents_in_order(state: PrepareState) -> Iterator[Document]:
     """Every document of all units, without damaged files if they are to be skipped."""
     first, *others = state.units
     # read_parts parses Python's documentation at once, with a progress bar, which must not overlap another.
-    documents = read_parts(sound_parts(first, state)[0], state.config.text_column)
-    later = (read_parts(sound_parts(unit, state)[0], state.config.text_column) for unit in others)
+    documents = read_parts(_sound_parts(first, state)[0], state.config.text_column)
+    later = (read_parts(_sound_parts(unit, state)[0], state.config.text_column) for unit in others)
     return itertools.chain(documents, itertools.chain.from_iterable(later))
 
 
-def sound_parts(unit: Unit, state: PrepareState) -> tuple[list[Part], list[str]]:
+def open_unit(state: PrepareState, number: int) -> tuple[Iterator[FilteredDocument], list[str]]:
+    """The documents of a unit, and the names of the damaged files that are left out."""
+    parts, damaged_files = _sound_parts(state.units[number], state)
+    documents = read_parts(parts, state.config.text_column)
+    return filter_documents(documents, state.config.on_bad_text), damaged_files
+
+
+def _sound_parts(unit: Unit, state: PrepareState) -> tuple[list[Part], list[str]]:
     """The parts of a unit that can be read to their end, and the file names of the others.
 
     Checked only if damaged files are to be skipped: packed and Parquet files are read twice then.

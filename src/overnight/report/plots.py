@@ -17,7 +17,8 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from overnight.report.run_data import RunData, Series, smoothed
+from overnight.baselines.band import Series
+from overnight.report.run_data import RunData, smoothed
 from overnight.terminal import scientific, short, significant
 
 if TYPE_CHECKING:

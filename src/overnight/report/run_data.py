@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
-from numpy.typing import NDArray
 
-from overnight.baselines.band import COLUMNS as BAND_COLUMNS
-from overnight.baselines.band import find_band
+from overnight.baselines.band import Series, columns_of, find_band
 from overnight.baselines.verdict import BandComparison, compare_with_band
-from overnight.runs.json_lines import EVALUATION_KEYS, EVENT_KEYS, METRICS_KEYS, read_lines
+from overnight.runs.json_lines import EVENT_KEYS, LOSS_KEYS, read_lines
 from overnight.runs.status import RunStatus, describe_run, flat_settings
 
 COLUMNS = (
@@ -26,7 +23,6 @@ WINDOWS_PER_RUN = 100
 """A smoothed curve averages over this fraction of a run; shorter runs than twice that are not smoothed."""
 
 Lines = tuple[dict[str, Any], ...]
-Series = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +73,13 @@ class RunData:
 def read_run(path: Path) -> RunData:
     """Read the run in `path`. Damaged parts are left out and reported in `problems`."""
     problems: list[str] = []
-    lines = _read_steps(path / "metrics.jsonl", METRICS_KEYS, problems)
-    metrics = {name: column(lines, name) for name in COLUMNS}
+    lines = _read_steps(path / "metrics.jsonl", LOSS_KEYS, problems)
+    metrics = columns_of(lines, COLUMNS)
     events = path / "events"
-    evaluations = _read_steps(events / "evaluations.jsonl", EVALUATION_KEYS, problems)
+    evaluations = _read_steps(events / "evaluations.jsonl", LOSS_KEYS, problems)
     recipe, data = (_read_object(path / name, problems) for name in ("recipe.toml", "data.json"))
     settings = flat_settings(recipe)
     band = find_band(settings, data)
-    columns = {name: metrics[name].tolist() for name in BAND_COLUMNS}
     return RunData(
         status=describe_run(path),
         recipe=recipe,
@@ -97,7 +92,7 @@ def read_run(path: Path) -> RunData:
         samples=_read_events(events / "samples.jsonl", EVENT_KEYS, problems),
         tasks=_read_events(events / "tasks.jsonl", EVENT_KEYS, problems),
         rollbacks=_read_events(events / "rollbacks.jsonl", EVENT_KEYS, problems),
-        comparison=compare_with_band(band, columns, evaluations, settings) if band else None,
+        comparison=compare_with_band(band, metrics, evaluations, settings) if band else None,
         problems=tuple(problems),
     )
 
@@ -139,12 +134,6 @@ def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
 def is_finite(number: object) -> TypeGuard[float]:
     """True for a number that can be drawn and printed."""
     return isinstance(number, int | float) and bool(np.isfinite(number))
-
-
-def column(lines: Sequence[Mapping[str, Any]], key: str) -> Series:
-    """`key` of every line as float64; NaN where a line has no such number."""
-    values = (line.get(key) for line in lines)
-    return np.array([value if isinstance(value, int | float) else np.nan for value in values], np.float64)
 
 
 def median(series: Series) -> float | None:

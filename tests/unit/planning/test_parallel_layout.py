@@ -14,7 +14,7 @@ from overnight.planning import measure
 from overnight.planning.command import command_after_plan, plan_recipe
 from overnight.planning.network import BETWEEN, predict_step
 from overnight.planning.page import plan_text
-from overnight.planning.parallel_layout import ParallelLayout, choose_parallel_layout, scale_cost
+from overnight.planning.parallel_layout import ParallelLayout, scale_cost
 from overnight.planning.plan import Plan, plan_to_json
 from overnight.recipe import load_recipe
 from overnight.training import Compute
@@ -120,10 +120,10 @@ def test_communication_of_every_micro_batch_overlaps_or_not(plan_for: PlanFor) -
 
 def test_processes_on_a_cpu_share_its_cores() -> None:
     model = load_recipe("quickstart").model
-    cost = scale_cost(choose_parallel_layout(1, 4, None, "400g"), model, COST, 0.5)
+    cost = scale_cost(ParallelLayout(processes_per_machine=4), model, COST, 0.5)
     assert cost.micro_batch == COST.micro_batch, "four at a time, each four times as slow"
     assert cost.update == 4 * COST.update
-    two = scale_cost(choose_parallel_layout(2, 4, None, "400g"), model, COST, 0.5)
+    two = scale_cost(ParallelLayout(machines=2, processes_per_machine=4), model, COST, 0.5)
     assert two.micro_batch == COST.micro_batch / 2
 
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from overnight.training.checkpoint.format import TensorFiles, TensorShard, write_tensors
+from overnight.training.checkpoint.format import TensorFiles, write_tensors
+from overnight.training.state import TensorShard
 
 SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=4)
 
@@ -43,7 +44,7 @@ def write_all(folder: Path, dealt: list[dict[str, TensorShard]]) -> list[Path]:
 
 @settings(max_examples=60)
 @given(SHAPES, st.integers(1, 4), st.data())
-def test_pieces_are_read_back_whole(shapes: list[list[int]], files: int, draw: st.DataObject) -> None:
+def test_pieces_are_read_back_whole(shapes, files, draw):
     tensors = draw_tensors(shapes)
     with tempfile.TemporaryDirectory() as folder:
         found = TensorFiles(write_all(Path(folder), cut(tensors, draw, files)))
@@ -56,9 +57,7 @@ def test_pieces_are_read_back_whole(shapes: list[list[int]], files: int, draw: s
 
 @settings(max_examples=60)
 @given(SHAPES, st.integers(1, 4), st.data())
-def test_any_rows_are_read_and_rows_beyond_the_last_are_zero(
-    shapes: list[list[int]], files: int, draw: st.DataObject
-) -> None:
+def test_any_rows_are_read_and_rows_beyond_the_last_are_zero(shapes, files, draw):
     """As a process reads its share of the embedding, which is padded at its end."""
     tensors = draw_tensors(shapes)
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +73,7 @@ def test_any_rows_are_read_and_rows_beyond_the_last_are_zero(
 
 @settings(max_examples=30)
 @given(st.integers(2, 9), st.data())
-def test_missing_rows_are_detected(rows: int, draw: st.DataObject) -> None:
+def test_missing_rows_are_detected(rows, draw):
     """Any piece but the last: how long a tensor was nobody knows but the model that reads it."""
     tensor = torch.arange(rows * 2.0).view(rows, 2)
     place = draw.draw(st.integers(1, rows - 1))
@@ -88,7 +87,7 @@ def test_missing_rows_are_detected(rows: int, draw: st.DataObject) -> None:
             _ = TensorFiles([first, last, last]).shapes
 
 
-def test_file_of_whole_tensors_has_no_metadata(tmp_path: Path) -> None:
+def test_file_of_whole_tensors_has_no_metadata(tmp_path):
     """What others read has nothing unusual in it."""
     tensors = draw_tensors([[3, 2], [4]])
     write_tensors(tmp_path / "a", {name: TensorShard(tensor, 0) for name, tensor in tensors.items()})
@@ -96,13 +95,13 @@ def test_file_of_whole_tensors_has_no_metadata(tmp_path: Path) -> None:
     assert all(torch.equal(load_file(tmp_path / "a")[name], tensor) for name, tensor in tensors.items())
 
 
-def test_file_may_be_empty(tmp_path: Path) -> None:
+def test_file_may_be_empty(tmp_path):
     tensor = torch.ones(2, 2)
     found = TensorFiles(write_all(tmp_path, [{}, {"t": TensorShard(tensor, 0)}, {}]))
     assert found.shapes == {"t": tensor.shape}
 
 
-def test_view_is_written_without_its_base(tmp_path: Path) -> None:
+def test_view_is_written_without_its_base(tmp_path):
     """Rows of a larger tensor, and a transposed one, are copied, not what lies around them."""
     large = torch.arange(200_000.0).view(100, 2000)
     write_tensors(
