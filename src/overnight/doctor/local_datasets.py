@@ -11,7 +11,7 @@ from overnight.data import DataConfig
 from overnight.data.text_files import find_files, is_remote
 from overnight.planning.estimate import find_prepared
 from overnight.preparation.prepare import ensure_prepared
-from overnight.preparation.prepare_commands import find_recipe_text, find_told_commands
+from overnight.preparation.prepare_commands import find_recipe_text, find_listed_commands
 from overnight.preparation.sources import source_name
 from overnight.run_directory import cache_folder
 
@@ -44,7 +44,7 @@ def _find(path: str, config: DataConfig, name: str) -> LocalDataset:
     if is_small_and_local(path):
         ensure_prepared(dataclasses.replace(config, data=path, mixture=(), shuffle_window=None))
         return LocalDataset(path, Path(folder))
-    command = find_told_commands(name).get(folder, command)
+    command = find_listed_commands(name).get(folder, command)
     if not command:
         source_name(path)  # raises ValueError if the source does not exist
         command = ("overnight", "prepare", path)
