@@ -11,7 +11,7 @@ from overnight.data import DataConfig
 from overnight.data.text_files import find_files, is_remote
 from overnight.planning.estimate import find_prepared
 from overnight.preparation.prepare import ensure_prepared
-from overnight.preparation.prepare_commands import find_recipe_text, find_listed_commands
+from overnight.preparation.prepare_commands import find_listed_commands, find_recipe_text
 from overnight.preparation.sources import source_name
 from overnight.run_directory import cache_folder
 
