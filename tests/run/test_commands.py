@@ -159,6 +159,7 @@ def call(line: str) -> tuple[int, str, str]:
 
 def normalise(text: str, place: Path) -> str:
     """Without the place, dates, numbers and their units; lines wrapped to the width are joined."""
+    text = text.replace(sysconfig.get_path("scripts"), "BIN")
     text = text.replace(f"{place.resolve()}/", "").replace(f"{place}/", "").replace(str(place), ".")
     text = re.sub(r"\d{4}-\d\d-\d\d[T \d:+]*|\w{3} \d+ \w{3} \d{4} \d\d:\d\d", "DATE", text)
     text = re.sub(r"(?<![\w-])\d[\d,]*(\.\d+)?(e[+-]?\d+)?[kMx]?(?![\w-])", "N", text)
