@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shlex
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
