@@ -66,7 +66,7 @@ class IncrementalFolder:
         """The manifest at `path`, once its shards are verified, and whether it is the final one."""
         is_complete = path == self.folder
         manifest = read_manifest(path, MANIFEST if is_complete else SO_FAR)
-        for shard in (*manifest.train, *manifest.validation):
+        for shard in manifest.shards():
             if shard.name not in self._verified:
                 verify_shard(path, shard, manifest.vocab_size)
                 self._verified.add(shard.name)

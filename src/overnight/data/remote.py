@@ -79,7 +79,7 @@ class RemoteFolder:
 
     def __truediv__(self, name: str) -> Path:
         """The local path of a shard, which is downloaded first, or of the tokenizer's folder."""
-        shards = {shard.name: shard for shard in (*self.manifest.train, *self.manifest.validation)}
+        shards = {shard.name: shard for shard in self.manifest.shards()}
         return self.path(shards[name]) if name in shards else self.folder / name
 
     def path(self, shard: Shard) -> Path:
@@ -101,21 +101,25 @@ class RemoteFolder:
                 _touch(self._local(shard))
             return file
 
-    def read_pieces(self, shard: Shard, pieces: range) -> bytes:
-        """Some pieces of a remote shard.
+    def read(self, shard: Shard, first: int, into: Tokens) -> None:
+        """Fill `into` with tokens of a remote shard: one request for the pieces that hold them.
 
         If they differ from what was verified before, the whole shard is downloaded and verified again.
         """
-        first, last = pieces[0] * PIECE_BYTES, min((pieces[-1] + 1) * PIECE_BYTES, self._bytes(shard))
-        content = self._read(shard.name, first, last)
+        begin = HEADER_BYTES + first * into.itemsize
+        pieces = range(begin // PIECE_BYTES, (begin + into.nbytes - 1) // PIECE_BYTES + 1)
+        start, end = pieces[0] * PIECE_BYTES, min(pieces.stop * PIECE_BYTES, self._bytes(shard))
+        content = self._read(shard.name, start, end)
         with self._pieces(shard).open("rb") as digests:
             digests.seek(pieces[0] * DIGEST_BYTES)
-            if digests.read(len(pieces) * DIGEST_BYTES) == _digest_pieces(io.BytesIO(content)):
-                return content
+            is_verified = digests.read(len(pieces) * DIGEST_BYTES) == _digest_pieces(io.BytesIO(content))
+        if is_verified:
+            into[:] = np.frombuffer(content, into.dtype, into.size, begin - start)
+            return
         self._pieces(shard).unlink(missing_ok=True)
-        with self.path(shard).open("rb") as file:
-            file.seek(first)
-            return file.read(last - first)
+        with self._lock:
+            file = self._open_local(shard)
+        file.read(first, into)
 
     def _local(self, shard: Shard) -> Path:
         return self.folder / shard.name
@@ -199,7 +203,7 @@ class RemoteFolder:
     def _check_limit(self) -> None:
         if self.cache_bytes is None:
             return
-        largest = max(map(self._bytes, (*self.manifest.train, *self.manifest.validation)))
+        largest = max(map(self._bytes, self.manifest.shards()))
         if self.cache_bytes < largest:
             raise ValueError(
                 f"cache_bytes={self.cache_bytes} is less than the largest shard of {self.address}, which has "
@@ -238,17 +242,14 @@ class RemoteFolder:
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A shard that is read at its URL: each call is one request for the pieces that hold the tokens."""
+    """A shard that is read at its URL."""
 
     folder: RemoteFolder
     shard: Shard
 
     def read(self, first: int, into: Tokens) -> None:
         """Fill `into` with the tokens from index `first` on. Raises ValueError if they cannot be fetched."""
-        begin = HEADER_BYTES + first * into.itemsize
-        pieces = range(begin // PIECE_BYTES, (begin + into.nbytes - 1) // PIECE_BYTES + 1)
-        content = self.folder.read_pieces(self.shard, pieces)
-        into[:] = np.frombuffer(content, into.dtype, into.size, begin - pieces[0] * PIECE_BYTES)
+        self.folder.read(self.shard, first, into)
 
 
 def is_prepared_elsewhere(address: str) -> bool:
