@@ -100,8 +100,8 @@ def digests(directory: RunDirectory) -> dict[Path, str]:
 def test_changed_frozen_setting_is_named(directory, name):
     before = read_recipe_of(directory.path)
     value = flatten(before)[name]
-    said = refusal(directory, with_settings(before, **{name: another(value)}))
-    assert f" {name}={another(value)} (was {value})" in said
+    message = refusal(directory, with_settings(before, **{name: another(value)}))
+    assert f" {name}={another(value)} (was {value})" in message
 
 
 @pytest.mark.parametrize("name", [name for name in FROZEN if name not in OF_SHARDS | LOCATIONS])

@@ -1,7 +1,7 @@
 """The losses of small recipes, and of a run of an earlier version that is resumed, stay what they were.
 
-A commit that changes the curves says why, and writes them anew with tools/golden.py --write. The earlier
-version's run, golden/old-run, is never written anew: version 0.1 prepared its shards, began it, and was
+A commit that changes the curves says why, and records them again with tools/golden.py --write. The earlier
+version's run, golden/old-run, is never recorded again: version 0.1 prepared its shards, began it, and was
 killed after step 8, two steps after a checkpoint; expected.json has what it recorded without interruption.
 """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
 from fractions import Fraction
 from itertools import accumulate
 
@@ -22,8 +21,6 @@ RAMP = BatchConfig(
     tokens_per_step=32 * 32, batch_ramp_start_tokens=8 * 32, batch_ramp_tokens=3072, micro_batch_size=4
 )
 ROWS_OF_STEPS = [8, 8, 8, 8, 16, 16, 24, 24, 32, 32]  # 1,024 tokens or more in each of the smaller sizes
-
-Train = Callable[..., RunDirectory]
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,8 @@ def refusal(recipe: Recipe, path: Path, *, resume: bool = False) -> str:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_impossible_run_is_refused(recipe, tmp_path, changes, named):
-    said = refusal(with_settings(recipe(), **changes), tmp_path / "run")
-    assert [name for name in named if name not in said] == []
+    message = refusal(with_settings(recipe(), **changes), tmp_path / "run")
+    assert [name for name in named if name not in message] == []
     assert not (tmp_path / "run").exists()
 
 
@@ -76,8 +76,8 @@ def test_other_data_is_refused_on_resuming(copied_run):
 def test_full_disk_is_refused_before_the_first_step(recipe, tmp_path, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: full)
-    said = refusal(with_settings(recipe(), keep_checkpoints=3), tmp_path / "run")
-    assert "--keep-checkpoints" in said
+    message = refusal(with_settings(recipe(), keep_checkpoints=3), tmp_path / "run")
+    assert "--keep-checkpoints" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -125,7 +125,7 @@ def test_shards_without_manifest_are_not_a_source(recipe, tmp_path, shards):
     for path in shards.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (shards / "model.bin").write_bytes(b"no shard")
-    (shards / "notes.txt").write_text("Something is told. " * 400)
+    (shards / "notes.txt").write_text("Some plain text. " * 400)
     assert "manifest.json" not in refusal(copied, tmp_path / "run")  # text, too short for this recipe
 
 

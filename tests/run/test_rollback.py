@@ -169,7 +169,6 @@ def test_run_ends_after_max_rollbacks(asked, poison, train_to, tmp_path):
         train_to(asked, "run")
     found = describe_run(tmp_path / "run")
     assert (found.state, found.rollbacks) == ("diverged", 3)
-    assert found.ended_by is not None
     assert found.ended_by.startswith("steps 11 to 13 went wrong")
 
 

@@ -206,8 +206,8 @@ def test_interrupted_run_is_saved_and_exits_with_130(workplace):
     while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert "overnight train --resume runs/long" in said
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "overnight train --resume runs/long" in stderr
     saved = max((workplace / "runs/long/checkpoints").iterdir()).name
     assert int(saved.removeprefix("step-")) == len(metrics.read_text().splitlines())

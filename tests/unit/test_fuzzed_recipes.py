@@ -101,13 +101,13 @@ def fuzzed(draw: random.Random, recipes: list[str]) -> str:
 
 def read(text: str) -> str:
     """What becomes of a recipe: "valid", "faulty" or "refused". Anything else is raised."""
-    recipe, said = None, ""
+    recipe, message = None, ""
     try:
         recipe = from_toml(Recipe, text, "mine.toml")
     except ValueError as error:
-        said = str(error)
+        message = str(error)
     if recipe is None:
-        assert said.startswith("mine.toml")
+        assert message.startswith("mine.toml")
         return "refused"
     assert "nan" in text or incompatible_settings(flatten(recipe), flatten(recipe)) == []
     recipe = dataclasses.replace(recipe, run_name=recipe.run_name or "fuzzed")
@@ -138,12 +138,12 @@ def fuzz_words(count: int) -> dict[str, int]:
             name = name.replace("_", draw.choice("_-"))
             value = draw.choice(words)
             given += [f"--{name}={value}"] if draw.random() < 0.5 else [f"--{name}", value]
-        recipe, said = None, ""
+        recipe, message = None, ""
         try:
             recipe = from_arguments(Recipe, given, prog="overnight train", about="", default=DEFAULT)
         except ValueError as error:
-            said = str(error)
-        assert recipe or "overnight train" in said
+            message = str(error)
+        assert recipe or "overnight train" in message
         outcomes["refused" if recipe is None else "faulty" if recipe.problems() else "valid"] += 1
     return outcomes
 

@@ -27,6 +27,8 @@ from overnight.hardware import (
     reset_peak_memory,
 )
 
+CPUINFO = Path("/proc/cpuinfo")
+
 # Names as the driver writes them -> bf16 peak; figures copied from the public data sheets a second time.
 NAMES_AND_BF16 = {
     "NVIDIA H200": 989e12,
@@ -83,9 +85,7 @@ def test_every_device_of_the_table_is_reached():
     ],
 )
 def test_device_is_found_by_typed_and_driver_names(typed, name):
-    found = find_device(typed)
-    assert found is not None
-    assert found.name == name
+    assert find_device(typed).name == name
 
 
 @pytest.mark.parametrize("typed", ["a100", "v100", "5090", "4090 laptop", "gpu", ""])
@@ -101,14 +101,11 @@ def test_every_device_is_found_by_its_own_name():
     ("name", "precision"), [("h200", "bf16"), ("t4", "fp16"), ("v100-16gb", "fp16"), ("m1", "fp32")]
 )
 def test_native_precision_of_the_table(name, precision):
-    device = find_device(name)
-    assert device is not None
-    assert device.facts.native == precision
+    assert find_device(name).facts.native == precision
 
 
 def test_later_apple_chips_have_no_rate():
     facts = find_device_facts("Apple M3 Max")
-    assert facts is not None
     assert (facts.fp32, facts.bytes_per_second) == (None, None)
     assert peak_flops("Apple M3 Max", "fp32") is None
     assert peak_flops("Apple M1 Max", "fp32") == pytest.approx(10.4e12)
@@ -148,13 +145,12 @@ def test_cpu_computes_bf16_with_amx_or_avx512(monkeypatch, amx, avx512, precisio
     assert native_precision("cpu") == precision
 
 
-def test_cpu_precision_agrees_with_linux():
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        pytest.skip("only Linux lists its processor's flags")
-    flags = set(cpuinfo.read_text(encoding="utf-8").split())
-    expected = "bf16" if flags & {"amx_tile", "avx512_bf16"} else "fp32"
-    assert native_precision("cpu") == expected
+@pytest.mark.skipif(not CPUINFO.is_file(), reason="only Linux describes its processors")
+def test_cpu_name_and_precision_are_those_of_linux():
+    described = CPUINFO.read_text(encoding="utf-8")
+    has_bf16 = {*described.split()} & {"amx_tile", "avx512_bf16"}
+    assert native_precision("cpu") == ("bf16" if has_bf16 else "fp32")
+    assert find_device_name("cpu") == re.findall(r"model name\s*: (.*)", described)[0].strip()
 
 
 @pytest.mark.parametrize(
@@ -165,14 +161,6 @@ def test_gpu_computes_bf16_since_ampere_and_fp16_since_volta(monkeypatch, capabi
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert native_precision("cuda:0") == precision
     assert native_precision("mps") == "fp32"
-
-
-def test_cpu_name_is_that_of_linux():
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        pytest.skip("only Linux lists its processors")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8"))
-    assert find_device_name("cpu") == names[0].strip()
 
 
 def test_gpu_is_named_by_its_driver(monkeypatch):
@@ -205,12 +193,9 @@ def test_peak_memory_is_since_the_last_reset():
     size = 200_000_000
     held = torch.ones(size, dtype=torch.uint8)
     with_it = peak_memory_bytes("cpu")
-    assert with_it is not None
     del held
     reset_peak_memory("cpu")
-    after = peak_memory_bytes("cpu")
-    assert after is not None
-    assert after < with_it - 0.8 * size
+    assert peak_memory_bytes("cpu") < with_it - 0.8 * size
 
 
 def test_matmul_is_timed_and_torch_s_setting_kept(monkeypatch):

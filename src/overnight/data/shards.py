@@ -187,11 +187,11 @@ class Manifest:
     """The id before each document."""
     documents: int
     """In the shards. The counts below are of documents that were left out or changed."""
-    duplicate_documents: int
-    empty_documents: int
-    skipped_documents: int
+    duplicate_documents: int = 0
+    empty_documents: int = 0
+    skipped_documents: int = 0
     """Not valid text; left out, as on_bad_text="skip" asks."""
-    repaired_documents: int
+    repaired_documents: int = 0
     """Not valid text; kept with U+FFFD in the bad places, as on_bad_text="replace" asks."""
     damaged_files: int = 0
     """Cut short or damaged; left out, as on_bad_file="skip" asks."""

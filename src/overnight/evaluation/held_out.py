@@ -19,8 +19,8 @@ from overnight.evaluation.passages import cut_windows, evaluate_passages
 from overnight.evaluation.perplexity import (
     TextLoss,
     count_characters,
-    evaluation_rows,
     evaluate_language_model,
+    evaluation_rows,
 )
 from overnight.evaluation.references import VALIDATION_LOSSES
 from overnight.evaluation.scores import Numbers, Score, score_text

@@ -190,8 +190,8 @@ def wilson(correct: int, count: int) -> Interval:
 def bootstrap(sums: Sequence[float], counts: Sequence[float]) -> Interval:
     """Of sum(sums) / sum(counts), where each example has one of both, such as a window's nats and tokens.
 
-    With differences of two models' nats it is the paired bootstrap of their difference. Examples are resampled
-    with replacement (Efron 1979), always with the same seed.
+    With differences of two models' nats it is the paired bootstrap of their difference. Examples are
+    resampled with replacement (Efron 1979), always with the same seed.
     """
     nats, weights = np.asarray(sums), np.asarray(counts)
     random = np.random.default_rng(SEED)

@@ -30,27 +30,21 @@ class RunData:
     """The content of one run directory."""
 
     status: RunStatus
-
     recipe: dict[str, Any]
     environment: dict[str, Any]
     data: dict[str, Any]
     compression: dict[str, Any]
     """The four files' content; empty if there is no such file."""
-
     settings: dict[str, Any]
     """The recipe's settings by their names of today."""
-
     metrics: dict[str, Series]
     """One array for each column of metrics.jsonl, ordered by step, NaN where a line lacks the column."""
-
     evaluations: Lines
     samples: Lines
     tasks: Lines
     rollbacks: Lines
-
     comparison: BandComparison | None
     """With the recipe's reference; None if there is none, or nothing to compare yet."""
-
     problems: tuple[str, ...]
     """One sentence for everything that could not be read."""
 
@@ -73,25 +67,31 @@ class RunData:
 def read_run(path: Path) -> RunData:
     """Read the run in `path`. Damaged parts are left out and reported in `problems`."""
     problems: list[str] = []
-    lines = _read_steps(path / "metrics.jsonl", LOSS_KEYS, problems)
-    metrics = columns_of(lines, COLUMNS)
     events = path / "events"
-    evaluations = _read_steps(events / "evaluations.jsonl", LOSS_KEYS, problems)
-    recipe, data = (_read_object(path / name, problems) for name in ("recipe.toml", "data.json"))
+    metrics = columns_of(_read_steps(path / "metrics.jsonl", problems), COLUMNS)
+    evaluations = _read_steps(events / "evaluations.jsonl", problems)
+    recipe, data, environment, compression = (
+        _read_object(path / name, problems)
+        for name in ("recipe.toml", "data.json", "environment.json", "compression.json")
+    )
+    samples, tasks, rollbacks = (
+        _read_events(events / f"{kind}.jsonl", EVENT_KEYS, problems)
+        for kind in ("samples", "tasks", "rollbacks")
+    )
     settings = flat_settings(recipe)
     band = find_band(settings, data)
     return RunData(
         status=describe_run(path),
         recipe=recipe,
-        environment=_read_object(path / "environment.json", problems),
+        environment=environment,
         data=data,
-        compression=_read_object(path / "compression.json", problems),
+        compression=compression,
         settings=settings,
         metrics=metrics,
         evaluations=evaluations,
-        samples=_read_events(events / "samples.jsonl", EVENT_KEYS, problems),
-        tasks=_read_events(events / "tasks.jsonl", EVENT_KEYS, problems),
-        rollbacks=_read_events(events / "rollbacks.jsonl", EVENT_KEYS, problems),
+        samples=samples,
+        tasks=tasks,
+        rollbacks=rollbacks,
         comparison=compare_with_band(band, metrics, evaluations, settings) if band else None,
         problems=tuple(problems),
     )
@@ -105,12 +105,11 @@ def _read_events(path: Path, numeric_keys: tuple[str, ...], problems: list[str])
     return tuple(sorted(lines.values, key=lambda line: line["step"]))
 
 
-def _read_steps(path: Path, numeric_keys: tuple[str, ...], problems: list[str]) -> Lines:
+def _read_steps(path: Path, problems: list[str]) -> Lines:
     """The lines of a file that holds each step once; of a repeated step, the later line."""
-    lines = _read_events(path, numeric_keys, problems)
+    lines = _read_events(path, LOSS_KEYS, problems)
     by_step = {line["step"]: line for line in lines}
-    if len(by_step) < len(lines):
-        repeated = len(lines) - len(by_step)
+    if repeated := len(lines) - len(by_step):
         problems.append(f"{path.name} holds {repeated:,} steps more than once; the later line counts")
     return tuple(by_step.values())
 

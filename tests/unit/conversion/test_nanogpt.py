@@ -85,6 +85,7 @@ def tensors(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
         ({"model_args": args(n_head="2")}, "whole number"),
         ({"model_args": args(n_head=torch.tensor(2))}, "whole number"),
         ({"model_args": None}, "model_args"),
+        ({"config": eval}, "eval"),
     ],
 )
 def test_invalid_checkpoint_is_refused(write: Write, changes: dict[str, Any], message: str) -> None:

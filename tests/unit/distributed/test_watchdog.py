@@ -31,19 +31,19 @@ def run(script: str) -> tuple[int, str]:
 
 
 def test_process_without_progress_prints_its_stacks_and_ends():
-    status, said = run(f"with watchdog(3, 4, 0.4): work({FOREVER})")
+    status, stderr = run(f"with watchdog(3, 4, 0.4): work({FOREVER})")
     assert status == FROZEN
-    assert said.startswith("overnight: rank 3 made no progress for 0.4 s (--timeout-seconds)")
-    assert "in work" in said
-    assert "in _watch" in said, "every thread"
+    assert stderr.startswith("overnight: rank 3 made no progress for 0.4 s (--timeout-seconds)")
+    assert "in work" in stderr
+    assert "in _watch" in stderr, "every thread"
 
 
 def test_process_that_blocks_the_interpreter_ends_as_well():
     """By C code, since Python can't act while another thread holds its lock."""
-    status, said = run(f"with watchdog(0, 2, 0.4): work(0.01); ctypes.PyDLL(None).sleep({FOREVER})")
+    status, stderr = run(f"with watchdog(0, 2, 0.4): work(0.01); ctypes.PyDLL(None).sleep({FOREVER})")
     assert status == 1
-    assert "Timeout (" in said
-    assert "most recent call first" in said
+    assert "Timeout (" in stderr
+    assert "most recent call first" in stderr
 
 
 @pytest.mark.parametrize(

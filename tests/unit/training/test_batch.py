@@ -111,15 +111,6 @@ def test_next_row_is_what_the_process_computes_next(drawn):
         assert [plan.next_row(first, rank, size) for first in firsts[:-1]] == firsts[1:]
 
 
-@given(shared_plans())
-def test_single_process_computes_every_micro_batch(drawn):
-    plan, size = drawn
-    rows = plan.micro_batch_size
-    alone = constant_plan(plan.tokens_per_row, rows, 1)
-    assert plan.share(7, 0, 1) == range(plan.micro_batches(7))
-    assert plan.next_row(0, 0, 1) == alone.next_row(0, 0, 1) == rows
-
-
 def test_micro_batch_divides_the_rows_of_each_process():
     """Of 48 rows, each of three processes has 16, and five fit: four at once."""
     plan = plan_batches(BatchConfig(tokens_per_step=48 * 64), 64, 5, 3)

@@ -51,7 +51,7 @@ FLOAT32 = 4
 WIDE = ModelConfig(n_layer=6, n_head=4, n_embd=192, context_length=64, vocab_size=1000)
 ON_H100 = Compute(device="cuda", precision="bf16", compile=True, attention="fused", loss="full")
 GB = 10**9
-RETURNS_A_VIEW = "ignore:FSDP2-wrapped module .* returned a view:UserWarning"  # nobody writes into its logits
+RETURNS_A_VIEW = "ignore:FSDP2-wrapped module .* returned a view:UserWarning"  # its logits are not written to
 LEVELS = ("none", "selective", "block")
 
 

@@ -1,4 +1,4 @@
-"""Learning rates, against PyTorch's own schedulers and build-nanogpt's formula."""
+"""Learning rates, against PyTorch's own schedulers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,6 @@ from overnight.training.schedule import ScheduleConfig, learning_rate_multiplier
 
 KINDS = ("cosine", "linear", "wsd", "constant")
 Part = tuple[Callable[..., lr_scheduler.LRScheduler], dict[str, float], int]
-
-
-def build_nanogpt(step: int, warmup: int, steps: int, peak: float, low: float) -> float:
-    """The schedule as build-nanogpt describes it, written independently."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / (steps - warmup)
-    return low + 0.5 * (1 + math.cos(math.pi * done)) * (peak - low)
 
 
 def torch_rates(steps: int, parts: list[Part]) -> list[float]:
@@ -62,13 +54,6 @@ def line(floor: float, steps: int) -> Part:
 
 def cosine(floor: float, steps: int) -> Part:
     return lr_scheduler.CosineAnnealingLR, {"T_max": steps, "eta_min": floor}, steps
-
-
-def test_default_is_warmup_then_cosine_to_a_tenth():
-    config = ScheduleConfig(total_steps=200, warmup_steps=20)
-    for step in range(200):
-        expected = build_nanogpt(step, 20, 200, 1.0, 0.1)
-        assert learning_rate_multiplier(step, 200, config) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
