@@ -24,7 +24,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -41,7 +40,7 @@ from overnight.data.shards import (
     verify_shard,
 )
 from overnight.data.text_files import first_line, is_remote, open_store
-from overnight.data.token_reader import ShardFile, ShardReader, files_at_once
+from overnight.data.token_reader import ShardFile, files_at_once
 from overnight.run_directory import cache_folder, write_atomically
 from overnight.terminal import echo
 
@@ -91,18 +90,21 @@ class RemoteFolder:
             self._open_local(shard)
         return self._local(shard)
 
-    def open(self, shard: Shard) -> ShardReader:
-        """A shard, local or remote. Raises ValueError as `path` does."""
+    def read(self, shard: Shard, first: int, into: Tokens) -> None:
+        """Fill `into` with the tokens of a shard from index `first` on. Raises ValueError as `path` does."""
         with self._lock:
             file = self._opened.get(shard.name)
-            if file is None:
-                return RemoteShard(self, shard) if self._stays_remote(shard) else self._open_local(shard)
-            if self.cache_bytes is not None:
+            if file is None and not self._stays_remote(shard):
+                file = self._open_local(shard)
+            elif file is not None and self.cache_bytes is not None:
                 _touch(self._local(shard))
-            return file
+        if file is None:
+            self._read_remote(shard, first, into)
+        else:
+            file.read(first, into)
 
-    def read(self, shard: Shard, first: int, into: Tokens) -> None:
-        """Fill `into` with tokens of a remote shard: one request for the pieces that hold them.
+    def _read_remote(self, shard: Shard, first: int, into: Tokens) -> None:
+        """Read tokens of a remote shard: one request for the pieces that hold them.
 
         If they differ from what was verified before, the whole shard is downloaded and verified again.
         """
@@ -238,18 +240,6 @@ class RemoteFolder:
         except Exception as error:  # every store has errors of its own
             raise ValueError(f"{self.address}/{name} can't be read: {first_line(error)}") from None
         return content
-
-
-@dataclass(frozen=True)
-class RemoteShard:
-    """A shard that is read at its URL."""
-
-    folder: RemoteFolder
-    shard: Shard
-
-    def read(self, first: int, into: Tokens) -> None:
-        """Fill `into` with the tokens from index `first` on. Raises ValueError if they cannot be fetched."""
-        self.folder.read(self.shard, first, into)
 
 
 def is_prepared_elsewhere(address: str) -> bool:
