@@ -1,18 +1,17 @@
-"""Recipes and command lines with anything in them are read or refused, in one sentence, and never run."""
+"""Recipes and command lines with any content are read or refused, in one sentence, and never executed."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 import re
-import time
 from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from overnight.config import flat_names, from_arguments, from_toml, to_toml
-from overnight.recipe import Recipe, incompatible_settings, load_recipe, recipe_names
+from overnight.recipe import Recipe, flatten, incompatible_settings, load_recipe, recipe_names
 from overnight.training.schedule import ScheduleConfig
 
 NAMES = flat_names(Recipe)
@@ -47,8 +46,8 @@ def shipped_recipes() -> list[str]:
 
 
 def with_a_character(draw: random.Random, text: str) -> str:
-    place, gone = draw.randrange(len(text) + 1), draw.choice((0, 1, 2, 40))
-    return text[:place] + chr(draw.choice((*CHARACTERS, draw.randrange(0x110000)))) + text[place + gone :]
+    index, gone = draw.randrange(len(text) + 1), draw.choice((0, 1, 2, 40))
+    return text[:index] + chr(draw.choice((*CHARACTERS, draw.randrange(0x110000)))) + text[index + gone :]
 
 
 def with_a_line_twice(draw: random.Random, text: str) -> str:
@@ -101,26 +100,26 @@ def fuzzed(draw: random.Random, recipes: list[str]) -> str:
 
 
 def read(text: str) -> str:
-    """What becomes of a recipe: "sound", "faulty" or "refused". Whatever else happens is raised."""
-    recipe, said = None, ""
+    """What becomes of a recipe: "valid", "faulty" or "refused". Anything else is raised."""
+    recipe, message = None, ""
     try:
         recipe = from_toml(Recipe, text, "mine.toml")
     except ValueError as error:
-        said = str(error)
+        message = str(error)
     if recipe is None:
-        assert said.startswith("mine.toml")
+        assert message.startswith("mine.toml")
         return "refused"
-    assert "nan" in text or incompatible_settings(recipe, recipe) == []
+    assert "nan" in text or incompatible_settings(flatten(recipe), flatten(recipe)) == []
     recipe = dataclasses.replace(recipe, run_name=recipe.run_name or "fuzzed")
     faulty = recipe.problems()
     assert all(isinstance(problem, str) for problem in faulty)
     if not faulty:
         assert from_toml(Recipe, to_toml(recipe), "again") == recipe
-    return "faulty" if faulty else "sound"
+    return "faulty" if faulty else "valid"
 
 
 def fuzz_recipes(count: int) -> dict[str, int]:
-    recipes, outcomes = shipped_recipes(), {"sound": 0, "faulty": 0, "refused": 0}
+    recipes, outcomes = shipped_recipes(), {"valid": 0, "faulty": 0, "refused": 0}
     for seed in range(count):
         outcomes[read(fuzzed(random.Random(seed), recipes))] += 1
     return outcomes
@@ -128,16 +127,9 @@ def fuzz_recipes(count: int) -> dict[str, int]:
 
 def fuzz_words(count: int) -> dict[str, int]:
     """The same by the command line: options in any order with any values."""
-    outcomes = {"sound": 0, "faulty": 0, "refused": 0}
-    words = [value.strip("\"'\n")[:200] for value in VALUES] + [
-        "--",
-        "-",
-        "--help=1",
-        "=",
-        "None",
-        "\0",
-        "a=b",
-    ]
+    outcomes = {"valid": 0, "faulty": 0, "refused": 0}
+    words = [value.strip("\"'\n")[:200] for value in VALUES]
+    words += ["--", "-", "--help=1", "=", "None", "\0", "a=b"]
     for seed in range(count):
         draw = random.Random(seed)
         given = []
@@ -146,43 +138,43 @@ def fuzz_words(count: int) -> dict[str, int]:
             name = name.replace("_", draw.choice("_-"))
             value = draw.choice(words)
             given += [f"--{name}={value}"] if draw.random() < 0.5 else [f"--{name}", value]
-        recipe, said = None, ""
+        recipe, message = None, ""
         try:
             recipe = from_arguments(Recipe, given, prog="overnight train", about="", default=DEFAULT)
         except ValueError as error:
-            said = str(error)
-        assert recipe or "overnight train" in said
-        outcomes["refused" if recipe is None else "faulty" if recipe.problems() else "sound"] += 1
+            message = str(error)
+        assert recipe or "overnight train" in message
+        outcomes["refused" if recipe is None else "faulty" if recipe.problems() else "valid"] += 1
     return outcomes
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("recipes, words", [(500, 60), pytest.param(10_000, 1_000, marks=pytest.mark.slow)])
-def test_anything_is_read_or_refused(recipes: int, words: int) -> None:
+def test_any_recipe_is_read_or_refused(recipes, words):
     for outcomes, least in ((fuzz_recipes(recipes), recipes // 100), (fuzz_words(words), 1)):
         assert min(outcomes.values()) >= least, outcomes  # the fuzzing reaches every ending
     assert not Path("mark").exists()
 
 
-def test_a_reader_that_runs_what_it_reads_is_caught() -> None:
+def test_reader_that_executes_its_input_is_detected():
     """The negative control: as nanoGPT's configurator reads its files."""
     settings = to_toml(dataclasses.replace(DEFAULT, run_name=CALL))
-    assert read(settings) == "sound"
+    assert read(settings) == "valid"
     assert not Path("mark").exists()
     values = {"run_name": from_toml(Recipe, settings, "mine.toml").run_name}
     eval(values["run_name"])
     assert Path("mark").exists()
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_refused(tmp_path):
     path = tmp_path / "mine.toml"
     draw = random.Random(0)
     path.write_bytes(b"run_name = 'a\xff'")
-    with pytest.raises(ValueError, match=r"mine\.toml is no text in UTF-8: invalid start byte at byte 13"):
+    with pytest.raises(ValueError, match=r"mine\.toml .*UTF-8.* byte 13"):
         load_recipe(str(path))
     for _ in range(200):
         path.write_bytes(draw.randbytes(draw.randrange(60)))
@@ -192,10 +184,8 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
             assert str(path) in str(error)  # noqa: PT017 - either way is right
 
 
-def test_a_recipe_takes_a_moment_to_refuse() -> None:
-    """Nothing in a file makes reading slow: a megabyte of brackets, of dots, of one name."""
-    started_at = time.process_time()
-    for text in ("[" * 10**6, "a" * 10**6, "x = " + "[" * 10**6, 'x = "' + "a" * 10**6, "#" * 10**6):
-        with pytest.raises(ValueError, match=r"mine\.toml"):
-            from_toml(Recipe, f"{text}\ny", "mine.toml")
-    assert time.process_time() - started_at < 10
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("repeated", ["[", "a", "#", 'x = "', "x = ["])
+def test_megabyte_of_nonsense_is_refused_without_delay(repeated):
+    with pytest.raises(ValueError, match=r"mine\.toml"):
+        from_toml(Recipe, repeated * 10**6 + "\ny", "mine.toml")

@@ -30,7 +30,7 @@ class CheckResult:
     cause: str = ""
     """If it failed: what is likely wrong, and what to do."""
     shown: tuple[str, ...] = ()
-    """Lines for a person to judge: a drawing, samples of text."""
+    """Lines for a person to look at: a drawing, samples of text."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """All measured numbers, by name."""
     seconds: float = 0.0

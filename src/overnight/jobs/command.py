@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sysconfig
 from pathlib import Path
@@ -13,7 +12,7 @@ from overnight.jobs.request import JobRequest, join_words
 from overnight.jobs.targets import job_file, submit_command
 from overnight.preparation.prepare_commands import find_recipe_texts, with_folders
 from overnight.recipe import Recipe, load_recipe, recipe_names
-from overnight.recipe_options import as_option, changed_options
+from overnight.recipe_options import as_option, changed_options, plain_recipe
 from overnight.run_directory import write_atomically
 from overnight.terminal import echo
 from overnight.training.batch import plan_batches
@@ -66,8 +65,7 @@ def check_division(config: LaunchConfig) -> None:
 
 def build_request(config: LaunchConfig, name: str, path: Path) -> JobRequest:
     """The values of the job file. Only Slurm's nodes share the disk of this machine."""
-    target = config.target
-    recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
+    target, recipe = config.target, plain_recipe(config)
     texts = find_recipe_texts(config.data, name, with_files=target in SEE_FILES)
     options = [*launch_options(config), *changed_options(recipe, load_recipe(name))]
     left_out = TORCHRUN_SETTINGS | ({"data", "mixture"} if target == "sagemaker" else frozenset())

@@ -11,9 +11,10 @@ Nothing is dropped by the readers: text that can't be read is a document with `d
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
@@ -36,9 +37,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 ROWS_AT_ONCE = 256
 PACKED_TEXT_BYTES = 3  # bytes of text in a byte of a packed file, roughly
 TEXT_TYPES = {"string", "large_string", "string_view", "binary", "large_binary"}
-HASHES_AT_ONCE = (
-    16_000_000  # compared at once to find duplicates: about a gigabyte with the memory for sorting
-)
+HASHES_AT_ONCE = 16_000_000  # compared to find duplicates: about a gigabyte with the memory for sorting
 
 DocumentStatus = Literal[
     "kept", "repaired", "duplicate", "empty", "skipped", "near-duplicate", "contaminated"
@@ -47,9 +46,13 @@ STATUSES: tuple[DocumentStatus, ...] = get_args(DocumentStatus)
 KEPT: frozenset[DocumentStatus] = frozenset({"kept", "repaired"})
 
 RECORD = np.dtype(
-    [("hash_high", "<u8"), ("hash_low", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("status", "u1")]
+    [
+        *(("hash_high", "<u8"), ("hash_low", "<u8"), ("shared", "<u8")),
+        *(("tokens", "<u4"), ("bytes", "<u4"), ("status", "u1")),
+    ]
 )
-"""What is stored of a document: the halves of its hash, its lengths, and the index of its status."""
+"""What is stored of a document: the halves of its hash, a bit for each benchmark that it shares a passage
+with, its lengths, and the index of its status."""
 
 Records = NDArray[Any]
 
@@ -99,16 +102,18 @@ def divide_file(file: TextFile, text_column: str, part_bytes: int) -> dict[Part,
     """
     if file.kind != ".parquet":
         return {Part(file): file.bytes * (PACKED_TEXT_BYTES if file.is_packed else 1)}
-    ends, sizes = [0], [0]
-    groups = _row_group_bytes(file, text_column)
-    for group, size in enumerate(groups):
+    metadata = _open_parquet_text(file, text_column).metadata
+    column = [metadata.schema.column(n).path for n in range(metadata.num_columns)].index(text_column)
+    starts, sizes = [0], [0]
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).column(column).total_uncompressed_size
         if sizes[-1] and sizes[-1] + size > part_bytes:
-            ends.append(group)
+            starts.append(group)
             sizes.append(0)
         sizes[-1] += size
     if len(sizes) == 1:
         return {Part(file): sizes[0]}
-    spans = zip(ends, [*ends[1:], len(groups)], strict=True)
+    spans = itertools.pairwise([*starts, metadata.num_row_groups])
     return {Part(file, span): size for span, size in zip(spans, sizes, strict=True)}
 
 
@@ -137,21 +142,17 @@ def filter_documents(documents: Iterable[Document], on_bad_text: str) -> Iterato
     for document in documents:
         if document.damage is not None and on_bad_text == "fail":
             raise ValueError(f"{document.damage}; mend it, or give --on-bad-text replace or skip")
-        if document.damage is not None and on_bad_text == "skip":
-            yield FilteredDocument(document, "skipped")
+        status: DocumentStatus = "kept" if document.damage is None else "repaired"
+        if status == "repaired" and on_bad_text == "skip":
+            status = "skipped"
         elif not document.text:
-            yield FilteredDocument(document, "empty")
-        else:
-            yield FilteredDocument(document, "kept" if document.damage is None else "repaired")
+            status = "empty"
+        yield FilteredDocument(document, status)
 
 
-def document_hash(text: str) -> bytes:
-    """16 bytes that identify a text."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def hash_halves(digest: bytes) -> tuple[int, int]:
-    """The two halves of a document's hash, as numbers below 2^64."""
+def document_hash(text: str) -> tuple[int, int]:
+    """128 bits that identify a text: two numbers below 2^64."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
 
 
@@ -160,8 +161,7 @@ def split_of(text: str, validation_fraction: float) -> str:
 
     A pure function of the text: no document changes sides when others are added, lost or reordered.
     """
-    position = hash_halves(document_hash(text))[0] / 2**64
-    return "validation" if position < validation_fraction else "train"
+    return "validation" if document_hash(text)[0] / 2**64 < validation_fraction else "train"
 
 
 def is_validation(records: Records, validation_fraction: float) -> NDArray[np.bool_]:
@@ -175,35 +175,21 @@ def kept_mask(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return np.isin(status, [STATUSES.index(name) for name in KEPT])
 
 
-def find_duplicates(groups: Sequence[Records]) -> list[NDArray[np.bool_]]:
-    """For each group of records, which documents equal an earlier one, in this group or one before.
+def find_duplicates(records: Records) -> NDArray[np.bool_]:
+    """Which documents equal an earlier one; only kept documents count.
 
-    Only kept documents count. One range of hashes is in memory at a time, so the number is not limited.
+    Sorts one range of hashes at a time, so that the number of documents is not limited by the memory for it.
     """
-    found = [np.zeros(len(records), dtype=bool) for records in groups]
-    ranges = -(-max(1, sum(map(len, groups))) // HASHES_AT_ONCE)
+    is_duplicate = np.zeros(len(records), dtype=bool)
+    is_kept, high, low = kept_mask(records["status"]), records["hash_high"], records["hash_low"]
+    ranges = -(-max(1, len(records)) // HASHES_AT_ONCE)
     edges = [2**64 * number // ranges for number in range(ranges + 1)]
-    for begin, end in zip(edges, edges[1:], strict=False):
-        indices = [_indices_in_range(records, begin, end) for records in groups]
-        high, low = (
-            np.concatenate([records[half][chosen] for records, chosen in zip(groups, indices, strict=True)])
-            for half in ("hash_high", "hash_low")
-        )
-        order = np.lexsort((low, high))  # stable: equal documents stay in their order
+    for begin, end in itertools.pairwise(edges):
+        chosen = np.flatnonzero(is_kept & (high >= np.uint64(begin)) & (high <= np.uint64(end - 1)))
+        order = chosen[np.lexsort((low[chosen], high[chosen]))]  # stable: equal documents stay in their order
         equal = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
-        is_duplicate = np.zeros(len(order), dtype=bool)
         is_duplicate[order[1:][equal]] = True
-        sizes = np.cumsum([len(chosen) for chosen in indices])[:-1]
-        for group, chosen, part in zip(found, indices, np.split(is_duplicate, sizes), strict=True):
-            group[chosen] = part
-    return found
-
-
-def _indices_in_range(records: Records, begin: int, end: int) -> NDArray[np.intp]:
-    """The kept documents whose first half of the hash is at least `begin` and below `end`."""
-    high = records["hash_high"]
-    inside = (high >= np.uint64(begin)) & (high <= np.uint64(end - 1)) & kept_mask(records["status"])
-    return np.flatnonzero(inside)
+    return is_duplicate
 
 
 def _read_text(part: Part) -> Iterator[Document]:
@@ -295,17 +281,6 @@ def _open_parquet_text(file: TextFile, text_column: str) -> Any:
     if kind not in TEXT_TYPES:
         raise ValueError(f"{file.address} holds {kind}, not text, in its column {text_column!r}")
     return opened
-
-
-def _row_group_bytes(file: TextFile, text_column: str) -> list[int]:
-    """Bytes of the text column in each row group, before compression."""
-    metadata = _open_parquet_text(file, text_column).metadata
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    columns = ([group.column(index) for index in range(group.num_columns)] for group in groups)
-    return [
-        sum(column.total_uncompressed_size for column in each if column.path_in_schema == text_column)
-        for each in columns
-    ]
 
 
 def _require_column(text_column: str, columns: list[str], where: str) -> None:

@@ -44,7 +44,7 @@ def run_step(
     `watch` is called a few times a second. Raises ValueError if the data is refused, ChildProcessError if a
     worker dies.
     """
-    processes = count_worker_processes(config, items)
+    processes, _ = divide_workers(config, items)
     with _watched(watch):
         if config.executor == "ray":
             _run_on_ray(step, staging.resolve(), min(items, config.tasks or DEFAULT_JOBS), config)
@@ -54,24 +54,15 @@ def run_step(
             _run_in_processes(step, staging, items, processes)
 
 
-def count_workers(config: PrepareConfig) -> int:
-    """How many workers work at once: one per core, unless the user says otherwise."""
-    return config.workers or count_cores() or 1
+def divide_workers(config: PrepareConfig, items: int) -> tuple[int, int]:
+    """(processes, threads of each) on this machine: one worker per core, unless the user says otherwise.
 
-
-def count_worker_processes(config: PrepareConfig, items: int) -> int:
-    """How many processes these are on this machine: four workers are threads of one process.
-
-    The tokenizers release the GIL, and a process takes a second to start.
+    Up to four workers are threads of one process, since the tokenizers release the GIL and a process takes a
+    second to start. On other machines each process has one thread.
     """
-    return min(items, -(-count_workers(config) // THREADS_PER_PROCESS))
-
-
-def count_threads(config: PrepareConfig, items: int) -> int:
-    """How many threads each process has; one if the work is done on other machines."""
-    if config.executor != "local":
-        return 1
-    return max(1, count_workers(config) // count_worker_processes(config, items))
+    workers = config.workers or count_cores() or 1
+    processes = min(items, -(-workers // THREADS_PER_PROCESS))
+    return processes, max(1, workers // processes) if config.executor == "local" else 1
 
 
 def _run_in_processes(step: Step, staging: Path, ranks: int, processes: int) -> None:
@@ -97,7 +88,7 @@ def _begin_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """However the parent ended: a worker must not write beside the command that continues the work."""
+    """However the parent ended: a worker must not write while the next command continues the work."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
@@ -185,13 +176,6 @@ def is_with_slurm(staging: Path) -> bool:
     return True
 
 
-def silence_datatrove() -> None:
-    """Keep datatrove's messages off the terminal of this process; workers log into the staging folder."""
-    from loguru import logger
-
-    logger.disable("datatrove")
-
-
 def _run_rank(step: Step, staging: Path, _documents: object, rank: int, ranks: int) -> None:
     """A step of ours as a step of a datatrove pipeline: documents neither come in nor go out."""
     step(staging, rank, ranks)
@@ -218,6 +202,26 @@ def _import_datatrove() -> Any:
         ) from None
     silence_datatrove()
     return datatrove
+
+
+def silence_datatrove() -> None:
+    """Keep datatrove's messages off the terminal of this process; workers log into the staging folder."""
+    from loguru import logger
+
+    logger.disable("datatrove")
+
+
+def track(advance: Callable[..., None], measure: Callable[[], tuple[float, str]]) -> Watch:
+    """A function that moves a progress bar to where `measure()`, (amount, note), says the work is."""
+    shown = 0.0
+
+    def watch() -> None:
+        nonlocal shown
+        amount, note = measure()
+        advance(amount - shown, note)
+        shown = amount
+
+    return watch
 
 
 @contextmanager

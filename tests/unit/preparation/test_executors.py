@@ -363,14 +363,12 @@ def test_ray_writes_the_same_bytes(
 
 def test_workers_are_divided_into_processes_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "count_cores", lambda: 5)
-    assert executors.count_workers(PrepareConfig()) == 5
-    for workers, items, processes, threads in (
-        *((1, 9, 1, 1), (4, 9, 1, 4), (8, 9, 2, 4), (64, 9, 9, 7), (9, 1, 1, 9)),
-    ):
-        config = PrepareConfig(workers=workers)
-        assert executors.count_worker_processes(config, items) == processes
-        assert executors.count_threads(config, items) == threads
-    assert executors.count_threads(PrepareConfig(workers=8, executor="ray"), 9) == 1
+    assert executors.divide_workers(PrepareConfig(), 9) == (2, 2)
+    for workers, items, expected in [
+        *((1, 9, (1, 1)), (4, 9, (1, 4)), (8, 9, (2, 4)), (64, 9, (9, 7)), (9, 1, (1, 9))),
+    ]:
+        assert executors.divide_workers(PrepareConfig(workers=workers), items) == expected
+    assert executors.divide_workers(PrepareConfig(workers=8, executor="ray"), 9)[1] == 1
 
 
 def test_decoded_shards_are_the_documents(shared_data: Path, tmp_path: Path, texts_in: Any) -> None:

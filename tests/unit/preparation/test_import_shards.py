@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,72 +229,49 @@ def test_id_outside_the_vocabulary_is_refused(llm_c: Path, here: Path, tokenizer
     assert not (here / ".adopted.partial").exists()
 
 
-def spoil(path: Path, change: str) -> None:
-    content = path.read_bytes()
-    path.write_bytes(
-        {
-            "cut": content[:-1],
-            "grown": content + b"\0\0",
-            "empty": b"",
-            "no mark": b"\0" + content[1:],
-            "another version": content[:4] + b"\x02" + content[5:],
-            "within the header": content[:500],
-        }[change]
-    )
+def as_npy(array: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut short": lambda content: content[:-1],
+    "too long": lambda content: content + b"\0\0",
+    "empty": lambda content: b"",
+    "no magic number": lambda content: b"\0" + content[1:],
+    "another version": lambda content: content[:4] + b"\x02" + content[5:],
+    "ends in the header": lambda content: content[:500],
+    "two dimensions": lambda _: as_npy(np.zeros((3, 4), np.uint16)),
+    "int64": lambda _: as_npy(np.zeros(5, np.int64)),
+    "float32": lambda _: as_npy(np.zeros(5, np.float32)),
+    "a pickle": lambda _: as_npy(np.array([Trap()], dtype=object)),
+    # nanoGPT's files have no header, so every damaged header could be ids.
+    "a damaged header": lambda _: (
+        b"\0" + struct.pack("<256i", 20240520, 1, 512, *[0] * 253)[1:] + bytes(1024)
+    ),
+}
 
 
 @pytest.mark.parametrize(
-    "kind, name, changes",
+    "kind,name,damages",
     [
-        (
-            "llm_c",
-            "fineweb_train_9.bin",
-            ("cut", "grown", "empty", "no mark", "another version", "within the header"),
-        ),
-        ("build_nanogpt", "edufineweb_val_000000.npy", ("cut", "grown", "empty", "no mark")),
-        ("nanogpt", "val.bin", ("cut", "empty")),
+        ("llm_c", "fineweb_train_9.bin", [*DAMAGE][:6]),
+        ("build_nanogpt", "edufineweb_val_000000.npy", [*DAMAGE][:4] + [*DAMAGE][6:10]),
+        ("nanogpt", "val.bin", ["cut short", "empty", "a damaged header"]),
     ],
 )
 def test_damaged_file_is_named(
-    kind: str, name: str, changes: tuple[str, ...], request: pytest.FixtureRequest
+    kind: str, name: str, damages: list[str], here: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
     sound = (folder / name).read_bytes()
-    for change in changes:
+    for damage in damages:
         (folder / name).write_bytes(sound)
         assert find_external_shards(folder)
-        spoil(folder / name, change)
+        (folder / name).write_bytes(DAMAGE[damage](sound))
         with pytest.raises(ValueError, match=name):
             find_external_shards(folder)
-
-
-def test_damaged_header_is_not_read_as_ids(nanogpt: Path) -> None:
-    """Those of nanoGPT have none, so every file called train.bin could be one."""
-    write_llm_c(nanogpt / "train.bin", TRAIN[0])
-    spoil(nanogpt / "train.bin", "no mark")
-    with pytest.raises(ValueError, match=r"train\.bin is damaged"):
-        find_external_shards(nanogpt)
-
-
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.zeros((3, 4), np.uint16),
-        np.zeros(5, np.int64),
-        np.zeros(5, np.float32),
-        np.array([None], dtype=object),
-    ],
-)
-def test_another_array_is_refused(build_nanogpt: Path, array: np.ndarray) -> None:
-    np.save(build_nanogpt / "edufineweb_val_000000.npy", array, allow_pickle=True)
-    with pytest.raises(ValueError, match="edufineweb_val_000000"):
-        find_external_shards(build_nanogpt)
-
-
-def test_pickle_in_an_array_is_not_opened(build_nanogpt: Path, here: Path) -> None:
-    np.save(build_nanogpt / "edufineweb_val_000000.npy", np.array([Trap()], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="edufineweb_val_000000"):
-        find_external_shards(build_nanogpt)
     assert not (here / "sprung").exists()
 
 
@@ -309,18 +288,10 @@ def test_folder_without_shards_is_refused(here: Path, llm_c: Path, tokenizer: st
 
 def test_both_splits_are_needed(llm_c: Path, nanogpt: Path) -> None:
     (llm_c / "fineweb_val_0.bin").unlink()
-    with pytest.raises(ValueError, match=r"validation .*rename one, for example (.*) to val_\1"):
+    with pytest.raises(ValueError, match=r"no validation shard .*fineweb_train_11\.bin"):
         find_external_shards(llm_c)
-    for path in list(llm_c.iterdir()):
-        path.rename(llm_c / path.name.replace("train", "val"))
-    with pytest.raises(ValueError, match=r"train .*rename one, for example (.*)_val_(.*) to \1_train_\2"):
-        find_external_shards(llm_c)
-    for number in (9, 10):
-        (llm_c / f"fineweb_val_{number}.bin").unlink()
-    with pytest.raises(ValueError, match=r"fineweb_val_11\.bin is alone"):
-        find_external_shards(llm_c)
-    (nanogpt / "val.bin").unlink()
-    with pytest.raises(ValueError, match=r"only train\.bin"):
+    (nanogpt / "train.bin").unlink()
+    with pytest.raises(ValueError, match=r"no train shard .*val\.bin"):
         find_external_shards(nanogpt)
 
 

@@ -267,25 +267,18 @@ def test_shakespeare_from_a_file(
     assert asked == []
 
 
-def test_shakespeare_is_downloaded_once(
+def test_shakespeare_is_downloaded_once_or_if_damaged(
     shakespeare: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = answer_with(monkeypatch, shakespeare.read_bytes())
-    first = open_source("shakespeare")
-    assert open_source("shakespeare").sha256 == first.sha256
+    content = shakespeare.read_bytes()
+    asked = answer_with(monkeypatch, content)
+    assert open_source("shakespeare") == open_source("shakespeare")
     assert asked == [sources.SHAKESPEARE_URL]
-    kept = [path for path in empty_cache.rglob("*") if path.is_file()]
-    assert [path.read_bytes() for path in kept] == [shakespeare.read_bytes()]
-
-
-def test_damaged_cache_is_downloaded_again(
-    shakespeare: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = answer_with(monkeypatch, shakespeare.read_bytes())
-    open_source("shakespeare")
-    (empty_cache / "shakespeare" / "input.txt").write_bytes(shakespeare.read_bytes()[:-1])
+    (kept,) = [path for path in empty_cache.rglob("*") if path.is_file()]
+    assert kept.read_bytes() == content
+    kept.write_bytes(content[:-1])
     documents = documents_of(open_source("shakespeare"))
-    assert "".join(document.text for document in documents).encode() == shakespeare.read_bytes()
+    assert "".join(document.text for document in documents).encode() == content
     assert len(asked) == 2
 
 
