@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shlex
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,6 +209,7 @@ def test_command_prints_golden_text(name: str, made: tuple[Path, dict], pytestco
     status, out, err = printed[name] if name in MADE_BEFORE else call(COMMANDS[name])
     assert status == (1 if name == "doctor" else 0), err
     job = (folder / "job.sbatch").read_text() if name == "launch" else ""
+    job = job.replace(sysconfig.get_path("scripts"), "BIN")
     text = f"$ overnight {COMMANDS[name]}\n{normalise(out, folder)}[stderr]\n{normalise(err, folder)}{job}"
     check(GOLDEN / f"{name}.txt", text, update=pytestconfig.getoption("--golden-update"))
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 
-from overnight.distributed.machine import count_cores
+from overnight.distributed.launcher import count_cores
 from overnight.doctor.check import CheckResult
 from overnight.doctor.context import DoctorContext
 from overnight.planning.costs import quick_forecast
