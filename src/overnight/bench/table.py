@@ -103,7 +103,12 @@ def bench_figures(record: BenchRecord) -> dict[str, Figures]:
         speed = record.tokens_per_step / milliseconds * 1e3
         pairs = zip(variant.losses[:COMPARED_STEPS], first.losses[:COMPARED_STEPS], strict=True)
         differences = [abs(ours - theirs) for ours, theirs in pairs]
-        gain = None if variant is first else paired_ratio(variant.milliseconds, variant.milliseconds_before)
+        # Unlike a ratio of medians, it compares only what was measured in the same round.
+        ratios = [
+            before / now
+            for now, before in zip(variant.milliseconds, variant.milliseconds_before, strict=False)
+        ]
+        gain = statistics.median(ratios) if ratios else None
         total *= gain or 1.0
         found[variant.name] = Figures(
             milliseconds=milliseconds,
@@ -118,14 +123,6 @@ def bench_figures(record: BenchRecord) -> dict[str, Figures]:
     return found
 
 
-def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-    """Speed relative to `reference`: the median of the rounds' ratios.
-
-    Unlike a ratio of medians, it compares only what was measured in the same round.
-    """
-    return statistics.median(theirs / ours for ours, theirs in zip(times, reference, strict=True))
-
-
 def wrong_variants(record: BenchRecord) -> list[str]:
     """The variants whose losses differ from the first one's by more than their tolerance."""
     return [name for name, figures in bench_figures(record).items() if not figures.is_equal]
@@ -135,9 +132,8 @@ def bench_to_json(record: BenchRecord) -> dict[str, Any]:
     """All measurements and, under "figures", what follows from them; null where a value is not finite."""
     figures = {name: each._asdict() for name, each in bench_figures(record).items()}
     found = dataclasses.asdict(record)
-    variants = [{**each, "figures": figures.get(each["name"])} for each in found.pop("variants")]
-    found["rungs"] = finite(variants)
-    return found
+    found["rungs"] = [{**each, "figures": figures.get(each["name"])} for each in found.pop("variants")]
+    return {key: finite(value) for key, value in found.items()}
 
 
 def finite(value: Any) -> Any:
@@ -165,9 +161,7 @@ def bench_text(record: BenchRecord, columns: int = 80) -> str:
 def bench_markdown(record: BenchRecord) -> str:
     """Title, table, notes and what each variant changes."""
     figures = bench_figures(record)
-    rows = {
-        each.name: None if each.skipped else cells(each, figures[each.name]) for each in record.variants
-    }
+    rows = {each.name: None if each.skipped else cells(each, figures[each.name]) for each in record.variants}
     notes = _render("notes.txt", record=record).splitlines()
     return _render("ladder.md", record=record, titles=TITLES, rows=rows, notes=notes)
 

@@ -54,15 +54,10 @@ def record_of(*variants: VariantRecord) -> BenchRecord:
 
 def full_record(losses: tuple[float, ...] = LOSSES) -> BenchRecord:
     """Seven variants, each 1.5 times as fast as the one before, and a skipped one; `losses` of the last."""
-    variants, before = [], ()
-    for number, name in enumerate(NAMES):
-        times = tuple(12_345.0 / 1.5**number * noise for noise in (1.0, 1.1, 0.9))
-        variants.append(variant(name, times, before))
-        before = times
-    reason = "it takes an NVIDIA GPU since Ampere (2020), not cpu"
-    variants.insert(1, VariantRecord(name="tf32", about="x", skipped=reason))
-    variants[-1] = dataclasses.replace(variants[-1], losses=losses)
-    return record_of(*variants)
+    times = [tuple(12_345.0 / 1.5**number * noise for noise in (1.0, 1.1, 0.9)) for number in range(7)]
+    first, *others, last = map(variant, NAMES, times, [(), *times])
+    skipped = VariantRecord(name="tf32", about="x", skipped="it takes an NVIDIA GPU since Ampere (2020)")
+    return record_of(first, skipped, *others, dataclasses.replace(last, losses=losses))
 
 
 def test_gain_is_the_median_of_ratios_and_total_their_product() -> None:
@@ -105,10 +100,8 @@ def test_wrong_losses_are_found(losses: tuple[float, ...], is_equal: bool, diffe
 def test_text_fits_its_columns(losses: tuple[float, ...], columns: int) -> None:
     lines = bench_text(full_record(losses), columns).splitlines()
     assert max(map(len, lines)) <= columns
-    rows = {line.split()[0]: line.split()[1:] for line in lines[2:11]}
-    assert rows["bf16"][:6] == ["8,230", "249", "49%", "4.71", "1.50x", "1.50x"]
-    assert "Ampere" in rows["tf32"]
-    assert ("loss" in rows["variant"]) is (columns == 100 or losses is LOSSES)  # dropped if there is no room
+    titles = next(line.split() for line in lines if line.startswith("variant"))
+    assert ("loss" in titles) is (columns == 100 or losses is LOSSES)  # dropped if there is no room
     bars = [line.count("█") for line in lines if "█" in line]
     assert bars == sorted(bars)
 
