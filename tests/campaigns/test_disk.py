@@ -15,10 +15,10 @@ from overnight.model.model_config import ModelConfig
 from overnight.run_directory import RunDirectory, write_atomically
 from overnight.training import OptimizerConfig
 from overnight.training.checkpoint import format
-from overnight.training.checkpoint.format import TensorShard, list_checkpoints, write_tensors
+from overnight.training.checkpoint.format import list_checkpoints, write_tensors
 from overnight.training.checkpoint.save import save_checkpoint
 from overnight.training.optim import build_optimizer
-from overnight.training.state import TrainState
+from overnight.training.state import TensorShard, TrainState
 
 
 @pytest.fixture

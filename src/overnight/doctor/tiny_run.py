@@ -14,31 +14,31 @@ from pathlib import Path
 
 import numpy as np
 
-from overnight.config import from_toml, to_toml
 from overnight.data import DataConfig
 from overnight.data.dataset import open_dataset
-from overnight.data.shards import SPLITS, load_prepared_tokenizer, open_tokens, read_manifest
-from overnight.distributed.launcher import exit_process
-from overnight.distributed.world import World, join_world
+from overnight.data.loader import Batch
+from overnight.data.shards import (
+    SPLITS,
+    chunks,
+    load_prepared_tokenizer,
+    open_tokens,
+    places_of,
+    read_manifest,
+)
+from overnight.distributed.world import World
 from overnight.model.model_config import ModelConfig
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
+from overnight.recipe import Recipe, SamplesConfig
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
-from overnight.run_directory import write_atomically
 from overnight.training.batch import BatchConfig
 from overnight.training.schedule import ScheduleConfig
-from overnight.training.step import train_step
 
 LAYERS, CHANNELS, CONTEXT = 2, 128, 128  # at most
 ROWS, MICRO_BATCHES = 2, 4
 TEXT_TOKENS = 100_000  # of each split
 DOCUMENT_TOKENS = 2_000  # longer documents are cut, so that both splits get some
 VALIDATION_FRACTION = 0.5
-STEPS_IN_PROCESSES = 2
-IN_PROCESS = (
-    "import sys; from overnight.doctor.tiny_run import train_in_process; train_in_process(sys.argv[1])"
-)
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,12 @@ class TinyRun:
         model, weights = initial_weights(recipe, dataset, None)
         return build_run(resolve_on(recipe, model, dataset, self.world), dataset, weights, self.world)
 
-    def first_steps(self) -> list[tuple[float, float]]:
-        """(loss, gradient norm) of the first steps."""
-        built = self.build()
-        results = [train_step(built.state, built.training) for _ in range(STEPS_IN_PROCESSES)]
-        return [(result.loss, result.grad_norm) for result in results]
+
+def step_batch(run: RunSetup) -> Batch:
+    """All rows of the next step in one batch."""
+    plan, step = run.training.plan, run.state.step
+    first, rows = plan.rows(step, 0)
+    return run.training.data.batch(first, rows * plan.micro_batches(step))
 
 
 def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World, text: str = "") -> TinyRun:
@@ -81,12 +82,12 @@ def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World, text:
         vocab_size=None,
         dropout=0.0,
     )
-    small = dataclasses.replace(
-        recipe,
-        init_from=None,
-        trackers=(),
+    small = Recipe(
+        run_name=recipe.run_name,
+        seed=recipe.seed,
         data=DataConfig(data=str(folder), packing=recipe.data.packing),
         model=model,
+        optimizer=recipe.optimizer,
         schedule=ScheduleConfig(total_steps=1000, learning_rate_decay="constant"),
         batch=BatchConfig(tokens_per_step=MICRO_BATCHES * ROWS * model.context_length, micro_batch_size=ROWS),
         compute=dataclasses.replace(
@@ -98,22 +99,17 @@ def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World, text:
             processes=None,
             sharding=None,
         ),
-        evaluation=EvaluationConfig(),
         samples=SamplesConfig(sample_prompts=()),
-        checkpoints=CheckpointsConfig(),
+        guard=recipe.guard,
     )
-    reductions = [*_reductions(sizes, model), *([text] if text else [])]
-    return TinyRun(small, world, ", ".join(reductions))
-
-
-def _reductions(sizes: ModelConfig, model: ModelConfig) -> list[str]:
     words = {"n_layer": "layers", "n_embd": "channels", "context_length": "positions"}
-    found = [
+    reductions = [
         f"{getattr(model, name):,} of {getattr(sizes, name):,} {word}"
         for name, word in words.items()
         if getattr(model, name) != getattr(sizes, name)
     ]
-    return [*found, *(["no dropout"] if sizes.dropout else [])]
+    reductions += ["no dropout"] * (sizes.dropout > 0) + [text] * bool(text)
+    return TinyRun(small, world, ", ".join(reductions))
 
 
 def prepare_piece(source: Path, scratch: Path) -> Path:
@@ -131,10 +127,9 @@ def prepare_piece(source: Path, scratch: Path) -> Path:
             pieces.append(open_tokens(source / shard.name)[:missing])
             missing -= pieces[-1].size
     ids = np.concatenate(pieces)
-    for document in np.split(ids, np.flatnonzero(ids == manifest.end_of_text)):
+    for document in np.split(ids, places_of(manifest.end_of_text, ids)):
         content = document[document != manifest.end_of_text]
-        for start in range(0, content.size, DOCUMENT_TOKENS):
-            texts.append(tokenizer.decode(content[start : start + DOCUMENT_TOKENS].tolist()))
+        texts += [tokenizer.decode(part.tolist()) for part in chunks(content, DOCUMENT_TOKENS)]
     return _prepare(texts, str(source / "tokenizer"), scratch)
 
 
@@ -159,24 +154,3 @@ def _prepare(texts: Iterable[str], tokenizer: str, scratch: Path) -> Path:
         )
     )
     return folder
-
-
-def write_task(recipe: Recipe, folder: Path) -> None:
-    """The input of `train_in_process`."""
-    write_atomically(folder / "task.toml", to_toml(recipe))
-
-
-def train_in_process(folder: str) -> None:
-    """In one of several processes: do the first steps of the recipe in `folder`, and end the process."""
-    text = (Path(folder) / "task.toml").read_text(encoding="utf-8")
-    recipe = from_toml(Recipe, text, "task.toml")
-    with join_world("cpu", recipe.compute.timeout_seconds) as world:
-        steps = TinyRun(recipe, world).first_steps()
-        if world.is_main:
-            write_atomically(Path(folder) / "steps.json", json.dumps(steps))
-    exit_process(0)
-
-
-def read_steps(folder: Path) -> list[tuple[float, float]]:
-    """The steps that the main process has written."""
-    return [(loss, norm) for loss, norm in json.loads((folder / "steps.json").read_text(encoding="utf-8"))]

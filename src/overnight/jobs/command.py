@@ -39,8 +39,9 @@ def run(config: LaunchConfig, name: str) -> None:
     echo(f"wrote {path}: {request.run} on {request.size}")
     if blanks := sorted({*re.findall(r"YOUR-[A-Z-]*[A-Z]", job)}):
         echo(f"fill in {', '.join(blanks)} there")
-    preparations = missing_preparations(request) if target in SEE_FILES else []
-    echo(f"next: {' && '.join([*preparations, submit_command(target, request)])}")
+    missing = [text for text in request.texts if not (Path(text.folder) / "manifest.json").is_file()]
+    commands = [join_words(text.prepare) for text in missing if text.prepare and target in SEE_FILES]
+    echo(f"next: {' && '.join([*commands, submit_command(target, request)])}")
 
 
 def check_division(config: LaunchConfig) -> None:
@@ -73,7 +74,10 @@ def build_request(config: LaunchConfig, name: str, path: Path) -> JobRequest:
         texts = ()  # such a run starts before its text is complete
     if target != "slurm":
         recipe = with_folders(recipe, texts)
-        known_recipe = name if name in recipe_names() else nearest_recipe(recipe)
+        if name not in recipe_names():  # a file of this machine: the nearest recipe that other machines have
+            known_recipe = min(
+                recipe_names(), key=lambda known: len(changed_options(recipe, load_recipe(known)))
+            )
     return JobRequest(
         path=str(path),
         made_by=join_words(("overnight", "launch", name, *options)),
@@ -94,14 +98,3 @@ def launch_options(config: LaunchConfig) -> list[str]:
     own = [name for name in kinds if name not in field_types(Recipe)]
     given = [name for name in own if getattr(config, name) != getattr(default, name)]
     return [word for name in given for word in as_option(name, getattr(config, name), kinds[name])]
-
-
-def nearest_recipe(recipe: Recipe) -> str:
-    """The package's recipe that becomes `recipe` with the fewest options: other machines have it too."""
-    return min(recipe_names(), key=lambda name: len(changed_options(recipe, load_recipe(name))))
-
-
-def missing_preparations(request: JobRequest) -> list[str]:
-    """The commands that prepare the texts that do not exist yet."""
-    missing = [text for text in request.texts if not (Path(text.folder) / "manifest.json").is_file()]
-    return [join_words(text.prepare) for text in missing if text.prepare]

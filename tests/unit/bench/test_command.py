@@ -20,7 +20,7 @@ from overnight.bench.decide import WARM_UPS, BenchPlan, decide_bench, find_free_
 from overnight.bench.table import BenchRecord
 from overnight.bench.worker import StepWorker, TimedSteps, running_workers
 from overnight.data.shards import read_manifest
-from overnight.distributed import machine
+from overnight.distributed import launcher as machine
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
 

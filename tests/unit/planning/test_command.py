@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from overnight.cli import main
-from overnight.distributed import machine
+from overnight.distributed import launcher as machine
 from overnight.hardware import DEVICES, GB
 from overnight.planning import command as planning_command
 from overnight.planning import measure

@@ -2,23 +2,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overnight.conversion.huggingface import read_huggingface, write_huggingface
-from overnight.doctor.check import CheckResult
-from overnight.doctor.generation_checks import check_reference
+from overnight.conversion.huggingface import write_huggingface
+from overnight.conversion.open_model import open_model
+from overnight.doctor.model_checks import check_reference
 from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
 from overnight.tokenizer.characters import Characters
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A small GPT-2 as Transformers opens it, with biases that are not zero."""
+def context(tmp_path: Path) -> Any:
+    """A small GPT-2 as Transformers opens it, with biases that are not zero, as the baseline."""
     tokenizer = Characters("abc")
     sizes = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=tokenizer.vocab_size)
     model = GPT(sizes, seed=0)
@@ -28,36 +30,27 @@ def folder(tmp_path: Path) -> Path:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=noise))
     model.zero_padding()
     write_huggingface(model, tokenizer, tmp_path / "hf")
-    return tmp_path / "hf"
+    return SimpleNamespace(baseline=open_model(str(tmp_path / "hf")))
 
 
-def check(folder: Path) -> CheckResult:
-    model, _ = read_huggingface(folder)
-    return check_reference(model, folder)
-
-
-def test_logits_equal_those_of_transformers(folder: Path) -> None:
+def test_logits_are_those_of_transformers(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    found = check(folder)
+    found = check_reference(context)
     assert found.passed
     assert found.figures["largest_logit"] > 1
-
-
-def test_another_nonlinearity_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
     gelu = F.gelu
 
     def exact(x: Tensor, approximate: str = "none") -> Tensor:
         return gelu(x)
 
     monkeypatch.setattr("overnight.model.gpt.F.gelu", exact)
-    found = check(folder)
+    found = check_reference(context)
     assert found.passed is False
     assert "tanh GELU" in found.cause
 
 
-def test_without_transformers_it_is_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_is_skipped_without_transformers(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    found = check(folder)
+    found = check_reference(context)
     assert found.passed is None
     assert "pip install transformers" in found.cause
