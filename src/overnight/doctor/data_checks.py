@@ -13,14 +13,23 @@ from typing import TypeVar
 
 import numpy as np
 
-from overnight.data import shards
-from overnight.data.shards import SPLITS, Manifest, Shard, Tokens, open_tokens, places_of, read_manifest
+from overnight.data.shards import (
+    SPLITS,
+    Manifest,
+    Shard,
+    Tokens,
+    load_prepared_tokenizer,
+    open_tokens,
+    places_of,
+    read_manifest,
+    verify,
+    verify_shard,
+)
 from overnight.doctor import DoctorConfig
 from overnight.doctor.check import CheckResult, skipped
 from overnight.doctor.context import DoctorContext
 from overnight.inspection import statistics
 from overnight.preparation import decontaminate
-from overnight.tokenizer.tokenizer import Tokenizer
 
 READ_TOKENS = 250_000_000  # of shards verified, counted and compared without --full
 ENCODED_DOCUMENTS = 50
@@ -36,7 +45,7 @@ TextCheck = Callable[[Path, Manifest, DoctorConfig], CheckResult]
 
 
 def of_each_text(check: TextCheck) -> Callable[[DoctorContext], CheckResult]:
-    """The check of one prepared text, done for all: the result of the first that fails, or of the first."""
+    """`check` of all prepared texts; the result is that of the first that fails, or else of the first."""
 
     @functools.wraps(check)
     def check_all(context: DoctorContext) -> CheckResult:
@@ -60,13 +69,10 @@ def check_shards(context: DoctorContext) -> CheckResult:
 def _verify_shards(folder: Path, manifest: Manifest, config: DoctorConfig) -> CheckResult:
     chosen = _choose(manifest, full=config.full)
     count = len(manifest.train) + len(manifest.validation)
-    try:
-        if len(chosen) == count:
-            shards.verify(folder)
-        for shard in chosen if len(chosen) < count else ():
-            shards.verify_shard(folder, shard, manifest.vocab_size)
-    except (ValueError, OSError) as error:
-        return CheckResult(passed=False, measured="damaged", bound="as they were written", cause=str(error))
+    if len(chosen) == count:
+        verify(folder)
+    for shard in chosen if len(chosen) < count else ():
+        verify_shard(folder, shard, manifest.vocab_size)
     tokens = sum(shard.tokens for shard in chosen)
     return CheckResult(
         passed=True,
@@ -79,36 +85,19 @@ def _verify_shards(folder: Path, manifest: Manifest, config: DoctorConfig) -> Ch
 @of_each_text
 def check_tokenizer(folder: Path, manifest: Manifest, _config: DoctorConfig) -> CheckResult:
     """The tokenizer in the folder encodes documents of the shards to the same ids."""
-    bound = "gives the shards' own ids"
-    try:
-        tokenizer = shards.load_prepared_tokenizer(folder, manifest)
-    except (ValueError, OSError) as error:
-        cause = f"the shards were written with another tokenizer, and text would be nonsense: {error}"
-        return CheckResult(passed=False, measured="another one", bound=bound, cause=cause)
-    encoded = same = 0
-    for document in sample_documents(folder, manifest, "train", ENCODED_DOCUMENTS):
-        if document.size > LONGEST_TOKENS:
-            continue
-        ids = document.tolist()
-        encoded += 1
-        same += _encode(tokenizer, tokenizer.decode_bytes(ids)) == ids
+    tokenizer = load_prepared_tokenizer(folder, manifest)
+    documents = sample_documents(folder, manifest, "train", ENCODED_DOCUMENTS)
+    all_ids = [document.tolist() for document in documents if document.size <= LONGEST_TOKENS]
+    encoded, same = len(all_ids), sum(tokenizer.encode(tokenizer.decode(ids)) == ids for ids in all_ids)
     return CheckResult(
         passed=same == encoded and manifest.vocab_size == tokenizer.vocab_size,
         measured=f"{same} of {encoded} documents",
-        bound=bound,
+        bound="gives the shards' own ids",
         cause=f"the tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} ids) encodes documents to other ids "
         f"than the shards (a vocabulary of {manifest.vocab_size:,}): they were written with another one; "
         "prepare the text again with the right tokenizer",
         figures={"documents": encoded, "same": same, "vocab_size": tokenizer.vocab_size},
     )
-
-
-def _encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
-    """The ids of a document's bytes; none if they are not UTF-8."""
-    try:
-        return tokenizer.encode(text.decode())
-    except UnicodeDecodeError:
-        return []
 
 
 @of_each_text
@@ -145,7 +134,7 @@ def check_boundaries(folder: Path, manifest: Manifest, config: DoctorConfig) -> 
 def show_boundaries(folder: Path, manifest: Manifest) -> Iterator[str]:
     """The text around a few boundaries of the first training shard, one line each."""
     try:
-        tokenizer = shards.load_prepared_tokenizer(folder, manifest)
+        tokenizer = load_prepared_tokenizer(folder, manifest)
     except (ValueError, OSError):
         return  # the check of the tokenizer reports it
     ids = open_tokens(folder / manifest.train[0].name)
@@ -217,7 +206,7 @@ def check_contamination(folder: Path, manifest: Manifest, config: DoctorConfig) 
         return skipped("no benchmark file was given: --benchmarks FILE ...")
     files = decontaminate.benchmark_names(config.benchmarks)
     search = decontaminate.BenchmarkSearch(decontaminate.build_index(files))
-    tokenizer = shards.load_prepared_tokenizer(folder, manifest)
+    tokenizer = load_prepared_tokenizer(folder, manifest)
     most = None if config.full else SEARCHED_DOCUMENTS
     found = dict.fromkeys(files, 0)
     searched = contaminated = 0

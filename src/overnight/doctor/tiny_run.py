@@ -144,13 +144,6 @@ def _prepare(texts: Iterable[str], tokenizer: str, scratch: Path) -> Path:
     source = scratch / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     folder = scratch / "shards"
-    prepare(
-        PrepareConfig(
-            source=str(source),
-            tokenizer=tokenizer,
-            validation_fraction=VALIDATION_FRACTION,
-            out=str(folder),
-            workers=1,
-        )
-    )
+    config = PrepareConfig(source=str(source), tokenizer=tokenizer, out=str(folder), workers=1)
+    prepare(dataclasses.replace(config, validation_fraction=VALIDATION_FRACTION))
     return folder
