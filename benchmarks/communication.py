@@ -5,7 +5,7 @@
 
 Bandwidth and latency of each collective are fitted to some sizes, and foretell the others; then what a whole
 step of training says, replicated, with ZeRO-1 and with FSDP2, said and not computed. The model is
-overnight.communication's, the sums and broadcasts those of overnight.world.
+overnight.planning.communication's, the sums and broadcasts those of overnight.distributed.world.
 """
 
 from __future__ import annotations
@@ -35,15 +35,14 @@ from overnight.distributed.machine import environment_of_process
 from overnight.distributed.world import BUCKET_BYTES, World
 from overnight.model.gpt import parameter_shapes
 from overnight.model.model_config import ModelConfig
-from overnight.planning.network import (
-    Cluster,
+from overnight.planning.communication import (
     Collective,
     Kind,
-    Link,
     collective_seconds,
     list_collectives,
     sent_bytes,
 )
+from overnight.planning.network import Link, ParallelLayout
 from overnight.training import Sharding
 from overnight.training.sharding import assign_parameters
 
@@ -209,7 +208,7 @@ def allocating_as_training_does() -> Iterator[None]:
 
 def fit_link(kind: Kind, times: Mapping[int, float], processes: int) -> Link:
     """Bandwidth and latency with which the relative errors of these sizes are least, squared and added up."""
-    alone = Cluster(machines=1, processes_per_machine=processes, within=_link(math.inf, 0.0))
+    alone = ParallelLayout(processes_per_machine=processes, within=_link(math.inf, 0.0))
     sent = [sent_bytes(Collective(kind, "all", 1, size), alone) for size in times]
     wanted = np.array(list(times.values()))
     terms = np.stack([np.ones(len(sent)), np.array(sent)], axis=1) / wanted[:, None]
@@ -234,8 +233,7 @@ def foretell(
     return sum(
         collective_seconds(
             each,
-            Cluster(
-                machines=1,
+            ParallelLayout(
                 processes_per_machine=processes,
                 within=links[each.kind],
                 memory_bytes_per_second=copies,
@@ -316,8 +314,9 @@ def rows_of_steps(model: ModelConfig, processes: int, times: Times, links: Mappi
     """A row for each way to divide what a step holds."""
     found = []
     for name, sharding in STEPS.items():
-        alone = Cluster(machines=1, processes_per_machine=processes, within=_link(math.inf, 0.0))
-        said = list_collectives(model, sharding, alone, MICRO_BATCHES)
+        link = _link(math.inf, 0.0)
+        alone = ParallelLayout(processes_per_machine=processes, within=link, sharding=sharding)
+        said = list_collectives(model, alone, MICRO_BATCHES)
         copies = None if sharding == "fsdp" else times.copy_bytes_per_second
         told = foretell(said, links, processes, copies)
         size = sum(each.bytes for each in said)

@@ -70,7 +70,7 @@ def judge_ours(model: GPT, question: Question) -> float:
     from overnight.evaluation.perplexity import evaluate_language_model
 
     token_bytes = [b"?"] * model.vocab_size  # what the ids spell does not matter to the time
-    return evaluate_language_model(model, question.batches, token_bytes, question.precision).loss
+    return evaluate_language_model(model, question.batches, token_bytes, question.precision).per("token")
 
 
 def train_forward(model: GPT, question: Question) -> float:
@@ -161,7 +161,7 @@ def measure(options: argparse.Namespace) -> Report:
     config, precision = check(options)
     tokens = options.batches * options.rows * options.context
     ids = np.resize(read_ids(options.text, options.data, options.bpe), tokens + 1)
-    batch = Rows(ids, options.context)
+    batch = Rows(ids, options.context).batch
     batches = [batch(number * options.rows, options.rows) for number in range(options.batches)]
     question = Question(batches=batches, precision=precision, device=options.device)
     model = empty_model(config)

@@ -60,7 +60,7 @@ def encode_ours(tokenizer: Tokenizer, texts: Sequence[str], threads: int) -> NDA
     from overnight.preparation.documents import Document, FilteredDocument
 
     documents = (FilteredDocument(Document(text, ""), "kept") for text in texts)
-    return np.concatenate([ids[1:] for _, ids in tokenize_documents(documents, tokenizer, threads)])
+    return np.concatenate([each.ids[1:] for each in tokenize_documents(documents, tokenizer, threads)])
 
 
 def measure(options: argparse.Namespace) -> Report:

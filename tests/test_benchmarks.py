@@ -20,7 +20,8 @@ import torch
 from overnight.conversion.huggingface import write_huggingface
 from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
-from overnight.planning.network import Cluster, Collective, Link, collective_seconds
+from overnight.planning.communication import Collective, collective_seconds
+from overnight.planning.network import Link, ParallelLayout
 from overnight.run_directory import RunDirectory
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 from overnight.training import OptimizerConfig
@@ -299,7 +300,7 @@ def test_band_needs_one_recipe_and_two_seeds(programs: dict[str, Any], place: Pa
 def test_communication_fit_finds_the_link(programs: dict[str, Any]) -> None:
     program = programs["communication"]
     exact = Link(name="", bytes_per_second=2e9, message_seconds=0.0, start_seconds=1e-3, source="")
-    there = Cluster(machines=1, processes_per_machine=4, within=exact)
+    there = ParallelLayout(processes_per_machine=4, within=exact)
     for kind in program.KINDS:
         sizes = (10**4, 10**6, 10**8)
         times = {size: collective_seconds(Collective(kind, "all", 1, size), there) for size in sizes}

@@ -88,7 +88,7 @@ COMMANDS = {
     "bench": Command(
         "overnight.bench.command",
         "overnight.bench:BenchConfig",
-        "The speed ladder, float32 to everything, on this machine",
+        "Speed of training variants on this machine, float32 to everything",
         "overnight bench --model gpt2-124m --out bench",
     ),
     "report": Command(

@@ -186,7 +186,7 @@ def fall_back(place: Place, name: str, whole: Path, seed: int, before: Any = Non
     damage(newest, draw)
     ended = train(folder, before)
     wrong = find_difference(folder, record(whole)) if ended.status == 0 else f"status {ended.status}"
-    if not wrong and not (str(newest.name) in ended.said and ended.is_a_sentence()):
+    if not wrong and f"{newest.name} is " not in ended.said:
         wrong = "nothing was said"
     shutil.rmtree(folder)
     return f"{damage.__name__}: {wrong}" if wrong else None

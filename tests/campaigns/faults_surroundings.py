@@ -147,8 +147,8 @@ def order_by_workers() -> None:
     target = "overnight.preparation.tokenize:tokenize_documents"
     real = original(target)
 
-    def turned(judged: Any, tokenizer: Any, threads: int = 1) -> list[Any]:
-        found = list(real(judged, tokenizer, threads))
+    def turned(judged: Any, tokenizer: Any, threads: int = 1, search: Any = None) -> list[Any]:
+        found = list(real(judged, tokenizer, threads, search))
         return found[threads - 1 :] + found[: threads - 1]
 
     replace(target, turned)

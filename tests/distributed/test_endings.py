@@ -142,7 +142,7 @@ def started(folder: Path, *words: str, **environment: str) -> Iterator[subproces
         process.communicate()
 
 
-def ended(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
+def ended(process: subprocess.Popen[str], seconds: float = 250) -> tuple[int, str]:
     """The exit status and standard error."""
     message = process.communicate(timeout=seconds)[1]
     return process.returncode, message
@@ -181,7 +181,7 @@ def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 250) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "the condition was never met"

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.conversion import ConvertConfig
-from overnight.conversion import command as conversion_command
+from overnight.conversion.huggingface import write_huggingface
 from overnight.conversion.open_model import OpenedModel, open_model
 from overnight.data import DataConfig
-from overnight.evaluation.tasks import TaskResult, evaluate_task, open_task
+from overnight.evaluation.scores import TaskResult
+from overnight.evaluation.tasks import evaluate_task, open_task
 from overnight.evaluation.text_tasks import TEXT_TASKS
 from overnight.model.model_config import ModelConfig
 from overnight.preparation.prepare import prepare
@@ -57,7 +57,7 @@ class NaiveModel:
 
 
 @pytest.fixture(scope="module")
-def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def ours(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> OpenedModel:
     """A hundred steps on the corpus, with its own BPE."""
     root = tmp_path_factory.mktemp("trained")
     source, out = shared_data / "corpus" / "validation.parquet", root / "shards"
@@ -73,19 +73,13 @@ def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunD
         compute=ComputeConfig(device="cpu", precision="fp32", compile=False),
     )
     train.train(recipe, directory)
-    return directory
+    return open_model(str(directory.path))
 
 
 @pytest.fixture(scope="module")
-def ours(trained: RunDirectory) -> OpenedModel:
-    return open_model(str(trained.path))
-
-
-@pytest.fixture(scope="module")
-def theirs(trained: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> NaiveModel:
-    folder = conversion_command.run(
-        ConvertConfig(model=str(trained.path), out=str(tmp_path_factory.mktemp("hf") / "run"))
-    )
+def theirs(ours: OpenedModel) -> NaiveModel:
+    folder = ours.origin.parent / "hf"
+    write_huggingface(ours.model, ours.tokenizer, folder)
     return NaiveModel(folder)
 
 
@@ -94,14 +88,13 @@ def evaluate(name: str, opened: OpenedModel, folder: Path, most: int | None) -> 
     examples = task.encode(opened.tokenizer, CONTEXT)
     found = dict(evaluate_task(opened.model, examples, "fp32"))
     result = TaskResult(examples, [found[index] for index in range(len(examples))])
-    return result, {score.metric: score.value for score in task.score(result)}
+    return result, {score.metric: score.value for score in task.score([result])}
 
 
-some = pytest.param(60, id="some")
-every = pytest.param(None, id="all", marks=pytest.mark.slow)
+some_or_all = pytest.mark.parametrize("most", [60, pytest.param(None, marks=pytest.mark.slow)])
 
 
-@pytest.mark.parametrize("most", [some, every])
+@some_or_all
 def test_hellaswag_matches_naive(
     ours: OpenedModel, theirs: NaiveModel, shared_data: Path, tmp_path: Path, most: int | None
 ) -> None:
@@ -126,7 +119,7 @@ def test_hellaswag_matches_naive(
     assert values == {metric: count / len(result.numbers) for metric, count in right.items()}
 
 
-@pytest.mark.parametrize("most", [some, every])
+@some_or_all
 def test_lambada_matches_naive(
     ours: OpenedModel, theirs: NaiveModel, shared_data: Path, tmp_path: Path, most: int | None
 ) -> None:
@@ -142,9 +135,16 @@ def test_lambada_matches_naive(
     assert values["accuracy"] == sum(greedy for _, greedy in found) / len(found)
     mean = sum(nats for nats, _ in found) / len(found)
     assert math.log(values["perplexity_per_word"]) == pytest.approx(mean, abs=1e-4)
+    # The negative control: a changed weight.
+    before = theirs.nats(theirs.encode(context), theirs.encode(f" {word}"))[0]
+    bias = theirs.model.transformer.h[0].mlp.c_fc.bias.detach()
+    kept = bias.clone()
+    bias += 0.1
+    assert abs(theirs.nats(theirs.encode(context), theirs.encode(f" {word}"))[0] - before) > 1e-4
+    bias.copy_(kept)
 
 
-@pytest.mark.parametrize("most", [some, every])
+@some_or_all
 def test_wikitext_matches_naive(
     ours: OpenedModel, theirs: NaiveModel, shared_data: Path, tmp_path: Path, most: int | None
 ) -> None:
@@ -162,16 +162,3 @@ def test_wikitext_matches_naive(
     words = len(raw.split()) + raw.count("\n")
     assert values["nats_per_token"] == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
     assert math.log(values["perplexity_per_word"]) == pytest.approx(nats / words, abs=1e-4)
-
-
-def test_changed_weight_is_detected(ours: OpenedModel, theirs: NaiveModel, shared_data: Path) -> None:
-    """The negative control."""
-    context, ending = theirs.encode("The cell is the"), theirs.encode(" smallest unit")
-    before = theirs.nats(context, ending)[0]
-    with torch.no_grad():
-        theirs.model.transformer.h[0].mlp.c_fc.bias += 0.1
-    try:
-        assert abs(theirs.nats(context, ending)[0] - before) > 1e-4
-    finally:
-        with torch.no_grad():
-            theirs.model.transformer.h[0].mlp.c_fc.bias -= 0.1

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shlex
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,12 +160,13 @@ def call(line: str) -> tuple[int, str, str]:
 
 def normalise(text: str, place: Path) -> str:
     """Without the place, dates, numbers and their units; lines wrapped to the width are joined."""
+    text = text.replace(sysconfig.get_path("scripts"), "BIN")
     text = text.replace(f"{place.resolve()}/", "").replace(f"{place}/", "").replace(str(place), ".")
     text = re.sub(r"\d{4}-\d\d-\d\d[T \d:+]*|\w{3} \d+ \w{3} \d{4} \d\d:\d\d", "DATE", text)
-    text = re.sub(r"(?<![\w-])\d[\d,]*(\.\d+)?(e[+-]?\d+)?[kM]?(?![\w-])", "N", text)
+    text = re.sub(r"(?<![\w-])\d[\d,]*(\.\d+)?(e[+-]?\d+)?[kMx]?(?![\w-])", "N", text)
     text = re.sub(r"\bN (ms|s|min|h|d|kB|MB|GB|TB)\b( N (s|min|h)\b)?", "N UNITS", text)
     text = re.sub(r"just now|N \w+ ago", "AGE", text)
-    text = re.sub(r"(?m)^.*(busy|load average).*\n", "", text)
+    text = re.sub(r"; the machine is busy: load N|(?m:^.*load average.*\n)", "", text)
     return re.sub(r"\n +", " ", re.sub(r"[ ]+$", "", re.sub(r"[ ]+", " ", text), flags=re.MULTILINE))
 
 

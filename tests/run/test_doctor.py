@@ -25,10 +25,10 @@ from overnight.data import DataConfig, loader
 from overnight.data.shards import (
     HEADER_BYTES,
     SPLITS,
-    ShardWriter,
     load_prepared_tokenizer,
     read_manifest,
     write_manifest,
+    write_split,
 )
 from overnight.doctor import CHECKS, DATA_CHECKS, DoctorConfig, step_checks
 from overnight.doctor.check import CheckResult
@@ -362,10 +362,8 @@ def rewrite(folder: Path, out: Path, change: Callable[[Any], Any] = np.copy, sha
     out.mkdir()
     shards = {}
     for split, documents in zip(SPLITS, (train, validation), strict=True):
-        writer = ShardWriter(out, split, manifest.vocab_size, 1500)
-        for ids in documents:
-            writer.add(ids.astype(np.uint32), ids.size)
-        shards[split] = writer.finish()
+        written = [(ids, ids.size) for ids in documents]
+        shards[split] = write_split(out, split, written, manifest.vocab_size, 1500)
     shutil.copytree(folder / "tokenizer", out / "tokenizer")
     write_manifest(out, dataclasses.replace(manifest, documents=len(train) + len(validation), **shards))
     return out

@@ -1,7 +1,7 @@
 """The losses of small recipes, and of a run of an earlier version that is resumed, stay what they were.
 
-A commit that changes the curves says why, and writes them anew with tools/golden.py --write. The earlier
-version's run, golden/old-run, is never written anew: version 0.1 prepared its shards, began it, and was
+A commit that changes the curves says why, and records them again with tools/golden.py --write. The earlier
+version's run, golden/old-run, is never recorded again: version 0.1 prepared its shards, began it, and was
 killed after step 8, two steps after a checkpoint; expected.json has what it recorded without interruption.
 """
 
@@ -27,7 +27,7 @@ OLD_RUN = Path(__file__).with_name("golden") / "old-run"
 
 
 @pytest.fixture
-def golden(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def golden(repository, monkeypatch):
     """tools/golden.py."""
     monkeypatch.syspath_prepend(str(repository / "tools"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -47,16 +47,14 @@ def check(golden: Any, recorded: dict[str, Any], name: str, found: list[float]) 
 
 
 @pytest.mark.parametrize("name", ["plain", "micro-batches", "wsd-chunked"])
-def test_losses_are_the_recorded_ones(golden: Any, tmp_path: Path, name: str) -> None:
+def test_losses_are_the_recorded_ones(golden, tmp_path, name):
     assert {path.stem for path in golden.FOLDER.glob("*.json")} == {*golden.RECIPES}
     losses = golden.train(name, tmp_path)
     check(golden, read(golden.FOLDER / f"{name}.json"), "losses", losses)
     assert losses[-1] < 0.8 * losses[0], "it learns"
 
 
-def test_comparison_detects_a_slightly_different_learning_rate(
-    golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_comparison_detects_a_slightly_different_learning_rate(golden, tmp_path, monkeypatch):
     """The negative control: it differs in its fourth place."""
     optimizer = OptimizerConfig(peak_learning_rate=1.0001e-2)
     monkeypatch.setitem(golden.RECIPES, "plain", {**golden.RECIPES["plain"], "optimizer": optimizer})
@@ -66,9 +64,7 @@ def test_comparison_detects_a_slightly_different_learning_rate(
     assert losses[0] == pytest.approx(recorded[0], rel=ELSEWHERE)
 
 
-def test_run_of_an_earlier_version_is_resumed(
-    golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_of_an_earlier_version_is_resumed(golden, tmp_path, monkeypatch):
     """Old names of settings and values, in its recipe and its checkpoint, included."""
     shutil.copytree(OLD_RUN, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
@@ -88,7 +84,7 @@ def test_run_of_an_earlier_version_is_resumed(
     assert read(directory.checkpoints / "step-00000012" / "state.json")["updates"] == 12
 
 
-def test_shards_of_an_earlier_version_are_prepared_alike(tmp_path: Path) -> None:
+def test_shards_of_an_earlier_version_are_prepared_alike(tmp_path):
     text, shards = tmp_path / "text", tmp_path / "shards"
     text.mkdir()
     for number in range(12):

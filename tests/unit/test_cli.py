@@ -29,7 +29,7 @@ def overnight(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids="-".join)
-def test_help_is_instant_and_has_an_example(words: list[str], tmp_path: Path) -> None:
+def test_help_is_instant_and_has_an_example(words, tmp_path):
     """Processor seconds of the child, the least of a few tries: a busy machine adds to them."""
     spent = []
     while not spent or (min(spent) >= HELP_SECONDS and len(spent) < TRIES):
@@ -44,7 +44,7 @@ def test_help_is_instant_and_has_an_example(words: list[str], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_does_not_import_torch(name: str, tmp_path: Path) -> None:
+def test_help_does_not_import_torch(name, tmp_path):
     script = (
         "import sys; from overnight.cli import main\n"
         f"try: main(['{name}', '--help'])\n"
@@ -83,13 +83,7 @@ def test_help_does_not_import_torch(name: str, tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_wrong_use_is_one_sentence_and_writes_nothing(
-    words: list[str],
-    named: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_wrong_use_is_one_sentence_and_writes_nothing(words, named, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     (sentence,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("overnight: ")]
@@ -107,14 +101,8 @@ def test_wrong_use_is_one_sentence_and_writes_nothing(
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_failure_is_one_sentence(
-    error: BaseException,
-    status: int,
-    named: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def fail(words: list[str]) -> int:
+def test_failure_is_one_sentence(error, status, named, monkeypatch, capsys):
+    def fail(words):
         raise error
 
     monkeypatch.setattr(cli, "_run", fail)
@@ -123,14 +111,14 @@ def test_failure_is_one_sentence(
     assert named in sentence
 
 
-def test_no_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_lists_the_commands(capsys):
     assert main([]) == 2
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMMANDS)
 
 
 @pytest.mark.parametrize("old", RENAMED_COMMANDS)
-def test_old_name_of_a_command_names_the_new_one(old: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_name_of_a_command_names_the_new_one(old, capsys):
     assert main([old, "--no-such-option"]) == 2
     assert f"overnight {RENAMED_COMMANDS[old]}" in capsys.readouterr().err
 
@@ -139,14 +127,7 @@ def test_old_name_of_a_command_names_the_new_one(old: str, capsys: pytest.Captur
     "recipe, length, steps",
     [("gpt3-125m", "--total-steps=600_000", 600_000), ("quickstart", "--total-tokens=512_000", 1000)],
 )
-def test_length_may_be_given_in_steps_or_in_tokens(
-    recipe: str,
-    length: str,
-    steps: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_length_may_be_given_in_steps_or_in_tokens(recipe, length, steps, tmp_path, monkeypatch, capsys):
     """Either replaces the recipe's own, which is the other; both together are refused."""
     monkeypatch.chdir(tmp_path)
     words = ["plan", recipe, "--device-type", "h200", "--json", "--vocab-size", "50257"]
@@ -157,7 +138,7 @@ def test_length_may_be_given_in_steps_or_in_tokens(
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(tmp_path_factory):
     """A folder in which a tiny run of the quickstart recipe was trained by the command."""
     folder = tmp_path_factory.mktemp("workplace")
     text = "\n\n".join(f"Paragraph {number} says that {number} is a number." for number in range(4000))
@@ -174,7 +155,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def in_workplace(workplace, monkeypatch):
     """The folder of the tiny run, as the current one."""
     monkeypatch.chdir(workplace)
     return workplace
@@ -185,7 +166,7 @@ def read_lines(path: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.usefixtures("in_workplace")
-def test_run_is_continued_with_another_length(capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_is_continued_with_another_length(capsys):
     assert main(["train", "--resume", "runs/tiny", "--total_steps=6"]) == 0
     assert [line["step"] for line in read_lines("runs/tiny/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert main(["train", "--resume", "tiny", f"--total-tokens={7 * 128}"]) == 0
@@ -196,7 +177,7 @@ def test_run_is_continued_with_another_length(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("in_workplace")
-def test_model_is_evaluated_as_the_run_evaluated_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_is_evaluated_as_the_run_evaluated_it(capsys):
     assert main(["evaluate", "runs/tiny", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["bits_per_byte"] > 0
@@ -205,7 +186,7 @@ def test_model_is_evaluated_as_the_run_evaluated_it(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.usefixtures("in_workplace")
-def test_run_begins_with_another_model_s_weights() -> None:
+def test_run_begins_with_another_model_s_weights():
     words = ["train", "shakespeare-finetune", "--from", "runs/tiny", "--data", "data/notes-bpe-300"]
     tune = ["--run_name=tuned", "--tokens_per_step=128", "--total_steps=2", "--compile=False"]
     assert main([*words, *tune, "--sample_every_steps=None"]) == 0
@@ -213,7 +194,7 @@ def test_run_begins_with_another_model_s_weights() -> None:
     assert tuned < fresh - 0.005
 
 
-def test_interrupted_run_is_saved_and_exits_with_130(workplace: Path) -> None:
+def test_interrupted_run_is_saved_and_exits_with_130(workplace):
     words = ["train", "quickstart", "--data=data/notes-bpe-300", "--run_name=long", *TINY]
     process = subprocess.Popen(
         [sys.executable, "-m", "overnight", *words, "--total_steps=100000"],
@@ -225,8 +206,8 @@ def test_interrupted_run_is_saved_and_exits_with_130(workplace: Path) -> None:
     while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert "overnight train --resume runs/long" in said
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "overnight train --resume runs/long" in stderr
     saved = max((workplace / "runs/long/checkpoints").iterdir()).name
     assert int(saved.removeprefix("step-")) == len(metrics.read_text().splitlines())

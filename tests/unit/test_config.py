@@ -80,19 +80,19 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
         ),
     )
 )
-def test_toml_round_trip(settings: Settings) -> None:
+def test_toml_round_trip(settings):
     written = to_toml(settings)
     tomllib.loads(written)
     assert from_toml(Settings, written, "recipe") == settings
 
 
-def test_off_in_toml_is_none() -> None:
+def test_off_in_toml_is_none():
     assert from_toml(Settings, '[size]\nlimit = "off"', "r").size.limit is None
     with pytest.raises(ValueError, match="n_layer = 'off'"):
         from_toml(Settings, '[size]\nn_layer = "off"', "r")
 
 
-def test_every_setting_is_written() -> None:
+def test_every_setting_is_written():
     assert all(name in to_toml(Settings()) for name in flat_names(Settings))
 
 
@@ -119,7 +119,7 @@ def test_every_setting_is_written() -> None:
         ("[size]\nn_layr = 3\ndropout = 'much'", "dropout = 'much'"),  # all problems at once
     ],
 )
-def test_wrong_recipe_is_one_sentence(text: str, named: str) -> None:
+def test_wrong_recipe_is_one_sentence(text, named):
     with pytest.raises(ValueError, match=r"^mine\.toml") as error:
         from_toml(Settings, text, "mine.toml")
     assert named in str(error.value)
@@ -127,14 +127,14 @@ def test_wrong_recipe_is_one_sentence(text: str, named: str) -> None:
     assert "n_layr" not in text or "n_layr" in str(error.value)
 
 
-def test_records_are_read_in_both_of_toml_s_forms() -> None:
+def test_records_are_read_in_both_of_toml_s_forms():
     expected = (Share(path="a", weight=0.7), Share(path="b", weight=2))
     inline = "shares = [{path = 'a', weight = 0.7}, {path = 'b', weight = 2}]"
     tables = "[[shares]]\npath = 'a'\nweight = 0.7\n[[shares]]\npath = 'b'\nweight = 2"
     assert from_toml(Settings, inline, "r").shares == from_toml(Settings, tables, "r").shares == expected
 
 
-def test_whole_number_is_read_as_a_float() -> None:
+def test_whole_number_is_read_as_a_float():
     assert from_toml(Settings, "[size]\ndropout = 0", "r").size.dropout == 0
 
 
@@ -143,17 +143,17 @@ def options(*words: str, default: Settings | None = None) -> Settings:
 
 
 @pytest.mark.parametrize("words", [["--n_layer=4"], ["--n-layer", "4"], ["--n-layer=4"], ["--n_layer", "4"]])
-def test_option_is_read_in_every_spelling(words: list[str]) -> None:
+def test_option_is_read_in_every_spelling(words):
     assert options(*words).size.n_layer == 4
 
 
-def test_options_change_the_default() -> None:
+def test_options_change_the_default():
     default = Settings(run_name="mine", size=Size(dropout=0.5, vocab_size=3))
     changed = options("--n_layer=3", "--compile=False", "--vocab_size=None", default=default)
     assert changed == Settings(run_name="mine", compile=False, size=Size(n_layer=3, dropout=0.5))
 
 
-def test_record_is_one_word() -> None:
+def test_record_is_one_word():
     default = Settings(shares=(Share(path="x", weight=1),))
     expected = (Share(path="data/a", weight=0.7), Share(path="s3://b/date=1", weight=3.0))
     assert options("--shares", "data/a=0.7", "s3://b/date=1=3", default=default).shares == expected
@@ -171,7 +171,7 @@ def test_record_is_one_word() -> None:
         (["--shares", "a=much"], "a=much"),
     ],
 )
-def test_wrong_option_is_one_sentence(words: list[str], named: str) -> None:
+def test_wrong_option_is_one_sentence(words, named):
     with pytest.raises(ValueError, match=".") as error:
         options(*words)
     assert named in str(error.value)
@@ -179,7 +179,7 @@ def test_wrong_option_is_one_sentence(words: list[str], named: str) -> None:
     assert "│" not in str(error.value)
 
 
-def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit) as stopped:
         options("--help")
     assert not stopped.value.code
@@ -208,7 +208,7 @@ def switches(*words: str, default: Switches | None = None) -> Switches:
 
 
 @pytest.mark.parametrize("default", [None, Switches(fast=True, safe=False), Switches(fast=True)])
-def test_switch_can_be_turned_on_and_off_whatever_its_default(default: Switches | None) -> None:
+def test_switch_can_be_turned_on_and_off_whatever_its_default(default):
     assert switches("--fast", "--safe", default=default) == Switches(fast=True)
     assert switches("--no-fast", "--no_safe", default=default) == Switches(safe=False)
     assert switches(default=default) == (default or Switches())
@@ -227,25 +227,23 @@ def test_switch_can_be_turned_on_and_off_whatever_its_default(default: Switches 
         (["--kind=old"], 'kind = "old"', Switches(kind="new"), "--kind=new"),
     ],
 )
-def test_old_name_is_read_and_the_new_one_printed(
-    words: list[str], toml: str, expected: Switches, new: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_old_name_is_read_and_the_new_one_printed(words, toml, expected, new, capsys):
     assert from_toml(Switches, toml, "r") == switches(*words) == expected
     assert f"now spelled {new}\n" in capsys.readouterr().err
 
 
-def test_nearest_lists_everything_if_nothing_is_near() -> None:
+def test_nearest_lists_everything_if_nothing_is_near():
     assert nearest("zzz", ["gpt2", "characters"]) == "; there is characters, gpt2"
 
 
 @pytest.mark.parametrize(
     "text, seconds", [("7h50m", 28_200), ("90m", 5400), ("45s", 45), ("1d12h", 129_600), (" 2d ", 172_800)]
 )
-def test_duration_is_parsed(text: str, seconds: float) -> None:
+def test_duration_is_parsed(text, seconds):
     assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "  ", "90", "7:50", "5m1h", "-1h", "1.5h", "h", "7 h"])
-def test_invalid_duration_is_refused(text: str) -> None:
+def test_invalid_duration_is_refused(text):
     with pytest.raises(ValueError, match="7h50m"):
         parse_duration(text)

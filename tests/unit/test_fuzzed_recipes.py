@@ -101,13 +101,13 @@ def fuzzed(draw: random.Random, recipes: list[str]) -> str:
 
 def read(text: str) -> str:
     """What becomes of a recipe: "valid", "faulty" or "refused". Anything else is raised."""
-    recipe, said = None, ""
+    recipe, message = None, ""
     try:
         recipe = from_toml(Recipe, text, "mine.toml")
     except ValueError as error:
-        said = str(error)
+        message = str(error)
     if recipe is None:
-        assert said.startswith("mine.toml")
+        assert message.startswith("mine.toml")
         return "refused"
     assert "nan" in text or incompatible_settings(flatten(recipe), flatten(recipe)) == []
     recipe = dataclasses.replace(recipe, run_name=recipe.run_name or "fuzzed")
@@ -138,29 +138,29 @@ def fuzz_words(count: int) -> dict[str, int]:
             name = name.replace("_", draw.choice("_-"))
             value = draw.choice(words)
             given += [f"--{name}={value}"] if draw.random() < 0.5 else [f"--{name}", value]
-        recipe, said = None, ""
+        recipe, message = None, ""
         try:
             recipe = from_arguments(Recipe, given, prog="overnight train", about="", default=DEFAULT)
         except ValueError as error:
-            said = str(error)
-        assert recipe or "overnight train" in said
+            message = str(error)
+        assert recipe or "overnight train" in message
         outcomes["refused" if recipe is None else "faulty" if recipe.problems() else "valid"] += 1
     return outcomes
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("recipes, words", [(500, 60), pytest.param(10_000, 1_000, marks=pytest.mark.slow)])
-def test_any_recipe_is_read_or_refused(recipes: int, words: int) -> None:
+def test_any_recipe_is_read_or_refused(recipes, words):
     for outcomes, least in ((fuzz_recipes(recipes), recipes // 100), (fuzz_words(words), 1)):
         assert min(outcomes.values()) >= least, outcomes  # the fuzzing reaches every ending
     assert not Path("mark").exists()
 
 
-def test_reader_that_executes_its_input_is_detected() -> None:
+def test_reader_that_executes_its_input_is_detected():
     """The negative control: as nanoGPT's configurator reads its files."""
     settings = to_toml(dataclasses.replace(DEFAULT, run_name=CALL))
     assert read(settings) == "valid"
@@ -170,7 +170,7 @@ def test_reader_that_executes_its_input_is_detected() -> None:
     assert Path("mark").exists()
 
 
-def test_bytes_that_are_not_text_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_refused(tmp_path):
     path = tmp_path / "mine.toml"
     draw = random.Random(0)
     path.write_bytes(b"run_name = 'a\xff'")
@@ -186,6 +186,6 @@ def test_bytes_that_are_not_text_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("repeated", ["[", "a", "#", 'x = "', "x = ["])
-def test_megabyte_of_nonsense_is_refused_without_delay(repeated: str) -> None:
+def test_megabyte_of_nonsense_is_refused_without_delay(repeated):
     with pytest.raises(ValueError, match=r"mine\.toml"):
         from_toml(Recipe, repeated * 10**6 + "\ny", "mine.toml")

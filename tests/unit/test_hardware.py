@@ -27,6 +27,8 @@ from overnight.hardware import (
     reset_peak_memory,
 )
 
+CPUINFO = Path("/proc/cpuinfo")
+
 # Names as the driver writes them -> bf16 peak; figures copied from the public data sheets a second time.
 NAMES_AND_BF16 = {
     "NVIDIA H200": 989e12,
@@ -50,12 +52,12 @@ NAMES_AND_BF16 = {
 
 
 @pytest.mark.parametrize(("name", "flops"), NAMES_AND_BF16.items())
-def test_driver_name_is_recognised(name: str, flops: float | None) -> None:
+def test_driver_name_is_recognised(name, flops):
     assert find_device_facts(name) is not None
     assert peak_flops(name, "bf16") == (None if flops is None else pytest.approx(flops))
 
 
-def test_every_device_of_the_table_is_reached() -> None:
+def test_every_device_of_the_table_is_reached():
     names = [*NAMES_AND_BF16, "NVIDIA H100 SXM5", "Tesla V100-SXM2-32GB", "Tesla V100-PCIE-16GB"]
     names += ["Tesla V100-PCIE-32GB"]
     names += [f"Apple M{number}{kind}" for number in (1, 2, 3, 4) for kind in ("", " Pro", " Max", " Ultra")]
@@ -82,33 +84,28 @@ def test_every_device_of_the_table_is_reached() -> None:
         ("m1 max", "m1-max"),
     ],
 )
-def test_device_is_found_by_typed_and_driver_names(typed: str, name: str) -> None:
-    found = find_device(typed)
-    assert found is not None
-    assert found.name == name
+def test_device_is_found_by_typed_and_driver_names(typed, name):
+    assert find_device(typed).name == name
 
 
 @pytest.mark.parametrize("typed", ["a100", "v100", "5090", "4090 laptop", "gpu", ""])
-def test_ambiguous_or_unknown_name_is_not_found(typed: str) -> None:
+def test_ambiguous_or_unknown_name_is_not_found(typed):
     assert find_device(typed) is None
 
 
-def test_every_device_is_found_by_its_own_name() -> None:
+def test_every_device_is_found_by_its_own_name():
     assert [device.name for device in DEVICES if find_device(device.name) is not device] == []
 
 
 @pytest.mark.parametrize(
     ("name", "precision"), [("h200", "bf16"), ("t4", "fp16"), ("v100-16gb", "fp16"), ("m1", "fp32")]
 )
-def test_native_precision_of_the_table(name: str, precision: str) -> None:
-    device = find_device(name)
-    assert device is not None
-    assert device.facts.native == precision
+def test_native_precision_of_the_table(name, precision):
+    assert find_device(name).facts.native == precision
 
 
-def test_later_apple_chips_have_no_rate() -> None:
+def test_later_apple_chips_have_no_rate():
     facts = find_device_facts("Apple M3 Max")
-    assert facts is not None
     assert (facts.fp32, facts.bytes_per_second) == (None, None)
     assert peak_flops("Apple M3 Max", "fp32") is None
     assert peak_flops("Apple M1 Max", "fp32") == pytest.approx(10.4e12)
@@ -126,12 +123,12 @@ def test_later_apple_chips_have_no_rate() -> None:
         "NVIDIA L40",
     ],
 )
-def test_similar_name_is_unknown(name: str) -> None:
+def test_similar_name_is_unknown(name):
     assert find_device_facts(name) is None
     assert peak_flops(name, "bf16") is None
 
 
-def test_rates_and_sizes_are_plausible() -> None:
+def test_rates_and_sizes_are_plausible():
     for name, _, facts in DEVICES:
         rates = [rate for rate in (facts.fp32, facts.tf32, facts.bf16) if rate is not None]
         assert rates == sorted(rates), name
@@ -142,49 +139,36 @@ def test_rates_and_sizes_are_plausible() -> None:
 @pytest.mark.parametrize(
     ("amx", "avx512", "precision"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
 )
-def test_cpu_computes_bf16_with_amx_or_avx512(
-    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, precision: str
-) -> None:
+def test_cpu_computes_bf16_with_amx_or_avx512(monkeypatch, amx, avx512, precision):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert native_precision("cpu") == precision
 
 
-def test_cpu_precision_agrees_with_linux() -> None:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        pytest.skip("only Linux lists its processor's flags")
-    flags = set(cpuinfo.read_text(encoding="utf-8").split())
-    expected = "bf16" if flags & {"amx_tile", "avx512_bf16"} else "fp32"
-    assert native_precision("cpu") == expected
+@pytest.mark.skipif(not CPUINFO.is_file(), reason="only Linux describes its processors")
+def test_cpu_name_and_precision_are_those_of_linux():
+    described = CPUINFO.read_text(encoding="utf-8")
+    has_bf16 = {*described.split()} & {"amx_tile", "avx512_bf16"}
+    assert native_precision("cpu") == ("bf16" if has_bf16 else "fp32")
+    assert find_device_name("cpu") == re.findall(r"model name\s*: (.*)", described)[0].strip()
 
 
 @pytest.mark.parametrize(
     ("capability", "precision"),
     [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")],
 )
-def test_gpu_computes_bf16_since_ampere_and_fp16_since_volta(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str
-) -> None:
+def test_gpu_computes_bf16_since_ampere_and_fp16_since_volta(monkeypatch, capability, precision):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert native_precision("cuda:0") == precision
     assert native_precision("mps") == "fp32"
 
 
-def test_cpu_name_is_that_of_linux() -> None:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        pytest.skip("only Linux lists its processors")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8"))
-    assert find_device_name("cpu") == names[0].strip()
-
-
-def test_gpu_is_named_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_is_named_by_its_driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"driver's name of {device}")
     assert find_device_name("cuda:1") == "driver's name of cuda:1"
 
 
-def test_apple_chip_is_named_by_its_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apple_chip_is_named_by_its_system(monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(subprocess, "run", lambda command, **options: SimpleNamespace(stdout="Apple M2\n"))
     assert find_device_name("mps") == find_device_name("cpu") == "Apple M2"
@@ -192,9 +176,7 @@ def test_apple_chip_is_named_by_its_system(monkeypatch: pytest.MonkeyPatch) -> N
     assert find_peak_flops("cpu", "fp32") is None  # the figure is the GPU's
 
 
-def test_memory_is_the_installed_or_the_container_s_limit(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_memory_is_the_installed_or_the_container_s_limit(monkeypatch, tmp_path):
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(hardware, "CGROUP_LIMITS", (limit, tmp_path / "absent"))
@@ -206,20 +188,17 @@ def test_memory_is_the_installed_or_the_container_s_limit(
 
 
 @pytest.mark.skipif(not hardware.CLEAR_REFS.exists(), reason="only Linux resets a peak")
-def test_peak_memory_is_since_the_last_reset() -> None:
+def test_peak_memory_is_since_the_last_reset():
     assert peak_memory_bytes("mps") is None
     size = 200_000_000
     held = torch.ones(size, dtype=torch.uint8)
     with_it = peak_memory_bytes("cpu")
-    assert with_it is not None
     del held
     reset_peak_memory("cpu")
-    after = peak_memory_bytes("cpu")
-    assert after is not None
-    assert after < with_it - 0.8 * size
+    assert peak_memory_bytes("cpu") < with_it - 0.8 * size
 
 
-def test_matmul_is_timed_and_torch_s_setting_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matmul_is_timed_and_torch_s_setting_kept(monkeypatch):
     monkeypatch.setattr(hardware, "SIDE_ON_CPU", 256)
     before = torch.get_float32_matmul_precision()
     assert 1e8 < measure_matmul_flops("cpu", "fp32") < 1e14
@@ -227,7 +206,7 @@ def test_matmul_is_timed_and_torch_s_setting_kept(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.gpu
-def test_gpu_is_known() -> None:
+def test_gpu_is_known():
     name = find_device_name("cuda:0")
     facts = find_device_facts(name)
     assert facts is not None, f"no published figures for {name!r}"
@@ -235,6 +214,6 @@ def test_gpu_is_known() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_precision_agrees_with_torch() -> None:
+def test_gpu_precision_agrees_with_torch():
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     assert native_precision("cuda") == ("bf16" if native else "fp32")

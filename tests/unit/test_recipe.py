@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ DEFAULT = Recipe(run_name="x")
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_recipe_is_valid_and_named_after_its_file(name: str) -> None:
+def test_recipe_is_valid_and_named_after_its_file(name):
     recipe = load_recipe(name)
     assert recipe.run_name == name
     assert recipe.problems() == []
@@ -36,7 +35,7 @@ def test_recipe_is_valid_and_named_after_its_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_recipes_of_gpt2_and_gpt3_have_the_papers_sizes(name: str) -> None:
+def test_recipes_of_gpt2_and_gpt3_have_the_papers_sizes(name):
     assert dataclasses.replace(load_recipe(name).model, vocab_size=50257) == PRESETS[name]
 
 
@@ -53,28 +52,26 @@ def test_recipes_of_gpt2_and_gpt3_have_the_papers_sizes(name: str) -> None:
         ("gpt3-175b", 0.6e-4, 3.2e6),
     ],
 )
-def test_gpt3_recipes_have_learning_rates_and_batches_of_table_2_1(
-    name: str, learning_rate: float, tokens_per_step: float
-) -> None:
+def test_gpt3_recipes_have_learning_rates_and_batches_of_table_2_1(name, learning_rate, tokens_per_step):
     recipe = load_recipe(name)
     assert recipe.optimizer.peak_learning_rate == learning_rate
     assert recipe.batch.tokens_per_step == pytest.approx(tokens_per_step, rel=0.05)
 
 
-def test_recipe_may_be_a_file(tmp_path: Path) -> None:
+def test_recipe_may_be_a_file(tmp_path):
     path = tmp_path / "mine-1.5.toml"
     path.write_text("[schedule]\ntotal_steps = 3\n")
     assert load_recipe(str(path)).run_name == "mine-1.5"
 
 
 @pytest.mark.parametrize("name", sorted(flatten(DEFAULT)))
-def test_changed_setting_is_noticed_unless_it_may_change(name: str) -> None:
+def test_changed_setting_is_noticed_unless_it_may_change(name):
     before = flatten(DEFAULT)
     changed = incompatible_settings(before | {name: "changed"}, before)
     assert changed == ([] if name in RESUME_MUTABLE else [f"{name}=changed (was {before[name]})"])
 
 
-def test_settings_that_decide_what_is_learned_may_not_change() -> None:
+def test_settings_that_decide_what_is_learned_may_not_change():
     assert {*flatten(DEFAULT)} >= RESUME_MUTABLE
     decisive = {"n_layer", "seed", "peak_learning_rate", "tokens_per_step", "data", "tokenizer", "precision"}
     assert not decisive & RESUME_MUTABLE
@@ -107,9 +104,7 @@ def options(*words: str) -> Recipe:
 
 
 @pytest.mark.parametrize("old, new, in_toml, words, value", RENAMED)
-def test_old_names_and_values_are_read(
-    old: str, new: str, in_toml: str, words: list[str], value: Any
-) -> None:
+def test_old_names_and_values_are_read(old, new, in_toml, words, value):
     section = flat_names(Recipe)[new]
     head = f"[{section}]\n" if section else ""
     expected = {**flatten(DEFAULT), new: value}
@@ -119,27 +114,27 @@ def test_old_names_and_values_are_read(
     assert Recipe.RENAMED.settings({old: words[0] if isinstance(value, str) else value}) == {new: value}
 
 
-def test_every_old_name_is_tested() -> None:
+def test_every_old_name_is_tested():
     assert {old for old, new, *_ in RENAMED if old != new} == {*Recipe.RENAMED.names} - {"sources"}
     tested = {(new, words[0]) for _, new, _, words, value in RENAMED if words and words[0] != str(value)}
     renamed = {(name, old) for name, values in Recipe.RENAMED.values.items() for old in values}
     assert renamed == tested
 
 
-def test_old_mixture_and_negated_switches_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_mixture_and_negated_switches_are_read(capsys):
     toml = '[data]\nsources = [{path = "a", weight = 0.7}]\n'
     assert from_toml(Recipe, toml, "r").data == options("--sources", "a=0.7").data
     assert not options("--no-save-in-background").checkpoints.async_checkpoint
     assert "--no-async-checkpoint" in capsys.readouterr().err
 
 
-def test_unknown_old_value_is_refused() -> None:
+def test_unknown_old_value_is_refused():
     with pytest.raises(ValueError, match="loss"):
         from_toml(Recipe, '[compute]\nhead = "half"\n', "r")
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_resolved_recipe_leaves_nothing_open(name: str) -> None:
+def test_resolved_recipe_leaves_nothing_open(name):
     """Only settings for which None means off stay None."""
     recipe = load_recipe(name)
     compute = Compute(device="cuda", precision="bf16", compile=True, attention="fused", loss="full")

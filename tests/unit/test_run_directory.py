@@ -7,18 +7,17 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from overnight.run_directory import RunDirectory, write_atomically
 
 
-def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, "old")
 
-    def fail(descriptor: int) -> None:
+    def fail(descriptor):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
@@ -28,7 +27,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_lines_are_read_in_order(tmp_path: Path) -> None:
+def test_lines_are_read_in_order(tmp_path):
     run = RunDirectory(tmp_path / "run")
     assert run.read_metrics() == []
     for step in (1, 2, 3):
@@ -39,8 +38,8 @@ def test_lines_are_read_in_order(tmp_path: Path) -> None:
     assert run.read_events("evaluations") == []
 
 
-def test_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    def refuse(constant: str) -> None:
+def test_number_that_is_not_finite_is_null(tmp_path):
+    def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
     run = RunDirectory(tmp_path)
@@ -58,7 +57,7 @@ def test_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
         json.loads(json.dumps({"loss": math.nan}), parse_constant=refuse)
 
 
-def test_list_with_a_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+def test_list_with_a_number_that_is_not_finite_is_refused(tmp_path):
     run = RunDirectory(tmp_path)
     run.append_metrics({"step": 1, "losses": [1.0]})
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -66,7 +65,7 @@ def test_list_with_a_number_that_is_not_finite_is_refused(tmp_path: Path) -> Non
     assert [line["step"] for line in run.read_metrics()] == [1]
 
 
-def test_rewinding_drops_later_steps_and_makes_valid_json(tmp_path: Path) -> None:
+def test_rewinding_drops_later_steps_and_makes_valid_json(tmp_path):
     run = RunDirectory(tmp_path)
     for step in range(1, 6):
         run.append_event("evaluations", {"step": step})
@@ -76,7 +75,7 @@ def test_rewinding_drops_later_steps_and_makes_valid_json(tmp_path: Path) -> Non
     assert [line["step"] for line in run.read_events("evaluations")] == [1, 2, 3]
 
 
-def test_torn_last_line_is_dropped_and_other_damage_refused(tmp_path: Path) -> None:
+def test_torn_last_line_is_dropped_and_other_damage_refused(tmp_path):
     run = RunDirectory(tmp_path)
     run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert [line["step"] for line in run.read_metrics()] == [1, 2]
@@ -97,7 +96,7 @@ with RunDirectory(sys.argv[1]).locked():
 """
 
 
-def test_run_has_one_owner_and_a_killed_owner_leaves_no_lock(tmp_path: Path) -> None:
+def test_run_has_one_owner_and_a_killed_owner_leaves_no_lock(tmp_path):
     run = RunDirectory(tmp_path / "run")
     assert not run.is_locked()
     words = [sys.executable, "-c", HOLD_FOREVER, str(run.path)]
@@ -112,7 +111,7 @@ def test_run_has_one_owner_and_a_killed_owner_leaves_no_lock(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def begun(tmp_path: Path) -> RunDirectory:
+def begun(tmp_path):
     """A run with a valid recipe and record."""
     run = RunDirectory(tmp_path / "run")
     run.begin("seed = 1\n[model]\nn_layer = 2\n", {"torch": "2"})
@@ -121,7 +120,7 @@ def begun(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def test_truncated_recipe_is_refused(begun: RunDirectory) -> None:
+def test_truncated_recipe_is_refused(begun):
     written = begun.recipe.read_text()
     assert begun.read_recipe() == written
     for end in range(len(written)):
@@ -152,7 +151,7 @@ def test_truncated_recipe_is_refused(begun: RunDirectory) -> None:
         ("metrics.jsonl", b"7\n", r"metrics.jsonl line 1"),
     ],
 )
-def test_damaged_record_is_named(begun: RunDirectory, name: str, content: bytes | None, named: str) -> None:
+def test_damaged_record_is_named(begun, name, content, named):
     begun.check_record()
     if content is None:
         (begun.path / name).unlink()
@@ -162,7 +161,7 @@ def test_damaged_record_is_named(begun: RunDirectory, name: str, content: bytes 
         begun.check_record()
 
 
-def test_file_or_dangling_link_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+def test_file_or_dangling_link_in_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "runs").symlink_to("nowhere")
     run = RunDirectory(tmp_path / "runs" / "small")
     with pytest.raises(ValueError, match="runs is not a folder"), run.locked():
@@ -177,9 +176,7 @@ def test_file_or_dangling_link_in_place_of_a_folder_is_refused(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-00000003", "tokenizer"])
-def test_permissions_are_checked_before_the_work(
-    begun: RunDirectory, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_permissions_are_checked_before_the_work(begun, monkeypatch, name):
     forbidden, access = begun.path / name, os.access
     forbidden.mkdir(parents=True)
     monkeypatch.setattr(os, "access", lambda path, mode: path != forbidden and access(path, mode))

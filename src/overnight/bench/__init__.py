@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from overnight.config import Renamed
+from overnight.renamed import Renamed
 
 
 @dataclass(frozen=True, kw_only=True)

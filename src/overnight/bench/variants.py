@@ -14,6 +14,7 @@ from overnight.bench.worker import StepTask
 from overnight.config import nearest
 from overnight.hardware import native_precision
 from overnight.model.loss_kernels import fp8_unavailable_reason
+from overnight.model.model_config import ModelConfig
 from overnight.training import Compute
 from overnight.training.compute import can_compile
 
@@ -169,14 +170,17 @@ def change(task: StepTask, variant: Variant) -> StepTask:
     return dataclasses.replace(task, compute=dataclasses.replace(task.compute, **of_compute), **of_task)
 
 
-def baseline_compute(device: str) -> Compute:
-    """The settings before the first variant: no optimizations."""
-    return Compute(
-        device=device,
-        precision="fp32",
-        compile=False,
-        attention="math",
-        loss="full",
+def baseline_task(model: ModelConfig, device: str, rows_per_step: int, micro_batches: int) -> StepTask:
+    """The step before the first variant, without optimizations; its ids are not written yet."""
+    return StepTask(
+        model=model,
+        compute=Compute(device=device, precision="fp32", compile=False, attention="math", loss="full"),
+        ids="",
+        rows_per_step=rows_per_step,
+        micro_batches=micro_batches,
+        vocabulary_multiple=1,
+        fused_optimizer=False,
+        large_pages=False,
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import os
@@ -59,9 +60,9 @@ class RemoteFolder:
     def __init__(self, address: str, cache_bytes: int | None = None) -> None:
         self.address = address.rstrip("/")
         self.cache_bytes = cache_bytes
-        self._store = open_store(self.address)
+        self._system, self._root = open_store(self.address)
         content = self._read(MANIFEST)
-        self.folder = _cache() / hashlib.sha256(content).hexdigest()[:16]
+        self.folder = cache_folder() / "shards" / hashlib.sha256(content).hexdigest()[:16]
         write_atomically(self.folder / MANIFEST, content)
         try:
             self.manifest = read_manifest(self.folder)
@@ -78,9 +79,8 @@ class RemoteFolder:
 
     def __truediv__(self, name: str) -> Path:
         """The local path of a shard, which is downloaded first, or of the tokenizer's folder."""
-        shards = (*self.manifest.train, *self.manifest.validation)
-        shard = next((each for each in shards if each.name == name), None)
-        return self.path(shard) if shard else self.folder / name
+        shards = {shard.name: shard for shard in (*self.manifest.train, *self.manifest.validation)}
+        return self.path(shards[name]) if name in shards else self.folder / name
 
     def path(self, shard: Shard) -> Path:
         """The local path of a shard, downloaded and verified unless this process has done so.
@@ -129,12 +129,16 @@ class RemoteFolder:
     def _open_local(self, shard: Shard) -> ShardFile:
         """A shard on this machine, downloaded if it is missing or damaged."""
         self._make_room(shard)
-        with _locked(self._local(shard)):
-            if not self._is_valid(shard):
-                self._download(shard)
+        local = self._local(shard)
+        with _locked(local):
+            if shard.name not in self._verified or not local.is_file():
+                try:
+                    verify_shard(self.folder, shard, self.manifest.vocab_size)
+                except ValueError:  # missing, or changed on the disk
+                    self._download(shard)
             self._verified.add(shard.name)
-            _touch(self._local(shard))
-            file = self._opened[shard.name] = ShardFile(self._local(shard))
+            _touch(local)
+            file = self._opened[shard.name] = ShardFile(local)
         if len(self._opened) > files_at_once():
             self._opened.pop(next(iter(self._opened)))
         return file
@@ -143,17 +147,8 @@ class RemoteFolder:
         """True if a shard was verified and deleted before, and there still is no room for it."""
         if self.cache_bytes is None or self._local(shard).is_file():
             return False
-        cached = sum(size for _, size, _ in _cached_shards())
-        return self._pieces(shard).is_file() and cached + self._bytes(shard) > self.cache_bytes
-
-    def _is_valid(self, shard: Shard) -> bool:
-        if shard.name in self._verified and self._local(shard).is_file():
-            return True
-        try:
-            verify_shard(self.folder, shard, self.manifest.vocab_size)
-        except ValueError:  # missing, or changed on the disk
-            return False
-        return True
+        needed = self._bytes(shard) + sum(size for _, size, _ in self._cached_shards())
+        return self._pieces(shard).is_file() and needed > self.cache_bytes
 
     def _download(self, shard: Shard) -> None:
         """Download a shard; it gets its name once it is complete and verified."""
@@ -162,7 +157,7 @@ class RemoteFolder:
         url = f"{self.address}/{shard.name}"
         echo(f"fetching {url} ({self._bytes(shard) / 1e6:,.1f} MB)")
         try:
-            self._store.system.get_file(f"{self._store.root}/{shard.name}", str(arriving))
+            self._system.get_file(f"{self._root}/{shard.name}", str(arriving))
             verify_shard(arriving.parent, shard, self.manifest.vocab_size)
             if self.cache_bytes is not None:
                 with arriving.open("rb") as file:
@@ -183,7 +178,7 @@ class RemoteFolder:
         """Delete the least recently used shards until `needed` fits into the limit."""
         if self.cache_bytes is None:
             return
-        cached = sorted(each for each in _cached_shards() if each[2] != self._local(needed))
+        cached = sorted(each for each in self._cached_shards() if each[2] != self._local(needed))
         total = sum(size for _, size, _ in cached) + self._bytes(needed)
         for _, size, path in cached:
             if total <= self.cache_bytes:
@@ -193,6 +188,13 @@ class RemoteFolder:
             if path.parent == self.folder:
                 self._opened.pop(path.name, None)  # an open file would keep its space on the disk
             total -= size
+
+    def _cached_shards(self) -> Iterator[tuple[int, int, Path]]:
+        """(time of last use, bytes, path) of every shard in the cache, of any folder."""
+        for path in self.folder.parent.glob("*/*.bin"):
+            with contextlib.suppress(FileNotFoundError):  # another process may have deleted it just now
+                status = path.stat()
+                yield status.st_mtime_ns, status.st_size, path
 
     def _check_limit(self) -> None:
         if self.cache_bytes is None:
@@ -214,7 +216,7 @@ class RemoteFolder:
     def _read_tokenizer(self) -> None:
         """Download the tokenizer's files that are not in the cache."""
         try:
-            paths = self._store.system.find(f"{self._store.root}/tokenizer")
+            paths = self._system.find(f"{self._root}/tokenizer")
         except Exception as error:  # every store has errors of its own
             raise ValueError(f"{self.address}/tokenizer can't be read: {first_line(error)}") from None
         for name in (PurePosixPath(path).name for path in paths):
@@ -224,7 +226,7 @@ class RemoteFolder:
 
     def _read(self, name: str, first: int | None = None, last: int | None = None) -> bytes:
         try:
-            content: bytes = self._store.system.cat_file(f"{self._store.root}/{name}", first, last)
+            content: bytes = self._system.cat_file(f"{self._root}/{name}", first, last)
         except FileNotFoundError:
             raise ValueError(
                 f"{self.address} has no {name}: it is not a folder that `overnight prepare` finished"
@@ -253,20 +255,14 @@ def is_prepared_elsewhere(address: str) -> bool:
     """True for a URL at which there is a manifest, as opposed to text that is still to be prepared."""
     if not is_remote(address):
         return False
-    store = open_store(address)
-    return bool(store.system.exists(f"{store.root}/{MANIFEST}"))
+    system, root = open_store(address)
+    return bool(system.exists(f"{root}/{MANIFEST}"))
 
 
 def _digest_pieces(file: BinaryIO) -> bytes:
     """The digests of a file's pieces, end to end."""
-    digests = []
-    while piece := file.read(PIECE_BYTES):
-        digests.append(hashlib.blake2b(piece, digest_size=DIGEST_BYTES).digest())
-    return b"".join(digests)
-
-
-def _cache() -> Path:
-    return cache_folder() / "shards"
+    pieces = iter(functools.partial(file.read, PIECE_BYTES), b"")
+    return b"".join(hashlib.blake2b(piece, digest_size=DIGEST_BYTES).digest() for piece in pieces)
 
 
 def _locked(path: Path) -> FileLock:
@@ -279,11 +275,3 @@ def _touch(path: Path) -> None:
     now = time.time_ns()  # finer than the kernel's clock for file times
     with contextlib.suppress(FileNotFoundError):
         os.utime(path, ns=(now, now))
-
-
-def _cached_shards() -> Iterator[tuple[int, int, Path]]:
-    """(time of last use, bytes, path) of every shard in the cache, of any folder."""
-    for path in _cache().glob("*/*.bin"):
-        with contextlib.suppress(FileNotFoundError):  # another process may have deleted it just now
-            status = path.stat()
-            yield status.st_mtime_ns, status.st_size, path

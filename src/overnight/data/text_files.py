@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 from overnight.terminal import progress
 
@@ -52,15 +52,6 @@ class TextFile:
     def is_packed(self) -> bool:
         """True if it is compressed."""
         return self.name.lower().endswith(PACKINGS)
-
-
-class Store(NamedTuple):
-    """A remote file system, and a path in it."""
-
-    system: Any
-    """fsspec's file system."""
-    root: str
-    protocol: str
 
 
 def kind_of(name: str) -> str | None:
@@ -130,20 +121,20 @@ def _find_local(source: Path) -> list[TextFile]:
 
 
 def _find_remote(source: str) -> list[TextFile]:
-    store = open_store(source)
+    system, root = open_store(source)
     try:
-        entries = store.system.find(store.root, detail=True)
+        entries = system.find(root, detail=True)
     except FileNotFoundError:
         entries = {}
     except Exception as error:  # every store has errors of its own
         raise ValueError(f"{source} can't be listed: {first_line(error)}") from None
     found = []
     for path, entry in entries.items():
-        inside = PurePosixPath(path).relative_to(store.root) if path != store.root else None
-        name = str(inside) if inside and inside.parts else PurePosixPath(path).name
+        name = path.removeprefix(f"{root}/") if path != root else PurePosixPath(path).name
         if kind_of(name) and not any(part.startswith(".") for part in PurePosixPath(name).parts):
+            address = f"{source.partition('://')[0]}://{path}"
             state = next((str(entry[key]) for key in STATES if entry.get(key)), "")
-            found.append(TextFile(f"{store.protocol}://{path}", name, int(entry["size"]), state))
+            found.append(TextFile(address, name, int(entry["size"]), state))
     return found
 
 
@@ -151,18 +142,20 @@ def _find_remote(source: str) -> list[TextFile]:
 STATES = ("ETag", "etag", "md5Hash", "sha256", "blob_id", "LastModified", "last_modified", "mtime", "created")
 
 
-def open_store(address: str) -> Store:
-    """Fsspec's file system for a URL. Raises ValueError if its protocol is unknown or not installed."""
+def open_store(address: str) -> tuple[Any, str]:
+    """(fsspec's file system for a URL, the path in it).
+
+    Raises ValueError if its protocol is unknown or not installed.
+    """
     import fsspec
 
-    protocol = address.partition("://")[0]
     try:
         system, root = fsspec.core.url_to_fs(address)
     except ValueError:
-        raise ValueError(f"{address}: fsspec does not know the protocol {protocol}://") from None
+        raise ValueError(f"{address}: fsspec does not know the protocol of this address") from None
     except ImportError as error:
         raise ValueError(f"{address} can't be reached: {error}") from None
-    return Store(system, root.rstrip("/"), protocol)
+    return system, root.rstrip("/")
 
 
 @contextmanager
@@ -182,9 +175,9 @@ def open_file(file: TextFile) -> Iterator[BinaryIO]:
 def _open_raw(file: TextFile) -> BinaryIO:
     if not is_remote(file.address):
         return Path(file.address).open("rb")
-    store = open_store(file.address)
+    system, path = open_store(file.address)
     try:
-        return cast(BinaryIO, store.system.open(store.root, "rb"))
+        return cast(BinaryIO, system.open(path, "rb"))
     except Exception as error:  # every store has errors of its own
         raise ValueError(f"{file.address} can't be opened: {first_line(error) or repr(error)}") from None
 

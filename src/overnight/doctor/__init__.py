@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from overnight.config import Renamed, nearest
+from overnight.config import nearest
 from overnight.preparation.prepare_config import BENCHMARK_KINDS
 from overnight.recipe import Recipe
+from overnight.renamed import Renamed
 
 DATA_CHECKS = ("shards", "tokenizer", "boundaries", "disjoint", "contamination")
 CHECKS = (

@@ -17,7 +17,7 @@ from overnight.planning.command import estimate_plan, planned_recipe
 from overnight.planning.estimate import find_prepared, find_token_counts, model_config_of
 from overnight.planning.plan import Plan
 from overnight.preparation.prepare import ensure_prepared
-from overnight.preparation.prepare_commands import find_recipe_text, find_told_commands
+from overnight.preparation.prepare_commands import find_listed_commands, find_recipe_text
 from overnight.preparation.sources import source_name
 from overnight.run.setup import RunSetup
 from overnight.run_directory import cache_folder
@@ -65,7 +65,7 @@ class DoctorContext:
                 ensure_prepared(dataclasses.replace(data, data=path, mixture=(), shuffle_window=None))
                 self.folders.append(Path(folder))
                 return
-            command = find_told_commands(self.name).get(folder, command)
+            command = find_listed_commands(self.name).get(folder, command)
             if not command:
                 source_name(path)  # raises ValueError if the source does not exist
                 command = ("overnight", "prepare", path)

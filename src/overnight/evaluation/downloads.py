@@ -32,11 +32,15 @@ def find_file(name: str, url: str, folder: Path | None = None) -> Path:
     if not path.is_file():
         echo(f"downloading {url}")
         content = _download(name, url, path)
-        write_atomically(recorded, hashlib.sha256(content).hexdigest() + "\n")
+        write_atomically(recorded, _sha256(content) + "\n")
         write_atomically(path, content)
-    elif recorded.is_file() and _digest(path) != recorded.read_text(encoding="ascii").strip():
+    elif recorded.is_file() and _sha256(path.read_bytes()) != recorded.read_text(encoding="ascii").strip():
         raise ValueError(f"{path} has changed since its download: delete it to download it again")
     return path
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _download(name: str, url: str, path: Path) -> bytes:
@@ -66,13 +70,7 @@ def _extract(name: str, url: str, content: bytes) -> bytes:
 
 
 def _member(name: str, members: Sequence[str]) -> str:
-    wanted = PurePosixPath(name).parts
-    for member in members:
-        if PurePosixPath(member).parts[-len(wanted) :] == wanted:
-            return member
-    raise LookupError(f"no {name} among the {len(members)} files of the archive")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    found = [member for member in members if PurePosixPath(member).match(name)]
+    if not found:
+        raise LookupError(f"no {name} among the {len(members)} files of the archive")
+    return found[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from overnight.evaluation.passages import cut_windows, evaluate_passages
 from overnight.evaluation.perplexity import (
     TextLoss,
     count_characters,
+    evaluate_language_model,
     evaluation_rows,
-    measure_language_model,
 )
 from overnight.evaluation.references import VALIDATION_LOSSES
-from overnight.evaluation.scores import Score, score_text
-from overnight.evaluation.tasks import Numbers, gather_results
+from overnight.evaluation.scores import Numbers, Score, score_text
+from overnight.evaluation.tasks import gather_results
 from overnight.model.gpt import GPT
 from overnight.preparation.prepare import ensure_prepared
 from overnight.terminal import progress
@@ -66,12 +66,15 @@ class ValidationSet:
                     advance(batch.targets.numel())
 
             token_bytes, separator = dataset.tokenizer.token_bytes(), dataset.document_separator
-            return measure_language_model(model, counted(), token_bytes, precision, separator, world)
+            return evaluate_language_model(model, counted(), token_bytes, precision, separator, world)
 
-    def score(self, loss: TextLoss, baseline: TextLoss | None = None) -> list[Score]:
-        """The loss in all units, with published results on text of the same source and tokenizer."""
+    def score(self, losses: Sequence[TextLoss]) -> list[Score]:
+        """The model's loss in all units, with published results on text of the same source and tokenizer.
+
+        Compared with the baseline's loss if there is a second one.
+        """
         kind = "pieces" if self.stride is None else "windows"
-        first, *others = score_text("validation", METRICS, loss, baseline, kind)
+        first, *others = score_text("validation", METRICS, losses, kind)
         if self.dataset.tokenizer.name != "gpt2":
             return [first, *others]
         published = VALIDATION_LOSSES.get(str(self.dataset.record().get("source")), ())

@@ -32,18 +32,6 @@ ACCURACIES = ("accuracy_per_token", "accuracy_per_character", "accuracy_by_sum")
 
 
 @dataclass(frozen=True)
-class BatchLimits:
-    """How much is computed at once."""
-
-    tokens: int
-    """Of a batch, padding included."""
-    ids: int
-    """Of the vocabulary."""
-    multiple: int
-    """Row lengths are padded to a multiple of it."""
-
-
-@dataclass(frozen=True)
 class Choice:
     """One question as ids: which of the endings follows the context."""
 
@@ -134,14 +122,15 @@ def evaluate_choices(
         pack_question(index, choice, model.config.context_length) for index, choice in enumerate(choices)
     ]
     device = model.wte.weight.device.type
-    limits = BatchLimits(TOKENS_AT_ONCE, IDS_AT_ONCE, 1)
+    tokens, ids_at_once, multiple = TOKENS_AT_ONCE, IDS_AT_ONCE, 1
     if device != "cpu":
-        limits = BatchLimits(GPU_TOKENS_AT_ONCE, model.vocab_size, GPU_LENGTH_MULTIPLE)
+        tokens, ids_at_once, multiple = GPU_TOKENS_AT_ONCE, model.vocab_size, GPU_LENGTH_MULTIPLE
     sizes = [(len(rows), max(map(len, rows))) for rows in packed]
-    batches = list(batches_by_length(sizes, limits.tokens, limits.multiple))
+    batches = list(batches_by_length(sizes, tokens, multiple))
     with eval_mode(model), autocast(device, precision):
         for batch in batches[world.rank :: world.size]:
-            nats = _evaluate_rows([row for index in batch for row in packed[index]], model, limits)
+            rows = [row for index in batch for row in packed[index]]
+            nats = _evaluate_rows(rows, model, ids_at_once, multiple)
             for index in batch:
                 yield index, tuple(nats[index, ending] for ending in range(len(choices[index].endings)))
 
@@ -170,11 +159,11 @@ def pack_question(index: int, choice: Choice, context_length: int) -> list[Packe
 
 
 def _evaluate_rows(
-    rows: Sequence[PackedQuestion], model: GPT, limits: BatchLimits
+    rows: Sequence[PackedQuestion], model: GPT, ids_at_once: int, multiple: int
 ) -> dict[tuple[int, int], float]:
     """The nats of each ending, by (index of the question, index of the ending)."""
     device = model.wte.weight.device
-    T = min(padded(max(map(len, rows)), limits.multiple), model.config.context_length)
+    T = min(padded(max(map(len, rows)), multiple), model.config.context_length)
     ids_BT = torch.zeros(len(rows), T, dtype=torch.long)
     numbers: dict[int, int] = {}  # flat position -> number, of the N positions that predict a target
     predicting: list[int] = []  # that number for each of the M targets; a context's end predicts several
@@ -195,7 +184,7 @@ def _evaluate_rows(
     hidden_BTC = model.trunk(ids_BT.to(device), TreeMask(rows, T, device))
     hidden_NC = hidden_BTC.flatten(0, 1)[torch.tensor(list(numbers), device=device)]
     predicting_M, targets_M = torch.tensor(predicting, device=device), torch.tensor(targets, device=device)
-    nats_M = _target_nats(hidden_NC, predicting_M, targets_M, model, limits.ids).cpu().double()
+    nats_M = _target_nats(hidden_NC, predicting_M, targets_M, model, ids_at_once).cpu().double()
     parts = torch.split(nats_M, [end - start for start, end in pairwise([0, *ends])])
     keys = [(row.question, index) for row in rows for index in row.endings]
     return {key: part.sum().item() for key, part in zip(keys, parts, strict=True)}

@@ -130,7 +130,7 @@ def evaluate_models(
     if inputs.validation is not None:
         losses = [inputs.validation.measure(each.opened.model, each.precision, world) for each in models]
         results.validation = losses[0].summary()
-        results.scores += inputs.validation.score(*losses)
+        results.scores += inputs.validation.score(losses)
         for line in describe_scores(results.scores):
             echo(line)
         echo(f"  of {inputs.validation.dataset.folder}, in {model.precision}")
@@ -139,7 +139,7 @@ def evaluate_models(
             evaluate_cached(task, each.opened.model, each.opened.tokenizer, each.precision, world)
             for each in models
         ]
-        scores = task.score(*found)
+        scores = task.score(found)
         results.scores += scores
         for line in describe_scores(scores):
             echo(line)

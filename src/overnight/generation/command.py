@@ -23,7 +23,10 @@ def run(config: GenerateConfig) -> None:
     """Print the completions and the speed. Raises ValueError before any text if something is wrong."""
     raise_problems(config.problems(), "overnight generate")
     device = open_world(config.device).device
-    precision = _choose_precision(config, device)
+    supported = generation_precisions(device)
+    precision = config.precision or supported[0]
+    if precision not in supported:
+        raise ValueError(f"precision={precision} is not supported on {device}; use {' or '.join(supported)}")
     opened = open_model(config.model)
     opened.model.to(device)
     prepare_for_generation(opened.model, precision)
@@ -39,16 +42,6 @@ def run(config: GenerateConfig) -> None:
     if opened.run:
         following = f"convert {config.model} --to hf --out {opened.run.name}-hf"
     echo(f"next: overnight {following}")
-
-
-def _choose_precision(config: GenerateConfig, device: str) -> GenerationPrecision:
-    """The requested one, or the device's best. Raises ValueError for one that the device lacks."""
-    supported = generation_precisions(device)
-    if config.precision is not None and config.precision not in supported:
-        raise ValueError(
-            f"precision={config.precision} is not supported on {device}; use {' or '.join(supported)}"
-        )
-    return config.precision or supported[0]
 
 
 def _print_stream(config: GenerateConfig, opened: OpenedModel, decoding: Decoding) -> int:

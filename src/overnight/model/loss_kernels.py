@@ -98,7 +98,7 @@ class Fp8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
-        """hidden @ weight.T, (N, V) in bfloat16."""
+        """Returns hidden @ weight.T, (N, V) in bfloat16."""
         ctx.save_for_backward(hidden_NC, weight_VC)
         return _multiply_in_fp8(hidden_NC, weight_VC, torch.float8_e4m3fn)
 

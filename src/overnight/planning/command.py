@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,17 +34,18 @@ from overnight.planning.estimate import (
     find_token_counts,
     model_config_of,
 )
+from overnight.planning.network import build_parallel_layout, compare_shardings
 from overnight.planning.page import plan_text
-from overnight.planning.parallel_layout import build_cluster, choose_parallel_layout
 from overnight.planning.plan import Plan, plan_to_json
-from overnight.recipe import Recipe, load_recipe
-from overnight.recipe_options import list_options
+from overnight.recipe import load_recipe
+from overnight.recipe_options import list_options, plain_recipe
 from overnight.run.setup import resolve
 from overnight.terminal import echo
 from overnight.training import Compute
 from overnight.training.compute import resolve_compute
 from overnight.training.memory import Resources, fits_into
 
+planned_recipe = plain_recipe  # its former name, which doctor imports
 UNKNOWN = Device("unknown", r"(?!)", DeviceFacts())
 
 
@@ -71,11 +70,6 @@ def plan_recipe(config: PlanConfig, name: str) -> Plan:
     else:
         add_measured_costs(plan, config.seconds)
     return plan
-
-
-def planned_recipe(config: Recipe) -> Recipe:
-    """The recipe within the settings of a command."""
-    return Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
 
 
 class Target(NamedTuple):
@@ -105,9 +99,9 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
         raise ValueError(f"processes={processes} needs NVIDIA GPUs or a CPU, not {target.compute.device}")
     resources = Resources(target.compute.device, target.memory_bytes or 0, processes, target.processes)
     sizes = model_config_of(config, text.vocab_size)
-    resolved = resolve(planned_recipe(config), sizes, config.data, target.compute, resources)
-    cluster = build_cluster(config.machines, target.processes, target.device, config.network)
-    layout = choose_parallel_layout(resolved, resources, cluster)
+    resolved = resolve(plain_recipe(config), sizes, config.data, target.compute, resources)
+    sharding = resolved.compute.sharding if processes > 1 else "none"
+    layout = build_parallel_layout(target.device, config.network, resources, sharding)
     memory = layout.estimate_memory(sizes, resolved.plan.micro_batch_size, resolved.compute)
     one = "" if is_here or processes > 1 else "one "
     assumption = None
@@ -120,6 +114,7 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
         text=text,
         counts=count_run(resolved, text.validation_tokens),
         layout=layout,
+        needed_bytes_by_sharding=compare_shardings(resolved, resources),
         device_name=one + layout.describe(target.device_name),
         device_memory_bytes=target.memory_bytes,
         peak_flops=target.peak_flops,
@@ -205,7 +200,7 @@ def find_known_device(name: str) -> Device:
 
 def command_after_plan(plan: Plan, config: PlanConfig) -> str:
     """The next command to run."""
-    changed = [shlex.join(words) for words in list_options(planned_recipe(config), load_recipe(plan.name))]
+    changed = [shlex.join(words) for words in list_options(plain_recipe(config), load_recipe(plan.name))]
     if plan.fits is False:
         recipe, kept = plan.name, changed
         if plan.fit_options:
@@ -214,11 +209,10 @@ def command_after_plan(plan: Plan, config: PlanConfig) -> str:
         else:
             recipe = plan.largest_fitting[0] if plan.largest_fitting else "quickstart"
             kept = [each for each in changed if each.startswith("--processes")]
-        return " ".join(
-            ["next: overnight plan", recipe, *kept, *_plan_options(config), *_device_type(config)]
-        )
+        own = _own_options(config, "machines", "network", "device_type")
+        return " ".join(["next: overnight plan", recipe, *kept, *own])
     if plan.assumption:
-        options = " ".join([plan.name, *changed, *_plan_options(config)])
+        options = " ".join([plan.name, *changed, *_own_options(config, "machines", "network")])
         return f"next: on that machine, overnight plan {options}, which measures"
     if config.machines > 1:
         trained = [option for option in changed if not option.startswith("--processes")]
@@ -229,13 +223,8 @@ def command_after_plan(plan: Plan, config: PlanConfig) -> str:
     return " ".join(["next: overnight train", plan.name, *changed])
 
 
-def _plan_options(config: PlanConfig) -> Iterator[str]:
-    """The options of `overnight plan` that describe several machines."""
-    if config.machines > 1:
-        yield f"--machines {config.machines}"
-    if config.network != PlanConfig.network:
-        yield f"--network {config.network}"
-
-
-def _device_type(config: PlanConfig) -> list[str]:
-    return [f"--device-type {config.device_type}"] if config.device_type else []
+def _own_options(config: PlanConfig, *names: str) -> list[str]:
+    """Those of these settings of the plan that are not left at their default."""
+    values = {name: getattr(config, name) for name in names}
+    changed = {name: value for name, value in values.items() if value != getattr(PlanConfig, name)}
+    return [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Literal
+
 from overnight.hardware import measure_matmul_flops, native_precision
 from overnight.planning import measure
-from overnight.planning.estimate import FORWARD_SHARE, StepCost, count_run
-from overnight.planning.parallel_layout import find_processes
+from overnight.planning.estimate import FORWARD_SHARE, StepCost, count_run, possible_micro_batches
 from overnight.planning.plan import Plan
 from overnight.recipe import Resolved
-from overnight.training.batch import ROWS_AT_MOST
-from overnight.training.memory import estimate_memory, fits_into, largest_that_fits, suggest_fits
+from overnight.training.memory import (
+    FitOption,
+    estimate_memory,
+    fits_into,
+    largest_that_fits,
+    suggest_fits,
+    try_shardings,
+)
 
 # MFU assumed of a device that is not here. Published for 124M parameters in 16 bits: build-nanogpt, eager,
 # 33 to 38% on A100 and H200; PyTorch compiled 32% on one A100 PCIe (llm.c, pull request 323) and 42% on one
@@ -22,6 +30,7 @@ PUBLISHED = {
     "h100": "others measured 40% (llm.c, eight H100)",
     "h200": "others measured 42% (PyTorch, one H200)",
 }
+CHECKPOINTING: tuple[Literal["selective", "block"], ...] = ("selective", "block")
 NOT_PUBLISHED = "no published measurement of this device"
 LONGEST_MICRO_BATCH = 0.5  # seconds, above which no steps are timed for a quick forecast
 QUICK_SECONDS = 2.0
@@ -57,8 +66,7 @@ def add_assumed_costs(plan: Plan, reason: str = "") -> None:
         return
     precision = plan.resolved.compute.precision
     plan.assumption = plan.assumption or reason + describe_assumption("", plan.peak_flops, precision)
-    fast, likely, slow = (assumed_cost(plan.resolved, plan.peak_flops * share) for share in ASSUMED_MFU)
-    plan.add_forecast((fast, likely, slow))
+    plan.add_forecast([assumed_cost(plan.resolved, plan.peak_flops * share) for share in ASSUMED_MFU])
 
 
 def assumed_cost(resolved: Resolved, flops: float) -> StepCost:
@@ -90,15 +98,26 @@ def describe_assumption(device_name: str, peak_flops: float, precision: str) -> 
 def add_fit_options(plan: Plan) -> None:
     """Fill in the options with which a model fits that does not fit as it is."""
     resolved, layout, memory_bytes = plan.resolved, plan.layout, plan.device_memory_bytes or 0
-    batch = resolved.recipe.batch
-    smallest = batch.batch_ramp_start_tokens or batch.tokens_per_step
-    rows = smallest // resolved.model.context_length // layout.processes
-    possible = [count for count in range(1, min(rows, ROWS_AT_MOST) + 1) if rows % count == 0]
+    possible = possible_micro_batches(resolved, layout.processes)
     group = (layout.processes, layout.processes_per_machine)
     plan.fits = False
     plan.fit_options = tuple(suggest_fits(resolved.model, resolved.compute, possible, memory_bytes, *group))
-    plan.fit_in_processes = find_processes(layout, resolved, memory_bytes)
+    if layout.processes == 1 and not layout.is_on_cpu:
+        plan.fit_in_processes = find_processes(resolved, memory_bytes)
     plan.largest_fitting = largest_that_fits(resolved.compute, memory_bytes, *group)
+
+
+def find_processes(resolved: Resolved, memory_bytes: int) -> FitOption | None:
+    """The fewest GPUs of one machine, up to eight, whose memory is enough for a model too large for one."""
+    before = resolved.compute
+    for level in (before.activation_checkpointing, *CHECKPOINTING):
+        compute = dataclasses.replace(before, activation_checkpointing=level)
+        for count in (2, 4, 8):
+            *_, needed = try_shardings(resolved.model, 1, compute, memory_bytes, count, count).values()
+            if fits_into(memory_bytes, needed):
+                option = f" --activation-checkpointing {level}" if compute != before else ""
+                return FitOption(f"--processes {count}{option}", needed)
+    return None
 
 
 def quick_forecast(plan: Plan) -> tuple[float, str]:
@@ -114,10 +133,10 @@ def quick_forecast(plan: Plan) -> tuple[float, str]:
     if tokens * resolved.model.flops_per_token() / flops < LONGEST_MICRO_BATCH:
         found = measure.measure_step_costs(resolved, QUICK_SECONDS, plan.layout.processes, compiled=False)
         if found is not None:
-            return plan.forecast_with(found.costs)[0].seconds, "from a few steps, not compiled"
+            return plan.forecast_with(found.costs).seconds, "from a few steps, not compiled"
     share = CPU_SHARE_OF_MATMUL if device == "cpu" else max(ASSUMED_MFU)
     cost = assumed_cost(resolved, share * flops)
     basis = f"at {share:.0%} of the speed of a matrix product"
     if not native:
         basis = f"or more: {precision} is emulated here"
-    return plan.forecast_with((cost, cost, cost))[0].seconds, basis
+    return plan.forecast_with([cost] * 3).seconds, basis

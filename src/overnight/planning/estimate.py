@@ -17,6 +17,7 @@ from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.recipe import Recipe, Resolved
 from overnight.tokenizer.open_tokenizer import load_tokenizer
+from overnight.training.batch import ROWS_AT_MOST
 from overnight.training.checkpoint.format import BYTES_PER_SAVED_PARAMETER
 
 BYTES_PER_SAVED_TENSOR = 110  # its entry in the header of a safetensors file
@@ -36,7 +37,7 @@ class TokenCounts(NamedTuple):
     """What is known of a recipe's text before training."""
 
     vocab_size: int
-    folder: Path | str | None
+    folder: str | None
     """Its shards, for a message; None unless all of it is prepared."""
     tokens: int | None
     """Of both splits."""
@@ -48,29 +49,19 @@ def find_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts
 
     Prepares and downloads nothing. Raises ValueError where the vocabulary is not known yet.
     """
-    if config.mixture:
-        parts = [_count_text(source.path, config.tokenizer, vocab_size) for source in config.mixture]
-        return _add_token_counts(parts)
-    return _count_text(config.data, config.tokenizer, vocab_size)
-
-
-def _count_text(path: str, tokenizer: str, vocab_size: int | None) -> TokenCounts:
-    folder = find_prepared(path, tokenizer)
-    if folder is None:
-        return TokenCounts(vocab_size or _vocabulary(path, tokenizer), None, None, None)
-    manifest = read_manifest(folder)
-    validation = manifest.tokens("validation")
-    return TokenCounts(manifest.vocab_size, folder, manifest.tokens("train") + validation, validation)
-
-
-def _add_token_counts(parts: Sequence[TokenCounts]) -> TokenCounts:
-    """The sources of a mixture as one text."""
-    counts = [(part.tokens, part.validation_tokens) for part in parts]
-    if any(None in pair for pair in counts):
-        return TokenCounts(parts[0].vocab_size, None, None, None)
-    tokens, validation_tokens = (sum(filter(None, each)) for each in zip(*counts, strict=True))
-    folders = ", ".join(str(part.folder) for part in parts)
-    return TokenCounts(parts[0].vocab_size, folders, tokens, validation_tokens)
+    paths = [source.path for source in config.mixture] or [config.data]
+    folders = []
+    for path in paths:
+        if (folder := find_prepared(path, config.tokenizer)) is None:
+            return TokenCounts(vocab_size or _vocabulary(path, config.tokenizer), None, None, None)
+        folders.append(folder)
+    manifests = [read_manifest(folder) for folder in folders]
+    return TokenCounts(
+        vocab_size=manifests[0].vocab_size,
+        folder=", ".join(map(str, folders)),
+        tokens=sum(each.tokens("train") + each.tokens("validation") for each in manifests),
+        validation_tokens=sum(each.tokens("validation") for each in manifests),
+    )
 
 
 def find_prepared(path: str, tokenizer: str) -> Path | None:
@@ -150,6 +141,14 @@ def count_run(resolved: Resolved, validation_tokens: int | None) -> RunCounts:
     )
 
 
+def possible_micro_batches(resolved: Resolved, processes: int) -> list[int]:
+    """Rows per micro-batch that divide the rows of each process in the smallest step."""
+    batch = resolved.recipe.batch
+    smallest = batch.batch_ramp_start_tokens or batch.tokens_per_step
+    rows = smallest // resolved.model.context_length // processes
+    return [count for count in range(1, min(rows, ROWS_AT_MOST) + 1) if rows % count == 0]
+
+
 def count_times(every_steps: int | None, steps: int) -> int:
     """How often an event happens that comes every `every_steps` and after the last step; 0 if it is off."""
     return 0 if every_steps is None else -(-steps // every_steps)
@@ -193,7 +192,7 @@ class StepCost(NamedTuple):
         return micro_batches * self.micro_batch + self.update
 
 
-CostRange = tuple[StepCost, StepCost, StepCost]
+CostRange = Sequence[StepCost]
 """Fast, likely, slow."""
 
 

@@ -19,15 +19,14 @@ from overnight.distributed.world import World
 from overnight.evaluation.perplexity import evaluate_language_model, evaluation_rows
 from overnight.generation.generate import Decoding, generate
 from overnight.hardware import peak_memory_bytes, reset_peak_memory, synchronize
-from overnight.model.gpt import GPT
+from overnight.model.gpt import GPT, init_weights, weight_shapes
 from overnight.model.model_config import ModelConfig
 from overnight.planning.estimate import FORWARD_SHARE, CostRange, StepCost
 from overnight.recipe import Recipe, Resolved
-from overnight.run.setup import build_training, with_fewer_rows
+from overnight.run.setup import build_state, build_training, with_fewer_rows
 from overnight.run_directory import flush_to_disk
 from overnight.terminal import progress
 from overnight.training.batch import constant_plan
-from overnight.training.optim import build_optimizer, build_scaler
 from overnight.training.sharding import Replicated
 from overnight.training.state import TrainState
 from overnight.training.step import TrainSetup, fits, train_step
@@ -46,8 +45,6 @@ class Measurement(NamedTuple):
     costs: CostRange
     resolved: Resolved
     """With the rows per micro-batch that fitted."""
-    timed_micro_batches: int
-    """Of each timed step: the recipe's, or fewer if the time was short."""
     process_memory_bytes: int
     """Held by the process before there was a model; 0 on a GPU, where only tensors are counted."""
     peak_memory_bytes: int | None
@@ -89,6 +86,7 @@ def measure_step_costs(
             times.append(_step(state, training, micro_batches))
             advance()
     trained_peak = peak_memory_bytes(device)
+    runs = Path("runs").absolute()
     token_seconds = micro_batch / (plan.micro_batch_size * plan.tokens_per_row)
     parts = StepCost(
         micro_batch=micro_batch,
@@ -96,12 +94,11 @@ def measure_step_costs(
         start=max(0.0, first - micro_batch - update),
         evaluated_token=_time_evaluation(resolved, state.model, token_seconds),
         sampled_token=_time_sampling(resolved.recipe, state.model),
-        saved_byte=time_writing(_existing_folder(Path("runs"))),
+        saved_byte=time_writing(next(folder for folder in (runs, *runs.parents) if folder.is_dir())),
     )
     return Measurement(
         costs=cost_quartiles(parts, times, micro_batches),
         resolved=resolved,
-        timed_micro_batches=micro_batches,
         process_memory_bytes=process_memory,
         peak_memory_bytes=trained_peak,
         evaluation_peak_memory_bytes=peak_memory_bytes(device),
@@ -114,12 +111,11 @@ def cost_quartiles(parts: StepCost, step_seconds: Sequence[float], micro_batches
     Parts are timed once and whole steps often, so only the ratio of the parts is used.
     """
     quartiles = statistics.quantiles(step_seconds, n=4, method="inclusive")
-    fast, likely, slow = (seconds / parts.step(micro_batches) for seconds in quartiles)
-    return _scaled(parts, fast), _scaled(parts, likely), _scaled(parts, slow)
-
-
-def _scaled(parts: StepCost, factor: float) -> StepCost:
-    return parts._replace(micro_batch=factor * parts.micro_batch, update=factor * parts.update)
+    factors = [seconds / parts.step(micro_batches) for seconds in quartiles]
+    return [
+        parts._replace(micro_batch=factor * parts.micro_batch, update=factor * parts.update)
+        for factor in factors
+    ]
 
 
 def build_trial(resolved: Resolved, *, compiled: bool = True) -> tuple[TrainState, TrainSetup]:
@@ -127,21 +123,19 @@ def build_trial(resolved: Resolved, *, compiled: bool = True) -> tuple[TrainStat
 
     Without `compiled`, not even where the recipe compiles.
     """
-    recipe, device = resolved.recipe, resolved.compute.device
+    model, world = resolved.model, World(rank=0, size=1, device=resolved.compute.device)
     compute = dataclasses.replace(
         resolved.compute,
         sharding="none",
         deterministic_reduce=False,
         compile=compiled and resolved.compute.compile,
     )
-    alone = dataclasses.replace(resolved, compute=compute)
-    model = GPT(resolved.model, seed=recipe.seed).to(device)
-    optimizer = build_optimizer(model, recipe.optimizer)
-    state = TrainState(model, optimizer, scaler=build_scaler(device, resolved.compute.precision))
+    resolved = dataclasses.replace(resolved, compute=compute)
+    weights = init_weights(weight_shapes(model), model.n_layer, resolved.recipe.seed)
+    state = build_state(resolved, weights, world)
     # Any id can be the separator of documents: all are equally rare in random rows.
-    separator = 0 if recipe.data.packing == "documents" else None
-    world = World(rank=0, size=1, device=device)
-    return state, build_training(alone, model, RandomRows(resolved.model), world, separator)
+    separator = 0 if resolved.recipe.data.packing == "documents" else None
+    return state, build_training(resolved, state.model, RandomRows(model), world, separator)
 
 
 class RandomRows:
@@ -227,11 +221,6 @@ def time_writing(folder: Path) -> float:
         file.seek(0)
         hashlib.file_digest(file, "sha256")
         return (time.perf_counter() - started_at) / WRITTEN_BYTES
-
-
-def _existing_folder(path: Path) -> Path:
-    """`path`, or its nearest parent that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
 def _seconds(action: Callable[[], object]) -> float:

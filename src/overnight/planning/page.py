@@ -18,22 +18,6 @@ from overnight.terminal import duration, short
 from overnight.training.memory import fits_into
 
 COLUMNS = 80
-MEMORY_USES = {
-    "weights": ("weights", "float32"),
-    "gradients": ("gradients", "float32"),
-    "moments": ("optimizer", "AdamW's two moments, float32"),
-    "copies": ("weights again", "in 16 bits, for the matrix products"),
-    "activations": ("activations", ""),
-    "logits": ("logits", "and what the loss makes of them"),
-    "new_gradients": ("gradients again", "returned by a compiled backward pass"),
-    "gathered": ("gathered", "weights that are whole for a while, and their gradients"),
-}
-SHARDINGS = {
-    "none": "nothing: each process holds it all",
-    "zero1": "AdamW's moments (ZeRO-1)",
-    "fsdp": "weights, gradients, moments (FSDP2)",
-    "hsdp": "the same, within each machine",
-}
 
 
 def plan_text(plan: Plan) -> str:
@@ -67,36 +51,9 @@ def _render(plan: Plan) -> str:
     )
     for function in (plural, size, percent_range, brief, date, dollars, duration, short):
         environment.filters[function.__name__] = function
-    resolved, counts = plan.resolved, plan.counts
     return environment.get_template("plan.txt").render(
-        plan=plan,
-        recipe=resolved.recipe,
-        checkpoints=resolved.recipe.checkpoints,
-        model=resolved.model,
-        compute=resolved.compute,
-        rows=resolved.plan.micro_batch_size,
-        counts=counts,
-        layout=plan.layout,
-        processes=plan.layout.processes,
-        memory=vars(plan.memory),
-        memory_uses=MEMORY_USES,
-        shardings=SHARDINGS,
-        time_notes=_time_notes(plan),
-        fits_into=fits_into,
+        plan=plan, memory=vars(plan.memory), fits_into=fits_into
     )
-
-
-def _time_notes(plan: Plan) -> dict[str, str]:
-    counts = plan.counts
-    tokens = (counts.evaluated_tokens or 0) / max(1, counts.evaluations)
-    at_most = ", at most: training goes on" if plan.resolved.recipe.checkpoints.async_checkpoint else ""
-    return {
-        "training": f"{counts.steps:,} steps, {short(counts.tokens)} tokens",
-        "evaluation": f"{counts.evaluations} times {short(tokens)} tokens",
-        "samples": f"{short(counts.sampled_tokens)} tokens",
-        "checkpoints": f"{counts.checkpoints} times {size(counts.checkpoint_bytes)}{at_most}",
-        "compilation": "and all else that only the first step does",
-    }
 
 
 def plural(count: int, noun: str, ending: str = "s") -> str:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from overnight import __version__
-from overnight.data.shards import SPLITS, Manifest, Shard, TokenFile, Tokens, token_format
+from overnight.data.shards import SPLITS, Manifest, Shard, TokenFile
 from overnight.preparation.decontaminate import benchmark_names
 from overnight.preparation.dedup import find_near_duplicates
 from overnight.preparation.documents import (
@@ -30,9 +28,9 @@ from overnight.preparation.documents import (
     is_validation,
     kept_mask,
 )
-from overnight.preparation.prepare_config import MOST_SHARDS, PrepareConfig
+from overnight.preparation.prepare_config import MOST_SHARDS
 from overnight.preparation.prepare_state import PrepareState, open_tokenizer, read_state, target_units
-from overnight.preparation.tokenize import count_documents, read_unit
+from overnight.preparation.tokenize import read_records, unit_path
 from overnight.run_directory import write_atomically
 
 NOT_WANTED = len(STATUSES)  # status of a document behind the last one that `tokens` asks for
@@ -74,25 +72,26 @@ def decide_layout(staging: Path, state: PrepareState, units: int) -> ShardLayout
 
     Writes both into the staging folder. Raises ValueError if there are too many shards.
     """
-    sizes = [count_documents(staging, number) for number in range(units)]
+    files = [unit_path(staging, number).with_suffix(".documents") for number in range(units)]
+    sizes = [file.stat().st_size // RECORD.itemsize for file in files]
     first_documents = [0, *itertools.accumulate(sizes)]
     records = np.empty(first_documents[-1], dtype=RECORD)
-    shared = np.zeros(first_documents[-1], dtype=np.uint64)
     damaged_files = {*state.damaged_files}
     for number, (begin, end) in enumerate(itertools.pairwise(first_documents)):
-        unit = read_unit(staging, number)
-        records[begin:end], shared[begin:end] = unit.records, unit.shared
-        damaged_files |= {*unit.damaged_files}
-    status = _decide_status(staging, state, records, shared, first_documents)
+        records[begin:end] = read_records(staging, number)
+        damaged_files |= {*json.loads(files[number].with_suffix(".json").read_text(encoding="utf-8"))}
+    status = _decide_status(staging, state, records, first_documents)
     np.save(staging / "status.npy", status)
     counts = np.bincount(status, minlength=NOT_WANTED + 1).tolist()
+    found = records["shared"][kept_mask(status) | (status == STATUSES.index("contaminated"))]
+    benchmarks = enumerate(benchmark_names(state.config.benchmark_paths))
     layout = ShardLayout(
         shard_tokens=state.config.shard_tokens,
         starts={split: _starts(split, status, records, state)[first_documents].tolist() for split in SPLITS},
         first_documents=first_documents,
         documents={name: count for name, count in zip(STATUSES, counts, strict=False) if count},
         damaged_files=len(damaged_files),
-        contaminated=_count_contaminated(status, shared, state.config),
+        contaminated={name: int(np.count_nonzero(found & np.uint64(1 << bit))) for bit, name in benchmarks},
     )
     for split in SPLITS:
         if (shards := len(layout.shards(split))) > MOST_SHARDS:
@@ -135,16 +134,6 @@ def write_shards(staging: Path, rank: int = 0, ranks: int = 1, *, only_full: boo
         assembler.write(split, index)
 
 
-class Span(NamedTuple):
-    """Tokens that lie together in a unit and in a shard."""
-
-    ids: Tokens
-    documents: int
-    """How many documents begin here."""
-    text_bytes: int
-    """Of those documents, to their ends."""
-
-
 class ShardAssembler:
     """Writes shards from the tokenized units of a staging folder whose layout is decided."""
 
@@ -163,6 +152,10 @@ class ShardAssembler:
         shard = self._write_tokens(f"{name}.bin", split, index * size, end)
         write_atomically(record, json.dumps(asdict(shard)) + "\n")
         return shard
+
+    def write_split(self, split: str, *, only_full: bool = False) -> tuple[Shard, ...]:
+        """Write the shards of a split that are not there yet; returns all of them."""
+        return tuple(self.write(split, index) for index in self.layout.shards(split, only_full=only_full))
 
     def write_unfinished(self, split: str) -> tuple[Shard, ...]:
         """Write what there is of the shard that is not complete yet: one shard, or none."""
@@ -191,8 +184,8 @@ class ShardAssembler:
             empty_documents=layout.documents.get("empty", 0),
             skipped_documents=layout.documents.get("skipped", 0),
             repaired_documents=layout.documents.get("repaired", 0),
-            damaged_files=layout.damaged_files,
             near_duplicate_documents=layout.documents.get("near-duplicate", 0),
+            damaged_files=layout.damaged_files,
             contaminated_documents=layout.contaminated,
             train=shards["train"],
             validation=shards["validation"],
@@ -201,33 +194,41 @@ class ShardAssembler:
     def _write_tokens(self, name: str, split: str, begin: int, end: int) -> Shard:
         """A shard of the tokens of a split from `begin` to before `end`."""
         file = TokenFile(self.staging / name, self._vocab_size)
-        documents = text_bytes = 0
+        counts = np.zeros(2, dtype=np.int64)
         try:
-            for span in self._spans(split, begin, end):
-                file.append(span.ids)
-                documents += span.documents
-                text_bytes += span.text_bytes
+            for number, (first, after) in enumerate(itertools.pairwise(self.layout.starts[split])):
+                if begin < after and first < end and first < after:
+                    counts += self._append_unit(file, split, number, (begin - first, end - first))
+            documents, text_bytes = counts.tolist()
             return Shard(
                 name=name, tokens=file.tokens, documents=documents, text_bytes=text_bytes, sha256=file.close()
             )
         finally:
             file.abandon()
 
-    def _spans(self, split: str, begin: int, end: int) -> Iterator[Span]:
-        """The tokens of a split from `begin` to before `end`, unit by unit."""
-        starts, first_documents = self.layout.starts[split], self.layout.first_documents
-        dtype = token_format(self._vocab_size).dtype
-        first = int(np.searchsorted(starts, begin, side="right")) - 1
-        for number in range(first, len(starts) - 1):
-            if starts[number] >= end:
-                return
-            if starts[number] == starts[number + 1]:
-                continue
-            unit = read_unit(self.staging, number)
-            status = self._status[first_documents[number] : first_documents[number + 1]]
-            chosen = _in_split(split, status, unit.records, self.state)
-            ids = np.asarray(np.memmap(unit.ids, dtype=dtype, mode="r"))
-            yield from _cut(ids, unit.records, chosen, (begin - starts[number], end - starts[number]))
+    def _append_unit(
+        self, file: TokenFile, split: str, number: int, wanted: tuple[int, int]
+    ) -> tuple[int, int]:
+        """Append the tokens `wanted`, counted among the documents of a split in one unit.
+
+        Returns how many of these documents begin there, and their bytes of text to their ends.
+        """
+        begin, end = wanted
+        records = read_records(self.staging, number)
+        ids_file = unit_path(self.staging, number).with_suffix(".ids")
+        ids = np.asarray(np.memmap(ids_file, dtype=file.format.dtype, mode="r"))
+        status = self._status[self.layout.first_documents[number] :][: len(records)]
+        chosen = _in_split(split, status, records, self.state)
+        lengths = records["tokens"].astype(np.int64)
+        ends = np.cumsum(np.where(chosen, lengths, 0))  # among the documents of the split
+        starts = ends - lengths
+        shift = np.cumsum(lengths) - ends  # from among these documents to among all of the unit
+        inside = np.flatnonzero(chosen & (ends > begin) & (starts < end))
+        for run in np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1):
+            first, last = run[0], run[-1]
+            file.append(ids[shift[first] + max(begin, starts[first]) : shift[first] + min(end, ends[last])])
+        begun = chosen & (starts >= begin) & (starts < end)
+        return int(begun.sum()), int(records["bytes"][begun].sum())
 
 
 def open_assembler(staging: Path) -> ShardAssembler:
@@ -237,17 +238,13 @@ def open_assembler(staging: Path) -> ShardAssembler:
 
 
 def _decide_status(
-    staging: Path,
-    state: PrepareState,
-    records: Records,
-    shared: NDArray[np.uint64],
-    first_documents: list[int],
+    staging: Path, state: PrepareState, records: Records, first_documents: list[int]
 ) -> NDArray[np.uint8]:
     """(documents,): the status codes of all documents."""
     status: NDArray[np.uint8] = records["status"].copy()
     status[find_duplicates(records)] = STATUSES.index("duplicate")
     if state.config.on_contaminated == "drop":
-        status[(shared > 0) & kept_mask(status)] = STATUSES.index("contaminated")
+        status[(records["shared"] > 0) & kept_mask(status)] = STATUSES.index("contaminated")
     if state.config.near_duplicates == "drop":
         near_duplicates = find_near_duplicates(staging, status, first_documents)
         status[near_duplicates] = STATUSES.index("near-duplicate")
@@ -255,15 +252,6 @@ def _decide_status(
         kept_tokens = np.where(kept_mask(status), records["tokens"], 0).astype(np.int64)
         status[np.cumsum(kept_tokens) - kept_tokens >= state.config.tokens] = NOT_WANTED
     return status
-
-
-def _count_contaminated(
-    status: NDArray[np.uint8], shared: NDArray[np.uint64], config: PrepareConfig
-) -> dict[str, int]:
-    """By benchmark, how many documents share a passage with it: those kept, or left out for it."""
-    found = shared[kept_mask(status) | (status == STATUSES.index("contaminated"))]
-    names = benchmark_names(config.benchmark_paths)
-    return {name: int(np.count_nonzero(found & np.uint64(1 << bit))) for bit, name in enumerate(names)}
 
 
 def _starts(
@@ -280,22 +268,3 @@ def _in_split(
     """Which documents of a unit are in the shards of a split."""
     validation = is_validation(records, state.validation_fraction)
     return kept_mask(status) & (validation if split == "validation" else ~validation)
-
-
-def _cut(ids: Tokens, records: Records, chosen: NDArray[np.bool_], wanted: tuple[int, int]) -> Iterator[Span]:
-    """The chosen documents of a unit as spans; only the tokens `wanted`, counted among these documents."""
-    lengths = records["tokens"].astype(np.int64)
-    positions = np.cumsum(lengths) - lengths  # of each document in the unit
-    own = np.flatnonzero(chosen)
-    own_ends = np.cumsum(lengths[own])  # of each chosen document among the chosen
-    own_starts = own_ends - lengths[own]
-    begin, end = max(0, wanted[0]), wanted[1]
-    inside = np.flatnonzero((own_ends > begin) & (own_starts < end))
-    breaks = np.flatnonzero(np.diff(own[inside]) > 1) + 1
-    for run in np.split(inside, breaks):
-        if not run.size:
-            continue
-        shift = int(positions[own[run[0]]] - own_starts[run[0]])  # from among the chosen to in the unit
-        first, last = max(begin, int(own_starts[run[0]])), min(end, int(own_ends[run[-1]]))
-        begun = own[run[(own_starts[run] >= begin) & (own_starts[run] < end)]]
-        yield Span(ids[first + shift : last + shift], len(begun), int(records["bytes"][begun].sum()))

@@ -4,30 +4,31 @@ Each text field of a line of .jsonl is a text, also within lists and objects; th
 read together with it, one text each. A .txt or .tokens file is one text. A text of 8 to 12 words is searched
 for as a whole; shorter ones, such as labels, are not (8 words are GPT-3's minimum).
 
-The passages are in the staging folder:
-
-    benchmarks/13.npy ...   by number of words: (2, passages), sorted hashes and a bit for each benchmark
+The passages are in benchmarks.npz in the staging folder.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import io
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from overnight.preparation.ngrams import Hashes, Words, hash_windows, hash_words
+from overnight.preparation.prepare_state import read_once
+from overnight.run_directory import write_atomically
 
 PASSAGE_WORDS = 13
 FEWEST_WORDS = 8
 MOST_BENCHMARKS = 64  # a bit each
 CONTEXTS = ("ctx", "context", "query", "question", "prompt", "goal")  # fields that the endings follow
 TEXTS_AT_ONCE = 10_000
+BENCHMARKS = "benchmarks.npz"
 
 Index = dict[int, NDArray[np.uint64]]
 """By number of words: (2, passages), the sorted hashes, and a bit for each benchmark that holds them."""
@@ -99,22 +100,20 @@ def build_index(files: Mapping[str, Path]) -> Index:
 
 def save_index(staging: Path, index: Index) -> None:
     """Write the passages into the staging folder, whole or not at all."""
-    partial_folder = staging / "benchmarks.partial"
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir()
-    for length, passages in index.items():
-        np.save(partial_folder / f"{length}.npy", passages)
-    partial_folder.rename(staging / "benchmarks")
+    content = io.BytesIO()
+    arrays: dict[str, Any] = {str(length): passages for length, passages in index.items()}
+    np.savez(content, **arrays)
+    write_atomically(staging / BENCHMARKS, content.getvalue())
 
 
 def open_search(staging: Path) -> BenchmarkSearch:
     """The search for what `save_index` wrote, read once per process."""
-    return _open_search(staging / "benchmarks", (staging / "benchmarks").stat().st_mtime_ns)
+    return read_once(_load_search, staging / BENCHMARKS)
 
 
-@functools.lru_cache(maxsize=1)
-def _open_search(folder: Path, _modified_ns: int) -> BenchmarkSearch:
-    return BenchmarkSearch({int(path.stem): np.load(path) for path in sorted(folder.glob("*.npy"))})
+def _load_search(path: Path) -> BenchmarkSearch:
+    with np.load(path) as index:
+        return BenchmarkSearch({int(length): index[length] for length in index})
 
 
 def _merge(passages: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -165,12 +164,8 @@ def _texts_in(value: object, before: str = "") -> Iterator[str]:
     elif isinstance(value, dict):
         context = next((name for name in CONTEXTS if isinstance(value.get(name), str)), None)
         leading = before if context is None else f"{value[context]} "
-        nested = [
-            part
-            for field in value.values()
-            if not isinstance(field, str)
-            for part in _texts_in(field, leading)
-        ]
+        fields = [field for field in value.values() if not isinstance(field, str)]
+        nested = [text for field in fields for text in _texts_in(field, leading)]
         yield from nested
         for name, field in value.items():
             if isinstance(field, str) and not (nested and name == context):  # else it leads the nested texts

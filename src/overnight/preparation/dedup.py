@@ -10,18 +10,20 @@ The signatures of a unit depend on its texts alone, and the clusters on all sign
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from overnight.preparation.documents import KEPT, Document, kept_mask
-from overnight.preparation.executors import Step, divide_workers, run_step, silence_datatrove
+from overnight.preparation.executors import Step, divide_workers, run_step, silence_datatrove, track
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.prepare_state import PrepareState, read_state, target_units
 from overnight.preparation.tokenize import open_unit
@@ -33,29 +35,23 @@ OTHER_OPEN_FILES = 200  # of this process, generously
 NO_CLUSTER = 2**32 - 1
 
 
-def require_datatrove() -> None:
-    """Raise ValueError if datatrove is not installed; else keep its messages off the terminal."""
+def import_minhash() -> Any:
+    """The module minhash. Raises ValueError if datatrove is not installed."""
     try:
-        import overnight.preparation.minhash  # noqa: F401
+        minhash = importlib.import_module("overnight.preparation.minhash")
     except ImportError:
         raise ValueError(
             "near_duplicates=drop needs datatrove, which is not installed: pip install 'overnight[data]'"
         ) from None
     silence_datatrove()
+    return minhash
 
 
 def compare_units(staging: Path, units: int, config: PrepareConfig) -> None:
     """Find the near-duplicates among all documents of the first `units` units, with a progress bar."""
     signatures = staging / "near" / "signatures"
     with progress("near-duplicates", units, "units") as advance:
-        shown = 0
-
-        def watch() -> None:
-            nonlocal shown
-            signed = len(list(signatures.glob("*.signed")))
-            advance(signed - shown)
-            shown = signed
-
+        watch = track(advance, lambda: (len(list(signatures.glob("*.signed"))), ""))
         sign = partial(sign_documents, threads=divide_workers(config, units)[1])
         run_step(sign, staging, units, config, watch)
     run_step(pair_documents, staging, BUCKETS, config)
@@ -69,7 +65,6 @@ def dedup_steps(jobs: int) -> list[tuple[Step, int]]:
 
 def sign_documents(staging: Path, rank: int = 0, ranks: int = 1, threads: int = 1) -> None:
     """Write the signatures of every `ranks`-th unit, unless they are there already."""
-    require_datatrove()
     state = read_state(staging)
     units = range(rank, target_units(staging), ranks)
     with ThreadPoolExecutor(threads) as pool:  # numpy releases the GIL
@@ -78,49 +73,42 @@ def sign_documents(staging: Path, rank: int = 0, ranks: int = 1, threads: int = 
 
 
 def _sign_unit(staging: Path, state: PrepareState, number: int) -> None:
-    from overnight.preparation.minhash import WordSignature
-
     folder = staging / "near" / "signatures"
     done = folder / f"{number:05d}.signed"
     if done.is_file():
         return
     documents, _ = open_unit(state, number)
     empty = Document("", "")  # has no n-grams, hence no signature
-    WordSignature(folder).run(
-        (document if status in KEPT else empty for document, status in documents), number
-    )
+    kept = (document if status in KEPT else empty for document, status in documents)
+    import_minhash().WordSignature(folder).run(kept, number)
     _flush(folder.glob(f"bucket_*/{number:05d}.*"))
     done.touch()
 
 
 def pair_documents(staging: Path, rank: int = 0, ranks: int = 1) -> None:
     """Write the pairs of every `ranks`-th bucket, unless they are there already."""
-    require_datatrove()
-    from overnight.preparation.minhash import build_buckets
-
-    near = staging / "near"
+    minhash, near = import_minhash(), staging / "near"
     _allow_open_files(target_units(staging) + OTHER_OPEN_FILES)
     for bucket in range(rank, BUCKETS, ranks):
         done = near / "pairs" / f"{bucket:05d}.paired"
         if not done.is_file():
-            build_buckets(near / "signatures", near / "pairs").run(None, bucket, BUCKETS)
+            folders = str(near / "signatures"), str(near / "pairs")
+            minhash.MinhashDedupBuckets(*folders, config=minhash.CONFIG).run(None, bucket, BUCKETS)
             _flush((near / "pairs").glob(f"{bucket:05d}_*"))
             done.touch()
 
 
 def cluster_documents(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
     """Write all clusters of near-duplicates, unless they are there already."""
-    require_datatrove()
-    from overnight.preparation.minhash import build_clusters
-
-    near = staging / "near"
+    minhash, near = import_minhash(), staging / "near"
     if (near / "clusters").is_dir():
         return
     partial_folder = near / "clusters.partial"
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir()
     with contextlib.redirect_stderr(io.StringIO()):  # datatrove draws a progress bar of its own
-        build_clusters(near / "pairs", partial_folder).run(None, 0, 1)
+        folders = str(near / "pairs"), str(partial_folder)
+        minhash.MinhashDedupCluster(*folders, config=minhash.CONFIG, save_cluster_id=True).run(None, 0, 1)
     _flush(partial_folder.iterdir())
     partial_folder.rename(near / "clusters")
 

@@ -37,9 +37,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 ROWS_AT_ONCE = 256
 PACKED_TEXT_BYTES = 3  # bytes of text in a byte of a packed file, roughly
 TEXT_TYPES = {"string", "large_string", "string_view", "binary", "large_binary"}
-HASHES_AT_ONCE = (
-    16_000_000  # compared at once to find duplicates: about a gigabyte with the memory for sorting
-)
+HASHES_AT_ONCE = 16_000_000  # compared to find duplicates: about a gigabyte with the memory for sorting
 
 DocumentStatus = Literal[
     "kept", "repaired", "duplicate", "empty", "skipped", "near-duplicate", "contaminated"
@@ -48,9 +46,13 @@ STATUSES: tuple[DocumentStatus, ...] = get_args(DocumentStatus)
 KEPT: frozenset[DocumentStatus] = frozenset({"kept", "repaired"})
 
 RECORD = np.dtype(
-    [("hash_high", "<u8"), ("hash_low", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("status", "u1")]
+    [
+        *(("hash_high", "<u8"), ("hash_low", "<u8"), ("shared", "<u8")),
+        *(("tokens", "<u4"), ("bytes", "<u4"), ("status", "u1")),
+    ]
 )
-"""What is stored of a document: the halves of its hash, its lengths, and the index of its status."""
+"""What is stored of a document: the halves of its hash, a bit for each benchmark that it shares a passage
+with, its lengths, and the index of its status."""
 
 Records = NDArray[Any]
 
@@ -100,16 +102,18 @@ def divide_file(file: TextFile, text_column: str, part_bytes: int) -> dict[Part,
     """
     if file.kind != ".parquet":
         return {Part(file): file.bytes * (PACKED_TEXT_BYTES if file.is_packed else 1)}
-    ends, sizes = [0], [0]
-    groups = _row_group_bytes(file, text_column)
-    for group, size in enumerate(groups):
+    metadata = _open_parquet_text(file, text_column).metadata
+    column = [metadata.schema.column(n).path for n in range(metadata.num_columns)].index(text_column)
+    starts, sizes = [0], [0]
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).column(column).total_uncompressed_size
         if sizes[-1] and sizes[-1] + size > part_bytes:
-            ends.append(group)
+            starts.append(group)
             sizes.append(0)
         sizes[-1] += size
     if len(sizes) == 1:
         return {Part(file): sizes[0]}
-    spans = zip(ends, [*ends[1:], len(groups)], strict=True)
+    spans = itertools.pairwise([*starts, metadata.num_row_groups])
     return {Part(file, span): size for span, size in zip(spans, sizes, strict=True)}
 
 
@@ -138,21 +142,17 @@ def filter_documents(documents: Iterable[Document], on_bad_text: str) -> Iterato
     for document in documents:
         if document.damage is not None and on_bad_text == "fail":
             raise ValueError(f"{document.damage}; mend it, or give --on-bad-text replace or skip")
-        if document.damage is not None and on_bad_text == "skip":
-            yield FilteredDocument(document, "skipped")
+        status: DocumentStatus = "kept" if document.damage is None else "repaired"
+        if status == "repaired" and on_bad_text == "skip":
+            status = "skipped"
         elif not document.text:
-            yield FilteredDocument(document, "empty")
-        else:
-            yield FilteredDocument(document, "kept" if document.damage is None else "repaired")
+            status = "empty"
+        yield FilteredDocument(document, status)
 
 
-def document_hash(text: str) -> bytes:
-    """16 bytes that identify a text."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def hash_halves(digest: bytes) -> tuple[int, int]:
-    """The two halves of a document's hash, as numbers below 2^64."""
+def document_hash(text: str) -> tuple[int, int]:
+    """128 bits that identify a text: two numbers below 2^64."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
 
 
@@ -161,8 +161,7 @@ def split_of(text: str, validation_fraction: float) -> str:
 
     A pure function of the text: no document changes sides when others are added, lost or reordered.
     """
-    position = hash_halves(document_hash(text))[0] / 2**64
-    return "validation" if position < validation_fraction else "train"
+    return "validation" if document_hash(text)[0] / 2**64 < validation_fraction else "train"
 
 
 def is_validation(records: Records, validation_fraction: float) -> NDArray[np.bool_]:
@@ -282,14 +281,6 @@ def _open_parquet_text(file: TextFile, text_column: str) -> Any:
     if kind not in TEXT_TYPES:
         raise ValueError(f"{file.address} holds {kind}, not text, in its column {text_column!r}")
     return opened
-
-
-def _row_group_bytes(file: TextFile, text_column: str) -> list[int]:
-    """Bytes of the text column in each row group, before compression."""
-    metadata = _open_parquet_text(file, text_column).metadata
-    paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    return [group.column(paths.index(text_column)).total_uncompressed_size for group in groups]
 
 
 def _require_column(text_column: str, columns: list[str], where: str) -> None:

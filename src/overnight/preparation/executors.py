@@ -88,7 +88,7 @@ def _begin_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """However the parent ended: a worker must not write beside the command that continues the work."""
+    """However the parent ended: a worker must not write while the next command continues the work."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
@@ -176,13 +176,6 @@ def is_with_slurm(staging: Path) -> bool:
     return True
 
 
-def silence_datatrove() -> None:
-    """Keep datatrove's messages off the terminal of this process; workers log into the staging folder."""
-    from loguru import logger
-
-    logger.disable("datatrove")
-
-
 def _run_rank(step: Step, staging: Path, _documents: object, rank: int, ranks: int) -> None:
     """A step of ours as a step of a datatrove pipeline: documents neither come in nor go out."""
     step(staging, rank, ranks)
@@ -209,6 +202,26 @@ def _import_datatrove() -> Any:
         ) from None
     silence_datatrove()
     return datatrove
+
+
+def silence_datatrove() -> None:
+    """Keep datatrove's messages off the terminal of this process; workers log into the staging folder."""
+    from loguru import logger
+
+    logger.disable("datatrove")
+
+
+def track(advance: Callable[..., None], measure: Callable[[], tuple[float, str]]) -> Watch:
+    """A function that moves a progress bar to where `measure()`, (amount, note), says the work is."""
+    shown = 0.0
+
+    def watch() -> None:
+        nonlocal shown
+        amount, note = measure()
+        advance(amount - shown, note)
+        shown = amount
+
+    return watch
 
 
 @contextmanager

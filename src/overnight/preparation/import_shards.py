@@ -80,14 +80,14 @@ class ShardImport:
         results: list[ImportResult] = []
         with staging_folder(folder, lambda _: False) as staging:
             require_disk_space(staging, sum(self._needed_bytes(file, staging) for file in self.files))
-            written = {split: 0 for split in SPLITS}
+            written = dict.fromkeys(SPLITS, 0)
             with progress("adopting", sum(file.ids.nbytes for file in self.files) / 1e6, "MB") as advance:
                 for file in self.files:
                     results.append(self._import_file(file, staging, written[file.split]))
                     written[file.split] += len(results[-1].shards)
                     advance(file.ids.nbytes / 1e6)
             self.tokenizer.save(staging / "tokenizer")
-            manifest = self._manifest(results)
+            manifest = self._manifest([shard for result in results for shard in result.shards])
             shards.write_manifest(staging, manifest)
             flush_folder(staging)
         publish_folder(folder)
@@ -95,17 +95,16 @@ class ShardImport:
             echo(line)
         return manifest
 
+    def _is_ours(self, file: ExternalShard) -> bool:
+        """True if the file is, byte for byte, what would be written here."""
+        dtype = shards.token_format(self.tokenizer.vocab_size).dtype
+        return file.program == LLM_C and file.ids.dtype == dtype
+
     def _needed_bytes(self, file: ExternalShard, staging: Path) -> int:
         """The disk space that the imported file takes."""
         if self._is_ours(file) and file.path.stat().st_dev == staging.stat().st_dev:
             return 0
         return file.ids.size * shards.token_format(self.tokenizer.vocab_size).dtype.itemsize + HEADER_BYTES
-
-    def _is_ours(self, file: ExternalShard) -> bool:
-        """True if the file is, byte for byte, what would be written here."""
-        return (
-            file.program == LLM_C and file.ids.dtype == shards.token_format(self.tokenizer.vocab_size).dtype
-        )
 
     def _import_file(self, file: ExternalShard, staging: Path, number: int) -> ImportResult:
         """Write the file as shards of its split, from shard `number` on; a linked or copied file is one."""
@@ -117,9 +116,12 @@ class ShardImport:
             path = staging / f"{file.split}-{number + len(written):05d}.bin"
             if is_ours:
                 method = _link_or_copy(file.path, path)
-                digest = shards.hash_tokens(path).sha256
+                digest, _ = shards.hash_tokens(path)
             else:
-                digest = self._write_tokens(path, ids)
+                new = shards.TokenFile(path, self.tokenizer.vocab_size)
+                for chunk in shards.chunks(ids):
+                    new.append(chunk)
+                digest = new.close()
             documents = int(counts[self.tokenizer.end_of_text])
             shard = {"name": path.name, "tokens": ids.size, "documents": documents, "sha256": digest}
             written.append(shard | {"text_bytes": int(counts @ lengths)})
@@ -138,16 +140,9 @@ class ShardImport:
                 "one that made these shards with --tokenizer, or, if this one did, fetch the file again"
             ) from None
 
-    def _write_tokens(self, path: Path, ids: Tokens) -> str:
-        """Write a shard; returns its sha256."""
-        file = shards.TokenFile(path, self.tokenizer.vocab_size)
-        for chunk in shards.chunks(ids):
-            file.append(chunk)
-        return file.close()
-
-    def _manifest(self, results: list[ImportResult]) -> Manifest:
+    def _manifest(self, written: list[Shard]) -> Manifest:
         tokenizer = self.tokenizer
-        written = [shard for result in results for shard in result.shards]
+        train, validation = (tuple(s for s in written if s.name.startswith(split)) for split in SPLITS)
         return Manifest(
             overnight_version=__version__,
             source=f"{self.name}, adopted from {self.files[0].program}'s shards",
@@ -159,12 +154,8 @@ class ShardImport:
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
             documents=sum(shard.documents for shard in written),
-            duplicate_documents=0,
-            empty_documents=0,
-            skipped_documents=0,
-            repaired_documents=0,
-            train=tuple(shard for shard in written if shard.name.startswith("train")),
-            validation=tuple(shard for shard in written if shard.name.startswith("validation")),
+            train=train,
+            validation=validation,
         )
 
     def _summary(self, results: list[ImportResult]) -> Iterator[str]:
@@ -222,21 +213,12 @@ def find_external_shards(folder: Path) -> tuple[ExternalShard, ...]:
     if len(by_program) > 1:
         names = ", ".join(f"{name} is {program}'s" for program, name in by_program.items())
         raise ValueError(f"{folder} holds files of several programs ({names}): give each a folder of its own")
-    splits = {split: [file for file in files if file.split == split] for split in SPLITS}
-    for split in SPLITS:
-        if not splits[split]:
-            raise ValueError(f"{folder} has no {split} shard: {_missing_split_remedy(split, files)}")
-    return (*splits["train"], *splits["validation"])
-
-
-def _missing_split_remedy(split: str, files: list[ExternalShard]) -> str:
-    name = files[-1].path.name
-    if files[0].program == NANOGPT:
-        return f"nanoGPT's prepare.py writes train.bin and val.bin, and only {name} is there; run it again"
-    if len(files) == 1:
-        return f"{name} is alone; add a file for the other split, the validation file with `val` in its name"
-    other = f"val_{name}" if split == "validation" else VALIDATION_NAME.sub("train", name)
-    return f"the split is chosen by `val` in a file's name; rename one, for example {name} to {other}"
+    if missing := {*SPLITS} - {file.split for file in files}:
+        raise ValueError(
+            f"{folder} has no {missing.pop()} shard (there is {files[-1].path.name}): a file with `val` in "
+            "its name is validation, every other one is training; rename one, or add one"
+        )
+    return tuple(sorted(files, key=lambda file: SPLITS.index(file.split)))
 
 
 def open_external_shard(path: Path) -> ExternalShard:

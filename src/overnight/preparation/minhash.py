@@ -8,7 +8,6 @@ are near-duplicates, and so is every document of a cluster. Of two documents tha
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datatrove.pipeline.dedup.minhash import (
@@ -21,6 +20,8 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
 from overnight.preparation.ngrams import Hashes, hash_windows, hash_words
+
+__all__ = ["CONFIG", "MinhashDedupBuckets", "MinhashDedupCluster", "WordSignature"]
 
 MERSENNE_PRIME = np.uint64((1 << 61) - 1)
 ROWS_AT_ONCE = 512  # n-grams whose hashes are computed together: they fit a processor's cache
@@ -51,13 +52,3 @@ class WordSignature(MinhashDedupSignature):  # type: ignore[misc]  # untyped the
             least = np.minimum(least, hashes.min(axis=1))
         signature: list[list[int]] = least.reshape(self.config.num_buckets, -1).tolist()
         return signature
-
-
-def build_buckets(signatures: Path, pairs: Path) -> Any:
-    """Datatrove's second stage: pairs of documents that agree in a bucket."""
-    return MinhashDedupBuckets(str(signatures), str(pairs), config=CONFIG)
-
-
-def build_clusters(pairs: Path, clusters: Path) -> Any:
-    """Datatrove's third stage: clusters of documents that pairs connect."""
-    return MinhashDedupCluster(str(pairs), str(clusters), config=CONFIG, save_cluster_id=True)

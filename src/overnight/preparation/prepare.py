@@ -76,7 +76,7 @@ def prepare(config: PrepareConfig) -> Manifest | None:
     raise_problems(config.problems(), "prepare")
     folder = output_folder(config)
     with plain_file_errors(folder):
-        preparation = plan_preparation(config) if config.from_shards is None else plan_import(config)
+        preparation = _plan_text(config) if config.from_shards is None else plan_import(config)
         existing = _find_prepared(folder, preparation.request)  # needs no lock: a folder appears whole
         if existing is None:
             with exclusive(folder):
@@ -114,13 +114,13 @@ def _ensure_text(path: str, config: DataConfig) -> str:
         return str(folder)
     if is_shards:
         raise ValueError(
-            f"{folder} is not prepared to its end: wait until it is, or give the command that began it once "
-            "more; with --shuffle-window 100_000_000, training begins with what is complete"
+            f"{folder} is not fully prepared: wait until it is, or run the command that started it again; "
+            "with --shuffle-window 100_000_000, training starts with what is complete"
         )
     if any(SHARD_NAME.fullmatch(file.name) for file in Path(path).glob("*.bin")):
         raise ValueError(
-            f"{path} holds shards and no {MANIFEST} that vouches for them: bring it back from a "
-            "copy, or prepare the text again into another folder"
+            f"{path} holds shards and no {MANIFEST}: restore it from a copy, or prepare the text again into "
+            "another folder"
         )
     if prepare(request) is None:
         raise ValueError(f"{folder} is being prepared by Slurm's jobs: wait until they are done")
@@ -145,7 +145,7 @@ class TextPreparation:
         """Do all the work, or what is left of it; None if Slurm does it. Needs `exclusive`."""
         state = _plan_work(self.config, self.source, self.request)
         if self.config.near_duplicates == "drop":
-            dedup.require_datatrove()
+            dedup.import_minhash()
         with staging_folder(folder, lambda staging: is_begun(staging, state)) as staging:
             if executors.is_with_slurm(staging):
                 return None
@@ -161,8 +161,7 @@ class TextPreparation:
         return manifest
 
 
-def plan_preparation(config: PrepareConfig) -> TextPreparation:
-    """Open the source that `config` names. Raises ValueError if there is none."""
+def _plan_text(config: PrepareConfig) -> TextPreparation:
     source = open_source(config.source or "", config.subset, config.from_file)
     return TextPreparation(config, source, _request(config, source))
 
@@ -268,7 +267,7 @@ def _begin(staging: Path, state: PrepareState) -> int:
         early = state.units_for(EARLY_BYTES) if _shows_early(state.config) else units
         request_units(staging, min(units, early))
         write_state(staging, state)
-    if benchmarks and not (staging / "benchmarks").is_dir():
+    if benchmarks and not (staging / decontaminate.BENCHMARKS).is_file():
         decontaminate.save_index(
             staging, decontaminate.build_index(decontaminate.benchmark_names(benchmarks))
         )
@@ -299,7 +298,8 @@ def _tokenize_here(staging: Path, state: PrepareState, enough: int) -> int:
     """
     config, units = state.config, target_units(staging)
     with progress("encoding", sum(state.unit_bytes[:enough]) / 1e6, "MB") as advance:
-        watch = _watch_tokenizing(staging, state, advance)
+        watch = executors.track(advance, _tokenizing_meter(staging, state))
+        watch()
         while True:
             _, threads = executors.divide_workers(config, units)
             step = partial(tokenize.tokenize_units, threads=threads)
@@ -315,20 +315,17 @@ def _tokenize_here(staging: Path, state: PrepareState, enough: int) -> int:
     return units
 
 
-def _watch_tokenizing(staging: Path, state: PrepareState, advance: Callable[..., None]) -> Callable[[], None]:
-    """A function that moves the progress bar to where the work is."""
-    shown, started_at = 0.0, time.perf_counter()
+def _tokenizing_meter(staging: Path, state: PrepareState) -> Callable[[], tuple[float, str]]:
+    """A function that returns the megabytes of text read, and a note on the tokens."""
+    started_at = time.perf_counter()
     before = tokenize.count_tokenized(staging, state)[1]  # by an earlier run that was interrupted
 
-    def watch() -> None:
-        nonlocal shown
+    def measure() -> tuple[float, str]:
         read_bytes, tokens = tokenize.count_tokenized(staging, state)
         rate = (tokens - before) / max(1e-3, time.perf_counter() - started_at)
-        advance(read_bytes / 1e6 - shown, f"{tokens / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M/s")
-        shown = read_bytes / 1e6
+        return read_bytes / 1e6, f"{tokens / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M/s"
 
-    watch()
-    return watch
+    return measure
 
 
 def _shows_early(config: PrepareConfig) -> bool:
@@ -349,12 +346,7 @@ def _show_early(staging: Path, state: PrepareState, units: int) -> None:
 
 def show_so_far(assembler: assemble.ShardAssembler) -> None:
     """List the complete shards in so-far.json; of the validation split also the beginning of the next one."""
-    shards = {
-        split: tuple(
-            assembler.write(split, index) for index in assembler.layout.shards(split, only_full=True)
-        )
-        for split in SPLITS
-    }
+    shards = {split: assembler.write_split(split, only_full=True) for split in SPLITS}
     shards["validation"] += assembler.write_unfinished("validation")
     write_manifest(assembler.staging, assembler.manifest(shards), SO_FAR)
 
@@ -368,11 +360,7 @@ def finish(staging: Path) -> Manifest:
     """Write the manifest, and remove what only the work needed; continues where it was killed."""
     if not is_complete(staging):
         assembler = assemble.open_assembler(staging)
-        shards = {
-            split: tuple(assembler.write(split, index) for index in assembler.layout.shards(split))
-            for split in SPLITS
-        }
-        write_manifest(staging, assembler.manifest(shards))
+        write_manifest(staging, assembler.manifest({split: assembler.write_split(split) for split in SPLITS}))
     manifest = read_manifest(staging)
     remove_traces(staging, {shard.name for split in SPLITS for shard in manifest.shards(split)})
     flush_folder(staging)

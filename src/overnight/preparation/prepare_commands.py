@@ -38,7 +38,7 @@ class JobText:
 def find_recipe_texts(config: DataConfig, name: str, *, with_files: bool) -> tuple[JobText, ...]:
     """What a run of the recipe `name` reads; commands that need files of this machine only `with_files`."""
     sources: list[tuple[str, float | None]] = [(source.path, source.weight) for source in config.mixture]
-    known = find_told_commands(name)
+    known = find_listed_commands(name)
     texts = []
     for path, weight in sources or [(config.data, None)]:
         folder, prepare = find_recipe_text(path, config)
@@ -73,7 +73,7 @@ def needs_no_files(prepare: Command) -> bool:
     return bool({*prepare[2:3]} & {*NAMED_SOURCES}) and not any(Path(word).exists() for word in prepare[3:])
 
 
-def find_told_commands(name: str) -> dict[str, Command]:
+def find_listed_commands(name: str) -> dict[str, Command]:
     """The commands in a recipe's first lines that prepare its texts, by the folder that they fill."""
     path = Path(name) if name.endswith(".toml") else resources.files("overnight") / "recipes" / f"{name}.toml"
     lines = re.findall(r"^# +(overnight prepare [a-z].*)$", path.read_text(encoding="utf-8"), re.MULTILINE)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
+from overnight.config import field_types
 from overnight.preparation.sources import source_name
 
 MOST_TOKENS = 2**31 - 1  # a shard's header counts in an int32
@@ -17,12 +18,6 @@ POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 NO_SOURCE = "name a source (python-docs, shakespeare, a file, a folder), or give from_shards"
 BENCHMARK_KINDS = (".jsonl", ".txt", ".tokens")
 IMPORT_OPTIONS = frozenset({"from_shards", "out", "tokenizer", "shard_tokens"})
-CHOICES = {
-    "on_bad_text": ("fail", "replace", "skip"),
-    "on_bad_file": ("fail", "skip"),
-    "on_contaminated": ("report", "drop"),
-    "near_duplicates": ("keep", "drop"),
-}
 
 
 def parse_count(text: str) -> int:
@@ -105,31 +100,26 @@ class PrepareConfig:
         found = []
         if self.validation_fraction is not None and not 0.0 < self.validation_fraction < 1.0:
             found.append(f"validation_fraction={self.validation_fraction} must be between 0 and 1")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+        for name, kind in field_types(PrepareConfig).items():
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            if choices and getattr(self, name) not in choices:
                 found.append(f"{name}={getattr(self, name)!r} must be {' or '.join(choices)}")
         if not 1 <= self.shard_tokens <= MOST_TOKENS:
             found.append(f"shard_tokens={self.shard_tokens} must be between 1 and {MOST_TOKENS:,}")
         for name in ("tokens", "workers", "tasks"):
             if (count := getattr(self, name)) is not None and count < 1:
                 found.append(f"{name}={count} must be at least 1, or left out")
-        return found + self._benchmark_problems() + self._conflicts()
-
-    def _benchmark_problems(self) -> list[str]:
-        """Benchmarks that are not files, or none where one is needed."""
-        found = [
-            f"decontaminate: there is no {', '.join(BENCHMARK_KINDS)} file {path}; give its path, since "
-            "benchmarks are not downloaded"
-            for path in self.benchmark_paths
-            if not path.lower().endswith(BENCHMARK_KINDS) or not Path(path).is_file()
-        ]
-        if self.on_contaminated == "drop" and not self.benchmark_paths:
-            found.append("on_contaminated=drop needs decontaminate: the benchmarks' files")
-        return found
+        for path in self.benchmark_paths:
+            if not path.lower().endswith(BENCHMARK_KINDS) or not Path(path).is_file():
+                kinds = ", ".join(BENCHMARK_KINDS)
+                found.append(f"decontaminate: {path} is not a {kinds} file; benchmarks are not downloaded")
+        return found + self._conflicts()
 
     def _conflicts(self) -> list[str]:
         """Settings that do not go together, and settings without the one they need."""
         found = []
+        if self.on_contaminated == "drop" and not self.benchmark_paths:
+            found.append("on_contaminated=drop needs decontaminate: the benchmarks' files")
         if self.train_tokenizer is not None and self.tokenizer != "gpt2":
             found.append(f"give only one of train_tokenizer and tokenizer={self.tokenizer}")
         if self.executor == "slurm" and self.slurm_partition is None:

@@ -3,7 +3,7 @@
 work.json            the request, the units of the source, and how they are tokenized
 wanted               how many units are to be tokenized
 tokenizer/
-benchmarks/          passages to search for, see decontaminate.py
+benchmarks.npz       passages to search for, see decontaminate.py
 near/                near-duplicates, see dedup.py
 units/               tokenized units: 00017.ids, 00017.documents, and, last, 00017.json
 status.npy           the status of every document
@@ -20,10 +20,10 @@ import functools
 import itertools
 import json
 import shutil
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from overnight.data.shards import MANIFEST, read_manifest
 from overnight.data.text_files import TextFile
@@ -36,6 +36,7 @@ from overnight.tokenizer.tokenizer import Tokenizer
 SLURM_JOB = "slurm-job"
 Unit = tuple[Part, ...]
 Request = dict[str, str | int | float | None]
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +71,26 @@ def write_state(staging: Path, state: PrepareState) -> None:
 
 def read_state(staging: Path) -> PrepareState:
     """What `write_state` wrote, parsed once per process: of a large source it is megabytes."""
-    path = staging / "work.json"
-    return _parse_state(path, path.stat().st_mtime_ns)
+    return read_once(_parse_state, staging / "work.json")
 
 
-@functools.lru_cache(maxsize=2)
-def _parse_state(path: Path, _modified_ns: int) -> PrepareState:
+def open_tokenizer(staging: Path) -> Tokenizer:
+    """The tokenizer in the staging folder, read once per process."""
+    return read_once(load_tokenizer, staging / "tokenizer")
+
+
+def read_once(read: Callable[[Path], Content], path: Path) -> Content:
+    """`read(path)`, remembered until the file or folder changes."""
+    content: Content = _read_version(read, path, path.stat().st_mtime_ns)
+    return content
+
+
+@functools.lru_cache(maxsize=6)
+def _read_version(read: Callable[[Path], Any], path: Path, _modified_ns: int) -> Any:
+    return read(path)
+
+
+def _parse_state(path: Path) -> PrepareState:
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     units = tuple(
         tuple(Part(TextFile(**part["file"]), part["groups"] and tuple(part["groups"])) for part in unit)
@@ -123,13 +138,3 @@ def remove_traces(staging: Path, shards: Container[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def open_tokenizer(staging: Path) -> Tokenizer:
-    """The tokenizer in the staging folder, read once per process."""
-    return _load_tokenizer(staging / "tokenizer", (staging / "tokenizer").stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=2)
-def _load_tokenizer(folder: Path, _modified_ns: int) -> Tokenizer:
-    return load_tokenizer(folder)

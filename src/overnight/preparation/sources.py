@@ -28,6 +28,9 @@ from overnight.terminal import echo, progress
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
+SHAKESPEARE_REMEDY = (
+    f"fetch {SHAKESPEARE_URL} some other way, then run `overnight prepare shakespeare --from-file FILE` once"
+)
 DOWNLOAD_TIMEOUT_SECONDS = 60
 
 FINEWEB_EDU = "hf://datasets/HuggingFaceFW/fineweb-edu"
@@ -76,7 +79,7 @@ def source_name(source: str, subset: str | None = None) -> str:
     path = Path(source)
     if not path.exists() and os.sep in source:
         raise ValueError(
-            f"nothing lies at {source}; what a recipe trains on is prepared first, with "
+            f"there is no file or folder {source}; what a recipe trains on is prepared first, with "
             f"`overnight prepare SOURCE --out {source}`, and the recipe's first lines show the command"
         )
     if not path.exists():
@@ -142,43 +145,34 @@ def _open_hub(name: str, address: str, licence: str) -> Source:
 def _cache_shakespeare(from_file: str | None) -> Path:
     """The published file in the user's cache: copied from `from_file`, or downloaded if it is not there."""
     path = cache_folder() / "shakespeare" / "input.txt"
-    if from_file is not None:
-        write_atomically(path, _read_shakespeare(Path(from_file)))  # no later command needs a network
-    elif not path.is_file() or _sha256(path.read_bytes()) != SHAKESPEARE_SHA256:
-        write_atomically(path, _download_shakespeare())
+    if from_file is None and path.is_file() and _is_shakespeare(path.read_bytes()):
+        return path
+    if from_file is not None and not Path(from_file).is_file():
+        raise ValueError(f"from_file: there is no file {from_file}")
+    content = _download_shakespeare() if from_file is None else Path(from_file).read_bytes()
+    if not _is_shakespeare(content):
+        raise ValueError(
+            f"{from_file or SHAKESPEARE_URL} is not tiny shakespeare as it was published "
+            f"({SHAKESPEARE_BYTES:,} bytes, sha256 {SHAKESPEARE_SHA256[:12]}...): {SHAKESPEARE_REMEDY}; to "
+            "prepare a text of your own, give its path as the source"
+        )
+    write_atomically(path, content)  # no later command needs a network
     return path
 
 
-def _read_shakespeare(path: Path) -> bytes:
-    """The user's own copy. Raises ValueError if it is not the published file."""
-    if not path.is_file():
-        raise ValueError(f"from_file: there is no file {path}")
-    content = path.read_bytes()
-    if _sha256(content) != SHAKESPEARE_SHA256:
-        raise ValueError(
-            f"{path} is not tiny shakespeare as it is published ({SHAKESPEARE_BYTES:,} bytes, sha256 "
-            f"{SHAKESPEARE_SHA256[:12]}...); to prepare a text of your own, give its path as the source"
-        )
-    return content
-
-
 def _download_shakespeare() -> bytes:
-    """The published file. Raises ValueError if it can't be downloaded, or is another file."""
-    command = "overnight prepare shakespeare --from-file FILE"
-    remedy = f"fetch {SHAKESPEARE_URL} some other way, then run `{command}` once"
+    """What is at the published address. Raises ValueError if it can't be downloaded."""
     echo(f"downloading {SHAKESPEARE_URL}")
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer:
             content: bytes = answer.read(SHAKESPEARE_BYTES + 1)  # a server can't make us read more
     except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"shakespeare could not be downloaded ({error}); {remedy}") from None
-    if _sha256(content) != SHAKESPEARE_SHA256:
-        raise ValueError(f"what was downloaded as shakespeare is not the published file; {remedy}")
+        raise ValueError(f"shakespeare could not be downloaded ({error}): {SHAKESPEARE_REMEDY}") from None
     return content
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _is_shakespeare(content: bytes) -> bool:
+    return hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256
 
 
 # The docstrings of Python's standard library, in which every machine has two megabytes of English

@@ -9,9 +9,8 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +22,11 @@ from overnight.preparation.documents import (
     KEPT,
     RECORD,
     STATUSES,
-    Document,
     FilteredDocument,
     Part,
     Records,
     document_hash,
     filter_documents,
-    hash_halves,
     split_of,
 )
 from overnight.preparation.prepare_state import PrepareState, Unit, open_tokenizer, read_state, target_units
@@ -44,21 +41,16 @@ TRAINING_BYTES = 1_000_000_000  # of text that a tokenizer is trained on, at mos
 SAMPLED_DOCUMENTS = 64
 BYTES_PER_TOKEN = 4.5  # of English text in GPT-2's tokens: for the progress bar of an unfinished unit
 BATCHES_AHEAD = 32  # the same for any number of threads, so that all of them read equally far ahead
-Encoded = tuple[FilteredDocument, NDArray[np.uint32]]
 
 
-@dataclass(frozen=True)
-class TokenizedUnit:
-    """The documents of a unit and their ids."""
+class TokenizedDocument(NamedTuple):
+    """A document and its ids."""
 
-    records: Records
-    """One per document, in order; see `documents.RECORD`."""
-    ids: Path
-    """The ids of all documents, end to end, each document with its end-of-text id before it."""
-    damaged_files: list[str]
-    """Files that were skipped (on_bad_file="skip")."""
-    shared: NDArray[np.uint64]
-    """(documents,): a bit for each benchmark that the document shares a passage with."""
+    filtered: FilteredDocument
+    ids: NDArray[np.uint32]
+    """Its end-of-text id and those of its text; none if the document is left out."""
+    shared: int
+    """A bit for each benchmark that the document shares a passage with."""
 
 
 def save_tokenizer(staging: Path, state: PrepareState) -> None:
@@ -74,11 +66,11 @@ def training_texts(state: PrepareState) -> Iterator[str]:
 
     Reads nothing until the first is taken.
     """
-    seen: set[bytes] = set()
+    seen: set[tuple[int, int]] = set()
     documents = documents_in_order(state)
     read_bytes = 0
     with progress("tokenizer", min(TRAINING_BYTES, sum(state.unit_bytes)) / 1e6, "MB") as advance:
-        for document, status in filter_documents(documents, state.config.on_bad_text):
+        for document, status in documents:
             size = len(document.text.encode())
             advance(size / 1e6)
             read_bytes += size
@@ -94,10 +86,10 @@ def training_texts(state: PrepareState) -> Iterator[str]:
 def estimate_bytes(staging: Path, state: PrepareState) -> int:
     """Estimated disk space of the units and the shards, if all documents are like the first ones."""
     tokenizer = open_tokenizer(staging)
-    first = itertools.islice(filter_documents(documents_in_order(state), "replace"), SAMPLED_DOCUMENTS)
+    first = itertools.islice(documents_in_order(state), SAMPLED_DOCUMENTS)
     encoded = list(tokenize_documents(first, tokenizer))
-    tokens = sum(ids.size for _, ids in encoded)
-    text_bytes = sum(len(document.text.encode()) for (document, _), _ in encoded)
+    tokens = sum(document.ids.size for document in encoded)
+    text_bytes = sum(len(document.filtered.document.text.encode()) for document in encoded)
     expected = tokens * max(1.0, sum(state.unit_bytes) / max(1, text_bytes))
     if state.config.tokens is not None:
         expected = min(expected, state.config.tokens)
@@ -116,72 +108,77 @@ def tokenize_unit(staging: Path, state: PrepareState, number: int, threads: int 
 
     Raises ValueError for bad text and DamagedFileError for a damaged file, unless they are to be skipped.
     """
-    path = staging / "units" / f"{number:05d}"
+    path = unit_path(staging, number)
     if path.with_suffix(".json").is_file():
         return
     tokenizer = open_tokenizer(staging)
+    dtype = token_format(tokenizer.vocab_size).dtype
     documents, damaged_files = open_unit(state, number)
-    shared: dict[int, int] = {}
-    if state.config.benchmark_paths:
-        documents = _search_benchmarks(documents, open_search(staging), shared)
+    search = open_search(staging) if state.config.benchmark_paths else None
+    rows = []
     partial_file = path.with_suffix(".ids.partial")
     with partial_file.open("wb", buffering=1 << 20) as file:
-        rows = list(_write_ids(file, tokenize_documents(documents, tokenizer, threads), tokenizer))
+        for (document, status), ids, shared in tokenize_documents(documents, tokenizer, threads, search):
+            check_ids(ids, tokenizer.vocab_size)
+            file.write(ids.astype(dtype).tobytes())
+            lengths = ids.size, len(document.text.encode())
+            rows.append((*document_hash(document.text), shared, *lengths, STATUSES.index(status)))
         file.flush()
         flush_to_disk(file.fileno())
     partial_file.replace(path.with_suffix(".ids"))
     write_atomically(path.with_suffix(".documents"), np.array(rows, dtype=RECORD).tobytes())
-    content = {"damaged_files": damaged_files, "shared": shared}
-    write_atomically(path.with_suffix(".json"), json.dumps(content) + "\n")
+    write_atomically(path.with_suffix(".json"), json.dumps(damaged_files) + "\n")
 
 
-def read_unit(staging: Path, number: int) -> TokenizedUnit:
-    """What `tokenize_unit` wrote."""
-    path = staging / "units" / f"{number:05d}"
-    content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    records = np.fromfile(path.with_suffix(".documents"), dtype=RECORD)
-    shared = np.zeros(len(records), dtype=np.uint64)
-    for document, bits in content["shared"].items():
-        shared[int(document)] = bits
-    return TokenizedUnit(records, path.with_suffix(".ids"), content["damaged_files"], shared)
+def unit_path(staging: Path, number: int) -> Path:
+    """What the files of a unit are named after.
+
+    The ids of all documents, end to end, are in .ids, one `documents.RECORD` for each in .documents, and the
+    names of the files that were skipped (on_bad_file="skip") in .json, which is written last.
+    """
+    return staging / "units" / f"{number:05d}"
 
 
-def count_documents(staging: Path, number: int) -> int:
-    """How many documents a tokenized unit has."""
-    return (staging / "units" / f"{number:05d}.documents").stat().st_size // RECORD.itemsize
+def read_records(staging: Path, number: int) -> Records:
+    """The records of a tokenized unit's documents, in order."""
+    return np.fromfile(unit_path(staging, number).with_suffix(".documents"), dtype=RECORD)
 
 
 def tokenize_documents(
-    documents: Iterable[FilteredDocument], tokenizer: Tokenizer, threads: int = 1
-) -> Iterator[Encoded]:
-    """The documents in order, each with its end-of-text id and its ids; no ids for one that is left out.
+    documents: Iterable[FilteredDocument],
+    tokenizer: Tokenizer,
+    threads: int = 1,
+    search: BenchmarkSearch | None = None,
+) -> Iterator[TokenizedDocument]:
+    """The documents in order, each with its ids, and what `search` finds in it.
 
     Uses threads, not processes: the tokenizers release the GIL while they encode.
     """
     separator = np.array([tokenizer.end_of_text], dtype=np.uint32)
-    pending: deque[tuple[list[FilteredDocument], Future[list[NDArray[np.uint32]]]]] = deque()
+    pending: deque[tuple[list[FilteredDocument], list[int], Future[list[NDArray[np.uint32]]]]] = deque()
 
-    def finish_first() -> Iterator[Encoded]:
-        batch, future = pending.popleft()
-        for filtered, ids in zip(batch, future.result(), strict=True):
-            yield filtered, np.concatenate([separator, ids]) if filtered.status in KEPT else ids
+    def finish_first() -> Iterator[TokenizedDocument]:
+        batch, found, future = pending.popleft()
+        for filtered, shared, ids in zip(batch, found, future.result(), strict=True):
+            is_kept = filtered.status in KEPT
+            yield TokenizedDocument(filtered, np.concatenate([separator, ids]) if is_kept else ids, shared)
 
     with ThreadPoolExecutor(threads) as pool:
         for batch in _in_batches(documents):
-            pending.append((batch, pool.submit(tokenizer.encode_batch, _kept_texts(batch))))
+            texts = [document.text if status in KEPT else "" for document, status in batch]
+            found = [0] * len(batch) if search is None else search.find(texts).tolist()
+            pending.append((batch, found, pool.submit(tokenizer.encode_batch, texts)))
             if len(pending) > BATCHES_AHEAD:
                 yield from finish_first()
         while pending:
             yield from finish_first()
 
 
-def documents_in_order(state: PrepareState) -> Iterator[Document]:
+def documents_in_order(state: PrepareState) -> Iterator[FilteredDocument]:
     """Every document of all units, without damaged files if they are to be skipped."""
-    first, *others = state.units
-    # read_parts parses Python's documentation at once, with a progress bar, which must not overlap another.
-    documents = read_parts(_sound_parts(first, state)[0], state.config.text_column)
-    later = (read_parts(_sound_parts(unit, state)[0], state.config.text_column) for unit in others)
-    return itertools.chain(documents, itertools.chain.from_iterable(later))
+    units = (open_unit(state, number)[0] for number in range(len(state.units)))
+    # The first is opened at once: Python's documentation has a progress bar, which must not overlap another.
+    return itertools.chain(next(units), itertools.chain.from_iterable(units))
 
 
 def open_unit(state: PrepareState, number: int) -> tuple[Iterator[FilteredDocument], list[str]]:
@@ -215,41 +212,12 @@ def count_tokenized(staging: Path, state: PrepareState) -> tuple[int, int]:
     read_bytes = tokens = 0
     for entry in os.scandir(staging / "units"):
         number, _, kind = entry.name.partition(".")
-        if kind not in {"ids", "ids.partial"}:
-            continue
-        written = entry.stat().st_size // itemsize
-        tokens += written
-        unit_bytes = state.unit_bytes[int(number)]
-        read_bytes += unit_bytes if kind == "ids" else min(unit_bytes, round(written * BYTES_PER_TOKEN))
+        if kind in {"ids", "ids.partial"}:
+            written = entry.stat().st_size // itemsize
+            tokens += written
+            unit_bytes = state.unit_bytes[int(number)]
+            read_bytes += unit_bytes if kind == "ids" else min(unit_bytes, round(written * BYTES_PER_TOKEN))
     return read_bytes, tokens
-
-
-def _write_ids(
-    file: BinaryIO, encoded: Iterable[Encoded], tokenizer: Tokenizer
-) -> Iterator[tuple[int, int, int, int, int]]:
-    """Append the ids of every document to the file; yields its record."""
-    dtype = token_format(tokenizer.vocab_size).dtype
-    for (document, status), ids in encoded:
-        check_ids(ids, tokenizer.vocab_size)
-        file.write(ids.astype(dtype).tobytes())
-        halves = hash_halves(document_hash(document.text))
-        yield (*halves, ids.size, len(document.text.encode()), STATUSES.index(status))
-
-
-def _search_benchmarks(
-    documents: Iterable[FilteredDocument], search: BenchmarkSearch, shared: dict[int, int]
-) -> Iterator[FilteredDocument]:
-    """The same documents; the bits of those that share a passage with a benchmark are added to `shared`."""
-    searched = 0
-    for batch in _in_batches(documents):
-        bits = search.find(_kept_texts(batch))
-        shared |= {searched + int(index): int(bits[index]) for index in np.flatnonzero(bits)}
-        searched += len(batch)
-        yield from batch
-
-
-def _kept_texts(batch: list[FilteredDocument]) -> list[str]:
-    return [document.text if status in KEPT else "" for document, status in batch]
 
 
 def _in_batches(documents: Iterable[FilteredDocument]) -> Iterator[list[FilteredDocument]]:

@@ -14,7 +14,7 @@ import pytest
 from overnight import cli
 from overnight.bench import BenchConfig, decide, worker
 from overnight.bench import command as bench_command
-from overnight.bench.command import build_record, read_ids
+from overnight.bench.command import build_record, read_ids, record_group
 from overnight.bench.decide import WARM_UPS, BenchPlan, decide_bench, divide, find_free_bytes, memory_of_tasks
 from overnight.bench.table import BenchRecord
 from overnight.bench.worker import StepWorker, TimedSteps, running_workers
@@ -65,8 +65,8 @@ def test_wrong_losses_make_the_command_fail(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(plan: BenchPlan) -> BenchRecord:
-        results = {"float32": TimedSteps(1.0, (5.0,), GB), "fused-adamw": TimedSteps(1.0, (5.1,), GB)}
-        return build_record(plan, [[results] * plan.rounds], 1e12, "a text")
+        results = {"float32": TimedSteps(1.0, [5.0], GB), "fused-adamw": TimedSteps(1.0, [5.1], GB)}
+        return build_record(plan, record_group(plan, [*results], [results] * plan.rounds), 1e12, "a text")
 
     monkeypatch.setattr(bench_command, "measure_variants", measured)
     assert cli.main(FUSED) == 1

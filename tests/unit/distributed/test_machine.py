@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +61,7 @@ SLURM = {
         pytest.param({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None, id="sbatch"),
     ],
 )
-def test_launcher_environment_is_read(environment: dict[str, str], expected: LauncherEnv | None) -> None:
+def test_launcher_environment_is_read(environment, expected):
     assert read_launcher_env(environment) == expected
 
 
@@ -77,20 +76,20 @@ def test_launcher_environment_is_read(environment: dict[str, str], expected: Lau
         ("login1,node[1-2]", "login1"),
     ],
 )
-def test_rendezvous_is_at_the_first_host_of_slurm(nodes: str, first: str) -> None:
+def test_rendezvous_is_at_the_first_host_of_slurm(nodes, first):
     found = read_launcher_env(SLURM | {"SLURM_STEP_NODELIST": nodes})
     assert found is not None
     assert found.address == f"{first}:34567"
 
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
-def test_incomplete_launcher_environment_is_refused(missing: str) -> None:
+def test_incomplete_launcher_environment_is_refused(missing):
     environment = {name: value for name, value in TORCHRUN.items() if name != missing}
     with pytest.raises(ValueError, match=f"WORLD_SIZE is set and {missing} is not"):
         read_launcher_env(environment)
 
 
-def test_process_knows_whether_it_was_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_knows_whether_it_was_launched(monkeypatch):
     assert (is_launched(), is_main_process(), count_restarts()) == (False, True, 0)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
@@ -100,7 +99,7 @@ def test_process_knows_whether_it_was_launched(monkeypatch: pytest.MonkeyPatch) 
     assert is_main_process()
 
 
-def test_command_restarts_once_with_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_restarts_once_with_large_pages(monkeypatch):
     started: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda program, words: started.append([program, *words]))
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
@@ -111,9 +110,7 @@ def test_command_restarts_once_with_large_pages(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("library, setting", [("glibc", "glibc.malloc.arena_max=1"), ("", None)])
-def test_other_c_library_and_user_s_setting_are_left_alone(
-    monkeypatch: pytest.MonkeyPatch, library: str, setting: str | None
-) -> None:
+def test_other_c_library_and_user_s_setting_are_left_alone(monkeypatch, library, setting):
     monkeypatch.setattr(os, "execv", lambda program, words: pytest.fail("restarted"))
     monkeypatch.setattr(platform, "libc_ver", lambda: (library, ""))
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
@@ -123,7 +120,7 @@ def test_other_c_library_and_user_s_setting_are_left_alone(
     assert os.environ.get("GLIBC_TUNABLES") == setting
 
 
-def test_restart_imports_nothing_from_the_current_folder(tmp_path: Path) -> None:
+def test_restart_imports_nothing_from_the_current_folder(tmp_path):
     (tmp_path / "random.py").write_text("raise SystemExit('the random of the current folder')")
     program = "import sys; from overnight.cli import main; sys.exit(main())"
     done = subprocess.run(
@@ -138,9 +135,7 @@ def test_restart_imports_nothing_from_the_current_folder(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("chosen", [None, "chosen"])
-def test_compiled_code_is_kept_in_the_cache_or_where_the_user_says(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chosen: str | None
-) -> None:
+def test_compiled_code_is_kept_in_the_cache_or_where_the_user_says(monkeypatch, tmp_path, chosen):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", chosen or "")
     if chosen is None:
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
@@ -151,9 +146,7 @@ def test_compiled_code_is_kept_in_the_cache_or_where_the_user_says(
 @pytest.mark.parametrize(
     ("quota", "cores"), [("max 100000", 2), ("100000 100000", 1), ("50000 100000", 1), ("800000 100000", 2)]
 )
-def test_cores_are_counted_without_hyperthreads_within_the_quota(
-    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cores_are_counted_without_hyperthreads_within_the_quota(quota, cores, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
     (tmp_path / "cpu.max").write_text(quota)
     for processor, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
@@ -164,7 +157,7 @@ def test_cores_are_counted_without_hyperthreads_within_the_quota(
     assert count_cores(tmp_path / "none", tmp_path / "none") == 4, "a machine that says nothing"
 
 
-def test_torch_computes_with_a_thread_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_computes_with_a_thread_for_each_core(monkeypatch):
     threads: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
@@ -177,7 +170,7 @@ def test_torch_computes_with_a_thread_for_each_core(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("processes, threads", [(2, "4"), (3, "2"), (64, "1")])
-def test_processes_divide_the_cores(monkeypatch: pytest.MonkeyPatch, processes: int, threads: str) -> None:
+def test_processes_divide_the_cores(monkeypatch, processes, threads):
     monkeypatch.setattr(machine, "count_cores", lambda: 8)
     divide_cores(processes)
     assert os.environ["OMP_NUM_THREADS"] == "1", "as it was set"
@@ -187,9 +180,7 @@ def test_processes_divide_the_cores(monkeypatch: pytest.MonkeyPatch, processes: 
 
 
 @pytest.mark.parametrize("chosen, expected", [("0", "0"), (None, "1")])
-def test_each_attempt_has_its_own_rendezvous_store(
-    monkeypatch: pytest.MonkeyPatch, chosen: str | None, expected: str
-) -> None:
+def test_each_attempt_has_its_own_rendezvous_store(monkeypatch, chosen, expected):
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", chosen or "")
     if chosen is None:
         monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +26,7 @@ def failed(ends: dict[int, tuple[int, float]]) -> Any:
 
 
 @pytest.fixture
-def logs(tmp_path: Path) -> Path:
+def logs(tmp_path):
     """Two attempts of three processes, the first of which has the terminal."""
     for attempt in (0, 1):
         for rank in (1, 2):
@@ -51,35 +50,28 @@ def logs(tmp_path: Path) -> Path:
     ],
     ids=["one", "killed", "lost", "error", "refused by one", "stopped", "network"],
 )
-def test_cause_is_named_and_not_who_lost_it(
-    logs: Path,
-    capsys: pytest.CaptureFixture[str],
-    ends: dict[int, tuple[int, float]],
-    rank: int,
-    how: str,
-    status: int,
-) -> None:
+def test_cause_is_named_and_not_who_lost_it(logs, capsys, ends, rank, how, status):
     assert _print_failure(failed(ends), logs) == status
     assert f"rank {rank} failed ({how})" in capsys.readouterr().err
 
 
-def test_end_of_the_last_log_is_printed(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_end_of_the_last_log_is_printed(logs, capsys):
     _print_failure(failed({1: (1, 7.0)}), logs)
     _, *lines = capsys.readouterr().err.splitlines()
     assert lines == [f"rank 1: line {number} of attempt 1" for number in range(5, LINES_SHOWN + 5)]
 
 
-def test_all_logs_are_printed_when_one_is_frozen(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_logs_are_printed_when_one_is_frozen(logs, capsys):
     _print_failure(failed({1: (FROZEN, 7.0)}), logs)
     assert capsys.readouterr().err.count("line 44 of attempt 1") == 2
 
 
-def test_main_process_prints_its_refusal_itself(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_process_prints_its_refusal_itself(logs, capsys):
     assert _print_failure(failed({0: (REFUSED, 7.0), 1: (REFUSED, 7.0)}), logs) == REFUSED
     assert capsys.readouterr().err == ""
 
 
-def test_failure_without_logs_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failure_without_logs_is_one_line(tmp_path, capsys):
     assert _print_failure(failed({1: (1, 7.0)}), tmp_path) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -87,7 +79,7 @@ def test_failure_without_logs_is_one_line(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     "word, status, output", [("--version", 0, __version__), ("nonsense", REFUSED, "nonsense")]
 )
-def test_command_runs_in_each_process(word: str, status: int, output: str) -> None:
+def test_command_runs_in_each_process(word, status, output):
     """In a process of its own: torch's agent changes signal handlers."""
     script = (
         "import sys; from overnight.distributed.processes import run_processes\n"

@@ -30,20 +30,20 @@ def run(script: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_process_without_progress_prints_its_stacks_and_ends() -> None:
-    status, said = run(f"with watchdog(3, 4, 0.4): work({FOREVER})")
+def test_process_without_progress_prints_its_stacks_and_ends():
+    status, stderr = run(f"with watchdog(3, 4, 0.4): work({FOREVER})")
     assert status == FROZEN
-    assert said.startswith("overnight: rank 3 made no progress for 0.4 s (--timeout-seconds)")
-    assert "in work" in said
-    assert "in _watch" in said, "every thread"
+    assert stderr.startswith("overnight: rank 3 made no progress for 0.4 s (--timeout-seconds)")
+    assert "in work" in stderr
+    assert "in _watch" in stderr, "every thread"
 
 
-def test_process_that_blocks_the_interpreter_ends_as_well() -> None:
+def test_process_that_blocks_the_interpreter_ends_as_well():
     """By C code, since Python can't act while another thread holds its lock."""
-    status, said = run(f"with watchdog(0, 2, 0.4): work(0.01); ctypes.PyDLL(None).sleep({FOREVER})")
+    status, stderr = run(f"with watchdog(0, 2, 0.4): work(0.01); ctypes.PyDLL(None).sleep({FOREVER})")
     assert status == 1
-    assert "Timeout (" in said
-    assert "most recent call first" in said
+    assert "Timeout (" in stderr
+    assert "most recent call first" in stderr
 
 
 @pytest.mark.parametrize(
@@ -56,15 +56,15 @@ def test_process_that_blocks_the_interpreter_ends_as_well() -> None:
     ],
     ids=["progress", "paused", "single process", "done"],
 )
-def test_process_is_left_alone(script: str) -> None:
+def test_process_is_left_alone(script):
     assert run(script) == (0, "")
 
 
-def test_watchdog_acts_again_after_a_pause() -> None:
+def test_watchdog_acts_again_after_a_pause():
     script = f"with watchdog(0, 2, 0.5) as it:\n with it.paused(): work(1)\n print('over'); work({FOREVER})"
     assert run(script)[0] == FROZEN
 
 
-def test_errors_pass_through() -> None:
+def test_errors_pass_through():
     with pytest.raises(KeyError), watchdog(0, 2, 60):
         raise KeyError("of the caller")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -13,10 +11,10 @@ from overnight.distributed.world import SINGLE_PROCESS, World, count_processes, 
 
 
 @pytest.fixture
-def set_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def set_gpus(monkeypatch):
     """`set_gpus(count)`: a machine with this number of NVIDIA GPUs."""
 
-    def set_count(count: int) -> None:
+    def set_count(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
@@ -24,9 +22,7 @@ def set_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("gpus, mps, expected", [(1, True, "cuda"), (0, True, "mps"), (0, False, "cpu")])
-def test_best_device_is_found(
-    set_gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, gpus: int, mps: bool, expected: str
-) -> None:
+def test_best_device_is_found(set_gpus, monkeypatch, gpus, mps, expected):
     set_gpus(gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     found = open_world(None)
@@ -37,9 +33,7 @@ def test_best_device_is_found(
     "device, gpus",
     [*((device, 2) for device in ("gpu", "cuda:x", "cuda:", "cpu:0", "mps:0", "cuda:2")), ("cuda", 0)],
 )
-def test_unknown_or_missing_device_is_refused(
-    set_gpus: Callable[[int], None], device: str, gpus: int
-) -> None:
+def test_unknown_or_missing_device_is_refused(set_gpus, device, gpus):
     set_gpus(gpus)
     with pytest.raises(ValueError, match=f"device={device}"):
         open_world(device)
@@ -47,7 +41,7 @@ def test_unknown_or_missing_device_is_refused(
         assert open_world("cuda:1").device == "cuda:1"
 
 
-def test_command_for_one_process_refuses_several(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_for_one_process_refuses_several(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "1")
     with pytest.raises(ValueError, match="torchrun"):
@@ -64,14 +58,7 @@ def test_command_for_one_process_refuses_several(monkeypatch: pytest.MonkeyPatch
         ("gpu", 8, True, "device=gpu"),
     ],
 )
-def test_device_that_processes_cannot_share_is_refused(
-    set_gpus: Callable[[int], None],
-    monkeypatch: pytest.MonkeyPatch,
-    device: str,
-    gpus: int,
-    nccl: bool,
-    named: str,
-) -> None:
+def test_device_that_processes_cannot_share_is_refused(set_gpus, monkeypatch, device, gpus, nccl, named):
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     set_gpus(gpus)
@@ -85,9 +72,7 @@ def test_device_that_processes_cannot_share_is_refused(
     "asked, device, gpus, count",
     [("auto", None, 4, 4), ("auto", "cpu", 4, 1), ("auto", None, 0, 1), (3, None, 4, 3), (7, "cpu", 0, 7)],
 )
-def test_processes_are_counted(
-    set_gpus: Callable[[int], None], asked: int | str, device: str | None, gpus: int, count: int
-) -> None:
+def test_processes_are_counted(set_gpus, asked, device, gpus, count):
     set_gpus(gpus)
     assert count_processes(asked, device) == count
 
@@ -103,15 +88,13 @@ def test_processes_are_counted(
         (2, "mps", "device=mps"),
     ],
 )
-def test_more_processes_than_devices_are_refused(
-    set_gpus: Callable[[int], None], asked: int, device: str | None, named: str
-) -> None:
+def test_more_processes_than_devices_are_refused(set_gpus, asked, device, named):
     set_gpus(4)
     with pytest.raises(ValueError, match=named):
         count_processes(asked, device)
 
 
-def test_collectives_of_a_single_process_change_nothing() -> None:
+def test_collectives_of_a_single_process_change_nothing():
     tensors = [torch.ones(2), torch.ones(3)]
     SINGLE_PROCESS.all_reduce(tensors)
     SINGLE_PROCESS.tree_all_reduce(tensors)
@@ -122,7 +105,7 @@ def test_collectives_of_a_single_process_change_nothing() -> None:
     assert SINGLE_PROCESS.all_gather_object("word") == ["word"]
 
 
-def test_error_of_a_single_process_stays_as_it_is() -> None:
+def test_error_of_a_single_process_stays_as_it_is():
     error = ValueError("too large")
     with pytest.raises(ValueError, match="too large") as raised, SINGLE_PROCESS.raise_together():
         raise error
@@ -137,12 +120,10 @@ def test_error_of_a_single_process_stays_as_it_is() -> None:
         (["no", "", "too large"], "rank 0: no; rank 2: too large"),
     ],
 )
-def test_errors_of_several_processes_are_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, refusals: list[str], expected: str
-) -> None:
+def test_errors_of_several_processes_are_one_sentence(monkeypatch, refusals, expected):
     monkeypatch.setattr(World, "all_gather_object", lambda self, word: refusals)
 
-    def refuse() -> None:
+    def refuse():
         with World(1, 3, "cpu").raise_together():
             if refusals[1]:
                 raise ValueError(refusals[1])
@@ -152,7 +133,7 @@ def test_errors_of_several_processes_are_one_sentence(
     assert str(raised.value) == expected
 
 
-def test_other_errors_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_shared(monkeypatch):
     """The others are not asked: they will lose this process."""
     monkeypatch.setattr(World, "all_gather_object", lambda self, word: pytest.fail("asked"))
     with pytest.raises(KeyError), World(0, 2, "cpu").raise_together():
@@ -160,13 +141,11 @@ def test_other_errors_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("sizes, buckets", [([10, 10, 10], [30]), ([40, 1], [40, 1]), ([39, 1, 5], [40, 5])])
-def test_bucket_ends_with_the_tensor_that_fills_it(
-    monkeypatch: pytest.MonkeyPatch, sizes: list[int], buckets: list[int]
-) -> None:
+def test_bucket_ends_with_the_tensor_that_fills_it(monkeypatch, sizes, buckets):
     monkeypatch.setattr(world, "BUCKET_BYTES", 160)
     sent: list[int] = []
 
-    def double(flat: torch.Tensor) -> None:
+    def double(flat):
         sent.append(len(flat))
         flat *= 2
 

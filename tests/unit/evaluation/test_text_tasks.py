@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from overnight.evaluation.choice_tasks import CHOICE_TASKS
 from overnight.evaluation.multiple_choice import Choice
-from overnight.evaluation.tasks import TASKS, TaskResult, open_task
+from overnight.evaluation.scores import TaskResult
+from overnight.evaluation.tasks import TASKS, open_task
 from overnight.evaluation.text_tasks import (
     CLOZE_TASKS,
     TEXT_TASKS,
@@ -63,23 +65,21 @@ def test_lambada_is_cut_before_last_word(tmp_path: Path) -> None:
     assert plain == [Cloze("he saw `` the old", " dog")]
 
 
-@pytest.mark.parametrize("line", ["{", '{"context": "a b"}', "5", '{"text": "word"}', '{"text": 5}'])
-def test_invalid_passage_is_refused(line: str, tmp_path: Path) -> None:
-    path = write(tmp_path, "lambada.jsonl", '{"text": "a b"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"lambada\.jsonl, line 2"):
-        CLOZE_TASKS["lambada"].read(path)
-
-
-def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"ptb\.test\.txt .*byte 3"):
-        TEXT_TASKS["ptb"].read(write(tmp_path, "ptb.test.txt", b"abc\xff"), None)
-
-
-@pytest.mark.parametrize("name", ["ptb", "lambada", "hellaswag"])
-def test_empty_task_file_is_refused(name: str, tmp_path: Path) -> None:
-    task = {**TEXT_TASKS, **CLOZE_TASKS}.get(name)
-    write(tmp_path, task.file if task else "hellaswag_val.jsonl", "")
-    with pytest.raises(ValueError, match="empty"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        *(
+            ("lambada", f'{{"text": "a b"}}\n{line}\n'.encode(), r"lambada_test\.jsonl, line 2")
+            for line in ("{", '{"context": "a b"}', "5", '{"text": "word"}', '{"text": 5}')
+        ),
+        ("ptb", b"abc\xff", r"ptb\.test\.txt .*byte 3"),
+        *((name, b"", "empty") for name in ("ptb", "lambada", "hellaswag")),
+    ],
+)
+def test_invalid_task_file_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    task = {**TEXT_TASKS, **CLOZE_TASKS, **CHOICE_TASKS}[name]
+    write(tmp_path, task.file, content)
+    with pytest.raises(ValueError, match=message):
         open_task(name, tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_task_is_opened_and_scored(name: str, tmp_path: Path) -> None:
     assert len(examples) == (1 if name in TEXT_TASKS else 2)
     widths = [len(each.endings) if isinstance(each, Choice) else 2 for each in examples]
     result = TaskResult(examples, [tuple(map(float, range(1, width + 1))) for width in widths])
-    scores = task.score(result, result)
+    scores = task.score([result, result])
     assert {score.task for score in scores} == {name}
     for score in scores:
         assert score.interval.low <= score.value <= score.interval.high

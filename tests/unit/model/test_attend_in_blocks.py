@@ -42,18 +42,18 @@ def errors(B: int, H: int, T: int, D: int) -> list[float]:
 
 
 @pytest.mark.parametrize("T", [2, 127, QUERIES, QUERIES + 1, 3 * QUERIES - 5])
-def test_output_and_gradients_equal_the_definition(T: int) -> None:
+def test_output_and_gradients_equal_the_definition(T):
     assert max(errors(2, 3, T, 16)) < TOLERANCE
 
 
-def test_comparison_detects_a_look_at_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparison_detects_a_look_at_the_future(monkeypatch):
     monkeypatch.setattr(
         kernels, "_causal_bias", lambda queries, dtype: torch.zeros(queries, queries, dtype=dtype)
     )
     assert max(errors(2, 3, 200, 16)) > 10 * TOLERANCE
 
 
-def test_blocks_are_as_exact_as_torch_s_kernel() -> None:
+def test_blocks_are_as_exact_as_torch_s_kernel():
     inputs = parts(2, 3, 300, 32)
     truth = naive(*(each.detach().double() for each in inputs))
     torchs = off_by(F.scaled_dot_product_attention(*inputs, is_causal=True), truth)
@@ -61,7 +61,7 @@ def test_blocks_are_as_exact_as_torch_s_kernel() -> None:
 
 
 @pytest.mark.parametrize("case", ["fp32", "mask", "not causal", "evaluated"])
-def test_unsupported_call_goes_to_torch(case: str) -> None:
+def test_unsupported_call_goes_to_torch(case):
     q, k, v = parts(1, 2, 8, 16, torch.float32 if case == "fp32" else torch.bfloat16)
     mask = torch.ones(8, 8, dtype=torch.bool).tril(2) if case == "mask" else None
     causal = case in {"fp32", "evaluated"}
@@ -70,6 +70,6 @@ def test_unsupported_call_goes_to_torch(case: str) -> None:
     assert torch.equal(ours, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
 
 
-def test_torch_can_trace_and_differentiate_blocks() -> None:
+def test_torch_can_trace_and_differentiate_blocks():
     inputs = [part.flatten(0, 1).contiguous().detach().requires_grad_() for part in parts(1, 2, 150, 16)]
     torch.library.opcheck(torch.ops.overnight.attend_in_blocks.default, tuple(inputs), atol=0.05, rtol=0.05)

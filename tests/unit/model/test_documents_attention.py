@@ -76,7 +76,7 @@ def compute_of(device: str = "cpu", **settings: Any) -> Compute:
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 3))
-def test_documents_and_positions_equal_those_counted_one_by_one(ids: list[int], count: int) -> None:
+def test_documents_and_positions_equal_those_counted_one_by_one(ids, count):
     found = find_documents(torch.tensor([ids, *[ids[::-1]] * (count - 1)]), 3)
     for row, line in enumerate([ids, *[ids[::-1]] * (count - 1)]):
         number, position = 0, -1
@@ -88,7 +88,7 @@ def test_documents_and_positions_equal_those_counted_one_by_one(ids: list[int], 
 
 @pytest.mark.parametrize("kernel", ["mask", "one-by-one"])
 @pytest.mark.parametrize("graded", [True, False])
-def test_each_document_has_the_logits_it_has_alone(kernel: Any, graded: bool) -> None:
+def test_each_document_has_the_logits_it_has_alone(kernel, graded):
     model, ids_BT = small_model(), rows()
     for block in model.h:
         block.attn.document_kernel = kernel
@@ -110,7 +110,7 @@ def test_each_document_has_the_logits_it_has_alone(kernel: Any, graded: bool) ->
     ],
     ids=str,
 )
-def test_gradient_is_the_sum_of_those_of_the_documents_alone(settings: dict[str, Any]) -> None:
+def test_gradient_is_the_sum_of_those_of_the_documents_alone(settings):
     torch._dynamo.reset()
     model, ids_BT = small_model(), rows()
     targets_BT = ids_BT.roll(-1, 1)
@@ -120,7 +120,7 @@ def test_gradient_is_the_sum_of_those_of_the_documents_alone(settings: dict[str,
 
 
 @pytest.mark.parametrize("wrong", ["attention", "positions"])
-def test_comparison_detects_a_leak(wrong: str) -> None:
+def test_comparison_detects_a_leak(wrong):
     model, ids_BT = small_model(), rows()
     found = find_documents(ids_BT, END_OF_TEXT)
     leaky = {
@@ -131,7 +131,7 @@ def test_comparison_detects_a_leak(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_16_bits_differ_by_rounding_only(precision: str) -> None:
+def test_16_bits_differ_by_rounding_only(precision):
     model, ids_BT = small_model(), rows()
     targets_BT = ids_BT.roll(-1, 1)
     truth = gradients(model, lambda: cross_entropy_nats(alone(model, ids_BT), targets_BT))
@@ -139,13 +139,13 @@ def test_16_bits_differ_by_rounding_only(precision: str) -> None:
     assert off_by(gradients(model, lambda: loss(ids_BT, targets_BT)), truth) < 0.03
 
 
-def test_row_of_one_document_is_the_plain_model() -> None:
+def test_row_of_one_document_is_the_plain_model():
     model, ids_BT = small_model(), rows()[3:4]
     torch.testing.assert_close(model(ids_BT, find_documents(ids_BT, END_OF_TEXT)), model(ids_BT))
 
 
 @COMPILES
-def test_other_documents_recompile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_documents_recompile_nothing(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     model, ids_BT = small_model(), rows()
@@ -157,7 +157,7 @@ def test_other_documents_recompile_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         loss(ids_BT[:4], targets_BT[:4])
 
 
-def test_torch_can_trace_and_differentiate_documents() -> None:
+def test_torch_can_trace_and_differentiate_documents():
     generator = torch.Generator().manual_seed(3)
     stored = (torch.randn(2, 10, 3, 8, generator=generator) for _ in range(3))
     qkv = [each.transpose(1, 2).requires_grad_() for each in stored]
@@ -165,7 +165,7 @@ def test_torch_can_trace_and_differentiate_documents() -> None:
     torch.library.opcheck(torch.ops.overnight.attend_documents.default, (*qkv, document_BT))
 
 
-def test_dropout_takes_a_mask() -> None:
+def test_dropout_takes_a_mask():
     """With the same documents; noise depends on shapes alone."""
     model = GPT(dataclasses.replace(SMALL, dropout=0.5), seed=1)
     NextTokenLoss(model, compute_of(), END_OF_TEXT)
@@ -193,14 +193,14 @@ def drawn(model: GPT, ids_BT: Tensor, found: Documents) -> Tensor:
         (None, 0.1, "torch's choice with a mask"),
     ],
 )
-def test_document_kernel_is_named(attention: str | None, dropout: float, kernel: str) -> None:
+def test_document_kernel_is_named(attention, dropout, kernel):
     model, compute = dataclasses.replace(SMALL, dropout=dropout), compute_of(attention=attention)
     assert describe_attention_kernel(model, compute, within_documents=True) == kernel
 
 
-def test_mask_in_training_is_refused_where_cudnn_may_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mask_in_training_is_refused_where_cudnn_may_take_it(monkeypatch):
     class OnGPU(Tensor):
-        is_cuda = True  # type: ignore[assignment]
+        is_cuda = True
 
     q_BHTD = torch.randn(1, 1, 4, 8).as_subclass(OnGPU)
     document_BT = torch.zeros(1, 4, dtype=torch.long)
@@ -215,7 +215,7 @@ def test_mask_in_training_is_refused_where_cudnn_may_take_it(monkeypatch: pytest
 
 @COMPILES
 @pytest.mark.parametrize("T", [128, 200, 640])
-def test_block_mask_equals_torch_s_from_the_whole_square(T: int) -> None:
+def test_block_mask_equals_torch_s_from_the_whole_square(T):
     generator = torch.Generator().manual_seed(T)
     ids_BT = (
         torch.rand(6, T, generator=generator) < torch.tensor([0, 0.001, 0.01, 0.05, 0.5, 1])[:, None]
@@ -223,7 +223,7 @@ def test_block_mask_equals_torch_s_from_the_whole_square(T: int) -> None:
     document_BT = find_documents(ids_BT, 1).document_ids
     ours = build_block_mask(document_BT)
 
-    def is_visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_visible(row, head, query, key):
         return (query >= key) & (document_BT[row, query] == document_BT[row, key])
 
     truth = create_block_mask(is_visible, 6, None, T, T, device="cpu")
@@ -243,7 +243,7 @@ def test_block_mask_equals_torch_s_from_the_whole_square(T: int) -> None:
 
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="flex_attention's CPU kernel needs AVX2")
 @COMPILES
-def test_compiled_flex_equals_the_mask() -> None:
+def test_compiled_flex_equals_the_mask():
     """Forward only: on a CPU flex_attention has no backward pass."""
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(2)
@@ -267,7 +267,7 @@ def test_compiled_flex_equals_the_mask() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("T", [256, 200])
-def test_gradient_on_a_gpu_is_that_of_the_documents_alone(T: int, settings: dict[str, Any]) -> None:
+def test_gradient_on_a_gpu_is_that_of_the_documents_alone(T, settings):
     torch._dynamo.reset()
     compute = compute_of("cuda", **settings)
     model = GPT(dataclasses.replace(SMALL, context_length=T), seed=1).to("cuda")

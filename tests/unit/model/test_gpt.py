@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ def naive_attention(attention: CausalSelfAttention, x_TC: Tensor) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 2, 7, 16])
-def test_attention_equals_its_naive_twin(length: int) -> None:
+def test_attention_equals_its_naive_twin(length):
     torch.manual_seed(0)
     attention = CausalSelfAttention(SMALL, layer=0).eval()
     x_BTC = torch.randn(2, length, SMALL.n_embd)
@@ -47,7 +46,7 @@ def test_attention_equals_its_naive_twin(length: int) -> None:
 
 
 @torch.no_grad()
-def test_later_ids_do_not_change_earlier_logits() -> None:
+def test_later_ids_do_not_change_earlier_logits():
     model = small_model().eval()
     ids = torch.randint(100, (1, 16))
     changed = ids.clone()
@@ -57,14 +56,14 @@ def test_later_ids_do_not_change_earlier_logits() -> None:
     assert not torch.equal(before[:, 9:], after[:, 9:])
 
 
-def test_logits_and_weights_have_no_padding() -> None:
+def test_logits_and_weights_have_no_padding():
     model = small_model()
     assert model(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 100)
     assert model.wte.weight.shape == (128, 32)
     assert model.weights()["wte.weight"].shape == (100, 32)
 
 
-def test_padding_stays_zero_while_training() -> None:
+def test_padding_stays_zero_while_training():
     model = small_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(3):
@@ -77,18 +76,18 @@ def test_padding_stays_zero_while_training() -> None:
     "name, parameters",
     [("gpt2-124m", 124_439_808), ("gpt2-350m", 354_823_168), ("gpt2-1558m", 1_557_611_200)],
 )
-def test_presets_have_the_published_sizes(name: str, parameters: int) -> None:
+def test_presets_have_the_published_sizes(name, parameters):
     assert PRESETS[name].parameter_count() == parameters
 
 
-def test_parameter_count_and_shapes_are_those_of_the_module() -> None:
+def test_parameter_count_and_shapes_are_those_of_the_module():
     model = small_model()
     assert sum(weight.numel() for weight in model.weights().values()) == SMALL.parameter_count()
     shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
     assert list(parameter_shapes(SMALL).items()) == shapes
 
 
-def test_new_model_is_initialised() -> None:
+def test_new_model_is_initialised():
     """With a seed of its own; nothing has to be called before the model is of use."""
     torch.manual_seed(17)  # the global generator must not matter
     model, drawn = GPT(SMALL, seed=5), empty_model(SMALL)
@@ -101,13 +100,13 @@ def test_new_model_is_initialised() -> None:
         assert GPT(SMALL).wte.weight.is_meta
 
 
-def test_initial_loss_is_that_of_a_uniform_guess() -> None:
+def test_initial_loss_is_that_of_a_uniform_guess():
     ids = torch.randint(100, (8, 16))
     loss = torch.nn.functional.cross_entropy(small_model()(ids).flatten(0, 1), ids.roll(-1, 1).flatten())
     assert loss.item() == pytest.approx(math.log(100), abs=0.05)
 
 
-def test_initialisation_follows_gpt2() -> None:
+def test_initialisation_follows_gpt2():
     model = GPT(ModelConfig(n_layer=8, n_head=4, n_embd=128, context_length=64, vocab_size=500), seed=3)
     for name, weight in model.weights().items():
         if name.endswith("c_proj.weight"):
@@ -118,14 +117,14 @@ def test_initialisation_follows_gpt2() -> None:
             assert set(weight.unique().tolist()) == ({1.0} if name.endswith("weight") else {0.0}), name
 
 
-def test_parameter_without_a_rule_is_refused() -> None:
+def test_parameter_without_a_rule_is_refused():
     model = GPT(SMALL)
     model.register_parameter("gate", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(AssertionError, match="gate"):
         initialize(model, seed=0)
 
 
-def test_unfitting_weights_are_all_named_and_nothing_changes() -> None:
+def test_unfitting_weights_are_all_named_and_nothing_changes():
     model = small_model()
     weights = {name: weight.clone() + 1 for name, weight in model.weights().items()}
     del weights["ln_f.bias"]
@@ -137,7 +136,7 @@ def test_unfitting_weights_are_all_named_and_nothing_changes() -> None:
     assert torch.equal(before, model.wte.weight)
 
 
-def test_input_beyond_the_context_is_refused() -> None:
+def test_input_beyond_the_context_is_refused():
     with pytest.raises(IndexError, match="context_length=16"):
         small_model()(torch.zeros(1, 17, dtype=torch.long))
 
@@ -145,12 +144,12 @@ def test_input_beyond_the_context_is_refused() -> None:
 @pytest.mark.parametrize(
     "name, value", [("n_head", 5), ("n_layer", 0), ("dropout", 1.0), ("vocab_size", None)]
 )
-def test_invalid_setting_is_named(name: str, value: Any) -> None:
+def test_invalid_setting_is_named(name, value):
     with pytest.raises(ValueError, match=name):
         GPT(dataclasses.replace(SMALL, **{name: value}))
 
 
-def test_dropout_acts_only_while_training() -> None:
+def test_dropout_acts_only_while_training():
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8, vocab_size=30, dropout=0.5))
     ids = torch.randint(30, (1, 8))
     assert torch.equal(model.eval()(ids), model.eval()(ids))
@@ -158,7 +157,7 @@ def test_dropout_acts_only_while_training() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_eval_mode_restores_the_mode_whatever_happens(training: bool) -> None:
+def test_eval_mode_restores_the_mode_whatever_happens(training):
     model = small_model().train(training)
     with eval_mode(model):
         assert not any(module.training for module in model.modules())
@@ -168,7 +167,7 @@ def test_eval_mode_restores_the_mode_whatever_happens(training: bool) -> None:
     assert all(module.training is training for module in model.modules())
 
 
-def test_empty_model_is_complete_once_loaded() -> None:
+def test_empty_model_is_complete_once_loaded():
     expected, loaded = small_model(), empty_model(SMALL)
     loaded.load_weights(expected.weights())
     assert not loaded.wte.weight[100:].any()

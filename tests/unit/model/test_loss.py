@@ -59,7 +59,7 @@ def off_by(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
 
 
 @pytest.fixture(params=[1, 4, 21, 100])
-def in_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_chunks(request, monkeypatch):
     """Chunks of one position, of some that do not divide 21, of all, of more than there are."""
     monkeypatch.setattr(loss_kernels, "rows_of_chunk", lambda rows, vocabulary: request.param)
 
@@ -68,25 +68,25 @@ def in_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(None, 1e-6), (torch.bfloat16, 0.01), (torch.float16, 0.002)], ids=str
 )
-def test_chunked_loss_and_gradients_equal_the_definition(dtype: torch.dtype | None, tolerance: float) -> None:
+def test_chunked_loss_and_gradients_equal_the_definition(dtype, tolerance):
     assert off_by(mean_and_gradients("chunked", dtype), naive()) < tolerance
 
 
 @pytest.mark.parametrize("method", ["full", "chunked"])
-def test_padding_gets_no_probability_and_no_gradient(method: LossMethod) -> None:
+def test_padding_gets_no_probability_and_no_gradient(method):
     assert not mean_and_gradients(method)[2][VOCAB_SIZE:].any()
 
 
-def test_scaled_fp16_loss_neither_overflows_nor_vanishes() -> None:
+def test_scaled_fp16_loss_neither_overflows_nor_vanishes():
     assert off_by(mean_and_gradients("chunked", torch.float16, scale=65536.0), naive()) < 0.002
 
 
-def test_comparison_detects_a_lost_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparison_detects_a_lost_chunk(monkeypatch):
     monkeypatch.setattr(loss_kernels, "rows_of_chunk", lambda rows, vocabulary: 7)
     right: Callable[..., tuple[Tensor, Tensor]] = loss_kernels._nats_and_gradient
     calls: list[int] = []
 
-    def wrong(*given: object) -> tuple[Tensor, Tensor]:
+    def wrong(*given):
         nats, gradient = right(*given)
         calls.append(1)
         return nats, gradient if len(calls) != 2 else torch.zeros_like(gradient)
@@ -97,13 +97,13 @@ def test_comparison_detects_a_lost_chunk(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile
-def test_compiled_chunked_loss_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_chunked_loss_is_the_same(monkeypatch):
     monkeypatch.setattr(loss_kernels, "rows_of_chunk", lambda rows, vocabulary: 11)
     torch._dynamo.reset()
     assert off_by(mean_and_gradients("chunked", compiled=True), naive()) < 1e-6
 
 
-def test_no_gradient_is_computed_under_no_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gradient_is_computed_under_no_grad(monkeypatch):
     hidden, weight, targets = inputs()
     zeros = torch.zeros_like
     monkeypatch.setattr(torch, "zeros_like", lambda *given, **named: pytest.fail("a gradient was allocated"))
@@ -113,26 +113,26 @@ def test_no_gradient_is_computed_under_no_grad(monkeypatch: pytest.MonkeyPatch) 
     assert ours.item() / targets.numel() == pytest.approx(naive()[0].item(), rel=1e-6)
 
 
-def test_chunk_is_an_eighth_or_has_256_megabytes_of_logits() -> None:
+def test_chunk_is_an_eighth_or_has_256_megabytes_of_logits():
     assert rows_of_chunk(65_536, 50_304) == 8_192
     assert rows_of_chunk(2_048, 50_304) == 2**28 // (4 * 50_304) == 1_334
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_fp8_is_unavailable_without_a_gpu_that_has_it(device: str) -> None:
+def test_fp8_is_unavailable_without_a_gpu_that_has_it(device):
     reason = str(fp8_unavailable_reason(device))
     assert "loss=fp8" in reason
     assert device in reason
 
 
-def test_fp8_loss_and_gradients_are_near_the_full_ones() -> None:
+def test_fp8_loss_and_gradients_are_near_the_full_ones():
     """On a CPU torch multiplies in 8 bits as well, slowly: it shows whether scales and layouts are right."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 16, C, generator=generator).requires_grad_()
     weight = (0.3 * torch.randn(V, C, generator=generator)).requires_grad_()
     targets = torch.randint(VOCAB_SIZE, (2, 16), generator=generator)
 
-    def both(method: LossMethod) -> tuple[Tensor, ...]:
+    def both(method):
         mean = head_loss(hidden, weight, targets, vocab_size=VOCAB_SIZE, method=method) / targets.numel()
         return mean.detach(), *torch.autograd.grad(mean, (hidden, weight))
 
@@ -143,7 +143,7 @@ def test_fp8_loss_and_gradients_are_near_the_full_ones() -> None:
         assert gradient.norm().item() == pytest.approx(true.norm().item(), rel=0.05)
 
 
-def test_loss_is_the_summed_negative_log_likelihood() -> None:
+def test_loss_is_the_summed_negative_log_likelihood():
     model = GPT(SMALL, seed=0)
     ids, targets = torch.randint(50, (3, 8)), torch.randint(50, (3, 8))
     expected = 0.0
@@ -154,7 +154,7 @@ def test_loss_is_the_summed_negative_log_likelihood() -> None:
     assert cross_entropy_nats(model(ids), targets).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_padding_does_not_change_the_loss() -> None:
+def test_padding_does_not_change_the_loss():
     model = GPT(SMALL, seed=0)
     ids, targets = torch.randint(50, (2, 8)), torch.randint(50, (2, 8))
     before = cross_entropy_nats(model(ids), targets)
@@ -163,7 +163,7 @@ def test_padding_does_not_change_the_loss() -> None:
     assert torch.equal(before, cross_entropy_nats(model(ids), targets))
 
 
-def test_uneven_loss_sums_add_up() -> None:
+def test_uneven_loss_sums_add_up():
     parts = [LossSum(torch.tensor(10.0), 4), LossSum(torch.tensor(1.0), 1)]
     whole = parts[0].plus(parts[1])
     assert whole.per_token() == pytest.approx(2.2)

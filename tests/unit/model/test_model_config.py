@@ -37,22 +37,20 @@ def count_flops(model: ModelConfig, activation_checkpointing: ActivationCheckpoi
         ),
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        loss(ids_BT, ids_BT).backward()  # type: ignore[no-untyped-call]
+        loss(ids_BT, ids_BT).backward()
     counts = counter.get_flop_counts()["Global"]
     attention = sum(count for operation, count in counts.items() if "attention" in str(operation))
     return (sum(counts.values()) - attention) / ids_BT.numel(), attention / ids_BT.numel()
 
 
 @pytest.mark.parametrize("activation_checkpointing", ["none", "selective", "block"])
-def test_executed_flops_are_those_that_torch_counts(
-    activation_checkpointing: ActivationCheckpointing,
-) -> None:
+def test_executed_flops_are_those_that_torch_counts(activation_checkpointing):
     products, attention = count_flops(SMALL, activation_checkpointing)
     causal = attention / 2  # half the square
     assert SMALL.executed_flops_per_token(activation_checkpointing) == products + causal
 
 
-def test_torch_s_count_sees_sizes_and_recomputation() -> None:
+def test_torch_s_count_sees_sizes_and_recomputation():
     """The negative control of the test above."""
     counts = {
         count_flops(dataclasses.replace(SMALL, **changes), activation_checkpointing)
@@ -62,7 +60,7 @@ def test_torch_s_count_sees_sizes_and_recomputation() -> None:
     assert len(counts) == 8
 
 
-def test_gpt2_flops_are_the_published_ones() -> None:
+def test_gpt2_flops_are_the_published_ones():
     """By hand: 84.9 million weights in blocks and 38.6 million in the padded head; attention 7 L C T."""
     assert GPT2.flops_per_token() / 1e6 == pytest.approx(855.2, abs=0.05)  # nanoGPT's estimate_mfu
     products = 6 * (12 * 12 * 768**2 + 50304 * 768)
@@ -75,13 +73,13 @@ def test_gpt2_flops_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [1, 64, 65, 50257])
-def test_padded_vocabulary_is_that_of_the_module(vocab_size: int) -> None:
+def test_padded_vocabulary_is_that_of_the_module(vocab_size):
     model = ModelConfig(n_layer=1, n_head=1, n_embd=2, context_length=2, vocab_size=vocab_size)
     assert model.padded_vocab_size() == GPT(model).wte.num_embeddings
 
 
 @pytest.mark.parametrize("sizes", [{"n_layer": 10**9}, {"n_embd": 12 * 10**8}, {"context_length": 10**20}])
-def test_absurd_sizes_are_refused(sizes: dict[str, int]) -> None:
+def test_absurd_sizes_are_refused(sizes):
     (problem,) = ModelConfig(**sizes).problems()
     assert "parameters" in problem
     assert not any(preset.problems() for preset in PRESETS.values())

@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ PlanFor = Callable[..., Plan]
 
 @pytest.mark.parametrize("device", [device.name for device in DEVICES if device.facts.fp32])
 def test_every_device_with_a_rate_can_be_estimated(plan_for: PlanFor, device: str) -> None:
-    plan = plan_for("gpt2-124m", device)
+    plan = plan_for("gpt2-124m", device, dollars_per_hour=3.0)
     assert "ESTIMATE, not measured" in plan_text(plan)
     found = plan_to_json(plan)
     assert not found["measured"]
@@ -36,22 +35,21 @@ def test_every_device_with_a_rate_can_be_estimated(plan_for: PlanFor, device: st
     assert slow < found["tokens_per_second"] < fast
     rows, micro_batches = found["micro_batch_size"], found["micro_batches_per_step"]
     assert rows * micro_batches * 1024 == found["tokens_per_step"] == 524_288
-
-
-def test_estimates_include_published_measurements(plan_for: PlanFor) -> None:
-    """On one A100 llm.c's pull request 323, with PyTorch's lower; on one H200 modded-nanogpt's track 3."""
-    for device, measured in (("a100-40gb", [115e3, 145e3]), ("h200", [488e3, 491e3])):
-        slow, fast = plan_to_json(plan_for("gpt2-124m", device))["tokens_per_second_range"]
-        assert all(slow < tokens_per_second < fast for tokens_per_second in measured)
-
-
-def test_estimated_time_follows_from_the_speed(plan_for: PlanFor) -> None:
-    found = plan_to_json(plan_for("gpt2-124m", "h200", dollars_per_hour=3.0))
+    trained, evaluated = found["total_tokens"], 78 * 10_485_760  # at the start, each 250 steps, at the end
+    seconds = {"training": trained, "evaluation": evaluated / 3}
+    for use, tokens in seconds.items():
+        assert found["seconds_by_use"][use] == pytest.approx(tokens / found["tokens_per_second"])
+    assert found["seconds"] == pytest.approx(sum(found["seconds_by_use"].values()))
     assert found["dollars"] == pytest.approx(3 * found["seconds"] / 3600)
-    trained = found["seconds_by_use"]["training"]
-    assert trained == pytest.approx(found["total_tokens"] / found["tokens_per_second"])
-    evaluated = 78 * 10_485_760  # before the first step, after each 250, and after the last
-    assert found["seconds_by_use"]["evaluation"] == pytest.approx(evaluated / found["tokens_per_second"] / 3)
+
+
+@pytest.mark.parametrize("device, measured", [("a100-40gb", (115e3, 145e3)), ("h200", (488e3, 491e3))])
+def test_estimates_include_published_measurements(
+    plan_for: PlanFor, device: str, measured: tuple[float, float]
+) -> None:
+    """On one A100 llm.c's pull request 323, with PyTorch's lower; on one H200 modded-nanogpt's track 3."""
+    slow, fast = plan_to_json(plan_for("gpt2-124m", device))["tokens_per_second_range"]
+    assert all(slow < tokens_per_second < fast for tokens_per_second in measured)
 
 
 def test_nothing_is_measured_for_another_machine(plan_for: PlanFor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,18 +105,14 @@ def test_model_that_can_t_fit_here_is_not_measured(monkeypatch: pytest.MonkeyPat
 
 def test_measured_plan(plan_for: PlanFor) -> None:
     """With made-up measurements."""
-    costs = plan_for("gpt2-124m", "h200").forecast
-    assert costs is not None
-    plan = replace(
-        plan_for("gpt2-124m", "h200"), assumption=None, peak_memory_bytes=41 * GB, load_average=1.5
-    )
+    plan = plan_for("gpt2-124m", "h200")
+    plan.assumption, plan.peak_memory_bytes, plan.load_average = None, 41 * GB, 1.5
     shown = plan_text(plan)
     assert "measured here and now" in shown
     assert "load average 1.5" in shown
     found = plan_to_json(plan)
     assert found["measured"]
     assert found["mfu"] == pytest.approx(found["tokens_per_second"] * 855.4e6 / 989e12, rel=1e-3)
-    assert found["seconds"] == pytest.approx(sum(found["seconds_by_use"].values()))
     assert command_after_plan(plan, plan_config("gpt2-124m")) == "next: overnight train gpt2-124m"
 
 

@@ -42,7 +42,7 @@ from overnight.training.state import TrainState
 
 SIZES = ModelConfig(n_layer=2, n_head=2, n_embd=128, context_length=16, vocab_size=500)
 COMPUTE = Compute(device="cpu", precision="fp32", compile=False, attention="math", loss="full")
-PREPARED = TokenCounts(500, Path("data/x"), 12_345, 1000)
+PREPARED = TokenCounts(500, "data/x", 12_345, 1000)
 
 
 def run_of(steps: int, every_steps: int | None = 5, rows: int = 4, **changes: object) -> Resolved:
@@ -188,7 +188,7 @@ def test_vocabulary_of_characters_is_known_once_prepared(
     manifest = prepare(PrepareConfig(source="notes.txt", tokenizer="characters", validation_fraction=0.2))
     assert manifest is not None
     text = find_token_counts(asked, None)
-    assert (text.vocab_size, text.folder) == (manifest.vocab_size, Path("data/notes-characters"))
+    assert (text.vocab_size, text.folder) == (manifest.vocab_size, "data/notes-characters")
     assert text.validation_tokens == manifest.tokens("validation")
     assert text.tokens == manifest.tokens("train") + manifest.tokens("validation")
     assert find_token_counts(DataConfig(data="data/notes-characters"), None) == text

@@ -163,7 +163,7 @@ def test_near_duplicates_do_not_depend_on_the_order_of_ranks(
     assert contents(place / "near") == found
 
 
-@pytest.mark.parametrize("step", ["get_signature", "build_buckets", "build_clusters"])
+@pytest.mark.parametrize("step", ["get_signature", "MinhashDedupBuckets", "MinhashDedupCluster"])
 def test_interrupted_step_continues(
     config: PrepareConfig, small_units: None, step: str, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
@@ -172,9 +172,9 @@ def test_interrupted_step_continues(
     owner = WordSignature if step == "get_signature" else minhash
     real, calls = getattr(owner, step), []
 
-    def stop_at(*given: Any) -> Any:
+    def stop_at(*given: Any, **more: Any) -> Any:
         calls.append(None)
-        return stop() if len(calls) == (20 if owner is WordSignature else 1) else real(*given)
+        return stop() if len(calls) == (20 if owner is WordSignature else 1) else real(*given, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, step, stop_at)

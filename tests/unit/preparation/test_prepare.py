@@ -201,7 +201,7 @@ def test_shards_do_not_depend_on_threads_or_batches(
 
 def test_separator_is_before_each_kept_document(byte_tokenizer: Any) -> None:
     documents = filter_documents([Document(text, "") for text in ("ab", "ab", "", "c")], "fail")
-    ids = [ids.tolist() for _, ids in tokenize_documents(documents, byte_tokenizer)]
+    ids = [document.ids.tolist() for document in tokenize_documents(documents, byte_tokenizer)]
     assert ids == [[256, 97, 98], [256, 97, 98], [], [256, 99]]
 
 
@@ -497,7 +497,7 @@ def test_ensure_prepared_refuses_what_is_incomplete(
     with pytest.raises(ValueError, match=r"texts-bytes holds shards and no manifest\.json"):
         ensure_prepared(named)
     folder.rename(staging_path(folder))
-    with pytest.raises(ValueError, match="texts-bytes is not prepared to its end: .*--shuffle-window"):
+    with pytest.raises(ValueError, match="texts-bytes is not fully prepared: .*--shuffle-window"):
         ensure_prepared(named)
     for config in (named, recipe_data):  # training may begin with what is complete
         growing = dataclasses.replace(config, shuffle_window=1000)

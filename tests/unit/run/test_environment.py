@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from overnight.run import environment
 from overnight.run.environment import describe_environment
 from overnight.training import Compute
@@ -41,18 +39,14 @@ def commit_all(folder: Path, *names: str) -> str:
     return git("rev-parse", "HEAD")
 
 
-def test_commit_is_that_of_the_package_not_of_the_current_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commit_is_that_of_the_package_not_of_the_current_folder(tmp_path, monkeypatch):
     ours = commit_all(tmp_path / "ours", "environment.py")
     theirs = commit_all(tmp_path / "theirs", "notes.txt", ".gitignore")
     monkeypatch.chdir(tmp_path / "theirs")
     assert environment._git_commit(tmp_path / "ours" / "environment.py") == ours != theirs
 
 
-def test_package_installed_in_another_repository_has_no_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_package_installed_in_another_repository_has_no_commit(tmp_path, monkeypatch):
     commit_all(tmp_path / "theirs", "notes.txt")
     installed = tmp_path / "theirs" / "site-packages" / "environment.py"
     installed.parent.mkdir()
@@ -63,13 +57,13 @@ def test_package_installed_in_another_repository_has_no_commit(
     assert environment._git_commit(tmp_path / "theirs" / "notes.txt") is None  # no git
 
 
-def test_recorded_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_command_can_be_typed_again(monkeypatch):
     words = ["train", "my recipes/night.toml", "--sample-prompts", "The value of", "it's"]
     monkeypatch.setattr(sys, "argv", ["/bin/overnight", *words])
     assert shlex.split(describe_environment(CPU, 1, {})["command"]) == ["overnight", *words]
 
 
-def test_resumed_run_keeps_its_first_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_keeps_its_first_environment(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["overnight", "train", "quickstart"])
     first = {**describe_environment(CPU, 7, {}), "started_at": "2026-11-20T22:14:03+0000", "torch": "2.9.0"}
     monkeypatch.setattr(sys, "argv", ["overnight", "train", "--resume", "runs/quickstart"])

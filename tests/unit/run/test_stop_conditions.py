@@ -10,7 +10,7 @@ from overnight.run.train import STOP_SIGNALS, StopConditions
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_first_signal_asks_and_the_second_interrupts(number: signal.Signals) -> None:
+def test_first_signal_asks_and_the_second_interrupts(number):
     before = signal.getsignal(number)
     with StopConditions(None) as stop:
         assert not stop.is_met()
@@ -22,7 +22,7 @@ def test_first_signal_asks_and_the_second_interrupts(number: signal.Signals) -> 
     assert signal.getsignal(number) is before
 
 
-def test_launched_process_may_get_a_signal_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launched_process_may_get_a_signal_twice(monkeypatch):
     """Once from its sender and once from the launcher."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2" if "WORLD_SIZE" in name else "0")

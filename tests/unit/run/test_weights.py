@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -17,19 +16,19 @@ from overnight.training.state import TensorShard
 
 
 @pytest.fixture
-def model() -> GPT:
+def model():
     """Freshly initialised."""
     return GPT(ModelConfig(n_layer=3, n_head=2, n_embd=64, context_length=16, vocab_size=100), seed=1)
 
 
-def test_statistics_are_a_mean_and_a_ratio_of_deviations(model: GPT) -> None:
+def test_statistics_are_a_mean_and_a_ratio_of_deviations(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.3, 1.0, generator=generator)
     weights = model.weights()
 
-    def all_of(*endings: str) -> torch.Tensor:
+    def all_of(*endings):
         return torch.cat([each.flatten() for name, each in weights.items() if name.endswith(endings)])
 
     facts = describe_weights(model, SINGLE_PROCESS)
@@ -40,16 +39,16 @@ def test_statistics_are_a_mean_and_a_ratio_of_deviations(model: GPT) -> None:
     assert facts["residual_ratio"] == pytest.approx(ratio.item(), rel=1e-4)
 
 
-def test_initial_statistics_are_those_of_gpt2(model: GPT) -> None:
+def test_initial_statistics_are_those_of_gpt2(model):
     facts = describe_weights(model, SINGLE_PROCESS)
     assert facts == {"norm_gain": 1.0, "residual_ratio": pytest.approx(1 / math.sqrt(6), rel=0.02)}
 
 
-def test_sums_of_shards_give_the_same(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_shards_give_the_same(model, monkeypatch):
     whole, found = describe_weights(model, SINGLE_PROCESS), {}
     sent: list[torch.Tensor] = []
 
-    def all_reduce(self: World, tensors: Sequence[torch.Tensor]) -> None:
+    def all_reduce(self, tensors):
         """The second process adds what the first one has sent."""
         sent.append(tensors[0].clone())
         if self.rank == 1:
@@ -65,7 +64,7 @@ def test_sums_of_shards_give_the_same(model: GPT, monkeypatch: pytest.MonkeyPatc
     assert found[0] != pytest.approx(whole, rel=1e-5)
 
 
-def test_statistics_change_nothing(model: GPT) -> None:
+def test_statistics_change_nothing(model):
     before = {name: weight.clone() for name, weight in model.weights().items()}
     noise = torch.get_rng_state()
     describe_weights(model, SINGLE_PROCESS)
@@ -74,7 +73,7 @@ def test_statistics_change_nothing(model: GPT) -> None:
         assert torch.equal(weight, before[name])
 
 
-def test_infinite_weights_have_no_ratio(model: GPT) -> None:
+def test_infinite_weights_have_no_ratio(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(math.inf)

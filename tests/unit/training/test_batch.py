@@ -40,7 +40,7 @@ def sizes_step_by_step(config: BatchConfig, steps: int) -> list[int]:
 
 
 @given(plans())
-def test_step_size_follows_the_tokens_before(drawn: tuple[BatchConfig, BatchPlan]) -> None:
+def test_step_size_follows_the_tokens_before(drawn):
     config, plan = drawn
     sizes = sizes_step_by_step(config, 60)
     assert [plan.tokens(step) for step in range(60)] == sizes
@@ -48,9 +48,7 @@ def test_step_size_follows_the_tokens_before(drawn: tuple[BatchConfig, BatchPlan
 
 
 @given(plans())
-def test_full_steps_are_counted_by_tokens(
-    drawn: tuple[BatchConfig, BatchPlan],
-) -> None:
+def test_full_steps_are_counted_by_tokens(drawn):
     config, plan = drawn
     sizes = sizes_step_by_step(config, 60)
     counted = [plan.full_steps_before(step) for step in range(61)]
@@ -59,7 +57,7 @@ def test_full_steps_are_counted_by_tokens(
 
 
 @given(plans())
-def test_plan_covers_each_row_once_in_order(drawn: tuple[BatchConfig, BatchPlan]) -> None:
+def test_plan_covers_each_row_once_in_order(drawn):
     config, plan = drawn
     seen: list[int] = []
     for step, tokens in enumerate(sizes_step_by_step(config, 30)):
@@ -73,7 +71,7 @@ def test_plan_covers_each_row_once_in_order(drawn: tuple[BatchConfig, BatchPlan]
 
 
 @given(plans(), st.integers(0, 3000))
-def test_steps_for_tokens_is_the_least(drawn: tuple[BatchConfig, BatchPlan], tokens: int) -> None:
+def test_steps_for_tokens_is_the_least(drawn, tokens):
     _, plan = drawn
     steps = plan.steps_for(tokens)
     assert plan.tokens_before(steps) >= tokens
@@ -96,7 +94,7 @@ def shared_plans(draw: st.DrawFn) -> tuple[BatchPlan, int]:
 
 
 @given(shared_plans())
-def test_processes_share_a_step_evenly_in_order(drawn: tuple[BatchPlan, int]) -> None:
+def test_processes_share_a_step_evenly_in_order(drawn):
     plan, size = drawn
     for step in range(40):
         shares = [plan.share(step, rank, size) for rank in range(size)]
@@ -105,7 +103,7 @@ def test_processes_share_a_step_evenly_in_order(drawn: tuple[BatchPlan, int]) ->
 
 
 @given(shared_plans())
-def test_next_row_is_what_the_process_computes_next(drawn: tuple[BatchPlan, int]) -> None:
+def test_next_row_is_what_the_process_computes_next(drawn):
     """The naive twin writes down all that a process computes and looks one further."""
     plan, size = drawn
     for rank in range(size):
@@ -113,22 +111,13 @@ def test_next_row_is_what_the_process_computes_next(drawn: tuple[BatchPlan, int]
         assert [plan.next_row(first, rank, size) for first in firsts[:-1]] == firsts[1:]
 
 
-@given(shared_plans())
-def test_single_process_computes_every_micro_batch(drawn: tuple[BatchPlan, int]) -> None:
-    plan, size = drawn
-    rows = plan.micro_batch_size
-    alone = constant_plan(plan.tokens_per_row, rows, 1)
-    assert plan.share(7, 0, 1) == range(plan.micro_batches(7))
-    assert plan.next_row(0, 0, 1) == alone.next_row(0, 0, 1) == rows
-
-
-def test_micro_batch_divides_the_rows_of_each_process() -> None:
+def test_micro_batch_divides_the_rows_of_each_process():
     """Of 48 rows, each of three processes has 16, and five fit: four at once."""
     plan = plan_batches(BatchConfig(tokens_per_step=48 * 64), 64, 5, 3)
     assert plan == constant_plan(64, 4, 12)
 
 
-def test_ramp_sizes_have_equal_shares_of_its_tokens() -> None:
+def test_ramp_sizes_have_equal_shares_of_its_tokens():
     plan = plan_batches(GPT3, 2048, 16)
     assert [stage.micro_batches for stage in plan.stages] == list(range(1, 17))
     share = 4 * 10**9 / 15
@@ -141,7 +130,7 @@ def test_ramp_sizes_have_equal_shares_of_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("rows_that_fit, at_once", [(1, 1), (7, 4), (15, 8), (500, 16)])
-def test_ramp_steps_do_not_depend_on_the_micro_batch(rows_that_fit: int, at_once: int) -> None:
+def test_ramp_steps_do_not_depend_on_the_micro_batch(rows_that_fit, at_once):
     plan = plan_batches(GPT3, 2048, rows_that_fit)
     assert plan.micro_batch_size == at_once
     twin = plan_batches(GPT3, 2048, 16)
@@ -151,7 +140,7 @@ def test_ramp_steps_do_not_depend_on_the_micro_batch(rows_that_fit: int, at_once
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 100))
-def test_micro_batch_is_the_largest_that_divides_and_fits(rows: int, tokens: int, fit: int) -> None:
+def test_micro_batch_is_the_largest_that_divides_and_fits(rows, tokens, fit):
     plan = plan_batches(BatchConfig(tokens_per_step=rows * tokens), tokens, fit)
     assert plan == constant_plan(tokens, plan.micro_batch_size, rows // plan.micro_batch_size)
     assert plan.tokens(5) == rows * tokens
@@ -187,8 +176,6 @@ RAMP = {"batch_ramp_start_tokens": 256, "batch_ramp_tokens": 9}
         (RAMP, 8, "4 rows of batch_ramp_start_tokens=256.* 8 processes; 512 .* 4$"),
     ],
 )
-def test_indivisible_batch_names_values_that_divide(
-    settings: dict[str, int], processes: int, named: str
-) -> None:
+def test_indivisible_batch_names_values_that_divide(settings, processes, named):
     with pytest.raises(ValueError, match=named):
         plan_batches(BatchConfig(**{"tokens_per_step": 1024, **settings}), 64, 8, processes)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,9 +19,6 @@ from overnight.training.checkpoint.format import (
 from overnight.training.checkpoint.load import load_checkpoint, read_model, read_newest, verify_checkpoint
 from overnight.training.checkpoint.save import save_checkpoint
 from overnight.training.state import TrainState
-
-Build = Callable[..., TrainState]
-TrainOn = Callable[[TrainState, int], None]
 
 
 def newest(folder: Path) -> Path | None:
@@ -49,9 +44,7 @@ def weights_and_moments(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_loaded_state_continues_exactly(
-    tmp_path: Path, build_state: Build, train_on: TrainOn, steps: int
-) -> None:
+def test_loaded_state_continues_exactly(tmp_path, build_state, train_on, steps):
     """Also one that was saved before its first step."""
     state, restored = build_state(steps), build_state(0, seed=9)
     path = save_checkpoint(state, tmp_path)
@@ -65,7 +58,7 @@ def test_loaded_state_continues_exactly(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path: Path, build_state: Build) -> None:
+def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path, build_state):
     state = build_state(2)
     path = save_checkpoint(state, tmp_path)
     assert load_file(path / "model.safetensors")["wte.weight"].shape == (50, 16)
@@ -82,7 +75,7 @@ def flip_bit(path: Path, draw: random.Random) -> None:
     path.write_bytes(data)
 
 
-def test_every_flipped_bit_is_detected(tmp_path: Path, build_state: Build) -> None:
+def test_every_flipped_bit_is_detected(tmp_path, build_state):
     path = save_checkpoint(build_state(1), tmp_path)
     files, draw = sorted(path.iterdir()), random.Random(0)
     for trial in range(200):
@@ -95,9 +88,7 @@ def test_every_flipped_bit_is_detected(tmp_path: Path, build_state: Build) -> No
     verify_checkpoint(path)
 
 
-def test_most_flipped_bits_would_pass_without_verification(
-    tmp_path: Path, build_state: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_most_flipped_bits_would_pass_without_verification(tmp_path, build_state, monkeypatch):
     """The negative control: the manifest protects, not the file format."""
     path = save_checkpoint(build_state(1), tmp_path) / "model.safetensors"
     monkeypatch.setattr(load, "verify_checkpoint", lambda checkpoint, world: None)
@@ -135,13 +126,7 @@ def swap(path: Path) -> None:
         lambda path: (path / "MANIFEST.json").write_text("{}"),
     ],
 )
-def test_damaged_newest_checkpoint_is_passed_over(
-    tmp_path: Path,
-    build_state: Build,
-    train_on: TrainOn,
-    capsys: pytest.CaptureFixture[str],
-    damage: Callable[[Path], None],
-) -> None:
+def test_damaged_newest_checkpoint_is_passed_over(tmp_path, build_state, train_on, capsys, damage):
     state = build_state(1)
     good = save_checkpoint(state, tmp_path)
     train_on(state, 1)
@@ -153,12 +138,12 @@ def test_damaged_newest_checkpoint_is_passed_over(
         newest(tmp_path)
 
 
-def test_newest_of_no_checkpoint_is_none(tmp_path: Path) -> None:
+def test_newest_of_no_checkpoint_is_none(tmp_path):
     assert newest(tmp_path / "checkpoints") is None
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_retention_keeps_newest_best_and_multiples(seed: int) -> None:
+def test_retention_keeps_newest_best_and_multiples(seed):
     """A thousand steps of a run as a set of numbers: saved, evaluated, deleted."""
     draw, is_best_kept = random.Random(seed), seed % 2 == 0
     last, every = draw.choice([None, 1, 2, 5]), draw.choice([None, 7, 100])
@@ -183,23 +168,17 @@ def test_retention_keeps_newest_best_and_multiples(seed: int) -> None:
 @pytest.mark.parametrize(
     "steps, last, best, kept", [([1, 2, 3], 0, None, {3}), ([], 2, None, set()), ([1, 2, 3], 1, 9, {3})]
 )
-def test_newest_is_always_kept(steps: list[int], last: int, best: int | None, kept: set[int]) -> None:
+def test_newest_is_always_kept(steps, last, best, kept):
     assert retained_steps(steps, last, best=best) == kept
 
 
 @pytest.mark.parametrize("moment", ["write_tensors", "manifest", "flush_to_disk", "write_atomically"])
-def test_crash_while_saving_leaves_the_checkpoint_before(
-    tmp_path: Path,
-    build_state: Build,
-    train_on: TrainOn,
-    monkeypatch: pytest.MonkeyPatch,
-    moment: str,
-) -> None:
+def test_crash_while_saving_leaves_the_one_before(tmp_path, build_state, train_on, monkeypatch, moment):
     state = build_state(1)
     good = save_checkpoint(state, tmp_path)
     train_on(state, 1)
 
-    def crash(*_: Any, **__: Any) -> None:
+    def crash(*_, **__):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
@@ -210,9 +189,7 @@ def test_crash_while_saving_leaves_the_checkpoint_before(
     assert save_checkpoint(state, tmp_path).name == "step-00000002"
 
 
-def test_passed_over_checkpoint_does_not_displace_a_good_one(
-    tmp_path: Path, build_state: Build, train_on: TrainOn
-) -> None:
+def test_passed_over_checkpoint_does_not_displace_a_good_one(tmp_path, build_state, train_on):
     """A damaged one, newer than where the run resumes, would be counted among those to keep."""
     state = build_state(1)
     save_checkpoint(state, tmp_path)
@@ -225,9 +202,7 @@ def test_passed_over_checkpoint_does_not_displace_a_good_one(
     assert names_in(tmp_path) == ["step-00000002"]
 
 
-def test_another_format_is_refused(
-    tmp_path: Path, build_state: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_format_is_refused(tmp_path, build_state, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(save, "FORMAT", 99)
         path = save_checkpoint(build_state(1), tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ FLOAT32 = 4
 WIDE = ModelConfig(n_layer=6, n_head=4, n_embd=192, context_length=64, vocab_size=1000)
 ON_H100 = Compute(device="cuda", precision="bf16", compile=True, attention="fused", loss="full")
 GB = 10**9
-RETURNS_A_VIEW = "ignore:FSDP2-wrapped module .* returned a view:UserWarning"  # nobody writes into its logits
+RETURNS_A_VIEW = "ignore:FSDP2-wrapped module .* returned a view:UserWarning"  # its logits are not written to
 LEVELS = ("none", "selective", "block")
 
 
@@ -92,8 +92,8 @@ def bytes_at_the_peak(action: Callable[[], object], trace: Path) -> int:
 def measure_peak(sizes: ModelConfig, compute: Compute, trace: Path) -> int:
     """Bytes of a forward and a backward pass at their peak; the gradients exist already."""
     loss, ids = NextTokenLoss(GPT(sizes, seed=0), compute), torch.randint(500, (ROWS, sizes.context_length))
-    loss(ids, ids).backward()  # type: ignore[no-untyped-call]
-    return bytes_at_the_peak(lambda: loss(ids, ids).backward(), trace)  # type: ignore[no-untyped-call]
+    loss(ids, ids).backward()
+    return bytes_at_the_peak(lambda: loss(ids, ids).backward(), trace)
 
 
 def take_step(model: GPT) -> dict[str, int]:
@@ -120,7 +120,7 @@ def at_rest(sizes: ModelConfig, *given: Any) -> dict[str, int]:
     return {name: estimate[name] for name in ("weights", "gradients", "moments")}
 
 
-def test_weights_gradients_and_moments_are_exact() -> None:
+def test_weights_gradients_and_moments_are_exact():
     assert take_step(GPT(SIZES)) == at_rest(SIZES, ROWS, compute_of())
     assert count_stored(SIZES) == sum(parameter.numel() for parameter in GPT(SIZES).parameters())
     for sizes in (SIZES, WIDE):
@@ -132,7 +132,7 @@ def test_weights_gradients_and_moments_are_exact() -> None:
     "precision, attention",
     [("fp32", "fused"), ("fp32", "math"), ("bf16", "fused"), ("bf16", "math"), ("bf16", "blocks")],
 )
-def test_activations_are_what_autograd_keeps(precision: str, attention: str, dropout: float) -> None:
+def test_activations_are_what_autograd_keeps(precision, attention, dropout):
     """Within 1%; it keeps the loss's logits once, as float32, and in 16 bits the weights that multiply."""
     sizes, compute = replace(SIZES, dropout=dropout), compute_of(precision=precision, attention=attention)
     model, ids = GPT(sizes, seed=0), torch.randint(500, (ROWS, SIZES.context_length))
@@ -146,7 +146,7 @@ def test_activations_are_what_autograd_keeps(precision: str, attention: str, dro
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_estimate_is_the_peak_of_an_eager_pass(precision: str, level: str, tmp_path: Path) -> None:
+def test_estimate_is_the_peak_of_an_eager_pass(precision, level, tmp_path):
     """Within 10%, and rather too much: gradients that grow while activations shrink are counted whole."""
     compute = compute_of(precision=precision, activation_checkpointing=level)
     peak, estimate = measure_peak(SIZES, compute, tmp_path / "trace"), estimate_memory(SIZES, ROWS, compute)
@@ -154,9 +154,7 @@ def test_estimate_is_the_peak_of_an_eager_pass(precision: str, level: str, tmp_p
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_chunked_loss_takes_a_chunk_of_logits_and_a_weight_gradient(
-    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunked_loss_takes_a_chunk_of_logits_and_a_weight_gradient(precision, tmp_path, monkeypatch):
     monkeypatch.setattr(loss_kernels, "CHUNK_BYTES_AT_LEAST", 1)  # or these few positions would be one chunk
     sizes = replace(SIZES, n_layer=1, vocab_size=8_000)
     taken = {}
@@ -172,7 +170,7 @@ def test_chunked_loss_takes_a_chunk_of_logits_and_a_weight_gradient(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize("precision, level", [("fp32", "none"), ("bf16", "none"), ("bf16", "selective")])
-def test_estimate_is_the_peak_of_a_compiled_pass(precision: str, level: str, tmp_path: Path) -> None:
+def test_estimate_is_the_peak_of_a_compiled_pass(precision, level, tmp_path):
     """Within 20%: what is kept is the compiler's choice."""
     compute = compute_of(precision=precision, activation_checkpointing=level, compile=True)
     peak, estimate = measure_peak(SIZES, compute, tmp_path / "trace"), estimate_memory(SIZES, ROWS, compute)
@@ -180,19 +178,19 @@ def test_estimate_is_the_peak_of_a_compiled_pass(precision: str, level: str, tmp
     assert passing == pytest.approx(peak, rel=0.2)
 
 
-def test_checkpointing_takes_less_and_least_for_whole_blocks() -> None:
+def test_checkpointing_takes_less_and_least_for_whole_blocks():
     computes = [compute_of(precision="bf16", activation_checkpointing=level) for level in LEVELS]
     taken = [estimate_memory(PRESETS["gpt2-1558m"], 8, compute).together for compute in computes]
     assert taken == sorted(taken, reverse=True)
     assert taken[2] < 0.7 * taken[0]
 
 
-def test_every_row_takes_the_same() -> None:
+def test_every_row_takes_the_same():
     takes = [estimate_memory(SIZES, rows, compute_of()).together for rows in (1, 2, 3)]
     assert takes[2] - takes[1] == takes[1] - takes[0] > 0
 
 
-def test_korthikanti_s_count_is_ours_but_for_the_float32_stream() -> None:
+def test_korthikanti_s_count_is_ours_but_for_the_float32_stream():
     """Equation 2 without attention's square: 34 C a token and layer, of which dropout's masks are 2 C."""
     one, two = (replace(PRESETS["gpt2-124m"], n_layer=layers) for layers in (1, 2))
     compute = compute_of(precision="bf16")
@@ -202,11 +200,11 @@ def test_korthikanti_s_count_is_ours_but_for_the_float32_stream() -> None:
 
 
 @pytest.fixture
-def one_of() -> Iterator[Callable[[int], None]]:
+def one_of():
     """`one_of(n)` makes this process the first of n; the others are torch's fakes."""
 
-    def open_group(processes: int) -> None:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)  # type: ignore[no-untyped-call]
+    def open_group(processes):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
 
     yield open_group
     dist.destroy_process_group()
@@ -224,7 +222,7 @@ def build_fsdp_model(sizes: ModelConfig, compute: Compute) -> GPT:
 
 @pytest.mark.filterwarnings(RETURNS_A_VIEW)
 @pytest.mark.parametrize("processes", [2, 3, 8])
-def test_fsdp_shards_are_exact(one_of: Callable[[int], None], processes: int) -> None:
+def test_fsdp_shards_are_exact(one_of, processes):
     """Rows are rounded up: of 192 biases 3 processes hold 64 each, of 1,024 ids the first holds 342."""
     one_of(processes)
     compute = compute_of(sharding="fsdp")
@@ -236,19 +234,17 @@ def test_fsdp_shards_are_exact(one_of: Callable[[int], None], processes: int) ->
 @pytest.mark.filterwarnings(RETURNS_A_VIEW)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_estimate_is_the_peak_of_a_sharded_pass(
-    one_of: Callable[[int], None], precision: str, level: str, tmp_path: Path
-) -> None:
+def test_estimate_is_the_peak_of_a_sharded_pass(one_of, precision, level, tmp_path):
     """Within 25%, and rather too much: whole gradients that come while 16-bit copies go are counted whole."""
     one_of(8)
     compute = compute_of(precision=precision, activation_checkpointing=level, sharding="fsdp")
     model, ids = build_fsdp_model(WIDE, compute), torch.randint(1000, (1, WIDE.context_length))
 
-    def forward_and_backward() -> None:
+    def forward_and_backward():
         with autocast("cpu", precision):
             logits = model(ids)  # held to the end
             nats = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
-        nats.backward()  # type: ignore[no-untyped-call]
+        nats.backward()
 
     forward_and_backward()
     peak = bytes_at_the_peak(forward_and_backward, tmp_path / "trace.json")
@@ -259,7 +255,7 @@ def test_estimate_is_the_peak_of_a_sharded_pass(
 
 
 @pytest.mark.parametrize("processes", [2, 3, 8])
-def test_zero1_moments_are_exact(processes: int) -> None:
+def test_zero1_moments_are_exact(processes):
     model = GPT(WIDE)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     owner = assign_parameters(sizes, processes)
@@ -278,7 +274,7 @@ def test_zero1_moments_are_exact(processes: int) -> None:
     assert estimate.weights == estimate.gradients == 4 * count_stored(WIDE)
 
 
-def test_gpt2_124m_on_eight_counted_by_hand() -> None:
+def test_gpt2_124m_on_eight_counted_by_hand():
     """Its parameters: 50,304 x 768, 1,024 x 768, 12 blocks of 7,087,872, and 1,536."""
     sizes, stored = PRESETS["gpt2-124m"], 38_633_472 + 786_432 + 12 * 7_087_872 + 1_536
     none, zero1, fsdp = (
@@ -295,14 +291,14 @@ def test_gpt2_124m_on_eight_counted_by_hand() -> None:
     assert (none.gathered, zero1.gathered, fsdp.gathered) == (0, 0, 4 * block + 2 * others)
 
 
-def test_hsdp_divides_within_a_machine() -> None:
+def test_hsdp_divides_within_a_machine():
     sizes, fsdp = PRESETS["gpt2-774m"], compute_of(sharding="fsdp")
     hsdp = estimate_memory(sizes, 1, compute_of(sharding="hsdp"), 64, 8)
     assert hsdp == estimate_memory(sizes, 1, fsdp, 8)
     assert hsdp.weights > estimate_memory(sizes, 1, fsdp, 64, 8).weights
 
 
-def test_single_process_divides_nothing() -> None:
+def test_single_process_divides_nothing():
     alone = estimate_memory(SIZES, 2, compute_of())
     for sharding in ("none", "zero1", "fsdp", "hsdp"):
         assert estimate_memory(SIZES, 2, compute_of(sharding=sharding)) == alone
@@ -310,7 +306,7 @@ def test_single_process_divides_nothing() -> None:
 
 
 @pytest.mark.parametrize("gigabytes, rows, divisor", [(24, 43, 32), (80, 64, 64)])
-def test_rows_of_gpt2_124m_come_from_the_estimate(gigabytes: int, rows: int, divisor: int) -> None:
+def test_rows_of_gpt2_124m_come_from_the_estimate(gigabytes, rows, divisor):
     """512 rows a step: the micro-batch is the largest divisor that fits."""
     sizes, resources = PRESETS["gpt2-124m"], Resources("cuda", gigabytes * GB)
     assert rows_that_fit(sizes, ON_H100, resources) == rows
@@ -322,7 +318,7 @@ def test_rows_of_gpt2_124m_come_from_the_estimate(gigabytes: int, rows: int, div
 @pytest.mark.parametrize("name", ["gpt2-124m", "gpt2-774m", "gpt2-1558m"])
 @pytest.mark.parametrize("gigabytes", [1, 16, 40, 80])
 @pytest.mark.parametrize("processes", [1, 8])
-def test_rows_that_fit_are_the_most_that_fit(name: str, gigabytes: int, processes: int) -> None:
+def test_rows_that_fit_are_the_most_that_fit(name, gigabytes, processes):
     resources = Resources("cuda", gigabytes * GB, processes, processes)
     rows = rows_that_fit(PRESETS[name], ON_H100, resources)
     fitting = [
@@ -336,12 +332,12 @@ def test_rows_that_fit_are_the_most_that_fit(name: str, gigabytes: int, processe
 
 
 @pytest.mark.parametrize("context_length, rows", [(256, 16), (1024, 4), (8192, 1)])
-def test_micro_batch_on_a_cpu_has_at_most_4096_tokens(context_length: int, rows: int) -> None:
+def test_micro_batch_on_a_cpu_has_at_most_4096_tokens(context_length, rows):
     sizes = replace(SIZES, context_length=context_length)
     assert rows_that_fit(sizes, compute_of(), Resources("cpu", 1000 * GB)) == rows
 
 
-def test_suggestions_fit_and_more_costly_ones_fit_more_rows() -> None:
+def test_suggestions_fit_and_more_costly_ones_fit_more_rows():
     sizes, compute, possible = PRESETS["gpt2-774m"], compute_of(precision="bf16"), [1, 2, 4, 8, 16]
     assert not fits_into(24 * GB, estimate_memory(sizes, 16, compute).together)
     found = list(suggest_fits(sizes, compute, possible, 24 * GB))
@@ -353,7 +349,7 @@ def test_suggestions_fit_and_more_costly_ones_fit_more_rows() -> None:
     assert set(rows) <= set(possible)
 
 
-def test_nothing_is_suggested_where_weights_do_not_fit() -> None:
+def test_nothing_is_suggested_where_weights_do_not_fit():
     compute = compute_of(precision="bf16")
     assert list(suggest_fits(PRESETS["gpt3-175b"], compute, [1], 80 * GB)) == []
     name, needed = largest_that_fits(compute, 80 * GB) or ("", 0)
@@ -362,7 +358,7 @@ def test_nothing_is_suggested_where_weights_do_not_fit() -> None:
     assert largest_that_fits(compute_of(), 1 * GB) is None
 
 
-def test_sharding_is_suggested_to_several_processes() -> None:
+def test_sharding_is_suggested_to_several_processes():
     sizes = PRESETS["gpt3-6.7b"]
     first, *_ = suggest_fits(sizes, ON_H100, [1, 2], 80 * GB, 8)
     assert first.options == "--sharding fsdp --micro-batch-size 2"
@@ -388,9 +384,7 @@ def test_sharding_is_suggested_to_several_processes() -> None:
         ("gpt3-175b", 80, 1, 1, "none"),
     ],
 )
-def test_first_sharding_that_fits_is_chosen(
-    name: str, gigabytes: int, processes: int, per_machine: int, chosen: str
-) -> None:
+def test_first_sharding_that_fits_is_chosen(name, gigabytes, processes, per_machine, chosen):
     available = gigabytes * GB
     tried = try_shardings(PRESETS[name], 1, ON_H100, available, processes, per_machine)
     asked: Any = replace(ON_H100, sharding="fsdp")  # what was asked for does not matter
@@ -405,7 +399,7 @@ def test_first_sharding_that_fits_is_chosen(
 @pytest.mark.parametrize("gigabytes", [80, 141], ids=["a100-80gb, h100", "h200"])
 @pytest.mark.parametrize("processes", [8, 64])
 @pytest.mark.parametrize("name", ["gpt2-1558m", "gpt3-13b"])
-def test_largest_models_fit_on_paper(name: str, gigabytes: int, processes: int) -> None:
+def test_largest_models_fit_on_paper(name, gigabytes, processes):
     """13B on 8 of 80 GB takes selective recomputation; its 16-bit copies are what does not get smaller."""
     sizes, resources = PRESETS[name], Resources("cuda", gigabytes * GB, processes, 8)
     compute = replace(ON_H100, sharding=choose_sharding(sizes, 1, ON_H100, resources))

@@ -28,7 +28,7 @@ def assign_naively(sizes: dict[str, int], ranks: int) -> dict[str, int]:
     return owner
 
 
-def test_largest_is_assigned_first_and_ties_to_the_lowest_rank() -> None:
+def test_largest_is_assigned_first_and_ties_to_the_lowest_rank():
     sizes = {"a": 3, "b": 5, "c": 5, "d": 1}
     assert assign_parameters(sizes, 2) == {"b": 0, "c": 1, "a": 0, "d": 1}
     assert assign_parameters(sizes, 3) == {"b": 0, "c": 1, "a": 2, "d": 2}
@@ -37,26 +37,26 @@ def test_largest_is_assigned_first_and_ties_to_the_lowest_rank() -> None:
 
 
 @given(SIZES, st.integers(1, 5))
-def test_assignment_equals_the_naive_twin(sizes: dict[str, int], ranks: int) -> None:
+def test_assignment_equals_the_naive_twin(sizes, ranks):
     assert assign_parameters(sizes, ranks) == assign_naively(sizes, ranks)
     assert list(assign_parameters(sizes, ranks)) == list(sizes), "in their order"
 
 
 @given(SIZES.filter(bool), st.integers(1, 5))
-def test_largest_share_is_bounded(sizes: dict[str, int], ranks: int) -> None:
+def test_largest_share_is_bounded(sizes, ranks):
     most = largest_share(sizes, ranks)
     assert sum(sizes.values()) / ranks <= most <= sum(sizes.values()) / ranks + max(sizes.values())
 
 
 @given(SIZES, st.integers(1, 4))
-def test_order_of_parameters_does_not_change_the_largest_share(sizes: dict[str, int], ranks: int) -> None:
+def test_order_of_parameters_does_not_change_the_largest_share(sizes, ranks):
     names = [*sizes]
     for order in itertools.islice(itertools.permutations(names), 24):
         assert largest_share({name: sizes[name] for name in order}, ranks) == largest_share(sizes, ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 8, 64])
-def test_gpt2_parameters_are_divided_evenly(ranks: int) -> None:
+def test_gpt2_parameters_are_divided_evenly(ranks):
     """Within a tenth, unless one parameter, the embedding, is larger than a share."""
     for name in ("gpt2-124m", "gpt2-1558m", "gpt3-13b"):
         sizes = {each: math.prod(shape) for each, shape in parameter_shapes(PRESETS[name]).items()}
@@ -64,6 +64,6 @@ def test_gpt2_parameters_are_divided_evenly(ranks: int) -> None:
         assert largest_share(sizes, ranks) <= max(1.1 * even, *sizes.values())
 
 
-def test_ranks_must_be_positive() -> None:
+def test_ranks_must_be_positive():
     with pytest.raises(ValueError, match="ranks=0"):
         assign_parameters({"a": 1}, 0)

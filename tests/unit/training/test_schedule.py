@@ -1,4 +1,4 @@
-"""Learning rates, against PyTorch's own schedulers and build-nanogpt's formula."""
+"""Learning rates, against PyTorch's own schedulers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,6 @@ from overnight.training.schedule import ScheduleConfig, learning_rate_multiplier
 
 KINDS = ("cosine", "linear", "wsd", "constant")
 Part = tuple[Callable[..., lr_scheduler.LRScheduler], dict[str, float], int]
-
-
-def build_nanogpt(step: int, warmup: int, steps: int, peak: float, low: float) -> float:
-    """The schedule as build-nanogpt describes it, written independently."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / (steps - warmup)
-    return low + 0.5 * (1 + math.cos(math.pi * done)) * (peak - low)
 
 
 def torch_rates(steps: int, parts: list[Part]) -> list[float]:
@@ -64,13 +56,6 @@ def cosine(floor: float, steps: int) -> Part:
     return lr_scheduler.CosineAnnealingLR, {"T_max": steps, "eta_min": floor}, steps
 
 
-def test_default_is_warmup_then_cosine_to_a_tenth() -> None:
-    config = ScheduleConfig(total_steps=200, warmup_steps=20)
-    for step in range(200):
-        expected = build_nanogpt(step, 20, 200, 1.0, 0.1)
-        assert learning_rate_multiplier(step, 200, config) == pytest.approx(expected, abs=1e-12)
-
-
 @pytest.mark.parametrize(
     "settings, parts",
     [
@@ -92,20 +77,20 @@ def test_default_is_warmup_then_cosine_to_a_tenth() -> None:
         ),
     ],
 )
-def test_every_schedule_equals_pytorch_schedulers(settings: dict[str, Any], parts: list[Part]) -> None:
+def test_every_schedule_equals_pytorch_schedulers(settings, parts):
     config = ScheduleConfig(total_steps=200, warmup_steps=20, **settings)
     assert config.problems() == []
     assert multipliers(config) == pytest.approx(torch_rates(200, parts), abs=1e-12)
 
 
-def test_comparison_detects_another_decay() -> None:
+def test_comparison_detects_another_decay():
     """The negative control of the test above."""
     config = ScheduleConfig(total_steps=200, warmup_steps=20, decay_steps=150)
     assert multipliers(config) != pytest.approx(torch_rates(200, [warmup(20), cosine(0.1, 180)]), abs=1e-3)
 
 
 @pytest.mark.parametrize("decay", KINDS)
-def test_run_may_be_all_warmup_or_have_none(decay: Any) -> None:
+def test_run_may_be_all_warmup_or_have_none(decay):
     alone = ScheduleConfig(total_steps=4, warmup_steps=4, learning_rate_decay=decay)
     assert alone.problems() == []
     assert multipliers(alone) == [0.25, 0.5, 0.75, 1.0]
@@ -114,7 +99,7 @@ def test_run_may_be_all_warmup_or_have_none(decay: Any) -> None:
 
 
 @pytest.mark.parametrize("decay", KINDS[:3])
-def test_final_rate_is_reached_at_the_end_and_kept(decay: Any) -> None:
+def test_final_rate_is_reached_at_the_end_and_kept(decay):
     config = ScheduleConfig(total_steps=50, warmup_steps=5, learning_rate_decay=decay)
     assert learning_rate_multiplier(49, 50, config) > 0.1
     after = [learning_rate_multiplier(step, 50, config) for step in (50, 51, 75, 5000)]
@@ -128,9 +113,7 @@ def test_final_rate_is_reached_at_the_end_and_kept(decay: Any) -> None:
     st.one_of(st.none(), st.integers(1, 40)),
     st.floats(0.0, 1.0),
 )
-def test_rate_rises_to_its_peak_once(
-    decay: Any, warmup_steps: int, rest: int, decay_steps: int | None, floor: float
-) -> None:
+def test_rate_rises_to_its_peak_once(decay, warmup_steps, rest, decay_steps, floor):
     config = ScheduleConfig(
         total_steps=warmup_steps + rest,
         warmup_steps=warmup_steps,
@@ -148,7 +131,7 @@ def test_rate_rises_to_its_peak_once(
     assert min(rates[warmup_steps:]) >= floor * (1 - 1e-12)
 
 
-def test_longer_run_changes_only_what_follows_from_its_length() -> None:
+def test_longer_run_changes_only_what_follows_from_its_length():
     """The number of steps whose rate is the same."""
     same = {}
     for decay in KINDS:
@@ -163,7 +146,7 @@ def test_longer_run_changes_only_what_follows_from_its_length() -> None:
 
 @pytest.mark.parametrize("decay", KINDS)
 @pytest.mark.parametrize("parts", [2, 5, 16])
-def test_partial_steps_have_the_rates_between(decay: Any, parts: int) -> None:
+def test_partial_steps_have_the_rates_between(decay, parts):
     """Positions and lengths need not be whole: the curve is the same, with more points."""
     config = ScheduleConfig(total_steps=1, warmup_steps=4, learning_rate_decay=decay)
     positions = [(part + 1) / parts - 1 for part in range(20 * parts)]
@@ -177,7 +160,7 @@ def test_partial_steps_have_the_rates_between(decay: Any, parts: int) -> None:
     assert most <= 0.25 / parts + 1e-9  # no jump where one part of the schedule meets the next
 
 
-def test_schedule_must_fit_into_the_full_steps() -> None:
+def test_schedule_must_fit_into_the_full_steps():
     config = ScheduleConfig(total_steps=20, warmup_steps=3, decay_steps=3)
     assert config.problems() == config.problems(20.0) == config.problems(6.0) == []
     (too_long_decay,), (too_long_warmup,) = config.problems(5.5), config.problems(2.5)
@@ -205,6 +188,6 @@ CONSTANT = {"learning_rate_decay": "constant"}
         ({**CONSTANT, "decay_steps": 1}, "decay_steps=1 .*learning_rate_decay=constant"),
     ],
 )
-def test_invalid_setting_is_named(settings: dict[str, Any], named: str) -> None:
+def test_invalid_setting_is_named(settings, named):
     (problem,) = ScheduleConfig(**{"total_steps": 9, **settings}).problems()
     assert re.search(named, problem)

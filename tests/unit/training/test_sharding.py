@@ -96,7 +96,7 @@ def are_equal(one: Leaf, other: Leaf) -> bool:
 
 
 @pytest.mark.parametrize("count", range(1, 18))
-def test_gradient_tree_equals_the_recursive_sum_of_halves(count: int) -> None:
+def test_gradient_tree_equals_the_recursive_sum_of_halves(count):
     leaves, tree, most = draw_leaves(count), GradientTree(), 0
     for number, leaf in enumerate(leaves):
         tree.add([tensor.clone() for tensor in leaf], number, count)
@@ -107,13 +107,13 @@ def test_gradient_tree_equals_the_recursive_sum_of_halves(count: int) -> None:
 
 
 @given(st.integers(1, 40))
-def test_micro_batches_add_up_in_order(count: int) -> None:
+def test_micro_batches_add_up_in_order(count):
     leaves = draw_leaves(count)
     assert are_equal(reduce(leaves, deterministic=False), add_in_order(leaves))
 
 
 @given(st.integers(0, 4), st.integers(1, 6))
-def test_tree_does_not_depend_on_the_number_of_processes(height: int, each: int) -> None:
+def test_tree_does_not_depend_on_the_number_of_processes(height, each):
     """2^height processes sum their shares; neighbours, then pairs of them, are added as `World` does."""
     size = 2**height
     leaves = draw_leaves(size * each)
@@ -126,7 +126,7 @@ def test_tree_does_not_depend_on_the_number_of_processes(height: int, each: int)
     assert are_equal(sums[0], reduce(leaves, deterministic=True))
 
 
-def test_sums_in_order_depend_on_the_number_of_processes() -> None:
+def test_sums_in_order_depend_on_the_number_of_processes():
     """The negative control."""
     leaves = draw_leaves(12)
     assert not are_equal(add(add_in_order(leaves[:6]), add_in_order(leaves[6:])), add_in_order(leaves))
@@ -134,7 +134,7 @@ def test_sums_in_order_depend_on_the_number_of_processes() -> None:
 
 
 @pytest.mark.parametrize("deterministic, depth", [(False, 37), (True, math.log2(37) + 1)])
-def test_rounding_error_is_within_the_bound_of_the_depth(deterministic: bool, depth: float) -> None:
+def test_rounding_error_is_within_the_bound_of_the_depth(deterministic, depth):
     """Higham 2002, Accuracy and Stability, 4.2: at most depth x epsilon x the sum of absolute values."""
     leaves = draw_leaves(37)
     for found, *terms in zip(reduce(leaves, deterministic=deterministic), *leaves, strict=True):
@@ -143,7 +143,7 @@ def test_rounding_error_is_within_the_bound_of_the_depth(deterministic: bool, de
         assert ((found.double() - exact).abs() <= depth * 2**-23 * absolute).all()
 
 
-def test_processes_communicate_once_a_step() -> None:
+def test_processes_communicate_once_a_step():
     """All gradients and the nats together; FSDP's backward pass has summed the gradients already."""
     worlds = [Recorder(0, 2, "cpu") for _ in range(3)]
     reduce(draw_leaves(3), worlds[0], deterministic=False)
@@ -159,10 +159,10 @@ def test_processes_communicate_once_a_step() -> None:
     assert nats == 1 + 2 + 3
 
 
-def test_hsdp_crosses_machines_once_a_step() -> None:
+def test_hsdp_crosses_machines_once_a_step():
     """In the last backward pass of a step; the flag concerns the pass that follows."""
     model, flags = GPT(CONFIG), []
-    model.set_requires_all_reduce = flags.append  # type: ignore[assignment]
+    model.set_requires_all_reduce = flags.append
     sharing = FSDP(model, SINGLE_PROCESS, machines=2)
     for _ in range(2):
         for number in range(4):
@@ -173,7 +173,7 @@ def test_hsdp_crosses_machines_once_a_step() -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_parameter_without_gradient_is_noticed(deterministic: bool) -> None:
+def test_parameter_without_gradient_is_noticed(deterministic):
     sharing = Replicated(GPT(CONFIG), SINGLE_PROCESS, deterministic=deterministic)
     with pytest.raises(AssertionError, match="no gradient"):
         sharing.reduce(torch.zeros(()), 0, 1)
@@ -188,28 +188,28 @@ def test_parameter_without_gradient_is_noticed(deterministic: bool) -> None:
         ("hsdp", one_of(8, local_size=4), FSDP),
     ],
 )
-def test_sharing_of_each_sharding(sharding: Any, world: World, expected: type) -> None:
+def test_sharing_of_each_sharding(sharding, world, expected):
     sharing = build_sharing(GPT(CONFIG), world, sharding, deterministic=False)
     assert type(sharing) is expected
     if isinstance(sharing, FSDP):
         assert sharing.machines == (2 if sharding == "hsdp" else 1)
 
 
-def test_single_process_builds_the_model_of_given_weights() -> None:
+def test_single_process_builds_the_model_of_given_weights():
     weights = init_weights(weight_shapes(CONFIG), CONFIG.n_layer, 1)
     built = build_sharded_model(CONFIG, weights, SINGLE_PROCESS, "none")
     for one, two in zip(built.parameters(), GPT(CONFIG, seed=1).parameters(), strict=True):
         assert torch.equal(one, two), "and the padding of the vocabulary is zero"
 
 
-def test_every_weight_must_be_given() -> None:
+def test_every_weight_must_be_given():
     weights = dict(init_weights(weight_shapes(CONFIG), CONFIG.n_layer, 1))
     del weights["ln_f.bias"]
     with pytest.raises(AssertionError, match=r"ln_f\.bias"):
         set_weights(GPT(CONFIG), weights.items())
 
 
-def test_single_process_holds_and_writes_all_rows() -> None:
+def test_single_process_holds_and_writes_all_rows():
     tensor = torch.ones(3, 2)
     rows, first = local_shard(tensor)
     assert rows is tensor
@@ -229,7 +229,7 @@ def updated_by(model: GPT, size: int, rank: int, sharding: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 40])
-def test_zero1_updates_every_parameter_in_exactly_one_process(size: int) -> None:
+def test_zero1_updates_every_parameter_in_exactly_one_process(size):
     """Also where there are more processes than parameters."""
     model = GPT(CONFIG)
     everyone = sorted(parameter.data_ptr() for parameter in model.parameters())
@@ -238,11 +238,11 @@ def test_zero1_updates_every_parameter_in_exactly_one_process(size: int) -> None
     assert sorted(updated_by(model, size, size - 1, "fsdp")) == everyone
 
 
-def test_updates_are_sent_once_by_their_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_are_sent_once_by_their_owner(monkeypatch):
     model = GPT(CONFIG)
     sent: dict[int, list[int]] = {}
 
-    def record(self: World, tensors: list[Tensor], owner: int) -> None:
+    def record(self, tensors, owner):
         sent.setdefault(owner, []).extend(tensor.data_ptr() for tensor in tensors)
 
     monkeypatch.setattr(World, "broadcast", record)
@@ -273,9 +273,7 @@ def test_updates_are_sent_once_by_their_owner(monkeypatch: pytest.MonkeyPatch) -
         ("zero1", "fp32", one_of(8), True, None),
     ],
 )
-def test_unsupported_combination_is_named(
-    sharding: Any, precision: Any, world: World, deterministic: bool, named: str | None
-) -> None:
+def test_unsupported_combination_is_named(sharding, precision, world, deterministic, named):
     found = unsupported_reasons(sharding, precision, world, deterministic=deterministic)
     assert len(found) == (named is not None)
     assert named is None or named in found[0]

@@ -69,7 +69,7 @@ def run(micro_batch_size: int, steps: int, dropout: float = 0.0) -> tuple[TrainS
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_step_does_not_depend_on_the_micro_batch(micro_batch_size: int) -> None:
+def test_step_does_not_depend_on_the_micro_batch(micro_batch_size):
     whole_state, whole = run(ROWS, steps=3)
     state, divided = run(micro_batch_size, steps=3)
     for one, other in zip(whole, divided, strict=True):
@@ -79,7 +79,7 @@ def test_step_does_not_depend_on_the_micro_batch(micro_batch_size: int) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_loss_is_the_mean_over_all_tokens_of_the_step() -> None:
+def test_loss_is_the_mean_over_all_tokens_of_the_step():
     """The negative control: the last micro-batch's mean differs."""
     state, setup = build(micro_batch_size=2)
     batch = RandomRows().batch(0, ROWS)
@@ -92,7 +92,7 @@ def test_loss_is_the_mean_over_all_tokens_of_the_step() -> None:
     assert (result.step, result.tokens, result.learning_rate) == (1, ROWS * T, 1e-2)
 
 
-def test_steps_are_those_of_an_independent_loop() -> None:
+def test_steps_are_those_of_an_independent_loop():
     state, setup = build(micro_batch_size=4, max_grad_norm=None)
     twin = build(micro_batch_size=4)[0].model
     optimizer = torch.optim.AdamW(
@@ -114,7 +114,7 @@ def test_steps_are_those_of_an_independent_loop() -> None:
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
-def test_dropout_is_a_function_of_seed_and_step() -> None:
+def test_dropout_is_a_function_of_seed_and_step():
     _, first = run(4, steps=3, dropout=0.3)
     torch.manual_seed(999)
     _, second = run(4, steps=3, dropout=0.3)
@@ -123,11 +123,11 @@ def test_dropout_is_a_function_of_seed_and_step() -> None:
     assert [result.loss for result in first] != [result.loss for result in without]
 
 
-def test_dropout_differs_between_steps_and_micro_batches() -> None:
+def test_dropout_differs_between_steps_and_micro_batches():
     state, setup = build(4, dropout=0.5)
     drawn = []
 
-    def noise(ids: Tensor, targets: Tensor) -> Tensor:
+    def noise(ids, targets):
         drawn.append(torch.rand(1).item())
         return setup.loss(ids, targets)
 
@@ -144,7 +144,7 @@ def replace_loss(
     return dataclasses.replace(setup, loss=changed, world=World(0, 1, device))
 
 
-def test_trying_a_micro_batch_leaves_the_state_as_it_was() -> None:
+def test_trying_a_micro_batch_leaves_the_state_as_it_was():
     state, setup = build(micro_batch_size=2, dropout=0.5)
     before = {name: weight.clone() for name, weight in state.model.weights().items()}
     assert fits(state, replace_loss(setup, setup.loss, "a GPU"))
@@ -154,19 +154,19 @@ def test_trying_a_micro_batch_leaves_the_state_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("device, expected", [("a GPU", False), ("cpu", True)])  # a CPU is not tried
-def test_micro_batch_that_runs_out_of_memory_does_not_fit(device: str, expected: bool) -> None:
+def test_micro_batch_that_runs_out_of_memory_does_not_fit(device, expected):
     state, setup = build(micro_batch_size=2)
 
-    def out_of_memory(ids: Tensor, targets: Tensor) -> Tensor:
+    def out_of_memory(ids, targets):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert fits(state, replace_loss(setup, out_of_memory, device)) == expected
 
 
-def test_other_errors_of_a_trial_are_raised() -> None:
+def test_other_errors_of_a_trial_are_raised():
     state, setup = build(micro_batch_size=2)
 
-    def wrong(ids: Tensor, targets: Tensor) -> Tensor:
+    def wrong(ids, targets):
         raise RuntimeError("device-side assert")
 
     with pytest.raises(RuntimeError, match="device-side assert"):
@@ -179,7 +179,7 @@ def test_other_errors_of_a_trial_are_raised() -> None:
     + [(value, 1.0, False) for value in (math.nan, math.inf, -math.inf)]
     + [(3.0, value, False) for value in (math.nan, math.inf)],
 )
-def test_step_is_sound_within_its_limits(loss: float, grad_norm: float, expected: bool) -> None:
+def test_step_is_sound_within_its_limits(loss, grad_norm, expected):
     found = within_limits(torch.tensor(loss), torch.tensor(grad_norm), Limits(3.0, 1.0))
     assert bool(found) == expected
     if not math.isfinite(loss + grad_norm):
