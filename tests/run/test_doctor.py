@@ -30,7 +30,7 @@ from overnight.data.shards import (
     write_manifest,
     write_split,
 )
-from overnight.doctor import CHECKS, DATA_CHECKS, DoctorConfig, step_checks
+from overnight.doctor import CHECKS, DATA_CHECKS, DoctorConfig, data_checks, step_checks
 from overnight.doctor.check import CheckResult
 from overnight.doctor.command import check_recipe, run
 from overnight.doctor.context import DoctorContext
@@ -417,6 +417,15 @@ def test_damaged_text_is_found(
     found = check(*DATA_CHECKS, data=DataConfig(data=str(damage(prepared, tmp_path / "damaged"))))
     assert failed(found) == names
     assert all(words in found[name].cause for name in names)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_long_text_is_sampled_unless_full(full: bool, check: Check, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(data_checks, "READ_TOKENS", 2000)
+    found = check(*DATA_CHECKS, options={"full": full})
+    assert failed(found) == set()
+    assert (" of " in found["shards"].measured) is not full
+    assert (found["disjoint"].figures["train_documents"] < 20) is not full
 
 
 @pytest.mark.parametrize("full", [False, True])

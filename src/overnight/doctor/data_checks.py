@@ -13,18 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from overnight.data.shards import (
-    SPLITS,
-    Manifest,
-    Shard,
-    Tokens,
-    load_prepared_tokenizer,
-    open_tokens,
-    places_of,
-    read_manifest,
-    verify,
-    verify_shard,
-)
+from overnight.data import shards
+from overnight.data.shards import SPLITS, Manifest, Shard, Tokens, open_tokens, places_of
 from overnight.doctor import DoctorConfig
 from overnight.doctor.check import CheckResult, skipped
 from overnight.doctor.context import DoctorContext
@@ -51,7 +41,7 @@ def of_each_text(check: TextCheck) -> Callable[[DoctorContext], CheckResult]:
     def check_all(context: DoctorContext) -> CheckResult:
         results = []
         for folder in context.folders:
-            result = check(folder, read_manifest(folder), context.config)
+            result = check(folder, shards.read_manifest(folder), context.config)
             if result.passed is False:
                 return dataclasses.replace(result, cause=f"{folder}: {result.cause}")
             results.append(result)
@@ -70,9 +60,9 @@ def _verify_shards(folder: Path, manifest: Manifest, config: DoctorConfig) -> Ch
     chosen = _choose(manifest, full=config.full)
     count = len(manifest.train) + len(manifest.validation)
     if len(chosen) == count:
-        verify(folder)
+        shards.verify(folder)
     for shard in chosen if len(chosen) < count else ():
-        verify_shard(folder, shard, manifest.vocab_size)
+        shards.verify_shard(folder, shard, manifest.vocab_size)
     tokens = sum(shard.tokens for shard in chosen)
     return CheckResult(
         passed=True,
@@ -85,7 +75,7 @@ def _verify_shards(folder: Path, manifest: Manifest, config: DoctorConfig) -> Ch
 @of_each_text
 def check_tokenizer(folder: Path, manifest: Manifest, _config: DoctorConfig) -> CheckResult:
     """The tokenizer in the folder encodes documents of the shards to the same ids."""
-    tokenizer = load_prepared_tokenizer(folder, manifest)
+    tokenizer = shards.load_prepared_tokenizer(folder, manifest)
     documents = sample_documents(folder, manifest, "train", ENCODED_DOCUMENTS)
     all_ids = [document.tolist() for document in documents if document.size <= LONGEST_TOKENS]
     encoded, same = len(all_ids), sum(tokenizer.encode(tokenizer.decode(ids)) == ids for ids in all_ids)
@@ -134,7 +124,7 @@ def check_boundaries(folder: Path, manifest: Manifest, config: DoctorConfig) -> 
 def show_boundaries(folder: Path, manifest: Manifest) -> Iterator[str]:
     """The text around a few boundaries of the first training shard, one line each."""
     try:
-        tokenizer = load_prepared_tokenizer(folder, manifest)
+        tokenizer = shards.load_prepared_tokenizer(folder, manifest)
     except (ValueError, OSError):
         return  # the check of the tokenizer reports it
     ids = open_tokens(folder / manifest.train[0].name)
@@ -206,17 +196,15 @@ def check_contamination(folder: Path, manifest: Manifest, config: DoctorConfig) 
         return skipped("no benchmark file was given: --benchmarks FILE ...")
     files = decontaminate.benchmark_names(config.benchmarks)
     search = decontaminate.BenchmarkSearch(decontaminate.build_index(files))
-    tokenizer = load_prepared_tokenizer(folder, manifest)
+    tokenizer = shards.load_prepared_tokenizer(folder, manifest)
     most = None if config.full else SEARCHED_DOCUMENTS
-    found = dict.fromkeys(files, 0)
-    searched = contaminated = 0
     documents = sample_documents(folder, manifest, "train", most)
-    while batch := [tokenizer.decode(ids.tolist()) for ids in itertools.islice(documents, 500)]:
-        bits = search.find(batch)
-        searched += len(batch)
-        contaminated += int(np.count_nonzero(bits))
-        for number, name in enumerate(files):
-            found[name] += int(((bits >> np.uint64(number)) & np.uint64(1)).sum())
+    parts = [np.zeros(0, dtype=np.uint64)]  # for each document a bit for each benchmark
+    while texts := [tokenizer.decode(ids.tolist()) for ids in itertools.islice(documents, 500)]:
+        parts.append(search.find(texts))
+    bits = np.concatenate(parts)
+    searched, contaminated = bits.size, int(np.count_nonzero(bits))
+    found = {name: int((bits >> np.uint64(number) & np.uint64(1)).sum()) for number, name in enumerate(files)}
     matches = ", ".join(f"{count:,} with {name}" for name, count in found.items() if count)
     return CheckResult(
         passed=not contaminated,
