@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import inspect
 import json
 from pathlib import Path
@@ -74,14 +72,6 @@ def test_addresses_and_hashes_equal_tiktokens() -> None:
     for name, sha256 in bpe.FILES.items():
         assert f'"{bpe.ADDRESS}/{name}"' in published
         assert f'"{sha256}"' in published
-
-
-def test_vocabulary_has_the_hash_of_tiktokens_file(gpt2: Tokenizer) -> None:
-    lines = [
-        f"{base64.b64encode(spelled).decode()} {id}\n" for id, spelled in enumerate(gpt2.token_bytes()[:-1])
-    ]
-    published = inspect.getsource(openai_public.r50k_base)
-    assert hashlib.sha256("".join(lines).encode()).hexdigest() in published
 
 
 def test_gpt2_equals_tiktoken(gpt2: Tokenizer, by_tiktoken: tiktoken.Encoding, texts: list[str]) -> None:

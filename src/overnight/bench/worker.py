@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from overnight.data.loader import Batch
-from overnight.distributed.machine import environment_of_process
+from overnight.distributed.launcher import environment_of_process
 from overnight.distributed.world import World, open_world
 from overnight.hardware import peak_memory_bytes, release_cached_memory, reset_peak_memory
 from overnight.model.gpt import GPT

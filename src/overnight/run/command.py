@@ -8,11 +8,11 @@ from pathlib import Path
 from overnight.config import raise_problems
 from overnight.distributed.launcher import (
     count_restarts,
+    divide_cores,
     is_launched,
     is_main_process,
     use_new_rendezvous_store,
 )
-from overnight.distributed.machine import divide_cores
 from overnight.distributed.processes import run_processes
 from overnight.distributed.world import count_processes
 from overnight.recipe import Recipe
