@@ -145,7 +145,6 @@ def test_evaluate_validation_and_task_with_baseline(
     config = EvaluateConfig(model=str(trained.path), **{**settings, "baseline": None})
     results = evaluate_opened(open_model(config.model), config)
     assert results.to_dict() == evaluate(trained.path, **{**settings, "baseline": None})
-    assert "hellaswag: 40 questions, chance 0.25" in str(results)
     assert max(map(len, str(results).splitlines())) <= 80
     assert "hellaswag" in results._repr_html_()
 
@@ -190,27 +189,11 @@ def test_interrupted_evaluation_continues(
     assert batches - 100 == rest + 3, "the negative control: a finished evaluation is not cached"
 
 
-INVALID_TASKS = [
-    ({"tasks": ("helaswag",)}, "helaswag .*hellaswag"),
-    ({"tasks": ("piqa",)}, r"piqa_valid\.jsonl.*https://"),
-]
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        *INVALID_TASKS,
-        ({"tasks": ()}, "validation, hellaswag"),
-        ({"baseline": "./other"}, "./other"),
-        ({"examples": 0}, "--examples=0"),
-    ],
-)
-def test_evaluate_refuses_invalid_settings(
-    trained: RunDirectory, files: str, changes: dict[str, Any], message: str
-) -> None:
-    settings: dict[str, Any] = {"model": str(trained.path), "task_files": files, "device": "cpu"}
-    with pytest.raises(ValueError, match=message):
-        evaluation_command.run(EvaluateConfig(**{**settings, **changes}))
+def test_evaluate_needs_a_task_and_a_baseline_that_exists(trained: RunDirectory) -> None:
+    config = EvaluateConfig(model=str(trained.path), device="cpu")
+    for changes, message in (({"tasks": ()}, "validation, hellaswag"), ({"baseline": "./other"}, "./other")):
+        with pytest.raises(ValueError, match=message):
+            evaluation_command.run(dataclasses.replace(config, **changes))
 
 
 def test_evaluate_help_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,7 +265,8 @@ def test_task_lines_match_evaluate_command(
 @pytest.mark.parametrize(
     "changes, message",
     [
-        *INVALID_TASKS,
+        ({"tasks": ("helaswag",)}, "helaswag .*hellaswag"),
+        ({"tasks": ("piqa",)}, r"piqa_valid\.jsonl.*https://"),
         ({"tasks": ("validation",)}, "evaluate_every_steps"),
         ({"tasks": ("lm-eval:piqa",)}, "overnight evaluate"),
         ({"task_examples": 0}, "task_examples=0"),

@@ -128,29 +128,18 @@ def test_resuming_on_other_text_is_refused(begun: RunDirectory, config: PrepareC
         train(read_recipe_of(begun.path), begun, resume=True)
 
 
-@pytest.mark.parametrize(
-    "changes, match",
-    [
-        ({"shuffle_window": None}, "--shuffle-window"),
-        ({"packing": "best-fit"}, "packing=best-fit"),
-        ({"shuffle_window": 0}, "shuffle_window=0"),
-        ({"mixture": ("", "/")}, "mixture must be complete"),
-        ({"evaluation_tokens": None}, "--evaluation-tokens"),
-        ({"evaluation_tokens": 10**6}, "--evaluation-tokens"),
-    ],
-)
 @pytest.mark.usefixtures("interrupted")
-def test_settings_that_need_the_whole_text_are_refused(
-    early: Recipe, tmp_path: Path, changes: dict[str, Any], match: str
-) -> None:
-    if "evaluation_tokens" in changes:
-        wrong = dataclasses.replace(early, evaluation=EvaluationConfig(**changes))
-    else:
-        if "mixture" in changes:
-            paths = [early.data.data + suffix for suffix in changes["mixture"]]
-            sources = tuple(MixtureSource(path=path, weight=1) for path in paths)
-            changes = {"data": "", "mixture": sources}
-        wrong = dataclasses.replace(early, data=dataclasses.replace(early.data, **changes))
-    with pytest.raises(ValueError, match=match):
-        train(wrong, RunDirectory(tmp_path / "run"))
-    assert not (tmp_path / "run" / "recipe.toml").exists()
+def test_settings_that_need_the_whole_text_are_refused(early: Recipe, tmp_path: Path) -> None:
+    sources = tuple(MixtureSource(path=early.data.data + end, weight=1) for end in ("", "/"))
+    for name, changes, match in (
+        ("data", {"shuffle_window": None}, "--shuffle-window"),
+        ("data", {"packing": "best-fit"}, "packing=best-fit"),
+        ("data", {"shuffle_window": 0}, "shuffle_window=0"),
+        ("data", {"data": "", "mixture": sources}, "mixture must be complete"),
+        ("evaluation", {"evaluation_tokens": None}, "--evaluation-tokens"),
+        ("evaluation", {"evaluation_tokens": 10**6}, "--evaluation-tokens"),
+    ):
+        section = dataclasses.replace(getattr(early, name), **changes)
+        with pytest.raises(ValueError, match=match):
+            train(dataclasses.replace(early, **{name: section}), RunDirectory(tmp_path / "run"))
+        assert not (tmp_path / "run" / "recipe.toml").exists()

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shlex
 import signal
 import subprocess
-import sys
-import sysconfig
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -131,37 +127,6 @@ def test_nothing_is_saved_without_the_trap(slurm: Any, submit: Any) -> None:
     assert process.wait(timeout=60) == -signal.SIGUSR1
     os.killpg(process.pid, signal.SIGKILL)
     assert slurm.noted("saved") == slurm.noted("requeued") == []
-
-
-@pytest.mark.slow
-def test_real_run_resumes_after_the_time_limit(slurm: Any, submit: Any) -> None:
-    """As above, with the program itself: every step is done once. It takes half a minute."""
-    slurm.use_real_torchrun()
-    (slurm.programs / "overnight").unlink()
-    text = "\n\n".join(f"Paragraph {number} says that {number} is a number." for number in range(4000))
-    (slurm.work / "notes.txt").write_text(text)
-    prepare = "prepare notes.txt --tokenizer=bpe-300 --validation-fraction=0.3 --out=data/mine"
-    assert slurm.wait(slurm.start(sys.executable, "-m", "overnight", *prepare.split())) == [0]
-    sizes = ("--n-layer=1", "--n-head=2", "--n-embd=16", "--context-length=32", "--tokens-per-step=128")
-    length = ("--total-steps=600", "--warmup-steps=1", "--evaluate-every-steps=None", "--sample-tokens=8")
-    words = ("quickstart", "--run-name=mine", "--data=data/mine", "--compile=False", *sizes, *length)
-    values = {"gpus_per_node": 0, "words": words, "texts": (JobText("data/mine"),)}
-    programs = f"{slurm.programs}:{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
-    variables = {"PATH": programs, "OMP_NUM_THREADS": "1"}
-    process = submit(variables, **values)
-    metrics = slurm.work / "runs/mine/metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 10:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGUSR1)
-    slurm.wait(process)
-    done = len(metrics.read_text().splitlines())
-    assert 10 <= done < 600, slurm.output
-    assert [path.name for path in (slurm.work / "runs/mine/checkpoints").iterdir()] == [f"step-{done:08d}"]
-    assert slurm.wait(submit(variables, **values)) == [0], slurm.output
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 601))
-    assert slurm.noted("requeued") == [4711]
 
 
 def test_cancelled_job_saves_and_is_not_requeued(slurm: Any, submit: Any) -> None:

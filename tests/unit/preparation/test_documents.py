@@ -187,9 +187,7 @@ def test_long_file_is_cut_at_the_best_place(tmp_path: Path, end: str) -> None:
 def test_long_file_is_cut_between_characters(tmp_path: Path, character: str) -> None:
     content = "a" + character * 30_000
     (tmp_path / "a.txt").write_bytes(content.encode())
-    pieces = texts(tmp_path / "a.txt")
-    assert "\ufffd" not in "".join(pieces)
-    assert "".join(pieces) == content
+    assert "".join(texts(tmp_path / "a.txt")) == content
 
 
 # Text that can't be read
@@ -313,12 +311,9 @@ def test_first_of_equal_texts_is_kept(texts: list[str], at_once: int) -> None:
     assert [text for text, again in zip(texts, duplicates, strict=True) if not again] == [
         *dict.fromkeys(texts)
     ]
-
-
-def test_skipped_text_has_no_duplicates() -> None:
-    """A text skipped because its file was damaged does not remove a sound copy after it."""
+    # A text that is skipped, since its file is damaged, does not remove a sound copy after it.
     both = np.array([record("a", "skipped"), record("a"), record("a", "skipped")], dtype=RECORD)
-    assert find_duplicates(both).tolist() == [False, False, False]
+    assert not find_duplicates(both).any()
 
 
 def test_damaged_text_has_the_status_asked_for() -> None:
