@@ -71,12 +71,13 @@ def options(*words: str) -> Recipe:
 
 
 @pytest.mark.parametrize("old, new, in_toml, words, value", RENAMED)
-def test_old_names_and_values_are_read(old, new, in_toml, words, value):
+def test_old_names_and_values_are_read(old, new, in_toml, words, value, capsys):
     section = flat_names(Recipe)[new]
     head = f"[{section}]\n" if section else ""
     expected = {**flatten(DEFAULT), new: value}
     assert flatten(from_toml(Recipe, f'run_name = "x"\n{head}{old} = {in_toml}\n', "r")) == expected
     assert flatten(options(f"--{old}", *words)) == expected
+    assert (value if old == new else "--" + new.replace("_", "-")) in capsys.readouterr().err
     assert flatten(options(f"--{old.replace('_', '-')}" + "".join(f"={word}" for word in words))) == expected
     assert Recipe.RENAMED.settings({old: words[0] if isinstance(value, str) else value}) == {new: value}
 
