@@ -5,7 +5,7 @@
 
 Bandwidth and latency of each collective are fitted to some sizes, and foretell the others; then what a whole
 step of training says, replicated, with ZeRO-1 and with FSDP2, said and not computed. The model is
-overnight.communication's, the sums and broadcasts those of overnight.world.
+overnight.planning.communication's, the sums and broadcasts those of overnight.distributed.world.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from measure import Report, interleave, run_plainly
-from overnight.distributed.machine import environment_of_process
+from overnight.distributed.launcher import environment_of_process
 from overnight.distributed.world import BUCKET_BYTES, World
+from overnight.model.gpt import parameter_shapes
 from overnight.model.model_config import ModelConfig
-from overnight.planning.network import (
-    Cluster,
+from overnight.planning.communication import (
     Collective,
     Kind,
-    Link,
     collective_seconds,
     list_collectives,
     sent_bytes,
 )
+from overnight.planning.network import Link, ParallelLayout
 from overnight.training import Sharding
 from overnight.training.sharding import assign_parameters
 
 HEADINGS = ("what is said", "processes", "MB", "measured, ms", "foretold, ms", "error", "")
 KINDS: tuple[Kind, ...] = ("all-reduce", "all-gather", "reduce-scatter", "broadcast")
 SHARES = (0.0005, 0.002, 0.03, 0.12, 0.5, 1.0)  # of the largest size; every other one is fitted
-STEPS: dict[str, Sharding] = {"replicated": "none", "ZeRO-1": "optimizer", "FSDP2": "full"}
+STEPS: dict[str, Sharding] = {"replicated": "none", "ZeRO-1": "zero1", "FSDP2": "fsdp"}
 MICRO_BATCHES = 2  # of each process in a step
 Rows = list[list[str]]
 MB = 10**6
@@ -136,8 +136,8 @@ def say(kind: Kind, whole: torch.Tensor, part: torch.Tensor) -> None:
 
 def time_step(sharding: Sharding, here: World, model: ModelConfig) -> float:
     """Seconds of all that a step says."""
-    tensors = {name: torch.zeros(shape) for name, shape in model.parameter_shapes().items()}
-    if sharding == "full":
+    tensors = {name: torch.zeros(shape) for name, shape in parameter_shapes(model).items()}
+    if sharding == "fsdp":
         groups = [("h.0.",)] * model.n_layer + [("w", "ln_f")]
         sizes = [
             sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(group))
@@ -148,9 +148,9 @@ def time_step(sharding: Sharding, here: World, model: ModelConfig) -> float:
     owners = assign_parameters({name: tensor.numel() for name, tensor in tensors.items()}, here.size)
 
     def reduce_and_spread() -> None:
-        here.sum(list(tensors.values()))
-        for rank in range(here.size) if sharding == "optimizer" else ():
-            here.spread([tensor for name, tensor in tensors.items() if owners[name] == rank], rank)
+        here.all_reduce(list(tensors.values()))
+        for rank in range(here.size) if sharding == "zero1" else ():
+            here.broadcast([tensor for name, tensor in tensors.items() if owners[name] == rank], rank)
 
     return slowest(reduce_and_spread)
 
@@ -208,7 +208,7 @@ def allocating_as_training_does() -> Iterator[None]:
 
 def fit_link(kind: Kind, times: Mapping[int, float], processes: int) -> Link:
     """Bandwidth and latency with which the relative errors of these sizes are least, squared and added up."""
-    alone = Cluster(machines=1, processes_per_machine=processes, within=_link(math.inf, 0.0))
+    alone = ParallelLayout(processes_per_machine=processes, within=_link(math.inf, 0.0))
     sent = [sent_bytes(Collective(kind, "all", 1, size), alone) for size in times]
     wanted = np.array(list(times.values()))
     terms = np.stack([np.ones(len(sent)), np.array(sent)], axis=1) / wanted[:, None]
@@ -233,8 +233,7 @@ def foretell(
     return sum(
         collective_seconds(
             each,
-            Cluster(
-                machines=1,
+            ParallelLayout(
                 processes_per_machine=processes,
                 within=links[each.kind],
                 memory_bytes_per_second=copies,
@@ -315,9 +314,10 @@ def rows_of_steps(model: ModelConfig, processes: int, times: Times, links: Mappi
     """A row for each way to divide what a step holds."""
     found = []
     for name, sharding in STEPS.items():
-        alone = Cluster(machines=1, processes_per_machine=processes, within=_link(math.inf, 0.0))
-        said = list_collectives(model, sharding, alone, MICRO_BATCHES)
-        copies = None if sharding == "full" else times.copy_bytes_per_second
+        link = _link(math.inf, 0.0)
+        alone = ParallelLayout(processes_per_machine=processes, within=link, sharding=sharding)
+        said = list_collectives(model, alone, MICRO_BATCHES)
+        copies = None if sharding == "fsdp" else times.copy_bytes_per_second
         told = foretell(said, links, processes, copies)
         size = sum(each.bytes for each in said)
         found.append(_row(f"a step, {name}", processes, size, (times.of_step[name], told), ""))

@@ -1,11 +1,11 @@
 """What becomes of a run in several processes: whether it is the same, what it survives, what talking costs.
 
-    python benchmarks/distributed.py --write docs/distributed.md
+    python benchmarks/distributed.py --figures FOLDER
     python benchmarks/distributed.py --parts kills frozen --kills 2 --frozen 1
 
 Everything is asked of the command itself, on a CPU, with a small model on Python's documentation. The
-parts are equality, kills, frozen and communication. With --write each table takes its place in a document,
-between `<!-- figures: PART -->` and `<!-- end of figures -->`.
+parts are equality, kills, frozen and communication. With --figures each part's table is written to
+FOLDER/PART.md, for tools/figures.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from figures import put, write_figures
 from measure import Report, run_plainly, spread
 from overheard import Talk, read_notes
 from teams import (
@@ -73,7 +72,7 @@ def measure_equality(place: Place, options: argparse.Namespace) -> Report:
     """Each team's run beside that of one process; in deterministic_reduce mode every bit must be the same."""
     alone, alone_bitwise = (
         train(place, "alone"),
-        train(place, "alone-deterministic_reduce", "--deterministic_reduce"),
+        train(place, "alone-deterministic_reduce", "--deterministic-reduce"),
     )
     losses = [line["loss"] for line in read_lines(alone / "metrics.jsonl")]
     rows, measured = [], {}
@@ -82,8 +81,8 @@ def measure_equality(place: Place, options: argparse.Namespace) -> Report:
         found = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
         early, late = (largest_difference(found[:step], losses[:step]) for step in (20, len(losses)))
         bits = "cannot"
-        if team.sharding in {"none", "optimizer"}:
-            deterministic_reduce = train_in_team(place, team, "--deterministic_reduce")
+        if team.sharding in {"none", "zero1"}:
+            deterministic_reduce = train_in_team(place, team, "--deterministic-reduce")
             bits = "equal" if compare_weights(deterministic_reduce, alone_bitwise) == 0 else "DIFFERENT"
         weights = compare_weights(run, alone)
         shown = [f"{difference:.1e}" if difference else "0" for difference in (early, late, weights)]
@@ -217,7 +216,7 @@ def measure_frozen(place: Place, options: argparse.Namespace) -> Report:
 # ---------------------------------------------------------------- what talking costs
 
 
-WAYS = (("none",), ("none", "--deterministic_reduce"), ("optimizer",), ("full",))
+WAYS = (("none",), ("none", "--deterministic-reduce"), ("zero1",), ("fsdp",))
 
 
 def listen_to(place: Place, processes: int, way: Sequence[str], steps: int) -> list[Talk]:
@@ -263,7 +262,7 @@ def describe(talks: Sequence[Talk]) -> list[str]:
     return [f"{middle.bytes / 1e6:.1f}", *times, f"{middle.moving / middle.seconds:.0%}"]
 
 
-# ---------------------------------------------------------------- the document
+# ---------------------------------------------------------------- all parts
 
 
 MEASURES = dict(
@@ -271,19 +270,16 @@ MEASURES = dict(
 )
 
 
-def run_campaign(options: argparse.Namespace, words: Sequence[str]) -> int:
-    """One part after the other; each is shown, and written, when it is done. The exit status."""
-    if options.write is not None:
-        for part in options.parts:
-            put(options.write.read_text(encoding="utf-8"), part, "")
+def run_campaign(options: argparse.Namespace) -> int:
+    """Run the parts in turn; print, and write, each table when its part is done. The exit status."""
     statuses = []
     with tempfile.TemporaryDirectory() as folder:
         place = prepare(Path(folder), options.steps)
 
         def measure(part: str) -> Report:
             report = MEASURES[part](place, options)
-            if options.write is not None:
-                write_figures(options.write, part, report, ["benchmarks/distributed.py", *words])
+            if options.figures is not None:
+                report.save(options.figures, part)
             return report
 
         for part in options.parts:
@@ -301,10 +297,10 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="of each run that is compared")
     parser.add_argument("--heard-steps", type=int, default=15, help="of each run whose talk is timed")
     parser.add_argument("--seed", type=int, default=1, help="of the ranks and moments")
-    parser.add_argument("--write", type=Path, help="a document with a place for each table")
+    parser.add_argument("--figures", type=Path, help="folder for each part's table")
     parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    sys.exit(run_campaign(read_options(sys.argv[1:]), sys.argv[1:]))
+    sys.exit(run_campaign(read_options(sys.argv[1:])))

@@ -70,17 +70,16 @@ def judge_ours(model: GPT, question: Question) -> float:
     from overnight.evaluation.perplexity import evaluate_language_model
 
     token_bytes = [b"?"] * model.vocab_size  # what the ids spell does not matter to the time
-    return evaluate_language_model(model, question.batches, token_bytes, question.precision).loss
+    return evaluate_language_model(model, question.batches, token_bytes, question.precision).per("token")
 
 
 def train_forward(model: GPT, question: Question) -> float:
     """The forward pass of `overnight train` on the same batches, everything kept for the backward pass."""
-    from overnight.model.loss import next_token_loss
-    from overnight.training.compute import build_loss
+    from overnight.training.compute import NextTokenLoss
 
     asked = ComputeConfig(device=question.device, precision=question.precision, compile=False)
     compute = resolve_compute(asked, question.device)
-    loss = build_loss(model, next_token_loss, compute)
+    loss = NextTokenLoss(model, compute)
     total = 0.0
     model.train()
     for batch in question.batches:

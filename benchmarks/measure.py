@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 from overnight import __version__
@@ -134,6 +135,11 @@ class Report:
         """The same, with every single figure."""
         parts = ("title", "date", "machine", "settings", "measured", "notes")
         return json.dumps({name: getattr(self, name) for name in parts}, indent=2)
+
+    def save(self, folder: Path, part: str) -> None:
+        """Write it to folder/part.md, where tools/figures.py reads it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{part}.md").write_text(self.as_markdown(), encoding="utf-8")
 
     def show(self, *, as_json: bool) -> None:
         """Print it to standard output."""

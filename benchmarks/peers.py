@@ -14,7 +14,7 @@ from checkouts import BUILD_NANOGPT, NANOGPT, Program, load_definitions
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from overnight.data.loader import BatchSource
+    from overnight.data.loader import Batch
     from overnight.model.gpt import GPT
     from overnight.model.model_config import ModelConfig
 
@@ -155,8 +155,8 @@ def copy_weights(ours: Mapping[str, Tensor], theirs: nn.Module) -> None:
 class Stepping:
     """What a peer's step needs besides the peer."""
 
-    batches: BatchSource
-    """On the CPU."""
+    batches: Callable[[int, int], Batch]
+    """(first row, rows) -> Batch, on the CPU."""
     rows: int
     """Of a micro-batch."""
     micro_batches: int
@@ -197,7 +197,7 @@ def build_step(peer: Peer, stepping: Stepping) -> Callable[[], Step]:
         total = torch.zeros((), device=device)
         for micro_batch in range(stepping.micro_batches):
             first_row = (finished * stepping.micro_batches + micro_batch) * stepping.rows
-            batch = stepping.batches.batch(first_row, stepping.rows)
+            batch = stepping.batches(first_row, stepping.rows)
             ids_BT, targets_BT = (_send(ids, device, peer) for ids in (batch.ids, batch.targets))
             with autocast(device, stepping.precision):
                 loss = peer.loss(called, ids_BT, targets_BT) / stepping.micro_batches

@@ -45,7 +45,7 @@ def build_state(config: ModelConfig, device: str) -> Any:
 
 
 def sides(state: Any, folder: Path) -> dict[str, Callable[[], float]]:
-    """Milliseconds that `save` takes, and with `finish`; what a side has written is deleted after it."""
+    """Milliseconds that `save` takes, and with `wait`; what a side has written is deleted after it."""
     from overnight.distributed.world import SINGLE_PROCESS
     from overnight.training.checkpoint.save import Saver
 
@@ -58,10 +58,10 @@ def sides(state: Any, folder: Path) -> dict[str, Callable[[], float]]:
         def begin() -> None:
             saver.save(state)
             if waits:
-                saver.finish()
+                saver.wait()
 
         spent = milliseconds(begin)
-        saver.finish()
+        saver.wait()
         shutil.rmtree(place.parent)
         return spent
 
@@ -92,7 +92,7 @@ def step_beside(state: Any, folder: Path, repeats: int) -> list[tuple[float, flo
         saver = Saver(place, SINGLE_PROCESS, lambda: None, lambda: None, {})
         saver.save(state)
         found.append((alone, milliseconds(step)))
-        saver.finish()
+        saver.wait()
         shutil.rmtree(place.parent)
     return found
 

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from checkouts import NANOGPT, fingerprint, load_definitions, read_definitions
 from measure import Report, interleave, paired_ratio, run_plainly, spread
-from overnight.distributed.machine import environment_of_process
+from overnight.distributed.launcher import environment_of_process
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,7 @@ def read_split(text: Path | None, checkout: Path | None) -> Split:
 def prepare_ours(split: Split, folder: Path) -> None:
     """A folder as `overnight prepare` writes it, with exactly that split."""
     from overnight import __version__
-    from overnight.data.shards import Manifest, ShardWriter, write_manifest
+    from overnight.data.shards import Manifest, write_manifest, write_split
     from overnight.tokenizer.characters import train_characters
 
     tokenizer = train_characters([split.train, split.validation])
@@ -118,9 +118,8 @@ def prepare_ours(split: Split, folder: Path) -> None:
     shards: dict[str, Any] = {}
     for name, text in (("train", split.train), ("validation", split.validation)):
         ids = np.concatenate([[tokenizer.end_of_text], tokenizer.encode(text)]).astype(np.uint32)
-        writer = ShardWriter(folder, name, tokenizer.vocab_size, shard_tokens=ids.size)
-        writer.add(ids, len(text.encode()))
-        shards[name] = writer.finish()
+        documents = [(ids, len(text.encode()))]
+        shards[name] = write_split(folder, name, documents, tokenizer.vocab_size, shard_tokens=ids.size)
     tokenizer.save(folder / "tokenizer")
     manifest = Manifest(
         overnight_version=__version__,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from measure import Report, interleave, run_plainly, spread, timed
-from overnight.cli import VERBS
+from overnight.cli import COMMANDS
 from overnight.run_directory import RunDirectory
 
 HEADINGS = ("command", "median ms", "min", "max", "more than python -c pass")
@@ -54,7 +54,7 @@ def commands() -> dict[str, list[str]]:
     overnight = Path(sys.executable).with_name("overnight")
     ours = [str(overnight)] if overnight.is_file() else [sys.executable, "-m", "overnight"]
     found = {LEAST: [sys.executable, "-c", "pass"], "overnight --help": [*ours, "--help"]}
-    found |= {f"overnight {verb} --help": [*ours, verb, "--help"] for verb in VERBS}
+    found |= {f"overnight {verb} --help": [*ours, verb, "--help"] for verb in COMMANDS}
     return {**found, f"overnight runs ({RUNS} runs)": [*ours, "runs"]}
 
 

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,45 +26,17 @@ from overnight.bench.worker import (
     time_steps,
 )
 from overnight.model.model_config import VOCABULARY_MULTIPLE, ModelConfig
+from task import LLM_C, Task
 
 if TYPE_CHECKING:
     from overnight.model.gpt import GPT
 
-LLM_C = "llm.c"
 SCHEDULE = (PEAK_LEARNING_RATE, WARMUP_STEPS)
 
 
 def learning_rate(step: int) -> float:
-    """The rate of `step`, counted from 0: overnight's own, after a linear warm-up constant."""
+    """Of a step, counted from 0: the constant rate after a linear warm-up that our side has."""
     return PEAK_LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What a process is to train, and how."""
-
-    peer: str | None
-    """None: it is overnight that trains."""
-    checkout: str | None
-    """Where the peer lies; None for what is installed."""
-    precision: str | None
-    """fp32 or bf16; None: what `overnight train` takes on this machine."""
-    compile: bool
-    device: str
-    """cpu or cuda."""
-    model: Mapping[str, Any]
-    """The fields of a ModelConfig."""
-    rows: int
-    """Of a micro-batch."""
-    micro_batches: int
-    """Of a step."""
-    folder: str
-    """For files, until all sides have ended. Its ids.npy holds the text, as one row of ids."""
-
-    @property
-    def ids(self) -> str:
-        """The file of the text's ids."""
-        return str(Path(self.folder) / "ids.npy")
 
 
 def build(task: Task) -> tuple[Callable[[], Mapping[str, Any]], str]:
@@ -76,7 +47,7 @@ def build(task: Task) -> tuple[Callable[[], Mapping[str, Any]], str]:
         return llmc.build_cuda_turn(task, build_model(task), SCHEDULE), "bf16"
     else:
         step, precision = build_theirs(task, build_model(task))
-    return lambda: time_steps(step, task.device), precision
+    return lambda: time_steps(step, task.device)._asdict(), precision
 
 
 def build_model(task: Task) -> GPT:
@@ -116,7 +87,7 @@ def build_theirs(task: Task, model: GPT) -> tuple[Callable[[], Any], str]:
     checkout = Path(task.checkout) if task.checkout is not None else None
     peer = peers.build_peer(task.peer, checkout, model)
     stepping = peers.Stepping(
-        batches=Rows(np.load(task.ids), model.config.context_length),
+        batches=Rows(np.load(task.ids), model.config.context_length).batch,
         rows=task.rows,
         micro_batches=task.micro_batches,
         precision=str(task.precision),

@@ -190,8 +190,8 @@ class Team(NamedTuple):
 
 
 TEAMS = [
-    *(Team(size, sharding) for size in (1, 2, 4) for sharding in ("none", "optimizer", "full")),
-    Team(4, "hybrid", 2),
+    *(Team(size, sharding) for size in (1, 2, 4) for sharding in ("none", "zero1", "fsdp")),
+    Team(4, "hsdp", 2),
 ]
 
 

@@ -50,7 +50,7 @@ from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.training import ComputeConfig
 from overnight.training.compute import resolve_compute
 from sides import SIDES, Circumstances, Process, Side, at_work, choose_sides
-from stepper import LLM_C, Task
+from task import LLM_C, Task
 from text import read_ids
 
 WARM_UPS_AT_LEAST = 2  # in its second step a process's heap still grows

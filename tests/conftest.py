@@ -12,7 +12,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-# Tests run in two processes at once; more threads than cores make them wait for each other.
+# Tests run in several processes at once; more threads than cores make them wait for each other.
 # Set before torch is first imported, and inherited by every process a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +23,10 @@ hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("steady")
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden-update", action="store_true", help="rewrite the golden files of commands")
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +45,7 @@ def shared_data() -> Path:
 
 
 class Programs(dict[str, Any]):
-    """The modules of benchmarks/ by their names, imported when they are first asked for."""
+    """The modules of benchmarks/, tests/campaigns/ and tools/ by their names, imported on first use."""
 
     def __missing__(self, name: str) -> Any:
         self[name] = importlib.import_module(name)
@@ -49,12 +53,14 @@ class Programs(dict[str, Any]):
 
 
 @pytest.fixture
-def benchmarks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Programs]:
-    """What lies in benchmarks/, imported as a program started there would; forgotten after the test."""
-    folder = repository / "benchmarks"
-    monkeypatch.syspath_prepend(str(folder))
+def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Programs]:
+    """The programs outside the package, imported as if started in their folder; removed afterwards."""
+    folders = [REPOSITORY / name for name in ("benchmarks", "tests/campaigns", "tools")]
+    before = set(sys.modules)
+    for folder in folders:
+        monkeypatch.syspath_prepend(str(folder))
     yield Programs()
-    for name in [*(path.stem for path in folder.glob("*.py")), "build_nanogpt", "nanogpt"]:
+    for name in {path.stem for folder in folders for path in folder.glob("*.py")} - before:
         sys.modules.pop(name, None)
 
 

@@ -1,9 +1,10 @@
-"""What could make a benchmark lie: the order of the sides, their ratios, whether they do the same work."""
+"""The programs of benchmarks/: each runs at its smallest, and what could make a figure wrong is checked."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shlex
 import shutil
@@ -12,290 +13,336 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from overnight.conversion.huggingface import write_huggingface
+from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
+from overnight.planning.communication import Collective, collective_seconds
+from overnight.planning.network import Link, ParallelLayout
+from overnight.run_directory import RunDirectory
+from overnight.tokenizer.open_tokenizer import build_tokenizer
+from overnight.training import OptimizerConfig
+from overnight.training.checkpoint.save import save_checkpoint
+from overnight.training.optim import build_optimizer
+from overnight.training.state import TrainState
 
-TINY = ModelConfig(n_layer=1, n_head=2, n_embd=8, context_length=16, vocab_size=40)
-
-
-@pytest.fixture
-def measure(benchmarks: dict[str, Any]) -> Any:
-    return benchmarks["measure"]
-
-
-# ---------------------------------------------------------------- measuring
-
-
-def test_sides_are_called_in_turn_and_warm_ups_are_thrown_away(measure: Any) -> None:
-    calls: list[str] = []
-
-    def side(name: str) -> Any:
-        return lambda: calls.append(name) or len(calls)  # type: ignore[func-returns-value]
-
-    results = measure.interleave({name: side(name) for name in "ABC"}, repeats=2, warm_ups=1)
-    assert "".join(calls) == "ABCABCABC"
-    assert results == {"A": [4, 7], "B": [5, 8], "C": [6, 9]}
-
-
-def test_no_repeats_are_refused(measure: Any) -> None:
-    with pytest.raises(ValueError, match="give at least 1"):
-        measure.interleave({"A": int}, repeats=0)
-
-
-def test_a_ratio_is_the_median_of_the_rounds_ratios(measure: Any) -> None:
-    ours, theirs = [1.0, 10.0, 2.0], [2.0, 20.0, 20.0]  # the second round met a slow machine
-    assert measure.paired_ratio(ours, theirs) == 2.0  # the medians' ratio would be 10
-    assert measure.paired_ratio(theirs, theirs) == 1.0
-    with pytest.raises(ValueError, match="zip"):
-        measure.paired_ratio([1.0], theirs)
+TINY = ModelConfig(n_layer=1, n_head=2, n_embd=8, context_length=16, vocab_size=64)  # nothing to pad
+SMALL_RECIPE = """
+[data]
+data = "shards"
+[model]
+n_layer = 1
+n_head = 1
+n_embd = 8
+context_length = 16
+[schedule]
+total_steps = 6
+[batch]
+tokens_per_step = 64
+[compute]
+device = "cpu"
+precision = "fp32"
+compile = false
+"""
 
 
-def test_a_table_is_aligned_markdown(measure: Any) -> None:
-    assert measure.markdown_table(["side", "ms"], [["a", "1,000"], ["longer", "2"]]).splitlines() == [
-        "| side   |    ms |",
-        "| :----- | ----: |",
-        "| a      | 1,000 |",
-        "| longer |     2 |",
-    ]
-    assert measure.spread([3.0, 1.0, 1234.5]) == ["3", "1", "1,234"]
-
-
-def test_a_report_says_where_and_when_and_holds_every_figure(
-    measure: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = measure.Report(title="T", headings=["side"], rows=[["a"]], measured={"a": [1.5]}, notes=["N."])
-    assert measure.run_plainly(lambda: report, as_json=False) == 0
-    text = capsys.readouterr().out
-    assert all(part in text for part in ("### T", "| a    |", "N.", torch.__version__, report.date))
-    report.show(as_json=True)
-    assert json.loads(capsys.readouterr().out)["measured"] == {"a": [1.5]}
-
-
-# ---------------------------------------------------------------- the other questions
-
-
-def test_the_runs_that_are_measured_are_runs(benchmarks: dict[str, Any], tmp_path: Path) -> None:
-    from overnight.runs.status import list_runs
-
-    benchmarks["startup"].write_runs(tmp_path, runs=2, steps=5)
-    found = list_runs(tmp_path)
-    assert [(run.state, run.step, run.problem) for run in found] == [("finished", 5, None)] * 2
-
-
-def test_a_command_that_fails_is_not_measured(benchmarks: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="failed"):
-        benchmarks["startup"].call([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)()
-
-
-def test_both_generators_write_the_same(benchmarks: dict[str, Any]) -> None:
-    generate = benchmarks["generate"]
-    ours = generate.build_ours(TINY)
-    for weight in ours.parameters():
-        weight.data.mul_(20.0)  # far from ties
-    theirs = generate.build_theirs(TINY, ours)
-    prompts = generate.draw_prompts(3, 4, TINY.vocab_size)
-    setting = generate.Setting(rows=3, new=8, top_k=None)
-    written = generate.write_ours(ours, prompts, setting)
-    assert [len(ids) for ids in written] == [8, 8, 8]
-    assert written == generate.write_theirs(theirs, prompts, setting)
-    drawn = generate.write_theirs(theirs, prompts, generate.Setting(rows=3, new=8, top_k=5))
-    assert [len(ids) for ids in drawn] == [8, 8, 8]
-
-
-# ---------------------------------------------------------------- evaluation
-
-
-def far_from_chance(config: ModelConfig) -> Any:
+def far_from_chance(config: ModelConfig = TINY, seed: int = 0) -> GPT:
     """A model whose losses differ from window to window."""
-    from overnight.model.gpt import GPT, initialize
-
     model = GPT(config)
-    initialize(model, seed=0)
+    initialize(model, seed)
     for weight in model.parameters():
         weight.data.mul_(20.0)
     model.zero_padding()
     return model.eval()
 
 
-def ask(evaluate: Any, model: Any, batches: int = 3) -> tuple[Any, torch.Tensor]:
-    """A question of three batches of two rows, and its text."""
-    length = model.config.context_length
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(model.vocab_size, (batches * 2 * length + 1,), generator=generator)
-    batch = evaluate.Rows(text.numpy(), length).batch
-    windows = [batch(number * 2, 2) for number in range(batches)]
-    return evaluate.Question(batches=windows, precision="fp32", device="cpu"), text
+# Every program, at its smallest
+
+ONE_LAYER = "--layers 1 --repeats 1"
+SMALLEST = {
+    "bands": "--recipe small.toml --seeds 2 --evaluations 2 --write small.json",
+    "communication": f"--processes 2 --largest 0.1 --channels 8 {ONE_LAYER}",
+    "corpus": "--corpus corpus --bpe {data}/gpt2-bpe --repeats 1",
+    "evaluate": f"--data shards --rows 2 --context 16 --batches 1 {ONE_LAYER}",
+    "generate": f"--batch 1 --prompt 4 --new 4 --top-k 5 --sides overnight {ONE_LAYER}",
+    "hellaswag": "--questions {data}/hellaswag/hellaswag_val_first2000.jsonl --count 2 --warm-ups 0 "
+    f"--bpe {{data}}/gpt2-bpe {ONE_LAYER}",
+    "plan": "small.toml --steps 6 --seconds 1",
+    "prepare": "--tokenizer bpe-300 --repeats 1",
+    "rounding": "model --text text/1.txt",
+    "saving": "--repeats 1",
+    "shakespeare": "--text {data}/shakespeare/input.txt --iterations 20 --repeats 1",
+    "startup": "--repeats 1",
+    "stream": "--small 3000 --large 100000 --context 16 --batches 2 --repeats 1",
+    "train_step": "--data shards --sides overnight transformers-fp32 --rows 1 --micro-batches 1 "
+    "--context 16 --layers 1 --steps 1 --warm-ups 2",
+}
+QUICK = ("bands", "corpus", "hellaswag", "rounding", "stream")  # two seconds each
 
 
-def test_all_judges_agree_on_the_same_windows(benchmarks: dict[str, Any]) -> None:
-    evaluate = benchmarks["evaluate"]
-    model = far_from_chance(TINY)
-    question, _ = ask(evaluate, model)
-    theirs = benchmarks["peers"].build_peer("transformers", None, model)
-    found = evaluate.judge_theirs(theirs, question)
-    assert evaluate.judge_ours(model, question) == pytest.approx(found, abs=1e-4)
-    fewer = dataclasses.replace(question, batches=question.batches[:2])
-    assert abs(evaluate.judge_theirs(theirs, fewer) - found) > 0.01  # another text has another loss
-    assert question.tokens == 3 * 2 * 16
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, its shards, a recipe of them, a corpus of Parquet files, and a model."""
+    import pyarrow
+    from pyarrow import parquet
+
+    from overnight.preparation.prepare import prepare
+    from overnight.preparation.prepare_config import PrepareConfig
+
+    folder = tmp_path_factory.mktemp("benchmarks")
+    texts = [f"document {number} of {number * number}\n" * 5 for number in range(20)]
+    (folder / "text").mkdir()
+    for number, text in enumerate(texts):
+        (folder / "text" / f"{number}.txt").write_text(text)
+    shards = str(folder / "shards")
+    source = str(folder / "text")
+    prepare(PrepareConfig(source=source, out=shards, tokenizer="characters", validation_fraction=0.2))
+    (folder / "small.toml").write_text(SMALL_RECIPE)
+    (folder / "corpus").mkdir()
+    parquet.write_table(
+        pyarrow.table({"text": [f"{n} {text}" for n in range(10) for text in texts]}),
+        folder / "corpus" / "0.parquet",
+    )
+    tokenizer = build_tokenizer("characters", texts)
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)
+    write_huggingface(far_from_chance(config), tokenizer, folder / "model")
+    return folder
 
 
-def test_overlapping_windows_judge_every_token_once_after_half_a_window(benchmarks: dict[str, Any]) -> None:
-    evaluate = benchmarks["evaluate"]
-    model = far_from_chance(TINY)
-    question, text = ask(evaluate, model)
-    text = text[:-1]  # the last one is only a target
-    nats = []
-    for place in range(1, len(text)):
-        start = 0 if place < 16 else (place // 8 - 1) * 8  # windows begin every 8 tokens
-        logits = model(text[None, start:place])[0, -1]
-        nats.append(-logits.log_softmax(-1)[text[place]].item())
-    theirs = benchmarks["peers"].build_peer("transformers", None, model)
-    assert evaluate.judge_strided(theirs, question) == pytest.approx(sum(nats) / len(nats), abs=1e-4)
-
-
-def test_judges_that_disagree_are_found_out(benchmarks: dict[str, Any]) -> None:
-    evaluate = benchmarks["evaluate"]
-    losses = {"overnight": 10.0, "nanoGPT": 10.001, evaluate.STRIDED: 9.0}
-    assert "within 0.00100 nats." in evaluate.describe_losses(losses)[1]
-    assert "DO NOT JUDGE THE SAME" in evaluate.describe_losses(losses | {"nanoGPT": 10.1})[1]
-
-
-def test_an_evaluation_that_can_t_be_measured_is_refused(benchmarks: dict[str, Any], tmp_path: Path) -> None:
-    evaluate = benchmarks["evaluate"]
-    for words, sentence in (
-        (["--batches", "0"], "--batches 0 is too few"),
-        (["--peer", str(tmp_path)], "is not a checkout of build-nanogpt"),
-        (["--nanogpt", str(tmp_path)], "is not a checkout of nanoGPT"),
-        (["--layers", "0"], "n_layer=0 must be at least 1"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            evaluate.check(evaluate.read_options(words))
-
-
-# ---------------------------------------------------------------- tiny shakespeare
-
-
-def test_our_shards_are_nanogpt_s_split(benchmarks: dict[str, Any], tmp_path: Path) -> None:
-    from overnight.data.loader import TokenStream
-    from overnight.data.shards import load_prepared_tokenizer, verify
-
-    shakespeare = benchmarks["shakespeare"]
-    characters = "To be, or not to be\n" * 100
-    (tmp_path / "input.txt").write_text(characters, encoding="utf-8")
-    split = shakespeare.read_split(tmp_path / "input.txt", None)
-    assert (split.train, split.validation) == (characters[:1800], characters[1800:])
-    shakespeare.prepare_ours(split, tmp_path / "prepared")
-    manifest = verify(tmp_path / "prepared")
-    assert (manifest.tokens("train"), manifest.tokens("validation")) == (1801, 201)
-    tokenizer = load_prepared_tokenizer(tmp_path / "prepared")
-    (batch,) = TokenStream(tmp_path / "prepared", "validation", tokens_per_row=200).evaluation_batches(1)
-    assert tokenizer.decode(batch.targets[0].tolist()) == split.validation
-    assert batch.targets[0].tolist() == shakespeare.encode(split).tolist()  # their ids are ours
-
-
-def test_a_text_that_is_not_there_is_asked_for(benchmarks: dict[str, Any], tmp_path: Path) -> None:
-    shakespeare = benchmarks["shakespeare"]
-    for text in (None, tmp_path / "input.txt"):
-        with pytest.raises(ValueError, match=r"name with --text the input\.txt of tiny shakespeare"):
-            shakespeare.read_split(text, tmp_path)
-    (tmp_path / "input.txt").write_text("too short", encoding="utf-8")
-    with pytest.raises(ValueError, match="is too short"):
-        shakespeare.read_split(tmp_path / "input.txt", None)
-
-
-def test_both_are_judged_at_every_position_of_every_window(benchmarks: dict[str, Any]) -> None:
-    shakespeare = benchmarks["shakespeare"]
-    model = far_from_chance(dataclasses.replace(TINY, context_length=64))
-    ids = torch.randint(40, (64 * 5 + 30,), generator=torch.Generator().manual_seed(0))
-    nats = []
-    for window in range(5):
-        for place in range(64):
-            start, end = window * 64, window * 64 + place + 1
-            nats.append(-model(ids[None, start:end])[0, -1].log_softmax(-1)[ids[end]].item())
-    found = shakespeare.judge_whole(model, ids.numpy())
-    assert found == pytest.approx(sum(nats) / len(nats), abs=1e-4)
-
-
-def test_our_recipe_is_nanogpt_s(
-    benchmarks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SMALLEST]
+)
+def test_benchmark_runs(
+    name: str, place: Path, repository: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    from overnight import cli
-    from overnight.recipe import flatten
-    from overnight.run import command as run_command
-
-    shakespeare, recipes = benchmarks["shakespeare"], []
-    monkeypatch.setattr(run_command, "run", lambda recipe, resumed: recipes.append(flatten(recipe)))
-    command = shakespeare.command_of_ours(tmp_path, steps=2000, seed=7)
-    assert cli.main(command[command.index("train") :]) == 0
-    theirs = dict(word.removeprefix("--").split("=") for word in shakespeare.command_of_theirs(2000)[3:])
-    pairs = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "dropout": "dropout"}
-    pairs |= {"context_length": "block_size", "total_steps": "max_iters", "device": "device"}
-    assert {name: str(recipes[0][name]) for name in pairs} == {name: theirs[pairs[name]] for name in pairs}
-    assert recipes[0]["tokens_per_step"] == int(theirs["batch_size"]) * int(theirs["block_size"])
-    judged = 2 * int(theirs["eval_iters"]) * recipes[0]["tokens_per_step"]  # theirs judges both splits
-    assert recipes[0]["evaluation_tokens"] == judged
-    # What their config file and train.py say beside the command.
-    expected = {"peak_learning_rate": 1e-3, "beta2": 0.99, "warmup_steps": 100, "weight_decay": 0.1}
-    expected |= {"max_grad_norm": 1.0, "evaluate_every_steps": 250, "final_learning_rate_fraction": 0.1}
-    assert {name: recipes[0][name] for name in expected} == expected
-    assert recipes[0]["learning_rate_decay"] == "cosine"
-    assert recipes[0]["sample_every_steps"] is None
-    assert (recipes[0]["seed"], recipes[0]["data"]) == (7, str(tmp_path))
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    words = SMALLEST[name]
+    if "{data}" in words:
+        words = words.format(data=request.getfixturevalue("shared_data"))
+    command = [sys.executable, str(repository / "benchmarks" / f"{name}.py"), *words.split(), "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["measured"]
+    assert not any("THE SIDES D" in note or "DO NOT JUDGE" in note for note in report["notes"])
 
 
-def test_the_two_take_turns_and_each_run_of_ours_has_its_own_seed(
-    benchmarks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shakespeare = benchmarks["shakespeare"]
-    commands = []
-
-    def run(command: list[str], folder: Path) -> tuple[Any, str]:
-        commands.append(command)
-        if "train" in command:
-            (folder / "runs" / "measured").mkdir(parents=True)  # fails if the run before is still there
-            (folder / "runs" / "measured" / "metrics.jsonl").write_text('{"milliseconds": 3}\n' * 3)
-        seconds = 40.0 if "train.py" in command else 10.0
-        printed = "iter 0: loss 4.2, time 9.00ms, mfu\niter 1: loss 4.1, time 7.00ms, mfu\n"
-        return shakespeare.Took(seconds, 2 * seconds), printed
-
-    monkeypatch.setattr(shakespeare, "run_timed", run)
-    monkeypatch.setattr(shakespeare, "load_ours", lambda folder: folder)
-    monkeypatch.setattr(shakespeare, "load_theirs", lambda folder, checkpoint: folder)
-    monkeypatch.setattr(shakespeare, "read_definitions", lambda program, checkout: None)
-    monkeypatch.setattr(shakespeare, "fingerprint", lambda path: "0")
-    monkeypatch.setattr(shakespeare, "judge_whole", lambda logits, ids: 1.9)
-    (tmp_path / "data/shakespeare_char").mkdir(parents=True)
-    (tmp_path / "input.txt").write_text("To be, or not to be\n" * 100, encoding="utf-8")
-    words = ["--nanogpt", str(tmp_path), "--text", str(tmp_path / "input.txt"), "--repeats", "2"]
-    report = shakespeare.measure(shakespeare.read_options(words))
-    trained = [command for command in commands if {"train", "train.py"} & set(command)]
-    assert ["train.py" in command for command in trained] == [False, True, False, True]
-    assert [command[command.index("--seed") + 1] for command in trained[::2]] == ["1337", "1338"]
-    figures = ["40.0", "40.0", "40.0", "80.0", "8.0", "1.9000", "1.9000", "1.9000"]
-    assert report.rows[1] == ["nanoGPT", *figures, "0.25 of its time"]
+def test_benchmark_refuses_bad_input(place: Path, repository: Path, tmp_path: Path) -> None:
+    words = ["train_step.py", "--peer", str(tmp_path)]
+    command = [sys.executable, str(repository / "benchmarks" / words[0]), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is not a checkout of build-nanogpt" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
-# ---------------------------------------------------------------- all together
-
-
-def shown_commands(repository: Path) -> list[list[str]]:
-    """The benchmark programs that `make benchmark` starts and the README shows, with their words."""
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_commands_shown_have_known_options(programs: dict[str, Any], repository: Path) -> None:
+    """Those of `make benchmark` and of benchmarks/README.md."""
     variables = ["PEER=p", "NANOGPT=n", "LLMC=l", "BPE=b", "SHAKESPEARE=s"]
     making = ["make", "--dry-run", "--always-make", "benchmark", *variables]
     printed = subprocess.run(making, cwd=repository, capture_output=True, text=True, check=True).stdout
     readme = (repository / "benchmarks" / "README.md").read_text(encoding="utf-8")
     lines = (printed + readme).replace("\\\n", " ").splitlines()
-    return [shlex.split(line)[1:] for line in lines if re.match(r"(\S*/)?python benchmarks/", line.strip())]
+    found = [shlex.split(line)[1:] for line in lines if re.match(r"(\S*/)?python benchmarks/", line.strip())]
+    for program, *words in found:
+        programs[Path(program).stem].read_options(words)  # SystemExit if one is unknown
+    assert {"train_step", "evaluate", "prepare"} <= {Path(program).stem for program, *_ in found}
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_every_command_shown_has_options_that_its_program_knows(
-    benchmarks: dict[str, Any], repository: Path
-) -> None:
-    commands = shown_commands(repository)
-    for program, *words in commands:
-        benchmarks[Path(program).stem].read_options(words)  # SystemExit if one is unknown
-    shown = {Path(program).name for program, *_ in commands}
-    assert {"train_step.py", "evaluate.py", "shakespeare.py", "startup.py", "prepare.py"} <= shown
+# How sides are compared
+
+
+def test_sides_take_turns_and_warm_ups_are_dropped(programs: dict[str, Any]) -> None:
+    calls: list[str] = []
+
+    def side(name: str) -> Any:
+        return lambda: calls.append(name) or len(calls)  # type: ignore[func-returns-value]
+
+    interleave = programs["measure"].interleave
+    results = interleave({name: side(name) for name in "ABC"}, repeats=2, warm_ups=1)
+    assert "".join(calls) == "ABCABCABC"
+    assert results == {"A": [4, 7], "B": [5, 8], "C": [6, 9]}
+    with pytest.raises(ValueError, match="at least 1"):
+        interleave({"A": int}, repeats=0)
+
+
+def test_ratio_is_the_median_of_the_rounds(programs: dict[str, Any]) -> None:
+    paired_ratio = programs["measure"].paired_ratio
+    ours, theirs = [1.0, 10.0, 2.0], [2.0, 20.0, 20.0]  # the machine was slow in the second round
+    assert paired_ratio(ours, theirs) == 2.0  # the ratio of the medians would be 10
+    assert paired_ratio(theirs, theirs) == 1.0
+
+
+def test_figures_replace_the_old_ones(programs: dict[str, Any], repository: Path, tmp_path: Path) -> None:
+    measure, figures = programs["measure"], programs["figures"]
+    report = measure.Report(title="T", headings=["what"], rows=[["new"]], measured={"a": [1.5]})
+    report.save(tmp_path / "figures", "kills")
+    document = tmp_path / "document.md"
+    document.write_text("# Text\n\n<!-- figures: kills -->\n\nold\n\n<!-- end of figures -->\n\nmore\n")
+    assert figures.main([str(document), str(tmp_path / "figures"), "--command", "make faults"]) == 0
+    text = document.read_text()
+    assert text.startswith("# Text\n\n<!-- figures: kills -->\n\n| what |")
+    assert text.endswith("`make faults`.\n\n<!-- end of figures -->\n\nmore\n")
+    assert "old" not in text
+    assert report.date in text
+    with pytest.raises(ValueError, match="no place for frozen"):
+        figures.put(text, "frozen", "| 1 |")
+    for name, parts in (("distributed", programs["distributed"].PARTS), ("reliability", ["kills", "leaks"])):
+        page = (repository / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert all(figures.put(page, part, "") for part in parts)
+
+
+# Both sides do the same work
+
+
+def test_training_peers_have_equal_losses(programs: dict[str, Any], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    np.save(tmp_path / "ids.npy", torch.randint(64, (6 * 4 * 16 + 1,), generator=generator).numpy())
+    settings = {"precision": "fp32", "compile": False, "device": "cpu", "rows": 2, "micro_batches": 2}
+    settings |= {"checkout": None, "model": dataclasses.asdict(TINY), "folder": str(tmp_path)}
+    ours = programs["task"].Task(peer=None, **settings)
+    peer = dataclasses.replace(ours, peer="transformers")
+    losses = []
+    for task in (ours, peer):
+        turn, precision = programs["stepper"].build(task)
+        assert precision == "fp32"
+        losses.append([turn()["losses"][0] for _ in range(4)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert abs(losses[0][0] - losses[0][3]) > 1e-3  # so they agree on updates, too
+    for change in ({"rows": 1}, {"micro_batches": 1}):  # negative control: other rows, other losses
+        turn, _ = programs["stepper"].build(dataclasses.replace(peer, **change))
+        assert abs(turn()["losses"][0] - losses[0][0]) > 1e-4
+
+
+def test_different_work_is_reported(programs: dict[str, Any]) -> None:
+    train_step = programs["train_step"]
+    options = train_step.read_options(["--rows", "1", "--micro-batches", "1"])
+    about = {"precision": "bf16", "threads": 2}
+    turn = {"milliseconds": 1.0, "peak_bytes": 2e9, "waited_seconds": 1.0, "waited_cpu_seconds": 0.01}
+    for loss, is_equal in ((10.9, True), (11.0, False)):
+        turns = {"a": [{**turn, "losses": [10.9]}] * 3, "b": [{**turn, "losses": [loss]}] * 3}
+        measured = train_step.Measured(turns, {"a": about, "b": about}, {})
+        notes = train_step.describe_figures(measured, "a", train_step.PRESETS["gpt2-124m"], options)
+        assert any("THE SIDES DO NOT DO THE SAME WORK" in note for note in notes) != is_equal
+
+
+def test_evaluation_peers_agree(programs: dict[str, Any]) -> None:
+    evaluate, model = programs["evaluate"], far_from_chance()
+    text = torch.randint(64, (6 * 16 + 1,), generator=torch.Generator().manual_seed(0))
+    batch = evaluate.Rows(text.numpy(), 16).batch
+    windows = [batch(number * 2, 2) for number in range(3)]
+    question = evaluate.Question(batches=windows, precision="fp32", device="cpu")
+    theirs = programs["peers"].build_peer("transformers", None, model)
+    found = evaluate.judge_theirs(theirs, question)
+    assert evaluate.judge_ours(model, question) == pytest.approx(found, abs=1e-4)
+    fewer = dataclasses.replace(question, batches=windows[:2])
+    assert abs(evaluate.judge_theirs(theirs, fewer) - found) > 0.01  # negative control: another text
+    losses = {"overnight": 10.0, "nanoGPT": 10.001, evaluate.STRIDED: 9.0}
+    assert "DO NOT JUDGE" not in evaluate.describe_losses(losses)[1]
+    assert "DO NOT JUDGE THE SAME" in evaluate.describe_losses(losses | {"nanoGPT": 10.1})[1]
+
+
+def test_generation_peers_write_the_same(programs: dict[str, Any]) -> None:
+    generate, ours = programs["generate"], far_from_chance()
+    theirs = generate.build_theirs(TINY, ours)
+    prompts = generate.draw_prompts(3, 4, TINY.vocab_size)
+    setting = generate.Setting(rows=3, new=8, top_k=None)
+    written = generate.write_ours(ours, prompts, setting)
+    assert [len(ids) for ids in written] == [8, 8, 8]
+    assert written == generate.write_theirs(theirs, prompts, setting)
+    with pytest.raises(AssertionError):  # negative control: fewer tokens than asked for
+        generate.write(lambda *_: [[1], [2], [3]], prompts, setting)
+
+
+def test_hellaswag_answers_are_compared_one_by_one(programs: dict[str, Any]) -> None:
+    hellaswag = programs["hellaswag"]
+    answers = {hellaswag.OURS: [0, 1, 2], hellaswag.TRAINING: [0, 1, 3]}
+    assert "THE SIDES DIFFER" in hellaswag.compare(answers, [3, 1, 0])[0]
+    assert "DIFFER" not in hellaswag.compare({**answers, hellaswag.TRAINING: [0, 1, 2]}, [3, 1, 0])[0]
+
+
+def test_rounding_of_the_same_model_costs_nothing(programs: dict[str, Any]) -> None:
+    model, another = far_from_chance(), far_from_chance(seed=1)
+    ids = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(0))
+    found = programs["rounding"].judge({"fp32": model, "again": model, "another": another}, ids)
+    assert all(torch.equal(a, b) for a, b in zip(found["again"], found["fp32"], strict=True))
+    assert all(float(part.mean()) > 0.01 for part in found["another"][1:])
+
+
+def test_stream_peer_draws_batches_of_one_kind(programs: dict[str, Any], tmp_path: Path) -> None:
+    stream = programs["stream"]
+    stream.write_shards(tmp_path / "small", 5000, shard_tokens=5000, empty=False)
+    ids, targets = stream.draw_as_nanogpt(tmp_path / "small" / "train-00000.bin", 12, 64)
+    assert ids.shape == targets.shape == (12, 64)
+    assert ids.dtype == targets.dtype == torch.int64
+    assert torch.equal(ids[:, 1:], targets[:, :-1])
+
+
+# Bands, communication, several processes
+
+
+def test_band_needs_one_recipe_and_two_seeds(programs: dict[str, Any], place: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(place)
+    bands = programs["bands"]
+    recipe = bands.load_recipe("small.toml")
+    text = dict.fromkeys(bands.TEXT, "x") | {"train": (), "vocab_size": 4}
+    other = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dropout=0.1))
+    with pytest.raises(ValueError, match="recipe"):
+        bands.build_band("small", [bands.Run(1, recipe, text, {}), bands.Run(2, other, text, {})])
+    with pytest.raises(ValueError, match="--seeds 1"):
+        bands.record(bands.read_options(["--recipe", "small.toml", "--seeds", "1"]))
+
+
+def test_communication_fit_finds_the_link(programs: dict[str, Any]) -> None:
+    program = programs["communication"]
+    exact = Link(name="", bytes_per_second=2e9, message_seconds=0.0, start_seconds=1e-3, source="")
+    there = ParallelLayout(processes_per_machine=4, within=exact)
+    for kind in program.KINDS:
+        sizes = (10**4, 10**6, 10**8)
+        times = {size: collective_seconds(Collective(kind, "all", 1, size), there) for size in sizes}
+        link = program.fit_link(kind, times, 4)
+        assert link.bytes_per_second == pytest.approx(2e9)
+        assert link.start_seconds == pytest.approx(1e-3)
+
+
+def test_transfer_begins_when_the_last_process_arrives(programs: dict[str, Any]) -> None:
+    overheard = programs["overheard"]
+    first = overheard.Step(10.0, [(0.0, 3.0, 100), (5.0, 8.0, 50)])
+    second = overheard.Step(9.0, [(2.0, 2.5, 100), (5.0, 7.0, 50)])
+    assert overheard.divide([first, second]) == (10.0, 1.0 + 3.0, (2.0 + 0.0) / 2, 150)
+
+
+def test_runs_differ_by_all_but_the_clock(programs: dict[str, Any], tmp_path: Path) -> None:
+    def write(name: str, *, seed: int = 0, loss: float = 3.0, milliseconds: float = 5.0) -> str:
+        directory = RunDirectory(tmp_path / name)
+        model = far_from_chance(seed=seed)
+        save_checkpoint(
+            TrainState(model, build_optimizer(model, OptimizerConfig()), 1), directory.checkpoints
+        )
+        directory.append_metrics({"step": 1, "loss": loss, "milliseconds": milliseconds})
+        return programs["distributed"].digest(directory.path)
+
+    one = write("one")
+    assert write("same", milliseconds=7.0) == one
+    assert one not in {write("loss", loss=math.nextafter(3.0, 4.0)), write("weights", seed=1)}
+
+
+@pytest.mark.distributed
+def test_small_distributed_campaign(repository: Path, tmp_path: Path) -> None:
+    """In real processes: two kills and a frozen one."""
+    words = ["--parts", "kills", "frozen", "--kills", "2", "--frozen", "1", "--steps", "40"]
+    command = [
+        sys.executable,
+        str(repository / "benchmarks/distributed.py"),
+        *words,
+        "--figures",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert " 2/2 |" in (tmp_path / "kills.md").read_text()
+    assert " 1/1 |" in (tmp_path / "frozen.md").read_text()

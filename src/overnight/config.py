@@ -18,11 +18,12 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
+
+from overnight.renamed import renamed_settings
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,56 +31,6 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound="DataclassInstance")
 OFF = "off"  # TOML has no null
 LARGEST_FLOAT = 2**1024  # an integer of this size overflows a float
-
-
-@dataclass(frozen=True)
-class Renamed:
-    """Settings that had another name before (old -> new), and values by setting (old -> new)."""
-
-    names: Mapping[str, str] = field(default_factory=dict)
-    values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-
-    def name(self, name: str) -> str:
-        """The present name of a setting."""
-        return self.names.get(name, name)
-
-    def value(self, name: str, value: Any) -> Any:
-        """The present spelling of the value of the setting `name`, which is spelled as today."""
-        return self.values.get(name, {}).get(value, value) if isinstance(value, str) else value
-
-    def settings(self, old: Mapping[str, Any]) -> dict[str, Any]:
-        """`old` with every name and value as today."""
-        return {self.name(name): self.value(self.name(name), value) for name, value in old.items()}
-
-    def also(self, **names: str) -> Renamed:
-        """These, and more old names."""
-        return Renamed({**self.names, **names}, self.values)
-
-    def options(self, words: Sequence[str]) -> list[str]:
-        """Command-line words with every option and value as today."""
-        found: list[str] = []
-        option = ""
-        for word in words:
-            if word.startswith("--"):
-                written, equals, value = word.partition("=")
-                off, name = ("no_", written[5:]) if written.startswith("--no-") else ("", written[2:])
-                option = name.replace("-", "_")
-                if option in self.names:
-                    option = self.names[option]
-                    written = f"--{off}{option}".replace("_", "-")
-                found.append(written + equals + (self.value(option, value) if equals else ""))
-            else:
-                found.append(self.value(option, word))
-        return found
-
-
-NOTHING_RENAMED = Renamed()
-
-
-def renamed_settings(cls: type) -> Renamed:
-    """The settings of `cls` that had another name before."""
-    found: Renamed = getattr(cls, "RENAMED", NOTHING_RENAMED)
-    return found
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

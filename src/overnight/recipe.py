@@ -10,9 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from overnight.config import Renamed, flat_names, from_toml, nearest, parse_duration
+from overnight.config import flat_names, from_toml, nearest, parse_duration
 from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
+from overnight.renamed import RENAMED_SETTINGS, Renamed
 from overnight.run_directory import RunDirectory
 from overnight.trackers import find_problems
 from overnight.training import Compute, ComputeConfig, OptimizerConfig
@@ -101,28 +102,7 @@ class Recipe:
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
 
-    RENAMED: ClassVar[Renamed] = Renamed(
-        names={
-            "rows_per_micro_batch": "micro_batch_size",
-            "ramp_from_tokens_per_step": "batch_ramp_start_tokens",
-            "ramp_tokens": "batch_ramp_tokens",
-            "recompute": "activation_checkpointing",
-            "head": "loss",
-            "bitwise": "deterministic_reduce",
-            "save_in_background": "async_checkpoint",
-            "stop_after": "max_time",
-            "start_from": "init_from",
-            "from": "init_from",
-            "sources": "mixture",
-            "shuffle_tokens": "shuffle_window",
-            "spike_deviations": "spike_sigma",
-        },
-        values={
-            "loss": {"whole": "full"},
-            "attention": {"plain": "math"},
-            "sharding": {"optimizer": "zero1", "full": "fsdp", "hybrid": "hsdp"},
-        },
-    )
+    RENAMED: ClassVar[Renamed] = RENAMED_SETTINGS
     """Settings and values as they were spelled before, in recipes, runs and on the command line."""
 
     def problems(self) -> list[str]:

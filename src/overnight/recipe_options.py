@@ -10,6 +10,11 @@ from overnight.config import field_types, flat_names
 from overnight.recipe import Recipe, flatten
 
 
+def plain_recipe(config: Recipe) -> Recipe:
+    """The recipe within the settings of a command, which is a recipe with options of its own."""
+    return Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
+
+
 def changed_options(recipe: Recipe, original: Recipe, left_out: Set[str] = frozenset()) -> list[str]:
     """The words that turn `original` into `recipe`, without the settings in `left_out`."""
     return [word for option in list_options(recipe, original, left_out) for word in option]

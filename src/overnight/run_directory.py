@@ -111,7 +111,7 @@ class RunDirectory:
         lines = text.count("\n")
         if stated is not None and lines < int(stated[1]):
             raise ValueError(
-                f"{self.recipe} has {lines} of {stated[1]} lines: {FROM_A_COPY}; if you removed lines yourself, "
+                f"{self.recipe} has {lines} of {stated[1]} lines: {FROM_A_COPY}; if you removed lines, "
                 "remove the first one, too"
             )
         return text

@@ -14,20 +14,11 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 Log = Callable[[int, Mapping[str, float]], None]
 """log(step, values): `step` counts finished updates; the names of the values become those of the curves."""
 
 PROJECT = "overnight"
-
-
-class TrackedRun(NamedTuple):
-    """What a tracker receives about a run."""
-
-    folder: Path
-    name: str
-    config: Mapping[str, object]
 
 
 @contextlib.contextmanager
@@ -40,12 +31,10 @@ def open_trackers(
     again after an interruption replace the earlier ones where the tracker can do that. Values that are not
     finite are left out. Raises ValueError for an unknown or missing tracker, before anything is written.
     """
-    problems = find_problems(names)
-    if problems:
+    if problems := find_problems(names):
         raise ValueError("; ".join(problems))
-    run = TrackedRun(folder, run_name, config)
     with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(TRACKERS[name](run)) for name in names]
+        logs = [stack.enter_context(TRACKERS[name](folder, run_name, dict(config))) for name in names]
 
         def log(step: int, values: Mapping[str, float]) -> None:
             finite = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -69,13 +58,13 @@ def find_problems(names: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _open_tensorboard(tracked: TrackedRun) -> Iterator[Log]:
+def _open_tensorboard(folder: Path, _name: str, _config: dict[str, object]) -> Iterator[Log]:
     """Event files in the run directory: `tensorboard --logdir runs` shows all runs together."""
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     # TensorBoard's own writer: torch.utils.tensorboard adds only conversions from tensors.
-    writer = EventFileWriter(str(tracked.folder / "tensorboard"))
+    writer = EventFileWriter(str(folder / "tensorboard"))
     has_started = False
 
     def log(step: int, values: Mapping[str, float]) -> None:
@@ -84,32 +73,30 @@ def _open_tensorboard(tracked: TrackedRun) -> Iterator[Log]:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             writer.add_event(event_pb2.Event(step=step, session_log=start))
             has_started = True
-        summary = summary_pb2.Summary()
-        for name, value in values.items():
-            summary.value.add(tag=name, simple_value=value)
-        writer.add_event(event_pb2.Event(step=step, summary=summary))
+        tags = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        writer.add_event(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=tags)))
 
     with contextlib.closing(writer):
         yield log
 
 
 @contextlib.contextmanager
-def _open_wandb(tracked: TrackedRun) -> Iterator[Log]:
+def _open_wandb(folder: Path, name: str, config: dict[str, object]) -> Iterator[Log]:
     """A Weights & Biases run; without a login it stays in the run directory, for `wandb sync`."""
     import wandb
 
     mode = wandb.setup().settings.mode  # the user's own, from WANDB_MODE or their settings
     if mode == "online" and not wandb.login(prompt=False, verify=False):
         mode = "offline"
-    id_file = tracked.folder / "wandb-id"  # random, kept in the run directory: a resumed run is the same run
+    id_file = folder / "wandb-id"  # random, kept in the run directory: a resumed run is the same run
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex, encoding="ascii")
     with wandb.init(
         project=PROJECT,
-        dir=tracked.folder,
+        dir=folder,
         id=id_file.read_text(encoding="ascii"),
-        name=tracked.name,
-        config=dict(tracked.config),
+        name=name,
+        config=config,
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(mode=mode, console="off"),
     ) as run:
@@ -117,14 +104,12 @@ def _open_wandb(tracked: TrackedRun) -> Iterator[Log]:
 
 
 @contextlib.contextmanager
-def _open_trackio(tracked: TrackedRun) -> Iterator[Log]:
+def _open_trackio(_folder: Path, name: str, config: dict[str, object]) -> Iterator[Log]:
     """A Trackio run in its local database, which `trackio show` opens; no server and no account."""
     import trackio
 
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for --json
-        run = trackio.init(
-            project=PROJECT, name=tracked.name, config=dict(tracked.config), resume="allow", embed=False
-        )
+        run = trackio.init(project=PROJECT, name=name, config=config, resume="allow", embed=False)
     try:
         yield lambda step, values: run.log(dict(values), step=step)
     finally:
@@ -132,8 +117,4 @@ def _open_trackio(tracked: TrackedRun) -> Iterator[Log]:
             trackio.finish()  # unlike run.finish(), leaves nothing to do at exit
 
 
-TRACKERS: Mapping[str, Callable[[TrackedRun], contextlib.AbstractContextManager[Log]]] = {
-    "tensorboard": _open_tensorboard,
-    "wandb": _open_wandb,
-    "trackio": _open_trackio,
-}
+TRACKERS = {"tensorboard": _open_tensorboard, "wandb": _open_wandb, "trackio": _open_trackio}

@@ -1,11 +1,10 @@
-"""Faults, again and again, against real runs of a tiny model: what is promised must hold, each time.
+"""Faults injected into real runs of a tiny model, many times each; every promise must hold every time.
 
-    python benchmarks/faults.py --write docs/reliability.md
-    python benchmarks/faults.py --quick --parts crashes kills
+    python tests/campaigns/faults.py --parts crashes kills
+    python tests/campaigns/faults.py --quick
 
-Each part ends with an error if a single trial fails, or if its control, our own code without the protection,
-is not caught. With --write each table takes its place in a document, between `<!-- figures: PART -->` and
-`<!-- end of figures -->`. Linux only.
+A part fails if one trial fails, or if its negative control (our own code without the protection) passes. With
+--figures each part's table is written to FOLDER/PART.md, for tools/figures.py. Linux only.
 """
 
 from __future__ import annotations
@@ -32,9 +31,7 @@ from faults_preparation import measure_preparation
 from faults_signals import measure_signals
 from faults_stops import measure_stops
 from faults_trials import Place, prepare_place
-
-from figures import put, write_figures
-from measure import Report, run_plainly
+from report import Report, run_plainly
 
 Measure = Callable[[Place, dict[str, Any], int], Report]
 PARTS: dict[str, tuple[Measure, dict[str, Any], dict[str, Any]]] = {
@@ -95,28 +92,25 @@ PARTS: dict[str, tuple[Measure, dict[str, Any], dict[str, Any]]] = {
 """By name: what measures it, how often, and how often in a hurry."""
 
 
-def run_campaign(options: argparse.Namespace, words: Sequence[str]) -> int:
-    """One part after the other; each is shown, and written, when it is done. The exit status."""
-    if options.write is not None:
-        for part in options.parts:
-            put(options.write.read_text(encoding="utf-8"), part, "")
+def run_campaign(options: argparse.Namespace) -> int:
+    """Run the parts in turn; print, and write, each table when its part is done. The exit status."""
     statuses = []
     for part in options.parts:
-        work = functools.partial(measure, part, options, words)
+        work = functools.partial(measure, part, options)
         statuses.append(run_plainly(work, as_json=options.json))
         sys.stdout.flush()
     return max(statuses)
 
 
-def measure(part: str, options: argparse.Namespace, words: Sequence[str]) -> Report:
-    """One part, in a folder of its own."""
+def measure(part: str, options: argparse.Namespace) -> Report:
+    """Run one part in a temporary folder."""
     begun_at = time.monotonic()
     work, counts, in_a_hurry = PARTS[part]
     counts = (in_a_hurry if options.quick else counts) | dict(options.counts)
     with tempfile.TemporaryDirectory() as folder:
         report = work(prepare_place(Path(folder)), counts, options.seed)
-    if options.write is not None:
-        write_figures(options.write, part, report, ["benchmarks/faults.py", *words])
+    if options.figures is not None:
+        report.save(options.figures, part)
     print(f"{part}: {time.monotonic() - begun_at:.0f} s", file=sys.stderr)
     return report
 
@@ -138,10 +132,10 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
         "--counts", nargs="+", type=read_count, default=[], metavar="NAME=N", help="kills=1000, rounds=4, ..."
     )
     parser.add_argument("--seed", type=int, default=1, help="of what is drawn at random")
-    parser.add_argument("--write", type=Path, help="a document with a place for each table")
+    parser.add_argument("--figures", type=Path, help="folder for each part's table")
     parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    sys.exit(run_campaign(read_options(sys.argv[1:]), sys.argv[1:]))
+    sys.exit(run_campaign(read_options(sys.argv[1:])))

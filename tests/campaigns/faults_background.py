@@ -15,31 +15,30 @@ from faults_crashes import Course, crashes, errors, spread_out, strike_all
 from faults_disk import install, list_changes
 from faults_stops import draw_settings
 from faults_trials import Before, Place, find_difference, finish, record, report
-
-from measure import Report
+from mutants import original, replace
 from overnight.run_directory import RunDirectory
+from report import Report
 
 SLOW_SECONDS = 0.01  # of each write and each fsync: a step takes half of that
 
 
 def slow_disk(notes: Path | None = None, mutant: Before | None = None) -> None:
     """In the new process: threads that save wait at each write; steps done meanwhile are noted."""
-    from overnight.distributed.launcher import LEFT_BEHIND
-    from overnight.training.checkpoint import format, save
+    from overnight.distributed.launcher import DAEMON
 
     if mutant is not None:
         mutant()
 
     def slowly(function: Callable[..., Any]) -> Callable[..., Any]:
         def wait_and_do(*given: Any, **named: Any) -> Any:
-            if threading.current_thread().name == LEFT_BEHIND:
+            if threading.current_thread().name == DAEMON:
                 time.sleep(SLOW_SECONDS)
             return function(*given, **named)
 
         return wait_and_do
 
-    format.save_file = slowly(format.save_file)
-    save.flush_to_disk = slowly(save.flush_to_disk)
+    for target in ("overnight.training.checkpoint.format:save_file", "overnight.run_directory:flush_to_disk"):
+        replace(target, slowly(original(target)))
     append = RunDirectory.append_metrics
 
     def append_and_note(self: RunDirectory, line: Any) -> None:
@@ -48,7 +47,7 @@ def slow_disk(notes: Path | None = None, mutant: Before | None = None) -> None:
             with notes.open("a") as file:
                 file.write(f"{line['step']}\n")
 
-    RunDirectory.append_metrics = append_and_note  # type: ignore[method-assign]
+    replace("overnight.run_directory:RunDirectory.append_metrics", append_and_note)
 
 
 def train_on(place: Place, name: str, settings: dict[str, object], mutant: Before | None = None) -> int:
@@ -81,16 +80,13 @@ def listen(log: Path) -> None:
 
 def aliases() -> None:
     """A mutant: what is saved is not copied, and changes while it is written."""
-    from overnight.training.checkpoint import save
-
-    save._copy = dict  # type: ignore[assignment]
+    replace("overnight.training.checkpoint.save:_copy", dict)
 
 
 def does_not_wait() -> None:
     """A mutant: the run ends, whether its last checkpoint is there or not."""
-    from overnight.training.checkpoint.save import Saver
-
-    Saver.finish = Saver.settle = lambda _: None  # type: ignore[method-assign]
+    replace("overnight.training.checkpoint.save:Saver.wait", lambda _: None)
+    replace("overnight.training.checkpoint.save:Saver.abandon", lambda _: None)
 
 
 def notice(place: Place, mutant: Before) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from faults_trials import RUN
+from mutants import replace
 
 Undo = Callable[[], object]
 
@@ -37,9 +38,7 @@ def trap_disk() -> None:
 
 def trap_memory() -> None:
     """A machine with ten thousand bytes of memory, as a container may have it that was given too few."""
-    from overnight.run import setup
-
-    setup.find_memory_bytes = lambda _: 10_000
+    replace("overnight.hardware:find_memory_bytes", lambda _: 10_000)
 
 
 def limit_memory() -> None:

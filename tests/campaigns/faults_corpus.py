@@ -8,6 +8,8 @@ import json
 import random
 from pathlib import Path
 
+from mutants import replace
+
 SYLLABLES = (
     ("the", "wa", "ter", "ing", "lo", "ro", "meo", "'s", "st", "ock"),
     ("ğı", "İs", "tan", "ül", "ör", "ış", "çe", "kır", "şe", "Iı"),
@@ -72,9 +74,8 @@ def command(corpus: Path | str, *more: str) -> list[str]:
 
 def small_units() -> None:
     """In a new process: the source is cut small, so that little text goes the ways of much."""
-    from overnight.preparation import prepare
-
-    prepare.UNIT_BYTES, prepare.EARLY_BYTES = UNIT_BYTES, EARLY_BYTES
+    replace("overnight.preparation.prepare:UNIT_BYTES", UNIT_BYTES)
+    replace("overnight.preparation.prepare:EARLY_BYTES", EARLY_BYTES)
 
 
 def digest(folder: Path) -> str:

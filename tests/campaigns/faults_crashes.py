@@ -23,10 +23,10 @@ from faults_trials import (
     start,
     train,
 )
-
-from measure import Report
+from mutants import original, replace
 from overnight.training.checkpoint.format import list_checkpoints, read_step
 from overnight.training.checkpoint.load import verify_checkpoint
+from report import Report
 
 DEAD = 137
 PUBLISHED = "rename small/checkpoints/step-"
@@ -210,16 +210,15 @@ def measure_crashes(place: Place, counts: dict[str, Any], seed: int) -> Report:
 
 def delete_first() -> None:
     """A mutant: room is made by deleting the old checkpoints before the new one is written."""
-    from overnight.training.checkpoint import save
-
-    make_building = save.make_building
+    target = "overnight.training.checkpoint.save:make_staging_folder"
+    make_staging_folder = original(target)
 
     def make_room(step: int, folder: Path, world: Any) -> Path:
         for checkpoint in list_checkpoints(folder):
             shutil.rmtree(checkpoint)
-        return make_building(step, folder, world)
+        return make_staging_folder(step, folder, world)
 
-    save.make_building = make_room
+    replace(target, make_room)
 
 
 def limit_files(most: int) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mutants import original, replace
+
 WRITES = {"create", "write", "mkdir"}  # what a full disk refuses
 WHERE = f"{os.sep}runs{os.sep}"
 
@@ -150,12 +152,11 @@ class Pen(io.FileIO):
 
 def install(fault: Fault | None = None, log: Path | None = None) -> None:
     """From here on this process's changes are counted, and `fault` happens to one of them."""
-    import overnight.training.checkpoint.format
-
     disk = Disk(fault, log)
     watch_names(disk)
     watch_files(disk)
-    overnight.training.checkpoint.format.save_file = watch_tensors(disk, overnight.tensor_files.save_file)
+    target = "overnight.training.checkpoint.format:save_file"
+    replace(target, watch_tensors(disk, original(target)))
 
 
 def watch_names(disk: Disk) -> None:
@@ -269,20 +270,18 @@ def without_fsync() -> None:
 
 def in_place() -> None:
     """A mutant: checkpoints are written under their final name, and believed; as most scripts do."""
-    from overnight.training.checkpoint import load
-    from overnight.training.checkpoint import save as save_module
     from overnight.training.checkpoint.format import checkpoint_name
-
-    write_own, publish = save_module.write_own, save_module.publish
+    from overnight.training.checkpoint.save import publish_checkpoint, write_rank_files
 
     def write_in_place(snapshot: Any, building: Path, world: Any) -> str:
         final = building.with_name(checkpoint_name(snapshot.step))
         shutil.rmtree(final, ignore_errors=True)
         REAL["rename"](building, final)
-        return write_own(snapshot, final, world)
+        return write_rank_files(snapshot, final, world)
 
     def publish_in_place(snapshot: Any, building: Path, written: Any) -> None:
-        publish(snapshot, building.with_name(checkpoint_name(snapshot.step)), written)
+        publish_checkpoint(snapshot, building.with_name(checkpoint_name(snapshot.step)), written)
 
-    save_module.write_own, save_module.publish = write_in_place, publish_in_place
-    load.verify_checkpoint = lambda *_: None
+    replace("overnight.training.checkpoint.save:write_rank_files", write_in_place)
+    replace("overnight.training.checkpoint.save:publish_checkpoint", publish_in_place)
+    replace("overnight.training.checkpoint.load:verify_checkpoint", lambda *_: None)

@@ -35,8 +35,7 @@ from faults_trials import (
     train,
 )
 from faults_troubles import MUTANTS, TROUBLES, Trouble
-
-from measure import Report
+from report import Report
 
 SMALL: dict[str, object] = {"steps": 6, "save": 2, "evaluate": 3}
 SECONDS_AT_MOST = 30.0  # a refusal takes a fraction of one; the machine may be busy

@@ -28,8 +28,8 @@ from faults_trials import (
     report,
     start,
 )
-
-from measure import Report
+from mutants import original, replace
+from report import Report
 
 LONGER: dict[str, object] = {"steps": 90, "save": 9, "evaluate": 15}
 ENDLESS: dict[str, object] = {"steps": 10**6, "save": 50, "evaluate": 10**6}
@@ -38,22 +38,19 @@ REFUSALS = ("is being trained by another process", "already holds a run")
 
 def forget_moments() -> None:
     """A mutant: it goes on with fresh moments, as many scripts do."""
-    from overnight.run import train
-
-    restore = train.restore
+    target = "overnight.training.checkpoint.load:restore"
+    restore = original(target)
 
     def restore_weights(state: Any, opened: Any) -> None:
         restore(state, opened)
         state.optimizer.state.clear()
 
-    train.restore = restore_weights
+    replace(target, restore_weights)
 
 
 def never_rewind() -> None:
     """A mutant: the lines of steps that are done again stay where they are."""
-    from overnight.run_directory import RunDirectory
-
-    RunDirectory.rewind = lambda *_: None  # type: ignore[method-assign]
+    replace("overnight.run_directory:RunDirectory.rewind", lambda *_: None)
 
 
 def kill_once(folder: Path, moment: float, before: Before | None) -> str | None:
@@ -169,11 +166,8 @@ def wait_at(gate: Path, mutant: Before | None = None) -> None:
 
 def unlocked() -> None:
     """A mutant: nobody asks whether another trains here."""
-    from overnight.run import resume
-    from overnight.run_directory import RunDirectory
-
-    RunDirectory.locked = lambda _: contextlib.nullcontext()  # type: ignore[method-assign, assignment]
-    resume.check_directory = lambda *_, **__: None
+    replace("overnight.run_directory:RunDirectory.locked", lambda _: contextlib.nullcontext())
+    replace("overnight.run.resume:check_directory", lambda *_, **__: None)
 
 
 def race(folder: Path, count: int) -> list[Trial]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from faults_trials import Before, Place, finish, report
-
-from measure import Report
+from mutants import replace
 from overnight.data.loader import TokenStream
 from overnight.training.batch import BatchConfig, BatchPlan, plan_batches
+from report import Report
 
 TOKENS_PER_ROW = 8
 ROWS_PER_STEP = 48
@@ -123,26 +123,26 @@ def note_memory(notes: Path, mutant: Before | None = None) -> None:
             with notes.open("a") as file:
                 file.write(json.dumps([line["step"], own, len(os.listdir("/proc/self/fd"))]) + "\n")
 
-    RunDirectory.append_metrics = append_and_note  # type: ignore[method-assign]
+    replace("overnight.run_directory:RunDirectory.append_metrics", append_and_note)
 
 
 def keep_a_little() -> None:
     """A mutant: 4 KB of each step stay, and the file of each save stays open."""
-    from overnight.training import step as step_module
-    from overnight.training.checkpoint import save
+    from overnight.training.checkpoint.save import publish_checkpoint
+    from overnight.training.step import train_step
 
     kept: list[object] = []
-    step, publish = step_module.train_step, save.publish
 
     def step_and_keep(*given: Any) -> Any:
         kept.append(os.urandom(4096))
-        return step(*given)
+        return train_step(*given)
 
     def keep_and_publish(snapshot: Any, building: Path, written: Any) -> None:
-        publish(snapshot, building, written)
+        publish_checkpoint(snapshot, building, written)
         kept.append(next(building.parent.glob("step-*/state.json")).open())
 
-    step_module.train_step, save.publish = step_and_keep, keep_and_publish
+    replace("overnight.training.step:train_step", step_and_keep)
+    replace("overnight.training.checkpoint.save:publish_checkpoint", keep_and_publish)
 
 
 def watch_memory(place: Place, name: str, steps: int, mutant: Before | None = None) -> tuple[float, int]:

@@ -17,8 +17,8 @@ from faults_corpus import LOCK, OUT, TEXTS, command, digest, find_wrong, make_co
 from faults_disk import Fault, list_changes
 from faults_surroundings import list_surroundings, shuffle_folders, vary
 from faults_trials import DONE, KILLED, PROCESSES, Before, Place, Trial, report, start
-
-from measure import Report
+from mutants import replace
+from report import Report
 
 DEAD = 137
 READER_SECONDS = 5.0  # to end in, once all commands have
@@ -201,17 +201,14 @@ def require(caught: int, tried: int) -> str:
 
 def write_in_place() -> None:
     """A mutant: the folder is filled where everybody sees it."""
-    from overnight.data import atomic_folder
-
-    atomic_folder.staging_path = lambda folder: folder
+    replace("overnight.data.atomic_folder:staging_path", lambda folder: folder)
 
 
 def publish_by_copying() -> None:
     """A mutant: the finished folder is copied, file by file."""
     from overnight.data.atomic_folder import staging_path
-    from overnight.preparation import prepare
 
-    def appear(folder: Path) -> None:
+    def publish(folder: Path) -> None:
         folder.mkdir()
         for path in sorted(staging_path(folder).rglob("*")):
             copy = folder / path.relative_to(staging_path(folder))
@@ -219,14 +216,12 @@ def publish_by_copying() -> None:
             time.sleep(0.005)
         shutil.rmtree(staging_path(folder))
 
-    prepare.publish_folder = appear
+    replace("overnight.data.atomic_folder:publish_folder", publish)
 
 
 def unlocked() -> None:
     """A mutant: nobody asks whether another fills the same folder."""
-    from overnight.preparation import prepare
-
-    prepare.exclusive = lambda _: contextlib.nullcontext()
+    replace("overnight.data.atomic_folder:exclusive", lambda _: contextlib.nullcontext())
 
 
 # ---------------------------------------------------------------- D5: eight at once
@@ -273,7 +268,8 @@ def read_along(folder: Path) -> None:
     from overnight.data import incremental
     from overnight.data.loader import TokenStream
 
-    incremental.POLL_SECONDS, incremental.say = 0.002, lambda _: None
+    replace("overnight.data.incremental:POLL_SECONDS", 0.002)
+    replace("overnight.terminal:echo", lambda _: None)
     out, options = folder / OUT, {"tokens_per_row": 64, "seed": 1, "shuffle_window": 20_000}
     is_over = (folder / "over").exists
     while not (incremental.is_being_prepared(out) or out.exists() or is_over()):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import itertools
 import os
 import random
@@ -18,7 +17,7 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +37,8 @@ from faults_trials import (
     start,
 )
 from killed import digest
-
-from measure import Report
+from mutants import original, replace
+from report import Report
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LONGER: dict[str, object] = {"steps": 40, "save": 4, "evaluate": 3}
@@ -63,10 +62,10 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase("starting", "overnight.run.train:build_job", 1),
+    Phase("starting", "overnight.run.setup:build_run", 1),
     Phase("training", "overnight.training.step:train_step", 38),
-    Phase("evaluating", "overnight.run.log:Journal.evaluate", 13),
-    Phase("sampling", "overnight.run.log:Journal.sample", 9),
+    Phase("evaluating", "overnight.run.log:RunLog.evaluate", 13),
+    Phase("sampling", "overnight.run.log:RunLog.sample", 9),
     Phase("saving", "os:fsync", 45, writes_checkpoint),
 )
 PREPARATION = (
@@ -83,10 +82,7 @@ def make_longer(phase: Phase, call: int, mutant: Before | None = None) -> None:
     """In the process of the command: that call of the phase's function takes longer, and says so."""
     if mutant is not None:
         mutant()
-    module, _, path = phase.function.partition(":")
-    *outer, name = path.split(".")
-    owner = functools.reduce(getattr, outer, importlib.import_module(module))
-    real, calls = getattr(owner, name), itertools.count(1)
+    real, calls = original(phase.function), itertools.count(1)
 
     def take_longer(*given: Any, **more: Any) -> Any:
         if not phase.applies(*given) or next(calls) != call:
@@ -98,8 +94,8 @@ def make_longer(phase: Phase, call: int, mutant: Before | None = None) -> None:
         Path(OVER).touch()
         return done
 
-    take_longer.__name__ = name  # by which a preparation's steps are told apart
-    setattr(owner, name, take_longer)
+    take_longer.__name__ = real.__name__  # by which a preparation's steps are told apart
+    replace(phase.function, take_longer)
 
 
 class Stopped(NamedTuple):
@@ -231,16 +227,15 @@ def stop_preparations(place: Place, most: int, draw: random.Random) -> list[Stop
 
 def slow_step() -> None:
     """Each step takes a quarter of an hour."""
-    from overnight.training import step as step_module
-
-    step = step_module.train_step
+    target = "overnight.training.step:train_step"
+    step = original(target)
 
     def wait_and_step(*given: Any) -> Any:
         Path("in-step").touch()
         time.sleep(900)
         return step(*given)
 
-    step_module.train_step = wait_and_step
+    replace(target, wait_and_step)
 
 
 def signal_twice(folder: Path) -> float:
@@ -262,13 +257,9 @@ def signal_twice(folder: Path) -> float:
 
 def deaf() -> None:
     """A mutant: nobody has told the system what to do about signals."""
-    from overnight.run import train
 
-    @contextlib.contextmanager
-    def ignore() -> Iterator[Any]:
-        yield lambda: False
-
-    train.stop_on_signal = ignore
+    replace("overnight.run.train:StopConditions.__enter__", lambda stop: stop)
+    replace("overnight.run.train:StopConditions.__exit__", lambda *_: None)
 
 
 def catch_deaf(folder: Path) -> None:
@@ -283,18 +274,17 @@ def catch_deaf(folder: Path) -> None:
 
 def impatient() -> None:
     """A mutant: a signal ends what is being done, and does not wait for the step."""
-    from overnight.run import train
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    @contextlib.contextmanager
-    def stop_at_once() -> Iterator[Any]:
+    def stop_at_once(stop: Any) -> Any:
         for number in SIGNALS:
             signal.signal(number, interrupt)
-        yield lambda: False
+        return stop
 
-    train.stop_on_signal = stop_at_once
+    replace("overnight.run.train:StopConditions.__enter__", stop_at_once)
+    replace("overnight.run.train:StopConditions.__exit__", lambda *_: None)
 
 
 def catch_impatient(folder: Path, draw: random.Random) -> None:

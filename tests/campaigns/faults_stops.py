@@ -21,8 +21,8 @@ from faults_trials import (
     report,
     train,
 )
-
-from measure import Report
+from mutants import replace
+from report import Report
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STEPS_AT_MOST = 6
@@ -42,17 +42,15 @@ def stop_after_lines(lines: int, mutant: Before | None = None) -> None:
         if not left[0]:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    RunDirectory.append_metrics = append_and_stop  # type: ignore[method-assign]
+    replace("overnight.run_directory:RunDirectory.append_metrics", append_and_stop)
 
 
 def same_noise_each_time() -> None:
     """A mutant: dropout draws from torch's own generator, whose state nobody saves."""
     import torch
 
-    from overnight.training import step
-
     torch.manual_seed(1)
-    step._seed_dropout = lambda *_: None
+    replace("overnight.training.step:seed_dropout", lambda *_: None)
 
 
 def draw_settings(draw: random.Random) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """D6: the same text, prepared by another number of workers, in another locale, zone, place: the same bytes.
 
-    python benchmarks/faults_surroundings.py - prepare FOLDER --out OUT
+    python tests/campaigns/faults_surroundings.py - prepare FOLDER --out OUT
 
 It is a program as well: each trial is a process of its own from the first instruction on, since Python reads
 its locale and the seed of its hashes only then. The first word is the name of a mutant, or a dash.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from faults_corpus import OUT, TEXTS, command, digest, find_wrong, small_units
+from mutants import original, replace
 
 SHUFFLED = "SHUFFLE_FOLDERS"  # the seed of the order in which folders list what they hold
 NO_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -143,59 +144,55 @@ def shuffle_folders(seed: int) -> None:
 
 def order_by_workers() -> None:
     """What another worker has done comes first."""
-    from overnight.preparation import tokenize
-
-    real = tokenize.tokenize_documents
+    target = "overnight.preparation.tokenize:tokenize_documents"
+    real = original(target)
 
     def turned(judged: Any, tokenizer: Any, threads: int = 1, search: Any = None) -> list[Any]:
         found = list(real(judged, tokenizer, threads, search))
         return found[threads - 1 :] + found[: threads - 1]
 
-    tokenize.tokenize_documents = turned
+    replace(target, turned)
 
 
 def order_of_hashes() -> None:
     """The files are held in a set."""
-    from overnight.preparation import sources
-
-    real = sources.find_files
+    target = "overnight.data.text_files:find_files"
+    real = original(target)
 
     def from_a_set(source: str) -> list[Any]:
         by_name = {file.name: file for file in real(source)}
         return [by_name[name] for name in set(by_name)]
 
-    sources.find_files = from_a_set
+    replace(target, from_a_set)
 
 
 def order_of_listing() -> None:
     """The files are read as the folder lists them."""
-    from overnight.data import text_files
-    from overnight.preparation import sources
-
-    sources.find_files = lambda source: text_files._find_here(Path(source))
+    find_here = original("overnight.data.text_files:_find_local")
+    replace("overnight.data.text_files:find_files", lambda source: find_here(Path(source)))
 
 
 def decode_by_locale() -> None:
     """Texts are decoded as the locale says, as open() does if nothing is said."""
-    from overnight.preparation import documents
 
-    documents._decode = lambda data: (data.decode(locale.getencoding(), "replace"), None)
+    def decode(data: bytes) -> tuple[str, None]:
+        return data.decode(locale.getencoding(), "replace"), None
+
+    replace("overnight.preparation.documents:_decode", decode)
 
 
 def name_the_path() -> None:
     """The source is called by the path that was typed."""
-    from overnight.preparation import prepare
-
-    real = prepare._request
-    prepare._request = lambda config, source: real(config, source) | {"source": config.source}
+    target = "overnight.preparation.prepare:_request"
+    real = original(target)
+    replace(target, lambda config, source: real(config, source) | {"source": config.source})
 
 
 def note_the_hour() -> None:
     """The hour on the wall is written down."""
-    from overnight.preparation.assemble import ShardAssembler
-
-    real, hour = ShardAssembler.manifest, datetime.datetime.fromtimestamp(0).hour
-    ShardAssembler.manifest = lambda *words: dataclasses.replace(real(*words), licence=f"from {hour} on")
+    target = "overnight.preparation.assemble:ShardAssembler.manifest"
+    real, hour = original(target), datetime.datetime.fromtimestamp(0).hour
+    replace(target, lambda *words: dataclasses.replace(real(*words), licence=f"from {hour} on"))
 
 
 PLAIN = Surroundings("as it is", variables={"PYTHONHASHSEED": "0"})

@@ -23,8 +23,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measure import Report
 from overnight.run_directory import LINE_FILES, RunDirectory
+from report import Report
 
 RECIPE = """
 [data]

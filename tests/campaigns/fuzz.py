@@ -1,6 +1,6 @@
 """Inputs that look for the way through our code: what is promised must hold for each.
 
-    python benchmarks/fuzz.py --target encoding --runs 100000 --seed 1
+    python tests/campaigns/fuzz.py --target encoding --runs 100000 --seed 1
 
 Each target is fuzzed by atheris, Google's fuzzer for Python, which keeps the inputs that reach a new place in
 overnight's modules, and changes those. Afterwards it must find a mutant, our own code with a mistake, within
@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fuzz_targets import TARGETS
-
-from measure import Report, run_plainly
+from report import Report, run_plainly
 
 HEADINGS = ("what", "inputs", "places reached", "kept", "seconds", "the mutant is found at input")
 DONE_LINE = re.compile(r"^#(\d+)\s+DONE\s+(?:cov: (\d+) ft: \d+ )?corp: (\d+)/", re.MULTILINE)

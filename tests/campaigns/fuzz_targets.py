@@ -1,6 +1,6 @@
 """What is fuzzed: for each promise a function that any bytes are given to, and a mutant that it must find.
 
-    python benchmarks/fuzz_targets.py encoding - -runs=1000 -seed=1
+    python tests/campaigns/fuzz_targets.py encoding - -runs=1000 -seed=1
 
 It is the process that fuzz.py starts: atheris ends it, and instruments overnight's modules as they are
 imported. The second word is "mutant", or a dash; the others are libFuzzer's. What it begins with goes to a
@@ -31,6 +31,7 @@ from fuzz_texts import (
     token_by_token,
     trust_text,
 )
+from mutants import replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
@@ -63,7 +64,7 @@ def check_generation() -> Check:
             model=model.eval(), tokenizer=tokenizer, origin=here, tokenizer_folder=here, run=None
         )
 
-    generation_command.open_model = open_model
+    replace("overnight.conversion.open_model:open_model", open_model)
 
     def check(data: bytes) -> None:
         config = draw_generation(data, precision)
@@ -115,9 +116,7 @@ def draw_generation(data: bytes, precision: Any) -> Any:
 
 def forget_problems() -> None:
     """A mutant of `generation`: how tokens are drawn is not looked at before."""
-    from overnight.generation import SamplingConfig
-
-    SamplingConfig.problems = lambda _: []  # type: ignore[method-assign]
+    replace("overnight.generation:SamplingConfig.problems", lambda _: [])
 
 
 def check_recipes() -> Check:
@@ -144,9 +143,7 @@ def check_recipes() -> Check:
 
 def take_any_type() -> None:
     """A mutant of `recipes`: a value of any type is taken."""
-    from overnight import config as config_module
-
-    config_module._fits = lambda *_: True
+    replace("overnight.config:_fits", lambda *_: True)
 
 
 def check_archive() -> Check:
@@ -167,13 +164,11 @@ def believe_archives() -> None:
     """A mutant of `archive`: a damaged one is met by whoever reads on."""
     import zipfile
 
-    from overnight.conversion import safe_unpickle
-
     def believe(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             archive.testzip()
 
-    safe_unpickle._check_archive = believe
+    replace("overnight.conversion.safe_unpickle:_check_archive", believe)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mutants import original, replace
+
 SPECIAL = ("<|endoftext|>", "<|user|>", "<tool>", "<|assistant|>", "</s>", "[INST]", "<0x00>", "<|im_start|>")
 DOCUMENTS = ["the quick brown fox jumps over the lazy dog, naïve façade, 中文, 🙂 1,024 " * 4]
 Check = Callable[[bytes], None]
@@ -69,9 +71,7 @@ def check_encoding() -> Check:
 
 def drop_half_pairs() -> None:
     """A mutant of `encoding`: what is no character is left out."""
-    from overnight.tokenizer import bpe as bpe_module
-
-    bpe_module.clean = lambda text: text.encode(errors="ignore").decode()
+    replace("overnight.tokenizer.bpe:clean", lambda text: text.encode(errors="ignore").decode())
 
 
 def check_special() -> Check:
@@ -101,9 +101,8 @@ def spell_special(data: bytes) -> str:
 
 def trust_text() -> None:
     """A mutant of `special`: special tokens are read from the text."""
-    from overnight.tokenizer.bpe import BytePair
-
-    encode = BytePair._encode
+    target = "overnight.tokenizer.bpe:BytePair._encode"
+    encode = original(target)
 
     def trusting(self: Any, text: str) -> Any:
         import numpy as np
@@ -111,7 +110,7 @@ def trust_text() -> None:
         ids = self._encoding.encode(text, allowed_special="all") if "<|" in text else encode(self, text)
         return np.asarray(ids, dtype=np.uint32)
 
-    BytePair._encode = trusting  # type: ignore[method-assign]
+    replace(target, trusting)
 
 
 def check_stream() -> Check:
@@ -142,6 +141,8 @@ def check_stream() -> Check:
 
 def token_by_token() -> None:
     """A mutant of `stream`: each token is decoded by itself, though characters may lie across two."""
-    from overnight.generation.generate import TextWriter
 
-    TextWriter.write = lambda self, token: self._bytes[token].decode(errors="replace")  # type: ignore[method-assign]
+    def write(self: Any, token: int) -> str:
+        return self._bytes[token].decode(errors="replace")
+
+    replace("overnight.generation.generate:TextWriter.write", write)

@@ -1,6 +1,6 @@
 """What becomes of a preparation that is killed again and again: every byte must be as it would have been.
 
-    python benchmarks/killed.py --corpus FOLDER --bpe gpt2-bpe --kills 20
+    python tests/campaigns/killed.py --corpus FOLDER --bpe gpt2-bpe --kills 20
 
 `overnight prepare` is started and killed (SIGKILL) after a random time, until it was killed so often; each
 time the same command follows, and goes on. Whenever it completes, the folder is held against one that was
@@ -21,8 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from faults_corpus import digest, find_wrong
-
-from measure import Report, run_plainly
+from report import Report, run_plainly
 
 HEADINGS = ("what", "count")
 

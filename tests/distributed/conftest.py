@@ -1,8 +1,8 @@
-"""Several processes that meet through gloo, started cheaply, and a small run for them.
+"""Starts teams of processes that meet through gloo, and trains a small run in them.
 
-The processes are forked from one that has imported everything and computed nothing, with the environment that
-torchrun gives. As under torchrun, the store where they meet is opened before they start: its port is free
-without having to be guessed. What they do is a function of roles.py, called by its name.
+The processes are forked from one that has imported everything and computed nothing, and get the environment
+that torchrun sets. As under torchrun, the store is opened before they start, so that its port is free. Each
+calls a function of roles.py by its name.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pytest
 import torch.distributed as dist
 from filelock import FileLock
 
+from overnight.config import to_toml
 from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
 from overnight.preparation.prepare import prepare
@@ -38,11 +39,10 @@ SLOW_IMPORTS = [
     *("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh"),
 ]
 START = "import sys; sys.path.insert(0, folder); import roles; roles.play(*given)"
-SECONDS = 120
+SECONDS = 250  # a busy machine may take long
 LINES = "".join(
     f"Line {number} of a small text about the number {number * 7 % 100}.\n" for number in range(60)
 )
-CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change
 
 
 @dataclasses.dataclass
@@ -51,24 +51,23 @@ class Member:
 
     process: BaseProcess
     answer: Connection
-    log: Path
-    """What it writes to standard output and standard error."""
+    log: Path  # standard output and standard error
 
     def outcome(self, seconds: float = SECONDS) -> tuple[str, Any]:
-        """("returned", value), (the name of an exception, its words), or ("ended", exit status)."""
+        """("returned", value), (name of an exception, its message), or ("ended", exit status)."""
         if not self.answer.poll(seconds):
             self.process.kill()
-            pytest.fail(f"a process does not end; it has said: {self.log.read_text()[-4000:]}")
-        told = None
+            pytest.fail(f"a process does not end; its log: {self.log.read_text()[-4000:]}")
+        sent = None
         with contextlib.suppress(EOFError):
-            told = self.answer.recv()
+            sent = self.answer.recv()
         self.process.join()
-        return told or ("ended", self.process.exitcode)
+        return sent or ("ended", self.process.exitcode)
 
 
 @dataclasses.dataclass
 class Teams:
-    """Starts processes that play roles."""
+    """Starts teams of processes."""
 
     folder: Path
     numbers: itertools.count[int] = dataclasses.field(default_factory=itertools.count)
@@ -83,21 +82,21 @@ class Teams:
         environment: dict[str, str] | None = None,
         launcher: Callable[[int, int, int, int], dict[str, str]] | None = None,
     ) -> list[Member]:
-        """The role in so many processes; `each` holds what only one of them is given, after the rest.
+        """Start `size` processes with this role; `each` holds further arguments by rank.
 
-        `launcher` is what tells them where they are, from rank, size, size on a machine and the store's port.
+        `launcher` makes their environment from rank, size, size on a machine and the store's port.
         """
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         PROCESSES.set_forkserver_preload(SLOW_IMPORTS)
-        folder = self.folder / str(next(self.document_ids))
+        folder = self.folder / str(next(self.numbers))
         folder.mkdir()
         team = []
         for rank in range(size):
-            told = (launcher or torchrun)(rank, size, size // machines, store.port) | (environment or {})
+            variables = (launcher or torchrun)(rank, size, size // machines, store.port) | (environment or {})
             answer, sent = PROCESSES.Pipe(duplex=False)
             log = folder / f"rank-{rank}.log"
-            mine = [*given, *(each[rank] if each else ())]
-            names = {"folder": str(Path(__file__).parent), "given": (role, mine, told, str(log), sent)}
+            own = [*given, *(each[rank] if each else ())]
+            names = {"folder": str(Path(__file__).parent), "given": (role, own, variables, str(log), sent)}
             process = PROCESSES.Process(target=exec, args=(START, names))
             process.start()
             sent.close()
@@ -106,33 +105,35 @@ class Teams:
         return team
 
     def outcomes(self, role: str, *given: object, **how: Any) -> list[tuple[str, Any]]:
-        """How the role ended in each process."""
+        """How the role ended, by rank."""
         return [member.outcome() for member in self.start(role, *given, **how)]
 
     def __call__(self, role: str, *given: object, **how: Any) -> list[Any]:
-        """What the role returned in each process."""
+        """What the role returned, by rank."""
         found = self.outcomes(role, *given, **how)
         assert [how for how, _ in found] == ["returned"] * len(found), found
         return [value for _, value in found]
 
 
 def torchrun(rank: int, size: int, local_size: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process."""
-    told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size, "LOCAL_WORLD_SIZE": local_size}
-    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-    return {name: str(value) for name, value in told.items()}
+    """The variables that torchrun sets for a process."""
+    variables = {
+        **{"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size},
+        **{"LOCAL_WORLD_SIZE": local_size, "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+        **{"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0},
+    }
+    return {name: str(value) for name, value in variables.items()}
 
 
 @pytest.fixture
 def team(tmp_path_factory: pytest.TempPathFactory) -> Teams:
-    """Plays roles in several processes."""
+    """Starts several processes."""
     return Teams(tmp_path_factory.mktemp("team"))
 
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """One folder for all processes that pytest tests with: what one has made, the others find."""
+    """One folder for all of pytest's workers."""
     own = tmp_path_factory.getbasetemp()
     folder = (own if worker_id == "master" else own.parent) / "shared"
     folder.mkdir(exist_ok=True)
@@ -142,32 +143,14 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 @pytest.fixture(scope="session")
 def text(shared_folder: Path) -> Path:
     """Shards of some 40 documents in characters, about 5,000 training tokens."""
+    root = shared_folder / "text"
     with FileLock(shared_folder / "text.lock"):
-        return prepare_text(shared_folder / "text", LINES)
-
-
-@pytest.fixture(scope="session")
-def other_text(shared_folder: Path) -> Path:
-    """Shards of another text, as many."""
-    with FileLock(shared_folder / "text.lock"):
-        return prepare_text(shared_folder / "other", LINES.replace("small", "other"))
-
-
-def prepare_text(root: Path, lines: str) -> Path:
-    """The folder of shards below `root`."""
-    if not root.is_dir():
-        root.mkdir()
-        for number in range(40):
-            (root / f"{number:02}.txt").write_text(lines[number * 37 : number * 37 + 150])
-        prepare(
-            PrepareConfig(
-                source=str(root),
-                out=str(root / "shards"),
-                tokenizer="characters",
-                validation_fraction=0.2,
-                shard_tokens=1500,
-            )
-        )
+        if not root.is_dir():
+            root.mkdir()
+            for number in range(40):
+                (root / f"{number:02}.txt").write_text(LINES[number * 37 : number * 37 + 150])
+            shards = {"out": str(root / "shards"), "validation_fraction": 0.2, "shard_tokens": 1500}
+            prepare(PrepareConfig(source=str(root), tokenizer="characters", **shards))
     return root / "shards"
 
 
@@ -203,13 +186,19 @@ def recipe(text: Path) -> Build:
     return build
 
 
+@pytest.fixture
+def folder(recipe: Build, tmp_path: Path) -> Path:
+    """A folder with small.toml in it."""
+    (tmp_path / "small.toml").write_text(to_toml(recipe()))
+    return tmp_path
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A run that several processes have done."""
+    """A finished run."""
 
     path: Path
-    asked: Sequence[Sequence[tuple[Any, ...]]]
-    """By rank, every batch that it asked for: (step, first row, rows, digest)."""
+    read: Sequence[Sequence[tuple[Any, ...]]]  # by rank, of each batch: step, first row, rows, digest
 
     @property
     def directory(self) -> RunDirectory:
@@ -228,26 +217,25 @@ class Trained:
         return [line["loss"] for line in lines]
 
     def ledger(self) -> list[tuple[Any, ...]]:
-        """Every batch that was trained on, in the order of the steps and, within each, of the ranks."""
-        return sorted(itertools.chain(*self.asked), key=lambda batch: batch[0])
+        """Every batch that was trained on, ordered by step and rank."""
+        return sorted(itertools.chain(*self.read), key=lambda batch: batch[0])
 
 
 @pytest.fixture(scope="session")
 def trained(
     shared_folder: Path, tmp_path_factory: pytest.TempPathFactory, recipe: Build
 ) -> Callable[..., Trained]:
-    """The run of so many processes with such settings, trained by whichever test needs it first."""
+    """A run of `size` processes with these settings, trained once for all tests."""
     teams = Teams(tmp_path_factory.mktemp("trained"))
 
-    def train(size: int, *, machines: int = 1, rows_judged: int | None = None, **settings: Any) -> Trained:
-        words = [f"{name}-{value}" for name, value in sorted(settings.items())]
-        name = "-".join([str(size), str(machines), str(rows_judged), *words])
+    def train(size: int, *, machines: int = 1, at_once: int | None = 3, **settings: Any) -> Trained:
+        name = "-".join(map(str, [size, machines, at_once, *itertools.chain(*sorted(settings.items()))]))
         path, notes = shared_folder / name, shared_folder / f"{name}.pickle"
         with FileLock(shared_folder / f"{name}.lock"):
             if not notes.is_file():
-                given = (recipe(**settings), path, None, rows_judged)
-                asked = teams("train", *given, size=size, machines=machines)
-                notes.write_bytes(pickle.dumps(asked))
+                given = (recipe(**settings), path, None, at_once)
+                read = teams("train", *given, size=size, machines=machines)
+                notes.write_bytes(pickle.dumps(read))
         return Trained(path, pickle.loads(notes.read_bytes()))
 
     return train

@@ -1,11 +1,12 @@
-"""What the processes of a team do: each function here is called in every one of them, by its name.
+"""What the processes of a team do: each function here is called in all of them, by its name.
 
-The tests are other processes and import nothing from here: they name a role and hand over its arguments.
+The tests run in other processes and import nothing from here: they name a role and its arguments.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import io
@@ -18,9 +19,28 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from overnight import cli
+from overnight.data.dataset import open_dataset
+from overnight.distributed import world as worlds
+from overnight.distributed.watchdog import Watchdog
+from overnight.evaluation import EvaluateConfig
+from overnight.evaluation import command as evaluation_command
+from overnight.run import train as training
+from overnight.run.evaluate import open_run_tasks
+from overnight.run.log import RunLog
+from overnight.run.setup import build_run, initial_weights, resolve_on
+from overnight.run_directory import RunDirectory
+from overnight.training.checkpoint.load import load_checkpoint, read_newest
+from overnight.training.checkpoint.save import save_checkpoint
+
+sys.path.append(str(Path(__file__).parents[1] / "campaigns"))
+from mutants import original, replace
+
 
 def play(role: str, given: Sequence[Any], environment: dict[str, str], log: str, answer: Connection) -> None:
-    """Call the role where the environment is that of a launcher; send back what it returns or raises."""
+    """Call the role in a launcher's environment; send back what it returns or raises."""
     os.environ.update(environment)
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(written, 1)
@@ -33,124 +53,105 @@ def play(role: str, given: Sequence[Any], environment: dict[str, str], log: str,
         raise
 
 
-# ---------------------------------------------------------------- whole runs
+# Whole runs
+
+Batches = list[tuple[int, int, int, str]]  # step, first row, rows, digest of ids and targets
 
 
-Batches = list[tuple[int, int, int, str]]
-"""(step, first row, rows, digest of ids and targets) of each."""
+def before_each_step(change: Callable[[Any, Any], Any]) -> None:
+    """From here on a step gets the set-up that `change` makes of (state, set-up)."""
+    train_step = original("overnight.training.step:train_step")
+    replace(
+        "overnight.training.step:train_step", lambda state, setup: train_step(state, change(state, setup))
+    )
 
 
-def train(recipe: Any, path: Path, stop: int | None = None, rows_judged: int | None = None) -> Batches:
-    """A run, stopped after so many steps if `stop` says so; every batch that this process asked for.
+@dataclasses.dataclass
+class Observed:
+    """A source of batches; each is shown to `observe` first."""
 
-    It is judged so many rows at a time, so that there are batches to be divided.
-    """
-    judge_rows(rows_judged)
-    return note_batches(recipe, path, stop, resume=False)
+    source: Any
+    observe: Callable[[int, int, Any], None]
 
-
-def go_on(path: Path, stop: int | None, compute: dict[str, Any], rows_judged: int | None = None) -> Batches:
-    """`train`, of the run in `path`, with these settings otherwise than before."""
-    from overnight.run.command import load_resumed
-
-    judge_rows(rows_judged)
-    before = load_resumed(path)
-    recipe = dataclasses.replace(before, compute=dataclasses.replace(before.compute, **compute))
-    return note_batches(recipe, path, stop, resume=True)
+    def batch(self, first_row: int, rows: int) -> Any:
+        batch = self.source.batch(first_row, rows)
+        self.observe(first_row, rows, batch)
+        return batch
 
 
-def note_batches(recipe: Any, path: Path, stop: int | None, *, resume: bool) -> Batches:
-    from overnight.run import setup, train
-    from overnight.run_directory import RunDirectory
+def train(
+    recipe: Any, path: Path, stop: int | None = None, at_once: int | None = 3, resume: bool = False
+) -> Batches:
+    """A run, stopped after `stop` steps and evaluated `at_once` rows at a time; every batch it read here."""
+    read: Batches = []
 
-    asked: Batches = []
-    build = setup.build_training
-
-    def build_noting(job: Any) -> Any:
-        training = build(job)
-
-        def batches(first_row: int, rows: int) -> Any:
-            batch = training.batches(first_row, rows)
+    def observed(state: Any, setup: Any) -> Any:
+        def note(first_row: int, rows: int, batch: Any) -> None:
             text = batch.ids.numpy().tobytes() + batch.targets.numpy().tobytes()
-            asked.append((job.state.step, first_row, rows, hashlib.sha256(text).hexdigest()))
-            return batch
+            read.append((state.step, first_row, rows, hashlib.sha256(text).hexdigest()))
 
-        return dataclasses.replace(training, batches=batches)
+        return dataclasses.replace(setup, data=Observed(setup.data, note))
 
-    setup.build_training = build_noting
+    if at_once is not None:
+        limit_evaluation_batches(at_once)
+    before_each_step(observed)
     if stop is not None:
-        train.stop_on_signal = max_time(stop)
+        stop_after(stop)
     with contextlib.suppress(KeyboardInterrupt):
-        train.run(recipe, RunDirectory(path), resume=resume)
-    return asked
+        training.train(recipe, RunDirectory(path), resume=resume)
+    return read
 
 
 def train_poisoned(recipe: Any, path: Path, steps: Sequence[int]) -> tuple[str, list[int]]:
-    """A run whose rows of these steps have no finite loss; how it failed, and which rows were left out."""
-    from overnight.run import setup, train
-    from overnight.run_directory import RunDirectory
+    """A run whose rows of these steps have a loss of NaN; how it failed, and how many rows it skipped."""
+    states: list[Any] = []
 
-    build, jobs = setup.build_training, []
-
-    def build_poisoned(job: Any) -> Any:
-        training, is_bad, plan = build(job), False, job.plan
-        jobs.append(job)
+    def poisoned(state: Any, setup: Any) -> Any:
+        states.append(state)
+        plan, is_bad = setup.plan, [False]
         ends = [[plan.tokens_before(each) // plan.tokens_per_row for each in (s, s + 1)] for s in steps]
 
-        def batches(first_row: int, rows: int) -> Any:
-            nonlocal is_bad
-            is_bad = any(first <= first_row < end for first, end in ends)
-            return training.batches(first_row, rows)
+        def note(first_row: int, rows: int, batch: Any) -> None:
+            is_bad[0] = any(first <= first_row < end for first, end in ends)
 
         def loss(ids: Any, targets: Any) -> Any:
-            nats = training.loss(ids, targets)
-            return nats * float("nan") if is_bad else nats
+            return setup.loss(ids, targets) * (float("nan") if is_bad[0] else 1.0)
 
-        return dataclasses.replace(training, batches=batches, loss=loss)
+        return dataclasses.replace(setup, data=Observed(setup.data, note), loss=loss)
 
-    setup.build_training = build_poisoned
-    said = ""
+    before_each_step(poisoned)
+    message = ""
     try:
-        train.run(recipe, RunDirectory(path))
+        training.train(recipe, RunDirectory(path))
     except FloatingPointError as error:
-        said = str(error)
-    return said, [detour.rows for detour in jobs[-1].state.guard.skipped]
-
-
-def judge_rows(at_once: int | None) -> None:
-    from overnight.run import log as log_module
-
-    if at_once is not None:
-        log_module.evaluation_rows = lambda model: at_once
-
-
-def max_time(steps: int) -> Callable[[], Any]:
-    """Stands for stop_on_signal: the signal comes after so many more steps, to the last process only."""
-
-    @contextlib.contextmanager
-    def signalled() -> Iterator[Callable[[], bool]]:
-        asked = iter(range(10**6))
-        is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-        yield lambda: next(asked) >= steps and is_last
-
-    return signalled
+        message = str(error)
+    return message, [skipped.rows for skipped in states[-1].guard.skipped]
 
 
 def train_until(recipe: Any, path: Path, step: int, rank: int, ending: str) -> None:
-    """A run in which something becomes of one process once so many steps are done."""
-    from overnight.run import train
-    from overnight.run_directory import RunDirectory
-    from overnight.training import step as step_module
+    """A run in which something happens to one process after `step` steps."""
 
-    train_step = step_module.train_step
-
-    def watched(state: Any, training: Any) -> Any:
-        if state.step == step and training.world.rank == rank:
+    def watched(state: Any, setup: Any) -> Any:
+        if state.step == step and setup.world.rank == rank:
             ENDINGS[ending]()
-        return train_step(state, training)
+        return setup
 
-    step_module.train_step = watched
-    train.run(recipe, RunDirectory(path))
+    before_each_step(watched)
+    training.train(recipe, RunDirectory(path))
+
+
+def limit_evaluation_batches(rows: int = 3) -> None:
+    """So that each process has several batches to evaluate."""
+    replace("overnight.evaluation.perplexity:evaluation_rows", lambda model: rows)
+    replace("overnight.evaluation.multiple_choice:TOKENS_AT_ONCE", 200)
+    replace("overnight.evaluation.passages:TOKENS_AT_ONCE", 200)
+
+
+def stop_after(steps: int) -> None:
+    """The last process gets its signal after `steps` steps."""
+    asked = iter(range(10**6))
+    is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    replace("overnight.run.train:StopConditions.is_met", lambda stop: next(asked) >= steps and is_last)
 
 
 def sleep_in_python() -> None:
@@ -159,56 +160,48 @@ def sleep_in_python() -> None:
 
 
 def sleep_in_c() -> None:
-    """As a call that hangs in the driver: no other thread of Python gets a word in."""
-    import ctypes
-
+    """As a call that hangs in the driver: no other thread of Python runs."""
     ctypes.PyDLL(None).sleep(600)
 
 
-def disagree() -> None:
-    raise RuntimeError("an error that nobody foresaw")
+def raise_error() -> None:
+    raise RuntimeError("an unforeseen error")
 
 
 ENDINGS = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "told to stop": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "signalled": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "frozen": sleep_in_python,
     "frozen in C": sleep_in_c,
-    "broken": disagree,
+    "broken": raise_error,
 }
 
 
 def command(folder: Path, words: Sequence[str], version: str | None = None) -> tuple[int, str]:
-    """`overnight` with these words in `folder`, of that version; the exit status and what it says."""
-    from overnight import cli
-    from overnight.run import setup
-
+    """`overnight` with these words in `folder`, of that version; exit status and standard error."""
     os.chdir(folder)
-    cli.SECONDS_TO_SPEAK = 0.0
-    setup.__version__ = version or setup.__version__
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    if version is not None:
+        replace("overnight.run.preflight:__version__", version)
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
         status = cli.main(words)
-    return status, said.getvalue()
+    return status, printed.getvalue()
 
 
-# ---------------------------------------------------------------- checkpoints
+# Checkpoints
 
 
 @contextlib.contextmanager
 def opened(recipe: Any) -> Iterator[Any]:
-    """The job of a run that has a checkpoint, with weights and moments that are no numbers yet."""
-    from overnight.distributed.world import join_world
-    from overnight.run.setup import build_setup
-
-    with join_world("cpu", 60) as world:
-        job = build_setup(recipe, world, has_checkpoint=True)
-        forget(job.state)
-        yield job
+    """The run of a recipe, ready to load a checkpoint: weights and moments are NaN."""
+    with worlds.join_world("cpu", 60) as world:
+        dataset = open_dataset(recipe.data)
+        model, _ = initial_weights(recipe, dataset, None)
+        run = build_run(resolve_on(recipe, model, dataset, world), dataset, None, world)
+        forget(run.state)
+        yield run
 
 
 def forget(state: Any) -> None:
-    import torch
-
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.fill_(float("nan"))
@@ -217,113 +210,72 @@ def forget(state: Any) -> None:
 
 
 def save_again(recipe: Any, checkpoints: Sequence[Path], folder: Path) -> None:
-    """Load each checkpoint and save it below `folder`, in a folder of its own."""
-    from overnight.training.checkpoint.load import load_checkpoint
-    from overnight.training.checkpoint.save import save_checkpoint
-
-    with opened(recipe) as job:
+    """Load each checkpoint, and save it into a folder of its own below `folder`."""
+    with opened(recipe) as run:
         for number, checkpoint in enumerate(checkpoints):
-            forget(job.state)
-            load_checkpoint(job.state, checkpoint, job.world)
-            save_checkpoint(job.state, folder / str(number), world=job.world)
+            forget(run.state)
+            load_checkpoint(run.state, checkpoint, run.world)
+            save_checkpoint(run.state, folder / str(number), world=run.world)
 
 
 def load_newest(recipe: Any, folders: Sequence[Path]) -> list[tuple[int, str]]:
-    """Of each folder of checkpoints the step that is loaded, -1 for none, and what is said on the way."""
-    from overnight.training.checkpoint import load
-
-    said: list[str] = []
-    load.say = said.append
-    found = []
-    with opened(recipe) as job:
+    """Of each folder of checkpoints the step that is loaded, -1 for none, and what is printed."""
+    found, printed = [], []
+    replace("overnight.terminal:echo", printed.append)
+    with opened(recipe) as run:
         for folder in folders:
-            forget(job.state)
-            said.clear()
+            forget(run.state)
+            printed.clear()
             try:
-                load.read_newest(folder, lambda path: load.load_checkpoint(job.state, path, job.world))
+                read_newest(folder, lambda path: load_checkpoint(run.state, path, run.world))
             except ValueError as error:
-                said.append(str(error))
-            found.append((job.state.step, "\n".join(said)))
+                printed.append(str(error))
+            found.append((run.state.step, "\n".join(printed)))
     return found
 
 
-def judge(recipe: Any, checkpoint: Path, path: Path, rows_judged: int) -> None:
-    """Evaluate the model of a checkpoint and let it write, into the run directory `path`."""
-    from overnight.distributed.watchdog import Watchdog
-    from overnight.run.log import RunLog
-    from overnight.run_directory import RunDirectory
-    from overnight.training.checkpoint.load import load_checkpoint
-
-    judge_rows(rows_judged)
-    with opened(recipe) as job:
-        load_checkpoint(job.state, checkpoint, job.world)
-        with RunLog(job, RunDirectory(path), Watchdog(job.world.rank, 60)) as journal:
-            journal.evaluate()
-            journal.sample()
-
-
-def judge_tasks(recipe: Any, checkpoint: Path, path: Path) -> None:
-    """Judge the model of a checkpoint on the recipe's tasks, into the run directory `path`."""
-    from overnight.distributed.watchdog import Watchdog
-    from overnight.evaluation import multiple_choice, passages
-    from overnight.run.log import RunLog, open_run_tasks
-    from overnight.run_directory import RunDirectory
-    from overnight.training.checkpoint.load import load_checkpoint
-
-    multiple_choice.TOKENS_AT_ONCE = passages.TOKENS_AT_ONCE = 200  # several batches for each process
-    with opened(recipe) as job:
-        load_checkpoint(job.state, checkpoint, job.world)
-        tasks = open_run_tasks(recipe.evaluation, job.dataset.tokenizer, job.plan.tokens_per_row)
-        with RunLog(job, RunDirectory(path), Watchdog(job.world.rank, 60), tasks) as journal:
-            journal.judge_tasks()
+def evaluate_checkpoint(recipe: Any, checkpoint: Path, path: Path) -> None:
+    """Evaluate a checkpoint's model, sample from it and run the recipe's tasks, into the run `path`."""
+    limit_evaluation_batches()
+    with opened(recipe) as run:
+        load_checkpoint(run.state, checkpoint, run.world)
+        tasks = open_run_tasks(recipe.evaluation, run.dataset.tokenizer, run.resolved.plan.tokens_per_row)
+        with RunLog(run, RunDirectory(path), Watchdog(run.world.rank, 60), tasks) as log:
+            log.evaluate()
+            log.sample()
+            log.evaluate_tasks()
 
 
 def evaluate(values: dict[str, Any]) -> str:
     """What `overnight evaluate --json` prints here."""
-    import io
-
-    from overnight.evaluation import command as evaluation_command
-    from overnight.evaluation import multiple_choice, passages
-
-    multiple_choice.TOKENS_AT_ONCE = passages.TOKENS_AT_ONCE = 200
+    limit_evaluation_batches()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        evaluation_command.run(evaluation_command.EvaluateConfig(**values))
+        evaluation_command.run(EvaluateConfig(**values))
     return printed.getvalue()
 
 
-# ---------------------------------------------------------------- what processes say to each other
+# Collectives
 
 
-@contextlib.contextmanager
-def joined(bucket_bytes: int | None = None) -> Iterator[Any]:
-    """The world, whose buckets hold so much."""
-    from overnight.distributed import world
-
-    world.BUCKET_BYTES = bucket_bytes or world.BUCKET_BYTES
-    with world.join_world("cpu", 20) as joining:
-        yield joining
-
-
-def own_tensors(rank: int) -> list[Any]:
-    """What each process has: tensors of several shapes, whose sums are rounded."""
-    import torch
-
+def own_tensors(rank: int) -> list[torch.Tensor]:
+    """What each process holds: tensors of several shapes, whose sums are rounded."""
     generator = torch.Generator().manual_seed(rank)
-    shapes = [(), (3,), (2, 5), (1,), (40, 4), (0,), (7,)]
+    shapes: list[tuple[int, ...]] = [(), (3,), (2, 5), (1,), (40, 4), (0,), (7,)]
     return [torch.randn(shape, generator=generator) * 10**rank for shape in shapes]
 
 
-def say_all(way: str, bucket_bytes: int | None, *given: int) -> list[Any]:
-    """The tensors, as lists, after `world.<way>(tensors, *given)`."""
-    with joined(bucket_bytes) as world:
+def collect(collective: str, bucket_bytes: int, *given: int) -> list[Any]:
+    """The tensors, as lists, after `world.<collective>(tensors, *given)` in buckets of that size."""
+    worlds.BUCKET_BYTES = bucket_bytes
+    with worlds.join_world("cpu", 20) as world:
         tensors = own_tensors(world.rank)
-        getattr(world, way)(tensors, *given)
+        getattr(world, collective)(tensors, *given)
         return [tensor.tolist() for tensor in tensors]
 
 
-def find_out() -> dict[str, Any]:
-    """What small questions are answered with."""
-    with joined() as world:
+def describe_world() -> dict[str, Any]:
+    """Rank and sizes, and the results of `any` and `all_gather_object`."""
+    with worlds.join_world("cpu", 20) as world:
         last = world.size - 1
         answers = {
             "place": (world.rank, world.size, world.local_rank, world.local_size, world.device),
@@ -334,45 +286,15 @@ def find_out() -> dict[str, Any]:
         return answers
 
 
-def refuse(refusals: Sequence[str | None]) -> str:
-    """What `together` makes of a refusal by some ranks, and whether all go on afterwards."""
-    with joined() as world:
-        said = "nothing"
+def raise_in_some(errors: Sequence[str | None]) -> str:
+    """What `raise_together` makes of the errors of some ranks; afterwards all meet again."""
+    with worlds.join_world("cpu", 20) as world:
+        message = "nothing"
         try:
             with world.raise_together():
-                if refusals[world.rank] is not None:
-                    raise ValueError(refusals[world.rank])
+                if errors[world.rank] is not None:
+                    raise ValueError(errors[world.rank])
         except ValueError as error:
-            said = str(error)
+            message = str(error)
         world.barrier()
-        return said
-
-
-def leave(rank: int, ending: str) -> None:
-    """One process leaves while the others wait for it."""
-    with joined() as world:
-        world.barrier()
-        if world.rank == rank:
-            ENDINGS[ending]()
-        world.barrier()
-
-
-def add_up_in_tree(micro_batches: int) -> list[list[float]]:
-    """The gradients of so many micro-batches, which these processes share."""
-    import torch
-
-    from overnight.training.batch import constant_plan
-    from overnight.training.sharding import accumulate_gradients_bitwise as add_up
-
-    weights = [torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(2, 2))]
-
-    def backward(number: int) -> Any:
-        leaf = own_tensors(number % 7)[4].flatten()
-        weights[0].grad = leaf[:5] * (number + 1) / 3
-        weights[1].grad = leaf[5:9].view(2, 2) * (number + 1) / 7
-        return leaf[9] / (number + 1)
-
-    with joined() as world:
-        share = constant_plan(1, 1, micro_batches).share(0, world.rank, world.size)
-        nats = add_up(backward, share, weights, world)
-        return [weight.grad.flatten().tolist() for weight in weights] + [[nats.item()]]
+        return message

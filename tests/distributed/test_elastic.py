@@ -1,4 +1,4 @@
-"""A run goes on in any number of processes, whatever they divide; what is damaged is refused by all."""
+"""A run continues in any number of processes with any sharding; all refuse what is damaged."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from typing import Any
 import pytest
 import torch
 
+from overnight.recipe import with_settings
+from overnight.run.resume import load_resumed
 from overnight.run_directory import RunDirectory
 from overnight.training.checkpoint.format import TensorFiles
 from overnight.training.checkpoint.load import read_model
 
 Train = Callable[..., Any]
-ROWS_JUDGED = 3  # at once: the runs are those that other tests here compare
-
 distributed = pytest.mark.distributed  # not in a plain run
-ALL = [
-    *((size, 1, sharding) for size in (1, 2, 4) for sharding in ("none", "optimizer", "full")),
-    (4, 2, "hybrid"),
+ALL = [*((size, 1, sharding) for size in (1, 2, 4) for sharding in ("none", "zero1", "fsdp")), (4, 2, "hsdp")]
+SAVERS = [(1, 1, "none"), (2, 1, "zero1"), (2, 1, "fsdp"), (4, 2, "hsdp")]
+LOADERS = [(1, 1, "none"), (2, 1, "fsdp")]
+FILES = [
+    *(f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("model", "optimizer") for rank in (0, 1)),
+    *("state.json", "MANIFEST.json"),
 ]
-SAVERS = [(1, 1, "none"), (2, 1, "optimizer"), (2, 1, "full"), (4, 2, "hybrid")]
-LOADERS = [(1, 1, "none"), (2, 1, "full")]
 
 
 def contents(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Every weight and moment of a checkpoint, whole, and what its state.json says of the state."""
+    """Every weight and moment of a checkpoint, whole, and its state.json without files and settings."""
     about = json.loads((checkpoint / "state.json").read_text())
     tensors = dict(read_model(checkpoint).weights())
     moments = TensorFiles(sorted(checkpoint.glob("optimizer*.safetensors")))
@@ -39,153 +40,113 @@ def contents(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     return tensors, {key: value for key, value in about.items() if key not in {"files", "settings"}}
 
 
-def differences(one: Path, other: Path) -> list[str]:
-    """The names of what is not the same to the bit."""
-    (tensors, about), (theirs, theirs_about) = contents(one), contents(other)
-    names = sorted({*tensors, *theirs})
-    found = [
-        name
-        for name in names
-        if name not in tensors or name not in theirs or not torch.equal(tensors[name], theirs[name])
-    ]
-    return found + ([] if about == theirs_about else ["state.json"])
+def are_equal(one: Path, other: Path) -> bool:
+    """To the bit."""
+    (tensors, about), (others, other_about) = contents(one), contents(other)
+    return (tensors.keys(), about) == (others.keys(), other_about) and all(
+        torch.equal(tensors[name], others[name]) for name in tensors
+    )
 
 
-def check_pairs(
-    checkpoints: list[Path], loaders: list[tuple[int, int, str]], team: Any, recipe: Any, place: Path
+@pytest.mark.parametrize(
+    "savers, loaders", [(SAVERS, LOADERS), pytest.param(ALL, ALL, marks=distributed)], ids=["some", "all"]
+)
+def test_checkpoint_loads_in_any_team(
+    trained: Train, team: Any, recipe: Any, tmp_path: Path, savers: Any, loaders: Any
 ) -> None:
-    """Each checkpoint, loaded by each team and saved again, has not changed."""
+    """Loaded by another team and saved again, it has not changed."""
+    checkpoints = [
+        trained(size, machines=machines, sharding=sharding).newest for size, machines, sharding in savers
+    ]
     for size, machines, sharding in loaders:
-        folder = place / f"{size}-{machines}-{sharding}"
-        how = recipe(sharding=sharding)
-        team("save_again", how, checkpoints, folder, size=size, machines=machines)
+        folder = tmp_path / f"{size}-{machines}-{sharding}"
+        given = (recipe(sharding=sharding), checkpoints, folder)
+        team("save_again", *given, size=size, machines=machines)
         for number, checkpoint in enumerate(checkpoints):
             (again,) = (folder / str(number)).iterdir()
             assert again.name == checkpoint.name == "step-00000020"
             assert len(list(again.glob("model*.safetensors"))) == size
-            assert differences(checkpoint, again) == []
+            assert are_equal(checkpoint, again)
 
 
-# ---------------------------------------------------------------- what is loaded
-
-
-def test_what_one_team_saves_another_loads(trained: Train, team: Any, recipe: Any, tmp_path: Path) -> None:
-    saved = [
-        trained(size, machines=machines, sharding=sharding, rows_judged=ROWS_JUDGED).newest
-        for size, machines, sharding in SAVERS
-    ]
-    check_pairs(saved, LOADERS, team, recipe, tmp_path)
-
-
-@distributed
-def test_what_any_team_saves_every_team_loads(trained: Train, team: Any, recipe: Any, tmp_path: Path) -> None:
-    """1, 2 and 4 processes to 1, 2 and 4, each sharding to each."""
-    saved = [
-        trained(size, machines=machines, sharding=sharding, rows_judged=ROWS_JUDGED).newest
-        for size, machines, sharding in ALL
-    ]
-    check_pairs(saved, ALL, team, recipe, tmp_path)
-
-
-def test_the_comparison_sees_one_bit(trained: Train, tmp_path: Path) -> None:
-    """The negative control."""
-    saved = trained(2, sharding="optimizer", rows_judged=ROWS_JUDGED).newest
+def test_comparison_sees_one_bit(trained: Train) -> None:
+    """Negative control."""
+    saved = trained(2, sharding="zero1").newest
     tensors, about = contents(saved)
     assert len(tensors) == 3 * len(read_model(saved).weights())
     assert about["step"] == about["updates"] == 20
     assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())
-    assert differences(saved, trained(1, sharding="none", rows_judged=ROWS_JUDGED).newest) != [], (
-        "rounded otherwise"
-    )
-    assert differences(saved, saved) == []
+    assert are_equal(saved, saved)
+    assert not are_equal(saved, trained(1, sharding="none").newest), "rounded otherwise"
 
 
-# ---------------------------------------------------------------- what goes on
-
-
-def hand_on(team: Any, recipe: Any, path: Path, chain: list[tuple[int, str]], steps: int) -> list[Any]:
-    """A run in which one team follows another, each after so many steps; every batch that was trained on."""
+def train_in_turn(team: Any, recipe: Any, path: Path, chain: list[tuple[int, str]], steps: int) -> list[Any]:
+    """A run that each team continues for `steps` steps, the last to its end; every batch read."""
     ledger: list[Any] = []
     for number, (size, sharding) in enumerate(chain, start=1):
+        continued = with_settings(load_resumed(path) if number > 1 else recipe, sharding=sharding)
         stop = steps if number < len(chain) else None
-        if number == 1:
-            asked = team("train", recipe, path, stop, size=size)
-        else:
-            asked = team("go_on", path, stop, {"sharding": sharding}, size=size)
-        ledger += sorted(itertools.chain(*asked), key=lambda batch: batch[0])
+        read = team("train", continued, path, stop, 3, number > 1, size=size)
+        ledger += sorted(itertools.chain(*read), key=lambda batch: batch[0])
     return ledger
 
 
 @pytest.mark.parametrize(
     "chain",
     [
-        [(1, "none"), (2, "optimizer"), (4, "none"), (1, "none")],
-        pytest.param([(4, "optimizer"), (1, "none"), (2, "none"), (4, "none")], marks=distributed),
-        pytest.param([(2, "none"), (4, "optimizer"), (2, "optimizer"), (1, "optimizer")], marks=distributed),
+        [(1, "none"), (2, "zero1"), (4, "none"), (1, "none")],
+        pytest.param([(4, "zero1"), (1, "none"), (2, "none"), (4, "none")], marks=distributed),
+        pytest.param([(2, "none"), (4, "zero1"), (2, "zero1"), (1, "zero1")], marks=distributed),
     ],
 )
-def test_a_run_that_is_handed_on_ends_as_if_undisturbed(
+def test_run_in_changing_teams_is_the_same_run(
     trained: Train, team: Any, recipe: Any, tmp_path: Path, chain: list[tuple[int, str]]
 ) -> None:
     alone = trained(1, sharding="none", deterministic_reduce=True)
-    begun = recipe(sharding=chain[0][1], deterministic_reduce=True)
-    ledger = hand_on(team, begun, tmp_path / "run", chain, steps=5)
+    begun = recipe(deterministic_reduce=True)
+    assert train_in_turn(team, begun, tmp_path / "run", chain, steps=5) == alone.ledger()
     directory = RunDirectory(tmp_path / "run")
-    assert ledger == alone.ledger()
-    assert differences(max(directory.checkpoints.iterdir()), alone.newest) == []
+    assert are_equal(max(directory.checkpoints.iterdir()), alone.newest)
     assert [line["loss"] for line in directory.read_metrics()] == alone.losses()
     for kind in ("evaluations", "samples"):
         assert directory.read_events(kind) == alone.directory.read_events(kind)
 
 
 @distributed
-def test_shards_are_handed_on_as_well(trained: Train, team: Any, recipe: Any, tmp_path: Path) -> None:
-    alone = trained(1, sharding="none", rows_judged=ROWS_JUDGED)
-    chain = [(2, "full"), (4, "full"), (1, "none"), (4, "optimizer"), (2, "hybrid")]
-    ledger = hand_on(team, recipe(sharding="full"), tmp_path / "run", chain, steps=4)
+def test_sharded_run_in_changing_teams(trained: Train, team: Any, recipe: Any, tmp_path: Path) -> None:
+    alone = trained(1, sharding="none")
+    chain = [(2, "fsdp"), (4, "fsdp"), (1, "none"), (4, "zero1"), (2, "hsdp")]
+    assert train_in_turn(team, recipe(), tmp_path / "run", chain, steps=4) == alone.ledger()
     losses = [line["loss"] for line in RunDirectory(tmp_path / "run").read_metrics()]
-    assert ledger == alone.ledger()
     assert losses == pytest.approx(alone.losses(), rel=1e-6, abs=0)
 
 
-# ---------------------------------------------------------------- what is damaged
-
-FILES = [
-    *(f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("model", "optimizer") for rank in (0, 1)),
-    "state.json",
-    "MANIFEST.json",
-]
-
-
-def flip_a_bit(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(1, marks=distributed), pytest.param(4, marks=distributed)])
-def test_damage_is_refused_by_all_and_they_fall_back_together(
+def test_all_fall_back_from_damaged_checkpoint(
     trained: Train, team: Any, recipe: Any, tmp_path: Path, size: int
 ) -> None:
-    saved = trained(2, sharding="full", rows_judged=ROWS_JUDGED).directory.checkpoints
-    folders, damages = [], [flip_a_bit, Path.unlink]
-    for damage in damages:
+    saved = trained(2, sharding="fsdp").directory.checkpoints
+    folders = []
+    for damage in (flip_bit, Path.unlink):
         for name in FILES:
-            folder = tmp_path / f"{damage.__name__}-{name}"
-            shutil.copytree(saved, folder)
+            shutil.copytree(saved, folder := tmp_path / f"{damage.__name__}-{name}")
             damage(folder / "step-00000020" / name)
             folders.append(folder)
     shutil.copytree(saved, sound := tmp_path / "sound")
     shutil.copytree(folders[0], hopeless := tmp_path / "hopeless")
     (hopeless / "step-00000015" / FILES[3]).unlink()
-    found = team("load_newest", recipe(sharding="full"), [*folders, sound, hopeless], size=size)
-    assert all(told == found[0] for told in found), "each says the same"
+    found = team("load_newest", recipe(sharding="fsdp"), [*folders, sound, hopeless], size=size)
+    assert all(each == found[0] for each in found), "all processes do the same"
     *fallen, whole, none = found[0]
-    assert [step for step, _ in fallen] == [15] * len(folders)
-    for folder, (_, said) in zip(folders, fallen, strict=True):
-        assert said.count("\n") == 0
-        assert f"checkpoint {folder}/step-00000020 is " in said
-        assert "trying the one before it" in said
+    for folder, (step, message) in zip(folders, fallen, strict=True):
+        assert step == 15
+        assert message.count("\n") == 0
+        assert f"{folder}/step-00000020" in message
     assert whole == (20, "")
     assert none[0] == -1
-    assert "is whole; take one from a copy, or begin with another --run-name" in none[1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import inspect
 import json
 from pathlib import Path
@@ -11,11 +9,10 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tiktoken.load
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 from tokenizers.implementations import ByteLevelBPETokenizer
-from transformers import AutoTokenizer, GPT2Tokenizer
+from transformers import AutoTokenizer
 
 from overnight.tokenizer import bpe
 from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
@@ -31,7 +28,10 @@ UNUSUAL = (
     "a<|endoftext|>b <|endo ftext|>",
     "",
 )
-ANY_TEXT = st.one_of(st.text(max_size=100), st.text("ab 1!'s\n\t\xa0\u3000é中🙂", max_size=100))
+ANY_TEXT = st.one_of(
+    st.text(st.characters(exclude_categories=()), max_size=60),  # lone surrogates, too
+    st.text("ab 1!'s\n\t\xa0\u3000é中🙂", max_size=100),
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,6 @@ def texts(shared_data: Path) -> list[str]:
     shakespeare = (shared_data / "shakespeare/input.txt").read_text(encoding="utf-8")
     wikipedia = (shared_data / "wikitext-2/wiki.valid.tokens").read_text(encoding="utf-8")
     return [*UNUSUAL, shakespeare[:100_000], wikipedia[:100_000]]
-
-
-# tiktoken
 
 
 @pytest.fixture(scope="module")
@@ -77,55 +74,12 @@ def test_addresses_and_hashes_equal_tiktokens() -> None:
         assert f'"{sha256}"' in published
 
 
-def test_vocabulary_has_the_hash_of_tiktokens_file(gpt2: Tokenizer) -> None:
-    lines = [
-        f"{base64.b64encode(spelled).decode()} {id}\n" for id, spelled in enumerate(gpt2.token_bytes()[:-1])
-    ]
-    published = inspect.getsource(openai_public.r50k_base)
-    assert hashlib.sha256("".join(lines).encode()).hexdigest() in published
-
-
-def test_gpt2_ids_of_a_known_sentence(gpt2: Tokenizer) -> None:
-    assert gpt2.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
-
-
 def test_gpt2_equals_tiktoken(gpt2: Tokenizer, by_tiktoken: tiktoken.Encoding, texts: list[str]) -> None:
-    assert gpt2.vocab_size == by_tiktoken.n_vocab
-    assert gpt2.end_of_text == by_tiktoken.eot_token
+    assert gpt2.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert (gpt2.vocab_size, gpt2.end_of_text) == (by_tiktoken.n_vocab, by_tiktoken.eot_token)
     for text, ids in zip(texts, gpt2.encode_batch(texts), strict=True):
         assert ids.tolist() == by_tiktoken.encode_ordinary(text)
         assert gpt2.decode_bytes(ids.tolist()) == by_tiktoken.decode_bytes(ids.tolist())
-
-
-@given(text=st.one_of(ANY_TEXT, st.text(st.characters(exclude_categories=()), max_size=50)))
-@settings(max_examples=500, deadline=None)
-def test_gpt2_equals_tiktoken_on_any_text(gpt2: Tokenizer, by_tiktoken: tiktoken.Encoding, text: str) -> None:
-    assert gpt2.encode(text) == by_tiktoken.encode_ordinary(text)
-
-
-# Transformers
-
-
-@pytest.fixture(scope="module")
-def by_transformers(folder: Path) -> GPT2Tokenizer:
-    """Transformers' GPT-2, from the same two files."""
-    vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-    merges = [tuple(line.split()) for line in lines]
-    return GPT2Tokenizer(vocab=vocab, merges=merges, split_special_tokens=True)
-
-
-@given(text=ANY_TEXT)
-@settings(max_examples=300, deadline=None)
-def test_gpt2_equals_transformers_on_any_text(
-    gpt2: Tokenizer, by_transformers: GPT2Tokenizer, text: str
-) -> None:
-    assert gpt2.encode(text) == by_transformers(text)["input_ids"]
-
-
-def test_gpt2_equals_transformers(gpt2: Tokenizer, by_transformers: GPT2Tokenizer, texts: list[str]) -> None:
-    for text in texts:
-        assert gpt2.encode(text) == by_transformers(text)["input_ids"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe-1000", "characters"])
@@ -147,9 +101,6 @@ def test_saved_tokenizer_opens_in_transformers(
         assert theirs.decode(ids) == ours.decode(ids) == text
     theirs.save_pretrained(tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
-
-
-# tokenizers
 
 
 def test_bpe_training_equals_tokenizers(texts: list[str]) -> None:

@@ -7,12 +7,9 @@ import hashlib
 import itertools
 import shutil
 import signal
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
@@ -25,8 +22,6 @@ from overnight.training import ComputeConfig, OptimizerConfig
 from overnight.training.batch import BatchConfig
 from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.schedule import ScheduleConfig
-from overnight.training.state import TrainState
-from overnight.training.step import StepResult, TrainSetup
 
 LINES = "".join(
     f"Line {number} of a small text about the number {number * 7 % 100}.\n" for number in range(60)
@@ -35,7 +30,7 @@ CLOCK = {"milliseconds", "tokens_per_second", "mfu", "mfu_executed"}  # all that
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(tmp_path_factory):
     """A folder of shards: some 40 documents in characters, about 5,000 training tokens in several shards."""
     root = tmp_path_factory.mktemp("text")
     for number in range(40):
@@ -54,10 +49,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def recipe(prepared: Path) -> Callable[..., Recipe]:
+def recipe(prepared):
     """Builds a recipe of 12 steps, with dropout, accumulation and less than two steps to an epoch."""
 
-    def build(**changes: object) -> Recipe:
+    def build(**changes):
         small = Recipe(
             run_name="small",
             data=DataConfig(data=str(prepared)),
@@ -76,7 +71,7 @@ def recipe(prepared: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="session")
-def finished_run(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def finished_run(recipe, tmp_path_factory):
     """`recipe()` trained to its end without interruption. Do not change it; see `copied_run`."""
     directory = RunDirectory(tmp_path_factory.mktemp("finished") / "run")
     train_module.train(recipe(), directory)
@@ -84,16 +79,16 @@ def finished_run(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def copied_run(finished_run: RunDirectory, tmp_path: Path) -> RunDirectory:
+def copied_run(finished_run, tmp_path):
     """A copy of the finished run in tmp_path/run."""
     return RunDirectory(shutil.copytree(finished_run.path, tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")
-def metrics_of() -> Callable[[RunDirectory], list[dict[str, float]]]:
+def metrics_of():
     """Every metrics line of a run, without times and speeds."""
 
-    def read(directory: RunDirectory) -> list[dict[str, float]]:
+    def read(directory):
         return [
             {key: value for key, value in line.items() if key not in CLOCK}
             for line in directory.read_metrics()
@@ -103,10 +98,10 @@ def metrics_of() -> Callable[[RunDirectory], list[dict[str, float]]]:
 
 
 @pytest.fixture(scope="session")
-def fingerprint(metrics_of: Callable[[RunDirectory], list[dict[str, float]]]) -> Callable[..., Any]:
+def fingerprint(metrics_of):
     """(digest of the newest checkpoint, metrics, events) of a run: the same for runs equal to the bit."""
 
-    def compute(directory: RunDirectory) -> tuple[str, list[dict[str, float]], list[dict[str, Any]]]:
+    def compute(directory):
         newest, digest = list_checkpoints(directory.checkpoints)[-1], hashlib.sha256()
         for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
             digest.update((newest / name).read_bytes())
@@ -117,14 +112,14 @@ def fingerprint(metrics_of: Callable[[RunDirectory], list[dict[str, float]]]) ->
 
 
 @pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def stop_after(monkeypatch):
     """`stop_after(steps)`: the next run gets SIGTERM once it has done that many steps, and not again."""
     must_stop = train_module.must_stop
 
-    def stop_after(steps: int) -> None:
+    def stop_after(steps):
         asked = itertools.count()  # before every step
 
-        def signalled(*given: Any) -> bool:
+        def signalled(*given):
             if next(asked) == steps:
                 signal.raise_signal(signal.SIGTERM)
             return must_stop(*given)
@@ -135,10 +130,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.fixture
-def train_to(stop_after: Callable[[int], None], tmp_path: Path) -> Callable[..., RunDirectory]:
+def train_to(stop_after, tmp_path):
     """`train_to(recipe, name, *stops)` trains in tmp_path/name to the end, stopped and resumed on the way."""
 
-    def run(recipe: Recipe, name: str, *stops: int) -> RunDirectory:
+    def run(recipe, name, *stops):
         directory = RunDirectory(tmp_path / name)
         for number, steps in enumerate(stops):
             stop_after(steps)
@@ -152,13 +147,13 @@ def train_to(stop_after: Callable[[int], None], tmp_path: Path) -> Callable[...,
 
 
 @pytest.fixture
-def overflow_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
+def overflow_at(monkeypatch):
     """Makes the loss infinite at some steps, counted from 0, as float16 does now and then."""
     train_step = train_module.train_step
 
-    def overflow_at(steps: set[int]) -> None:
-        def step(state: TrainState, setup: TrainSetup) -> StepResult:
-            def infinite(ids: Tensor, targets: Tensor) -> Tensor:
+    def overflow_at(steps):
+        def step(state, setup):
+            def infinite(ids, targets):
                 return setup.loss(ids, targets) * float("inf")
 
             loss: Any = infinite if state.step in steps else setup.loss

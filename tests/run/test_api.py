@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 import threading
@@ -136,3 +137,13 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
     with pytest.raises(AttributeError):
         overnight.nothing  # noqa: B018
+
+
+def test_every_block_of_the_document_runs(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (repository / "docs" / "api.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 8
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert "data/my-notes-bpe-512" in capsys.readouterr().out

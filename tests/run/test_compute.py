@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from overnight.recipe import Recipe, read_recipe_of
+from overnight.recipe import read_recipe_of, with_settings
 from overnight.run import setup
 from overnight.run.train import train
 from overnight.run_directory import RunDirectory
-from overnight.training import ComputeConfig
-from overnight.training.batch import BatchConfig
 from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.checkpoint.load import read_model
 
-Build = Callable[..., Recipe]
-Train = Callable[..., RunDirectory]
 COMPILES = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 
@@ -30,10 +22,8 @@ def weights(directory: RunDirectory) -> dict[str, torch.Tensor]:
     return read_model(list_checkpoints(directory.checkpoints)[-1]).weights()
 
 
-def test_fp16_overflow_skips_step_and_resumes_exactly(
-    recipe: Build, overflow_at: Callable[[set[int]], None], train_to: Train, fingerprint: Callable[..., Any]
-) -> None:
-    small = recipe(compute=ComputeConfig(device="cpu", precision="fp16", compile=False))
+def test_fp16_overflow_skips_step_and_resumes_exactly(recipe, overflow_at, train_to, fingerprint):
+    small = with_settings(recipe(), precision="fp16")
     overflow_at({4, 5})
     whole = train_to(small, "full")
     norms = [line["grad_norm"] for line in whole.read_metrics()]
@@ -44,24 +34,20 @@ def test_fp16_overflow_skips_step_and_resumes_exactly(
     assert fingerprint(train_to(small, "stopped", 6)) == fingerprint(whole)
 
 
-def test_micro_batch_is_halved_until_it_fits(
-    recipe: Build, train_to: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = recipe(model=dataclasses.replace(recipe().model, dropout=0.0))
+def test_micro_batch_is_halved_until_it_fits(recipe, train_to, monkeypatch):
+    small = with_settings(recipe(), dropout=0.0)
     with monkeypatch.context() as patch:
         patch.setattr(setup, "fits", lambda state, training: training.plan.micro_batch_size <= 10)
         halved = train_to(small, "halved")
     assert read_recipe_of(halved.path).batch.micro_batch_size == 8
     choices = json.loads(halved.environment.read_text())["choices"]
     assert choices["micro_batch_size"].startswith("8 (halved")
-    asked = dataclasses.replace(small, batch=BatchConfig(tokens_per_step=96 * 32, micro_batch_size=8))
+    asked = with_settings(small, micro_batch_size=8)
     ours, theirs = weights(train_to(asked, "asked")), weights(halved)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_nothing_is_written_if_no_row_fits(
-    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_written_if_no_row_fits(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "fits", lambda state, training: False)
     with pytest.raises(ValueError, match="--activation-checkpointing"):
         train(recipe(), RunDirectory(tmp_path / "none"))
@@ -69,22 +55,18 @@ def test_nothing_is_written_if_no_row_fits(
 
 
 @COMPILES
-def test_evaluation_samples_and_checkpoints_recompile_nothing(recipe: Build, tmp_path: Path) -> None:
+def test_evaluation_samples_and_checkpoints_recompile_nothing(recipe, tmp_path):
     torch._dynamo.reset()
     counters.clear()
-    small = recipe(
-        model=dataclasses.replace(recipe().model, n_layer=1),  # compiles in half the time
-        compute=ComputeConfig(device="cpu", precision="fp32", compile=True),
-        evaluation=dataclasses.replace(recipe().evaluation, evaluate_every_steps=2),
-        samples=dataclasses.replace(recipe().samples, sample_every_steps=2),
-    )
+    often = {"evaluate_every_steps": 2, "sample_every_steps": 2}
+    small = with_settings(recipe(), n_layer=1, compile=True, **often)  # one layer compiles in half the time
     train(small, RunDirectory(tmp_path / "compiled"))
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["recompile_limit"]
 
 
 @COMPILES
-def test_another_shape_is_counted_as_a_recompilation() -> None:
+def test_another_shape_is_counted_as_a_recompilation():
     """The negative control."""
     torch._dynamo.reset()
     counters.clear()

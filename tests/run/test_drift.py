@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ import pytest
 from overnight import recipe as recipe_module
 from overnight.config import flat_names, to_toml
 from overnight.data.shards import Manifest
-from overnight.recipe import RESUME_MUTABLE, Recipe, flatten, read_recipe_of
+from overnight.recipe import RESUME_MUTABLE, Recipe, flatten, read_recipe_of, with_settings
 from overnight.run import resume
 from overnight.run.train import train
 from overnight.run_directory import RunDirectory
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 from overnight.training.checkpoint.format import file_digest, list_checkpoints, manifest
 
-Build = Callable[..., Recipe]
 FROZEN = sorted(set(flat_names(Recipe)) - RESUME_MUTABLE)
 
 # Another valid value of each setting that may change.
@@ -57,25 +55,17 @@ COMPARED_ONLY = {"compile": True, "processes": 2, "tasks": ("hellaswag",), "trac
 
 
 @pytest.fixture(scope="module")
-def begun(recipe: Build, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def begun(recipe, tmp_path_factory):
     """A run of four steps. Do not change it."""
-    small, directory = recipe(), RunDirectory(tmp_path_factory.mktemp("begun") / "run")
-    train(dataclasses.replace(small, schedule=dataclasses.replace(small.schedule, total_steps=4)), directory)
+    directory = RunDirectory(tmp_path_factory.mktemp("begun") / "run")
+    train(with_settings(recipe(), total_steps=4), directory)
     return directory
 
 
 @pytest.fixture
-def directory(begun: RunDirectory, tmp_path: Path) -> RunDirectory:
+def directory(begun, tmp_path):
     """A copy of the run of four steps."""
     return RunDirectory(shutil.copytree(begun.path, tmp_path / "run"))
-
-
-def changed(recipe: Recipe, name: str, value: Any) -> Recipe:
-    section = flat_names(Recipe)[name]
-    if section is None:
-        return dataclasses.replace(recipe, **{name: value})
-    part = dataclasses.replace(getattr(recipe, section), **{name: value})
-    return dataclasses.replace(recipe, **{section: part})
 
 
 def another(value: Any) -> Any:
@@ -107,73 +97,69 @@ def digests(directory: RunDirectory) -> dict[Path, str]:
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_changed_frozen_setting_is_named(directory: RunDirectory, name: str) -> None:
+def test_changed_frozen_setting_is_named(directory, name):
     before = read_recipe_of(directory.path)
     value = flatten(before)[name]
-    said = refusal(directory, changed(before, name, another(value)))
-    assert f" {name}={another(value)} (was {value})" in said
+    message = refusal(directory, with_settings(before, **{name: another(value)}))
+    assert f" {name}={another(value)} (was {value})" in message
 
 
 @pytest.mark.parametrize("name", [name for name in FROZEN if name not in OF_SHARDS | LOCATIONS])
-def test_frozen_setting_edited_in_the_run_s_recipe_is_named(directory: RunDirectory, name: str) -> None:
+def test_frozen_setting_edited_in_the_run_s_recipe_is_named(directory, name):
     """The newest checkpoint has its own record of the settings."""
     before = read_recipe_of(directory.path)
     otherwise = another(flatten(before)[name])
-    directory.recipe.write_text(to_toml(changed(before, name, otherwise)))
+    directory.recipe.write_text(to_toml(with_settings(before, **{name: otherwise})))
     with pytest.raises(ValueError, match=".") as error:
         train(read_recipe_of(directory.path), directory, resume=True)
     assert name in str(error.value) or str(otherwise) in str(error.value)
 
 
 @pytest.mark.parametrize("name", sorted(RESUME_MUTABLE & set(OTHERWISE)))
-def test_mutable_setting_may_change(directory: RunDirectory, name: str) -> None:
-    longer = changed(read_recipe_of(directory.path), "total_steps", 5)
-    train(changed(longer, name, OTHERWISE[name]), directory, resume=True)
+def test_mutable_setting_may_change(directory, name):
+    changes = {"total_steps": 5, name: OTHERWISE[name]}
+    train(with_settings(read_recipe_of(directory.path), **changes), directory, resume=True)
     steps = [line["step"] for line in directory.read_metrics()]
     assert steps == list(range(1, 7 if name == "total_steps" else 6))
 
 
-def test_every_mutable_setting_is_tested() -> None:
+def test_every_mutable_setting_is_tested():
     assert {*OTHERWISE, *COMPARED_ONLY, "total_tokens"} >= RESUME_MUTABLE
 
 
 @pytest.mark.parametrize("name", COMPARED_ONLY)
-def test_mutable_setting_is_accepted_by_comparison(directory: RunDirectory, name: str) -> None:
-    recipe = changed(read_recipe_of(directory.path), name, COMPARED_ONLY[name])
+def test_mutable_setting_is_accepted_by_comparison(directory, name):
+    recipe = with_settings(read_recipe_of(directory.path), **{name: COMPARED_ONLY[name]})
     resume.check_directory(recipe, directory, resume=True)
     with pytest.raises(ValueError, match="seed"):
-        resume.check_directory(changed(recipe, "seed", 1), directory, resume=True)
+        resume.check_directory(with_settings(recipe, seed=1), directory, resume=True)
 
 
-def test_total_tokens_may_replace_total_steps(directory: RunDirectory) -> None:
+def test_total_tokens_may_replace_total_steps(directory):
     before = read_recipe_of(directory.path)
-    tokens = changed(changed(before, "total_steps", None), "total_tokens", 5 * before.batch.tokens_per_step)
-    train(tokens, directory, resume=True)
+    train(with_settings(before, total_tokens=5 * before.batch.tokens_per_step), directory, resume=True)
     assert directory.is_finished(5)
 
 
-def test_wrongly_mutable_setting_would_go_unnoticed(
-    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrongly_mutable_setting_would_go_unnoticed(directory, monkeypatch):
     """The negative control of the list of settings."""
     monkeypatch.setattr(recipe_module, "RESUME_MUTABLE", RESUME_MUTABLE | {"weight_decay"})
-    longer = changed(read_recipe_of(directory.path), "total_steps", 5)
-    train(changed(longer, "weight_decay", 0.7), directory, resume=True)
+    recipe = with_settings(read_recipe_of(directory.path), total_steps=5, weight_decay=0.7)
+    train(recipe, directory, resume=True)
     assert directory.is_finished(5)
 
 
-def test_edited_recipe_would_go_unnoticed_without_the_checkpoint_s_record(
-    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_edited_recipe_would_go_unnoticed_without_the_checkpoint_s_record(directory, monkeypatch):
     """The negative control of the checkpoint's record."""
-    directory.recipe.write_text(to_toml(changed(read_recipe_of(directory.path), "weight_decay", 0.7)))
+    edited = with_settings(read_recipe_of(directory.path), weight_decay=0.7)
+    directory.recipe.write_text(to_toml(edited))
     monkeypatch.setattr(resume, "check_settings", lambda *_: None)
-    train(changed(read_recipe_of(directory.path), "total_steps", 5), directory, resume=True)
+    train(with_settings(edited, total_steps=5), directory, resume=True)
     assert directory.is_finished(5)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Manifest)])
-def test_every_fact_of_the_data_is_compared(directory: RunDirectory, name: str) -> None:
+def test_every_fact_of_the_data_is_compared(directory, name):
     record = json.loads(directory.data.read_text())
     record[name] = another(record[name]) if not isinstance(record[name], dict | list) else {"x": 1}
     directory.data.write_text(json.dumps(record))
@@ -181,12 +167,12 @@ def test_every_fact_of_the_data_is_compared(directory: RunDirectory, name: str) 
 
 
 @pytest.mark.parametrize("content", ["", "[]", "7", "{}", '{"a": 1}', "[" * 10_000])
-def test_damaged_record_of_the_data_is_refused(directory: RunDirectory, content: str) -> None:
+def test_damaged_record_of_the_data_is_refused(directory, content):
     directory.data.write_text(content)
     assert "dama" in refusal(directory) or "differ" in refusal(directory)
 
 
-def test_another_tokenizer_in_the_run_is_refused_and_a_missing_one_written(directory: RunDirectory) -> None:
+def test_another_tokenizer_in_the_run_is_refused_and_a_missing_one_written(directory):
     shutil.rmtree(directory.tokenizer)
     build_tokenizer("characters", ["quite another text"]).save(directory.tokenizer)
     assert str(directory.tokenizer) in refusal(directory)
@@ -197,15 +183,13 @@ def test_another_tokenizer_in_the_run_is_refused_and_a_missing_one_written(direc
     assert (directory.tokenizer / "tokenizer.json").is_file()
 
 
-def test_recipe_of_another_package_is_refused(directory: RunDirectory) -> None:
+def test_recipe_of_another_package_is_refused(directory):
     written, sound = directory.recipe.read_text(), read_recipe_of(directory.path)
     directory.recipe.write_text(written.replace("[model]", "[model]\nrotary = true"))
     assert "rotary" in refusal(directory, sound)
 
 
-def test_checkpoint_of_another_format_is_refused(
-    directory: RunDirectory, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoint_of_another_format_is_refused(directory, capsys):
     for checkpoint in list_checkpoints(directory.checkpoints):
         state, written = checkpoint / "state.json", checkpoint / "MANIFEST.json"
         state.write_text(json.dumps({**json.loads(state.read_text()), "format": 99}))

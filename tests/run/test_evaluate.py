@@ -1,15 +1,18 @@
-"""`overnight evaluate` against the evaluation of the run itself."""
+"""`overnight evaluate` against the evaluations of the run itself, on validation text and on tasks."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from overnight.cli import main
@@ -22,17 +25,21 @@ from overnight.evaluation.results import evaluate_opened, open_evaluated_models
 from overnight.evaluation.tasks import TASKS
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import Recipe
+from overnight.recipe import EvaluationConfig, Recipe
 from overnight.run import train
 from overnight.run_directory import RunDirectory
 from overnight.training import ComputeConfig
+from overnight.training.checkpoint.load import read_model
 from overnight.training.schedule import ScheduleConfig
 
+Build = Callable[..., Recipe]
+ACCURACIES = ["accuracy_per_token", "accuracy_per_character", "accuracy_by_sum"]
 
-@pytest.fixture
-def trained(recipe: Callable[..., Recipe], tmp_path: Path) -> RunDirectory:
+
+@pytest.fixture(scope="module")
+def trained(recipe: Build, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run of two steps in bf16."""
-    directory = RunDirectory(tmp_path / "small")
+    directory = RunDirectory(tmp_path_factory.mktemp("trained") / "small")
     compute = ComputeConfig(device="cpu", precision="bf16", compile=False)
     train.train(recipe(compute=compute, schedule=ScheduleConfig(total_steps=2, warmup_steps=0)), directory)
     return directory
@@ -44,22 +51,24 @@ def converted(trained: RunDirectory, tmp_path: Path) -> Path:
     return conversion_command.run(ConvertConfig(model=str(trained.path), out=str(tmp_path / "theirs")))
 
 
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    """A folder with a file in HellaSwag's format, in characters of the model's vocabulary."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the files of two tasks, in characters of the model's vocabulary."""
+    folder = tmp_path_factory.mktemp("tasks")
     lines = [
         {"ctx": f"Line {number}", "endings": ["of", "a text", "about", "the line"], "label": number % 4}
         for number in range(40)
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "hellaswag_val.jsonl").write_text(text)
-    return folder
+    (folder / "hellaswag_val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "lambada_test.jsonl").write_text('{"text": "Line 1 of a small text"}\n' * 5)
+    return str(folder)
+
+
+Evaluate = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def evaluate(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+def evaluate(capsys: pytest.CaptureFixture[str]) -> Evaluate:
     """Runs the command; returns its JSON, strictly parsed."""
 
     def evaluate(model: Path, **settings: Any) -> dict[str, Any]:
@@ -74,7 +83,7 @@ def evaluate(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]
 
 
 def test_evaluate_precision_is_the_runs_own(
-    trained: RunDirectory, converted: Path, prepared: Path, evaluate: Callable[..., dict[str, Any]]
+    trained: RunDirectory, converted: Path, prepared: Path, evaluate: Evaluate
 ) -> None:
     own, other = (evaluate(model, data=str(prepared)) for model in (trained.path, converted))
     assert (own["precision"], other["precision"]) == ("bf16", "fp32")
@@ -83,11 +92,12 @@ def test_evaluate_precision_is_the_runs_own(
     assert own["loss"] == pytest.approx(other["loss"], abs=0.01)
 
 
-def test_evaluate_published_run(trained: RunDirectory) -> None:
+def test_evaluate_published_run(trained: RunDirectory, tmp_path: Path) -> None:
     """Only recipe, tokenizer and checkpoints."""
-    for path in (trained.environment, trained.metrics):
+    published = RunDirectory(shutil.copytree(trained.path, tmp_path / "published"))
+    for path in (published.environment, published.metrics):
         path.unlink()
-    (model,) = open_evaluated_models(EvaluateConfig(model=str(trained.path)), "cpu")
+    (model,) = open_evaluated_models(EvaluateConfig(model=str(published.path)), "cpu")
     assert model.recipe is not None
 
 
@@ -113,40 +123,33 @@ def test_evaluate_refuses_text_of_other_tokenizer(
 
 
 def test_evaluate_validation_and_task_with_baseline(
-    trained: RunDirectory, questions: Path, evaluate: Callable[..., dict[str, Any]]
+    trained: RunDirectory, files: str, evaluate: Evaluate
 ) -> None:
-    found = evaluate(
-        trained.path, tasks=("validation,hellaswag",), task_files=str(questions), baseline=str(trained.path)
-    )
+    settings: dict[str, Any] = {"tasks": ("validation,hellaswag",), "task_files": files}
+    settings["baseline"] = str(trained.path)
+    found = evaluate(trained.path, **settings)
     assert found["loss"] == pytest.approx(trained.read_events("evaluations")[-1]["loss"], rel=1e-9)
     scores = {(each["task"], each["metric"]): each for each in found["tasks"]}
     assert scores["validation", "nats_per_token"]["value"] == pytest.approx(found["loss"], rel=1e-12)
     assert scores["validation", "bits_per_byte"]["value"] == pytest.approx(found["bits_per_byte"], rel=1e-12)
     assert scores["validation", "nats_per_token"]["against"]["difference"]["high"] == 0.0
-    accuracies = ("accuracy_per_token", "accuracy_per_character", "accuracy_by_sum")
-    assert [metric for task, metric in scores if task == "hellaswag"] == list(accuracies)
-    for metric in accuracies:
+    assert [metric for task, metric in scores if task == "hellaswag"] == ACCURACIES
+    for metric in ACCURACIES:
         each = scores["hellaswag", metric]
         assert each["examples"] == 40
         assert each["against"]["probability"] == 1.0, "the same model"
         assert each["against"]["only_here"] == each["against"]["only_there"] == 0
     for each in scores.values():
         assert each["interval"]["low"] <= each["value"] <= each["interval"]["high"]
-
-
-def test_evaluate_opened_matches_command(
-    trained: RunDirectory, questions: Path, evaluate: Callable[..., dict[str, Any]]
-) -> None:
-    settings: dict[str, Any] = {"tasks": ("validation", "hellaswag"), "task_files": str(questions)}
-    config = EvaluateConfig(model=str(trained.path), **settings)
+    # The interface of a notebook gives the same.
+    config = EvaluateConfig(model=str(trained.path), **{**settings, "baseline": None})
     results = evaluate_opened(open_model(config.model), config)
-    assert results.to_dict() == evaluate(trained.path, **settings)
-    assert "hellaswag: 40 questions, chance 0.25" in str(results)
+    assert results.to_dict() == evaluate(trained.path, **{**settings, "baseline": None})
     assert max(map(len, str(results).splitlines())) <= 80
     assert "hellaswag" in results._repr_html_()
 
 
-def test_evaluate_stride_keeps_tokens(trained: RunDirectory, evaluate: Callable[..., dict[str, Any]]) -> None:
+def test_evaluate_stride_keeps_tokens(trained: RunDirectory, evaluate: Evaluate) -> None:
     found = {stride: evaluate(trained.path, stride=stride) for stride in (None, 16, 4)}
     assert len({(each["evaluated_tokens"], each["evaluated_bytes"]) for each in found.values()}) == 1
     assert len({each["loss"] for each in found.values()}) == 3
@@ -157,13 +160,13 @@ def test_evaluate_stride_keeps_tokens(trained: RunDirectory, evaluate: Callable[
 
 def test_interrupted_evaluation_continues(
     trained: RunDirectory,
-    questions: Path,
-    evaluate: Callable[..., dict[str, Any]],
+    files: str,
+    evaluate: Evaluate,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    settings = {"tasks": ("hellaswag",), "task_files": str(questions)}
+    settings = {"tasks": ("hellaswag",), "task_files": files}
     whole = evaluate(trained.path, **settings)
     monkeypatch.setattr(multiple_choice, "TOKENS_AT_ONCE", 100)
     evaluate_rows, batches = multiple_choice._evaluate_rows, 0
@@ -186,22 +189,11 @@ def test_interrupted_evaluation_continues(
     assert batches - 100 == rest + 3, "the negative control: a finished evaluation is not cached"
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"tasks": ("helaswag",)}, "helaswag .*hellaswag"),
-        ({"tasks": ("piqa",)}, r"piqa_valid\.jsonl.*https://"),
-        ({"tasks": ()}, "validation, hellaswag"),
-        ({"baseline": "./other"}, "./other"),
-        ({"examples": 0}, "--examples=0"),
-    ],
-)
-def test_evaluate_refuses_invalid_settings(
-    trained: RunDirectory, questions: Path, changes: dict[str, Any], message: str
-) -> None:
-    settings: dict[str, Any] = {"model": str(trained.path), "task_files": str(questions), "device": "cpu"}
-    with pytest.raises(ValueError, match=message):
-        evaluation_command.run(EvaluateConfig(**{**settings, **changes}))
+def test_evaluate_needs_a_task_and_a_baseline_that_exists(trained: RunDirectory) -> None:
+    config = EvaluateConfig(model=str(trained.path), device="cpu")
+    for changes, message in (({"tasks": ()}, "validation, hellaswag"), ({"baseline": "./other"}, "./other")):
+        with pytest.raises(ValueError, match=message):
+            evaluation_command.run(dataclasses.replace(config, **changes))
 
 
 def test_evaluate_help_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,14 +204,78 @@ def test_evaluate_help_names_every_task(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_evaluate_json_of_nan_model_is_strict(
-    converted: Path, prepared: Path, questions: Path, evaluate: Callable[..., dict[str, Any]]
+    converted: Path, prepared: Path, files: str, evaluate: Evaluate
 ) -> None:
     weights = load_file(converted / "model.safetensors")
     name = next(name for name in weights if name.endswith("ln_f.weight"))
     save_file({**weights, name: weights[name] * math.nan}, converted / "model.safetensors", {"format": "pt"})
     tasks = ("validation,hellaswag",)
-    found = evaluate(converted, data=str(prepared), tasks=tasks, task_files=str(questions))
+    found = evaluate(converted, data=str(prepared), tasks=tasks, task_files=files)
     assert found["loss"] is None
     assert found["tasks"][0]["value"] is None
     reference = next(each for each in found["tasks"] if each["references"])["references"][0]
     assert reference == {"whose": "OpenAI 124M", "value": 0.2955, "source": "build-nanogpt, hellaswag.py"}
+
+
+def evaluation(files: str, **changes: Any) -> EvaluationConfig:
+    both = EvaluationConfig(
+        evaluate_every_steps=4, tasks=("hellaswag", "lambada"), task_examples=20, task_files=files
+    )
+    return dataclasses.replace(both, **changes)
+
+
+def test_tasks_do_not_change_run(
+    recipe: Build,
+    finished_run: RunDirectory,
+    metrics_of: Callable[[RunDirectory], Any],
+    files: str,
+    tmp_path: Path,
+) -> None:
+    evaluated = RunDirectory(tmp_path / "evaluated")
+    train.train(recipe(evaluation=evaluation(files)), evaluated)
+    assert metrics_of(finished_run) == metrics_of(evaluated)
+    for kind in ("evaluations", "samples"):
+        assert finished_run.read_events(kind) == evaluated.read_events(kind)
+    assert finished_run.read_events("tasks") == []
+    last = "step-00000012"
+    here, there = (read_model(each.checkpoints / last).weights() for each in (finished_run, evaluated))
+    assert all(torch.equal(weight, there[name]) for name, weight in here.items())
+
+
+def test_task_lines_match_evaluate_command(
+    recipe: Build, files: str, tmp_path: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    resolved = train.train(recipe(evaluation=evaluation(files, tasks_every_steps=5)), directory)
+    assert "hellaswag accuracy_per_token 0." in capsys.readouterr().err
+    lines = directory.read_events("tasks")
+    assert [line["step"] for line in lines if line["metric"] == "accuracy"] == [5, 10, 12]
+    assert [line["metric"] for line in lines[:5]] == [*ACCURACIES, "accuracy", "perplexity_per_word"]
+    found = evaluate(directory.path, tasks=("hellaswag,lambada",), examples=20, task_files=files)
+    for each, line in zip(found["tasks"], lines[-5:], strict=True):
+        assert each["value"] == line["value"]
+        assert (line["low"], line["high"]) == (each["interval"]["low"], each["interval"]["high"])
+        assert line["examples"] == each["examples"]
+    # A resumed run writes no line twice.
+    (directory.checkpoints / "step-00000012").rename(tmp_path / "lost")
+    train.train(resolved.recipe, directory, resume=True)
+    assert directory.read_events("tasks") == lines
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tasks": ("helaswag",)}, "helaswag .*hellaswag"),
+        ({"tasks": ("piqa",)}, r"piqa_valid\.jsonl.*https://"),
+        ({"tasks": ("validation",)}, "evaluate_every_steps"),
+        ({"tasks": ("lm-eval:piqa",)}, "overnight evaluate"),
+        ({"task_examples": 0}, "task_examples=0"),
+    ],
+)
+def test_invalid_tasks_are_refused_before_the_run(
+    recipe: Build, files: str, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        train.train(recipe(evaluation=evaluation(files, **changes)), directory)
+    assert not directory.path.exists()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,6 @@ from overnight.training.batch import BatchConfig
 
 Build = Callable[..., Recipe]
 Fingerprint = Callable[[RunDirectory], Any]
-PREPARE_SLOWLY = """
-import sys, time
-from overnight.preparation import prepare as module
-from overnight.preparation.prepare_config import PrepareConfig
-module.UNIT_BYTES, module.EARLY_BYTES = 2000, 12_000
-show = module.show_so_far
-def slowly(*given):
-    show(*given)
-    time.sleep(1.5)
-module.show_so_far = slowly
-module.prepare(PrepareConfig(source=sys.argv[1], out=sys.argv[2], tokenizer="characters",
-                             validation_fraction=0.2, shard_tokens=1500, workers=1))
-"""
 
 
 @pytest.fixture
@@ -50,13 +37,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
         (tmp_path / "texts" / f"{number:02}.jsonl").write_text(text)
     monkeypatch.setattr(prepare_module, "UNIT_BYTES", 2000)
     monkeypatch.setattr(prepare_module, "EARLY_BYTES", 12_000)
+    paths = {"source": str(tmp_path / "texts"), "out": str(tmp_path / "shards")}
     return PrepareConfig(
-        source=str(tmp_path / "texts"),
-        out=str(tmp_path / "shards"),
-        tokenizer="characters",
-        validation_fraction=0.2,
-        shard_tokens=1500,
-        workers=1,
+        **paths, tokenizer="characters", validation_fraction=0.2, shard_tokens=1500, workers=1
     )
 
 
@@ -70,17 +53,21 @@ def early(recipe: Build, config: PrepareConfig) -> Recipe:
     )
 
 
+def after_each_wave(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Preparations call `act` whenever they have published shards."""
+    show = prepare_module.show_so_far
+    monkeypatch.setattr(prepare_module, "show_so_far", lambda *given: (show(*given), act()))
+
+
 @pytest.fixture
 def interrupted(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A preparation that was interrupted when it had published its first shards."""
-    real = prepare_module.show_so_far
 
-    def show(*given: Any) -> None:
-        real(*given)
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "show_so_far", show)
+        after_each_wave(patch, interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
 
@@ -108,23 +95,28 @@ def test_run_stops_at_the_end_of_the_text_and_resumes_when_there_is_more(
 
 
 def test_run_waits_for_a_preparation_at_work(
-    early: Recipe, config: PrepareConfig, tmp_path: Path, fingerprint: Fingerprint
+    early: Recipe,
+    config: PrepareConfig,
+    tmp_path: Path,
+    fingerprint: Fingerprint,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two processes at once: one prepares, slowly, and the other trains on what is there."""
-    out = Path(config.out or "")
-    command = [sys.executable, "-c", PREPARE_SLOWLY, config.source or "", str(out)]
-    with subprocess.Popen(command) as work:
-        while not out.with_name(f".{out.name}.partial").joinpath("so-far.json").exists():
-            assert work.poll() is None
-            time.sleep(0.02)
+    """Two at once: one prepares, slowly, and the other trains on what is there."""
+    published = threading.Event()
+    after_each_wave(monkeypatch, lambda: (published.set(), time.sleep(1.5)))
+    with ThreadPoolExecutor(1) as threads:
+        preparation = threads.submit(prepare, config)
+        assert published.wait(60)
         directory = RunDirectory(tmp_path / "early")
         train(early, directory)
-        assert work.wait() == 0
+        preparation.result()
+    assert "waiting for the preparation" in capsys.readouterr().err
     patient = RunDirectory(tmp_path / "patient")
     train(early, patient)
     assert fingerprint(directory) == fingerprint(patient)
     recorded = json.loads(directory.data.read_text())["train"]
-    shards = [dataclasses.asdict(shard) for shard in read_manifest(out).train]
+    shards = [dataclasses.asdict(shard) for shard in read_manifest(Path(config.out or "")).train]
     assert recorded == shards[: len(recorded)] != []
 
 
@@ -136,29 +128,18 @@ def test_resuming_on_other_text_is_refused(begun: RunDirectory, config: PrepareC
         train(read_recipe_of(begun.path), begun, resume=True)
 
 
-@pytest.mark.parametrize(
-    "changes, match",
-    [
-        ({"shuffle_window": None}, "--shuffle-window"),
-        ({"packing": "best-fit"}, "packing=best-fit"),
-        ({"shuffle_window": 0}, "shuffle_window=0"),
-        ({"mixture": ("", "/")}, "mixture must be complete"),
-        ({"evaluation_tokens": None}, "--evaluation-tokens"),
-        ({"evaluation_tokens": 10**6}, "--evaluation-tokens"),
-    ],
-)
 @pytest.mark.usefixtures("interrupted")
-def test_settings_that_need_the_whole_text_are_refused(
-    early: Recipe, tmp_path: Path, changes: dict[str, Any], match: str
-) -> None:
-    if "evaluation_tokens" in changes:
-        wrong = dataclasses.replace(early, evaluation=EvaluationConfig(**changes))
-    else:
-        if "mixture" in changes:
-            paths = [early.data.data + suffix for suffix in changes["mixture"]]
-            sources = tuple(MixtureSource(path=path, weight=1) for path in paths)
-            changes = {"data": "", "mixture": sources}
-        wrong = dataclasses.replace(early, data=dataclasses.replace(early.data, **changes))
-    with pytest.raises(ValueError, match=match):
-        train(wrong, RunDirectory(tmp_path / "run"))
-    assert not (tmp_path / "run" / "recipe.toml").exists()
+def test_settings_that_need_the_whole_text_are_refused(early: Recipe, tmp_path: Path) -> None:
+    sources = tuple(MixtureSource(path=early.data.data + end, weight=1) for end in ("", "/"))
+    for name, changes, match in (
+        ("data", {"shuffle_window": None}, "--shuffle-window"),
+        ("data", {"packing": "best-fit"}, "packing=best-fit"),
+        ("data", {"shuffle_window": 0}, "shuffle_window=0"),
+        ("data", {"data": "", "mixture": sources}, "mixture must be complete"),
+        ("evaluation", {"evaluation_tokens": None}, "--evaluation-tokens"),
+        ("evaluation", {"evaluation_tokens": 10**6}, "--evaluation-tokens"),
+    ):
+        section = dataclasses.replace(getattr(early, name), **changes)
+        with pytest.raises(ValueError, match=match):
+            train(dataclasses.replace(early, **{name: section}), RunDirectory(tmp_path / "run"))
+        assert not (tmp_path / "run" / "recipe.toml").exists()

@@ -70,8 +70,12 @@ def test_skipped_steps_are_null_and_every_reader_accepts_them(
 
     (events,) = directory.path.rglob("events.out.tfevents.*")
     tracked = EventAccumulator(str(events.parent)).Reload()
-    assert [event.step for event in tracked.Scalars("grad_norm")] == [1, 3]
-    assert [event.step for event in tracked.Scalars("learning_rate")] == [1, 2, 3, 4]
+    for name, known in (("grad_norm", [1, 3]), ("loss", [1, 3]), ("learning_rate", [1, 2, 3, 4])):
+        curve = {event.step: event.value for event in tracked.Scalars(name)}
+        assert curve == {step: pytest.approx(lines[step - 1][name], rel=1e-6) for step in known}
+    evaluations = {line["step"]: line["loss"] for line in directory.read_events("evaluations")}
+    curve = {event.step: event.value for event in tracked.Scalars("validation/loss")}
+    assert curve == pytest.approx(evaluations, rel=1e-6)
 
 
 def test_run_without_overflow_reports_none(small: Recipe, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from overnight.planning.measure import (
     cost_quartiles,
     measure_step_costs,
     time_parts,
-    time_writing,
 )
 from overnight.recipe import Recipe, Resolved
 from overnight.run.train import train
@@ -74,20 +73,20 @@ def test_plan_counts_what_a_run_does(
 
 
 def test_long_steps_are_timed_in_part(resolved: Resolved, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of 100 micro-batches of a second each, in 3 seconds."""
+    """A step of 100 micro-batches of a second each, in 6 seconds."""
     plan = plan_batches(BatchConfig(tokens_per_step=200 * 32, micro_batch_size=2), 32, 2)
-    resolved = dataclasses.replace(resolved, plan=plan)
+    steps: list[int] = []
     monkeypatch.setattr(measure, "time_parts", lambda *_: (1.0, 0.5))
-    found = measure_step_costs(resolved, seconds=6.0)
+    monkeypatch.setattr(measure, "_step", lambda state, training, count: steps.append(count) or 3.0)
+    found = measure_step_costs(dataclasses.replace(resolved, plan=plan), seconds=6.0)
     assert found is not None
-    assert 1 <= found.timed_micro_batches <= 2 < plan.micro_batches(0) == 100
+    assert {*steps} <= {1, 2}
+    assert plan.micro_batches(0) == 100
     assert found.costs[1].update == pytest.approx(found.costs[1].micro_batch / 2)
 
 
 def test_costs_are_quartiles_of_timed_steps() -> None:
-    parts = StepCost(
-        micro_batch=0.2, update=0.2, start=30.0, evaluated_token=0.1, sampled_token=0.2, saved_byte=0.3
-    )
+    parts = StepCost(0.2, update=0.2, start=30.0, evaluated_token=0.1, sampled_token=0.2, saved_byte=0.3)
     costs = cost_quartiles(parts, (1.4, 1.2, 1.8, 1.0, 9.0), micro_batches=4)
     assert [cost.step(4) for cost in costs] == pytest.approx([1.2, 1.4, 1.8])
     assert [cost.micro_batch for cost in costs] == pytest.approx([0.24, 0.28, 0.36])
@@ -95,17 +94,11 @@ def test_costs_are_quartiles_of_timed_steps() -> None:
 
 
 def test_timed_step_is_a_step_of_training(resolved: Resolved) -> None:
-    weights = []
-    for is_timed in (False, True):
-        state, training = build_trial(resolved)
-        if is_timed:
-            micro_batch, update = time_parts(state, training, training.plan.micro_batches(0))
-            assert micro_batch > 0
-            assert update > 0
-        else:
-            train_step(state, training)
-        weights.append(state.model.weights())
-    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    (trained, training), (timed, setup) = build_trial(resolved), build_trial(resolved)
+    train_step(trained, training)
+    assert min(time_parts(timed, setup, setup.plan.micro_batches(0))) > 0
+    weights = timed.model.weights()
+    assert all(torch.equal(weight, weights[name]) for name, weight in trained.model.weights().items())
 
 
 @pytest.mark.parametrize("fitting_rows", [4, 0])
@@ -124,11 +117,6 @@ def test_micro_batch_that_does_not_fit_is_halved(
         assert found is None
 
 
-def test_timing_the_disk_leaves_no_file(tmp_path: Path) -> None:
-    assert time_writing(tmp_path) > 0
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_command_measures_and_names_the_next_one(
     planned: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,9 +129,9 @@ def test_command_measures_and_names_the_next_one(
     assert found["measured"]
     assert found["peak_memory_bytes"] > 0
     assert found["tokens_per_second"] > 0
-    uses = {"training", "evaluation", "samples", "checkpoints", "compilation"}
-    assert set(found["seconds_by_use"]) == uses
-    assert all(found["seconds_by_use"][use] > 0 for use in uses - {"compilation"})
+    assert found["seconds_by_use"].pop("compilation") >= 0
+    assert found["seconds_by_use"].keys() == {"training", "evaluation", "samples", "checkpoints"}
+    assert min(found["seconds_by_use"].values()) > 0
     assert "next: overnight train quickstart" in err
     assert "--n-layer 1" in err
     assert list(tmp_path.iterdir()) == []

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import accumulate
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from overnight.data.loader import Batch, TokenStream
-from overnight.recipe import Recipe, read_recipe_of
+from overnight.data.loader import TokenStream
+from overnight.recipe import read_recipe_of, with_settings
 from overnight.run import log, setup
 from overnight.run.train import train
 from overnight.run_directory import RunDirectory
-from overnight.training.batch import BatchConfig, BatchPlan, constant_plan
+from overnight.training.batch import BatchConfig, constant_plan
 from overnight.training.schedule import ScheduleConfig
 
 RAMP = BatchConfig(
@@ -26,20 +22,16 @@ RAMP = BatchConfig(
 )
 ROWS_OF_STEPS = [8, 8, 8, 8, 16, 16, 24, 24, 32, 32]  # 1,024 tokens or more in each of the smaller sizes
 
-Build = Callable[..., Recipe]
-Fingerprint = Callable[[RunDirectory], Any]
-Train = Callable[..., RunDirectory]
-
 
 @pytest.fixture(scope="module")
-def ramped(recipe: Build) -> Recipe:
+def ramped(recipe):
     """Ten steps of growing size, with dropout, that end past the ramp."""
     schedule = ScheduleConfig(total_tokens=32 * sum(ROWS_OF_STEPS), warmup_steps=2, learning_rate_decay="wsd")
     return recipe(batch=RAMP, schedule=schedule)
 
 
 @pytest.fixture(scope="module")
-def whole(ramped: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def whole(ramped, tmp_path_factory):
     """The run of `ramped` without interruption."""
     directory = RunDirectory(tmp_path_factory.mktemp("ramp") / "full")
     train(ramped, directory)
@@ -47,24 +39,16 @@ def whole(ramped: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDirect
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5, 8])
-def test_run_stopped_in_its_ramp_equals_the_whole_run(
-    ramped: Recipe, whole: RunDirectory, fingerprint: Fingerprint, train_to: Train, stop: int
-) -> None:
+def test_run_stopped_in_its_ramp_equals_the_whole_run(ramped, whole, fingerprint, train_to, stop):
     """Stops within a size, between two, within the next, and at the ramp's end."""
     assert fingerprint(train_to(ramped, "run", stop)) == fingerprint(whole)
 
 
-def test_comparison_detects_a_resumed_run_without_ramp(
-    ramped: Recipe,
-    whole: RunDirectory,
-    fingerprint: Fingerprint,
-    train_to: Train,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_comparison_detects_a_resumed_run_without_ramp(ramped, whole, fingerprint, train_to, monkeypatch):
     """The negative control of the test above."""
     plan_batches, plans = setup.plan_batches, []
 
-    def without_ramp_when_resumed(*given: Any) -> BatchPlan:
+    def without_ramp_when_resumed(*given):
         plans.append(plan_batches(*given) if not plans else constant_plan(32, 4, 8))
         return plans[-1]
 
@@ -73,7 +57,7 @@ def test_comparison_detects_a_resumed_run_without_ramp(
     assert len(plans) == 2
 
 
-def test_metrics_and_events_count_the_tokens_of_a_ramp(whole: RunDirectory) -> None:
+def test_metrics_and_events_count_the_tokens_of_a_ramp(whole):
     choices = json.loads(whole.environment.read_text())["choices"]
     assert "2 to 8 micro-batches" in choices["micro_batch_size"]
     seen = [32 * rows for rows in accumulate(ROWS_OF_STEPS)]
@@ -83,7 +67,7 @@ def test_metrics_and_events_count_the_tokens_of_a_ramp(whole: RunDirectory) -> N
     assert all(event["tokens"] == [0, *seen][event["step"]] for event in events)
 
 
-def test_learning_rate_of_a_ramp_follows_the_tokens(whole: RunDirectory) -> None:
+def test_learning_rate_of_a_ramp_follows_the_tokens(whole):
     """2 full steps of 32 rows to the peak, and the last 2 of the run's 5.5 from there to a tenth."""
     rates = [line["learning_rate"] / 1e-2 for line in whole.read_metrics()]
     full_steps = [Fraction(rows, 32) for rows in accumulate(ROWS_OF_STEPS)]
@@ -95,13 +79,11 @@ def test_learning_rate_of_a_ramp_follows_the_tokens(whole: RunDirectory) -> None
 
 
 @pytest.mark.parametrize("stops", [[], [5]])
-def test_progress_bar_of_a_ramp_counts_tokens(
-    ramped: Recipe, train_to: Train, monkeypatch: pytest.MonkeyPatch, stops: list[int]
-) -> None:
+def test_progress_bar_of_a_ramp_counts_tokens(ramped, train_to, monkeypatch, stops):
     bars: list[list[float]] = []
 
     @contextlib.contextmanager
-    def bar(title: str, total: float) -> Iterator[Callable[[float, str], None]]:
+    def bar(title, total):
         bars.append([total])
         yield lambda amount, note: bars[-1].append(amount)
 
@@ -113,19 +95,14 @@ def test_progress_bar_of_a_ramp_counts_tokens(
 
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
 def test_run_resumed_in_other_micro_batches_reads_the_same_rows(
-    ramped: Recipe,
-    metrics_of: Callable[[RunDirectory], list[dict[str, float]]],
-    stop_after: Callable[[int], None],
-    train_to: Train,
-    monkeypatch: pytest.MonkeyPatch,
-    micro_batch_size: int,
-) -> None:
+    ramped, metrics_of, stop_after, train_to, monkeypatch, micro_batch_size
+):
     # Without dropout, whose noise belongs to the micro-batch.
-    ramped = dataclasses.replace(ramped, model=dataclasses.replace(ramped.model, dropout=0.0))
+    ramped = with_settings(ramped, dropout=0.0)
     read: list[int] = []
     batch = TokenStream.batch
 
-    def noted(self: TokenStream, first_row: int, rows: int) -> Batch:
+    def noted(self, first_row, rows):
         read.extend(range(first_row, first_row + rows))
         return batch(self, first_row, rows)
 
@@ -137,9 +114,8 @@ def test_run_resumed_in_other_micro_batches_reads_the_same_rows(
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
         train(ramped, directory)
-    again = read_recipe_of(directory.path)
-    batches = dataclasses.replace(again.batch, micro_batch_size=micro_batch_size)
-    train(dataclasses.replace(again, batch=batches), directory, resume=True)
+    again = with_settings(read_recipe_of(directory.path), micro_batch_size=micro_batch_size)
+    train(again, directory, resume=True)
     assert read == list(range(sum(ROWS_OF_STEPS)))
     for one, other in zip(metrics_of(full), metrics_of(directory), strict=True):
         assert other.pop("loss") == pytest.approx(one.pop("loss"), abs=1e-5)
@@ -148,16 +124,13 @@ def test_run_resumed_in_other_micro_batches_reads_the_same_rows(
 
 
 @pytest.mark.parametrize(
-    "section, change, named",
+    "change, named",
     [
-        ("schedule", {"warmup_steps": 6}, r"warmup_steps=6 .*5\.5"),  # longer than the run's full steps
-        ("batch", {"batch_ramp_tokens": None}, "batch_ramp_start_tokens and batch_ramp_tokens"),
+        ({"warmup_steps": 6}, r"warmup_steps=6 .*5\.5"),  # longer than the run's full steps
+        ({"batch_ramp_tokens": None}, "batch_ramp_start_tokens and batch_ramp_tokens"),
     ],
 )
-def test_invalid_ramp_is_refused_before_any_work(
-    ramped: Recipe, tmp_path: Path, section: str, change: dict[str, Any], named: str
-) -> None:
-    changed: Any = dataclasses.replace(getattr(ramped, section), **change)
+def test_invalid_ramp_is_refused_before_any_work(ramped, tmp_path, change, named):
     with pytest.raises(ValueError, match=named):
-        train(dataclasses.replace(ramped, **{section: changed}), RunDirectory(tmp_path / "run"))
+        train(with_settings(ramped, **change), RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from overnight.data import DataConfig
-from overnight.model.model_config import ModelConfig
-from overnight.recipe import CheckpointsConfig, Recipe, SamplesConfig, read_recipe_of
+from overnight.recipe import Recipe, read_recipe_of, with_settings
 from overnight.run import preflight, setup
 from overnight.run.resume import load_resumed
 from overnight.run.train import train
 from overnight.run_directory import RunDirectory
 from overnight.tokenizer.open_tokenizer import build_tokenizer
-from overnight.training.batch import BatchConfig
-from overnight.training.schedule import ScheduleConfig
-
-Build = Callable[..., Recipe]
 
 
 def refusal(recipe: Recipe, path: Path, *, resume: bool = False) -> str:
@@ -31,83 +23,61 @@ def refusal(recipe: Recipe, path: Path, *, resume: bool = False) -> str:
     return str(error.value)
 
 
-def one_layer(**sizes: int) -> ModelConfig:
-    return ModelConfig(n_layer=1, n_head=1, n_embd=8, **sizes)
-
-
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"batch": BatchConfig(tokens_per_step=100)}, ["tokens_per_step=100"]),
-        ({"batch": BatchConfig(tokens_per_step=96, micro_batch_size=2)}, ["micro_batch_size=2"]),
-        (
-            {"model": one_layer(context_length=10**6), "batch": BatchConfig(tokens_per_step=10**6)},
-            ["context"],
-        ),
-        ({"model": one_layer(vocab_size=7)}, ["vocab_size=7"]),
+        ({"tokens_per_step": 100}, ["tokens_per_step=100"]),
+        ({"tokens_per_step": 96, "micro_batch_size": 2}, ["micro_batch_size=2"]),
+        ({"context_length": 10**6, "tokens_per_step": 10**6, "micro_batch_size": None}, ["context"]),
+        ({"vocab_size": 7}, ["vocab_size=7"]),
         ({"run_name": "../elsewhere"}, ["run_name"]),
         ({"seed": -1}, ["seed=-1"]),
-        ({"samples": SamplesConfig(sample_prompts=("x" * 99,))}, ["sample prompt"]),
-        ({"data": DataConfig(data="no-such-source")}, ["no-such-source"]),
+        ({"sample_prompts": ("x" * 99,)}, ["sample prompt"]),
+        ({"data": "no-such-source"}, ["no-such-source"]),
         ({"trackers": ("wandbb",)}, ["wandb"]),
         ({"init_from": "no/such/model/here"}, ["no/such/model/here"]),
-        (  # all problems at once
-            {
-                "model": ModelConfig(n_layer=2, n_head=3, n_embd=16, context_length=32),
-                "schedule": ScheduleConfig(total_steps=5, total_tokens=7),
-            },
-            ["n_head=3", "total_steps", "total_tokens"],
-        ),
+        ({"n_head": 3, "warmup_steps": -1}, ["n_head=3", "warmup_steps=-1"]),  # all problems at once
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_impossible_run_is_refused(
-    recipe: Build, tmp_path: Path, changes: dict[str, object], named: list[str]
-) -> None:
-    said = refusal(recipe(**changes), tmp_path / "run")
-    assert [name for name in named if name not in said] == []
+def test_impossible_run_is_refused(recipe, tmp_path, changes, named):
+    message = refusal(with_settings(recipe(), **changes), tmp_path / "run")
+    assert [name for name in named if name not in message] == []
     assert not (tmp_path / "run").exists()
 
 
-def test_existing_run_is_not_overwritten(recipe: Build, copied_run: RunDirectory) -> None:
+def test_existing_run_is_not_overwritten(recipe, copied_run):
     assert "--resume" in refusal(recipe(), copied_run.path)
-    again = read_recipe_of(copied_run.path)
-    wider = dataclasses.replace(again, model=dataclasses.replace(again.model, n_embd=32))
+    wider = with_settings(read_recipe_of(copied_run.path), n_embd=32)
     assert "n_embd=32 (was 16)" in refusal(wider, copied_run.path, resume=True)
 
 
-def test_finished_run_cannot_be_made_shorter(copied_run: RunDirectory) -> None:
-    again = read_recipe_of(copied_run.path)
-    shorter = dataclasses.replace(again, schedule=dataclasses.replace(again.schedule, total_steps=5))
+def test_finished_run_cannot_be_made_shorter(copied_run):
+    shorter = with_settings(read_recipe_of(copied_run.path), total_steps=5)
     assert "total_steps=5" in refusal(shorter, copied_run.path, resume=True)
     assert copied_run.is_finished(12)
 
 
-def test_sizes_that_contradict_the_initial_model_are_refused(
-    recipe: Build, finished_run: RunDirectory, tmp_path: Path
-) -> None:
-    sizes = ModelConfig(n_layer=3, n_head=2, n_embd=16, context_length=32)
-    other = recipe(init_from=str(finished_run.path), model=sizes)
+def test_sizes_that_contradict_the_initial_model_are_refused(recipe, finished_run, tmp_path):
+    other = with_settings(recipe(), init_from=str(finished_run.path), n_layer=3)
     assert "n_layer=3" in refusal(other, tmp_path / "other")
 
 
-def test_resuming_needs_a_run(recipe: Build, tmp_path: Path) -> None:
+def test_resuming_needs_a_run(recipe, tmp_path):
     assert str(tmp_path / "run") in refusal(recipe(), tmp_path / "run", resume=True)
 
 
-def test_other_data_is_refused_on_resuming(copied_run: RunDirectory) -> None:
+def test_other_data_is_refused_on_resuming(copied_run):
     data = copied_run.data
     data.write_text(data.read_text().replace('"source": "', '"source": "another '))
     assert "source" in refusal(read_recipe_of(copied_run.path), copied_run.path, resume=True)
 
 
-def test_full_disk_is_refused_before_the_first_step(
-    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_refused_before_the_first_step(recipe, tmp_path, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: full)
-    said = refusal(recipe(checkpoints=CheckpointsConfig(keep_checkpoints=3)), tmp_path / "run")
-    assert "--keep-checkpoints" in said
+    message = refusal(with_settings(recipe(), keep_checkpoints=3), tmp_path / "run")
+    assert "--keep-checkpoints" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -116,9 +86,7 @@ def set_memory(patch: pytest.MonkeyPatch, available: int) -> None:
         patch.setattr(module, "find_memory_bytes", lambda device: available)
 
 
-def test_too_little_memory_is_refused_before_the_model_is_built(
-    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_memory_is_refused_before_the_model_is_built(recipe, tmp_path, monkeypatch):
     set_memory(monkeypatch, 100_000)
     assert "a smaller model" in refusal(recipe(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -126,18 +94,15 @@ def test_too_little_memory_is_refused_before_the_model_is_built(
     train(recipe(), RunDirectory(tmp_path / "run"))
 
 
-def test_copy_for_an_async_checkpoint_must_fit(
-    recipe: Build, finished_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copy_for_an_async_checkpoint_must_fit(recipe, finished_run, tmp_path, monkeypatch):
     """On a CPU: 16 bytes of each weight are held all the time, and 12 more while a checkpoint is written."""
     parameters = read_recipe_of(finished_run.path).model.parameter_count()
     set_memory(monkeypatch, 22 * parameters)
     assert "--no-async-checkpoint" in refusal(recipe(), tmp_path / "run")
-    waits = recipe(checkpoints=CheckpointsConfig(async_checkpoint=False))
-    train(waits, RunDirectory(tmp_path / "run"))
+    train(with_settings(recipe(), async_checkpoint=False), RunDirectory(tmp_path / "run"))
 
 
-def test_run_that_lost_its_checkpoints_does_not_restart(copied_run: RunDirectory) -> None:
+def test_run_that_lost_its_checkpoints_does_not_restart(copied_run):
     assert load_resumed(copied_run.path).schedule.total_steps == 12
     shutil.rmtree(copied_run.checkpoints)
     with pytest.raises(ValueError, match="checkpoints holds no checkpoint"):
@@ -148,31 +113,31 @@ def test_run_that_lost_its_checkpoints_does_not_restart(copied_run: RunDirectory
 
 
 @pytest.fixture
-def shards(prepared: Path, tmp_path: Path) -> Path:
+def shards(prepared, tmp_path):
     """A copy of the prepared text."""
     return Path(shutil.copytree(prepared, tmp_path / "shards"))
 
 
-def test_shards_without_manifest_are_not_a_source(recipe: Build, tmp_path: Path, shards: Path) -> None:
-    copied = recipe(data=DataConfig(data=str(shards)))
+def test_shards_without_manifest_are_not_a_source(recipe, tmp_path, shards):
+    copied = with_settings(recipe(), data=str(shards))
     (shards / "manifest.json").unlink()
     assert "manifest.json" in refusal(copied, tmp_path / "run")
     for path in shards.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (shards / "model.bin").write_bytes(b"no shard")
-    (shards / "notes.txt").write_text("Something is told. " * 400)
+    (shards / "notes.txt").write_text("Some plain text. " * 400)
     assert "manifest.json" not in refusal(copied, tmp_path / "run")  # text, too short for this recipe
 
 
-def test_damaged_shards_are_refused(recipe: Build, tmp_path: Path, shards: Path) -> None:
+def test_damaged_shards_are_refused(recipe, tmp_path, shards):
     shard = shards / "train-00001.bin"
     damaged = bytearray(shard.read_bytes())
     damaged[-1] ^= 1
     shard.write_bytes(damaged)
-    assert "train-00001.bin" in refusal(recipe(data=DataConfig(data=str(shards))), tmp_path / "run")
+    assert "train-00001.bin" in refusal(with_settings(recipe(), data=str(shards)), tmp_path / "run")
 
 
-def test_another_tokenizer_is_refused(recipe: Build, tmp_path: Path, shards: Path) -> None:
+def test_another_tokenizer_is_refused(recipe, tmp_path, shards):
     shutil.rmtree(shards / "tokenizer")
     build_tokenizer("characters", ["quite another text"]).save(shards / "tokenizer")
-    assert "tokenizer" in refusal(recipe(data=DataConfig(data=str(shards))), tmp_path / "run")
+    assert "tokenizer" in refusal(with_settings(recipe(), data=str(shards)), tmp_path / "run")

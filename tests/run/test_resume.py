@@ -4,47 +4,30 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from overnight.data.dataset import open_one_dataset
-from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig, read_recipe_of
+from overnight.recipe import read_recipe_of, with_settings
 from overnight.run import resume
 from overnight.run import train as train_module
 from overnight.run.train import train
 from overnight.run_directory import RunDirectory
 from overnight.runs import command as runs_command
 from overnight.runs.status import describe_run
-from overnight.training import OptimizerConfig
-from overnight.training.checkpoint.load import VerifiedCheckpoint
-from overnight.training.state import TrainState
-
-Build = Callable[..., Recipe]
-Fingerprint = Callable[[RunDirectory], Any]
-Train = Callable[..., RunDirectory]
-
 
 DRAWN = [[random.Random(number).randrange(4) for _ in range(3)] for number in range(6)]
 
 
 @pytest.mark.parametrize("stops", [*([step] for step in range(12)), *DRAWN], ids=str)
-def test_stopping_and_resuming_changes_nothing(
-    recipe: Build,
-    finished_run: RunDirectory,
-    fingerprint: Fingerprint,
-    train_to: Train,
-    stops: list[int],
-) -> None:
+def test_stopping_and_resuming_changes_nothing(recipe, finished_run, fingerprint, train_to, stops):
     resumed = train_to(recipe(), "run", *stops)
     assert fingerprint(resumed) == fingerprint(finished_run)
     assert [line["step"] for line in resumed.read_metrics()] == list(range(1, 13))
 
 
-def test_the_run_crosses_epochs_and_shards_and_learns(recipe: Build, finished_run: RunDirectory) -> None:
+def test_the_run_crosses_epochs_and_shards_and_learns(recipe, finished_run):
     """What the comparisons above are about."""
     dataset = open_one_dataset(recipe().data)
     assert 4 * dataset.stream("train", 32, 1337).rows_per_epoch < 12 * 96
@@ -54,17 +37,11 @@ def test_the_run_crosses_epochs_and_shards_and_learns(recipe: Build, finished_ru
     assert finished_run.read_events("evaluations")[-1]["step"] == 12
 
 
-def test_comparison_detects_lost_moments(
-    recipe: Build,
-    finished_run: RunDirectory,
-    fingerprint: Fingerprint,
-    train_to: Train,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_comparison_detects_lost_moments(recipe, finished_run, fingerprint, train_to, monkeypatch):
     """The negative control: resuming with fresh moments is noticed."""
     restore = resume.restore
 
-    def weights_only(state: TrainState, opened: VerifiedCheckpoint) -> None:
+    def weights_only(state, opened):
         restore(state, opened)
         state.optimizer.state.clear()
 
@@ -73,18 +50,12 @@ def test_comparison_detects_lost_moments(
     assert fingerprint(resumed) != fingerprint(finished_run)
 
 
-def test_killed_run_repeats_lost_steps_exactly(
-    recipe: Build,
-    finished_run: RunDirectory,
-    fingerprint: Fingerprint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_killed_run_repeats_lost_steps_exactly(recipe, finished_run, fingerprint, tmp_path, monkeypatch):
     """No signal handler runs: metrics and events beyond the last checkpoint are rewound."""
     directory = RunDirectory(tmp_path / "run")
     append = RunDirectory.append_metrics
 
-    def killed(self: RunDirectory, line: dict[str, float]) -> None:
+    def killed(self, line):
         append(self, line)
         if line["step"] == 8:
             raise MemoryError("in place of a kill")
@@ -98,12 +69,9 @@ def test_killed_run_repeats_lost_steps_exactly(
     assert fingerprint(directory) == fingerprint(finished_run)
 
 
-def test_settings_that_are_off_stay_off(recipe: Build, fingerprint: Fingerprint, train_to: Train) -> None:
+def test_settings_that_are_off_stay_off(recipe, fingerprint, train_to):
     """TOML has no null, and these settings are on by default."""
-    off = recipe(
-        optimizer=OptimizerConfig(peak_learning_rate=1e-2, max_grad_norm=None),
-        checkpoints=CheckpointsConfig(checkpoint_every_steps=2, keep_checkpoints=None),
-    )
+    off = with_settings(recipe(), max_grad_norm=None, checkpoint_every_steps=2, keep_checkpoints=None)
     whole = train_to(off, "full")
     resumed = train_to(off, "run", 5)
     assert read_recipe_of(resumed.path).optimizer.max_grad_norm is None
@@ -111,9 +79,7 @@ def test_settings_that_are_off_stay_off(recipe: Build, fingerprint: Fingerprint,
     assert fingerprint(resumed) == fingerprint(whole)
 
 
-def test_resumed_run_does_not_need_its_initial_model(
-    recipe: Build, copied_run: RunDirectory, tmp_path: Path, stop_after: Callable[[int], None]
-) -> None:
+def test_resumed_run_does_not_need_its_initial_model(recipe, copied_run, tmp_path, stop_after):
     directory = RunDirectory(tmp_path / "tuned")
     stop_after(3)
     with pytest.raises(KeyboardInterrupt):
@@ -123,34 +89,21 @@ def test_resumed_run_does_not_need_its_initial_model(
     assert directory.is_finished(12)
 
 
-def test_evaluation_samples_and_checkpoints_do_not_change_training(
-    recipe: Build, finished_run: RunDirectory, fingerprint: Fingerprint, train_to: Train
-) -> None:
-    silent = recipe(
-        evaluation=EvaluationConfig(evaluate_every_steps=None),
-        samples=SamplesConfig(sample_every_steps=None),
-        checkpoints=CheckpointsConfig(checkpoint_every_steps=None),
-    )
-    directory = train_to(silent, "run")
+def test_evaluation_and_checkpoints_do_not_change_training(recipe, finished_run, fingerprint, train_to):
+    never = {f"{what}_every_steps": None for what in ("evaluate", "sample", "checkpoint")}
+    directory = train_to(with_settings(recipe(), **never), "run")
     assert fingerprint(directory)[:2] == fingerprint(finished_run)[:2]
     assert fingerprint(directory)[2] == []
 
 
-def test_max_time_stops_the_run_and_it_resumes(
-    recipe: Build,
-    finished_run: RunDirectory,
-    fingerprint: Fingerprint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_max_time_stops_the_run_and_it_resumes(recipe, finished_run, fingerprint, tmp_path, monkeypatch):
     """The clock moves ten minutes at each reading: the time is over before the third step."""
     directory, readings = RunDirectory(tmp_path / "small"), iter(range(0, 10**6, 600))
-    checkpoints = CheckpointsConfig(checkpoint_every_steps=3, max_time="25m")
     with monkeypatch.context() as patch:
         clock = SimpleNamespace(monotonic=lambda: float(next(readings)))
         patch.setattr(train_module, "time", clock)
         with pytest.raises(KeyboardInterrupt):
-            train(recipe(checkpoints=checkpoints), directory)
+            train(with_settings(recipe(), max_time="25m"), directory)
     stopped = describe_run(directory.path)
     assert (stopped.state, stopped.step, stopped.ended_by) == ("stopped", 2, "its time limit")
     train(read_recipe_of(directory.path), directory, resume=True)
@@ -159,12 +112,7 @@ def test_max_time_stops_the_run_and_it_resumes(
     assert (finished.state, finished.ended_by) == ("finished", None)
 
 
-def test_runs_tells_what_stopped_a_run(
-    recipe: Build,
-    tmp_path: Path,
-    stop_after: Callable[[int], None],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_runs_tells_what_stopped_a_run(recipe, tmp_path, stop_after, capsys):
     directory = RunDirectory(tmp_path / "small")
     stop_after(2)
     with pytest.raises(KeyboardInterrupt):
@@ -175,7 +123,6 @@ def test_runs_tells_what_stopped_a_run(
     assert f"overnight train --resume {directory.path}\n" in capsys.readouterr().err
     directory.ended.unlink()
     unknown = describe_run(directory.path).ended_by
-    assert unknown is not None
     assert "kill" in unknown
     directory.ended.write_text("{")
     assert describe_run(directory.path).ended_by == unknown

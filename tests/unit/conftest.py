@@ -6,13 +6,14 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from overnight.data import shards
-from overnight.data.shards import Manifest, ShardWriter, write_manifest
+from overnight.data.shards import SPLITS, Manifest, write_manifest, write_split
 from overnight.preparation import prepare, prepare_state, tokenize
 
 
@@ -57,35 +58,42 @@ def byte_tokenizer(monkeypatch: pytest.MonkeyPatch) -> ByteTokenizer:
     return ByteTokenizer()
 
 
-def write_prepared_folder(
-    folder: Path, train: Sequence[int], validation: Sequence[int] = (0, 1), shard_tokens: int = 100
-) -> Manifest:
-    """A prepared folder of these ids, in a vocabulary of 50,257; each split is one document."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = {}
-    for split, ids in (("train", train), ("validation", validation)):
-        writer = ShardWriter(folder, split, 50_257, shard_tokens)
-        writer.add(np.array(ids, dtype=np.uint32), text_bytes=2 * len(ids))
-        written[split] = writer.finish()
-    manifest = Manifest(
-        overnight_version="0",
-        source="numbers",
-        licence="none",
-        request={},
-        split_rule="by hand",
-        tokenizer="gpt2",
-        tokenizer_fingerprint="f" * 64,
-        vocab_size=50_257,
-        end_of_text=50_256,
-        documents=2,
-        train=written["train"],
-        validation=written["validation"],
-    )
-    write_manifest(folder, manifest)
-    return manifest
+Documents = dict[str, list[tuple[NDArray[np.uint32], int]]]
+COUNTS = ("duplicate_documents", "empty_documents", "skipped_documents", "repaired_documents")
+FIELDS = {
+    **{"overnight_version": "0", "source": "numbers", "licence": "none", "request": {}},
+    **{"split_rule": "by hand", "tokenizer": "gpt2", "tokenizer_fingerprint": "f" * 64},
+    **{"vocab_size": 50_257, "end_of_text": 50_256, **dict.fromkeys(COUNTS, 0)},
+}
 
 
 @pytest.fixture(scope="session")
-def prepared() -> Callable[..., Manifest]:
-    """`prepared(folder, train ids, validation ids, shard_tokens)` writes a folder that verifies."""
-    return write_prepared_folder
+def prepared_documents() -> Callable[..., Manifest]:
+    """`prepared_documents(folder, documents, shard_tokens, **fields of the manifest)` writes a folder.
+
+    `documents` are, for each split, pairs of ids and bytes of text.
+    """
+
+    def write(folder: Path, documents: Documents, shard_tokens: int, **changes: Any) -> Manifest:
+        folder.mkdir(parents=True, exist_ok=True)
+        fields: dict[str, Any] = {**FIELDS, "documents": sum(map(len, documents.values())), **changes}
+        for split in SPLITS:
+            fields[split] = write_split(folder, split, documents[split], fields["vocab_size"], shard_tokens)
+        write_manifest(folder, manifest := Manifest(**fields))
+        return manifest
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def prepared(prepared_documents: Callable[..., Manifest]) -> Callable[..., Manifest]:
+    """`prepared(folder, train ids, validation ids, shard_tokens)`: each split is one document."""
+
+    def write(
+        folder: Path, train: Sequence[int], validation: Sequence[int] = (0, 1), shard_tokens: int = 100
+    ) -> Manifest:
+        splits = {"train": train, "validation": validation}
+        documents = {name: [(np.array(ids, np.uint32), 2 * len(ids))] for name, ids in splits.items()}
+        return prepared_documents(folder, documents, shard_tokens)
+
+    return write

@@ -1,3 +1,5 @@
+"""Configurations, read from TOML and from the command line."""
+
 from __future__ import annotations
 
 import tomllib
@@ -8,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.config import flat_names, from_arguments, from_toml, nearest, parse_duration, to_toml
+from overnight.config import (
+    flat_names,
+    from_arguments,
+    from_toml,
+    parse_duration,
+    to_toml,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,118 +78,92 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
         ),
     )
 )
-def test_toml_gives_back_what_it_was_given(settings: Settings) -> None:
+def test_toml_round_trip(settings):
     written = to_toml(settings)
     tomllib.loads(written)
+    assert all(name in written for name in flat_names(Settings))
     assert from_toml(Settings, written, "recipe") == settings
 
 
-def test_a_recipe_can_switch_off_what_is_on() -> None:
-    assert from_toml(Settings, '[size]\nlimit = "off"', "r").size.limit is None
-    with pytest.raises(ValueError, match="n_layer = 'off' should be a whole number"):
-        from_toml(Settings, '[size]\nn_layer = "off"', "r")
-
-
-def test_every_setting_is_named_in_the_resolved_recipe() -> None:
-    assert all(name in to_toml(Settings()) for name in flat_names(Settings))
-
-
 @pytest.mark.parametrize(
-    "text, complaint",
+    "text, named",
     [
         ("[size]\nn_layr = 3", "n_layr is not a setting; did you mean n_layer?"),
         ("n_layer = 3", "n_layer belongs in [size]"),
         ("[size]\nrun_name = 'x'", "run_name belongs above the first section"),
-        ("[size]\nn_layer = 'four'", "n_layer = 'four' should be a whole number"),
-        ("[size]\nn_layer = true", "n_layer = True should be a whole number"),
-        ("[size]\nn_layer = 1.5", "n_layer = 1.5 should be a whole number"),
-        ("[size]\nvocab_size = 'x'", "vocab_size = 'x' should be a whole number"),
-        ("kind = 'quick'", "kind = 'quick' should be one of 'fused', 'plain'"),
-        ("prompts = 'a'", "prompts = 'a' should be a list, each a text in quotes"),
-        ("prompts = [1]", "prompts = [1] should be a list"),
-        ("size = 3", "size = 3 should be a section"),
-        ("shares = 'a'", "shares = 'a' should be a list, each a table of path and weight"),
+        ("[size]\nn_layer = 'four'", "n_layer = 'four'"),
+        ("[size]\nn_layer = true", "n_layer = True"),
+        ("[size]\nn_layer = 1.5", "n_layer = 1.5"),
+        ("[size]\nvocab_size = 'x'", "vocab_size = 'x'"),
+        ("kind = 'quick'", "kind = 'quick' should be one of 'fused', 'math'"),
+        ("prompts = 'a'", "prompts = 'a'"),
+        ("prompts = [1]", "prompts = [1]"),
+        ("size = 3", "size = 3"),
         ("shares = ['a']", "shares = 'a' should be a table of path and weight"),
         ("shares = [{path = 'a'}]", "shares = {'path': 'a'} lacks weight"),
-        ("shares = [{path = 'a', weight = '1'}]", "weight = '1' should be a number"),
+        ("shares = [{path = 'a', weight = '1'}]", "weight = '1'"),
         ("shares = [{path = 'a', weight = 1, wieght = 1}]", "wieght is not a setting; did you mean weight?"),
-        ("n_layer = ", "mine.toml is not TOML"),
+        ("[size]\nn_layr = 3\ndropout = 'much'", "dropout = 'much'"),  # all problems at once
     ],
 )
-def test_a_wrong_recipe_is_one_plain_sentence(text: str, complaint: str) -> None:
-    with pytest.raises(ValueError, match=".") as error:
+def test_wrong_recipe_is_one_sentence(text, named):
+    with pytest.raises(ValueError, match=r"^mine\.toml") as error:
         from_toml(Settings, text, "mine.toml")
-    assert complaint in str(error.value)
-    assert str(error.value).startswith("mine.toml")
-
-
-def test_all_problems_are_told_at_once() -> None:
-    with pytest.raises(ValueError, match=r"n_layr.*dropout") as error:
-        from_toml(Settings, "[size]\nn_layr = 3\ndropout = 'much'", "mine.toml")
+    assert named in str(error.value)
     assert "\n" not in str(error.value)
+    assert "n_layr" not in text or "n_layr" in str(error.value)
 
 
-def test_a_list_of_records_is_read_in_both_of_toml_s_ways() -> None:
+def test_values_are_read_in_all_of_toml_s_forms():
     expected = (Share(path="a", weight=0.7), Share(path="b", weight=2))
     inline = "shares = [{path = 'a', weight = 0.7}, {path = 'b', weight = 2}]"
     tables = "[[shares]]\npath = 'a'\nweight = 0.7\n[[shares]]\npath = 'b'\nweight = 2"
-    for text in (inline, tables):
-        assert from_toml(Settings, text, "r").shares == expected
-    assert 'shares = [{path = "a", weight = 0.7}, {path = "b", weight = 2}]' in to_toml(
-        Settings(shares=expected)
-    )
-
-
-def test_an_int_does_for_a_float() -> None:
+    assert from_toml(Settings, inline, "r").shares == from_toml(Settings, tables, "r").shares == expected
     assert from_toml(Settings, "[size]\ndropout = 0", "r").size.dropout == 0
+    assert from_toml(Settings, '[size]\nlimit = "off"', "r").size.limit is None
+    with pytest.raises(ValueError, match="n_layer = 'off'"):
+        from_toml(Settings, '[size]\nn_layer = "off"', "r")
 
 
 def options(*words: str, default: Settings | None = None) -> Settings:
     return from_arguments(Settings, words, prog="overnight train", about="Train.", default=default)
 
 
-@pytest.mark.parametrize("words", [["--n_layer=4"], ["--n-layer", "4"], ["--n-layer=4"], ["--n_layer", "4"]])
-def test_both_habits_of_writing_an_option_work(words: list[str]) -> None:
-    assert options(*words).size.n_layer == 4
-
-
-def test_options_go_over_the_default() -> None:
-    default = Settings(run_name="mine", size=Size(dropout=0.5))
-    changed = options("--n_layer=3", "--compile=False", default=default)
+def test_options_in_any_spelling_change_the_default():
+    for words in (["--n_layer=4"], ["--n-layer", "4"], ["--n-layer=4"], ["--n_layer", "4"]):
+        assert options(*words).size.n_layer == 4
+    default = Settings(run_name="mine", size=Size(dropout=0.5, vocab_size=3))
+    changed = options("--n_layer=3", "--compile=False", "--vocab_size=None", default=default)
     assert changed == Settings(run_name="mine", compile=False, size=Size(n_layer=3, dropout=0.5))
 
 
-def test_a_record_is_one_word() -> None:
+def test_record_is_one_word():
     default = Settings(shares=(Share(path="x", weight=1),))
     expected = (Share(path="data/a", weight=0.7), Share(path="s3://b/date=1", weight=3.0))
     assert options("--shares", "data/a=0.7", "s3://b/date=1=3", default=default).shares == expected
     assert options("--n_layer=4", default=default).shares == default.shares
 
 
-def test_none_switches_off() -> None:
-    assert options("--vocab_size=None", default=Settings(size=Size(vocab_size=3))).size.vocab_size is None
-
-
 @pytest.mark.parametrize(
-    "words, complaint",
+    "words, named",
     [
         (["--n_layr=4"], "has no option --n_layr; did you mean n-layer?"),
         (["--n_layer=four"], "--n-layer"),
         (["stray"], "stray"),
         (["--kind=quick"], "quick"),
-        (["--shares", "a=1", "data/b"], "'data/b' should be PATH=WEIGHT"),
-        (["--shares", "a=much"], "'a=much' should be PATH=WEIGHT"),
+        (["--shares", "a=1", "data/b"], "data/b"),
+        (["--shares", "a=much"], "a=much"),
     ],
 )
-def test_a_wrong_option_is_one_plain_sentence(words: list[str], complaint: str) -> None:
+def test_wrong_option_is_one_sentence(words, named):
     with pytest.raises(ValueError, match=".") as error:
         options(*words)
-    assert complaint in str(error.value)
+    assert named in str(error.value)
     assert "\n" not in str(error.value)
     assert "│" not in str(error.value)
 
 
-def test_help_exits_with_success_and_tells_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit) as stopped:
         options("--help")
     assert not stopped.value.code
@@ -199,32 +181,29 @@ class Switches:
     """On by default."""
 
 
+def switches(*words: str, default: Switches | None = None) -> Switches:
+    return from_arguments(Switches, words, prog="overnight", about="", default=default)
+
+
 @pytest.mark.parametrize("default", [None, Switches(fast=True, safe=False), Switches(fast=True)])
-def test_a_switch_can_be_turned_on_and_off_whatever_its_default(default: Switches | None) -> None:
-    def read(*words: str) -> Switches:
-        return from_arguments(Switches, words, prog="overnight", about="", default=default)
-
-    assert read("--fast", "--safe") == Switches(fast=True)
-    assert read("--no-fast", "--no_safe") == Switches(safe=False)
-    assert read() == (default or Switches())
-    with pytest.raises(ValueError, match="no option --no-quick"):
-        read("--no-quick")
+def test_switch_can_be_turned_on_and_off_whatever_its_default(default):
+    assert switches("--fast", "--safe", default=default) == Switches(fast=True)
+    assert switches("--no-fast", "--no_safe", default=default) == Switches(safe=False)
+    assert switches(default=default) == (default or Switches())
+    with pytest.raises(ValueError, match="no option --no-slow"):
+        switches("--no-slow", default=default)
     with pytest.raises(ValueError, match="no_safe"):
-        read("no_safe")
-
-
-def test_nearest_lists_what_there_is_when_nothing_is_near() -> None:
-    assert nearest("zzz", ["gpt2", "characters"]) == "; there is characters, gpt2"
+        switches("no_safe", default=default)
 
 
 @pytest.mark.parametrize(
     "text, seconds", [("7h50m", 28_200), ("90m", 5400), ("45s", 45), ("1d12h", 129_600), (" 2d ", 172_800)]
 )
-def test_a_length_of_time(text: str, seconds: float) -> None:
+def test_duration_is_parsed(text, seconds):
     assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "  ", "90", "7:50", "5m1h", "-1h", "1.5h", "h", "7 h"])
-def test_what_is_no_length_of_time(text: str) -> None:
-    with pytest.raises(ValueError, match="is no length of time; write 7h50m"):
+def test_invalid_duration_is_refused(text):
+    with pytest.raises(ValueError, match="7h50m"):
         parse_duration(text)

@@ -1,18 +1,17 @@
-"""Recipes and command lines with anything in them are read or refused, in one sentence, and never run."""
+"""Recipes and command lines with any content are read or refused, in one sentence, and never executed."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
-import re
-import time
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from overnight.config import flat_names, from_arguments, from_toml, to_toml
-from overnight.recipe import Recipe, incompatible_settings, load_recipe, recipe_names
+from overnight.recipe import Recipe, flatten, incompatible_settings, load_recipe, recipe_names
 from overnight.training.schedule import ScheduleConfig
 
 NAMES = flat_names(Recipe)
@@ -40,29 +39,19 @@ STRANGE_NAMES = ("__class__", "__init__", "problems", "a.b", '"n_layer"', '""', 
 CHARACTERS = (*map(ord, "\t\n\"'=[]{}#.,\x7f\x00"), 0xD800, 0x1F600, 0xFEFF)
 
 
-def shipped_recipes() -> list[str]:
-    folder = resources.files("overnight") / "recipes"
-    shipped = [(folder / f"{name}.toml").read_text(encoding="utf-8") for name in recipe_names()]
-    return [*shipped, to_toml(DEFAULT)]
-
-
 def with_a_character(draw: random.Random, text: str) -> str:
-    place, gone = draw.randrange(len(text) + 1), draw.choice((0, 1, 2, 40))
-    return text[:place] + chr(draw.choice((*CHARACTERS, draw.randrange(0x110000)))) + text[place + gone :]
+    index, gone = draw.randrange(len(text) + 1), draw.choice((0, 1, 2, 40))
+    return text[:index] + chr(draw.choice((*CHARACTERS, draw.randrange(0x110000)))) + text[index + gone :]
 
 
-def with_a_line_twice(draw: random.Random, text: str) -> str:
+def with_another_line(draw: random.Random, text: str) -> str:
+    """A line twice, or with another value, or the head of another section in its place."""
     lines = text.split("\n")
-    lines.insert(draw.randrange(len(lines)), draw.choice(lines))
-    return "\n".join(lines)
-
-
-def with_another_value(draw: random.Random, text: str) -> str:
-    lines = text.split("\n")
-    settings = [number for number, line in enumerate(lines) if re.match(r"\w+ *=", line)]
-    if settings:
-        number = draw.choice(settings)
-        lines[number] = lines[number].partition("=")[0] + "= " + draw.choice(VALUES)
+    number = draw.randrange(len(lines))
+    name = lines[number].partition("=")[0]
+    head = draw.choice((*SECTIONS, "[model]", "[data.mixture]", "a.b"))
+    changed = (f"{name}= {draw.choice(VALUES)}", f"[{head}]", f"{draw.choice(lines)}\n{lines[number]}")
+    lines[number] = draw.choices(changed, (4, 1, 1))[0]
     return "\n".join(lines)
 
 
@@ -76,113 +65,84 @@ def with_a_setting(draw: random.Random, text: str) -> str:
     return text.replace(head, head + line, 1) if head in text else f"{text}\n{head}{line}"
 
 
-def with_another_head(draw: random.Random, text: str) -> str:
-    lines = text.split("\n")
-    lines[draw.randrange(len(lines))] = f"[{draw.choice((*SECTIONS, '[model]', '[data.mixture]', 'a.b'))}]"
-    return "\n".join(lines)
-
-
-MUTATIONS = (
-    with_a_character,
-    with_a_line_twice,
-    with_another_value,
-    with_another_value,
-    with_a_setting,
-    with_a_setting,
-    with_another_head,
-)
-
-
 def fuzzed(draw: random.Random, recipes: list[str]) -> str:
     text = draw.choice(recipes)
     for _ in range(draw.choice((1, 1, 1, 2, 5))):
-        text = draw.choice(MUTATIONS)(draw, text)
+        text = draw.choice((with_a_character, with_another_line, with_a_setting))(draw, text)
     return text
 
 
 def read(text: str) -> str:
-    """What becomes of a recipe: "sound", "faulty" or "refused". Whatever else happens is raised."""
-    recipe, said = None, ""
+    """What becomes of a recipe: "valid", "faulty" or "refused". Anything else is raised."""
     try:
         recipe = from_toml(Recipe, text, "mine.toml")
     except ValueError as error:
-        said = str(error)
-    if recipe is None:
-        assert said.startswith("mine.toml")
-        return "refused"
-    assert "nan" in text or incompatible_settings(recipe, recipe) == []
+        return "refused" if str(error).startswith("mine.toml") else f"nameless: {error}"
+    assert "nan" in text or incompatible_settings(flatten(recipe), flatten(recipe)) == []
     recipe = dataclasses.replace(recipe, run_name=recipe.run_name or "fuzzed")
     faulty = recipe.problems()
     assert all(isinstance(problem, str) for problem in faulty)
     if not faulty:
         assert from_toml(Recipe, to_toml(recipe), "again") == recipe
-    return "faulty" if faulty else "sound"
+    return "faulty" if faulty else "valid"
 
 
 def fuzz_recipes(count: int) -> dict[str, int]:
-    recipes, outcomes = shipped_recipes(), {"sound": 0, "faulty": 0, "refused": 0}
-    for seed in range(count):
-        outcomes[read(fuzzed(random.Random(seed), recipes))] += 1
-    return outcomes
+    folder = resources.files("overnight") / "recipes"
+    recipes = [(folder / f"{name}.toml").read_text(encoding="utf-8") for name in recipe_names()]
+    recipes.append(to_toml(DEFAULT))
+    return Counter(read(fuzzed(random.Random(seed), recipes)) for seed in range(count))
 
 
 def fuzz_words(count: int) -> dict[str, int]:
     """The same by the command line: options in any order with any values."""
-    outcomes = {"sound": 0, "faulty": 0, "refused": 0}
-    words = [value.strip("\"'\n")[:200] for value in VALUES] + [
-        "--",
-        "-",
-        "--help=1",
-        "=",
-        "None",
-        "\0",
-        "a=b",
-    ]
+    outcomes: Counter[str] = Counter()
+    words = [value.strip("\"'\n")[:200] for value in VALUES]
+    words += ["--", "-", "--help=1", "=", "None", "\0", "a=b"]
     for seed in range(count):
         draw = random.Random(seed)
         given = []
         for _ in range(draw.choice((1, 1, 2, 4))):
             name = draw.choice((*NAMES, *NAMES, "n_layr", "", "model.n_layer", "__class__"))
-            name = name.replace("_", draw.choice("_-"))
-            value = draw.choice(words)
+            name, value = name.replace("_", draw.choice("_-")), draw.choice(words)
             given += [f"--{name}={value}"] if draw.random() < 0.5 else [f"--{name}", value]
-        recipe, said = None, ""
         try:
             recipe = from_arguments(Recipe, given, prog="overnight train", about="", default=DEFAULT)
         except ValueError as error:
-            said = str(error)
-        assert recipe or "overnight train" in said
-        outcomes["refused" if recipe is None else "faulty" if recipe.problems() else "sound"] += 1
+            outcomes["refused" if "overnight train" in str(error) else f"nameless: {error}"] += 1
+        else:
+            outcomes["faulty" if recipe.problems() else "valid"] += 1
     return outcomes
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("recipes, words", [(500, 60), pytest.param(10_000, 1_000, marks=pytest.mark.slow)])
-def test_anything_is_read_or_refused(recipes: int, words: int) -> None:
+def test_any_recipe_is_read_or_refused(recipes, words):
     for outcomes, least in ((fuzz_recipes(recipes), recipes // 100), (fuzz_words(words), 1)):
+        assert {*outcomes} == {"valid", "faulty", "refused"}, outcomes
         assert min(outcomes.values()) >= least, outcomes  # the fuzzing reaches every ending
     assert not Path("mark").exists()
 
 
-def test_a_reader_that_runs_what_it_reads_is_caught() -> None:
+def test_reader_that_executes_its_input_is_detected():
     """The negative control: as nanoGPT's configurator reads its files."""
     settings = to_toml(dataclasses.replace(DEFAULT, run_name=CALL))
-    assert read(settings) == "sound"
+    assert read(settings) == "valid"
     assert not Path("mark").exists()
     values = {"run_name": from_toml(Recipe, settings, "mine.toml").run_name}
     eval(values["run_name"])
     assert Path("mark").exists()
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_refused(tmp_path):
     path = tmp_path / "mine.toml"
     draw = random.Random(0)
     path.write_bytes(b"run_name = 'a\xff'")
-    with pytest.raises(ValueError, match=r"mine\.toml is no text in UTF-8: invalid start byte at byte 13"):
+    with pytest.raises(ValueError, match=r"mine\.toml .*UTF-8.* byte 13"):
         load_recipe(str(path))
     for _ in range(200):
         path.write_bytes(draw.randbytes(draw.randrange(60)))
@@ -192,10 +152,8 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
             assert str(path) in str(error)  # noqa: PT017 - either way is right
 
 
-def test_a_recipe_takes_a_moment_to_refuse() -> None:
-    """Nothing in a file makes reading slow: a megabyte of brackets, of dots, of one name."""
-    started_at = time.process_time()
-    for text in ("[" * 10**6, "a" * 10**6, "x = " + "[" * 10**6, 'x = "' + "a" * 10**6, "#" * 10**6):
-        with pytest.raises(ValueError, match=r"mine\.toml"):
-            from_toml(Recipe, f"{text}\ny", "mine.toml")
-    assert time.process_time() - started_at < 10
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("repeated", ["[", "a", "#", 'x = "', "x = ["])
+def test_megabyte_of_nonsense_is_refused_without_delay(repeated):
+    with pytest.raises(ValueError, match=r"mine\.toml"):
+        from_toml(Recipe, repeated * 10**6 + "\ny", "mine.toml")

@@ -1,3 +1,5 @@
+"""Devices: their names, published rates and precisions; memory and speed as measured here."""
+
 from __future__ import annotations
 
 import os
@@ -18,9 +20,14 @@ from overnight.hardware import (
     find_device_name,
     find_memory_bytes,
     find_peak_flops,
+    measure_matmul_flops,
     native_precision,
     peak_flops,
+    peak_memory_bytes,
+    reset_peak_memory,
 )
+
+CPUINFO = Path("/proc/cpuinfo")
 
 # Names as the driver writes them -> bf16 peak; figures copied from the public data sheets a second time.
 NAMES_AND_BF16 = {
@@ -45,67 +52,43 @@ NAMES_AND_BF16 = {
 
 
 @pytest.mark.parametrize(("name", "flops"), NAMES_AND_BF16.items())
-def test_a_driver_s_name_is_recognised(name: str, flops: float | None) -> None:
+def test_driver_name_is_recognised(name, flops):
     assert find_device_facts(name) is not None
     assert peak_flops(name, "bf16") == (None if flops is None else pytest.approx(flops))
 
 
-def test_every_row_of_the_table_is_reached_by_some_name() -> None:
+def test_every_device_of_the_table_is_reached():
     names = [*NAMES_AND_BF16, "NVIDIA H100 SXM5", "Tesla V100-SXM2-32GB", "Tesla V100-PCIE-16GB"]
     names += ["Tesla V100-PCIE-32GB"]
     names += [f"Apple M{number}{kind}" for number in (1, 2, 3, 4) for kind in ("", " Pro", " Max", " Ultra")]
     reached = {id(find_device_facts(name)) for name in names}
     assert [device.name for device in DEVICES if id(device.facts) not in reached] == []
-
-
-@pytest.mark.parametrize(
-    ("typed", "name"),
-    [
-        ("h200", "h200"),
-        ("NVIDIA H200", "h200"),
-        ("a100-80gb", "a100-80gb"),
-        ("A100 80GB", "a100-80gb"),
-        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
-        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
-        ("4090", "rtx-4090"),
-        ("rtx_4090", "rtx-4090"),
-        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
-        ("t4", "t4"),
-        ("Tesla T4", "t4"),
-        ("v100-32gb", "v100-32gb"),
-        ("Apple M2", "m2"),
-        ("m1 max", "m1-max"),
-    ],
-)
-def test_a_device_is_found_by_what_a_person_types_and_by_its_driver_s_name(typed: str, name: str) -> None:
-    found = find_device(typed)
-    assert found is not None
-    assert found.name == name
-
-
-@pytest.mark.parametrize("typed", ["a100", "v100", "5090", "4090 laptop", "gpu", ""])
-def test_a_name_that_is_nobody_s_or_not_one_device_s_is_not_found(typed: str) -> None:
-    assert find_device(typed) is None
-
-
-def test_every_device_is_found_by_its_own_name() -> None:
     assert [device.name for device in DEVICES if find_device(device.name) is not device] == []
+
+
+TYPED_NAMES = {
+    **{"h200": "h200", "NVIDIA H200": "h200", "a100-80gb": "a100-80gb", "A100 80GB": "a100-80gb"},
+    **{"NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA A100-SXM4-40GB": "a100-40gb", "t4": "t4"},
+    **{"4090": "rtx-4090", "rtx_4090": "rtx-4090", "NVIDIA GeForce RTX 4090": "rtx-4090", "Tesla T4": "t4"},
+    **{"v100-32gb": "v100-32gb", "Apple M2": "m2", "m1 max": "m1-max"},
+    **dict.fromkeys(("a100", "v100", "5090", "4090 laptop", "gpu", "")),  # ambiguous or unknown
+}
+
+
+def test_device_is_found_by_typed_and_driver_names():
+    found = {typed: find_device(typed) for typed in TYPED_NAMES}
+    assert {typed: device and device.name for typed, device in found.items()} == TYPED_NAMES
 
 
 @pytest.mark.parametrize(
     ("name", "precision"), [("h200", "bf16"), ("t4", "fp16"), ("v100-16gb", "fp16"), ("m1", "fp32")]
 )
-def test_a_device_of_the_table_has_the_precision_that_it_would_be_found_to_have(
-    name: str, precision: str
-) -> None:
-    device = find_device(name)
-    assert device is not None
-    assert device.facts.native == precision
+def test_native_precision_of_the_table(name, precision):
+    assert find_device(name).facts.native == precision
 
 
-def test_apple_s_later_chips_are_known_without_a_rate() -> None:
+def test_later_apple_chips_have_no_rate():
     facts = find_device_facts("Apple M3 Max")
-    assert facts is not None
     assert (facts.fp32, facts.bytes_per_second) == (None, None)
     assert peak_flops("Apple M3 Max", "fp32") is None
     assert peak_flops("Apple M1 Max", "fp32") == pytest.approx(10.4e12)
@@ -114,21 +97,16 @@ def test_apple_s_later_chips_are_known_without_a_rate() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "AMD EPYC 9654",
-        "Apple M5",
-        "NVIDIA A10G",
-        "NVIDIA GeForce RTX 4090 Laptop GPU",
-        "NVIDIA GeForce RTX 4090 D",
-        "NVIDIA GeForce RTX 3090 Ti",
-        "NVIDIA L40",
+        *["AMD EPYC 9654", "Apple M5", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA L40"],
+        *["NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti"],
     ],
 )
-def test_a_near_namesake_is_unknown_rather_than_wrong(name: str) -> None:
+def test_similar_name_is_unknown(name):
     assert find_device_facts(name) is None
     assert peak_flops(name, "bf16") is None
 
 
-def test_rates_and_sizes_are_in_the_order_physics_gives_them() -> None:
+def test_rates_and_sizes_are_plausible():
     for name, _, facts in DEVICES:
         rates = [rate for rate in (facts.fp32, facts.tf32, facts.bf16) if rate is not None]
         assert rates == sorted(rates), name
@@ -139,52 +117,33 @@ def test_rates_and_sizes_are_in_the_order_physics_gives_them() -> None:
 @pytest.mark.parametrize(
     ("amx", "avx512", "precision"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
 )
-def test_a_cpu_computes_bf16_with_amx_or_avx512(
-    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, precision: str
-) -> None:
+def test_cpu_computes_bf16_with_amx_or_avx512(monkeypatch, amx, avx512, precision):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert native_precision("cpu") == precision
 
 
-def test_this_cpu_s_precision_agrees_with_linux() -> None:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        pytest.skip("only Linux lists its processor's flags")
-    flags = set(cpuinfo.read_text(encoding="utf-8").split())
-    expected = "bf16" if flags & {"amx_tile", "avx512_bf16"} else "fp32"
-    assert native_precision("cpu") == expected
+@pytest.mark.skipif(not CPUINFO.is_file(), reason="only Linux describes its processors")
+def test_cpu_name_and_precision_are_those_of_linux():
+    described = CPUINFO.read_text(encoding="utf-8")
+    has_bf16 = {*described.split()} & {"amx_tile", "avx512_bf16"}
+    assert native_precision("cpu") == ("bf16" if has_bf16 else "fp32")
+    assert find_device_name("cpu") == re.findall(r"model name\s*: (.*)", described)[0].strip()
 
 
 @pytest.mark.parametrize(
     ("capability", "precision"),
     [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")],
 )
-def test_a_gpu_computes_bf16_since_ampere_and_fp16_since_volta(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str
-) -> None:
+def test_gpu_computes_bf16_since_ampere_and_fp16_since_volta(monkeypatch, capability, precision):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert native_precision("cuda:0") == precision
-
-
-def test_apple_s_gpu_trains_in_fp32() -> None:
     assert native_precision("mps") == "fp32"
 
 
-def test_this_cpu_has_the_name_linux_gives_it() -> None:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        pytest.skip("only Linux lists its processors")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8"))
-    assert find_device_name("cpu") == names[0].strip()
-
-
-def test_a_gpu_is_named_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_and_apple_chip_are_named_by_driver_and_system(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"driver's name of {device}")
     assert find_device_name("cuda:1") == "driver's name of cuda:1"
-
-
-def test_an_apple_chip_is_named_by_its_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(subprocess, "run", lambda command, **options: SimpleNamespace(stdout="Apple M2\n"))
     assert find_device_name("mps") == find_device_name("cpu") == "Apple M2"
@@ -192,9 +151,7 @@ def test_an_apple_chip_is_named_by_its_system(monkeypatch: pytest.MonkeyPatch) -
     assert find_peak_flops("cpu", "fp32") is None  # the figure is the GPU's
 
 
-def test_memory_is_what_is_installed_or_what_the_container_allows(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_memory_is_the_installed_or_the_container_s_limit(monkeypatch, tmp_path):
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(hardware, "CGROUP_LIMITS", (limit, tmp_path / "absent"))
@@ -205,15 +162,29 @@ def test_memory_is_what_is_installed_or_what_the_container_allows(
     assert find_memory_bytes("cpu") == 1_048_576
 
 
+@pytest.mark.skipif(not hardware.CLEAR_REFS.exists(), reason="only Linux resets a peak")
+def test_peak_memory_is_since_the_last_reset():
+    assert peak_memory_bytes("mps") is None
+    size = 200_000_000
+    held = torch.ones(size, dtype=torch.uint8)
+    with_it = peak_memory_bytes("cpu")
+    del held
+    reset_peak_memory("cpu")
+    assert peak_memory_bytes("cpu") < with_it - 0.8 * size
+
+
+def test_matmul_is_timed_and_torch_s_setting_kept(monkeypatch):
+    monkeypatch.setattr(hardware, "SIDE_ON_CPU", 256)
+    before = torch.get_float32_matmul_precision()
+    assert 1e8 < measure_matmul_flops("cpu", "fp32") < 1e14
+    assert torch.get_float32_matmul_precision() == before
+
+
 @pytest.mark.gpu
-def test_this_gpu_is_known() -> None:
+def test_gpu_is_known_and_its_precision_agrees_with_torch():
     name = find_device_name("cuda:0")
     facts = find_device_facts(name)
     assert facts is not None, f"no published figures for {name!r}"
     assert facts.memory_bytes == pytest.approx(find_memory_bytes("cuda:0"), rel=0.1)
-
-
-@pytest.mark.gpu
-def test_this_gpu_s_precision_agrees_with_torch() -> None:
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     assert native_precision("cuda") == ("bf16" if native else "fp32")

@@ -1,9 +1,8 @@
-"""Plan and stream together: each window once an epoch, in one order, however a step is divided."""
+"""Plan and stream together: each row once an epoch, in one order, however a step is divided."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +19,7 @@ EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(tmp_path_factory):
     """About 1,500 tokens of characters, in several shards."""
     root = tmp_path_factory.mktemp("text")
     for number in range(20):
@@ -36,7 +35,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @st.composite
 def divisions(draw: st.DrawFn) -> tuple[BatchPlan, int]:
-    """A plan, with a ramp or without, and how many processes share it."""
+    """A plan, with a ramp or without, and the number of processes that share it."""
     processes, at_once = draw(st.integers(1, 6)), draw(st.integers(1, 5))
     unit = processes * at_once * draw(st.integers(1, 3)) * T
     sizes = draw(st.integers(1, 3))
@@ -50,7 +49,7 @@ def divisions(draw: st.DrawFn) -> tuple[BatchPlan, int]:
 
 
 def windows(stream: TokenStream, plan: BatchPlan, processes: int, share: Share) -> list[int]:
-    """Where each row begins of what all processes read, step by step, until the epochs are over."""
+    """The start of each row that the processes read, step by step, until the epochs are over."""
     found: list[int] = []
     step = 0
     while len(found) < EPOCHS * stream.rows_per_epoch:
@@ -64,9 +63,7 @@ def windows(stream: TokenStream, plan: BatchPlan, processes: int, share: Share) 
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=divisions(), seed=st.integers(0, 3), shuffled=st.sampled_from([None, 300]))
-def test_each_window_is_read_once_an_epoch_in_one_order(
-    shards: Path, drawn: tuple[BatchPlan, int], seed: int, shuffled: int | None
-) -> None:
+def test_each_row_is_read_once_an_epoch_in_one_order(shards, drawn, seed, shuffled):
     plan, processes = drawn
     stream = TokenStream(shards, tokens_per_row=T, seed=seed, shuffle_window=shuffled)
     per_epoch = stream.rows_per_epoch
@@ -76,7 +73,7 @@ def test_each_window_is_read_once_an_epoch_in_one_order(
     assert found == [stream.row_start(row) for row in range(EPOCHS * per_epoch)]
 
 
-def test_the_ledger_sees_a_share_that_is_another_s(shards: Path) -> None:
+def test_comparison_detects_a_wrong_share(shards):
     """The negative control: each process computes what the first one does."""
     plan = plan_batches(BatchConfig(tokens_per_step=4 * T, micro_batch_size=1), T, 1, 2)
     stream = TokenStream(shards, tokens_per_row=T)

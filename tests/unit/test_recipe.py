@@ -1,73 +1,121 @@
+"""The recipes of the package, settings under their old names, and what may change on resuming."""
+
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from overnight.config import from_toml, to_toml
-from overnight.model.model_config import PRESETS
-from overnight.recipe import RESUME_MUTABLE, Recipe, flatten, incompatible_settings, load_recipe, recipe_names
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_is_sound_and_named_after_its_file(name: str) -> None:
-    recipe = load_recipe(name)
-    assert recipe.run_name == name
-    assert recipe.problems() == []
-    assert from_toml(Recipe, to_toml(recipe), name) == recipe
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_recipes_of_gpt2_and_gpt3_have_the_papers_sizes(name: str) -> None:
-    assert dataclasses.replace(load_recipe(name).model, vocab_size=50257) == PRESETS[name]
-
-
-@pytest.mark.parametrize(
-    "name, learning_rate, tokens_per_step",
-    [
-        ("gpt3-125m", 6.0e-4, 0.5e6),
-        ("gpt3-350m", 3.0e-4, 0.5e6),
-        ("gpt3-760m", 2.5e-4, 0.5e6),
-        ("gpt3-1.3b", 2.0e-4, 1e6),
-        ("gpt3-2.7b", 1.6e-4, 1e6),
-        ("gpt3-6.7b", 1.2e-4, 2e6),
-        ("gpt3-13b", 1.0e-4, 2e6),
-        ("gpt3-175b", 0.6e-4, 3.2e6),
-    ],
+from overnight.config import field_types, flat_names, from_arguments, from_toml
+from overnight.data import DataConfig
+from overnight.recipe import (
+    RESUME_MUTABLE,
+    Recipe,
+    Resolved,
+    flatten,
+    incompatible_settings,
+    load_recipe,
+    recipe_names,
 )
-def test_gpt3_recipes_have_table_2_1s_learning_rates_and_batches(
-    name: str, learning_rate: float, tokens_per_step: float
-) -> None:
-    recipe = load_recipe(name)
-    assert recipe.optimizer.peak_learning_rate == learning_rate
-    assert recipe.batch.tokens_per_step == pytest.approx(tokens_per_step, rel=0.05)
+from overnight.run.setup import resolve
+from overnight.training import Compute
+from overnight.training.memory import Resources
+
+DEFAULT = Recipe(run_name="x")
 
 
-def test_a_recipe_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
+def test_recipe_may_be_a_file(tmp_path):
     path = tmp_path / "mine-1.5.toml"
     path.write_text("[schedule]\ntotal_steps = 3\n")
     assert load_recipe(str(path)).run_name == "mine-1.5"
 
 
-def test_every_setting_is_either_science_or_may_change() -> None:
-    settings = flatten(Recipe(run_name="x"))
-    assert set(settings) >= RESUME_MUTABLE
-    science = {"n_layer", "seed", "peak_learning_rate", "tokens_per_step", "data", "tokenizer", "precision"}
-    assert not science & RESUME_MUTABLE
+@pytest.mark.parametrize("name", sorted(flatten(DEFAULT)))
+def test_changed_setting_is_noticed_unless_it_may_change(name):
+    before = flatten(DEFAULT)
+    changed = incompatible_settings(before | {name: "changed"}, before)
+    assert changed == ([] if name in RESUME_MUTABLE else [f"{name}=changed (was {before[name]})"])
 
 
-@pytest.mark.parametrize("name", sorted(flatten(Recipe(run_name="x"))))
-def test_a_change_of_each_setting_is_seen_unless_it_may_change(name: str) -> None:
-    before = Recipe(run_name="x")
-    after = dataclasses.replace(before)
-    for section in dataclasses.fields(Recipe):
-        part = getattr(before, section.name)
-        if section.name == name and not dataclasses.is_dataclass(part):
-            after = dataclasses.replace(before, **{name: "changed"})
-        elif dataclasses.is_dataclass(part) and hasattr(part, name):
-            after = dataclasses.replace(
-                before,
-                **{section.name: dataclasses.replace(part, **{name: "changed"})},  # type: ignore[type-var]
-            )
-    assert bool(incompatible_settings(after, before)) == (name not in RESUME_MUTABLE)
+def test_settings_that_decide_what_is_learned_may_not_change():
+    assert {*flatten(DEFAULT)} >= RESUME_MUTABLE
+    decisive = {"n_layer", "seed", "peak_learning_rate", "tokens_per_step", "data", "tokenizer", "precision"}
+    assert not decisive & RESUME_MUTABLE
+
+
+# Old name, new name, an old value in TOML and on the command line, the present value.
+RENAMED: list[tuple[str, str, str, list[str], Any]] = [
+    ("rows_per_micro_batch", "micro_batch_size", "4", ["4"], 4),
+    ("ramp_from_tokens_per_step", "batch_ramp_start_tokens", "64", ["64"], 64),
+    ("ramp_tokens", "batch_ramp_tokens", "99", ["99"], 99),
+    ("recompute", "activation_checkpointing", '"block"', ["block"], "block"),
+    ("head", "loss", '"whole"', ["whole"], "full"),
+    ("head", "loss", '"chunked"', ["chunked"], "chunked"),
+    ("bitwise", "deterministic_reduce", "true", [], True),
+    ("save_in_background", "async_checkpoint", "true", [], True),
+    ("stop_after", "max_time", '"7h50m"', ["7h50m"], "7h50m"),
+    ("start_from", "init_from", '"gpt2"', ["gpt2"], "gpt2"),
+    ("from", "init_from", '"gpt2"', ["gpt2"], "gpt2"),
+    ("shuffle_tokens", "shuffle_window", "6000", ["6000"], 6000),
+    ("spike_deviations", "spike_sigma", "4.0", ["4.0"], 4.0),
+    ("attention", "attention", '"plain"', ["plain"], "math"),
+    ("sharding", "sharding", '"optimizer"', ["optimizer"], "zero1"),
+    ("sharding", "sharding", '"full"', ["full"], "fsdp"),
+    ("sharding", "sharding", '"hybrid"', ["hybrid"], "hsdp"),
+]
+
+
+def options(*words: str) -> Recipe:
+    return from_arguments(Recipe, words, prog="overnight train", about="", default=DEFAULT)
+
+
+@pytest.mark.parametrize("old, new, in_toml, words, value", RENAMED)
+def test_old_names_and_values_are_read(old, new, in_toml, words, value, capsys):
+    section = flat_names(Recipe)[new]
+    head = f"[{section}]\n" if section else ""
+    expected = {**flatten(DEFAULT), new: value}
+    assert flatten(from_toml(Recipe, f'run_name = "x"\n{head}{old} = {in_toml}\n', "r")) == expected
+    assert flatten(options(f"--{old}", *words)) == expected
+    assert (value if old == new else "--" + new.replace("_", "-")) in capsys.readouterr().err
+    assert flatten(options(f"--{old.replace('_', '-')}" + "".join(f"={word}" for word in words))) == expected
+    assert Recipe.RENAMED.settings({old: words[0] if isinstance(value, str) else value}) == {new: value}
+
+
+def test_every_old_name_is_tested():
+    assert {old for old, new, *_ in RENAMED if old != new} == {*Recipe.RENAMED.names} - {"sources"}
+    tested = {(new, words[0]) for _, new, _, words, value in RENAMED if words and words[0] != str(value)}
+    renamed = {(name, old) for name, values in Recipe.RENAMED.values.items() for old in values}
+    assert renamed == tested
+
+
+def test_old_mixture_and_negated_switches_are_read(capsys):
+    toml = '[data]\nsources = [{path = "a", weight = 0.7}]\n'
+    assert from_toml(Recipe, toml, "r").data == options("--sources", "a=0.7").data
+    assert not options("--no-save-in-background").checkpoints.async_checkpoint
+    assert "--no-async-checkpoint" in capsys.readouterr().err
+
+
+def test_unknown_old_value_is_refused():
+    with pytest.raises(ValueError, match="loss"):
+        from_toml(Recipe, '[compute]\nhead = "half"\n', "r")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_resolved_recipe_leaves_nothing_open(name):
+    """Only settings for which None means off stay None."""
+    recipe = load_recipe(name)
+    compute = Compute(device="cuda", precision="bf16", compile=True, attention="fused", loss="full")
+    model = dataclasses.replace(recipe.model, vocab_size=50257)
+    resources = Resources("cuda", 10**15, 4, 4)
+    resolved = resolve(recipe, model, DataConfig(data="data/x", tokenizer="gpt2"), compute, resources)
+    assert not [each for each in vars(resolved).values() if each is None]
+    assert not [each for each in vars(resolved.compute).values() if each is None]
+    decided = ("vocab_size", "device", "precision", "compile", "attention", "loss", "micro_batch_size")
+    settings = flatten(resolved.recipe)
+    assert not [setting for setting in (*decided, "total_steps") if settings[setting] is None]
+    assert settings["total_tokens"] is None
+    assert settings["total_steps"] == resolved.total_steps
+    assert not [field for field, kind in field_types(Resolved).items() if "None" in str(kind)]
+    again = resolve(resolved.recipe, model, resolved.recipe.data, compute, resources)
+    assert again == resolved

@@ -1,6 +1,6 @@
-from __future__ import annotations
+"""Options that turn one recipe into another."""
 
-from typing import Any
+from __future__ import annotations
 
 import pytest
 
@@ -11,10 +11,10 @@ from overnight.run import command as run_command
 
 
 @pytest.fixture
-def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
+def parse(monkeypatch):
     """The recipe that `overnight train` makes of words."""
 
-    def read(*words: str) -> Recipe:
+    def read(*words):
         found: list[Recipe] = []
         monkeypatch.setattr(run_command, "run", lambda recipe, resumed: found.append(recipe))
         assert main(["train", *words]) == 0
@@ -45,7 +45,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
     ids=" ".join,
 )
 @pytest.mark.parametrize("name", ["gpt2-124m", "gpt3-125m", "shakespeare-char"])
-def test_the_options_are_read_as_the_recipe_they_are_of(name: str, words: list[str], parse: Any) -> None:
+def test_options_are_read_back_as_the_recipe(name, words, parse):
     wanted = parse(name, *words)
     options = changed_options(wanted, load_recipe(name))
     assert bool(options) is bool(words)
@@ -54,11 +54,11 @@ def test_the_options_are_read_as_the_recipe_they_are_of(name: str, words: list[s
 
 @pytest.mark.parametrize("original", ["gpt2-124m", "quickstart"])
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_becomes_any_other_by_options(name: str, original: str, parse: Any) -> None:
+def test_recipe_becomes_any_other_by_options(name, original, parse):
     wanted = load_recipe(name)
     assert parse(original, *changed_options(wanted, load_recipe(original))) == wanted
 
 
-def test_what_is_left_out_stays_as_it_is(parse: Any) -> None:
+def test_left_out_setting_stays(parse):
     wanted, original = parse("gpt2-124m", "--seed=7", "--deterministic_reduce"), load_recipe("gpt2-124m")
     assert changed_options(wanted, original, {"deterministic_reduce"}) == ["--seed", "7"]

@@ -6,11 +6,16 @@ import bisect
 import functools
 import json
 import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Series = NDArray[np.float64]
 
 IDENTITY = (
     *("n_layer", "n_head", "n_embd", "context_length", "vocab_size", "init_from"),
@@ -34,13 +39,6 @@ class BandPoint(NamedTuple):
     middle: float
     high: float
 
-    def z(self, value: float) -> float:
-        """The distance of `value` from the middle: -1 and 1 at the edges, infinite if it is not finite."""
-        if not math.isfinite(value):
-            return math.inf
-        room = self.high - self.middle if value > self.middle else self.middle - self.low
-        return (value - self.middle) / room if room else math.copysign(math.inf, value - self.middle)
-
 
 @dataclass(frozen=True, kw_only=True)
 class BandCurve:
@@ -59,17 +57,14 @@ class BandCurve:
         index = bisect.bisect_left(self.tokens, tokens)
         if index == len(self.tokens):
             return None
-        right = BandPoint(self.low[index], self.middle[index], self.high[index])
         if self.tokens[index] == tokens:
-            return right
+            return BandPoint(self.low[index], self.middle[index], self.high[index])
         if index == 0 or self.tokens[index - 1] == 0:
             return None
-        left = BandPoint(self.low[index - 1], self.middle[index - 1], self.high[index - 1])
-        begin, end = (math.log(self.tokens[at]) for at in (index - 1, index))
-        share = (math.log(tokens) - begin) / (end - begin)
-        return BandPoint(
-            *((1 - share) * before + share * after for before, after in zip(left, right, strict=True))
-        )
+        ends = slice(index - 1, index + 1)
+        at, logarithms = math.log(tokens), np.log(self.tokens[ends])
+        edges = (self.low, self.middle, self.high)
+        return BandPoint(*(float(np.interp(at, logarithms, edge[ends])) for edge in edges))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +88,6 @@ class ReferenceBand:
     """Entropy of the training text's single tokens: the loss without any context."""
     curves: Mapping[str, BandCurve]
     """By the names of `RunCurves`; unknown ones are left out."""
-
-    def fits(self, settings: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
-        """True for a run with these flat settings on a text with these fields of data.json."""
-        return all(settings.get(name) == value for name, value in self.identity.items()) and all(
-            text.get(name) in known for name, known in self.text.items()
-        )
 
     def differences(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """By name, settings that are not the reference's: "dropout is 0.1, and 0.0 in the reference"."""
@@ -136,8 +125,11 @@ def find_band(
     settings: Mapping[str, Any], text: Mapping[str, Any], bands: Iterable[ReferenceBand] | None = None
 ) -> ReferenceBand | None:
     """The band for a run with these flat settings and fields of data.json; None if there is none."""
-    known = load_bands() if bands is None else bands
-    return next((band for band in known if band.fits(settings, text)), None)
+    for band in load_bands() if bands is None else bands:
+        is_same_recipe = all(settings.get(name) == value for name, value in band.identity.items())
+        if is_same_recipe and all(text.get(name) in known for name, known in band.text.items()):
+            return band
+    return None
 
 
 def _or_unset(value: object) -> str:
@@ -160,16 +152,16 @@ class Point(NamedTuple):
     value: float
 
 
-Columns = Mapping[str, Sequence[float]]
+Columns = Mapping[str, Series]
 """`COLUMNS` of metrics.jsonl, one number for each step, NaN where it is missing."""
 RunCurves = Mapping[str, tuple[Point, ...]]
 """By name: loss, grad_norm, grad_norm_peak, learning_rate of each window; validation_loss, gap, norm_gain,
 residual_ratio, applied_rate of each evaluation. Names without a point are left out."""
 
 
-def columns_of(lines: Sequence[Mapping[str, Any]]) -> Columns:
-    """`COLUMNS` of the lines of metrics.jsonl."""
-    return {name: [_number(line.get(name)) for line in lines] for name in COLUMNS}
+def columns_of(lines: Sequence[Mapping[str, Any]], names: Sequence[str] = COLUMNS) -> dict[str, Series]:
+    """The columns `names` of the lines of metrics.jsonl."""
+    return {name: np.array([_number(line.get(name)) for line in lines], np.float64) for name in names}
 
 
 def window_ends(total_steps: int) -> list[int]:
@@ -183,49 +175,38 @@ def window_ends(total_steps: int) -> list[int]:
 
 def run_curves(columns: Columns, evaluations: Sequence[Mapping[str, Any]], ends: Sequence[int]) -> RunCurves:
     """The curves of a run with windows that end at `ends`, in tokens; an unfinished window has no point."""
-    curves = _training_curves(columns, ends) | _evaluation_curves(columns, evaluations)
-    return {name: tuple(points) for name, points in curves.items() if points}
-
-
-def _training_curves(columns: Columns, ends: Sequence[int]) -> dict[str, list[Point]]:
-    found: dict[str, list[Point]] = {
-        name: [] for name in ("loss", "grad_norm", "grad_norm_peak", "learning_rate")
-    }
+    curves: defaultdict[str, list[Point]] = defaultdict(list)
     tokens, first = columns["tokens"], 0
     for end in ends:
-        last = bisect.bisect_right(tokens, end)
+        last = int(np.searchsorted(tokens, end, side="right"))
         if last == first or tokens[last - 1] < end:
             continue
-        losses = columns["loss"][first:last]
-        found["loss"].append(Point(end, _mean(losses)))
-        found["learning_rate"].append(Point(end, _mean(columns["learning_rate"][first:last])))
+        loss, norms, rate = (columns[name][first:last] for name in COLUMNS[1:])
+        curves["loss"].append(Point(end, _mean(loss)))
+        curves["learning_rate"].append(Point(end, _mean(rate)))
         # A norm that is not finite is a float16 overflow, whose step is skipped; such a loss is a failure.
-        norms = [norm for norm in columns["grad_norm"][first:last] if math.isfinite(norm)]
-        if norms:
-            found["grad_norm"].append(Point(end, statistics.median(norms)))
-            found["grad_norm_peak"].append(Point(end, max(norms)))
+        if (finite := norms[np.isfinite(norms)]).size:
+            curves["grad_norm"].append(Point(end, float(np.median(finite))))
+            curves["grad_norm_peak"].append(Point(end, float(finite.max())))
         first = last
-    return found
-
-
-def _evaluation_curves(columns: Columns, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    names = {"validation_loss": "loss", "norm_gain": "norm_gain", "residual_ratio": "residual_ratio"}
-    found = {
-        name: [Point(line["tokens"], _number(line[key])) for line in evaluations if line.get(key) is not None]
-        for name, key in names.items()
-    }
-    found["gap"], found["applied_rate"] = [], []
     for line in evaluations:
-        tokens = line["tokens"]
-        last = bisect.bisect_right(columns["tokens"], tokens)
-        if not last or columns["tokens"][last - 1] != tokens:  # the first evaluation precedes all steps
-            continue
-        first = bisect.bisect_right(columns["tokens"], tokens * (1 - TAIL))
-        found["gap"].append(Point(tokens, _number(line["loss"]) - _mean(columns["loss"][first:last])))
-        applied, logged = line.get("applied_learning_rate"), columns["learning_rate"][last - 1]
-        if applied is not None and logged > 0:
-            found["applied_rate"].append(Point(tokens, applied / logged))
-    return found
+        for name, value in _evaluation_values(columns, line):
+            curves[name].append(Point(line["tokens"], value))
+    return {name: tuple(points) for name, points in curves.items()}
+
+
+def _evaluation_values(columns: Columns, line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The points of an evaluation, by the names of their curves."""
+    keys = {"validation_loss": "loss", "norm_gain": "norm_gain", "residual_ratio": "residual_ratio"}
+    yield from ((name, _number(line[key])) for name, key in keys.items() if line.get(key) is not None)
+    tokens = line["tokens"]
+    first, last = np.searchsorted(columns["tokens"], [tokens * (1 - TAIL), tokens], side="right")
+    if not last or columns["tokens"][last - 1] != tokens:  # the first evaluation precedes all steps
+        return
+    yield "gap", _number(line["loss"]) - _mean(columns["loss"][first:last])
+    applied, logged = line.get("applied_learning_rate"), float(columns["learning_rate"][last - 1])
+    if applied is not None and logged > 0:
+        yield "applied_rate", applied / logged
 
 
 def _number(value: object) -> float:
@@ -233,9 +214,9 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Series) -> float:
     """The mean; infinite if one value is not finite."""
-    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.inf
+    return float(values.mean()) if np.isfinite(values).all() else math.inf
 
 
 # How a band is recorded from several healthy runs that differ in their seed.
@@ -280,53 +261,37 @@ def describe_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict
 def _band_curve(name: str, runs: Sequence[Mapping[int, float]]) -> BandCurve:
     """The band of one curve from each run's values by tokens."""
     tokens = sorted(set.intersection(*map(set, runs)))
-    to, back = (math.log, math.exp) if name in LOG_SCALE else (float, float)
-    rows = [[to(run[at]) for run in runs] for at in tokens]
-    if not all(math.isfinite(value) for row in rows for value in row):
+    values = np.array([[run[at] for run in runs] for at in tokens])
+    if name in LOG_SCALE:
+        values = np.log(values)
+    if not np.isfinite(values).all():
         raise ValueError(f"a run whose {name} is not finite cannot be a reference: leave it out")
-    middles = [statistics.fmean(row) for row in rows]
-    variances = [statistics.variance(row) for row in rows]
+    middle, variances = values.mean(axis=1), values.var(axis=1, ddof=1)
     start = int(tokens[0] == 0)  # before the first step the runs differ by their initial weights only
-    spreads = [
-        *(math.sqrt(each * (1 + 1 / len(runs))) for each in variances[:start]),
-        *_pooled(variances[start:], len(runs)),
-    ]
-    halves = [
-        max(_min_half_width(name, middle), HALF_WIDTH * spread)
-        for middle, spread in zip(middles, spreads, strict=True)
-    ]
-    sides = list(zip(middles, halves, strict=True))
-    return BandCurve(
-        tokens=tuple(tokens),
-        low=tuple(_rounded(back(middle - half)) for middle, half in sides),
-        middle=tuple(_rounded(back(middle)) for middle in middles),
-        high=tuple(_rounded(back(middle + half)) for middle, half in sides),
-    )
+    variances[start:] = _pooled(variances[start:], len(runs))
+    least = MIN_HALF_WIDTH[name] * (1.0 if name == "gap" else np.abs(middle))
+    if name in LOG_SCALE:
+        least = np.log1p(MIN_HALF_WIDTH[name])
+    half = np.maximum(least, HALF_WIDTH * np.sqrt(variances * (1 + 1 / len(runs))))  # of a new run
+    edges = np.stack([middle - half, middle, middle + half])
+    if name in LOG_SCALE:
+        edges = np.exp(edges)
+    low, middles, high = (tuple(float(f"{value:.6g}") for value in edge) for edge in edges)
+    return BandCurve(tokens=tuple(tokens), low=low, middle=middles, high=high)
 
 
-def _pooled(variances: Sequence[float], runs: int) -> list[float]:
-    """At each point, the standard deviation of a new run about the mean of `runs` runs.
+def _pooled(variances: Series, runs: int) -> list[float]:
+    """At each point, the larger of the point's own variance and that of its neighbours.
 
-    It is the larger of the point's own and that of its neighbours. Their variances are pooled as logarithms,
-    since they fall by factors during a run. The logarithm of a variance of few runs is too small on average,
-    by ln x - digamma(x) with x = (runs - 1) / 2, which is about 1 / 2x + 1 / 12x^2.
+    Their variances are pooled as logarithms, since they fall by factors during a run. The logarithm of a
+    variance of few runs is too small on average, by ln x - digamma(x) with x = (runs - 1) / 2, which is about
+    1 / 2x + 1 / 12x^2.
     """
     degrees = runs - 1
-    correction = math.exp(1 / degrees + 1 / (3 * degrees**2))
-    found = []
+    correction = 1 / degrees + 1 / (3 * degrees**2)
+    pooled = []
     for at, own in enumerate(variances):
-        around = [each for each in variances[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1] if each > 0]
-        pooled = correction * statistics.geometric_mean(around) if around else 0.0
-        found.append(math.sqrt(max(own, pooled) * (1 + 1 / runs)))
-    return found
-
-
-def _min_half_width(name: str, middle: float) -> float:
-    if name in LOG_SCALE:
-        return math.log1p(MIN_HALF_WIDTH[name])
-    return MIN_HALF_WIDTH[name] * (1.0 if name == "gap" else abs(middle))
-
-
-def _rounded(value: float) -> float:
-    """To six significant digits."""
-    return float(f"{value:.6g}")
+        around = variances[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1]
+        around = around[around > 0]
+        pooled.append(max(float(own), math.exp(np.log(around).mean() + correction) if around.size else 0.0))
+    return pooled

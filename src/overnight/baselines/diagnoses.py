@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from overnight.baselines.band import BandPoint
 
@@ -21,6 +21,8 @@ LARGE = 1.5
 """A gradient norm that is off by a smaller factor is not a matter of scale."""
 FAR_BELOW = 0.93
 """Losses under this share of the reference's are not luck. Chosen, not measured."""
+NEAR = 0.03
+"""Factors that differ by this share are the same."""
 
 
 class Deviation(NamedTuple):
@@ -32,8 +34,12 @@ class Deviation(NamedTuple):
 
     @property
     def z(self) -> float:
-        """The distance from the middle: -1 and 1 at the band's edges."""
-        return self.reference.z(self.value)
+        """The distance from the middle: -1 and 1 at the band's edges, infinite if it is not finite."""
+        low, middle, high = self.reference
+        if not math.isfinite(self.value):
+            return math.inf
+        room = high - middle if self.value > middle else middle - low
+        return (self.value - middle) / room if room else math.copysign(math.inf, self.value - middle)
 
     @property
     def ratio(self) -> float:
@@ -46,30 +52,22 @@ class RunStats:
     """What the diagnoses look at."""
 
     curves: Mapping[str, Sequence[Deviation]]
-    """By the curve's name, in order of tokens; curves that the reference lacks are left out."""
-    applied_rates: Sequence[float]
-    """The optimizer's learning rate divided by the logged one, at each evaluation."""
-    is_same_schedule: bool
-    """Whether the recipe asks for the reference's learning rates."""
+    """By the curve's name, in order of tokens; without curves that do not compare with the reference's."""
     micro_batches: int | None
     """Of each step, if the recipe says."""
     unigram_nats: float | None
 
-    def last(self, name: str) -> Deviation | None:
-        """The latest deviation of a curve."""
-        return self.curves[name][-1] if self.curves.get(name) else None
-
-    def first(self, name: str) -> Deviation | None:
-        """The earliest deviation of a curve."""
-        return self.curves[name][0] if self.curves.get(name) else None
+    def curve(self, name: str) -> Sequence[Deviation]:
+        """The deviations of a curve; empty if it is not known."""
+        return self.curves.get(name, ())
 
     def gradient_factor(self) -> Deviation | None:
         """The first gradient norm, if it is off by a factor that the later ones share; None otherwise.
 
         The first step's loss must be the reference's.
         """
-        norms, first_loss = self.curves.get("grad_norm", ()), self.first("loss")
-        if not norms or first_loss is None or abs(first_loss.z) > 1 or abs(norms[0].z) <= 1:
+        norms, losses = self.curve("grad_norm"), self.curve("loss")
+        if not norms or not losses or abs(losses[0].z) > 1 or abs(norms[0].z) <= 1:
             return None
         factor, typical = norms[0].ratio, statistics.median(each.ratio for each in norms)
         is_large = min(max(factor, 1 / factor), max(typical, 1 / typical)) > LARGE
@@ -86,9 +84,10 @@ class Condition(NamedTuple):
 
     def find(self, stats: RunStats) -> Deviation | None:
         """The deviation that fulfils the condition; None if there is none."""
-        found = stats.last(self.curve) if self.end == "last" else stats.first(self.curve)
-        if found is None or (self.end == "start" and found.tokens):
+        curve = stats.curve(self.curve)
+        if not curve or (self.end == "start" and curve[0].tokens):
             return None
+        found = curve[-1] if self.end == "last" else curve[0]
         holds = {
             "above": found.z > 1,
             "below": found.z < -1,
@@ -125,33 +124,33 @@ class Diagnosis(NamedTuple):
 
 def learning_rate_factor(stats: RunStats) -> str | None:
     """The rate is the reference's times a constant, or the optimizer's is the logged one's."""
-    applied = _constant(stats.applied_rates)
-    if applied is not None and not _is_near(applied, 1.0):
-        return f"the optimizer uses {applied:.3g} times the learning rate that is logged"
-    rates = [each for each in stats.curves.get("learning_rate", ()) if each.reference.middle > 0]
-    factor = _constant([each.ratio for each in rates])
-    if not stats.is_same_schedule or factor is None or _is_near(factor, 1.0):
-        return None
-    last = rates[-1]
-    return (
-        f"the learning rate is {factor:.3g} times the reference's from the start "
-        f"({last.value:.3g}, reference {last.reference.middle:.3g})"
-    )
+    for name, template in (
+        ("applied_rate", "the optimizer uses {0:.3g} times the learning rate that is logged"),
+        (
+            "learning_rate",
+            "the learning rate is {0:.3g} times the reference's from the start "
+            "({1.value:.3g}, reference {1.reference.middle:.3g})",
+        ),
+    ):
+        rates = [each for each in stats.curve(name) if each.reference.middle > 0]
+        factor = statistics.median(each.ratio for each in rates) if rates else 1.0
+        if _are_near([each.ratio for each in rates], factor) and not _are_near([factor], 1.0):
+            return template.format(factor, rates[-1])
+    return None
 
 
 def learning_rate_schedule(stats: RunStats) -> str | None:
     """The rate leaves the reference's schedule."""
-    if len(stats.applied_rates) > 1 and _constant(stats.applied_rates) is None:
-        return (
-            f"the optimizer's learning rate is {min(stats.applied_rates):.3g} to "
-            f"{max(stats.applied_rates):.3g} times the one that is logged"
-        )
-    outside = [each for each in stats.curves.get("learning_rate", ()) if abs(each.z) > 1]
-    if not stats.is_same_schedule or not outside:
-        return None
+    applied = [each.value for each in stats.curve("applied_rate")]
+    if applied and not _are_near(applied, statistics.median(applied)):
+        low, high = min(applied), max(applied)
+        return f"the optimizer's learning rate is {low:.3g} to {high:.3g} times the one that is logged"
+    outside = [each for each in stats.curve("learning_rate") if abs(each.z) > 1]
     return (
         f"from {outside[0].tokens:,} tokens on the learning rate is not the reference's "
         f"(now {outside[-1].value:.3g}, reference {outside[-1].reference.middle:.3g})"
+        if outside
+        else None
     )
 
 
@@ -170,21 +169,20 @@ def summed_gradients(stats: RunStats) -> str | None:
     if first is None or stats.micro_batches is None:
         return None
     nearest = round(first.ratio)
-    if nearest < 2 or stats.micro_batches % nearest or not _is_near(first.ratio, nearest):
+    if nearest < 2 or stats.micro_batches % nearest or not _are_near([first.ratio], nearest):
         return None
     return f"{scaled_gradients(stats)}; a step has {stats.micro_batches:,} micro-batches"
 
 
 def explosion(stats: RunStats) -> str | None:
     """Single steps' gradients are far above all of the reference's, or the loss is not finite."""
-    broken = [each for each in stats.curves.get("loss", ()) if not math.isfinite(each.value)]
-    if broken:
-        return f"the training loss is not finite after {broken[0].tokens:,} tokens"
-    peaks = stats.curves.get("grad_norm_peak", ())
-    spikes = [each for each in peaks if each.value > SPIKE * each.reference.high]
-    if not spikes or stats.gradient_factor() is not None:
+    for point in stats.curve("loss"):
+        if not math.isfinite(point.value):
+            return f"the training loss is not finite after {point.tokens:,} tokens"
+    peaks = [each for each in stats.curve("grad_norm_peak") if each.value > SPIKE * each.reference.high]
+    if not peaks or stats.gradient_factor() is not None:
         return None
-    worst = max(spikes, key=lambda each: each.ratio)
+    worst = max(peaks, key=lambda each: each.ratio)
     return (
         f"the gradient norm has reached {worst.value:.3g} before {worst.tokens:,} tokens, where the "
         f"reference's highest is {worst.reference.middle:.3g}"
@@ -193,9 +191,10 @@ def explosion(stats: RunStats) -> str | None:
 
 def shuffled_tokens(stats: RunStats) -> str | None:
     """The training loss stays at the entropy of single tokens."""
-    last, unigram = stats.last("loss"), stats.unigram_nats
-    if last is None or unigram is None or last.reference.high > 0.9 * unigram:
+    losses, unigram = stats.curve("loss"), stats.unigram_nats
+    if not losses or unigram is None or losses[-1].reference.high > 0.9 * unigram:
         return None
+    last = losses[-1]
     learnt = (unigram - last.value) / (unigram - last.reference.middle)
     if not -0.5 < learnt < 0.3:
         return None
@@ -203,6 +202,10 @@ def shuffled_tokens(stats: RunStats) -> str | None:
         f"the training loss stays at {last.value:.4g}, near the {unigram:.4g} of predicting each token by "
         f"its frequency alone; the reference is at {last.reference.middle:.4g}"
     )
+
+
+def _are_near(ratios: Sequence[float], factor: float) -> bool:
+    return all(math.isclose(ratio, factor, rel_tol=NEAR) for ratio in ratios)
 
 
 GAP_TEMPLATE = (
@@ -289,22 +292,3 @@ DIAGNOSES = (
     ),
 )
 """Likeliest first."""
-
-
-def count_micro_batches(settings: Mapping[str, Any]) -> int | None:
-    """Micro-batches of a full step, from a run's flat settings; None if they do not say."""
-    names = ("tokens_per_step", "micro_batch_size", "context_length")
-    step, rows, length = (settings.get(name) for name in names)
-    return step // (rows * length) if step and rows and length else None
-
-
-def _constant(ratios: Sequence[float]) -> float | None:
-    """The value that all ratios have within 3%; None if they differ, or there are none."""
-    if not ratios:
-        return None
-    middle = statistics.median(ratios)
-    return middle if all(_is_near(ratio, middle) for ratio in ratios) else None
-
-
-def _is_near(value: float, other: float) -> bool:
-    return math.isclose(value, other, rel_tol=0.03)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from overnight.baselines.band import BandCurve, Columns, ReferenceBand, RunCurves, run_curves
-from overnight.baselines.diagnoses import DIAGNOSES, Deviation, RunStats, count_micro_batches
+from overnight.baselines.band import BandCurve, BandPoint, Columns, ReferenceBand, RunCurves, run_curves
+from overnight.baselines.diagnoses import DIAGNOSES, NEAR, Deviation, RunStats
 
 Position = Literal["below", "within", "above"]
 COMPARED = {"validation_loss": "validation loss", "loss": "training loss"}
 """The curves that decide a run's position, the more important first, and their names in sentences."""
 VALIDATION_CURVES = frozenset({"validation_loss", "gap"})
+BATCH_SETTINGS = ("tokens_per_step", "micro_batch_size", "context_length")
 SCHEDULE_SETTINGS = frozenset(
     {"peak_learning_rate", "warmup_steps", "learning_rate_decay", "decay_steps"}
     | {"final_learning_rate_fraction"}
@@ -99,26 +101,31 @@ def compare_with_band(
     curves = band_deviations(measured, band.curves)
     if "evaluation_tokens" in differences:  # another validation text: its losses do not compare
         curves = {name: points for name, points in curves.items() if name not in VALIDATION_CURVES}
-    compared = [(name, curves[name]) for name in COMPARED if curves.get(name)]
+    if differences.keys() & SCHEDULE_SETTINGS:  # the recipe asks for another learning rate
+        curves.pop("learning_rate", None)
+    compared = [(name, curves[name]) for name in COMPARED if name in curves]
     if not compared:
         return None
-    outside = [(name, points) for name, points in compared if position_of(points[-1]) != "within"]
+    outside = [(name, points) for name, points in compared if abs(points[-1].z) > 1]
     name, points = (outside or compared)[0]
-    position = position_of(points[-1])
+    position = _position(points[-1])
+    same = BandPoint(1 - NEAR, 1.0, 1 + NEAR)
+    applied = [Deviation(point.tokens, point.value, same) for point in measured.get("applied_rate", ())]
+    step, rows, length = (settings.get(name) for name in BATCH_SETTINGS)
     stats = RunStats(
-        curves=curves,
-        applied_rates=[point.value for point in measured.get("applied_rate", ())],
-        is_same_schedule=not differences.keys() & SCHEDULE_SETTINGS,
-        micro_batches=count_micro_batches(settings),
+        curves=curves | {"applied_rate": applied},
+        micro_batches=step // (rows * length) if step and rows and length else None,
         unigram_nats=band.unigram_nats,
     )
+    found = ((diagnosis, diagnosis.evidence(stats)) for diagnosis in DIAGNOSES)
+    along = itertools.takewhile(lambda point: _position(point) == position, reversed(points))
     return BandComparison(
         band=band,
         position=position,
         curve=COMPARED[name],
         latest=points[-1],
-        since_tokens=None if position == "within" else _outside_since(points, position),
-        causes=likely_causes(stats),
+        since_tokens=None if position == "within" else [*along][-1].tokens,
+        causes=tuple(LikelyCause(each.name, words, each.look_at) for each, words in found if words),
         differences=tuple(differences.values()),
     )
 
@@ -134,23 +141,8 @@ def band_deviations(measured: RunCurves, curves: Mapping[str, BandCurve]) -> dic
     return found
 
 
-def likely_causes(stats: RunStats) -> tuple[LikelyCause, ...]:
-    """The diagnoses that fit, likeliest first."""
-    found = ((diagnosis, diagnosis.evidence(stats)) for diagnosis in DIAGNOSES)
-    return tuple(LikelyCause(each.name, evidence, each.look_at) for each, evidence in found if evidence)
-
-
-def position_of(deviation: Deviation) -> Position:
+def _position(deviation: Deviation) -> Position:
     """Below, within or above the band; a value that is not finite is above."""
     if abs(deviation.z) <= 1:
         return "within"
     return "above" if deviation.z > 0 else "below"
-
-
-def _outside_since(points: Sequence[Deviation], position: Position) -> int:
-    since = points[-1].tokens
-    for deviation in reversed(points):
-        if position_of(deviation) != position:
-            break
-        since = deviation.tokens
-    return since

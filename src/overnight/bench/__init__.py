@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from overnight.config import Renamed
+from overnight.renamed import Renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class BenchConfig:
     block-attention, pad-vocab, fused-adamw, large-pages, micro-batch, and, only when named, chunked-head,
     fp8-head, activation-checkpointing. All that make sense here if left out."""
     rows: int | None = None
-    """Rows of a micro-batch; 1 on the CPU, elsewhere as many as fit, at most 16, if left out."""
+    """Rows of a micro-batch; if left out 1 on the CPU, elsewhere the most that fit, up to 16."""
     context_length: int | None = None
     """Tokens of a row; the model's if left out."""
     steps: int | None = None

@@ -86,7 +86,7 @@ def measure_variants(plan: BenchPlan) -> BenchRecord:
     """Time the steps of all variants, interleaved, group after group."""
     ids, origin = read_ids(plan)
     announce(plan, origin)
-    rounds_of_groups: list[Rounds] = []
+    measured: dict[str, VariantRecord] = {}
     rates: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ids.npy"
@@ -98,8 +98,10 @@ def measure_variants(plan: BenchPlan) -> BenchRecord:
                 for results in interleave(workers, plan.steps, WARM_UPS, plan.baseline.tokens_per_step):
                     rounds.append(results)
                     rates.append(find_peak_flops_or_measure(plan.device, plan.precision))
-            rounds_of_groups.append(rounds)
-    return build_record(plan, rounds_of_groups, statistics.median(rates), origin)
+            measured = (
+                record_group(plan, group, rounds) | measured
+            )  # the first of a group was in the last one
+    return build_record(plan, measured, statistics.median(rates), origin)
 
 
 def announce(plan: BenchPlan, origin: str) -> None:
@@ -117,48 +119,43 @@ def announce(plan: BenchPlan, origin: str) -> None:
     echo()
 
 
+def record_group(plan: BenchPlan, group: Sequence[str], rounds: Rounds) -> dict[str, VariantRecord]:
+    """The records of variants that were interleaved, each with the times of the one before it."""
+    timed, records = rounds[WARM_UPS:], {}
+    for name, before in zip(group, [None, *group], strict=False):
+        task = plan.tasks[name]
+        records[name] = VariantRecord(
+            name=name,
+            about=VARIANTS[name].about,
+            settings=task.settings(),
+            tolerance=tolerance(task),
+            milliseconds=tuple(each[name].milliseconds for each in timed),
+            milliseconds_before=tuple(each[before].milliseconds for each in timed) if before else (),
+            losses=tuple(loss for each in rounds for loss in each[name].losses),
+            peak_bytes=max(each[name].peak_bytes or 0 for each in timed) or None,
+        )
+    return records
+
+
 def build_record(
-    plan: BenchPlan, rounds_of_groups: Sequence[Rounds], peak_flops: float, origin: str
+    plan: BenchPlan, measured: Mapping[str, VariantRecord], peak_flops: float, origin: str
 ) -> BenchRecord:
     """The record of all variants; `peak_flops` is the peak in MFU."""
-    baseline, rows, tokens = plan.baseline, plan.baseline.rows_per_step, plan.baseline.tokens_per_step
-    measured: dict[str, VariantRecord] = {}
-    for group, rounds in zip(plan.groups, rounds_of_groups, strict=True):
-        for name, before in zip(group, [None, *group], strict=False):
-            if name not in measured:  # each group begins with the last of the one before
-                measured[name] = build_variant_record(name, before, plan, rounds)
-    skipped = {
-        name: VariantRecord(name=name, about=VARIANTS[name].about, skipped=reason)
-        for name, reason in plan.variants.items()
-        if reason
-    }
+    model, rows, tokens = plan.baseline.model, plan.baseline.rows_per_step, plan.baseline.tokens_per_step
     return BenchRecord(
         model=plan.model_name,
         device_name=find_device_name(plan.device),
         tokens_per_step=tokens,
-        about_step=f"a step of {rows} x {baseline.model.context_length:,} = {tokens:,} tokens",
-        flops_per_token=baseline.model.flops_per_token(),
+        about_step=f"a step of {rows} x {model.context_length:,} = {tokens:,} tokens",
+        flops_per_token=model.flops_per_token(),
         peak_flops=peak_flops,
         about_peak=about_peak(plan.device, plan.precision),
-        variants=tuple({**measured, **skipped}[name] for name in plan.variants),
+        variants=tuple(
+            VariantRecord(name=name, about=VARIANTS[name].about, skipped=reason) if reason else measured[name]
+            for name, reason in plan.variants.items()
+        ),
         groups=tuple(map(tuple, plan.groups)),
         environment={"text": origin, **describe_software()},
-    )
-
-
-def build_variant_record(name: str, before: str | None, plan: BenchPlan, rounds: Rounds) -> VariantRecord:
-    """The record of one variant, with the times of the variant before it in the same rounds."""
-    timed, task = rounds[WARM_UPS:], plan.tasks[name]
-    peaks = [each[name].peak_bytes for each in timed]
-    return VariantRecord(
-        name=name,
-        about=VARIANTS[name].about,
-        settings=task.settings(),
-        tolerance=tolerance(task),
-        milliseconds=tuple(each[name].milliseconds for each in timed),
-        milliseconds_before=tuple(each[before].milliseconds for each in timed) if before else (),
-        losses=tuple(loss for each in rounds for loss in each[name].losses),
-        peak_bytes=max((peak for peak in peaks if peak is not None), default=None),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import cast
 import torch
 
 from overnight.bench import BenchConfig
-from overnight.bench.variants import baseline_compute, choose_variants, find_machine, stack_tasks
+from overnight.bench.variants import baseline_task, choose_variants, find_machine, stack_tasks
 from overnight.bench.worker import StepTask, untimed_steps
 from overnight.config import nearest
 from overnight.hardware import Precision, find_memory_bytes, find_peak_flops, measure_matmul_flops
@@ -24,7 +25,7 @@ from overnight.training.memory import USABLE_FRACTION, Resources, estimate_memor
 
 # Rows of a micro-batch: the first that fit. On a GPU the lecture has 16.
 ROWS_ON_CPU, ROWS_ON_GPU = (1,), (16, 8, 4, 2, 1)
-GROWTH_ON_CPU, GROWTH_ON_GPU = 2, 4  # at most so many micro-batches are one in the variant micro-batch
+GROWTH_ON_CPU, GROWTH_ON_GPU = 2, 4  # at most: micro-batches that the variant micro-batch merges
 WARM_UPS = 2  # in its second step a process's heap still grows
 STEPS_ON_CPU, STEPS_ON_GPU = 3, 5
 PROCESS_BYTES = 0.5e9  # a GPU's context, or torch's libraries and what Python keeps of them
@@ -59,14 +60,14 @@ class BenchPlan:
         return WARM_UPS + self.steps
 
     @property
-    def steps_per_round(self) -> int:
-        """Of each process, including those that are not timed."""
-        return 1 + untimed_steps(self.device)
+    def steps_of_process(self) -> int:
+        """All steps of one process, including those that are not timed."""
+        return self.rounds * (1 + untimed_steps(self.device))
 
     @property
     def tokens_to_read(self) -> int:
         """Of one process: all its steps, one step more, which a GPU prefetches, and the last target."""
-        return (self.rounds * self.steps_per_round + 1) * self.baseline.tokens_per_step + 1
+        return (self.steps_of_process + 1) * self.baseline.tokens_per_step + 1
 
     @property
     def precision(self) -> Precision:
@@ -78,9 +79,7 @@ class BenchPlan:
 def decide_bench(config: BenchConfig, device: str) -> BenchPlan:
     """Decide what is left open. Raises ValueError for wrong options, and for what memory can't hold."""
     model, machine = find_bench_model(config), find_machine(device)
-    names = (
-        None if config.variants is None else [name for word in config.variants for name in word.split(",")]
-    )
+    names = config.variants and [name for word in config.variants for name in word.split(",")]
     free = USABLE_FRACTION * find_free_bytes(device)
     possible_rows = ROWS_ON_CPU if device == "cpu" else ROWS_ON_GPU
     for rows in possible_rows if config.rows is None else [config.rows]:
@@ -93,8 +92,8 @@ def decide_bench(config: BenchConfig, device: str) -> BenchPlan:
         if groups := divide(tasks, free):
             steps = config.steps or (STEPS_ON_CPU if device == "cpu" else STEPS_ON_GPU)
             return BenchPlan(config.model, config.data, device, variants, tasks, groups, steps)
-    pairs: Sequence[Sequence[StepTask]] = list(itertools.pairwise(tasks.values())) or [list(tasks.values())]
-    needed = max(memory_of_tasks(pair) for pair in pairs)
+    of_pairs = map(memory_of_tasks, itertools.pairwise(tasks.values()))
+    needed = max(of_pairs, default=memory_of_tasks(tasks.values()))
     raise ValueError(
         f"two variants at a time need {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
         "give fewer --rows, a smaller --context-length, or a smaller --model"
@@ -120,7 +119,7 @@ def find_bench_model(config: BenchConfig) -> ModelConfig:
 
 
 def find_baseline(model: ModelConfig, device: str, rows: int) -> StepTask:
-    """The step before the first variant, without optimizations.
+    """The step before the first variant, with micro-batches of `rows`.
 
     `overnight train` would compute its micro-batches as one; they are at most 2 on a CPU and 4 on a GPU, so
     that the variant micro-batch has the same step.
@@ -128,16 +127,7 @@ def find_baseline(model: ModelConfig, device: str, rows: int) -> StepTask:
     compute = resolve_compute(ComputeConfig(device=device), device)
     fitting = rows_that_fit(model, compute, Resources(device, find_memory_bytes(device)))
     micro_batches = max(1, min(fitting // rows, GROWTH_ON_CPU if device == "cpu" else GROWTH_ON_GPU))
-    return StepTask(
-        model=model,
-        compute=baseline_compute(device),
-        ids="",
-        rows_per_step=rows * micro_batches,
-        micro_batches=micro_batches,
-        vocabulary_multiple=1,
-        fused_optimizer=False,
-        large_pages=False,
-    )
+    return baseline_task(model, device, rows * micro_batches, micro_batches)
 
 
 def divide(tasks: Mapping[str, StepTask], memory_bytes: float) -> list[list[str]]:
@@ -145,18 +135,22 @@ def divide(tasks: Mapping[str, StepTask], memory_bytes: float) -> list[list[str]
 
     [] if not even two tasks fit.
     """
+
+    def fits(names: Iterable[str]) -> bool:
+        return memory_of_tasks(tasks[name] for name in names) <= memory_bytes
+
     groups: list[list[str]] = [[]]
-    for name, task in tasks.items():
-        if memory_of_tasks([*(tasks[each] for each in groups[-1]), task]) > memory_bytes:
+    for name in tasks:
+        if not fits([*groups[-1], name]):
             groups.append(groups[-1][-1:])
-            if memory_of_tasks([*(tasks[each] for each in groups[-1]), task]) > memory_bytes:
+            if not fits([*groups[-1], name]):
                 return []
         groups[-1].append(name)
     return groups
 
 
 def find_free_bytes(device: str) -> float:
-    """Free memory; all memory where the operating system does not say."""
+    """Free memory; all memory where the operating system does not report it."""
     if device.startswith("cuda"):
         return float(torch.cuda.mem_get_info(device)[0])
     total = find_memory_bytes(device)
@@ -181,12 +175,11 @@ def memory_of_tasks(tasks: Iterable[StepTask]) -> float:
 
 def estimate_seconds(plan: BenchPlan) -> float:
     """Rough duration of the whole benchmark."""
-    flops = plan.baseline.tokens_per_step * plan.baseline.model.flops_per_token()
+    flops = plan.steps_of_process * plan.baseline.tokens_per_step * plan.baseline.model.flops_per_token()
     tasks = [plan.tasks[name] for group in plan.groups for name in group]
-    precisions = {task.compute.precision for task in tasks}
-    rates = {precision: find_peak_flops_or_measure(plan.device, precision) for precision in precisions}
-    steps = plan.rounds * plan.steps_per_round
-    seconds = sum(steps * flops / (SHARE_OF_PEAK * rates[task.compute.precision]) for task in tasks)
+    used = Counter(task.compute.precision for task in tasks)
+    rates = {precision: find_peak_flops_or_measure(plan.device, precision) for precision in used}
+    seconds = sum(count * flops / (SHARE_OF_PEAK * rates[precision]) for precision, count in used.items())
     compiled = {
         (task.compute, task.vocabulary_multiple, task.micro_batches) for task in tasks if task.compute.compile
     }

@@ -14,14 +14,15 @@ from overnight.bench.worker import StepTask
 from overnight.config import nearest
 from overnight.hardware import native_precision
 from overnight.model.loss_kernels import fp8_unavailable_reason
+from overnight.model.model_config import ModelConfig
 from overnight.training import Compute
 from overnight.training.compute import can_compile
 
 TILE = 64  # tensor cores multiply by tiles; 50,257 rows become 50,304 (a multiple of 128 as well)
 
-# What rounding may change in the losses of the first five steps, in nats per token, by precision: several
-# times what GPT-2 124M was seen to differ by on a CPU, 0.00001 in float32 and 0.004 in bf16. With as many
-# bits as float16, tf32 should differ by an eighth of bf16's; of the 8-bit head nothing is known yet.
+# The change of losses that rounding explains in the first five steps, in nats per token, by precision:
+# several times the observed differences of GPT-2 124M on a CPU, 0.00001 in float32 and 0.004 in bf16. With
+# the mantissa of float16, tf32 should differ by an eighth of bf16's; the 8-bit head is not measured yet.
 TOLERANCES = {"fp32": 0.0002, "tf32": 0.005, "bf16": 0.02, "fp16": 0.01}
 FP8_TOLERANCE = 0.05
 
@@ -169,14 +170,17 @@ def change(task: StepTask, variant: Variant) -> StepTask:
     return dataclasses.replace(task, compute=dataclasses.replace(task.compute, **of_compute), **of_task)
 
 
-def baseline_compute(device: str) -> Compute:
-    """The settings before the first variant: no optimizations."""
-    return Compute(
-        device=device,
-        precision="fp32",
-        compile=False,
-        attention="math",
-        loss="full",
+def baseline_task(model: ModelConfig, device: str, rows_per_step: int, micro_batches: int) -> StepTask:
+    """The step before the first variant, without optimizations; its ids are not written yet."""
+    return StepTask(
+        model=model,
+        compute=Compute(device=device, precision="fp32", compile=False, attention="math", loss="full"),
+        ids="",
+        rows_per_step=rows_per_step,
+        micro_batches=micro_batches,
+        vocabulary_multiple=1,
+        fused_optimizer=False,
+        large_pages=False,
     )
 
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from overnight.data.loader import Batch
-from overnight.distributed.machine import environment_of_process
-from overnight.distributed.world import SINGLE_PROCESS, open_world
+from overnight.distributed.launcher import environment_of_process
+from overnight.distributed.world import World, open_world
 from overnight.hardware import peak_memory_bytes, release_cached_memory, reset_peak_memory
 from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
@@ -75,13 +75,9 @@ class StepTask:
         del values["model"], values["ids"]
         return {**dataclasses.asdict(ComputeConfig()), **computed, **values}
 
-    def as_json(self) -> str:
-        """On one line."""
-        return json.dumps(dataclasses.asdict(self))
-
 
 def read_task(line: str) -> StepTask:
-    """The task that `as_json` wrote."""
+    """A task that was written as a line of JSON."""
     values = json.loads(line)
     model, compute = ModelConfig(**values.pop("model")), Compute(**values.pop("compute"))
     return StepTask(model=model, compute=compute, **values)
@@ -122,7 +118,7 @@ def build_step(task: StepTask) -> Callable[[], StepResult]:
     optimizer = build_optimizer(model, recipe.optimizer, fused=task.fused_optimizer)
     state = TrainState(model, optimizer, scaler=build_scaler(device, task.compute.precision))
     rows = Rows(np.load(task.ids), context_length)
-    training = build_training(resolved, model, rows, dataclasses.replace(SINGLE_PROCESS, device=device))
+    training = build_training(resolved, model, rows, World(rank=0, size=1, device=device))
 
     def step() -> StepResult:
         result = train_step(state, training)
@@ -134,6 +130,16 @@ def build_step(task: StepTask) -> Callable[[], StepResult]:
     return step
 
 
+class TimedSteps(NamedTuple):
+    """The result of one process in one round."""
+
+    milliseconds: float
+    """Of the timed step."""
+    losses: list[float]
+    """Nats per token of all steps, the timed one last."""
+    peak_bytes: int | None
+
+
 def untimed_steps(device: str) -> int:
     """Number of steps before the timed one of each round.
 
@@ -142,17 +148,13 @@ def untimed_steps(device: str) -> int:
     return 0 if device == "cpu" else 1
 
 
-def time_steps(step: Callable[[], StepResult], device: str) -> dict[str, object]:
-    """Time one step: its milliseconds, its peak memory, and the losses of all steps done."""
+def time_steps(step: Callable[[], StepResult], device: str) -> TimedSteps:
+    """Time one step, after those that are not timed."""
     reset_peak_memory(device)
     results = [step() for _ in range(untimed_steps(device) + 1)]
     peak_bytes = peak_memory_bytes(device)
     release_cached_memory(device)
-    return {
-        "milliseconds": results[-1].seconds * 1e3,
-        "losses": [result.loss for result in results],
-        "peak_bytes": peak_bytes,
-    }
+    return TimedSteps(results[-1].seconds * 1e3, [result.loss for result in results], peak_bytes)
 
 
 def serve() -> None:
@@ -170,19 +172,9 @@ def serve() -> None:
         step = build_step(task)
         answer({"threads": torch.get_num_threads()})
         while sys.stdin.readline():
-            answer(time_steps(step, device))
+            answer(time_steps(step, device)._asdict())
     except (torch.OutOfMemoryError, MemoryError):
         answer({"problem": f"{device} has too little memory"})
-
-
-class TimedSteps(NamedTuple):
-    """The result of one process in one round."""
-
-    milliseconds: float
-    """Of the timed step."""
-    losses: tuple[float, ...]
-    """Nats per token of all steps, the timed one last."""
-    peak_bytes: int | None
 
 
 class StepWorker:
@@ -201,7 +193,10 @@ class StepWorker:
                 start_new_session=True,
                 text=True,
             )
-        self._send(task.as_json())
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._send(json.dumps(dataclasses.asdict(task)))
 
     @property
     def pid(self) -> int:
@@ -215,19 +210,16 @@ class StepWorker:
     def time_step(self) -> TimedSteps:
         """Do one timed step."""
         self._send("step")
-        answer = self._receive()
-        return TimedSteps(answer["milliseconds"], tuple(answer["losses"]), answer["peak_bytes"])
+        return TimedSteps(**self._receive())
 
     def _send(self, line: str) -> None:
-        assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended; `_receive` finds out why
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
+            self._requests.write(line + "\n")
+            self._requests.flush()
 
     def _receive(self) -> dict[str, Any]:
         """The next answer. Raises ValueError without enough memory, OSError if the process has ended."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             status = self._process.wait()
             if status == -signal.SIGKILL:
@@ -241,8 +233,7 @@ class StepWorker:
 
     def end(self) -> None:
         """End it at once, with everything that it started: a compiler has processes of its own."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
+        for pipe in (self._requests, self._answers):
             with suppress(BrokenPipeError):  # unsent lines have no reader any more
                 pipe.close()
         with suppress(ProcessLookupError):  # it has ended already

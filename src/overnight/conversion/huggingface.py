@@ -159,9 +159,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of model.safetensors, or of the files that its index names."""
     if (folder / INDEX).is_file():
         weight_map = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
+        names = weight_map.values() if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise ValueError(f"{INDEX} is damaged: its weight_map must name files of this folder")
-        files = sorted(set(weight_map.values()))
+        files = sorted(set(names))
     elif (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
     else:
@@ -175,10 +176,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{name} cannot be read, download it again: {error}") from None
     return weights
-
-
-def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and Path(name).name == name
 
 
 def import_weights(theirs: Mapping[str, Tensor], *, is_conv1d: bool) -> dict[str, Tensor]:

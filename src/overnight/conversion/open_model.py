@@ -50,7 +50,10 @@ def open_model(name: str) -> OpenedModel:
         if name and folder.is_dir():
             return _open_folder(folder)
     if name and Path(name).is_file():
-        return _open_nanogpt(Path(name))
+        model, tokenizer = read_nanogpt(Path(name))
+        return OpenedModel(
+            model=model, tokenizer=tokenizer, origin=Path(name), tokenizer_folder=Path(TOKENIZER), run=None
+        )
     repository = hub_repository(name)
     is_path = Path(name).parent != Path() and Path(name).parent.is_dir()
     if repository is not None and not is_path:
@@ -99,12 +102,6 @@ def _with_tokenizer(model: GPT, checkpoint: Path, run: Path) -> OpenedModel:
 def _open_huggingface(folder: Path) -> OpenedModel:
     model, tokenizer = read_huggingface(folder)
     return OpenedModel(model=model, tokenizer=tokenizer, origin=folder, tokenizer_folder=folder, run=None)
-
-
-def _open_nanogpt(file: Path) -> OpenedModel:
-    model, tokenizer = read_nanogpt(file)
-    name = Path(TOKENIZER)
-    return OpenedModel(model=model, tokenizer=tokenizer, origin=file, tokenizer_folder=name, run=None)
 
 
 def hub_repository(name: str) -> str | None:

@@ -75,19 +75,15 @@ def read_pickled(path: Path) -> PickledCheckpoint:
         if child.returncode == REFUSED:
             raise ValueError(f"{path} is refused: {child.stdout.decode(errors='replace')}")
         try:
-            return _read_converted(Path(folder) / TENSORS)
+            with safe_open(Path(folder) / TENSORS, framework="pt") as file:
+                about = json.loads(file.metadata()["about"])
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return PickledCheckpoint(weights, **about)
         except (FileNotFoundError, SafetensorError):
             raise ValueError(
                 f"{path} is refused: the process reading it ended with status {child.returncode}; the file "
                 "is damaged, or needs more memory or time than its size explains"
             ) from None
-
-
-def _read_converted(path: Path) -> PickledCheckpoint:
-    with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()["about"])
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    return PickledCheckpoint(weights, **about)
 
 
 def _time_limit(size: int) -> float:

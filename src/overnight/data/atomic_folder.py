@@ -25,16 +25,10 @@ def exclusive(folder: Path) -> Iterator[None]:
     The kernel releases the lock when the process ends, also if it is killed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(_lock_file(folder))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    if is_locked_folder(folder):
         echo(f"waiting for another process that prepares {folder}")
-        lock.acquire()
-    try:
+    with FileLock(_lock_file(folder)):
         yield
-    finally:
-        lock.release()
 
 
 def is_locked_folder(folder: Path) -> bool:

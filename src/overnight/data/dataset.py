@@ -57,10 +57,9 @@ class Dataset:
 
     def record(self) -> dict[str, Any]:
         """The facts that a run records of its data, by which a resumed run recognises it."""
-        if isinstance(self.folder, Path):
-            return dataclasses.asdict(self.manifest)
+        manifest = self.manifest if isinstance(self.folder, Path) else self.folder.manifest
         is_complete = getattr(self.folder, "is_complete", True)
-        return dataclasses.asdict(self.folder.manifest) | ({} if is_complete else {"is_complete": False})
+        return dataclasses.asdict(manifest) | ({} if is_complete else {"is_complete": False})
 
     def training_rows(
         self, tokens_per_row: int, seed: int

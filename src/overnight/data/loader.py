@@ -13,6 +13,7 @@ after them, so it can be read while the rest of the text is still being prepared
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from overnight.data.shards import Tokens
 from overnight.data.token_reader import LocalStore, ShardStore, TokenReader
 
 BLOCK_ROWS = 1024  # located together, a row takes a twentieth of the time it takes alone
-BLOCKS_KEPT = 16  # the last ones that were needed, 8 KB each; they are a cache, not a state
+BLOCKS_KEPT = 256  # of all streams, the last ones that were needed: a cache of 8 KB each, not a state
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,6 @@ class TokenStream:
         self.rows_before_last_window = self._last_window * self._rows_per_window
         last_window_tokens = self.tokens - self._last_window * self._window_tokens
         self.rows_per_epoch = self.rows_before_last_window + -(-last_window_tokens // tokens_per_row)
-        self._positions: dict[tuple[int, int, int], list[int]] = {}
 
     def batch(self, first_row: int, rows: int) -> Batch:
         """Rows first_row, first_row + 1, ... of the endless sequence of epochs."""
@@ -133,24 +133,23 @@ class TokenStream:
         start = window * self._window_tokens
         end = self.tokens if window == self._last_window else start + self._window_tokens
         block, index_in_block = divmod(index - window * self._rows_per_window, BLOCK_ROWS)
-        positions = self._ring_positions(epoch, window, end - start, block)
+        positions = ring_positions(self.seed, epoch, window, end - start, self.tokens_per_row, block)
         return start + positions[index_in_block], start, end
 
-    def _ring_positions(self, epoch: int, window: int, tokens: int, block: int) -> list[int]:
-        """Where in a window's ring of `tokens` tokens the rows of one block of its order start."""
-        found = self._positions.get((epoch, window, block))
-        if found is None:
-            # The words belong to the keys: with other words, runs would read their rows in another order.
-            suffix = f" of portion {window}" if window else ""
-            (offset,) = derive_keys(self.seed, epoch, f"shift{suffix}", 1)
-            order = build_permutation(-(-tokens // self.tokens_per_row), self.seed, epoch, f"order{suffix}")
-            first = block * BLOCK_ROWS
-            numbers = order.at(first, min(BLOCK_ROWS, order.size - first))
-            found = ((offset % tokens + numbers * self.tokens_per_row) % tokens).tolist()
-            if len(self._positions) >= BLOCKS_KEPT:
-                self._positions.clear()
-            self._positions[epoch, window, block] = found
-        return found
+
+@functools.lru_cache(BLOCKS_KEPT)
+def ring_positions(
+    seed: int, epoch: int, window: int, tokens: int, tokens_per_row: int, block: int
+) -> list[int]:
+    """Where in a window's ring of `tokens` tokens the rows of one block of its order start."""
+    # The words belong to the keys: with other words, runs would read their rows in another order.
+    suffix = f" of portion {window}" if window else ""
+    (offset,) = derive_keys(seed, epoch, f"shift{suffix}", 1)
+    order = build_permutation(-(-tokens // tokens_per_row), seed, epoch, f"order{suffix}")
+    first = block * BLOCK_ROWS
+    numbers = order.at(first, min(BLOCK_ROWS, order.size - first))
+    positions: list[int] = ((offset % tokens + numbers * tokens_per_row) % tokens).tolist()
+    return positions
 
 
 class PrefetchLoader:

@@ -10,8 +10,9 @@ that needs the past: R. Tijdeman, "The chairman assignment problem", 1980.)
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
@@ -28,62 +29,48 @@ class SourceRows(BatchSource, Protocol):
     rows_per_epoch: int
 
 
-@dataclass(frozen=True)
-class _Node:
-    """An inner node of the tree. A child is a node or the number of a source."""
-
-    share: Fraction
-    """Of the rows that reach this node, those that go left."""
-    left: _Node | int
-    right: _Node | int
-
-    def count_left(self, rows: int) -> int:
-        """How many of the first `rows` rows go left: rows * share, rounded half up in exact arithmetic."""
-        above, below = self.share.numerator, self.share.denominator
-        return (2 * rows * above + below) // (2 * below)
-
-
 class Interleaving:
     """Which source each row comes from. A source's share is its weight divided by the sum of all weights."""
 
     def __init__(self, weights: Sequence[float]) -> None:
-        if not weights or not all(0 < weight < float("inf") for weight in weights):
+        if not weights or not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"the weights {list(weights)} must be finite numbers above 0")
         # From the decimal spelling: 0.7 is 7/10 here, not the nearest binary fraction.
         exact = [Fraction(str(weight)) for weight in weights]
         self.shares = [weight / sum(exact) for weight in exact]
-        self._root = self._build(0, len(weights))
-
-    def _build(self, first: int, last: int) -> _Node | int:
-        if last - first == 1:
-            return first
-        middle = (first + last + 1) // 2
-        share = sum(self.shares[first:middle]) / sum(self.shares[first:last])
-        return _Node(Fraction(share), self._build(first, middle), self._build(middle, last))
+        denominator = math.lcm(*(share.denominator for share in self.shares))
+        self._ends = [0, *itertools.accumulate(int(share * denominator) for share in self.shares)]
 
     def locate(self, row: int) -> tuple[int, int]:
         """(the source of a row, the row's number within that source)."""
-        node, number = self._root, row
-        while isinstance(node, _Node):
-            before = node.count_left(number)
-            if node.count_left(number + 1) > before:
-                node, number = node.left, before
+        first, last = 0, len(self.shares)
+        while last - first > 1:
+            middle, before = self._count_left(first, last, row)
+            if self._count_left(first, last, row + 1)[1] > before:
+                last, row = middle, before
             else:
-                node, number = node.right, number - before
-        return node, number
+                first, row = middle, row - before
+        return first, row
 
     def counts(self, rows: int) -> list[int]:
         """How many of the first `rows` rows come from each source."""
         counts = [0] * len(self.shares)
-        pending = [(self._root, rows)]
+        pending = [(0, len(self.shares), rows)]
         while pending:
-            node, number = pending.pop()
-            if isinstance(node, _Node):
-                left = node.count_left(number)
-                pending += [(node.left, left), (node.right, number - left)]
-            else:
-                counts[node] = number
+            first, last, counts[first] = pending.pop()
+            if last - first > 1:
+                middle, left = self._count_left(first, last, counts[first])
+                pending += [(middle, last, counts[first] - left), (first, middle, left)]
         return counts
+
+    def _count_left(self, first: int, last: int, rows: int) -> tuple[int, int]:
+        """(where the left side of a node ends, how many of the first `rows` rows that reach it go left).
+
+        The node holds the sources from `first` to before `last`. Rounded half up, in exact arithmetic.
+        """
+        middle = (first + last + 1) // 2
+        left, both = self._ends[middle] - self._ends[first], self._ends[last] - self._ends[first]
+        return middle, (2 * rows * left + both) // (2 * both)
 
 
 class Mixture:

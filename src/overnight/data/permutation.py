@@ -4,9 +4,7 @@ A Feistel network over a grid of columns x rows >= size cells (Black and Rogaway
 Finite Domains", 2002). An index is split into a column and a row; in each round one of them is shifted by a
 keyed hash of the other, which is undone by the opposite shift, so the network is a permutation of the cells.
 An index that leaves range(size) goes through the network again ("cycle walking"). The grid has fewer than
-2 sqrt(size) + 1 spare cells, so this is rare.
-
-The order is for shuffling only: the hash is fast, not cryptographic.
+2 sqrt(size) + 1 spare cells, so this is rare. The hash is fast, not cryptographic.
 """
 
 from __future__ import annotations

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -40,7 +40,7 @@ from overnight.data.shards import (
     verify_shard,
 )
 from overnight.data.text_files import first_line, is_remote, open_store
-from overnight.data.token_reader import ShardFile, ShardReader, files_at_once
+from overnight.data.token_reader import ShardFile, files_at_once
 from overnight.run_directory import cache_folder, write_atomically
 from overnight.terminal import echo
 
@@ -59,9 +59,9 @@ class RemoteFolder:
     def __init__(self, address: str, cache_bytes: int | None = None) -> None:
         self.address = address.rstrip("/")
         self.cache_bytes = cache_bytes
-        self._store = open_store(self.address)
+        self._system, self._root = open_store(self.address)
         content = self._read(MANIFEST)
-        self.folder = _cache() / hashlib.sha256(content).hexdigest()[:16]
+        self.folder = cache_folder() / "shards" / hashlib.sha256(content).hexdigest()[:16]
         write_atomically(self.folder / MANIFEST, content)
         try:
             self.manifest = read_manifest(self.folder)
@@ -77,45 +77,48 @@ class RemoteFolder:
         return self.address
 
     def __truediv__(self, name: str) -> Path:
-        """The local path of a shard, which is downloaded first, or of the tokenizer's folder."""
-        shards = (*self.manifest.train, *self.manifest.validation)
-        shard = next((each for each in shards if each.name == name), None)
-        return self.path(shard) if shard else self.folder / name
+        """The local path of a shard, which is downloaded first, or of the tokenizer's folder.
 
-    def path(self, shard: Shard) -> Path:
-        """The local path of a shard, downloaded and verified unless this process has done so.
-
-        Raises ValueError if it cannot be fetched or does not match the manifest.
+        Raises ValueError if a shard cannot be fetched or does not match the manifest.
         """
-        with self._lock:
-            self._open_local(shard)
-        return self._local(shard)
+        for shard in self.manifest.shards():
+            if shard.name == name:
+                with self._lock:
+                    self._open_local(shard)
+        return self.folder / name
 
-    def open(self, shard: Shard) -> ShardReader:
-        """A shard, local or remote. Raises ValueError as `path` does."""
+    def read(self, shard: Shard, first: int, into: Tokens) -> None:
+        """Fill `into` with the tokens of a shard from index `first` on. Raises ValueError as `/` does."""
         with self._lock:
             file = self._opened.get(shard.name)
-            if file is None:
-                return RemoteShard(self, shard) if self._stays_remote(shard) else self._open_local(shard)
-            if self.cache_bytes is not None:
+            if file is None and not self._stays_remote(shard):
+                file = self._open_local(shard)
+            elif file is not None and self.cache_bytes is not None:
                 _touch(self._local(shard))
-            return file
+        if file is None:
+            self._read_remote(shard, first, into)
+        else:
+            file.read(first, into)
 
-    def read_pieces(self, shard: Shard, pieces: range) -> bytes:
-        """Some pieces of a remote shard.
+    def _read_remote(self, shard: Shard, first: int, into: Tokens) -> None:
+        """Read tokens of a remote shard: one request for the pieces that hold them.
 
         If they differ from what was verified before, the whole shard is downloaded and verified again.
         """
-        first, last = pieces[0] * PIECE_BYTES, min((pieces[-1] + 1) * PIECE_BYTES, self._bytes(shard))
-        content = self._read(shard.name, first, last)
+        begin = HEADER_BYTES + first * into.itemsize
+        pieces = range(begin // PIECE_BYTES, (begin + into.nbytes - 1) // PIECE_BYTES + 1)
+        start, end = pieces[0] * PIECE_BYTES, min(pieces.stop * PIECE_BYTES, self._bytes(shard))
+        content = self._read(shard.name, start, end)
         with self._pieces(shard).open("rb") as digests:
             digests.seek(pieces[0] * DIGEST_BYTES)
-            if digests.read(len(pieces) * DIGEST_BYTES) == _digest_pieces(io.BytesIO(content)):
-                return content
+            is_verified = digests.read(len(pieces) * DIGEST_BYTES) == _digest_pieces(io.BytesIO(content))
+        if is_verified:
+            into[:] = np.frombuffer(content, into.dtype, into.size, begin - start)
+            return
         self._pieces(shard).unlink(missing_ok=True)
-        with self.path(shard).open("rb") as file:
-            file.seek(first)
-            return file.read(last - first)
+        with self._lock:
+            file = self._open_local(shard)
+        file.read(first, into)
 
     def _local(self, shard: Shard) -> Path:
         return self.folder / shard.name
@@ -129,12 +132,16 @@ class RemoteFolder:
     def _open_local(self, shard: Shard) -> ShardFile:
         """A shard on this machine, downloaded if it is missing or damaged."""
         self._make_room(shard)
-        with _locked(self._local(shard)):
-            if not self._is_valid(shard):
-                self._download(shard)
+        local = self._local(shard)
+        with _locked(local):
+            if shard.name not in self._verified or not local.is_file():
+                try:
+                    verify_shard(self.folder, shard, self.manifest.vocab_size)
+                except ValueError:  # missing, or changed on the disk
+                    self._download(shard)
             self._verified.add(shard.name)
-            _touch(self._local(shard))
-            file = self._opened[shard.name] = ShardFile(self._local(shard))
+            _touch(local)
+            file = self._opened[shard.name] = ShardFile(local)
         if len(self._opened) > files_at_once():
             self._opened.pop(next(iter(self._opened)))
         return file
@@ -143,17 +150,8 @@ class RemoteFolder:
         """True if a shard was verified and deleted before, and there still is no room for it."""
         if self.cache_bytes is None or self._local(shard).is_file():
             return False
-        cached = sum(size for _, size, _ in _cached_shards())
-        return self._pieces(shard).is_file() and cached + self._bytes(shard) > self.cache_bytes
-
-    def _is_valid(self, shard: Shard) -> bool:
-        if shard.name in self._verified and self._local(shard).is_file():
-            return True
-        try:
-            verify_shard(self.folder, shard, self.manifest.vocab_size)
-        except ValueError:  # missing, or changed on the disk
-            return False
-        return True
+        needed = self._bytes(shard) + sum(size for _, size, _ in self._cached_shards())
+        return self._pieces(shard).is_file() and needed > self.cache_bytes
 
     def _download(self, shard: Shard) -> None:
         """Download a shard; it gets its name once it is complete and verified."""
@@ -162,7 +160,7 @@ class RemoteFolder:
         url = f"{self.address}/{shard.name}"
         echo(f"fetching {url} ({self._bytes(shard) / 1e6:,.1f} MB)")
         try:
-            self._store.system.get_file(f"{self._store.root}/{shard.name}", str(arriving))
+            self._system.get_file(f"{self._root}/{shard.name}", str(arriving))
             verify_shard(arriving.parent, shard, self.manifest.vocab_size)
             if self.cache_bytes is not None:
                 with arriving.open("rb") as file:
@@ -183,7 +181,7 @@ class RemoteFolder:
         """Delete the least recently used shards until `needed` fits into the limit."""
         if self.cache_bytes is None:
             return
-        cached = sorted(each for each in _cached_shards() if each[2] != self._local(needed))
+        cached = sorted(each for each in self._cached_shards() if each[2] != self._local(needed))
         total = sum(size for _, size, _ in cached) + self._bytes(needed)
         for _, size, path in cached:
             if total <= self.cache_bytes:
@@ -194,10 +192,17 @@ class RemoteFolder:
                 self._opened.pop(path.name, None)  # an open file would keep its space on the disk
             total -= size
 
+    def _cached_shards(self) -> Iterator[tuple[int, int, Path]]:
+        """(time of last use, bytes, path) of every shard in the cache, of any folder."""
+        for path in self.folder.parent.glob("*/*.bin"):
+            with contextlib.suppress(FileNotFoundError):  # another process may have deleted it just now
+                status = path.stat()
+                yield status.st_mtime_ns, status.st_size, path
+
     def _check_limit(self) -> None:
         if self.cache_bytes is None:
             return
-        largest = max(map(self._bytes, (*self.manifest.train, *self.manifest.validation)))
+        largest = max(map(self._bytes, self.manifest.shards()))
         if self.cache_bytes < largest:
             raise ValueError(
                 f"cache_bytes={self.cache_bytes} is less than the largest shard of {self.address}, which has "
@@ -214,7 +219,7 @@ class RemoteFolder:
     def _read_tokenizer(self) -> None:
         """Download the tokenizer's files that are not in the cache."""
         try:
-            paths = self._store.system.find(f"{self._store.root}/tokenizer")
+            paths = self._system.find(f"{self._root}/tokenizer")
         except Exception as error:  # every store has errors of its own
             raise ValueError(f"{self.address}/tokenizer can't be read: {first_line(error)}") from None
         for name in (PurePosixPath(path).name for path in paths):
@@ -224,7 +229,7 @@ class RemoteFolder:
 
     def _read(self, name: str, first: int | None = None, last: int | None = None) -> bytes:
         try:
-            content: bytes = self._store.system.cat_file(f"{self._store.root}/{name}", first, last)
+            content: bytes = self._system.cat_file(f"{self._root}/{name}", first, last)
         except FileNotFoundError:
             raise ValueError(
                 f"{self.address} has no {name}: it is not a folder that `overnight prepare` finished"
@@ -234,39 +239,18 @@ class RemoteFolder:
         return content
 
 
-@dataclass(frozen=True)
-class RemoteShard:
-    """A shard that is read at its URL: each call is one request for the pieces that hold the tokens."""
-
-    folder: RemoteFolder
-    shard: Shard
-
-    def read(self, first: int, into: Tokens) -> None:
-        """Fill `into` with the tokens from index `first` on. Raises ValueError if they cannot be fetched."""
-        begin = HEADER_BYTES + first * into.itemsize
-        pieces = range(begin // PIECE_BYTES, (begin + into.nbytes - 1) // PIECE_BYTES + 1)
-        content = self.folder.read_pieces(self.shard, pieces)
-        into[:] = np.frombuffer(content, into.dtype, into.size, begin - pieces[0] * PIECE_BYTES)
-
-
 def is_prepared_elsewhere(address: str) -> bool:
     """True for a URL at which there is a manifest, as opposed to text that is still to be prepared."""
     if not is_remote(address):
         return False
-    store = open_store(address)
-    return bool(store.system.exists(f"{store.root}/{MANIFEST}"))
+    system, root = open_store(address)
+    return bool(system.exists(f"{root}/{MANIFEST}"))
 
 
 def _digest_pieces(file: BinaryIO) -> bytes:
     """The digests of a file's pieces, end to end."""
-    digests = []
-    while piece := file.read(PIECE_BYTES):
-        digests.append(hashlib.blake2b(piece, digest_size=DIGEST_BYTES).digest())
-    return b"".join(digests)
-
-
-def _cache() -> Path:
-    return cache_folder() / "shards"
+    pieces = iter(functools.partial(file.read, PIECE_BYTES), b"")
+    return b"".join(hashlib.blake2b(piece, digest_size=DIGEST_BYTES).digest() for piece in pieces)
 
 
 def _locked(path: Path) -> FileLock:
@@ -279,11 +263,3 @@ def _touch(path: Path) -> None:
     now = time.time_ns()  # finer than the kernel's clock for file times
     with contextlib.suppress(FileNotFoundError):
         os.utime(path, ns=(now, now))
-
-
-def _cached_shards() -> Iterator[tuple[int, int, Path]]:
-    """(time of last use, bytes, path) of every shard in the cache, of any folder."""
-    for path in _cache().glob("*/*.bin"):
-        with contextlib.suppress(FileNotFoundError):  # another process may have deleted it just now
-            status = path.stat()
-            yield status.st_mtime_ns, status.st_size, path

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +103,7 @@ class TokenFile:
         self._file.close()
         self._partial.replace(self.path)
         flush_folder(self.path.parent)
-        return hash_tokens(self.path).sha256
+        return hash_tokens(self.path)[0]
 
     def abandon(self) -> None:
         """Delete a shard that will not be completed."""
@@ -120,38 +120,24 @@ def open_tokens(path: Path, remedy: str = REMEDY) -> Tokens:
         raise ValueError(f"{path} is missing; {remedy}")
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(HEADER_BYTES)
-    if len(head) < HEADER_BYTES:
-        raise ValueError(f"{path} is damaged: it ends after {size:,} bytes, within its header; {remedy}")
-    header = np.frombuffer(head, dtype="<i4")
-    magic, version, count = (int(word) for word in header[:3])
-    known = {(each.magic, each.version): each for each in (SMALL, LARGE)}
-    if (magic, version) not in known:
-        raise ValueError(
-            f"{path} is damaged or not a shard: its magic number is {magic}, its version {version}; {remedy}"
-        )
-    dtype = known[magic, version].dtype
-    if count < 1 or header[3:].any():
-        raise ValueError(f"{path} is damaged: its header is not valid; {remedy}")
-    expected = HEADER_BYTES + count * dtype.itemsize
-    if size != expected:
-        raise ValueError(
-            f"{path} is damaged: {count:,} tokens make {expected:,} bytes, and it has {size:,}; {remedy}"
-        )
-    # A plain array over the map: np.memmap's own slicing is several times slower.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,)))
+        header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
+    magic, version, count = header[:3].tolist()
+    dtype = {(each.magic, each.version): each.dtype for each in (SMALL, LARGE)}.get((magic, version))
+    if size < HEADER_BYTES:
+        problem = f"it ends after {size:,} bytes, within its header"
+    elif dtype is None:
+        problem = f"its magic number is {magic}, its version {version}, which no shard has"
+    elif count < 1 or header[3:].any():
+        problem = "its header is not valid"
+    elif size != (expected := HEADER_BYTES + count * dtype.itemsize):
+        problem = f"{count:,} tokens make {expected:,} bytes, and it has {size:,}"
+    else:  # a plain array over the map: np.memmap's own slicing is several times slower
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,)))
+    raise ValueError(f"{path} is damaged: {problem}; {remedy}")
 
 
-@dataclass(frozen=True)
-class TokenSummary:
-    """Of a whole shard."""
-
-    sha256: str
-    highest_id: int
-
-
-def hash_tokens(path: Path) -> TokenSummary:
-    """Read a shard once: the sha256 of the whole file, and the highest id in it."""
+def hash_tokens(path: Path) -> tuple[str, int]:
+    """(sha256 of a whole shard's file, highest id in it); reads the file once."""
     dtype = open_tokens(path).dtype
     digest, highest = hashlib.sha256(), 0
     with path.open("rb") as file:
@@ -159,7 +145,7 @@ def hash_tokens(path: Path) -> TokenSummary:
         while content := file.read(READ_BYTES):
             digest.update(content)
             highest = max(highest, int(np.frombuffer(content, dtype).max()))
-    return TokenSummary(digest.hexdigest(), highest)
+    return digest.hexdigest(), highest
 
 
 # The manifest
@@ -216,11 +202,16 @@ class Manifest:
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
 
-    def shards(self, split: str) -> tuple[Shard, ...]:
-        """The shards of "train" or "validation", in order."""
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r} must be train or validation")
-        return self.train if split == "train" else self.validation
+    def shards(self, split: str | None = None) -> tuple[Shard, ...]:
+        """The shards of "train" or "validation", in order; of both if left out."""
+        match split:
+            case "train":
+                return self.train
+            case "validation":
+                return self.validation
+            case None:
+                return (*self.train, *self.validation)
+        raise ValueError(f"split={split!r} must be train or validation")
 
     def tokens(self, split: str) -> int:
         """How many tokens one split has, end-of-text ids included."""
@@ -240,44 +231,21 @@ class Manifest:
         return json.dumps(fields | {"sha256_of_the_above": checksum}, indent=2) + "\n"
 
 
-class ShardWriter:
-    """Writes one split, document by document, into shards of `shard_tokens` tokens, the last one shorter."""
-
-    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int) -> None:
-        self.folder, self._split = folder, split
-        self._vocab_size, self._shard_tokens = vocab_size, shard_tokens
-        self._file: TokenFile | None = None
-        self._documents, self._text_bytes = 0, 0
-        self.shards: list[Shard] = []
-
-    def add(self, ids: NDArray[np.uint32], text_bytes: int) -> None:
-        """Append one document; its first id is end-of-text."""
-        is_counted = False
-        while ids.size:
-            file = self._open_file()
-            if not is_counted:  # in the shard where it begins
-                self._documents, self._text_bytes = self._documents + 1, self._text_bytes + text_bytes
-                is_counted = True
-            room = self._shard_tokens - file.tokens
-            file.append(ids[:room])
-            ids = ids[room:]
-
-    def finish(self) -> tuple[Shard, ...]:
-        """Complete the last shard; returns all of them, in order."""
-        if self._file is not None:
-            name, tokens, digest = self._file.path.name, self._file.tokens, self._file.close()
-            counts = {"documents": self._documents, "text_bytes": self._text_bytes}
-            self.shards.append(Shard(name=name, tokens=tokens, sha256=digest, **counts))
-            self._file, self._documents, self._text_bytes = None, 0, 0
-        return tuple(self.shards)
-
-    def _open_file(self) -> TokenFile:
-        if self._file is not None and self._file.tokens == self._shard_tokens:
-            self.finish()
-        if self._file is None:
-            name = f"{self._split}-{len(self.shards):05d}.bin"
-            self._file = TokenFile(self.folder / name, self._vocab_size)
-        return self._file
+def write_split(
+    folder: Path, split: str, documents: Sequence[tuple[Tokens, int]], vocab_size: int, shard_tokens: int
+) -> tuple[Shard, ...]:
+    """Write documents, each its ids and its bytes of text, as shards; only the last one may be shorter."""
+    ids = np.concatenate([ids for ids, _ in documents])
+    text_bytes = np.array([size for _, size in documents])
+    begins = np.cumsum([0, *(each.size for each, _ in documents[:-1])])
+    shards = []
+    for number, start in enumerate(range(0, ids.size, shard_tokens)):
+        file = TokenFile(folder / f"{split}-{number:05d}.bin", vocab_size)
+        file.append(ids[start : start + shard_tokens])
+        here = (begins >= start) & (begins < start + shard_tokens)
+        counts = {"documents": int(here.sum()), "text_bytes": int(text_bytes[here].sum())}
+        shards.append(Shard(name=file.path.name, tokens=file.tokens, sha256=file.close(), **counts))
+    return tuple(shards)
 
 
 def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
@@ -325,12 +293,15 @@ def verify(folder: Path, split: str | None = None) -> Manifest:
     in a single bit, and for an id outside the vocabulary. Reads about a gigabyte per second and core.
     """
     manifest = read_manifest(folder)
-    known = {shard.name for each in SPLITS for shard in manifest.shards(each)}
+    known = {shard.name for shard in manifest.shards()}
     if unknown := sorted(path.name for path in folder.glob("*.bin") if path.name not in known):
         raise ValueError(f"{folder / unknown[0]} is not in the manifest; remove it, or {REMEDY}")
-    shards = [shard for each in SPLITS if split in {None, each} for shard in manifest.shards(each)]
     with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda shard: verify_shard(folder, shard, manifest.vocab_size), shards))
+        list(
+            threads.map(
+                lambda shard: verify_shard(folder, shard, manifest.vocab_size), manifest.shards(split)
+            )
+        )
     return manifest
 
 
@@ -343,14 +314,12 @@ def verify_shard(folder: Path, shard: Shard, vocab_size: int) -> None:
             f"{path} holds {tokens.size:,} tokens as {tokens.dtype}, and its manifest says {shard.tokens:,} "
             f"for a vocabulary of {vocab_size:,}; {REMEDY}"
         )
-    summary = hash_tokens(path)
-    if summary.sha256 != shard.sha256:
+    sha256, highest_id = hash_tokens(path)
+    if sha256 != shard.sha256:
+        raise ValueError(f"{path} was changed since it was written (sha256 {sha256[:12]}...); {REMEDY}")
+    if highest_id >= vocab_size:
         raise ValueError(
-            f"{path} was changed since it was written (sha256 {summary.sha256[:12]}...); {REMEDY}"
-        )
-    if summary.highest_id >= vocab_size:
-        raise ValueError(
-            f"{path} holds the id {summary.highest_id}, outside the vocabulary of {vocab_size:,}; {REMEDY}"
+            f"{path} holds the id {highest_id}, outside the vocabulary of {vocab_size:,}; {REMEDY}"
         )
 
 

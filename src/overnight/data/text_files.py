@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 from overnight.terminal import progress
 
@@ -54,23 +54,13 @@ class TextFile:
         return self.name.lower().endswith(PACKINGS)
 
 
-class Store(NamedTuple):
-    """A remote file system, and a path in it."""
-
-    system: Any
-    """fsspec's file system."""
-    root: str
-    protocol: str
-
-
 def kind_of(name: str) -> str | None:
     """The kind of a file by its name, without its compression; None if it cannot be read."""
     path = PurePosixPath(name.lower())
-    suffix = path.suffix
-    if suffix in PACKINGS:
-        suffix = path.with_suffix("").suffix
-        return suffix if suffix in KINDS and suffix != ".parquet" else None
-    return suffix if suffix in KINDS else None
+    if path.suffix in PACKINGS:
+        kind = path.with_suffix("").suffix
+        return kind if kind in KINDS and kind != ".parquet" else None
+    return path.suffix if path.suffix in KINDS else None
 
 
 def plain_name(name: str) -> str:
@@ -120,30 +110,28 @@ def _find_local(source: Path) -> list[TextFile]:
     found = []
     for folder, folders, names in os.walk(source):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(folder, name) for name in names if not name.startswith(".") and kind_of(name)]
-        found += [
-            TextFile(str(path), as_utf8(path.relative_to(source).as_posix()), path.stat().st_size)
-            for path in paths
-            if path.is_file()
-        ]
+        for path in (Path(folder, name) for name in names if not name.startswith(".") and kind_of(name)):
+            if path.is_file():
+                name = as_utf8(path.relative_to(source).as_posix())
+                found.append(TextFile(str(path), name, path.stat().st_size))
     return found
 
 
 def _find_remote(source: str) -> list[TextFile]:
-    store = open_store(source)
+    system, root = open_store(source)
     try:
-        entries = store.system.find(store.root, detail=True)
+        entries = system.find(root, detail=True)
     except FileNotFoundError:
         entries = {}
     except Exception as error:  # every store has errors of its own
         raise ValueError(f"{source} can't be listed: {first_line(error)}") from None
     found = []
     for path, entry in entries.items():
-        inside = PurePosixPath(path).relative_to(store.root) if path != store.root else None
-        name = str(inside) if inside and inside.parts else PurePosixPath(path).name
+        name = path.removeprefix(f"{root}/") if path != root else PurePosixPath(path).name
         if kind_of(name) and not any(part.startswith(".") for part in PurePosixPath(name).parts):
+            address = f"{source.partition('://')[0]}://{path}"
             state = next((str(entry[key]) for key in STATES if entry.get(key)), "")
-            found.append(TextFile(f"{store.protocol}://{path}", name, int(entry["size"]), state))
+            found.append(TextFile(address, name, int(entry["size"]), state))
     return found
 
 
@@ -151,30 +139,39 @@ def _find_remote(source: str) -> list[TextFile]:
 STATES = ("ETag", "etag", "md5Hash", "sha256", "blob_id", "LastModified", "last_modified", "mtime", "created")
 
 
-def open_store(address: str) -> Store:
-    """Fsspec's file system for a URL. Raises ValueError if its protocol is unknown or not installed."""
+def open_store(address: str) -> tuple[Any, str]:
+    """(fsspec's file system for a URL, the path in it).
+
+    Raises ValueError if its protocol is unknown or not installed.
+    """
     import fsspec
 
-    protocol = address.partition("://")[0]
     try:
         system, root = fsspec.core.url_to_fs(address)
     except ValueError:
-        raise ValueError(f"{address}: fsspec does not know the protocol {protocol}://") from None
+        raise ValueError(f"{address}: fsspec does not know the protocol of this address") from None
     except ImportError as error:
         raise ValueError(f"{address} can't be reached: {error}") from None
-    return Store(system, root.rstrip("/"), protocol)
+    return system, root.rstrip("/")
 
 
 @contextmanager
 def open_file(file: TextFile) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed. Reading raises DamagedFileError where it is cut short or damaged."""
+    name = file.name.lower()
     try:
         with _open_raw(file) as raw:
-            yield _decompressed(raw, file)
+            if name.endswith(".gz"):
+                yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+            elif name.endswith(".zst"):
+                stream = import_pyarrow(file.address).CompressedInputStream(raw, "zstd")
+                yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
+            else:
+                yield raw
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DamagedFileError(f"{file.address} is damaged: {error}") from None
     except OSError as error:
-        if file.name.lower().endswith(".zst") and error.errno is None:  # pyarrow's decompression error
+        if name.endswith(".zst") and error.errno is None:  # pyarrow's decompression error
             raise DamagedFileError(f"{file.address} is damaged: {first_line(error)}") from None
         raise
 
@@ -182,20 +179,11 @@ def open_file(file: TextFile) -> Iterator[BinaryIO]:
 def _open_raw(file: TextFile) -> BinaryIO:
     if not is_remote(file.address):
         return Path(file.address).open("rb")
-    store = open_store(file.address)
+    system, path = open_store(file.address)
     try:
-        return cast(BinaryIO, store.system.open(store.root, "rb"))
+        return cast(BinaryIO, system.open(path, "rb"))
     except Exception as error:  # every store has errors of its own
         raise ValueError(f"{file.address} can't be opened: {first_line(error) or repr(error)}") from None
-
-
-def _decompressed(raw: BinaryIO, file: TextFile) -> BinaryIO:
-    if file.name.lower().endswith(".gz"):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if file.name.lower().endswith(".zst"):
-        pyarrow = import_pyarrow(file.address)
-        return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20))
-    return raw
 
 
 def open_parquet(file: TextFile) -> Any:

@@ -30,23 +30,13 @@ def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
     The main process has the terminal. The output of the others is kept, and its end printed if they fail.
     When one dies, all are restarted, up to `max_restarts` times.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is printed below
     with tempfile.TemporaryDirectory(prefix="overnight-") as logs:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=max_restarts,
-            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects={rank: Std.ALL for rank in range(1, count)}),
-            shutdown_timeout=SECONDS_TO_SAVE,
-        )
+        redirected = {rank: Std.ALL for rank in range(1, count)}
         usage_error = Path(logs) / "refused"
         create_usage_error_file(usage_error)
         try:
-            elastic_launch(config, sys.executable)("-P", "-m", "overnight", *words)
+            specs = DefaultLogsSpecs(log_dir=logs, redirects=redirected)
+            start_processes(("-m", "overnight", *words), count, specs, max_restarts)
         except ChildFailedError as error:
             return _print_failure(error, Path(logs))
         except SignalException:
@@ -54,12 +44,37 @@ def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
         return REFUSED if usage_error.exists() else 0
 
 
+def start_processes(words: Sequence[str], count: int, logs: DefaultLogsSpecs, max_restarts: int = 0) -> None:
+    """Run this Python with these words in `count` processes that can communicate, and wait for them.
+
+    Raises ChildFailedError if one fails, which it leaves to the caller to print.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+        logs_specs=logs,
+        shutdown_timeout=SECONDS_TO_SAVE,
+    )
+    elastic = logging.getLogger("torch.distributed.elastic")
+    level = elastic.level
+    elastic.setLevel(logging.CRITICAL)
+    try:
+        elastic_launch(config, sys.executable)("-P", *words)
+    finally:
+        elastic.setLevel(level)
+
+
 def _print_failure(error: Any, logs: Path) -> int:
     """Print which process failed first, and the end of its output; returns its exit status.
 
     The main process has already printed what it refuses.
     """
-    rank = _find_cause(error.failures)
+    rank = first_failed_rank(error.failures)
     failure = error.failures[rank]
     if failure.exitcode == REFUSED and rank == 0:
         return REFUSED
@@ -72,8 +87,8 @@ def _print_failure(error: Any, logs: Path) -> int:
     return failure.exitcode if failure.exitcode > 0 and failure.exitcode != LOST else 1
 
 
-def _find_cause(failures: Mapping[int, Any]) -> int:
-    """The rank that failed first; a process that only lost another one comes last."""
+def first_failed_rank(failures: Mapping[int, Any]) -> int:
+    """The rank that failed first, of torch's failures by rank; one that only lost another process is last."""
 
     def order(rank: int) -> tuple[bool, float, int]:
         failure = failures[rank]

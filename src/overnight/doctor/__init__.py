@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from overnight.config import Renamed, nearest
+from overnight.config import nearest
 from overnight.preparation.prepare_config import BENCHMARK_KINDS
 from overnight.recipe import Recipe
+from overnight.renamed import Renamed
 
 DATA_CHECKS = ("shards", "tokenizer", "boundaries", "disjoint", "contamination")
-MODEL_CHECKS = (
+CHECKS = (
+    *DATA_CHECKS,
     *("initial-loss", "gradients", "causality", "rows", "accumulation", "overfit", "generation"),
     *("checkpoint", "precision", "compiled", "processes", "reference"),
+    *("schedule", "learning-rate", "memory", "disk", "time"),
 )
-RUN_CHECKS = ("schedule", "learning-rate", "memory", "disk", "time")
-CHECKS = (*DATA_CHECKS, *MODEL_CHECKS, *RUN_CHECKS)
 
 
 @dataclass(frozen=True, kw_only=True)

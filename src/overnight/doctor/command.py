@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 import shlex
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from overnight.config import raise_problems
-from overnight.doctor import CHECKS, DoctorConfig
+from overnight.doctor import CHECKS, DoctorConfig, data_checks, model_checks, run_checks, step_checks
 from overnight.doctor.check import (
     COLUMNS,
     CheckResult,
@@ -33,6 +34,30 @@ from overnight.recipe import load_recipe
 from overnight.recipe_options import changed_options
 from overnight.terminal import echo, quiet
 
+CHECK_FUNCTIONS: dict[str, Callable[[DoctorContext], CheckResult]] = {
+    "shards": data_checks.check_shards,
+    "tokenizer": data_checks.check_tokenizer,
+    "boundaries": data_checks.check_boundaries,
+    "disjoint": data_checks.check_disjoint,
+    "contamination": data_checks.check_contamination,
+    "initial-loss": model_checks.check_initial_loss,
+    "gradients": model_checks.check_gradients,
+    "causality": model_checks.check_causality,
+    "rows": data_checks.check_rows,
+    "accumulation": step_checks.check_accumulation,
+    "overfit": model_checks.check_overfit,
+    "generation": model_checks.check_generation,
+    "checkpoint": model_checks.check_saving,
+    "precision": step_checks.check_precision,
+    "compiled": step_checks.check_compiled,
+    "processes": step_checks.check_processes,
+    "reference": model_checks.check_reference,
+    "schedule": run_checks.check_schedule,
+    "learning-rate": run_checks.check_peak,
+    "memory": run_checks.check_memory,
+    "disk": run_checks.check_disk,
+    "time": run_checks.check_time,
+}
 DEPENDS_ON = dict.fromkeys(("accumulation", "overfit", "checkpoint", "processes"), "gradients")
 """Checks that need another one to pass first: without its gradients no step can be taken."""
 
@@ -50,7 +75,7 @@ def run(config: DoctorConfig, name: str) -> int:
         context = DoctorContext(config, name, Path(scratch))
         if not config.json:
             echo("\n".join(describe_context(context)))
-        for result in run_checks(context, config.only or CHECKS):
+        for result in check_recipe(context, config.only or CHECKS):
             results.append(result)
             if not config.json:
                 echo("\n".join(describe_check(result)))
@@ -76,10 +101,9 @@ def describe_context(context: DoctorContext) -> list[str]:
     return [where, *textwrap.wrap(words, COLUMNS)] if reductions else [where]
 
 
-def run_checks(context: DoctorContext, names: tuple[str, ...]) -> Iterator[CheckResult]:
+def check_recipe(context: DoctorContext, names: tuple[str, ...]) -> Iterator[CheckResult]:
     """The results of these checks, in the order of CHECKS."""
     failed: set[str] = set()
-    checks: dict[str, Callable[[], CheckResult]] = context.checks()
     for name in CHECKS:
         if name not in names:
             continue
@@ -88,7 +112,7 @@ def run_checks(context: DoctorContext, names: tuple[str, ...]) -> Iterator[Check
             yield dataclasses.replace(skipped(reason), name=name)
             continue
         with quiet(True):
-            result = run_check(name, checks[name])
+            result = run_check(name, functools.partial(CHECK_FUNCTIONS[name], context))
         if result.passed is False:
             failed.add(name)
         yield result

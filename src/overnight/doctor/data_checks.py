@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,11 +15,11 @@ import numpy as np
 
 from overnight.data import shards
 from overnight.data.shards import SPLITS, Manifest, Shard, Tokens, open_tokens, places_of
-from overnight.doctor.check import CheckResult
+from overnight.doctor import DoctorConfig
+from overnight.doctor.check import CheckResult, skipped
+from overnight.doctor.context import DoctorContext
 from overnight.inspection import statistics
 from overnight.preparation import decontaminate
-from overnight.run.setup import RunSetup
-from overnight.tokenizer.tokenizer import Tokenizer
 
 READ_TOKENS = 250_000_000  # of shards verified, counted and compared without --full
 ENCODED_DOCUMENTS = 50
@@ -29,20 +31,38 @@ USEFUL_PASSES = 4  # Muennighoff et al. 2023, arXiv 2305.16264
 MARK = "<|endoftext|>"
 PREPARE_AGAIN = "delete the folder and prepare the text again"
 Item = TypeVar("Item")
+TextCheck = Callable[[Path, Manifest, DoctorConfig], CheckResult]
 
 
-def check_shards(folder: Path, *, full: bool) -> CheckResult:
+def of_each_text(check: TextCheck) -> Callable[[DoctorContext], CheckResult]:
+    """`check` of all prepared texts; the result is that of the first that fails, or else of the first."""
+
+    @functools.wraps(check)
+    def check_all(context: DoctorContext) -> CheckResult:
+        results = []
+        for folder in context.folders:
+            result = check(folder, shards.read_manifest(folder), context.config)
+            if result.passed is False:
+                return dataclasses.replace(result, cause=f"{folder}: {result.cause}")
+            results.append(result)
+        return results[0] if results else skipped("there are no shards here to check")
+
+    return check_all
+
+
+def check_shards(context: DoctorContext) -> CheckResult:
     """Every byte of the shards matches the manifest; without `full`, of some shards of each split."""
-    try:
-        manifest = shards.read_manifest(folder)
-        chosen = _choose(manifest, full=full)
-        count = len(manifest.train) + len(manifest.validation)
-        if len(chosen) == count:
-            shards.verify(folder)
-        for shard in chosen if len(chosen) < count else ():
-            shards.verify_shard(folder, shard, manifest.vocab_size)
-    except (ValueError, OSError) as error:
-        return CheckResult(passed=False, measured="damaged", bound="as they were written", cause=str(error))
+    return _verify_shards(context) if context.folders else skipped("; ".join(context.missing))
+
+
+@of_each_text
+def _verify_shards(folder: Path, manifest: Manifest, config: DoctorConfig) -> CheckResult:
+    chosen = _choose(manifest, full=config.full)
+    count = len(manifest.train) + len(manifest.validation)
+    if len(chosen) == count:
+        shards.verify(folder)
+    for shard in chosen if len(chosen) < count else ():
+        shards.verify_shard(folder, shard, manifest.vocab_size)
     tokens = sum(shard.tokens for shard in chosen)
     return CheckResult(
         passed=True,
@@ -52,25 +72,17 @@ def check_shards(folder: Path, *, full: bool) -> CheckResult:
     )
 
 
-def check_tokenizer(folder: Path, manifest: Manifest) -> CheckResult:
+@of_each_text
+def check_tokenizer(folder: Path, manifest: Manifest, _config: DoctorConfig) -> CheckResult:
     """The tokenizer in the folder encodes documents of the shards to the same ids."""
-    bound = "gives the shards' own ids"
-    try:
-        tokenizer = shards.load_prepared_tokenizer(folder, manifest)
-    except (ValueError, OSError) as error:
-        cause = f"the shards were written with another tokenizer, and text would be nonsense: {error}"
-        return CheckResult(passed=False, measured="another one", bound=bound, cause=cause)
-    encoded = same = 0
-    for document in sample_documents(folder, manifest, "train", ENCODED_DOCUMENTS):
-        if document.size > LONGEST_TOKENS:
-            continue
-        ids = document.tolist()
-        encoded += 1
-        same += _encode(tokenizer, tokenizer.decode_bytes(ids)) == ids
+    tokenizer = shards.load_prepared_tokenizer(folder, manifest)
+    documents = sample_documents(folder, manifest, "train", ENCODED_DOCUMENTS)
+    all_ids = [document.tolist() for document in documents if document.size <= LONGEST_TOKENS]
+    encoded, same = len(all_ids), sum(tokenizer.encode(tokenizer.decode(ids)) == ids for ids in all_ids)
     return CheckResult(
         passed=same == encoded and manifest.vocab_size == tokenizer.vocab_size,
         measured=f"{same} of {encoded} documents",
-        bound=bound,
+        bound="gives the shards' own ids",
         cause=f"the tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} ids) encodes documents to other ids "
         f"than the shards (a vocabulary of {manifest.vocab_size:,}): they were written with another one; "
         "prepare the text again with the right tokenizer",
@@ -78,20 +90,13 @@ def check_tokenizer(folder: Path, manifest: Manifest) -> CheckResult:
     )
 
 
-def _encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
-    """The ids of a document's bytes; none if they are not UTF-8."""
-    try:
-        return tokenizer.encode(text.decode())
-    except UnicodeDecodeError:
-        return []
-
-
-def check_boundaries(folder: Path, manifest: Manifest, *, full: bool) -> CheckResult:
+@of_each_text
+def check_boundaries(folder: Path, manifest: Manifest, config: DoctorConfig) -> CheckResult:
     """Every document begins with the end-of-text id, which occurs nowhere else; some boundaries are shown."""
     found = expected = doubled = 0
     faults: list[str] = []
     is_imported = IMPORTED in manifest.request  # another program's shards may begin within a document
-    for shard in _choose(manifest, full=full):
+    for shard in _choose(manifest, full=config.full):
         ids = open_tokens(folder / shard.name)
         places = places_of(manifest.end_of_text, ids)
         found, expected = found + places.size, expected + shard.documents
@@ -123,22 +128,21 @@ def show_boundaries(folder: Path, manifest: Manifest) -> Iterator[str]:
     except (ValueError, OSError):
         return  # the check of the tokenizer reports it
     ids = open_tokens(folder / manifest.train[0].name)
-    places = [int(place) for place in places_of(manifest.end_of_text, ids) if place]
-    for place in _spread(places, SHOWN_BOUNDARIES):
-        before = _one_line(tokenizer, ids[max(0, place - SHOWN_CHARACTERS) : place], manifest.end_of_text)
-        after = _one_line(tokenizer, ids[place + 1 : place + 1 + SHOWN_CHARACTERS], manifest.end_of_text)
-        yield f"{before[-SHOWN_CHARACTERS:]}{MARK}{after[:SHOWN_CHARACTERS]}"
+    edges = [0, *places_of(manifest.end_of_text, ids).tolist(), ids.size]
+    around = [each for each in zip(edges, edges[1:], edges[2:], strict=False) if each[1] > 0]
+    for begin, index, end in _spread(around, SHOWN_BOUNDARIES):
+        before = ids[max(begin + 1, index - SHOWN_CHARACTERS) : index]
+        after = ids[index + 1 : min(end, index + 1 + SHOWN_CHARACTERS)]
+        left, right = (_one_line(tokenizer.decode(each.tolist())) for each in (before, after))
+        yield f"{left[-SHOWN_CHARACTERS:]}{MARK}{right[:SHOWN_CHARACTERS]}"
 
 
-def _one_line(tokenizer: Tokenizer, ids: Tokens, end_of_text: int) -> str:
-    """The text of ids on one line, with control characters replaced."""
-    parts = np.split(ids, np.flatnonzero(ids == end_of_text))
-    texts = [tokenizer.decode(part[part != end_of_text].tolist()) for part in parts]
-    one_line = MARK.join(texts).replace("\n", "⏎")
-    return "".join(each if each.isprintable() else "·" for each in one_line)
+def _one_line(text: str) -> str:
+    return "".join(each if each.isprintable() else "·" for each in text.replace("\n", "⏎"))
 
 
-def check_disjoint(folder: Path, manifest: Manifest, *, full: bool) -> CheckResult:
+@of_each_text
+def check_disjoint(folder: Path, manifest: Manifest, config: DoctorConfig) -> CheckResult:
     """No held-out document is in the training text."""
     if not manifest.tokens("validation"):
         return CheckResult(
@@ -148,59 +152,59 @@ def check_disjoint(folder: Path, manifest: Manifest, *, full: bool) -> CheckResu
             cause="without held-out text, learning looks the same as memorizing: prepare the text again with "
             "--validation-fraction 0.01",
         )
-    held_out = {
-        digest: number for number, digest in enumerate(_digests(folder, manifest, "validation", full))
-    }
-    trained = 0
-    shared: set[bytes] = set()
-    for digest in _digests(folder, manifest, "train", full):
-        trained += 1
-        if digest in held_out:
-            shared.add(digest)
-    first = min((held_out[digest] for digest in shared), default=-1) + 1
+    digests = [_digests(folder, manifest, split, full=config.full) for split in SPLITS]
+    train, held_out = (len(each) // statistics.DIGEST_BYTES for each in digests)
+    found = statistics.count_duplicates(*digests)
+    shared, first = found.validation_in_train, (found.first_in_both or 0) + 1
     return CheckResult(
         passed=not shared,
-        measured=f"{len(shared):,} of {len(held_out):,} documents",
-        bound=f"0 are among {trained:,} to train on",
-        cause=f"{len(shared):,} held-out documents are in the training text as well, the first is number "
+        measured=f"{shared:,} of {held_out:,} documents",
+        bound=f"0 are among {train:,} to train on",
+        cause=f"{shared:,} held-out documents are in the training text as well, the first is number "
         f"{first:,}: the validation loss on them measures memorizing; the text was split before duplicates "
         f"were removed: {PREPARE_AGAIN} with `overnight prepare`, which splits by a hash of the text",
-        figures={"shared": len(shared), "validation_documents": len(held_out), "train_documents": trained},
+        figures={"shared": shared, "validation_documents": held_out, "train_documents": train},
     )
 
 
-def _digests(folder: Path, manifest: Manifest, split: str, full: bool) -> Iterator[bytes]:
-    """Hashes of all documents that are not empty; without `full`, of the first ones."""
+def _digests(folder: Path, manifest: Manifest, split: str, *, full: bool) -> bytearray:
+    """Hashes of all documents that are not empty, end to end; without `full`, of the first ones."""
     documents = sum(shard.documents for shard in manifest.shards(split))
     share = READ_TOKENS / max(1, manifest.tokens(split))
     most = None if full or share >= 1 else max(1, int(share * documents))
+    digests = bytearray()
     for pieces in statistics.documents_of(statistics.shard_spans(folder, manifest, split, most)):
-        first, *others = pieces
-        digest, size = hashlib.blake2b(digest_size=16), 0
-        for piece in (first[1:] if first[0] == manifest.end_of_text else first, *others):
-            digest.update(np.ascontiguousarray(piece).data)
-            size += piece.size
-        if size:
-            yield digest.digest()
+        content = _without_separator(pieces, manifest)
+        digest = hashlib.blake2b(digest_size=statistics.DIGEST_BYTES)
+        for piece in content:
+            digest.update(piece.data)
+        if any(piece.size for piece in content):
+            digests += digest.digest()
+    return digests
 
 
-def check_contamination(
-    folder: Path, manifest: Manifest, benchmarks: Sequence[str], *, full: bool
-) -> CheckResult:
+def _without_separator(pieces: list[Tokens], manifest: Manifest) -> list[Tokens]:
+    """The pieces of a document without the end-of-text id before it."""
+    first, *others = pieces
+    return [first[1:] if first[0] == manifest.end_of_text else first, *others]
+
+
+@of_each_text
+def check_contamination(folder: Path, manifest: Manifest, config: DoctorConfig) -> CheckResult:
     """How many training documents share 13 words in a row with a benchmark's file."""
-    files = decontaminate.benchmark_names(benchmarks)
+    if not config.benchmarks:
+        return skipped("no benchmark file was given: --benchmarks FILE ...")
+    files = decontaminate.benchmark_names(config.benchmarks)
     search = decontaminate.BenchmarkSearch(decontaminate.build_index(files))
     tokenizer = shards.load_prepared_tokenizer(folder, manifest)
-    most = None if full else SEARCHED_DOCUMENTS
-    found = dict.fromkeys(files, 0)
-    searched = contaminated = 0
+    most = None if config.full else SEARCHED_DOCUMENTS
     documents = sample_documents(folder, manifest, "train", most)
-    while batch := [tokenizer.decode(ids.tolist()) for ids in itertools.islice(documents, 500)]:
-        bits = search.find(batch)
-        searched += len(batch)
-        contaminated += int(np.count_nonzero(bits))
-        for number, name in enumerate(files):
-            found[name] += int(((bits >> np.uint64(number)) & np.uint64(1)).sum())
+    parts = [np.zeros(0, dtype=np.uint64)]  # for each document a bit for each benchmark
+    while texts := [tokenizer.decode(ids.tolist()) for ids in itertools.islice(documents, 500)]:
+        parts.append(search.find(texts))
+    bits = np.concatenate(parts)
+    searched, contaminated = bits.size, int(np.count_nonzero(bits))
+    found = {name: int((bits >> np.uint64(number) & np.uint64(1)).sum()) for number, name in enumerate(files)}
     matches = ", ".join(f"{count:,} with {name}" for name, count in found.items() if count)
     return CheckResult(
         passed=not contaminated,
@@ -208,13 +212,14 @@ def check_contamination(
         bound=f"0 share {decontaminate.PASSAGE_WORDS} words in a row",
         cause=f"training documents share a passage with a benchmark ({matches}), whose score would in part "
         f"be memorized: prepare the text again with --on-contaminated drop --decontaminate "
-        f"{' '.join(benchmarks)}",
+        f"{' '.join(config.benchmarks)}",
         figures={"documents": searched, "contaminated": contaminated} | found,
     )
 
 
-def check_rows(run: RunSetup, run_tokens: int, text_tokens: int | None) -> CheckResult:
+def check_rows(context: DoctorContext) -> CheckResult:
     """The rows of a step: each target is the next id, and rows are the same each time they are read."""
+    run = context.build()
     plan, data = run.training.plan, run.training.data
     rows = plan.micro_batch_size * plan.micro_batches(0)
     first, again, other = data.batch(0, rows), data.batch(0, rows), data.batch(rows, rows)
@@ -228,21 +233,25 @@ def check_rows(run: RunSetup, run_tokens: int, text_tokens: int | None) -> Check
     highest = int(max(first.ids.max(), first.targets.max()))
     if highest >= run.state.model.vocab_size:
         faults.append(f"the id {highest} is outside the vocabulary")
-    passes = None if not text_tokens else run_tokens / text_tokens
+    shown, figures = [], {"rows": float(rows)}
+    if context.text.tokens:
+        resolved = context.plan.resolved
+        run_tokens = resolved.plan.tokens_before(resolved.total_steps)
+        passes = run_tokens / (context.text.tokens - (context.text.validation_tokens or 0))
+        figures["passes"] = passes
+        shown = [f"the run reads {run_tokens:,} tokens: {passes:,.2f} passes over its training text"]
+        if passes > USEFUL_PASSES:
+            shown.append(
+                f"after {USEFUL_PASSES} passes, repeated text is worth less than new text (arXiv 2305.16264)"
+            )
     return CheckResult(
         passed=not faults,
         measured=f"{rows} rows read" if not faults else "wrong",
         bound="each target is the next id",
         cause=f"{'; '.join(faults)}: the model would learn another text; look at data/loader.py",
-        shown=() if passes is None else tuple(_describe_passes(run_tokens, passes)),
-        figures={"rows": rows} | ({} if passes is None else {"passes": passes}),
+        shown=tuple(shown),
+        figures=figures,
     )
-
-
-def _describe_passes(run_tokens: int, passes: float) -> Iterator[str]:
-    yield f"the run reads {run_tokens:,} tokens: {passes:,.2f} passes over its training text"
-    if passes > USEFUL_PASSES:
-        yield f"after {USEFUL_PASSES} passes, repeated text is worth less than new text (arXiv 2305.16264)"
 
 
 def sample_documents(folder: Path, manifest: Manifest, split: str, most: int | None) -> Iterator[Tokens]:
@@ -253,8 +262,7 @@ def sample_documents(folder: Path, manifest: Manifest, split: str, most: int | N
     """
     if most is None:
         for pieces in statistics.documents_of(statistics.shard_spans(folder, manifest, split, None)):
-            ids = np.concatenate(pieces)
-            yield ids[1:] if ids[0] == manifest.end_of_text else ids
+            yield np.concatenate(_without_separator(pieces, manifest))
         return
     all_shards = manifest.shards(split)
     chosen = _spread(all_shards, most)

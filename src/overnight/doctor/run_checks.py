@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
-from overnight.distributed.machine import count_cores
+from overnight.distributed.launcher import count_cores
 from overnight.doctor.check import CheckResult
+from overnight.doctor.context import DoctorContext
 from overnight.planning.costs import quick_forecast
-from overnight.planning.plan import Plan
 from overnight.terminal import duration
 from overnight.training.memory import USABLE_FRACTION
-from overnight.training.schedule import ScheduleConfig
 
 DRAWN_COLUMNS, DRAWN_ROWS = 60, 5
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -23,26 +23,20 @@ PEAK_TIMES_CHANNELS = 0.46
 PRETRAINING, FINE_TUNING = (0.1, 20.0), (0.001, 2.0)  # plausible multiples of the usual peak
 BUSY = 1.5  # load average per core; this command itself counts as one
 
-LearningRate = Callable[[int], float]
-"""Step, counted from 0 -> learning rate."""
 
-
-def check_schedule(
-    rate: LearningRate, total_steps: int, schedule: ScheduleConfig, *, is_pretraining: bool
-) -> CheckResult:
-    """The learning rate rises once, falls once, and reaches its final value at the end of the run.
-
-    `is_pretraining`: the weights are initialised at random, and so need a warm-up.
-    """
+def check_schedule(context: DoctorContext) -> CheckResult:
+    """The learning rate rises once, falls once, and reaches its final value at the end of the run."""
+    config, rate = context.schedule.config, context.schedule.learning_rate
+    total_steps = context.schedule.total_steps
     count = min(total_steps, SAMPLED_STEPS)
     steps = sorted({number * (total_steps - 1) // max(1, count - 1) for number in range(count)})
     rates = [rate(step) for step in steps]
     peak, last = max(rates), rates[-1]
-    falls = math.ceil(total_steps / 5) if schedule.learning_rate_decay == "wsd" else total_steps
-    tolerance = max(FLOOR_TOLERANCE, 2 / (schedule.decay_steps or falls))  # the last step is not yet the end
-    floor = 1.0 if schedule.learning_rate_decay == "constant" else schedule.final_learning_rate_fraction
+    falls = math.ceil(total_steps / 5) if config.learning_rate_decay == "wsd" else total_steps
+    tolerance = max(FLOOR_TOLERANCE, 2 / (config.decay_steps or falls))  # the last step is not yet the end
+    floor = 1.0 if config.learning_rate_decay == "constant" else config.final_learning_rate_fraction
     faults = []
-    if is_pretraining and rates[0] > peak / 2:
+    if context.is_pretraining and rates[0] > peak / 2:
         faults.append(
             f"it starts at {rates[0]:.2g}, with a peak of {peak:.2g}: random weights need a warm-up, give "
             f"--warmup-steps {max(2, total_steps // 100)}"
@@ -53,8 +47,9 @@ def check_schedule(
             "run, or missing; look at decay_steps and total_steps, and whether micro-batches are counted as "
             "steps (schedule.py)"
         )
-    top = rates.index(peak)
-    if not (_rises(rates[: top + 1]) and _rises(rates[top:][::-1])):
+    pairs = itertools.pairwise(rates)
+    rises = [after > before for before, after in pairs if abs(after - before) > 1e-9 * peak]
+    if rises != sorted(rises, reverse=True):
         faults.append("it goes up and down more than once: look at schedule.py")
     return CheckResult(
         passed=not faults,
@@ -66,22 +61,23 @@ def check_schedule(
     )
 
 
-def check_peak(peak: float, n_embd: int, *, is_pretraining: bool) -> CheckResult:
+def check_peak(context: DoctorContext) -> CheckResult:
     """The peak learning rate is near the one in GPT-3's table for this number of channels."""
-    usual = PEAK_TIMES_CHANNELS / n_embd
-    lowest, highest = (usual * times for times in (PRETRAINING if is_pretraining else FINE_TUNING))
+    peak, channels = context.recipe.optimizer.peak_learning_rate, context.sizes.n_embd
+    usual = PEAK_TIMES_CHANNELS / channels
+    lowest, highest = (usual * times for times in (PRETRAINING if context.is_pretraining else FINE_TUNING))
     effect = "training diverges or stays on a plateau" if peak > highest else "the weights hardly change"
     return CheckResult(
         passed=lowest <= peak <= highest,
         measured=f"{peak:.2g}",
-        bound=f"{lowest:.2g} to {highest:.2g} at {n_embd:,} channels",
+        bound=f"{lowest:.2g} to {highest:.2g} at {channels:,} channels",
         cause=f"peak_learning_rate={peak:.3g} is {peak / usual:.3g} times that of GPT-3's table 2.1 at "
-        f"{n_embd:,} channels, about {usual:.1g}: {effect}; was a zero lost or added?",
+        f"{channels:,} channels, about {usual:.1g}: {effect}; was a zero lost or added?",
         figures={"peak": peak, "usual": usual},
     )
 
 
-def draw(rate: LearningRate, total_steps: int) -> list[str]:
+def draw(rate: Callable[[int], float], total_steps: int) -> list[str]:
     """The learning rate over the run as a bar chart in characters, from 0 to the peak."""
     rates = [rate(number * (total_steps - 1) // (DRAWN_COLUMNS - 1)) for number in range(DRAWN_COLUMNS)]
     peak = max(rates)
@@ -96,13 +92,9 @@ def draw(rate: LearningRate, total_steps: int) -> list[str]:
     return lines
 
 
-def _rises(values: list[float]) -> bool:
-    slack = 1e-9 * max(values)
-    return all(after >= before - slack for before, after in zip(values, values[1:], strict=False))
-
-
-def check_memory(plan: Plan) -> CheckResult:
+def check_memory(context: DoctorContext) -> CheckResult:
     """The estimated memory of a step is at most the usable memory of the device."""
+    plan = context.plan
     needed, usable = plan.memory.together, int(USABLE_FRACTION * (plan.device_memory_bytes or 0))
     return CheckResult(
         passed=needed <= usable,
@@ -114,8 +106,9 @@ def check_memory(plan: Plan) -> CheckResult:
     )
 
 
-def check_disk(plan: Plan) -> CheckResult:
+def check_disk(context: DoctorContext) -> CheckResult:
     """What the run writes is at most what is free."""
+    plan = context.plan
     needed, free = sum(plan.new_disk_bytes.values()), plan.disk_free_bytes or 0
     uses = ", ".join(f"{use} {count / 1e9:.2f} GB" for use, count in plan.new_disk_bytes.items() if count)
     return CheckResult(
@@ -128,8 +121,9 @@ def check_disk(plan: Plan) -> CheckResult:
     )
 
 
-def check_time(plan: Plan) -> CheckResult:
+def check_time(context: DoctorContext) -> CheckResult:
     """The predicted duration of the run; it has no bound."""
+    plan = context.plan
     seconds, basis = quick_forecast(plan)
     if plan.load_average > BUSY * (count_cores() or 1):
         basis = f"{basis}; the machine is busy: load {plan.load_average:.1f}"

@@ -8,35 +8,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from overnight.config import from_toml, to_toml
+import numpy as np
+
 from overnight.data import DataConfig
 from overnight.data.dataset import open_dataset
-from overnight.data.shards import load_prepared_tokenizer, read_manifest
-from overnight.distributed.launcher import exit_process
-from overnight.distributed.world import World, join_world
-from overnight.doctor.data_checks import sample_documents
+from overnight.data.loader import Batch
+from overnight.data.shards import (
+    SPLITS,
+    chunks,
+    load_prepared_tokenizer,
+    open_tokens,
+    places_of,
+    read_manifest,
+)
+from overnight.distributed.world import World
 from overnight.model.model_config import ModelConfig
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
+from overnight.recipe import Recipe, SamplesConfig, with_settings
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
-from overnight.run_directory import write_atomically
 from overnight.training.batch import BatchConfig
 from overnight.training.schedule import ScheduleConfig
-from overnight.training.step import train_step
 
 LAYERS, CHANNELS, CONTEXT = 2, 128, 128  # at most
 ROWS, MICRO_BATCHES = 2, 4
-TEXT_TOKENS = 200_000
-VALIDATION_FRACTION = 0.2
-STEPS_IN_PROCESSES = 2
-IN_PROCESS = (
-    "import sys; from overnight.doctor.tiny_run import train_in_process; train_in_process(sys.argv[1])"
-)
+TEXT_TOKENS = 100_000  # of each split
+DOCUMENT_TOKENS = 2_000  # longer documents are cut, so that both splits get some
+VALIDATION_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,24 @@ class TinyRun:
 
     def build(self, **compute: object) -> RunSetup:
         """A new run with these fields of ComputeConfig changed: always the same weights and rows."""
-        changed = dataclasses.replace(self.recipe.compute, **compute)  # type: ignore[arg-type]
-        recipe = dataclasses.replace(self.recipe, compute=changed)
+        recipe = with_settings(self.recipe, **compute)
         dataset = open_dataset(recipe.data)
         model, weights = initial_weights(recipe, dataset, None)
         return build_run(resolve_on(recipe, model, dataset, self.world), dataset, weights, self.world)
 
-    def first_steps(self) -> list[tuple[float, float]]:
-        """(loss, gradient norm) of the first steps."""
-        built = self.build()
-        results = [train_step(built.state, built.training) for _ in range(STEPS_IN_PROCESSES)]
-        return [(result.loss, result.grad_norm) for result in results]
+
+def step_batch(run: RunSetup) -> Batch:
+    """All rows of the next step in one batch."""
+    plan, step = run.training.plan, run.state.step
+    first, rows = plan.rows(step, 0)
+    return run.training.data.batch(first, rows * plan.micro_batches(step))
 
 
-def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World) -> TinyRun:
-    """`recipe` with a model of at most 2 layers and 128 channels, on the shards in `folder`."""
+def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World, text: str = "") -> TinyRun:
+    """`recipe` with a model of at most 2 layers and 128 channels, on the shards in `folder`.
+
+    `text` describes them if they are not the recipe's.
+    """
     channels = sizes.n_embd // sizes.n_head
     heads = max(1, min(sizes.n_head, CHANNELS // channels))
     model = dataclasses.replace(
@@ -76,12 +81,12 @@ def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World) -> Ti
         vocab_size=None,
         dropout=0.0,
     )
-    small = dataclasses.replace(
-        recipe,
-        init_from=None,
-        trackers=(),
-        data=dataclasses.replace(DataConfig(data=str(folder)), packing=recipe.data.packing),
+    small = Recipe(
+        run_name=recipe.run_name,
+        seed=recipe.seed,
+        data=DataConfig(data=str(folder), packing=recipe.data.packing),
         model=model,
+        optimizer=recipe.optimizer,
         schedule=ScheduleConfig(total_steps=1000, learning_rate_decay="constant"),
         batch=BatchConfig(tokens_per_step=MICRO_BATCHES * ROWS * model.context_length, micro_batch_size=ROWS),
         compute=dataclasses.replace(
@@ -93,40 +98,38 @@ def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World) -> Ti
             processes=None,
             sharding=None,
         ),
-        evaluation=EvaluationConfig(),
         samples=SamplesConfig(sample_prompts=()),
-        checkpoints=CheckpointsConfig(),
+        guard=recipe.guard,
     )
-    return TinyRun(small, world, _describe_reductions(sizes, model))
-
-
-def _describe_reductions(sizes: ModelConfig, model: ModelConfig) -> str:
     words = {"n_layer": "layers", "n_embd": "channels", "context_length": "positions"}
-    found = [
+    reductions = [
         f"{getattr(model, name):,} of {getattr(sizes, name):,} {word}"
         for name, word in words.items()
         if getattr(model, name) != getattr(sizes, name)
     ]
-    return ", ".join([*found, *(["no dropout"] if sizes.dropout else [])])
+    reductions += ["no dropout"] * (sizes.dropout > 0) + [text] * bool(text)
+    return TinyRun(small, world, ", ".join(reductions))
 
 
 def prepare_piece(source: Path, scratch: Path) -> Path:
-    """A folder of shards of the first documents of `source`, prepared again with its tokenizer.
+    """A folder of shards of the beginning of `source`, prepared again with its tokenizer.
 
-    Raises ValueError or OSError if they can't be read, or are not enough.
+    Raises ValueError or OSError if it can't be read, or is not enough.
     """
     manifest = read_manifest(source)
     tokenizer = load_prepared_tokenizer(source, manifest)
-
-    def texts() -> Iterator[str]:
-        tokens = 0
-        for ids in sample_documents(source, manifest, "train", None):
-            yield tokenizer.decode(ids[: TEXT_TOKENS - tokens].tolist())
-            tokens += ids.size
-            if tokens >= TEXT_TOKENS:
-                return
-
-    return _prepare(texts(), str(source / "tokenizer"), scratch)
+    pieces, texts = [], []
+    # Documents are split by a hash of their text: those of one split alone could all go there again.
+    for split in SPLITS:
+        missing = TEXT_TOKENS
+        for shard in manifest.shards(split):
+            pieces.append(open_tokens(source / shard.name)[:missing])
+            missing -= pieces[-1].size
+    ids = np.concatenate(pieces)
+    for document in np.split(ids, places_of(manifest.end_of_text, ids)):
+        content = document[document != manifest.end_of_text]
+        texts += [tokenizer.decode(part.tolist()) for part in chunks(content, DOCUMENT_TOKENS)]
+    return _prepare(texts, str(source / "tokenizer"), scratch)
 
 
 def prepare_made_up_text(scratch: Path) -> Path:
@@ -140,34 +143,6 @@ def _prepare(texts: Iterable[str], tokenizer: str, scratch: Path) -> Path:
     source = scratch / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     folder = scratch / "shards"
-    prepare(
-        PrepareConfig(
-            source=str(source),
-            tokenizer=tokenizer,
-            validation_fraction=VALIDATION_FRACTION,
-            out=str(folder),
-            workers=1,
-        )
-    )
+    config = PrepareConfig(source=str(source), tokenizer=tokenizer, out=str(folder), workers=1)
+    prepare(dataclasses.replace(config, validation_fraction=VALIDATION_FRACTION))
     return folder
-
-
-def write_task(recipe: Recipe, folder: Path) -> None:
-    """The input of `train_in_process`."""
-    write_atomically(folder / "task.toml", to_toml(recipe))
-
-
-def train_in_process(folder: str) -> None:
-    """In one of several processes: do the first steps of the recipe in `folder`, and end the process."""
-    text = (Path(folder) / "task.toml").read_text(encoding="utf-8")
-    recipe = from_toml(Recipe, text, "task.toml")
-    with join_world("cpu", recipe.compute.timeout_seconds) as world:
-        steps = TinyRun(recipe, world).first_steps()
-        if world.is_main:
-            write_atomically(Path(folder) / "steps.json", json.dumps(steps))
-    exit_process(0)
-
-
-def read_steps(folder: Path) -> list[tuple[float, float]]:
-    """The steps that the main process has written."""
-    return [(loss, norm) for loss, norm in json.loads((folder / "steps.json").read_text(encoding="utf-8"))]

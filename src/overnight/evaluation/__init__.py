@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from tyro.conf import Positional
 
-from overnight.config import Renamed
+from overnight.renamed import Renamed
 
 
 @dataclass(frozen=True, kw_only=True)

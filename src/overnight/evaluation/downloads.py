@@ -17,26 +17,31 @@ from overnight.terminal import echo
 TIMEOUT_SECONDS = 60.0
 
 
-def find_file(name: str, url: str, folder: Path | None = None) -> Path:
+def find_file(name: str, url: str, folder: str | Path | None = None) -> Path:
     """The file `name` in `folder`, or without one downloaded from `url`, an archive or the file itself.
 
     `name` may contain folders of the archive. Raises ValueError, with what to download and where to put it,
     if there is no such file; and if a downloaded file has changed since.
     """
     if folder is not None:
-        if not (folder / name).is_file():
+        path = Path(folder) / name
+        if not path.is_file():
             raise ValueError(f"{folder} has no {name}: download {url} and put it there")
-        return folder / name
+        return path
     path = cache_folder() / "tasks" / name
     recorded = path.with_name(f"{path.name}.sha256")
     if not path.is_file():
         echo(f"downloading {url}")
         content = _download(name, url, path)
-        write_atomically(recorded, hashlib.sha256(content).hexdigest() + "\n")
+        write_atomically(recorded, _sha256(content) + "\n")
         write_atomically(path, content)
-    elif recorded.is_file() and _digest(path) != recorded.read_text(encoding="ascii").strip():
+    elif recorded.is_file() and _sha256(path.read_bytes()) != recorded.read_text(encoding="ascii").strip():
         raise ValueError(f"{path} has changed since its download: delete it to download it again")
     return path
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _download(name: str, url: str, path: Path) -> bytes:
@@ -66,13 +71,7 @@ def _extract(name: str, url: str, content: bytes) -> bytes:
 
 
 def _member(name: str, members: Sequence[str]) -> str:
-    wanted = PurePosixPath(name).parts
-    for member in members:
-        if PurePosixPath(member).parts[-len(wanted) :] == wanted:
-            return member
-    raise LookupError(f"no {name} among the {len(members)} files of the archive")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    found = [member for member in members if PurePosixPath(member).match(name)]
+    if not found:
+        raise LookupError(f"no {name} among the {len(members)} files of the archive")
+    return found[0]

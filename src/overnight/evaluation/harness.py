@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import chain, islice
 from pathlib import Path
@@ -56,16 +56,7 @@ class HarnessScore:
         return f"{self.task}  {self.metric:<20}{self.value:.4f}{error}   {self.samples:,} samples"
 
 
-@dataclass(frozen=True)
-class GenerationRequest:
-    """How a prompt is to be completed."""
-
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    sampling: SamplingConfig
-
-
-def check_harness(names: Sequence[str], folder: Path | None = None) -> None:
+def check_harness(names: Sequence[str], folder: str | Path | None = None) -> None:
     """Raise ValueError if the harness is not installed, or if neither it nor `folder` has one of `names`.
 
     A name is a task's, a group's or a tag's.
@@ -79,7 +70,7 @@ def harness_scores(
     tokenizer: Tokenizer,
     names: Sequence[str],
     precision: str = "fp32",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     limit: int | None = None,
 ) -> list[HarnessScore]:
     """Every metric of the named tasks and groups, in their order, as the harness computes them.
@@ -92,46 +83,28 @@ def harness_scores(
         index = _find_tasks(names, folder)
         from lm_eval.evaluator import evaluate
 
-        loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
-        for name in names:
-            for kind, found in _load(name, index).items():
-                loaded[kind].update(found)
+        loaded = _load(names, index)
         _seed(loaded["tasks"].values())
-        lm = build_lm(EvalHarnessLM(model, tokenizer, precision), terminal)
+        lm = build_lm(model, tokenizer, precision, terminal)
         results = evaluate(lm, loaded, limit=limit, log_samples=False)
     return list(_scores({**results["results"], **results.get("groups", {})}))
 
 
-def build_lm(ours: EvalHarnessLM, terminal: TextIO | None = None) -> Any:
-    """`ours` as the harness's `lm_eval.api.model.LM`; progress bars are drawn on `terminal`."""
+def build_lm(model: GPT, tokenizer: Tokenizer, precision: str, terminal: TextIO | None = None) -> Any:
+    """A model as the harness's `lm_eval.api.model.LM`; progress bars are drawn on `terminal`."""
     from lm_eval.api.model import LM
 
-    class OvernightLM(LM):  # type: ignore[misc]  # the harness has no types
-        """Passes the harness's requests on."""
+    class OvernightLM(EvalHarnessLM, LM):  # type: ignore[misc]  # the harness has no types
+        """With the harness's defaults for everything but the requests."""
 
-        def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            """Of each (context, continuation): its log-likelihood, and whether it is greedy."""
-            with redirect_stderr(terminal or sys.stderr):
-                found = ours.likelihoods([request.args for request in requests])
-            return [(-span.nats, span.is_greedy) for span in found]
-
-        def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-            """Of each text: its log-likelihood after an end of text."""
-            with redirect_stderr(terminal or sys.stderr):
-                return [-nats for nats in ours.rolling([request.args[0] for request in requests])]
-
-        def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            """The completion of each prompt."""
-            with redirect_stderr(terminal or sys.stderr):
-                return ours.completions(
-                    [(prompt, parse_request(settings)) for prompt, settings in (r.args for r in requests)]
-                )
-
-    return OvernightLM()
+    return OvernightLM(model, tokenizer, precision, terminal)
 
 
-def parse_request(settings: Mapping[str, Any]) -> GenerationRequest:
-    """A task's `generation_kwargs`. Raises ValueError for settings that are not supported."""
+def parse_request(settings: Mapping[str, Any]) -> tuple[Decoding, tuple[str, ...]]:
+    """Decoding and stop strings of a task's `generation_kwargs`.
+
+    Raises ValueError for settings that are not supported.
+    """
     from lm_eval.models.utils import normalize_gen_kwargs
 
     values = dict(normalize_gen_kwargs(dict(settings), DEFAULT_NEW_TOKENS))
@@ -149,22 +122,26 @@ def parse_request(settings: Mapping[str, Any]) -> GenerationRequest:
             top_k=values.get("top_k") or None,
             top_p=values.get("top_p"),
         )
-    stop = tuple(text for text in values["until"] if text)
-    return GenerationRequest(values["max_gen_toks"], stop, sampling)
+    decoding = Decoding(max_new_tokens=values["max_gen_toks"], sampling=sampling)
+    return decoding, tuple(text for text in values["until"] if text)
 
 
-def _load(name: str, index: Any) -> dict[str, dict[str, Any]]:
-    """The tasks and groups of a name, with their data."""
-    try:
-        found = index.load([name])
-    except Exception as error:  # from a task's own code, its packages or the network
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"lm-eval's task {name} cannot be loaded ({reason}): most tasks download their data from Hugging "
-            "Face once, so run it with a network, or name with --task-files a folder with a YAML file of a "
-            "task over local files"
-        ) from None
-    return {"tasks": found["tasks"], "groups": found["groups"]}
+def _load(names: Sequence[str], index: Any) -> dict[str, dict[str, Any]]:
+    """The tasks and groups of all names, with their data."""
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
+    for name in names:
+        try:
+            found = index.load([name])
+        except Exception as error:  # from a task's own code, its packages or the network
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(
+                f"lm-eval's task {name} cannot be loaded ({reason}): most tasks download their data from "
+                "Hugging Face once, so run it with a network, or name with --task-files a folder with a YAML "
+                "file of a task over local files"
+            ) from None
+        for kind, entries in loaded.items():
+            entries.update(found[kind])
+    return loaded
 
 
 def _seed(tasks: Iterable[Any]) -> None:
@@ -197,7 +174,7 @@ def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[HarnessScore]:
             )
 
 
-def _find_tasks(names: Sequence[str], folder: Path | None) -> Any:
+def _find_tasks(names: Sequence[str], folder: str | Path | None) -> Any:
     """The harness's TaskManager, with all of `names`; errors as in `check_harness`.
 
     Indexing all of its 14,000 files takes ten seconds. Searching them for the names, and indexing only the
@@ -209,11 +186,11 @@ def _find_tasks(names: Sequence[str], folder: Path | None) -> Any:
             "lm-evaluation-harness is not installed: pip install 'overnight[lm-eval]', or leave out the "
             "tasks that begin with lm-eval:"
         )
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder} with tasks of lm-eval")
     from lm_eval.tasks import TaskManager
 
-    own = [] if folder is None else [folder]
+    own = [] if folder is None else [Path(folder)]
     root = Path(specification.origin).parent / "tasks"
     mention = re.compile(rf"(?<![\w.-])(?:{'|'.join(map(re.escape, names))})(?![\w.-])")
     found = {path for path in root.rglob("*.yaml") if mention.search(path.read_text(encoding="utf-8"))}
@@ -247,20 +224,23 @@ def _isolated() -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-@dataclass(frozen=True)
 class EvalHarnessLM:
-    """A model's results for the harness's requests, in their order."""
+    """Answers the harness's requests in their order; `build_lm` adds the harness's own base class."""
 
-    model: GPT
-    tokenizer: Tokenizer
-    precision: str
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, precision: str, terminal: TextIO | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.precision = model, tokenizer, precision
+        self.terminal = terminal or sys.stderr
 
-    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[SpanResult]:
-        """Of each (context, continuation) the continuation's nats, and whether it is greedy.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): the continuation's log-likelihood, and whether it is greedy.
 
         The first ids of a context that is too long are dropped; an empty one becomes the end of text. Raises
         ValueError for a continuation longer than the model's context.
         """
+        pairs = [request.args for request in requests]
         context_length = self.model.config.context_length
         contexts = self.tokenizer.encode_batch([context.rstrip() for context, _ in pairs])
         wholes = self.tokenizer.encode_batch([context + continuation for context, continuation in pairs])
@@ -275,69 +255,60 @@ class EvalHarnessLM:
                 )
             ids = (context.tolist() or [self.tokenizer.end_of_text]) + continuation
             passages.append(Passage(ids[-context_length - 1 :], len(continuation)))
-        return self._evaluate(passages)
+        return [(-span.nats, span.is_greedy) for span in self._evaluate(passages)]
 
-    def rolling(self, texts: Sequence[str]) -> list[float]:
-        """The nats of each whole text after an end of text, in windows without overlap."""
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """The log-likelihood of each whole text after an end of text, in windows without overlap."""
         context_length = self.model.config.context_length
         windows = [
             list(cut_windows([self.tokenizer.end_of_text, *ids.tolist()], context_length))
-            for ids in self.tokenizer.encode_batch(texts)
+            for ids in self.tokenizer.encode_batch([request.args[0] for request in requests])
         ]
         spans = iter(self._evaluate(list(chain.from_iterable(windows))))
-        return [sum(span.nats for span in islice(spans, len(each))) for each in windows]
+        return [-sum(span.nats for span in islice(spans, len(each))) for each in windows]
 
-    def completions(self, prompts: Sequence[tuple[str, GenerationRequest]]) -> list[str]:
-        """What follows each prompt, up to its first stop string, the end of text or `max_new_tokens`.
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """What follows each prompt, up to its first stop string, the end of text or its number of tokens.
 
         The first ids of a prompt that is too long are dropped. Raises ValueError for a request that leaves no
         room for a prompt.
         """
-        found: dict[int, str] = {}
-        ids = self.tokenizer.encode_batch([prompt for prompt, _ in prompts])
-        with progress("completions", len(prompts), "texts") as advance:
-            for request in dict.fromkeys(request for _, request in prompts):
-                room = self._prompt_room(request)
-                rows = {
-                    index: ids[index].tolist()[-room:]
-                    for index, (_, own) in enumerate(prompts)
-                    if own == request
-                }
-                for first_row, batch in _batches(rows, request.max_new_tokens):
-                    texts = self._complete([rows[index] for index in batch], request, first_row)
-                    found |= zip(batch, texts, strict=True)
+        context_length = self.model.config.context_length
+        texts = [""] * len(requests)
+        prompts = self.tokenizer.encode_batch([request.args[0] for request in requests])
+        groups: dict[tuple[Decoding, tuple[str, ...]], list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(parse_request(request.args[1]), []).append(index)
+        with redirect_stderr(self.terminal), progress("completions", len(requests), "texts") as advance:
+            for (decoding, stop), indices in groups.items():
+                room = context_length - decoding.max_new_tokens
+                if room < 1:
+                    raise ValueError(
+                        f"a completion of {decoding.max_new_tokens:,} tokens leaves no room for a prompt in "
+                        f"the model's context of {context_length:,}: leave this task out"
+                    )
+                rows = {index: prompts[index].tolist()[-room:] for index in indices}
+                for first_row, batch in _batches(rows, decoding.max_new_tokens):
+                    part = replace(decoding, first_row=first_row)
+                    with autocast(self.model.wte.weight.device.type, self.precision):
+                        found = complete(
+                            self.model, self.tokenizer, [rows[each] for each in batch], part, stop
+                        )
+                    for index, completion in zip(batch, found, strict=True):
+                        texts[index] = completion.text
                     advance(len(batch))
-        return [found[index] for index in range(len(prompts))]
+        return texts
 
     def _evaluate(self, passages: Sequence[Passage]) -> list[SpanResult]:
         """All passages, with a progress bar. A passage without targets has no nats."""
         results = [EMPTY_SPAN] * len(passages)
         indices = [index for index, passage in enumerate(passages) if passage.scored]
-        with progress("likelihoods", len(indices), "rows") as advance:
-            scored = [passages[index] for index in indices]
+        scored = [passages[index] for index in indices]
+        with redirect_stderr(self.terminal), progress("likelihoods", len(indices), "rows") as advance:
             for number, span in evaluate_passages(self.model, scored, self.precision):
                 results[indices[number]] = span
                 advance()
         return results
-
-    def _prompt_room(self, request: GenerationRequest) -> int:
-        """Most ids of a prompt."""
-        room = self.model.config.context_length - request.max_new_tokens
-        if room < 1:
-            raise ValueError(
-                f"a completion of {request.max_new_tokens:,} tokens leaves no room for a prompt in the "
-                f"model's context of {self.model.config.context_length:,}: leave this task out"
-            )
-        return room
-
-    def _complete(self, rows: Sequence[list[int]], request: GenerationRequest, first_row: int) -> list[str]:
-        """The text that follows each row of ids, in one batch."""
-        decoding = Decoding(
-            max_new_tokens=request.max_new_tokens, sampling=request.sampling, first_row=first_row
-        )
-        with autocast(self.model.wte.weight.device.type, self.precision):
-            completions = complete(self.model, self.tokenizer, rows, decoding, request.stop)
-        return [completion.text for completion in completions]
 
 
 def _batches(rows: Mapping[int, Sequence[int]], new_tokens: int) -> Iterator[tuple[int, list[int]]]:

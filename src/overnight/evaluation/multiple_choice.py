@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -29,18 +28,6 @@ GPU_LENGTH_MULTIPLE = 8
 
 ACCURACIES = ("accuracy_per_token", "accuracy_per_character", "accuracy_by_sum")
 """Per token is build-nanogpt's, per character lm-eval's acc_norm, by sum the plain accuracy of both."""
-
-
-@dataclass(frozen=True)
-class BatchLimits:
-    """How much is computed at once."""
-
-    tokens: int
-    """Of a batch, padding included."""
-    ids: int
-    """Of the vocabulary."""
-    multiple: int
-    """Row lengths are padded to a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +121,15 @@ def evaluate_choices(
         pack_question(index, choice, model.config.context_length) for index, choice in enumerate(choices)
     ]
     device = model.wte.weight.device.type
-    limits = BatchLimits(TOKENS_AT_ONCE, IDS_AT_ONCE, 1)
+    tokens, ids_at_once, multiple = TOKENS_AT_ONCE, IDS_AT_ONCE, 1
     if device != "cpu":
-        limits = BatchLimits(GPU_TOKENS_AT_ONCE, model.vocab_size, GPU_LENGTH_MULTIPLE)
+        tokens, ids_at_once, multiple = GPU_TOKENS_AT_ONCE, model.vocab_size, GPU_LENGTH_MULTIPLE
     sizes = [(len(rows), max(map(len, rows))) for rows in packed]
-    batches = list(batches_by_length(sizes, limits.tokens, limits.multiple))
+    batches = list(batches_by_length(sizes, tokens, multiple))
     with eval_mode(model), autocast(device, precision):
         for batch in batches[world.rank :: world.size]:
-            nats = _evaluate_rows([row for index in batch for row in packed[index]], model, limits)
+            rows = [row for index in batch for row in packed[index]]
+            nats = _evaluate_rows(rows, model, ids_at_once, multiple)
             for index in batch:
                 yield index, tuple(nats[index, ending] for ending in range(len(choices[index].endings)))
 
@@ -170,16 +158,16 @@ def pack_question(index: int, choice: Choice, context_length: int) -> list[Packe
 
 
 def _evaluate_rows(
-    rows: Sequence[PackedQuestion], model: GPT, limits: BatchLimits
+    rows: Sequence[PackedQuestion], model: GPT, ids_at_once: int, multiple: int
 ) -> dict[tuple[int, int], float]:
     """The nats of each ending, by (index of the question, index of the ending)."""
     device = model.wte.weight.device
-    T = min(padded(max(map(len, rows)), limits.multiple), model.config.context_length)
+    T = min(padded(max(map(len, rows)), multiple), model.config.context_length)
     ids_BT = torch.zeros(len(rows), T, dtype=torch.long)
     numbers: dict[int, int] = {}  # flat position -> number, of the N positions that predict a target
     predicting: list[int] = []  # that number for each of the M targets; a context's end predicts several
     targets: list[int] = []
-    ends: list[int] = []
+    lengths: list[int] = []  # of the endings
     for number, row in enumerate(rows):
         ids = [*row.context, *(token for part in row.parts for token in part)]
         ids_BT[number, : len(row)] = torch.tensor(ids)
@@ -190,15 +178,14 @@ def _evaluate_rows(
             ending = row.choice.endings[index]
             predicting += [numbers.setdefault(each, len(numbers)) for each in positions[-len(ending) :]]
             targets += ending
-            ends.append(len(targets))
+            lengths.append(len(ending))
             start += len(part)
     hidden_BTC = model.trunk(ids_BT.to(device), TreeMask(rows, T, device))
     hidden_NC = hidden_BTC.flatten(0, 1)[torch.tensor(list(numbers), device=device)]
     predicting_M, targets_M = torch.tensor(predicting, device=device), torch.tensor(targets, device=device)
-    nats_M = _target_nats(hidden_NC, predicting_M, targets_M, model, limits.ids).cpu().double()
-    parts = torch.split(nats_M, [end - start for start, end in pairwise([0, *ends])])
+    nats_M = _target_nats(hidden_NC, predicting_M, targets_M, model, ids_at_once).cpu().double()
     keys = [(row.question, index) for row in rows for index in row.endings]
-    return {key: part.sum().item() for key, part in zip(keys, parts, strict=True)}
+    return {key: part.sum().item() for key, part in zip(keys, torch.split(nats_M, lengths), strict=True)}
 
 
 def _target_nats(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from overnight.data.loader import Batch
 from overnight.distributed.world import SINGLE_PROCESS, World
@@ -85,19 +86,6 @@ def evaluate_language_model(
     precision: str = "fp32",
     document_separator: int | None = None,
     world: World = SINGLE_PROCESS,
-) -> Evaluation:
-    """The loss on all targets of `batches`; see `measure_language_model`."""
-    loss = measure_language_model(model, batches, token_bytes, precision, document_separator, world)
-    return loss.summary()
-
-
-def measure_language_model(
-    model: GPT,
-    batches: Iterable[Batch],
-    token_bytes: Sequence[bytes],
-    precision: str = "fp32",
-    document_separator: int | None = None,
-    world: World = SINGLE_PROCESS,
 ) -> TextLoss:
     """The nats of all targets of `batches`, LOGITS_AT_ONCE targets an example.
 
@@ -108,53 +96,39 @@ def measure_language_model(
     ValueError if there is no text.
     """
     device = torch.device(world.device) if world.size > 1 else model.wte.weight.device
-    sizes = torch.tensor([list(map(len, token_bytes)), count_characters(token_bytes)])
-    own_sizes = torch.zeros(2, dtype=torch.long)
-    own_batches: list[list[tuple[float, int]]] = []
+    counts_V = torch.zeros(len(token_bytes), dtype=torch.long)  # of each id among the targets
+    tokens: list[int] = []
+    own: list[list[float]] = []
+    remaining = iter(batches)
     with eval_mode(model), torch.no_grad(), autocast(device.type, precision):
-        for batch, is_own in _share(batches, world):
+        while waiting := list(islice(remaining, world.size)):
+            for targets_N in (batch.targets.flatten() for batch in waiting):
+                counts_V += torch.bincount(targets_N, minlength=len(token_bytes))
+                tokens += map(len, torch.split(targets_N, LOGITS_AT_ONCE))
+            # If too few batches are left, a process reads another's: all run the same number of forward
+            # passes, which gather a sharded model's weights.
+            batch = waiting[min(world.rank, len(waiting) - 1)]
             ids_BT, targets_N = batch.ids.to(device), batch.targets.to(device).flatten()
             documents = None if document_separator is None else find_documents(ids_BT, document_separator)
             hidden_NC = model.trunk(ids_BT, documents=documents).flatten(0, 1)
-            if not is_own:
-                continue
-            parts = (torch.split(each, LOGITS_AT_ONCE) for each in (hidden_NC, targets_N))
-            own_batches.append(
-                [
-                    (cross_entropy_nats(model.head(hidden[None]), targets[None]).item(), targets.numel())
-                    for hidden, targets in zip(*parts, strict=True)
-                ]
-            )
-            own_sizes += sizes[:, batch.targets.flatten()].sum(1)
-    shares = world.all_gather_object(json.dumps([own_batches, own_sizes.tolist()]))
-    batches_of_ranks, sizes_of_ranks = zip(*map(json.loads, shares), strict=True)
-    # Batch i was evaluated by rank i % world.size.
-    rounds = zip_longest(*batches_of_ranks, fillvalue=())
-    examples = [example for one_round in rounds for batch in one_round for example in batch]
-    text_bytes, characters = map(sum, zip(*sizes_of_ranks, strict=True))
-    if not text_bytes:
+            if world.rank < len(waiting):
+                parts = (torch.split(each, LOGITS_AT_ONCE) for each in (hidden_NC, targets_N))
+                own.append(
+                    [
+                        cross_entropy_nats(model.head(hidden[None]), targets[None]).item()
+                        for hidden, targets in zip(*parts, strict=True)
+                    ]
+                )
+    units = text_units(token_bytes, counts_V)
+    if not units["byte"]:
         raise ValueError("there is no text to evaluate on: the validation split is empty")
+    # Batch i was evaluated by process i % world.size.
+    rounds = zip_longest(*map(json.loads, world.all_gather_object(json.dumps(own))), fillvalue=())
     return TextLoss(
-        nats=tuple(nats for nats, _ in examples),
-        tokens=tuple(tokens for _, tokens in examples),
-        units={"byte": text_bytes, "character": characters},
+        nats=tuple(nats for one_round in rounds for batch_nats in one_round for nats in batch_nats),
+        tokens=tuple(tokens),
+        units=units,
     )
-
-
-def _share(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
-    """Every `world.size`-th batch, and True; or another rank's batch, and False, if too few are left.
-
-    All ranks thus run the same number of forward passes, which gather a sharded model's weights.
-    """
-    waiting: list[Batch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if len(waiting) == world.size:
-            yield waiting[world.rank], True
-            waiting = []
-    if waiting:
-        is_own = world.rank < len(waiting)
-        yield waiting[world.rank if is_own else 0], is_own
 
 
 def evaluation_rows(model: GPT) -> int:
@@ -162,6 +136,11 @@ def evaluation_rows(model: GPT) -> int:
     return max(1, BATCH_TOKENS // model.config.context_length)
 
 
-def count_characters(token_bytes: Sequence[bytes]) -> list[int]:
-    """The number of characters that begin in each id: bytes that are not continuation bytes of UTF-8."""
-    return [sum(byte & 0xC0 != 0x80 for byte in spelling) for spelling in token_bytes]
+def text_units(token_bytes: Sequence[bytes], counts_V: Tensor) -> dict[Unit, float]:
+    """Bytes and characters of a text with these counts of each id.
+
+    A character belongs to its first byte's id: bytes that begin with the bits 10 continue one in UTF-8.
+    """
+    sizes_V2 = [(len(spelling), sum(byte & 0xC0 != 0x80 for byte in spelling)) for spelling in token_bytes]
+    text_bytes, characters = (counts_V @ torch.tensor(sizes_V2)).tolist()
+    return {"byte": text_bytes, "character": characters}

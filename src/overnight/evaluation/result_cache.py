@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,8 @@ import numpy as np
 from overnight import __version__
 from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.evaluation.multiple_choice import Choice
-from overnight.evaluation.tasks import Example, Numbers, Task, TaskResult, evaluate_task, gather_results
+from overnight.evaluation.scores import Example, Numbers, TaskResult
+from overnight.evaluation.tasks import Task, evaluate_task, gather_results
 from overnight.model.gpt import GPT
 from overnight.run_directory import cache_folder
 from overnight.terminal import progress
@@ -41,7 +41,7 @@ def evaluate_cached(task: Task, model: GPT, tokenizer: Tokenizer, precision: str
             own.append(pair)
     numbers = gather_results(own, world)
     if world.is_main:
-        clear_results(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return TaskResult(examples, numbers)
 
 
@@ -57,22 +57,13 @@ def evaluate_missing(
     if world.is_main:
         yield from known.items()
     missing = [index for index in range(len(examples)) if index not in known]
-    with ExitStack() as stack:
-        file = None
-        rest = [examples[index] for index in missing]
-        for position, numbers in evaluate_task(model, rest, precision, world):
-            if file is None:  # opened late: invalid examples leave no folder behind
-                folder.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context((folder / f"{world.rank}.jsonl").open("a"))
-                file.write("\n")  # ends a line that was interrupted
-            file.write(json.dumps([missing[position], numbers]) + "\n")
-            file.flush()
-            yield missing[position], numbers
-
-
-def clear_results(folder: Path) -> None:
-    """Delete the folder, if it exists."""
-    shutil.rmtree(folder, ignore_errors=True)
+    rest = [examples[index] for index in missing]
+    for position, numbers in evaluate_task(model, rest, precision, world):
+        index = missing[position]
+        folder.mkdir(parents=True, exist_ok=True)  # only now: invalid examples leave no folder behind
+        with (folder / f"{world.rank}.jsonl").open("a") as file:
+            file.write("\n" + json.dumps([index, numbers]))  # a new line, since the last may be interrupted
+        yield index, numbers
 
 
 def cache_key(model: GPT, examples: Sequence[Example], precision: str) -> str:

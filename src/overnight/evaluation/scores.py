@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from overnight.evaluation.choice_tasks import ChoiceTask
 from overnight.evaluation.multiple_choice import Choice
+from overnight.evaluation.passages import Passage
 from overnight.evaluation.perplexity import TextLoss, Unit
 from overnight.evaluation.references import REFERENCES, PublishedResult
+
+Example = Choice | Passage
+Numbers = tuple[float, ...]
+"""The result of an example: the nats of each ending; or a passage's nats, and whether it is greedy."""
 
 LOSS_METRICS: dict[str, tuple[Unit, Literal["nats", "bits", "perplexity"]]] = {
     "nats_per_token": ("token", "nats"),
@@ -79,60 +82,67 @@ class Score:
     """The baseline, if there is one."""
 
 
-def score_choices(
-    task: ChoiceTask,
-    choices: Sequence[Choice],
-    results: Sequence[Sequence[float]],
-    baseline: Sequence[Sequence[float]] | None = None,
-) -> list[Score]:
-    """A task's accuracies, from the nats of each question's endings; `baseline` is another model's."""
-    found = []
-    for metric in task.metrics:
-        correct = _correct(choices, results, metric)
-        others = None if baseline is None else _correct(choices, baseline, metric)
-        found.append(_accuracy(task.name, metric, "questions", correct, others, task.chance))
-    return found
+@dataclass(frozen=True)
+class TaskResult:
+    """One model's results on all examples of a task, in their order."""
+
+    examples: Sequence[Example]
+    numbers: Sequence[Numbers]
+
+    def correct(self, metric: str) -> list[bool]:
+        """Which questions are answered correctly by one of ACCURACIES, or which passages are greedy."""
+        return [
+            example.predict(numbers, metric) == example.answer
+            if isinstance(example, Choice)
+            else bool(numbers[1])
+            for example, numbers in zip(self.examples, self.numbers, strict=True)
+        ]
+
+    def text_loss(self, units: Mapping[Unit, float] | None) -> TextLoss:
+        """The loss on a text of these units; without them each passage counts as one token and one word."""
+        nats = tuple(numbers[0] for numbers in self.numbers)
+        if units is None:
+            return TextLoss(nats=nats, tokens=(1,) * len(nats), units={"word": len(nats)})
+        scored = tuple(example.scored for example in self.examples if isinstance(example, Passage))
+        return TextLoss(nats=nats, tokens=scored, units=units)
 
 
-def _correct(choices: Sequence[Choice], results: Sequence[Sequence[float]], metric: str) -> list[bool]:
-    """Which questions are answered correctly."""
-    pairs = zip(choices, results, strict=True)
-    return [choice.predict(nats, metric) == choice.answer for choice, nats in pairs]
-
-
-def score_passages(
-    task: str, results: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]] | None = None
-) -> list[Score]:
-    """Accuracy of greedy decoding and perplexity, from (nats, is greedy) of each passage's last word."""
-    correct = [bool(is_greedy) for _, is_greedy in results]
-    others = None if baseline is None else [bool(is_greedy) for _, is_greedy in baseline]
-    accuracy = _accuracy(task, "accuracy", "passages", correct, others, None)
-    loss, other = _word_loss(results), None if baseline is None else _word_loss(baseline)
-    return [accuracy, *score_text(task, ("perplexity_per_word",), loss, other, kind="passages")]
-
-
-def _word_loss(results: Sequence[Sequence[float]]) -> TextLoss:
-    """Each passage's last word counts as one token, however many ids it has."""
-    nats = tuple(each[0] for each in results)
-    return TextLoss(nats=nats, tokens=(1,) * len(nats), units={"word": len(nats)})
+def score_accuracy(
+    task: str, metric: str, kind: str, results: Sequence[TaskResult], chance: float | None = None
+) -> Score:
+    """The share of correct answers. `results` are the model's, and the baseline's if there is one."""
+    correct, *others = [result.correct(metric) for result in results]
+    return Score(
+        task=task,
+        metric=metric,
+        value=sum(correct) / len(correct),
+        examples=len(correct),
+        kind=kind,
+        interval=wilson(sum(correct), len(correct)),
+        chance=chance,
+        references=REFERENCES.get((task, metric), ()),
+        against=compare_accuracies(correct, others[0]) if others else None,
+    )
 
 
 def score_text(
-    task: str, metrics: Sequence[str], loss: TextLoss, baseline: TextLoss | None = None, kind: str = "windows"
+    task: str, metrics: Sequence[str], losses: Sequence[TextLoss], kind: str = "windows"
 ) -> list[Score]:
-    """A text's loss in several units. The interval is that of the nats per token, over the examples."""
+    """A text's loss in several units. `losses` are the model's, and the baseline's if there is one.
+
+    The interval is that of the nats per token, over the examples.
+    """
+    loss, *others = losses
     interval = bootstrap(loss.nats, loss.tokens)
     difference = None
-    if baseline is not None and baseline.tokens == loss.tokens:
-        difference = bootstrap_difference(loss.nats, baseline.nats, loss.tokens)
+    if others and others[0].tokens == loss.tokens:
+        difference = bootstrap(np.subtract(loss.nats, others[0].nats).tolist(), loss.tokens)
     found = []
     for metric in metrics:
         unit, _ = LOSS_METRICS[metric]
         tokens_per_unit = loss.count("token") / loss.count(unit)
         low, high = (_express(metric, end * tokens_per_unit) for end in (interval.low, interval.high))
-        other = None
-        if baseline is not None:
-            other = LossComparison(_express(metric, baseline.per(unit)), difference)
+        against = [LossComparison(_express(metric, other.per(unit)), difference) for other in others]
         found.append(
             Score(
                 task=task,
@@ -142,7 +152,7 @@ def score_text(
                 kind=kind,
                 interval=Interval(low, high, interval.method),
                 references=REFERENCES.get((task, metric), ()),
-                against=other,
+                against=against[0] if against else None,
             )
         )
     return found
@@ -158,22 +168,6 @@ def _express(metric: str, nats: float) -> float:
         return math.exp(nats)
     except OverflowError:  # beyond 709 nats
         return math.inf
-
-
-def _accuracy(
-    task: str, metric: str, kind: str, correct: list[bool], baseline: list[bool] | None, chance: float | None
-) -> Score:
-    return Score(
-        task=task,
-        metric=metric,
-        value=sum(correct) / len(correct),
-        examples=len(correct),
-        kind=kind,
-        interval=wilson(sum(correct), len(correct)),
-        chance=chance,
-        references=REFERENCES.get((task, metric), ()),
-        against=None if baseline is None else compare_accuracies(correct, baseline),
-    )
 
 
 def compare_accuracies(here: Sequence[bool], there: Sequence[bool]) -> AccuracyComparison:
@@ -194,30 +188,20 @@ def wilson(correct: int, count: int) -> Interval:
 
 
 def bootstrap(sums: Sequence[float], counts: Sequence[float]) -> Interval:
-    """Of sum(sums) / sum(counts), each example having one of both: nats and tokens of a window, say.
+    """Of sum(sums) / sum(counts), where each example has one of both, such as a window's nats and tokens.
 
-    Examples are resampled with replacement (Efron 1979), always with the same seed.
+    With differences of two models' nats it is the paired bootstrap of their difference. Examples are
+    resampled with replacement (Efron 1979), always with the same seed.
     """
-    low, high = np.quantile(_resampled(np.asarray(sums), np.asarray(counts)), [0.025, 0.975])
-    return Interval(float(low), float(high), "bootstrap")
-
-
-def bootstrap_difference(
-    first: Sequence[float], second: Sequence[float], counts: Sequence[float]
-) -> Interval:
-    """Of (sum(first) - sum(second)) / sum(counts): two models evaluated on the same examples."""
-    return bootstrap(np.subtract(first, second).tolist(), counts)
-
-
-def _resampled(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The ratio of each of RESAMPLES samples."""
+    nats, weights = np.asarray(sums), np.asarray(counts)
     random = np.random.default_rng(SEED)
-    batch = max(1, BATCH_DRAWS // len(sums))
-    found = []
+    batch = max(1, BATCH_DRAWS // len(nats))
+    ratios = []
     for first in range(0, RESAMPLES, batch):
-        drawn = random.integers(0, len(sums), (min(batch, RESAMPLES - first), len(sums)))
-        found.append(sums[drawn].sum(1) / counts[drawn].sum(1))
-    return np.concatenate(found)
+        drawn = random.integers(0, len(nats), (min(batch, RESAMPLES - first), len(nats)))
+        ratios.append(nats[drawn].sum(1) / weights[drawn].sum(1))
+    low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
+    return Interval(float(low), float(high), "bootstrap")
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -226,9 +210,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
     Only the questions that exactly one of them answers correctly matter; exact test (McNemar 1947).
     """
     count, fewer = only_first + only_second, min(only_first, only_second)
-    logs = [_log_choose(count, number) - count * math.log(2) for number in range(fewer + 1)]
+    log_all = math.lgamma(count + 1) - count * math.log(2)
+    logs = [log_all - math.lgamma(each + 1) - math.lgamma(count - each + 1) for each in range(fewer + 1)]
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
-
-
-def _log_choose(count: int, number: int) -> float:
-    return math.lgamma(count + 1) - math.lgamma(number + 1) - math.lgamma(count - number + 1)

@@ -22,8 +22,7 @@ from overnight.evaluation.choice_tasks import (
 from overnight.evaluation.downloads import find_file
 from overnight.evaluation.multiple_choice import Choice, evaluate_choices
 from overnight.evaluation.passages import Passage, evaluate_passages
-from overnight.evaluation.perplexity import TextLoss
-from overnight.evaluation.scores import Score, score_choices, score_passages, score_text
+from overnight.evaluation.scores import Example, Numbers, Score, TaskResult, score_accuracy, score_text
 from overnight.evaluation.text_tasks import (
     CLOZE_TASKS,
     TEXT_TASKS,
@@ -37,9 +36,6 @@ from overnight.evaluation.text_tasks import (
 from overnight.model.gpt import GPT
 from overnight.tokenizer.tokenizer import Tokenizer
 
-Example = Choice | Passage
-Numbers = tuple[float, ...]
-"""The result of an example: the nats of each ending; or a passage's nats, and whether it is greedy."""
 EXAMPLE_CHARACTERS = 1000  # of a text, where only some examples of a task are used
 
 VALIDATION = "validation"
@@ -78,14 +74,6 @@ def split_names(tasks: Sequence[str]) -> TaskNames:
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """One model's results on all examples of a task, in their order."""
-
-    examples: Sequence[Example]
-    numbers: Sequence[Numbers]
-
-
-@dataclass(frozen=True)
 class Task:
     """A task whose file has been read."""
 
@@ -110,27 +98,24 @@ class Task:
             for each in self.content
         ]
 
-    def score(self, result: TaskResult, baseline: TaskResult | None = None) -> list[Score]:
-        """Every metric, compared with another model's result if there is one."""
-        other = None if baseline is None else baseline.numbers
+    def score(self, results: Sequence[TaskResult]) -> list[Score]:
+        """Every metric of the model's result, compared with the baseline's if there is a second one."""
         if isinstance(self.row, ChoiceTask):
-            choices = [example for example in result.examples if isinstance(example, Choice)]
-            return score_choices(self.row, choices, result.numbers, other)
-        if isinstance(self.row, ClozeTask):
-            return score_passages(self.name, result.numbers, other)
-        loss = None if baseline is None else self._text_loss(baseline)
-        return score_text(self.name, self.row.metrics, self._text_loss(result), loss)
-
-    def _text_loss(self, result: TaskResult) -> TextLoss:
-        assert isinstance(self.content, EvaluationText)
-        return TextLoss(
-            nats=tuple(numbers[0] for numbers in result.numbers),
-            tokens=tuple(example.scored for example in result.examples if isinstance(example, Passage)),
-            units=self.content.units(),
-        )
+            return [
+                score_accuracy(self.name, metric, "questions", results, self.row.chance)
+                for metric in self.row.metrics
+            ]
+        if isinstance(self.row, TextTask):
+            units = self.content.units() if isinstance(self.content, EvaluationText) else None
+            return score_text(self.name, self.row.metrics, [each.text_loss(units) for each in results])
+        accuracy = score_accuracy(self.name, "accuracy", "passages", results)
+        losses = [each.text_loss(None) for each in results]
+        return [accuracy, *score_text(self.name, ("perplexity_per_word",), losses, "passages")]
 
 
-def open_task(name: str, folder: Path | None, most: int | None = None, stride: int | None = None) -> Task:
+def open_task(
+    name: str, folder: str | Path | None, most: int | None = None, stride: int | None = None
+) -> Task:
     """One of TASKS, its file read from `folder` or downloaded; its first `most` examples if given.
 
     Of a text these are `most` thousand characters; `stride` is the number of new ids in each window of it.
@@ -148,13 +133,6 @@ def open_task(name: str, folder: Path | None, most: int | None = None, stride: i
     if is_empty:
         raise ValueError(f"{path} is empty: download it again")
     return Task(row, content, stride)
-
-
-def open_tasks(
-    names: Sequence[str], folder: str | None, most: int | None = None, stride: int | None = None
-) -> list[Task]:
-    """Several tasks; see `open_task`."""
-    return [open_task(name, Path(folder) if folder is not None else None, most, stride) for name in names]
 
 
 def evaluate_task(

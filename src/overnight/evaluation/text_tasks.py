@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from overnight.evaluation.passages import Passage, cut_windows
 from overnight.evaluation.perplexity import Unit
@@ -72,25 +72,20 @@ class ClozeTask:
 
     def read(self, path: Path) -> list[Cloze]:
         """Every passage of the file. Raises ValueError, naming the line, for an invalid one."""
-        if not self.is_json:
-            lines = _utf8(path).splitlines()
-            return [_cut_last_word(line, path, number) for number, line in enumerate(lines, start=1)]
+        lines: list[Any] = path.read_bytes().splitlines() if self.is_json else _utf8(path).splitlines()
         found = []
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        for number, line in enumerate(lines, start=1):
             try:
-                text = json.loads(line)["text"]
-            except (ValueError, LookupError, TypeError):
+                text = json.loads(line)["text"] if self.is_json else line
+                context, _, word = text.strip().rpartition(" ")
+            except (ValueError, LookupError, TypeError, AttributeError):
                 raise ValueError(
-                    f"{path}, line {number} is not a passage of lambada: download the file again"
+                    f"{path}, line {number} is not a passage of {self.name}: download the file again"
                 ) from None
-            found.append(_cut_last_word(text, path, number))
+            if not context.strip():
+                raise ValueError(f"{path}, line {number}: {text[:40]!r} has no word before its last word")
+            found.append(Cloze(context, f" {word}"))
         return found
-
-
-def _cut_last_word(text: object, path: Path, number: int) -> Cloze:
-    if not isinstance(text, str) or not (parts := text.strip().rpartition(" "))[0].strip():
-        raise ValueError(f"{path}, line {number}: {str(text)[:40]!r} has no word before its last word")
-    return Cloze(parts[0], f" {parts[2]}")
 
 
 def _utf8(path: Path) -> str:

@@ -6,13 +6,12 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
 
 from overnight.config import raise_problems
 from overnight.conversion.open_model import OpenedModel, open_model
 from overnight.distributed.world import open_world
 from overnight.generation import GenerateConfig
-from overnight.generation.generate import Completion, Decoding, TokenGenerator, complete, stream_text
+from overnight.generation.generate import Decoding, TokenGenerator, complete, stream_text
 from overnight.generation.quantize import GenerationPrecision, generation_precisions, prepare_for_generation
 from overnight.terminal import echo
 
@@ -23,7 +22,10 @@ def run(config: GenerateConfig) -> None:
     """Print the completions and the speed. Raises ValueError before any text if something is wrong."""
     raise_problems(config.problems(), "overnight generate")
     device = open_world(config.device).device
-    precision = _choose_precision(config, device)
+    supported = generation_precisions(device)
+    precision = config.precision or supported[0]
+    if precision not in supported:
+        raise ValueError(f"precision={precision} is not supported on {device}; use {' or '.join(supported)}")
     opened = open_model(config.model)
     opened.model.to(device)
     prepare_for_generation(opened.model, precision)
@@ -39,16 +41,6 @@ def run(config: GenerateConfig) -> None:
     if opened.run:
         following = f"convert {config.model} --to hf --out {opened.run.name}-hf"
     echo(f"next: overnight {following}")
-
-
-def _choose_precision(config: GenerateConfig, device: str) -> GenerationPrecision:
-    """The requested one, or the device's best. Raises ValueError for one that the device lacks."""
-    supported = generation_precisions(device)
-    if config.precision is not None and config.precision not in supported:
-        raise ValueError(
-            f"precision={config.precision} is not supported on {device}; use {' or '.join(supported)}"
-        )
-    return config.precision or supported[0]
 
 
 def _print_stream(config: GenerateConfig, opened: OpenedModel, decoding: Decoding) -> int:
@@ -67,40 +59,32 @@ def _print_stream(config: GenerateConfig, opened: OpenedModel, decoding: Decodin
 def _print_completions(
     config: GenerateConfig, opened: OpenedModel, decoding: Decoding, precision: GenerationPrecision
 ) -> int:
-    """Print every completion, a batch at a time; returns the number of tokens."""
-    tokens = 0
-    for number, (prompt, completion) in enumerate(_completions(config, opened, decoding)):
-        tokens += len(completion.ids)
-        if config.json:
-            values = {
-                "model": config.model,
-                "prompt": prompt,
-                "completion": completion.text,
-                "tokens": len(completion.ids),
-                "ended_by": completion.ended_by,
-                "precision": precision,
-            }
-            _print(json.dumps(values) + "\n")
-        else:
-            _print(("\n" if number else "") + prompt + completion.text + "\n")
-    return tokens
-
-
-def _completions(
-    config: GenerateConfig, opened: OpenedModel, decoding: Decoding
-) -> Iterator[tuple[str, Completion]]:
-    """Each prompt with each of its completions, in batches, so that memory does not bound their number."""
+    """Print every completion, in batches, so that memory does not bound their number; returns the tokens."""
     model, tokenizer, prompts = opened.model, opened.tokenizer, config.prompts or ("",)
     # Raises ValueError for an invalid prompt before the first one is completed.
     TokenGenerator(
         model, [tokenizer.encode(prompt) for prompt in prompts], decoding.with_vocabulary(tokenizer)
     )
-    total = len(prompts) * config.samples
+    tokens, total = 0, len(prompts) * config.samples
     for first in range(0, total, BATCH_ROWS):
-        rows = range(first, min(first + BATCH_ROWS, total))
-        batch = [prompts[row // config.samples] for row in rows]
+        batch = [prompts[row // config.samples] for row in range(first, min(first + BATCH_ROWS, total))]
         part = dataclasses.replace(decoding, first_row=first)
-        yield from zip(batch, complete(model, tokenizer, batch, part, config.stop), strict=True)
+        completions = complete(model, tokenizer, batch, part, config.stop)
+        for row, (prompt, completion) in enumerate(zip(batch, completions, strict=True), start=first):
+            tokens += len(completion.ids)
+            if config.json:
+                values = {
+                    "model": config.model,
+                    "prompt": prompt,
+                    "completion": completion.text,
+                    "tokens": len(completion.ids),
+                    "ended_by": completion.ended_by,
+                    "precision": precision,
+                }
+                _print(json.dumps(values) + "\n")
+            else:
+                _print(("\n" if row else "") + prompt + completion.text + "\n")
+    return tokens
 
 
 def _print(text: str) -> None:

@@ -85,8 +85,9 @@ class KVCache:
     def extend(self, length: int) -> None:
         """Reserve the next `length` columns for the coming forward pass."""
         self._start, self._end = self._end, self._end + length
+        assert length == 1 or self._start == 0, "after the prompt, ids are read one by one"
         assert self._end <= self._keys.shape[3], "the cache is full"
-        self._mask = self._visible(length)
+        self._mask = self._visible()
 
     def positions(self, length: int) -> Tensor:
         """Positions of the ids being read, int64 (T,), or (B, T) where rows differ."""
@@ -108,17 +109,14 @@ class KVCache:
         if self._padding_B is not None:
             self._padding_B = self._padding_B[rows]
 
-    def _visible(self, length: int) -> Tensor | None:
-        """The mask of the model's cache protocol, bool (B or 1, 1, T, S), or None."""
-        if self._padding_B is None and (length == 1 or self._start == 0):
+    def _visible(self) -> Tensor | None:
+        """The mask of the model's cache protocol, bool (B, 1, T, S); None if only the causal mask applies."""
+        if self._padding_B is None:
             return None
         columns_S = torch.arange(self._end, device=self._keys.device)
         columns_T1 = columns_S[self._start :, None]
-        visible = columns_S <= columns_T1
-        if self._padding_B is not None:
-            visible = visible & (columns_S >= self._padding_B[:, None, None, None])
-            visible = visible | (columns_S == columns_T1)  # a softmax over nothing would be NaN
-        return visible
+        visible = (columns_S <= columns_T1) & (columns_S >= self._padding_B[:, None, None, None])
+        return visible | (columns_S == columns_T1)  # a softmax over nothing would be NaN
 
 
 @dataclass

@@ -15,7 +15,7 @@ from overnight.config import raise_problems
 from overnight.data.shards import MANIFEST
 from overnight.data.text_files import is_remote
 from overnight.inspection import InspectConfig
-from overnight.inspection.domains import Domains, SourceColumns, count_domains
+from overnight.inspection.domains import Domains, count_domains
 from overnight.inspection.quality import ODDITIES
 from overnight.inspection.statistics import LONGEST_LOOK_TOKENS, Inspection, Row, inspect_shards
 from overnight.terminal import echo
@@ -30,20 +30,17 @@ NO_BREAK = "\ue000"  # stands for a space at which no line may be broken
 def run(config: InspectConfig) -> None:
     """Print what is in the data. Raises ValueError for what is neither shards nor a source of text."""
     raise_problems(config.problems(), "inspect")
+    folder = Path(config.data)
     found: Inspection | Domains
-    if (Path(config.data) / MANIFEST).is_file():
-        found = inspect_shards(
-            Path(config.data), documents=config.documents, samples=config.samples, seed=config.seed
-        )
+    if (folder / MANIFEST).is_file():
+        found = inspect_shards(folder, documents=config.documents, samples=config.samples, seed=config.seed)
     else:
         _require_source(config.data)
-        found = count_domains(
-            config.data, SourceColumns(config.url_column, config.text_column), config.documents
-        )
+        found = count_domains(config.data, (config.url_column, config.text_column), config.documents)
     if config.json:
         sys.stdout.write(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
         return
-    for line in describe_shards(found) if isinstance(found, Inspection) else describe_domains(found):
+    for line in describe(found):
         echo(line)
 
 
@@ -63,22 +60,26 @@ def _require_source(data: str) -> None:
         )
 
 
+def describe(found: Inspection | Domains) -> Iterator[str]:
+    """Everything that was found, in lines of at most 80 columns, wide characters counted as two."""
+    for line in _describe_shards(found) if isinstance(found, Inspection) else _describe_domains(found):
+        indent = " " * (len(line) - len(line.lstrip()))
+        parts = Text(line.lstrip()).wrap(Console(width=WIDTH), WIDTH - len(indent))
+        yield from (indent + part.plain.rstrip().replace(NO_BREAK, " ") for part in parts or [Text()])
+
+
 # Prepared shards
 
 
-def describe_shards(found: Inspection) -> Iterator[str]:
-    """The whole inspection in lines of at most 80 columns."""
-    yield from _wrapped(
-        f"{found.folder}: {found.source} (licence: {found.licence}) in ids of {found.tokenizer}"
-    )
+def _describe_shards(found: Inspection) -> Iterator[str]:
+    yield f"{found.folder}: {found.source} (licence: {found.licence}) in ids of {found.tokenizer}"
     yield "every shard is as its manifest says"
-    for problem in found.problems:
-        yield from _wrapped(f"! {problem}", indent="  ")
+    yield from (f"  ! {problem}" for problem in found.problems)
     duplicates = found.duplicates
     if not duplicates.train and not duplicates.validation and not duplicates.validation_in_train:
         yield "no document is there twice, within a split or across both"
     if found.first_documents_only is not None:
-        yield from _wrapped(
+        yield (
             f"looked at the first {found.first_documents_only:,} documents of each split only; "
             "all that follows is of those"
         )
@@ -88,8 +89,7 @@ def describe_shards(found: Inspection) -> Iterator[str]:
     for sample in found.samples:
         yield ""
         yield f"document {sample['document']:,} of {sample['split']} ({sample['tokens']:,} tokens)"
-        text = " ".join(_printable(sample["text"]).split())
-        yield from _wrapped(text + (" …" if sample["is_shortened"] else ""), indent="  ", first="  ")
+        yield "  " + " ".join(_printable(sample["text"]).split()) + (" …" if sample["is_shortened"] else "")
     yield ""
     yield "top domains: none, for shards hold no addresses; name the source instead"
     yield f"next: overnight train RECIPE --data {found.folder}"
@@ -115,7 +115,7 @@ def _counts_row(name: str, counts: Row) -> str:
 
 def _histogram(found: Inspection) -> Iterator[str]:
     lengths = found.lengths
-    yield from _wrapped(
+    yield (
         f"tokens per document (its end-of-text id included): mean {lengths.mean:,.1f}, median "
         f"{lengths.median:,}, 90% up to {lengths.percentile_90:,}, from {lengths.shortest:,} to "
         f"{lengths.longest:,}"
@@ -124,7 +124,7 @@ def _histogram(found: Inspection) -> Iterator[str]:
     for bucket, count in zip(lengths.histogram, counts, strict=True):
         bar = "█" * -(-BAR_WIDTH * count // max(counts))  # rounded up: every document shows
         span = f"{bucket['shortest']:,}–{bucket['longest']:,}" if bucket["longest"] > 1 else "1"
-        yield f"{span:>21} {count:>11,} {count / sum(counts):>7.2%}  {bar}".rstrip()
+        yield f"{span:>21} {count:>11,} {count / sum(counts):>7.2%}  {bar}"
 
 
 def _frequent(found: Inspection) -> Iterator[str]:
@@ -135,7 +135,7 @@ def _frequent(found: Inspection) -> Iterator[str]:
         for token in found.frequent
     ]
     yield f"{found.ids_used:,} of {found.vocab_size:,} ids occur, most often"
-    yield from _wrapped("   ".join(shown), indent="  ", first="  ")
+    yield "  " + "   ".join(shown)
 
 
 def _oddities(found: Inspection) -> Iterator[str]:
@@ -143,19 +143,18 @@ def _oddities(found: Inspection) -> Iterator[str]:
     which = f"all {documents:,} documents"
     if sampled < documents:
         which = f"{sampled:,} documents spread evenly over the {documents:,}"
-    yield from _wrapped(f"of {which} (read up to {LONGEST_LOOK_TOKENS:,} tokens each)")
-    for name, count in found.oddities.items():
-        yield f"{count:>10,} {count / max(1, sampled):>7.2%}  {ODDITIES[name]}"
-    count = found.not_english_looking
-    yield f"{count:>10,} {count / max(1, sampled):>7.2%}  are not English-looking: one of the last two"
+    yield f"of {which} (read up to {LONGEST_LOOK_TOKENS:,} tokens each)"
+    counts = {ODDITIES[name]: count for name, count in found.oddities.items()}
+    counts["are not English-looking: one of the last two"] = found.not_english_looking
+    for what, count in counts.items():
+        yield f"{count:>10,} {count / max(1, sampled):>7.2%}  {what}"
 
 
 # A source
 
 
-def describe_domains(found: Domains) -> Iterator[str]:
-    """The top domains in lines of at most 80 columns."""
-    yield from _wrapped(
+def _describe_domains(found: Domains) -> Iterator[str]:
+    yield (
         f"{found.source}: {found.documents:,} documents, {found.text_bytes / 1e6:,.2f} MB of text, "
         f"from {found.sites:,} sites"
     )
@@ -173,18 +172,6 @@ def describe_domains(found: Domains) -> Iterator[str]:
         yield f"and {more:,} sites more"
     yield ""
     yield f"next: overnight prepare {found.source}"
-
-
-# Lines
-
-
-def _wrapped(text: str, indent: str = "", first: str = "") -> list[str]:
-    """Lines of at most 80 columns, wide characters counted as two."""
-    lines = Text(text).wrap(Console(width=WIDTH), WIDTH - len(indent))
-    starts = [first] + [indent] * len(lines)
-    return [
-        start + line.plain.rstrip().replace(NO_BREAK, " ") for start, line in zip(starts, lines, strict=False)
-    ]
 
 
 def _printable(text: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from overnight.data.text_files import (
@@ -27,7 +28,8 @@ MOST_DOMAINS = 1000  # in the JSON output; a terminal shows fewer
 ROWS_AT_ONCE = 4096
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)?//")
 
-_Row = tuple[object, int]  # an address, or what is in its place; bytes of text
+Columns = tuple[str, str]  # the names of those that hold the address and the text
+Row = tuple[object, int]  # an address, or what is in its place; bytes of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +47,6 @@ class Domains:
     """name, documents, text_bytes; at most 1,000."""
 
 
-class SourceColumns(NamedTuple):
-    """The names of the columns that hold the address and the text."""
-
-    url: str = "url"
-    text: str = "text"
-
-
 def domain_of(address: object) -> str | None:
     """The host that an address names, without "www."; None if it names none."""
     if not isinstance(address, str):
@@ -65,7 +60,7 @@ def domain_of(address: object) -> str | None:
     return host.removeprefix("www.").rstrip(".") or None
 
 
-def count_domains(source: str, columns: SourceColumns, documents: int | None = None) -> Domains:
+def count_domains(source: str, columns: Columns = ("url", "text"), documents: int | None = None) -> Domains:
     """Count the sites of a file, a folder or a URL, or of its first `documents` rows.
 
     Memory holds two numbers a site. Raises ValueError if no file has such columns, or one is damaged.
@@ -98,30 +93,29 @@ def count_domains(source: str, columns: SourceColumns, documents: int | None = N
     )
 
 
-def _rows(files: Sequence[TextFile], columns: SourceColumns, advance: Callable[..., None]) -> Iterator[_Row]:
+def _rows(files: Sequence[TextFile], columns: Columns, advance: Callable[..., None]) -> Iterator[Row]:
     for file in files:
         yield from _json_rows(file, columns) if file.kind == ".jsonl" else _parquet_rows(file, columns)
         advance(file.bytes / 1e6)
 
 
-def _json_rows(file: TextFile, columns: SourceColumns) -> Iterator[_Row]:
+def _json_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
     with open_file(file) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             location = f"{file.address} line {number:,}"
-            try:
+            fields = None
+            with contextlib.suppress(ValueError, RecursionError):
                 fields = json.loads(line)
-            except (ValueError, RecursionError):
-                fields = None
             if not isinstance(fields, dict):
                 raise DamagedFileError(f"{location} is not a JSON object with named fields")
             _require(columns, list(fields), location)
-            text = fields[columns.text]
-            yield fields[columns.url], len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
+            url, text = map(fields.get, columns)
+            yield url, len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
 
 
-def _parquet_rows(file: TextFile, columns: SourceColumns) -> Iterator[_Row]:
+def _parquet_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
     pyarrow = import_pyarrow(file.address)
     from pyarrow import compute
 
@@ -129,16 +123,16 @@ def _parquet_rows(file: TextFile, columns: SourceColumns) -> Iterator[_Row]:
     _require(columns, opened.schema_arrow.names, file.address)
     try:
         for batch in opened.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(columns)):
-            texts = batch.column(columns.text).cast(pyarrow.large_binary())
-            sizes = compute.fill_null(compute.binary_length(texts), 0)
-            yield from zip(batch.column(columns.url).to_pylist(), sizes.to_pylist(), strict=True)
+            urls, texts = map(batch.column, columns)
+            sizes = compute.fill_null(compute.binary_length(texts.cast(pyarrow.large_binary())), 0)
+            yield from zip(urls.to_pylist(), sizes.to_pylist(), strict=True)
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise DamagedFileError(
             f"{file.address} is damaged, or its column is not text: {first_line(error)}"
         ) from None
 
 
-def _require(columns: SourceColumns, present: Sequence[str], location: str) -> None:
+def _require(columns: Columns, present: Sequence[str], location: str) -> None:
     """Raise ValueError if a column is missing."""
     for column, option in zip(columns, ("--url-column", "--text-column"), strict=True):
         if column not in present:

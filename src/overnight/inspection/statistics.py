@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,6 @@ FREQUENT_TOKENS = 20
 SAMPLE_CHARACTERS = 240
 DIGESTS_AT_ONCE = 16_000_000  # compared at a time: about a gigabyte while they are sorted
 DIGEST_BYTES = 16
-HALVES = np.dtype([("high", "<u8"), ("low", "<u8")])  # of a digest: numpy has no integers of 16 bytes
 
 Row = dict[str, Any]  # of a table in the JSON output
 
@@ -156,14 +155,12 @@ def inspect_shards(
 # Documents in shards
 
 
-@dataclass(frozen=True)
-class ShardSpan:
-    """The inspected part of a shard."""
+class ShardSpan(NamedTuple):
+    """The inspected part of a shard, and where documents begin in it."""
 
     shard: str
     ids: Tokens
     starts: NDArray[np.int64]
-    """Where documents begin in it."""
 
 
 def shard_spans(folder: Path, manifest: Manifest, split: str, documents: int | None) -> Iterator[ShardSpan]:
@@ -176,7 +173,7 @@ def shard_spans(folder: Path, manifest: Manifest, split: str, documents: int | N
         ids = open_tokens(folder / shard.name)
         starts = places_of(manifest.end_of_text, ids)
         if number == 0 and (not starts.size or starts[0] != 0):
-            starts = np.concatenate([np.zeros(1, dtype=np.int64), starts])
+            starts = np.insert(starts, 0, 0)
         if left is not None and starts.size > left:
             yield ShardSpan(shard.name, ids[: starts[left]], starts[:left])
             return
@@ -188,14 +185,13 @@ def documents_of(parts: Iterable[ShardSpan]) -> Iterator[list[Tokens]]:
     """Each document, its end-of-text id included, as its pieces in consecutive shards."""
     pieces: list[Tokens] = []
     for part in parts:
-        edges = part.starts.tolist()
-        before = edges[0] if edges else part.ids.size
-        if before:
-            pieces.append(part.ids[:before])
-        for begin, end in itertools.pairwise([*edges, part.ids.size]):
-            if pieces:
+        edges = [0, *part.starts.tolist(), part.ids.size]
+        for number, (begin, end) in enumerate(itertools.pairwise(edges)):
+            if number and pieces:  # the first span is the rest of the document before
                 yield pieces
-            pieces = [part.ids[begin:end]]
+                pieces = []
+            if end > begin:
+                pieces.append(part.ids[begin:end])
     if pieces:
         yield pieces
 
@@ -229,7 +225,7 @@ class _Survey:
             digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
             for piece in text:
                 digest.update(piece.data)
-            if not any([piece.size for piece in text]):
+            if not any(piece.size for piece in text):
                 empty += 1
                 digest.update(f"{split} {documents}".encode())  # empty documents are not duplicates
             digests += digest.digest()
@@ -344,13 +340,14 @@ def count_duplicates(train: bytes | bytearray, validation: bytes | bytearray) ->
 
     Digests are compared in ranges that hold about DIGESTS_AT_ONCE of them, which bounds the memory.
     """
-    splits = [np.frombuffer(digests, dtype=HALVES) for digests in (train, validation)]
+    # Their sixteen bytes as one text, since numpy has no such integers. It compares all of them.
+    splits = [np.frombuffer(digests, dtype=f"S{DIGEST_BYTES}") for digests in (train, validation)]
     ranges = -(-max(1, sum(map(len, splits))) // DIGESTS_AT_ONCE)
     repeated = np.zeros(2, dtype=np.int64)
     in_both: list[NDArray[np.int64]] = []
     for number in range(ranges):
-        indices = [np.flatnonzero(split["high"] % ranges == number) for split in splits]
-        trained, validated = _group(*(split[chosen] for split, chosen in zip(splits, indices, strict=True)))
+        indices = [np.flatnonzero(split.view("<u8")[::2] % ranges == number) for split in splits]
+        trained, validated = (split[chosen] for split, chosen in zip(splits, indices, strict=True))
         repeated += [each.size - np.unique(each).size for each in (trained, validated)]
         in_both.append(indices[1][np.isin(validated, trained)])
     shared = np.concatenate(in_both)
@@ -360,12 +357,3 @@ def count_duplicates(train: bytes | bytearray, validation: bytes | bytearray) ->
         validation_in_train=shared.size,
         first_in_both=int(shared.min()) if shared.size else None,
     )
-
-
-def _group(train: NDArray[np.void], validation: NDArray[np.void]) -> list[NDArray[np.int64]]:
-    """For each digest of each split a number that equal digests share."""
-    digests = np.concatenate([train, validation])
-    order = np.lexsort((digests["low"], digests["high"]))
-    group = np.zeros(len(digests), dtype=np.int64)
-    group[order[1:]] = np.cumsum(digests[order[1:]] != digests[order[:-1]])
-    return np.split(group, [len(train)])

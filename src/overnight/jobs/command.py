@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sysconfig
 from pathlib import Path
 
 from overnight.config import field_types, raise_problems
-from overnight.jobs import TARGETS_OF_SETTING, LaunchConfig
+from overnight.jobs import LaunchConfig
 from overnight.jobs.request import JobRequest, join_words
 from overnight.jobs.targets import job_file, submit_command
 from overnight.preparation.prepare_commands import find_recipe_texts, with_folders
 from overnight.recipe import Recipe, load_recipe, recipe_names
-from overnight.recipe_options import as_option, changed_options
+from overnight.recipe_options import as_option, changed_options, plain_recipe
 from overnight.run_directory import write_atomically
 from overnight.terminal import echo
 from overnight.training.batch import plan_batches
 
 SEE_FILES = frozenset({"slurm", "sagemaker"})  # targets that use text from this machine's disk
-RESTARTS = 3  # of all processes after one has failed, if the recipe does not say
 TORCHRUN_SETTINGS = frozenset({"processes", "max_restarts"})  # a job file passes these to torchrun itself
 
 
@@ -40,8 +38,9 @@ def run(config: LaunchConfig, name: str) -> None:
     echo(f"wrote {path}: {request.run} on {request.size}")
     if blanks := sorted({*re.findall(r"YOUR-[A-Z-]*[A-Z]", job)}):
         echo(f"fill in {', '.join(blanks)} there")
-    preparations = missing_preparations(request) if target in SEE_FILES else []
-    echo(f"next: {' && '.join([*preparations, submit_command(target, request)])}")
+    missing = [text for text in request.texts if not (Path(text.folder) / "manifest.json").is_file()]
+    commands = [join_words(text.prepare) for text in missing if text.prepare and target in SEE_FILES]
+    echo(f"next: {' && '.join([*commands, submit_command(target, request)])}")
 
 
 def check_division(config: LaunchConfig) -> None:
@@ -65,7 +64,7 @@ def check_division(config: LaunchConfig) -> None:
 
 def build_request(config: LaunchConfig, name: str, path: Path) -> JobRequest:
     """The values of the job file. Only Slurm's nodes share the disk of this machine."""
-    target, recipe = config.target, launch_recipe(config)
+    target, recipe = config.target, plain_recipe(config)
     texts = find_recipe_texts(config.data, name, with_files=target in SEE_FILES)
     options = [*launch_options(config), *changed_options(recipe, load_recipe(name))]
     left_out = TORCHRUN_SETTINGS | ({"data", "mixture"} if target == "sagemaker" else frozenset())
@@ -74,24 +73,18 @@ def build_request(config: LaunchConfig, name: str, path: Path) -> JobRequest:
         texts = ()  # such a run starts before its text is complete
     if target != "slurm":
         recipe = with_folders(recipe, texts)
-        known_recipe = name if name in recipe_names() else nearest_recipe(recipe)
+        if name not in recipe_names():  # a file of this machine: the nearest recipe that other machines have
+            known_recipe = min(
+                recipe_names(), key=lambda known: len(changed_options(recipe, load_recipe(known)))
+            )
     return JobRequest(
+        config=config,
         path=str(path),
         made_by=join_words(("overnight", "launch", name, *options)),
-        run_name=config.run_name,
         words=(known_recipe, *changed_options(recipe, load_recipe(known_recipe), left_out)),
         texts=texts,
-        nodes=config.nodes,
-        gpus_per_node=config.gpus_per_node,
-        max_restarts=config.compute.max_restarts or RESTARTS,
         programs=sysconfig.get_path("scripts") if target == "slurm" else None,
-        **{setting: getattr(config, setting) for setting in TARGETS_OF_SETTING},
     )
-
-
-def launch_recipe(config: LaunchConfig) -> Recipe:
-    """The recipe to train, without the options of `launch`."""
-    return Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
 
 
 def launch_options(config: LaunchConfig) -> list[str]:
@@ -100,14 +93,3 @@ def launch_options(config: LaunchConfig) -> list[str]:
     own = [name for name in kinds if name not in field_types(Recipe)]
     given = [name for name in own if getattr(config, name) != getattr(default, name)]
     return [word for name in given for word in as_option(name, getattr(config, name), kinds[name])]
-
-
-def nearest_recipe(recipe: Recipe) -> str:
-    """The package's recipe that becomes `recipe` with the fewest options: other machines have it too."""
-    return min(recipe_names(), key=lambda name: len(changed_options(recipe, load_recipe(name))))
-
-
-def missing_preparations(request: JobRequest) -> list[str]:
-    """The commands that prepare the texts that do not exist yet."""
-    missing = [text for text in request.texts if not (Path(text.folder) / "manifest.json").is_file()]
-    return [join_words(text.prepare) for text in missing if text.prepare]

@@ -30,24 +30,43 @@ INSTANCES = {
 CPU_INSTANCE = "ml.c7i.8xlarge"
 
 
+TEMPLATES = {
+    "slurm": "slurm.sh",
+    "skypilot": "sky.yaml",
+    "sagemaker": "sagemaker.yaml",
+    "kubernetes": "kubernetes.yaml",
+}
+SUBMIT_COMMANDS = {
+    "slurm": ("sbatch",),
+    "skypilot": ("sky", "jobs", "launch"),
+    "kubernetes": ("kubectl", "apply", "-f"),
+}
+
+
 def job_file(target: str, request: JobRequest) -> str:
     """The content of the job file for `target`. Raises ValueError for what the target cannot run."""
     values: dict[str, Any] = {"job": request, "save_seconds": SAVE_SECONDS}
-    if target in VALUES:
-        values |= VALUES[target](request)
+    if target == "slurm":
+        minutes = round(request.config.hours * 60)
+        values["time_limit"] = f"{minutes // 1440}-{minutes // 60 % 24:02d}:{minutes % 60:02d}:00"
+        values["warning_seconds"] = SAVE_SECONDS + 30
+    elif target == "sagemaker":
+        values |= sagemaker_values(request)
     return _environment().get_template(TEMPLATES[target]).render(values)
 
 
 def submit_command(target: str, request: JobRequest) -> str:
     """The shell command that submits the file; for SageMaker it uploads the text first."""
-    if target == "sagemaker":
-        return _sagemaker_submit_command(request)
-    words = {
-        "slurm": ("sbatch",),
-        "skypilot": ("sky", "jobs", "launch"),
-        "kubernetes": ("kubectl", "apply", "-f"),
-    }
-    return join_words((*words[target], request.path))
+    if target != "sagemaker":
+        return join_words((*SUBMIT_COMMANDS[target], request.path))
+    commands = [
+        join_words(("aws", "s3", "sync", text.folder, _s3_address(request, text.folder)))
+        for text in request.local_texts
+    ]
+    create = ("aws", "sagemaker", "create-training-job", "--cli-input-yaml", f"file://{request.path}")
+    # Each job needs a new name, so the command adds the time.
+    name = f'--training-job-name "{request.name}-$(date +%Y%m%d-%H%M%S)"'
+    return " && ".join([*commands, f"{join_words(create)} {name}"])
 
 
 def find_instance(gpu: str, gpus: int) -> str:
@@ -63,17 +82,10 @@ def find_instance(gpu: str, gpus: int) -> str:
     return kinds[gpus]
 
 
-def slurm_values(request: JobRequest) -> dict[str, Any]:
-    """The time limit as days-hours:minutes:seconds, and when the warning comes before it."""
-    minutes = round(request.hours * 60)
-    limit = f"{minutes // 1440}-{minutes // 60 % 24:02d}:{minutes % 60:02d}:00"
-    return {"time_limit": limit, "warning_seconds": SAVE_SECONDS + 30}
-
-
 def sagemaker_values(request: JobRequest) -> dict[str, Any]:
     """Instance, channels and time. Raises ValueError if SageMaker has no instance or no room for the job."""
-    if request.hours > LONGEST_HOURS:
-        raise ValueError(f"hours={request.hours:g}: a SageMaker job runs for at most {LONGEST_HOURS}")
+    if request.config.hours > LONGEST_HOURS:
+        raise ValueError(f"hours={request.config.hours:g}: a SageMaker job runs for at most {LONGEST_HOURS}")
     if len(request.words) > MOST_ARGUMENTS:
         raise ValueError(
             f"SageMaker takes {MOST_ARGUMENTS} arguments, and the run has {len(request.words)}: "
@@ -89,20 +101,10 @@ def sagemaker_values(request: JobRequest) -> dict[str, Any]:
         "bucket": _s3_address(request, ""),
         "channels": _channels(request),
         "data_option": _data_option(request),
-        "instance": find_instance(request.gpu or "H100", request.gpus_per_node),
-        "seconds": round(request.hours * 3600),
+        "instance": find_instance(request.config.gpu or "H100", request.config.gpus_per_node),
+        "seconds": round(request.config.hours * 3600),
         "save_seconds": SAGEMAKER_SAVE_SECONDS,
     }
-
-
-TEMPLATES = {
-    "slurm": "slurm.sh",
-    "skypilot": "sky.yaml",
-    "sagemaker": "sagemaker.yaml",
-    "kubernetes": "kubernetes.yaml",
-}
-VALUES = {"slurm": slurm_values, "sagemaker": sagemaker_values}
-"""What a template needs besides the request."""
 
 
 def _environment() -> jinja2.Environment:
@@ -137,7 +139,7 @@ def _check_variable(script: str) -> str:
 
 
 def _s3_address(request: JobRequest, path: str) -> str:
-    bucket = (request.bucket or "YOUR-BUCKET").removeprefix("s3://").rstrip("/")
+    bucket = (request.config.bucket or "YOUR-BUCKET").removeprefix("s3://").rstrip("/")
     return f"s3://{bucket}/{path.strip('/')}"
 
 
@@ -157,15 +159,3 @@ def _data_option(request: JobRequest) -> str:
         return f"--data {' '.join(folders.values())}"
     mixed = [f"{folders.get(text) or quote(text.folder)}={text.weight}" for text in request.texts]
     return f"--mixture {' '.join(mixed)}"
-
-
-def _sagemaker_submit_command(request: JobRequest) -> str:
-    """Each job needs a new name, so the command adds the time."""
-    uploads = [
-        join_words(("aws", "s3", "sync", text.folder, _s3_address(request, text.folder)))
-        for text in request.local_texts
-    ]
-    create = join_words(
-        ("aws", "sagemaker", "create-training-job", "--cli-input-yaml", f"file://{request.path}")
-    )
-    return " && ".join([*uploads, f'{create} --training-job-name "{request.name}-$(date +%Y%m%d-%H%M%S)"'])

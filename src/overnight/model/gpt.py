@@ -202,7 +202,7 @@ def _embedding(rows: int, n_embd: int) -> nn.Embedding:
 
 
 def empty_model(config: ModelConfig, vocabulary_multiple: int = VOCABULARY_MULTIPLE) -> GPT:
-    """A GPT on the CPU with uninitialised weights, to be loaded: to draw them takes as long as to load them."""
+    """A GPT on the CPU with uninitialised weights: to draw them would double the time of opening a model."""
     with torch.device("meta"):
         model = GPT(config, vocabulary_multiple)
     return model.to_empty(device="cpu")

@@ -37,6 +37,7 @@ class ChunkedLoss(torch.autograd.Function):
         vocab_size: int,
         wants_gradients: bool,
     ) -> Tensor:
+        """The summed loss; gradients are computed now, and kept for `backward`."""
         dtype = _product_dtype(hidden_NC)
         hidden, weight = hidden_NC.detach().to(dtype), weight_VC.detach().to(dtype)
         nats, hidden_gradients = torch.zeros((), device=hidden.device), []
@@ -55,6 +56,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of hidden states and weight, scaled by `grad`."""
         hidden_gradient, weight_gradient = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         scaled = (hidden_gradient.float() * grad).to(hidden_dtype)
@@ -96,11 +98,13 @@ class Fp8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
+        """Returns hidden @ weight.T, (N, V) in bfloat16."""
         ctx.save_for_backward(hidden_NC, weight_VC)
         return _multiply_in_fp8(hidden_NC, weight_VC, torch.float8_e4m3fn)
 
     @staticmethod
     def backward(ctx: Any, gradient_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of hidden states and weight."""
         hidden_NC, weight_VC = ctx.saved_tensors
         hidden_gradient = _multiply_in_fp8(gradient_NV, weight_VC.T, torch.float8_e5m2)
         weight_gradient = _multiply_in_fp8(gradient_NV.T, hidden_NC.T, torch.float8_e5m2)

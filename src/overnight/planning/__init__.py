@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from overnight.config import Renamed
 from overnight.recipe import Recipe
+from overnight.renamed import Renamed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +19,13 @@ from overnight.hardware import (
     find_device,
     find_device_name,
     find_memory_bytes,
-    find_peak_flops,
 )
 from overnight.planning import PlanConfig
 from overnight.planning.costs import (
+    add_assumed_costs,
+    add_fit_options,
+    add_measured_costs,
     describe_assumption,
-    with_assumed_costs,
-    with_fit_options,
-    with_measured_costs,
 )
 from overnight.planning.estimate import (
     TokenCounts,
@@ -36,17 +33,18 @@ from overnight.planning.estimate import (
     find_token_counts,
     model_config_of,
 )
+from overnight.planning.network import build_parallel_layout, compare_shardings
 from overnight.planning.page import plan_text
-from overnight.planning.parallel_layout import choose_parallel_layout, with_sharding
 from overnight.planning.plan import Plan, plan_to_json
-from overnight.recipe import Recipe, load_recipe
-from overnight.recipe_options import list_options
+from overnight.recipe import load_recipe
+from overnight.recipe_options import list_options, plain_recipe
 from overnight.run.setup import resolve
 from overnight.terminal import echo
 from overnight.training import Compute
 from overnight.training.compute import resolve_compute
 from overnight.training.memory import Resources, fits_into
 
+planned_recipe = plain_recipe  # its former name, which doctor imports
 UNKNOWN = Device("unknown", r"(?!)", DeviceFacts())
 
 
@@ -65,13 +63,12 @@ def plan_recipe(config: PlanConfig, name: str) -> Plan:
     """The whole plan: measured on this machine, or estimated for another one."""
     plan = estimate_plan(config, name)
     if plan.fits is False:
-        return with_fit_options(plan)
-    return with_assumed_costs(plan) if config.device_type else with_measured_costs(plan, config.seconds)
-
-
-def planned_recipe(config: Recipe) -> Recipe:
-    """The recipe within the settings of a command."""
-    return Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
+        add_fit_options(plan)
+    elif config.device_type:
+        add_assumed_costs(plan)
+    else:
+        add_measured_costs(plan, config.seconds)
+    return plan
 
 
 class Target(NamedTuple):
@@ -84,8 +81,6 @@ class Target(NamedTuple):
     processes: int
     memory_bytes: int | None
     """Of one process."""
-    peak_flops: float | None
-    """Of one device."""
 
 
 def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None) -> Plan:
@@ -101,30 +96,30 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
         raise ValueError(f"processes={processes} needs NVIDIA GPUs or a CPU, not {target.compute.device}")
     resources = Resources(target.compute.device, target.memory_bytes or 0, processes, target.processes)
     sizes = model_config_of(config, text.vocab_size)
-    resolved = resolve(planned_recipe(config), sizes, config.data, target.compute, resources)
-    layout = choose_parallel_layout(config.machines, target.processes, target.device, config.network)
-    layout = with_sharding(layout, resolved, target.memory_bytes)
+    resolved = resolve(plain_recipe(config), sizes, config.data, target.compute, resources)
+    sharding = resolved.compute.sharding if processes > 1 else "none"
+    layout = build_parallel_layout(target.device, config.network, resources, sharding)
     memory = layout.estimate_memory(sizes, resolved.plan.micro_batch_size, resolved.compute)
+    precision = resolved.compute.precision
+    rate = target.device and getattr(target.device.facts, precision)
+    peak_flops = rate and 1e12 * rate
     one = "" if is_here or processes > 1 else "one "
-    assumption = None
-    if not is_here:
-        precision = resolved.compute.precision
-        assumption = describe_assumption(target.device_name, target.peak_flops or 0, precision)
     return Plan(
         name=name,
         resolved=resolved,
         text=text,
         counts=count_run(resolved, text.validation_tokens),
         layout=layout,
+        needed_bytes_by_sharding=compare_shardings(resolved, resources),
         device_name=one + layout.describe(target.device_name),
         device_memory_bytes=target.memory_bytes,
-        peak_flops=target.peak_flops,
+        peak_flops=peak_flops,
         disk_free_bytes=shutil.disk_usage(Path.cwd()).free if is_here else None,
         load_average=os.getloadavg()[0] if target.device is None else 0.0,
         dollars_per_hour=config.dollars_per_hour and config.dollars_per_hour * config.machines,
         memory=memory,
         fits=_fits(memory.together, target.memory_bytes, is_here=is_here),
-        assumption=assumption,
+        assumption=None if is_here else describe_assumption(target.device_name, peak_flops or 0, precision),
     )
 
 
@@ -139,14 +134,13 @@ def local_target(config: PlanConfig) -> Target:
     """This machine. Raises ValueError for what it lacks."""
     device = open_world(config.compute.device).device
     processes = count_processes(config.compute.processes or 1, device)
-    compute, device_name = resolve_compute(config.compute, device), find_device_name(device)
+    device_name = find_device_name(device)
     return Target(
         device=None if device == "cpu" else find_device(device_name) or UNKNOWN,
         device_name=device_name,
-        compute=compute,
+        compute=resolve_compute(config.compute, device),
         processes=processes,
         memory_bytes=find_memory_bytes(device) // (processes if device == "cpu" else 1),
-        peak_flops=find_peak_flops(device, compute.precision),
     )
 
 
@@ -178,7 +172,6 @@ def published_target(config: PlanConfig) -> Target:
         compute=compute,
         processes=int(asked.processes or 1),
         memory_bytes=device.facts.memory_bytes,
-        peak_flops=1e12 * getattr(device.facts, precision),
     )
 
 
@@ -201,7 +194,7 @@ def find_known_device(name: str) -> Device:
 
 def command_after_plan(plan: Plan, config: PlanConfig) -> str:
     """The next command to run."""
-    changed = [shlex.join(words) for words in list_options(planned_recipe(config), load_recipe(plan.name))]
+    changed = [shlex.join(words) for words in list_options(plain_recipe(config), load_recipe(plan.name))]
     if plan.fits is False:
         recipe, kept = plan.name, changed
         if plan.fit_options:
@@ -210,11 +203,10 @@ def command_after_plan(plan: Plan, config: PlanConfig) -> str:
         else:
             recipe = plan.largest_fitting[0] if plan.largest_fitting else "quickstart"
             kept = [each for each in changed if each.startswith("--processes")]
-        return " ".join(
-            ["next: overnight plan", recipe, *kept, *_plan_options(config), *_device_type(config)]
-        )
+        own = _own_options(config, "machines", "network", "device_type")
+        return " ".join(["next: overnight plan", recipe, *kept, *own])
     if plan.assumption:
-        options = " ".join([plan.name, *changed, *_plan_options(config)])
+        options = " ".join([plan.name, *changed, *_own_options(config, "machines", "network")])
         return f"next: on that machine, overnight plan {options}, which measures"
     if config.machines > 1:
         trained = [option for option in changed if not option.startswith("--processes")]
@@ -225,13 +217,8 @@ def command_after_plan(plan: Plan, config: PlanConfig) -> str:
     return " ".join(["next: overnight train", plan.name, *changed])
 
 
-def _plan_options(config: PlanConfig) -> Iterator[str]:
-    """The options of `overnight plan` that describe several machines."""
-    if config.machines > 1:
-        yield f"--machines {config.machines}"
-    if config.network != PlanConfig.network:
-        yield f"--network {config.network}"
-
-
-def _device_type(config: PlanConfig) -> list[str]:
-    return [f"--device-type {config.device_type}"] if config.device_type else []
+def _own_options(config: PlanConfig, *names: str) -> list[str]:
+    """Those of these settings of the plan that are not left at their default."""
+    values = {name: getattr(config, name) for name in names}
+    changed = {name: value for name, value in values.items() if value != getattr(PlanConfig, name)}
+    return [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]

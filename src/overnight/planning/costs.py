@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from overnight.hardware import measure_matmul_flops, native_precision
 from overnight.planning import measure
-from overnight.planning.estimate import FORWARD_SHARE, StepCost, count_run
-from overnight.planning.parallel_layout import find_processes
+from overnight.planning.estimate import FORWARD_SHARE, StepCost, count_run, possible_micro_batches
 from overnight.planning.plan import Plan
 from overnight.recipe import Resolved
-from overnight.training.batch import ROWS_AT_MOST
-from overnight.training.memory import estimate_memory, fits_into, largest_that_fits, suggest_fits
+from overnight.training.memory import (
+    FitOption,
+    estimate_memory,
+    fits_into,
+    largest_that_fits,
+    suggest_fits,
+    try_shardings,
+)
 
 # MFU assumed of a device that is not here. Published for 124M parameters in 16 bits: build-nanogpt, eager,
 # 33 to 38% on A100 and H200; PyTorch compiled 32% on one A100 PCIe (llm.c, pull request 323) and 42% on one
@@ -24,50 +30,47 @@ PUBLISHED = {
     "h100": "others measured 40% (llm.c, eight H100)",
     "h200": "others measured 42% (PyTorch, one H200)",
 }
+CHECKPOINTING: tuple[Literal["selective", "block"], ...] = ("selective", "block")
 NOT_PUBLISHED = "no published measurement of this device"
 LONGEST_MICRO_BATCH = 0.5  # seconds, above which no steps are timed for a quick forecast
 QUICK_SECONDS = 2.0
 CPU_SHARE_OF_MATMUL = 0.85  # 88 to 92% were measured of GPT-2 124M
 
 
-def with_measured_costs(plan: Plan, seconds: float) -> Plan:
-    """`plan` with the costs of one process measured here, and what follows for all of them.
+def add_measured_costs(plan: Plan, seconds: float) -> None:
+    """Measure the costs of one process here, and fill in what follows for all of them.
 
     They are assumed where the whole model does not fit into one device.
     """
     layout, resolved = plan.layout, plan.resolved
-    alone = dataclasses.replace(resolved.compute, sharding="none")
-    whole = estimate_memory(resolved.model, resolved.plan.micro_batch_size, alone)
+    whole = estimate_memory(resolved.model, resolved.plan.micro_batch_size, resolved.compute)
     if layout.processes > 1 and not fits_into(plan.device_memory_bytes or 0, whole.together):
-        return with_assumed_costs(plan, "the model is too large to be measured in one process: ")
+        return add_assumed_costs(plan, "the model is too large to be measured in one process: ")
     found = measure.measure_step_costs(resolved, seconds, layout.processes)
     if found is None:
-        return with_fit_options(plan)
-    resolved, is_whole = found.resolved, layout.sharding == "none"  # else one process of several needs less
-    plan = dataclasses.replace(
-        plan,
-        resolved=resolved,
-        counts=count_run(resolved, plan.text.validation_tokens),
-        memory=layout.estimate_memory(resolved.model, resolved.plan.micro_batch_size, resolved.compute),
-        process_memory_bytes=found.process_memory_bytes,
-        peak_memory_bytes=found.peak_memory_bytes if is_whole else None,
-        evaluation_peak_memory_bytes=found.evaluation_peak_memory_bytes if is_whole else None,
-    )
-    return plan.with_costs(found.costs)
+        return add_fit_options(plan)
+    plan.resolved = resolved = found.resolved
+    plan.counts = count_run(resolved, plan.text.validation_tokens)
+    plan.memory = layout.estimate_memory(resolved.model, resolved.plan.micro_batch_size, resolved.compute)
+    plan.process_memory_bytes = found.process_memory_bytes
+    if layout.sharding == "none":  # else one process of several needs less than was measured
+        plan.peak_memory_bytes = found.peak_memory_bytes
+        plan.evaluation_peak_memory_bytes = found.evaluation_peak_memory_bytes
+    return plan.add_forecast(found.costs)
 
 
-def with_assumed_costs(plan: Plan, reason: str = "") -> Plan:
-    """`plan` with costs that follow from an assumed MFU; without any where no peak is published."""
+def add_assumed_costs(plan: Plan, reason: str = "") -> None:
+    """Fill in what follows from an assumed MFU, if the device's peak is published."""
     if plan.peak_flops is None:
-        return dataclasses.replace(plan, assumption=reason.removesuffix(": "))
+        plan.assumption = reason.removesuffix(": ")
+        return
     precision = plan.resolved.compute.precision
-    assumption = plan.assumption or reason + describe_assumption("", plan.peak_flops, precision)
-    fast, likely, slow = (assumed_cost(plan.resolved, plan.peak_flops * share) for share in ASSUMED_MFU)
-    return dataclasses.replace(plan, assumption=assumption).with_costs((fast, likely, slow))
+    plan.assumption = plan.assumption or reason + describe_assumption("", plan.peak_flops, precision)
+    plan.add_forecast([assumed_cost(plan.resolved, plan.peak_flops * share) for share in ASSUMED_MFU])
 
 
 def assumed_cost(resolved: Resolved, flops: float) -> StepCost:
-    """The costs of a device that computes so many of a model's FLOPs a second."""
+    """The costs of a device that computes `flops` of a model's FLOPs a second."""
     model, plan = resolved.model, resolved.plan
     executed = model.executed_flops_per_token(resolved.compute.activation_checkpointing)
     recomputation = executed / model.executed_flops_per_token("none")
@@ -92,22 +95,29 @@ def describe_assumption(device_name: str, peak_flops: float, precision: str) -> 
     )
 
 
-def with_fit_options(plan: Plan) -> Plan:
-    """`plan` of a model that does not fit, with the options that would make it fit."""
+def add_fit_options(plan: Plan) -> None:
+    """Fill in the options with which a model fits that does not fit as it is."""
     resolved, layout, memory_bytes = plan.resolved, plan.layout, plan.device_memory_bytes or 0
-    batch = resolved.recipe.batch
-    smallest = batch.batch_ramp_start_tokens or batch.tokens_per_step
-    rows = smallest // resolved.model.context_length // layout.processes
-    possible = [count for count in range(1, min(rows, ROWS_AT_MOST) + 1) if rows % count == 0]
+    possible = possible_micro_batches(resolved, layout.processes)
     group = (layout.processes, layout.processes_per_machine)
-    options = suggest_fits(resolved.model, resolved.compute, possible, memory_bytes, *group)
-    return dataclasses.replace(
-        plan,
-        fits=False,
-        fit_options=tuple(option._replace(options=option.options.replace("_", "-")) for option in options),
-        fit_in_processes=find_processes(layout, resolved, memory_bytes),
-        largest_fitting=largest_that_fits(resolved.compute, memory_bytes, *group),
-    )
+    plan.fits = False
+    plan.fit_options = tuple(suggest_fits(resolved.model, resolved.compute, possible, memory_bytes, *group))
+    if layout.processes == 1 and not layout.is_on_cpu:
+        plan.fit_in_processes = find_processes(resolved, memory_bytes)
+    plan.largest_fitting = largest_that_fits(resolved.compute, memory_bytes, *group)
+
+
+def find_processes(resolved: Resolved, memory_bytes: int) -> FitOption | None:
+    """The fewest GPUs of one machine, up to eight, whose memory is enough for a model too large for one."""
+    before = resolved.compute
+    for level in (before.activation_checkpointing, *CHECKPOINTING):
+        compute = dataclasses.replace(before, activation_checkpointing=level)
+        for count in (2, 4, 8):
+            *_, needed = try_shardings(resolved.model, 1, compute, memory_bytes, count, count).values()
+            if fits_into(memory_bytes, needed):
+                option = f" --activation-checkpointing {level}" if compute != before else ""
+                return FitOption(f"--processes {count}{option}", needed)
+    return None
 
 
 def quick_forecast(plan: Plan) -> tuple[float, str]:
@@ -121,14 +131,12 @@ def quick_forecast(plan: Plan) -> tuple[float, str]:
     flops = measure_matmul_flops(device, precision if native else "fp32", repeats=3)
     tokens = batch.micro_batch_size * batch.tokens_per_row
     if tokens * resolved.model.flops_per_token() / flops < LONGEST_MICRO_BATCH:
-        compute = dataclasses.replace(resolved.compute, compile=False)
-        eager = dataclasses.replace(resolved, compute=compute)
-        found = measure.measure_step_costs(eager, QUICK_SECONDS, plan.layout.processes)
+        found = measure.measure_step_costs(resolved, QUICK_SECONDS, plan.layout.processes, compiled=False)
         if found is not None:
-            return plan.forecast_with(found.costs)[0].seconds, "from a few steps, not compiled"
+            return plan.forecast_with(found.costs).seconds, "from a few steps, not compiled"
     share = CPU_SHARE_OF_MATMUL if device == "cpu" else max(ASSUMED_MFU)
     cost = assumed_cost(resolved, share * flops)
     basis = f"at {share:.0%} of the speed of a matrix product"
     if not native:
         basis = f"or more: {precision} is emulated here"
-    return plan.forecast_with((cost, cost, cost))[0].seconds, basis
+    return plan.forecast_with([cost] * 3).seconds, basis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,13 +17,14 @@ from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.recipe import Recipe, Resolved
 from overnight.tokenizer.open_tokenizer import load_tokenizer
+from overnight.training.batch import ROWS_AT_MOST
 from overnight.training.checkpoint.format import BYTES_PER_SAVED_PARAMETER
 
 BYTES_PER_SAVED_TENSOR = 110  # its entry in the header of a safetensors file
 BYTES_OF_CHECKPOINT_METADATA = 1500  # state.json and MANIFEST.json
 BYTES_PER_METRICS_LINE = 220
 GPT2_VOCABULARY = 50_257
-FORWARD_SHARE = 1 / 3  # of a training pass: backward takes twice as many operations as forward
+FORWARD_SHARE = 1 / 3  # of a training pass: backward takes twice the operations of forward
 RELEASED = {
     "gpt2": "gpt2-124m",
     "gpt2-medium": "gpt2-350m",
@@ -35,7 +37,7 @@ class TokenCounts(NamedTuple):
     """What is known of a recipe's text before training."""
 
     vocab_size: int
-    folder: Path | str | None
+    folder: str | None
     """Its shards, for a message; None unless all of it is prepared."""
     tokens: int | None
     """Of both splits."""
@@ -47,50 +49,40 @@ def find_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts
 
     Prepares and downloads nothing. Raises ValueError where the vocabulary is not known yet.
     """
-    if config.mixture:
-        return _add_token_counts(config, vocab_size)
-    folder = find_prepared(config)
-    if folder is None:
-        return TokenCounts(vocab_size or _vocabulary(config), None, None, None)
-    manifest = read_manifest(folder)
-    validation = manifest.tokens("validation")
-    return TokenCounts(manifest.vocab_size, folder, manifest.tokens("train") + validation, validation)
+    paths = [source.path for source in config.mixture] or [config.data]
+    folders = []
+    for path in paths:
+        if (folder := find_prepared(path, config.tokenizer)) is None:
+            return TokenCounts(vocab_size or _vocabulary(path, config.tokenizer), None, None, None)
+        folders.append(folder)
+    manifests = [read_manifest(folder) for folder in folders]
+    return TokenCounts(
+        vocab_size=manifests[0].vocab_size,
+        folder=", ".join(map(str, folders)),
+        tokens=sum(each.tokens("train") + each.tokens("validation") for each in manifests),
+        validation_tokens=sum(each.tokens("validation") for each in manifests),
+    )
 
 
-def _add_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts:
-    """The sources of a mixture as one text."""
-    parts = [
-        find_token_counts(dataclasses.replace(config, data=source.path, mixture=()), vocab_size)
-        for source in config.mixture
-    ]
-    counts = [(part.tokens, part.validation_tokens) for part in parts]
-    if any(None in pair for pair in counts):
-        return TokenCounts(parts[0].vocab_size, None, None, None)
-    tokens, validation_tokens = (sum(filter(None, each)) for each in zip(*counts, strict=True))
-    folders = ", ".join(str(part.folder) for part in parts)
-    return TokenCounts(parts[0].vocab_size, folders, tokens, validation_tokens)
-
-
-def find_prepared(config: DataConfig) -> Path | None:
+def find_prepared(path: str, tokenizer: str) -> Path | None:
     """The folder of shards that a run would read as it is; None if it would have to prepare one."""
-    folder = Path(config.data)
+    folder = Path(path)
     if not (folder / "manifest.json").is_file():
         try:
-            folder = output_folder(PrepareConfig(source=config.data, tokenizer=config.tokenizer))
+            folder = output_folder(PrepareConfig(source=path, tokenizer=tokenizer))
         except ValueError:  # no such source
             return None
     return folder if (folder / "manifest.json").is_file() else None
 
 
-def _vocabulary(config: DataConfig) -> int:
+def _vocabulary(path: str, name: str) -> int:
     """The vocabulary size of a tokenizer, from its name, or from its files."""
-    name = config.tokenizer
     if name == "gpt2":
         return GPT2_VOCABULARY
     if name == "characters":
         raise ValueError(
-            f"the number of characters in {config.data} is known once it is prepared: run "
-            f"`overnight prepare {config.data} --tokenizer characters`, or give --vocab-size"
+            f"the number of characters in {path} is known once it is prepared: run "
+            f"`overnight prepare {path} --tokenizer characters`, or give --vocab-size"
         )
     if size := re.fullmatch(r"bpe-([0-9]+)", name):
         return int(size[1])
@@ -149,6 +141,14 @@ def count_run(resolved: Resolved, validation_tokens: int | None) -> RunCounts:
     )
 
 
+def possible_micro_batches(resolved: Resolved, processes: int) -> list[int]:
+    """Rows per micro-batch that divide the rows of each process in the smallest step."""
+    batch = resolved.recipe.batch
+    smallest = batch.batch_ramp_start_tokens or batch.tokens_per_step
+    rows = smallest // resolved.model.context_length // processes
+    return [count for count in range(1, min(rows, ROWS_AT_MOST) + 1) if rows % count == 0]
+
+
 def count_times(every_steps: int | None, steps: int) -> int:
     """How often an event happens that comes every `every_steps` and after the last step; 0 if it is off."""
     return 0 if every_steps is None else -(-steps // every_steps)
@@ -188,11 +188,11 @@ class StepCost(NamedTuple):
     saved_byte: float
 
     def step(self, micro_batches: int) -> float:
-        """Seconds of a step of so many micro-batches."""
+        """Seconds of a step of `micro_batches`."""
         return micro_batches * self.micro_batch + self.update
 
 
-CostRange = tuple[StepCost, StepCost, StepCost]
+CostRange = Sequence[StepCost]
 """Fast, likely, slow."""
 
 

@@ -15,19 +15,18 @@ import torch
 from torch import Tensor
 
 from overnight.data.loader import Batch
-from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.distributed.world import World
 from overnight.evaluation.perplexity import evaluate_language_model, evaluation_rows
 from overnight.generation.generate import Decoding, generate
 from overnight.hardware import peak_memory_bytes, reset_peak_memory, synchronize
-from overnight.model.gpt import GPT
+from overnight.model.gpt import GPT, init_weights, weight_shapes
 from overnight.model.model_config import ModelConfig
 from overnight.planning.estimate import FORWARD_SHARE, CostRange, StepCost
 from overnight.recipe import Recipe, Resolved
-from overnight.run.setup import build_training, with_fewer_rows
+from overnight.run.setup import build_state, build_training, with_fewer_rows
 from overnight.run_directory import flush_to_disk
 from overnight.terminal import progress
 from overnight.training.batch import constant_plan
-from overnight.training.optim import build_optimizer, build_scaler
 from overnight.training.sharding import Replicated
 from overnight.training.state import TrainState
 from overnight.training.step import TrainSetup, fits, train_step
@@ -46,8 +45,6 @@ class Measurement(NamedTuple):
     costs: CostRange
     resolved: Resolved
     """With the rows per micro-batch that fitted."""
-    timed_micro_batches: int
-    """Of each timed step: the recipe's, or as many as time allowed."""
     process_memory_bytes: int
     """Held by the process before there was a model; 0 on a GPU, where only tensors are counted."""
     peak_memory_bytes: int | None
@@ -56,17 +53,19 @@ class Measurement(NamedTuple):
     """In training and evaluation."""
 
 
-def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -> Measurement | None:
+def measure_step_costs(
+    resolved: Resolved, seconds: float, processes: int = 1, *, compiled: bool = True
+) -> Measurement | None:
     """Train for about `seconds`, with fewer rows per micro-batch if a GPU needs it.
 
-    `resolved` is for all `processes`; this one computes any micro-batches of a step, as many as it has time
-    for. None if not even one row fits into the GPU's memory.
+    `resolved` is for all `processes`; this one computes any micro-batches of a step, fewer if the time is
+    short. None if not even one row fits into the GPU's memory.
     """
     device, plan = resolved.compute.device, resolved.plan
     started_at = time.perf_counter()
     reset_peak_memory(device)
     process_memory = peak_memory_bytes(device) or 0
-    state, training = build_trial(resolved)
+    state, training = build_trial(resolved, compiled=compiled)
     with progress("measure", None, "steps") as advance:
         first_at = time.perf_counter()
         while not fits(state, training):
@@ -77,7 +76,7 @@ def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -
             training = dataclasses.replace(training, plan=plan)
         _step(state, training, 1)
         first = time.perf_counter() - first_at
-        advance(1, "compiled" if resolved.compute.compile else "")
+        advance(1, "compiled" if training.loss.compute.compile else "")
         micro_batch, update = time_parts(state, training, min(2, plan.micro_batches(state.step)))
         advance()
         left = max(seconds - (time.perf_counter() - started_at), MINIMUM_SHARE * seconds)
@@ -87,6 +86,7 @@ def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -
             times.append(_step(state, training, micro_batches))
             advance()
     trained_peak = peak_memory_bytes(device)
+    runs = Path("runs").absolute()
     token_seconds = micro_batch / (plan.micro_batch_size * plan.tokens_per_row)
     parts = StepCost(
         micro_batch=micro_batch,
@@ -94,12 +94,11 @@ def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -
         start=max(0.0, first - micro_batch - update),
         evaluated_token=_time_evaluation(resolved, state.model, token_seconds),
         sampled_token=_time_sampling(resolved.recipe, state.model),
-        saved_byte=time_writing(_existing_folder(Path("runs"))),
+        saved_byte=time_writing(next(folder for folder in (runs, *runs.parents) if folder.is_dir())),
     )
     return Measurement(
         costs=cost_quartiles(parts, times, micro_batches),
         resolved=resolved,
-        timed_micro_batches=micro_batches,
         process_memory_bytes=process_memory,
         peak_memory_bytes=trained_peak,
         evaluation_peak_memory_bytes=peak_memory_bytes(device),
@@ -107,32 +106,36 @@ def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -
 
 
 def cost_quartiles(parts: StepCost, step_seconds: Sequence[float], micro_batches: int) -> CostRange:
-    """`parts` scaled so that steps of so many micro-batches take the quartiles of the timed ones.
+    """`parts` scaled so that steps of `micro_batches` take the quartiles of the timed ones.
 
     Parts are timed once and whole steps often, so only the ratio of the parts is used.
     """
     quartiles = statistics.quantiles(step_seconds, n=4, method="inclusive")
-    fast, likely, slow = (seconds / parts.step(micro_batches) for seconds in quartiles)
-    return _scaled(parts, fast), _scaled(parts, likely), _scaled(parts, slow)
+    factors = [seconds / parts.step(micro_batches) for seconds in quartiles]
+    return [
+        parts._replace(micro_batch=factor * parts.micro_batch, update=factor * parts.update)
+        for factor in factors
+    ]
 
 
-def _scaled(parts: StepCost, factor: float) -> StepCost:
-    return parts._replace(micro_batch=factor * parts.micro_batch, update=factor * parts.update)
+def build_trial(resolved: Resolved, *, compiled: bool = True) -> tuple[TrainState, TrainSetup]:
+    """A new model, and everything to train it in this process alone, on random ids.
 
-
-def build_trial(resolved: Resolved) -> tuple[TrainState, TrainSetup]:
-    """A new model, and everything to train it in this process alone, on random ids."""
-    recipe, device = resolved.recipe, resolved.compute.device
-    alone = dataclasses.replace(
-        resolved, compute=dataclasses.replace(resolved.compute, sharding="none", deterministic_reduce=False)
+    Without `compiled`, not even where the recipe compiles.
+    """
+    model, world = resolved.model, World(rank=0, size=1, device=resolved.compute.device)
+    compute = dataclasses.replace(
+        resolved.compute,
+        sharding="none",
+        deterministic_reduce=False,
+        compile=compiled and resolved.compute.compile,
     )
-    model = GPT(resolved.model, seed=recipe.seed).to(device)
-    optimizer = build_optimizer(model, recipe.optimizer)
-    state = TrainState(model, optimizer, scaler=build_scaler(device, resolved.compute.precision))
+    resolved = dataclasses.replace(resolved, compute=compute)
+    weights = init_weights(weight_shapes(model), model.n_layer, resolved.recipe.seed)
+    state = build_state(resolved, weights, world)
     # Any id can be the separator of documents: all are equally rare in random rows.
-    separator = 0 if recipe.data.packing == "documents" else None
-    world = dataclasses.replace(SINGLE_PROCESS, device=device)
-    return state, build_training(alone, model, RandomRows(resolved.model), world, separator)
+    separator = 0 if resolved.recipe.data.packing == "documents" else None
+    return state, build_training(resolved, state.model, RandomRows(model), world, separator)
 
 
 class RandomRows:
@@ -143,17 +146,20 @@ class RandomRows:
         self._generator = torch.Generator().manual_seed(0)
 
     def batch(self, _first_row: int, rows: int) -> Batch:
-        """So many rows; other ones each time."""
+        """`rows` rows, different ones each time."""
         shape = (2, rows, self._context_length)
         ids, targets = torch.randint(self._vocab_size, shape, generator=self._generator)
         return Batch(ids, targets)
 
 
-def _step(state: TrainState, training: TrainSetup, micro_batches: int) -> float:
+def _step(
+    state: TrainState, training: TrainSetup, micro_batches: int, sharing: Replicated | None = None
+) -> float:
     """Seconds of one step of `overnight train` with `micro_batches`."""
     plan = training.plan
     cut = constant_plan(plan.tokens_per_row, plan.micro_batch_size, micro_batches)
-    return train_step(state, dataclasses.replace(training, plan=cut)).seconds
+    changed = dataclasses.replace(training, plan=cut, sharing=sharing or training.sharing)
+    return train_step(state, changed).seconds
 
 
 class Stopwatch(Replicated):
@@ -175,7 +181,7 @@ def time_parts(state: TrainState, training: TrainSetup, micro_batches: int) -> t
     """Seconds of the last micro-batch of a step, and of its update."""
     stopwatch = Stopwatch(state.model, training.world)
     started_at = time.perf_counter()
-    _step(state, dataclasses.replace(training, sharing=stopwatch), micro_batches)
+    _step(state, training, micro_batches, stopwatch)
     before, last = [started_at, *stopwatch.finished_at][-2:]
     return last - before, time.perf_counter() - last
 
@@ -215,11 +221,6 @@ def time_writing(folder: Path) -> float:
         file.seek(0)
         hashlib.file_digest(file, "sha256")
         return (time.perf_counter() - started_at) / WRITTEN_BYTES
-
-
-def _existing_folder(path: Path) -> Path:
-    """`path`, or its nearest parent that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
 def _seconds(action: Callable[[], object]) -> float:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from overnight.planning.communication import Communication, predict_communication, scale_costs
 from overnight.planning.estimate import (
     CostRange,
     Forecast,
@@ -14,19 +15,15 @@ from overnight.planning.estimate import (
     forecast_run,
     predict_disk,
 )
-from overnight.planning.parallel_layout import (
-    Communication,
-    ParallelLayout,
-    predict_communication,
-    scale_costs,
-)
+from overnight.planning.network import ParallelLayout
 from overnight.recipe import Resolved
+from overnight.training import Sharding
 from overnight.training.memory import FitOption, MemoryEstimate
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Plan:
-    """What is planned, for which machine, and the figures found."""
+    """What is planned, for which machine, and the figures found, which are filled in step by step."""
 
     name: str
     """Of the recipe, as the user gave it."""
@@ -34,6 +31,8 @@ class Plan:
     text: TokenCounts
     counts: RunCounts
     layout: ParallelLayout
+    needed_bytes_by_sharding: dict[Sharding, int]
+    """Memory of one process with each sharding that was considered, the chosen one last; {} if alone."""
     device_name: str
     """Of all devices together, for a person."""
     device_memory_bytes: int | None
@@ -91,51 +90,53 @@ class Plan:
             use: count for use, count in self.disk_bytes.items() if use != "shards" or not self.text.folder
         }
 
-    def forecast_with(self, costs: CostRange) -> tuple[Forecast, Communication | None]:
+    def forecast_with(self, costs: CostRange) -> Forecast:
         """What follows from the costs of one process."""
-        layout, resolved, communication = self.layout, self.resolved, None
-        if layout.processes > 1:
-            communication = predict_communication(layout, resolved, costs[1], self.device_memory_bytes)
-            costs = scale_costs(layout, resolved.model, costs)
-        peak = self.peak_flops and self.peak_flops * layout.processes
-        return forecast_run(resolved, self.counts, costs, peak, self.dollars_per_hour), communication
+        peak = self.peak_flops and self.peak_flops * self.layout.processes
+        together = scale_costs(self.layout, self.resolved.model, costs)
+        return forecast_run(self.resolved, self.counts, together, peak, self.dollars_per_hour)
 
-    def with_costs(self, costs: CostRange) -> Plan:
-        """The plan with the forecast that follows from the costs of one process."""
-        forecast, communication = self.forecast_with(costs)
-        return dataclasses.replace(self, forecast=forecast, communication=communication)
+    def add_forecast(self, costs: CostRange) -> None:
+        """Fill in what follows from the costs of one process."""
+        self.forecast = self.forecast_with(costs)
+        self.communication = predict_communication(
+            self.layout, self.resolved, costs[1], self.device_memory_bytes
+        )
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """Every figure by name; null where it is unknown."""
-    layout, cluster = plan.layout, plan.layout.cluster
+    layout, resolved, counts, disk = plan.layout, plan.resolved, plan.counts, plan.disk_bytes
     same = ("device_name", "assumption", "fits", "device_memory_bytes", "needed_bytes", "load_average")
     measured = ("peak_memory_bytes", "evaluation_peak_memory_bytes", "disk_free_bytes")
     found = {
         "recipe": plan.name,
-        "parameters": plan.resolved.model.parameter_count(),
+        "parameters": resolved.model.parameter_count(),
         "measured": plan.assumption is None,
-        **dataclasses.asdict(plan.resolved.recipe.compute),
+        **dataclasses.asdict(resolved.recipe.compute),
         **{name: getattr(plan, name) for name in (*same, *measured)},
         "needed_bytes_by_use": {**dataclasses.asdict(plan.memory), "process": plan.process_memory_bytes},
         "ways_out": [option._asdict() for option in plan.fit_options],
         "fits_in_processes": plan.fit_in_processes and plan.fit_in_processes.options,
-        "micro_batch_size": plan.resolved.plan.micro_batch_size,
+        "micro_batch_size": resolved.plan.micro_batch_size,
         "micro_batches_per_step": plan.micro_batches,
-        "tokens_per_step": plan.resolved.recipe.batch.tokens_per_step,
-        "total_steps": plan.counts.steps,
-        "total_tokens": plan.counts.tokens,
-        "checkpoint_bytes": plan.counts.checkpoint_bytes,
-        "disk_bytes_by_use": plan.disk_bytes,
-        "disk_bytes": sum(plan.disk_bytes.values()),
+        "tokens_per_step": resolved.recipe.batch.tokens_per_step,
+        "total_steps": counts.steps,
+        "total_tokens": counts.tokens,
+        "checkpoint_bytes": counts.checkpoint_bytes,
+        "disk_bytes_by_use": disk,
+        "disk_bytes": sum(disk.values()),
         "machines": layout.machines,
         "processes_per_machine": layout.processes_per_machine,
         "all_processes": layout.processes,
         "sharding": layout.sharding,
-        "needed_bytes_by_sharding": layout.needed_bytes_by_sharding,
-        "link_within": cluster and dataclasses.asdict(cluster.within),
-        "link_between": cluster and cluster.between and dataclasses.asdict(cluster.between),
+        "needed_bytes_by_sharding": plan.needed_bytes_by_sharding,
+        "link_within": None if layout.is_on_cpu else dataclasses.asdict(layout.within),
+        "link_between": layout.between and dataclasses.asdict(layout.between),
     }
-    for part in (plan.communication, plan.forecast):
-        found |= dataclasses.asdict(part) if part else {}
-    return found
+    if plan.communication:
+        found |= {
+            **dataclasses.asdict(plan.communication),
+            "efficiency_range": plan.communication.efficiency_range,
+        }
+    return found | (dataclasses.asdict(plan.forecast) if plan.forecast else {})

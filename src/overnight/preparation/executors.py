@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from overnight.data.text_files import first_line
-from overnight.distributed.machine import count_cores
+from overnight.distributed.launcher import count_cores
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.prepare_state import SLURM_JOB
 from overnight.run_directory import write_atomically

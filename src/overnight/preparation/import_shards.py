@@ -115,7 +115,7 @@ class ShardImport:
             path = staging / f"{file.split}-{number + len(written):05d}.bin"
             if is_ours:
                 method = _link_or_copy(file.path, path)
-                digest = shards.hash_tokens(path).sha256
+                digest, _ = shards.hash_tokens(path)
             else:
                 new = shards.TokenFile(path, self.tokenizer.vocab_size)
                 for chunk in shards.chunks(ids):

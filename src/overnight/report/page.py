@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,16 +41,6 @@ class SmallChart(NamedTuple):
     svg: Markup
 
 
-class CompressorBar(NamedTuple):
-    """Bits per byte of a compressor, or of the model itself."""
-
-    bits: float
-    name: str
-    is_model: bool
-    share: float
-    """Of the longest bar."""
-
-
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the page about `run` to runs/NAME/report.html, or to `out`; returns the path.
 
@@ -71,8 +61,7 @@ def report_page(run: RunData) -> str:
     samples = [list(lines) for _, lines in itertools.groupby(run.samples, key=lambda line: line["step"])]
     newest, older = samples[::-1][:OPEN_SAMPLES], samples[::-1][OPEN_SAMPLES:]
     every = run.settings.get("evaluate_every_steps")
-    splits = {name: value for name, value in run.data.items() if _is_table(value)}
-    resumed = environment["resumed"] if _is_table(environment.get("resumed")) else []
+    splits = {name: rows for name, value in run.data.items() if (rows := _record_table(value, 1))}
     return render(
         "run.html",
         title=f"{status.name} · {status.state}",
@@ -92,9 +81,9 @@ def report_page(run: RunData) -> str:
         older_samples=list(itertools.chain.from_iterable(older)),
         older_steps=len(older),
         data_facts={name: value for name, value in run.data.items() if name not in splits},
-        splits=[_shards(name, rows) for name, rows in splits.items()],
+        splits=splits,
         environment_facts={k: v for k, v in environment.items() if k not in {"command", "resumed"}},
-        resumed=_resumptions(resumed),
+        resumed=_record_table(environment.get("resumed"), 99),
         commands=_commands(status),
     )
 
@@ -182,8 +171,8 @@ def _speed_figures(run: RunData) -> Iterator[tuple[str, str]]:
     for name, label in (("mfu", "6N + 12LCT"), ("mfu_executed", "executed FLOPs")):
         if (share := median(metrics[name])) is not None:
             yield f"MFU, median ({label})", f"{share:.1%}"
-    if np.isfinite(metrics["milliseconds"]).any():
-        yield "spent in training steps", duration(float(np.nansum(metrics["milliseconds"])) / 1000)
+    if run.training_seconds is not None:
+        yield "spent in training steps", duration(run.training_seconds)
     if is_finite(run.environment.get("parameters")):
         yield "parameters", short(run.environment["parameters"])
 
@@ -195,13 +184,12 @@ def _compressors(run: RunData) -> dict[str, Any] | None:
         return None
     others = [(float(value), str(name), False) for name, value in measured.items() if is_finite(value)]
     ranked = sorted([*others, (float(bits), run.status.name, True)], reverse=True)
-    longest = ranked[0][0]
-    bars = [CompressorBar(*each, share=each[0] / longest if longest > 0 else 0.0) for each in ranked]
+    names = ("bits", "name", "is_model")
     theirs, ours = run.compression.get("bytes"), run.last_evaluation.get("evaluated_bytes")
     note = ""
     if is_finite(theirs) and is_finite(ours) and theirs != ours:
         note = f" The compressors were given {short(theirs)} bytes of it, the model {short(ours)}."
-    return {"bars": bars, "note": note}
+    return {"bars": [dict(zip(names, bar, strict=True)) for bar in ranked], "note": note}
 
 
 def _loss(run: RunData) -> dict[str, Any]:
@@ -260,38 +248,28 @@ def _tasks(run: RunData) -> dict[str, Any] | None:
     by_metric: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in run.tasks:
         if is_finite(line.get("value")):
-            by_metric.setdefault((str(line.get("task")), str(line.get("metric"))), []).append(line)
+            name = (str(line.get("task")), str(line.get("metric")).replace("_", " "))
+            by_metric.setdefault(name, []).append(line)
     if not by_metric:
         return None
     charts: dict[str, SmallChart] = {}
     for (task, metric), lines in by_metric.items():
         if task not in charts:  # a task's first metric is drawn
-            charts[task] = _task_chart(task, metric.replace("_", " "), lines)
+            last = lines[-1]
+            chance = f"; chance {_number(last['chance'])}" if is_finite(last.get("chance")) else ""
+            caption = f"{metric}, {_number(last['value'])} at the end{chance}"
+            svg = plots.task_chart(lines, f"{metric} of {task} over steps")
+            charts[task] = SmallChart(task, caption, svg)
     latest = [_task_row(*name, lines[-1]) for name, lines in by_metric.items()]
     rows = [_task_row(*name, line) for name, lines in by_metric.items() for line in lines]
     tables = {"latest": Table(TASK_TITLES, latest, 2), "all": Table(TASK_TITLES, rows, 2)}
     return {"charts": list(charts.values()), **tables}
 
 
-def _task_chart(task: str, metric: str, lines: Sequence[dict[str, Any]]) -> SmallChart:
-    last = lines[-1]
-    chance = f"; chance {_number(last['chance'])}" if is_finite(last.get("chance")) else ""
-    caption = f"{metric}, {_number(last['value'])} at the end{chance}"
-    return SmallChart(task, caption, plots.task_chart(lines, f"{metric} of {task} over steps"))
-
-
 def _task_row(task: str, metric: str, line: dict[str, Any]) -> list[str]:
-    low, high, chance = (_number(line.get(name)) for name in ("low", "high", "chance"))
+    value, low, high, chance = (_number(line.get(name)) for name in ("value", "low", "high", "chance"))
     step, examples = f"{line['step']:,}", f"{line.get('examples', 0):,}"
-    return [
-        task,
-        metric.replace("_", " "),
-        step,
-        _number(line["value"]),
-        f"{low} to {high}",
-        examples,
-        chance,
-    ]
+    return [task, metric, step, value, f"{low} to {high}", examples, chance]
 
 
 def _number(value: object) -> str:
@@ -301,39 +279,23 @@ def _number(value: object) -> str:
     return f"{value:.4f}" if abs(value) < 10 else significant(value)
 
 
-def _is_table(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
-
-
-def _keys(rows: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row))
-
-
-def _shards(split: str, rows: list[dict[str, Any]]) -> tuple[str, Table]:
-    """A split's summary and its shards."""
-    total = sum(row["tokens"] for row in rows if isinstance(row.get("tokens"), int))
-    shards = "1 shard" if len(rows) == 1 else f"{len(rows):,} shards"
-    titles = _keys(rows)
-    cells = [[row.get(key, "") for key in titles] for row in rows]
-    texts = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in cells]
-    return f"{split}: {shards}, {total:,} tokens", Table(titles, texts)
-
-
-def _resumptions(starts: list[dict[str, Any]]) -> Table:
-    """When and how the run was resumed, and what had changed."""
-    titles = _keys(starts)
-    rows = [[show_value(start.get(key, "")) for key in titles] for start in starts]
-    return Table(titles, rows, numeric_from=len(titles))
+def _record_table(value: object, numeric_from: int) -> Table | None:
+    """A list of JSON objects as a table with a column for each of their keys; None for anything else."""
+    if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
+        return None
+    titles = list(dict.fromkeys(key for row in value for key in row))
+    return Table(titles, [[show_value(row.get(key, "")) for key in titles] for row in value], numeric_from)
 
 
 def _commands(status: RunStatus) -> str:
     """The shell commands that use the run, check it and repeat it."""
     run, again = shlex.quote(status.path), f"{status.name}-again"
-    lines: Iterable[str] = (
-        f'overnight generate {run} "Once upon a time"',
-        f"overnight evaluate {run}",
-        f"overnight train {shlex.quote(f'{status.path}/recipe.toml')} --run-name={shlex.quote(again)}",
-        f"overnight report {run} {shlex.quote(str(Path(status.path).parent / again))}",
+    resume = f"overnight train --resume {run}\n\n" if status.state in {"stopped", "damaged"} else ""
+    return resume + "\n".join(
+        (
+            f'overnight generate {run} "Once upon a time"',
+            f"overnight evaluate {run}",
+            f"overnight train {shlex.quote(f'{status.path}/recipe.toml')} --run-name={shlex.quote(again)}",
+            f"overnight report {run} {shlex.quote(str(Path(status.path).parent / again))}",
+        )
     )
-    resume = [f"overnight train --resume {run}", ""] if status.state in {"stopped", "damaged"} else []
-    return "\n".join([*resume, *lines])

@@ -17,7 +17,8 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from overnight.report.run_data import RunData, Series, smoothed
+from overnight.baselines.band import Series, columns_of
+from overnight.report.run_data import RunData, smoothed
 from overnight.terminal import scientific, short, significant
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def to_svg(figure: Figure, name: str) -> Markup:
 def loss_chart(run: RunData) -> Markup:
     """Training and validation loss over steps (below) and tokens (above), with the reference's bands."""
     steps, smooth = run.metrics["step"], run.smoothed_loss()
-    evaluated_at, evaluated = evaluated_losses(run, "step")
+    evaluated_at, evaluated = columns_of(run.evaluations, ("step", "loss")).values()
     description = "Training and validation loss over steps and tokens"
     with chart_style(description):
         figure, axes = new_axes((WIDE.width, WIDE.height), WIDE.margins)
@@ -177,7 +178,7 @@ def comparison_chart(runs: Sequence[RunData], names: Sequence[str]) -> Markup:
         ends = []
         for run, name, style in drawn:
             tokens, smooth = run.metrics["tokens"], run.smoothed_loss()
-            at, evaluated = evaluated_losses(run, "tokens")
+            at, evaluated = columns_of(run.evaluations, ("tokens", "loss")).values()
             _plot(axes, tokens, smooth, SMOOTH_POINTS, alpha=0.5, linewidth=1.2, **style)
             axes.plot(at, evaluated, linewidth=1.8, marker="o", markersize=4, **style)
             text = name if len(name) <= 17 else f"{name[:16]}…"
@@ -214,8 +215,7 @@ def metric_chart(run: RunData, name: str) -> Markup:
 
 def task_chart(lines: Sequence[dict[str, Any]], description: str) -> Markup:
     """A task's results over steps with their intervals, and a dashed line at chance."""
-    columns = [np.array([line.get(name, np.nan) for line in lines], float) for name in TASK_COLUMNS]
-    steps, values, low, high, chance = columns
+    steps, values, low, high, chance = columns_of(lines, TASK_COLUMNS).values()
     with chart_style(description):
         figure, axes = new_axes((SMALL.width, SMALL.height), SMALL.margins)
         axes.fill_between(steps, low, high, color=PLAIN, alpha=0.15, linewidth=0)
@@ -241,7 +241,7 @@ def visible_loss(runs: Sequence[RunData], against: str) -> tuple[float, float]:
     settled_at = longest.metrics[against][-1] / 20 if longest.steps >= 100 else 0
     parts = []
     for run in runs:
-        evaluated_at, evaluated = evaluated_losses(run, against)
+        evaluated_at, evaluated = columns_of(run.evaluations, (against, "loss")).values()
         at = np.concatenate([run.metrics[against], evaluated_at])
         losses = np.concatenate([run.smoothed_loss(), evaluated])
         parts.append(losses[np.isfinite(losses) & (at >= settled_at)])
@@ -257,12 +257,6 @@ def visible_loss(runs: Sequence[RunData], against: str) -> tuple[float, float]:
     low, high = float(finite.min()), float(finite.max())
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return low - room, high + room
-
-
-def evaluated_losses(run: RunData, against: str) -> tuple[Series, Series]:
-    """(`against`, loss) of every evaluation; `against` is "step" or "tokens"."""
-    rows = np.array([[line[against], line["loss"]] for line in run.evaluations], np.float64).reshape(-1, 2)
-    return rows[:, 0], rows[:, 1]
 
 
 def reference_bands(run: RunData) -> dict[str, tuple[Series, Series, Series]]:

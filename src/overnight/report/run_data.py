@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
-from numpy.typing import NDArray
 
-from overnight.baselines.band import COLUMNS as BAND_COLUMNS
-from overnight.baselines.band import find_band
+from overnight.baselines.band import Series, columns_of, find_band
 from overnight.baselines.verdict import BandComparison, compare_with_band
-from overnight.runs.json_lines import EVALUATION_KEYS, EVENT_KEYS, METRICS_KEYS, read_lines
+from overnight.runs.json_lines import EVENT_KEYS, LOSS_KEYS, read_lines
 from overnight.runs.status import RunStatus, describe_run, flat_settings
 
 COLUMNS = (
@@ -26,7 +23,6 @@ WINDOWS_PER_RUN = 100
 """A smoothed curve averages over this fraction of a run; shorter runs than twice that are not smoothed."""
 
 Lines = tuple[dict[str, Any], ...]
-Series = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,27 +30,21 @@ class RunData:
     """The content of one run directory."""
 
     status: RunStatus
-
     recipe: dict[str, Any]
     environment: dict[str, Any]
     data: dict[str, Any]
     compression: dict[str, Any]
     """The four files' content; empty if there is no such file."""
-
     settings: dict[str, Any]
     """The recipe's settings by their names of today."""
-
     metrics: dict[str, Series]
     """One array for each column of metrics.jsonl, ordered by step, NaN where a line lacks the column."""
-
     evaluations: Lines
     samples: Lines
     tasks: Lines
     rollbacks: Lines
-
     comparison: BandComparison | None
     """With the recipe's reference; None if there is none, or nothing to compare yet."""
-
     problems: tuple[str, ...]
     """One sentence for everything that could not be read."""
 
@@ -68,6 +58,12 @@ class RunData:
         """The latest evaluation; empty if there is none."""
         return self.evaluations[-1] if self.evaluations else {}
 
+    @property
+    def training_seconds(self) -> float | None:
+        """The time spent in training steps; None if no step has one."""
+        known = self.metrics["milliseconds"][np.isfinite(self.metrics["milliseconds"])]
+        return float(known.sum()) / 1000 if known.size else None
+
     def smoothed_loss(self) -> Series:
         """The training loss in nats per token, averaged over about a hundredth of the run."""
         tokens_of_step = np.diff(self.metrics["tokens"], prepend=0.0)
@@ -77,27 +73,32 @@ class RunData:
 def read_run(path: Path) -> RunData:
     """Read the run in `path`. Damaged parts are left out and reported in `problems`."""
     problems: list[str] = []
-    lines = _read_steps(path / "metrics.jsonl", METRICS_KEYS, problems)
-    metrics = {name: column(lines, name) for name in COLUMNS}
     events = path / "events"
-    evaluations = _read_steps(events / "evaluations.jsonl", EVALUATION_KEYS, problems)
-    recipe, data = (_read_object(path / name, problems) for name in ("recipe.toml", "data.json"))
+    metrics = columns_of(_read_steps(path / "metrics.jsonl", problems), COLUMNS)
+    evaluations = _read_steps(events / "evaluations.jsonl", problems)
+    recipe, data, environment, compression = (
+        _read_object(path / name, problems)
+        for name in ("recipe.toml", "data.json", "environment.json", "compression.json")
+    )
+    samples, tasks, rollbacks = (
+        _read_events(events / f"{kind}.jsonl", EVENT_KEYS, problems)
+        for kind in ("samples", "tasks", "rollbacks")
+    )
     settings = flat_settings(recipe)
     band = find_band(settings, data)
-    columns = {name: metrics[name].tolist() for name in BAND_COLUMNS}
     return RunData(
         status=describe_run(path),
         recipe=recipe,
-        environment=_read_object(path / "environment.json", problems),
+        environment=environment,
         data=data,
-        compression=_read_object(path / "compression.json", problems),
+        compression=compression,
         settings=settings,
         metrics=metrics,
         evaluations=evaluations,
-        samples=_read_events(events / "samples.jsonl", EVENT_KEYS, problems),
-        tasks=_read_events(events / "tasks.jsonl", EVENT_KEYS, problems),
-        rollbacks=_read_events(events / "rollbacks.jsonl", EVENT_KEYS, problems),
-        comparison=compare_with_band(band, columns, evaluations, settings) if band else None,
+        samples=samples,
+        tasks=tasks,
+        rollbacks=rollbacks,
+        comparison=compare_with_band(band, metrics, evaluations, settings) if band else None,
         problems=tuple(problems),
     )
 
@@ -110,12 +111,11 @@ def _read_events(path: Path, numeric_keys: tuple[str, ...], problems: list[str])
     return tuple(sorted(lines.values, key=lambda line: line["step"]))
 
 
-def _read_steps(path: Path, numeric_keys: tuple[str, ...], problems: list[str]) -> Lines:
+def _read_steps(path: Path, problems: list[str]) -> Lines:
     """The lines of a file that holds each step once; of a repeated step, the later line."""
-    lines = _read_events(path, numeric_keys, problems)
+    lines = _read_events(path, LOSS_KEYS, problems)
     by_step = {line["step"]: line for line in lines}
-    if len(by_step) < len(lines):
-        repeated = len(lines) - len(by_step)
+    if repeated := len(lines) - len(by_step):
         problems.append(f"{path.name} holds {repeated:,} steps more than once; the later line counts")
     return tuple(by_step.values())
 
@@ -139,12 +139,6 @@ def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
 def is_finite(number: object) -> TypeGuard[float]:
     """True for a number that can be drawn and printed."""
     return isinstance(number, int | float) and bool(np.isfinite(number))
-
-
-def column(lines: Sequence[Mapping[str, Any]], key: str) -> Series:
-    """`key` of every line as float64; NaN where a line has no such number."""
-    values = (line.get(key) for line in lines)
-    return np.array([value if isinstance(value, int | float) else np.nan for value in values], np.float64)
 
 
 def median(series: Series) -> float | None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from overnight.config import raise_problems
 from overnight.distributed.launcher import (
     count_restarts,
+    divide_cores,
     is_launched,
     is_main_process,
     use_new_rendezvous_store,
 )
-from overnight.distributed.machine import divide_cores
 from overnight.distributed.processes import run_processes
 from overnight.distributed.world import count_processes
 from overnight.recipe import Recipe
@@ -50,7 +50,7 @@ def train_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str
     raise_problems(recipe.problems(), f"recipe {recipe.run_name}")
     directory = find_directory(recipe, resumed)
     check_directory(recipe, directory, resume=resumed is not None)
-    count = count_processes(compute.processes or 1, compute.device)
+    count = count_processes(1 if compute.processes is None else compute.processes, compute.device)
     divide_cores(count)
     use_new_rendezvous_store()
     status = run_processes(words, count, compute.max_restarts)

@@ -47,7 +47,8 @@ def explain_choices(asked: Recipe, run: RunSetup) -> dict[str, str]:
     reason = "the memory estimate allows it" if asked.batch.micro_batch_size is None else "as asked"
     if asked.batch.micro_batch_size not in {None, rows}:
         reason = "halved until it fitted"
-    choices["micro_batch_size"] = f"{rows} ({reason}), {micro_batches} micro-batches a step"
+    plural = "" if micro_batches == "1" else "es"
+    choices["micro_batch_size"] = f"{rows} ({reason}), {micro_batches} micro-batch{plural} a step"
     return choices
 
 

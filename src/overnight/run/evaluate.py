@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -22,15 +21,13 @@ from overnight.evaluation.perplexity import (
     evaluation_rows,
     pool_evaluations,
 )
-from overnight.evaluation.scores import Score
+from overnight.evaluation.scores import Example, Numbers, Score, TaskResult
 from overnight.evaluation.tasks import (
     HARNESS,
-    Example,
-    Numbers,
     Task,
-    TaskResult,
     evaluate_task,
-    open_tasks,
+    gather_results,
+    open_task,
     split_names,
 )
 from overnight.model.gpt import GPT
@@ -55,7 +52,7 @@ def evaluate_validation(run: RunSetup, watch: Watchdog) -> tuple[Evaluation, lis
 def _evaluate_stream(run: RunSetup, stream: TokenStream, tokens: int | None, watch: Watchdog) -> Evaluation:
     model, dataset = run.state.model, run.dataset
     batches = _with_heartbeat(stream.evaluation_batches(evaluation_rows(model), tokens), watch)
-    evaluation = evaluate_language_model(
+    loss = evaluate_language_model(
         model,
         batches,
         dataset.tokenizer.token_bytes(),
@@ -64,7 +61,7 @@ def _evaluate_stream(run: RunSetup, stream: TokenStream, tokens: int | None, wat
         world=run.world,
     )
     reshard(model)
-    return evaluation
+    return loss.summary()
 
 
 def _with_heartbeat(batches: Iterable[Batch], watch: Watchdog) -> Iterator[Batch]:
@@ -112,7 +109,7 @@ def open_run_tasks(config: EvaluationConfig, tokenizer: Tokenizer, context_lengt
             f"tasks={', '.join(config.tasks)}: a run evaluates validation text by evaluate_every_steps, and "
             f"{HARNESS}NAME only with `overnight evaluate`"
         )
-    tasks = open_tasks(names.own, config.task_files, config.task_examples)
+    tasks = [open_task(name, config.task_files, config.task_examples) for name in names.own]
     return [RunTask(task, task.encode(tokenizer, context_length)) for task in tasks]
 
 
@@ -127,10 +124,8 @@ def evaluate_run_tasks(run: RunSetup, tasks: Sequence[RunTask], watch: Watchdog)
     for each in tasks:
         own = list(_evaluate_share(each, model, run, world if is_whole else SINGLE_PROCESS, watch))
         with watch.paused() if world.size > 1 else nullcontext():
-            gathered = world.all_gather_object(json.dumps(own))
-        numbers = {index: tuple(values) for share in gathered for index, values in json.loads(share)}
-        result = TaskResult(each.examples, [numbers[index] for index in range(len(each.examples))])
-        scores += each.task.score(result, None)
+            numbers = gather_results(own, world)
+        scores += each.task.score([TaskResult(each.examples, numbers)])
     return scores
 
 

@@ -74,7 +74,7 @@ class RunLog:
         self._open.__exit__(kind, error, trace)
 
     def after_step(self, result: StepResult) -> None:
-        """Log a step, and do what is due after it; the checkpoint comes last, after the files it refers to."""
+        """Log a step, and do what is due after it; the checkpoint comes after the files it refers to."""
         recipe = self.run.resolved.recipe
         tasks_every = recipe.evaluation.tasks_every_steps or recipe.evaluation.evaluate_every_steps
         self.log_metrics(result)

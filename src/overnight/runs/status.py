@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,11 +19,10 @@ from typing import Any, Literal
 
 from overnight.recipe import Recipe
 from overnight.run_directory import RunDirectory
-from overnight.runs.json_lines import EVALUATION_KEYS, EVENT_KEYS, METRICS_KEYS, JsonLines, read_ends
+from overnight.runs.json_lines import EVENT_KEYS, LOSS_KEYS, read_lines
 from overnight.training.batch import BatchConfig, plan_batches
 
 State = Literal["running", "finished", "stopped", "diverged", "empty", "damaged"]
-KILLED = "a kill or a power failure: no reason was recorded"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,66 +30,45 @@ class RunStatus:
     """The state of one run. A field is None if the run has not come that far, or its files do not say."""
 
     name: str
-
     path: str
-
     state: State
     """running: its lock is held; finished: all steps are done and the last checkpoint exists; stopped: some
     steps are done; diverged: it gave up because of its losses; empty: no step is done; damaged: some file
     cannot be read, and `problem` says which."""
-
     step: int
     """Finished steps."""
-
     total_steps: int | None
-
     loss: float | None
     """The last step's training loss, in nats per token."""
-
     validation_loss: float | None
     """The last evaluation's, in nats per token."""
-
     bits_per_byte: float | None
     """The last evaluation's."""
-
     on_track: str | None
     """Position in the recipe's reference band at the last evaluation: within, below, above, or suspect
     (within, but a diagnosis fits). None without a reference."""
-
     likely_mistake: str | None
     """The first diagnosis that fits, if the run is off its reference."""
-
     tokens: int
     """Tokens trained on."""
-
     tokens_per_second: float | None
     """The median over the last 200 steps."""
-
     seconds_left: float | None
     """The remaining tokens divided by the median speed, while the run is running."""
-
     last_written_at: datetime | None
     """When the metrics file last grew, UTC."""
-
     problem: str | None
     """What is damaged, and where."""
-
     ended_by: str | None = None
     """Why it stopped or diverged."""
-
     rollbacks: int = 0
     """Number of rollbacks to a checkpoint."""
-
-
-def is_run(path: Path) -> bool:
-    """True if the folder is a run directory."""
-    return RunDirectory(path).exists()
 
 
 def find_run(name: str, folder: Path = Path("runs")) -> Path:
     """The run `name`: a path, or a name under runs/. Raises ValueError with the nearest name."""
     for path in (Path(name), folder / name):
-        if is_run(path):
+        if RunDirectory(path).exists():
             return path
     if Path(name).is_dir():
         raise ValueError(
@@ -104,47 +82,49 @@ def find_run(name: str, folder: Path = Path("runs")) -> Path:
 
 def list_runs(folder: Path) -> list[RunStatus]:
     """Every run directly under `folder`, the most recently written last."""
-    runs = [describe_run(path) for path in _run_folders(folder)]
     never = datetime.min.replace(tzinfo=UTC)
+    runs = map(describe_run, _run_folders(folder))
     return sorted(runs, key=lambda run: (run.last_written_at or never, run.name))
 
 
 def describe_run(path: Path) -> RunStatus:
     """The state of the run in `path`, from its recipe and the ends of its metrics and evaluations."""
     directory = RunDirectory(path)
-    metrics = read_ends(directory.metrics, METRICS_KEYS)
-    evaluations = read_ends(path / "events" / "evaluations.jsonl", EVALUATION_KEYS)
-    settings, recipe_problems = _read_settings(directory)
-    problems = [*metrics.problems, *evaluations.problems, *recipe_problems]
-    total_steps = settings.get("total_steps")
-    total_steps = total_steps if isinstance(total_steps, int) else None
-
-    last = metrics.values[-1] if metrics.values else {}
+    metrics = read_lines(directory.metrics, LOSS_KEYS, only_ends=True)
+    evaluations = read_lines(path / "events" / "evaluations.jsonl", LOSS_KEYS, only_ends=True)
+    rollbacks = read_lines(path / "events" / "rollbacks.jsonl", EVENT_KEYS, only_ends=True)
+    problems = [*metrics.problems, *evaluations.problems]
+    settings = _read_settings(directory, problems)
+    asked_steps = settings.get("total_steps")
+    total_steps = asked_steps if isinstance(asked_steps, int) else None
+    last: dict[str, Any] = metrics.values[-1] if metrics.values else {"step": 0, "tokens": 0}
     evaluation = evaluations.values[-1] if evaluations.values else {}
-    step, tokens = int(last.get("step", 0)), int(last.get("tokens", 0))
-    state = "damaged" if problems else _state(directory, step, total_steps)
-    ended_by = _read_end_reason(directory.ended)
-    if state == "stopped" and ended_by.startswith("FloatingPointError: "):
+    state: State = "damaged" if problems else _state(directory, last["step"], total_steps)
+    ended_by = _read_end_reason(directory) if state == "stopped" else None
+    if ended_by and ended_by.startswith("FloatingPointError: "):
         state, ended_by = "diverged", ended_by.removeprefix("FloatingPointError: ")
-    speed = _recent_median(metrics, "tokens_per_second")
+    speeds = [line.get("tokens_per_second") for line in metrics.values[-200:]]
+    known_speeds = [speed for speed in speeds if isinstance(speed, int | float)]
+    speed = statistics.median(known_speeds) if known_speeds else None
+    written = directory.metrics.stat().st_mtime if directory.metrics.is_file() else None
     return RunStatus(
         name=path.resolve().name,
         path=str(path),
         state=state,
-        step=step,
+        step=last["step"],
         total_steps=total_steps,
         loss=last.get("loss"),
         validation_loss=evaluation.get("loss"),
         bits_per_byte=evaluation.get("bits_per_byte"),
         on_track=evaluation.get("on_track"),
         likely_mistake=evaluation.get("likely_mistake"),
-        tokens=tokens,
+        tokens=last["tokens"],
         tokens_per_second=speed,
-        seconds_left=_seconds_left(settings, tokens, speed) if state == "running" else None,
-        last_written_at=_written_at(directory.metrics),
+        seconds_left=_seconds_left(settings, last["tokens"], speed) if state == "running" else None,
+        last_written_at=None if written is None else datetime.fromtimestamp(written, tz=UTC),
         problem="; ".join(problems) or None,
-        ended_by=ended_by if state in {"stopped", "diverged"} else None,
-        rollbacks=len(read_ends(path / "events" / "rollbacks.jsonl", EVENT_KEYS).values),
+        ended_by=ended_by,
+        rollbacks=len(rollbacks.values),
     )
 
 
@@ -157,17 +137,17 @@ def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if is_run(path)) if folder.is_dir() else []
+    return sorted(path for path in folder.iterdir() if RunDirectory(path).exists()) if folder.is_dir() else []
 
 
-def _read_settings(directory: RunDirectory) -> tuple[dict[str, Any], Sequence[str]]:
-    """The recipe's settings by name, and what is wrong with the recipe: nothing, or one sentence."""
+def _read_settings(directory: RunDirectory, problems: list[str]) -> dict[str, Any]:
     try:
-        return flat_settings(tomllib.loads(directory.read_recipe())), []
+        return flat_settings(tomllib.loads(directory.read_recipe()))
     except tomllib.TOMLDecodeError as error:
-        return {}, [f"recipe.toml cannot be read: {error}"]
+        problems.append(f"recipe.toml cannot be read: {error}")
     except ValueError as error:
-        return {}, [str(error).removeprefix(f"{directory.path}{os.sep}")]
+        problems.append(str(error).removeprefix(f"{directory.path}{os.sep}"))
+    return {}
 
 
 def _state(directory: RunDirectory, step: int, total_steps: int | None) -> State:
@@ -179,17 +159,11 @@ def _state(directory: RunDirectory, step: int, total_steps: int | None) -> State
     return "stopped" if step else "empty"
 
 
-def _read_end_reason(ended: Path) -> str:
+def _read_end_reason(directory: RunDirectory) -> str:
     try:
-        return str(json.loads(ended.read_text(encoding="utf-8"))["reason"])
+        return str(json.loads(directory.ended.read_text(encoding="utf-8"))["reason"])
     except (OSError, ValueError, LookupError, TypeError):
-        return KILLED
-
-
-def _recent_median(metrics: JsonLines, key: str) -> float | None:
-    """The median of `key` over the last 200 steps: slow first steps do not count."""
-    numbers = [line[key] for line in metrics.values[-200:] if isinstance(line.get(key), int | float)]
-    return statistics.median(numbers) if numbers else None
+        return "a kill or a power failure: no reason was recorded"
 
 
 def _seconds_left(settings: Mapping[str, Any], tokens: int, speed: float | None) -> float | None:
@@ -204,7 +178,3 @@ def _seconds_left(settings: Mapping[str, Any], tokens: int, speed: float | None)
     except ValueError:  # the recipe was edited since
         return None
     return max(0, plan.tokens_before(numbers["total_steps"]) - tokens) / speed
-
-
-def _written_at(path: Path) -> datetime | None:
-    return datetime.fromtimestamp(path.stat().st_mtime, tz=UTC) if path.is_file() else None

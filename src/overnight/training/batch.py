@@ -108,7 +108,7 @@ class BatchPlan:
         return self._before(step) * self._tokens_per_micro_batch
 
     def full_steps_before(self, step: int) -> float:
-        """All steps before `step`, in full steps: a smaller one counts for its share of a full one's tokens."""
+        """All steps before `step`, in full steps: a smaller one counts as its share of a full one."""
         return self._before(step) / self.stages[-1].micro_batches
 
     def steps_for(self, tokens: int) -> int:
@@ -201,9 +201,9 @@ def _divisors(number: int) -> list[int]:
 def _stages(config: BatchConfig, micro_batches: int) -> tuple[Stage, ...]:
     """The ramp and the constant size after it; `micro_batches` are those of its unit, the smallest size.
 
-    The ramp's tokens are cut into equal shares, one for each size below the full one. A step has one unit, and
-    one more for each share that was seen completely before it. A stage that exceeds its share, since its steps
-    are whole, shortens the next one, so that no error accumulates.
+    The ramp's tokens are cut into equal shares, one for each size below the full one. A step has one unit,
+    and one more for each share that was seen completely before it. A stage that exceeds its share, since its
+    steps are whole, shortens the next one, so that no error accumulates.
     """
     unit, batch_ramp_tokens = (
         config.batch_ramp_start_tokens or config.tokens_per_step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +13,16 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from overnight.model.gpt import GPT
-from overnight.training.checkpoint.format import TensorShard
 from overnight.training.guard import Guard
 from overnight.training.optim import build_scaler
+
+
+class TensorShard(NamedTuple):
+    """Some rows of a tensor."""
+
+    rows: Tensor
+    first: int
+    """Index of the first of them."""
 
 
 def local_shard(tensor: Tensor) -> TensorShard:

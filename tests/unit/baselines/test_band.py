@@ -1,6 +1,5 @@
 import math
 import re
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +13,7 @@ from overnight.baselines.band import (
     load_bands,
     read_band,
 )
+from overnight.baselines.diagnoses import Deviation
 from overnight.recipe import flatten, load_recipe
 
 BAND = ReferenceBand(
@@ -32,10 +32,6 @@ SETTINGS = {"n_layer": 2, "dropout": 0.0, "peak_learning_rate": 1.0}
 TEXT_FACTS = {"source": "b", "tokenizer": "characters", "documents": 3}
 
 
-def test_band_fits_the_run_of_its_recipe_on_its_text() -> None:
-    assert find_band(SETTINGS, TEXT_FACTS, [BAND]) is BAND
-
-
 @pytest.mark.parametrize(
     "settings, text",
     [
@@ -45,9 +41,14 @@ def test_band_fits_the_run_of_its_recipe_on_its_text() -> None:
         ({}, {"tokenizer": "gpt2"}),
     ],
 )
-def test_band_does_not_fit_another_experiment(settings: dict[str, object], text: dict[str, object]) -> None:
+def test_band_fits_only_its_recipe_on_its_text(settings: dict[str, object], text: dict[str, object]) -> None:
+    assert find_band(SETTINGS, TEXT_FACTS, [BAND]) is BAND
     assert find_band(SETTINGS | settings, TEXT_FACTS | text, [BAND]) is None
     assert find_band(SETTINGS | settings, {}, [BAND]) is None
+
+
+def test_band_is_read_as_it_was_written() -> None:
+    assert read_band(BAND.to_json()) == BAND
 
 
 def test_differences_have_both_values() -> None:
@@ -69,20 +70,16 @@ def test_curve_is_linear_over_the_logarithm_of_tokens() -> None:
 
 
 def test_z_is_one_at_the_edges() -> None:
-    reference = BandPoint(9, 10, 12)
-    assert [reference.z(value) for value in (8, 9, 10, 11, 12, 14)] == [-2, -1, 0, 0.5, 1, 2]
-    assert reference.z(math.nan) == reference.z(math.inf) == math.inf
-    assert BandPoint(1, 1, 1).z(1.5) == math.inf
-
-
-def test_band_is_read_as_it_was_written() -> None:
-    assert read_band(BAND.to_json()) == BAND
+    band = BandPoint(9, 10, 12)
+    values = (8, 9, 10, 11, 12, 14, math.nan, math.inf)
+    assert [Deviation(100, value, band).z for value in values] == [-2, -1, 0, 0.5, 1, 2, math.inf, math.inf]
+    assert Deviation(100, 1.5, BandPoint(1, 1, 1)).z == math.inf
 
 
 def test_bands_of_the_package_belong_to_its_recipes() -> None:
-    bands = load_bands()
-    assert bands
-    for band in bands:
+    assert load_bands()
+    for band in load_bands():
+        assert len(band.to_json()) < 40_000
         settings = flatten(load_recipe(band.recipe.split()[0]))
         known = {name: value for name, value in settings.items() if value is not None}
         assert not {name for name in band.identity if name not in settings}
@@ -91,7 +88,6 @@ def test_bands_of_the_package_belong_to_its_recipes() -> None:
                 assert known[name] == value, (band.recipe, name)
         assert set(band.text) | {"tokenizer_fingerprint"} == set(TEXT)
         assert set(band.curves) <= set(MIN_HALF_WIDTH)
-        assert band.source
         for curve in band.curves.values():
             assert list(curve.tokens) == sorted({*curve.tokens})
             for low, middle, high in zip(curve.low, curve.middle, curve.high, strict=True):
@@ -108,9 +104,3 @@ def test_published_curve_is_for_its_text_only() -> None:
     assert reference == BandPoint(3.342, 3.392, 3.472)
     assert band.differences(settings) == {}
     assert "chosen, not measured" in band.notes
-
-
-def test_band_files_are_small() -> None:
-    folder = Path(load_bands.__wrapped__.__code__.co_filename).parent / "bands"
-    assert {path.suffix for path in folder.iterdir()} == {".json"}
-    assert all(path.stat().st_size < 40_000 for path in folder.iterdir())

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from overnight.bench.variants import baseline_compute
+from overnight.bench.variants import baseline_task
 from overnight.bench.worker import StepTask
 from overnight.model import model_config
 from overnight.model.model_config import ModelConfig
@@ -19,16 +19,6 @@ def _tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(model_config.PRESETS, "tiny", TINY)
 
 
-def task_of(model: ModelConfig = TINY, device: str = "cpu", **changes: object) -> StepTask:
+def task_of(model: ModelConfig = TINY, **changes: object) -> StepTask:
     """A step of two rows in two micro-batches."""
-    task = StepTask(
-        model=model,
-        compute=baseline_compute(device),
-        ids="",
-        rows_per_step=2,
-        micro_batches=2,
-        vocabulary_multiple=1,
-        fused_optimizer=False,
-        large_pages=False,
-    )
-    return dataclasses.replace(task, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(baseline_task(model, "cpu", 2, 2), **changes)  # type: ignore[arg-type]

@@ -14,21 +14,18 @@ import os
 import pickle
 import random
 import runpy
-import shutil
 import struct
 import subprocess
 import sys
 import time
 import timeit
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from overnight.conversion.nanogpt import read_nanogpt
 
 Write = Callable[..., Path]
 OpenAll = Callable[..., list[dict[str, Any]]]
@@ -53,19 +50,12 @@ def payloads(mark: Path) -> dict[str, Calls]:
         "exec": Calls(exec, written),
         "open": Calls(open, str(mark), "w"),
         "mkdir": Calls(os.mkdir, str(mark)),
-        "mkfifo": Calls(os.mkfifo, str(mark)),
         "posix_spawn": Calls(os.posix_spawn, "/bin/sh", ["sh", "-c", touch], {}),
-        "spawnv": Calls(os.spawnv, os.P_WAIT, "/bin/sh", ["sh", "-c", touch]),
-        "popen": Calls(os.popen, touch),
-        "subprocess.call": Calls(subprocess.call, ["/bin/sh", "-c", touch]),
         "Popen": Calls(subprocess.Popen, ["/bin/sh", "-c", touch]),
-        "getoutput": Calls(subprocess.getoutput, touch),
         "timeit": Calls(timeit.timeit, written, "pass", time.perf_counter, 1),
         "run_code": Calls(runpy._run_code, written, {}),  # type: ignore[attr-defined]
-        "copy": Calls(shutil.copyfile, __file__, str(mark)),
         "touch": Calls(Path.touch, mark),
         "torch.save": Calls(torch.save, 1, str(mark)),
-        "zip": Calls(zipfile.ZipFile, str(mark), "w"),
         "partial": Calls(functools.reduce, pow, [Calls(eval, written) or 1]),
         "nested pickle": Calls(pickle.loads, pickle.dumps(Calls(os.system, touch))),
     }
@@ -91,24 +81,22 @@ def checkpoints_with(evil: Calls, good: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def open_all(write: Write, tmp_path: Path) -> OpenAll:
-    """`open_all(paths, "trusting" or "ours")`: the result of each file."""
+    """`open_all(contents or paths, "trusting" or "ours")`: the result of each file."""
 
-    def run(paths: list[Path], how: str = "ours") -> list[dict[str, Any]]:
+    def run(files: Sequence[bytes | Path], how: str = "ours") -> list[dict[str, Any]]:
         folder = tmp_path / how
         folder.mkdir()
+        paths = []
+        for number, each in enumerate(files):
+            paths.append(each if isinstance(each, Path) else tmp_path / f"file-{number}.pt")
+            if isinstance(each, bytes):
+                paths[-1].write_bytes(each)
         program = Path(__file__).with_name("open_hostile.py")
         command = [sys.executable, "-W", "ignore", program, write(), folder, how, *paths]
         ended = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
         return [json.loads(line) for line in ended.stdout.splitlines()]
 
     return run
-
-
-def write_all(folder: Path, contents: list[bytes]) -> list[Path]:
-    paths = [folder / f"file-{number}.pt" for number in range(len(contents))]
-    for path, content in zip(paths, contents, strict=True):
-        path.write_bytes(content)
-    return paths
 
 
 @pytest.mark.parametrize("positions", [2, pytest.param(8, marks=pytest.mark.slow)])
@@ -123,7 +111,7 @@ def test_hostile_pickle_runs_no_code(write: Write, tmp_path: Path, open_all: Ope
             marks[path] = path.with_suffix(".mark")
             torch.save(checkpoints_with(payloads(marks[path])[name], good)[position], path)
     results = open_all(list(marks))
-    assert len(results) == len(marks) == 20 * positions
+    assert len(results) == len(marks) == 13 * positions
     for each in results:
         assert each["status"] == 3, each  # refused
         assert each["events"] == [], each
@@ -188,9 +176,9 @@ def malformed_files(valid: bytes) -> dict[str, bytes]:
     }
 
 
-def test_malformed_file_is_refused(write: Write, tmp_path: Path, open_all: OpenAll) -> None:
+def test_malformed_file_is_refused(write: Write, open_all: OpenAll) -> None:
     contents = malformed_files(write().read_bytes())
-    results = open_all(write_all(tmp_path, list(contents.values())))
+    results = open_all(list(contents.values()))
     for name, each in zip(contents, results, strict=True):
         assert each["status"] == 3, (name, each)
         assert each["events"] == [], (name, each)
@@ -216,7 +204,7 @@ def test_damaged_file_is_refused_or_unchanged(
         else:
             del damaged[draw.randrange(len(valid)) :]
         contents.append(bytes(damaged))
-    results = open_all(write_all(tmp_path, contents))
+    results = open_all(contents)
     assert len(results) == trials
     whole = (tmp_path / "ours" / "tensors.safetensors").read_bytes()
     for number, each in enumerate(results):
@@ -236,14 +224,6 @@ def reads_other_weights(path: Path, valid: bytes) -> bool:
         return not all(torch.equal(found[name], right[name]) for name in right)
     except Exception:
         return False
-
-
-def test_hostile_pickle_error_is_one_sentence(write: Write, tmp_path: Path) -> None:
-    path = write(config=Calls(eval, f"open({str(tmp_path / 'mark')!r}, 'w').close()"))
-    with pytest.raises(ValueError, match=r"ckpt\.pt .*eval") as error:
-        read_nanogpt(path)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="this system has no limit of memory")

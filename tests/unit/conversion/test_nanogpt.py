@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ from overnight.model.gpt import GPT
 Write = Callable[..., Path]
 
 
+IDS = torch.arange(32).view(2, 16)
+
+
 @pytest.mark.parametrize(("prefix", "padded"), [("", False), ("_orig_mod.", True)])
 def test_nanogpt_checkpoint_is_original_model(write: Write, original: GPT, prefix: str, padded: bool) -> None:
     model, tokenizer = read_nanogpt(write(prefix=prefix, padded=padded))
-    ids = torch.arange(32).view(2, 16)
-    assert torch.equal(model(ids), original(ids))
+    assert torch.equal(model(IDS), original(IDS))
     assert model.vocab_size == tokenizer.vocab_size
     assert not model.training
 
@@ -33,10 +37,17 @@ def test_nanogpt_missing_biases_are_zero(write: Write, original: GPT) -> None:
         assert torch.equal(weight, wanted), name
 
 
-def test_build_nanogpt_config_object(write_build_nanogpt: Write, original: GPT) -> None:
-    model, _ = read_nanogpt(write_build_nanogpt())
-    ids = torch.arange(16)[None]
-    assert torch.equal(model(ids), original(ids))
+def test_build_nanogpt_config_object(write: Write, original: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sizes are an object of a class of the program that wrote it."""
+    kind = dataclasses.make_dataclass("GPTConfig", args())
+    kind.__module__ = "__main__"
+    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", kind, raising=False)
+    path = write()
+    content = torch.load(path, weights_only=True)
+    del content["model_args"]
+    torch.save({**content, "config": kind(**args()), "step": 19072, "val_loss": 3.0}, path)
+    model, _ = read_nanogpt(path)
+    assert torch.equal(model(IDS), original(IDS))
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -45,20 +56,12 @@ def test_nanogpt_mask_buffers_are_ignored(write: Write, original: GPT) -> None:
     content = torch.load(path, weights_only=True)
     content["model"]["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     torch.save(content, path)
-    assert torch.equal(read_nanogpt(path)[0].wte.weight, original.wte.weight)
-
-
-@pytest.mark.usefixtures("in_this_process")
-def test_transposed_weights_are_detected(write: Write, original: GPT) -> None:
-    """The negative control: matrices in Hugging Face's layout give another model."""
-    path = write()
-    content = torch.load(path, weights_only=True)
+    assert torch.equal(read_nanogpt(path)[0](IDS), original(IDS))
+    # The negative control: matrices in Hugging Face's layout give another model.
     square = content["model"]["transformer.h.0.attn.c_proj.weight"]
     content["model"]["transformer.h.0.attn.c_proj.weight"] = square.T.contiguous()
     torch.save(content, path)
-    model, _ = read_nanogpt(path)
-    ids = torch.arange(16)[None]
-    assert not torch.allclose(model(ids), original(ids), atol=1e-3)
+    assert not torch.allclose(read_nanogpt(path)[0](IDS), original(IDS), atol=1e-3)
 
 
 def args(**changes: Any) -> dict[str, Any]:
@@ -92,6 +95,7 @@ def tensors(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
         ({"model_args": args(n_head="2")}, "whole number"),
         ({"model_args": args(n_head=torch.tensor(2))}, "whole number"),
         ({"model_args": None}, "model_args"),
+        ({"config": eval}, "eval"),
     ],
 )
 def test_invalid_checkpoint_is_refused(write: Write, changes: dict[str, Any], message: str) -> None:
@@ -102,19 +106,21 @@ def test_invalid_checkpoint_is_refused(write: Write, changes: dict[str, Any], me
     assert str(path) in str(error.value)
 
 
-def test_slow_child_is_ended(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write()
-    monkeypatch.setattr(safe_unpickle, "_time_limit", lambda size: 0.5)
-    monkeypatch.setattr(safe_unpickle, "PROGRAM", "import time; time.sleep(60)")
-    with pytest.raises(ValueError, match="longer"):
-        safe_unpickle.read_pickled(path)
-
-
-@pytest.mark.parametrize("program", ["import os; os.kill(os.getpid(), 9)", "1/0", "pass"])
-def test_dying_child_is_reported(write: Write, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("import time; time.sleep(60)", "longer"),
+        *((program, "status") for program in ("import os; os.kill(os.getpid(), 9)", "1/0", "pass")),
+    ],
+)
+def test_slow_or_dying_child_is_reported(
+    write: Write, monkeypatch: pytest.MonkeyPatch, program: str, message: str
+) -> None:
     path = write()
     monkeypatch.setattr(safe_unpickle, "PROGRAM", program)
-    with pytest.raises(ValueError, match="status"):
+    if message == "longer":
+        monkeypatch.setattr(safe_unpickle, "_time_limit", lambda size: 0.5)
+    with pytest.raises(ValueError, match=message):
         safe_unpickle.read_pickled(path)
 
 

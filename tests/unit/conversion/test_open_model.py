@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,24 +77,16 @@ def test_open_run_or_checkpoint(trained: Path, name: str, step: int) -> None:
     assert opened.tokenizer_folder == trained / "tokenizer"
 
 
-def test_open_run_skips_damaged_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = trained / "checkpoints/step-00000002/model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
-    assert is_model_of(1, open_model("first").model)
-    assert "step-00000002" in capsys.readouterr().err
-
-
 def test_open_huggingface_folder(workdir: Path) -> None:
     with pytest.raises(ValueError, match=r"OWNER/NAME\)$"):
         open_model("theirs")  # nothing is near, where there are no runs
     write_huggingface(build_model(5), TOKENIZER, workdir / "theirs")
+    (workdir / "theirs" / "metrics.jsonl").write_text("{}\n")
     opened = open_model("theirs")
     assert is_model_of(5, opened.model)
     assert opened.tokenizer.fingerprint == TOKENIZER.fingerprint
     assert opened.run is None
     assert opened.tokenizer_folder == opened.origin == Path("theirs")
-    (workdir / "theirs" / "metrics.jsonl").write_text("{}\n")
-    assert is_model_of(5, open_model("theirs").model)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +139,12 @@ def test_open_unknown_name(trained: Path, name: str, message: str) -> None:
         open_model(name)
 
 
-def test_open_incomplete_run(trained: Path) -> None:
-    shutil.move(trained / "checkpoints/step-00000002", "alone")
+def test_open_damaged_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = trained / "checkpoints/step-00000002/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert is_model_of(1, open_model("first").model)
+    assert "step-00000002" in capsys.readouterr().err
+    shutil.move(trained / "checkpoints/step-00000001", "alone")
     with pytest.raises(ValueError, match="alone .*tokenizer"):
         open_model("alone")
     shutil.rmtree(trained / "checkpoints")
@@ -171,70 +167,45 @@ def test_open_and_convert_nanogpt_checkpoint(workdir: Path, monkeypatch: pytest.
         open_model("no-model")
 
 
-def test_generate_streams_after_prompt(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = GenerateConfig(model="first", prompts=("the quick\udcff",), max_new_tokens=30, seed=1)
-    generation_command.run(config)
-    first = capsys.readouterr()
-    assert first.out.startswith("the quick?")
-    assert first.out.endswith("\n")
-    assert "tokens/s on cpu" in first.err
-    assert "next: overnight convert first --to hf" in first.err
-    generation_command.run(config)
-    assert capsys.readouterr().out == first.out
+def test_generate_streams_after_prompt(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for precision in (*generation_precisions("cpu"), None):
+        config = GenerateConfig(
+            model="first", prompts=("the quick\udcff",), precision=precision, device="cpu"
+        )
+        generation_command.run(config)
+        first = capsys.readouterr()
+        assert first.out.startswith("the quick?")
+        assert first.out.endswith("\n")
+        assert f"cpu in {precision or generation_precisions('cpu')[0]}" in first.err
+        assert "next: overnight convert first --to hf" in first.err
+        generation_command.run(config)
+        assert capsys.readouterr().out == first.out
+    monkeypatch.setattr(generation_command, "generation_precisions", lambda device: ("fp16", "fp32"))
+    with pytest.raises(ValueError, match="precision=bf16 .*fp16 or fp32"):
+        generation_command.run(GenerateConfig(model="no-such-model", precision="bf16", device="cpu"))
 
 
 def test_generate_json_has_one_object_per_completion(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = GenerateConfig(
-        model="first", prompts=("the", "fox"), samples=6, json=True, max_new_tokens=7, device="cpu"
-    )
-    generation_command.run(config)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    def run(**settings: Any) -> str:
+        generation_command.run(GenerateConfig(model="first", **settings, device="cpu"))
+        return capsys.readouterr().out
+
+    two = run(prompts=("the", "fox"), samples=6, json=True, max_new_tokens=7)
+    lines = [json.loads(line) for line in two.splitlines()]
     assert [line["prompt"] for line in lines] == ["the"] * 6 + ["fox"] * 6
     assert len({line["completion"] for line in lines}) > 6  # each sample has its own noise
     assert all(line["tokens"] == 7 or line["ended_by"] == "end of text" for line in lines)
     assert {line["precision"] for line in lines} == {generation_precisions("cpu")[0]}
-    single = GenerateConfig(model="first", prompts=("the",), max_new_tokens=7, device="cpu")
-    generation_command.run(single)
-    assert capsys.readouterr().out == "the" + lines[0]["completion"] + "\n"
-
-
-def test_generate_stop_and_samples(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = GenerateConfig(model="first", samples=3, stop=("e", "o"), max_new_tokens=50, temperature=2.0)
-    generation_command.run(dataclasses.replace(config, json=True))
-    texts = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
+    assert run(prompts=("the",), max_new_tokens=7) == "the" + lines[0]["completion"] + "\n"
+    stopping = {"samples": 3, "stop": ("e", "o"), "max_new_tokens": 50, "temperature": 2.0}
+    texts = [json.loads(line)["completion"] for line in run(**stopping, json=True).splitlines()]
     assert len(texts) == 3
     assert not {"e", "o"} & set("".join(texts))
-    generation_command.run(config)
-    assert capsys.readouterr().out == "\n".join(text + "\n" for text in texts)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"top_k": -1}, "top_k=-1"),
-        ({"samples": 0}, "samples=0"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"stop": ("",)}, "stop"),
-        ({"device": "abacus"}, "device=abacus"),
-        ({"prompts": ("the quick brown fox",)}, "19 tokens .* 16"),
-    ],
-)
-def test_generate_refuses_invalid_settings(trained: Path, changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        generation_command.run(GenerateConfig(model="first", **changes))
-
-
-def test_generate_in_precision(
-    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for precision in generation_precisions("cpu"):
-        generation_command.run(GenerateConfig(model="first", precision=precision, device="cpu"))
-        assert f"cpu in {precision}" in capsys.readouterr().err
-    monkeypatch.setattr(generation_command, "generation_precisions", lambda device: ("fp16", "fp32"))
-    with pytest.raises(ValueError, match="precision=bf16 .*fp16 or fp32"):
-        generation_command.run(GenerateConfig(model="no-such-model", precision="bf16", device="cpu"))
+    assert run(**stopping) == "\n".join(text + "\n" for text in texts)
 
 
 def test_convert_run_and_open_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

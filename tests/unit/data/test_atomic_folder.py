@@ -32,13 +32,18 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_folder_appears_when_published(tmp_path: Path) -> None:
-    staging = fill(tmp_path / "data", "a")
-    assert not (tmp_path / "data").exists()
-    assert (staging_path(tmp_path / "data"), published_path(staging)) == (staging, tmp_path / "data")
-    publish_folder(tmp_path / "data")
+def test_folder_appears_when_published_and_replaces_only_an_empty_one(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    staging = fill(folder, "a")
+    assert not folder.exists()
+    assert (staging_path(folder), published_path(staging)) == (staging, folder)
+    folder.mkdir()
+    publish_folder(folder)
     assert names(tmp_path) == ["data"]
-    assert names(tmp_path / "data") == ["a"]
+    fill(folder, "b")
+    with pytest.raises(OSError, match="not empty"):
+        publish_folder(folder)
+    assert names(folder) == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -59,16 +64,6 @@ def test_staging_folder_is_resumed_or_emptied(tmp_path: Path, can_resume: bool) 
     fill(tmp_path / "data", "new", can_resume=can_resume)
     publish_folder(tmp_path / "data")
     assert names(tmp_path / "data") == (["new", "old"] if can_resume else ["new"])
-
-
-def test_publishing_replaces_only_an_empty_folder(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    fill(tmp_path / "data", "a")
-    publish_folder(tmp_path / "data")
-    fill(tmp_path / "data", "b")
-    with pytest.raises(OSError, match="not empty"):
-        publish_folder(tmp_path / "data")
-    assert names(tmp_path / "data") == ["a"]
 
 
 def test_lock_is_exclusive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,6 +31,8 @@ from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
 
 Prepare = Callable[..., Manifest]
+AfterEachWave = Callable[[Callable[[], object]], None]
+Interrupt = Callable[..., Path]
 ROW = 16
 WINDOW = 2000
 
@@ -37,60 +40,25 @@ WINDOW = 2000
 # Rows within shuffle windows
 
 
-@settings(deadline=None, max_examples=60)
 @given(data=st.data())
+@settings(deadline=None, max_examples=60)
 def test_rows_stay_the_same_when_the_text_grows(prepared: Prepare, data: st.DataObject) -> None:
     length = data.draw(st.integers(1, 30), "tokens_per_row")
     window = data.draw(st.integers(length + 1, 90), "shuffle_window")
     known = data.draw(st.integers(length + 1, 300), "tokens so far")
     whole = known + data.draw(st.integers(0, 300), "more tokens")
     seed = data.draw(st.integers(0, 2**32), "seed")
-    streams = []
     with tempfile.TemporaryDirectory() as folder:
         for n in (known, whole):
-            path = Path(folder, f"{n}")
-            prepared(path, range(n), shard_tokens=70)
-            streams.append(TokenStream(path, tokens_per_row=length, seed=seed, shuffle_window=window))
-        beginning, complete = streams
+            prepared(Path(folder, f"{n}"), range(n), shard_tokens=70)
+        beginning, complete = (
+            TokenStream(f"{folder}/{n}", tokens_per_row=length, seed=seed, shuffle_window=window)
+            for n in (known, whole)
+        )
         ready = beginning.rows_before_last_window
         assert ready == max(0, known // window - 1) * math.ceil(window / length)
         assert torch.equal(beginning.batch(0, ready).ids, complete.batch(0, ready).ids)
         assert torch.equal(beginning.batch(0, ready).targets, complete.batch(0, ready).targets)
-
-
-@settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_epoch_reads_one_window_after_the_other(prepared: Prepare, data: st.DataObject) -> None:
-    length = data.draw(st.integers(1, 30), "tokens_per_row")
-    window = data.draw(st.integers(length + 1, 120), "shuffle_window")
-    n = data.draw(st.integers(length + 1, 400), "tokens")
-    epoch = data.draw(st.integers(0, 3), "epoch")
-    with tempfile.TemporaryDirectory() as folder:
-        prepared(Path(folder), range(n), shard_tokens=70)
-        stream = TokenStream(folder, tokens_per_row=length, shuffle_window=window)
-        batch = stream.batch(epoch * stream.rows_per_epoch, stream.rows_per_epoch)
-    starts = list(range(0, n, window))[: max(1, n // window)]
-    row = 0
-    for start, end in zip(starts, [*starts[1:], n], strict=True):
-        rows = math.ceil((end - start) / length)
-        ids, targets = batch.ids[row : row + rows], batch.targets[row : row + rows]
-        ring = start + (ids[:, :1] - start + torch.arange(length)) % (end - start)
-        assert torch.equal(ids, ring)
-        assert torch.equal(targets, start + (ids - start + 1) % (end - start))
-        assert set(targets.flatten().tolist()) == set(range(start, end))
-        row += rows
-    assert row == stream.rows_per_epoch
-
-
-def test_windows_and_epochs_have_orders_of_their_own(tmp_path: Path, prepared: Prepare) -> None:
-    prepared(tmp_path, range(3000), shard_tokens=700)
-    stream = TokenStream(tmp_path, tokens_per_row=10, shuffle_window=1000)
-    orders = [
-        tuple((stream.row_start(100 * window + row) % 1000) // 10 for row in range(100))
-        for window in range(6)
-    ]
-    assert len(set(orders)) == 6
-    assert orders[0] != tuple(sorted(orders[0]))
 
 
 def test_rows_change_with_the_text_without_shuffle_window(tmp_path: Path, prepared: Prepare) -> None:
@@ -101,75 +69,84 @@ def test_rows_change_with_the_text_without_shuffle_window(tmp_path: Path, prepar
     assert not torch.equal(beginning.batch(0, 10).ids, whole.batch(0, 10).ids)
 
 
+def test_windows_and_epochs_have_orders_of_their_own(tmp_path: Path, prepared: Prepare) -> None:
+    prepared(tmp_path, range(3000), shard_tokens=700)
+    stream = TokenStream(tmp_path, tokens_per_row=10, shuffle_window=1000)
+    starts = np.array([stream.row_start(row) for row in range(600)]).reshape(6, 100) % 1000 // 10
+    assert len({tuple(order) for order in starts}) == 6
+    assert (np.diff(starts) != 1).any(axis=1).all()
+
+
 # Shards that are published early
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
     """A text of about 40 units in six waves, some of its documents twice."""
-    lines = [f"Document {number % 550} of them: " + "word " * (number % 37) for number in range(600)]
     (tmp_path / "texts").mkdir()
     for number in range(20):
-        part = lines[number * 30 : number * 30 + 30]
-        content = "".join(json.dumps({"text": line}) + "\n" for line in part)
+        lines = [
+            f"Document {n % 550} of them: " + "word " * (n % 37) for n in range(number * 30, number * 30 + 30)
+        ]
+        content = "".join(json.dumps({"text": line}) + "\n" for line in lines)
         (tmp_path / "texts" / f"{number:02}.jsonl").write_text(content)
     monkeypatch.setattr(prepare_module, "UNIT_BYTES", 2000)
     monkeypatch.setattr(prepare_module, "EARLY_BYTES", 12_000)
+    paths = {"source": str(tmp_path / "texts"), "out": str(tmp_path / "out")}
     return PrepareConfig(
-        source=str(tmp_path / "texts"),
-        out=str(tmp_path / "out"),
-        tokenizer="characters",
-        validation_fraction=0.2,
-        shard_tokens=1500,
-        workers=1,
+        **paths, tokenizer="characters", validation_fraction=0.2, shard_tokens=1500, workers=1
     )
 
 
-def folder_of(config: PrepareConfig) -> Path:
-    return Path(config.out or "")
+@pytest.fixture
+def after_each_wave(monkeypatch: pytest.MonkeyPatch) -> AfterEachWave:
+    """`after_each_wave(act)`: preparations call it whenever they have published shards."""
+    show = prepare_module.show_so_far
+
+    def install(act: Callable[[], object]) -> None:
+        monkeypatch.setattr(prepare_module, "show_so_far", lambda *given: (show(*given), act()))
+
+    return install
+
+
+@pytest.fixture
+def interrupt(config: PrepareConfig, after_each_wave: AfterEachWave) -> Interrupt:
+    """`interrupt(wave, error)`: prepare until shards are published for that time; returns the folder."""
+
+    def prepare_in_part(wave: int = 1, error: type[BaseException] = KeyboardInterrupt) -> Path:
+        waves = itertools.count(1)
+
+        def stop() -> None:
+            if next(waves) == wave:
+                raise error
+
+        after_each_wave(stop)
+        with pytest.raises(error):
+            prepare(config)
+        after_each_wave(lambda: None)
+        return Path(config.out or "")
+
+    return prepare_in_part
+
+
+@pytest.fixture
+def folder(interrupt: Interrupt) -> Path:
+    """A folder whose preparation was interrupted after the first wave."""
+    return interrupt()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def interrupted(
-    config: PrepareConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    wave: int = 1,
-    error: type[BaseException] = KeyboardInterrupt,
-) -> Path:
-    """The folder of a preparation that was interrupted after it published shards for the `wave`-th time."""
-    real, waves = prepare_module.show_so_far, 0
-
-    def show(*given: Any) -> None:
-        nonlocal waves
-        real(*given)
-        waves += 1
-        if waves == wave:
-            raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "show_so_far", show)
-        with pytest.raises(error):
-            prepare(config)
-    return folder_of(config)
-
-
-def test_early_shards_stay_the_same(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_shards_stay_the_same(
+    config: PrepareConfig, after_each_wave: AfterEachWave, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(config.out or "")
     shown: list[tuple[Manifest, dict[str, bytes]]] = []
-    real = prepare_module.show_so_far
-
-    def show(*given: Any) -> None:
-        real(*given)
-        staging = staging_path(folder_of(config))
-        manifest = read_manifest(staging, SO_FAR)
-        names = [shard.name for shard in (*manifest.train, *manifest.validation)]
-        shown.append((manifest, {name: (staging / name).read_bytes() for name in names}))
-
-    monkeypatch.setattr(prepare_module, "show_so_far", show)
+    staging = staging_path(folder)
+    after_each_wave(lambda: shown.append((read_manifest(staging, SO_FAR), contents(staging))))
     prepare(config)
-    folder = folder_of(config)
     final, whole = verify(folder), contents(folder)
     held_out = [open_tokens(folder / shard.name) for shard in final.validation]
     assert len(shown) >= 2
@@ -184,48 +161,40 @@ def test_early_shards_stay_the_same(config: PrepareConfig, monkeypatch: pytest.M
         assert files[growing.name][1024:] == beginning
     counts = [len(manifest.train) for manifest, _ in shown]
     assert counts == sorted(counts)
-    at_once = dataclasses.replace(config, out=f"{folder}-at-once")
     monkeypatch.setattr(prepare_module, "EARLY_BYTES", 10**9)
-    prepare(at_once)
-    assert contents(folder_of(at_once)) == whole
+    prepare(dataclasses.replace(config, out=f"{folder}-at-once"))
+    assert contents(Path(f"{folder}-at-once")) == whole
 
 
 def test_interrupted_preparation_keeps_its_shards(
-    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+    config: PrepareConfig, folder: Path, interrupt: Interrupt
 ) -> None:
-    folder = interrupted(config, monkeypatch)
-    staging = staging_path(folder)
     assert not folder.exists()
     assert is_being_prepared(folder)
-    shards = {path.name: path.stat().st_ino for path in staging.glob("train-*.bin")}
+    shards = {path.name: path.stat().st_ino for path in staging_path(folder).glob("train-*.bin")}
     assert shards
-    interrupted(config, monkeypatch, wave=2)
-    assert {name: (staging / name).stat().st_ino for name in shards} == shards
+    for error in (ValueError, KeyboardInterrupt):  # also if it is refused
+        interrupt(2, error)
+        assert {name: (staging_path(folder) / name).stat().st_ino for name in shards} == shards
     prepare(config)
     assert {name: (folder / name).stat().st_ino for name in shards} == shards
-    other = dataclasses.replace(config, out=f"{folder}-undisturbed")
-    prepare(other)
-    assert contents(folder_of(other)) == contents(folder)
-
-
-def test_refused_preparation_keeps_its_shards(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = interrupted(config, monkeypatch)
-    interrupted(config, monkeypatch, error=ValueError)
-    assert IncrementalFolder(folder).manifest.train
+    prepare(dataclasses.replace(config, out=f"{folder}-undisturbed"))
+    assert contents(Path(f"{folder}-undisturbed")) == contents(folder)
 
 
 def test_near_duplicates_publish_no_early_shards(
-    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+    config: PrepareConfig, after_each_wave: AfterEachWave
 ) -> None:
-    monkeypatch.setattr(prepare_module, "show_so_far", lambda *given: pytest.fail("shown too early"))
+    after_each_wave(lambda: pytest.fail("shown too early"))
     assert prepare(dataclasses.replace(config, near_duplicates="drop"))
 
 
 # Reading them
 
 
-def test_rows_are_read_as_they_become_ready(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = interrupted(config, monkeypatch)
+def test_rows_are_read_as_they_become_ready(
+    config: PrepareConfig, folder: Path, interrupt: Interrupt
+) -> None:
     growing = open_incremental(folder, WINDOW)
     stream = IncrementalStream(growing, tokens_per_row=ROW, seed=5, shuffle_window=WINDOW)
     validation = TokenStream(growing, "validation", tokens_per_row=ROW)
@@ -238,7 +207,7 @@ def test_rows_are_read_as_they_become_ready(config: PrepareConfig, monkeypatch: 
     assert not stream.wait_for(ready + 1)  # no process prepares
     with exclusive(folder):
         assert not stream.wait_for(ready + 1, lambda: True)  # stopped
-    interrupted(config, monkeypatch, wave=2)
+    interrupt(2)
     assert stream.wait_for(ready + 1)
     prepare(config)
     assert stream.wait_for(10**6)
@@ -255,9 +224,8 @@ def test_rows_are_read_as_they_become_ready(config: PrepareConfig, monkeypatch: 
 
 
 def test_opening_waits_for_the_first_window(
-    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: PrepareConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = interrupted(config, monkeypatch)
     with pytest.raises(ValueError, match=r"shuffle_window=100000 .* 200,000"):
         open_incremental(folder, 100_000)
 
@@ -271,8 +239,7 @@ def test_opening_waits_for_the_first_window(
     assert "waiting" in capsys.readouterr().err
 
 
-def test_damaged_early_shard_is_refused(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = interrupted(config, monkeypatch)
+def test_damaged_early_shard_is_refused(folder: Path) -> None:
     shard = staging_path(folder) / "train-00001.bin"
     damaged = bytearray(shard.read_bytes())
     damaged[-1] ^= 1
@@ -282,9 +249,8 @@ def test_damaged_early_shard_is_refused(config: PrepareConfig, monkeypatch: pyte
 
 
 def test_shards_renamed_while_reading_are_found(
-    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+    config: PrepareConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = interrupted(config, monkeypatch)
     growing = IncrementalFolder(folder)
     real = incremental.read_manifest
 

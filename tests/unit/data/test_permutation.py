@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -44,12 +42,6 @@ def test_permutation_equals_naive_twin(size: int, seed: int, epoch: int, data: s
     assert order.at(first, count).tolist() == [naive(order, first + place) for place in range(count)]
 
 
-def test_permutation_walks_back_from_spare_cells() -> None:
-    order = build_permutation(10_101, 3, 0)  # of a grid of 101 x 101: 100 cells are spare
-    assert (order._scramble(np.arange(10_101, dtype=np.uint64)) >= 10_101).any()
-    assert sorted(order.at(0, 10_101).tolist()) == list(range(10_101))
-
-
 @pytest.mark.parametrize("size", [1000, 58_594, 10**15])
 def test_permutation_differs_by_seed_and_epoch(size: int) -> None:
     orders = {
@@ -57,14 +49,6 @@ def test_permutation_differs_by_seed_and_epoch(size: int) -> None:
     }
     assert len(orders) == 100
     assert len({derive_keys(*of, 2) for of in ((1, 0, "a"), (0, 1, "a"), (1, 0, "b"), (1, 1, "a"))}) == 4
-
-
-def test_every_order_of_four_occurs() -> None:
-    counts = Counter(tuple(build_permutation(4, seed, 0).at(0, 4)) for seed in range(4800))
-    # 24 orders, 200 of each expected. A Feistel network on so small a grid has some bias.
-    assert len(counts) == 24
-    assert min(counts.values()) > 100
-    assert max(counts.values()) < 400
 
 
 def test_every_value_occurs_equally_often_at_every_index() -> None:

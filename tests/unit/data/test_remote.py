@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -16,7 +14,7 @@ from filelock import FileLock
 from overnight.data import remote
 from overnight.data.loader import TokenStream
 from overnight.data.remote import RemoteFolder, is_prepared_elsewhere
-from overnight.data.shards import HEADER_BYTES, Manifest, Shard
+from overnight.data.shards import HEADER_BYTES, Manifest
 
 Prepare = Callable[..., Manifest]
 
@@ -74,57 +72,50 @@ def flip(system: fsspec.AbstractFileSystem, path: str) -> None:
     system.pipe_file(path, bytes(content))
 
 
+def rows_of(folder: RemoteFolder | Path, rows: int = 200, **settings: int) -> torch.Tensor:
+    """The rows one by one, in their shuffled order."""
+    stream = TokenStream(folder, **{"tokens_per_row": 16, **settings})
+    return torch.cat([stream.batch(row, 1).targets for row in range(rows)])
+
+
+def read_whole(folder: RemoteFolder, name: str = "train-00000.bin") -> list[int]:
+    shard = next(shard for shard in folder.manifest.shards() if shard.name == name)
+    tokens = np.empty(shard.tokens, dtype=np.uint16)
+    folder.read(shard, 0, tokens)
+    return tokens.tolist()
+
+
 # Without a limit
 
 
 @pytest.mark.usefixtures("bucket")
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_remote_rows_are_the_local_ones(local: Path, split: str) -> None:
-    ours = TokenStream(RemoteFolder(ADDRESS), split, tokens_per_row=16, seed=5)
-    theirs = TokenStream(local, split, tokens_per_row=16, seed=5)
-    rows = 3 * theirs.rows_per_epoch
-    assert torch.equal(ours.batch(0, rows).ids, theirs.batch(0, rows).ids)
-    assert torch.equal(ours.batch(0, rows).targets, theirs.batch(0, rows).targets)
-    pairs = zip(ours.evaluation_batches(3), theirs.evaluation_batches(3), strict=True)
-    assert all(torch.equal(one.targets, other.targets) for one, other in pairs)
+def test_remote_rows_are_the_local_ones(local: Path) -> None:
+    assert torch.equal(rows_of(RemoteFolder(ADDRESS), seed=5), rows_of(local, seed=5))
+    ours, theirs = (
+        TokenStream(folder, "validation", tokens_per_row=16).evaluation_batches(3)
+        for folder in (RemoteFolder(ADDRESS), local)
+    )
+    assert all(torch.equal(one.targets, other.targets) for one, other in zip(ours, theirs, strict=True))
 
 
 def test_shard_is_fetched_when_first_needed_and_once(
-    bucket: fsspec.AbstractFileSystem, cache: Path, capsys: pytest.CaptureFixture[str]
+    local: Path, bucket: fsspec.AbstractFileSystem, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stream = TokenStream(RemoteFolder(f"{ADDRESS}/"), tokens_per_row=16)
+    folder = RemoteFolder(f"{ADDRESS}/")
+    assert str(folder) == ADDRESS
     assert cached(cache) == set()
-    assert [path.name for path in cache.glob("*/tokenizer/*")] == ["tokenizer.json"]
-    next(stream.evaluation_batches(1))
+    assert (folder / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    assert (folder / "train-00000.bin").read_bytes() == (local / "train-00000.bin").read_bytes()
     assert cached(cache) == {"train-00000.bin"}
     assert f"{ADDRESS}/train-00000.bin" in capsys.readouterr().err
     for number in range(5):  # another process finds it in the cache, even if the store has lost it
         bucket.rm(f"/bucket/folder/train-{number:05d}.bin")
-    next(TokenStream(RemoteFolder(ADDRESS), tokens_per_row=16).evaluation_batches(1))
+    assert read_whole(RemoteFolder(ADDRESS)) == list(range(100))
     with pytest.raises(ValueError, match=rf"^{ADDRESS}/train-00001\.bin"):
-        list(stream.evaluation_batches(1))
+        read_whole(folder, "train-00001.bin")
 
 
-def test_path_in_remote_folder_is_local(local: Path, bucket: fsspec.AbstractFileSystem) -> None:
-    folder = RemoteFolder(f"{ADDRESS}/")
-    assert str(folder) == ADDRESS
-    assert (folder / "train-00004.bin").read_bytes() == (local / "train-00004.bin").read_bytes()
-    assert (folder / "tokenizer" / "tokenizer.json").read_text() == "{}"
-
-
-def test_flipped_bit_at_the_url_is_refused_and_not_cached(
-    bucket: fsspec.AbstractFileSystem, cache: Path
-) -> None:
-    flip(bucket, "/bucket/folder/train-00001.bin")
-    batches = TokenStream(RemoteFolder(ADDRESS), tokens_per_row=20).evaluation_batches(1)
-    for _ in range(4):
-        next(batches)  # from the first shard, which is sound
-    with pytest.raises(ValueError, match=r"train-00001\.bin does not match its manifest"):
-        next(batches)
-    assert {path.name for path in cache.rglob("*.bin")} == {"train-00000.bin"}
-
-
-def test_incomplete_download_is_refused(
+def test_damaged_or_incomplete_download_is_refused_and_not_cached(
     bucket: fsspec.AbstractFileSystem, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RemoteFolder(ADDRESS)
@@ -136,24 +127,26 @@ def test_incomplete_download_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr(bucket, "get_file", full)
         with pytest.raises(ValueError, match=r"^the disk of .* is full.*--cache-bytes"):
-            folder.open(folder.manifest.train[0])
-    assert not list(cache.rglob("*.bin"))
-    path = "/bucket/folder/train-00000.bin"
+            read_whole(folder)
+    flip(bucket, "/bucket/folder/train-00000.bin")
+    path = "/bucket/folder/train-00001.bin"
     bucket.pipe_file(path, bucket.cat_file(path)[:-2])
-    with pytest.raises(ValueError, match=r"train-00000\.bin does not match its manifest"):
-        folder.open(folder.manifest.train[0])
+    for name in ("train-00000.bin", "train-00001.bin"):
+        with pytest.raises(ValueError, match=f"{name} does not match its manifest"):
+            read_whole(folder, name)
+    assert not list(cache.rglob("*.bin"))
+    assert read_whole(folder, "train-00002.bin")  # the control
 
 
 @pytest.mark.usefixtures("bucket")
 def test_flipped_bit_in_the_cache_is_repaired(local: Path, cache: Path) -> None:
-    (first,) = TokenStream(RemoteFolder(ADDRESS), "validation", tokens_per_row=39).evaluation_batches(1)
-    (path,) = cache.glob("*/validation-00000.bin")
-    content = bytearray(path.read_bytes())
+    whole = read_whole(RemoteFolder(ADDRESS))
+    (path,) = cache.glob("*/train-00000.bin")
+    content = path.read_bytes()
     for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:-2], b""):
         path.write_bytes(damaged)
-        (again,) = TokenStream(RemoteFolder(ADDRESS), "validation", tokens_per_row=39).evaluation_batches(1)
-        assert torch.equal(again.targets, first.targets)
-        assert path.read_bytes() == (local / "validation-00000.bin").read_bytes()
+        assert read_whole(RemoteFolder(ADDRESS)) == whole
+        assert path.read_bytes() == (local / "train-00000.bin").read_bytes()
 
 
 def test_missing_or_changed_manifest_is_refused(bucket: fsspec.AbstractFileSystem) -> None:
@@ -175,7 +168,7 @@ def test_remote_open_files_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "verify_shard", lambda *of: verified.append(of[1].name) or verify(*of))
     folder = RemoteFolder(ADDRESS)
     for shard in folder.manifest.train * 2:
-        folder.open(shard)
+        read_whole(folder, shard.name)
     assert len(folder._opened) == 2
     assert len(verified) == 2 * 5  # not found; then found as it should be; never again
 
@@ -183,13 +176,23 @@ def test_remote_open_files_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 # With a limit
 
 
+@pytest.fixture
+def small(fetched: list[str]) -> RemoteFolder:
+    """The folder in a cache of two shards, once each was in it: the first one was deleted."""
+    folder = RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES)
+    for shard in folder.manifest.train:
+        read_whole(folder, shard.name)
+    assert read_whole(folder) == list(range(100))
+    assert len(fetched) == 5
+    return folder
+
+
 @pytest.mark.usefixtures("bucket")
 def test_cache_limit_deletes_least_recently_used(cache: Path) -> None:
     folder = RemoteFolder(ADDRESS, cache_bytes=3 * SHARD_BYTES + 5)
-    shards = folder.manifest.train
     for number in (0, 1, 2, 0, 3):  # shard 1 is the least recently used when shard 3 comes
-        folder.open(shards[number])
-    assert cached(cache) == {shards[0].name, shards[2].name, shards[3].name}
+        read_whole(folder, f"train-{number:05d}.bin")
+    assert cached(cache) == {f"train-{number:05d}.bin" for number in (0, 2, 3)}
     stream = TokenStream(folder, tokens_per_row=16)
     for row in range(60):
         stream.batch(row, 1)
@@ -198,10 +201,10 @@ def test_cache_limit_deletes_least_recently_used(cache: Path) -> None:
 
 @pytest.mark.parametrize("tokens_per_row", [1, 16, 150])
 def test_text_larger_than_cache_is_fetched_once(local: Path, fetched: list[str], tokens_per_row: int) -> None:
-    ours = TokenStream(RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES), tokens_per_row=tokens_per_row)
-    theirs = TokenStream(local, tokens_per_row=tokens_per_row)
-    for row in [*range(100), *range(100)]:
-        assert torch.equal(ours.batch(row, 2).targets, theirs.batch(row, 2).targets)
+    folder = RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES)
+    for _ in range(2):
+        ours, theirs = (rows_of(each, tokens_per_row=tokens_per_row) for each in (folder, local))
+        assert torch.equal(ours, theirs)
     assert sorted(fetched) == [f"train-{number:05d}.bin" for number in range(5)]
 
 
@@ -213,103 +216,53 @@ def test_cache_limit_below_a_shard_is_refused(capsys: pytest.CaptureFixture[str]
     assert "about 60% of the rows" in capsys.readouterr().err
 
 
-def remote_shard(folder: RemoteFolder) -> Shard:
-    """A shard that was in the cache and was deleted."""
-    for shard in folder.manifest.train:
-        folder.open(shard)
-    assert isinstance(folder.open(folder.manifest.train[0]), remote.RemoteShard)
-    return folder.manifest.train[0]
-
-
-def tokens_of(folder: RemoteFolder, shard: Shard) -> list[int]:
-    tokens = np.empty(100, dtype=np.uint16)
-    folder.open(shard).read(0, tokens)
-    return tokens.tolist()
-
-
 def test_flipped_bit_of_a_remote_shard_is_refused(
-    bucket: fsspec.AbstractFileSystem, fetched: list[str]
+    small: RemoteFolder, bucket: fsspec.AbstractFileSystem, fetched: list[str]
 ) -> None:
-    folder = RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES)
-    shard = remote_shard(folder)
-    assert tokens_of(folder, shard) == list(range(100))
-    flip(bucket, f"/bucket/folder/{shard.name}")
+    assert read_whole(small) == list(range(100))
+    flip(bucket, "/bucket/folder/train-00000.bin")
     with pytest.raises(ValueError, match=r"train-00000\.bin does not match its manifest"):
-        tokens_of(folder, shard)
-    assert fetched.count(shard.name) == 2
+        read_whole(small)
+    assert fetched.count("train-00000.bin") == 2
 
 
-def test_damaged_digests_are_repaired(cache: Path, fetched: list[str]) -> None:
-    folder = RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES)
-    shard = remote_shard(folder)
+def test_damaged_digests_are_repaired(small: RemoteFolder, cache: Path, fetched: list[str]) -> None:
     (path,) = cache.glob("*/train-00000.pieces")
     path.write_bytes(bytes(path.stat().st_size))
-    assert tokens_of(folder, shard) == list(range(100))
-    assert fetched.count(shard.name) == 2
+    assert read_whole(small) == list(range(100))
+    assert fetched.count("train-00000.bin") == 2
 
 
+@pytest.mark.usefixtures("small")
 def test_remote_shard_is_cached_when_there_is_room(fetched: list[str]) -> None:
-    shard = remote_shard(RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES))
-    assert tokens_of(RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES), shard) == list(range(100))
-    assert fetched.count(shard.name) == 1  # the digests outlive the process
-    assert tokens_of(RemoteFolder(ADDRESS, cache_bytes=3 * SHARD_BYTES), shard) == list(range(100))
-    assert fetched.count(shard.name) == 2
+    for shards, times in ((2, 1), (3, 2)):  # in the first case it is read by its digests
+        assert read_whole(RemoteFolder(ADDRESS, cache_bytes=shards * SHARD_BYTES)) == list(range(100))
+        assert fetched.count("train-00000.bin") == times
 
 
-# Several processes
-
-READER = """
-import sys, hashlib
-from overnight.data.remote import RemoteFolder
-from overnight.data.loader import TokenStream
-folder = RemoteFolder(sys.argv[1], cache_bytes=int(sys.argv[2]))
-print("ready", flush=True)
-sys.stdin.readline()
-digest = hashlib.sha256()
-stream = TokenStream(folder, tokens_per_row=16, seed=1)
-for row in range(300):
-    digest.update(stream.batch(row, 1).ids.numpy().tobytes())
-print(digest.hexdigest())
-"""
+# Several readers of one cache, which share nothing but its files
 
 
-def start_reader(local: Path, cache_bytes: int) -> subprocess.Popen[str]:
-    """A process that waits for a line and then prints the digest of 300 rows."""
-    command = [sys.executable, "-c", READER, f"file://{local}", str(cache_bytes)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-
-
-def test_two_processes_share_one_cache(local: Path, cache: Path) -> None:
+def test_two_readers_share_one_cache(local: Path, cache: Path) -> None:
     """Each deletes what the other has just used: the cache holds two shards of five."""
-    readers = [start_reader(local, 2 * SHARD_BYTES) for _ in range(2)]
-    for reader in readers:
-        assert reader.stdout
-        assert reader.stdout.readline() == "ready\n"
-    results = []
-    for reader in readers:
-        assert reader.stdin
-        reader.stdin.write("\n")
-        reader.stdin.flush()
-    for reader in readers:
-        results.append(reader.communicate(timeout=120))
-        assert reader.returncode == 0, results
-    stream = TokenStream(local, tokens_per_row=16, seed=1)
-    expected = hashlib.sha256(b"".join(stream.batch(row, 1).ids.numpy().tobytes() for row in range(300)))
-    assert [out.strip() for out, _ in results] == [expected.hexdigest()] * 2
+    folders = [RemoteFolder(f"file://{local}", cache_bytes=2 * SHARD_BYTES) for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        ours, theirs = threads.map(rows_of, folders)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours, rows_of(local))
     assert len(cached(cache)) <= 3  # two, and one that the other may have been fetching meanwhile
 
 
 @pytest.mark.usefixtures("cache")
-def test_shard_fetched_by_another_process_is_waited_for(local: Path) -> None:
-    path = RemoteFolder(f"file://{local}").folder / "train-00000.bin"
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        reader = start_reader(local, 9 * SHARD_BYTES)
-        assert reader.stdin
-        reader.stdin.write("\n")
-        reader.stdin.flush()
+def test_shard_fetched_by_another_process_is_waited_for(
+    local: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RemoteFolder(f"file://{local}")
+    path = folder.folder / "train-00000.bin"
+    with ThreadPoolExecutor(1) as threads, FileLock(path.with_name(f".{path.name}.lock")):
+        reading = threads.submit(read_whole, folder)
+        with pytest.raises(TimeoutError):
+            reading.result(timeout=0.3)
         path.write_bytes((local / path.name).read_bytes())
-    _, printed = reader.communicate(timeout=120)
-    assert reader.returncode == 0, printed
-    assert "train-00001.bin" in printed
-    assert "train-00000.bin" not in printed
+    assert reading.result() == list(range(100))
+    assert "fetching" not in capsys.readouterr().err

@@ -8,21 +8,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overnight.distributed.world import World
 from overnight.evaluation import multiple_choice
-from overnight.evaluation.multiple_choice import (
-    ACCURACIES,
-    BatchLimits,
-    Choice,
-    evaluate_choices,
-    pack_question,
-)
+from overnight.evaluation.multiple_choice import ACCURACIES, Choice, evaluate_choices, pack_question
 from overnight.model.gpt import GPT
 
 CONTEXT = 48
 IDS = st.integers(0, 96)
 
 
+@torch.no_grad()
 def naive(model: GPT, choice: Choice) -> list[float]:
     """Each ending after its context in a row of its own, every logit computed."""
     room = CONTEXT + 1 - max(len(choice.branch(index)) for index in range(len(choice.endings)))
@@ -52,7 +46,6 @@ questions = st.builds(
     tokens=st.sampled_from([1, 200, 4096]),
     ids=st.sampled_from([10, 97, 2048]),
 )
-@torch.no_grad()
 def test_batched_choices_match_naive(model: GPT, choices: list[Choice], tokens: int, ids: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiple_choice, "TOKENS_AT_ONCE", tokens)
@@ -69,16 +62,6 @@ def test_accuracies_predict_by_length() -> None:
     assert predicted == {"accuracy_per_token": 2, "accuracy_per_character": 2, "accuracy_by_sum": 0}
 
 
-def test_processes_divide_choices(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multiple_choice, "TOKENS_AT_ONCE", 100)
-    choices = [Choice((1,) * length, ((2, 3), (4,)), (1, 1), 0) for length in range(1, 40)]
-    whole = dict(evaluate_choices(model, choices))
-    shares = [dict(evaluate_choices(model, choices, world=World(rank, 3, "cpu"))) for rank in range(3)]
-    assert all(shares)
-    assert shares[0] | shares[1] | shares[2] == whole
-    assert sum(map(len, shares)) == len(whole)
-
-
 def test_too_long_ending_is_refused(model: GPT) -> None:
     with pytest.raises(ValueError, match="question 1.*48"):
         list(evaluate_choices(model, [Choice((1,), ((2,) * 49, (3,)), (1, 1), 0)]))
@@ -88,21 +71,10 @@ def test_too_long_ending_is_refused(model: GPT) -> None:
 
 
 @torch.no_grad()
-def test_gpu_batch_limits_give_same_nats(model: GPT) -> None:
+def test_gpu_batch_limits_give_same_nats(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     choices = [Choice((1,) * length, ((2, 3, 96), (4,)), (1, 1), 0) for length in range(1, 30)]
     rows = [row for index, choice in enumerate(choices) for row in pack_question(index, choice, CONTEXT)]
-    small = multiple_choice._evaluate_rows(rows, model, BatchLimits(100, 10, 1))
-    large = multiple_choice._evaluate_rows(rows, model, BatchLimits(8192, 97, 8))
-    assert small == pytest.approx(large, rel=1e-5)
-
-
-@torch.no_grad()
-def test_blocks_of_vocabulary_give_same_nats(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden = torch.linspace(-2, 2, 64).view(2, 32)
-    predicting, targets = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 9, 10, 96])
-    wanted = -model.head(hidden).log_softmax(-1)[predicting, targets]
-    for ids in (1, 10, 97, 1000):
-        found = multiple_choice._target_nats(hidden, predicting, targets, model, ids)
-        assert found.tolist() == pytest.approx(wanted.tolist())
+    small = multiple_choice._evaluate_rows(rows, model, 10, 1)
+    assert small == pytest.approx(multiple_choice._evaluate_rows(rows, model, 97, 8), rel=1e-5)
     monkeypatch.setattr(model, "vocab_size", 90)  # the negative control: some ids are left out
-    assert multiple_choice._target_nats(hidden, predicting, targets, model, 10)[0] < wanted[0] - 1e-3
+    assert multiple_choice._evaluate_rows(rows, model, 10, 1)[0, 1] < small[0, 1] - 1e-3

@@ -10,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overnight.distributed.world import World
+from overnight.evaluation import multiple_choice
 from overnight.evaluation import passages as passages_module
+from overnight.evaluation.multiple_choice import Choice
 from overnight.evaluation.passages import Passage, cut_windows, evaluate_passages
+from overnight.evaluation.scores import Example
+from overnight.evaluation.tasks import evaluate_task
 from overnight.model.gpt import GPT
 
 CONTEXT = 48
@@ -24,6 +28,14 @@ def naive(model: GPT, passage: Passage) -> tuple[float, bool]:
     targets = row[0, -passage.scored :]
     nats = F.cross_entropy(logits, targets, reduction="sum").item()
     return nats, bool((logits.argmax(-1) == targets).all())
+
+
+@torch.no_grad()
+def greedy(model: GPT, ids: list[int]) -> list[int]:
+    """The ids, and the three that greedy decoding writes after them."""
+    for _ in range(3):
+        ids = [*ids, int(model.eval()(torch.tensor([ids]))[0, -1].argmax())]
+    return ids
 
 
 rows = st.lists(st.integers(0, 96), min_size=2, max_size=CONTEXT + 1)
@@ -40,6 +52,8 @@ passages = rows.flatmap(lambda ids: st.builds(Passage, st.just(ids), st.integers
 def test_batched_passages_match_naive(
     model: GPT, given_passages: list[Passage], tokens: int, logits: int
 ) -> None:
+    written = greedy(model, [5, 6, 7])
+    given_passages += [Passage(written, 3), Passage([*written[:-1], (written[-1] + 1) % 97], 3)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(passages_module, "TOKENS_AT_ONCE", tokens)
         patch.setattr(passages_module, "LOGITS_AT_ONCE", logits)
@@ -49,25 +63,21 @@ def test_batched_passages_match_naive(
         nats, is_greedy = naive(model, passage)
         assert found[index].nats == pytest.approx(nats, rel=1e-5, abs=1e-5)
         assert found[index].is_greedy == is_greedy
+    assert [each.is_greedy for _, each in sorted(found.items())][-2:] == [True, False]
 
 
-@torch.no_grad()
-def test_greedy_passage_is_recognised(model: GPT) -> None:
-    ids = [5, 6, 7]
-    for _ in range(4):
-        ids.append(int(model.eval()(torch.tensor([ids]))[0, -1].argmax()))
-    other = [*ids[:-1], (ids[-1] + 1) % 97]
-    found = dict(evaluate_passages(model, [Passage(ids, 4), Passage(other, 4), Passage(other, 1)]))
-    assert [found[index].is_greedy for index in range(3)] == [True, False, False]
+PASSAGES = [Passage([1] * length, 1) for length in range(2, 30)]
+CHOICES = [Choice((1,) * length, ((2, 3), (4,)), (1, 1), 0) for length in range(1, 40)]
 
 
-def test_processes_divide_passages(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("examples", [PASSAGES, CHOICES])
+def test_processes_divide_examples(
+    model: GPT, monkeypatch: pytest.MonkeyPatch, examples: list[Example]
+) -> None:
     monkeypatch.setattr(passages_module, "TOKENS_AT_ONCE", 64)
-    given_passages = [Passage([1] * length, 1) for length in range(2, 30)]
-    whole = dict(evaluate_passages(model, given_passages))
-    shares = [
-        dict(evaluate_passages(model, given_passages, world=World(rank, 3, "cpu"))) for rank in range(3)
-    ]
+    monkeypatch.setattr(multiple_choice, "TOKENS_AT_ONCE", 100)
+    whole = dict(evaluate_task(model, examples, "fp32"))
+    shares = [dict(evaluate_task(model, examples, "fp32", World(rank, 3, "cpu"))) for rank in range(3)]
     assert all(shares)
     assert shares[0] | shares[1] | shares[2] == whole
     assert sum(map(len, shares)) == len(whole)

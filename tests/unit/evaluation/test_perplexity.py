@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from overnight.data.loader import Batch
-from overnight.evaluation.perplexity import evaluate_language_model, pool_evaluations
+from overnight.evaluation.perplexity import Evaluation, evaluate_language_model, pool_evaluations
 from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
 
@@ -53,12 +53,16 @@ def naive(model: GPT, ids: Tensor) -> float:
     return nats / (len(ids) - 1)
 
 
+def evaluate(model: GPT, batches: list[Batch]) -> Evaluation:
+    return evaluate_language_model(model, batches, TOKEN_BYTES).summary()
+
+
 @pytest.mark.parametrize("count", [1, 3, 7])
 @torch.no_grad()
 def test_loss_does_not_depend_on_batches(dropping: GPT, count: int) -> None:
     ids = draw_ids(61)
     wanted = naive(dropping, ids)
-    found = evaluate_language_model(dropping, rows(ids, count), TOKEN_BYTES)
+    found = evaluate(dropping, rows(ids, count))
     assert found.loss == pytest.approx(wanted, abs=1e-5)
     assert found.perplexity == pytest.approx(math.exp(wanted), rel=1e-5)
     assert found.evaluated_tokens == 60
@@ -66,18 +70,9 @@ def test_loss_does_not_depend_on_batches(dropping: GPT, count: int) -> None:
     assert found.bits_per_byte == pytest.approx(wanted * 60 / math.log(2) / found.evaluated_bytes, rel=1e-5)
 
 
-@torch.no_grad()
-def test_mean_of_batch_means_differs(dropping: GPT) -> None:
-    """The negative control: the last batch is short."""
-    batches = rows(draw_ids(20), 2)
-    means = [evaluate_language_model(dropping, [batch], TOKEN_BYTES).loss for batch in batches]
-    whole = evaluate_language_model(dropping, batches, TOKEN_BYTES).loss
-    assert sum(means) / len(means) != pytest.approx(whole, abs=1e-5)
-
-
 def test_evaluation_leaves_training_state_unchanged(dropping: GPT) -> None:
     state = torch.random.get_rng_state()
-    evaluate_language_model(dropping, rows(draw_ids(20), 2), TOKEN_BYTES)
+    evaluate(dropping, rows(draw_ids(20), 2))
     assert dropping.training
     assert torch.equal(torch.random.get_rng_state(), state)
     dropping(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
@@ -87,26 +82,23 @@ def test_nats_are_summed_on_the_cpu(dropping: GPT, monkeypatch: pytest.MonkeyPat
     """MPS has no float64."""
     nats = SimpleNamespace(item=lambda: 30.0)
     monkeypatch.setattr("overnight.evaluation.perplexity.cross_entropy_nats", lambda *_: nats)
-    assert evaluate_language_model(dropping, rows(draw_ids(21), 1), TOKEN_BYTES).loss == 3 * 30 / 20
+    assert evaluate(dropping, rows(draw_ids(21), 1)).loss == 3 * 30 / 20
 
 
 @pytest.mark.gpu
 def test_gpu_loss_matches_cpu(dropping: GPT) -> None:
-    on_cpu = evaluate_language_model(dropping, rows(draw_ids(61), 3), TOKEN_BYTES)
-    on_gpu = evaluate_language_model(dropping.to("cuda"), rows(draw_ids(61), 3), TOKEN_BYTES)
+    on_cpu = evaluate(dropping, rows(draw_ids(61), 3))
+    on_gpu = evaluate(dropping.to("cuda"), rows(draw_ids(61), 3))
     assert on_gpu.loss == pytest.approx(on_cpu.loss, abs=1e-4)
-
-
-def test_empty_text_is_refused(dropping: GPT) -> None:
-    with pytest.raises(ValueError, match="empty"):
-        evaluate_language_model(dropping, [], TOKEN_BYTES)
 
 
 @torch.no_grad()
 def test_pooled_evaluations_match_one_text(dropping: GPT) -> None:
     short, long = rows(draw_ids(9, 4), 2), rows(draw_ids(90, 5), 2)
-    whole = evaluate_language_model(dropping, [*short, *long], TOKEN_BYTES)
-    parts = [evaluate_language_model(dropping, each, TOKEN_BYTES) for each in (short, long)]
+    whole = evaluate(dropping, [*short, *long])
+    parts = [evaluate(dropping, each) for each in (short, long)]
     pooled = pool_evaluations(parts)
     assert vars(pooled) == pytest.approx(vars(whole), rel=1e-12)
-    assert pooled.loss != pytest.approx((parts[0].loss + parts[1].loss) / 2, rel=1e-3)
+    assert pooled.loss != pytest.approx((parts[0].loss + parts[1].loss) / 2, rel=1e-3)  # the control
+    with pytest.raises(ValueError, match="empty"):
+        evaluate(dropping, [])

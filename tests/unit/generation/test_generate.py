@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from overnight.generation import SamplingConfig
 from overnight.generation.generate import (
@@ -65,26 +64,17 @@ def naive(model: GPT, prompt: Sequence[int], decoding: Decoding, row: int = 0) -
 
 
 @torch.inference_mode()
-def cached_logits(rows: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits after the prompts and after each new id, through the cache."""
-    longest = max(map(len, rows))
+def error_of_cache(rows: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> float:
+    """The greatest error of a logit after the prompts and after each new id, through the cache."""
+    longest, worst = max(map(len, rows)), 0.0
     cache = KVCache(MODEL, [len(ids) for ids in rows], columns=longest + len(new[0]))
     reads = [[[0] * (longest - len(ids)) + list(ids) for ids in rows]]
     reads += [[[ids[step]] for ids in new] for step in range(len(new[0]))]
-    logits = []
-    for read in reads:
-        ids = torch.tensor(read)
-        cache.extend(ids.shape[1])
-        logits.append(MODEL.head(MODEL.trunk(ids, cache)[:, -1]))
-    return logits
-
-
-def error_of_cache(rows: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> float:
-    worst = 0.0
-    for step, logits in enumerate(cached_logits(rows, new)):
+    for step, read in enumerate(reads):
+        cache.extend(len(read[0]))
+        logits = MODEL.head(MODEL.trunk(torch.tensor(read), cache)[:, -1])
         for row, ids in enumerate(rows):
-            with torch.no_grad():
-                wanted = MODEL(torch.tensor([[*ids, *new[row][:step]]]))[0, -1]
+            wanted = MODEL(torch.tensor([[*ids, *new[row][:step]]]))[0, -1]
             worst = max(worst, (logits[row] - wanted).abs().max().item())
     return worst
 
@@ -103,38 +93,20 @@ def test_cached_logits_match_uncached(rows: int, monkeypatch: pytest.MonkeyPatch
     assert error_of_cache(PROMPTS[:rows], NEW[:rows]) > 1e-2
 
 
-def test_prompt_read_in_parts_matches() -> None:
-    prompt = PROMPTS[0]
-    cache = KVCache(MODEL, [len(prompt)], columns=len(prompt))
-    with torch.inference_mode():
-        for part in (prompt[:3], prompt[3:]):
-            cache.extend(len(part))
-            hidden = MODEL.trunk(torch.tensor([part]), cache)
-        difference = MODEL.head(hidden[:, -1]) - MODEL(torch.tensor([prompt]))[:, -1]
-    assert difference.abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, SamplingConfig(top_k=None, temperature=5.0)])
 @pytest.mark.parametrize("context_length", [1, 2, 7, 8, 32])
 def test_row_does_not_depend_on_batch(sampling: SamplingConfig, context_length: int) -> None:
+    """Also where some rows end before the others."""
     model = build_model(context_length)
-    prompts = [ids[-context_length:] for ids in PROMPTS]
-    decoding = Decoding(max_new_tokens=40, sampling=sampling)
+    prompts = [ids[-context_length:] for ids in PROMPTS * 3]
+    decoding = Decoding(max_new_tokens=60, sampling=sampling, end_of_text=END)
     together = generate(model, prompts, decoding)
     assert together == [naive(model, ids, decoding, row) for row, ids in enumerate(prompts)]
     alone = [generate(model, [ids], replace(decoding, first_row=row))[0] for row, ids in enumerate(prompts)]
     assert together == alone
-
-
-def test_ended_rows_do_not_change_others() -> None:
-    decoding = Decoding(
-        max_new_tokens=60, sampling=SamplingConfig(top_k=None, temperature=5.0), end_of_text=END
-    )
-    prompts = [PROMPTS[i % 4] for i in range(24)]
-    together = generate(MODEL, prompts, decoding)
-    assert len({len(ids) for ids in together}) > 3
-    assert together == [naive(MODEL, ids, decoding, row) for row, ids in enumerate(prompts)]
     assert not any(END in ids for ids in together)
+    if sampling.temperature > 1:
+        assert len(set(map(len, together))) > 2
 
 
 def test_ids_are_below_vocab_size() -> None:
@@ -142,8 +114,9 @@ def test_ids_are_below_vocab_size() -> None:
     (ids,) = generate(MODEL, [[1]], decoding)
     assert len(ids) == 100
     assert max(ids) < TOKENIZER.vocab_size < MODEL.wte.weight.shape[0]
-    (narrow,) = generate(MODEL, [[1]], replace(decoding, vocab_size=5))
-    assert max(narrow) < 5
+    tokenizer = build_tokenizer("characters", ["a"])  # smaller than the model's vocabulary
+    (completion,) = complete(MODEL, tokenizer, ["a"], decoding)
+    assert max(completion.ids) < tokenizer.vocab_size < max(ids)
 
 
 def test_empty_prompt_and_no_prompts() -> None:
@@ -151,22 +124,6 @@ def test_empty_prompt_and_no_prompts() -> None:
     assert generate(MODEL, [[]], decoding) == generate(MODEL, [[END]], decoding)
     assert generate(MODEL, [], Decoding()) == []
     assert generate(MODEL, [[1], [2]], Decoding(max_new_tokens=0)) == [[], []]
-
-
-def test_token_generator_matches_generate() -> None:
-    decoding = Decoding(max_new_tokens=9, sampling=DRAWN)
-    steps = list(TokenGenerator(MODEL, PROMPTS, decoding))
-    assert len(steps) == 9
-    assert [[step[row] for step in steps] for row in range(4)] == generate(MODEL, PROMPTS, decoding)
-
-
-def test_token_generator_stops_row() -> None:
-    tokens = TokenGenerator(MODEL, PROMPTS, Decoding(max_new_tokens=5, sampling=DRAWN))
-    steps = []
-    for new in tokens:
-        steps.append(new)
-        tokens.stop(2)
-    assert [sorted(step) for step in steps] == [[0, 1, 2, 3]] + [[0, 1, 3]] * 4
 
 
 def test_generation_leaves_training_state_unchanged() -> None:
@@ -209,14 +166,6 @@ def test_invalid_requests_raise_before_iteration(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         TokenGenerator(MODEL, prompts, replace(Decoding(), **changes))
-
-
-def test_damaged_weights_raise() -> None:
-    model = build_model()
-    with torch.no_grad():
-        model.ln_f.weight[0] = torch.nan
-    with pytest.raises(FloatingPointError, match="logits"):
-        generate(model, [[1]], Decoding())
 
 
 @settings(max_examples=300, deadline=None)
@@ -270,9 +219,10 @@ def test_complete_matches_stream_text(sampling: SamplingConfig) -> None:
 
 def test_stop_string_ends_completion() -> None:
     decoding = Decoding(max_new_tokens=200, sampling=SamplingConfig(top_k=None, temperature=5.0))
-    (whole,) = complete(MODEL, TOKENIZER, ["abc"], decoding)
-    stop = whole.text[3:5]
-    (cut,) = complete(MODEL, TOKENIZER, ["abc"], decoding, [stop, "absent"])
+    whole, other = complete(MODEL, TOKENIZER, ["abc", "j"], decoding)
+    stop = next(each for start in range(3, 9) if (each := whole.text[start : start + 2]) not in other.text)
+    cut, rest = complete(MODEL, TOKENIZER, ["abc", "j"], decoding, [stop, "absent"])
+    assert rest == other
     assert cut.ended_by == "stop string"
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.ids == whole.ids[: len(cut.ids)]
@@ -280,11 +230,3 @@ def test_stop_string_ends_completion() -> None:
     assert "".join(stream_text(MODEL, TOKENIZER, "abc", decoding, [stop])) == cut.text
     with pytest.raises(ValueError, match="stop"):
         complete(MODEL, TOKENIZER, ["abc"], Decoding(), [""])
-
-
-def test_padded_vocabulary_is_never_drawn() -> None:
-    tokenizer = build_tokenizer("characters", ["a"])
-    assert tokenizer.vocab_size < MODEL.vocab_size
-    decoding = Decoding(max_new_tokens=60, sampling=SamplingConfig(top_k=None, temperature=50.0))
-    (completion,) = complete(MODEL, tokenizer, ["a"], decoding)
-    assert max(completion.ids) < tokenizer.vocab_size

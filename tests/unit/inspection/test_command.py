@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from overnight.data.shards import read_manifest
+from overnight.data.shards import SPLITS, read_manifest
 from overnight.inspection import InspectConfig
-from overnight.inspection.command import describe_shards, run
-from overnight.inspection.statistics import Inspection, inspect_shards
+from overnight.inspection.command import describe, run
+from overnight.inspection.statistics import inspect_shards
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
 
@@ -28,21 +28,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     texts = [SENTENCE + " ".join(draw.choices(words, k=draw.randint(1, 300))) + f" {n}" for n in range(60)]
     monkeypatch.chdir(tmp_path)
     Path("letters.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    prepare(
-        PrepareConfig(
-            source="letters.jsonl",
-            tokenizer="characters",
-            validation_fraction=0.2,
-            shard_tokens=2500,
-            out="letters",
-        )
-    )
+    paths = {"source": "letters.jsonl", "out": "letters"}
+    prepare(PrepareConfig(**paths, tokenizer="characters", validation_fraction=0.2, shard_tokens=2500))
     return tmp_path / "letters"
-
-
-@pytest.fixture
-def found(folder: Path) -> Inspection:
-    return inspect_shards(Path(folder.name))
 
 
 def printed(capsys: pytest.CaptureFixture[str], config: InspectConfig) -> list[str]:
@@ -50,17 +38,16 @@ def printed(capsys: pytest.CaptureFixture[str], config: InspectConfig) -> list[s
     run(config)
     out, err = capsys.readouterr()
     assert out == ""
-    return err.splitlines()
-
-
-def test_inspect_prints_the_manifests_counts_in_80_columns(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = printed(capsys, InspectConfig(data="letters"))
-    manifest = read_manifest(folder)
+    lines = err.splitlines()
     assert max(map(cell_len, lines)) <= 80
     assert all(character.isprintable() for line in lines for character in line)
-    for split in ("train", "validation"):
+    return lines
+
+
+def test_inspect_prints_the_manifests_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, InspectConfig(data="letters"))
+    manifest = read_manifest(folder)
+    for split in SPLITS:
         (row,) = [line.split() for line in lines if line.startswith(split)]
         documents = sum(shard.documents for shard in manifest.shards(split))
         tokens, text_bytes = manifest.tokens(split), manifest.text_bytes(split)
@@ -70,21 +57,25 @@ def test_inspect_prints_the_manifests_counts_in_80_columns(
     assert any("[red]" in line for line in lines)  # rich's markup in a text is text
     assert sum(line.startswith("document ") for line in lines) == 3
     assert lines[-1].startswith("next: overnight train")
+    first = printed(capsys, InspectConfig(data="letters", documents=4, samples=0))
+    assert any("first 4 documents of each split" in line for line in first)
+    assert any(line.startswith("of all 8 documents") for line in first)
 
 
-def test_inspect_shows_problems_first(found: Inspection) -> None:
-    leak = dataclasses.replace(
-        found,
-        problems=("3 of 9 validation documents are also in training",),
-        duplicates=dataclasses.replace(found.duplicates, validation_in_train=3),
+@pytest.mark.usefixtures("folder")
+def test_inspect_shows_problems_first_and_bars_in_proportion() -> None:
+    found = inspect_shards(Path("letters"))
+    splits = [dataclasses.replace(split, documents=10**8, tokens=10**11) for split in found.splits]
+    duplicates = dataclasses.replace(found.duplicates, validation_in_train=3)
+    large = dataclasses.replace(
+        found, splits=tuple(splits), problems=("a problem " * 30,), duplicates=duplicates
     )
-    lines, sound = list(describe_shards(leak)), list(describe_shards(found))
-    assert lines[2] == f"! {leak.problems[0]}"
-    assert lines[3:] == sound[3:]  # instead of: no document is there twice
-
-
-def test_inspect_draws_histogram_in_proportion(found: Inspection) -> None:
-    bars = [line.count("█") for line in describe_shards(found) if "%" in line and "–" in line]
+    lines = list(describe(large))
+    assert max(map(cell_len, lines)) <= 80
+    assert lines[2].startswith("  ! a problem")
+    assert "no document is there twice, within a split or across both" in describe(found)
+    assert not any("no document is there twice" in line for line in lines)
+    bars = [line.count("█") for line in lines if "%" in line and "–" in line]
     counts = [bucket["documents"] for bucket in found.lengths.histogram]
     assert max(bars) == 30
     for bar, count in zip(bars, counts, strict=True):
@@ -92,21 +83,12 @@ def test_inspect_draws_histogram_in_proportion(found: Inspection) -> None:
         assert abs(bar - 30 * count / max(counts)) <= 1
 
 
-@pytest.mark.parametrize("documents", [10**6, 10**8])
-def test_inspect_keeps_to_80_columns_with_large_numbers(found: Inspection, documents: int) -> None:
-    splits = [
-        dataclasses.replace(split, documents=documents, tokens=1000 * documents, text_bytes=400 * documents)
-        for split in found.splits
-    ]
-    large = dataclasses.replace(found, splits=tuple(splits), problems=("a problem " * 30,))
-    assert max(map(cell_len, describe_shards(large))) <= 80
-
-
-def test_inspect_json_has_everything(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("folder")
+def test_inspect_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     run(InspectConfig(data="letters", json=True, samples=2, seed=5))
     content = json.loads(capsys.readouterr().out)
-    expected = inspect_shards(Path(folder.name), samples=2, seed=5)
+    expected = inspect_shards(Path("letters"), samples=2, seed=5)
     assert content == json.loads(json.dumps(dataclasses.asdict(expected)))
     # The keys that programs read.
     assert list(content) == [
@@ -114,25 +96,14 @@ def test_inspect_json_has_everything(folder: Path, capsys: pytest.CaptureFixture
         *("splits", "lengths", "duplicates", "ids_used", "frequent", "sampled_documents", "oddities"),
         *("not_english_looking", "samples"),
     ]
-    split = content["splits"][0]
+    split, lengths = content["splits"][0], content["lengths"]
     assert list(split) == ["split", "documents", "empty_documents", "tokens", "text_bytes", "shards"]
     assert list(split["shards"][0]) == ["name", "documents", "tokens", "text_bytes"]
-    assert len(split["shards"]) == len(read_manifest(folder).train)
     assert list(content["duplicates"]) == ["train", "validation", "validation_in_train", "first_in_both"]
-    lengths = content["lengths"]
     assert list(lengths) == ["mean", "median", "percentile_90", "shortest", "longest", "histogram"]
     assert list(lengths["histogram"][0]) == ["shortest", "longest", "documents"]
     assert list(content["frequent"][0]) == ["id", "text", "count"]
-    assert [list(sample) for sample in content["samples"]] == [
-        ["split", "document", "tokens", "text", "is_shortened"]
-    ] * 2
-
-
-@pytest.mark.usefixtures("folder")
-def test_inspect_first_documents_only(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = printed(capsys, InspectConfig(data="letters", documents=4, samples=0))
-    assert any("first 4 documents of each split" in line for line in lines)
-    assert any(line.startswith("of all 8 documents") for line in lines)
+    assert list(content["samples"][0]) == ["split", "document", "tokens", "text", "is_shortened"]
 
 
 def test_inspect_lists_the_sites_of_a_source(
@@ -142,32 +113,26 @@ def test_inspect_lists_the_sites_of_a_source(
     rows = [{"url": f"https://site-{n % 25}.{'x' * (n % 25) * 3}.org/{n}", "text": "ab"} for n in range(100)]
     Path("web.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"url": "", "text": "ab"}])))
     lines = printed(capsys, InspectConfig(data="web.jsonl"))
-    assert max(map(len, lines)) <= 80
-    assert any(line.startswith("web.jsonl: 101 documents") for line in lines)
     (row,) = [line.split() for line in lines if line.startswith("site-1.")]
     assert row == ["site-1.xxx.org", "4", "3.96%", "0.00", "3.96%"]
     run(InspectConfig(data="web.jsonl", json=True))
     content = json.loads(capsys.readouterr().out)
+    assert list(content)[:4] == ["source", "files", "documents", "text_bytes"]
     assert (content["sites"], content["documents_without"], len(content["top"])) == (25, 1, 25)
     assert list(content["top"][0].items())[1:] == [("documents", 4), ("text_bytes", 8)]
 
 
-@pytest.mark.parametrize(
-    "config, match",
-    [
-        (InspectConfig(data="nothing"), "no folder or file nothing"),
-        (InspectConfig(data="foreign"), "--from-shards foreign"),
-        (InspectConfig(data=".", documents=0, samples=-1), "documents=0 .*samples=-1"),
-    ],
-)
-def test_inspect_refuses_wrong_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: InspectConfig, match: str
-) -> None:
+def test_inspect_refuses_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("foreign").mkdir()
     Path("foreign/train.bin").write_bytes(b"\0\0")
-    with pytest.raises(ValueError, match=match):
-        run(config)
+    for config, match in (
+        (InspectConfig(data="nothing"), "no folder or file nothing"),
+        (InspectConfig(data="foreign"), "--from-shards foreign"),
+        (InspectConfig(data=".", documents=0, samples=-1), "documents=0 .*samples=-1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            run(config)
 
 
 def test_inspect_needs_no_torch(folder: Path) -> None:

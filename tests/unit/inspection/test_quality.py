@@ -67,10 +67,8 @@ def test_accented_letters_are_not_mojibake(text: str) -> None:
 def test_character_classes_are_those_of_unicode() -> None:
     for point in range(0, 0x30000, 7):
         character, classes = chr(point), int(_classes()[point])
-        is_letter = character.isalpha()
-        assert bool(classes & LETTER) == is_letter
-        assert bool(classes & UPPER) == (is_letter and character.isupper())
-        assert bool(classes & BLANK) == character.isspace()
+        expected = (character.isalpha(), character.isalpha() and character.isupper(), character.isspace())
+        assert (bool(classes & LETTER), bool(classes & UPPER), bool(classes & BLANK)) == expected
 
 
 def test_latin_letters_are_those_named_latin() -> None:

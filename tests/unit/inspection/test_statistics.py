@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,6 @@ from hypothesis import strategies as st
 from overnight.data.shards import (
     SPLITS,
     Manifest,
-    Shard,
-    ShardWriter,
     read_manifest,
     write_manifest,
 )
@@ -26,6 +26,7 @@ from overnight.tokenizer.bpe import BytePair
 END = 256
 TOKENIZER = BytePair([])  # ids 0 to 255 are bytes in the order of their spelling, 256 is end-of-text
 Texts = dict[str, list[str]]
+WriteIds = Callable[..., Path]
 
 
 def random_texts(seed: int) -> Texts:
@@ -35,75 +36,50 @@ def random_texts(seed: int) -> Texts:
     return {"train": draw.choices(pool[:100], k=150), "validation": draw.choices(pool[60:], k=40)}
 
 
-def write_texts(folder: Path, texts: Texts, shard_tokens: int = 700) -> Path:
-    """A prepared folder of these documents, as `overnight prepare` would write it."""
-    documents = {
-        split: [([END, *TOKENIZER.encode(text)], len(text.encode())) for text in texts[split]]
-        for split in SPLITS
-    }
-    return write_documents(folder, documents, shard_tokens)
+def ids_of(texts: Texts, split: str) -> list[int]:
+    return [id for text in texts[split] for id in (END, *TOKENIZER.encode(text))]
 
 
-def write_ids(folder: Path, train: list[int], validation: list[int]) -> Path:
-    """A prepared folder of any ids; the manifest counts documents by end-of-text ids."""
-    write_documents(folder, {"train": [(train, 0)], "validation": [(validation, 0)]}, 10**9)
-    manifest = read_manifest(folder)
+@pytest.fixture
+def write_ids(tmp_path: Path, prepared_documents: Callable[..., Manifest]) -> WriteIds:
+    """`write_ids(train, validation)`: a prepared folder of ids, in which end-of-text begins a document."""
+    folders = (tmp_path / f"made-up-{number}" for number in itertools.count())
+    names = {"tokenizer": TOKENIZER.name, "tokenizer_fingerprint": TOKENIZER.fingerprint}
 
-    def counted(shard: Shard, ids: list[int]) -> Shard:
-        ends = ids.count(END)
-        return dataclasses.replace(shard, documents=max(1, ends), text_bytes=len(ids) - ends)
+    def write(train: list[int], validation: list[int], shard_tokens: int = 700) -> Path:
+        folder = next(folders)
+        documents = {}
+        for split, ids in zip(SPLITS, map(np.array, (train, validation)), strict=True):
+            pieces = np.split(ids, np.flatnonzero(ids == END))
+            documents[split] = [(each, np.count_nonzero(each != END)) for each in pieces if each.size]
+        layout = {"vocab_size": END + 1, "end_of_text": END}
+        prepared_documents(folder, documents, shard_tokens, **names, **layout)
+        TOKENIZER.save(folder / "tokenizer")
+        return folder
 
-    shards = {"train": (counted(manifest.train[0], train),)}
-    shards["validation"] = (counted(manifest.validation[0], validation),)
-    write_manifest(folder, dataclasses.replace(manifest, **shards))
-    return folder
-
-
-def write_documents(
-    folder: Path, documents: dict[str, list[tuple[list[int], int]]], shard_tokens: int
-) -> Path:
-    """A prepared folder of (ids, bytes of text)."""
-    folder.mkdir()
-    shards = {}
-    for split in SPLITS:
-        writer = ShardWriter(folder, split, TOKENIZER.vocab_size, shard_tokens)
-        for ids, text_bytes in documents[split]:
-            writer.add(np.array(ids, dtype=np.uint32), text_bytes)
-        shards[split] = writer.finish()
-    counts = ("duplicate_documents", "empty_documents", "skipped_documents", "repaired_documents")
-    manifest = Manifest(
-        overnight_version="0",
-        source="made up",
-        licence="none",
-        request={},
-        split_rule="by hand",
-        tokenizer=TOKENIZER.name,
-        tokenizer_fingerprint=TOKENIZER.fingerprint,
-        vocab_size=TOKENIZER.vocab_size,
-        end_of_text=END,
-        documents=sum(map(len, documents.values())),
-        **dict.fromkeys(counts, 0),
-        **shards,
-    )
-    TOKENIZER.save(folder / "tokenizer")
-    write_manifest(folder, manifest)
-    return folder
+    return write
 
 
-def without_samples(found: Inspection) -> dict[str, object]:
-    return {**dataclasses.asdict(found), "folder": "", "samples": ()}
+@pytest.fixture
+def write_texts(write_ids: WriteIds) -> Callable[..., Path]:
+    """`write_texts(texts)`: a prepared folder of them, as `overnight prepare` would write it."""
+
+    def write(texts: Texts, shard_tokens: int = 700) -> Path:
+        return write_ids(*(ids_of(texts, split) for split in SPLITS), shard_tokens)
+
+    return write
 
 
 @pytest.fixture(params=[700, 23])
-def found(tmp_path: Path, request: pytest.FixtureRequest) -> Inspection:
+def found(write_texts: WriteIds, request: pytest.FixtureRequest) -> Inspection:
     """What is found in shards of that many tokens; in the short ones, documents span several."""
-    return inspect_shards(write_texts(tmp_path / "made-up", random_texts(0), request.param))
+    return inspect_shards(write_texts(random_texts(0), request.param))
 
 
 # Counts
 
 
-def test_counts_equal_those_of_the_texts(found: Inspection) -> None:
+def test_counts_and_lengths_equal_those_of_the_texts(found: Inspection) -> None:
     texts = random_texts(0)
     for split in found.splits:
         written = texts[split.split]
@@ -113,10 +89,7 @@ def test_counts_equal_those_of_the_texts(found: Inspection) -> None:
         for name in ("documents", "tokens", "text_bytes"):
             assert sum(shard[name] for shard in split.shards) == getattr(split, name)
     assert {shard["tokens"] for shard in found.splits[0].shards[:-1]} <= {700, 23}
-
-
-def test_lengths_equal_those_of_the_texts(found: Inspection) -> None:
-    lengths = np.array([1 + len(text.encode()) for each in random_texts(0).values() for text in each])
+    lengths = np.array([1 + len(text.encode()) for each in texts.values() for text in each])
     measured = found.lengths
     assert measured.mean == pytest.approx(lengths.mean())
     assert measured.median == np.quantile(lengths, 0.5, method="inverted_cdf")
@@ -129,10 +102,8 @@ def test_lengths_equal_those_of_the_texts(found: Inspection) -> None:
     assert [bucket["documents"] for bucket in measured.histogram] == np.histogram(lengths, edges)[0].tolist()
 
 
-def test_frequent_tokens_equal_numpys_counts(found: Inspection, tmp_path: Path) -> None:
-    contents = [path.read_bytes()[1024:] for path in sorted((tmp_path / "made-up").glob("*.bin"))]
-    values, counts = np.unique(np.frombuffer(b"".join(contents), dtype="<u2"), return_counts=True)
-    expected = Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+def test_frequent_tokens_equal_a_count_of_them(found: Inspection) -> None:
+    expected = Counter(id for split in SPLITS for id in ids_of(random_texts(0), split))
     assert found.ids_used == len(expected)
     del expected[END]
     assert {token["id"]: token["count"] for token in found.frequent} == expected  # fewer than 20 occur
@@ -187,24 +158,23 @@ def test_half_a_digest_is_no_duplicate() -> None:
 # Documents at the edges
 
 
-def test_empty_documents_are_counted_and_no_duplicates(tmp_path: Path) -> None:
-    folder = write_ids(tmp_path / "x", [END, END, 5, 6, END, END], [END, 7, END])
-    found = inspect_shards(folder)
+def test_empty_documents_are_counted_and_no_duplicates(write_ids: WriteIds) -> None:
+    found = inspect_shards(write_ids([END, END, 5, 6, END, END], [END, 7, END]))
     assert [(split.documents, split.empty_documents) for split in found.splits] == [(4, 3), (2, 1)]
     assert found.duplicates.train == found.duplicates.validation_in_train == 0
     assert [problem[:12] for problem in found.problems] == ["3 documents ", "1 documents "]
 
 
-def test_ids_before_the_first_separator_are_a_document(tmp_path: Path) -> None:
+def test_ids_before_the_first_separator_are_a_document(write_ids: WriteIds) -> None:
     """As in nanoGPT's files, where end-of-text comes after a document."""
-    found = inspect_shards(write_ids(tmp_path / "x", [5, 6, END, 7, 8], [5, 6]))
+    found = inspect_shards(write_ids([5, 6, END, 7, 8], [5, 6]))
     assert [split.documents for split in found.splits] == [2, 1]
     assert found.duplicates.validation_in_train == 1
     assert [bucket["documents"] for bucket in found.lengths.histogram] == [3]
 
 
-def test_manifest_with_other_counts_is_a_problem(tmp_path: Path) -> None:
-    folder = write_texts(tmp_path / "x", {"train": ["one", "two"], "validation": ["four"]})
+def test_shards_that_contradict_their_manifest_are_a_problem_or_refused(write_texts: WriteIds) -> None:
+    folder = write_texts({"train": ["one", "two"], "validation": ["four"]})
     assert inspect_shards(folder).problems == ()
     manifest = read_manifest(folder)
     wrong = dataclasses.replace(manifest.train[0], text_bytes=99, documents=7)
@@ -212,39 +182,39 @@ def test_manifest_with_other_counts_is_a_problem(tmp_path: Path) -> None:
     text_bytes, documents = inspect_shards(folder).problems
     assert "99" in text_bytes
     assert "7 documents" in documents
-
-
-def test_inspect_refuses_damaged_shards(tmp_path: Path) -> None:
-    folder = write_texts(tmp_path / "x", random_texts(0))
-    path = folder / "train-00001.bin"
-    content = bytearray(path.read_bytes())
-    content[1500] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"train-00001\.bin was changed"):
+    path = folder / "train-00000.bin"
+    path.write_bytes(path.read_bytes()[:-2] + bytes(2))
+    with pytest.raises(ValueError, match=r"train-00000\.bin was changed"):
         inspect_shards(folder)
 
 
 # A part, and samples
 
 
-@pytest.mark.parametrize("documents", [1, 17, 39, 150, 1000])
+@pytest.mark.parametrize("documents", [1, 17, 150])
 @pytest.mark.parametrize("shard_tokens", [23, 700])
-def test_first_documents_equal_a_folder_of_them(tmp_path: Path, documents: int, shard_tokens: int) -> None:
+def test_first_documents_equal_a_folder_of_them(
+    write_texts: WriteIds, documents: int, shard_tokens: int
+) -> None:
     texts = random_texts(3)
     first = {split: texts[split][:documents] for split in SPLITS}
-    whole = write_texts(tmp_path / "full", texts, shard_tokens)
-    found = without_samples(inspect_shards(whole, documents=documents))
-    alone = without_samples(inspect_shards(write_texts(tmp_path / "first", first, shard_tokens)))
-    for measured in (found, alone):
-        for split in measured["splits"]:  # type: ignore[attr-defined]
+    part = inspect_shards(write_texts(texts, shard_tokens), documents=documents)
+    alone = inspect_shards(write_texts(first, shard_tokens))
+    assert part.first_documents_only == documents
+    of_part, of_alone = (
+        {**dataclasses.asdict(found), "folder": "", "samples": (), "first_documents_only": None}
+        for found in (part, alone)
+    )
+    for measured in (of_part, of_alone):
+        for split in measured["splits"]:
             split["shards"] = [shard for shard in split["shards"] if shard["tokens"]]
-    assert found == {**alone, "first_documents_only": documents}
+    assert of_part == of_alone
 
 
-def test_samples_are_drawn_by_seed(tmp_path: Path) -> None:
+def test_samples_are_drawn_by_seed(write_texts: WriteIds) -> None:
     texts = random_texts(4)
     texts["train"][5] = "€" * 500
-    folder = write_texts(tmp_path / "x", texts, shard_tokens=61)
+    folder = write_texts(texts, shard_tokens=61)
     drawn = [inspect_shards(folder, samples=12, seed=seed).samples for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     everything = inspect_shards(folder, samples=1000).samples
@@ -258,12 +228,11 @@ def test_samples_are_drawn_by_seed(tmp_path: Path) -> None:
     assert inspect_shards(folder, samples=0).samples == ()
 
 
-def test_oddities_are_counted_among_spread_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = {
-        "train": ["A plain sentence.", "bad \ufffd", "42 + 17 = 59"] * 100,
-        "validation": ["SHOUTING"] * 30,
-    }
-    folder = write_texts(tmp_path / "x", texts)
+def test_oddities_are_counted_among_spread_documents(
+    write_texts: WriteIds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = ["A plain sentence.", "bad \ufffd", "42 + 17 = 59"] * 100
+    folder = write_texts({"train": train, "validation": ["SHOUTING"] * 30})
     found = inspect_shards(folder)
     assert found.sampled_documents == 330
     assert {name: count for name, count in found.oddities.items() if count} == {
@@ -278,19 +247,18 @@ def test_oddities_are_counted_among_spread_documents(tmp_path: Path, monkeypatch
     assert some.duplicates == found.duplicates
 
 
-def test_long_documents_are_decoded_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "LONGEST_LOOK_TOKENS", 10)
-    texts = {"train": ["€€€€" + "\ufffd"], "validation": ["12 bytes \ufffd"]}
-    found = inspect_shards(write_texts(tmp_path / "x", texts))
-    assert found.oddities["replacement_character"] == 0  # nor one made by cutting a character
-    monkeypatch.setattr(statistics, "LONGEST_LOOK_TOKENS", 15)
-    assert inspect_shards(tmp_path / "x").oddities["replacement_character"] == 2
+def test_long_documents_are_decoded_up_to_a_limit(
+    write_texts: WriteIds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_texts({"train": ["€€€€" + "\ufffd"], "validation": ["12 bytes \ufffd"]})
+    for limit, count in ((10, 0), (15, 2)):  # none is made by cutting a character
+        monkeypatch.setattr(statistics, "LONGEST_LOOK_TOKENS", limit)
+        assert inspect_shards(folder).oddities["replacement_character"] == count
 
 
-def test_inspect_memory_is_bounded(tmp_path: Path) -> None:
+def test_inspect_memory_is_bounded(write_ids: WriteIds) -> None:
     """Three megabytes of shards are looked at in far less memory of Python's than they take."""
-    ids = ([END] + [5] * 2999) * 500
-    folder = write_ids(tmp_path / "x", ids, [END, 7])
+    folder = write_ids(([END] + [5] * 2999) * 500, [END, 7], 10**9)
     inspect_shards(folder)  # what is kept from the first time on
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
+from overnight.jobs import LaunchConfig
 from overnight.jobs.request import JobRequest
 from overnight.preparation.prepare_commands import JobText
+from overnight.training import ComputeConfig
 
 # Stands for `overnight`: notes its arguments and its rank. `train long` starts a run and waits for the signal
 # to save; `train short` and a resumed run do all steps at once.
@@ -27,7 +29,6 @@ import json, os, signal, sys, time
 from pathlib import Path
 
 words, notes, run = sys.argv[1:], Path(os.environ["STAND_INS"]), Path("runs/mine")
-names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 def note(kind, value):
     with (notes / kind).open("a") as file:
@@ -41,7 +42,7 @@ def save(number, frame):
 if words[0] == "runs":
     print(json.dumps([{"state": "finished" if (run / "finished").exists() else "stopped"}], indent=2))
     sys.exit()
-call = {"words": words, **{name: os.environ.get(name) for name in names}}
+call = {"words": words, **{name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}}
 if "TOGETHER" in os.environ:
     import torch, torch.distributed as dist
 
@@ -57,9 +58,8 @@ if words[0] == "train":
         (run / "finished").touch()
 if words[0] == "prepare":
     time.sleep(0.3)
-    folder = Path("data/notes")
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").touch()
+    Path("data/notes").mkdir(parents=True)
+    Path("data/notes/manifest.json").touch()
 note("calls", call)
 if words[:2] == ["train", "long"]:
     time.sleep(60)
@@ -94,11 +94,9 @@ class Machines:
 
     def add(self, name: str, script: str) -> None:
         """A program; Python unless its first line says otherwise."""
-        first = "" if script.startswith("#!") else f"#!{sys.executable} -S\n"
-        if "import torch" in script:
-            first = f"#!{sys.executable}\n"
+        python = f"#!{sys.executable}\n" if "import torch" in script else f"#!{sys.executable} -S\n"
         path = self.programs / name
-        path.write_text(first + script)
+        path.write_text(script if script.startswith("#!") else python + script)
         path.chmod(0o755)
 
     def use_real_torchrun(self) -> None:
@@ -125,12 +123,10 @@ class Machines:
         self.started.append(process)
         return process
 
-    def stop_all(self) -> None:
-        """Leave no process behind, nor any that these have started."""
-        for process in self.started:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    def wait(self, *processes: subprocess.Popen[str]) -> list[int]:
+        """The exit statuses; `output` is then what all have printed."""
+        self.output = "".join(process.communicate(timeout=120)[0] for process in processes)
+        return [process.returncode for process in processes]
 
     def noted(self, kind: str) -> list[Any]:
         path = self.notes / kind
@@ -149,22 +145,15 @@ class Machines:
         pytest.fail(f"overnight was called {len(self.calls())} times, not {count}: {self.calls()}")
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait for a process; (its exit status, its output)."""
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
-
-
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[Machines]:
     found = Machines(tmp_path)
     yield found
-    found.stop_all()
-
-
-@pytest.fixture
-def wait() -> Callable[[subprocess.Popen[str]], tuple[int, str]]:
-    return ended
+    for process in found.started:  # leave no process behind, nor any that these have started
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if process.stdout and not process.stdout.closed:
+            process.communicate()
 
 
 @pytest.fixture
@@ -179,15 +168,18 @@ def free_port() -> int:
 def request_job() -> Callable[..., JobRequest]:
     """request_job(nodes=2, ...) -> a job of the run `mine` with these values."""
 
-    def build(**values: Any) -> JobRequest:
+    def build(max_restarts: int = 0, **values: Any) -> JobRequest:
+        settings = {name: value for name, value in values.items() if hasattr(LaunchConfig(), name)}
         default = {
+            "config": LaunchConfig(
+                **{"run_name": "mine"} | settings, compute=ComputeConfig(max_restarts=max_restarts)
+            ),
             "path": "mine.job",
             "made_by": "overnight launch long --slurm",
-            "run_name": "mine",
             "words": ("long",),
             "texts": (JobText("data/notes", ("overnight", "prepare", "notes")),),
         }
-        return JobRequest(**default | values)
+        return JobRequest(**default | {name: values[name] for name in values.keys() - settings.keys()})
 
     return build
 

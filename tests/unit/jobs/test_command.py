@@ -13,7 +13,6 @@ from overnight.cli import main
 from overnight.jobs import TARGETS
 
 FILES = {name: f"gpt2-124m.{'sbatch' if name == 'slurm' else f'{name}.yaml'}" for name in TARGETS}
-ON_EACH_TARGET = pytest.mark.parametrize("target", TARGETS)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +38,7 @@ def train_arguments(job: str) -> str:
     return str(line)
 
 
-@ON_EACH_TARGET
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("nodes", [(), ("--nodes", "2")])
 def test_launch_writes_a_file_and_prints_the_next_command(
     target: str, nodes: tuple[str, ...], launch: Any
@@ -49,19 +48,12 @@ def test_launch_writes_a_file_and_prints_the_next_command(
     job = Path(FILES[target]).read_text()
     assert FILES[target] in err.splitlines()[0]
     assert f"# Written by: {' '.join(['overnight launch gpt2-124m', f'--{target}', *nodes])}\n" in job
-    blanks = {*re.findall("YOUR-[A-Z-]*[A-Z]", err)}
-    assert blanks == {*re.findall("YOUR-[A-Z-]*[A-Z]", job)}
+    assert {*re.findall("YOUR-[A-Z-]*[A-Z]", err)} == {*re.findall("YOUR-[A-Z-]*[A-Z]", job)}
     programs = {"slurm": "sbatch ", "skypilot": "sky jobs ", "sagemaker": "aws s3 ", "kubernetes": "kubectl "}
     (last,) = [line for line in err.splitlines() if line.startswith("next: ")]
     assert programs[target] in last
     assert FILES[target] in last
-
-
-def test_blanks_can_be_given(launch: Any) -> None:
-    given = ("--bucket", "b", "--image", "i", "--role", "arn:aws:iam::111122223333:role/r")
-    _, err = launch("gpt2-124m", "--sagemaker", *given)
-    assert "YOUR-" not in err
-    assert yaml.safe_load(Path(FILES["sagemaker"]).read_text())["RoleArn"] == given[-1]
+    assert (f'export PATH={Path(sys.executable).parent}:"$PATH"' in job) == (target == "slurm")
 
 
 def test_options_are_passed_on(launch: Any) -> None:
@@ -75,13 +67,14 @@ def test_options_are_passed_on(launch: Any) -> None:
         assert f"#SBATCH {line}\n" in job
     assert "--max-restarts 5 " in job
     assert "runs/mine/recipe.toml" in job
+    (command,) = re.findall("# Written by: (.*)", job)
+    Path("jobs/mine.sbatch").unlink()
+    subprocess.run(["bash", "-c", f"{sys.executable} -m {command}"], check=True, capture_output=True)
+    assert Path("jobs/mine.sbatch").read_text() == job
 
-
-def test_only_slurm_uses_the_programs_of_this_machine(launch: Any) -> None:
-    for target in TARGETS:
-        launch("gpt2-124m", f"--{target}")
-        job = Path(FILES[target]).read_text()
-        assert (f'export PATH={Path(sys.executable).parent}:"$PATH"' in job) == (target == "slurm")
+    given = "--bucket b --image i --role arn:aws:iam::111122223333:role/r"
+    assert "YOUR-" not in launch("gpt2-124m", "--sagemaker", *given.split())[1]
+    assert yaml.safe_load(Path(FILES["sagemaker"]).read_text())["RoleArn"] == given.split()[-1]
 
 
 def test_recipe_file_is_named_for_slurm_and_written_out_elsewhere(launch: Any) -> None:
@@ -103,11 +96,10 @@ def test_missing_text_is_prepared_first(launch: Any) -> None:
     Path("data/fineweb-edu").mkdir(parents=True)
     Path("data/fineweb-edu/manifest.json").touch()
     assert "next: sbatch again" in launch("gpt2-1558m", "--slurm", "--out", "again")[1]
-
-
-def test_run_with_a_shuffle_window_does_not_wait_for_its_text(launch: Any) -> None:
     launch("gpt2-124m", "--slurm", "--shuffle-window", "100_000_000", "--evaluation-tokens", "1000")
-    assert "manifest.json" not in Path(FILES["slurm"]).read_text()
+    assert "manifest.json" not in Path(FILES["slurm"]).read_text(), (
+        "such a run starts before its text is whole"
+    )
 
 
 @pytest.mark.parametrize("option", ["--data", "--mixture"])
@@ -121,9 +113,7 @@ def test_other_machines_get_the_folder_of_text_that_only_this_one_has(option: st
     assert "overnight prepare" not in job
     launch("--sagemaker", *mine)
     job = yaml.safe_load(Path(FILES["sagemaker"]).read_text())
-    assert option not in job["AlgorithmSpecification"]["ContainerArguments"], (
-        "its folder has another name there"
-    )
+    assert option not in job["AlgorithmSpecification"]["ContainerArguments"]  # has another name there
     assert f'{option} "$SM_CHANNEL_TRAINING"' in job["Environment"]["OVERNIGHT_TRAIN"]
     uri = job["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"]
     assert uri.endswith("/data/notes-bpe-300/")
@@ -162,25 +152,12 @@ def test_wrong_use_is_one_line_and_no_file(words: str, message: str, launch: Any
     assert list(folder.iterdir()) == []
 
 
-def test_proposed_tokens_are_accepted(launch: Any) -> None:
+def test_proposed_tokens_are_accepted_and_an_existing_file_is_not_replaced(launch: Any) -> None:
     _, err = launch("gpt2-124m", "--slurm", "--nodes", "3")
     proposed = re.findall("tokens_per_step=([0-9]+)", err)[-1]
     assert launch("gpt2-124m", "--slurm", "--nodes", "3", "--tokens-per-step", proposed)[0] == 0
-
-
-def test_existing_file_is_not_replaced(launch: Any) -> None:
-    assert launch("gpt2-124m", "--slurm")[0] == 0
     before = Path(FILES["slurm"]).read_text()
     status, err = launch("gpt2-124m", "--slurm", "--nodes", "2")
     assert status == 2
     assert FILES["slurm"] in err
     assert Path(FILES["slurm"]).read_text() == before
-
-
-def test_written_by_command_writes_the_file_again(launch: Any) -> None:
-    launch("gpt2-124m", "--slurm", "--nodes", "2", "--sample-prompts", "it's", "--hours=3")
-    job = Path(FILES["slurm"]).read_text()
-    (command,) = re.findall("# Written by: (.*)", job)
-    Path(FILES["slurm"]).unlink()
-    subprocess.run(["bash", "-c", f"{sys.executable} -m {command}"], check=True, capture_output=True)
-    assert Path(FILES["slurm"]).read_text() == job

@@ -75,7 +75,7 @@ def start(machines: Any, free_port: int, tmp_path: Path) -> Start:
     def begin(target: str, request: JobRequest, rank: int = 0, **more: str) -> subprocess.Popen[str]:
         *_, job = yaml.safe_load_all(job_file(target, request))
         node = {"skypilot": skypilot, "kubernetes": kubernetes, "sagemaker": sagemaker}[target]
-        words, variables = node(job, rank, request.nodes)
+        words, variables = node(job, rank, request.config.nodes)
         process: subprocess.Popen[str] = machines.start(*words, **variables | more)
         return process
 
@@ -84,135 +84,95 @@ def start(machines: Any, free_port: int, tmp_path: Path) -> Start:
 
 def expand(argument: str, variables: dict[str, str]) -> str:
     """What Kubernetes makes of $(NAME) and $$ in a container's arguments."""
-
-    def replace(found: re.Match[str]) -> str:
-        return "$" if found[0] == "$$" else variables.get(found[1], found[0])
-
-    return re.sub(r"\$\$|\$\(([^)]*)\)", replace, argument)
+    return re.sub(
+        r"\$\$|\$\(([^)]*)\)",
+        lambda found: "$" if found[0] == "$$" else variables.get(found[1], found[0]),
+        argument,
+    )
 
 
 @pytest.mark.parametrize("target", ["skypilot", "kubernetes"])
 def test_first_node_prepares_and_both_train(
-    target: str, machines: Any, request_job: Build, start: Start, wait: Any
+    target: str, machines: Any, request_job: Build, start: Start, free_port: int, parse_torchrun: Any
 ) -> None:
     words = ("short", "--sample-prompts", "$$5", "$(PET_NNODES)", "$HOME", "it's")
     request = request_job(nodes=2, words=words)
-    both = [start(target, request, rank) for rank in (1, 0)]
-    assert [wait(process)[0] for process in both] == [0, 0]
+    assert machines.wait(*(start(target, request, rank) for rank in (1, 0))) == [0, 0], machines.output
     assert machines.calls() == [["prepare", "notes"], *2 * [["train", *words]]]
-
-
-def test_skypilot_passes_torchrun_its_rendezvous(
-    machines: Any, request_job: Build, start: Start, wait: Any, free_port: int, parse_torchrun: Any
-) -> None:
-    machines.prepare_text()
-    request = request_job(nodes=2, words=("short",))
-    for rank, is_host in ((0, "1"), (1, "0")):
-        assert wait(start("skypilot", request, rank))[0] == 0
-        node = parse_torchrun(machines.noted("torchrun")[rank])
-        assert (node.nnodes, node.nproc_per_node, node.rdzv_backend) == ("2", "1", "c10d")
-        assert (node.rdzv_endpoint, node.rdzv_id) == (f"127.0.0.1:{free_port}", "sky-1")
-        assert (node.local_addr, node.rdzv_conf) == (HOSTS[rank], f"is_host={is_host}")
+    if target == "skypilot":
+        nodes = sorted(map(parse_torchrun, machines.noted("torchrun")), key=lambda node: str(node.local_addr))
+        for node, host, is_host in zip(nodes, HOSTS, "10", strict=True):
+            assert (node.nnodes, node.nproc_per_node, node.rdzv_backend) == ("2", "1", "c10d")
+            assert (node.rdzv_endpoint, node.rdzv_id) == (f"127.0.0.1:{free_port}", "sky-1")
+            assert (node.local_addr, node.rdzv_conf) == (host, f"is_host={is_host}")
 
 
 @ON_EACH_TARGET
-def test_stopped_node_saves_fails_and_is_resumed(
-    target: str, machines: Any, request_job: Build, start: Start, wait: Any
+def test_only_a_finished_run_is_a_success(
+    target: str, machines: Any, request_job: Build, start: Start
 ) -> None:
-    """A node that succeeded would end the job; only the run's files say that it is not finished."""
     machines.prepare_text()
     process = start(target, request_job())
     machines.wait_for_calls(1, process)
     process.terminate()
-    assert wait(process)[0] > 0
+    assert machines.wait(process)[0] > 0, "a node that succeeded would end the job"
     assert machines.noted("saved") == [0]
-    assert wait(start(target, request_job()))[0] == 0
+    assert machines.wait(start(target, request_job(words=("wrong",)))) == [0], "resumed, and finished"
     assert machines.calls()[1][:3] == ["train", "--resume", "runs/mine"]
+    (machines.work / "runs/mine/recipe.toml").unlink()
+    assert machines.wait(start(target, request_job(words=("wrong",)))) == [2], "an error has its own status"
+
+    machines.add("torchrun", "")  # all processes save and exit with 0 when another node is stopped
+    assert machines.wait(start(target, request_job())) == [0]
+    (machines.work / "runs/mine/finished").unlink()
+    assert machines.wait(start(target, request_job())) == [1]
 
 
 @ON_EACH_TARGET
-def test_stop_on_another_node_is_not_a_success(
-    target: str, machines: Any, request_job: Build, start: Start, wait: Any
+def test_two_nodes_meet_and_save_when_they_are_stopped(
+    target: str, machines: Any, request_job: Build, start: Start
 ) -> None:
-    """All processes save and exit with 0 when one is stopped."""
-    machines.prepare_text()
-    machines.add("torchrun", "")
-    assert wait(start(target, request_job()))[0] == 1
-    (machines.work / "runs/mine").mkdir(parents=True)
-    (machines.work / "runs/mine/finished").touch()
-    assert wait(start(target, request_job()))[0] == 0
-
-
-@ON_EACH_TARGET
-def test_error_has_its_own_status(
-    target: str, machines: Any, request_job: Build, start: Start, wait: Any
-) -> None:
-    machines.prepare_text()
-    assert wait(start(target, request_job(words=("wrong",))))[0] == 2
-
-
-@ON_EACH_TARGET
-def test_two_nodes_meet(target: str, machines: Any, request_job: Build, start: Start, wait: Any) -> None:
     """By torchrun's own rendezvous, from the target's variables alone."""
     machines.use_real_torchrun()
     machines.prepare_text()
-    request = request_job(nodes=2, gpus_per_node=1, words=("short",))
-    for process in [start(target, request, rank) for rank in (0, 1)]:
-        status, output = wait(process)
-        assert status == 0, output
-    ranks = [
-        (call["RANK"], call["WORLD_SIZE"]) for call in machines.noted("calls") if call["words"][0] == "train"
-    ]
-    assert sorted(ranks) == [("0", "2"), ("1", "2")]
-
-
-def test_two_pods_save_when_they_are_evicted(
-    machines: Any, request_job: Build, start: Start, wait: Any
-) -> None:
-    machines.use_real_torchrun()
-    machines.prepare_text()
-    request = request_job(nodes=2, gpus_per_node=1)
-    both = [start("kubernetes", request, rank) for rank in (0, 1)]
+    both = [start(target, request_job(nodes=2, gpus_per_node=1), rank) for rank in (0, 1)]
     machines.wait_for_calls(2, both[0])
+    ranks = sorted((call["RANK"], call["WORLD_SIZE"]) for call in machines.noted("calls"))
+    assert ranks == [("0", "2"), ("1", "2")]
     for process in both:
         process.terminate()
-    assert all(wait(process)[0] > 0 for process in both)
+    assert all(status > 0 for status in machines.wait(*both)), machines.output
     assert sorted(machines.noted("saved")) == [0, 1]
 
 
-def test_text_that_cannot_be_prepared_there_ends_the_job(request_job: Build, start: Start, wait: Any) -> None:
-    status, output = wait(start("skypilot", request_job(texts=(JobText("data/notes"),))))
-    assert status == 2
-    assert "data/notes" in output
+def test_text_that_cannot_be_prepared_there_ends_the_job(
+    machines: Any, request_job: Build, start: Start
+) -> None:
+    assert machines.wait(start("skypilot", request_job(texts=(JobText("data/notes"),)))) == [2]
+    assert "data/notes" in machines.output
 
 
 def test_sagemaker_host_trains_and_leaves_the_model(
-    machines: Any, request_job: Build, start: Start, wait: Any, tmp_path: Path, parse_torchrun: Any
+    machines: Any, request_job: Build, start: Start, tmp_path: Path, parse_torchrun: Any
 ) -> None:
     words = ("short", "--sample-prompts", "it's $5", "")
-    status, output = wait(start("sagemaker", request_job(words=words)))
-    assert status == 0, output
+    assert machines.wait(start("sagemaker", request_job(words=words))) == [0], machines.output
     data, model = (f"{tmp_path}/ml-0/{place}" for place in ("input/data/training", "model/hf"))
-    assert machines.calls() == [
-        ["train", *words, "--data", data],
-        ["convert", "runs/mine", "--out", model],
-    ]
+    assert machines.calls() == [["train", *words, "--data", data], ["convert", "runs/mine", "--out", model]]
     node = parse_torchrun(machines.noted("torchrun")[0])
     assert (node.nnodes, node.nproc_per_node, node.max_restarts) == ("1", "8", 3)
     assert (node.rdzv_backend, node.rdzv_conf, node.local_addr) == ("c10d", "is_host=1", HOSTS[0])
 
 
-def test_sagemaker_toolkit_variables_come_first(
-    machines: Any, request_job: Build, start: Start, wait: Any
-) -> None:
+def test_sagemaker_toolkit_variables_come_first(machines: Any, request_job: Build, start: Start) -> None:
     toolkit = {
         "SM_HOSTS": '["algo-2", "algo-1"]',
         "SM_CURRENT_HOST": "algo-2",
         "SM_CHANNEL_TRAINING": "/elsewhere",
         "SM_CHANNEL_RUNS": str(machines.work / "shared"),
     }
-    status, output = wait(start("sagemaker", request_job(nodes=2, words=("short",)), **toolkit))
-    assert status == 0, output
+    request = request_job(nodes=2, words=("short",))
+    assert machines.wait(start("sagemaker", request, **toolkit)) == [0], machines.output
     (words,) = machines.noted("torchrun")
     options = [words[words.index(option) + 1] for option in ("--nnodes", "--local-addr", "--rdzv-conf")]
     assert options == ["2", "algo-2", "is_host=0"]

@@ -10,16 +10,10 @@ from hypothesis import strategies as st
 
 from overnight.jobs.request import JobRequest, join_words, quote, yaml_string
 
-TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)
 
-
-@given(TEXTS)
-def test_quoted_word_is_on_one_line(word: str) -> None:
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30))
+def test_every_word_stays_what_it_is_on_one_line(word: str) -> None:
     assert len(quote(word).splitlines()) == 1
-
-
-@given(TEXTS)
-def test_yaml_reads_every_string_unchanged(word: str) -> None:
     assert len(yaml_string(word).splitlines()) == 1
     assert yaml.safe_load(f"key: {yaml_string(word)}") == {"key": word}
 
@@ -47,17 +41,3 @@ def test_name_is_allowed_by_all_targets(
     run_name: str, name: str, request_job: Callable[..., JobRequest]
 ) -> None:
     assert request_job(run_name=run_name).name == name
-
-
-@pytest.mark.parametrize(
-    "nodes, gpus, size",
-    [
-        (1, 1, "1 node with 1 GPU"),
-        (1, 8, "1 node with 8 GPUs"),
-        (2, 8, "2 nodes with 8 GPUs each"),
-        (2, 0, "2 nodes, without GPUs"),
-    ],
-)
-def test_size_in_words(nodes: int, gpus: int, size: str, request_job: Callable[..., JobRequest]) -> None:
-    job = request_job(nodes=nodes, gpus_per_node=gpus)
-    assert (job.size, job.processes_per_node) == (size, max(1, gpus))

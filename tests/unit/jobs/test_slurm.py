@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
-import sys
-import sysconfig
-import time
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -34,12 +32,12 @@ for task in $(jobs -p); do wait "$task" || status=$?; done
 exit "${status:-0}"
 """
 SCANCEL = """#!/bin/bash
-[ "$*" = "--signal=TERM 4711" ] && kill -TERM $(cat "$STAND_INS/tasks")
+[ "$*" = "--signal=TERM $SLURM_JOB_ID" ] && kill -TERM $(cat "$STAND_INS/tasks")
 """
 SCONTROL = """#!/bin/bash
 case "$*" in
   "show hostnames node[1-2]") printf 'localhost\\nlocalhost\\n' ;;
-  "requeue 4711") echo 4711 >> "$STAND_INS/requeued" ;;
+  "requeue $SLURM_JOB_ID") echo "$SLURM_JOB_ID" >> "$STAND_INS/requeued" ;;
   *) exit 1 ;;
 esac
 """
@@ -54,17 +52,29 @@ def slurm(machines: Any) -> Any:
 
 
 @pytest.fixture
-def submit(slurm: Any, request_job: Build) -> Callable[..., subprocess.Popen[str]]:
-    """submit(job_id, variables, **values): the process of the batch script of such a job on two nodes."""
+def job_id() -> int:
+    """A job whose port is free here: other tests may run on this machine at the same time."""
+    with socket.socket() as listener:
+        for number in random.sample(range(20_000), 100):
+            with suppress(OSError):
+                listener.bind(("", 20_000 + number))
+                return number
+    pytest.fail("no port is free")
+
+
+@pytest.fixture
+def submit(slurm: Any, request_job: Build, job_id: int) -> Callable[..., subprocess.Popen[str]]:
+    """submit(variables, without=pattern, **values): the process of such a job's script, on two nodes."""
 
     def start(
-        job_id: str = "4711", variables: dict[str, str] | None = None, **values: Any
+        variables: dict[str, str] | None = None, without: str = "$^", **values: Any
     ) -> subprocess.Popen[str]:
         path = slurm.work / "mine.sbatch"
-        path.write_text(job_file("slurm", request_job(nodes=2, **values)))
+        job = job_file("slurm", request_job(nodes=2, **values))
+        path.write_text(re.sub(without, "", job, flags=re.MULTILINE))
         for kind in ("calls", "saved", "tasks"):
             (slurm.notes / kind).unlink(missing_ok=True)
-        allocation = {"SLURM_JOB_ID": job_id, "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+        allocation = {"SLURM_JOB_ID": str(job_id), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
         process: subprocess.Popen[str] = slurm.start("bash", str(path), **allocation, **variables or {})
         return process
 
@@ -102,124 +112,69 @@ def test_head_asks_for_what_the_run_needs(request_job: Build) -> None:
     assert (options.gpus_per_node, options.partition, options.exclusive) == (None, None, True)
 
 
-def test_bash_can_read_it(request_job: Build) -> None:
-    words = ("long", "--sample-prompts", "it's", 'a "b"', "$(touch x)", "two\nlines")
-    job = job_file("slurm", request_job(run_name="a run's", words=words))
-    assert subprocess.run(["bash", "-n"], input=job, text=True, capture_output=True, check=True).stderr == ""
-
-
-def test_torchrun_gets_its_options(slurm: Any, submit: Any, wait: Any, parse_torchrun: Any) -> None:
-    assert wait(submit("70001", words=("short", "--seed", "5"), max_restarts=4))[0] == 0
-    first, second = sorted(map(parse_torchrun, slurm.noted("torchrun")), key=lambda node: str(node.rdzv_conf))
-    assert (first.rdzv_conf, second.rdzv_conf) == ("is_host=0", "is_host=1")
-    assert (first.nnodes, first.nproc_per_node, first.max_restarts) == ("2", "8", 4)
-    assert (first.rdzv_backend, first.rdzv_endpoint, first.rdzv_id) == ("c10d", "localhost:30001", "70001")
-    assert slurm.calls() == 2 * [["train", "short", "--seed", "5"]]
-
-
-def test_two_nodes_meet_save_at_the_time_limit_and_resume(slurm: Any, submit: Any, wait: Any) -> None:
+def test_two_nodes_meet_save_at_the_time_limit_and_resume(slurm: Any, submit: Any, job_id: int) -> None:
     """All real except Slurm: two agents of torchrun, their rendezvous, a sum over both processes."""
     slurm.use_real_torchrun()
     variables = {"TOGETHER": "yes", "OMP_NUM_THREADS": "1"}
-    process = submit(variables=variables, gpus_per_node=1)
+    process = submit(variables, gpus_per_node=1)
     slurm.wait_for_calls(2, process)
     calls = sorted(slurm.noted("calls"), key=lambda call: str(call["RANK"]))
-    assert [(call["RANK"], call["WORLD_SIZE"], call["LOCAL_RANK"]) for call in calls] == [
-        ("0", "2", "0"),
-        ("1", "2", "0"),
-    ]
+    ranks = [(call["RANK"], call["WORLD_SIZE"], call["LOCAL_RANK"]) for call in calls]
+    assert ranks == [("0", "2", "0"), ("1", "2", "0")]
     assert [call["sum_of_ranks"] for call in calls] == [1.0, 1.0]
     assert slurm.calls() == 2 * [["train", "long"]]
     os.kill(process.pid, signal.SIGUSR1)  # to the batch script only, as in B:USR1
-    status, output = wait(process)
-    assert status != 0
-    assert sorted(slurm.noted("saved")) == [0, 1], output
-    assert slurm.noted("requeued") == [4711]
+    assert slurm.wait(process) != [0]
+    assert sorted(slurm.noted("saved")) == [0, 1], slurm.output
+    assert slurm.noted("requeued") == [job_id]
 
-    status, output = wait(submit(variables=variables, gpus_per_node=1))
-    assert status == 0, output
+    assert slurm.wait(submit(variables, gpus_per_node=1)) == [0], slurm.output
     assert slurm.calls() == 2 * [["train", "--resume", "runs/mine"]]
-    assert slurm.noted("requeued") == [4711], "a finished run is not requeued"
+    assert slurm.noted("requeued") == [job_id], "a finished run is not requeued"
 
 
-@pytest.mark.slow
-def test_real_run_resumes_after_the_time_limit(slurm: Any, submit: Any, wait: Any) -> None:
-    """As above, with the program itself: every step is done once. It takes half a minute."""
-    slurm.use_real_torchrun()
-    (slurm.programs / "overnight").unlink()
-    text = "\n\n".join(f"Paragraph {number} says that {number} is a number." for number in range(4000))
-    (slurm.work / "notes.txt").write_text(text)
-    prepare = "prepare notes.txt --tokenizer=bpe-300 --validation-fraction=0.3 --out=data/mine"
-    assert wait(slurm.start(sys.executable, "-m", "overnight", *prepare.split()))[0] == 0
-    sizes = ("--n-layer=1", "--n-head=2", "--n-embd=16", "--context-length=32", "--tokens-per-step=128")
-    length = ("--total-steps=600", "--warmup-steps=1", "--evaluate-every-steps=None", "--sample-tokens=8")
-    words = ("quickstart", "--run-name=mine", "--data=data/mine", "--compile=False", *sizes, *length)
-    values = {"gpus_per_node": 0, "words": words, "texts": (JobText("data/mine"),)}
-    programs = f"{slurm.programs}:{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
-    variables = {"PATH": programs, "OMP_NUM_THREADS": "1"}
-    process = submit(variables=variables, **values)
-    metrics = slurm.work / "runs/mine/metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 10:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGUSR1)
-    _, output = wait(process)
-    done = len(metrics.read_text().splitlines())
-    assert 10 <= done < 600, output
-    assert [path.name for path in (slurm.work / "runs/mine/checkpoints").iterdir()] == [f"step-{done:08d}"]
-    status, output = wait(submit(variables=variables, **values))
-    assert status == 0, output
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 601))
-    assert slurm.noted("requeued") == [4711]
-
-
-@pytest.mark.parametrize("has_trap", [True, False])
-def test_nothing_is_saved_without_the_trap(
-    has_trap: bool, slurm: Any, submit: Any, wait: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not has_trap:
-        write = Path.write_text
-        trap = re.compile("^trap .* USR1$", re.MULTILINE)
-        monkeypatch.setattr(Path, "write_text", lambda path, text: write(path, trap.sub("", text)))
-    process = submit()
+def test_nothing_is_saved_without_the_trap(slurm: Any, submit: Any) -> None:
+    """The control."""
+    process = submit(without="^trap .* USR1$")
     slurm.wait_for_calls(2, process)
     os.kill(process.pid, signal.SIGUSR1)
-    if not has_trap:
-        assert process.wait(timeout=60) == -signal.SIGUSR1
-        os.killpg(process.pid, signal.SIGKILL)
-    wait(process)
-    assert bool(slurm.noted("saved")) is has_trap
-    assert bool(slurm.noted("requeued")) is has_trap
+    assert process.wait(timeout=60) == -signal.SIGUSR1
+    os.killpg(process.pid, signal.SIGKILL)
+    assert slurm.noted("saved") == slurm.noted("requeued") == []
 
 
-def test_cancelled_job_saves_and_is_not_requeued(slurm: Any, submit: Any, wait: Any) -> None:
+def test_cancelled_job_saves_and_is_not_requeued(slurm: Any, submit: Any) -> None:
     """Scancel signals every process, the batch script too."""
     process = submit()
     slurm.wait_for_calls(2, process)
     for task in (process.pid, *map(int, (slurm.notes / "tasks").read_text().split())):
         os.kill(task, signal.SIGTERM)
-    _, output = wait(process)
-    assert len(slurm.noted("saved")) == 2, output
+    slurm.wait(process)
+    assert len(slurm.noted("saved")) == 2, slurm.output
     assert slurm.noted("requeued") == []
 
 
-def test_error_ends_the_job_with_its_status(slurm: Any, submit: Any, wait: Any) -> None:
-    assert wait(submit(words=("wrong",)))[0] == 2
-    assert slurm.noted("requeued") == []
-
-
-def test_job_without_its_text_ends_at_once(slurm: Any, submit: Any, wait: Any) -> None:
-    prepare = ("overnight", "prepare", "other", "--out", "a b")
-    status, output = wait(submit(texts=(JobText("s3://elsewhere/text"), JobText("data/other", prepare))))
-    assert status == 2
-    assert "overnight prepare other --out 'a b'" in output
-    assert slurm.noted("torchrun") == []
-
-
-def test_programs_of_this_machine_come_first(slurm: Any, submit: Any, wait: Any) -> None:
+def test_torchrun_gets_its_options_and_programs_of_this_machine_come_first(
+    slurm: Any, submit: Any, job_id: int, parse_torchrun: Any
+) -> None:
     elsewhere = slurm.work / "my env"
     elsewhere.mkdir()
     slurm.programs.joinpath("overnight").rename(elsewhere / "overnight")
-    assert wait(submit(words=("short",), programs=str(elsewhere)))[0] == 0
-    assert len(slurm.calls()) == 2
+    words = ("short", "--sample-prompts", "it's", 'a "b"', "$(touch x)", "two\nlines")
+    assert slurm.wait(submit(words=words, max_restarts=4, programs=str(elsewhere))) == [0], slurm.output
+    assert slurm.calls() == 2 * [["train", *words]]
+    first, second = sorted(map(parse_torchrun, slurm.noted("torchrun")), key=lambda node: str(node.rdzv_conf))
+    assert (first.rdzv_conf, second.rdzv_conf) == ("is_host=0", "is_host=1")
+    assert (first.nnodes, first.nproc_per_node, first.max_restarts) == ("2", "8", 4)
+    assert (first.rdzv_backend, first.rdzv_id) == ("c10d", str(job_id))
+    assert first.rdzv_endpoint == f"localhost:{20_000 + job_id}"
+
+
+def test_error_ends_the_job_with_its_status(slurm: Any, submit: Any) -> None:
+    assert slurm.wait(submit(words=("wrong",))) == [2]
+    (slurm.notes / "torchrun").unlink()
+    prepare = ("overnight", "prepare", "other", "--out", "a b")
+    texts = (JobText("s3://elsewhere/text"), JobText("data/other", prepare))
+    assert slurm.wait(submit(texts=texts)) == [2]
+    assert "overnight prepare other --out 'a b'" in slurm.output
+    assert slurm.noted("torchrun") == slurm.noted("requeued") == []

@@ -12,7 +12,7 @@ from overnight.planning import PlanConfig
 from overnight.planning.command import plan_recipe
 from overnight.planning.estimate import StepCost
 from overnight.planning.plan import Plan
-from overnight.recipe import Recipe, load_recipe
+from overnight.recipe import Recipe, load_recipe, with_settings
 
 COST = StepCost(
     micro_batch=0.5, update=0.08, start=40.0, evaluated_token=8e-6, sampled_token=2e-3, saved_byte=1e-9
@@ -21,14 +21,8 @@ COST = StepCost(
 
 def plan_config(name: str, **settings: Any) -> PlanConfig:
     """The configuration of `overnight plan NAME --SETTING VALUE ...`."""
-    values = vars(load_recipe(name)).copy()
-    sections = flat_names(Recipe)
-    for setting, value in settings.items():
-        if section := sections.get(setting):
-            values[section] = type(values[section])(**{**vars(values[section]), setting: value})
-        else:
-            values[setting] = value
-    return PlanConfig(**values)
+    of_recipe = {setting: settings.pop(setting) for setting in flat_names(Recipe) if setting in settings}
+    return PlanConfig(**vars(with_settings(load_recipe(name), **of_recipe)), **settings)
 
 
 @pytest.fixture

@@ -8,15 +8,14 @@ import pytest
 
 from overnight.distributed.world import World
 from overnight.hardware import GB
+from overnight.model.model_config import PRESETS
 from overnight.planning import command as planning_command
-from overnight.planning import costs as costs_module
 from overnight.planning import measure
 from overnight.planning.command import command_after_plan, plan_recipe
-from overnight.planning.network import BETWEEN, predict_step
+from overnight.planning.communication import predict_step, scale_cost
+from overnight.planning.network import BETWEEN, ParallelLayout
 from overnight.planning.page import plan_text
-from overnight.planning.parallel_layout import ParallelLayout, choose_parallel_layout, scale_cost
 from overnight.planning.plan import Plan, plan_to_json
-from overnight.recipe import load_recipe
 from overnight.training import Compute
 from overnight.training.memory import estimate_memory, fits_into
 
@@ -65,7 +64,7 @@ def test_plan_has_the_sharding_of_training(plan_for: PlanFor) -> None:
 
 def test_requested_sharding_is_used(plan_for: PlanFor) -> None:
     plan = plan_for("gpt2-124m", "h100", processes=8, sharding="fsdp")
-    assert (plan.layout.sharding, plan.layout.is_sharding_requested) == ("fsdp", True)
+    assert (plan.layout.sharding, [*plan.needed_bytes_by_sharding]) == ("fsdp", ["fsdp"])
     assert plan.memory.gathered > 0
     tight = plan_for("gpt3-6.7b", "h100", processes=8, sharding="none")
     assert tight.fits is False
@@ -89,20 +88,18 @@ def test_plan_suggests_several_gpus(plan_for: PlanFor) -> None:
 
 def test_single_process_has_no_communication(plan_for: PlanFor) -> None:
     plan = plan_for("gpt2-124m", "h100", processes=1)
-    assert plan.communication is None
-    assert plan.layout == replace(ParallelLayout(), cluster=plan.layout.cluster)
-    assert ParallelLayout().describe("NVIDIA H200") == "NVIDIA H200"
+    assert (plan.communication, plan.needed_bytes_by_sharding) == (None, {})
+    assert plan.device_name == "one h100"
+    assert scale_cost(plan.layout, plan.resolved.model, COST, 0.5) == COST
 
 
 @pytest.mark.parametrize("sharding", ["none", "zero1"])
 def test_communication_once_a_step_is_added_to_the_update(plan_for: PlanFor, sharding: Any) -> None:
     plan = plan_for("gpt2-124m", "h100", processes=8, sharding=sharding)
-    layout, model = plan.layout, plan.resolved.model
-    assert layout.cluster is not None
-    cost = scale_cost(layout, model, COST, 0.5)
-    step = predict_step(model, sharding, layout.cluster, 3, 3 * COST.micro_batch)
+    cost = scale_cost(plan.layout, plan.resolved.model, COST, 0.5)
+    step = predict_step(plan.resolved.model, plan.layout, 3, 3 * COST.micro_batch)
     update = COST.update if sharding == "none" else COST.update / 8
-    assert cost.step(24) == pytest.approx(3 * 0.5 + update + step.communication_seconds)
+    assert cost.step(24) == pytest.approx(3 * 0.5 + update + step.communication_seconds_per_step)
     assert cost.evaluated_token == COST.evaluated_token / 8
     assert (cost.start, cost.saved_byte) == (COST.start, COST.saved_byte)
 
@@ -110,26 +107,27 @@ def test_communication_once_a_step_is_added_to_the_update(plan_for: PlanFor, sha
 def test_communication_of_every_micro_batch_overlaps_or_not(plan_for: PlanFor) -> None:
     plan = plan_for("gpt2-1558m", "h100", processes=8, sharding="fsdp")
     layout, model = plan.layout, plan.resolved.model
-    assert layout.cluster is not None
-    seconds = predict_step(model, "fsdp", layout.cluster, 1, 0.5).communication_seconds
+    seconds = predict_step(model, layout, 1, 0.5).communication_seconds_per_step
     full, half, none = (scale_cost(layout, model, COST, overlap).step(16) for overlap in (1.0, 0.5, 0.0))
     assert full == pytest.approx(2 * max(0.5, seconds) + 0.01)
     assert none == pytest.approx(2 * (0.5 + seconds) + 0.01)
     assert half == pytest.approx((full + none) / 2)
 
 
-def test_processes_on_a_cpu_share_its_cores() -> None:
-    model = load_recipe("quickstart").model
-    cost = scale_cost(choose_parallel_layout(1, 4, None, "400g"), model, COST, 0.5)
-    assert cost.micro_batch == COST.micro_batch, "four at a time, each four times as slow"
-    assert cost.update == 4 * COST.update
-    two = scale_cost(choose_parallel_layout(2, 4, None, "400g"), model, COST, 0.5)
-    assert two.micro_batch == COST.micro_batch / 2
+@pytest.mark.parametrize("machines", [1, 2])
+def test_processes_on_a_cpu_share_its_cores(machines: int) -> None:
+    """Four at a time, each four times as slow."""
+    layout = ParallelLayout(machines=machines, processes_per_machine=4)
+    cost = scale_cost(layout, PRESETS["gpt2-124m"], COST, 0.5)
+    assert (cost.micro_batch, cost.update) == (COST.micro_batch / machines, 4 * COST.update)
 
 
 def test_figures_of_a_cluster_agree(plan_for: PlanFor) -> None:
-    cluster = {"processes": 8, "machines": 8}
-    found = plan_to_json(plan_for("gpt2-1558m", "h100", network="100g", **cluster))
+    cluster = {"processes": 8, "machines": 8, "dollars_per_hour": 24.0}
+    plan = plan_for("gpt2-1558m", "h100", network="100g", **cluster)
+    assert all(question in plan_text(plan) for question in ("How well together?", "How much money?"))
+    found = plan_to_json(plan)
+    assert found["dollars"] == pytest.approx(8 * 24 * found["seconds"] / 3600)
     compute, communication = found["compute_seconds_per_step"], found["communication_seconds_per_step"]
     assert not found["communication_overlaps"]
     assert found["efficiency_range"] == pytest.approx([compute / (compute + communication)] * 2)
@@ -142,18 +140,15 @@ def test_figures_of_a_cluster_agree(plan_for: PlanFor) -> None:
     other = plan_to_json(plan_for("gpt2-1558m", "h100", network="8x400g", **cluster))
     assert other["efficiency_range"][0] == networks["8 x 400 Gb/s"][0]
     assert other["link_between"]["source"] == BETWEEN["8x400g"].source
+    alone = plan_to_json(plan_for("gpt2-1558m", "h100", processes=8, dollars_per_hour=24.0))
+    assert alone["dollars"] < found["dollars"], "communication has its price"
 
 
-def test_price_counts_all_machines(plan_for: PlanFor) -> None:
-    dollars = []
-    for machines in (1, 8):
-        plan = plan_for("gpt2-1558m", "h100", processes=8, machines=machines, dollars_per_hour=24.0)
-        shown = plan_text(plan)
-        assert all(question in shown for question in ("How well together?", "How much money?"))
-        found = plan_to_json(plan)
-        assert found["dollars"] == pytest.approx(machines * 24 * found["seconds"] / 3600)
-        dollars.append(found["dollars"])
-    assert dollars[1] > dollars[0], "communication has its price"
+@pytest.mark.parametrize(
+    "device, link", [("h100", "NVLink 4"), ("v100-16gb", "NVLink 2"), ("h100-pcie", "PCIe"), ("t4", "PCIe")]
+)
+def test_devices_without_nvlink_use_pcie(plan_for: PlanFor, device: str, link: str) -> None:
+    assert plan_for("gpt2-124m", device, processes=2).layout.within.name == link
 
 
 def test_plan_suggests_larger_micro_batches_with_fsdp(plan_for: PlanFor) -> None:
@@ -188,7 +183,6 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         "open_world": World(rank=0, size=1, device="cuda"),
         "count_processes": 2,
         "find_device_name": "NVIDIA A100-SXM4-80GB",
-        "find_peak_flops": 312e12,
         "find_memory_bytes": 80 * GB,
     }.items():
         monkeypatch.setattr(planning_command, name, lambda *_, value=value: value)
@@ -205,7 +199,7 @@ def test_one_process_is_measured_and_the_others_predicted(
     cost = COST._replace(micro_batch=0.45, update=0.1)
 
     def measured(resolved: Any, *_: object) -> measure.Measurement:
-        return measure.Measurement((cost, cost, cost), resolved, 2, 0, 40 * GB, 41 * GB)
+        return measure.Measurement([cost] * 3, resolved, 0, 40 * GB, 41 * GB)
 
     monkeypatch.setattr(measure, "measure_step_costs", measured)
     config = plan_config("gpt2-124m", processes="auto")
@@ -238,9 +232,9 @@ def test_model_too_large_for_one_gpu_is_estimated(two_gpus: None, monkeypatch: p
 def test_processes_on_this_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning_command, "find_memory_bytes", lambda _: 8 * GB)
     monkeypatch.setattr(
-        costs_module.measure,
+        measure,
         "measure_step_costs",
-        lambda resolved, *_: measure.Measurement((COST,) * 3, resolved, 1, 0, None, None),
+        lambda resolved, *_: measure.Measurement([COST] * 3, resolved, 0, None, None),
     )
     plan = plan_recipe(plan_config("quickstart", processes=2, device="cpu"), "quickstart")
     assert plan.device_memory_bytes == 4 * GB

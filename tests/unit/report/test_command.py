@@ -24,8 +24,8 @@ def test_report_writes_the_page_of_one_run(here, capsys):
 def test_report_compares_several_runs(here):
     both = ("day", "runs/night", "runs/day")
     assert run(ReportConfig(runs=both)) == Path("runs/comparison.html")
-    assert run(ReportConfig(runs=both, out="c.html")) == Path("c.html")
-    assert (here / "c.html").read_text() == (here / "runs/comparison.html").read_text()
+    assert run(ReportConfig(runs=both, out="new/c.html")) == Path("new/c.html")
+    assert (here / "new/c.html").read_text() == (here / "runs/comparison.html").read_text()
 
 
 @pytest.mark.parametrize(

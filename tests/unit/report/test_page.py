@@ -10,9 +10,8 @@ import pytest
 
 from overnight.report.compare import comparison_page
 from overnight.report.html import show_value, svg_file
-from overnight.report.page import state_sentence, write_report
+from overnight.report.page import write_report
 from overnight.report.plots import CHART_COLOURS
-from overnight.runs.status import describe_run
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 SECTIONS = ["loss", "samples", "recipe", "data", "environment", "check-it-repeat-it"]
@@ -79,11 +78,6 @@ def change_lines(path: Path, changes: dict[int, dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.fixture
-def page(make_run) -> str:
-    return report(make_run("a<b>&'\"$night$"))
-
-
 @pytest.mark.parametrize(
     "loading",
     [
@@ -101,7 +95,8 @@ def test_the_check_of_a_page_can_fail(loading):
         Document("<p>")
 
 
-def test_page_is_whole_and_loads_nothing(page):
+def test_page_is_whole_escaped_and_loads_nothing(make_run):
+    page = report(make_run("a<b>&'\"$night$"))
     document = Document(page)
     ids = document.values("id")
     assert document.loads() == []
@@ -110,61 +105,18 @@ def test_page_is_whole_and_loads_nothing(page):
     assert len(ids) == len(set(ids))
     assert [name for name in ids if name in {"as-a-compressor", *SECTIONS}] == ["as-a-compressor", *SECTIONS]
     assert document.tags.count("svg") == 4
-
-
-def test_what_comes_from_files_is_escaped_and_kept(page):
-    text = Document(page).text
-    assert "a<b>&'\"$night$" in text
-    assert "<script>alert('out')</script> & so on." in text
-    assert "def f(x):\n    return x < 1 and x > 0 or \"quoted\" and 'single'\n    x = x + 1\n" in text
-    assert "月が出た。Ça alors! \u202eright to left\u202c 🌙 \ufffd\ufffd[31m \ufffd \u2028 end" in text
-    assert '["a <b>", "c"]' in text
-    assert 'overnight train gpt2-124m.toml --run-name="<night> & day"' in text
+    for shown in (
+        "a<b>&'\"$night$",
+        "<script>alert('out')</script> & so on.",
+        "def f(x):\n    return x < 1 and x > 0 or \"quoted\" and 'single'\n    x = x + 1\n",
+        "月が出た。Ça alors! \u202eright to left\u202c 🌙 \ufffd\ufffd[31m \ufffd \u2028 end",
+        '["a <b>", "c"]',
+        'overnight train gpt2-124m.toml --run-name="<night> & day"',
+    ):
+        assert shown in document.text
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
 
-
-def test_values_of_files_as_text():
-    shown = {True: "yes", None: "–", 9_999: "9999", 12_345: "12,345", "x": "x", "0": "0"}
-    assert {value: show_value(value) for value in shown} == shown
-    assert show_value(["ä", None]) == '["ä", null]'
-    fingerprint = "0123456789abcdef" * 4
-    assert Document(show_value(fingerprint)).text == "0123456789ab…"
-    assert fingerprint in show_value(fingerprint)
-
-
-def test_headline_has_the_last_values(make_run):
-    run = make_run()
-    text = report_text(run)
-    last = json.loads((run / "events" / "evaluations.jsonl").read_text().splitlines()[-1])
-    for shown in (
-        *(f"{last[name]:.4g}" for name in ("loss", "perplexity", "bits_per_byte")),
-        "1.05B",
-        "124M",
-    ):
-        assert shown in text
-    assert "finished: all 2,000 steps" in text
-    assert "started 2026-11-20 22:14 UTC" in text
-    assert "xz given the training text" in text
-
-
-def test_same_run_gives_the_same_bytes(make_run):
-    import matplotlib
-
-    run = make_run(steps=300)
-    first = report(run)
-    with matplotlib.rc_context({"lines.linewidth": 9, "text.color": "red", "svg.fonttype": "path"}):
-        assert report(run) == first
-        assert matplotlib.rcParams["lines.linewidth"] == 9
-    program = (
-        "import sys, pathlib; from overnight.report.page import *; write_report(pathlib.Path(sys.argv[1]))"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    subprocess.run([sys.executable, "-c", program, str(run)], check=True, env=environment)
-    assert (run / "report.html").read_text(encoding="utf-8") == first
-
-
-def test_charts_use_the_colours_of_the_page(page):
-    """Each colour that matplotlib writes is replaced by a rule of the style sheet, in light and dark."""
+    # Each colour that matplotlib writes is replaced by a rule of the style sheet, in light and dark.
     drawings = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
     drawn = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]+)", drawings))
     assert drawn == {CHART_COLOURS[name] for name in ("accent", "muted", "plain", "rule")}
@@ -176,8 +128,45 @@ def test_charts_use_the_colours_of_the_page(page):
     assert "main {" not in svg_file("<svg></svg>"), "the page's own rules stay in the page"
 
 
-def test_report_imports_no_torch(make_run):
-    run = make_run(steps=20)
+def test_values_of_files_as_text():
+    shown = {True: "yes", None: "–", 9_999: "9999", 12_345: "12,345", "x": "x", "0": "0"}
+    assert {value: show_value(value) for value in shown} == shown
+    assert show_value(["ä", None]) == '["ä", null]'
+    fingerprint = "0123456789abcdef" * 4
+    assert Document(show_value(fingerprint)).text == "0123456789ab…"
+    assert fingerprint in show_value(fingerprint)
+
+
+def test_page_shows_the_last_values_and_the_newest_samples(make_run):
+    run = make_run(steps=100, total_steps=100)
+    text = report_text(run)
+    last = json.loads((run / "events" / "evaluations.jsonl").read_text().splitlines()[-1])
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert f"{last[name]:.4g}" in text
+    for shown in ("52.4M", "124M", "finished: all 100 steps", "started 2026-11-20 22:14 UTC", "xz given the"):
+        assert shown in text
+    order = ("step 100 · ", "step 80 · ", "step 60 · ", "Samples of 2 ", "step 40 · ")
+    assert [text.index(each) for each in order] == sorted(text.index(each) for each in order)
+    for once in ("executed FLOPs", " bytes of it", "Resumed", "its reference"):
+        assert once not in text
+
+    # Both definitions of MFU; compressors that had another text.
+    change_lines(run / "metrics.jsonl", {at: {"mfu": 0.456, "mfu_executed": 0.431} for at in range(100)})
+    change_lines(run / "events" / "evaluations.jsonl", {-1: {"evaluated_bytes": 1_000_000}})
+    text = report_text(run)
+    assert "(6N + 12LCT)45.6%" in text
+    assert "(executed FLOPs)43.1%" in text
+    assert re.search("4.72M bytes of it, .* 1M", text)
+
+
+def test_same_run_gives_the_same_bytes(make_run):
+    import matplotlib
+
+    run = make_run(steps=300)
+    first = report(run)
+    with matplotlib.rc_context({"lines.linewidth": 9, "text.color": "red", "svg.fonttype": "path"}):
+        assert report(run) == first
+        assert matplotlib.rcParams["lines.linewidth"] == 9
     program = (
         "import sys, pathlib\n"
         "from overnight.report import compare, page\n"
@@ -186,13 +175,14 @@ def test_report_imports_no_torch(make_run):
         "page.write_report(path); compare.comparison_page([path] * 2)\n"
         "print([name for name in ('torch', 'matplotlib.pyplot') if name in sys.modules])"
     )
-    command = [sys.executable, "-c", program, str(run)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    command, environment = [sys.executable, "-c", program, str(run)], {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "[]"
+    assert (run / "report.html").read_text(encoding="utf-8") == first
 
 
-def test_report_is_written_where_it_is_asked_for(make_run, tmp_path, monkeypatch):
+def test_missing_matplotlib_is_reported(make_run, monkeypatch):
     run = make_run(steps=3)
-    assert write_report(run, tmp_path / "new" / "page.html").is_file()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for write in (write_report, lambda path: comparison_page([path, path])):
         with pytest.raises(ValueError, match=r"pip install 'overnight\[report\]'"):
@@ -234,18 +224,8 @@ def test_run_of_very_few_steps_has_a_page(make_run, steps):
     assert "empty: " in report_text(run)
 
 
-def test_stopped_run_shows_how_to_resume(make_run):
+def test_stopped_and_resumed_run_shows_how_to_resume_and_what_changed(make_run):
     run = make_run(steps=30, total_steps=50)
-    text = report_text(run)
-    assert "stopped at step 30 of 50" in text
-    assert re.search(f"overnight train --resume '?{run}'? ", text)
-    (run / "ended.json").write_text(json.dumps({"step": 30, "reason": "FloatingPointError: nan"}))
-    assert state_sentence(describe_run(run)) == "diverged at step 30 of 50"
-
-
-def test_resumed_run_shows_when_and_what_changed(make_run):
-    run = make_run(steps=30)
-    assert "Resumed" not in report(run)
     environment = json.loads((run / "environment.json").read_text())
     starts = [
         {"started_at": "2026-11-21T09:00:00+00:00", "command": "overnight train --resume 'runs/a b'"},
@@ -253,9 +233,13 @@ def test_resumed_run_shows_when_and_what_changed(make_run):
     ]
     (run / "environment.json").write_text(json.dumps({**environment, "resumed": starts}))
     text = report_text(run)
+    assert "stopped at step 30 of 50" in text
+    assert re.search(f"overnight train --resume '?{run}'? ", text)
     assert starts[0]["command"] in text
     assert text.index("2026-11-22T09:00:00+00:00") < text.index("no", text.index("Resumed 2 times"))
     assert environment["command"] in text
+    (run / "ended.json").write_text(json.dumps({"step": 30, "reason": "FloatingPointError: nan"}))
+    assert "diverged at step 30 of 50" in report_text(run)
 
 
 def test_damage_is_reported_and_the_rest_is_shown(make_run):
@@ -265,24 +249,23 @@ def test_damage_is_reported_and_the_rest_is_shown(make_run):
     lines[60] = lines[61]
     (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"torn')
     (run / "data.json").write_text("{")
+    event = {"step": 3, "first_bad_step": 4, "last_bad_step": 6, "rows": 24}
+    (run / "events" / "rollbacks.jsonl").write_text(json.dumps(event) + "\n")
     text = report_text(run)
     assert "metrics.jsonl line 50 is damaged and left out; it begins '<damaged>'" in text
     assert "metrics.jsonl has a torn last line" in text
     assert "metrics.jsonl holds 1 steps more than once" in text
     assert "data.json cannot be read" in text
     assert "damaged; last seen at step 120" in text
+    assert re.search("steps 4 to 6 .* step 2 .* 24 rows", text)
 
 
 def test_numbers_that_are_not_finite_are_reported(make_run):
     run = make_run(steps=120)
-    change_lines(
-        run / "metrics.jsonl", {70: {"loss": None}, 71: {"loss": float("inf"), "grad_norm": float("nan")}}
-    )
-    assert "not finite at 2 steps, first at step 71" in report(run)
     keys = ("loss", "grad_norm", "tokens_per_second", "milliseconds", "learning_rate", "mfu")
-    for missing in (None, float("nan")):
-        change_lines(run / "metrics.jsonl", {at: dict.fromkeys(keys, missing) for at in range(120)})
-        assert "not finite at 120 steps" in report_text(run)
+    for count, missing in ((1, float("inf")), (120, None), (120, float("nan"))):
+        change_lines(run / "metrics.jsonl", {at: dict.fromkeys(keys, missing) for at in range(count)})
+        assert re.search(f"not finite at {count} steps?, first at step 1", report_text(run))
 
 
 @pytest.mark.parametrize(
@@ -309,29 +292,3 @@ def test_steps_skipped_for_an_overflow_are_counted_and_leave_a_gap(make_run, pre
 def gaps(page: str) -> int:
     """The number of interruptions of the page's curves."""
     return sum(path.count("M ") - 1 for path in re.findall(r'<path d="(M [^"]*)"', page))
-
-
-def test_both_definitions_of_mfu_have_their_names(make_run):
-    run = make_run(steps=20)
-    assert "executed FLOPs" not in report_text(run)
-    change_lines(run / "metrics.jsonl", {at: {"mfu": 0.456, "mfu_executed": 0.431} for at in range(20)})
-    text = report_text(run)
-    assert "(6N + 12LCT)45.6%" in text
-    assert "(executed FLOPs)43.1%" in text
-
-
-def test_newest_samples_come_first_and_older_ones_are_folded(make_run):
-    page = report(make_run(steps=100))
-    at = [
-        page.index(text)
-        for text in ("step 100 · ", "step 80 · ", "step 60 · ", "<details><summary>Samples of 2 ")
-    ]
-    assert at == sorted(at)
-    assert at[-1] < page.index("step 40 · ")
-
-
-def test_compressed_texts_of_different_length_are_reported(make_run):
-    run = make_run(steps=20)
-    assert " bytes of it" not in report_text(run)
-    change_lines(run / "events" / "evaluations.jsonl", {-1: {"evaluated_bytes": 1_000_000}})
-    assert re.search("4.72M bytes of it, .* 1M", report_text(run))

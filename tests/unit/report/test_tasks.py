@@ -1,4 +1,4 @@
-"""What a page shows of tasks and rollbacks."""
+"""What a page shows of tasks."""
 
 import json
 import re
@@ -48,20 +48,11 @@ def test_latest_results_are_open_and_all_are_folded(run):
     assert "perplexity per word of hellaswag over steps" not in page, "one chart for each task"
 
 
-def test_section_is_left_out_without_tasks(run):
-    (run / "events" / "tasks.jsonl").unlink()
-    assert 'id="tasks"' not in report_page(read_run(run))
-
-
-def test_damaged_line_is_reported_and_the_others_are_shown(run):
+def test_damaged_line_is_reported_and_a_missing_file_leaves_no_section(run):
     with (run / "events" / "tasks.jsonl").open("a") as file:
         file.write('{"task": 5}\n{"step": 4, "task": "x", "metric": "y", "value": null}\n')
     page = report_page(read_run(run))
     assert "tasks.jsonl line 6" in page
     assert len(rows(page)) == 3 + 5
-
-
-def test_rollback_is_reported(run):
-    event = {"step": 3, "first_bad_step": 4, "last_bad_step": 6, "rows": 24}
-    (run / "events" / "rollbacks.jsonl").write_text(json.dumps(event) + "\n")
-    assert re.search("steps 4 to 6 .* step 2 .* 24 rows", report_page(read_run(run)))
+    (run / "events" / "tasks.jsonl").unlink()
+    assert 'id="tasks"' not in report_page(read_run(run))

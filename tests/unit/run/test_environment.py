@@ -1,3 +1,5 @@
+"""What a run records of its environment."""
+
 from __future__ import annotations
 
 import os
@@ -6,17 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from overnight.run import environment
+from overnight.run.environment import describe_environment
+from overnight.training import Compute
 
-from overnight.run import resume
-from overnight.run.resume import describe_environment
-from overnight.training import ComputeConfig
-
-CPU = ComputeConfig(device="cpu", precision="fp32", compile=False)
+CPU = Compute(device="cpu", precision="fp32", compile=False, attention="fused", loss="full")
 
 
 def commit_all(folder: Path, *names: str) -> str:
-    """Make a repository of `folder` with these files in its one commit; the commit."""
+    """A repository in `folder` whose only commit has these files; returns the commit."""
     folder.mkdir()
     for name in names:
         (folder / name).write_text(str(folder))
@@ -39,35 +39,31 @@ def commit_all(folder: Path, *names: str) -> str:
     return git("rev-parse", "HEAD")
 
 
-def test_the_commit_is_that_of_the_package_and_not_of_the_folder_one_stands_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commit_is_that_of_the_package_not_of_the_current_folder(tmp_path, monkeypatch):
     ours = commit_all(tmp_path / "ours", "environment.py")
     theirs = commit_all(tmp_path / "theirs", "notes.txt", ".gitignore")
     monkeypatch.chdir(tmp_path / "theirs")
-    assert resume._git_commit(tmp_path / "ours" / "environment.py") == ours != theirs
+    assert environment._git_commit(tmp_path / "ours" / "environment.py") == ours != theirs
 
 
-def test_a_package_installed_inside_somebody_s_repository_has_no_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_package_installed_in_another_repository_has_no_commit(tmp_path, monkeypatch):
     commit_all(tmp_path / "theirs", "notes.txt")
     installed = tmp_path / "theirs" / "site-packages" / "environment.py"
     installed.parent.mkdir()
     installed.touch()
-    assert resume._git_commit(installed) is None
-    assert resume._git_commit(tmp_path / "environment.py") is None  # no repository at all
+    assert environment._git_commit(installed) is None
+    assert environment._git_commit(tmp_path / "environment.py") is None  # no repository at all
     monkeypatch.setenv("PATH", "")
-    assert resume._git_commit(tmp_path / "theirs" / "notes.txt") is None  # no git
+    assert environment._git_commit(tmp_path / "theirs" / "notes.txt") is None  # no git
 
 
-def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_command_can_be_typed_again(monkeypatch):
     words = ["train", "my recipes/night.toml", "--sample-prompts", "The value of", "it's"]
     monkeypatch.setattr(sys, "argv", ["/bin/overnight", *words])
     assert shlex.split(describe_environment(CPU, 1, {})["command"]) == ["overnight", *words]
 
 
-def test_a_run_that_goes_on_keeps_how_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_keeps_its_first_environment(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["overnight", "train", "quickstart"])
     first = {**describe_environment(CPU, 7, {}), "started_at": "2026-11-20T22:14:03+0000", "torch": "2.9.0"}
     monkeypatch.setattr(sys, "argv", ["overnight", "train", "--resume", "runs/quickstart"])

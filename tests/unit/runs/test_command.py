@@ -1,24 +1,13 @@
+import dataclasses
 import json
-import math
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from overnight.runs import RunsConfig
-from overnight.runs.command import next_command, run, runs_table, runs_to_json
-from overnight.runs.status import RunStatus
-
-
-def status(**changes: object) -> RunStatus:
-    values = {
-        **{"name": "night", "path": "runs/night", "state": "finished", "step": 19_073, "total_steps": 19_073},
-        **{"loss": 3.2, "validation_loss": 3.2812, "bits_per_byte": 0.9812, "tokens": 10**10},
-        **{"tokens_per_second": 1.2e6, "seconds_left": None, "problem": None},
-        **{"on_track": None, "likely_mistake": None},
-        **{"last_written_at": datetime(2026, 11, 20, tzinfo=UTC)},
-    }
-    return RunStatus(**{**values, **changes})  # type: ignore[arg-type]
+from overnight.runs.command import run, runs_table
+from overnight.runs.status import describe_run
 
 
 def refuse(constant: str) -> None:
@@ -27,7 +16,9 @@ def refuse(constant: str) -> None:
 
 def test_runs_are_shown_on_stderr_with_the_next_command(make_run, capsys):
     make_run("day", steps=10)
-    make_run("night", written_at=2e9)
+    run(RunsConfig())
+    assert capsys.readouterr().err.splitlines()[-1] == "next: overnight report runs/day"
+    night = make_run("night", written_at=2e9)
     run(RunsConfig())
     out, err = capsys.readouterr()
     lines = err.splitlines()
@@ -36,22 +27,28 @@ def test_runs_are_shown_on_stderr_with_the_next_command(make_run, capsys):
     assert lines[2].split()[:3] == ["night", "stopped", "4/10"]
     assert lines[-1] == "next: overnight train --resume runs/night"
 
+    (night / "recipe.toml").write_text("=")
+    (night / "events" / "rollbacks.jsonl").write_text('{"step": 3}\n')
+    run(RunsConfig())
+    err = capsys.readouterr().err
+    assert "runs/night: recipe.toml cannot be read" in err
+    assert "once (events/rollbacks.jsonl)" in err
+    assert err.splitlines()[-1] == "next: overnight train --resume runs/night"
 
-@pytest.mark.parametrize("loss", ["null", "NaN"])
+
+@pytest.mark.parametrize("loss", ["null", "NaN", "Infinity"])
 def test_json_is_one_list_on_stdout(make_run, capsys, loss):
     path = make_run()
     with (path / "metrics.jsonl").open("a") as file:
         file.write(f'{{"step": 5, "tokens": 320, "loss": {loss}}}\n')
-    run(RunsConfig(json=True))
+    written_at = datetime.fromtimestamp((path / "metrics.jsonl").stat().st_mtime, UTC)
+    named = path.rename(Path("night"))
+    run(RunsConfig(folder=str(named), json=True))
     out, err = capsys.readouterr()
     assert err == ""
     (found,) = json.loads(out, parse_constant=refuse)
-    assert [found[name] for name in ("name", "state", "step", "loss")] == ["night", "stopped", 5, None]
-
-
-def test_json_values_of_a_status():
-    values = runs_to_json(status(loss=math.inf))
-    assert (values["loss"], values["last_written_at"]) == (None, "2026-11-20T00:00:00+00:00")
+    assert [found[name] for name in ("path", "state", "step", "loss")] == ["night", "stopped", 5, None]
+    assert found["last_written_at"] == written_at.isoformat(timespec="seconds")
 
 
 def test_folder_without_runs(here, capsys):
@@ -61,23 +58,6 @@ def test_folder_without_runs(here, capsys):
     assert json.loads(capsys.readouterr().out) == []
     with pytest.raises(ValueError, match="no folder rnus"):
         run(RunsConfig(folder="rnus"))
-
-
-def test_one_run_can_be_named(make_run, capsys):
-    path = make_run().rename(Path("night"))
-    run(RunsConfig(folder=str(path), json=True))
-    (found,) = json.loads(capsys.readouterr().out)
-    assert found["path"] == "night"
-
-
-def test_damage_and_rollbacks_are_shown_below_the_table(make_run, capsys):
-    path = make_run()
-    (path / "recipe.toml").write_text("=")
-    (path / "events" / "rollbacks.jsonl").write_text('{"step": 3}\n')
-    run(RunsConfig())
-    err = capsys.readouterr().err
-    assert "runs/night: recipe.toml cannot be read" in err
-    assert "once (events/rollbacks.jsonl)" in err
 
 
 @pytest.mark.parametrize(
@@ -104,27 +84,14 @@ def test_run_off_its_reference_is_marked(make_run, capsys, position, mistake, si
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_table_keeps_to_its_width_and_shortens_only_names(columns):
-    now = datetime(2026, 11, 21, tzinfo=UTC)
-    long = status(name="a-very-long-name-" * 5, step=12_345)
-    running = status(name="[red]x", state="running", seconds_left=47_000.0)
-    empty = status(state="empty", step=0, validation_loss=None, bits_per_byte=None, tokens_per_second=None)
-    _, first, second, third = runs_table([long, running, empty], now, columns).splitlines()
+def test_table_keeps_to_its_width_and_shortens_only_names(make_run, columns):
+    long = describe_run(make_run("a-very-long-name-" * 5))
+    long = dataclasses.replace(long, step=12_345, total_steps=19_073, tokens_per_second=1.2e6)
+    running = dataclasses.replace(long, name="[red]x", state="running", seconds_left=47_000.0)
+    empty = dataclasses.replace(long, validation_loss=None, bits_per_byte=None, tokens_per_second=None)
+    _, first, second, third = runs_table([long, running, empty], datetime.now(UTC), columns).splitlines()
     assert max(map(len, (first, second, third))) <= columns
     assert "…" in first
-    assert {"finished", "12.3k/19.1k", "3.2812", "0.9812", "1.2M"} <= {*first.split()}
+    assert {"stopped", "12.3k/19.1k", "4.0000", "1.5000", "1.2M"} <= {*first.split()}
     assert second.startswith("[red]x")
     assert "13 h 3 min" in second
-
-
-@pytest.mark.parametrize(
-    "state, command",
-    [
-        ("finished", "report"),
-        ("running", "report"),
-        ("stopped", "train --resume"),
-        ("damaged", "train --resume"),
-    ],
-)
-def test_next_command_is_about_the_latest_run(state, command):
-    assert next_command([status(), status(state=state)]) == f"next: overnight {command} runs/night"

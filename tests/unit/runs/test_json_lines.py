@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from overnight.runs.json_lines import METRICS_KEYS, TAIL_BYTES, JsonLines, read_ends, read_lines
+from overnight.runs.json_lines import END_BYTES, LOSS_KEYS, JsonLines, read_lines
 
-BOTH_READERS = pytest.mark.parametrize("read", [read_lines, read_ends])
+WHOLE_OR_ENDS = pytest.mark.parametrize("only_ends", [False, True])
 
 
 @pytest.fixture
@@ -19,25 +19,19 @@ def write(path: Path, steps: int) -> list[str]:
     return lines
 
 
-@BOTH_READERS
-def test_every_valid_line_is_read(read, path):
-    assert read(path, METRICS_KEYS) == JsonLines()  # no file
+@WHOLE_OR_ENDS
+@pytest.mark.parametrize("torn", ["", '{"step": 6, "tok', "\x00\x00\x00", '{"step": 6}', "\n"])
+def test_torn_last_line_is_not_damage(only_ends, torn, path):
+    assert read_lines(path, LOSS_KEYS, only_ends=only_ends) == JsonLines()  # no file
     path.touch()
-    assert read(path, METRICS_KEYS) == JsonLines()
-    lines = write(path, 5)
-    assert read(path, METRICS_KEYS) == JsonLines(values=tuple(map(json.loads, lines)))
-
-
-@BOTH_READERS
-@pytest.mark.parametrize("torn", ['{"step": 6, "tok', "\x00\x00\x00", '{"step": 6}', "\n"])
-def test_torn_last_line_is_not_damage(read, torn, path):
-    write(path, 5)
+    assert read_lines(path, LOSS_KEYS, only_ends=only_ends) == JsonLines()
+    values = tuple(map(json.loads, write(path, 5)))
     path.write_text(path.read_text() + torn)
-    lines = read(path, METRICS_KEYS)
-    assert (len(lines.values), lines.problems, lines.is_torn) == (5, (), True)
+    expected = JsonLines(values=values, is_torn=bool(torn))
+    assert read_lines(path, LOSS_KEYS, only_ends=only_ends) == expected
 
 
-@BOTH_READERS
+@WHOLE_OR_ENDS
 @pytest.mark.parametrize(
     "damaged",
     [
@@ -53,12 +47,12 @@ def test_torn_last_line_is_not_damage(read, torn, path):
         b"[" * 100_000,
     ],
 )
-def test_damaged_line_is_left_out_and_reported(read, damaged, path):
+def test_damaged_line_is_left_out_and_reported(only_ends, damaged, path):
     write(path, 5)
     lines = path.read_bytes().split(b"\n")
     lines[2] = damaged
     path.write_bytes(b"\n".join(lines))
-    found = read(path, METRICS_KEYS)
+    found = read_lines(path, LOSS_KEYS, only_ends=only_ends)
     assert [line["step"] for line in found.values] == [1, 2, 4, 5]
     (problem,) = found.problems
     assert "metrics.jsonl line 3 " in problem
@@ -70,7 +64,7 @@ def test_loss_that_is_not_finite_is_not_damage(path):
         '{"step": 2, "tokens": 2, "loss": NaN}\n'  # older files hold these, which are not JSON
         '{"step": 3, "tokens": 3, "loss": Infinity}\n'
     )
-    found = read_lines(path, METRICS_KEYS)
+    found = read_lines(path, LOSS_KEYS)
     assert found.problems == ()
     assert [str(line["loss"]) for line in found.values] == ["nan", "nan", "inf"]
     assert found.values[0]["grad_norm"] is None
@@ -78,17 +72,18 @@ def test_loss_that_is_not_finite_is_not_damage(path):
 
 def test_only_the_ends_of_a_long_file_are_read(path):
     lines = write(path, 20_000)
-    found = read_ends(path, METRICS_KEYS)
+    found = read_lines(path, LOSS_KEYS, only_ends=True)
     steps = [line["step"] for line in found.values]
     assert (steps[0], steps[-1]) == (1, 20_000)
     assert steps == sorted(set(steps))
-    assert len(steps) * len(lines[-1]) < 2.2 * TAIL_BYTES
+    assert len(steps) * len(lines[-1]) < 2.2 * END_BYTES
     assert (found.problems, found.is_torn) == ((), False)
 
     path.write_text("\n".join([*lines[:-5], "damaged", *lines[-4:], '{"torn']))
-    found = read_ends(path, METRICS_KEYS)
+    found = read_lines(path, LOSS_KEYS, only_ends=True)
     assert (found.values[-1]["step"], found.is_torn) == (20_000, True)
     assert [problem.split(" is ")[0] for problem in found.problems] == ["metrics.jsonl line 19,996"]
 
     path.write_bytes(path.read_bytes() + b"\x00" * 200_000)
-    assert any("no readable line" in problem for problem in read_ends(path, METRICS_KEYS).problems)
+    (problem,) = read_lines(path, LOSS_KEYS, only_ends=True).problems
+    assert "no readable line" in problem

@@ -14,25 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 
-SYLLABLES = [
-    "the",
-    "wa",
-    "ter",
-    " ",
-    " ",
-    "ing",
-    "é",
-    "lo",
-    "1",
-    "99",
-    "'s",
-    "\n",
-    "中",
-    "🙂",
-    ".",
-    "Ro",
-    "meo",
-]
+SYLLABLES = [*"  é1\n中🙂.", "the", "wa", "ter", "ing", "lo", "99", "'s", "Ro", "meo"]
 
 
 @pytest.fixture(scope="session")

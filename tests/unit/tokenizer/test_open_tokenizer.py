@@ -18,11 +18,6 @@ def unread() -> Iterator[str]:
     yield ""
 
 
-@pytest.mark.parametrize("name", ["characters", "bpe-258", "bpe-300"])
-def test_learned_tokenizer_has_its_name(documents: list[str], name: str) -> None:
-    assert build_tokenizer(name, documents).name == name
-
-
 def test_loading_reads_no_documents(bpe: Tokenizer, tmp_path: Path) -> None:
     bpe.save(tmp_path)
     assert build_tokenizer(str(tmp_path), unread()).fingerprint == bpe.fingerprint
@@ -30,43 +25,28 @@ def test_loading_reads_no_documents(bpe: Tokenizer, tmp_path: Path) -> None:
     assert build_tokenizer(str(tmp_path / "bpe-mine.json"), unread()).fingerprint == bpe.fingerprint
 
 
-def test_gpt2_is_recognised_from_every_source(gpt2: Tokenizer, shared_data: Path, tmp_path: Path) -> None:
-    gpt2.save(tmp_path)
-    for source in (str(shared_data / "gpt2-bpe"), tmp_path, tmp_path / "tokenizer.json"):
-        loaded = load_tokenizer(source)
-        assert (loaded.name, loaded.fingerprint) == ("gpt2", gpt2.fingerprint)
-
-
-@pytest.mark.parametrize("name", ["bpe-0", "bpe-256", "bpe-257", "bpe-65536", "bpe-99999999999999999999"])
+@pytest.mark.parametrize("name", ["bpe-0", "bpe-257", "bpe-65536", "bpe-99999999999999999999"])
 def test_bpe_has_258_to_65535_ids(name: str) -> None:
     for make in (load_tokenizer, lambda name: build_tokenizer(name, unread())):
         with pytest.raises(ValueError, match=f"{name} .* bpe-258 .* bpe-65535"):
             make(name)
 
 
-@pytest.mark.parametrize(
-    "name, meant",
-    [("gpt-2", "gpt2"), ("character", "characters"), ("bpe-4k", "bpe-4096"), ("bpe--1", "bpe-4096")],
-)
-def test_unknown_name_suggests_the_nearest(name: str, meant: str) -> None:
-    with pytest.raises(ValueError, match=f"'{name}'; did you mean {meant}"):
-        build_tokenizer(name, unread())
-
-
-@pytest.mark.parametrize("name", ["characters", "bpe-4096"])
-def test_learned_tokenizer_cannot_be_loaded_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--tokenizer {name}"):
-        load_tokenizer(name)
+def test_unknown_name_suggests_the_nearest() -> None:
+    for name, meant in (("gpt-2", "gpt2"), ("character", "characters"), ("bpe-4k", "bpe-4096")):
+        with pytest.raises(ValueError, match=f"'{name}'; did you mean {meant}"):
+            build_tokenizer(name, unread())
+    for name in ("characters", "bpe-4096"):
+        with pytest.raises(ValueError, match=f"--tokenizer {name}"):
+            load_tokenizer(name)
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
         b"\xff\xfe",
         b"[]",
         b"{}",
-        b'{"model": []}',
         b'{"model": {"type": "BPE"}}',
         b'{"model": {"vocab": 3, "merges": [], "byte_fallback": true}}',
         b'{"model": {"vocab": {"a": 0}}, "added_tokens": [{}]}',
@@ -93,8 +73,8 @@ def test_no_damage_to_a_saved_file_goes_unnoticed(bpe: Tokenizer, tmp_path: Path
             assert "\n" not in str(refused)  # noqa: PT017  # either way is right
 
 
-@pytest.mark.parametrize("eos", ["<|user|>", {"content": "<|user|>"}])
-def test_end_of_text_is_read_from_tokenizer_config(foreign: Tokenizer, tmp_path: Path, eos: object) -> None:
+def test_end_of_text_is_read_from_tokenizer_config(foreign: Tokenizer, tmp_path: Path) -> None:
     foreign.save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
-    assert load_tokenizer(tmp_path).end_of_text == 1
+    for token in ("<|user|>", {"content": "<|user|>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        assert load_tokenizer(tmp_path).end_of_text == 1

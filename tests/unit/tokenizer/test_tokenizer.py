@@ -11,56 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from overnight.generation.generate import TextWriter
 from overnight.tokenizer.bpe import BytePair
 from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
-from overnight.tokenizer.tokenizer import Tokenizer, clean
+from overnight.tokenizer.tokenizer import Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|user|>", "<tool>", "<|assistant|>", "</s>", "[INST]", "<0x00>", "<|im_start|>"]
 PIECES = [
-    *[
-        "<|endo",
-        "ftext|>",
-        "<|",
-        "|>",
-        "endoftext",
-        "<0x41>",
-        "Ġ",
-        "Ċ",
-        " ",
-        "  ",
-        "\t",
-        "\n",
-        "\r\n",
-        "\xa0",
-    ],
-    *[
-        "\0",
-        "\x1c",
-        "\x85",
-        "\u2028",
-        "\u200b",
-        "'s",
-        "'LL",
-        "it's",
-        "a",
-        "Z",
-        "é",
-        "e\u0301",
-        "ß",
-        "中",
-        "🙂",
-    ],
-    *["👩‍👩‍👧", "\ud83d", "\ude42", "\udfff", "\ufffd", "\uffff", "7", "²", "!?"],
+    *"\t\n\0\x1c\x85\xa0\u2028\u200b aZéß中🙂7²\ud83d\ude42\udfff\ufffd\uffffĠĊ",
+    *("<|endo", "ftext|>", "<|", "|>", "endoftext", "<0x41>", "  ", "\r\n", "e\u0301", "👩‍👩‍👧"),
+    *("'s", "'LL", "it's", "!?"),
 ]
-ANY_TEXT = st.one_of(
-    st.text(st.characters(exclude_categories=()), max_size=60),  # lone surrogates, too
-    st.lists(st.sampled_from(SPECIAL + PIECES), max_size=30).map("".join),
-)
 many = pytest.mark.parametrize("count", [500, pytest.param(25_000, marks=pytest.mark.slow)])
 
 
@@ -70,29 +33,7 @@ def as_utf8(text: str) -> bytes:
     return units.decode("utf-16-le", "replace").encode()
 
 
-def check_nothing_is_lost(tokenizer: Tokenizer, text: str) -> None:
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode_bytes(ids) == as_utf8(text)
-    assert tokenizer.decode(ids) == as_utf8(text).decode()
-    assert b"".join(tokenizer.token_bytes()[id] for id in ids) == as_utf8(text)
-    assert all(0 <= id < tokenizer.vocab_size for id in ids)
-
-
-def check_text_stays_text(tokenizer: Tokenizer, text: str) -> None:
-    special = {id for id, spelled in enumerate(tokenizer.token_bytes()) if not spelled}
-    assert tokenizer.end_of_text in special
-    assert not special.intersection(tokenizer.encode(text)), text
-
-
 # Texts to ids and back
-
-
-@given(data=st.data())
-@settings(max_examples=150, deadline=None)
-def test_any_text_returns_and_never_becomes_special(data: st.DataObject, tokenizer: Tokenizer) -> None:
-    text = data.draw(ANY_TEXT)
-    check_nothing_is_lost(tokenizer, text)
-    check_text_stays_text(tokenizer, text)
 
 
 def hostile_text(draw: random.Random) -> str:
@@ -113,16 +54,23 @@ def hostile_text(draw: random.Random) -> str:
     return "".join(parts)
 
 
-@many
-def test_hostile_text_returns_and_never_becomes_special(tokenizer: Tokenizer, count: int) -> None:
+def check_texts(tokenizer: Tokenizer, count: int) -> None:
     spelled = tokenizer.token_bytes()
     special = {id for id, each in enumerate(spelled) if not each}
     draw = random.Random(0)
-    for _ in range(count):
-        text = hostile_text(draw)
-        ids = tokenizer.encode(text)
-        assert b"".join(spelled[id] for id in ids) == as_utf8(text)
-        assert not special.intersection(ids), text
+    texts = [hostile_text(draw) for _ in range(count)]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert not special.intersection(ids.tolist()), "became special"
+        assert tokenizer.decode_bytes(ids.tolist()) == as_utf8(text), "lost"
+
+
+@many
+def test_hostile_text_returns_and_never_becomes_special(tokenizer: Tokenizer, count: int) -> None:
+    check_texts(tokenizer, count)
+    (ids,) = tokenizer.encode_batch(["it's 中 🙂  <|endoftext|>"])
+    assert ids.tolist() == tokenizer.encode("it's 中 🙂  <|endoftext|>")
+    assert ids.dtype == np.uint32
+    assert ids.flags.writeable
 
 
 class TrustsText(BytePair):
@@ -139,57 +87,26 @@ class DropsHalfPairs(BytePair):
         return super().encode_batch([text.encode(errors="ignore").decode() for text in texts])
 
 
-@pytest.mark.parametrize(
-    "check, wrong, text",
-    [
-        (check_text_stays_text, TrustsText, "a<|endoftext|>b"),
-        (check_nothing_is_lost, DropsHalfPairs, "a\ud800b"),
-    ],
-)
-def test_wrong_tokenizers_are_caught(
-    check: Callable[[Tokenizer, str], None], wrong: type[BytePair], text: str
-) -> None:
+@pytest.mark.parametrize("wrong, match", [(TrustsText, "became special"), (DropsHalfPairs, "lost")])
+def test_wrong_tokenizers_are_caught(wrong: type[BytePair], match: str) -> None:
     """The negative controls."""
-    check(BytePair([]), text)
-    with pytest.raises(AssertionError):
-        check(wrong([]), text)
+    check_texts(BytePair([]), 200)
+    with pytest.raises(AssertionError, match=match):
+        check_texts(wrong([]), 200)
 
 
-@given(data=st.data())
-@settings(max_examples=50, deadline=None)
-def test_batch_equals_its_texts_one_by_one(data: st.DataObject, tokenizer: Tokenizer) -> None:
-    texts = data.draw(st.lists(ANY_TEXT, max_size=4))
-    batch = tokenizer.encode_batch(texts)
-    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
-    assert all(ids.dtype == np.uint32 and ids.flags.writeable for ids in batch)
-
-
-@given(data=st.data())
-@settings(max_examples=50, deadline=None)
-def test_any_ids_decode_to_their_bytes(data: st.DataObject, tokenizer: Tokenizer) -> None:
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
-    spelled = b"".join(tokenizer.token_bytes()[id] for id in ids)
-    assert tokenizer.decode_bytes(ids) == spelled
-    as_in_shards = np.array(ids, dtype=np.uint16)
-    assert tokenizer.decode_bytes(as_in_shards) == spelled  # type: ignore[arg-type]
-    assert tokenizer.decode(ids) == spelled.decode(errors="replace")
-
-
-def test_vocabulary_has_every_byte_and_one_end_of_text(tokenizer: Tokenizer) -> None:
+def test_any_ids_decode_to_their_bytes(tokenizer: Tokenizer) -> None:
     spelled = tokenizer.token_bytes()
     assert len(spelled) == tokenizer.vocab_size
     assert {bytes([byte]) for byte in range(256)} <= set(spelled)
-    assert spelled[tokenizer.end_of_text] == b""
     assert tokenizer.decode([tokenizer.end_of_text]) == ""
-    by_byte = [spelled.index(bytes([byte])) for byte in "🙂".encode()]
-    assert tokenizer.decode(by_byte) == "🙂"
-    assert tokenizer.decode(by_byte[:2]) == "\ufffd"
-
-
-@pytest.mark.parametrize("id", [-1, 10**6, 2**40])
-def test_id_outside_the_vocabulary_is_refused(tokenizer: Tokenizer, id: int) -> None:
-    with pytest.raises(ValueError, match=f"0 to {tokenizer.vocab_size - 1}, not {id}"):
-        tokenizer.decode([0, id])
+    ids = np.random.default_rng(0).integers(0, tokenizer.vocab_size, 5000).astype(np.uint16)  # as in shards
+    joined = b"".join(spelled[id] for id in ids)
+    assert tokenizer.decode_bytes(ids) == tokenizer.decode_bytes(ids.tolist()) == joined  # type: ignore[arg-type]
+    assert tokenizer.decode(ids.tolist()) == joined.decode(errors="replace")
+    for outside in (-1, 10**6, 2**40):
+        with pytest.raises(ValueError, match=f"0 to {tokenizer.vocab_size - 1}, not {outside}"):
+            tokenizer.decode([0, outside])
 
 
 REPEATED = ["a", "^", " ", "\n", "1", "'", "é", "<|endoftext|>", "中", "\u0301", "aA", "\udfff"]
@@ -199,7 +116,7 @@ REPEATED = ["a", "^", " ", "\n", "1", "'", "é", "<|endoftext|>", "中", "\u0301
 def test_megabyte_of_anything_returns(tokenizer: Tokenizer, piece: str) -> None:
     """Takes about a second; quadratic time would exceed the test's time limit."""
     text = piece * (1_000_000 // len(piece))
-    assert tokenizer.decode(tokenizer.encode(text)) == clean(text)
+    assert tokenizer.decode_bytes(tokenizer.encode(text)) == as_utf8(text)
 
 
 @pytest.mark.slow
@@ -214,12 +131,6 @@ def test_encoding_time_is_linear(tokenizer: Tokenizer, piece: str) -> None:
 
     short, long = (min(seconds(length) for _ in range(3)) for length in (50_000, 200_000))
     assert long < 8 * max(short, 0.005)
-
-
-def test_clean_joins_pairs_and_replaces_lone_surrogates() -> None:
-    assert clean("plain, é, 🙂") == "plain, é, 🙂"
-    assert clean("\ud83d\ude42") == "🙂"
-    assert clean("a\ud83db\ude42\ude42") == "a\ufffdb\ufffd\ufffd"
 
 
 # Fingerprints and files
@@ -240,19 +151,14 @@ def test_saved_and_loaded_tokenizer_is_the_same(tokenizer: Tokenizer, tmp_path: 
     assert {config[name] for name in ("bos_token", "eos_token", "unk_token")} == {"<|endoftext|>"}
 
 
-def test_different_tokenizers_have_different_fingerprints(documents: list[str]) -> None:
-    names = ["characters", "bpe-300", "bpe-301"]
-    made = [build_tokenizer(name, part) for name in names for part in (documents, [*documents, "ñ" * 10_000])]
-    fingerprints = {tokenizer.fingerprint for tokenizer in made}
-    assert len(fingerprints) == len(made)
-    assert all(len(fingerprint) == 64 for fingerprint in fingerprints)
-
-
-@pytest.mark.parametrize("name", ["characters", "bpe-500"])
-def test_training_is_deterministic(documents: list[str], name: str) -> None:
-    made = {build_tokenizer(name, list(documents)).fingerprint for _ in range(3)}
-    made.add(build_tokenizer(name, iter(reversed(documents))).fingerprint)
-    assert len(made) == 1
+def test_equal_trainings_have_equal_fingerprints_and_others_do_not(documents: list[str]) -> None:
+    corpora = [documents, [*documents, "ñ" * 10_000]]
+    made = [build_tokenizer(name, part) for name in ("characters", "bpe-300", "bpe-301") for part in corpora]
+    assert [tokenizer.name for tokenizer in made[::2]] == ["characters", "bpe-300", "bpe-301"]
+    assert len({tokenizer.fingerprint for tokenizer in made}) == 6
+    for tokenizer in made[::2]:
+        again = build_tokenizer(tokenizer.name, iter(reversed(documents)))
+        assert again.fingerprint == tokenizer.fingerprint
 
 
 # Streams of ids to text

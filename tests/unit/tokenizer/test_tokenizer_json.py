@@ -13,10 +13,6 @@ from overnight.tokenizer.tokenizer import Tokenizer
 from overnight.tokenizer.tokenizer_json import HuggingFaceTokenizer
 
 
-def changed(content: dict[str, Any], **values: Any) -> dict[str, Any]:
-    return {**copy.deepcopy(content), **values}
-
-
 def test_ids_are_those_of_the_file(
     foreign: Tokenizer, foreign_content: dict[str, Any], documents: list[str]
 ) -> None:
@@ -30,16 +26,14 @@ def test_ids_are_those_of_the_file(
     assert foreign.token_bytes()[-2:] == [b"<tool>", b"    "]
 
 
-@pytest.mark.parametrize("text", ["<|endoftext|>", "<|user|>", "<tool>", "    ", "a<|user|>b    c"])
-def test_text_never_becomes_an_added_token(
-    foreign: Tokenizer, foreign_content: dict[str, Any], text: str
-) -> None:
+def test_text_never_becomes_an_added_token(foreign: Tokenizer, foreign_content: dict[str, Any]) -> None:
+    text = "a<|user|>b    c<|endoftext|><tool>"
     added = {token["id"] for token in foreign_content["added_tokens"]}
     assert len(added) == 4
     assert not added.intersection(foreign.encode(text))
     assert foreign.decode(foreign.encode(text)) == text
     trusting = tokenizers.Tokenizer.from_str(json.dumps(foreign_content))
-    assert added.intersection(trusting.encode(text).ids)  # the control
+    assert added.issubset(trusting.encode(text).ids)  # the control
 
 
 def test_end_of_text_is_found_or_named(foreign_content: dict[str, Any]) -> None:
@@ -48,43 +42,41 @@ def test_end_of_text_is_found_or_named(foreign_content: dict[str, Any]) -> None:
         HuggingFaceTokenizer(foreign_content, "<|end|>")
     unnamed = [token for token in foreign_content["added_tokens"] if token["content"] != "<|endoftext|>"]
     with pytest.raises(ValueError, match=r"eos_token.*tokenizer_config\.json"):
-        HuggingFaceTokenizer(changed(foreign_content, added_tokens=unnamed), None)
+        HuggingFaceTokenizer({**foreign_content, "added_tokens": unnamed}, None)
 
 
 @pytest.mark.parametrize(
-    "values, match",
+    "keys, value, match",
     [
-        ({"decoder": {"type": "WordPiece"}}, "WordPiece"),
-        ({"decoder": None}, "decoder ByteLevel"),
-        ({"normalizer": {"type": "Lowercase"}}, "two  blanks"),
-        ({"pre_tokenizer": {"type": "Unheard"}}, "damaged"),
+        (["decoder"], {"type": "WordPiece"}, "WordPiece"),
+        (["decoder"], None, "decoder ByteLevel"),
+        (["normalizer"], {"type": "Lowercase"}, "two  blanks"),
+        (["pre_tokenizer"], {"type": "Unheard"}, "damaged"),
+        (["added_tokens", -1, "id"], -1, "ids"),
+        (["added_tokens", -1, "id"], 2**31, "ids"),
     ],
 )
 def test_lossy_or_damaged_content_is_refused(
-    foreign_content: dict[str, Any], values: dict[str, Any], match: str
+    foreign_content: dict[str, Any], keys: list[Any], value: Any, match: str
 ) -> None:
+    content = part = copy.deepcopy(foreign_content)
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
     with pytest.raises(ValueError, match=match) as refused:
-        HuggingFaceTokenizer(changed(foreign_content, **values), None)
+        HuggingFaceTokenizer(content, None)
     assert "\n" not in str(refused.value)
 
 
 def test_model_that_reads_special_tokens_in_text_is_refused(foreign_content: dict[str, Any]) -> None:
-    content = changed(foreign_content, pre_tokenizer=None)
-    content["model"]["ignore_merges"] = True  # a text that is a token becomes it, and so does "<|user|>"
+    # A text that is a token becomes it, and so does "<|user|>".
+    model = {**foreign_content["model"], "ignore_merges": True}
     with pytest.raises(ValueError, match="special token"):
-        HuggingFaceTokenizer(content, None)
-
-
-@pytest.mark.parametrize("id", [-1, 2**31])
-def test_absurd_id_is_refused(foreign_content: dict[str, Any], id: int) -> None:
-    content = copy.deepcopy(foreign_content)
-    content["added_tokens"][-1]["id"] = id
-    with pytest.raises(ValueError, match="ids"):
-        HuggingFaceTokenizer(content, None)
+        HuggingFaceTokenizer({**foreign_content, "pre_tokenizer": None, "model": model}, None)
 
 
 def test_truncation_is_ignored(foreign: Tokenizer, foreign_content: dict[str, Any]) -> None:
     cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    read = HuggingFaceTokenizer(changed(foreign_content, truncation=cut), None)
+    read = HuggingFaceTokenizer({**foreign_content, "truncation": cut}, None)
     assert read.encode("the water") == foreign.encode("the water")
     assert read.fingerprint == foreign.fingerprint

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -17,10 +15,10 @@ CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8, vocab_siz
 
 
 @pytest.fixture(scope="session")
-def train_on() -> Callable[[TrainState, int], None]:
+def train_on():
     """`train_on(state, steps)`: steps on ids that are a function of the step."""
 
-    def train(state: TrainState, steps: int) -> None:
+    def train(state, steps):
         parameters = list(state.model.parameters())
         for _ in range(steps):
             ids = torch.randint(50, (2, 8), generator=torch.Generator().manual_seed(state.step))
@@ -34,10 +32,10 @@ def train_on() -> Callable[[TrainState, int], None]:
 
 
 @pytest.fixture(scope="session")
-def build_state(train_on: Callable[[TrainState, int], None]) -> Callable[..., TrainState]:
+def build_state(train_on):
     """`build_state(steps)`: the state of a tiny model after some steps."""
 
-    def build(steps: int, seed: int = 0) -> TrainState:
+    def build(steps, seed=0):
         model = GPT(CONFIG, seed=seed)
         state = TrainState(model, build_optimizer(model, OptimizerConfig()))
         train_on(state, steps)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,15 +12,6 @@ from overnight.training.checkpoint import save
 from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.checkpoint.load import verify_checkpoint
 from overnight.training.checkpoint.save import Saver, save_checkpoint
-from overnight.training.state import TrainState
-
-TrainOn = Callable[[TrainState, int], None]
-
-
-@pytest.fixture
-def state(build_state: Callable[[int], TrainState]) -> TrainState:
-    """A state after one step."""
-    return build_state(1)
 
 
 def build_saver(folder: Path) -> Saver:
@@ -34,12 +23,12 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+def gate(monkeypatch):
     """Threads write nothing before it is set."""
     gate = threading.Event()
     write_rank_files = save.write_rank_files
 
-    def wait_and_write(*given: Any) -> str:
+    def wait_and_write(*given):
         assert gate.wait(60)
         return write_rank_files(*given)
 
@@ -49,14 +38,10 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 @pytest.mark.parametrize("is_copied", [True, False])
 def test_checkpoint_is_of_the_state_as_it_was_copied(
-    tmp_path: Path,
-    state: TrainState,
-    train_on: TrainOn,
-    gate: threading.Event,
-    monkeypatch: pytest.MonkeyPatch,
-    is_copied: bool,
-) -> None:
+    tmp_path, build_state, train_on, gate, monkeypatch, is_copied
+):
     """As a synchronous save writes it, though everything has changed since; not so without a copy."""
+    state = build_state(1)
     if not is_copied:
         monkeypatch.setattr(save, "_copy", dict)
     gate.set()
@@ -74,12 +59,10 @@ def test_checkpoint_is_of_the_state_as_it_was_copied(
     assert (contents(found) == expected) == is_copied
 
 
-def test_checkpoints_are_written_in_turn_between_flush_and_deletion(
-    tmp_path: Path, state: TrainState, train_on: TrainOn
-) -> None:
-    seen: list[tuple[str, int]] = []
+def test_checkpoints_are_written_in_turn_between_flush_and_deletion(tmp_path, build_state, train_on):
+    state, seen = build_state(1), []
 
-    def note(what: str) -> Callable[[], None]:
+    def note(what):
         return lambda: seen.append((what, len(list_checkpoints(tmp_path))))
 
     saver = Saver(tmp_path, SINGLE_PROCESS, note("flush"), note("delete"), {})
@@ -94,18 +77,12 @@ def test_checkpoints_are_written_in_turn_between_flush_and_deletion(
 
 @pytest.mark.parametrize("raised_by", ["poll", "wait", "save"])
 @pytest.mark.parametrize("moment", ["write_tensors", "flush_to_disk", "manifest", "write_atomically"])
-def test_error_of_the_thread_is_raised_once(
-    tmp_path: Path,
-    state: TrainState,
-    train_on: TrainOn,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    moment: str,
-    raised_by: str,
-) -> None:
-    saver = build_saver(tmp_path)
+def test_thread_s_error_is_raised_once(
+    tmp_path, build_state, train_on, monkeypatch, capsys, moment, raised_by
+):
+    state, saver = build_state(1), build_saver(tmp_path)
 
-    def crash(*_: Any, **__: Any) -> None:
+    def crash(*_, **__):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,9 +20,6 @@ from overnight.training.checkpoint.load import load_checkpoint, read_model, read
 from overnight.training.checkpoint.save import save_checkpoint
 from overnight.training.state import TrainState
 
-Build = Callable[..., TrainState]
-TrainOn = Callable[[TrainState, int], None]
-
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint that verifies."""
@@ -40,18 +35,13 @@ def names_in(folder: Path) -> list[str]:
     return [path.name for path in list_checkpoints(folder)]
 
 
-def weights_and_moments(state: TrainState) -> dict[str, torch.Tensor]:
-    found = {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
-    for name, parameter in state.model.named_parameters():
-        for key, value in state.optimizer.state[parameter].items():
-            found[f"{name}.{key}"] = value.clone()
-    return found
+def weights_and_moments(state: TrainState) -> list[torch.Tensor]:
+    parameters = list(state.model.parameters())
+    return parameters + [value for each in parameters for value in state.optimizer.state[each].values()]
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_loaded_state_continues_exactly(
-    tmp_path: Path, build_state: Build, train_on: TrainOn, steps: int
-) -> None:
+def test_loaded_state_continues_exactly(tmp_path, build_state, train_on, steps):
     """Also one that was saved before its first step."""
     state, restored = build_state(steps), build_state(0, seed=9)
     path = save_checkpoint(state, tmp_path)
@@ -60,12 +50,11 @@ def test_loaded_state_continues_exactly(
     assert restored.step == steps
     for each in (state, restored):
         train_on(each, 4)
-    expected, found = weights_and_moments(state), weights_and_moments(restored)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    pairs = zip(weights_and_moments(state), weights_and_moments(restored), strict=True)
+    assert all(torch.equal(expected, found) for expected, found in pairs)
 
 
-def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path: Path, build_state: Build) -> None:
+def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path, build_state):
     state = build_state(2)
     path = save_checkpoint(state, tmp_path)
     assert load_file(path / "model.safetensors")["wte.weight"].shape == (50, 16)
@@ -76,41 +65,29 @@ def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path: Path, bu
     assert torch.equal(model(ids), state.model.eval()(ids))
 
 
-def flip_bit(path: Path, draw: random.Random) -> None:
-    data = bytearray(path.read_bytes())
-    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    path.write_bytes(data)
-
-
-def test_every_flipped_bit_is_detected(tmp_path: Path, build_state: Build) -> None:
+def test_every_flipped_bit_is_detected(tmp_path, build_state):
     path = save_checkpoint(build_state(1), tmp_path)
     files, draw = sorted(path.iterdir()), random.Random(0)
     for trial in range(200):
         damaged = files[trial % len(files)]
         sound = damaged.read_bytes()
-        flip_bit(damaged, draw)
+        data = bytearray(sound)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        damaged.write_bytes(data)
         with pytest.raises(ValueError, match="damaged|incomplete"):
             verify_checkpoint(path)
         damaged.write_bytes(sound)
     verify_checkpoint(path)
 
 
-def test_most_flipped_bits_would_pass_without_verification(
-    tmp_path: Path, build_state: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flipped_bit_would_pass_without_verification(tmp_path, build_state, monkeypatch):
     """The negative control: the manifest protects, not the file format."""
     path = save_checkpoint(build_state(1), tmp_path) / "model.safetensors"
     monkeypatch.setattr(load, "verify_checkpoint", lambda checkpoint, world: None)
-    sound, draw, passed = path.read_bytes(), random.Random(0), 0
-    for _ in range(20):
-        flip_bit(path, draw)
-        try:
-            read_model(path.parent)
-            passed += 1
-        except Exception:  # noqa: BLE001, S110  # any refusal counts as one
-            pass
-        path.write_bytes(sound)
-    assert passed > 0
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # in a weight, behind the header
+    path.write_bytes(data)
+    read_model(path.parent)
 
 
 def truncate(path: Path) -> None:
@@ -135,13 +112,8 @@ def swap(path: Path) -> None:
         lambda path: (path / "MANIFEST.json").write_text("{}"),
     ],
 )
-def test_damaged_newest_checkpoint_is_passed_over(
-    tmp_path: Path,
-    build_state: Build,
-    train_on: TrainOn,
-    capsys: pytest.CaptureFixture[str],
-    damage: Callable[[Path], None],
-) -> None:
+def test_damaged_newest_checkpoint_is_passed_over(tmp_path, build_state, train_on, capsys, damage):
+    assert newest(tmp_path) is None
     state = build_state(1)
     good = save_checkpoint(state, tmp_path)
     train_on(state, 1)
@@ -153,12 +125,8 @@ def test_damaged_newest_checkpoint_is_passed_over(
         newest(tmp_path)
 
 
-def test_newest_of_no_checkpoint_is_none(tmp_path: Path) -> None:
-    assert newest(tmp_path / "checkpoints") is None
-
-
 @pytest.mark.parametrize("seed", range(10))
-def test_retention_keeps_newest_best_and_multiples(seed: int) -> None:
+def test_retention_keeps_newest_best_and_multiples(seed):
     """A thousand steps of a run as a set of numbers: saved, evaluated, deleted."""
     draw, is_best_kept = random.Random(seed), seed % 2 == 0
     last, every = draw.choice([None, 1, 2, 5]), draw.choice([None, 7, 100])
@@ -183,23 +151,17 @@ def test_retention_keeps_newest_best_and_multiples(seed: int) -> None:
 @pytest.mark.parametrize(
     "steps, last, best, kept", [([1, 2, 3], 0, None, {3}), ([], 2, None, set()), ([1, 2, 3], 1, 9, {3})]
 )
-def test_newest_is_always_kept(steps: list[int], last: int, best: int | None, kept: set[int]) -> None:
+def test_newest_is_always_kept(steps, last, best, kept):
     assert retained_steps(steps, last, best=best) == kept
 
 
 @pytest.mark.parametrize("moment", ["write_tensors", "manifest", "flush_to_disk", "write_atomically"])
-def test_crash_while_saving_leaves_the_checkpoint_before(
-    tmp_path: Path,
-    build_state: Build,
-    train_on: TrainOn,
-    monkeypatch: pytest.MonkeyPatch,
-    moment: str,
-) -> None:
+def test_crash_while_saving_leaves_the_one_before(tmp_path, build_state, train_on, monkeypatch, moment):
     state = build_state(1)
     good = save_checkpoint(state, tmp_path)
     train_on(state, 1)
 
-    def crash(*_: Any, **__: Any) -> None:
+    def crash(*_, **__):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
@@ -210,9 +172,7 @@ def test_crash_while_saving_leaves_the_checkpoint_before(
     assert save_checkpoint(state, tmp_path).name == "step-00000002"
 
 
-def test_passed_over_checkpoint_does_not_displace_a_good_one(
-    tmp_path: Path, build_state: Build, train_on: TrainOn
-) -> None:
+def test_passed_over_checkpoint_does_not_displace_a_good_one(tmp_path, build_state, train_on):
     """A damaged one, newer than where the run resumes, would be counted among those to keep."""
     state = build_state(1)
     save_checkpoint(state, tmp_path)
@@ -225,9 +185,7 @@ def test_passed_over_checkpoint_does_not_displace_a_good_one(
     assert names_in(tmp_path) == ["step-00000002"]
 
 
-def test_another_format_is_refused(
-    tmp_path: Path, build_state: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_format_is_refused(tmp_path, build_state, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(save, "FORMAT", 99)
         path = save_checkpoint(build_state(1), tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import statistics
 
 import pytest
 from hypothesis import given
@@ -24,14 +23,14 @@ def seen(steps: int, seed: int = 0, loss: float = 4.0) -> Guard:
     return guard
 
 
-def test_no_limits_before_enough_steps() -> None:
+def test_no_limits_before_enough_steps():
     assert seen(AT_LEAST - 1).limits(5.0) == Limits()
     assert seen(AT_LEAST - 1).after(1e9, 1.0, is_applied=True).bad_steps == 0
     assert seen(500).limits(None) == Limits(), "off"
     assert math.isfinite(seen(AT_LEAST).limits(5.0).loss)
 
 
-def test_limit_is_the_median_plus_robust_deviations() -> None:
+def test_limit_is_the_median_plus_robust_deviations():
     values = [1.0, 2.0, 3.0, 4.0, 100.0]
     assert find_limit(values, 2.0) == pytest.approx(3 + 2 * 1.4826 * 1.0)
     assert find_limit([2.0] * 9, 5.0) == pytest.approx(2 + 5 * 0.02), "the least spread"
@@ -39,8 +38,6 @@ def test_limit_is_the_median_plus_robust_deviations() -> None:
     many = [noise.gauss(10, 1) for _ in range(4000)]
     assert find_limit(many, 3.0) == pytest.approx(13, abs=0.2)
     assert find_limit([*many, *[1e12] * 100], 3.0) == pytest.approx(13, abs=0.3), "robust"
-    naive = statistics.mean([*many, 1e12]) + 3 * statistics.stdev([*many, 1e12])
-    assert naive > 1e9, "the control: a mean and a standard deviation are not"
 
 
 @given(
@@ -50,7 +47,7 @@ def test_limit_is_the_median_plus_robust_deviations() -> None:
         max_size=9,
     )
 )
-def test_bad_steps_are_counted_until_a_sound_one(poison: list[tuple[float, bool]]) -> None:
+def test_bad_steps_are_counted_until_a_sound_one(poison):
     before = guard = seen(200)
     for value, is_loss in poison:
         bad = (value, 1.0) if is_loss else (4.0, value)
@@ -64,7 +61,7 @@ def test_bad_steps_are_counted_until_a_sound_one(poison: list[tuple[float, bool]
     assert guard.after(4.0, 1.0, is_applied=True).bad_steps == 0
 
 
-def test_exploded_loss_is_bad_and_a_noisy_one_is_not() -> None:
+def test_exploded_loss_is_bad_and_a_noisy_one_is_not():
     guard = seen(300)
     assert guard.after(4.2, 1.0, is_applied=True).bad_steps == 0
     assert guard.after(4.9, 1.0, is_applied=True).bad_steps == 0, "less than a nat"
@@ -76,37 +73,34 @@ def test_exploded_loss_is_bad_and_a_noisy_one_is_not() -> None:
     assert wild.after(5.6, 1.0, is_applied=True).bad_steps == 0, "usual here"
 
 
-def test_fp16_overflow_is_not_a_bad_step() -> None:
+def test_fp16_overflow_is_not_a_bad_step():
     guard = seen(50)
     assert guard.after(4.0, math.inf, is_applied=False, is_scaled=True) == guard
     assert guard.after(math.nan, math.inf, is_applied=False, is_scaled=True).bad_steps == 1
     assert guard.after(4.0, math.inf, is_applied=False).bad_steps == 1
 
 
-def test_history_is_bounded_and_survives_json_to_the_bit() -> None:
+def test_history_is_bounded_and_survives_json_to_the_bit():
     guard = seen(1000)
     assert len(guard.losses) == len(guard.norms) == HISTORY
     before = Guard(guard.losses, guard.norms, 2, (SkippedRows(5, 16), SkippedRows(9, 8)))
     again = Guard.from_values(json.loads(json.dumps(before.to_values())))
     assert again == before
     assert again.limits(4.0) == guard.limits(4.0)
-
-
-def test_old_name_of_skipped_rows_is_read() -> None:
-    values = Guard(skipped=(SkippedRows(5, 16),)).to_values()
+    values = before.to_values()
     values["detours"] = values.pop("skipped")
-    assert Guard.from_values(json.loads(json.dumps(values))) == Guard(skipped=(SkippedRows(5, 16),))
+    assert Guard.from_values(values) == before, "the name of earlier versions"
 
 
-def test_rows_are_skipped_from_a_step_on() -> None:
+def test_rows_are_skipped_from_a_step_on():
     guard = Guard(skipped=(SkippedRows(5, 16), SkippedRows(9, 8)))
     assert [guard.skipped_rows(step) for step in (0, 4, 5, 8, 9, 100)] == [0, 0, 16, 16, 24, 24]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"spike_sigma": 0.5}, {"spike_sigma": math.nan}, {"rollback_after_steps": 0}]
-    + [{"max_rollbacks": -1}],
-)  # fmt: skip
-def test_invalid_setting_is_named(wrong: dict[str, float]) -> None:
-    (problem,) = GuardConfig(**wrong).problems()  # type: ignore[arg-type]
-    assert next(iter(wrong)) in problem
+    "name, value",
+    [("spike_sigma", 0.5), ("spike_sigma", math.nan), ("rollback_after_steps", 0), ("max_rollbacks", -1)],
+)
+def test_invalid_setting_is_named(name, value):
+    (problem,) = GuardConfig(**{name: value}).problems()
+    assert name in problem

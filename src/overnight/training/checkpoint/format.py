@@ -8,12 +8,14 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from overnight.training.state import TensorShard
 
 FORMAT = 4
 READABLE = (2, 3, 4)  # 3 has no guard; 2 has one file of each kind, and does not list them
@@ -91,14 +93,6 @@ def discard_checkpoints_after(step: int, folder: Path) -> None:
 # ---------------------------------------------------------------- tensors in several files
 
 METADATA = "first_rows"
-
-
-class TensorShard(NamedTuple):
-    """Some rows of a tensor."""
-
-    rows: Tensor
-    first: int
-    """Index of the first of them."""
 
 
 def write_tensors(path: Path, pieces: Mapping[str, TensorShard]) -> None:

@@ -23,7 +23,6 @@ from overnight.training.checkpoint.format import (
     FORMAT,
     KINDS,
     MOMENTS,
-    TensorShard,
     checkpoint_name,
     file_digest,
     file_names,
@@ -31,7 +30,7 @@ from overnight.training.checkpoint.format import (
     write_tensors,
 )
 from overnight.training.sharding import assign_parameters
-from overnight.training.state import TrainState, is_writer, local_shard
+from overnight.training.state import TensorShard, TrainState, is_writer, local_shard
 
 
 class Snapshot(NamedTuple):

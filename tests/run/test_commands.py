@@ -1,0 +1,242 @@
+"""What every command prints, and the sentence for every bad input: the one place where wording is pinned.
+
+The expected output is in golden/commands, with N for numbers. `pytest -n0 tests/run/test_commands.py
+--golden-update` rewrites it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shlex
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from overnight import cli
+
+GOLDEN = Path(__file__).parent / "golden" / "commands"
+RECIPE = """
+run_name = "tiny"
+[data]
+data = "shards"
+[model]
+n_layer = 1
+n_head = 2
+n_embd = 16
+context_length = 32
+[schedule]
+total_steps = 20
+warmup_steps = 2
+[batch]
+tokens_per_step = 256
+micro_batch_size = 4
+[compute]
+device = "cpu"
+precision = "fp32"
+compile = false
+attention = "fused"
+[evaluation]
+evaluate_every_steps = 10
+[samples]
+sample_every_steps = 10
+sample_prompts = ["The river"]
+sample_tokens = 12
+[checkpoints]
+checkpoint_every_steps = 10
+"""
+PREPARE = "prepare corpus --tokenizer bpe-300 --validation-fraction 0.2 --out shards --workers 1"
+TRAIN = "train tiny.toml"
+LAUNCH = "launch gpt2-124m --slurm --nodes 2 --gpus-per-node 8 --data shards --out job.sbatch"
+COMMANDS = {
+    "help": "--help",
+    "prepare": PREPARE,
+    "train": TRAIN,
+    "inspect": "inspect shards",
+    "generate": "generate runs/tiny 'The river' --precision fp32 --max-new-tokens 8 --temperature 0",
+    "evaluate": "evaluate runs/tiny --tasks validation hellaswag --task-files tasks",
+    "doctor": "doctor tiny.toml",
+    "plan": "plan gpt2-124m --data shards --device-type h200",
+    "launch": LAUNCH,
+    "report": "report runs/tiny",
+    "runs": "runs",
+    "convert": "convert runs/tiny",
+    "bench": "bench --variants fused-adamw --rows 1 --context-length 16 --steps 1 --device cpu --data shards",
+}
+WITH_JSON = ("inspect", "generate", "evaluate", "doctor", "plan", "runs", "bench")
+SLOW = {"bench"}
+MADE_BEFORE = {"prepare", "train"}  # by the fixture, whose other cases need what they write
+BAD_INPUTS = """
+trian | xyzzy | train tiny.toml --n-layr 3 | evaluate runs/tiny --jsn | generate runs/tiny --zzz
+train gpt2-123m | train nowhere.toml | train | doctor | plan --json | launch --slurm
+report | generate | prepare
+train bad-setting.toml | train bad-value.toml | train bad-syntax.toml | train bad-section.toml
+train tiny.toml --n-layer many | train tiny.toml --precision fp13 | train tiny.toml --loss broken
+train tiny.toml --run-name x --dropout 1.5 --warmup-steps -1 --beta2 2
+train tiny.toml --run-name x --checkpoint-every-steps 0 --keep-checkpoints 0
+train tiny.toml --run-name x --tokens-per-step 100 | train tiny.toml --run-name x --micro-batch-size 3
+train tiny.toml --run-name x --batch-ramp-tokens 1000
+train tiny.toml --run-name x --batch-ramp-start-tokens 96 --batch-ramp-tokens 1000
+train tiny.toml --run-name x --spike-sigma 6 --precision fp16
+train tiny.toml --run-name x --shuffle-window 100 --packing best-fit
+train tiny.toml --run-name x --mixture shards | train tiny.toml --run-name x --mixture shards=1 shards=1
+train tiny.toml --run-name x --max-time soon | train tiny.toml --run-name a/b
+train tiny.toml --run-name x --warmup-steps 50 | train tiny.toml --run-name x --data nowhere
+train tiny.toml --run-name x --device gpu | train tiny.toml --run-name x --trackers mlflow
+train tiny.toml --run-name x --init-from runs/nowhere
+train tiny.toml --run-name x --init-from runs/tiny --n-layer 3
+train tiny.toml --run-name x --tasks helaswag
+train tiny.toml | train --resume runs/nowhere | train --resume corpus | train --resume
+train --resume runs/tiny --n-layer 3 --loss chunked | train --resume runs/tiny --total-steps 10
+evaluate runs/nowhere | evaluate corpus | evaluate runs/tiny --data nowhere
+evaluate runs/tiny --tasks helaswag | evaluate runs/tiny --tasks piqa --task-files tasks
+evaluate runs/tiny --examples 0 --stride 0
+generate nowhere | generate runs/tiny --temperature -1 --samples 0 --max-new-tokens 0 --top-p 2
+generate runs/tiny --precision fp8
+convert runs/tiny --out corpus | convert runs/tiny --to onnx | convert broken.pt --to hf --out x-hf
+prepare nowhere | prepare empty | prepare broken --tokenizer characters --out data/broken --workers 1
+prepare corpus.jsonl --text-column words --tokenizer characters --out data/x --workers 1
+prepare corpus --tokens many | prepare corpus --validation-fraction 2 --shard-tokens 0 --workers 0
+prepare corpus --tokenizer characters --train-tokenizer 300
+prepare corpus --tokenizer characters --out shards --workers 1
+prepare corpus --executor slurm | prepare corpus --decontaminate nowhere.jsonl
+inspect nowhere | inspect runs/tiny | inspect shards --documents 0 --samples -1
+plan tiny.toml --device-type h999 | plan tiny.toml --device-type a100
+plan tiny.toml --machines 0 --seconds 0 | doctor tiny.toml --only gradient
+doctor tiny.toml --benchmarks nowhere.jsonl | bench --model gpt2-123m | bench --variants bf17
+bench --rows 0 --steps 0 --context-length 5000 | launch gpt2-124m | launch gpt2-124m --slurm --kubernetes
+launch gpt2-124m --kubernetes --partition gpu --hours 0 --nodes 0
+launch gpt2-124m --slurm --nodes 3 --gpus-per-node 7 | launch gpt2-124m --slurm --processes 2 --data shards
+report nowhere | report runs/tiny --out corpus | runs nowhere | quickstart --frsh
+"""
+
+
+def write_inputs(folder: Path) -> None:
+    """A text, tasks, recipes and things that are broken."""
+    draw = random.Random(1)
+    nouns = "river stone garden window teacher village mountain engine letter morning"
+
+    def sentence() -> str:
+        one, other, third = draw.choices(nouns.split(), k=3)
+        return f"The {one} sees the {other} near the {third}."
+
+    for name in ("corpus", "tasks", "empty", "broken"):
+        (folder / name).mkdir()
+    for number in range(60):
+        text = " ".join(sentence() for _ in range(draw.randrange(4, 12)))
+        (folder / "corpus" / f"{number:02}.txt").write_text(text)
+    (folder / "corpus.jsonl").write_text(json.dumps({"text": sentence()}) + "\n")
+    question = {"ctx": "The river sees", "label": 1, "endings": ["a.", "the stone.", "b.", "c."]}
+    (folder / "tasks/hellaswag_val.jsonl").write_text((json.dumps(question) + "\n") * 8)
+    (folder / "broken/bad.txt").write_bytes(b"The quiet river \xff\xfe sees the stone.\n")
+    (folder / "broken.pt").write_bytes(b"not a checkpoint")
+    (folder / "tiny.toml").write_text(RECIPE)
+    for name, (old, new) in {
+        "setting": ("n_layer = 1", "n_layr = 1\ntotal_steps = 3"),
+        "value": ("n_layer = 1", 'n_layer = "one"'),
+        "syntax": ("[schedule]", "[schedule"),
+        "section": ("[schedule]", "[shedule]"),
+    }.items():
+        (folder / f"bad-{name}.toml").write_text(RECIPE.replace(old, new))
+
+
+def call(line: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of `overnight` with these words."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = cli.main(shlex.split(line))
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+    texts = [(stream.flush(), stream.buffer.getvalue().decode())[1] for stream in (out, err)]  # type: ignore[attr-defined]
+    return status, texts[0], texts[1]
+
+
+def normalise(text: str, place: Path) -> str:
+    """Without the place, dates, numbers and their units; lines wrapped to the width are joined."""
+    text = text.replace(f"{place.resolve()}/", "").replace(f"{place}/", "").replace(str(place), ".")
+    text = re.sub(r"\d{4}-\d\d-\d\d[T \d:+]*|\w{3} \d+ \w{3} \d{4} \d\d:\d\d", "DATE", text)
+    text = re.sub(r"(?<![\w-])\d[\d,]*(\.\d+)?(e[+-]?\d+)?[kMx]?(?![\w-])", "N", text)
+    text = re.sub(r"\bN (ms|s|min|h|d|kB|MB|GB|TB)\b( N (s|min|h)\b)?", "N UNITS", text)
+    text = re.sub(r"just now|N \w+ ago", "AGE", text)
+    text = re.sub(r"; the machine is busy: load N|(?m:^.*load average.*\n)", "", text)
+    return re.sub(r"\n +", " ", re.sub(r"[ ]+$", "", re.sub(r"[ ]+", " ", text), flags=re.MULTILINE))
+
+
+def without_numbers(value: object, place: Path) -> object:
+    """JSON whose numbers are N and whose texts are normalised; its keys are what is compared."""
+    if isinstance(value, dict):
+        return {key: without_numbers(each, place) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_numbers(each, place) for each in value]
+    if isinstance(value, str):
+        return normalise(value, place)
+    return "N" if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, tuple[int, str, str]]]]:
+    """The current folder, with inputs, shards and a trained run; what `prepare` and `train` printed."""
+    folder, before = tmp_path_factory.mktemp("commands"), Path.cwd()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}.items():
+            patch.setenv(name, value)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        os.chdir(folder)
+        write_inputs(folder)
+        yield folder, {name: call(COMMANDS[name]) for name in ("prepare", "train")}
+        os.chdir(before)
+
+
+def check(path: Path, found: str, *, update: bool) -> None:
+    """Compare with the golden file, or rewrite it."""
+    if update:
+        path.write_text(found, encoding="utf-8")
+    assert found == path.read_text(encoding="utf-8"), f"{path.name}: --golden-update rewrites it"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in COMMANDS]
+)
+def test_command_prints_golden_text(name: str, made: tuple[Path, dict], pytestconfig: pytest.Config) -> None:
+    folder, printed = made
+    status, out, err = printed[name] if name in MADE_BEFORE else call(COMMANDS[name])
+    assert status == (1 if name == "doctor" else 0), err
+    job = (folder / "job.sbatch").read_text() if name == "launch" else ""
+    job = job.replace(sysconfig.get_path("scripts"), "BIN")
+    text = f"$ overnight {COMMANDS[name]}\n{normalise(out, folder)}[stderr]\n{normalise(err, folder)}{job}"
+    check(GOLDEN / f"{name}.txt", text, update=pytestconfig.getoption("--golden-update"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in WITH_JSON]
+)
+def test_command_prints_golden_json(name: str, made: tuple[Path, dict], pytestconfig: pytest.Config) -> None:
+    folder, _ = made
+    _, out, err = call(f"{COMMANDS[name]} --json")
+    texts = [out] if out.startswith(("{\n", "[")) else out.splitlines()  # one value, or one a line
+    found = without_numbers([json.loads(each) for each in texts], folder)
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    check(GOLDEN / f"{name}.json", text, update=pytestconfig.getoption("--golden-update"))
+
+
+def test_bad_inputs(made: tuple[Path, dict], pytestconfig: pytest.Config) -> None:
+    """Each ends with one sentence and exit status 2; no run is begun."""
+    folder, _ = made
+    rows = []
+    for line in (line.strip() for part in BAD_INPUTS.strip().splitlines() for line in part.split("|")):
+        status, _, err = call(line)
+        sentence = err.replace(f"{folder}/", "").splitlines()[-1]  # after the lines of progress
+        if choices := re.search(r"one of \(([^)]*)\)", sentence):  # tyro lists them in any order
+            sentence = sentence.replace(choices[1], ", ".join(sorted(choices[1].split(", "))))
+        rows.append(f"$ overnight {line}\n[{status}] {sentence}\n")
+    accepted = [row for row in rows if "\n[2] overnight: " not in row]
+    assert not accepted, "".join(accepted)
+    assert [path.name for path in (folder / "runs").iterdir()] == ["tiny"]
+    check(GOLDEN / "bad_inputs.txt", "".join(rows), update=pytestconfig.getoption("--golden-update"))
