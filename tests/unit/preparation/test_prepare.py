@@ -22,6 +22,7 @@ from overnight.data.atomic_folder import staging_path
 from overnight.data.shards import SPLITS, read_manifest, verify
 from overnight.preparation import assemble, prepare_state, sources, tokenize
 from overnight.preparation import prepare as prepare_module
+from overnight.preparation.command import run
 from overnight.preparation.documents import Document, filter_documents, split_of
 from overnight.preparation.prepare import ensure_prepared, prepare
 from overnight.preparation.prepare_config import PrepareConfig
@@ -155,6 +156,19 @@ def test_bad_text_is_refused_repaired_or_skipped(config: PrepareConfig, texts_in
         assert (manifest.documents, manifest.skipped_documents, manifest.repaired_documents) == counts
         found = texts_in(other, "train") + texts_in(other, "validation")
         assert ("bad \ufffd" in found) == (policy == "replace")
+
+
+def test_summary_and_next_command(
+    config: PrepareConfig, write_texts: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_texts(Path(config.source or ""), [*TEXTS, TEXTS[3], "", TEXTS[4]])
+    with path.open("ab") as file:
+        file.write(b'{"text": "b\xe9"}\n')
+    assert run(dataclasses.replace(config, on_bad_text="replace")) == verify(out_of(config))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in ("301 documents", "duplicates 2, empty 1", "repaired: 1 ", f"RECIPE --data {config.out}"):
+        assert part in captured.err
 
 
 # The same bytes
