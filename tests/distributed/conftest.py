@@ -1,8 +1,8 @@
-"""Several processes that meet through gloo, started cheaply, and a small run for them.
+"""Starts teams of processes that meet through gloo, and trains a small run in them.
 
-They are forked from a process that has imported everything and computed nothing, with the environment that
-torchrun sets. As under torchrun, the store where they meet is opened before they start, so that its port is
-free. Each calls a function of roles.py by its name.
+The processes are forked from one that has imported everything and computed nothing, and get the environment
+that torchrun sets. As under torchrun, the store is opened before they start, so that its port is free. Each
+calls a function of roles.py by its name.
 """
 
 from __future__ import annotations
@@ -51,19 +51,18 @@ class Member:
 
     process: BaseProcess
     answer: Connection
-    log: Path
-    """What it writes to standard output and standard error."""
+    log: Path  # standard output and standard error
 
     def outcome(self, seconds: float = SECONDS) -> tuple[str, Any]:
-        """("returned", value), (the name of an exception, its words), or ("ended", exit status)."""
+        """("returned", value), (name of an exception, its message), or ("ended", exit status)."""
         if not self.answer.poll(seconds):
             self.process.kill()
             pytest.fail(f"a process does not end; its log: {self.log.read_text()[-4000:]}")
-        told = None
+        sent = None
         with contextlib.suppress(EOFError):
-            told = self.answer.recv()
+            sent = self.answer.recv()
         self.process.join()
-        return told or ("ended", self.process.exitcode)
+        return sent or ("ended", self.process.exitcode)
 
 
 @dataclasses.dataclass
@@ -93,11 +92,11 @@ class Teams:
         folder.mkdir()
         team = []
         for rank in range(size):
-            told = (launcher or torchrun)(rank, size, size // machines, store.port) | (environment or {})
+            variables = (launcher or torchrun)(rank, size, size // machines, store.port) | (environment or {})
             answer, sent = PROCESSES.Pipe(duplex=False)
             log = folder / f"rank-{rank}.log"
-            mine = [*given, *(each[rank] if each else ())]
-            names = {"folder": str(Path(__file__).parent), "given": (role, mine, told, str(log), sent)}
+            own = [*given, *(each[rank] if each else ())]
+            names = {"folder": str(Path(__file__).parent), "given": (role, own, variables, str(log), sent)}
             process = PROCESSES.Process(target=exec, args=(START, names))
             process.start()
             sent.close()
@@ -117,11 +116,13 @@ class Teams:
 
 
 def torchrun(rank: int, size: int, local_size: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process."""
-    told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size, "LOCAL_WORLD_SIZE": local_size}
-    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-    return {name: str(value) for name, value in told.items()}
+    """The variables that torchrun sets for a process."""
+    variables = {
+        **{"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size},
+        **{"LOCAL_WORLD_SIZE": local_size, "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+        **{"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0},
+    }
+    return {name: str(value) for name, value in variables.items()}
 
 
 @pytest.fixture
@@ -142,32 +143,14 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 @pytest.fixture(scope="session")
 def text(shared_folder: Path) -> Path:
     """Shards of some 40 documents in characters, about 5,000 training tokens."""
+    root = shared_folder / "text"
     with FileLock(shared_folder / "text.lock"):
-        return prepare_text(shared_folder / "text", LINES)
-
-
-@pytest.fixture(scope="session")
-def other_text(shared_folder: Path) -> Path:
-    """Shards of another text of the same size."""
-    with FileLock(shared_folder / "text.lock"):
-        return prepare_text(shared_folder / "other", LINES.replace("small", "other"))
-
-
-def prepare_text(root: Path, lines: str) -> Path:
-    """The folder of shards below `root`."""
-    if not root.is_dir():
-        root.mkdir()
-        for number in range(40):
-            (root / f"{number:02}.txt").write_text(lines[number * 37 : number * 37 + 150])
-        prepare(
-            PrepareConfig(
-                source=str(root),
-                out=str(root / "shards"),
-                tokenizer="characters",
-                validation_fraction=0.2,
-                shard_tokens=1500,
-            )
-        )
+        if not root.is_dir():
+            root.mkdir()
+            for number in range(40):
+                (root / f"{number:02}.txt").write_text(LINES[number * 37 : number * 37 + 150])
+            shards = {"out": str(root / "shards"), "validation_fraction": 0.2, "shard_tokens": 1500}
+            prepare(PrepareConfig(source=str(root), tokenizer="characters", **shards))
     return root / "shards"
 
 
@@ -215,8 +198,7 @@ class Trained:
     """A finished run."""
 
     path: Path
-    read: Sequence[Sequence[tuple[Any, ...]]]
-    """By rank, every batch that it read: (step, first row, rows, digest)."""
+    read: Sequence[Sequence[tuple[Any, ...]]]  # by rank, of each batch: step, first row, rows, digest
 
     @property
     def directory(self) -> RunDirectory:
@@ -235,7 +217,7 @@ class Trained:
         return [line["loss"] for line in lines]
 
     def ledger(self) -> list[tuple[Any, ...]]:
-        """Every batch that was trained on, in the order of the steps and, within each, of the ranks."""
+        """Every batch that was trained on, ordered by step and rank."""
         return sorted(itertools.chain(*self.read), key=lambda batch: batch[0])
 
 
@@ -247,8 +229,7 @@ def trained(
     teams = Teams(tmp_path_factory.mktemp("trained"))
 
     def train(size: int, *, machines: int = 1, at_once: int | None = 3, **settings: Any) -> Trained:
-        words = [f"{name}-{value}" for name, value in sorted(settings.items())]
-        name = "-".join([str(size), str(machines), str(at_once), *words])
+        name = "-".join(map(str, [size, machines, at_once, *itertools.chain(*sorted(settings.items()))]))
         path, notes = shared_folder / name, shared_folder / f"{name}.pickle"
         with FileLock(shared_folder / f"{name}.lock"):
             if not notes.is_file():

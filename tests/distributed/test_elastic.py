@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from overnight.recipe import with_settings
+from overnight.run.resume import load_resumed
 from overnight.run_directory import RunDirectory
 from overnight.training.checkpoint.format import TensorFiles
 from overnight.training.checkpoint.load import read_model
@@ -82,11 +84,9 @@ def train_in_turn(team: Any, recipe: Any, path: Path, chain: list[tuple[int, str
     """A run that each team continues for `steps` steps, the last to its end; every batch read."""
     ledger: list[Any] = []
     for number, (size, sharding) in enumerate(chain, start=1):
+        continued = with_settings(load_resumed(path) if number > 1 else recipe, sharding=sharding)
         stop = steps if number < len(chain) else None
-        if number == 1:
-            read = team("train", recipe, path, stop, size=size)
-        else:
-            read = team("train_on", path, stop, {"sharding": sharding}, size=size)
+        read = team("train", continued, path, stop, 3, number > 1, size=size)
         ledger += sorted(itertools.chain(*read), key=lambda batch: batch[0])
     return ledger
 
@@ -103,7 +103,7 @@ def test_run_in_changing_teams_is_the_same_run(
     trained: Train, team: Any, recipe: Any, tmp_path: Path, chain: list[tuple[int, str]]
 ) -> None:
     alone = trained(1, sharding="none", deterministic_reduce=True)
-    begun = recipe(sharding=chain[0][1], deterministic_reduce=True)
+    begun = recipe(deterministic_reduce=True)
     assert train_in_turn(team, begun, tmp_path / "run", chain, steps=5) == alone.ledger()
     directory = RunDirectory(tmp_path / "run")
     assert are_equal(max(directory.checkpoints.iterdir()), alone.newest)
@@ -116,7 +116,7 @@ def test_run_in_changing_teams_is_the_same_run(
 def test_sharded_run_in_changing_teams(trained: Train, team: Any, recipe: Any, tmp_path: Path) -> None:
     alone = trained(1, sharding="none")
     chain = [(2, "fsdp"), (4, "fsdp"), (1, "none"), (4, "zero1"), (2, "hsdp")]
-    assert train_in_turn(team, recipe(sharding="fsdp"), tmp_path / "run", chain, steps=4) == alone.ledger()
+    assert train_in_turn(team, recipe(), tmp_path / "run", chain, steps=4) == alone.ledger()
     losses = [line["loss"] for line in RunDirectory(tmp_path / "run").read_metrics()]
     assert losses == pytest.approx(alone.losses(), rel=1e-6, abs=0)
 
@@ -142,7 +142,7 @@ def test_all_fall_back_from_damaged_checkpoint(
     shutil.copytree(folders[0], hopeless := tmp_path / "hopeless")
     (hopeless / "step-00000015" / FILES[3]).unlink()
     found = team("load_newest", recipe(sharding="fsdp"), [*folders, sound, hopeless], size=size)
-    assert all(told == found[0] for told in found), "all processes do the same"
+    assert all(each == found[0] for each in found), "all processes do the same"
     *fallen, whole, none = found[0]
     for folder, (step, message) in zip(folders, fallen, strict=True):
         assert step == 15

@@ -77,21 +77,18 @@ class RemoteFolder:
         return self.address
 
     def __truediv__(self, name: str) -> Path:
-        """The local path of a shard, which is downloaded first, or of the tokenizer's folder."""
-        shards = {shard.name: shard for shard in self.manifest.shards()}
-        return self.path(shards[name]) if name in shards else self.folder / name
+        """The local path of a shard, which is downloaded first, or of the tokenizer's folder.
 
-    def path(self, shard: Shard) -> Path:
-        """The local path of a shard, downloaded and verified unless this process has done so.
-
-        Raises ValueError if it cannot be fetched or does not match the manifest.
+        Raises ValueError if a shard cannot be fetched or does not match the manifest.
         """
-        with self._lock:
-            self._open_local(shard)
-        return self._local(shard)
+        for shard in self.manifest.shards():
+            if shard.name == name:
+                with self._lock:
+                    self._open_local(shard)
+        return self.folder / name
 
     def read(self, shard: Shard, first: int, into: Tokens) -> None:
-        """Fill `into` with the tokens of a shard from index `first` on. Raises ValueError as `path` does."""
+        """Fill `into` with the tokens of a shard from index `first` on. Raises ValueError as `/` does."""
         with self._lock:
             file = self._opened.get(shard.name)
             if file is None and not self._stays_remote(shard):

@@ -152,7 +152,8 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
     for process in found.started:  # leave no process behind, nor any that these have started
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        if process.stdout and not process.stdout.closed:
+            process.communicate()
 
 
 @pytest.fixture

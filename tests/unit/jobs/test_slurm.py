@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -29,12 +32,12 @@ for task in $(jobs -p); do wait "$task" || status=$?; done
 exit "${status:-0}"
 """
 SCANCEL = """#!/bin/bash
-[ "$*" = "--signal=TERM 4711" ] && kill -TERM $(cat "$STAND_INS/tasks")
+[ "$*" = "--signal=TERM $SLURM_JOB_ID" ] && kill -TERM $(cat "$STAND_INS/tasks")
 """
 SCONTROL = """#!/bin/bash
 case "$*" in
   "show hostnames node[1-2]") printf 'localhost\\nlocalhost\\n' ;;
-  "requeue 4711") echo 4711 >> "$STAND_INS/requeued" ;;
+  "requeue $SLURM_JOB_ID") echo "$SLURM_JOB_ID" >> "$STAND_INS/requeued" ;;
   *) exit 1 ;;
 esac
 """
@@ -49,7 +52,18 @@ def slurm(machines: Any) -> Any:
 
 
 @pytest.fixture
-def submit(slurm: Any, request_job: Build) -> Callable[..., subprocess.Popen[str]]:
+def job_id() -> int:
+    """A job whose port is free here: other tests may run on this machine at the same time."""
+    with socket.socket() as listener:
+        for number in random.sample(range(20_000), 100):
+            with suppress(OSError):
+                listener.bind(("", 20_000 + number))
+                return number
+    pytest.fail("no port is free")
+
+
+@pytest.fixture
+def submit(slurm: Any, request_job: Build, job_id: int) -> Callable[..., subprocess.Popen[str]]:
     """submit(variables, without=pattern, **values): the process of such a job's script, on two nodes."""
 
     def start(
@@ -60,7 +74,7 @@ def submit(slurm: Any, request_job: Build) -> Callable[..., subprocess.Popen[str
         path.write_text(re.sub(without, "", job, flags=re.MULTILINE))
         for kind in ("calls", "saved", "tasks"):
             (slurm.notes / kind).unlink(missing_ok=True)
-        allocation = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+        allocation = {"SLURM_JOB_ID": str(job_id), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
         process: subprocess.Popen[str] = slurm.start("bash", str(path), **allocation, **variables or {})
         return process
 
@@ -98,7 +112,7 @@ def test_head_asks_for_what_the_run_needs(request_job: Build) -> None:
     assert (options.gpus_per_node, options.partition, options.exclusive) == (None, None, True)
 
 
-def test_two_nodes_meet_save_at_the_time_limit_and_resume(slurm: Any, submit: Any) -> None:
+def test_two_nodes_meet_save_at_the_time_limit_and_resume(slurm: Any, submit: Any, job_id: int) -> None:
     """All real except Slurm: two agents of torchrun, their rendezvous, a sum over both processes."""
     slurm.use_real_torchrun()
     variables = {"TOGETHER": "yes", "OMP_NUM_THREADS": "1"}
@@ -112,11 +126,11 @@ def test_two_nodes_meet_save_at_the_time_limit_and_resume(slurm: Any, submit: An
     os.kill(process.pid, signal.SIGUSR1)  # to the batch script only, as in B:USR1
     assert slurm.wait(process) != [0]
     assert sorted(slurm.noted("saved")) == [0, 1], slurm.output
-    assert slurm.noted("requeued") == [4711]
+    assert slurm.noted("requeued") == [job_id]
 
     assert slurm.wait(submit(variables, gpus_per_node=1)) == [0], slurm.output
     assert slurm.calls() == 2 * [["train", "--resume", "runs/mine"]]
-    assert slurm.noted("requeued") == [4711], "a finished run is not requeued"
+    assert slurm.noted("requeued") == [job_id], "a finished run is not requeued"
 
 
 def test_nothing_is_saved_without_the_trap(slurm: Any, submit: Any) -> None:
@@ -141,7 +155,7 @@ def test_cancelled_job_saves_and_is_not_requeued(slurm: Any, submit: Any) -> Non
 
 
 def test_torchrun_gets_its_options_and_programs_of_this_machine_come_first(
-    slurm: Any, submit: Any, parse_torchrun: Any
+    slurm: Any, submit: Any, job_id: int, parse_torchrun: Any
 ) -> None:
     elsewhere = slurm.work / "my env"
     elsewhere.mkdir()
@@ -152,7 +166,8 @@ def test_torchrun_gets_its_options_and_programs_of_this_machine_come_first(
     first, second = sorted(map(parse_torchrun, slurm.noted("torchrun")), key=lambda node: str(node.rdzv_conf))
     assert (first.rdzv_conf, second.rdzv_conf) == ("is_host=0", "is_host=1")
     assert (first.nnodes, first.nproc_per_node, first.max_restarts) == ("2", "8", 4)
-    assert (first.rdzv_backend, first.rdzv_endpoint, first.rdzv_id) == ("c10d", "localhost:24711", "4711")
+    assert (first.rdzv_backend, first.rdzv_id) == ("c10d", str(job_id))
+    assert first.rdzv_endpoint == f"localhost:{20_000 + job_id}"
 
 
 def test_error_ends_the_job_with_its_status(slurm: Any, submit: Any) -> None:

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from overnight.data.loader import TokenStream
-from overnight.data.shards import load_prepared_tokenizer, verify
+from overnight.data.shards import verify
 from overnight.preparation.command import run
 from overnight.preparation.prepare_config import PrepareConfig
 
@@ -30,14 +29,3 @@ def test_summary_and_next_command(config: PrepareConfig, capsys: pytest.CaptureF
     assert captured.out == ""
     for part in ("201 documents", "duplicates 2, empty 1", "repaired: 1 ", f"train RECIPE --data {FOLDER}"):
         assert part in captured.err
-
-
-def test_prepared_text_is_read_back(config: PrepareConfig) -> None:
-    """The whole way: text, tokenizer trained on it, shards, stream, text again."""
-    run(config)
-    tokenizer = load_prepared_tokenizer(FOLDER)
-    stream = TokenStream(FOLDER, "validation", tokens_per_row=16)
-    ids = [id for batch in stream.evaluation_batches(4) for id in batch.targets.flatten().tolist()]
-    text = tokenizer.decode([id for id in ids if id != tokenizer.end_of_text])
-    assert text == "".join(letter for letter in TEXTS if letter in text)
-    assert len(text) == stream.manifest.text_bytes("validation")

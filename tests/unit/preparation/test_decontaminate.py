@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from overnight.data.shards import Manifest, read_manifest
 from overnight.preparation import ngrams
-from overnight.preparation import prepare as prepare_module
 from overnight.preparation.command import summarize_prepared
 from overnight.preparation.decontaminate import BenchmarkSearch, _read_texts, benchmark_names, build_index
 from overnight.preparation.ngrams import Words, hash_windows, hash_words
@@ -194,17 +193,8 @@ def config(tmp_path: Path) -> PrepareConfig:
     """Three documents hold the passage of "a", one that of "b", one both; one of them is there twice."""
     (tmp_path / "none.txt").write_text("nothing of this is in any of the documents that are prepared here")
     (tmp_path / "texts").mkdir()
-    first = f"First. {PASSAGE}"
-    texts = [
-        *FILLER[:30],
-        first,
-        *FILLER[30:],
-        f"{PASSAGE.upper()}!",
-        OTHER,
-        f"{OTHER}: {PASSAGE}",
-        first,
-        "",
-    ]
+    first, planted = f"First. {PASSAGE}", [f"{PASSAGE.upper()}!", OTHER, f"{OTHER}: {PASSAGE}"]
+    texts = [*FILLER[:30], first, *FILLER[30:], *planted, first, ""]
     for number in range(3):
         part = [{"text": text} for text in texts[number * 25 :][:25]]
         write_lines(tmp_path / "texts" / f"{number}.jsonl", part)
@@ -235,18 +225,6 @@ def test_contaminated_documents_are_counted(config: PrepareConfig, texts_in: Any
     assert (plain.train, plain.validation) == (manifest.train, manifest.validation)
     assert plain.contaminated_documents == {}
     assert not any("contaminated" in line for line in summarize_prepared(plain))
-
-
-def test_contamination_does_not_depend_on_units_or_workers(
-    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, contents: Any
-) -> None:
-    config = dataclasses.replace(config, on_contaminated="drop")
-    prepare(config)
-    monkeypatch.setattr(prepare_module, "UNIT_BYTES", 500)
-    for workers in (1, 8):
-        other = dataclasses.replace(config, out=f"{config.out}-{workers}", workers=workers)
-        prepare(other)
-        assert contents(other.out) == contents(config.out)
 
 
 def test_documents_after_the_limit_are_not_counted(config: PrepareConfig) -> None:

@@ -121,17 +121,6 @@ def test_contaminated_document_does_not_stand_for_its_cluster(
 # Who does the work
 
 
-def test_near_duplicates_do_not_depend_on_units_or_workers(
-    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, contents: Any
-) -> None:
-    prepare(config)
-    for unit_bytes, workers in ((1, 1), (10_000, 2), (10_000, 8)):
-        monkeypatch.setattr(prepare_module, "UNIT_BYTES", unit_bytes)
-        other = elsewhere(config, f"{unit_bytes}-{workers}", workers=workers)
-        prepare(other)
-        assert contents(other.out) == contents(config.out)
-
-
 def stop(*_: object) -> None:
     raise KeyboardInterrupt
 

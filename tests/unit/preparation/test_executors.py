@@ -20,9 +20,10 @@ from pyarrow import parquet
 
 from overnight.data.atomic_folder import staging_path
 from overnight.data.shards import read_manifest
+from overnight.data.text_files import find_files
 from overnight.preparation import executors, tokenize
 from overnight.preparation import prepare as prepare_module
-from overnight.preparation.documents import split_of
+from overnight.preparation.documents import divide_file, split_of
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
 
@@ -52,13 +53,23 @@ def elsewhere(config: PrepareConfig, name: str, **changes: Any) -> PrepareConfig
     return dataclasses.replace(config, out=f"{config.out}-{name}", **changes)
 
 
-def test_shards_do_not_depend_on_the_units(
-    config: PrepareConfig, contents: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"near_duplicates": "drop"}, {"decontaminate": ("b.jsonl",), "on_contaminated": "drop"}],
+    ids=["plain", "near-duplicates", "contaminated"],
+)
+def test_shards_do_not_depend_on_units_or_workers(
+    config: PrepareConfig, write_texts: Any, contents: Any, monkeypatch: pytest.MonkeyPatch, options: Any
 ) -> None:
+    monkeypatch.chdir(Path(config.source or "").parent)
+    write_texts(Path("b.jsonl"), [TEXTS[36], TEXTS[100]])
+    config = dataclasses.replace(config, **options)
     manifest = prepare(config)
-    assert (manifest.documents, manifest.duplicate_documents) == (400, 1)
-    for unit_bytes, workers in ((1, 1), (700, 1), (3000, 8), (20_000, 1)):
+    assert (manifest.documents == 400) == (not options)
+    assert manifest.duplicate_documents == 1
+    for unit_bytes, characters, workers in ((1, 1, 1), (700, 500, 3), (3000, 3000, 8)):
         monkeypatch.setattr(prepare_module, "UNIT_BYTES", unit_bytes)
+        monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", characters)
         other = elsewhere(config, str(unit_bytes), workers=workers)
         assert prepare(other) == manifest
         assert contents(other.out) == contents(config.out)
@@ -376,3 +387,6 @@ def test_decoded_shards_are_the_documents(shared_data: Path, tmp_path: Path, tex
     assert manifest.tokens("train") + manifest.tokens("validation") == sum(counts) + len(texts)
     for split in ("train", "validation"):
         assert texts_in(config, split) == [text for text in texts if split_of(text, 0.1) == split]
+    (file,) = find_files(str(path))
+    (estimate,) = divide_file(file, "text", 1 << 40).values()
+    assert 0.5 < estimate / sum(len(text.encode()) for text in texts) < 1.5

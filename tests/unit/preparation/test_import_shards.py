@@ -145,22 +145,19 @@ def test_files_of_our_format_are_linked_or_copied(
     assert verify(here / "adopted") == manifest
 
 
-def test_wide_ids_are_narrowed(here: Path, tokenizer: str) -> None:
-    write_llm_c(here / "wide" / "a_train.bin", TRAIN[0], version=7)
-    write_llm_c(here / "wide" / "a_val.bin", VALIDATION, version=7)
-    manifest = adopt(here / "wide", tokenizer)
-    assert ids_of(here / "adopted", "train") == TRAIN[0]
-    assert (here / "adopted" / manifest.train[0].name).stat().st_size == 1024 + 2 * len(TRAIN[0])
-
-
-def test_long_files_are_cut(nanogpt: Path, here: Path, tokenizer: str) -> None:
-    manifest = adopt(nanogpt, tokenizer, shard_tokens=100)
+def test_ids_are_narrowed_and_long_files_cut(nanogpt: Path, here: Path, tokenizer: str) -> None:
     ids = sum(TRAIN, [])
+    write_llm_c(here / "wide" / "a_train.bin", ids, version=7)
+    write_llm_c(here / "wide" / "a_val.bin", VALIDATION, version=7)
     pieces = [ids[start : start + 100] for start in range(0, len(ids), 100)]
-    assert [shard.tokens for shard in manifest.train] == [len(piece) for piece in pieces]
-    assert [shard.documents for shard in manifest.train] == [piece.count(END) for piece in pieces]
-    assert verify(here / "adopted") == manifest
-    assert ids_of(here / "adopted", "train") == ids
+    for folder in (nanogpt, here / "wide"):
+        manifest = adopt(folder, tokenizer, shard_tokens=100)
+        assert [shard.tokens for shard in manifest.train] == [len(piece) for piece in pieces]
+        assert [shard.documents for shard in manifest.train] == [piece.count(END) for piece in pieces]
+        assert (here / "adopted" / "train-00000.bin").stat().st_size == 1024 + 2 * 100
+        assert verify(here / "adopted") == manifest
+        assert ids_of(here / "adopted", "train") == ids
+        shutil.rmtree(here / "adopted")
 
 
 def test_same_import_is_reused(llm_c: Path, tokenizer: str) -> None:
