@@ -184,7 +184,6 @@ def _digests(folder: Path, manifest: Manifest, split: str, *, full: bool) -> byt
 
 
 def _without_separator(pieces: list[Tokens], manifest: Manifest) -> list[Tokens]:
-    """The pieces of a document without the end-of-text id before it."""
     first, *others = pieces
     return [first[1:] if first[0] == manifest.end_of_text else first, *others]
 
@@ -233,7 +232,8 @@ def check_rows(context: DoctorContext) -> CheckResult:
     highest = int(max(first.ids.max(), first.targets.max()))
     if highest >= run.state.model.vocab_size:
         faults.append(f"the id {highest} is outside the vocabulary")
-    shown, figures = [], {"rows": float(rows)}
+    shown: list[str] = []
+    figures: dict[str, float] = {"rows": rows}
     if context.text.tokens:
         resolved = context.plan.resolved
         run_tokens = resolved.plan.tokens_before(resolved.total_steps)
