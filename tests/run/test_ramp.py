@@ -80,7 +80,7 @@ def test_learning_rate_of_a_ramp_follows_the_tokens(whole):
 
 @pytest.mark.parametrize("stops", [[], [5]])
 def test_progress_bar_of_a_ramp_counts_tokens(ramped, train_to, monkeypatch, stops):
-    bars: list[list[float]] = []
+    bars = []
 
     @contextlib.contextmanager
     def bar(title, total):

@@ -14,6 +14,12 @@ from overnight.training.checkpoint.load import verify_checkpoint
 from overnight.training.checkpoint.save import Saver, save_checkpoint
 
 
+@pytest.fixture
+def state(build_state):
+    """A state after one step."""
+    return build_state(1)
+
+
 def build_saver(folder: Path) -> Saver:
     return Saver(folder, SINGLE_PROCESS, lambda: None, lambda: None, {})
 
@@ -37,11 +43,8 @@ def gate(monkeypatch):
 
 
 @pytest.mark.parametrize("is_copied", [True, False])
-def test_checkpoint_is_of_the_state_as_it_was_copied(
-    tmp_path, build_state, train_on, gate, monkeypatch, is_copied
-):
+def test_checkpoint_is_of_the_state_as_it_was_copied(tmp_path, state, train_on, gate, monkeypatch, is_copied):
     """As a synchronous save writes it, though everything has changed since; not so without a copy."""
-    state = build_state(1)
     if not is_copied:
         monkeypatch.setattr(save, "_copy", dict)
     gate.set()
@@ -59,8 +62,8 @@ def test_checkpoint_is_of_the_state_as_it_was_copied(
     assert (contents(found) == expected) == is_copied
 
 
-def test_checkpoints_are_written_in_turn_between_flush_and_deletion(tmp_path, build_state, train_on):
-    state, seen = build_state(1), []
+def test_checkpoints_are_written_in_turn_between_flush_and_deletion(tmp_path, state, train_on):
+    seen: list[tuple[str, int]] = []
 
     def note(what):
         return lambda: seen.append((what, len(list_checkpoints(tmp_path))))
@@ -77,10 +80,8 @@ def test_checkpoints_are_written_in_turn_between_flush_and_deletion(tmp_path, bu
 
 @pytest.mark.parametrize("raised_by", ["poll", "wait", "save"])
 @pytest.mark.parametrize("moment", ["write_tensors", "flush_to_disk", "manifest", "write_atomically"])
-def test_thread_s_error_is_raised_once(
-    tmp_path, build_state, train_on, monkeypatch, capsys, moment, raised_by
-):
-    state, saver = build_state(1), build_saver(tmp_path)
+def test_thread_s_error_is_raised_once(tmp_path, state, train_on, monkeypatch, capsys, moment, raised_by):
+    saver = build_saver(tmp_path)
 
     def crash(*_, **__):
         raise OSError("no space left on device")
