@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
+import json
 import multiprocessing
 import pickle
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from filelock import FileLock
 
@@ -31,6 +34,8 @@ from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, Sample
 from overnight.run_directory import RunDirectory
 from overnight.training import ComputeConfig, OptimizerConfig
 from overnight.training.batch import BatchConfig
+from overnight.training.checkpoint.format import TensorFiles
+from overnight.training.checkpoint.load import read_model
 from overnight.training.schedule import ScheduleConfig
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -39,6 +44,7 @@ SLOW_IMPORTS = [
     *("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh"),
 ]
 START = "import sys; sys.path.insert(0, folder); import roles; roles.play(*given)"
+CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # all that a repetition may change
 SECONDS = 250  # a busy machine may take long
 LINES = "".join(
     f"Line {number} of a small text about the number {number * 7 % 100}.\n" for number in range(60)
@@ -193,12 +199,27 @@ def folder(recipe: Build, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def read_contents(checkpoint: Path) -> dict[str, Any]:
+    """A digest of every weight and moment of a checkpoint, and its state.json without files and settings."""
+    tensors = dict(read_model(checkpoint).weights())
+    moments = TensorFiles(sorted(checkpoint.glob("optimizer*.safetensors")))
+    for name, shape in moments.shapes.items():
+        moments.read(name, tensors.setdefault(name, torch.full(shape, float("nan"))))
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())
+    digests = {name: hashlib.sha256(tensor.numpy().tobytes()) for name, tensor in tensors.items()}
+    state = json.loads((checkpoint / "state.json").read_text())
+    return {
+        **{name: (*tensors[name].shape, digest.hexdigest()) for name, digest in digests.items()},
+        **{name: value for name, value in state.items() if name not in {"files", "settings"}},
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A finished run."""
+    """A run, finished or not."""
 
     path: Path
-    read: Sequence[Sequence[tuple[Any, ...]]]  # by rank, of each batch: step, first row, rows, digest
+    read: Sequence[Sequence[tuple[Any, ...]]] = ()  # by rank, of each batch: step, first row, rows, digest
 
     @property
     def directory(self) -> RunDirectory:
@@ -216,9 +237,27 @@ class Trained:
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
         return [line["loss"] for line in lines]
 
+    def record(self) -> dict[str, Any]:
+        """Everything that it wrote, to the bit, without times and speeds."""
+        lines = [{k: v for k, v in line.items() if k not in CLOCK} for line in self.directory.read_metrics()]
+        events = {kind: self.directory.read_events(kind) for kind in ("evaluations", "samples")}
+        return {"losses": self.losses(), "metrics": lines, **read_contents(self.newest), **events}
+
     def ledger(self) -> list[tuple[Any, ...]]:
         """Every batch that was trained on, ordered by step and rank."""
         return sorted(itertools.chain(*self.read), key=lambda batch: batch[0])
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, Any]]:
+    """Of a checkpoint: the same for checkpoints that are equal to the bit."""
+    return read_contents
+
+
+@pytest.fixture(scope="session")
+def record() -> Callable[[Path], dict[str, Any]]:
+    """Of the run in a folder: the same for runs that are equal to the bit."""
+    return lambda path: Trained(path).record()
 
 
 @pytest.fixture(scope="session")

@@ -17,32 +17,20 @@ import pytest
 from overnight.recipe import load_recipe
 from overnight.run_directory import RunDirectory
 
-CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change
 FROZEN = 70
 distributed = pytest.mark.distributed  # not in a plain run
 linux = pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="needs Linux's /proc")
 
 
-def record(directory: RunDirectory) -> dict[str, Any]:
-    """Everything that a run wrote, except the clock."""
-    newest = max(directory.checkpoints.glob("step-*"))
-    files = {path.name: path.read_bytes() for path in newest.iterdir()}
-    lines = [{name: line[name] for name in line if name not in CLOCK} for line in directory.read_metrics()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return {"step": newest.name, "files": files, "metrics": lines} | {
-        kind: directory.read_events(kind) for kind in ("evaluations", "samples")
-    }
-
-
 @pytest.fixture
 def whole(trained: Callable[..., Any]) -> dict[str, Any]:
     """The record of the run in two processes that nobody disturbed."""
-    return record(trained(2, at_once=None).directory)
+    return trained(2, at_once=None).record()
 
 
 def test_record_sees_another_run(trained: Callable[..., Any], whole: dict[str, Any]) -> None:
     """Negative control: one process rounds otherwise."""
-    assert record(trained(1, at_once=None).directory) != whole
+    assert trained(1, at_once=None).record() != whole
 
 
 # Teams
@@ -64,17 +52,18 @@ def test_run_ends_when_a_process_is_lost(
 
 
 def test_signal_to_one_process_saves_all(
-    whole: dict[str, Any], team: Any, recipe: Any, tmp_path: Path
+    whole: dict[str, Any], team: Any, recipe: Any, record: Any, tmp_path: Path
 ) -> None:
     found = team.outcomes("train_until", recipe(), tmp_path / "run", 7, 1, "signalled", size=2)
     assert [how for how, _ in found] == ["KeyboardInterrupt"] * 2
-    directory = RunDirectory(tmp_path / "run")
-    assert max(directory.checkpoints.iterdir()).name == "step-00000008"
+    assert max((tmp_path / "run/checkpoints").iterdir()).name == "step-00000008"
     team("command", tmp_path, ["train", "--resume", "run"], size=2)
-    assert record(directory) == whole
+    assert record(tmp_path / "run") == whole
 
 
-def test_run_restarted_by_torchrun_resumes(whole: dict[str, Any], team: Any, folder: Path) -> None:
+def test_run_restarted_by_torchrun_resumes(
+    whole: dict[str, Any], team: Any, record: Any, folder: Path
+) -> None:
     """TORCHELASTIC_RESTART_COUNT tells a restart from a second start, which is refused."""
     directory = RunDirectory(folder / "runs/small")
     recipe = load_recipe(str(folder / "small.toml"))
@@ -87,7 +76,7 @@ def test_run_restarted_by_torchrun_resumes(whole: dict[str, Any], team: Any, fol
     environment = {"TORCHELASTIC_RESTART_COUNT": "1"}
     found = team("command", folder, words, size=2, environment=environment)
     assert [status for status, _ in found] == [0, 0]
-    assert record(directory) == whole
+    assert record(directory.path) == whole
 
 
 @pytest.mark.parametrize(
@@ -136,12 +125,17 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, message
 
 
-def finish(folder: Path) -> dict[str, Any]:
-    """The record of the run after its resumption."""
-    with started(folder, "--resume", "runs/small") as process:
-        status, message = ended(process)
-    assert status == 0, message
-    return record(RunDirectory(folder / "runs/small"))
+@pytest.fixture
+def finish(folder: Path, record: Any) -> Callable[[], dict[str, Any]]:
+    """Resumes the run; returns its record."""
+
+    def resume() -> dict[str, Any]:
+        with started(folder, "--resume", "runs/small") as process:
+            status, message = ended(process)
+        assert status == 0, message
+        return record(folder / "runs/small")
+
+    return resume
 
 
 def process_of(rank: int, parent: int) -> int:
@@ -172,7 +166,7 @@ def reach(folder: Path, process: subprocess.Popen[str], lines: int) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("restarts", [1, 0])
 def test_killed_process_is_restarted_or_named(
-    folder: Path, whole: dict[str, Any], rank: int, restarts: int
+    folder: Path, whole: dict[str, Any], record: Any, finish: Any, rank: int, restarts: int
 ) -> None:
     words = ("small.toml", "--processes", "2", "--max-restarts", str(restarts))
     with started(folder, *words) as process:
@@ -182,18 +176,18 @@ def test_killed_process_is_restarted_or_named(
     assert "Traceback" not in message
     if restarts:
         assert status == 0, message
-        assert record(RunDirectory(folder / "runs/small")) == whole
+        assert record(folder / "runs/small") == whole
     else:
         assert status == 1
         assert f"rank {rank} failed (signal 9)" in message
         assert "--resume runs/small" in message
-        assert finish(folder) == whole
+        assert finish() == whole
 
 
 @linux
 @distributed
 @pytest.mark.parametrize("whom", ["rank 0", "rank 1", "the command", "the terminal"])
-def test_signal_to_anyone_saves_all(folder: Path, whole: dict[str, Any], whom: str) -> None:
+def test_signal_to_anyone_saves_all(folder: Path, whole: dict[str, Any], finish: Any, whom: str) -> None:
     with started(folder, "small.toml", "--processes", "2") as process:
         reach(folder, process, 7)
         if whom.startswith("rank"):
@@ -208,12 +202,12 @@ def test_signal_to_anyone_saves_all(folder: Path, whole: dict[str, Any], whom: s
     assert "--resume runs/small" in message
     saved = max((folder / "runs/small/checkpoints").glob("step-*"))
     assert int(saved.name[5:]) == count_lines(folder / "runs/small/metrics.jsonl") < 20
-    assert finish(folder) == whole
+    assert finish() == whole
 
 
 @linux
 @distributed
-def test_stopped_process_ends_the_command(folder: Path, whole: dict[str, Any]) -> None:
+def test_stopped_process_ends_the_command(folder: Path, whole: dict[str, Any], finish: Any) -> None:
     """A process that the system has stopped can't print its stack; the others do."""
     with started(folder, "small.toml", "--processes", "2", "--timeout-seconds", "4") as process:
         reach(folder, process, 7)
@@ -221,7 +215,7 @@ def test_stopped_process_ends_the_command(folder: Path, whole: dict[str, Any]) -
         status, message = ended(process)
     assert status == FROZEN
     assert "rank 0 made no progress for 4 s" in message
-    assert finish(folder) == whole
+    assert finish() == whole
 
 
 @distributed

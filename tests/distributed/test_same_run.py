@@ -30,19 +30,6 @@ def weights(run: Any) -> dict[str, torch.Tensor]:
     return read_model(run.newest).weights()
 
 
-def are_equal(one: Any, other: Any) -> bool:
-    """Losses, evaluations, samples and weights, to the bit."""
-    theirs = weights(other)
-    return (
-        one.losses() == other.losses()
-        and all(
-            one.directory.read_events(kind) == other.directory.read_events(kind)
-            for kind in ("evaluations", "samples")
-        )
-        and all(torch.equal(weight, theirs[name]) for name, weight in weights(one).items())
-    )
-
-
 @pytest.mark.parametrize(
     "size, machines, sharding",
     params(
@@ -84,14 +71,15 @@ def test_deterministic_run_is_the_same_to_the_bit(
 ) -> None:
     settings: dict[str, Any] = {"deterministic_reduce": True}
     settings |= {"total_steps": 200, "learning_rate": 1e-2} if steps == 200 else {}
-    assert are_equal(trained(size, sharding=sharding, **settings), trained(1, sharding="none", **settings))
+    alone = trained(1, sharding="none", **settings)
+    assert trained(size, sharding=sharding, **settings).record() == alone.record()
 
 
 def test_other_runs_differ_by_rounding(trained: Train) -> None:
     """Negative control: without it, sums are rounded as they come."""
-    alone = trained(1, sharding="none")
-    assert not are_equal(alone, trained(2, sharding="none"))
-    assert not are_equal(alone, trained(1, sharding="none", deterministic_reduce=True))
+    alone = trained(1, sharding="none").record()
+    assert alone != trained(2, sharding="none").record()
+    assert alone != trained(1, sharding="none", deterministic_reduce=True).record()
 
 
 # Evaluation
