@@ -7,7 +7,7 @@ checkpoints/step-00001000/
                           run also its settings, those that may not change
   MANIFEST.json           size and sha256 of all others
 
-Several processes write as many files of each kind, model-00000-of-00004.safetensors and so on, each what it
+Several processes write one file of each kind each, model-00000-of-00004.safetensors and so on, with what it
 is to write of the tensors; read together they are the same, whoever wrote them and whoever reads.
 
 A checkpoint appears under its name in one rename, after all its bytes are on the disk. It is used only
