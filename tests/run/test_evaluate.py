@@ -41,7 +41,9 @@ def trained(recipe: Build, tmp_path_factory: pytest.TempPathFactory) -> RunDirec
     """A run of two steps in bf16."""
     directory = RunDirectory(tmp_path_factory.mktemp("trained") / "small")
     compute = ComputeConfig(device="cpu", precision="bf16", compile=False)
-    train.train(recipe(compute=compute, schedule=ScheduleConfig(total_steps=2, warmup_steps=0)), directory)
+    train.train_recipe(
+        recipe(compute=compute, schedule=ScheduleConfig(total_steps=2, warmup_steps=0)), directory
+    )
     return directory
 
 
@@ -232,7 +234,7 @@ def test_tasks_do_not_change_run(
     tmp_path: Path,
 ) -> None:
     evaluated = RunDirectory(tmp_path / "evaluated")
-    train.train(recipe(evaluation=evaluation(files)), evaluated)
+    train.train_recipe(recipe(evaluation=evaluation(files)), evaluated)
     assert metrics_of(finished_run) == metrics_of(evaluated)
     for kind in ("evaluations", "samples"):
         assert finished_run.read_events(kind) == evaluated.read_events(kind)
@@ -246,7 +248,7 @@ def test_task_lines_match_evaluate_command(
     recipe: Build, files: str, tmp_path: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = RunDirectory(tmp_path / "run")
-    resolved = train.train(recipe(evaluation=evaluation(files, tasks_every_steps=5)), directory)
+    resolved = train.train_recipe(recipe(evaluation=evaluation(files, tasks_every_steps=5)), directory)
     assert "hellaswag accuracy_per_token 0." in capsys.readouterr().err
     lines = directory.read_events("tasks")
     assert [line["step"] for line in lines if line["metric"] == "accuracy"] == [5, 10, 12]
@@ -258,7 +260,7 @@ def test_task_lines_match_evaluate_command(
         assert line["examples"] == each["examples"]
     # A resumed run writes no line twice.
     (directory.checkpoints / "step-00000012").rename(tmp_path / "lost")
-    train.train(resolved.recipe, directory, resume=True)
+    train.train_recipe(resolved.recipe, directory, resume=True)
     assert directory.read_events("tasks") == lines
 
 
@@ -277,5 +279,5 @@ def test_invalid_tasks_are_refused_before_the_run(
 ) -> None:
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(ValueError, match=message):
-        train.train(recipe(evaluation=evaluation(files, **changes)), directory)
+        train.train_recipe(recipe(evaluation=evaluation(files, **changes)), directory)
     assert not directory.path.exists()

@@ -92,7 +92,7 @@ def recipe_on(text: Path, seed: int) -> Recipe:
 
 def train(recipe: Recipe, folder: Path) -> RunDirectory:
     directory = RunDirectory(folder)
-    train_module.train(recipe, directory)
+    train_module.train_recipe(recipe, directory)
     return directory
 
 

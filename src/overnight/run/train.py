@@ -33,7 +33,7 @@ from overnight.training.step import train_step
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends USR1 before its time limit
 
 
-def train(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Resolved:
+def train_recipe(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Resolved:
     """Train `recipe` into `directory`; returns the recipe with everything decided.
 
     With `resume` the run continues from its newest good checkpoint. Interrupted by a signal, it is saved
