@@ -339,7 +339,7 @@ from overnight.preparation.prepare_config import PrepareConfig
 if __name__ == "__main__":
     prepare.UNIT_BYTES = 3000
     options = dict(tokenizer="characters", validation_fraction=0.2, shard_tokens=5000)
-    prepare.prepare(
+    prepare.prepare_shards(
         PrepareConfig(source=sys.argv[1], out=sys.argv[2], executor="ray", tasks=2, workers=2, **options)
     )
 """
