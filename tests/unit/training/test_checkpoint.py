@@ -1,4 +1,4 @@
-"""Checkpoints: verified, atomic, kept as configured; resumed to the bit."""
+"""Checkpoints: verified, and kept as configured."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from overnight.training.checkpoint.format import (
     list_checkpoints,
     retained_steps,
 )
-from overnight.training.checkpoint.load import load_checkpoint, read_model, read_newest, verify_checkpoint
+from overnight.training.checkpoint.load import read_model, read_newest, verify_checkpoint
 from overnight.training.checkpoint.save import save_checkpoint
-from overnight.training.state import TrainState
 
 
 def newest(folder: Path) -> Path | None:
@@ -33,25 +32,6 @@ def newest(folder: Path) -> Path | None:
 
 def names_in(folder: Path) -> list[str]:
     return [path.name for path in list_checkpoints(folder)]
-
-
-def weights_and_moments(state: TrainState) -> list[torch.Tensor]:
-    parameters = list(state.model.parameters())
-    return parameters + [value for each in parameters for value in state.optimizer.state[each].values()]
-
-
-@pytest.mark.parametrize("steps", [0, 3])
-def test_loaded_state_continues_exactly(tmp_path, build_state, train_on, steps):
-    """Also one that was saved before its first step."""
-    state, restored = build_state(steps), build_state(0, seed=9)
-    path = save_checkpoint(state, tmp_path)
-    assert path.name == f"step-0000000{steps}"
-    load_checkpoint(restored, path)
-    assert restored.step == steps
-    for each in (state, restored):
-        train_on(each, 4)
-    pairs = zip(weights_and_moments(state), weights_and_moments(restored), strict=True)
-    assert all(torch.equal(expected, found) for expected, found in pairs)
 
 
 def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path, build_state):
@@ -153,23 +133,6 @@ def test_retention_keeps_newest_best_and_multiples(seed):
 )
 def test_newest_is_always_kept(steps, last, best, kept):
     assert retained_steps(steps, last, best=best) == kept
-
-
-@pytest.mark.parametrize("moment", ["write_tensors", "manifest", "flush_to_disk", "write_atomically"])
-def test_crash_while_saving_leaves_the_one_before(tmp_path, build_state, train_on, monkeypatch, moment):
-    state = build_state(1)
-    good = save_checkpoint(state, tmp_path)
-    train_on(state, 1)
-
-    def crash(*_, **__):
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(save, moment, crash)
-        with pytest.raises(OSError, match="no space"):
-            save_checkpoint(state, tmp_path)
-    assert newest(tmp_path) == good
-    assert save_checkpoint(state, tmp_path).name == "step-00000002"
 
 
 def test_passed_over_checkpoint_does_not_displace_a_good_one(tmp_path, build_state, train_on):
