@@ -23,11 +23,11 @@ import torch
 
 from overnight import cli
 from overnight.data.dataset import open_dataset
-from overnight.distributed import world as worlds
+from overnight.distributed import world as world_module
 from overnight.distributed.watchdog import Watchdog
 from overnight.evaluation import EvaluateConfig
 from overnight.evaluation import command as evaluation_command
-from overnight.run import train as training
+from overnight.run import train as run_train
 from overnight.run.evaluate import open_run_tasks
 from overnight.run.log import RunLog
 from overnight.run.setup import build_run, initial_weights, resolve_on
@@ -98,7 +98,7 @@ def train(
     if stop is not None:
         stop_after(stop)
     with contextlib.suppress(KeyboardInterrupt):
-        training.train(recipe, RunDirectory(path), resume=resume)
+        run_train.train_recipe(recipe, RunDirectory(path), resume=resume)
     return read
 
 
@@ -122,7 +122,7 @@ def train_poisoned(recipe: Any, path: Path, steps: Sequence[int]) -> tuple[str, 
     before_each_step(poisoned)
     message = ""
     try:
-        training.train(recipe, RunDirectory(path))
+        run_train.train_recipe(recipe, RunDirectory(path))
     except FloatingPointError as error:
         message = str(error)
     return message, [skipped.rows for skipped in states[-1].guard.skipped]
@@ -137,7 +137,7 @@ def train_until(recipe: Any, path: Path, step: int, rank: int, ending: str) -> N
         return setup
 
     before_each_step(watched)
-    training.train(recipe, RunDirectory(path))
+    run_train.train_recipe(recipe, RunDirectory(path))
 
 
 def limit_evaluation_batches(rows: int = 3) -> None:
@@ -193,7 +193,7 @@ def command(folder: Path, words: Sequence[str], version: str | None = None) -> t
 @contextlib.contextmanager
 def opened(recipe: Any) -> Iterator[Any]:
     """The run of a recipe, ready to load a checkpoint: weights and moments are NaN."""
-    with worlds.join_world("cpu", 60) as world:
+    with world_module.join_world("cpu", 60) as world:
         dataset = open_dataset(recipe.data)
         model, _ = initial_weights(recipe, dataset, None)
         run = build_run(resolve_on(recipe, model, dataset, world), dataset, None, world)
@@ -266,8 +266,8 @@ def own_tensors(rank: int) -> list[torch.Tensor]:
 
 def collect(collective: str, bucket_bytes: int, *given: int) -> list[Any]:
     """The tensors, as lists, after `world.<collective>(tensors, *given)` in buckets of that size."""
-    worlds.BUCKET_BYTES = bucket_bytes
-    with worlds.join_world("cpu", 20) as world:
+    world_module.BUCKET_BYTES = bucket_bytes
+    with world_module.join_world("cpu", 20) as world:
         tensors = own_tensors(world.rank)
         getattr(world, collective)(tensors, *given)
         return [tensor.tolist() for tensor in tensors]
@@ -275,7 +275,7 @@ def collect(collective: str, bucket_bytes: int, *given: int) -> list[Any]:
 
 def describe_world() -> dict[str, Any]:
     """Rank and sizes, and the results of `any` and `all_gather_object`."""
-    with worlds.join_world("cpu", 20) as world:
+    with world_module.join_world("cpu", 20) as world:
         last = world.size - 1
         answers = {
             "place": (world.rank, world.size, world.local_rank, world.local_size, world.device),
@@ -288,7 +288,7 @@ def describe_world() -> dict[str, Any]:
 
 def raise_in_some(errors: Sequence[str | None]) -> str:
     """What `raise_together` makes of the errors of some ranks; afterwards all meet again."""
-    with worlds.join_world("cpu", 20) as world:
+    with world_module.join_world("cpu", 20) as world:
         message = "nothing"
         try:
             with world.raise_together():

@@ -12,7 +12,7 @@ import pytest
 from overnight.data.loader import TokenStream
 from overnight.recipe import read_recipe_of, with_settings
 from overnight.run import log, setup
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.training.batch import BatchConfig, constant_plan
 from overnight.training.schedule import ScheduleConfig
@@ -34,7 +34,7 @@ def ramped(recipe):
 def whole(ramped, tmp_path_factory):
     """The run of `ramped` without interruption."""
     directory = RunDirectory(tmp_path_factory.mktemp("ramp") / "full")
-    train(ramped, directory)
+    train_recipe(ramped, directory)
     return directory
 
 
@@ -80,7 +80,7 @@ def test_learning_rate_of_a_ramp_follows_the_tokens(whole):
 
 @pytest.mark.parametrize("stops", [[], [5]])
 def test_progress_bar_of_a_ramp_counts_tokens(ramped, train_to, monkeypatch, stops):
-    bars: list[list[float]] = []
+    bars = []
 
     @contextlib.contextmanager
     def bar(title, total):
@@ -113,9 +113,9 @@ def test_run_resumed_in_other_micro_batches_reads_the_same_rows(
     directory = RunDirectory(full.path.with_name("run"))
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
-        train(ramped, directory)
+        train_recipe(ramped, directory)
     again = with_settings(read_recipe_of(directory.path), micro_batch_size=micro_batch_size)
-    train(again, directory, resume=True)
+    train_recipe(again, directory, resume=True)
     assert read == list(range(sum(ROWS_OF_STEPS)))
     for one, other in zip(metrics_of(full), metrics_of(directory), strict=True):
         assert other.pop("loss") == pytest.approx(one.pop("loss"), abs=1e-5)
@@ -132,5 +132,5 @@ def test_run_resumed_in_other_micro_batches_reads_the_same_rows(
 )
 def test_invalid_ramp_is_refused_before_any_work(ramped, tmp_path, change, named):
     with pytest.raises(ValueError, match=named):
-        train(with_settings(ramped, **change), RunDirectory(tmp_path / "run"))
+        train_recipe(with_settings(ramped, **change), RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

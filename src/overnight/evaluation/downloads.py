@@ -17,16 +17,17 @@ from overnight.terminal import echo
 TIMEOUT_SECONDS = 60.0
 
 
-def find_file(name: str, url: str, folder: Path | None = None) -> Path:
+def find_file(name: str, url: str, folder: str | Path | None = None) -> Path:
     """The file `name` in `folder`, or without one downloaded from `url`, an archive or the file itself.
 
     `name` may contain folders of the archive. Raises ValueError, with what to download and where to put it,
     if there is no such file; and if a downloaded file has changed since.
     """
     if folder is not None:
-        if not (folder / name).is_file():
+        path = Path(folder) / name
+        if not path.is_file():
             raise ValueError(f"{folder} has no {name}: download {url} and put it there")
-        return folder / name
+        return path
     path = cache_folder() / "tasks" / name
     recorded = path.with_name(f"{path.name}.sha256")
     if not path.is_file():

@@ -35,15 +35,12 @@ def _describe_task(scores: Sequence[Score]) -> Iterator[str]:
         elif score.against is not None:
             yield _line("", _number(score.against.value), "the baseline")
     if isinstance(last, LossComparison):
-        yield _describe_difference(last, "word" if first.kind == "passages" else "token")
-
-
-def _describe_difference(comparison: LossComparison, unit: str) -> str:
-    """One line for all metrics of a text."""
-    if comparison.difference is None:
-        return "  no paired test: the baseline reads the text in other windows"
-    low, high = comparison.difference.low, comparison.difference.high
-    return f"  difference to the baseline: {low:+.4f} to {high:+.4f} nats per {unit} (paired bootstrap)"
+        if last.difference is None:
+            yield "  no paired test: the baseline reads the text in other windows"
+        else:
+            unit = "word" if first.kind == "passages" else "token"
+            ends = f"{last.difference.low:+.4f} to {last.difference.high:+.4f}"
+            yield f"  difference to the baseline: {ends} nats per {unit} (paired bootstrap)"
 
 
 def describe_briefly(score: Score) -> str:

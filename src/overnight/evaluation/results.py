@@ -6,7 +6,6 @@ import dataclasses
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from overnight.conversion.open_model import OpenedModel, open_model
@@ -19,7 +18,7 @@ from overnight.evaluation.page import describe_scores, to_json
 from overnight.evaluation.perplexity import Evaluation
 from overnight.evaluation.result_cache import evaluate_cached
 from overnight.evaluation.scores import Score
-from overnight.evaluation.tasks import Task, TaskNames, open_tasks, split_names
+from overnight.evaluation.tasks import Task, TaskNames, open_task, split_names
 from overnight.recipe import Recipe, read_recipe_of
 from overnight.terminal import echo
 
@@ -101,8 +100,8 @@ def open_inputs(config: EvaluateConfig, models: Sequence[EvaluatedModel]) -> Eva
     names = split_names(config.tasks)
     validation = _open_validation(config, models) if names.validation else None
     if names.harness:
-        check_harness(names.harness, _task_folder(config))
-    tasks = open_tasks(names.own, config.task_files, config.examples, config.stride)
+        check_harness(names.harness, config.task_files)
+    tasks = [open_task(name, config.task_files, config.examples, config.stride) for name in names.own]
     return EvaluationInputs(names, validation, tasks)
 
 
@@ -144,14 +143,10 @@ def evaluate_models(
         for line in describe_scores(scores):
             echo(line)
     if inputs.names.harness and world.is_main:
-        opened, names, folder = model.opened, inputs.names.harness, _task_folder(config)
+        opened, names, folder = model.opened, inputs.names.harness, config.task_files
         results.harness = harness_scores(
             opened.model, opened.tokenizer, names, model.precision, folder, config.examples
         )
         for score in results.harness:
             echo(str(score))
     return results
-
-
-def _task_folder(config: EvaluateConfig) -> Path | None:
-    return Path(config.task_files) if config.task_files is not None else None

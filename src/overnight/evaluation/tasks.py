@@ -113,7 +113,9 @@ class Task:
         return [accuracy, *score_text(self.name, ("perplexity_per_word",), losses, "passages")]
 
 
-def open_task(name: str, folder: Path | None, most: int | None = None, stride: int | None = None) -> Task:
+def open_task(
+    name: str, folder: str | Path | None, most: int | None = None, stride: int | None = None
+) -> Task:
     """One of TASKS, its file read from `folder` or downloaded; its first `most` examples if given.
 
     Of a text these are `most` thousand characters; `stride` is the number of new ids in each window of it.
@@ -131,13 +133,6 @@ def open_task(name: str, folder: Path | None, most: int | None = None, stride: i
     if is_empty:
         raise ValueError(f"{path} is empty: download it again")
     return Task(row, content, stride)
-
-
-def open_tasks(
-    names: Sequence[str], folder: str | None, most: int | None = None, stride: int | None = None
-) -> list[Task]:
-    """Several tasks; see `open_task`."""
-    return [open_task(name, Path(folder) if folder is not None else None, most, stride) for name in names]
 
 
 def evaluate_task(

@@ -69,30 +69,6 @@ def test_rows_change_with_the_text_without_shuffle_window(tmp_path: Path, prepar
     assert not torch.equal(beginning.batch(0, 10).ids, whole.batch(0, 10).ids)
 
 
-@given(data=st.data())
-@settings(deadline=None, max_examples=60)
-def test_epoch_reads_one_window_after_the_other(prepared: Prepare, data: st.DataObject) -> None:
-    length = data.draw(st.integers(1, 30), "tokens_per_row")
-    window = data.draw(st.integers(length + 1, 120), "shuffle_window")
-    n = data.draw(st.integers(length + 1, 400), "tokens")
-    epoch = data.draw(st.integers(0, 3), "epoch")
-    with tempfile.TemporaryDirectory() as folder:
-        prepared(Path(folder), range(n), shard_tokens=70)
-        stream = TokenStream(folder, tokens_per_row=length, shuffle_window=window)
-        batch = stream.batch(epoch * stream.rows_per_epoch, stream.rows_per_epoch)
-    starts = list(range(0, n, window))[: max(1, n // window)]
-    row = 0
-    for start, end in zip(starts, [*starts[1:], n], strict=True):
-        rows = math.ceil((end - start) / length)
-        ids, targets = batch.ids[row : row + rows], batch.targets[row : row + rows]
-        ring = start + (ids[:, :1] - start + torch.arange(length)) % (end - start)
-        assert torch.equal(ids, ring)
-        assert torch.equal(targets, start + (ids - start + 1) % (end - start))
-        assert set(targets.flatten().tolist()) == set(range(start, end))
-        row += rows
-    assert row == stream.rows_per_epoch
-
-
 def test_windows_and_epochs_have_orders_of_their_own(tmp_path: Path, prepared: Prepare) -> None:
     prepared(tmp_path, range(3000), shard_tokens=700)
     stream = TokenStream(tmp_path, tokens_per_row=10, shuffle_window=1000)

@@ -10,20 +10,19 @@ import sys
 import pytest
 import torch
 
-from overnight.distributed import machine, world
+from overnight.distributed import launcher as machine
+from overnight.distributed import world
 from overnight.distributed.launcher import (
     LauncherEnv,
+    count_cores,
     count_restarts,
+    divide_cores,
     is_launched,
     is_main_process,
-    read_launcher_env,
-    use_new_rendezvous_store,
-)
-from overnight.distributed.machine import (
-    count_cores,
-    divide_cores,
     keep_compiled_code,
+    read_launcher_env,
     restart_with_large_pages,
+    use_new_rendezvous_store,
 )
 from overnight.distributed.world import open_world
 

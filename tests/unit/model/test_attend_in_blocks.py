@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,10 +31,10 @@ def off_by(ours: Tensor, truth: Tensor) -> float:
     return (ours.detach().double() - truth.detach()).norm().item() / truth.detach().norm().item()
 
 
-def errors(B: int, H: int, T: int, D: int) -> list[float]:
+def errors(T: int, attend: Callable[..., Tensor] = attend_in_blocks) -> list[float]:
     """How far the output and the three gradients are from those of float64, relative to their size."""
-    inputs = parts(B, H, T, D)
-    ours = attend_in_blocks(*inputs, is_causal=True)
+    inputs = parts(2, 3, T, 16)
+    ours = attend(*inputs, is_causal=True)
     doubles = [each.detach().double().requires_grad_() for each in inputs]
     truth = naive(*doubles)
     weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
@@ -43,21 +45,18 @@ def errors(B: int, H: int, T: int, D: int) -> list[float]:
 
 @pytest.mark.parametrize("T", [2, 127, QUERIES, QUERIES + 1, 3 * QUERIES - 5])
 def test_output_and_gradients_equal_the_definition(T):
-    assert max(errors(2, 3, T, 16)) < TOLERANCE
+    assert max(errors(T)) < TOLERANCE
 
 
 def test_comparison_detects_a_look_at_the_future(monkeypatch):
     monkeypatch.setattr(
         kernels, "_causal_bias", lambda queries, dtype: torch.zeros(queries, queries, dtype=dtype)
     )
-    assert max(errors(2, 3, 200, 16)) > 10 * TOLERANCE
+    assert max(errors(200)) > 10 * TOLERANCE
 
 
 def test_blocks_are_as_exact_as_torch_s_kernel():
-    inputs = parts(2, 3, 300, 32)
-    truth = naive(*(each.detach().double() for each in inputs))
-    torchs = off_by(F.scaled_dot_product_attention(*inputs, is_causal=True), truth)
-    assert off_by(attend_in_blocks(*inputs, is_causal=True), truth) < 2 * torchs
+    assert errors(300)[0] < 2 * errors(300, F.scaled_dot_product_attention)[0]
 
 
 @pytest.mark.parametrize("case", ["fp32", "mask", "not causal", "evaluated"])

@@ -87,11 +87,9 @@ def test_first_of_near_duplicates_stays(config: PrepareConfig, texts_in: Any) ->
     assert any("near-duplicates 25" in line for line in summarize_prepared(manifest))
     with pytest.raises(ValueError, match="near_duplicates"):
         prepare(dataclasses.replace(config, near_duplicates="keep"))
-
-
-def test_near_duplicates_stay_without_the_option(config: PrepareConfig, texts_in: Any) -> None:
-    manifest = prepare(dataclasses.replace(config, near_duplicates="keep"))
-    train, validation = (texts_in(config, split) for split in ("train", "validation"))
+    keeping = elsewhere(config, "all", near_duplicates="keep")
+    manifest = prepare(keeping)
+    train, validation = (texts_in(keeping, split) for split in ("train", "validation"))
     assert {*train, *validation} == {*TEXTS, *ALMOST}
     assert most_similar(validation, train) > 0.96
     assert (manifest.documents, manifest.near_duplicate_documents) == (85, 0)
@@ -120,24 +118,7 @@ def test_contaminated_document_does_not_stand_for_its_cluster(
     assert manifest.contaminated_documents == {"benchmark": 1}
 
 
-def test_short_texts_are_not_compared(config: PrepareConfig, write_texts: Any) -> None:
-    write_texts(Path(str(config.source)) / "9.jsonl", ["one two three four", "one two three four."])
-    manifest = prepare(config)
-    assert (manifest.documents, manifest.near_duplicate_documents) == (62, 25)
-
-
 # Who does the work
-
-
-def test_near_duplicates_do_not_depend_on_units_or_workers(
-    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, contents: Any
-) -> None:
-    prepare(config)
-    for unit_bytes, workers in ((1, 1), (10_000, 2), (10_000, 8)):
-        monkeypatch.setattr(prepare_module, "UNIT_BYTES", unit_bytes)
-        other = elsewhere(config, f"{unit_bytes}-{workers}", workers=workers)
-        prepare(other)
-        assert contents(other.out) == contents(config.out)
 
 
 def stop(*_: object) -> None:
@@ -191,29 +172,25 @@ def test_more_units_are_compared_again(
 ) -> None:
     """With a limit on tokens, units are asked for until there are enough."""
     source = Path(str(config.source))
-    for path in source.iterdir():
-        path.unlink()
     pairs = [text for both in zip(TEXTS, map(nearly, TEXTS), strict=True) for text in both]
-    write_texts(source / "all.jsonl", pairs)
-    tokens = sum(len(text) + 1 for text in TEXTS[:40])
-    whole = elsewhere(config, "full", tokens=tokens)
-    prepare(whole)
-    assert sorted(texts_in(whole, "train") + texts_in(whole, "validation")) == sorted(TEXTS[:40])
-    (source / "all.jsonl").unlink()
     for number in range(12):
-        write_texts(source / f"{number:02d}.jsonl", pairs[number * 10 :][:10])
-    monkeypatch.setattr(prepare_module, "UNIT_BYTES", 10_000)
+        write_texts(source / f"{number}.jsonl", pairs[number * 10 :][:10])
+    kept = sorted(range(12), key=str)  # the order of the files
+    texts = [TEXTS[number * 5 + k] for number in kept for k in range(5)][:40]
+    limited = {"tokens": sum(len(text) + 1 for text in texts)}
+    prepare(elsewhere(config, "full", **limited))
     wanted: list[int] = []
     real = prepare_module.request_units
+    monkeypatch.setattr(prepare_module, "UNIT_BYTES", 10_000)
+    monkeypatch.setattr(prepare_module, "BYTES_PER_TOKEN_AT_MOST", 1)
     monkeypatch.setattr(
         prepare_module, "request_units", lambda place, units: wanted.append(units) or real(place, units)
     )
-    monkeypatch.setattr(prepare_module, "BYTES_PER_TOKEN_AT_MOST", 1)
     for workers in (1, 3):
-        cut = elsewhere(config, f"cut-{workers}", tokens=tokens, workers=workers)
+        cut = elsewhere(config, f"cut-{workers}", workers=workers, **limited)
         prepare(cut)
-        for name, content in contents(whole.out).items():
-            assert name == "manifest.json" or contents(cut.out)[name] == content  # which names the texts
+        assert sorted(texts_in(cut, "train") + texts_in(cut, "validation")) == sorted(texts)
+        assert contents(cut.out) == contents(f"{config.out}-full")
     assert len(wanted) == 4
     assert wanted[0] < wanted[1] < 12
 

@@ -20,9 +20,10 @@ from pyarrow import parquet
 
 from overnight.data.atomic_folder import staging_path
 from overnight.data.shards import read_manifest
+from overnight.data.text_files import find_files
 from overnight.preparation import executors, tokenize
 from overnight.preparation import prepare as prepare_module
-from overnight.preparation.documents import split_of
+from overnight.preparation.documents import divide_file, split_of
 from overnight.preparation.prepare import prepare
 from overnight.preparation.prepare_config import PrepareConfig
 
@@ -52,13 +53,23 @@ def elsewhere(config: PrepareConfig, name: str, **changes: Any) -> PrepareConfig
     return dataclasses.replace(config, out=f"{config.out}-{name}", **changes)
 
 
-def test_shards_do_not_depend_on_the_units(
-    config: PrepareConfig, contents: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"near_duplicates": "drop"}, {"decontaminate": ("b.jsonl",), "on_contaminated": "drop"}],
+    ids=["plain", "near-duplicates", "contaminated"],
+)
+def test_shards_do_not_depend_on_units_or_workers(
+    config: PrepareConfig, write_texts: Any, contents: Any, monkeypatch: pytest.MonkeyPatch, options: Any
 ) -> None:
+    monkeypatch.chdir(Path(config.source or "").parent)
+    write_texts(Path("b.jsonl"), [TEXTS[36], TEXTS[100]])
+    config = dataclasses.replace(config, **options)
     manifest = prepare(config)
-    assert (manifest.documents, manifest.duplicate_documents) == (400, 1)
-    for unit_bytes, workers in ((1, 1), (700, 1), (3000, 8), (20_000, 1)):
+    assert (manifest.documents == 400) == (not options)
+    assert manifest.duplicate_documents == 1
+    for unit_bytes, characters, workers in ((1, 1, 1), (700, 500, 3), (3000, 3000, 8)):
         monkeypatch.setattr(prepare_module, "UNIT_BYTES", unit_bytes)
+        monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", characters)
         other = elsewhere(config, str(unit_bytes), workers=workers)
         assert prepare(other) == manifest
         assert contents(other.out) == contents(config.out)
@@ -97,19 +108,9 @@ def test_interrupted_units_are_kept(
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
     units = staging_path(Path(config.out or "")) / "units"
-    done = {path.name: path.stat().st_mtime_ns for path in units.glob("*.json")}
-    assert len(done) == 2  # the first call was for the estimate of the disk space
-    seen: dict[str, int] = {}
-    finish = prepare_module.finish
-
-    def look(staging: Path) -> Any:
-        seen.update({path.name: path.stat().st_mtime_ns for path in (staging / "units").glob("*.json")})
-        return finish(staging)
-
-    monkeypatch.setattr(prepare_module, "finish", look)
+    assert len(list(units.glob("*.json"))) == 2  # the first call was for the estimate of the disk space
     prepare(config)
-    assert {name: seen[name] for name in done} == done
-    assert len(seen) == 10
+    assert len(calls) == 4 + (10 - 2)  # of ten units
 
 
 @pytest.mark.parametrize(
@@ -312,11 +313,8 @@ def test_work_in_slurm_is_not_submitted_again(
 def test_slurm_needs_sbatch_and_a_partition_it_accepts(
     config: PrepareConfig, small_units: None, sbatch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slurm = dataclasses.replace(config, executor="slurm", workers=None)
-    with pytest.raises(ValueError, match="slurm_partition"):
-        prepare(slurm)
-    slurm = dataclasses.replace(slurm, slurm_partition="gone")
     (sbatch.parent / "programs" / "sbatch").write_text("#!/bin/bash\necho invalid partition >&2\nexit 1\n")
+    slurm = dataclasses.replace(config, executor="slurm", workers=None, slurm_partition="gone")
     with pytest.raises(ValueError, match=r"sbatch .*exit status 1.*slurm_partition"):
         prepare(slurm)
     monkeypatch.setenv("PATH", "")
@@ -328,7 +326,7 @@ def test_slurm_needs_sbatch_and_a_partition_it_accepts(
 def test_clusters_need_datatrove(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, executor: Any
 ) -> None:
-    monkeypatch.setitem(sys.modules, "datatrove.executor.slurm", None)
+    monkeypatch.setitem(sys.modules, f"datatrove.executor.{executor}", None)
     with pytest.raises(ValueError, match=r"'overnight\[data\]'"):
         prepare(dataclasses.replace(config, executor=executor, slurm_partition="cpu"))
     prepare(dataclasses.replace(config, workers=8))  # as many processes of this machine do not
@@ -361,14 +359,16 @@ def test_ray_writes_the_same_bytes(
     assert contents(out) == contents(config.out)
 
 
-def test_workers_are_divided_into_processes_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "workers,items,divided",
+    [(None, 9, (2, 2)), (1, 9, (1, 1)), (4, 9, (1, 4)), (8, 9, (2, 4)), (64, 9, (9, 7)), (9, 1, (1, 9))],
+)
+def test_workers_are_divided_into_processes_and_threads(
+    monkeypatch: pytest.MonkeyPatch, workers: int | None, items: int, divided: tuple[int, int]
+) -> None:
     monkeypatch.setattr(executors, "count_cores", lambda: 5)
-    assert executors.divide_workers(PrepareConfig(), 9) == (2, 2)
-    for workers, items, expected in [
-        *((1, 9, (1, 1)), (4, 9, (1, 4)), (8, 9, (2, 4)), (64, 9, (9, 7)), (9, 1, (1, 9))),
-    ]:
-        assert executors.divide_workers(PrepareConfig(workers=workers), items) == expected
-    assert executors.divide_workers(PrepareConfig(workers=8, executor="ray"), 9)[1] == 1
+    assert executors.divide_workers(PrepareConfig(workers=workers), items) == divided
+    assert executors.divide_workers(PrepareConfig(workers=workers, executor="ray"), items)[1] == 1
 
 
 def test_decoded_shards_are_the_documents(shared_data: Path, tmp_path: Path, texts_in: Any) -> None:
@@ -387,3 +387,6 @@ def test_decoded_shards_are_the_documents(shared_data: Path, tmp_path: Path, tex
     assert manifest.tokens("train") + manifest.tokens("validation") == sum(counts) + len(texts)
     for split in ("train", "validation"):
         assert texts_in(config, split) == [text for text in texts if split_of(text, 0.1) == split]
+    (file,) = find_files(str(path))
+    (estimate,) = divide_file(file, "text", 1 << 40).values()
+    assert 0.5 < estimate / sum(len(text.encode()) for text in texts) < 1.5

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import accumulate, pairwise
+from itertools import accumulate
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -11,20 +12,25 @@ from hypothesis import strategies as st
 
 from overnight.training.batch import BatchConfig, BatchPlan, constant_plan, plan_batches
 
-GPT3 = BatchConfig(tokens_per_step=524_288, batch_ramp_start_tokens=32_768, batch_ramp_tokens=4 * 10**9)
+
+class Case(NamedTuple):
+    """A config, with a ramp or without, and its plan for some processes and any micro-batch."""
+
+    config: BatchConfig
+    plan: BatchPlan
+    processes: int
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[BatchConfig, BatchPlan]:
-    """A config, with a ramp or without, and its plan with any micro-batch."""
-    tokens_per_row, unit_rows, sizes = (draw(st.integers(1, most)) for most in (9, 12, 9))
-    unit = unit_rows * tokens_per_row
+def cases(draw: st.DrawFn) -> Case:
+    processes, tokens_per_row, rows, sizes = (draw(st.integers(1, most)) for most in (6, 9, 6, 9))
+    unit = rows * processes * tokens_per_row
     config = BatchConfig(
         tokens_per_step=unit * sizes,
         batch_ramp_start_tokens=unit if sizes > 1 else None,
         batch_ramp_tokens=draw(st.integers(1, 40 * unit)) if sizes > 1 else None,
     )
-    return config, plan_batches(config, tokens_per_row, draw(st.integers(1, 12)))
+    return Case(config, plan_batches(config, tokens_per_row, draw(st.integers(1, 12)), processes), processes)
 
 
 def sizes_step_by_step(config: BatchConfig, steps: int) -> list[int]:
@@ -39,114 +45,52 @@ def sizes_step_by_step(config: BatchConfig, steps: int) -> list[int]:
     return sizes
 
 
-@given(plans())
-def test_step_size_follows_the_tokens_before(drawn):
-    config, plan = drawn
+@given(cases())
+def test_step_size_follows_the_tokens_before(case):
+    config, plan, _ = case
     sizes = sizes_step_by_step(config, 60)
+    seen = [0, *accumulate(sizes)]
     assert [plan.tokens(step) for step in range(60)] == sizes
-    assert [plan.tokens_before(step) for step in range(61)] == [0, *accumulate(sizes)]
+    assert [plan.tokens_before(step) for step in range(61)] == seen
+    full_steps = [float(Fraction(tokens, config.tokens_per_step)) for tokens in seen]
+    assert [plan.full_steps_before(step) for step in range(61)] == full_steps
 
 
-@given(plans())
-def test_full_steps_are_counted_by_tokens(drawn):
-    config, plan = drawn
-    sizes = sizes_step_by_step(config, 60)
-    counted = [plan.full_steps_before(step) for step in range(61)]
-    assert counted == [float(Fraction(seen, config.tokens_per_step)) for seen in (0, *accumulate(sizes))]
-    assert (counted == list(range(61))) == (min(sizes) == config.tokens_per_step)
-
-
-@given(plans())
-def test_plan_covers_each_row_once_in_order(drawn):
-    config, plan = drawn
-    seen: list[int] = []
-    for step, tokens in enumerate(sizes_step_by_step(config, 30)):
-        for micro_batch in range(plan.micro_batches(step)):
-            first, count = plan.rows(step, micro_batch)
-            assert count == plan.micro_batch_size  # one shape: nothing is compiled twice
-            seen += range(first, first + count)
-        assert len(seen) * plan.tokens_per_row == plan.tokens_before(step + 1)
-        assert plan.tokens(step) == tokens
-    assert seen == list(range(len(seen)))
-
-
-@given(plans(), st.integers(0, 3000))
-def test_steps_for_tokens_is_the_least(drawn, tokens):
-    _, plan = drawn
+@given(cases(), st.integers(0, 3000))
+def test_steps_for_tokens_is_the_least(case, tokens):
+    plan = case.plan
     steps = plan.steps_for(tokens)
     assert plan.tokens_before(steps) >= tokens
     assert steps == 0 or plan.tokens_before(steps - 1) < tokens
     assert plan.steps_for(plan.tokens_before(steps)) == steps
 
 
-@st.composite
-def shared_plans(draw: st.DrawFn) -> tuple[BatchPlan, int]:
-    """A plan, with a ramp or without, and a number of processes that share its steps."""
-    size, tokens_per_row = draw(st.integers(1, 6)), draw(st.integers(1, 5))
-    unit = draw(st.integers(1, 6)) * size * tokens_per_row
-    sizes = draw(st.integers(1, 5))
-    config = BatchConfig(
-        tokens_per_step=unit * sizes,
-        batch_ramp_start_tokens=unit if sizes > 1 else None,
-        batch_ramp_tokens=draw(st.integers(1, 30 * unit)) if sizes > 1 else None,
-    )
-    return plan_batches(config, tokens_per_row, draw(st.integers(1, 8)), size), size
-
-
-@given(shared_plans())
-def test_processes_share_a_step_evenly_in_order(drawn):
-    plan, size = drawn
-    for step in range(40):
+@given(cases())
+def test_processes_share_each_row_once_evenly_and_in_order(case):
+    """The next row of a process is the one that it computes next."""
+    _, plan, size = case
+    computed: dict[int, list[int]] = {rank: [] for rank in range(size)}
+    seen: list[int] = []
+    for step in range(30):
         shares = [plan.share(step, rank, size) for rank in range(size)]
         assert [number for share in shares for number in share] == list(range(plan.micro_batches(step)))
         assert len({len(share) for share in shares}) == 1
-
-
-@given(shared_plans())
-def test_next_row_is_what_the_process_computes_next(drawn):
-    """The naive twin writes down all that a process computes and looks one further."""
-    plan, size = drawn
-    for rank in range(size):
-        firsts = [plan.rows(step, number)[0] for step in range(40) for number in plan.share(step, rank, size)]
+        for rank, share in enumerate(shares):
+            for first, count in (plan.rows(step, number) for number in share):
+                assert count == plan.micro_batch_size  # one shape: nothing is compiled twice
+                seen += range(first, first + count)
+                computed[rank].append(first)
+        assert len(seen) * plan.tokens_per_row == plan.tokens_before(step + 1)
+    assert seen == list(range(len(seen)))
+    for rank, firsts in computed.items():
         assert [plan.next_row(first, rank, size) for first in firsts[:-1]] == firsts[1:]
 
 
-def test_micro_batch_divides_the_rows_of_each_process():
-    """Of 48 rows, each of three processes has 16, and five fit: four at once."""
-    plan = plan_batches(BatchConfig(tokens_per_step=48 * 64), 64, 5, 3)
-    assert plan == constant_plan(64, 4, 12)
-
-
-def test_ramp_sizes_have_equal_shares_of_its_tokens():
-    plan = plan_batches(GPT3, 2048, 16)
-    assert [stage.micro_batches for stage in plan.stages] == list(range(1, 17))
-    share = 4 * 10**9 / 15
-    for stage, following in pairwise(plan.stages):
-        held = plan.tokens_before(following.first_step) - plan.tokens_before(stage.first_step)
-        assert held == pytest.approx(share, abs=plan.tokens(following.first_step))
-    full_from = plan.stages[-1].first_step
-    assert plan.tokens_before(full_from - 1) < 4 * 10**9 <= plan.tokens_before(full_from)
-    assert plan.tokens(full_from) == plan.tokens(10**9) == 524_288
-
-
-@pytest.mark.parametrize("rows_that_fit, at_once", [(1, 1), (7, 4), (15, 8), (500, 16)])
-def test_ramp_steps_do_not_depend_on_the_micro_batch(rows_that_fit, at_once):
-    plan = plan_batches(GPT3, 2048, rows_that_fit)
-    assert plan.micro_batch_size == at_once
-    twin = plan_batches(GPT3, 2048, 16)
-    for step in (0, 1, 8138, 8139, 8140, 20_000, 10**6):
-        assert plan.tokens(step) == twin.tokens(step)
-        assert plan.rows(step, 0)[0] == twin.rows(step, 0)[0]
-
-
-@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 100))
-def test_micro_batch_is_the_largest_that_divides_and_fits(rows, tokens, fit):
-    plan = plan_batches(BatchConfig(tokens_per_step=rows * tokens), tokens, fit)
-    assert plan == constant_plan(tokens, plan.micro_batch_size, rows // plan.micro_batch_size)
-    assert plan.tokens(5) == rows * tokens
-    assert [count for count in range(1, fit + 1) if rows % count == 0 and count >= plan.micro_batch_size] == [
-        plan.micro_batch_size
-    ]
+@given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 64), st.integers(1, 100))
+def test_micro_batch_is_the_largest_that_divides_and_fits(rows, processes, tokens, fit):
+    plan = plan_batches(BatchConfig(tokens_per_step=processes * rows * tokens), tokens, fit, processes)
+    assert plan.micro_batch_size == max(count for count in range(1, fit + 1) if rows % count == 0)
+    assert plan == constant_plan(tokens, plan.micro_batch_size, processes * rows // plan.micro_batch_size)
 
 
 RAMP = {"batch_ramp_start_tokens": 256, "batch_ramp_tokens": 9}

@@ -35,12 +35,9 @@ def names_in(folder: Path) -> list[str]:
     return [path.name for path in list_checkpoints(folder)]
 
 
-def weights_and_moments(state: TrainState) -> dict[str, torch.Tensor]:
-    found = {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
-    for name, parameter in state.model.named_parameters():
-        for key, value in state.optimizer.state[parameter].items():
-            found[f"{name}.{key}"] = value.clone()
-    return found
+def weights_and_moments(state: TrainState) -> list[torch.Tensor]:
+    parameters = list(state.model.parameters())
+    return parameters + [value for each in parameters for value in state.optimizer.state[each].values()]
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -53,9 +50,8 @@ def test_loaded_state_continues_exactly(tmp_path, build_state, train_on, steps):
     assert restored.step == steps
     for each in (state, restored):
         train_on(each, 4)
-    expected, found = weights_and_moments(state), weights_and_moments(restored)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    pairs = zip(weights_and_moments(state), weights_and_moments(restored), strict=True)
+    assert all(torch.equal(expected, found) for expected, found in pairs)
 
 
 def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path, build_state):
@@ -69,39 +65,29 @@ def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path, build_st
     assert torch.equal(model(ids), state.model.eval()(ids))
 
 
-def flip_bit(path: Path, draw: random.Random) -> None:
-    data = bytearray(path.read_bytes())
-    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    path.write_bytes(data)
-
-
 def test_every_flipped_bit_is_detected(tmp_path, build_state):
     path = save_checkpoint(build_state(1), tmp_path)
     files, draw = sorted(path.iterdir()), random.Random(0)
     for trial in range(200):
         damaged = files[trial % len(files)]
         sound = damaged.read_bytes()
-        flip_bit(damaged, draw)
+        data = bytearray(sound)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        damaged.write_bytes(data)
         with pytest.raises(ValueError, match="damaged|incomplete"):
             verify_checkpoint(path)
         damaged.write_bytes(sound)
     verify_checkpoint(path)
 
 
-def test_most_flipped_bits_would_pass_without_verification(tmp_path, build_state, monkeypatch):
+def test_flipped_bit_would_pass_without_verification(tmp_path, build_state, monkeypatch):
     """The negative control: the manifest protects, not the file format."""
     path = save_checkpoint(build_state(1), tmp_path) / "model.safetensors"
     monkeypatch.setattr(load, "verify_checkpoint", lambda checkpoint, world: None)
-    sound, draw, passed = path.read_bytes(), random.Random(0), 0
-    for _ in range(20):
-        flip_bit(path, draw)
-        try:
-            read_model(path.parent)
-            passed += 1
-        except Exception:  # noqa: BLE001, S110  # any refusal counts as one
-            pass
-        path.write_bytes(sound)
-    assert passed > 0
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # in a weight, behind the header
+    path.write_bytes(data)
+    read_model(path.parent)
 
 
 def truncate(path: Path) -> None:
@@ -127,6 +113,7 @@ def swap(path: Path) -> None:
     ],
 )
 def test_damaged_newest_checkpoint_is_passed_over(tmp_path, build_state, train_on, capsys, damage):
+    assert newest(tmp_path) is None
     state = build_state(1)
     good = save_checkpoint(state, tmp_path)
     train_on(state, 1)
@@ -136,10 +123,6 @@ def test_damaged_newest_checkpoint_is_passed_over(tmp_path, build_state, train_o
     damage(good)
     with pytest.raises(ValueError, match=str(tmp_path)):
         newest(tmp_path)
-
-
-def test_newest_of_no_checkpoint_is_none(tmp_path):
-    assert newest(tmp_path / "checkpoints") is None
 
 
 @pytest.mark.parametrize("seed", range(10))

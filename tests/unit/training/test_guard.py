@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import statistics
 
 import pytest
 from hypothesis import given
@@ -39,8 +38,6 @@ def test_limit_is_the_median_plus_robust_deviations():
     many = [noise.gauss(10, 1) for _ in range(4000)]
     assert find_limit(many, 3.0) == pytest.approx(13, abs=0.2)
     assert find_limit([*many, *[1e12] * 100], 3.0) == pytest.approx(13, abs=0.3), "robust"
-    naive = statistics.mean([*many, 1e12]) + 3 * statistics.stdev([*many, 1e12])
-    assert naive > 1e9, "the control: a mean and a standard deviation are not"
 
 
 @given(
@@ -90,12 +87,9 @@ def test_history_is_bounded_and_survives_json_to_the_bit():
     again = Guard.from_values(json.loads(json.dumps(before.to_values())))
     assert again == before
     assert again.limits(4.0) == guard.limits(4.0)
-
-
-def test_old_name_of_skipped_rows_is_read():
-    values = Guard(skipped=(SkippedRows(5, 16),)).to_values()
+    values = before.to_values()
     values["detours"] = values.pop("skipped")
-    assert Guard.from_values(json.loads(json.dumps(values))) == Guard(skipped=(SkippedRows(5, 16),))
+    assert Guard.from_values(values) == before, "the name of earlier versions"
 
 
 def test_rows_are_skipped_from_a_step_on():
@@ -104,9 +98,9 @@ def test_rows_are_skipped_from_a_step_on():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"spike_sigma": 0.5}, {"spike_sigma": math.nan}, {"rollback_after_steps": 0}]
-    + [{"max_rollbacks": -1}],
-)  # fmt: skip
-def test_invalid_setting_is_named(wrong):
-    (problem,) = GuardConfig(**wrong).problems()
-    assert next(iter(wrong)) in problem
+    "name, value",
+    [("spike_sigma", 0.5), ("spike_sigma", math.nan), ("rollback_after_steps", 0), ("max_rollbacks", -1)],
+)
+def test_invalid_setting_is_named(name, value):
+    (problem,) = GuardConfig(**{name: value}).problems()
+    assert name in problem

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from overnight.model import loss_kernels
-from overnight.model.gpt import GPT, parameter_shapes
+from overnight.model.gpt import GPT
 from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.recipe import load_recipe
 from overnight.run.setup import resolve
@@ -89,11 +88,15 @@ def bytes_at_the_peak(action: Callable[[], object], trace: Path) -> int:
     return peak
 
 
-def measure_peak(sizes: ModelConfig, compute: Compute, trace: Path) -> int:
+def measure_and_estimate(sizes: ModelConfig, compute: Compute, trace: Path) -> tuple[int, int]:
     """Bytes of a forward and a backward pass at their peak; the gradients exist already."""
     loss, ids = NextTokenLoss(GPT(sizes, seed=0), compute), torch.randint(500, (ROWS, sizes.context_length))
     loss(ids, ids).backward()
-    return bytes_at_the_peak(lambda: loss(ids, ids).backward(), trace)
+    estimate = estimate_memory(sizes, ROWS, compute)
+    passing = estimate.activations + estimate.logits + estimate.copies
+    if compute.compile:
+        passing += estimate.new_gradients
+    return bytes_at_the_peak(lambda: loss(ids, ids).backward(), trace), passing
 
 
 def take_step(model: GPT) -> dict[str, int]:
@@ -114,17 +117,9 @@ def take_step(model: GPT) -> dict[str, int]:
     }
 
 
-def at_rest(sizes: ModelConfig, *given: Any) -> dict[str, int]:
-    """What is estimated of the same."""
-    estimate = vars(estimate_memory(sizes, *given))
-    return {name: estimate[name] for name in ("weights", "gradients", "moments")}
-
-
 def test_weights_gradients_and_moments_are_exact():
-    assert take_step(GPT(SIZES)) == at_rest(SIZES, ROWS, compute_of())
+    assert take_step(GPT(SIZES)).items() <= vars(estimate_memory(SIZES, ROWS, compute_of())).items()
     assert count_stored(SIZES) == sum(parameter.numel() for parameter in GPT(SIZES).parameters())
-    for sizes in (SIZES, WIDE):
-        assert sum(map(math.prod, parameter_shapes(sizes).values())) == count_stored(sizes)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -149,22 +144,8 @@ def test_activations_are_what_autograd_keeps(precision, attention, dropout):
 def test_estimate_is_the_peak_of_an_eager_pass(precision, level, tmp_path):
     """Within 10%, and rather too much: gradients that grow while activations shrink are counted whole."""
     compute = compute_of(precision=precision, activation_checkpointing=level)
-    peak, estimate = measure_peak(SIZES, compute, tmp_path / "trace"), estimate_memory(SIZES, ROWS, compute)
-    assert 0.98 * peak < estimate.activations + estimate.logits + estimate.copies < 1.10 * peak
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_chunked_loss_takes_a_chunk_of_logits_and_a_weight_gradient(precision, tmp_path, monkeypatch):
-    monkeypatch.setattr(loss_kernels, "CHUNK_BYTES_AT_LEAST", 1)  # or these few positions would be one chunk
-    sizes = replace(SIZES, n_layer=1, vocab_size=8_000)
-    taken = {}
-    for loss in ("full", "chunked"):
-        compute = compute_of(precision=precision, loss=loss)
-        peak = measure_peak(sizes, compute, tmp_path / "trace")
-        estimate = estimate_memory(sizes, ROWS, compute)
-        taken[loss] = estimate.activations + estimate.logits + estimate.copies
-        assert 0.98 * peak < taken[loss] < 1.15 * peak
-    assert taken["chunked"] < 0.4 * taken["full"]
+    peak, estimate = measure_and_estimate(SIZES, compute, tmp_path / "trace")
+    assert 0.98 * peak < estimate < 1.10 * peak
 
 
 @pytest.mark.slow
@@ -173,9 +154,19 @@ def test_chunked_loss_takes_a_chunk_of_logits_and_a_weight_gradient(precision, t
 def test_estimate_is_the_peak_of_a_compiled_pass(precision, level, tmp_path):
     """Within 20%: what is kept is the compiler's choice."""
     compute = compute_of(precision=precision, activation_checkpointing=level, compile=True)
-    peak, estimate = measure_peak(SIZES, compute, tmp_path / "trace"), estimate_memory(SIZES, ROWS, compute)
-    passing = estimate.activations + estimate.logits + estimate.copies + estimate.new_gradients
-    assert passing == pytest.approx(peak, rel=0.2)
+    peak, estimate = measure_and_estimate(SIZES, compute, tmp_path / "trace")
+    assert estimate == pytest.approx(peak, rel=0.2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_chunked_loss_takes_a_chunk_of_logits_and_a_weight_gradient(precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_kernels, "CHUNK_BYTES_AT_LEAST", 1)  # or these few positions would be one chunk
+    sizes, taken = replace(SIZES, n_layer=1, vocab_size=8_000), {}
+    for loss in ("full", "chunked"):
+        compute = compute_of(precision=precision, loss=loss)
+        peak, taken[loss] = measure_and_estimate(sizes, compute, tmp_path / "trace")
+        assert 0.98 * peak < taken[loss] < 1.15 * peak
+    assert taken["chunked"] < 0.4 * taken["full"]
 
 
 def test_checkpointing_takes_less_and_least_for_whole_blocks():
@@ -183,20 +174,6 @@ def test_checkpointing_takes_less_and_least_for_whole_blocks():
     taken = [estimate_memory(PRESETS["gpt2-1558m"], 8, compute).together for compute in computes]
     assert taken == sorted(taken, reverse=True)
     assert taken[2] < 0.7 * taken[0]
-
-
-def test_every_row_takes_the_same():
-    takes = [estimate_memory(SIZES, rows, compute_of()).together for rows in (1, 2, 3)]
-    assert takes[2] - takes[1] == takes[1] - takes[0] > 0
-
-
-def test_korthikanti_s_count_is_ours_but_for_the_float32_stream():
-    """Equation 2 without attention's square: 34 C a token and layer, of which dropout's masks are 2 C."""
-    one, two = (replace(PRESETS["gpt2-124m"], n_layer=layers) for layers in (1, 2))
-    compute = compute_of(precision="bf16")
-    layer = kept_per_token(two, compute) - kept_per_token(one, compute)
-    theirs, masks, float32 = 34 * 768, 2 * 768, 4 * 768  # two norms' inputs in 4 bytes instead of 2
-    assert layer == pytest.approx(theirs - masks + float32, rel=0.01)
 
 
 @pytest.fixture
@@ -214,9 +191,8 @@ def build_fsdp_model(sizes: ModelConfig, compute: Compute) -> GPT:
     model = GPT(sizes, seed=0)
     set_attention_kernels(model, compute)
     apply_activation_checkpointing(model, compute)
-    for block in model.h:
-        fully_shard(block)
-    fully_shard(model)
+    for module in (*model.h, model):
+        fully_shard(module)
     return model
 
 
@@ -227,7 +203,7 @@ def test_fsdp_shards_are_exact(one_of, processes):
     one_of(processes)
     compute = compute_of(sharding="fsdp")
     held = take_step(build_fsdp_model(WIDE, compute))
-    assert held == at_rest(WIDE, 1, compute, processes)
+    assert held.items() <= vars(estimate_memory(WIDE, 1, compute, processes)).items()
     assert held["weights"] >= 4 * count_stored(WIDE) / processes
 
 
@@ -274,23 +250,6 @@ def test_zero1_moments_are_exact(processes):
     assert estimate.weights == estimate.gradients == 4 * count_stored(WIDE)
 
 
-def test_gpt2_124m_on_eight_counted_by_hand():
-    """Its parameters: 50,304 x 768, 1,024 x 768, 12 blocks of 7,087,872, and 1,536."""
-    sizes, stored = PRESETS["gpt2-124m"], 38_633_472 + 786_432 + 12 * 7_087_872 + 1_536
-    none, zero1, fsdp = (
-        estimate_memory(sizes, 1, compute_of(sharding=sharding), 8) for sharding in ("none", "zero1", "fsdp")
-    )
-    found = [(each.weights, each.gradients, each.moments) for each in (none, zero1, fsdp)]
-    assert found == [
-        (4 * stored, 4 * stored, 8 * stored),  # 16 bytes a parameter before any activation
-        # One process owns the embedding, 38,633,472 of 124,475,904, and nothing else: an eighth is less.
-        (4 * stored, 4 * stored, 8 * 38_633_472),
-        (stored // 2, stored // 2, stored),  # all rows divide by 8
-    ]
-    block, others = 4 * 7_087_872, 4 * (38_633_472 + 786_432 + 1_536)
-    assert (none.gathered, zero1.gathered, fsdp.gathered) == (0, 0, 4 * block + 2 * others)
-
-
 def test_hsdp_divides_within_a_machine():
     sizes, fsdp = PRESETS["gpt2-774m"], compute_of(sharding="fsdp")
     hsdp = estimate_memory(sizes, 1, compute_of(sharding="hsdp"), 64, 8)
@@ -321,14 +280,11 @@ def test_rows_of_gpt2_124m_come_from_the_estimate(gigabytes, rows, divisor):
 def test_rows_that_fit_are_the_most_that_fit(name, gigabytes, processes):
     resources = Resources("cuda", gigabytes * GB, processes, processes)
     rows = rows_that_fit(PRESETS[name], ON_H100, resources)
-    fitting = [
-        count
+    needed = {
+        count: estimate_memory(PRESETS[name], count, ON_H100, processes, processes).together
         for count in range(1, 65)
-        if fits_into(
-            gigabytes * GB, estimate_memory(PRESETS[name], count, ON_H100, processes, processes).together
-        )
-    ]
-    assert rows == max(fitting, default=1)
+    }
+    assert rows == max((count for count in needed if fits_into(gigabytes * GB, needed[count])), default=1)
 
 
 @pytest.mark.parametrize("context_length, rows", [(256, 16), (1024, 4), (8192, 1)])
@@ -349,23 +305,21 @@ def test_suggestions_fit_and_more_costly_ones_fit_more_rows():
     assert set(rows) <= set(possible)
 
 
-def test_nothing_is_suggested_where_weights_do_not_fit():
-    compute = compute_of(precision="bf16")
-    assert list(suggest_fits(PRESETS["gpt3-175b"], compute, [1], 80 * GB)) == []
-    name, needed = largest_that_fits(compute, 80 * GB) or ("", 0)
-    assert name == "gpt3-2.7b"
-    assert fits_into(80 * GB, needed)
-    assert largest_that_fits(compute_of(), 1 * GB) is None
-
-
-def test_sharding_is_suggested_to_several_processes():
+def test_sharding_is_suggested_to_several_processes_and_nothing_where_weights_do_not_fit():
     sizes = PRESETS["gpt3-6.7b"]
     first, *_ = suggest_fits(sizes, ON_H100, [1, 2], 80 * GB, 8)
     assert first.options == "--sharding fsdp --micro-batch-size 2"
     assert fits_into(80 * GB, first.needed_bytes)
     assert list(suggest_fits(sizes, ON_H100, [1, 2], 80 * GB)) == []
-    name, _ = largest_that_fits(replace(ON_H100, sharding="fsdp"), 80 * GB, 64) or ("", 0)
-    assert name == "gpt3-13b"
+
+
+def test_largest_model_that_fits_is_found():
+    compute = compute_of(precision="bf16")
+    name, needed = largest_that_fits(compute, 80 * GB) or ("", 0)
+    assert name == "gpt3-2.7b"
+    assert fits_into(80 * GB, needed)
+    assert (largest_that_fits(replace(ON_H100, sharding="fsdp"), 80 * GB, 64) or [""])[0] == "gpt3-13b"
+    assert largest_that_fits(compute, 1 * GB) is None
 
 
 @pytest.mark.parametrize(
@@ -396,14 +350,10 @@ def test_first_sharding_that_fits_is_chosen(name, gigabytes, processes, per_mach
     assert list(tried.values()) == sorted(tried.values(), reverse=True), "each takes less than the one before"
 
 
-@pytest.mark.parametrize("gigabytes", [80, 141], ids=["a100-80gb, h100", "h200"])
-@pytest.mark.parametrize("processes", [8, 64])
-@pytest.mark.parametrize("name", ["gpt2-1558m", "gpt3-13b"])
-def test_largest_models_fit_on_paper(name, gigabytes, processes):
-    """13B on 8 of 80 GB takes selective recomputation; its 16-bit copies are what does not get smaller."""
-    sizes, resources = PRESETS[name], Resources("cuda", gigabytes * GB, processes, 8)
-    compute = replace(ON_H100, sharding=choose_sharding(sizes, 1, ON_H100, resources))
-    if (name, gigabytes, processes) == ("gpt3-13b", 80, 8):
-        assert not fits_into(80 * GB, estimate_memory(sizes, 1, compute, processes, 8).together)
-        compute = replace(compute, activation_checkpointing="selective")
-    assert fits_into(gigabytes * GB, estimate_memory(sizes, 1, compute, processes, 8).together)
+@pytest.mark.parametrize("gigabytes, level", [(80, "selective"), (141, "none")], ids=["h100", "h200"])
+def test_13b_fits_on_eight_gpus(gigabytes, level):
+    """With 80 GB selective recomputation is needed: 16-bit copies are what does not get smaller."""
+    computes = [replace(ON_H100, sharding="fsdp", activation_checkpointing=each) for each in LEVELS]
+    needed = [estimate_memory(PRESETS["gpt3-13b"], 1, compute, 8, 8).together for compute in computes]
+    fitting = [fits_into(gigabytes * GB, each) for each in needed]
+    assert LEVELS[fitting.index(True)] == level

@@ -24,7 +24,7 @@ from overnight.training.optim import build_optimizer
 from overnight.training.schedule import Schedule, ScheduleConfig
 from overnight.training.sharding import Replicated
 from overnight.training.state import TrainState
-from overnight.training.step import StepResult, TrainSetup, fits, train_step, within_limits
+from overnight.training.step import TrainSetup, fits, train_step, within_limits
 
 ROWS, T = 8, 16
 CONSTANT = ScheduleConfig(total_steps=10, learning_rate_decay="constant")
@@ -63,38 +63,11 @@ def build(
     return TrainState(model, build_optimizer(model, OptimizerConfig())), setup
 
 
-def run(micro_batch_size: int, steps: int, dropout: float = 0.0) -> tuple[TrainState, list[StepResult]]:
-    state, setup = build(micro_batch_size, dropout)
-    return state, [train_step(state, setup) for _ in range(steps)]
-
-
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_step_does_not_depend_on_the_micro_batch(micro_batch_size):
-    whole_state, whole = run(ROWS, steps=3)
-    state, divided = run(micro_batch_size, steps=3)
-    for one, other in zip(whole, divided, strict=True):
-        assert other.loss == pytest.approx(one.loss, abs=1e-6)
-        assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
-    for a, b in zip(whole_state.model.parameters(), state.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
-def test_loss_is_the_mean_over_all_tokens_of_the_step():
-    """The negative control: the last micro-batch's mean differs."""
-    state, setup = build(micro_batch_size=2)
-    batch = RandomRows().batch(0, ROWS)
-    with torch.no_grad():
-        logits = state.model(batch.ids)
-        expected = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).item()
-        last = F.cross_entropy(logits[-2:].flatten(0, 1), batch.targets[-2:].flatten()).item()
-    result = train_step(state, setup)
-    assert result.loss == pytest.approx(expected, abs=1e-6) != pytest.approx(last, abs=1e-6)
-    assert (result.step, result.tokens, result.learning_rate) == (1, ROWS * T, 1e-2)
-
-
-def test_steps_are_those_of_an_independent_loop():
-    state, setup = build(micro_batch_size=4, max_grad_norm=None)
-    twin = build(micro_batch_size=4)[0].model
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, ROWS])
+def test_steps_are_those_of_an_independent_loop_whatever_the_micro_batch(micro_batch_size):
+    """Loss, norm before clipping, and weights, of torch's own AdamW on the undivided batch."""
+    state, setup = build(micro_batch_size, max_grad_norm=0.1)
+    twin = build(micro_batch_size)[0].model
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in twin.parameters() if p.dim() >= 2], "weight_decay": 0.1},
@@ -107,33 +80,35 @@ def test_steps_are_those_of_an_independent_loop():
     for step in range(4):
         batch = RandomRows().batch(step * ROWS, ROWS)
         optimizer.zero_grad()
-        F.cross_entropy(twin(batch.ids).flatten(0, 1), batch.targets.flatten()).backward()
+        logits = twin(batch.ids)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
         optimizer.step()
-        train_step(state, setup)
+        result = train_step(state, setup)
+        assert (result.step, result.tokens, result.learning_rate) == (step + 1, ROWS * T, 1e-2)
+        assert result.loss == pytest.approx(loss.item(), abs=1e-6)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+        last = F.cross_entropy(logits[-1:].flatten(0, 1), batch.targets[-1:].flatten())
+        assert result.loss != pytest.approx(last.item(), abs=1e-6), "the negative control"
     for ours, theirs in zip(state.model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
-def test_dropout_is_a_function_of_seed_and_step():
-    _, first = run(4, steps=3, dropout=0.3)
-    torch.manual_seed(999)
-    _, second = run(4, steps=3, dropout=0.3)
-    _, without = run(4, steps=3)
-    assert [result.loss for result in first] == [result.loss for result in second]
-    assert [result.loss for result in first] != [result.loss for result in without]
+def test_dropout_is_a_function_of_seed_step_and_micro_batch():
+    noise, losses = [], []
+    for dropout in (0.5, 0.5, 0.0):
+        state, setup = build(4, dropout)
+        torch.manual_seed(len(losses))
 
+        def noted(ids, targets, setup=setup):
+            noise.append(torch.rand(1).item())
+            return setup.loss(ids, targets)
 
-def test_dropout_differs_between_steps_and_micro_batches():
-    state, setup = build(4, dropout=0.5)
-    drawn = []
-
-    def noise(ids, targets):
-        drawn.append(torch.rand(1).item())
-        return setup.loss(ids, targets)
-
-    for _ in range(3):
-        train_step(state, replace_loss(setup, noise))
-    assert len(set(drawn)) == 6
+        losses.append([train_step(state, replace_loss(setup, noted)).loss for _ in range(3)])
+    assert losses[0] == losses[1] != losses[2]
+    assert noise[:6] == noise[6:12]
+    assert len(set(noise[:6])) == 6
 
 
 def replace_loss(
@@ -153,24 +128,18 @@ def test_trying_a_micro_batch_leaves_the_state_as_it_was():
     assert (state.step, len(state.optimizer.state)) == (0, 0)
 
 
-@pytest.mark.parametrize("device, expected", [("a GPU", False), ("cpu", True)])  # a CPU is not tried
-def test_micro_batch_that_runs_out_of_memory_does_not_fit(device, expected):
+def test_micro_batch_that_runs_out_of_memory_does_not_fit_and_other_errors_are_raised():
     state, setup = build(micro_batch_size=2)
+    error: RuntimeError = torch.OutOfMemoryError("CUDA out of memory")
 
-    def out_of_memory(ids, targets):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def fail(ids, targets):
+        raise error
 
-    assert fits(state, replace_loss(setup, out_of_memory, device)) == expected
-
-
-def test_other_errors_of_a_trial_are_raised():
-    state, setup = build(micro_batch_size=2)
-
-    def wrong(ids, targets):
-        raise RuntimeError("device-side assert")
-
+    assert not fits(state, replace_loss(setup, fail, "a GPU"))
+    assert fits(state, replace_loss(setup, fail, "cpu")), "a CPU is not tried"
+    error = RuntimeError("device-side assert")
     with pytest.raises(RuntimeError, match="device-side assert"):
-        fits(state, replace_loss(setup, wrong, "a GPU"))
+        fits(state, replace_loss(setup, fail, "a GPU"))
 
 
 @pytest.mark.parametrize(

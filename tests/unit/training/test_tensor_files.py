@@ -83,12 +83,6 @@ def test_file_of_whole_tensors_has_no_metadata(tmp_path):
     assert all(torch.equal(load_file(tmp_path / "a")[name], tensor) for name, tensor in tensors.items())
 
 
-def test_file_may_be_empty(tmp_path):
-    tensor = torch.ones(2, 2)
-    found = TensorFiles(write_all(tmp_path, [{}, {"t": TensorShard(tensor, 0)}, {}]))
-    assert found.shapes == {"t": tensor.shape}
-
-
 def test_view_is_written_without_its_base(tmp_path):
     """Rows of a larger tensor, and a transposed one."""
     large = torch.arange(200_000.0).view(100, 2000)
