@@ -229,9 +229,7 @@ def load_recipe(name: str) -> Recipe:
     else:
         raise ValueError(f"there is no recipe {name}{nearest(name, recipe_names())}")
     recipe = from_toml(Recipe, text, name)
-    return (
-        recipe if recipe.run_name else dataclasses.replace(recipe, run_name=path.name.removesuffix(".toml"))
-    )
+    return with_settings(recipe, run_name=recipe.run_name or path.name.removesuffix(".toml"))
 
 
 def read_recipe_of(run: Path) -> Recipe:

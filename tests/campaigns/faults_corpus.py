@@ -87,8 +87,8 @@ def digest(folder: Path) -> str:
 
 
 def find_wrong(out: Path, expected: str) -> str | None:
-    """How a finished folder, or what lies beside it, is not as in peace; None if it is."""
+    """How a finished folder, or what lies beside it, is not as undisturbed; None if it is."""
     if digest(out) != expected:
-        return "the folder differs from one written in peace"
+        return "the folder differs from one written undisturbed"
     beside = {path.name for path in out.parent.iterdir()} - {out.name, f".{out.name}.lock"}
     return f"left beside the folder: {', '.join(sorted(beside))}" if beside else None

@@ -40,7 +40,7 @@ class Course(NamedTuple):
     """The folder that is copied; None: a new run."""
     changes: list[str]
     record: dict[str, Any]
-    """Of the run in peace."""
+    """Of the run undisturbed."""
     background: str = "false"
     """Whether a thread saves: then the order of changes varies."""
 
@@ -270,7 +270,7 @@ def measure_errors(place: Place, counts: dict[str, Any], seed: int) -> Report:
         measured={},
         notes=[
             "In each trial the command ends with status 1 and one sentence, the newest published checkpoint "
-            "is still there, and once the disk is well again the run goes on to the same bits."
+            "is still there, and once the disk is well again the run is resumed to the same bits."
         ],
         settings={"seed": seed},
     )

@@ -43,7 +43,7 @@ SAFE = ("shards", "text", "spare", "others", "tasks")  # what a trouble may brea
 
 
 class Ground(NamedTuple):
-    """Folders that are whole, of which trials take copies, and how runs in peace end there."""
+    """Folders that are whole, of which trials take copies, and how runs undisturbed end there."""
 
     place: Place
     kinds: dict[str, Path]
@@ -117,7 +117,7 @@ def meet(ground: Ground, kind: str, trouble: Trouble, mutant: Before | None = No
         elif len(check_lines(folder)) != SMALL["steps"]:
             wrong = "mended, it has not all its steps"
         elif not trouble.options_after and record(folder) != ground.ends[kind]:
-            wrong = "mended, it ends otherwise than in peace"
+            wrong = "mended, it ends otherwise than undisturbed"
     shutil.rmtree(folder)
     return Found(wrong, seconds, ended.said)
 

@@ -30,7 +30,7 @@ CRASHES = {
 
 
 class Case(NamedTuple):
-    """A command, where its trials are made, and the sha256 of what it makes in peace."""
+    """A command, where its trials are made, and the sha256 of what it makes undisturbed."""
 
     place: Path
     words: Sequence[str]
@@ -61,14 +61,14 @@ def do_each(works: Sequence[Before]) -> None:
 
 
 def make_case(place: Place, seed: int) -> Case:
-    """The corpus, and what it becomes in peace. Raises ValueError if the command fails."""
+    """The corpus, and what it becomes undisturbed. Raises ValueError if the command fails."""
     folder = place.folder / "preparation"
     corpus = make_corpus(folder / TEXTS, seed)
     case = Case(folder, command(corpus), "")
     peace = case.new("peace")
     ended = case.start(peace).ended()
     if ended.status != DONE:
-        raise ValueError(f"the command fails in peace: {ended.said[-2000:]}")
+        raise ValueError(f"the command fails undisturbed: {ended.said[-2000:]}")
     return case._replace(expected=digest(peace / OUT))
 
 
@@ -76,7 +76,7 @@ def make_case(place: Place, seed: int) -> Case:
 
 
 def measure_seconds(case: Case) -> float:
-    """How long the command takes in peace."""
+    """How long the command takes undisturbed."""
     begun_at = time.monotonic()
     if wrong := case.finish(case.new("timed")):
         raise ValueError(wrong)
@@ -111,7 +111,7 @@ def kill_often(case: Case, count: int, seed: int) -> list[list[str]]:
     return [
         ["D4: kills at random moments", str(kills)],
         [
-            "folders completed by the same command again, each the one written in peace",
+            "folders completed by the same command again, each the one written undisturbed",
             f"{folders}/{folders}",
         ],
         [
@@ -321,7 +321,7 @@ def crowd_often(case: Case, rounds: int, count: int) -> list[list[str]]:
         shutil.rmtree(folder)
     rows = [
         [f"D5: rounds of {count} commands at once, all ended with status 0", f"{rounds}/{rounds}"],
-        ["the folder is the one written in peace", f"{rounds}/{rounds}"],
+        ["the folder is the one written undisturbed", f"{rounds}/{rounds}"],
         ["opened by a reader meanwhile, each time whole", f"{sum(each.openings for each in seen):,}"],
         ["rows read before it was complete, each the one of the end", f"{sum(each.rows for each in seen):,}"],
     ]

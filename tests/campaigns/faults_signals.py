@@ -206,7 +206,7 @@ def stop_preparations(place: Place, most: int, draw: random.Random) -> list[Stop
     """So many preparations. Raises ValueError if one leaves a folder that is not whole, or ends otherwise."""
     peace = place.new("prepared-in-peace")
     if start(peace, None, PREPARE).ended().status != DONE:
-        raise ValueError("a preparation in peace failed")
+        raise ValueError("a preparation undisturbed failed")
     expected, stops = digest(peace / "out"), list[Stopped]()
     folder = place.new("prepared")
     for attempt in range(100 * most):

@@ -124,7 +124,7 @@ def measure_stops(place: Place, counts: dict[str, Any], seed: int) -> Report:
 
 
 def catch_stopped(place: Place, mutant: Before, seed: int) -> str:
-    """A mutant must end otherwise when it is stopped than in peace. Raises ValueError if it does not."""
+    """A mutant must end otherwise when it is stopped than undisturbed. Raises ValueError if it does not."""
     name, settings = mutant.__name__, {"steps": 9, "dropout": 0.1}  # type: ignore[attr-defined]
     whole = place.new(f"{name}-whole", **settings)
     finish(whole, mutant)

@@ -94,7 +94,7 @@ def vary(place: Path, expected: str, chosen: list[Surroundings]) -> list[list[st
     """Each of these, and as many mutants. Raises ValueError if one differs, or a mutant never does."""
     for these in chosen:
         if prepare_in(place, these) != expected:
-            raise ValueError(f"{these.name}: the folder differs from one written in peace")
+            raise ValueError(f"{these.name}: the folder differs from one written undisturbed")
     rows = [["D6: the same bytes in other surroundings", f"{len(chosen)}/{len(chosen)}"]]
     for words, (mutant, one, other) in list(CONTROLS.items())[: len(chosen)]:
         if prepare_in(place, one, mutant.__name__) == prepare_in(place, other, mutant.__name__):

@@ -4,8 +4,8 @@
 
 `overnight prepare` is started and killed (SIGKILL) after a random time, until it was killed so often; each
 time the same command follows, and goes on. Whenever it completes, the folder is held against one that was
-written in peace. This is the form for a real corpus; `faults.py --parts preparation` makes a small one, and
-tries every change of the disk, many commands at once and other surroundings as well.
+written undisturbed. This is the form for a real corpus; `faults.py --parts preparation` makes a small one,
+and tries every change of the disk, many commands at once and other surroundings as well.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace) -> Report:
         rows=[
             ["kills", str(kills)],
             ["folders completed", str(completed)],
-            ["of them equal to the one written in peace, byte for byte", str(completed)],
+            ["of them equal to the one written undisturbed, byte for byte", str(completed)],
         ],
         measured={"kills": kills, "completed": completed},
         settings={"seed": options.seed, "sha256": expected[:16]},

@@ -136,7 +136,7 @@ def _read_pickle(path: Path) -> PickledCheckpoint:
         with torch.serialization.safe_globals([(PickledConfig, name) for name in CONFIG_CLASSES]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's message has many lines; only what the file asks for is of interest.
+        # Only what the file asks for is kept of torch's long message.
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = re.sub(r"[^\w.]", "?", named[1])[:100] if named else "something"
         raise ValueError(f"it asks for {what}, which may run code") from None

@@ -38,8 +38,8 @@ class DataConfig:
     """How documents become rows. stream: windows over all of them, end to end; documents: the same, but
     attention stays within a document; best-fit: whole documents, as few as possible of them cut off."""
     shuffle_window: int | None = None
-    """Shuffle rows among so many tokens at a time, not among all: then training may begin while the text is
-    being prepared, once twice as many tokens are there, and shards elsewhere are fetched one by one."""
+    """Shuffle rows among this number of tokens at a time, not among all. Training may then begin while the
+    text is being prepared, once it has twice that number of tokens, and remote shards are fetched singly."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one plain sentence each; [] if nothing."""

@@ -39,9 +39,9 @@ class CheckResult:
     seconds: float = 0.0
 
 
-def skipped(reason: str) -> CheckResult:
+def skipped(reason: str, name: str = "") -> CheckResult:
     """The result of a check that has nothing to check."""
-    return CheckResult(passed=None, cause=reason)
+    return CheckResult(name=name, passed=None, cause=reason)
 
 
 def run_check(name: str, check: Callable[[], CheckResult]) -> CheckResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import random
@@ -107,8 +106,7 @@ def check_recipe(context: DoctorContext, names: tuple[str, ...]) -> Iterator[Che
         if name not in names:
             continue
         if DEPENDS_ON.get(name) in failed:
-            reason = f"it can't be checked before {DEPENDS_ON[name]} passes"
-            yield dataclasses.replace(skipped(reason), name=name)
+            yield skipped(f"it can't be checked before {DEPENDS_ON[name]} passes", name)
             continue
         with quiet(True):
             result = run_check(name, functools.partial(CHECK_FUNCTIONS[name], context))

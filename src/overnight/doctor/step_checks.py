@@ -31,7 +31,7 @@ from overnight.model.gpt import GPT
 from overnight.recipe import Recipe
 from overnight.run.setup import RunSetup
 from overnight.run_directory import write_atomically
-from overnight.training.batch import constant_plan
+from overnight.training.batch import BatchPlan, constant_plan
 from overnight.training.compute import can_compile
 from overnight.training.state import TrainState
 from overnight.training.step import TrainSetup, train_step
@@ -82,7 +82,7 @@ def check_accumulation(context: DoctorContext) -> CheckResult:
     expected = measure_pass(by_hand)
     steps = [
         measure_step(parts.state, parts.training),
-        measure_step(whole.state, dataclasses.replace(whole.training, plan=at_once)),
+        measure_step(whole.state, whole.training, at_once),
     ]
     compared = [compare_steps(step, expected) for step in steps]
     off = {name: max(each[name] for each in compared) for name in ("loss", "gradient")}
@@ -168,11 +168,11 @@ def measure_pass(run: RunSetup) -> MeasuredStep:
     return MeasuredStep(nats.item() / tokens, _gradient_of(run.state.model) / scaler.get_scale())
 
 
-def measure_step(state: TrainState, training: TrainSetup) -> MeasuredStep:
-    """Do the step with `train_step`, without clipping."""
+def measure_step(state: TrainState, training: TrainSetup, plan: BatchPlan | None = None) -> MeasuredStep:
+    """Do the step with `train_step`, without clipping, in the micro-batches of `plan` if it is given."""
     recorded = [torch.full((1,), math.nan)]  # which it stays if the optimizer takes no step
     state.optimizer.register_step_pre_hook(lambda *_: recorded.append(_gradient_of(state.model)))
-    result = train_step(state, dataclasses.replace(training, max_grad_norm=None))
+    result = train_step(state, dataclasses.replace(training, max_grad_norm=None, plan=plan or training.plan))
     return MeasuredStep(result.loss, recorded[-1])
 
 

@@ -6,7 +6,6 @@ is off, since what is compared must be the same each time.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -72,8 +71,7 @@ def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World, text:
     """
     channels = sizes.n_embd // sizes.n_head
     heads = max(1, min(sizes.n_head, CHANNELS // channels))
-    model = dataclasses.replace(
-        sizes,
+    model = ModelConfig(
         n_layer=min(sizes.n_layer, LAYERS),
         n_head=heads,
         n_embd=heads * channels,
@@ -89,17 +87,18 @@ def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World, text:
         optimizer=recipe.optimizer,
         schedule=ScheduleConfig(total_steps=1000, learning_rate_decay="constant"),
         batch=BatchConfig(tokens_per_step=MICRO_BATCHES * ROWS * model.context_length, micro_batch_size=ROWS),
-        compute=dataclasses.replace(
-            recipe.compute,
-            device=world.device,
-            precision="fp32",
-            compile=False,
-            loss="full" if recipe.compute.loss == "fp8" else recipe.compute.loss,
-            processes=None,
-            sharding=None,
-        ),
+        compute=recipe.compute,
         samples=SamplesConfig(sample_prompts=()),
         guard=recipe.guard,
+    )
+    small = with_settings(
+        small,
+        device=world.device,
+        precision="fp32",
+        compile=False,
+        loss="full" if recipe.compute.loss == "fp8" else recipe.compute.loss,
+        processes=None,
+        sharding=None,
     )
     words = {"n_layer": "layers", "n_embd": "channels", "context_length": "positions"}
     reductions = [
@@ -143,6 +142,12 @@ def _prepare(texts: Iterable[str], tokenizer: str, scratch: Path) -> Path:
     source = scratch / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     folder = scratch / "shards"
-    config = PrepareConfig(source=str(source), tokenizer=tokenizer, out=str(folder), workers=1)
-    prepare_shards(dataclasses.replace(config, validation_fraction=VALIDATION_FRACTION))
+    config = PrepareConfig(
+        source=str(source),
+        tokenizer=tokenizer,
+        out=str(folder),
+        workers=1,
+        validation_fraction=VALIDATION_FRACTION,
+    )
+    prepare_shards(config)
     return folder

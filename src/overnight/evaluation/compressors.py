@@ -17,7 +17,7 @@ XZ_WINDOW_BYTES = 1 << 30  # the whole training text stays in the window
 def compressed_bits_per_byte(text: bytes, training_text: bytes) -> dict[str, float]:
     """Bits per byte of `text` with gzip, bz2 and xz at their best, and with xz after `training_text`."""
     if not text:
-        raise ValueError("there is no text to compress: the validation split is empty")
+        raise ValueError("the validation split is empty: it has nothing to compress")
     sizes = {
         "gzip": len(gzip.compress(text, 9, mtime=0)),
         "bz2": len(bz2.compress(text, 9)),

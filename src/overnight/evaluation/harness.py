@@ -187,7 +187,7 @@ def _find_tasks(names: Sequence[str], folder: str | Path | None) -> Any:
             "tasks that begin with lm-eval:"
         )
     if folder is not None and not Path(folder).is_dir():
-        raise ValueError(f"there is no folder {folder} with tasks of lm-eval")
+        raise ValueError(f"the folder {folder} with tasks of lm-eval does not exist")
     from lm_eval.tasks import TaskManager
 
     own = [] if folder is None else [Path(folder)]

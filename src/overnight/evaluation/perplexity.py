@@ -93,7 +93,7 @@ def evaluate_language_model(
     a little higher than with overlapping windows. With `document_separator`, the id that begins a document,
     attention does not cross documents, for a model trained with packing=documents. The batches are divided
     among the processes of `world`; the result is the same to the bit for any number of them. Raises
-    ValueError if there is no text.
+    ValueError for an empty text.
     """
     device = torch.device(world.device) if world.size > 1 else model.wte.weight.device
     counts_V = torch.zeros(len(token_bytes), dtype=torch.long)  # of each id among the targets
@@ -121,7 +121,7 @@ def evaluate_language_model(
                 )
     units = text_units(token_bytes, counts_V)
     if not units["byte"]:
-        raise ValueError("there is no text to evaluate on: the validation split is empty")
+        raise ValueError("the validation split is empty: it has nothing to evaluate on")
     # Batch i was evaluated by process i % world.size.
     rounds = zip_longest(*map(json.loads, world.all_gather_object(json.dumps(own))), fillvalue=())
     return TextLoss(

@@ -51,7 +51,7 @@ def _require_source(data: str) -> None:
         return
     if not path.exists():
         raise ValueError(
-            f"there is no folder or file {data}; give a folder that `overnight prepare` wrote, or a source"
+            f"{data} is neither a folder nor a file: give a folder of `overnight prepare`, or a source"
         )
     if path.is_dir() and any(path.glob("*.bin")) | any(path.glob("*.npy")):
         raise ValueError(

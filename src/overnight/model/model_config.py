@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from overnight.model import ActivationCheckpointing
 
@@ -51,15 +51,18 @@ class ModelConfig:
         """What is wrong between values that are right by themselves."""
         if self.n_embd % self.n_head:
             return [f"n_embd={self.n_embd} does not divide among n_head={self.n_head} heads"]
-        count = replace(self, vocab_size=self.vocab_size or 1).parameter_count()
+        count = self._count_parameters(self.vocab_size or 1)
         if count > MOST_PARAMETERS:
             return [f"these sizes make {count:,} parameters, and the most is {MOST_PARAMETERS:,}"]
         return []
 
     def parameter_count(self) -> int:
         """Parameters, the tied head counted once and the vocabulary unpadded (GPT-2 124M: 124,439,808)."""
+        return self._count_parameters(self.vocabulary)
+
+    def _count_parameters(self, vocabulary: int) -> int:
         block = 12 * self.n_embd**2 + 13 * self.n_embd
-        return (self.vocabulary + self.context_length + 2) * self.n_embd + self.n_layer * block
+        return (vocabulary + self.context_length + 2) * self.n_embd + self.n_layer * block
 
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token: 6 N + 12 L C T, with N without `wpe`.

@@ -92,12 +92,13 @@ def _vocabulary(path: str, name: str) -> int:
 def model_config_of(recipe: Recipe, vocab_size: int) -> ModelConfig:
     """The sizes of the model that a run would train: those of `init_from` if there is one."""
     if recipe.init_from is None:
-        return dataclasses.replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab_size)
-    if recipe.init_from in RELEASED and not Path(recipe.init_from).is_dir():
+        sizes = recipe.model
+    elif recipe.init_from in RELEASED and not Path(recipe.init_from).is_dir():
         sizes = PRESETS[RELEASED[recipe.init_from]]
     else:
         sizes = open_model(recipe.init_from).model.config
-    return dataclasses.replace(sizes, dropout=recipe.model.dropout)
+    vocab_size = sizes.vocab_size or vocab_size
+    return dataclasses.replace(sizes, vocab_size=vocab_size, dropout=recipe.model.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from overnight.config import raise_problems
-from overnight.data import DataConfig
+from overnight.data import DataConfig, MixtureSource
 from overnight.data.atomic_folder import (
     exclusive,
     plain_file_errors,
@@ -92,12 +92,12 @@ def ensure_prepared(config: DataConfig) -> DataConfig:
     With `shuffle_window`, a folder that is still being prepared is returned as it is. Raises ValueError for a
     folder that is incomplete and can't be used yet, and for shards without a manifest.
     """
-    if not config.mixture:
-        return dataclasses.replace(config, data=_ensure_text(config.data, config))
+    data = config.data if config.mixture else _ensure_text(config.data, config)
     mixture = tuple(
-        dataclasses.replace(source, path=_ensure_text(source.path, config)) for source in config.mixture
+        MixtureSource(path=_ensure_text(source.path, config), weight=source.weight)
+        for source in config.mixture
     )
-    return dataclasses.replace(config, mixture=mixture)
+    return dataclasses.replace(config, data=data, mixture=mixture)
 
 
 def _ensure_text(path: str, config: DataConfig) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from overnight.data import DataConfig
+from overnight.data import DataConfig, MixtureSource
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.preparation.sources import NAMED_SOURCES
-from overnight.recipe import Recipe
+from overnight.recipe import Recipe, with_settings
 from overnight.recipe_options import as_option
 
 Command = tuple[str, ...]
@@ -84,8 +83,8 @@ def find_listed_commands(name: str) -> dict[str, Command]:
 def with_folders(recipe: Recipe, texts: tuple[JobText, ...]) -> Recipe:
     """`recipe` with the folders of its texts, for a machine that does not have their sources."""
     mixture = tuple(
-        dataclasses.replace(source, path=text.folder)
+        MixtureSource(path=text.folder, weight=source.weight)
         for source, text in zip(recipe.data.mixture, texts, strict=False)
     )
     folder = recipe.data.data if mixture else texts[0].folder
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, data=folder, mixture=mixture))
+    return with_settings(recipe, data=folder, mixture=mixture)

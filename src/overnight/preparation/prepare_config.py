@@ -147,7 +147,7 @@ def output_folder(config: PrepareConfig) -> Path:
     """The folder that `prepare(config)` fills. Raises ValueError if the source does not exist."""
     if config.from_shards is not None:
         if not Path(config.from_shards).is_dir():
-            raise ValueError(f"from_shards: there is no folder {config.from_shards}")
+            raise ValueError(f"from_shards: the folder {config.from_shards} does not exist")
         name = f"{Path(config.from_shards).resolve().name}-adopted"
     elif config.source is None:
         raise ValueError(NO_SOURCE)

@@ -43,7 +43,7 @@ FINEWEB_EDU_SUBSETS = {
 # The hub's own export: the repository's script is refused by today's libraries (nanoGPT, issue 633).
 OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@refs/convert/parquet/plain_text"
 
-PYTHON_DOCS = TextFile("python-docs", "python-docs", 2_300_000)  # CPython 3.11's; it is no file
+PYTHON_DOCS = TextFile("python-docs", "python-docs", 2_300_000)  # CPython 3.11's, as text
 NAMED_SOURCES = ("python-docs", "shakespeare", "fineweb-edu", "openwebtext")
 
 
@@ -79,7 +79,7 @@ def source_name(source: str, subset: str | None = None) -> str:
     path = Path(source)
     if not path.exists() and os.sep in source:
         raise ValueError(
-            f"there is no file or folder {source}; what a recipe trains on is prepared first, with "
+            f"{source} is neither a file nor a folder; what a recipe trains on is prepared first, with "
             f"`overnight prepare SOURCE --out {source}`, and the recipe's first lines show the command"
         )
     if not path.exists():
@@ -148,7 +148,7 @@ def _cache_shakespeare(from_file: str | None) -> Path:
     if from_file is None and path.is_file() and _is_shakespeare(path.read_bytes()):
         return path
     if from_file is not None and not Path(from_file).is_file():
-        raise ValueError(f"from_file: there is no file {from_file}")
+        raise ValueError(f"from_file: the file {from_file} does not exist")
     content = _download_shakespeare() if from_file is None else Path(from_file).read_bytes()
     if not _is_shakespeare(content):
         raise ValueError(

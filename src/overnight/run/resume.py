@@ -171,7 +171,7 @@ def record_data(run: RunSetup, directory: RunDirectory) -> None:
 
 
 def needs_rollback(run: RunSetup) -> bool:
-    """True if the last steps were bad, as many in a row as `rollback_after_steps` allows."""
+    """True if the last `rollback_after_steps` steps were all bad."""
     limit = run.resolved.recipe.guard.rollback_after_steps
     return limit is not None and run.state.guard.bad_steps >= limit
 

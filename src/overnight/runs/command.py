@@ -35,7 +35,7 @@ def run(config: RunsConfig) -> None:
     """Show every run, the latest last. Raises ValueError if the named folder does not exist."""
     folder = Path(config.folder)
     if not folder.is_dir() and config.folder != FOLDER:
-        raise ValueError(f"there is no folder {folder}; runs are in {FOLDER}/ by default")
+        raise ValueError(f"the folder {folder} does not exist; runs are in {FOLDER}/ by default")
     runs = [describe_run(folder)] if RunDirectory(folder).exists() else list_runs(folder)
     if config.json:
         sys.stdout.write(json.dumps([_to_json(one) for one in runs], indent=2) + "\n")

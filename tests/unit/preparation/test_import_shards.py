@@ -280,7 +280,7 @@ def test_folder_without_shards_is_refused(here: Path, llm_c: Path, tokenizer: st
     write_numpy(here / "mixed" / "edufineweb_val.npy", VALIDATION)
     with pytest.raises(ValueError, match="several programs"):
         find_external_shards(here / "mixed")
-    with pytest.raises(ValueError, match="there is no folder nowhere"):
+    with pytest.raises(ValueError, match="folder nowhere does not exist"):
         adopt(Path("nowhere"), tokenizer)
     adopt(llm_c, tokenizer)
     with pytest.raises(ValueError, match="--data adopted"):
