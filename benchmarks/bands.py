@@ -69,7 +69,7 @@ def train(recipe: Recipe, folder: Path, evaluations: int) -> RunDirectory:
     if not directory.is_finished(steps):
         every = math.ceil(steps / evaluations)
         often = replace(recipe.evaluation, evaluate_every_steps=every)
-        train_module.train(replace(recipe, evaluation=often), directory, resume=directory.exists())
+        train_module.train_recipe(replace(recipe, evaluation=often), directory, resume=directory.exists())
     return directory
 
 

@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from measure import Report, interleave, run_plainly
-from overnight.distributed.machine import environment_of_process
+from overnight.distributed.launcher import environment_of_process
 from overnight.distributed.world import BUCKET_BYTES, World
 from overnight.model.gpt import parameter_shapes
 from overnight.model.model_config import ModelConfig

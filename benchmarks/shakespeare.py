@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from checkouts import NANOGPT, fingerprint, load_definitions, read_definitions
 from measure import Report, interleave, paired_ratio, run_plainly, spread
-from overnight.distributed.machine import environment_of_process
+from overnight.distributed.launcher import environment_of_process
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overnight.distributed.machine import environment_of_process
+from overnight.distributed.launcher import environment_of_process
 from peers import PEERS
 from task import LLM_C, Task
 

@@ -47,7 +47,7 @@ def build(task: Task) -> tuple[Callable[[], Mapping[str, Any]], str]:
         return llmc.build_cuda_turn(task, build_model(task), SCHEDULE), "bf16"
     else:
         step, precision = build_theirs(task, build_model(task))
-    return lambda: time_steps(step, task.device), precision
+    return lambda: time_steps(step, task.device)._asdict(), precision
 
 
 def build_model(task: Task) -> GPT:

@@ -25,11 +25,11 @@ from overnight.evaluation import EvaluateConfig
 from overnight.evaluation.results import EvaluationResults, evaluate_opened
 from overnight.generation import SamplingConfig
 from overnight.generation.generate import Decoding, stream_text
-from overnight.preparation.prepare import prepare as prepare_text
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.recipe import Recipe, load_recipe, with_settings
 from overnight.report.page import write_report
-from overnight.run import train as run_train
+from overnight.run import train as train_module
 from overnight.run.resume import load_resumed
 from overnight.run_directory import RunDirectory
 
@@ -118,7 +118,7 @@ def prepare(source: str | Path, **options: Any) -> Path:
     """Prepare text; returns the folder of shards. The options are those of `overnight prepare`."""
     _check_names("prepare", options, PrepareConfig)
     config = PrepareConfig(source=str(source), **options)
-    prepare_text(config)
+    prepare_shards(config)
     return output_folder(config)
 
 
@@ -132,7 +132,7 @@ def train(recipe: str | Recipe = "quickstart", *, resume: str | Path | None = No
     else:
         asked = with_settings(load_recipe(recipe) if isinstance(recipe, str) else recipe, **settings)
         path = Path("runs") / asked.run_name
-    run_train.train(asked, RunDirectory(path), resume=resume is not None)
+    train_module.train_recipe(asked, RunDirectory(path), resume=resume is not None)
     return Run(path)
 
 

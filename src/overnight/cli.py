@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare_process(words: list[str]) -> None:
     """Set what must be set before torch is imported; a command that trains may start again."""
-    from overnight.distributed.machine import keep_compiled_code, restart_with_large_pages
+    from overnight.distributed.launcher import keep_compiled_code, restart_with_large_pages
     from overnight.run_directory import cache_folder
 
     keep_compiled_code(cache_folder() / "compiled")

@@ -1,15 +1,17 @@
-"""Several processes that meet through gloo, started cheaply, and a small run for them.
+"""Starts teams of processes that meet through gloo, and trains a small run in them.
 
-They are forked from a process that has imported everything and computed nothing, with the environment that
-torchrun sets. As under torchrun, the store where they meet is opened before they start, so that its port is
-free. Each calls a function of roles.py by its name.
+The processes are forked from one that has imported everything and computed nothing, and get the environment
+that torchrun sets. As under torchrun, the store is opened before they start, so that its port is free. Each
+calls a function of roles.py by its name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
+import json
 import multiprocessing
 import pickle
 from collections.abc import Callable, Sequence
@@ -19,18 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from filelock import FileLock
 
 from overnight.config import to_toml
 from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
 from overnight.run_directory import RunDirectory
 from overnight.training import ComputeConfig, OptimizerConfig
 from overnight.training.batch import BatchConfig
+from overnight.training.checkpoint.format import TensorFiles
+from overnight.training.checkpoint.load import read_model
 from overnight.training.schedule import ScheduleConfig
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -39,6 +44,7 @@ SLOW_IMPORTS = [
     *("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh"),
 ]
 START = "import sys; sys.path.insert(0, folder); import roles; roles.play(*given)"
+CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # all that a repetition may change
 SECONDS = 250  # a busy machine may take long
 LINES = "".join(
     f"Line {number} of a small text about the number {number * 7 % 100}.\n" for number in range(60)
@@ -51,19 +57,18 @@ class Member:
 
     process: BaseProcess
     answer: Connection
-    log: Path
-    """What it writes to standard output and standard error."""
+    log: Path  # standard output and standard error
 
     def outcome(self, seconds: float = SECONDS) -> tuple[str, Any]:
-        """("returned", value), (the name of an exception, its words), or ("ended", exit status)."""
+        """("returned", value), (name of an exception, its message), or ("ended", exit status)."""
         if not self.answer.poll(seconds):
             self.process.kill()
             pytest.fail(f"a process does not end; its log: {self.log.read_text()[-4000:]}")
-        told = None
+        sent = None
         with contextlib.suppress(EOFError):
-            told = self.answer.recv()
+            sent = self.answer.recv()
         self.process.join()
-        return told or ("ended", self.process.exitcode)
+        return sent or ("ended", self.process.exitcode)
 
 
 @dataclasses.dataclass
@@ -93,11 +98,11 @@ class Teams:
         folder.mkdir()
         team = []
         for rank in range(size):
-            told = (launcher or torchrun)(rank, size, size // machines, store.port) | (environment or {})
+            variables = (launcher or torchrun)(rank, size, size // machines, store.port) | (environment or {})
             answer, sent = PROCESSES.Pipe(duplex=False)
             log = folder / f"rank-{rank}.log"
-            mine = [*given, *(each[rank] if each else ())]
-            names = {"folder": str(Path(__file__).parent), "given": (role, mine, told, str(log), sent)}
+            own = [*given, *(each[rank] if each else ())]
+            names = {"folder": str(Path(__file__).parent), "given": (role, own, variables, str(log), sent)}
             process = PROCESSES.Process(target=exec, args=(START, names))
             process.start()
             sent.close()
@@ -117,11 +122,13 @@ class Teams:
 
 
 def torchrun(rank: int, size: int, local_size: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process."""
-    told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size, "LOCAL_WORLD_SIZE": local_size}
-    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-    return {name: str(value) for name, value in told.items()}
+    """The variables that torchrun sets for a process."""
+    variables = {
+        **{"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local_size},
+        **{"LOCAL_WORLD_SIZE": local_size, "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+        **{"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0},
+    }
+    return {name: str(value) for name, value in variables.items()}
 
 
 @pytest.fixture
@@ -142,32 +149,14 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 @pytest.fixture(scope="session")
 def text(shared_folder: Path) -> Path:
     """Shards of some 40 documents in characters, about 5,000 training tokens."""
+    root = shared_folder / "text"
     with FileLock(shared_folder / "text.lock"):
-        return prepare_text(shared_folder / "text", LINES)
-
-
-@pytest.fixture(scope="session")
-def other_text(shared_folder: Path) -> Path:
-    """Shards of another text of the same size."""
-    with FileLock(shared_folder / "text.lock"):
-        return prepare_text(shared_folder / "other", LINES.replace("small", "other"))
-
-
-def prepare_text(root: Path, lines: str) -> Path:
-    """The folder of shards below `root`."""
-    if not root.is_dir():
-        root.mkdir()
-        for number in range(40):
-            (root / f"{number:02}.txt").write_text(lines[number * 37 : number * 37 + 150])
-        prepare(
-            PrepareConfig(
-                source=str(root),
-                out=str(root / "shards"),
-                tokenizer="characters",
-                validation_fraction=0.2,
-                shard_tokens=1500,
-            )
-        )
+        if not root.is_dir():
+            root.mkdir()
+            for number in range(40):
+                (root / f"{number:02}.txt").write_text(LINES[number * 37 : number * 37 + 150])
+            shards = {"out": str(root / "shards"), "validation_fraction": 0.2, "shard_tokens": 1500}
+            prepare_shards(PrepareConfig(source=str(root), tokenizer="characters", **shards))
     return root / "shards"
 
 
@@ -210,13 +199,27 @@ def folder(recipe: Build, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def read_contents(checkpoint: Path) -> dict[str, Any]:
+    """A digest of every weight and moment of a checkpoint, and its state.json without files and settings."""
+    tensors = dict(read_model(checkpoint).weights())
+    moments = TensorFiles(sorted(checkpoint.glob("optimizer*.safetensors")))
+    for name, shape in moments.shapes.items():
+        moments.read(name, tensors.setdefault(name, torch.full(shape, float("nan"))))
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())
+    digests = {name: hashlib.sha256(tensor.numpy().tobytes()) for name, tensor in tensors.items()}
+    state = json.loads((checkpoint / "state.json").read_text())
+    return {
+        **{name: (*tensors[name].shape, digest.hexdigest()) for name, digest in digests.items()},
+        **{name: value for name, value in state.items() if name not in {"files", "settings"}},
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A finished run."""
+    """A run, finished or not."""
 
     path: Path
-    read: Sequence[Sequence[tuple[Any, ...]]]
-    """By rank, every batch that it read: (step, first row, rows, digest)."""
+    read: Sequence[Sequence[tuple[Any, ...]]] = ()  # by rank, of each batch: step, first row, rows, digest
 
     @property
     def directory(self) -> RunDirectory:
@@ -234,9 +237,27 @@ class Trained:
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
         return [line["loss"] for line in lines]
 
+    def record(self) -> dict[str, Any]:
+        """Everything that it wrote, to the bit, without times and speeds."""
+        lines = [{k: v for k, v in line.items() if k not in CLOCK} for line in self.directory.read_metrics()]
+        events = {kind: self.directory.read_events(kind) for kind in ("evaluations", "samples")}
+        return {"losses": self.losses(), "metrics": lines, **read_contents(self.newest), **events}
+
     def ledger(self) -> list[tuple[Any, ...]]:
-        """Every batch that was trained on, in the order of the steps and, within each, of the ranks."""
+        """Every batch that was trained on, ordered by step and rank."""
         return sorted(itertools.chain(*self.read), key=lambda batch: batch[0])
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, Any]]:
+    """Of a checkpoint: the same for checkpoints that are equal to the bit."""
+    return read_contents
+
+
+@pytest.fixture(scope="session")
+def record() -> Callable[[Path], dict[str, Any]]:
+    """Of the run in a folder: the same for runs that are equal to the bit."""
+    return lambda path: Trained(path).record()
 
 
 @pytest.fixture(scope="session")
@@ -247,8 +268,7 @@ def trained(
     teams = Teams(tmp_path_factory.mktemp("trained"))
 
     def train(size: int, *, machines: int = 1, at_once: int | None = 3, **settings: Any) -> Trained:
-        words = [f"{name}-{value}" for name, value in sorted(settings.items())]
-        name = "-".join([str(size), str(machines), str(at_once), *words])
+        name = "-".join(map(str, [size, machines, at_once, *itertools.chain(*sorted(settings.items()))]))
         path, notes = shared_folder / name, shared_folder / f"{name}.pickle"
         with FileLock(shared_folder / f"{name}.lock"):
             if not notes.is_file():

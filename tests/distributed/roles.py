@@ -6,6 +6,7 @@ The tests run in other processes and import nothing from here: they name a role 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import io
@@ -17,6 +18,22 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from overnight import cli
+from overnight.data.dataset import open_dataset
+from overnight.distributed import world as world_module
+from overnight.distributed.watchdog import Watchdog
+from overnight.evaluation import EvaluateConfig
+from overnight.evaluation import command as evaluation_command
+from overnight.run import train as run_train
+from overnight.run.evaluate import open_run_tasks
+from overnight.run.log import RunLog
+from overnight.run.setup import build_run, initial_weights, resolve_on
+from overnight.run_directory import RunDirectory
+from overnight.training.checkpoint.load import load_checkpoint, read_newest
+from overnight.training.checkpoint.save import save_checkpoint
 
 sys.path.append(str(Path(__file__).parents[1] / "campaigns"))
 from mutants import original, replace
@@ -38,8 +55,7 @@ def play(role: str, given: Sequence[Any], environment: dict[str, str], log: str,
 
 # Whole runs
 
-Batches = list[tuple[int, int, int, str]]
-"""(step, first row, rows, digest of ids and targets) of each."""
+Batches = list[tuple[int, int, int, str]]  # step, first row, rows, digest of ids and targets
 
 
 def before_each_step(change: Callable[[Any, Any], Any]) -> None:
@@ -63,27 +79,10 @@ class Observed:
         return batch
 
 
-def train(recipe: Any, path: Path, stop: int | None = None, at_once: int | None = 3) -> Batches:
+def train(
+    recipe: Any, path: Path, stop: int | None = None, at_once: int | None = 3, resume: bool = False
+) -> Batches:
     """A run, stopped after `stop` steps and evaluated `at_once` rows at a time; every batch it read here."""
-    if at_once is not None:
-        limit_evaluation_batches(at_once)
-    return note_batches(recipe, path, stop, resume=False)
-
-
-def train_on(path: Path, stop: int | None, compute: dict[str, Any]) -> Batches:
-    """`train`, of the run in `path`, with these settings changed."""
-    from overnight.run.resume import load_resumed
-
-    before = load_resumed(path)
-    recipe = dataclasses.replace(before, compute=dataclasses.replace(before.compute, **compute))
-    limit_evaluation_batches()
-    return note_batches(recipe, path, stop, resume=True)
-
-
-def note_batches(recipe: Any, path: Path, stop: int | None, *, resume: bool) -> Batches:
-    from overnight.run.train import train as train_run
-    from overnight.run_directory import RunDirectory
-
     read: Batches = []
 
     def observed(state: Any, setup: Any) -> Any:
@@ -93,19 +92,18 @@ def note_batches(recipe: Any, path: Path, stop: int | None, *, resume: bool) -> 
 
         return dataclasses.replace(setup, data=Observed(setup.data, note))
 
+    if at_once is not None:
+        limit_evaluation_batches(at_once)
     before_each_step(observed)
     if stop is not None:
         stop_after(stop)
     with contextlib.suppress(KeyboardInterrupt):
-        train_run(recipe, RunDirectory(path), resume=resume)
+        run_train.train_recipe(recipe, RunDirectory(path), resume=resume)
     return read
 
 
 def train_poisoned(recipe: Any, path: Path, steps: Sequence[int]) -> tuple[str, list[int]]:
     """A run whose rows of these steps have a loss of NaN; how it failed, and how many rows it skipped."""
-    from overnight.run.train import train as train_run
-    from overnight.run_directory import RunDirectory
-
     states: list[Any] = []
 
     def poisoned(state: Any, setup: Any) -> Any:
@@ -124,7 +122,7 @@ def train_poisoned(recipe: Any, path: Path, steps: Sequence[int]) -> tuple[str, 
     before_each_step(poisoned)
     message = ""
     try:
-        train_run(recipe, RunDirectory(path))
+        run_train.train_recipe(recipe, RunDirectory(path))
     except FloatingPointError as error:
         message = str(error)
     return message, [skipped.rows for skipped in states[-1].guard.skipped]
@@ -132,8 +130,6 @@ def train_poisoned(recipe: Any, path: Path, steps: Sequence[int]) -> tuple[str, 
 
 def train_until(recipe: Any, path: Path, step: int, rank: int, ending: str) -> None:
     """A run in which something happens to one process after `step` steps."""
-    from overnight.run.train import train as train_run
-    from overnight.run_directory import RunDirectory
 
     def watched(state: Any, setup: Any) -> Any:
         if state.step == step and setup.world.rank == rank:
@@ -141,7 +137,7 @@ def train_until(recipe: Any, path: Path, step: int, rank: int, ending: str) -> N
         return setup
 
     before_each_step(watched)
-    train_run(recipe, RunDirectory(path))
+    run_train.train_recipe(recipe, RunDirectory(path))
 
 
 def limit_evaluation_batches(rows: int = 3) -> None:
@@ -165,8 +161,6 @@ def sleep_in_python() -> None:
 
 def sleep_in_c() -> None:
     """As a call that hangs in the driver: no other thread of Python runs."""
-    import ctypes
-
     ctypes.PyDLL(None).sleep(600)
 
 
@@ -185,10 +179,7 @@ ENDINGS = {
 
 def command(folder: Path, words: Sequence[str], version: str | None = None) -> tuple[int, str]:
     """`overnight` with these words in `folder`, of that version; exit status and standard error."""
-    from overnight import cli
-
     os.chdir(folder)
-    cli.SECONDS_TO_SPEAK = 0.0
     if version is not None:
         replace("overnight.run.preflight:__version__", version)
     with contextlib.redirect_stderr(io.StringIO()) as printed:
@@ -202,11 +193,7 @@ def command(folder: Path, words: Sequence[str], version: str | None = None) -> t
 @contextlib.contextmanager
 def opened(recipe: Any) -> Iterator[Any]:
     """The run of a recipe, ready to load a checkpoint: weights and moments are NaN."""
-    from overnight.data.dataset import open_dataset
-    from overnight.distributed.world import join_world
-    from overnight.run.setup import build_run, initial_weights, resolve_on
-
-    with join_world("cpu", 60) as world:
+    with world_module.join_world("cpu", 60) as world:
         dataset = open_dataset(recipe.data)
         model, _ = initial_weights(recipe, dataset, None)
         run = build_run(resolve_on(recipe, model, dataset, world), dataset, None, world)
@@ -215,8 +202,6 @@ def opened(recipe: Any) -> Iterator[Any]:
 
 
 def forget(state: Any) -> None:
-    import torch
-
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.fill_(float("nan"))
@@ -226,9 +211,6 @@ def forget(state: Any) -> None:
 
 def save_again(recipe: Any, checkpoints: Sequence[Path], folder: Path) -> None:
     """Load each checkpoint, and save it into a folder of its own below `folder`."""
-    from overnight.training.checkpoint.load import load_checkpoint
-    from overnight.training.checkpoint.save import save_checkpoint
-
     with opened(recipe) as run:
         for number, checkpoint in enumerate(checkpoints):
             forget(run.state)
@@ -238,8 +220,6 @@ def save_again(recipe: Any, checkpoints: Sequence[Path], folder: Path) -> None:
 
 def load_newest(recipe: Any, folders: Sequence[Path]) -> list[tuple[int, str]]:
     """Of each folder of checkpoints the step that is loaded, -1 for none, and what is printed."""
-    from overnight.training.checkpoint.load import load_checkpoint, read_newest
-
     found, printed = [], []
     replace("overnight.terminal:echo", printed.append)
     with opened(recipe) as run:
@@ -256,12 +236,6 @@ def load_newest(recipe: Any, folders: Sequence[Path]) -> list[tuple[int, str]]:
 
 def evaluate_checkpoint(recipe: Any, checkpoint: Path, path: Path) -> None:
     """Evaluate a checkpoint's model, sample from it and run the recipe's tasks, into the run `path`."""
-    from overnight.distributed.watchdog import Watchdog
-    from overnight.run.evaluate import open_run_tasks
-    from overnight.run.log import RunLog
-    from overnight.run_directory import RunDirectory
-    from overnight.training.checkpoint.load import load_checkpoint
-
     limit_evaluation_batches()
     with opened(recipe) as run:
         load_checkpoint(run.state, checkpoint, run.world)
@@ -274,9 +248,6 @@ def evaluate_checkpoint(recipe: Any, checkpoint: Path, path: Path) -> None:
 
 def evaluate(values: dict[str, Any]) -> str:
     """What `overnight evaluate --json` prints here."""
-    from overnight.evaluation import EvaluateConfig
-    from overnight.evaluation import command as evaluation_command
-
     limit_evaluation_batches()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         evaluation_command.run(EvaluateConfig(**values))
@@ -286,28 +257,17 @@ def evaluate(values: dict[str, Any]) -> str:
 # Collectives
 
 
-@contextlib.contextmanager
-def joined(bucket_bytes: int | None = None) -> Iterator[Any]:
-    """The world, with buckets of that size."""
-    from overnight.distributed import world
-
-    world.BUCKET_BYTES = bucket_bytes or world.BUCKET_BYTES
-    with world.join_world("cpu", 20) as joining:
-        yield joining
-
-
-def own_tensors(rank: int) -> list[Any]:
+def own_tensors(rank: int) -> list[torch.Tensor]:
     """What each process holds: tensors of several shapes, whose sums are rounded."""
-    import torch
-
     generator = torch.Generator().manual_seed(rank)
-    shapes = [(), (3,), (2, 5), (1,), (40, 4), (0,), (7,)]
+    shapes: list[tuple[int, ...]] = [(), (3,), (2, 5), (1,), (40, 4), (0,), (7,)]
     return [torch.randn(shape, generator=generator) * 10**rank for shape in shapes]
 
 
-def collect(collective: str, bucket_bytes: int | None, *given: int) -> list[Any]:
-    """The tensors, as lists, after `world.<collective>(tensors, *given)`."""
-    with joined(bucket_bytes) as world:
+def collect(collective: str, bucket_bytes: int, *given: int) -> list[Any]:
+    """The tensors, as lists, after `world.<collective>(tensors, *given)` in buckets of that size."""
+    world_module.BUCKET_BYTES = bucket_bytes
+    with world_module.join_world("cpu", 20) as world:
         tensors = own_tensors(world.rank)
         getattr(world, collective)(tensors, *given)
         return [tensor.tolist() for tensor in tensors]
@@ -315,7 +275,7 @@ def collect(collective: str, bucket_bytes: int | None, *given: int) -> list[Any]
 
 def describe_world() -> dict[str, Any]:
     """Rank and sizes, and the results of `any` and `all_gather_object`."""
-    with joined() as world:
+    with world_module.join_world("cpu", 20) as world:
         last = world.size - 1
         answers = {
             "place": (world.rank, world.size, world.local_rank, world.local_size, world.device),
@@ -328,7 +288,7 @@ def describe_world() -> dict[str, Any]:
 
 def raise_in_some(errors: Sequence[str | None]) -> str:
     """What `raise_together` makes of the errors of some ranks; afterwards all meet again."""
-    with joined() as world:
+    with world_module.join_world("cpu", 20) as world:
         message = "nothing"
         try:
             with world.raise_together():
@@ -338,34 +298,3 @@ def raise_in_some(errors: Sequence[str | None]) -> str:
             message = str(error)
         world.barrier()
         return message
-
-
-def leave(rank: int, ending: str) -> None:
-    """One process leaves while the others wait for it."""
-    with joined() as world:
-        world.barrier()
-        if world.rank == rank:
-            ENDINGS[ending]()
-        world.barrier()
-
-
-def reduce_in_tree(micro_batches: int) -> list[list[float]]:
-    """The sum of the gradients of `micro_batches` micro-batches, which these processes share."""
-    from types import SimpleNamespace
-
-    import torch
-
-    from overnight.training.batch import constant_plan
-    from overnight.training.sharding import Replicated
-
-    weights = [torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(2, 2))]
-    model: Any = SimpleNamespace(parameters=lambda: iter(weights))
-    with joined() as world:
-        sharing = Replicated(model, world, deterministic=True)
-        share = constant_plan(1, 1, micro_batches).share(0, world.rank, world.size)
-        for number, micro_batch in enumerate(share):
-            leaf = own_tensors(micro_batch % 7)[4].flatten()
-            weights[0].grad = leaf[:5] * (micro_batch + 1) / 3
-            weights[1].grad = leaf[5:9].view(2, 2) * (micro_batch + 1) / 7
-            nats = sharing.reduce(leaf[9] / (micro_batch + 1), number, len(share))
-        return [weight.grad.flatten().tolist() for weight in weights] + [[nats.item()]]

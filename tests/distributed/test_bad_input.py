@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from overnight import cli
+from overnight.data.shards import read_manifest, write_manifest
 
 TRAIN = ["train", "small.toml"]
 
@@ -32,9 +35,6 @@ def check(folder: Path, status: int, message: str, named: str) -> None:
     assert not (folder / "runs").exists()
 
 
-# Before any process is started
-
-
 @pytest.mark.parametrize(
     "words, named",
     [
@@ -42,8 +42,10 @@ def check(folder: Path, status: int, message: str, named: str) -> None:
         (["--sharding", "zero1"], "sharding=zero1.*--processes"),
         (["--processes", "0"], "processes=0"),
         (["--processes", "-2"], "processes=-2"),
+        (["--processes", "many"], "many"),
         (["--processes", "2", "--device", "cuda"], "device=cuda"),
         (["--processes", "2", "--tokens-per-step", "0"], "tokens_per_step=0"),
+        (["--processes", "2", "--sharding", "zero3"], "zero3"),
     ],
 )
 def test_refused_before_start(
@@ -52,30 +54,12 @@ def test_refused_before_start(
     check(folder, cli.main([*TRAIN, *words]), capsys.readouterr().err, named)
 
 
-@pytest.mark.parametrize("words", [["--processes", "many"], ["--processes", "2", "--sharding", "zero3"]])
-def test_unreadable_options(folder: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
-    try:
-        status = cli.main([*TRAIN, *words])
-    except SystemExit as ended:
-        status = ended.code
-    assert status == 2
-    assert words[-1] in capsys.readouterr().err
-    assert not (folder / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    "environment, missing",
-    [({"WORLD_SIZE": "2"}, "RANK"), ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK")],
-)
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
 def test_incomplete_launcher_environment(
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    environment: dict[str, str],
-    missing: str,
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    for name in {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} - {missing}:
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "1")
     check(folder, cli.main(TRAIN), capsys.readouterr().err, f"WORLD_SIZE .*{missing}")
 
 
@@ -105,45 +89,42 @@ def test_refused_by_all_is_printed_once(
 @pytest.mark.parametrize(
     "first, second, named",
     [
-        ([], ["--dropout", "0.2"], "dropout is 0.2 in rank 1 and 0.1 in rank 0"),
-        (["--seed", "5"], [], "seed is 1337 in rank 1 and 5 in rank 0"),
-        ([], ["--sharding", "zero1"], "sharding is zero1 in rank 1 and none in rank 0"),
-        ([], ["--n-embd", "32"], "n_embd is 32 in rank 1 and 16 in rank 0"),
-        ("0.1.0", "0.2.0", "version is 0.2.0 in rank 1 and 0.1.0 in rank 0"),
+        ([TRAIN], [[*TRAIN, "--dropout", "0.2"]], "dropout is 0.2 in rank 1 and 0.1 in rank 0"),
+        ([[*TRAIN, "--seed", "5"]], [TRAIN], "seed is 1337 in rank 1 and 5 in rank 0"),
+        ([TRAIN], [[*TRAIN, "--sharding", "zero1"]], "sharding is zero1 in rank 1 and none in rank 0"),
+        ([TRAIN], [[*TRAIN, "--n-embd", "32"]], "n_embd is 32 in rank 1 and 16 in rank 0"),
+        ([TRAIN, "0.1.0"], [TRAIN, "0.2.0"], "version is 0.2.0 in rank 1 and 0.1.0 in rank 0"),
     ],
 )
-def test_different_recipes_or_versions(team: Any, folder: Path, first: Any, second: Any, named: str) -> None:
-    if isinstance(first, str):
-        each: Any = [(TRAIN, version) for version in (first, second)]
-    else:
-        each = [([*TRAIN, *words],) for words in (first, second)]
-    (status, message), silent = team("command", folder, each=each, size=2)
+def test_different_recipes_or_versions(
+    team: Any, folder: Path, first: list[Any], second: list[Any], named: str
+) -> None:
+    (status, message), silent = team("command", folder, each=[first, second], size=2)
     assert silent == (2, "")
     check(folder, status, message, named)
 
 
-def test_different_data(team: Any, folder: Path, text: Path, other_text: Path) -> None:
+def test_different_data(team: Any, folder: Path, text: Path) -> None:
     """Machines whose disks hold different shards under one name."""
-    folders = []
-    for name, shards in (("one", text), ("other", other_text)):
-        (place := folder / name).mkdir()
-        (place / "data").symlink_to(shards)
-        (place / "small.toml").write_text((folder / "small.toml").read_text())
-        folders.append(place)
-    each = [(place, [*TRAIN, "--data", "data"]) for place in folders]
+    places = [folder / "one", folder / "other"]
+    for place in places:
+        shutil.copytree(text, place / "data")
+        shutil.copy(folder / "small.toml", place)
+    other = places[1] / "data"
+    write_manifest(other, dataclasses.replace(read_manifest(other), source="another"))
+    each = [(place, [*TRAIN, "--data", "data"]) for place in places]
     (status, message), silent = team("command", each=each, size=2)
     assert silent == (2, "")
-    for place in folders:
+    for place in places:
         check(place, status, message, "data is [0-9a-f]{12} in rank 1")
 
 
 def test_refused_by_one_names_its_rank(team: Any, folder: Path) -> None:
     """The run exists on the machine of one process."""
-    place = folder / "other"
-    (place / "runs/small").mkdir(parents=True)
+    (folder / "other/runs/small").mkdir(parents=True)
     for name in ("small.toml", "runs/small/recipe.toml"):
-        (place / name).write_text((folder / "small.toml").read_text())
-    (status, message), silent = team("command", each=[(folder, TRAIN), (place, TRAIN)], size=2)
+        shutil.copy(folder / "small.toml", folder / "other" / name)
+    (status, message), silent = team("command", each=[(folder, TRAIN), (folder / "other", TRAIN)], size=2)
     assert silent == (2, "")
     check(folder, status, message, "rank 1: runs/small ")
 

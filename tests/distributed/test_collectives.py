@@ -1,8 +1,7 @@
-"""Collectives give every process the same result, and a process that loses its peers ends."""
+"""Collectives give every process the same result."""
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
@@ -30,8 +29,8 @@ def pairwise(terms: list[torch.Tensor]) -> torch.Tensor:
     return terms[0]
 
 
-@pytest.mark.parametrize("bucket_bytes", [None, 1, 30, 700])
-def test_all_reduce(team: Any, bucket_bytes: int | None) -> None:
+@pytest.mark.parametrize("bucket_bytes", [10**6, 1, 30, 700])
+def test_all_reduce(team: Any, bucket_bytes: int) -> None:
     """One bucket for all tensors, one for each, and some that end between and within them."""
     sums = as_lists([one + two for one, two in zip(own_tensors(0), own_tensors(1), strict=True)])
     assert team("collect", "all_reduce", bucket_bytes, size=2) == [sums, sums]
@@ -49,22 +48,7 @@ def test_tree_all_reduce_adds_neighbours_first(team: Any, size: int) -> None:
     terms = [list(each) for each in zip(*map(own_tensors, range(size)), strict=True)]
     assert found == [as_lists([pairwise(each) for each in terms])] * size
     in_order = as_lists([sum(each[1:], each[0]) for each in terms])
-    assert (found[0] == in_order) == (size == 2), "of four terms, another order is rounded otherwise"
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_gradient_tree_does_not_depend_on_processes(team: Any, size: int) -> None:
-    (alone,) = team("reduce_in_tree", 12, size=1)
-    assert team("reduce_in_tree", 12, size=size) == [alone] * size
-
-
-def test_sums_above_are_rounded() -> None:
-    """Negative control: terms whose sum is exact in any order would prove nothing."""
-    terms = [own_tensors(rank)[4] for rank in range(4)]
-    exact = [
-        math.fsum(each) for each in zip(*(term.double().flatten().tolist() for term in terms), strict=True)
-    ]
-    assert exact != pairwise(terms).flatten().tolist()
+    assert (found[0] == in_order) == (size == 2), "negative control: another order of four terms"
 
 
 @pytest.mark.parametrize("size", [1, *SIZES])
@@ -92,29 +76,17 @@ def test_raise_together(team: Any, errors: list[str | None], message: str) -> No
 
 
 def srun(rank: int, size: int, local_size: int, _port: int) -> dict[str, str]:
-    """What Slurm tells the tasks of a step; they find a port from the job's number."""
-    told = {"SLURM_STEP_NUM_TASKS": size, "SLURM_STEP_TASKS_PER_NODE": f"{local_size}(x{size // local_size})"}
-    told |= {"SLURM_PROCID": rank, "SLURM_LOCALID": rank % local_size}
-    told |= {"SLURM_JOB_ID": 4_000_000 + os.getpid(), "SLURM_STEP_NODELIST": "localhost"}
-    return {name: str(value) for name, value in told.items()}
+    """The variables that Slurm sets for the tasks of a step; the port follows from the job's number."""
+    variables = {
+        "SLURM_STEP_NUM_TASKS": size,
+        "SLURM_STEP_TASKS_PER_NODE": f"{local_size}(x{size // local_size})",
+    }
+    variables |= {"SLURM_PROCID": rank, "SLURM_LOCALID": rank % local_size}
+    variables |= {"SLURM_JOB_ID": 4_000_000 + os.getpid(), "SLURM_STEP_NODELIST": "localhost"}
+    return {name: str(value) for name, value in variables.items()}
 
 
 def test_slurm_tasks_meet(team: Any) -> None:
     answers = team("describe_world", size=2, machines=2, launcher=srun)
     assert [answer["place"] for answer in answers] == [(0, 2, 0, 1, "cpu"), (1, 2, 0, 1, "cpu")]
     assert answers[0]["gather"] == answers[1]["gather"]
-
-
-@pytest.mark.parametrize(
-    "rank, ending, outcome",
-    [
-        (0, "killed", ("ended", -9)),
-        pytest.param(1, "killed", ("ended", -9), marks=pytest.mark.distributed),
-        (1, "broken", ("RuntimeError", "an unforeseen error")),
-    ],
-)
-def test_lost_peer_raises_in_the_others(team: Any, rank: int, ending: str, outcome: Any) -> None:
-    found = team.outcomes("leave", rank, ending, size=2)
-    assert found[rank] == outcome
-    assert found[1 - rank][0] == "PeerLostError"
-    assert f"rank {1 - rank}" in found[1 - rank][1]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from overnight.recipe import with_settings
+from overnight.run.resume import load_resumed
 from overnight.run_directory import RunDirectory
-from overnight.training.checkpoint.format import TensorFiles
-from overnight.training.checkpoint.load import read_model
 
 Train = Callable[..., Any]
 distributed = pytest.mark.distributed  # not in a plain run
@@ -27,30 +25,11 @@ FILES = [
 ]
 
 
-def contents(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Every weight and moment of a checkpoint, whole, and its state.json without files and settings."""
-    about = json.loads((checkpoint / "state.json").read_text())
-    tensors = dict(read_model(checkpoint).weights())
-    moments = TensorFiles(sorted(checkpoint.glob("optimizer*.safetensors")))
-    for name, shape in moments.shapes.items():
-        tensors[name] = torch.full(shape, float("nan"))
-        moments.read(name, tensors[name])
-    return tensors, {key: value for key, value in about.items() if key not in {"files", "settings"}}
-
-
-def are_equal(one: Path, other: Path) -> bool:
-    """To the bit."""
-    (tensors, about), (others, other_about) = contents(one), contents(other)
-    return (tensors.keys(), about) == (others.keys(), other_about) and all(
-        torch.equal(tensors[name], others[name]) for name in tensors
-    )
-
-
 @pytest.mark.parametrize(
     "savers, loaders", [(SAVERS, LOADERS), pytest.param(ALL, ALL, marks=distributed)], ids=["some", "all"]
 )
 def test_checkpoint_loads_in_any_team(
-    trained: Train, team: Any, recipe: Any, tmp_path: Path, savers: Any, loaders: Any
+    trained: Train, team: Any, recipe: Any, contents: Any, tmp_path: Path, savers: Any, loaders: Any
 ) -> None:
     """Loaded by another team and saved again, it has not changed."""
     checkpoints = [
@@ -64,29 +43,24 @@ def test_checkpoint_loads_in_any_team(
             (again,) = (folder / str(number)).iterdir()
             assert again.name == checkpoint.name == "step-00000020"
             assert len(list(again.glob("model*.safetensors"))) == size
-            assert are_equal(checkpoint, again)
+            assert contents(again) == contents(checkpoint)
 
 
-def test_comparison_sees_one_bit(trained: Train) -> None:
+def test_comparison_sees_one_bit(trained: Train, contents: Any) -> None:
     """Negative control."""
-    saved = trained(2, sharding="zero1").newest
-    tensors, about = contents(saved)
-    assert len(tensors) == 3 * len(read_model(saved).weights())
-    assert about["step"] == about["updates"] == 20
-    assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())
-    assert are_equal(saved, saved)
-    assert not are_equal(saved, trained(1, sharding="none").newest), "rounded otherwise"
+    saved = contents(trained(2, sharding="zero1").newest)
+    assert len([name for name in saved if "weight" in name or "bias" in name]) > 50
+    assert saved["step"] == saved["updates"] == 20
+    assert saved != contents(trained(1, sharding="none").newest), "rounded otherwise"
 
 
 def train_in_turn(team: Any, recipe: Any, path: Path, chain: list[tuple[int, str]], steps: int) -> list[Any]:
     """A run that each team continues for `steps` steps, the last to its end; every batch read."""
     ledger: list[Any] = []
     for number, (size, sharding) in enumerate(chain, start=1):
+        continued = with_settings(load_resumed(path) if number > 1 else recipe, sharding=sharding)
         stop = steps if number < len(chain) else None
-        if number == 1:
-            read = team("train", recipe, path, stop, size=size)
-        else:
-            read = team("train_on", path, stop, {"sharding": sharding}, size=size)
+        read = team("train", continued, path, stop, 3, number > 1, size=size)
         ledger += sorted(itertools.chain(*read), key=lambda batch: batch[0])
     return ledger
 
@@ -100,23 +74,19 @@ def train_in_turn(team: Any, recipe: Any, path: Path, chain: list[tuple[int, str
     ],
 )
 def test_run_in_changing_teams_is_the_same_run(
-    trained: Train, team: Any, recipe: Any, tmp_path: Path, chain: list[tuple[int, str]]
+    trained: Train, team: Any, recipe: Any, record: Any, tmp_path: Path, chain: list[tuple[int, str]]
 ) -> None:
     alone = trained(1, sharding="none", deterministic_reduce=True)
-    begun = recipe(sharding=chain[0][1], deterministic_reduce=True)
+    begun = recipe(deterministic_reduce=True)
     assert train_in_turn(team, begun, tmp_path / "run", chain, steps=5) == alone.ledger()
-    directory = RunDirectory(tmp_path / "run")
-    assert are_equal(max(directory.checkpoints.iterdir()), alone.newest)
-    assert [line["loss"] for line in directory.read_metrics()] == alone.losses()
-    for kind in ("evaluations", "samples"):
-        assert directory.read_events(kind) == alone.directory.read_events(kind)
+    assert record(tmp_path / "run") == alone.record()
 
 
 @distributed
 def test_sharded_run_in_changing_teams(trained: Train, team: Any, recipe: Any, tmp_path: Path) -> None:
     alone = trained(1, sharding="none")
     chain = [(2, "fsdp"), (4, "fsdp"), (1, "none"), (4, "zero1"), (2, "hsdp")]
-    assert train_in_turn(team, recipe(sharding="fsdp"), tmp_path / "run", chain, steps=4) == alone.ledger()
+    assert train_in_turn(team, recipe(), tmp_path / "run", chain, steps=4) == alone.ledger()
     losses = [line["loss"] for line in RunDirectory(tmp_path / "run").read_metrics()]
     assert losses == pytest.approx(alone.losses(), rel=1e-6, abs=0)
 
@@ -142,7 +112,7 @@ def test_all_fall_back_from_damaged_checkpoint(
     shutil.copytree(folders[0], hopeless := tmp_path / "hopeless")
     (hopeless / "step-00000015" / FILES[3]).unlink()
     found = team("load_newest", recipe(sharding="fsdp"), [*folders, sound, hopeless], size=size)
-    assert all(told == found[0] for told in found), "all processes do the same"
+    assert all(each == found[0] for each in found), "all processes do the same"
     *fallen, whole, none = found[0]
     for folder, (step, message) in zip(folders, fallen, strict=True):
         assert step == 15

@@ -1,10 +1,9 @@
-"""Processes that die, freeze or get a signal: the run ends for all, and its resumption is the same run."""
+"""Processes that die, freeze or get a signal end the run for all, and its resumption is the same run."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -18,74 +17,53 @@ import pytest
 from overnight.recipe import load_recipe
 from overnight.run_directory import RunDirectory
 
-CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # the only values that a repetition may change
 FROZEN = 70
 distributed = pytest.mark.distributed  # not in a plain run
 linux = pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="needs Linux's /proc")
-
-# A sitecustomize.py: rank 1 sleeps when it writes its share of a checkpoint.
-SITE = """
-import os, sys, time
-
-def watch(event, arguments):
-    if event == "open" and "building-step-00000010" in str(arguments[0]):
-        time.sleep(600)
-
-if os.environ.get("RANK") == "1":
-    sys.addaudithook(watch)
-"""
-
-
-def record(directory: RunDirectory) -> dict[str, Any]:
-    """Everything that a run wrote, except the clock."""
-    newest = max(directory.checkpoints.glob("step-*"))
-    files = {path.name: path.read_bytes() for path in newest.iterdir()}
-    lines = [{name: line[name] for name in line if name not in CLOCK} for line in directory.read_metrics()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return {"step": newest.name, "files": files, "metrics": lines} | {
-        kind: directory.read_events(kind) for kind in ("evaluations", "samples")
-    }
 
 
 @pytest.fixture
 def whole(trained: Callable[..., Any]) -> dict[str, Any]:
     """The record of the run in two processes that nobody disturbed."""
-    return record(trained(2, at_once=None).directory)
+    return trained(2, at_once=None).record()
 
 
 def test_record_sees_another_run(trained: Callable[..., Any], whole: dict[str, Any]) -> None:
     """Negative control: one process rounds otherwise."""
-    assert record(trained(1, at_once=None).directory) != whole
+    assert trained(1, at_once=None).record() != whole
 
 
 # Teams
 
 
-@pytest.mark.parametrize("ending, status", [("killed", -9), ("broken", "RuntimeError")])
+@pytest.mark.parametrize(
+    "rank, ending, status",
+    [(1, "killed", -9), pytest.param(0, "killed", -9, marks=distributed), (1, "broken", "RuntimeError")],
+)
 def test_run_ends_when_a_process_is_lost(
-    team: Any, recipe: Any, tmp_path: Path, ending: str, status: Any
+    team: Any, recipe: Any, tmp_path: Path, rank: int, ending: str, status: Any
 ) -> None:
-    found = team.outcomes("train_until", recipe(), tmp_path / "run", 7, 1, ending, size=2)
-    assert status in found[1]
-    assert found[0][0] == "PeerLostError"
-    assert "rank 0" in found[0][1]
+    found = team.outcomes("train_until", recipe(), tmp_path / "run", 7, rank, ending, size=2)
+    assert status in found[rank]
+    assert found[1 - rank][0] == "PeerLostError"
+    assert f"rank {1 - rank}" in found[1 - rank][1]
     assert len(RunDirectory(tmp_path / "run").read_metrics()) == 7
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=distributed), 1])
 def test_signal_to_one_process_saves_all(
-    whole: dict[str, Any], team: Any, recipe: Any, tmp_path: Path, rank: int
+    whole: dict[str, Any], team: Any, recipe: Any, record: Any, tmp_path: Path
 ) -> None:
-    found = team.outcomes("train_until", recipe(), tmp_path / "run", 7, rank, "signalled", size=2)
+    found = team.outcomes("train_until", recipe(), tmp_path / "run", 7, 1, "signalled", size=2)
     assert [how for how, _ in found] == ["KeyboardInterrupt"] * 2
-    directory = RunDirectory(tmp_path / "run")
-    assert max(directory.checkpoints.iterdir()).name == "step-00000008"
+    assert max((tmp_path / "run/checkpoints").iterdir()).name == "step-00000008"
     team("command", tmp_path, ["train", "--resume", "run"], size=2)
-    assert record(directory) == whole
+    assert record(tmp_path / "run") == whole
 
 
-def test_run_restarted_by_torchrun_resumes(whole: dict[str, Any], team: Any, folder: Path) -> None:
+def test_run_restarted_by_torchrun_resumes(
+    whole: dict[str, Any], team: Any, record: Any, folder: Path
+) -> None:
     """TORCHELASTIC_RESTART_COUNT tells a restart from a second start, which is refused."""
     directory = RunDirectory(folder / "runs/small")
     recipe = load_recipe(str(folder / "small.toml"))
@@ -98,7 +76,7 @@ def test_run_restarted_by_torchrun_resumes(whole: dict[str, Any], team: Any, fol
     environment = {"TORCHELASTIC_RESTART_COUNT": "1"}
     found = team("command", folder, words, size=2, environment=environment)
     assert [status for status, _ in found] == [0, 0]
-    assert record(directory) == whole
+    assert record(directory.path) == whole
 
 
 @pytest.mark.parametrize(
@@ -123,12 +101,11 @@ def test_frozen_process_ends_the_run_with_all_stacks(
 
 
 @contextlib.contextmanager
-def started(folder: Path, *words: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def started(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
     """`overnight train` with these words, in a process group of its own."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "overnight", "train", *words],
         cwd=folder,
-        env=os.environ | environment,
         text=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -142,92 +119,75 @@ def started(folder: Path, *words: str, **environment: str) -> Iterator[subproces
         process.communicate()
 
 
-def ended(process: subprocess.Popen[str], seconds: float = 250) -> tuple[int, str]:
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     """The exit status and standard error."""
-    message = process.communicate(timeout=seconds)[1]
+    message = process.communicate(timeout=250)[1]
     return process.returncode, message
 
 
-def finish(folder: Path, *words: str) -> dict[str, Any]:
-    """The record of the run after its resumption."""
-    with started(folder, "--resume", "runs/small", *words) as process:
-        status, said = ended(process)
-    assert status == 0, said
-    return record(RunDirectory(folder / "runs/small"))
+@pytest.fixture
+def finish(folder: Path, record: Any) -> Callable[[], dict[str, Any]]:
+    """Resumes the run; returns its record."""
+
+    def resume() -> dict[str, Any]:
+        with started(folder, "--resume", "runs/small") as process:
+            status, message = ended(process)
+        assert status == 0, message
+        return record(folder / "runs/small")
+
+    return resume
 
 
 def process_of(rank: int, parent: int) -> int:
     """The id of the process of `rank` that `parent` started."""
-    return next(
-        int(status.parent.name)
-        for status in Path("/proc").glob("[0-9]*/stat")
-        if is_child(status, parent) and f"RANK={rank}".encode() in environment_of(status.parent)
-    )
-
-
-def is_child(status: Path, parent: int) -> bool:
-    with contextlib.suppress(OSError):
-        return status.read_text().rpartition(")")[2].split()[1] == str(parent)
-    return False
-
-
-def environment_of(process: Path) -> list[bytes]:
-    with contextlib.suppress(OSError):
-        return (process / "environ").read_bytes().split(b"\0")
-    return []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_child = (process / "stat").read_text().rpartition(")")[2].split()[1] == str(parent)
+            if is_child and f"RANK={rank}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                return int(process.name)
+    raise AssertionError(f"{parent} has no process of rank {rank}")
 
 
 def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 250) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "the condition was never met"
-        time.sleep(0.002)
-
-
 def reach(folder: Path, process: subprocess.Popen[str], lines: int) -> None:
     """Return after `lines` steps."""
-    metrics = folder / "runs/small/metrics.jsonl"
-    wait_for(lambda: process.poll() is not None or count_lines(metrics) >= lines)
-    assert process.poll() is None, ended(process)
-
-
-@linux
-@distributed
-@pytest.mark.parametrize("seed", range(5))
-def test_killed_process_is_restarted(folder: Path, whole: dict[str, Any], seed: int) -> None:
-    draw = random.Random(seed)
-    rank, lines = draw.randrange(2), draw.randrange(1, 16)
-    with started(folder, "small.toml", "--processes", "2", "--max-restarts", "1") as process:
-        reach(folder, process, lines)
-        os.kill(process_of(rank, process.pid), signal.SIGKILL)
-        status, message = ended(process)
-    assert status == 0, message
-    assert record(RunDirectory(folder / "runs/small")) == whole
+    until = time.monotonic() + 250
+    while count_lines(folder / "runs/small/metrics.jsonl") < lines:
+        assert process.poll() is None, ended(process)
+        assert time.monotonic() < until, "the steps were never done"
+        time.sleep(0.002)
 
 
 @linux
 @distributed
 @pytest.mark.parametrize("rank", [0, 1])
-def test_killed_process_without_restarts_is_named(folder: Path, whole: dict[str, Any], rank: int) -> None:
-    with started(folder, "small.toml", "--processes", "2") as process:
+@pytest.mark.parametrize("restarts", [1, 0])
+def test_killed_process_is_restarted_or_named(
+    folder: Path, whole: dict[str, Any], record: Any, finish: Any, rank: int, restarts: int
+) -> None:
+    words = ("small.toml", "--processes", "2", "--max-restarts", str(restarts))
+    with started(folder, *words) as process:
         reach(folder, process, 7)
         os.kill(process_of(rank, process.pid), signal.SIGKILL)
         status, message = ended(process)
-    assert status == 1
-    assert f"rank {rank} failed (signal 9)" in message
-    assert "--resume runs/small" in message
     assert "Traceback" not in message
-    assert finish(folder) == whole
+    if restarts:
+        assert status == 0, message
+        assert record(folder / "runs/small") == whole
+    else:
+        assert status == 1
+        assert f"rank {rank} failed (signal 9)" in message
+        assert "--resume runs/small" in message
+        assert finish() == whole
 
 
 @linux
 @distributed
 @pytest.mark.parametrize("whom", ["rank 0", "rank 1", "the command", "the terminal"])
-def test_signal_to_anyone_saves_all(folder: Path, whole: dict[str, Any], whom: str) -> None:
+def test_signal_to_anyone_saves_all(folder: Path, whole: dict[str, Any], finish: Any, whom: str) -> None:
     with started(folder, "small.toml", "--processes", "2") as process:
         reach(folder, process, 7)
         if whom.startswith("rank"):
@@ -242,33 +202,20 @@ def test_signal_to_anyone_saves_all(folder: Path, whole: dict[str, Any], whom: s
     assert "--resume runs/small" in message
     saved = max((folder / "runs/small/checkpoints").glob("step-*"))
     assert int(saved.name[5:]) == count_lines(folder / "runs/small/metrics.jsonl") < 20
-    assert finish(folder) == whole
+    assert finish() == whole
 
 
 @linux
 @distributed
-@pytest.mark.parametrize("is_stopped", [False, True], ids=["asleep", "SIGSTOP"])
-def test_frozen_process_ends_the_command(folder: Path, whole: dict[str, Any], is_stopped: bool) -> None:
+def test_stopped_process_ends_the_command(folder: Path, whole: dict[str, Any], finish: Any) -> None:
     """A process that the system has stopped can't print its stack; the others do."""
-    (folder / "site").mkdir()
-    (folder / "site/sitecustomize.py").write_text("" if is_stopped else SITE)
-    words = ("small.toml", "--processes", "2", "--timeout-seconds", "4")
-    with started(folder, *words, PYTHONPATH=python_path(folder / "site")) as process:
+    with started(folder, "small.toml", "--processes", "2", "--timeout-seconds", "4") as process:
         reach(folder, process, 7)
-        if is_stopped:
-            os.kill(process_of(1, process.pid), signal.SIGSTOP)
+        os.kill(process_of(1, process.pid), signal.SIGSTOP)
         status, message = ended(process)
     assert status == FROZEN
     assert "rank 0 made no progress for 4 s" in message
-    if not is_stopped:
-        assert "rank 1 made no progress for 4 s" in message
-        assert "in all_gather_object" in message, "where rank 0 waits"
-        assert "in watch" in message, "where rank 1 sleeps"
-    assert finish(folder) == whole
-
-
-def python_path(folder: Path) -> str:
-    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    assert finish() == whole
 
 
 @distributed

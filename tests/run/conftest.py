@@ -13,10 +13,10 @@ import pytest
 
 from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig, read_recipe_of
-from overnight.run import train as train_module
+from overnight.run import train
 from overnight.run_directory import RunDirectory
 from overnight.training import ComputeConfig, OptimizerConfig
 from overnight.training.batch import BatchConfig
@@ -36,7 +36,7 @@ def prepared(tmp_path_factory):
     for number in range(40):
         (root / f"{number:02}.txt").write_text(LINES[number * 37 : number * 37 + 150])
     folder = root / "shards"
-    prepare(
+    prepare_shards(
         PrepareConfig(
             source=str(root),
             out=str(folder),
@@ -74,7 +74,7 @@ def recipe(prepared):
 def finished_run(recipe, tmp_path_factory):
     """`recipe()` trained to its end without interruption. Do not change it; see `copied_run`."""
     directory = RunDirectory(tmp_path_factory.mktemp("finished") / "run")
-    train_module.train(recipe(), directory)
+    train.train_recipe(recipe(), directory)
     return directory
 
 
@@ -114,7 +114,7 @@ def fingerprint(metrics_of):
 @pytest.fixture
 def stop_after(monkeypatch):
     """`stop_after(steps)`: the next run gets SIGTERM once it has done that many steps, and not again."""
-    must_stop = train_module.must_stop
+    must_stop = train.must_stop
 
     def stop_after(steps):
         asked = itertools.count()  # before every step
@@ -124,7 +124,7 @@ def stop_after(monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
             return must_stop(*given)
 
-        monkeypatch.setattr(train_module, "must_stop", signalled)
+        monkeypatch.setattr(train, "must_stop", signalled)
 
     return stop_after
 
@@ -138,9 +138,9 @@ def train_to(stop_after, tmp_path):
         for number, steps in enumerate(stops):
             stop_after(steps)
             with pytest.raises(KeyboardInterrupt):
-                train_module.train(recipe, directory, resume=number > 0)
+                train.train_recipe(recipe, directory, resume=number > 0)
             recipe = read_recipe_of(directory.path)
-        train_module.train(recipe, directory, resume=bool(stops))
+        train.train_recipe(recipe, directory, resume=bool(stops))
         return directory
 
     return run
@@ -149,7 +149,7 @@ def train_to(stop_after, tmp_path):
 @pytest.fixture
 def overflow_at(monkeypatch):
     """Makes the loss infinite at some steps, counted from 0, as float16 does now and then."""
-    train_step = train_module.train_step
+    train_step = train.train_step
 
     def overflow_at(steps):
         def step(state, setup):
@@ -159,6 +159,6 @@ def overflow_at(monkeypatch):
             loss: Any = infinite if state.step in steps else setup.loss
             return train_step(state, dataclasses.replace(setup, loss=loss))
 
-        monkeypatch.setattr(train_module, "train_step", step)
+        monkeypatch.setattr(train, "train_step", step)
 
     return overflow_at

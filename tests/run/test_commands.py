@@ -160,7 +160,6 @@ def call(line: str) -> tuple[int, str, str]:
 
 def normalise(text: str, place: Path) -> str:
     """Without the place, dates, numbers and their units; lines wrapped to the width are joined."""
-    text = text.replace(sysconfig.get_path("scripts"), "BIN")
     text = text.replace(f"{place.resolve()}/", "").replace(f"{place}/", "").replace(str(place), ".")
     text = re.sub(r"\d{4}-\d\d-\d\d[T \d:+]*|\w{3} \d+ \w{3} \d{4} \d\d:\d\d", "DATE", text)
     text = re.sub(r"(?<![\w-])\d[\d,]*(\.\d+)?(e[+-]?\d+)?[kMx]?(?![\w-])", "N", text)
@@ -210,6 +209,7 @@ def test_command_prints_golden_text(name: str, made: tuple[Path, dict], pytestco
     status, out, err = printed[name] if name in MADE_BEFORE else call(COMMANDS[name])
     assert status == (1 if name == "doctor" else 0), err
     job = (folder / "job.sbatch").read_text() if name == "launch" else ""
+    job = job.replace(sysconfig.get_path("scripts"), "BIN")
     text = f"$ overnight {COMMANDS[name]}\n{normalise(out, folder)}[stderr]\n{normalise(err, folder)}{job}"
     check(GOLDEN / f"{name}.txt", text, update=pytestconfig.getoption("--golden-update"))
 

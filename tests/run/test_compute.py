@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from overnight.recipe import read_recipe_of, with_settings
 from overnight.run import setup
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.training.checkpoint.format import list_checkpoints
 
@@ -42,7 +42,7 @@ def test_micro_batch_is_halved_until_it_fits(recipe, train_to, fingerprint, monk
 def test_nothing_is_written_if_no_row_fits(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "fits", lambda state, training: False)
     with pytest.raises(ValueError, match="--activation-checkpointing"):
-        train(recipe(), RunDirectory(tmp_path / "none"))
+        train_recipe(recipe(), RunDirectory(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
@@ -52,7 +52,7 @@ def test_evaluation_samples_and_checkpoints_recompile_nothing(recipe, tmp_path):
     counters.clear()
     often = {"evaluate_every_steps": 2, "sample_every_steps": 2}
     small = with_settings(recipe(), n_layer=1, compile=True, **often)  # one layer compiles in half the time
-    train(small, RunDirectory(tmp_path / "compiled"))
+    train_recipe(small, RunDirectory(tmp_path / "compiled"))
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["recompile_limit"]
     torch.compile(lambda x: 2 * x, dynamic=False, fullgraph=True, backend="eager")(torch.ones(2))

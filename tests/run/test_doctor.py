@@ -7,7 +7,7 @@ import json
 import pkgutil
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial, reduce
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,12 +24,13 @@ from overnight.config import to_toml
 from overnight.data import DataConfig, loader
 from overnight.data.shards import (
     HEADER_BYTES,
+    SPLITS,
     load_prepared_tokenizer,
     read_manifest,
     write_manifest,
     write_split,
 )
-from overnight.doctor import CHECKS, DATA_CHECKS, DoctorConfig, step_checks
+from overnight.doctor import CHECKS, DATA_CHECKS, DoctorConfig, data_checks, step_checks
 from overnight.doctor.check import CheckResult
 from overnight.doctor.command import check_recipe, run
 from overnight.doctor.context import DoctorContext
@@ -37,7 +38,7 @@ from overnight.inspection.statistics import documents_of, shard_spans
 from overnight.model import gpt, loss
 from overnight.recipe import Recipe
 from overnight.tokenizer.characters import Characters
-from overnight.training import ComputeConfig, OptimizerConfig, sharding
+from overnight.training import ComputeConfig, OptimizerConfig
 from overnight.training.checkpoint import save
 from overnight.training.schedule import ScheduleConfig
 
@@ -46,21 +47,31 @@ FAST = tuple(name for name in CHECKS if name not in SLOW)
 BF16 = ComputeConfig(device="cpu", precision="bf16", compile=False)
 Results = dict[str, CheckResult]
 Check = Callable[..., Results]
+Open = Callable[..., DoctorContext]
+Sabotage = Callable[[Any], Any]
 Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture
-def check(recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: Patch) -> Check:
-    """Does the checks of a small recipe, all but the slow ones unless they are named."""
+def open_context(recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: Patch) -> Open:
+    """Opens a small recipe with these changes, and options of the command."""
     monkeypatch.chdir(tmp_path)
 
-    def check(*only: str, options: dict[str, Any] | None = None, **changes: object) -> Results:
-        scratch = tmp_path / "scratch"
-        scratch.mkdir()
+    def open_context(options: dict[str, Any] | None = None, **changes: object) -> DoctorContext:
+        (tmp_path / "scratch").mkdir()
         (tmp_path / "small.toml").write_text(to_toml(recipe(**changes)))
         config = DoctorConfig(**vars(recipe(**changes)), **(options or {}))
-        context = DoctorContext(config, "small.toml", scratch)
-        return {result.name: result for result in check_recipe(context, only or FAST)}
+        return DoctorContext(config, "small.toml", tmp_path / "scratch")
+
+    return open_context
+
+
+@pytest.fixture
+def check(open_context: Open) -> Check:
+    """Does the checks of a small recipe, all but the slow ones unless they are named."""
+
+    def check(*only: str, **changes: Any) -> Results:
+        return {result.name: result for result in check_recipe(open_context(**changes), only or FAST)}
 
     return check
 
@@ -78,25 +89,22 @@ def cause(found: Results, name: str) -> str:
 
 
 def test_doctor_passes_a_sound_recipe(
-    recipe: Callable[..., Recipe],
-    tmp_path: Path,
-    monkeypatch: Patch,
-    capsys: pytest.CaptureFixture[str],
+    open_context: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All checks but compilation; and random state, threads and files are as before.
 
     Not through the command line: tyro, which parses it, draws from Python's random state.
     """
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "small.toml").write_text(to_toml(recipe(compute=BF16)))
+    config = open_context(compute=BF16).config
     benchmark = tmp_path / "elsewhere.txt"
     benchmark.write_text("thirteen words in a row that surely nobody has written before in any text")
     random.seed(1)
     torch.manual_seed(1)
     before = random.getstate(), torch.get_rng_state(), torch.get_num_threads()
     files = {*tmp_path.rglob("*")}
-    longer = recipe(compute=BF16, schedule=ScheduleConfig(total_steps=20, warmup_steps=3))
-    assert run(DoctorConfig(**vars(longer), benchmarks=(str(benchmark),)), "small.toml") == 0
+    longer = ScheduleConfig(total_steps=20, warmup_steps=3)
+    config = dataclasses.replace(config, schedule=longer, benchmarks=(str(benchmark),))
+    assert run(config, "small.toml") == 0
     captured = capsys.readouterr()
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
@@ -113,28 +121,16 @@ def test_doctor_passes_a_sound_recipe(
     assert lines[-1] == "next: overnight train small.toml --total-steps 20"
 
 
-def test_json_has_every_figure(
-    recipe: Callable[..., Recipe],
-    tmp_path: Path,
-    monkeypatch: Patch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "small.toml").write_text(to_toml(recipe()))
+def test_json_has_the_chosen_checks(open_context: Open, capsys: pytest.CaptureFixture[str]) -> None:
+    open_context()  # writes small.toml
     words = ["--only", "gradients", "learning-rate", "precision", "--peak-learning-rate=7", "--json"]
     assert main(["doctor", "small.toml", *words]) == 1
     captured = capsys.readouterr()
     found = json.loads(captured.out)
-    assert found["passed"] is False
-    assert found["recipe"] == "small.toml"
     results = {result["name"]: result["passed"] for result in found["checks"]}
     assert results == {"gradients": True, "precision": None, "learning-rate": False}
-    (rate,) = (result for result in found["checks"] if result["name"] == "learning-rate")
-    assert rate["figures"]["peak"] == 7
-    assert "peak_learning_rate" in rate["cause"]
-    assert captured.err.splitlines()[-1].endswith(
-        "learning-rate, then: overnight doctor small.toml --peak-learning-rate 7.0"
-    )
+    assert found["checks"][-1]["figures"]["peak"] == 7
+    assert captured.err.endswith("overnight doctor small.toml --peak-learning-rate 7.0\n")
 
 
 @pytest.mark.slow
@@ -147,63 +143,58 @@ def test_compiled_step_is_compared(check: Check) -> None:
 # Sabotaged code: functions from the code to what takes its place.
 
 
-def freeze_a_parameter(build: Any) -> Any:
-    def build_frozen(*given: Any) -> gpt.GPT:
-        model: gpt.GPT = build(*given)
-        model.h[1].ln_2.bias.requires_grad = False
-        return model
+def then(change: Callable[..., object]) -> Sabotage:
+    """Calls the code, and then `change` with its result and its arguments."""
 
-    return build_frozen
+    def sabotage(code: Any) -> Any:
+        def sabotaged(*given: Any) -> Any:
+            result = code(*given)
+            change(result, *given)
+            return result
 
-
-def forget_a_parameter(build: Any) -> Any:
-    def build_forgetful(*given: Any) -> torch.optim.AdamW:
-        optimizer: torch.optim.AdamW = build(*given)
-        del optimizer.param_groups[0]["params"][0]
-        return optimizer
-
-    return build_forgetful
-
-
-def detached(block: Any, x: Tensor, cache: Any = None, document: Any = None) -> Tensor:
-    x = x + block.attn(block.ln_1(x), cache, document).detach()
-    return x + block.mlp(block.ln_2(x))
-
-
-def scale_gradients(factor: Callable[[int], float]) -> Callable[[Any], Any]:
-    def sabotage(reduce: Any) -> Any:
-        def reduce_scaled(self: sharding.Replicated, nats: Tensor, number: int, count: int) -> Tensor:
-            total: Tensor = reduce(self, nats, number, count)
-            for parameter in self.parameters if number == count - 1 else ():
-                parameter.grad *= factor(count)
-            return total
-
-        return reduce_scaled
+        return sabotaged
 
     return sabotage
 
 
-def save_in_bfloat16(weights: Any) -> Any:
-    def rounded(*given: Any) -> Iterator[tuple[str, Any]]:
-        for name, piece in weights(*given):
-            yield name, piece._replace(rows=piece.rows.bfloat16().float())
-
-    return rounded
+def freeze_a_parameter(model: gpt.GPT, *_given: Any) -> None:
+    model.h[1].ln_2.bias.requires_grad = False
 
 
-def forget_the_step(load: Any) -> Any:
-    def load_without(state: Any, *given: Any) -> None:
-        load(state, *given)
-        state.step = 0
+def forget_a_parameter(optimizer: torch.optim.AdamW, *_given: Any) -> None:
+    del optimizer.param_groups[0]["params"][0]
 
-    return load_without
+
+def forget_the_step(_: None, state: Any, *_given: Any) -> None:
+    state.step = 0
+
+
+def divide_again(_: Tensor, sharing: Any, _nats: Tensor, number: int, count: int) -> None:
+    for parameter in sharing.parameters if number == count - 1 else ():
+        parameter.grad /= count
+
+
+def multiply_again(_: Tensor, sharing: Any, _nats: Tensor, number: int, count: int) -> None:
+    for parameter in sharing.parameters if number == count - 1 else ():
+        parameter.grad *= count
+
+
+def detach_attention(_forward: Any) -> Any:
+    def forward(block: Any, x: Tensor, cache: Any = None, document: Any = None) -> Tensor:
+        x = x + block.attn(block.ln_1(x), cache, document).detach()
+        return x + block.mlp(block.ln_2(x))
+
+    return forward
 
 
 def let_the_future_through(attend: Any) -> Any:
-    def attend_to_all(*given: Any, is_causal: bool = False, **how: Any) -> Any:
-        return attend(*given, **how)
+    return lambda *given, **options: attend(*given, **{**options, "is_causal": False})
 
-    return attend_to_all
+
+def save_in_bfloat16(weights: Any) -> Any:
+    return lambda *given: (
+        (name, piece._replace(rows=piece.rows.bfloat16().float())) for name, piece in weights(*given)
+    )
 
 
 def update_nothing(step_if: Any) -> Any:
@@ -219,34 +210,31 @@ def decay_too_slowly(multiplier: Any) -> Any:
 
 
 def predict_the_same_id(batch: Any) -> Any:
-    def unshifted(*given: Any) -> loader.Batch:
-        ids = batch(*given).ids
-        return loader.Batch(ids, ids)
-
-    return unshifted
+    return lambda *given: loader.Batch(batch(*given).ids, batch(*given).ids)
 
 
+FREEZE = ("run.setup.build_sharded_model", then(freeze_a_parameter))
 FULL_DISK = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=1000))
 REDUCE = "training.sharding.Replicated.reduce"
-SABOTAGES: list[tuple[str, Callable[[Any], Any], str, str]] = [
+SABOTAGES: list[tuple[str, Sabotage, str, str]] = [
     ("model.gpt.STANDARD_DEVIATION", lambda _: 0.2, "initial-loss", "standard deviation"),
-    ("run.setup.build_sharded_model", freeze_a_parameter, "gradients", "h.1.ln_2.bias gets no gradient"),
-    ("model.gpt.Block.forward", lambda _: detached, "gradients", "detach()"),
-    ("run.setup.build_sharded_optimizer", forget_a_parameter, "gradients", "wte.weight is in no parameter"),
+    (*FREEZE, "gradients", "h.1.ln_2.bias gets no gradient"),
+    ("model.gpt.Block.forward", detach_attention, "gradients", "detach()"),
+    ("run.setup.build_sharded_optimizer", then(forget_a_parameter), "gradients", "wte.weight is in no"),
     ("model.gpt.F.scaled_dot_product_attention", let_the_future_through, "causality", "attention mask"),
-    (REDUCE, scale_gradients(lambda count: 1 / count), "accumulation", "gradient is 0.25 times"),
-    (REDUCE, scale_gradients(lambda count: count), "accumulation", "gradient is 4 times"),
+    (REDUCE, then(divide_again), "accumulation", "gradient is 0.25 times"),
+    (REDUCE, then(multiply_again), "accumulation", "gradient is 4 times"),
     (REDUCE, lambda _: lambda self, nats, number, count: nats, "accumulation", "(loss differs"),
     ("training.step.step_if", update_nothing, "overfit", "optimizer"),
     ("generation.generate.KVCache.positions", shift_positions, "generation", "position is off by one"),
-    (
-        "training.checkpoint.save._moments",
-        lambda _: lambda *given: iter(()),
-        "checkpoint",
-        "lost AdamW's",
-    ),
+    ("training.checkpoint.save._moments", lambda _: lambda *given: (), "checkpoint", "lost AdamW's exp_avg"),
     ("training.checkpoint.save._weights", save_in_bfloat16, "checkpoint", "weights wte.weight differ by"),
-    ("training.checkpoint.load.load_checkpoint", forget_the_step, "checkpoint", "step is 0 instead of 2"),
+    (
+        "training.checkpoint.load.load_checkpoint",
+        then(forget_the_step),
+        "checkpoint",
+        "step is 0 instead of 2",
+    ),
     ("data.loader.TokenStream.batch", predict_the_same_id, "rows", "targets are not the next ids"),
     ("training.schedule.learning_rate_multiplier", decay_too_slowly, "schedule", "decay"),
     ("planning.command.shutil", lambda _: FULL_DISK, "disk", "disk"),
@@ -254,13 +242,13 @@ SABOTAGES: list[tuple[str, Callable[[Any], Any], str, str]] = [
 ]
 
 
-def sabotage(patch: Patch, target: str, change: Callable[[Any], Any]) -> None:
+def sabotage(patch: Patch, target: str, change: Sabotage) -> None:
     patch.setattr(f"overnight.{target}", change(pkgutil.resolve_name(f"overnight.{target}")))
 
 
 @pytest.mark.parametrize("target, change, name, words", SABOTAGES)
 def test_sabotaged_code_is_found(
-    target: str, change: Callable[[Any], Any], name: str, words: str, check: Check, monkeypatch: Patch
+    target: str, change: Sabotage, name: str, words: str, check: Check, monkeypatch: Patch
 ) -> None:
     sabotage(monkeypatch, target, change)
     found = check()
@@ -271,7 +259,7 @@ def test_sabotaged_code_is_found(
 
 
 def test_checks_that_need_gradients_are_skipped_without(check: Check, monkeypatch: Patch) -> None:
-    sabotage(monkeypatch, "run.setup.build_sharded_model", freeze_a_parameter)
+    sabotage(monkeypatch, *FREEZE)
     found = check("gradients", "overfit", "accumulation")
     for name in ("overfit", "accumulation"):
         assert found[name].passed is None
@@ -329,16 +317,12 @@ def test_check_that_raises_does_not_stop_the_others(check: Check, monkeypatch: P
 
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_tiny_run_reads_the_recipe_s_text_if_it_can(
-    is_damaged: bool, recipe: Callable[..., Recipe], prepared: Path, tmp_path: Path, monkeypatch: Patch
+    is_damaged: bool, open_context: Open, prepared: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "copy"
-    shutil.copytree(prepared, folder)
+    folder = shutil.copytree(prepared, tmp_path / "copy")
     if is_damaged:
         shutil.rmtree(folder / "tokenizer")
-    (tmp_path / "small.toml").write_text(to_toml(recipe()))
-    config = DoctorConfig(**vars(recipe(data=DataConfig(data=str(folder)))))
-    tiny = DoctorContext(config, "small.toml", tmp_path).tiny_run
+    tiny = open_context(data=DataConfig(data=str(folder))).tiny_run
     assert ("made-up text" in tiny.reductions) is is_damaged
     text = tiny.build().dataset.tokenizer.decode(tiny.build().training.data.batch(0, 2).ids[0].tolist())
     assert ("small text" in text) is not is_damaged
@@ -364,20 +348,20 @@ def test_unlikely_setting_is_found(changes: Any, name: str, words: str, check: C
 # Damaged text.
 
 
-Split = list[np.ndarray[Any, Any]]
-
-
-def rewrite(folder: Path, out: Path, change: Callable[[Split, Split], None]) -> Path:
-    """The documents of a prepared folder, changed, with a manifest that matches them."""
+def rewrite(folder: Path, out: Path, change: Callable[[Any], Any] = np.copy, shared: int = 0) -> Path:
+    """The documents of a prepared folder, each changed, with a manifest that matches them."""
     manifest = read_manifest(folder)
     train, validation = (
-        [np.concatenate(pieces) for pieces in documents_of(shard_spans(folder, manifest, split, None))]
-        for split in ("train", "validation")
+        [
+            change(np.concatenate(pieces))
+            for pieces in documents_of(shard_spans(folder, manifest, split, None))
+        ]
+        for split in SPLITS
     )
-    change(train, validation)
+    train += validation[:shared]
     out.mkdir()
     shards = {}
-    for split, documents in (("train", train), ("validation", validation)):
+    for split, documents in zip(SPLITS, (train, validation), strict=True):
         written = [(ids, ids.size) for ids in documents]
         shards[split] = write_split(out, split, written, manifest.vocab_size, 1500)
     shutil.copytree(folder / "tokenizer", out / "tokenizer")
@@ -385,28 +369,13 @@ def rewrite(folder: Path, out: Path, change: Callable[[Split, Split], None]) -> 
     return out
 
 
-def drop_separators(train: Split, validation: Split) -> None:
-    for split in (train, validation):
-        split[:] = [ids[1:] for ids in split]
+def double_separator(ids: Any) -> Any:
+    return np.concatenate([ids[:1], ids])
 
 
-def move_separators(train: Split, validation: Split) -> None:
-    for split in (train, validation):
-        split[:] = [np.roll(ids, -1) for ids in split]
-
-
-def double_separators(train: Split, validation: Split) -> None:
-    train[:] = [np.concatenate([ids[:1], ids]) for ids in train]
-
-
-def share_a_document(train: Split, validation: Split) -> None:
-    train.append(validation[2])
-
-
-def shift_ids(train: Split, validation: Split) -> None:
+def shift_ids(ids: Any) -> Any:
     """Other ids, as if another tokenizer had written them."""
-    for split in (train, validation):
-        split[:] = [np.concatenate([ids[:1], (ids[1:] + 200) % 256]) for ids in split]
+    return np.concatenate([ids[:1], (ids[1:] + 200) % 256])
 
 
 def flip_a_bit(folder: Path, out: Path) -> Path:
@@ -427,11 +396,11 @@ def exchange_tokenizer(folder: Path, out: Path) -> Path:
 @pytest.mark.parametrize(
     "damage, names, words",
     [
-        (partial(rewrite, change=lambda train, validation: None), set(), ""),  # the negative control
-        (partial(rewrite, change=drop_separators), {"boundaries"}, "has 0 end-of-text ids for its"),
-        (partial(rewrite, change=move_separators), {"boundaries"}, "train-00000.bin does not begin with"),
-        (partial(rewrite, change=double_separators), {"boundaries"}, "two end-of-text ids in a row"),
-        (partial(rewrite, change=share_a_document), {"disjoint"}, "1 held-out documents are in the training"),
+        (rewrite, set(), ""),  # the negative control
+        (partial(rewrite, change=lambda ids: ids[1:]), {"boundaries"}, "has 0 end-of-text ids for its"),
+        (partial(rewrite, change=lambda ids: np.roll(ids, -1)), {"boundaries"}, "does not begin with"),
+        (partial(rewrite, change=double_separator), {"boundaries"}, "two end-of-text ids in a row"),
+        (partial(rewrite, shared=1), {"disjoint"}, "1 held-out documents are in the training"),
         (partial(rewrite, change=shift_ids), {"tokenizer"}, "written with another one"),
         (exchange_tokenizer, {"tokenizer"}, "tokenizer"),
         (flip_a_bit, {"shards"}, "train-00000.bin"),
@@ -451,6 +420,15 @@ def test_damaged_text_is_found(
 
 
 @pytest.mark.parametrize("full", [False, True])
+def test_long_text_is_sampled_unless_full(full: bool, check: Check, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(data_checks, "READ_TOKENS", 2000)
+    found = check(*DATA_CHECKS, options={"full": full})
+    assert failed(found) == set()
+    assert (" of " in found["shards"].measured) is not full
+    assert (found["disjoint"].figures["train_documents"] < 20) is not full
+
+
+@pytest.mark.parametrize("full", [False, True])
 def test_contaminated_text_is_found(full: bool, check: Check, prepared: Path, tmp_path: Path) -> None:
     manifest = read_manifest(prepared)
     tokenizer = load_prepared_tokenizer(prepared)
@@ -464,11 +442,10 @@ def test_contaminated_text_is_found(full: bool, check: Check, prepared: Path, tm
 
 def test_missing_text_is_reported_with_its_command(check: Check, recipe: Callable[..., Recipe]) -> None:
     """The model is tried all the same, on made-up text."""
-    sizes = dataclasses.replace(recipe().model, vocab_size=300)
     found = check(
         *("shards", "boundaries", "initial-loss", "gradients"),
         data=DataConfig(data="data/fineweb-edu"),
-        model=sizes,
+        model=dataclasses.replace(recipe().model, vocab_size=300),
     )
     assert found["shards"].passed is None
     assert "overnight prepare fineweb-edu" in found["shards"].cause
@@ -494,24 +471,17 @@ def test_small_text_is_prepared(check: Check, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        (["small.toml", "--baseline", "no-such-model"], "no-such-model"),
-        (["small.toml", "--data", "no/such/folder"], "no/such/folder"),
-        (["small.toml", "--n-head", "3"], "n_head=3"),
+        (("--baseline", "no-such-model"), "no-such-model"),
+        (("--data", "no/such/folder"), "no/such/folder"),
+        (("--n-head", "3"), "n_head=3"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) and value else None,
 )
 def test_wrong_use_is_one_sentence(
-    words: list[str],
-    complaint: str,
-    recipe: Callable[..., Recipe],
-    tmp_path: Path,
-    monkeypatch: Patch,
-    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, str], complaint: str, open_context: Open, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "small.toml").write_text(to_toml(recipe()))
-    assert main(["doctor", *words]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said
-    assert "Traceback" not in said
-    assert not (tmp_path / "runs").exists()
+    open_context()  # writes small.toml
+    assert main(["doctor", "small.toml", *words]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert "Traceback" not in error
+    assert not Path("runs").exists()

@@ -15,7 +15,7 @@ from overnight.config import flat_names, to_toml
 from overnight.data.shards import Manifest
 from overnight.recipe import RESUME_MUTABLE, Recipe, flatten, read_recipe_of, with_settings
 from overnight.run import resume
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 from overnight.training.checkpoint.format import file_digest, list_checkpoints, manifest
@@ -57,7 +57,7 @@ COMPARED_ONLY = {"compile": True, "processes": 2, "tasks": ("hellaswag",), "trac
 def begun(recipe, tmp_path_factory):
     """A run of four steps. Do not change it."""
     directory = RunDirectory(tmp_path_factory.mktemp("begun") / "run")
-    train(with_settings(recipe(), total_steps=4), directory)
+    train_recipe(with_settings(recipe(), total_steps=4), directory)
     return directory
 
 
@@ -84,7 +84,7 @@ def refusal(directory: RunDirectory, recipe: Recipe | None = None) -> str:
     """The sentence with which resuming is refused; nothing of the run was changed by then."""
     before = contents(directory)
     with pytest.raises(ValueError, match=".") as error:
-        train(recipe or read_recipe_of(directory.path), directory, resume=True)
+        train_recipe(recipe or read_recipe_of(directory.path), directory, resume=True)
     assert "\n" not in str(error.value)
     assert contents(directory) == before
     return str(error.value)
@@ -111,7 +111,7 @@ def test_changed_frozen_setting_is_named(directory, name):
 @pytest.mark.parametrize("name", sorted(RESUME_MUTABLE & set(OTHERWISE)))
 def test_mutable_setting_may_change(directory, name):
     changes = {"total_steps": 5, name: OTHERWISE[name]}
-    train(with_settings(read_recipe_of(directory.path), **changes), directory, resume=True)
+    train_recipe(with_settings(read_recipe_of(directory.path), **changes), directory, resume=True)
     steps = [line["step"] for line in directory.read_metrics()]
     assert steps == list(range(1, 7 if name == "total_steps" else 6))
 
@@ -130,7 +130,7 @@ def test_mutable_setting_is_accepted_by_comparison(directory, name):
 
 def test_total_tokens_may_replace_total_steps(directory):
     before = read_recipe_of(directory.path)
-    train(with_settings(before, total_tokens=5 * before.batch.tokens_per_step), directory, resume=True)
+    train_recipe(with_settings(before, total_tokens=5 * before.batch.tokens_per_step), directory, resume=True)
     assert directory.is_finished(5)
 
 
@@ -138,7 +138,7 @@ def test_wrongly_mutable_setting_would_go_unnoticed(directory, monkeypatch):
     """The negative control of the list of settings."""
     monkeypatch.setattr(recipe_module, "RESUME_MUTABLE", RESUME_MUTABLE | {"weight_decay"})
     recipe = with_settings(read_recipe_of(directory.path), total_steps=5, weight_decay=0.7)
-    train(recipe, directory, resume=True)
+    train_recipe(recipe, directory, resume=True)
     assert directory.is_finished(5)
 
 
@@ -147,7 +147,7 @@ def test_edited_recipe_would_go_unnoticed_without_the_checkpoint_s_record(direct
     edited = with_settings(read_recipe_of(directory.path), weight_decay=0.7)
     directory.recipe.write_text(to_toml(edited))
     monkeypatch.setattr(resume, "check_settings", lambda *_: None)
-    train(with_settings(edited, total_steps=5), directory, resume=True)
+    train_recipe(with_settings(edited, total_steps=5), directory, resume=True)
     assert directory.is_finished(5)
 
 
@@ -172,7 +172,7 @@ def test_another_tokenizer_in_the_run_is_refused_and_a_missing_one_written(direc
     (directory.tokenizer / "tokenizer.json").write_text("{}")
     assert str(directory.tokenizer) in refusal(directory)
     shutil.rmtree(directory.tokenizer)
-    train(read_recipe_of(directory.path), directory, resume=True)
+    train_recipe(read_recipe_of(directory.path), directory, resume=True)
     assert (directory.tokenizer / "tokenizer.json").is_file()
 
 

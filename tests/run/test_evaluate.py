@@ -23,7 +23,7 @@ from overnight.evaluation import EvaluateConfig, multiple_choice
 from overnight.evaluation import command as evaluation_command
 from overnight.evaluation.results import evaluate_opened, open_evaluated_models
 from overnight.evaluation.tasks import TASKS
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import EvaluationConfig, Recipe
 from overnight.run import train
@@ -41,7 +41,9 @@ def trained(recipe: Build, tmp_path_factory: pytest.TempPathFactory) -> RunDirec
     """A run of two steps in bf16."""
     directory = RunDirectory(tmp_path_factory.mktemp("trained") / "small")
     compute = ComputeConfig(device="cpu", precision="bf16", compile=False)
-    train.train(recipe(compute=compute, schedule=ScheduleConfig(total_steps=2, warmup_steps=0)), directory)
+    train.train_recipe(
+        recipe(compute=compute, schedule=ScheduleConfig(total_steps=2, warmup_steps=0)), directory
+    )
     return directory
 
 
@@ -111,7 +113,9 @@ def test_evaluate_refuses_text_of_other_tokenizer(
 
     def prepare_with(tokenizer: str, name: str) -> str:
         out = str(tmp_path / name)
-        prepare(PrepareConfig(source=str(notes), out=out, tokenizer=tokenizer, validation_fraction=0.3))
+        prepare_shards(
+            PrepareConfig(source=str(notes), out=out, tokenizer=tokenizer, validation_fraction=0.3)
+        )
         return out
 
     other = prepare_with("characters", "other")
@@ -145,7 +149,6 @@ def test_evaluate_validation_and_task_with_baseline(
     config = EvaluateConfig(model=str(trained.path), **{**settings, "baseline": None})
     results = evaluate_opened(open_model(config.model), config)
     assert results.to_dict() == evaluate(trained.path, **{**settings, "baseline": None})
-    assert "hellaswag: 40 questions, chance 0.25" in str(results)
     assert max(map(len, str(results).splitlines())) <= 80
     assert "hellaswag" in results._repr_html_()
 
@@ -190,27 +193,11 @@ def test_interrupted_evaluation_continues(
     assert batches - 100 == rest + 3, "the negative control: a finished evaluation is not cached"
 
 
-INVALID_TASKS = [
-    ({"tasks": ("helaswag",)}, "helaswag .*hellaswag"),
-    ({"tasks": ("piqa",)}, r"piqa_valid\.jsonl.*https://"),
-]
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        *INVALID_TASKS,
-        ({"tasks": ()}, "validation, hellaswag"),
-        ({"baseline": "./other"}, "./other"),
-        ({"examples": 0}, "--examples=0"),
-    ],
-)
-def test_evaluate_refuses_invalid_settings(
-    trained: RunDirectory, files: str, changes: dict[str, Any], message: str
-) -> None:
-    settings: dict[str, Any] = {"model": str(trained.path), "task_files": files, "device": "cpu"}
-    with pytest.raises(ValueError, match=message):
-        evaluation_command.run(EvaluateConfig(**{**settings, **changes}))
+def test_evaluate_needs_a_task_and_a_baseline_that_exists(trained: RunDirectory) -> None:
+    config = EvaluateConfig(model=str(trained.path), device="cpu")
+    for changes, message in (({"tasks": ()}, "validation, hellaswag"), ({"baseline": "./other"}, "./other")):
+        with pytest.raises(ValueError, match=message):
+            evaluation_command.run(dataclasses.replace(config, **changes))
 
 
 def test_evaluate_help_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +236,7 @@ def test_tasks_do_not_change_run(
     tmp_path: Path,
 ) -> None:
     evaluated = RunDirectory(tmp_path / "evaluated")
-    train.train(recipe(evaluation=evaluation(files)), evaluated)
+    train.train_recipe(recipe(evaluation=evaluation(files)), evaluated)
     assert metrics_of(finished_run) == metrics_of(evaluated)
     for kind in ("evaluations", "samples"):
         assert finished_run.read_events(kind) == evaluated.read_events(kind)
@@ -263,7 +250,7 @@ def test_task_lines_match_evaluate_command(
     recipe: Build, files: str, tmp_path: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = RunDirectory(tmp_path / "run")
-    resolved = train.train(recipe(evaluation=evaluation(files, tasks_every_steps=5)), directory)
+    resolved = train.train_recipe(recipe(evaluation=evaluation(files, tasks_every_steps=5)), directory)
     assert "hellaswag accuracy_per_token 0." in capsys.readouterr().err
     lines = directory.read_events("tasks")
     assert [line["step"] for line in lines if line["metric"] == "accuracy"] == [5, 10, 12]
@@ -275,14 +262,15 @@ def test_task_lines_match_evaluate_command(
         assert line["examples"] == each["examples"]
     # A resumed run writes no line twice.
     (directory.checkpoints / "step-00000012").rename(tmp_path / "lost")
-    train.train(resolved.recipe, directory, resume=True)
+    train.train_recipe(resolved.recipe, directory, resume=True)
     assert directory.read_events("tasks") == lines
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        *INVALID_TASKS,
+        ({"tasks": ("helaswag",)}, "helaswag .*hellaswag"),
+        ({"tasks": ("piqa",)}, r"piqa_valid\.jsonl.*https://"),
         ({"tasks": ("validation",)}, "evaluate_every_steps"),
         ({"tasks": ("lm-eval:piqa",)}, "overnight evaluate"),
         ({"task_examples": 0}, "task_examples=0"),
@@ -293,5 +281,5 @@ def test_invalid_tasks_are_refused_before_the_run(
 ) -> None:
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(ValueError, match=message):
-        train.train(recipe(evaluation=evaluation(files, **changes)), directory)
+        train.train_recipe(recipe(evaluation=evaluation(files, **changes)), directory)
     assert not directory.path.exists()

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.run.resume import load_resumed
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.training import OptimizerConfig
 
@@ -76,7 +76,7 @@ def test_run_of_an_earlier_version_is_resumed(golden, tmp_path, monkeypatch):
     assert (recipe.compute.loss, recipe.compute.attention) == ("chunked", "math")
     assert (recipe.batch.batch_ramp_tokens, recipe.guard.spike_sigma) == (640, 6.0)
     assert not recipe.checkpoints.async_checkpoint
-    train(recipe, directory, resume=True)
+    train_recipe(recipe, directory, resume=True)
     lines = directory.read_metrics()
     check(golden, recorded, "losses", [line["loss"] for line in lines])
     check(golden, recorded, "grad_norms", [line["grad_norm"] for line in lines])
@@ -90,7 +90,7 @@ def test_shards_of_an_earlier_version_are_prepared_alike(tmp_path):
     for number in range(12):
         lines = [f"Line {line} is about {(line * 7 + number) % 100}.\n" for line in range(12)]
         (text / f"{number:02}.txt").write_text("".join(lines))
-    prepare(
+    prepare_shards(
         PrepareConfig(
             source=str(text),
             out=str(shards),

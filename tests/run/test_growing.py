@@ -16,10 +16,10 @@ import pytest
 from overnight.data import DataConfig, MixtureSource
 from overnight.data.shards import read_manifest
 from overnight.preparation import prepare as prepare_module
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import EvaluationConfig, Recipe, read_recipe_of
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.training.batch import BatchConfig
 
@@ -69,7 +69,7 @@ def interrupted(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         after_each_wave(patch, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prepare(config)
+            prepare_shards(config)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def begun(early: Recipe, interrupted: None, tmp_path: Path) -> RunDirectory:
     """A run that has used up what the interrupted preparation has published."""
     directory = RunDirectory(tmp_path / "early")
     with pytest.raises(KeyboardInterrupt):
-        train(early, directory)
+        train_recipe(early, directory)
     assert 0 < len(directory.read_metrics()) < 12
     return directory
 
@@ -86,10 +86,10 @@ def test_run_stops_at_the_end_of_the_text_and_resumes_when_there_is_more(
     begun: RunDirectory, early: Recipe, config: PrepareConfig, tmp_path: Path, fingerprint: Fingerprint
 ) -> None:
     assert json.loads(begun.data.read_text())["is_complete"] is False
-    prepare(config)
-    train(read_recipe_of(begun.path), begun, resume=True)
+    prepare_shards(config)
+    train_recipe(read_recipe_of(begun.path), begun, resume=True)
     patient = RunDirectory(tmp_path / "patient")
-    train(early, patient)
+    train_recipe(early, patient)
     assert fingerprint(begun) == fingerprint(patient)
     assert json.loads(begun.data.read_text()) == json.loads(patient.data.read_text())
 
@@ -106,14 +106,14 @@ def test_run_waits_for_a_preparation_at_work(
     published = threading.Event()
     after_each_wave(monkeypatch, lambda: (published.set(), time.sleep(1.5)))
     with ThreadPoolExecutor(1) as threads:
-        preparation = threads.submit(prepare, config)
+        preparation = threads.submit(prepare_shards, config)
         assert published.wait(60)
         directory = RunDirectory(tmp_path / "early")
-        train(early, directory)
+        train_recipe(early, directory)
         preparation.result()
     assert "waiting for the preparation" in capsys.readouterr().err
     patient = RunDirectory(tmp_path / "patient")
-    train(early, patient)
+    train_recipe(early, patient)
     assert fingerprint(directory) == fingerprint(patient)
     recorded = json.loads(directory.data.read_text())["train"]
     shards = [dataclasses.asdict(shard) for shard in read_manifest(Path(config.out or "")).train]
@@ -123,34 +123,23 @@ def test_run_waits_for_a_preparation_at_work(
 def test_resuming_on_other_text_is_refused(begun: RunDirectory, config: PrepareConfig) -> None:
     changed = Path(config.source or "") / "00.jsonl"
     changed.write_text(changed.read_text().replace("Document 1:", "Document one:"))
-    prepare(config)
+    prepare_shards(config)
     with pytest.raises(ValueError, match="is not the data that"):
-        train(read_recipe_of(begun.path), begun, resume=True)
+        train_recipe(read_recipe_of(begun.path), begun, resume=True)
 
 
-@pytest.mark.parametrize(
-    "changes, match",
-    [
-        ({"shuffle_window": None}, "--shuffle-window"),
-        ({"packing": "best-fit"}, "packing=best-fit"),
-        ({"shuffle_window": 0}, "shuffle_window=0"),
-        ({"mixture": ("", "/")}, "mixture must be complete"),
-        ({"evaluation_tokens": None}, "--evaluation-tokens"),
-        ({"evaluation_tokens": 10**6}, "--evaluation-tokens"),
-    ],
-)
 @pytest.mark.usefixtures("interrupted")
-def test_settings_that_need_the_whole_text_are_refused(
-    early: Recipe, tmp_path: Path, changes: dict[str, Any], match: str
-) -> None:
-    if "evaluation_tokens" in changes:
-        wrong = dataclasses.replace(early, evaluation=EvaluationConfig(**changes))
-    else:
-        if "mixture" in changes:
-            paths = [early.data.data + suffix for suffix in changes["mixture"]]
-            sources = tuple(MixtureSource(path=path, weight=1) for path in paths)
-            changes = {"data": "", "mixture": sources}
-        wrong = dataclasses.replace(early, data=dataclasses.replace(early.data, **changes))
-    with pytest.raises(ValueError, match=match):
-        train(wrong, RunDirectory(tmp_path / "run"))
-    assert not (tmp_path / "run" / "recipe.toml").exists()
+def test_settings_that_need_the_whole_text_are_refused(early: Recipe, tmp_path: Path) -> None:
+    sources = tuple(MixtureSource(path=early.data.data + end, weight=1) for end in ("", "/"))
+    for name, changes, match in (
+        ("data", {"shuffle_window": None}, "--shuffle-window"),
+        ("data", {"packing": "best-fit"}, "packing=best-fit"),
+        ("data", {"shuffle_window": 0}, "shuffle_window=0"),
+        ("data", {"data": "", "mixture": sources}, "mixture must be complete"),
+        ("evaluation", {"evaluation_tokens": None}, "--evaluation-tokens"),
+        ("evaluation", {"evaluation_tokens": 10**6}, "--evaluation-tokens"),
+    ):
+        section = dataclasses.replace(getattr(early, name), **changes)
+        with pytest.raises(ValueError, match=match):
+            train_recipe(dataclasses.replace(early, **{name: section}), RunDirectory(tmp_path / "run"))
+        assert not (tmp_path / "run" / "recipe.toml").exists()

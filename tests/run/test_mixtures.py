@@ -15,10 +15,10 @@ from overnight.data import DataConfig, MixtureSource
 from overnight.evaluation import EvaluateConfig
 from overnight.evaluation import command as evaluation_command
 from overnight.planning.estimate import find_token_counts
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import Recipe
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 
 Build = Callable[..., Recipe]
@@ -32,7 +32,9 @@ def prepare_text(root: Path, text: str, tokenizer: str) -> Path:
     for number in range(20):
         (root / f"{number}.txt").write_text(text.format(number=number) * 6)
     folder = root / "shards"
-    prepare(PrepareConfig(source=str(root), out=str(folder), tokenizer=tokenizer, validation_fraction=0.3))
+    prepare_shards(
+        PrepareConfig(source=str(root), out=str(folder), tokenizer=tokenizer, validation_fraction=0.3)
+    )
     return folder
 
 
@@ -120,7 +122,7 @@ def test_wrong_mixture_is_refused(recipe: Build, prepared: Path, tmp_path: Path)
         (mix((prepared, 1), (f"{prepared}/", 1)), f"{prepared} .*sum of the"),
     ):
         with pytest.raises(ValueError, match=match):
-            train(recipe(data=data), RunDirectory(tmp_path / "run"))
+            train_recipe(recipe(data=data), RunDirectory(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
 
@@ -136,7 +138,7 @@ def test_text_at_a_url_trains_the_same_model(
     limit = 2 * max(path.stat().st_size for path in prepared.glob("*.bin"))
     data = DataConfig(data=f"file://{prepared}", cache_bytes=limit)
     remote = RunDirectory(tmp_path / "remote")
-    resolved = train(recipe(data=data), remote)
+    resolved = train_recipe(recipe(data=data), remote)
     assert fingerprint(remote) == fingerprint(finished_run)
     assert (resolved.recipe.data.data, resolved.recipe.data.cache_bytes) == (data.data, limit)
     cached = list((tmp_path / "cache").glob("overnight/shards/*/*.bin"))

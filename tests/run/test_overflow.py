@@ -15,7 +15,7 @@ from overnight.report.compare import comparison_page
 from overnight.report.page import write_report
 from overnight.run import command as run_command
 from overnight.run import log
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.runs import RunsConfig
 from overnight.runs import command as runs_command
@@ -70,13 +70,17 @@ def test_skipped_steps_are_null_and_every_reader_accepts_them(
 
     (events,) = directory.path.rglob("events.out.tfevents.*")
     tracked = EventAccumulator(str(events.parent)).Reload()
-    assert [event.step for event in tracked.Scalars("grad_norm")] == [1, 3]
-    assert [event.step for event in tracked.Scalars("learning_rate")] == [1, 2, 3, 4]
+    for name, known in (("grad_norm", [1, 3]), ("loss", [1, 3]), ("learning_rate", [1, 2, 3, 4])):
+        curve = {event.step: event.value for event in tracked.Scalars(name)}
+        assert curve == {step: pytest.approx(lines[step - 1][name], rel=1e-6) for step in known}
+    evaluations = {line["step"]: line["loss"] for line in directory.read_events("evaluations")}
+    curve = {event.step: event.value for event in tracked.Scalars("validation/loss")}
+    assert curve == pytest.approx(evaluations, rel=1e-6)
 
 
 def test_run_without_overflow_reports_none(small: Recipe, tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
-    train(dataclasses.replace(small, trackers=()), directory)
+    train_recipe(dataclasses.replace(small, trackers=()), directory)
     assert "null" not in directory.metrics.read_text()
     assert "float16 overflow" not in write_report(directory.path).read_text()
 
@@ -88,7 +92,9 @@ def test_both_definitions_of_mfu_are_logged_if_the_peak_is_known(
     directory = RunDirectory(tmp_path / "run")
     model = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=32)
     compute = ComputeConfig(device="cpu", precision="fp32", compile=False, activation_checkpointing="block")
-    resolved = train(recipe(model=model, compute=compute, schedule=ScheduleConfig(total_steps=2)), directory)
+    resolved = train_recipe(
+        recipe(model=model, compute=compute, schedule=ScheduleConfig(total_steps=2)), directory
+    )
     for line in directory.read_metrics():
         speed = line["tokens_per_second"] / 1e9
         assert line["mfu"] == pytest.approx(speed * resolved.model.flops_per_token(), abs=1e-4)

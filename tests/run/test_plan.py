@@ -16,14 +16,9 @@ from overnight.model.model_config import ModelConfig
 from overnight.planning import PlanConfig, measure
 from overnight.planning.command import estimate_plan, plan_recipe
 from overnight.planning.estimate import StepCost
-from overnight.planning.measure import (
-    build_trial,
-    cost_quartiles,
-    measure_step_costs,
-    time_parts,
-)
+from overnight.planning.measure import build_trial, cost_quartiles, measure_step_costs, time_parts
 from overnight.recipe import Recipe, Resolved
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.training.batch import BatchConfig, plan_batches
 from overnight.training.checkpoint.format import list_checkpoints
@@ -58,7 +53,7 @@ def test_plan_counts_what_a_run_does(
     assert plan.forecast is not None
     assert 0 < plan.forecast.seconds < math.inf
     directory = RunDirectory(tmp_path / "runs" / "small")
-    decided = train(planned, directory)
+    decided = train_recipe(planned, directory)
     recipe = dataclasses.replace(plan.resolved.recipe, data=decided.recipe.data)
     assert dataclasses.replace(plan.resolved, recipe=recipe) == decided
     (*_, newest) = list_checkpoints(directory.checkpoints)

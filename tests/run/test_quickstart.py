@@ -54,7 +54,9 @@ def steps() -> list[int]:
 ALL_STEPS = list(range(1, 13))
 
 
-def test_quickstart_trains_and_prints_results(start: Start) -> None:
+def test_quickstart_trains_prints_results_and_is_reused(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     err = start()
     directory = RunDirectory(RUN)
     evaluation, sample = directory.read_events("evaluations")[-1], directory.read_events("samples")[-1]
@@ -68,25 +70,18 @@ def test_quickstart_trains_and_prints_results(start: Start) -> None:
     for name, value in {**bits, "this GPT-2": evaluation["bits_per_byte"]}.items():
         assert re.search(rf"^ +{name} +{value:.3f}(  <-)?$", err, re.MULTILINE), name
     speed = statistics.median(line["tokens_per_second"] for line in directory.read_metrics())
-    for shown in (
-        f"{evaluation['loss']:.4f} nats per token",
-        f"{speed:,.0f} tokens per second",
-        f"{RUN}/report.html",
-    ):
+    for shown in (f"{evaluation['loss']:.4f} nats", f"{speed:,.0f} tokens per second", f"{RUN}/report.html"):
         assert shown in err
     assert "".join((sample["prompt"] + sample["completion"]).split())[:8] in "".join(err.split())
     assert (RUN / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert err.splitlines()[-1].startswith("next: overnight generate runs/quickstart")
 
-
-def test_finished_quickstart_is_reused(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = start()
     before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
     for name in ("train", "compressed_bits_per_byte"):
         monkeypatch.setattr(quickstart, name, lambda *_, **__: pytest.fail("done again"))
-    second = start()
-    assert second.startswith("reusing runs/quickstart, ")
-    assert second.endswith(first[first.index("validation loss   ") :])
+    again = start()
+    assert again.startswith("reusing runs/quickstart, ")
+    assert again.endswith(err[err.index("validation loss   ") :])
     assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
 
 

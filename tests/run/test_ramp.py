@@ -11,7 +11,7 @@ import pytest
 from overnight.data.loader import TokenStream
 from overnight.recipe import read_recipe_of, with_settings
 from overnight.run import log, setup
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.training.batch import BatchConfig, constant_plan
 from overnight.training.schedule import ScheduleConfig
@@ -33,7 +33,7 @@ def ramped(recipe):
 def whole(ramped, tmp_path_factory):
     """The run of `ramped` without interruption."""
     directory = RunDirectory(tmp_path_factory.mktemp("ramp") / "full")
-    train(ramped, directory)
+    train_recipe(ramped, directory)
     return directory
 
 
@@ -109,9 +109,9 @@ def test_run_resumed_in_other_micro_batches_reads_the_same_rows(
     directory = RunDirectory(full.path.with_name("run"))
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
-        train(ramped, directory)
+        train_recipe(ramped, directory)
     again = with_settings(read_recipe_of(directory.path), micro_batch_size=micro_batch_size)
-    train(again, directory, resume=True)
+    train_recipe(again, directory, resume=True)
     assert read == list(range(sum(ROWS_OF_STEPS)))
     for one, other in zip(metrics_of(full), metrics_of(directory), strict=True):
         assert other.pop("loss") == pytest.approx(one.pop("loss"), abs=1e-5)
@@ -121,5 +121,5 @@ def test_run_resumed_in_other_micro_batches_reads_the_same_rows(
 
 def test_warmup_longer_than_the_full_steps_is_refused_before_any_work(ramped, tmp_path):
     with pytest.raises(ValueError, match=r"warmup_steps=6 .*5\.5"):
-        train(with_settings(ramped, warmup_steps=6), RunDirectory(tmp_path / "run"))
+        train_recipe(with_settings(ramped, warmup_steps=6), RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

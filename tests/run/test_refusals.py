@@ -10,7 +10,7 @@ import pytest
 from overnight.recipe import Recipe, read_recipe_of, with_settings
 from overnight.run import preflight, setup
 from overnight.run.resume import load_resumed
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 
@@ -18,7 +18,7 @@ from overnight.tokenizer.open_tokenizer import build_tokenizer
 def refusal(recipe: Recipe, path: Path, *, resume: bool = False) -> str:
     """The sentence with which `recipe` is refused."""
     with pytest.raises(ValueError, match=".") as error:
-        train(recipe, RunDirectory(path), resume=resume)
+        train_recipe(recipe, RunDirectory(path), resume=resume)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -83,7 +83,7 @@ def test_too_little_memory_is_refused_before_the_model_is_built(recipe, tmp_path
     assert "a smaller model" in refusal(recipe(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     set_memory(monkeypatch, 1_000_000)
-    train(recipe(), RunDirectory(tmp_path / "run"))
+    train_recipe(recipe(), RunDirectory(tmp_path / "run"))
 
 
 def test_copy_for_an_async_checkpoint_must_fit(recipe, finished_run, tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_copy_for_an_async_checkpoint_must_fit(recipe, finished_run, tmp_path, m
     parameters = read_recipe_of(finished_run.path).model.parameter_count()
     set_memory(monkeypatch, 22 * parameters)
     assert "--no-async-checkpoint" in refusal(recipe(), tmp_path / "run")
-    train(with_settings(recipe(), async_checkpoint=False), RunDirectory(tmp_path / "run"))
+    train_recipe(with_settings(recipe(), async_checkpoint=False), RunDirectory(tmp_path / "run"))
 
 
 def test_run_that_lost_its_checkpoints_does_not_restart(copied_run):

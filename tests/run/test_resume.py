@@ -13,7 +13,7 @@ from overnight.data.dataset import open_one_dataset
 from overnight.recipe import read_recipe_of, with_settings
 from overnight.run import resume
 from overnight.run import train as train_module
-from overnight.run.train import STOP_SIGNALS, StopConditions, train
+from overnight.run.train import STOP_SIGNALS, StopConditions, train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.runs import command as runs_command
 from overnight.runs.status import describe_run
@@ -64,9 +64,9 @@ def test_killed_run_repeats_lost_steps_exactly(recipe, finished_run, fingerprint
     with monkeypatch.context() as patched:
         patched.setattr(RunDirectory, "append_metrics", killed)
         with pytest.raises(MemoryError):
-            train(recipe(), directory)
+            train_recipe(recipe(), directory)
     assert len(directory.read_metrics()) == 8
-    train(read_recipe_of(directory.path), directory, resume=True)
+    train_recipe(read_recipe_of(directory.path), directory, resume=True)
     assert fingerprint(directory) == fingerprint(finished_run)
 
 
@@ -84,9 +84,9 @@ def test_resumed_run_does_not_need_its_initial_model(recipe, copied_run, tmp_pat
     directory = RunDirectory(tmp_path / "tuned")
     stop_after(3)
     with pytest.raises(KeyboardInterrupt):
-        train(recipe(init_from=str(copied_run.path), run_name="tuned"), directory)
+        train_recipe(recipe(init_from=str(copied_run.path), run_name="tuned"), directory)
     shutil.rmtree(copied_run.path)
-    train(read_recipe_of(directory.path), directory, resume=True)
+    train_recipe(read_recipe_of(directory.path), directory, resume=True)
     assert directory.is_finished(12)
 
 
@@ -104,10 +104,10 @@ def test_max_time_stops_the_run_and_it_resumes(recipe, finished_run, fingerprint
         clock = SimpleNamespace(monotonic=lambda: float(next(readings)))
         patch.setattr(train_module, "time", clock)
         with pytest.raises(KeyboardInterrupt):
-            train(with_settings(recipe(), max_time="25m"), directory)
+            train_recipe(with_settings(recipe(), max_time="25m"), directory)
     stopped = describe_run(directory.path)
     assert (stopped.state, stopped.step, stopped.ended_by) == ("stopped", 2, "its time limit")
-    train(read_recipe_of(directory.path), directory, resume=True)
+    train_recipe(read_recipe_of(directory.path), directory, resume=True)
     assert fingerprint(directory) == fingerprint(finished_run)
     finished = describe_run(directory.path)
     assert (finished.state, finished.ended_by) == ("finished", None)
@@ -117,7 +117,7 @@ def test_runs_tells_what_stopped_a_run(recipe, tmp_path, stop_after, capsys):
     directory = RunDirectory(tmp_path / "small")
     stop_after(2)
     with pytest.raises(KeyboardInterrupt):
-        train(recipe(), directory)
+        train_recipe(recipe(), directory)
     assert describe_run(directory.path).ended_by == "a signal"
     capsys.readouterr()
     runs_command.run(runs_command.RunsConfig(folder=str(directory.path)))

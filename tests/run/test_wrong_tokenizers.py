@@ -14,10 +14,10 @@ from overnight.data import DataConfig
 from overnight.data.shards import load_prepared_tokenizer
 from overnight.evaluation import EvaluateConfig
 from overnight.evaluation import command as evaluation_command
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import Recipe, read_recipe_of
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.training.schedule import ScheduleConfig
 
@@ -42,7 +42,7 @@ def folders(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         for path in sorted(prepared.parent.glob("*.txt"))[:documents]:
             (source / path.name).write_text(path.read_text() + ("ÄÖÜ" if name == "few" else ""))
         config = PrepareConfig(source=str(source), out=str(root / name), tokenizer=tokenizer)
-        prepare(dataclasses.replace(config, validation_fraction=0.2, shard_tokens=1500))
+        prepare_shards(dataclasses.replace(config, validation_fraction=0.2, shard_tokens=1500))
     return {name: root / name for name in TOKENIZERS}
 
 
@@ -59,7 +59,7 @@ def runs(
     root = tmp_path_factory.mktemp("runs")
     found = {name: RunDirectory(root / name) for name in TOKENIZERS}
     for name, directory in found.items():
-        train(three_steps(recipe, folders[name]), directory)
+        train_recipe(three_steps(recipe, folders[name]), directory)
     return found
 
 
@@ -84,17 +84,17 @@ def test_another_tokenizers_shards_are_refused(
     new = RunDirectory(tmp_path / "new")
     for use, match in (
         (lambda: load_prepared_tokenizer(mixed), "is not the tokenizer that made the shards"),
-        (lambda: train(three_steps(recipe, mixed), new), "is not the tokenizer that made the shards"),
-        (lambda: train(three_steps(recipe, folder, init_from=str(run.path)), new), "--tokenizer"),
+        (lambda: train_recipe(three_steps(recipe, mixed), new), "is not the tokenizer that made the shards"),
+        (lambda: train_recipe(three_steps(recipe, folder, init_from=str(run.path)), new), "--tokenizer"),
         (
             lambda: evaluation_command.run(
                 EvaluateConfig(model=str(run.path), data=str(folder), device="cpu")
             ),
             "--tokenizer",
         ),
-        (lambda: train(swapped, run, resume=True), "data="),
+        (lambda: train_recipe(swapped, run, resume=True), "data="),
         (
-            lambda: train(read_recipe_of(edited.path), edited, resume=True),
+            lambda: train_recipe(read_recipe_of(edited.path), edited, resume=True),
             "is not the data that|not the recipe of|vocab_size",
         ),
     ):
@@ -109,5 +109,5 @@ def test_matching_tokenizer_is_accepted(
 ) -> None:
     """The control: the same without a swap."""
     tuned = three_steps(recipe, folders[name], init_from=str(runs[name].path))
-    train(tuned, RunDirectory(tmp_path / "tuned"))
+    train_recipe(tuned, RunDirectory(tmp_path / "tuned"))
     evaluation_command.run(EvaluateConfig(model=str(runs[name].path), data=str(folders[name]), device="cpu"))

@@ -16,16 +16,17 @@ import pytest
 from overnight import cli
 from overnight.cli import COMMANDS, RENAMED_COMMANDS, main
 
-HELP_SECONDS = 0.5
-TRIES = 3
+HELP_SECONDS, TRIES = 0.5, 3
+HELP = """
+import sys
+from overnight.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    if "torch" in sys.modules:
+        sys.exit("torch was imported")
+"""
 TINY = ["--n_layer=1", "--n_head", "2", "--n_embd=16", "--context_length=32", "--tokens_per_step=128"]
-
-
-def overnight(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The command as a user types it, in `folder`."""
-    return subprocess.run(
-        [sys.executable, "-m", "overnight", *words], cwd=folder, capture_output=True, text=True, check=False
-    )
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids="-".join)
@@ -34,7 +35,8 @@ def test_help_is_instant_and_has_an_example(words, tmp_path):
     spent = []
     while not spent or (min(spent) >= HELP_SECONDS and len(spent) < TRIES):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        shown = overnight(*words, folder=tmp_path)
+        command = [sys.executable, "-c", HELP, *words]
+        shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert shown.returncode == 0, shown.stderr
@@ -43,43 +45,16 @@ def test_help_is_instant_and_has_an_example(words, tmp_path):
     assert min(spent) < HELP_SECONDS
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_does_not_import_torch(name, tmp_path):
-    script = (
-        "import sys; from overnight.cli import main\n"
-        f"try: main(['{name}', '--help'])\n"
-        "except SystemExit: pass\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, check=False)
-    assert done.returncode == 0
-
-
 @pytest.mark.parametrize(
     "words, named",
     [
         (["quikstart"], "quickstart"),
-        (["train"], "needs a recipe"),
-        (["train", "gpt2-125m"], "gpt2-125m; did you mean"),
-        (["train", "mine.toml"], "mine.toml"),
-        (["train", "quickstart", "--n_layr=3"], "--n_layr; did you mean n-layer?"),
-        (["train", "quickstart", "--n_layer=three"], "--n-layer"),
         (["train", "quickstart", "--n_head=3"], "n_head=3"),
         (["train", "quickstart", "--warmup_steps=9999"], "warmup_steps=9999"),
         (["train", "quickstart", "--device=gpu"], "device=gpu"),
-        (["train", "quickstart", "--precision=fp8"], "precision"),
-        (["train", "--resume"], "needs a run"),
-        (["train", "--resume", "runs/nothing"], "runs/nothing"),
-        (["prepare"], "source"),
-        (["prepare", "no-such-folder"], "no-such-folder"),
         (["prepare", "python-docs", "--tokenizer=gpt3"], "gpt3"),
-        (["prepare", "python-docs", "--validation-fraction=2"], "validation_fraction=2"),
-        (["generate", "no-such-model", "Hello"], "no-such-model"),
-        (["evaluate", "no-such-model"], "no-such-model"),
         (["evaluate", "."], "no model"),
-        (["report", "no-such-run"], "no-such-run"),
         (["runs", "--folder", "nowhere"], "nowhere"),
-        (["convert", "no-such-model"], "no-such-model"),
     ],
     ids=" ".join,
 )
@@ -88,8 +63,7 @@ def test_wrong_use_is_one_sentence_and_writes_nothing(words, named, tmp_path, mo
     assert main(words) == 2
     (sentence,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("overnight: ")]
     assert named in sentence
-    assert not (tmp_path / "runs").exists()
-    assert not (tmp_path / "data").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -111,16 +85,13 @@ def test_failure_is_one_sentence(error, status, named, monkeypatch, capsys):
     assert named in sentence
 
 
-def test_no_command_lists_the_commands(capsys):
+def test_no_command_or_an_old_name_lists_the_commands(capsys):
     assert main([]) == 2
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMMANDS)
-
-
-@pytest.mark.parametrize("old", RENAMED_COMMANDS)
-def test_old_name_of_a_command_names_the_new_one(old, capsys):
-    assert main([old, "--no-such-option"]) == 2
-    assert f"overnight {RENAMED_COMMANDS[old]}" in capsys.readouterr().err
+    for old, new in RENAMED_COMMANDS.items():
+        assert main([old, "--no-such-option"]) == 2
+        assert f"overnight {new}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -143,11 +114,12 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workplace")
     text = "\n\n".join(f"Paragraph {number} says that {number} is a number." for number in range(4000))
     (folder / "notes.txt").write_text(text)
-    done = overnight(
+    words = [
         *["train", "quickstart", "--run_name=tiny", "--data=notes.txt", "--tokenizer=bpe-300", *TINY],
         *["--total_steps=4", "--warmup_steps=1", "--validation_fraction=0.3", "--sample_tokens=8"],
-        folder=folder,
-    )
+    ]
+    command = [sys.executable, "-m", "overnight", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "next: overnight report runs/tiny" in done.stderr
@@ -174,15 +146,6 @@ def test_run_is_continued_with_another_length(capsys):
     capsys.readouterr()
     assert main(["train", "--resume=runs/tiny", "--n_layer=2"]) == 2
     assert "n_layer=2 (was 1)" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("in_workplace")
-def test_model_is_evaluated_as_the_run_evaluated_it(capsys):
-    assert main(["evaluate", "runs/tiny", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["bits_per_byte"] > 0
-    recorded = read_lines("runs/tiny/events/evaluations.jsonl")[-1]["loss"]
-    assert recorded == pytest.approx(result["loss"], rel=1e-6)
 
 
 @pytest.mark.usefixtures("in_workplace")

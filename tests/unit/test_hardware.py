@@ -63,38 +63,21 @@ def test_every_device_of_the_table_is_reached():
     names += [f"Apple M{number}{kind}" for number in (1, 2, 3, 4) for kind in ("", " Pro", " Max", " Ultra")]
     reached = {id(find_device_facts(name)) for name in names}
     assert [device.name for device in DEVICES if id(device.facts) not in reached] == []
-
-
-@pytest.mark.parametrize(
-    ("typed", "name"),
-    [
-        ("h200", "h200"),
-        ("NVIDIA H200", "h200"),
-        ("a100-80gb", "a100-80gb"),
-        ("A100 80GB", "a100-80gb"),
-        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
-        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
-        ("4090", "rtx-4090"),
-        ("rtx_4090", "rtx-4090"),
-        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
-        ("t4", "t4"),
-        ("Tesla T4", "t4"),
-        ("v100-32gb", "v100-32gb"),
-        ("Apple M2", "m2"),
-        ("m1 max", "m1-max"),
-    ],
-)
-def test_device_is_found_by_typed_and_driver_names(typed, name):
-    assert find_device(typed).name == name
-
-
-@pytest.mark.parametrize("typed", ["a100", "v100", "5090", "4090 laptop", "gpu", ""])
-def test_ambiguous_or_unknown_name_is_not_found(typed):
-    assert find_device(typed) is None
-
-
-def test_every_device_is_found_by_its_own_name():
     assert [device.name for device in DEVICES if find_device(device.name) is not device] == []
+
+
+TYPED_NAMES = {
+    **{"h200": "h200", "NVIDIA H200": "h200", "a100-80gb": "a100-80gb", "A100 80GB": "a100-80gb"},
+    **{"NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA A100-SXM4-40GB": "a100-40gb", "t4": "t4"},
+    **{"4090": "rtx-4090", "rtx_4090": "rtx-4090", "NVIDIA GeForce RTX 4090": "rtx-4090", "Tesla T4": "t4"},
+    **{"v100-32gb": "v100-32gb", "Apple M2": "m2", "m1 max": "m1-max"},
+    **dict.fromkeys(("a100", "v100", "5090", "4090 laptop", "gpu", "")),  # ambiguous or unknown
+}
+
+
+def test_device_is_found_by_typed_and_driver_names():
+    found = {typed: find_device(typed) for typed in TYPED_NAMES}
+    assert {typed: device and device.name for typed, device in found.items()} == TYPED_NAMES
 
 
 @pytest.mark.parametrize(
@@ -114,13 +97,8 @@ def test_later_apple_chips_have_no_rate():
 @pytest.mark.parametrize(
     "name",
     [
-        "AMD EPYC 9654",
-        "Apple M5",
-        "NVIDIA A10G",
-        "NVIDIA GeForce RTX 4090 Laptop GPU",
-        "NVIDIA GeForce RTX 4090 D",
-        "NVIDIA GeForce RTX 3090 Ti",
-        "NVIDIA L40",
+        *["AMD EPYC 9654", "Apple M5", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA L40"],
+        *["NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti"],
     ],
 )
 def test_similar_name_is_unknown(name):
@@ -163,12 +141,9 @@ def test_gpu_computes_bf16_since_ampere_and_fp16_since_volta(monkeypatch, capabi
     assert native_precision("mps") == "fp32"
 
 
-def test_gpu_is_named_by_its_driver(monkeypatch):
+def test_gpu_and_apple_chip_are_named_by_driver_and_system(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"driver's name of {device}")
     assert find_device_name("cuda:1") == "driver's name of cuda:1"
-
-
-def test_apple_chip_is_named_by_its_system(monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(subprocess, "run", lambda command, **options: SimpleNamespace(stdout="Apple M2\n"))
     assert find_device_name("mps") == find_device_name("cpu") == "Apple M2"
@@ -206,14 +181,10 @@ def test_matmul_is_timed_and_torch_s_setting_kept(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_gpu_is_known():
+def test_gpu_is_known_and_its_precision_agrees_with_torch():
     name = find_device_name("cuda:0")
     facts = find_device_facts(name)
     assert facts is not None, f"no published figures for {name!r}"
     assert facts.memory_bytes == pytest.approx(find_memory_bytes("cuda:0"), rel=0.1)
-
-
-@pytest.mark.gpu
-def test_gpu_precision_agrees_with_torch():
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     assert native_precision("cuda") == ("bf16" if native else "fp32")

@@ -132,7 +132,7 @@ def record_group(plan: BenchPlan, group: Sequence[str], rounds: Rounds) -> dict[
             milliseconds=tuple(each[name].milliseconds for each in timed),
             milliseconds_before=tuple(each[before].milliseconds for each in timed) if before else (),
             losses=tuple(loss for each in rounds for loss in each[name].losses),
-            peak_bytes=max((each[name].peak_bytes or 0 for each in timed)) or None,
+            peak_bytes=max(each[name].peak_bytes or 0 for each in timed) or None,
         )
     return records
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jinja2
 from rich.console import Console
 from rich.text import Text
 
@@ -102,7 +103,12 @@ def bench_figures(record: BenchRecord) -> dict[str, Figures]:
         speed = record.tokens_per_step / milliseconds * 1e3
         pairs = zip(variant.losses[:COMPARED_STEPS], first.losses[:COMPARED_STEPS], strict=True)
         differences = [abs(ours - theirs) for ours, theirs in pairs]
-        gain = None if variant is first else paired_ratio(variant.milliseconds, variant.milliseconds_before)
+        # Unlike a ratio of medians, it compares only what was measured in the same round.
+        ratios = [
+            before / now
+            for now, before in zip(variant.milliseconds, variant.milliseconds_before, strict=False)
+        ]
+        gain = statistics.median(ratios) if ratios else None
         total *= gain or 1.0
         found[variant.name] = Figures(
             milliseconds=milliseconds,
@@ -117,14 +123,6 @@ def bench_figures(record: BenchRecord) -> dict[str, Figures]:
     return found
 
 
-def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-    """Speed relative to `reference`: the median of the rounds' ratios.
-
-    Unlike a ratio of medians, it compares only what was measured in the same round.
-    """
-    return statistics.median(theirs / ours for ours, theirs in zip(times, reference, strict=True))
-
-
 def wrong_variants(record: BenchRecord) -> list[str]:
     """The variants whose losses differ from the first one's by more than their tolerance."""
     return [name for name, figures in bench_figures(record).items() if not figures.is_equal]
@@ -134,9 +132,8 @@ def bench_to_json(record: BenchRecord) -> dict[str, Any]:
     """All measurements and, under "figures", what follows from them; null where a value is not finite."""
     figures = {name: each._asdict() for name, each in bench_figures(record).items()}
     found = dataclasses.asdict(record)
-    variants = [{**each, "figures": figures.get(each["name"])} for each in found.pop("variants")]
-    found["rungs"] = finite(variants)
-    return found
+    found["rungs"] = [{**each, "figures": figures.get(each["name"])} for each in found.pop("variants")]
+    return {key: finite(value) for key, value in found.items()}
 
 
 def finite(value: Any) -> Any:
@@ -153,7 +150,7 @@ def bench_text(record: BenchRecord, columns: int = 80) -> str:
     figures = bench_figures(record)
     lines = [Text(record.title), Text(), *_terminal_table(record, figures, columns)]
     lines += [Text(), Text("tokens per second", "dim"), *_bars(figures, columns), Text()]
-    lines += [Text(sentence, "dim") for sentence in notes(record)]
+    lines += [Text(sentence, "dim") for sentence in _render("notes.txt", record=record).splitlines()]
     console = Console(stderr=True, width=columns, highlight=False)
     with console.capture() as captured:
         for line in lines:
@@ -164,39 +161,21 @@ def bench_text(record: BenchRecord, columns: int = 80) -> str:
 def bench_markdown(record: BenchRecord) -> str:
     """Title, table, notes and what each variant changes."""
     figures = bench_figures(record)
-    rows = []
-    for variant in record.variants:
-        skipped = [variant.name, *["–"] * (len(TITLES) - 2), "skipped"]
-        rows.append(cells(variant, figures[variant.name]) if variant.name in figures else skipped)
-    ruler = [":--", *["--:"] * (len(TITLES) - 2), ":--"]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (TITLES, ruler, *rows))
-    changes = "\n".join(
-        f"* **{variant.name}**: {variant.about}{f' (skipped: {variant.skipped})' if variant.skipped else ''}."
-        for variant in record.variants
+    rows = {each.name: None if each.skipped else cells(each, figures[each.name]) for each in record.variants}
+    notes = _render("notes.txt", record=record).splitlines()
+    return _render("ladder.md", record=record, titles=TITLES, rows=rows, notes=notes)
+
+
+def _render(template: str, **values: object) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("overnight.bench"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    facts = ", ".join(f"{name} {value}" for name, value in record.environment.items())
-    parts = [f"# {record.title}", table, *notes(record)]
-    return "\n\n".join([*parts, "Each variant keeps the changes before it:", changes, facts]) + "\n"
-
-
-def notes(record: BenchRecord) -> list[str]:
-    """What the columns mean, one sentence each."""
-    first, *others = record.measured
-    allowed = " or ".join(f"{tolerance:g}" for tolerance in sorted({each.tolerance for each in others}))
-    steps = min(COMPARED_STEPS, len(first.losses))
-    found = [
-        f"ms/step is the median of {len(first.milliseconds)} rounds, gain the median of their ratios to the "
-        "variant before; total is the product of the gains. GB is a step's peak memory.",
-        f"MFU is the share of {significant(record.peak_flops / 1e12, 3)} TFLOP/s, {record.about_peak}.",
-        f"off by is the largest difference from the losses of {first.name} in the first {steps} steps, from "
-        f"the same weights, on the same rows; rounding explains up to {allowed or 0} in these precisions.",
-    ]
-    if len(record.groups) > 1:
-        found.append(
-            "Memory did not hold all variants at once, so they ran in groups: compare ms/step and tokens/s "
-            "of two groups with care; the gains were measured within groups."
-        )
-    return found
+    environment.filters["significant"] = significant
+    return environment.get_template(template).render(compared_steps=COMPARED_STEPS, **values)
 
 
 def cells(variant: VariantRecord, figures: Figures) -> list[str]:

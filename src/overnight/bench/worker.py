@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from overnight.data.loader import Batch
-from overnight.distributed.machine import environment_of_process
+from overnight.distributed.launcher import environment_of_process
 from overnight.distributed.world import World, open_world
 from overnight.hardware import peak_memory_bytes, release_cached_memory, reset_peak_memory
 from overnight.model.gpt import GPT
@@ -193,6 +193,9 @@ class StepWorker:
                 start_new_session=True,
                 text=True,
             )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
         self._send(json.dumps(dataclasses.asdict(task)))
 
     @property
@@ -210,15 +213,13 @@ class StepWorker:
         return TimedSteps(**self._receive())
 
     def _send(self, line: str) -> None:
-        assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended; `_receive` finds out why
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
+            self._requests.write(line + "\n")
+            self._requests.flush()
 
     def _receive(self) -> dict[str, Any]:
         """The next answer. Raises ValueError without enough memory, OSError if the process has ended."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             status = self._process.wait()
             if status == -signal.SIGKILL:
@@ -232,8 +233,7 @@ class StepWorker:
 
     def end(self) -> None:
         """End it at once, with everything that it started: a compiler has processes of its own."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
+        for pipe in (self._requests, self._answers):
             with suppress(BrokenPipeError):  # unsent lines have no reader any more
                 pipe.close()
         with suppress(ProcessLookupError):  # it has ended already

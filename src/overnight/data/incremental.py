@@ -14,7 +14,7 @@ from pathlib import Path
 
 from overnight.data.atomic_folder import is_locked_folder, staging_path
 from overnight.data.loader import Batch, TokenStream
-from overnight.data.shards import MANIFEST, SO_FAR, Manifest, Shard, read_manifest, verify_shard
+from overnight.data.shards import MANIFEST, SO_FAR, Manifest, Shard, Tokens, read_manifest, verify_shard
 from overnight.data.token_reader import ShardFile, files_at_once
 from overnight.terminal import echo
 
@@ -58,15 +58,15 @@ class IncrementalFolder:
                 raise
             self.manifest, self.is_complete = self._read(self.folder)  # it was renamed meanwhile
 
-    def open(self, shard: Shard) -> ShardFile:
-        """One of its shards."""
-        return self._growing.get(shard.name) or self._open(shard.name)
+    def read(self, shard: Shard, first: int, into: Tokens) -> None:
+        """Fill `into` with the tokens of a shard from index `first` on."""
+        (self._growing.get(shard.name) or self._open(shard.name)).read(first, into)
 
     def _read(self, path: Path) -> tuple[Manifest, bool]:
         """The manifest at `path`, once its shards are verified, and whether it is the final one."""
         is_complete = path == self.folder
         manifest = read_manifest(path, MANIFEST if is_complete else SO_FAR)
-        for shard in (*manifest.train, *manifest.validation):
+        for shard in manifest.shards():
             if shard.name not in self._verified:
                 verify_shard(path, shard, manifest.vocab_size)
                 self._verified.add(shard.name)

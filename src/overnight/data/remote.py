@@ -24,7 +24,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -41,7 +40,7 @@ from overnight.data.shards import (
     verify_shard,
 )
 from overnight.data.text_files import first_line, is_remote, open_store
-from overnight.data.token_reader import ShardFile, ShardReader, files_at_once
+from overnight.data.token_reader import ShardFile, files_at_once
 from overnight.run_directory import cache_folder, write_atomically
 from overnight.terminal import echo
 
@@ -78,44 +77,48 @@ class RemoteFolder:
         return self.address
 
     def __truediv__(self, name: str) -> Path:
-        """The local path of a shard, which is downloaded first, or of the tokenizer's folder."""
-        shards = {shard.name: shard for shard in (*self.manifest.train, *self.manifest.validation)}
-        return self.path(shards[name]) if name in shards else self.folder / name
+        """The local path of a shard, which is downloaded first, or of the tokenizer's folder.
 
-    def path(self, shard: Shard) -> Path:
-        """The local path of a shard, downloaded and verified unless this process has done so.
-
-        Raises ValueError if it cannot be fetched or does not match the manifest.
+        Raises ValueError if a shard cannot be fetched or does not match the manifest.
         """
-        with self._lock:
-            self._open_local(shard)
-        return self._local(shard)
+        for shard in self.manifest.shards():
+            if shard.name == name:
+                with self._lock:
+                    self._open_local(shard)
+        return self.folder / name
 
-    def open(self, shard: Shard) -> ShardReader:
-        """A shard, local or remote. Raises ValueError as `path` does."""
+    def read(self, shard: Shard, first: int, into: Tokens) -> None:
+        """Fill `into` with the tokens of a shard from index `first` on. Raises ValueError as `/` does."""
         with self._lock:
             file = self._opened.get(shard.name)
-            if file is None:
-                return RemoteShard(self, shard) if self._stays_remote(shard) else self._open_local(shard)
-            if self.cache_bytes is not None:
+            if file is None and not self._stays_remote(shard):
+                file = self._open_local(shard)
+            elif file is not None and self.cache_bytes is not None:
                 _touch(self._local(shard))
-            return file
+        if file is None:
+            self._read_remote(shard, first, into)
+        else:
+            file.read(first, into)
 
-    def read_pieces(self, shard: Shard, pieces: range) -> bytes:
-        """Some pieces of a remote shard.
+    def _read_remote(self, shard: Shard, first: int, into: Tokens) -> None:
+        """Read tokens of a remote shard: one request for the pieces that hold them.
 
         If they differ from what was verified before, the whole shard is downloaded and verified again.
         """
-        first, last = pieces[0] * PIECE_BYTES, min((pieces[-1] + 1) * PIECE_BYTES, self._bytes(shard))
-        content = self._read(shard.name, first, last)
+        begin = HEADER_BYTES + first * into.itemsize
+        pieces = range(begin // PIECE_BYTES, (begin + into.nbytes - 1) // PIECE_BYTES + 1)
+        start, end = pieces[0] * PIECE_BYTES, min(pieces.stop * PIECE_BYTES, self._bytes(shard))
+        content = self._read(shard.name, start, end)
         with self._pieces(shard).open("rb") as digests:
             digests.seek(pieces[0] * DIGEST_BYTES)
-            if digests.read(len(pieces) * DIGEST_BYTES) == _digest_pieces(io.BytesIO(content)):
-                return content
+            is_verified = digests.read(len(pieces) * DIGEST_BYTES) == _digest_pieces(io.BytesIO(content))
+        if is_verified:
+            into[:] = np.frombuffer(content, into.dtype, into.size, begin - start)
+            return
         self._pieces(shard).unlink(missing_ok=True)
-        with self.path(shard).open("rb") as file:
-            file.seek(first)
-            return file.read(last - first)
+        with self._lock:
+            file = self._open_local(shard)
+        file.read(first, into)
 
     def _local(self, shard: Shard) -> Path:
         return self.folder / shard.name
@@ -199,7 +202,7 @@ class RemoteFolder:
     def _check_limit(self) -> None:
         if self.cache_bytes is None:
             return
-        largest = max(map(self._bytes, (*self.manifest.train, *self.manifest.validation)))
+        largest = max(map(self._bytes, self.manifest.shards()))
         if self.cache_bytes < largest:
             raise ValueError(
                 f"cache_bytes={self.cache_bytes} is less than the largest shard of {self.address}, which has "
@@ -234,21 +237,6 @@ class RemoteFolder:
         except Exception as error:  # every store has errors of its own
             raise ValueError(f"{self.address}/{name} can't be read: {first_line(error)}") from None
         return content
-
-
-@dataclass(frozen=True)
-class RemoteShard:
-    """A shard that is read at its URL: each call is one request for the pieces that hold the tokens."""
-
-    folder: RemoteFolder
-    shard: Shard
-
-    def read(self, first: int, into: Tokens) -> None:
-        """Fill `into` with the tokens from index `first` on. Raises ValueError if they cannot be fetched."""
-        begin = HEADER_BYTES + first * into.itemsize
-        pieces = range(begin // PIECE_BYTES, (begin + into.nbytes - 1) // PIECE_BYTES + 1)
-        content = self.folder.read_pieces(self.shard, pieces)
-        into[:] = np.frombuffer(content, into.dtype, into.size, begin - pieces[0] * PIECE_BYTES)
 
 
 def is_prepared_elsewhere(address: str) -> bool:

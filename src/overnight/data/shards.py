@@ -202,11 +202,16 @@ class Manifest:
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
 
-    def shards(self, split: str) -> tuple[Shard, ...]:
-        """The shards of "train" or "validation", in order."""
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r} must be train or validation")
-        return self.train if split == "train" else self.validation
+    def shards(self, split: str | None = None) -> tuple[Shard, ...]:
+        """The shards of "train" or "validation", in order; of both if left out."""
+        match split:
+            case "train":
+                return self.train
+            case "validation":
+                return self.validation
+            case None:
+                return (*self.train, *self.validation)
+        raise ValueError(f"split={split!r} must be train or validation")
 
     def tokens(self, split: str) -> int:
         """How many tokens one split has, end-of-text ids included."""
@@ -288,12 +293,15 @@ def verify(folder: Path, split: str | None = None) -> Manifest:
     in a single bit, and for an id outside the vocabulary. Reads about a gigabyte per second and core.
     """
     manifest = read_manifest(folder)
-    known = {shard.name for each in SPLITS for shard in manifest.shards(each)}
+    known = {shard.name for shard in manifest.shards()}
     if unknown := sorted(path.name for path in folder.glob("*.bin") if path.name not in known):
         raise ValueError(f"{folder / unknown[0]} is not in the manifest; remove it, or {REMEDY}")
-    shards = [shard for each in SPLITS if split in {None, each} for shard in manifest.shards(each)]
     with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda shard: verify_shard(folder, shard, manifest.vocab_size), shards))
+        list(
+            threads.map(
+                lambda shard: verify_shard(folder, shard, manifest.vocab_size), manifest.shards(split)
+            )
+        )
     return manifest
 
 

@@ -57,11 +57,10 @@ class TextFile:
 def kind_of(name: str) -> str | None:
     """The kind of a file by its name, without its compression; None if it cannot be read."""
     path = PurePosixPath(name.lower())
-    suffix = path.suffix
-    if suffix in PACKINGS:
-        suffix = path.with_suffix("").suffix
-        return suffix if suffix in KINDS and suffix != ".parquet" else None
-    return suffix if suffix in KINDS else None
+    if path.suffix in PACKINGS:
+        kind = path.with_suffix("").suffix
+        return kind if kind in KINDS and kind != ".parquet" else None
+    return path.suffix if path.suffix in KINDS else None
 
 
 def plain_name(name: str) -> str:
@@ -111,12 +110,10 @@ def _find_local(source: Path) -> list[TextFile]:
     found = []
     for folder, folders, names in os.walk(source):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(folder, name) for name in names if not name.startswith(".") and kind_of(name)]
-        found += [
-            TextFile(str(path), as_utf8(path.relative_to(source).as_posix()), path.stat().st_size)
-            for path in paths
-            if path.is_file()
-        ]
+        for path in (Path(folder, name) for name in names if not name.startswith(".") and kind_of(name)):
+            if path.is_file():
+                name = as_utf8(path.relative_to(source).as_posix())
+                found.append(TextFile(str(path), name, path.stat().st_size))
     return found
 
 
@@ -161,13 +158,20 @@ def open_store(address: str) -> tuple[Any, str]:
 @contextmanager
 def open_file(file: TextFile) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed. Reading raises DamagedFileError where it is cut short or damaged."""
+    name = file.name.lower()
     try:
         with _open_raw(file) as raw:
-            yield _decompressed(raw, file)
+            if name.endswith(".gz"):
+                yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+            elif name.endswith(".zst"):
+                stream = import_pyarrow(file.address).CompressedInputStream(raw, "zstd")
+                yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
+            else:
+                yield raw
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DamagedFileError(f"{file.address} is damaged: {error}") from None
     except OSError as error:
-        if file.name.lower().endswith(".zst") and error.errno is None:  # pyarrow's decompression error
+        if name.endswith(".zst") and error.errno is None:  # pyarrow's decompression error
             raise DamagedFileError(f"{file.address} is damaged: {first_line(error)}") from None
         raise
 
@@ -180,15 +184,6 @@ def _open_raw(file: TextFile) -> BinaryIO:
         return cast(BinaryIO, system.open(path, "rb"))
     except Exception as error:  # every store has errors of its own
         raise ValueError(f"{file.address} can't be opened: {first_line(error) or repr(error)}") from None
-
-
-def _decompressed(raw: BinaryIO, file: TextFile) -> BinaryIO:
-    if file.name.lower().endswith(".gz"):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if file.name.lower().endswith(".zst"):
-        pyarrow = import_pyarrow(file.address)
-        return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20))
-    return raw
 
 
 def open_parquet(file: TextFile) -> Any:

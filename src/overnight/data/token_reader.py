@@ -14,21 +14,13 @@ from typing import Protocol
 from overnight.data.shards import HEADER_BYTES, Manifest, Shard, Tokens, open_tokens, token_format, verify
 
 
-class ShardReader(Protocol):
-    """One shard, local or remote."""
-
-    def read(self, first: int, into: Tokens) -> None:
-        """Fill `into` with the tokens from index `first` on, verified against the manifest."""
-        ...
-
-
 class ShardStore(Protocol):
     """A prepared folder, local or remote."""
 
     manifest: Manifest
 
-    def open(self, shard: Shard) -> ShardReader:
-        """One of its shards."""
+    def read(self, shard: Shard, first: int, into: Tokens) -> None:
+        """Fill `into` with the tokens of a shard from index `first` on, verified against the manifest."""
         ...
 
 
@@ -69,9 +61,9 @@ class LocalStore:
     def __str__(self) -> str:
         return str(self.folder)
 
-    def open(self, shard: Shard) -> ShardFile:
-        """One of its shards."""
-        return self._open(shard.name)
+    def read(self, shard: Shard, first: int, into: Tokens) -> None:
+        """Fill `into` with the tokens of a shard from index `first` on."""
+        self._open(shard.name).read(first, into)
 
 
 class TokenReader:
@@ -89,7 +81,7 @@ class TokenReader:
         while into.size:
             number = bisect_right(self._starts, start) - 1
             part = into[: self._starts[number + 1] - start]
-            self._store.open(self._shards[number]).read(start - self._starts[number], part)
+            self._store.read(self._shards[number], start - self._starts[number], part)
             start, into = start + part.size, into[part.size :]
 
 

@@ -13,8 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from overnight.distributed.launcher import CollectiveValueError, LauncherEnv, PeerLostError, read_launcher_env
-from overnight.distributed.machine import count_cores
+from overnight.distributed.launcher import (
+    CollectiveValueError,
+    LauncherEnv,
+    PeerLostError,
+    count_cores,
+    read_launcher_env,
+)
 
 BUCKET_BYTES = 100_000_000  # sent at once: large enough for full speed, small beside the gradients
 

@@ -12,12 +12,12 @@ from overnight.recipe import Recipe
 from overnight.renamed import Renamed
 
 DATA_CHECKS = ("shards", "tokenizer", "boundaries", "disjoint", "contamination")
-MODEL_CHECKS = (
+CHECKS = (
+    *DATA_CHECKS,
     *("initial-loss", "gradients", "causality", "rows", "accumulation", "overfit", "generation"),
     *("checkpoint", "precision", "compiled", "processes", "reference"),
+    *("schedule", "learning-rate", "memory", "disk", "time"),
 )
-RUN_CHECKS = ("schedule", "learning-rate", "memory", "disk", "time")
-CHECKS = (*DATA_CHECKS, *MODEL_CHECKS, *RUN_CHECKS)
 
 
 @dataclass(frozen=True, kw_only=True)

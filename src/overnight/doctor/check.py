@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import textwrap
 import time
@@ -14,6 +15,8 @@ from overnight.terminal import duration
 
 COLUMNS, INDENT = 80, "     "
 NAME_WIDTH, MEASURED_WIDTH = 15, 26
+# Lines are broken at spaces only, so that a command can be copied.
+wrap = functools.partial(textwrap.wrap, width=COLUMNS, break_on_hyphens=False, break_long_words=False)
 MARKS = {True: "ok", False: "FAIL", None: "-"}
 
 
@@ -61,29 +64,17 @@ def describe_check(result: CheckResult) -> list[str]:
     """The lines of one check, at most 80 columns wide."""
     start = f"{MARKS[result.passed]:<{len(INDENT)}}{result.name:<{NAME_WIDTH}}"
     if result.passed is None:
-        return _wrap(result.cause, start, " " * len(start))
+        return wrap(result.cause, initial_indent=start, subsequent_indent=" " * len(start))
     start += f"{result.measured:<{MEASURED_WIDTH}}"
     if len(start) + len(result.bound) > COLUMNS or len(result.measured) >= MEASURED_WIDTH:
         rest = " " * (len(INDENT) + NAME_WIDTH)
-        lines = [start, *_wrap(result.bound, rest, rest)]
+        lines = [start, *wrap(result.bound, initial_indent=rest, subsequent_indent=rest)]
     else:
         lines = [start + result.bound]
     lines += [(INDENT + line)[:COLUMNS] for line in result.shown]
     if result.passed is False:
-        lines += _wrap(result.cause, INDENT, INDENT)
+        lines += wrap(result.cause, initial_indent=INDENT, subsequent_indent=INDENT)
     return [line.rstrip() for line in lines]
-
-
-def _wrap(text: str, first: str, others: str) -> list[str]:
-    """Lines broken at spaces only, so that a command can be copied."""
-    return textwrap.wrap(
-        text,
-        COLUMNS,
-        initial_indent=first,
-        subsequent_indent=others,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
 
 
 def summarize_checks(results: Collection[CheckResult], seconds: float) -> str:

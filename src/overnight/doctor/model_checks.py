@@ -28,6 +28,7 @@ INITIAL_STANDARD_DEVIATION = 0.02  # GPT-2's released code, model.py: of the emb
 INITIAL_TOLERANCE = 0.1  # nats, besides the spread of a logit: ids of a text are not uniform
 OVERFIT_STEPS, OVERFIT_TOKENS, OVERFIT_NATS = 200, 32, 0.1
 SAVED_STEPS = 2
+NAMED = 3  # parameters with the same fault
 LOGIT_TOLERANCE = 1e-3  # in float32; observed: 0
 REFERENCE_TOLERANCE = 1e-4  # of the largest logit, in float32; README.md has 1.4e-6 of GPT-2 124M
 
@@ -73,12 +74,16 @@ def check_gradients(context: DoctorContext) -> CheckResult:
     for name, parameter in parameters.items():
         if fault := _gradient_fault(parameter, is_updated=id(parameter) in updated):
             faulty[fault].append(name)
+    causes = []
+    for fault, names in faulty.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        causes.append(f"{', '.join(names[:NAMED])}{more} {fault}")
     sound = len(parameters) - sum(map(len, faulty.values()))
     return CheckResult(
         passed=not faulty,
         measured=f"{sound} of {len(parameters)}",
         bound="all finite, none zero, all updated",
-        cause="; ".join(f"{_shorten(names)} {fault}" for fault, names in faulty.items()),
+        cause="; ".join(causes),
         figures={"parameters": len(parameters), "sound": sound},
     )
 
@@ -93,11 +98,6 @@ def _gradient_fault(parameter: Tensor, *, is_updated: bool) -> str:
     if not is_updated:
         return "is in no parameter group of the optimizer, and so never updated: look at optim.py"
     return ""
-
-
-def _shorten(names: list[str], most: int = 3) -> str:
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_causality(context: DoctorContext) -> CheckResult:

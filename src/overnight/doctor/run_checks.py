@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 
-from overnight.distributed.machine import count_cores
+from overnight.distributed.launcher import count_cores
 from overnight.doctor.check import CheckResult
 from overnight.doctor.context import DoctorContext
 from overnight.planning.costs import quick_forecast
@@ -22,9 +22,6 @@ FLOOR_TOLERANCE = 0.02  # of the peak
 PEAK_TIMES_CHANNELS = 0.46
 PRETRAINING, FINE_TUNING = (0.1, 20.0), (0.001, 2.0)  # plausible multiples of the usual peak
 BUSY = 1.5  # load average per core; this command itself counts as one
-
-LearningRate = Callable[[int], float]
-"""Step, counted from 0 -> learning rate."""
 
 
 def check_schedule(context: DoctorContext) -> CheckResult:
@@ -80,7 +77,7 @@ def check_peak(context: DoctorContext) -> CheckResult:
     )
 
 
-def draw(rate: LearningRate, total_steps: int) -> list[str]:
+def draw(rate: Callable[[int], float], total_steps: int) -> list[str]:
     """The learning rate over the run as a bar chart in characters, from 0 to the peak."""
     rates = [rate(number * (total_steps - 1) // (DRAWN_COLUMNS - 1)) for number in range(DRAWN_COLUMNS)]
     peak = max(rates)

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from overnight.config import from_toml, to_toml
 from overnight.distributed.launcher import exit_process
 from overnight.distributed.processes import first_failed_rank, start_processes
-from overnight.distributed.world import SINGLE_PROCESS, World, join_world
+from overnight.distributed.world import SINGLE_PROCESS, join_world
 from overnight.doctor.check import CheckResult, skipped
 from overnight.doctor.context import DoctorContext
 from overnight.doctor.tiny_run import TinyRun, step_batch
@@ -33,7 +33,6 @@ from overnight.run.setup import RunSetup
 from overnight.run_directory import write_atomically
 from overnight.training.batch import constant_plan
 from overnight.training.compute import can_compile
-from overnight.training.sharding import Replicated
 from overnight.training.state import TrainState
 from overnight.training.step import TrainSetup, train_step
 
@@ -170,25 +169,11 @@ def measure_pass(run: RunSetup) -> MeasuredStep:
 
 
 def measure_step(state: TrainState, training: TrainSetup) -> MeasuredStep:
-    """Do the step with `train_step`."""
-    recorder = GradientRecorder(state.model, training.world)
-    result = train_step(state, dataclasses.replace(training, sharing=recorder))
-    return MeasuredStep(result.loss, recorder.gradient)
-
-
-class GradientRecorder(Replicated):
-    """Replicated training that keeps a copy of the gradient before it is clipped."""
-
-    def __init__(self, model: GPT, world: World) -> None:
-        super().__init__(model, world)
-        self.gradient = torch.zeros(0)
-
-    def reduce(self, nats: Tensor, number: int, count: int) -> Tensor:
-        """As `Replicated.reduce`."""
-        total = super().reduce(nats, number, count)
-        if number == count - 1:
-            self.gradient = _gradient_of(self.model)
-        return total
+    """Do the step with `train_step`, without clipping."""
+    recorded = [torch.full((1,), math.nan)]  # which it stays if the optimizer takes no step
+    state.optimizer.register_step_pre_hook(lambda *_: recorded.append(_gradient_of(state.model)))
+    result = train_step(state, dataclasses.replace(training, max_grad_norm=None))
+    return MeasuredStep(result.loss, recorded[-1])
 
 
 def _gradient_of(model: GPT) -> Tensor:

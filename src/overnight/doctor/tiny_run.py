@@ -27,9 +27,9 @@ from overnight.data.shards import (
 )
 from overnight.distributed.world import World
 from overnight.model.model_config import ModelConfig
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import Recipe, SamplesConfig
+from overnight.recipe import Recipe, SamplesConfig, with_settings
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
 from overnight.training.batch import BatchConfig
 from overnight.training.schedule import ScheduleConfig
@@ -52,8 +52,7 @@ class TinyRun:
 
     def build(self, **compute: object) -> RunSetup:
         """A new run with these fields of ComputeConfig changed: always the same weights and rows."""
-        changed = dataclasses.replace(self.recipe.compute, **compute)  # type: ignore[arg-type]
-        recipe = dataclasses.replace(self.recipe, compute=changed)
+        recipe = with_settings(self.recipe, **compute)
         dataset = open_dataset(recipe.data)
         model, weights = initial_weights(recipe, dataset, None)
         return build_run(resolve_on(recipe, model, dataset, self.world), dataset, weights, self.world)
@@ -144,13 +143,6 @@ def _prepare(texts: Iterable[str], tokenizer: str, scratch: Path) -> Path:
     source = scratch / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     folder = scratch / "shards"
-    prepare(
-        PrepareConfig(
-            source=str(source),
-            tokenizer=tokenizer,
-            validation_fraction=VALIDATION_FRACTION,
-            out=str(folder),
-            workers=1,
-        )
-    )
+    config = PrepareConfig(source=str(source), tokenizer=tokenizer, out=str(folder), workers=1)
+    prepare_shards(dataclasses.replace(config, validation_fraction=VALIDATION_FRACTION))
     return folder

@@ -101,9 +101,9 @@ def _winogrande(line: Mapping[str, Any]) -> Question:
     return Question(before, (f" {after}",) * 2, int(line["answer"]) - 1, leads)
 
 
-def _book_test(block: list[str]) -> Question:
+def _book_test(block: list[bytes]) -> Question:
     """Twenty sentences, and a sentence with a gap for the candidates."""
-    *sentences, last = (re.sub(r"^\d+ ", "", line) for line in block)
+    *sentences, last = (re.sub(r"^\d+ ", "", line.decode().rstrip("\r\n")) for line in block)
     query, answer, _, candidates = last.split("\t")
     before, after = join_treebank(query).split("XXXXX")
     space = "" if before and before == before.rstrip() else " "
@@ -158,7 +158,7 @@ def read_questions(task: ChoiceTask, path: Path) -> Iterator[Question]:
         records = _read_blocks(file) if task.read is _book_test else enumerate(file, start=1)
         for number, record in records:
             try:
-                question = task.read(_decode(record))
+                question = task.read(record if isinstance(record, list) else json.loads(record))
             except (ValueError, LookupError, TypeError, AttributeError):
                 raise ValueError(
                     f"{path}, line {number} is not a question of {task.name}: download the file again"
@@ -174,13 +174,6 @@ def _read_blocks(file: Iterable[bytes]) -> Iterator[tuple[int, list[bytes]]]:
     while block := list(takewhile(lambda line: line.strip(), lines)):
         yield number, block
         number += len(block) + 1
-
-
-def _decode(record: bytes | list[bytes]) -> Any:
-    """The JSON of a line, or the texts of a block's lines."""
-    if isinstance(record, bytes):
-        return json.loads(record)
-    return [line.decode().rstrip("\r\n") for line in record]
 
 
 def _check(question: Question, task: ChoiceTask, where: str) -> None:

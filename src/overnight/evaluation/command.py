@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from overnight.config import raise_problems
-from overnight.distributed.launcher import use_new_rendezvous_store
-from overnight.distributed.machine import divide_cores
+from overnight.distributed.launcher import divide_cores, use_new_rendezvous_store
 from overnight.distributed.processes import run_processes
 from overnight.distributed.world import count_processes, join_world
 from overnight.evaluation import EvaluateConfig

@@ -56,7 +56,7 @@ class HarnessScore:
         return f"{self.task}  {self.metric:<20}{self.value:.4f}{error}   {self.samples:,} samples"
 
 
-def check_harness(names: Sequence[str], folder: Path | None = None) -> None:
+def check_harness(names: Sequence[str], folder: str | Path | None = None) -> None:
     """Raise ValueError if the harness is not installed, or if neither it nor `folder` has one of `names`.
 
     A name is a task's, a group's or a tag's.
@@ -70,7 +70,7 @@ def harness_scores(
     tokenizer: Tokenizer,
     names: Sequence[str],
     precision: str = "fp32",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     limit: int | None = None,
 ) -> list[HarnessScore]:
     """Every metric of the named tasks and groups, in their order, as the harness computes them.
@@ -174,7 +174,7 @@ def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[HarnessScore]:
             )
 
 
-def _find_tasks(names: Sequence[str], folder: Path | None) -> Any:
+def _find_tasks(names: Sequence[str], folder: str | Path | None) -> Any:
     """The harness's TaskManager, with all of `names`; errors as in `check_harness`.
 
     Indexing all of its 14,000 files takes ten seconds. Searching them for the names, and indexing only the
@@ -186,11 +186,11 @@ def _find_tasks(names: Sequence[str], folder: Path | None) -> Any:
             "lm-evaluation-harness is not installed: pip install 'overnight[lm-eval]', or leave out the "
             "tasks that begin with lm-eval:"
         )
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder} with tasks of lm-eval")
     from lm_eval.tasks import TaskManager
 
-    own = [] if folder is None else [folder]
+    own = [] if folder is None else [Path(folder)]
     root = Path(specification.origin).parent / "tasks"
     mention = re.compile(rf"(?<![\w.-])(?:{'|'.join(map(re.escape, names))})(?![\w.-])")
     found = {path for path in root.rglob("*.yaml") if mention.search(path.read_text(encoding="utf-8"))}
@@ -273,6 +273,7 @@ class EvalHarnessLM:
         The first ids of a prompt that is too long are dropped. Raises ValueError for a request that leaves no
         room for a prompt.
         """
+        context_length = self.model.config.context_length
         texts = [""] * len(requests)
         prompts = self.tokenizer.encode_batch([request.args[0] for request in requests])
         groups: dict[tuple[Decoding, tuple[str, ...]], list[int]] = {}
@@ -280,7 +281,12 @@ class EvalHarnessLM:
             groups.setdefault(parse_request(request.args[1]), []).append(index)
         with redirect_stderr(self.terminal), progress("completions", len(requests), "texts") as advance:
             for (decoding, stop), indices in groups.items():
-                room = self._prompt_room(decoding.max_new_tokens)
+                room = context_length - decoding.max_new_tokens
+                if room < 1:
+                    raise ValueError(
+                        f"a completion of {decoding.max_new_tokens:,} tokens leaves no room for a prompt in "
+                        f"the model's context of {context_length:,}: leave this task out"
+                    )
                 rows = {index: prompts[index].tolist()[-room:] for index in indices}
                 for first_row, batch in _batches(rows, decoding.max_new_tokens):
                     part = replace(decoding, first_row=first_row)
@@ -303,16 +309,6 @@ class EvalHarnessLM:
                 results[indices[number]] = span
                 advance()
         return results
-
-    def _prompt_room(self, max_new_tokens: int) -> int:
-        """Most ids of a prompt."""
-        context_length = self.model.config.context_length
-        if max_new_tokens >= context_length:
-            raise ValueError(
-                f"a completion of {max_new_tokens:,} tokens leaves no room for a prompt in the model's "
-                f"context of {context_length:,}: leave this task out"
-            )
-        return context_length - max_new_tokens
 
 
 def _batches(rows: Mapping[int, Sequence[int]], new_tokens: int) -> Iterator[tuple[int, list[int]]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from overnight.data import DataConfig
 from overnight.data.dataset import Dataset, MixtureDataset, open_dataset
@@ -18,9 +18,9 @@ from overnight.distributed.world import World
 from overnight.evaluation.passages import cut_windows, evaluate_passages
 from overnight.evaluation.perplexity import (
     TextLoss,
-    count_characters,
     evaluate_language_model,
     evaluation_rows,
+    text_units,
 )
 from overnight.evaluation.references import VALIDATION_LOSSES
 from overnight.evaluation.scores import Numbers, Score, score_text
@@ -85,33 +85,26 @@ class ValidationSet:
     ) -> TextLoss:
         """The same with overlapping windows, which do not cross the texts of a mixture."""
         context_length = model.config.context_length
-        texts = list(self._read_texts(context_length))
+        stream = self.dataset.stream("validation", context_length, seed=0)
+        parts = [(stream, self.tokens)]
+        if isinstance(stream, Concatenation):
+            parts = list(zip(stream.streams, stream.evaluation_tokens(self.tokens), strict=True))
+        texts = []
+        for part, count in parts:
+            batches = list(part.evaluation_batches(1, count))
+            texts.append(np.concatenate([batches[0].ids[0, :1], *(batch.targets[0] for batch in batches)]))
         windows = [window for ids in texts for window in cut_windows(ids, context_length, self.stride)]
         own: list[tuple[int, Numbers]] = []
         for index, result in evaluate_passages(model, windows, precision, world):
             own.append((index, result))
             advance(windows[index].scored * world.size)
-        targets = np.concatenate([ids[1:] for ids in texts])
         token_bytes = self.dataset.tokenizer.token_bytes()
+        targets_N = torch.from_numpy(np.concatenate([ids[1:] for ids in texts]))
         return TextLoss(
             nats=tuple(numbers[0] for numbers in gather_results(own, world)),
             tokens=tuple(window.scored for window in windows),
-            units={
-                "byte": int(np.array(list(map(len, token_bytes)))[targets].sum()),
-                "character": int(np.array(count_characters(token_bytes))[targets].sum()),
-            },
+            units=text_units(token_bytes, torch.bincount(targets_N, minlength=len(token_bytes))),
         )
-
-    def _read_texts(self, tokens_per_row: int) -> Iterator[NDArray[np.int64]]:
-        """The ids of the validation split in their own order; of a mixture, of each part."""
-        stream = self.dataset.stream("validation", tokens_per_row, seed=0)
-        if isinstance(stream, Concatenation):
-            parts = list(zip(stream.streams, stream.evaluation_tokens(self.tokens), strict=True))
-        else:
-            parts = [(stream, self.tokens)]
-        for part, count in parts:
-            batches = list(part.evaluation_batches(1, count))
-            yield np.concatenate([batches[0].ids[0, :1], *(batch.targets[0] for batch in batches)])
 
 
 def open_validation_set(config: DataConfig, tokens: int | None, stride: int | None) -> ValidationSet:

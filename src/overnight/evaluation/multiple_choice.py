@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +167,7 @@ def _evaluate_rows(
     numbers: dict[int, int] = {}  # flat position -> number, of the N positions that predict a target
     predicting: list[int] = []  # that number for each of the M targets; a context's end predicts several
     targets: list[int] = []
-    ends: list[int] = []
+    lengths: list[int] = []  # of the endings
     for number, row in enumerate(rows):
         ids = [*row.context, *(token for part in row.parts for token in part)]
         ids_BT[number, : len(row)] = torch.tensor(ids)
@@ -179,15 +178,14 @@ def _evaluate_rows(
             ending = row.choice.endings[index]
             predicting += [numbers.setdefault(each, len(numbers)) for each in positions[-len(ending) :]]
             targets += ending
-            ends.append(len(targets))
+            lengths.append(len(ending))
             start += len(part)
     hidden_BTC = model.trunk(ids_BT.to(device), TreeMask(rows, T, device))
     hidden_NC = hidden_BTC.flatten(0, 1)[torch.tensor(list(numbers), device=device)]
     predicting_M, targets_M = torch.tensor(predicting, device=device), torch.tensor(targets, device=device)
     nats_M = _target_nats(hidden_NC, predicting_M, targets_M, model, ids_at_once).cpu().double()
-    parts = torch.split(nats_M, [end - start for start, end in pairwise([0, *ends])])
     keys = [(row.question, index) for row in rows for index in row.endings]
-    return {key: part.sum().item() for key, part in zip(keys, parts, strict=True)}
+    return {key: part.sum().item() for key, part in zip(keys, torch.split(nats_M, lengths), strict=True)}
 
 
 def _target_nats(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -131,6 +130,6 @@ def _evaluate_batch(passages: Sequence[Passage], model: GPT) -> Iterator[SpanRes
         nats.append(F.cross_entropy(logits, target, reduction="none"))
         greedy.append(logits.argmax(-1) == target)
     nats_N, greedy_N = torch.cat(nats).cpu().double(), torch.cat(greedy).cpu()
-    ends = np.cumsum([0, *(passage.scored for passage in passages)])
-    for start, end in pairwise(ends.tolist()):
-        yield SpanResult(nats_N[start:end].sum().item(), bool(greedy_N[start:end].all()))
+    counts = [passage.scored for passage in passages]
+    for own_nats, own_greedy in zip(*(torch.split(each, counts) for each in (nats_N, greedy_N)), strict=True):
+        yield SpanResult(own_nats.sum().item(), bool(own_greedy.all()))

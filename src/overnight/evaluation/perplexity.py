@@ -10,6 +10,7 @@ from itertools import islice, zip_longest
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from overnight.data.loader import Batch
 from overnight.distributed.world import SINGLE_PROCESS, World
@@ -95,15 +96,14 @@ def evaluate_language_model(
     ValueError if there is no text.
     """
     device = torch.device(world.device) if world.size > 1 else model.wte.weight.device
-    sizes = torch.tensor([list(map(len, token_bytes)), count_characters(token_bytes)])
-    text_sizes = torch.zeros(2, dtype=torch.long)
+    counts_V = torch.zeros(len(token_bytes), dtype=torch.long)  # of each id among the targets
     tokens: list[int] = []
     own: list[list[float]] = []
     remaining = iter(batches)
     with eval_mode(model), torch.no_grad(), autocast(device.type, precision):
         while waiting := list(islice(remaining, world.size)):
             for targets_N in (batch.targets.flatten() for batch in waiting):
-                text_sizes += sizes[:, targets_N].sum(1)
+                counts_V += torch.bincount(targets_N, minlength=len(token_bytes))
                 tokens += map(len, torch.split(targets_N, LOGITS_AT_ONCE))
             # If too few batches are left, a process reads another's: all run the same number of forward
             # passes, which gather a sharded model's weights.
@@ -119,15 +119,15 @@ def evaluate_language_model(
                         for hidden, targets in zip(*parts, strict=True)
                     ]
                 )
-    if not text_sizes[0]:
+    units = text_units(token_bytes, counts_V)
+    if not units["byte"]:
         raise ValueError("there is no text to evaluate on: the validation split is empty")
     # Batch i was evaluated by process i % world.size.
     rounds = zip_longest(*map(json.loads, world.all_gather_object(json.dumps(own))), fillvalue=())
-    text_bytes, characters = text_sizes.tolist()
     return TextLoss(
         nats=tuple(nats for one_round in rounds for batch_nats in one_round for nats in batch_nats),
         tokens=tuple(tokens),
-        units={"byte": text_bytes, "character": characters},
+        units=units,
     )
 
 
@@ -136,6 +136,11 @@ def evaluation_rows(model: GPT) -> int:
     return max(1, BATCH_TOKENS // model.config.context_length)
 
 
-def count_characters(token_bytes: Sequence[bytes]) -> list[int]:
-    """The number of characters that begin in each id: bytes that are not continuation bytes of UTF-8."""
-    return [sum(byte & 0xC0 != 0x80 for byte in spelling) for spelling in token_bytes]
+def text_units(token_bytes: Sequence[bytes], counts_V: Tensor) -> dict[Unit, float]:
+    """Bytes and characters of a text with these counts of each id.
+
+    A character belongs to its first byte's id: bytes that begin with the bits 10 continue one in UTF-8.
+    """
+    sizes_V2 = [(len(spelling), sum(byte & 0xC0 != 0x80 for byte in spelling)) for spelling in token_bytes]
+    text_bytes, characters = (counts_V @ torch.tensor(sizes_V2)).tolist()
+    return {"byte": text_bytes, "character": characters}

@@ -6,13 +6,12 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
 
 from overnight.config import raise_problems
 from overnight.conversion.open_model import OpenedModel, open_model
 from overnight.distributed.world import open_world
 from overnight.generation import GenerateConfig
-from overnight.generation.generate import Completion, Decoding, TokenGenerator, complete, stream_text
+from overnight.generation.generate import Decoding, TokenGenerator, complete, stream_text
 from overnight.generation.quantize import GenerationPrecision, generation_precisions, prepare_for_generation
 from overnight.terminal import echo
 
@@ -60,40 +59,32 @@ def _print_stream(config: GenerateConfig, opened: OpenedModel, decoding: Decodin
 def _print_completions(
     config: GenerateConfig, opened: OpenedModel, decoding: Decoding, precision: GenerationPrecision
 ) -> int:
-    """Print every completion, a batch at a time; returns the number of tokens."""
-    tokens = 0
-    for number, (prompt, completion) in enumerate(_completions(config, opened, decoding)):
-        tokens += len(completion.ids)
-        if config.json:
-            values = {
-                "model": config.model,
-                "prompt": prompt,
-                "completion": completion.text,
-                "tokens": len(completion.ids),
-                "ended_by": completion.ended_by,
-                "precision": precision,
-            }
-            _print(json.dumps(values) + "\n")
-        else:
-            _print(("\n" if number else "") + prompt + completion.text + "\n")
-    return tokens
-
-
-def _completions(
-    config: GenerateConfig, opened: OpenedModel, decoding: Decoding
-) -> Iterator[tuple[str, Completion]]:
-    """Each prompt with each of its completions, in batches, so that memory does not bound their number."""
+    """Print every completion, in batches, so that memory does not bound their number; returns the tokens."""
     model, tokenizer, prompts = opened.model, opened.tokenizer, config.prompts or ("",)
     # Raises ValueError for an invalid prompt before the first one is completed.
     TokenGenerator(
         model, [tokenizer.encode(prompt) for prompt in prompts], decoding.with_vocabulary(tokenizer)
     )
-    total = len(prompts) * config.samples
+    tokens, total = 0, len(prompts) * config.samples
     for first in range(0, total, BATCH_ROWS):
-        rows = range(first, min(first + BATCH_ROWS, total))
-        batch = [prompts[row // config.samples] for row in rows]
+        batch = [prompts[row // config.samples] for row in range(first, min(first + BATCH_ROWS, total))]
         part = dataclasses.replace(decoding, first_row=first)
-        yield from zip(batch, complete(model, tokenizer, batch, part, config.stop), strict=True)
+        completions = complete(model, tokenizer, batch, part, config.stop)
+        for row, (prompt, completion) in enumerate(zip(batch, completions, strict=True), start=first):
+            tokens += len(completion.ids)
+            if config.json:
+                values = {
+                    "model": config.model,
+                    "prompt": prompt,
+                    "completion": completion.text,
+                    "tokens": len(completion.ids),
+                    "ended_by": completion.ended_by,
+                    "precision": precision,
+                }
+                _print(json.dumps(values) + "\n")
+            else:
+                _print(("\n" if row else "") + prompt + completion.text + "\n")
+    return tokens
 
 
 def _print(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -28,7 +29,7 @@ ROWS_AT_ONCE = 4096
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)?//")
 
 Columns = tuple[str, str]  # the names of those that hold the address and the text
-_Row = tuple[object, int]  # an address, or what is in its place; bytes of text
+Row = tuple[object, int]  # an address, or what is in its place; bytes of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,22 +93,21 @@ def count_domains(source: str, columns: Columns = ("url", "text"), documents: in
     )
 
 
-def _rows(files: Sequence[TextFile], columns: Columns, advance: Callable[..., None]) -> Iterator[_Row]:
+def _rows(files: Sequence[TextFile], columns: Columns, advance: Callable[..., None]) -> Iterator[Row]:
     for file in files:
         yield from _json_rows(file, columns) if file.kind == ".jsonl" else _parquet_rows(file, columns)
         advance(file.bytes / 1e6)
 
 
-def _json_rows(file: TextFile, columns: Columns) -> Iterator[_Row]:
+def _json_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
     with open_file(file) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             location = f"{file.address} line {number:,}"
-            try:
+            fields = None
+            with contextlib.suppress(ValueError, RecursionError):
                 fields = json.loads(line)
-            except (ValueError, RecursionError):
-                fields = None
             if not isinstance(fields, dict):
                 raise DamagedFileError(f"{location} is not a JSON object with named fields")
             _require(columns, list(fields), location)
@@ -115,7 +115,7 @@ def _json_rows(file: TextFile, columns: Columns) -> Iterator[_Row]:
             yield url, len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
 
 
-def _parquet_rows(file: TextFile, columns: Columns) -> Iterator[_Row]:
+def _parquet_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
     pyarrow = import_pyarrow(file.address)
     from pyarrow import compute
 

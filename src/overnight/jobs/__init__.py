@@ -68,12 +68,9 @@ class LaunchConfig(Recipe):
     def problems(self) -> list[str]:
         """One sentence for each wrong value; [] if there is none."""
         found = super().problems()
-        if self.nodes < 1:
-            found.append(f"nodes={self.nodes} must be at least 1")
-        if self.gpus_per_node < 0:
-            found.append(f"gpus_per_node={self.gpus_per_node} must be at least 0")
-        if not SHORTEST_HOURS <= self.hours < math.inf:
-            found.append(f"hours={self.hours} must be at least {SHORTEST_HOURS}")
+        for name, minimum in (("nodes", 1), ("gpus_per_node", 0), ("hours", SHORTEST_HOURS)):
+            if not minimum <= (value := getattr(self, name)) < math.inf:
+                found.append(f"{name}={value} must be at least {minimum}")
         if self.compute.processes is not None:
             found.append(
                 f"processes={self.compute.processes} is for one machine: use --nodes and --gpus-per-node"
@@ -81,7 +78,6 @@ class LaunchConfig(Recipe):
         default = LaunchConfig()
         for name, targets in TARGETS_OF_SETTING.items():
             if getattr(self, name) != getattr(default, name) and self.target not in targets:
-                found.append(
-                    f"{name} is for {' and '.join(f'--{target}' for target in targets)}: leave it out"
-                )
+                options = " and ".join(f"--{target}" for target in targets)
+                found.append(f"{name} is for {options}: leave it out")
         return found

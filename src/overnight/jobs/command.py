@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 
 from overnight.config import field_types, raise_problems
-from overnight.jobs import TARGETS_OF_SETTING, LaunchConfig
+from overnight.jobs import LaunchConfig
 from overnight.jobs.request import JobRequest, join_words
 from overnight.jobs.targets import job_file, submit_command
 from overnight.preparation.prepare_commands import find_recipe_texts, with_folders
@@ -18,7 +18,6 @@ from overnight.terminal import echo
 from overnight.training.batch import plan_batches
 
 SEE_FILES = frozenset({"slurm", "sagemaker"})  # targets that use text from this machine's disk
-RESTARTS = 3  # of all processes after one has failed, if the recipe does not say
 TORCHRUN_SETTINGS = frozenset({"processes", "max_restarts"})  # a job file passes these to torchrun itself
 
 
@@ -79,16 +78,12 @@ def build_request(config: LaunchConfig, name: str, path: Path) -> JobRequest:
                 recipe_names(), key=lambda known: len(changed_options(recipe, load_recipe(known)))
             )
     return JobRequest(
+        config=config,
         path=str(path),
         made_by=join_words(("overnight", "launch", name, *options)),
-        run_name=config.run_name,
         words=(known_recipe, *changed_options(recipe, load_recipe(known_recipe), left_out)),
         texts=texts,
-        nodes=config.nodes,
-        gpus_per_node=config.gpus_per_node,
-        max_restarts=config.compute.max_restarts or RESTARTS,
         programs=sysconfig.get_path("scripts") if target == "slurm" else None,
-        **{setting: getattr(config, setting) for setting in TARGETS_OF_SETTING},
     )
 
 

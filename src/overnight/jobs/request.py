@@ -12,39 +12,27 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from overnight.jobs import LaunchConfig
 from overnight.preparation.prepare_commands import JobText
 
+RESTARTS = 3  # if the recipe does not say
 SAVE_SECONDS = 150  # between SIGTERM and SIGKILL for a process that has not saved by then
 LONGEST_NAME = 45  # Kubernetes allows 63 for a pod's name, which ends in -worker-N
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobRequest:
-    """One run on `nodes` machines. What is None becomes YOUR-SOMETHING in the file where it is needed."""
+    """One run on a cluster. A setting that is None becomes YOUR-SOMETHING in the file where it is needed."""
 
+    config: LaunchConfig
     path: str
     """Of the job file."""
     made_by: str
     """The command that writes the file."""
-    run_name: str
     words: tuple[str, ...]
     """The recipe and its options: the arguments of `overnight train`."""
-    texts: tuple[JobText, ...] = ()
+    texts: tuple[JobText, ...]
     """Must be prepared before the run starts."""
-    nodes: int = 1
-    gpus_per_node: int = 8
-    """0 for machines without GPUs, which run one process each."""
-    max_restarts: int = 3
-    """How often torchrun restarts all processes after one has failed."""
-    hours: float = 24.0
-    """The job's time limit, where there is one."""
-    gpu: str | None = None
-    """Its kind, as SkyPilot spells it: H100, A100-80GB."""
-    partition: str | None = None
-    image: str | None = None
-    bucket: str | None = None
-    role: str | None = None
-    shared_disk: str | None = None
     programs: str | None = None
     """The folder of this machine's `overnight` and `torchrun`, for nodes that share its disk."""
 
@@ -54,30 +42,35 @@ class JobRequest:
         return tuple(text for text in self.texts if not text.is_remote)
 
     @property
+    def max_restarts(self) -> int:
+        """How often torchrun restarts all processes after one has failed."""
+        return self.config.compute.max_restarts or RESTARTS
+
+    @property
     def processes_per_node(self) -> int:
         """One for each GPU."""
-        return max(1, self.gpus_per_node)
+        return max(1, self.config.gpus_per_node)
 
     @property
     def run(self) -> str:
         """The run directory."""
-        return f"runs/{self.run_name}"
+        return f"runs/{self.config.run_name}"
 
     @property
     def name(self) -> str:
         """The run's name in lower-case letters, digits and hyphens, a letter first: all targets allow it."""
-        plain = re.sub("[^a-z0-9]+", "-", self.run_name.lower())
+        plain = re.sub("[^a-z0-9]+", "-", self.config.run_name.lower())
         plain = plain if plain[:1].isalpha() else f"run-{plain}"
         return plain[:LONGEST_NAME].strip("-")
 
     @property
     def size(self) -> str:
         """Number of nodes and GPUs, in words."""
-        nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
-        if not self.gpus_per_node:
+        count, gpus = self.config.nodes, self.config.gpus_per_node
+        nodes = "1 node" if count == 1 else f"{count} nodes"
+        if not gpus:
             return f"{nodes}, without GPUs"
-        each = " each" if self.nodes > 1 else ""
-        return f"{nodes} with {self.gpus_per_node} GPU{'s' if self.gpus_per_node > 1 else ''}{each}"
+        return f"{nodes} with {gpus} GPU{'s' if gpus > 1 else ''}{' each' if count > 1 else ''}"
 
 
 def quote(word: str) -> str:

@@ -47,7 +47,7 @@ def job_file(target: str, request: JobRequest) -> str:
     """The content of the job file for `target`. Raises ValueError for what the target cannot run."""
     values: dict[str, Any] = {"job": request, "save_seconds": SAVE_SECONDS}
     if target == "slurm":
-        minutes = round(request.hours * 60)
+        minutes = round(request.config.hours * 60)
         values["time_limit"] = f"{minutes // 1440}-{minutes // 60 % 24:02d}:{minutes % 60:02d}:00"
         values["warning_seconds"] = SAVE_SECONDS + 30
     elif target == "sagemaker":
@@ -84,8 +84,8 @@ def find_instance(gpu: str, gpus: int) -> str:
 
 def sagemaker_values(request: JobRequest) -> dict[str, Any]:
     """Instance, channels and time. Raises ValueError if SageMaker has no instance or no room for the job."""
-    if request.hours > LONGEST_HOURS:
-        raise ValueError(f"hours={request.hours:g}: a SageMaker job runs for at most {LONGEST_HOURS}")
+    if request.config.hours > LONGEST_HOURS:
+        raise ValueError(f"hours={request.config.hours:g}: a SageMaker job runs for at most {LONGEST_HOURS}")
     if len(request.words) > MOST_ARGUMENTS:
         raise ValueError(
             f"SageMaker takes {MOST_ARGUMENTS} arguments, and the run has {len(request.words)}: "
@@ -101,8 +101,8 @@ def sagemaker_values(request: JobRequest) -> dict[str, Any]:
         "bucket": _s3_address(request, ""),
         "channels": _channels(request),
         "data_option": _data_option(request),
-        "instance": find_instance(request.gpu or "H100", request.gpus_per_node),
-        "seconds": round(request.hours * 3600),
+        "instance": find_instance(request.config.gpu or "H100", request.config.gpus_per_node),
+        "seconds": round(request.config.hours * 3600),
         "save_seconds": SAGEMAKER_SAVE_SECONDS,
     }
 
@@ -139,7 +139,7 @@ def _check_variable(script: str) -> str:
 
 
 def _s3_address(request: JobRequest, path: str) -> str:
-    bucket = (request.bucket or "YOUR-BUCKET").removeprefix("s3://").rstrip("/")
+    bucket = (request.config.bucket or "YOUR-BUCKET").removeprefix("s3://").rstrip("/")
     return f"s3://{bucket}/{path.strip('/')}"
 
 

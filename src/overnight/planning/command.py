@@ -19,7 +19,6 @@ from overnight.hardware import (
     find_device,
     find_device_name,
     find_memory_bytes,
-    find_peak_flops,
 )
 from overnight.planning import PlanConfig
 from overnight.planning.costs import (
@@ -45,7 +44,6 @@ from overnight.training import Compute
 from overnight.training.compute import resolve_compute
 from overnight.training.memory import Resources, fits_into
 
-planned_recipe = plain_recipe  # its former name, which doctor imports
 UNKNOWN = Device("unknown", r"(?!)", DeviceFacts())
 
 
@@ -82,8 +80,6 @@ class Target(NamedTuple):
     processes: int
     memory_bytes: int | None
     """Of one process."""
-    peak_flops: float | None
-    """Of one device."""
 
 
 def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None) -> Plan:
@@ -103,11 +99,10 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
     sharding = resolved.compute.sharding if processes > 1 else "none"
     layout = build_parallel_layout(target.device, config.network, resources, sharding)
     memory = layout.estimate_memory(sizes, resolved.plan.micro_batch_size, resolved.compute)
+    precision = resolved.compute.precision
+    rate = target.device and getattr(target.device.facts, precision)
+    peak_flops = rate and 1e12 * rate
     one = "" if is_here or processes > 1 else "one "
-    assumption = None
-    if not is_here:
-        precision = resolved.compute.precision
-        assumption = describe_assumption(target.device_name, target.peak_flops or 0, precision)
     return Plan(
         name=name,
         resolved=resolved,
@@ -117,13 +112,13 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
         needed_bytes_by_sharding=compare_shardings(resolved, resources),
         device_name=one + layout.describe(target.device_name),
         device_memory_bytes=target.memory_bytes,
-        peak_flops=target.peak_flops,
+        peak_flops=peak_flops,
         disk_free_bytes=shutil.disk_usage(Path.cwd()).free if is_here else None,
         load_average=os.getloadavg()[0] if target.device is None else 0.0,
         dollars_per_hour=config.dollars_per_hour and config.dollars_per_hour * config.machines,
         memory=memory,
         fits=_fits(memory.together, target.memory_bytes, is_here=is_here),
-        assumption=assumption,
+        assumption=None if is_here else describe_assumption(target.device_name, peak_flops or 0, precision),
     )
 
 
@@ -138,14 +133,13 @@ def local_target(config: PlanConfig) -> Target:
     """This machine. Raises ValueError for what it lacks."""
     device = open_world(config.compute.device).device
     processes = count_processes(config.compute.processes or 1, device)
-    compute, device_name = resolve_compute(config.compute, device), find_device_name(device)
+    device_name = find_device_name(device)
     return Target(
         device=None if device == "cpu" else find_device(device_name) or UNKNOWN,
         device_name=device_name,
-        compute=compute,
+        compute=resolve_compute(config.compute, device),
         processes=processes,
         memory_bytes=find_memory_bytes(device) // (processes if device == "cpu" else 1),
-        peak_flops=find_peak_flops(device, compute.precision),
     )
 
 
@@ -177,7 +171,6 @@ def published_target(config: PlanConfig) -> Target:
         compute=compute,
         processes=int(asked.processes or 1),
         memory_bytes=device.facts.memory_bytes,
-        peak_flops=1e12 * getattr(device.facts, precision),
     )
 
 

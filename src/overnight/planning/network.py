@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from overnight.hardware import GB, Device
@@ -18,7 +18,7 @@ from overnight.training.memory import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Link:
     """A connection that carries messages from one process to the next."""
 
@@ -28,31 +28,20 @@ class Link:
     that of each process; between machines, that of a machine, shared by its processes."""
     message_seconds: float
     """Latency of a small message."""
-    start_seconds: float
+    start_seconds: float = field(default=8.4e-6, kw_only=True)
     """Launch of any collective, before its first message."""
     source: str
-    """Origin of the figures."""
+    """Origin of the bandwidth; the latencies are from NCCL's src/graph/tuning.cc (ring, protocol Simple)."""
 
 
-def _nccl_link(name: str, gigabytes_per_second: float, message_microseconds: float, source: str) -> Link:
-    """A link with the latencies in NCCL's src/graph/tuning.cc (ring, protocol Simple)."""
-    return Link(
-        name=name,
-        bytes_per_second=gigabytes_per_second * GB,
-        message_seconds=1e-6 * message_microseconds,
-        start_seconds=8.4e-6,
-        source=source,
-    )
+NVLINK, PCI, NETWORK = 3.4e-6, 5.7e-6, 14e-6  # seconds a message
 
-
-NVLINK, PCI, NETWORK = 3.4, 5.7, 14.0  # microseconds a message, by the same file
-
-PCIE = _nccl_link("PCIe", 12, PCI, "12 GB/s by NCCL's src/graph/topo.h for PCIe 3; 4 has up to twice that")
-_NVLINK_3 = _nccl_link("NVLink 3", 230, NVLINK, "300 GB/s by the maker; 230, nccl-tests issue 149")
-_NVLINK_4 = _nccl_link("NVLink 4", 370, NVLINK, "450 GB/s by the maker; 370 in NCCL, nccl-tests issue 212")
-_NVLINK_2 = _nccl_link("NVLink 2", 120, NVLINK, "150 GB/s by the maker; 120 by NCCL's topo.h")
+PCIE = Link("PCIe", 12 * GB, PCI, "12 GB/s by NCCL's src/graph/topo.h for PCIe 3; 4 has up to twice that")
+_NVLINK_3 = Link("NVLink 3", 230 * GB, NVLINK, "300 GB/s by the maker; 230, nccl-tests issue 149")
+_NVLINK_4 = Link("NVLink 4", 370 * GB, NVLINK, "450 GB/s by the maker; 370 in NCCL, nccl-tests issue 212")
+_NVLINK_2 = Link("NVLink 2", 120 * GB, NVLINK, "150 GB/s by the maker; 120 by NCCL's topo.h")
 WITHIN: dict[str, Link] = {
-    "b200": _nccl_link("NVLink 5", 720, NVLINK, "900 GB/s by the maker; 720 by NCCL's src/graph/topo.h"),
+    "b200": Link("NVLink 5", 720 * GB, NVLINK, "900 GB/s by the maker; 720 by NCCL's src/graph/topo.h"),
     "h200": _NVLINK_4,
     "h100": _NVLINK_4,
     "a100-80gb": _NVLINK_3,
@@ -66,16 +55,16 @@ The makers' figures are half of those in NVIDIA's data sheets, which add both di
 are from answers of NCCL's authors in the issues of nccl-tests."""
 
 BETWEEN: dict[str, Link] = {
-    "100g": _nccl_link("100 Gb/s", 12, NETWORK, "12 GB/s an adapter of 100 Gb/s, nccl-tests issue 119"),
-    "400g": _nccl_link("400 Gb/s", 47, NETWORK, "46 to 48 GB/s an adapter of 400 Gb/s, nccl-tests issue 290"),
-    "8x400g": _nccl_link("8 x 400 Gb/s", 376, NETWORK, "46 to 48 GB/s an adapter, nccl-tests issue 290"),
+    "100g": Link("100 Gb/s", 12 * GB, NETWORK, "12 GB/s an adapter of 100 Gb/s, nccl-tests issue 119"),
+    "400g": Link("400 Gb/s", 47 * GB, NETWORK, "46 to 48 GB/s an adapter of 400 Gb/s, nccl-tests issue 290"),
+    "8x400g": Link("8 x 400 Gb/s", 376 * GB, NETWORK, "46 to 48 GB/s an adapter, nccl-tests issue 290"),
 }
 """Between machines: one adapter for all GPUs of a machine or, as in a DGX H100, one for each GPU.
 
 InfiniBand, or Ethernet with RDMA (RoCE); plain TCP is slower."""
 
 
-SHARED_CPU = Link(name="", bytes_per_second=math.inf, message_seconds=0.0, start_seconds=0.0, source="")
+SHARED_CPU = Link("", math.inf, 0.0, "", start_seconds=0.0)
 """Between processes on one CPU, whose communication is not counted."""
 
 Among = Literal["all", "machine", "machines"]

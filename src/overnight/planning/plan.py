@@ -114,7 +114,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "parameters": resolved.model.parameter_count(),
         "measured": plan.assumption is None,
         **dataclasses.asdict(resolved.recipe.compute),
-        **{name: getattr(plan, name) for name in (*same, *measured, "needed_bytes_by_sharding")},
+        **{name: getattr(plan, name) for name in (*same, *measured)},
         "needed_bytes_by_use": {**dataclasses.asdict(plan.memory), "process": plan.process_memory_bytes},
         "ways_out": [option._asdict() for option in plan.fit_options],
         "fits_in_processes": plan.fit_in_processes and plan.fit_in_processes.options,
@@ -130,6 +130,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "processes_per_machine": layout.processes_per_machine,
         "all_processes": layout.processes,
         "sharding": layout.sharding,
+        "needed_bytes_by_sharding": plan.needed_bytes_by_sharding,
         "link_within": None if layout.is_on_cpu else dataclasses.asdict(layout.within),
         "link_between": layout.between and dataclasses.asdict(layout.between),
     }

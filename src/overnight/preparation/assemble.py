@@ -127,9 +127,9 @@ def decide_shards(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
 
 def write_shards(staging: Path, rank: int = 0, ranks: int = 1, *, only_full: bool = False) -> None:
     """Write every `ranks`-th shard of both splits."""
-    assembler = open_assembler(staging)
-    layout = assembler.layout
-    shards = [(split, index) for split in SPLITS for index in layout.shards(split, only_full=only_full)]
+    assembler = ShardAssembler(staging)
+    indices = {split: assembler.layout.shards(split, only_full=only_full) for split in SPLITS}
+    shards = [(split, index) for split in SPLITS for index in indices[split]]
     for split, index in shards[rank::ranks]:
         assembler.write(split, index)
 
@@ -137,8 +137,9 @@ def write_shards(staging: Path, rank: int = 0, ranks: int = 1, *, only_full: boo
 class ShardAssembler:
     """Writes shards from the tokenized units of a staging folder whose layout is decided."""
 
-    def __init__(self, staging: Path, state: PrepareState, layout: ShardLayout) -> None:
-        self.staging, self.state, self.layout = staging, state, layout
+    def __init__(self, staging: Path) -> None:
+        self.staging, self.state = staging, read_state(staging)
+        self.layout = ShardLayout(**json.loads((staging / "layout.json").read_text(encoding="utf-8")))
         self._vocab_size = open_tokenizer(staging).vocab_size
         self._status = np.load(staging / "status.npy", mmap_mode="r")
 
@@ -161,9 +162,8 @@ class ShardAssembler:
         """Write what there is of the shard that is not complete yet: one shard, or none."""
         end = self.layout.starts[split][-1]
         index, rest = divmod(end, self.layout.shard_tokens)
-        return (
-            (self._write_tokens(f"{split}-{index:05d}-{rest}.bin", split, end - rest, end),) if rest else ()
-        )
+        name = f"{split}-{index:05d}-{rest}.bin"
+        return (self._write_tokens(name, split, end - rest, end),) if rest else ()
 
     def manifest(self, shards: dict[str, tuple[Shard, ...]]) -> Manifest:
         """The manifest of a prepared folder that holds these shards."""
@@ -231,12 +231,6 @@ class ShardAssembler:
         return int(begun.sum()), int(records["bytes"][begun].sum())
 
 
-def open_assembler(staging: Path) -> ShardAssembler:
-    """Of a staging folder, with the state and the layout that are written there."""
-    layout = ShardLayout(**json.loads((staging / "layout.json").read_text(encoding="utf-8")))
-    return ShardAssembler(staging, read_state(staging), layout)
-
-
 def _decide_status(
     staging: Path, state: PrepareState, records: Records, first_documents: list[int]
 ) -> NDArray[np.uint8]:
@@ -265,6 +259,5 @@ def _starts(
 def _in_split(
     split: str, status: NDArray[np.uint8], records: Records, state: PrepareState
 ) -> NDArray[np.bool_]:
-    """Which documents of a unit are in the shards of a split."""
     validation = is_validation(records, state.validation_fraction)
     return kept_mask(status) & (validation if split == "validation" else ~validation)

@@ -39,7 +39,7 @@ class BenchmarkSearch:
 
     def __init__(self, index: Index) -> None:
         self._index = index
-        self._prefixes = {length: PrefixTable(hashes) for length, (hashes, _) in index.items()}
+        self._prefixes = {length: _first_bits(hashes) for length, (hashes, _) in index.items()}
 
     def find(self, texts: Sequence[str]) -> NDArray[np.uint64]:
         """(texts,): for each a bit for each benchmark that it shares a passage with."""
@@ -47,7 +47,9 @@ class BenchmarkSearch:
         shared = np.zeros(len(texts), dtype=np.uint64)
         for length, (known, benchmarks) in self._index.items():
             hashes, text_indices = hash_windows(words, length)
-            candidates = self._prefixes[length].find(hashes)
+            # The first bits exclude most hashes, faster than a binary search.
+            is_first, shift = self._prefixes[length]
+            candidates = np.flatnonzero(is_first[(hashes >> shift).astype(np.intp)])
             hashes, text_indices = hashes[candidates], text_indices[candidates]
             found = np.minimum(np.searchsorted(known, hashes), known.size - 1)
             equal = known[found] == hashes
@@ -55,18 +57,13 @@ class BenchmarkSearch:
         return shared
 
 
-class PrefixTable:
-    """Excludes most hashes by their first bits, faster than a binary search; at most 16 MB."""
-
-    def __init__(self, known: Hashes) -> None:
-        bits = min(24, known.size.bit_length() + 4)
-        self._shift = np.uint64(64 - bits)
-        self._is_known = np.zeros(1 << bits, dtype=bool)
-        self._is_known[(known >> self._shift).astype(np.intp)] = True
-
-    def find(self, hashes: Hashes) -> NDArray[np.intp]:
-        """The indices of the hashes that may be known."""
-        return np.flatnonzero(self._is_known[(hashes >> self._shift).astype(np.intp)])
+def _first_bits(known: Hashes) -> tuple[NDArray[np.bool_], np.uint64]:
+    """Whether a known hash begins with these bits, for each value of up to 24, and the shift to them."""
+    bits = min(24, known.size.bit_length() + 4)
+    shift = np.uint64(64 - bits)
+    is_first = np.zeros(1 << bits, dtype=bool)
+    is_first[(known >> shift).astype(np.intp)] = True
+    return is_first, shift
 
 
 def benchmark_names(paths: Sequence[str]) -> dict[str, Path]:
@@ -79,10 +76,10 @@ def benchmark_names(paths: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def describe_benchmarks(files: Mapping[str, Path]) -> str:
+def describe_benchmarks(paths: Sequence[str]) -> str:
     """Name and sha256 of each benchmark."""
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    return ", ".join(f"{name} {digest}" for name, digest in digests.items())
+    files = benchmark_names(paths).items()
+    return ", ".join(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for name, path in files)
 
 
 def build_index(files: Mapping[str, Path]) -> Index:
@@ -98,9 +95,9 @@ def build_index(files: Mapping[str, Path]) -> Index:
     return {length: _merge(np.concatenate(each, axis=1)) for length, each in sorted(found.items())}
 
 
-def save_index(staging: Path, index: Index) -> None:
-    """Write the passages into the staging folder, whole or not at all."""
-    content = io.BytesIO()
+def save_index(staging: Path, paths: Sequence[str]) -> None:
+    """Write the passages of the benchmarks into the staging folder, whole or not at all."""
+    content, index = io.BytesIO(), build_index(benchmark_names(paths))
     arrays: dict[str, Any] = {str(length): passages for length, passages in index.items()}
     np.savez(content, **arrays)
     write_atomically(staging / BENCHMARKS, content.getvalue())
@@ -136,7 +133,6 @@ def _passages(path: Path) -> Iterator[tuple[int, Hashes]]:
 
 
 def _read_texts(path: Path) -> Iterator[str]:
-    """Every text of a benchmark."""
     try:
         content = path.read_bytes().decode()
     except UnicodeDecodeError as error:

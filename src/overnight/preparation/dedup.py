@@ -10,7 +10,6 @@ The signatures of a unit depend on its texts alone, and the clusters on all sign
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import shutil
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overnight.preparation.documents import KEPT, Document, kept_mask
-from overnight.preparation.executors import Step, divide_workers, run_step, silence_datatrove, track
+from overnight.preparation.executors import Step, divide_workers, import_datatrove, run_step, track
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.prepare_state import PrepareState, read_state, target_units
 from overnight.preparation.tokenize import open_unit
@@ -37,14 +36,7 @@ NO_CLUSTER = 2**32 - 1
 
 def import_minhash() -> Any:
     """The module minhash. Raises ValueError if datatrove is not installed."""
-    try:
-        minhash = importlib.import_module("overnight.preparation.minhash")
-    except ImportError:
-        raise ValueError(
-            "near_duplicates=drop needs datatrove, which is not installed: pip install 'overnight[data]'"
-        ) from None
-    silence_datatrove()
-    return minhash
+    return import_datatrove("overnight.preparation.minhash", "near_duplicates=drop")
 
 
 def compare_units(staging: Path, units: int, config: PrepareConfig) -> None:

@@ -8,6 +8,7 @@ own waits forever for a worker that was killed, and its workers outlive the proc
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from overnight.data.text_files import first_line
-from overnight.distributed.machine import count_cores
+from overnight.distributed.launcher import count_cores
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.prepare_state import SLURM_JOB
 from overnight.run_directory import write_atomically
@@ -95,20 +96,19 @@ def _end_with_parent() -> None:
 
 
 def _run_on_ray(step: Step, staging: Path, tasks: int, config: PrepareConfig) -> None:
-    datatrove = _import_datatrove()
+    engine = import_datatrove("datatrove.executor.ray", "executor=ray")
     try:
         import ray
     except ImportError:
         raise ValueError("executor=ray needs Ray: pip install 'overnight[ray]'") from None
-    executor = datatrove.executor.ray.RayPipelineExecutor(
+    executor = engine.RayPipelineExecutor(
         [partial(_run_rank, step, staging)],
         tasks=tasks,
         workers=config.workers or -1,
         logging_dir=_logs(step, staging, tasks),
         mem_per_cpu_gb=1,
     )
-    starts_ray = not ray.is_initialized()
-    if starts_ray:
+    if starts_ray := not ray.is_initialized():
         try:
             ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
         except Exception as error:  # of many kinds, none of which a user could act upon
@@ -127,11 +127,11 @@ def _run_on_ray(step: Step, staging: Path, tasks: int, config: PrepareConfig) ->
 
 def submit_to_slurm(steps: list[tuple[Step, int]], staging: Path, config: PrepareConfig) -> None:
     """Submit a chain of steps, each with the number of its ranks, and record the number of the last job."""
-    datatrove = _import_datatrove()
+    engine = import_datatrove("datatrove.executor.slurm", "executor=slurm")
     executor: Any = None
     activate = Path(sys.prefix) / "bin" / "activate"  # so that the jobs use this environment
     for step, ranks in steps:
-        executor = datatrove.executor.slurm.SlurmPipelineExecutor(
+        executor = engine.SlurmPipelineExecutor(
             [partial(_run_rank, step, staging.resolve())],
             tasks=ranks,
             workers=config.workers or -1,
@@ -191,24 +191,21 @@ def _name(step: Step) -> str:
     return str((step.func if isinstance(step, partial) else step).__name__)
 
 
-def _import_datatrove() -> Any:
+def import_datatrove(module: str, setting: str) -> Any:
+    """A module that needs datatrove, whose messages are kept off the terminal of this process.
+
+    Raises ValueError, naming the setting that needs it, if datatrove is not installed.
+    """
     try:
-        import datatrove.executor.ray
-        import datatrove.executor.slurm
+        found = importlib.import_module(module)
     except ImportError:
         raise ValueError(
-            "executor=slurm and executor=ray need datatrove: pip install 'overnight[data]', or give "
-            "--executor local"
+            f"{setting} needs datatrove, which is not installed: pip install 'overnight[data]'"
         ) from None
-    silence_datatrove()
-    return datatrove
-
-
-def silence_datatrove() -> None:
-    """Keep datatrove's messages off the terminal of this process; workers log into the staging folder."""
     from loguru import logger
 
     logger.disable("datatrove")
+    return found
 
 
 def track(advance: Callable[..., None], measure: Callable[[], tuple[float, str]]) -> Watch:

@@ -101,7 +101,6 @@ class ShardImport:
         return file.program == LLM_C and file.ids.dtype == dtype
 
     def _needed_bytes(self, file: ExternalShard, staging: Path) -> int:
-        """The disk space that the imported file takes."""
         if self._is_ours(file) and file.path.stat().st_dev == staging.stat().st_dev:
             return 0
         return file.ids.size * shards.token_format(self.tokenizer.vocab_size).dtype.itemsize + HEADER_BYTES
@@ -159,7 +158,6 @@ class ShardImport:
         )
 
     def _summary(self, results: list[ImportResult]) -> Iterator[str]:
-        """What was done, in plain lines."""
         for split in SPLITS:
             names = [file.path.name for file in self.files if file.split == split]
             more = f" ... {names[-1]} ({len(names)} files)" if len(names) > 1 else ""
@@ -238,7 +236,10 @@ def open_external_shard(path: Path) -> ExternalShard:
         )
     if len(head) == HEADER_BYTES and not any(head[12:]):
         raise ValueError(f"{path} is damaged: it begins like a shard with a header, but with {magic}")
-    return ExternalShard(path, NANOGPT, split, _open_raw_ids(path))
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise ValueError(f"{path} is damaged, or not nanoGPT's: it has {size:,} bytes, and each id takes 2")
+    return ExternalShard(path, NANOGPT, split, np.asarray(np.memmap(path, dtype="<u2", mode="r")))
 
 
 def _open_npy(path: Path) -> Tokens:
@@ -257,14 +258,6 @@ def _open_npy(path: Path) -> Tokens:
     if (surplus := path.stat().st_size - ids.offset - ids.nbytes) != 0:
         raise ValueError(f"{path} is damaged: {surplus:,} bytes follow its {ids.size:,} ids")
     return np.asarray(ids)
-
-
-def _open_raw_ids(path: Path) -> Tokens:
-    """The ids in a file of uint16 and nothing else."""
-    size = path.stat().st_size
-    if size == 0 or size % 2:
-        raise ValueError(f"{path} is damaged, or not nanoGPT's: it has {size:,} bytes, and each id takes 2")
-    return np.asarray(np.memmap(path, dtype="<u2", mode="r"))
 
 
 def _check_pickle(folder: Path, tokenizer: str) -> None:

@@ -64,7 +64,6 @@ def hash_windows(words: Words, length: int) -> tuple[Hashes, Indices]:
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """The text in blocks that end between words."""
     begin = 0
     while begin < len(text):
         found = BETWEEN_WORDS.search(text, begin + BLOCK_CHARACTERS)

@@ -47,7 +47,6 @@ from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.preparation.prepare_state import (
     PrepareState,
     Request,
-    Unit,
     is_begun,
     is_complete,
     remove_traces,
@@ -67,7 +66,7 @@ BYTES_PER_TOKEN_AT_MOST = 6  # 4.5 for English in GPT-2's tokens
 TOKENS_PER_WRITER = 1_000_000_000  # that one process writes to shards: some seconds
 
 
-def prepare(config: PrepareConfig) -> Manifest | None:
+def prepare_shards(config: PrepareConfig) -> Manifest | None:
     """Fill `output_folder(config)` with shards, or verify and reuse it if the same request filled it before.
 
     None if Slurm does the work and is not done yet. Raises ValueError for a request that can't be met;
@@ -122,7 +121,7 @@ def _ensure_text(path: str, config: DataConfig) -> str:
             f"{path} holds shards and no {MANIFEST}: restore it from a copy, or prepare the text again into "
             "another folder"
         )
-    if prepare(request) is None:
+    if prepare_shards(request) is None:
         raise ValueError(f"{folder} is being prepared by Slurm's jobs: wait until they are done")
     return str(folder)
 
@@ -183,9 +182,7 @@ def _request(config: PrepareConfig, source: Source) -> Request:
         "shard_tokens": config.shard_tokens,
     }
     if config.benchmark_paths:
-        request["decontaminate"] = decontaminate.describe_benchmarks(
-            decontaminate.benchmark_names(config.benchmark_paths)
-        )
+        request["decontaminate"] = decontaminate.describe_benchmarks(config.benchmark_paths)
         request["on_contaminated"] = config.on_contaminated
     if config.near_duplicates == "drop":
         request["near_duplicates"] = "drop"
@@ -221,7 +218,10 @@ def _find_prepared(folder: Path, request: Request) -> Manifest | None:
 
 
 def _plan_work(config: PrepareConfig, source: Source, request: Request) -> PrepareState:
-    """Divide the source into units. Raises ValueError for a file that can't be read, unless it is skipped."""
+    """Divide the source into units of up to about `UNIT_BYTES` of text, at least one.
+
+    Raises ValueError for a file that can't be read, unless it is skipped.
+    """
     sizes: dict[Part, int] = {}
     damaged_files: list[str] = []
     unit_bytes = max(UNIT_BYTES, sum(file.bytes for file in source.files) // MOST_UNITS)
@@ -232,30 +232,24 @@ def _plan_work(config: PrepareConfig, source: Source, request: Request) -> Prepa
             if config.on_bad_file == "fail":
                 raise
             damaged_files.append(file.name)
-    units = _group_parts(sizes, unit_bytes)
+    units: list[list[Part]] = [[]]
+    held = [0]  # bytes of text in each unit
+    for part, size in sizes.items():
+        if units[-1] and held[-1] + size > unit_bytes:
+            units.append([])
+            held.append(0)
+        units[-1].append(part)
+        held[-1] += size
     return PrepareState(
         request=request,
         source=source.name,
         licence=source.licence,
         config=config,
-        units=units,
-        unit_bytes=tuple(sum(sizes[part] for part in unit) for unit in units),
+        units=tuple(map(tuple, units)),
+        unit_bytes=tuple(held),
         damaged_files=tuple(damaged_files),
         validation_fraction=_validation_fraction(config, source),
     )
-
-
-def _group_parts(sizes: dict[Part, int], unit_bytes: int) -> tuple[Unit, ...]:
-    """The parts in order, grouped into units of up to `unit_bytes` of text; at least one unit."""
-    units: list[list[Part]] = [[]]
-    held = 0
-    for part, size in sizes.items():
-        if units[-1] and held + size > unit_bytes:
-            units.append([])
-            held = 0
-        units[-1].append(part)
-        held += size
-    return tuple(tuple(unit) for unit in units)
 
 
 def _begin(staging: Path, state: PrepareState) -> int:
@@ -268,9 +262,7 @@ def _begin(staging: Path, state: PrepareState) -> int:
         request_units(staging, min(units, early))
         write_state(staging, state)
     if benchmarks and not (staging / decontaminate.BENCHMARKS).is_file():
-        decontaminate.save_index(
-            staging, decontaminate.build_index(decontaminate.benchmark_names(benchmarks))
-        )
+        decontaminate.save_index(staging, benchmarks)
     if not (staging / "tokenizer").is_dir():
         tokenize.save_tokenizer(staging, state)
         require_disk_space(staging, tokenize.estimate_bytes(staging, state))
@@ -341,7 +333,7 @@ def _show_early(staging: Path, state: PrepareState, units: int) -> None:
     layout = assemble.decide_layout(staging, state, units)
     step = partial(assemble.write_shards, only_full=True)
     executors.run_step(step, staging, _count_writers(layout), state.config)
-    show_so_far(assemble.ShardAssembler(staging, state, layout))
+    show_so_far(assemble.ShardAssembler(staging))
 
 
 def show_so_far(assembler: assemble.ShardAssembler) -> None:
@@ -352,14 +344,13 @@ def show_so_far(assembler: assemble.ShardAssembler) -> None:
 
 
 def _count_writers(layout: assemble.ShardLayout) -> int:
-    """How many ranks the writing of shards is worth."""
     return max(1, -(-layout.tokens // TOKENS_PER_WRITER))
 
 
 def finish(staging: Path) -> Manifest:
     """Write the manifest, and remove what only the work needed; continues where it was killed."""
     if not is_complete(staging):
-        assembler = assemble.open_assembler(staging)
+        assembler = assemble.ShardAssembler(staging)
         write_manifest(staging, assembler.manifest({split: assembler.write_split(split) for split in SPLITS}))
     manifest = read_manifest(staging)
     remove_traces(staging, {shard.name for split in SPLITS for shard in manifest.shards(split)})
@@ -374,7 +365,6 @@ def publish_prepared(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
 
 
 def _submit(staging: Path, config: PrepareConfig) -> None:
-    """Submit all steps to Slurm, as a chain of job arrays."""
     jobs = min(target_units(staging), config.tasks or executors.DEFAULT_JOBS)
     steps: list[tuple[executors.Step, int]] = [(tokenize.tokenize_units, jobs)]
     if config.near_duplicates == "drop":

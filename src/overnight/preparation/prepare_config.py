@@ -29,7 +29,6 @@ def parse_count(text: str) -> int:
 
 
 def _count_option(*, optional: bool) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
-    """How tyro reads and shows a count."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="COUNT",

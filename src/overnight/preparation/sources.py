@@ -161,7 +161,6 @@ def _cache_shakespeare(from_file: str | None) -> Path:
 
 
 def _download_shakespeare() -> bytes:
-    """What is at the published address. Raises ValueError if it can't be downloaded."""
     echo(f"downloading {SHAKESPEARE_URL}")
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer:

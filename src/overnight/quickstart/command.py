@@ -17,7 +17,7 @@ from overnight.recipe import Recipe, flatten, load_recipe, read_recipe_of
 from overnight.report.page import write_report
 from overnight.report.plots import check_matplotlib
 from overnight.run.resume import load_resumed
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory, write_atomically
 from overnight.runs.status import describe_run
 from overnight.terminal import echo, progress
@@ -42,7 +42,7 @@ def run(config: QuickstartConfig) -> None:
 def _train(recipe: Recipe, directory: RunDirectory) -> None:
     """Train the run, or resume it, or reuse it if it is finished."""
     if not directory.exists():
-        train(recipe, directory)
+        train_recipe(recipe, directory)
         return
     # A run names the folder that its source was prepared into, so `data` always differs.
     before = flatten(read_recipe_of(directory.path)) | {"data": recipe.data.data}
@@ -58,7 +58,7 @@ def _train(recipe: Recipe, directory: RunDirectory) -> None:
         return
     progress_so_far = f"{status.step} of {status.total_steps} steps"
     echo(f"resuming {directory.path}, which has done {progress_so_far}; --fresh starts over")
-    train(load_resumed(directory.path), directory, resume=True)
+    train_recipe(load_resumed(directory.path), directory, resume=True)
 
 
 def _compress(recipe: Recipe, directory: RunDirectory) -> dict[str, float]:

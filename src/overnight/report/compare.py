@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from markupsafe import Markup
 
 from overnight.report.html import render, show_value
@@ -80,8 +79,7 @@ def _cells(run: RunData, is_best: bool) -> Iterator[object]:
     yield significant(bits) if is_finite(bits) else "–"
     yield short(metrics["tokens"][-1]) if run.steps else "0"
     yield short(speed) if (speed := median(metrics["tokens_per_second"])) is not None else "–"
-    milliseconds = metrics["milliseconds"]
-    yield duration(float(np.nansum(milliseconds)) / 1000) if np.isfinite(milliseconds).any() else "–"
+    yield duration(run.training_seconds) if run.training_seconds is not None else "–"
     yield short(parameters) if is_finite(parameters) else "–"
     yield run.status.state
 

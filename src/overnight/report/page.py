@@ -171,8 +171,8 @@ def _speed_figures(run: RunData) -> Iterator[tuple[str, str]]:
     for name, label in (("mfu", "6N + 12LCT"), ("mfu_executed", "executed FLOPs")):
         if (share := median(metrics[name])) is not None:
             yield f"MFU, median ({label})", f"{share:.1%}"
-    if np.isfinite(metrics["milliseconds"]).any():
-        yield "spent in training steps", duration(float(np.nansum(metrics["milliseconds"])) / 1000)
+    if run.training_seconds is not None:
+        yield "spent in training steps", duration(run.training_seconds)
     if is_finite(run.environment.get("parameters")):
         yield "parameters", short(run.environment["parameters"])
 

@@ -58,6 +58,12 @@ class RunData:
         """The latest evaluation; empty if there is none."""
         return self.evaluations[-1] if self.evaluations else {}
 
+    @property
+    def training_seconds(self) -> float | None:
+        """The time spent in training steps; None if no step has one."""
+        known = self.metrics["milliseconds"][np.isfinite(self.metrics["milliseconds"])]
+        return float(known.sum()) / 1000 if known.size else None
+
     def smoothed_loss(self) -> Series:
         """The training loss in nats per token, averaged over about a hundredth of the run."""
         tokens_of_step = np.diff(self.metrics["tokens"], prepend=0.0)

@@ -8,16 +8,16 @@ from pathlib import Path
 from overnight.config import raise_problems
 from overnight.distributed.launcher import (
     count_restarts,
+    divide_cores,
     is_launched,
     is_main_process,
     use_new_rendezvous_store,
 )
-from overnight.distributed.machine import divide_cores
 from overnight.distributed.processes import run_processes
 from overnight.distributed.world import count_processes
 from overnight.recipe import Recipe
 from overnight.run.resume import check_directory, load_resumed
-from overnight.run.train import train
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.terminal import echo, quiet
 
@@ -33,7 +33,7 @@ def run(recipe: Recipe, resumed: Path | None) -> None:
         recipe, resumed = load_resumed(directory.path), directory.path
     with quiet(not is_main_process()):
         try:
-            train(recipe, directory, resume=resumed is not None)
+            train_recipe(recipe, directory, resume=resumed is not None)
         except KeyboardInterrupt:
             if not is_launched():
                 raise

@@ -27,7 +27,7 @@ from overnight.evaluation.tasks import (
     Task,
     evaluate_task,
     gather_results,
-    open_tasks,
+    open_task,
     split_names,
 )
 from overnight.model.gpt import GPT
@@ -109,7 +109,7 @@ def open_run_tasks(config: EvaluationConfig, tokenizer: Tokenizer, context_lengt
             f"tasks={', '.join(config.tasks)}: a run evaluates validation text by evaluate_every_steps, and "
             f"{HARNESS}NAME only with `overnight evaluate`"
         )
-    tasks = open_tasks(names.own, config.task_files, config.task_examples)
+    tasks = [open_task(name, config.task_files, config.task_examples) for name in names.own]
     return [RunTask(task, task.encode(tokenizer, context_length)) for task in tasks]
 
 

@@ -23,8 +23,7 @@ from overnight.run.environment import explain_choices
 from overnight.run.evaluate import RunTask, open_run_tasks
 from overnight.run.log import RunLog
 from overnight.run.preflight import check_checkpoint_space
-from overnight.run.resume import begin, check_directory, record_data
-from overnight.run.rollback import needs_rollback, roll_back
+from overnight.run.resume import begin, check_directory, needs_rollback, record_data, roll_back
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
 from overnight.run_directory import RunDirectory
 from overnight.terminal import echo
@@ -34,7 +33,7 @@ from overnight.training.step import train_step
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends USR1 before its time limit
 
 
-def train(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Resolved:
+def train_recipe(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Resolved:
     """Train `recipe` into `directory`; returns the recipe with everything decided.
 
     With `resume` the run continues from its newest good checkpoint. Interrupted by a signal, it is saved

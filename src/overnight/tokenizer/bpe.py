@@ -26,7 +26,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from overnight.run_directory import cache_folder, write_atomically
 from overnight.terminal import echo
-from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean, tokenizer_json, write_tokenizer
+from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean, tokenizer_json
 
 GPT2_FINGERPRINT = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 """sha256 of GPT-2's vocab.bpe as OpenAI publishes it, and so the fingerprint of GPT-2's merges."""
@@ -97,17 +97,13 @@ class BytePair(Tokenizer):
     def _encode(self, text: str) -> NDArray[np.uint32]:
         return self._encoding.encode_to_numpy(text, allowed_special=frozenset(), disallowed_special=())
 
-    def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for."""
-        return self._bytes
-
-    def save(self, folder: Path) -> None:
-        """Write the folder that `load_tokenizer` and Transformers open."""
+    def to_json(self) -> dict[str, Any]:
+        """The content of tokenizer.json."""
         merges = [f"{first} {second}" for first, second in self._merges]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         steps = dict.fromkeys(("pre_tokenizer", "post_processor", "decoder"), byte_level)
         model = {"type": "BPE", "vocab": self._vocabulary, "merges": merges}
-        write_tokenizer(folder, tokenizer_json(self.end_of_text, **steps, model=model))
+        return tokenizer_json(self.end_of_text, **steps, model=model)
 
 
 def _parts(text: str) -> Iterator[str]:

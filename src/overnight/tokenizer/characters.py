@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean, tokenizer_json, write_tokenizer
+from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean, tokenizer_json
 
 CODE_POINTS = 0x110000
 
@@ -48,23 +47,20 @@ class Characters(Tokenizer):
         ids = np.where(is_byte, self._first_byte + content, ids)
         return ids[begins | is_byte].astype(np.uint32)
 
-    def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for."""
-        return self._bytes
-
-    def save(self, folder: Path) -> None:
-        """Write the folder that `load_tokenizer` and Transformers open."""
-        decoders = [{"type": "ByteFallback"}, {"type": "Fuse"}]
-        # A BPE without merges leaves the characters as they are.
-        model = {"type": "BPE", "byte_fallback": True, "vocab": _vocabulary(self._characters), "merges": []}
-        content = tokenizer_json(
+    def to_json(self) -> dict[str, Any]:
+        """The content of tokenizer.json. A BPE without merges leaves the characters as they are."""
+        return tokenizer_json(
             self.end_of_text,
             pre_tokenizer=None,
             post_processor=None,
-            decoder={"type": "Sequence", "decoders": decoders},
-            model=model,
+            decoder={"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+            model={
+                "type": "BPE",
+                "byte_fallback": True,
+                "vocab": _vocabulary(self._characters),
+                "merges": [],
+            },
         )
-        write_tokenizer(folder, content)
 
 
 def train_characters(documents: Iterable[str]) -> Characters:

@@ -8,9 +8,10 @@ that Transformers opens: tokenizer.json and tokenizer_config.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from overnight.run_directory import write_atomically
 END_OF_TEXT = "<|endoftext|>"
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """Text to ids and back without loss, for every text. Ids are 0 to vocab_size - 1.
 
     Text never becomes special ids: a document that spells "<|endoftext|>" becomes the ids of those 13
@@ -34,18 +35,32 @@ class Tokenizer(Protocol):
     """The id before each document; it stands for no text."""
     fingerprint: str
     """sha256 of everything that decides the ids of a text: equal for equal tokenizers, from any source."""
+    _bytes: list[bytes]
+    _end_of_text_name = END_OF_TEXT
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """The ids of each text. Releases the GIL."""
-        ...
 
-    def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for, b"" for special ids. Not a copy: do not change it."""
-        ...
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """The content of tokenizer.json."""
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `load_tokenizer` and Transformers open."""
-        ...
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            # Converters to other formats fail if one of the three is missing.
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), self._end_of_text_name),
+            "clean_up_tokenization_spaces": False,  # it would change the text that ids decode to
+        }
+        write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        # Last: if it exists, the folder is complete.
+        write_atomically(folder / "tokenizer.json", json.dumps(self.to_json(), ensure_ascii=False) + "\n")
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes each id stands for, b"" for special ids. Not a copy: do not change it."""
+        return self._bytes
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
@@ -58,7 +73,7 @@ class Tokenizer(Protocol):
         foreign = numbers[(numbers < 0) | (numbers >= self.vocab_size)]
         if foreign.size:
             raise ValueError(f"{self.name} has the ids 0 to {self.vocab_size - 1}, not {foreign[0]}")
-        return b"".join(map(self.token_bytes().__getitem__, numbers.tolist()))
+        return b"".join(map(self._bytes.__getitem__, numbers.tolist()))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text that the ids stand for; U+FFFD where they begin or end inside a character."""
@@ -75,20 +90,6 @@ def clean(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def write_tokenizer(folder: Path, content: Mapping[str, Any], end_of_text: str = END_OF_TEXT) -> None:
-    """Write both files, tokenizer.json last: if it exists, the folder is complete."""
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        # Converters to other formats fail if one of the three is missing.
-        "bos_token": end_of_text,
-        "eos_token": end_of_text,
-        "unk_token": end_of_text,
-        "clean_up_tokenization_spaces": False,  # it would change the text that ids decode to
-    }
-    write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-    write_atomically(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False) + "\n")
 
 
 def tokenizer_json(end_of_text: int, **parts: Any) -> dict[str, Any]:

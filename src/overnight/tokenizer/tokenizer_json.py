@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from overnight.tokenizer.bpe import spelled_bytes
-from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean, write_tokenizer
+from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean
 
 PROBE = "two  blanks, a\ttab,\r\na line; Grüße, 你好, 🙂 and 1,024"
 LARGEST_ID = 1 << 24  # far above every vocabulary: a damaged file must not fill the memory
@@ -30,17 +29,21 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, content: Mapping[str, Any], end_of_text: str | None) -> None:
         self._content = {**content, "truncation": None, "padding": None}
         added = {token["content"]: token for token in content.get("added_tokens", [])}
-        self._end_of_text = _end_of_text(end_of_text, added)
+        self._end_of_text_name = _end_of_text(end_of_text, added)
         self._encoder = _build_encoder(content)
         ids = {**self._encoder.get_vocab(), **{name: token["id"] for name, token in added.items()}}
         if not all(0 <= id <= LARGEST_ID for id in ids.values()):
             raise ValueError(f"its ids are not numbers from 0 to {LARGEST_ID}")
-        special = {name for name, token in added.items() if token.get("special")} | {self._end_of_text}
-        _check_text_is_not_special(self._encoder, {name: ids[name] for name in special})
-        self.end_of_text = ids[self._end_of_text]
+        special = {name for name, token in added.items() if token.get("special")} | {self._end_of_text_name}
+        for name in special:
+            if ids[name] in self._encoder.encode(name, add_special_tokens=False).ids:
+                raise ValueError(
+                    f"it encodes the text {name} as that special token; choose another tokenizer"
+                )
+        self.end_of_text = ids[self._end_of_text_name]
         self.vocab_size = max(ids.values()) + 1
         self.name = f"{content['model'].get('type', 'bpe').lower()}-{self.vocab_size}"
-        canonical = json.dumps([self._content, self._end_of_text], sort_keys=True)
+        canonical = json.dumps([self._content, self._end_of_text_name], sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         self._bytes = [b""] * self.vocab_size
         for (name, id), spelled in zip(ids.items(), spelled_bytes(ids), strict=True):
@@ -53,13 +56,9 @@ class HuggingFaceTokenizer(Tokenizer):
         encoded = self._encoder.encode_batch_fast([clean(text) for text in texts], add_special_tokens=False)
         return [np.array(one.ids, dtype=np.uint32) for one in encoded]
 
-    def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for."""
-        return self._bytes
-
-    def save(self, folder: Path) -> None:
-        """Write the folder that `load_tokenizer` and Transformers open."""
-        write_tokenizer(folder, self._content, self._end_of_text)
+    def to_json(self) -> dict[str, Any]:
+        """The content of tokenizer.json: the file's own."""
+        return self._content
 
 
 def _build_encoder(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -86,9 +85,3 @@ def _end_of_text(given: str | None, added: Mapping[str, Any]) -> str:
         f"it has no added token {' or '.join(names)} to end a text; name the one that does as eos_token in a "
         "tokenizer_config.json in the same folder"
     )
-
-
-def _check_text_is_not_special(encoder: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
-    for name, id in special.items():
-        if id in encoder.encode(name, add_special_tokens=False).ids:
-            raise ValueError(f"it encodes the text {name} as that special token; choose another tokenizer")

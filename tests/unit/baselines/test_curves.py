@@ -87,12 +87,15 @@ def test_middle_is_the_mean_and_neighbours_variances_are_pooled() -> None:
         assert curve.middle[at] - curve.low[at] == pytest.approx(half, rel=5e-3)
 
 
-def test_band_has_a_least_width() -> None:
+def test_band_has_a_least_width_and_norms_vary_by_factors() -> None:
     curve = record_curves([curves_of([4.0, 2.0])] * 2)["loss"]
     factor = 1 + MIN_HALF_WIDTH["loss"]
     assert curve.high == (pytest.approx(4 * factor), pytest.approx(2 * factor))
     gap = record_curves([curves_of([0.0], "gap")] * 2)["gap"]
     assert (gap.low, gap.high) == ((-MIN_HALF_WIDTH["gap"],), (MIN_HALF_WIDTH["gap"],))
+    norm = record_curves([curves_of([1.0], "grad_norm"), curves_of([4.0], "grad_norm")])["grad_norm"]
+    assert norm.middle == (2.0,)
+    assert norm.high[0] / 2 == pytest.approx(2 / norm.low[0], rel=1e-4)
 
 
 def test_start_is_not_pooled_with_what_follows() -> None:
@@ -103,12 +106,6 @@ def test_start_is_not_pooled_with_what_follows() -> None:
     assert curve.high[0] == pytest.approx(8 * (1 + MIN_HALF_WIDTH["loss"]))
     half = HALF_WIDTH * math.exp(4 / 6) * math.sqrt(0.5 * 1.5)
     assert (curve.high[1] - 4.0, curve.high[2] - 2.0) == (pytest.approx(half, rel=1e-4),) * 2
-
-
-def test_norms_vary_by_factors() -> None:
-    curve = record_curves([curves_of([1.0], "grad_norm"), curves_of([4.0], "grad_norm")])["grad_norm"]
-    assert curve.middle == (2.0,)
-    assert curve.high[0] / 2 == pytest.approx(2 / curve.low[0], rel=1e-4)
 
 
 def test_only_what_all_runs_have_is_recorded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -15,12 +16,12 @@ from overnight import cli
 from overnight.bench import BenchConfig, decide, worker
 from overnight.bench import command as bench_command
 from overnight.bench.command import build_record, read_ids, record_group
-from overnight.bench.decide import WARM_UPS, BenchPlan, decide_bench, divide, find_free_bytes, memory_of_tasks
+from overnight.bench.decide import WARM_UPS, BenchPlan, decide_bench, find_free_bytes, memory_of_tasks
 from overnight.bench.table import BenchRecord
 from overnight.bench.worker import StepWorker, TimedSteps, running_workers
 from overnight.data.shards import read_manifest
-from overnight.distributed import machine
-from overnight.preparation.prepare import prepare
+from overnight.distributed import launcher
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 
 from .conftest import TINY, task_of
@@ -107,18 +108,12 @@ def test_wrong_use_is_one_sentence(
 # What is decided.
 
 
-def test_variants_are_one_group_where_memory_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_fit_into_memory_and_share_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(64 * GB, monkeypatch)
     assert plan.groups == [list(plan.tasks)]
-    alone = plan_of(64 * GB, monkeypatch, variants=("float32",))
-    assert alone.groups == [["float32"]]
-    assert divide(alone.tasks, 1.0) == []
-
-
-def test_groups_fit_into_memory_and_share_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(16 * GB, monkeypatch)
     assert len(plan.groups) > 1
-    for before, after in zip(plan.groups, plan.groups[1:], strict=False):
+    for before, after in itertools.pairwise(plan.groups):
         assert before[-1] == after[0]
     assert [*plan.groups[0], *(name for group in plan.groups[1:] for name in group[1:])] == list(plan.tasks)
     for group in plan.groups:
@@ -160,7 +155,9 @@ def test_short_text_is_repeated_and_another_vocabulary_refused(
     for number in range(12):
         (tmp_path / f"{number}.txt").write_text(f"this: {number}")
     out = str(tmp_path / "made")
-    prepare(PrepareConfig(source=str(tmp_path), tokenizer="characters", out=out, validation_fraction=0.3))
+    prepare_shards(
+        PrepareConfig(source=str(tmp_path), tokenizer="characters", out=out, validation_fraction=0.3)
+    )
     plan = plan_of(64 * GB, monkeypatch, model="tiny", variants=("float32",), data=out)
     ids, origin = read_ids(plan)
     assert (origin, len(ids)) == (out, plan.tokens_to_read)
@@ -174,20 +171,12 @@ def test_short_text_is_repeated_and_another_vocabulary_refused(
 # The processes.
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def test_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
 
     def interrupt(process: StepWorker) -> None:
+        os.kill(process.pid, 0)  # it lives
         started.append(process.pid)
-        assert is_alive(process.pid)
         if len(started) == 2:
             raise KeyboardInterrupt
 
@@ -195,7 +184,9 @@ def test_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(KeyboardInterrupt), running_workers({"first": task_of(), "second": task_of()}):
         pass
     assert len(started) == 2
-    assert not any(map(is_alive, started))
+    for pid in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +207,7 @@ def test_failed_process_is_reported(
 
 def test_process_is_started_with_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "of the user's own")
-    assert machine.environment_of_process(large_pages=True)["GLIBC_TUNABLES"] == machine.ALLOCATOR
-    plain = machine.environment_of_process(large_pages=False)
+    assert launcher.environment_of_process(large_pages=True)["GLIBC_TUNABLES"] == launcher.ALLOCATOR
+    plain = launcher.environment_of_process(large_pages=False)
     assert "GLIBC_TUNABLES" not in plain
     assert plain["PATH"] == os.environ["PATH"]

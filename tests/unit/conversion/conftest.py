@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,33 +41,24 @@ def original() -> GPT:
     return model.eval()
 
 
-def state_dict(model: GPT, *, bias: bool = True, padded: bool = False, prefix: str = "") -> dict[str, Any]:
-    """Weights under nanoGPT's names; the head is the embedding's tensor itself."""
-    found = {f"transformer.{name}": weight for name, weight in model.weights().items()}
-    if padded:
-        found["transformer.wte.weight"] = model.wte.weight.detach().clone()
-        found["transformer.wte.weight"][model.vocab_size :] = -1.0
-    found["lm_head.weight"] = found["transformer.wte.weight"]
-    return {prefix + name: tensor for name, tensor in found.items() if bias or not name.endswith(".bias")}
-
-
-def model_args(vocab_size: int, *, bias: bool = True) -> dict[str, Any]:
-    """The sizes as nanoGPT writes them."""
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": vocab_size}
-    return {**sizes, "bias": bias, "dropout": 0.1}
-
-
 @pytest.fixture
 def write(original: GPT, tmp_path: Path) -> Write:
     """`write(bias=, padded=, prefix=, **changes)`: the path of a checkpoint of nanoGPT."""
 
     def write(*, bias: bool = True, padded: bool = False, prefix: str = "", **changes: Any) -> Path:
-        state = state_dict(original, bias=bias, padded=padded, prefix=prefix)
-        rows = len(state[f"{prefix}transformer.wte.weight"])
+        state = {f"transformer.{name}": weight for name, weight in original.weights().items()}
+        if padded:
+            embedding = original.wte.weight.detach().clone()
+            embedding[original.vocab_size :] = -1.0
+            state["transformer.wte.weight"] = embedding
+        state["lm_head.weight"] = embedding = state["transformer.wte.weight"]  # the tensor itself
+        sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": len(embedding)}
         content = {
-            "model": state,
+            "model": {
+                prefix + name: each for name, each in state.items() if bias or not name.endswith(".bias")
+            },
             "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(9)}}},
-            "model_args": model_args(rows, bias=bias),
+            "model_args": {**sizes, "bias": bias, "dropout": 0.1},
             "iter_num": 3,
             "best_val_loss": torch.tensor(4.5),
             "config": {"out_dir": "out", "learning_rate": 6e-4, "compile": True},
@@ -78,30 +68,6 @@ def write(original: GPT, tmp_path: Path) -> Write:
         return path
 
     return write
-
-
-@pytest.fixture
-def write_build_nanogpt(original: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """`write_build_nanogpt(**changes)`: a checkpoint of build-nanogpt, whose sizes are an object."""
-
-    def write(**changes: Any) -> Path:
-        kind = type("GPTConfig", (SimpleNamespace,), {"__module__": "__main__", "__reduce__": _reduce})
-        monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", kind, raising=False)
-        sizes = model_args(TOKENIZER.vocab_size)
-        del sizes["bias"], sizes["dropout"]
-        content = {"model": state_dict(original), "config": kind(**{**sizes, **changes}), "step": 19072}
-        path = tmp_path / "model_19072.pt"
-        torch.save({**content, "val_loss": 3.0}, path)
-        return path
-
-    return write
-
-
-def _reduce(self: Any) -> Any:
-    """Pickle like a dataclass: a new object of the class, then its fields."""
-    import copyreg
-
-    return copyreg.__newobj__, (type(self),), dict(vars(self))  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import sys
 import time
 import timeit
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,24 +81,22 @@ def checkpoints_with(evil: Calls, good: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def open_all(write: Write, tmp_path: Path) -> OpenAll:
-    """`open_all(paths, "trusting" or "ours")`: the result of each file."""
+    """`open_all(contents or paths, "trusting" or "ours")`: the result of each file."""
 
-    def run(paths: list[Path], how: str = "ours") -> list[dict[str, Any]]:
+    def run(files: Sequence[bytes | Path], how: str = "ours") -> list[dict[str, Any]]:
         folder = tmp_path / how
         folder.mkdir()
+        paths = []
+        for number, each in enumerate(files):
+            paths.append(each if isinstance(each, Path) else tmp_path / f"file-{number}.pt")
+            if isinstance(each, bytes):
+                paths[-1].write_bytes(each)
         program = Path(__file__).with_name("open_hostile.py")
         command = [sys.executable, "-W", "ignore", program, write(), folder, how, *paths]
         ended = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
         return [json.loads(line) for line in ended.stdout.splitlines()]
 
     return run
-
-
-def write_all(folder: Path, contents: list[bytes]) -> list[Path]:
-    paths = [folder / f"file-{number}.pt" for number in range(len(contents))]
-    for path, content in zip(paths, contents, strict=True):
-        path.write_bytes(content)
-    return paths
 
 
 @pytest.mark.parametrize("positions", [2, pytest.param(8, marks=pytest.mark.slow)])
@@ -178,9 +176,9 @@ def malformed_files(valid: bytes) -> dict[str, bytes]:
     }
 
 
-def test_malformed_file_is_refused(write: Write, tmp_path: Path, open_all: OpenAll) -> None:
+def test_malformed_file_is_refused(write: Write, open_all: OpenAll) -> None:
     contents = malformed_files(write().read_bytes())
-    results = open_all(write_all(tmp_path, list(contents.values())))
+    results = open_all(list(contents.values()))
     for name, each in zip(contents, results, strict=True):
         assert each["status"] == 3, (name, each)
         assert each["events"] == [], (name, each)
@@ -206,7 +204,7 @@ def test_damaged_file_is_refused_or_unchanged(
         else:
             del damaged[draw.randrange(len(valid)) :]
         contents.append(bytes(damaged))
-    results = open_all(write_all(tmp_path, contents))
+    results = open_all(contents)
     assert len(results) == trials
     whole = (tmp_path / "ours" / "tensors.safetensors").read_bytes()
     for number, each in enumerate(results):

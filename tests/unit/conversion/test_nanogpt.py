@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,16 @@ def test_nanogpt_missing_biases_are_zero(write: Write, original: GPT) -> None:
         assert torch.equal(weight, wanted), name
 
 
-def test_build_nanogpt_config_object(write_build_nanogpt: Write, original: GPT) -> None:
-    model, _ = read_nanogpt(write_build_nanogpt())
+def test_build_nanogpt_config_object(write: Write, original: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sizes are an object of a class of the program that wrote it."""
+    kind = dataclasses.make_dataclass("GPTConfig", args())
+    kind.__module__ = "__main__"
+    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", kind, raising=False)
+    path = write()
+    content = torch.load(path, weights_only=True)
+    del content["model_args"]
+    torch.save({**content, "config": kind(**args()), "step": 19072, "val_loss": 3.0}, path)
+    model, _ = read_nanogpt(path)
     assert torch.equal(model(IDS), original(IDS))
 
 

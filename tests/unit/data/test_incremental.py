@@ -27,7 +27,7 @@ from overnight.data.incremental import (
 from overnight.data.loader import TokenStream
 from overnight.data.shards import SO_FAR, Manifest, open_tokens, read_manifest, verify
 from overnight.preparation import prepare as prepare_module
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 
 Prepare = Callable[..., Manifest]
@@ -67,30 +67,6 @@ def test_rows_change_with_the_text_without_shuffle_window(tmp_path: Path, prepar
         prepared(tmp_path / f"{n}", range(n))
     beginning, whole = (TokenStream(tmp_path / f"{n}", tokens_per_row=10) for n in (500, 900))
     assert not torch.equal(beginning.batch(0, 10).ids, whole.batch(0, 10).ids)
-
-
-@given(data=st.data())
-@settings(deadline=None, max_examples=60)
-def test_epoch_reads_one_window_after_the_other(prepared: Prepare, data: st.DataObject) -> None:
-    length = data.draw(st.integers(1, 30), "tokens_per_row")
-    window = data.draw(st.integers(length + 1, 120), "shuffle_window")
-    n = data.draw(st.integers(length + 1, 400), "tokens")
-    epoch = data.draw(st.integers(0, 3), "epoch")
-    with tempfile.TemporaryDirectory() as folder:
-        prepared(Path(folder), range(n), shard_tokens=70)
-        stream = TokenStream(folder, tokens_per_row=length, shuffle_window=window)
-        batch = stream.batch(epoch * stream.rows_per_epoch, stream.rows_per_epoch)
-    starts = list(range(0, n, window))[: max(1, n // window)]
-    row = 0
-    for start, end in zip(starts, [*starts[1:], n], strict=True):
-        rows = math.ceil((end - start) / length)
-        ids, targets = batch.ids[row : row + rows], batch.targets[row : row + rows]
-        ring = start + (ids[:, :1] - start + torch.arange(length)) % (end - start)
-        assert torch.equal(ids, ring)
-        assert torch.equal(targets, start + (ids - start + 1) % (end - start))
-        assert set(targets.flatten().tolist()) == set(range(start, end))
-        row += rows
-    assert row == stream.rows_per_epoch
 
 
 def test_windows_and_epochs_have_orders_of_their_own(tmp_path: Path, prepared: Prepare) -> None:
@@ -146,7 +122,7 @@ def interrupt(config: PrepareConfig, after_each_wave: AfterEachWave) -> Interrup
 
         after_each_wave(stop)
         with pytest.raises(error):
-            prepare(config)
+            prepare_shards(config)
         after_each_wave(lambda: None)
         return Path(config.out or "")
 
@@ -170,7 +146,7 @@ def test_early_shards_stay_the_same(
     shown: list[tuple[Manifest, dict[str, bytes]]] = []
     staging = staging_path(folder)
     after_each_wave(lambda: shown.append((read_manifest(staging, SO_FAR), contents(staging))))
-    prepare(config)
+    prepare_shards(config)
     final, whole = verify(folder), contents(folder)
     held_out = [open_tokens(folder / shard.name) for shard in final.validation]
     assert len(shown) >= 2
@@ -186,7 +162,7 @@ def test_early_shards_stay_the_same(
     counts = [len(manifest.train) for manifest, _ in shown]
     assert counts == sorted(counts)
     monkeypatch.setattr(prepare_module, "EARLY_BYTES", 10**9)
-    prepare(dataclasses.replace(config, out=f"{folder}-at-once"))
+    prepare_shards(dataclasses.replace(config, out=f"{folder}-at-once"))
     assert contents(Path(f"{folder}-at-once")) == whole
 
 
@@ -200,9 +176,9 @@ def test_interrupted_preparation_keeps_its_shards(
     for error in (ValueError, KeyboardInterrupt):  # also if it is refused
         interrupt(2, error)
         assert {name: (staging_path(folder) / name).stat().st_ino for name in shards} == shards
-    prepare(config)
+    prepare_shards(config)
     assert {name: (folder / name).stat().st_ino for name in shards} == shards
-    prepare(dataclasses.replace(config, out=f"{folder}-undisturbed"))
+    prepare_shards(dataclasses.replace(config, out=f"{folder}-undisturbed"))
     assert contents(Path(f"{folder}-undisturbed")) == contents(folder)
 
 
@@ -210,7 +186,7 @@ def test_near_duplicates_publish_no_early_shards(
     config: PrepareConfig, after_each_wave: AfterEachWave
 ) -> None:
     after_each_wave(lambda: pytest.fail("shown too early"))
-    assert prepare(dataclasses.replace(config, near_duplicates="drop"))
+    assert prepare_shards(dataclasses.replace(config, near_duplicates="drop"))
 
 
 # Reading them
@@ -233,7 +209,7 @@ def test_rows_are_read_as_they_become_ready(
         assert not stream.wait_for(ready + 1, lambda: True)  # stopped
     interrupt(2)
     assert stream.wait_for(ready + 1)
-    prepare(config)
+    prepare_shards(config)
     assert stream.wait_for(10**6)
     assert growing.is_complete
     final = TokenStream(folder, tokens_per_row=ROW, seed=5, shuffle_window=WINDOW)
@@ -255,7 +231,7 @@ def test_opening_waits_for_the_first_window(
 
     def meanwhile(seconds: float) -> None:
         monkeypatch.setattr(incremental, "is_locked_folder", lambda folder: False)
-        prepare(config)
+        prepare_shards(config)
 
     monkeypatch.setattr(incremental, "is_locked_folder", lambda folder: True)
     monkeypatch.setattr(incremental.time, "sleep", meanwhile)
@@ -280,7 +256,7 @@ def test_shards_renamed_while_reading_are_found(
 
     def rename_first(place: Path, name: str) -> Manifest:
         monkeypatch.setattr(incremental, "read_manifest", real)
-        prepare(config)
+        prepare_shards(config)
         return real(place, name)
 
     monkeypatch.setattr(incremental, "read_manifest", rename_first)

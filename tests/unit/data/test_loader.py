@@ -61,15 +61,22 @@ def test_epochs_and_seeds_differ_in_order_and_boundaries(tmp_path: Path, prepare
     assert sum(second - first == 16 for first, second in itertools.pairwise(starts[0])) < 10
 
 
-def naive_rows(ids: list[int], length: int, seed: int, rows: range) -> list[list[int]]:
+def naive_rows(ids: list[int], length: int, seed: int, rows: range, window: int | None) -> list[list[int]]:
     """Row by row and index by index: the order that every run so far was trained in."""
     n, found = len(ids), []
-    rows_per_epoch = -(-n // length)
+    window = min(window or n, n)
+    starts = list(range(0, n, window))[: n // window]
+    sizes = [end - start for start, end in itertools.pairwise([*starts, n])]
+    counts = [math.ceil(size / length) for size in sizes]
     for row in rows:
-        epoch, index = divmod(row, rows_per_epoch)
-        (offset,) = derive_keys(seed, epoch, "shift", 1)
-        start = offset % n + int(build_permutation(rows_per_epoch, seed, epoch).at(index, 1)[0]) * length
-        found.append([ids[(start + step) % n] for step in range(length + 1)])
+        (epoch, index), number = divmod(row, sum(counts)), 0
+        while index >= counts[number]:
+            index, number = index - counts[number], number + 1
+        suffix = f" of portion {number}" if number else ""
+        (offset,) = derive_keys(seed, epoch, f"shift{suffix}", 1)
+        order = build_permutation(counts[number], seed, epoch, f"order{suffix}")
+        start = offset % sizes[number] + int(order.at(index, 1)[0]) * length
+        found.append([ids[starts[number] + (start + step) % sizes[number]] for step in range(length + 1)])
     return found
 
 
@@ -78,17 +85,18 @@ def naive_rows(ids: list[int], length: int, seed: int, rows: range) -> list[list
 def test_rows_equal_naive_twin_whatever_was_read_before(prepared: Prepare, data: st.DataObject) -> None:
     n = data.draw(st.integers(2, 20_000), "tokens")
     length = data.draw(st.integers(1, min(n - 1, 64)), "tokens_per_row")
+    window = data.draw(st.none() | st.integers(length + 1, n + 9), "shuffle_window")
     seed = data.draw(st.integers(0, 2**63 - 1), "seed")
     first = data.draw(st.integers(0, 5 * n), "first_row")
     parts = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4), "batches")
     ids = np.random.default_rng(seed).integers(0, 50_257, n).tolist()
     with tempfile.TemporaryDirectory() as folder:
         prepared(Path(folder), ids, shard_tokens=data.draw(st.integers(max(1, n // 40), n), "shard_tokens"))
-        stream = TokenStream(folder, tokens_per_row=length, seed=seed)
+        stream = TokenStream(folder, tokens_per_row=length, seed=seed, shuffle_window=window)
         stream.batch(data.draw(st.integers(0, 10**12), "row before"), 2)
         starts = itertools.accumulate(parts, initial=first)
         batches = [stream.batch(start, rows) for start, rows in zip(starts, parts, strict=False)]
-    expected = naive_rows(ids, length, seed, range(first, first + sum(parts)))
+    expected = naive_rows(ids, length, seed, range(first, first + sum(parts)), window)
     assert [row for batch in batches for row in batch.ids.tolist()] == [row[:-1] for row in expected]
     assert [row for batch in batches for row in batch.targets.tolist()] == [row[1:] for row in expected]
     for tensor in (batches[0].ids, batches[0].targets):

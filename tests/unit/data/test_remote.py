@@ -79,10 +79,9 @@ def rows_of(folder: RemoteFolder | Path, rows: int = 200, **settings: int) -> to
 
 
 def read_whole(folder: RemoteFolder, name: str = "train-00000.bin") -> list[int]:
-    shards = (*folder.manifest.train, *folder.manifest.validation)
-    shard = next(shard for shard in shards if shard.name == name)
+    shard = next(shard for shard in folder.manifest.shards() if shard.name == name)
     tokens = np.empty(shard.tokens, dtype=np.uint16)
-    folder.open(shard).read(0, tokens)
+    folder.read(shard, 0, tokens)
     return tokens.tolist()
 
 
@@ -169,7 +168,7 @@ def test_remote_open_files_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "verify_shard", lambda *of: verified.append(of[1].name) or verify(*of))
     folder = RemoteFolder(ADDRESS)
     for shard in folder.manifest.train * 2:
-        folder.open(shard)
+        read_whole(folder, shard.name)
     assert len(folder._opened) == 2
     assert len(verified) == 2 * 5  # not found; then found as it should be; never again
 
@@ -182,18 +181,18 @@ def small(fetched: list[str]) -> RemoteFolder:
     """The folder in a cache of two shards, once each was in it: the first one was deleted."""
     folder = RemoteFolder(ADDRESS, cache_bytes=2 * SHARD_BYTES)
     for shard in folder.manifest.train:
-        folder.open(shard)
-    assert isinstance(folder.open(folder.manifest.train[0]), remote.RemoteShard)
+        read_whole(folder, shard.name)
+    assert read_whole(folder) == list(range(100))
+    assert len(fetched) == 5
     return folder
 
 
 @pytest.mark.usefixtures("bucket")
 def test_cache_limit_deletes_least_recently_used(cache: Path) -> None:
     folder = RemoteFolder(ADDRESS, cache_bytes=3 * SHARD_BYTES + 5)
-    shards = folder.manifest.train
     for number in (0, 1, 2, 0, 3):  # shard 1 is the least recently used when shard 3 comes
-        folder.open(shards[number])
-    assert cached(cache) == {shards[0].name, shards[2].name, shards[3].name}
+        read_whole(folder, f"train-{number:05d}.bin")
+    assert cached(cache) == {f"train-{number:05d}.bin" for number in (0, 2, 3)}
     stream = TokenStream(folder, tokens_per_row=16)
     for row in range(60):
         stream.batch(row, 1)

@@ -10,20 +10,19 @@ import sys
 import pytest
 import torch
 
-from overnight.distributed import machine, world
+from overnight.distributed import launcher as machine
+from overnight.distributed import world
 from overnight.distributed.launcher import (
     LauncherEnv,
+    count_cores,
     count_restarts,
+    divide_cores,
     is_launched,
     is_main_process,
-    read_launcher_env,
-    use_new_rendezvous_store,
-)
-from overnight.distributed.machine import (
-    count_cores,
-    divide_cores,
     keep_compiled_code,
+    read_launcher_env,
     restart_with_large_pages,
+    use_new_rendezvous_store,
 )
 from overnight.distributed.world import open_world
 
@@ -41,24 +40,16 @@ SLURM = {
 @pytest.mark.parametrize(
     "environment, expected",
     [
-        pytest.param({}, None, id="single"),
-        pytest.param({"WORLD_SIZE": "1"}, None, id="size 1"),
-        pytest.param({"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, None, id="no size"),
-        pytest.param(TORCHRUN, LauncherEnv(5, 8, 1, 4, None), id="torchrun"),
-        pytest.param(TORCHRUN | SLURM, LauncherEnv(5, 8, 1, 4, None), id="torchrun in Slurm"),
-        pytest.param(SLURM, LauncherEnv(9, 16, 1, 8, "node03:34567"), id="srun"),
-        pytest.param(
-            SLURM | {"MASTER_PORT": "29500"}, LauncherEnv(9, 16, 1, 8, "node03:29500"), id="srun, port"
-        ),
-        pytest.param(
-            SLURM | {"MASTER_ADDR": "10.0.0.1"},
-            LauncherEnv(9, 16, 1, 8, "10.0.0.1:34567"),
-            id="srun, address",
-        ),
-        pytest.param(
-            SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None, id="srun, one task"
-        ),
-        pytest.param({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None, id="sbatch"),
+        ({}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, None),
+        (TORCHRUN, LauncherEnv(5, 8, 1, 4, None)),
+        (TORCHRUN | SLURM, LauncherEnv(5, 8, 1, 4, None)),
+        (SLURM, LauncherEnv(9, 16, 1, 8, "node03:34567")),
+        (SLURM | {"MASTER_PORT": "29500"}, LauncherEnv(9, 16, 1, 8, "node03:29500")),
+        (SLURM | {"MASTER_ADDR": "10.0.0.1"}, LauncherEnv(9, 16, 1, 8, "10.0.0.1:34567")),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # a script of sbatch
     ],
 )
 def test_launcher_environment_is_read(environment, expected):
@@ -68,25 +59,14 @@ def test_launcher_environment_is_read(environment, expected):
 @pytest.mark.parametrize(
     "nodes, first",
     [
-        ("localhost", "localhost"),
-        ("node3", "node3"),
-        ("node003,node004", "node003"),
-        ("node[003-007,12],other1", "node003"),
-        ("gpu-a-[1,3]", "gpu-a-1"),
-        ("login1,node[1-2]", "login1"),
+        *[("localhost", "localhost"), ("node003,node004", "node003"), ("node[003-007,12],other1", "node003")],
+        *[("gpu-a-[1,3]", "gpu-a-1"), ("login1,node[1-2]", "login1")],
     ],
 )
 def test_rendezvous_is_at_the_first_host_of_slurm(nodes, first):
     found = read_launcher_env(SLURM | {"SLURM_STEP_NODELIST": nodes})
     assert found is not None
     assert found.address == f"{first}:34567"
-
-
-@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
-def test_incomplete_launcher_environment_is_refused(missing):
-    environment = {name: value for name, value in TORCHRUN.items() if name != missing}
-    with pytest.raises(ValueError, match=f"WORLD_SIZE is set and {missing} is not"):
-        read_launcher_env(environment)
 
 
 def test_process_knows_whether_it_was_launched(monkeypatch):
@@ -99,25 +79,23 @@ def test_process_knows_whether_it_was_launched(monkeypatch):
     assert is_main_process()
 
 
-def test_command_restarts_once_with_large_pages(monkeypatch):
+@pytest.mark.parametrize(
+    "library, setting, restarts",
+    [("glibc", None, True), ("glibc", "glibc.malloc.arena_max=1", False), ("", None, False)],
+)
+def test_command_restarts_once_with_large_pages(monkeypatch, library, setting, restarts):
+    """Not with another C library, nor against the user's setting."""
     started: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda program, words: started.append([program, *words]))
-    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(platform, "libc_ver", lambda: (library, "2.36"))
+    monkeypatch.setenv("GLIBC_TUNABLES", setting or "")
+    if setting is None:
+        monkeypatch.delenv("GLIBC_TUNABLES")
     for _ in range(2):
         restart_with_large_pages(["train", "quickstart"])
-    assert started == [[sys.executable, sys.executable, "-P", "-m", "overnight", "train", "quickstart"]]
-
-
-@pytest.mark.parametrize("library, setting", [("glibc", "glibc.malloc.arena_max=1"), ("", None)])
-def test_other_c_library_and_user_s_setting_are_left_alone(monkeypatch, library, setting):
-    monkeypatch.setattr(os, "execv", lambda program, words: pytest.fail("restarted"))
-    monkeypatch.setattr(platform, "libc_ver", lambda: (library, ""))
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    if setting is not None:
-        monkeypatch.setenv("GLIBC_TUNABLES", setting)
-    restart_with_large_pages(["train"])
-    assert os.environ.get("GLIBC_TUNABLES") == setting
+    words = [sys.executable, sys.executable, "-P", "-m", "overnight", "train", "quickstart"]
+    assert started == [words] * restarts
+    assert restarts or os.environ.get("GLIBC_TUNABLES") == setting
 
 
 def test_restart_imports_nothing_from_the_current_folder(tmp_path):
@@ -134,13 +112,16 @@ def test_restart_imports_nothing_from_the_current_folder(tmp_path):
     assert "overnight train needs a recipe" in done.stderr
 
 
-@pytest.mark.parametrize("chosen", [None, "chosen"])
-def test_compiled_code_is_kept_in_the_cache_or_where_the_user_says(monkeypatch, tmp_path, chosen):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", chosen or "")
-    if chosen is None:
-        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_cache_and_rendezvous_store_are_set_unless_the_user_has(monkeypatch, tmp_path, chosen):
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+    for name in names:
+        monkeypatch.setenv(name, chosen or "")
+        if chosen is None:
+            monkeypatch.delenv(name)
     keep_compiled_code(tmp_path)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (chosen or str(tmp_path))
+    use_new_rendezvous_store()
+    assert [os.environ[name] for name in names] == ([chosen] * 2 if chosen else [str(tmp_path), "1"])
 
 
 @pytest.mark.parametrize(
@@ -157,32 +138,19 @@ def test_cores_are_counted_without_hyperthreads_within_the_quota(quota, cores, t
     assert count_cores(tmp_path / "none", tmp_path / "none") == 4, "a machine that says nothing"
 
 
-def test_torch_computes_with_a_thread_for_each_core(monkeypatch):
+def test_processes_divide_the_cores_unless_the_user_has(monkeypatch):
     threads: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(world, "count_cores", lambda: 4)
+    for module in (world, machine):
+        monkeypatch.setattr(module, "count_cores", lambda: 4)
     open_world("cpu")
-    assert threads == [], "OMP_NUM_THREADS is set, in these tests"
+    divide_cores(2)
+    assert (threads, os.environ["OMP_NUM_THREADS"]) == ([], "1"), "as it was set"
     monkeypatch.delenv("OMP_NUM_THREADS")
     open_world("cpu")
     assert threads == [4]
-
-
-@pytest.mark.parametrize("processes, threads", [(2, "4"), (3, "2"), (64, "1")])
-def test_processes_divide_the_cores(monkeypatch, processes, threads):
-    monkeypatch.setattr(machine, "count_cores", lambda: 8)
-    divide_cores(processes)
-    assert os.environ["OMP_NUM_THREADS"] == "1", "as it was set"
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    divide_cores(processes)
-    assert os.environ["OMP_NUM_THREADS"] == threads
-
-
-@pytest.mark.parametrize("chosen, expected", [("0", "0"), (None, "1")])
-def test_each_attempt_has_its_own_rendezvous_store(monkeypatch, chosen, expected):
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", chosen or "")
-    if chosen is None:
-        monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
-    use_new_rendezvous_store()
-    assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == expected
+    for processes, share in ((2, "2"), (3, "1"), (64, "1")):
+        divide_cores(processes)
+        assert os.environ["OMP_NUM_THREADS"] == share
+        monkeypatch.delenv("OMP_NUM_THREADS")

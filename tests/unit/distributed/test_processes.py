@@ -61,18 +61,13 @@ def test_end_of_the_last_log_is_printed(logs, capsys):
     assert lines == [f"rank 1: line {number} of attempt 1" for number in range(5, LINES_SHOWN + 5)]
 
 
-def test_all_logs_are_printed_when_one_is_frozen(logs, capsys):
+def test_what_is_printed_depends_on_the_failure(logs, tmp_path, capsys):
+    """All logs if a process is frozen, none if the main process has printed its refusal, one line without."""
     _print_failure(failed({1: (FROZEN, 7.0)}), logs)
     assert capsys.readouterr().err.count("line 44 of attempt 1") == 2
-
-
-def test_main_process_prints_its_refusal_itself(logs, capsys):
     assert _print_failure(failed({0: (REFUSED, 7.0), 1: (REFUSED, 7.0)}), logs) == REFUSED
     assert capsys.readouterr().err == ""
-
-
-def test_failure_without_logs_is_one_line(tmp_path, capsys):
-    assert _print_failure(failed({1: (1, 7.0)}), tmp_path) == 1
+    assert _print_failure(failed({1: (1, 7.0)}), tmp_path / "none") == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 

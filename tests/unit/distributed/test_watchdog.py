@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from overnight.distributed.watchdog import FROZEN, watchdog
+from overnight.distributed.watchdog import FROZEN
 
 START = """
 import ctypes, time
@@ -28,14 +28,6 @@ def run(script: str) -> tuple[int, str]:
         [sys.executable, "-c", START + script], capture_output=True, text=True, check=False, timeout=FOREVER
     )
     return done.returncode, done.stderr
-
-
-def test_process_without_progress_prints_its_stacks_and_ends():
-    status, stderr = run(f"with watchdog(3, 4, 0.4): work({FOREVER})")
-    assert status == FROZEN
-    assert stderr.startswith("overnight: rank 3 made no progress for 0.4 s (--timeout-seconds)")
-    assert "in work" in stderr
-    assert "in _watch" in stderr, "every thread"
 
 
 def test_process_that_blocks_the_interpreter_ends_as_well():
@@ -61,10 +53,9 @@ def test_process_is_left_alone(script):
 
 
 def test_watchdog_acts_again_after_a_pause():
-    script = f"with watchdog(0, 2, 0.5) as it:\n with it.paused(): work(1)\n print('over'); work({FOREVER})"
-    assert run(script)[0] == FROZEN
-
-
-def test_errors_pass_through():
-    with pytest.raises(KeyError), watchdog(0, 2, 60):
-        raise KeyError("of the caller")
+    script = f"with watchdog(3, 4, 0.5) as it:\n with it.paused(): work(1)\n print('over'); work({FOREVER})"
+    status, stderr = run(script)
+    assert status == FROZEN
+    assert stderr.startswith("overnight: rank 3 made no progress for 0.5 s (--timeout-seconds)")
+    assert "in work" in stderr
+    assert "in _watch" in stderr, "every thread"

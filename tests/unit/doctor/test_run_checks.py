@@ -2,26 +2,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from overnight.doctor import run_checks
-from overnight.doctor.check import CheckResult
-from overnight.doctor.run_checks import (
-    DRAWN_COLUMNS,
-    check_disk,
-    check_memory,
-    check_peak,
-    check_schedule,
-    check_time,
-    draw,
-)
-from overnight.planning import PlanConfig
-from overnight.planning.command import plan_recipe
-from overnight.planning.plan import Plan
+from overnight.doctor.run_checks import DRAWN_COLUMNS, check_peak, check_schedule, check_time, draw
 from overnight.recipe import load_recipe, recipe_names
 from overnight.training.batch import constant_plan
 from overnight.training.schedule import Schedule, ScheduleConfig
@@ -102,30 +89,9 @@ def test_published_peaks_pass() -> None:
         assert peak_result(rate, width), width
 
 
-@pytest.fixture(scope="module")
-def plan() -> Plan:
-    return plan_recipe(PlanConfig(**vars(load_recipe("gpt2-124m")), device_type="h200"), "gpt2-124m")
-
-
-def test_memory_and_disk_are_compared_with_what_there_is(plan: Plan) -> None:
-    def changed(check: Callable[[Any], CheckResult], **fields: int) -> CheckResult:
-        return check(context(plan=replace(plan, **fields)))  # type: ignore[arg-type]
-
-    needed = plan.memory.together
-    assert changed(check_memory, device_memory_bytes=2 * needed).passed
-    assert changed(check_memory, device_memory_bytes=needed).passed is False
-    needed = sum(plan.disk_bytes.values())
-    assert changed(check_disk, disk_free_bytes=needed).passed
-    found = changed(check_disk, disk_free_bytes=needed - 1)
-    assert found.passed is False
-    assert "checkpoints 4.48 GB" in found.cause
-
-
 @pytest.mark.parametrize("seconds, passed", [(3.0, True), (math.inf, False), (0.0, False)])
-def test_duration_must_be_finite(
-    plan: Plan, seconds: float, passed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_duration_must_be_finite(seconds: float, passed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_checks, "quick_forecast", lambda _: (seconds, "made up"))
     monkeypatch.setattr(run_checks, "duration", str)
-    assert check_time(context(plan=plan)).passed is passed
-    assert "busy" in check_time(context(plan=replace(plan, load_average=1e6))).bound
+    assert check_time(context(plan=SimpleNamespace(load_average=0.0))).passed is passed
+    assert "busy" in check_time(context(plan=SimpleNamespace(load_average=1e6))).bound

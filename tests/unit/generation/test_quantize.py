@@ -116,14 +116,6 @@ def test_int8_rounds_only_weights() -> None:
     assert torch.equal(QuantizedLinear(weight, None)(x), QuantizedLinear(weight, torch.zeros(100))(x))
 
 
-@needs_int8
-def test_int8_row_does_not_depend_on_batch() -> None:
-    generator = torch.Generator().manual_seed(3)
-    linear = QuantizedLinear(torch.randn(96, 64, generator=generator), None)
-    x = torch.randn(8, 64, generator=generator) * torch.logspace(-3, 3, 8)[:, None]
-    assert torch.equal(linear(x), torch.cat([linear(row[None]) for row in x]))
-
-
 @pytest.mark.parametrize(
     ("native", "device", "has_libraries", "supported"),
     [

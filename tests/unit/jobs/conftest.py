@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
+from overnight.jobs import LaunchConfig
 from overnight.jobs.request import JobRequest
 from overnight.preparation.prepare_commands import JobText
+from overnight.training import ComputeConfig
 
 # Stands for `overnight`: notes its arguments and its rank. `train long` starts a run and waits for the signal
 # to save; `train short` and a resumed run do all steps at once.
@@ -150,7 +152,8 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
     for process in found.started:  # leave no process behind, nor any that these have started
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        if process.stdout and not process.stdout.closed:
+            process.communicate()
 
 
 @pytest.fixture
@@ -165,15 +168,18 @@ def free_port() -> int:
 def request_job() -> Callable[..., JobRequest]:
     """request_job(nodes=2, ...) -> a job of the run `mine` with these values."""
 
-    def build(**values: Any) -> JobRequest:
+    def build(max_restarts: int = 0, **values: Any) -> JobRequest:
+        settings = {name: value for name, value in values.items() if hasattr(LaunchConfig(), name)}
         default = {
+            "config": LaunchConfig(
+                **{"run_name": "mine"} | settings, compute=ComputeConfig(max_restarts=max_restarts)
+            ),
             "path": "mine.job",
             "made_by": "overnight launch long --slurm",
-            "run_name": "mine",
             "words": ("long",),
             "texts": (JobText("data/notes", ("overnight", "prepare", "notes")),),
         }
-        return JobRequest(**default | values)
+        return JobRequest(**default | {name: values[name] for name in values.keys() - settings.keys()})
 
     return build
 

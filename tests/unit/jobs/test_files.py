@@ -1,10 +1,9 @@
 """The job files, read by the rules of each target: what they ask for, and that their keys are known.
 
 SkyPilot's schema is written after its documentation (docs.skypilot.co, reference/yaml-spec), because the
-package takes 460 MB. Its parser, `sky.Task.from_yaml` of version 0.14.1, accepted these files for one node
-and for two. Kubeflow's client drops unknown keys, so what it writes back is compared with what it read; the
-operator's resource definition (v1.9.0) accepted the files as well. SageMaker's types are those of
-mypy-boto3-sagemaker, from botocore's model; lengths and patterns are those of the API's reference.
+package takes 460 MB. Kubeflow's client drops unknown keys, so what it writes back is compared with what it
+read. SageMaker's types are those of mypy-boto3-sagemaker, from botocore's model; lengths and patterns are
+those of the API's reference.
 """
 
 from __future__ import annotations
@@ -181,7 +180,6 @@ def test_skypilot_task_of_one_node_and_of_several(read: Any) -> None:
     assert task["num_nodes"] == 4
     assert "file_mounts" not in task
     assert task["envs"] == {"SHARED_DISK": "10.0.0.2:/runs"}
-    assert 'mount -t nfs4 "$SHARED_DISK" /overnight' in task["setup"]
     assert "accelerators" not in task["resources"]
     assert "--nproc-per-node 1 " in task["run"]
 
@@ -195,10 +193,7 @@ def container_of(job: dict[str, Any]) -> dict[str, Any]:
 def test_kubernetes_job_has_its_pods_gpus_and_volume(disk: str | None, read: Any, request_job: Build) -> None:
     values = {"nodes": 2, "gpus_per_node": 4, "image": "mine:1", "shared_disk": disk}
     job = read("kubernetes", **values)
-    assert job["spec"]["nprocPerNode"] == "4"
     assert job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 2
-    policy = job["spec"]["elasticPolicy"]
-    assert (policy["minReplicas"], policy["maxReplicas"], policy["maxRestarts"]) == (2, 2, 3)
     container = container_of(job)
     assert (container["name"], container["image"]) == ("pytorch", "mine:1"), "the operator needs this name"
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "4"}

@@ -75,7 +75,7 @@ def start(machines: Any, free_port: int, tmp_path: Path) -> Start:
     def begin(target: str, request: JobRequest, rank: int = 0, **more: str) -> subprocess.Popen[str]:
         *_, job = yaml.safe_load_all(job_file(target, request))
         node = {"skypilot": skypilot, "kubernetes": kubernetes, "sagemaker": sagemaker}[target]
-        words, variables = node(job, rank, request.nodes)
+        words, variables = node(job, rank, request.config.nodes)
         process: subprocess.Popen[str] = machines.start(*words, **variables | more)
         return process
 

@@ -5,10 +5,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-import torch
 
 from overnight.data import DataConfig
-from overnight.model.gpt import GPT
 from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.planning.estimate import (
     BYTES_PER_METRICS_LINE,
@@ -22,23 +20,12 @@ from overnight.planning.estimate import (
     predict_disk,
     predict_seconds,
 )
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import (
-    CheckpointsConfig,
-    EvaluationConfig,
-    Recipe,
-    Resolved,
-    SamplesConfig,
-    load_recipe,
-)
-from overnight.run_directory import RunDirectory
-from overnight.training import Compute, OptimizerConfig
+from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, Resolved, SamplesConfig, load_recipe
+from overnight.training import Compute
 from overnight.training.batch import BatchConfig, plan_batches
-from overnight.training.checkpoint.save import save_checkpoint
-from overnight.training.optim import build_optimizer
 from overnight.training.schedule import ScheduleConfig
-from overnight.training.state import TrainState
 
 SIZES = ModelConfig(n_layer=2, n_head=2, n_embd=128, context_length=16, vocab_size=500)
 COMPUTE = Compute(device="cpu", precision="fp32", compile=False, attention="math", loss="full")
@@ -75,13 +62,14 @@ def test_periodic_work_is_counted_as_a_run_does_it(steps: int, every_steps: int 
     assert (counts.tokens, counts.micro_batches) == (64 * steps, 2 * steps)
 
 
-def test_evaluation_has_at_most_the_held_out_tokens() -> None:
+@pytest.mark.parametrize("limit, validation, each", [(100, 51, 50), (None, 51, 50), (30, 51, 30)])
+def test_evaluation_has_at_most_the_held_out_tokens(limit: int | None, validation: int, each: int) -> None:
     """The first token of the split has no context and is not evaluated."""
-    counts = count_run(run_of(5), validation_tokens=51)
-    assert counts.evaluated_tokens == 50 * counts.evaluations
-    whole = run_of(5, evaluation=EvaluationConfig(evaluate_every_steps=5))
-    assert count_run(whole, validation_tokens=51).evaluated_tokens == 100
-    assert count_run(whole, validation_tokens=None).evaluated_tokens is None
+    evaluation = EvaluationConfig(evaluate_every_steps=5, evaluation_tokens=limit)
+    counts = count_run(run_of(5, evaluation=evaluation), validation)
+    assert counts.evaluated_tokens == each * counts.evaluations
+    if limit is None:
+        assert count_run(run_of(5, evaluation=evaluation), None).evaluated_tokens is None
 
 
 def test_batch_ramp_has_fewer_micro_batches() -> None:
@@ -124,22 +112,6 @@ def test_run_that_ends_after_the_calendar_has_no_end() -> None:
     assert (found.ends_at, found.dollars) == (None, None)
 
 
-# On the disk.
-
-
-def test_checkpoint_size(tmp_path: Path) -> None:
-    """Compared with a real one, after a step."""
-    model = GPT(SIZES, seed=0)
-    state = TrainState(model, build_optimizer(model, OptimizerConfig()))
-    model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
-    state.optimizer.step()
-    state.step = 1
-    checkpoint = save_checkpoint(state, tmp_path)
-    written = sum(file.stat().st_size for file in checkpoint.iterdir())
-    assert checkpoint_bytes(SIZES) == pytest.approx(written, rel=0.01)
-    assert checkpoint_bytes(PRESETS["gpt2-124m"]) == pytest.approx(12 * 124_439_808, rel=1e-3)
-
-
 @pytest.mark.parametrize("steps, keep, checkpoints", [(50, 2, 3), (3, 2, 2), (50, None, 11)])
 def test_disk_holds_kept_checkpoints_and_the_one_being_written(
     steps: int, keep: int | None, checkpoints: int
@@ -151,6 +123,7 @@ def test_disk_holds_kept_checkpoints_and_the_one_being_written(
         "checkpoints": checkpoints * checkpoint_bytes(SIZES),
         "metrics": steps * BYTES_PER_METRICS_LINE,
     }
+    assert checkpoint_bytes(PRESETS["gpt2-124m"]) == pytest.approx(12 * 124_439_808, rel=1e-3)
 
 
 @pytest.mark.parametrize("vocab_size, width", [(50_257, 2), (65_536, 2), (65_537, 4)])
@@ -159,33 +132,21 @@ def test_unprepared_text_takes_the_tokens_of_the_run(vocab_size: int, width: int
     assert predict_disk(resolved.recipe, count_run(resolved, None), text)["shards"] == width * 64 * 50
 
 
-def test_metrics_line_size(tmp_path: Path) -> None:
-    line = {"step": 19_072, "tokens": 9_999_220_736, "loss": 3.2881584167480469}
-    line |= {"learning_rate": 6.0000012345e-05, "grad_norm": 0.28515625, "milliseconds": 1071.318}
-    directory = RunDirectory(tmp_path / "run")
-    directory.append_metrics({**line, "tokens_per_second": 489385.1, "mfu": 0.4233})
-    assert directory.metrics.stat().st_size == pytest.approx(BYTES_PER_METRICS_LINE, rel=0.15)
-
-
-# The text and the model.
-
-
-@pytest.mark.parametrize("tokenizer, vocab_size", [("gpt2", 50_257), ("bpe-4096", 4096)])
-def test_vocabulary_is_known_by_the_tokenizer_s_name(tokenizer: str, vocab_size: int) -> None:
-    text = find_token_counts(DataConfig(data="data/nowhere", tokenizer=tokenizer), None)
-    assert text == TokenCounts(vocab_size, None, None, None)
-
-
-def test_vocabulary_of_characters_is_known_once_prepared(
+def test_vocabulary_is_known_by_the_tokenizer_or_once_prepared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for tokenizer, size in (("gpt2", 50_257), ("bpe-4096", 4096)):
+        text = find_token_counts(DataConfig(data="data/nowhere", tokenizer=tokenizer), None)
+        assert text == TokenCounts(size, None, None, None)
     Path("notes.txt").write_text("\n\n".join(f"Paragraph {each} says little. " * 20 for each in range(300)))
     asked = DataConfig(data="notes.txt", tokenizer="characters")
     with pytest.raises(ValueError, match="overnight prepare notes.txt --tokenizer characters"):
         find_token_counts(asked, None)
     assert find_token_counts(asked, 100).vocab_size == 100
-    manifest = prepare(PrepareConfig(source="notes.txt", tokenizer="characters", validation_fraction=0.2))
+    manifest = prepare_shards(
+        PrepareConfig(source="notes.txt", tokenizer="characters", validation_fraction=0.2)
+    )
     assert manifest is not None
     text = find_token_counts(asked, None)
     assert (text.vocab_size, text.folder) == (manifest.vocab_size, "data/notes-characters")

@@ -183,7 +183,6 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         "open_world": World(rank=0, size=1, device="cuda"),
         "count_processes": 2,
         "find_device_name": "NVIDIA A100-SXM4-80GB",
-        "find_peak_flops": 312e12,
         "find_memory_bytes": 80 * GB,
     }.items():
         monkeypatch.setattr(planning_command, name, lambda *_, value=value: value)

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 
 from overnight.data.shards import Manifest, read_manifest
 from overnight.preparation import ngrams
-from overnight.preparation import prepare as prepare_module
 from overnight.preparation.command import summarize_prepared
 from overnight.preparation.decontaminate import BenchmarkSearch, _read_texts, benchmark_names, build_index
 from overnight.preparation.ngrams import Words, hash_windows, hash_words
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.sources import python_documents
 
@@ -104,12 +103,6 @@ def test_a_million_windows_have_different_hashes() -> None:
 # Search
 
 
-def search_for(tmp_path: Path, *texts: str) -> Callable[[str], bool]:
-    path = write_lines(tmp_path / "benchmark.jsonl", list(texts))
-    search = BenchmarkSearch(build_index(benchmark_names([path])))
-    return lambda text: bool(search.find([text])[0])
-
-
 def test_thirteen_words_or_a_short_text_are_found(tmp_path: Path) -> None:
     texts = [PASSAGE, "one two three four five six seven eight", "a label of seven words it is"]
     search = BenchmarkSearch(build_index(benchmark_names([write_lines(tmp_path / "a.jsonl", texts)])))
@@ -175,20 +168,16 @@ def test_python_documents_against_sets(tmp_path: Path) -> None:
     assert 20 < np.count_nonzero(found) < 120
 
 
-def test_real_benchmarks_against_sets(shared_data: Path, tmp_path: Path) -> None:
-    files = benchmark_names(
-        [
-            str(shared_data / "hellaswag" / "hellaswag_val_first2000.jsonl"),
-            str(shared_data / "lambada" / "lambada_test_first500.jsonl"),
-        ]
+def test_real_benchmarks_against_sets(shared_data: Path) -> None:
+    paths = ("hellaswag/hellaswag_val_first2000.jsonl", "lambada/lambada_test_first500.jsonl")
+    files = benchmark_names([str(shared_data / path) for path in paths])
+    hellaswag, lambada = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in files.values()
     )
-    assert list(files) == ["hellaswag_val_first2000", "lambada_test_first500"]
-    lines = [json.loads(line) for line in files["hellaswag_val_first2000"].read_text().splitlines()]
-    planted = [f"Seen: {line['ctx'].upper()}... {line['endings'][line['label']]}" for line in lines[:40]]
-    endings = [" ".join(line["endings"]) for line in lines[40:80]]
-    passage = json.loads(files["lambada_test_first500"].read_text().splitlines()[7])["text"]
+    planted = [f"Seen: {line['ctx'].upper()}... {line['endings'][line['label']]}" for line in hellaswag[:40]]
+    endings = [" ".join(line["endings"]) for line in hellaswag[40:80]]
     clean = (shared_data / "shakespeare" / "input.txt").read_text()[:40_000].split("\n\n")
-    found = check_against_sets(files, [*planted, *endings, passage, *clean])
+    found = check_against_sets(files, [*planted, *endings, lambada[7]["text"], *clean])
     assert np.count_nonzero(found[:40] & np.uint64(1)) >= 39
     assert found[80] == 2
     assert not found[81:].any()
@@ -204,17 +193,8 @@ def config(tmp_path: Path) -> PrepareConfig:
     """Three documents hold the passage of "a", one that of "b", one both; one of them is there twice."""
     (tmp_path / "none.txt").write_text("nothing of this is in any of the documents that are prepared here")
     (tmp_path / "texts").mkdir()
-    first = f"First. {PASSAGE}"
-    texts = [
-        *FILLER[:30],
-        first,
-        *FILLER[30:],
-        f"{PASSAGE.upper()}!",
-        OTHER,
-        f"{OTHER}: {PASSAGE}",
-        first,
-        "",
-    ]
+    first, planted = f"First. {PASSAGE}", [f"{PASSAGE.upper()}!", OTHER, f"{OTHER}: {PASSAGE}"]
+    texts = [*FILLER[:30], first, *FILLER[30:], *planted, first, ""]
     for number in range(3):
         part = [{"text": text} for text in texts[number * 25 :][:25]]
         write_lines(tmp_path / "texts" / f"{number}.jsonl", part)
@@ -233,7 +213,7 @@ def config(tmp_path: Path) -> PrepareConfig:
 
 @pytest.mark.parametrize("policy", ["report", "drop"])
 def test_contaminated_documents_are_counted(config: PrepareConfig, texts_in: Any, policy: Any) -> None:
-    manifest = prepare(dataclasses.replace(config, on_contaminated=policy))
+    manifest = prepare_shards(dataclasses.replace(config, on_contaminated=policy))
     assert manifest.contaminated_documents == {"a": 3, "b": 2, "none": 0}
     assert (manifest.documents, manifest.duplicate_documents) == (64 if policy == "report" else 60, 1)
     (line,) = [line for line in summarize_prepared(manifest) if line.startswith("contaminated: ")]
@@ -241,43 +221,30 @@ def test_contaminated_documents_are_counted(config: PrepareConfig, texts_in: Any
     if policy == "drop":
         assert {*texts_in(config, "train"), *texts_in(config, "validation")} == {*FILLER}
         return
-    plain = prepare(dataclasses.replace(config, decontaminate=(), out=f"{config.out}-without"))
+    plain = prepare_shards(dataclasses.replace(config, decontaminate=(), out=f"{config.out}-without"))
     assert (plain.train, plain.validation) == (manifest.train, manifest.validation)
     assert plain.contaminated_documents == {}
     assert not any("contaminated" in line for line in summarize_prepared(plain))
 
 
-@pytest.mark.parametrize("on_contaminated", ["report", "drop"])
-def test_contamination_does_not_depend_on_units_or_workers(
-    config: PrepareConfig, on_contaminated: str, monkeypatch: pytest.MonkeyPatch, contents: Any
-) -> None:
-    config = dataclasses.replace(config, on_contaminated=on_contaminated)  # type: ignore[arg-type]
-    prepare(config)
-    monkeypatch.setattr(prepare_module, "UNIT_BYTES", 500)
-    for workers in (1, 8):
-        other = dataclasses.replace(config, out=f"{config.out}-{workers}", workers=workers)
-        prepare(other)
-        assert contents(other.out) == contents(config.out)
-
-
 def test_documents_after_the_limit_are_not_counted(config: PrepareConfig) -> None:
     tokens = sum(len(text) + 1 for text in FILLER[:30]) + 1  # with the first that holds the passage
-    manifest = prepare(dataclasses.replace(config, tokens=tokens))
+    manifest = prepare_shards(dataclasses.replace(config, tokens=tokens))
     assert manifest.contaminated_documents == {"a": 1, "b": 0, "none": 0}
 
 
 def test_changed_benchmark_is_another_request(config: PrepareConfig) -> None:
-    manifest = prepare(config)
-    assert prepare(dataclasses.replace(config, decontaminate=config.decontaminate[::-1])) == manifest
+    manifest = prepare_shards(config)
+    assert prepare_shards(dataclasses.replace(config, decontaminate=config.decontaminate[::-1])) == manifest
     for other in (
         dataclasses.replace(config, decontaminate=()),
         dataclasses.replace(config, on_contaminated="drop"),
     ):
         with pytest.raises(ValueError, match="decontaminate|on_contaminated"):
-            prepare(other)
+            prepare_shards(other)
     Path(config.decontaminate[0]).write_text(json.dumps({"text": PASSAGE[::-1]}))
     with pytest.raises(ValueError, match="--out"):
-        prepare(config)
+        prepare_shards(config)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +260,7 @@ def test_damaged_benchmark_is_named(
 ) -> None:
     (tmp_path / "c.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=rf"decontaminate: .*c\.jsonl .*{where}"):
-        prepare(dataclasses.replace(config, decontaminate=(f"{tmp_path}/c.jsonl",)))
+        prepare_shards(dataclasses.replace(config, decontaminate=(f"{tmp_path}/c.jsonl",)))
     assert not Path(config.out or "").exists()
 
 
@@ -308,7 +275,7 @@ def test_useless_benchmarks_are_refused(config: PrepareConfig, tmp_path: Path) -
     for number in range(3):
         write_lines(tmp_path / "texts" / f"{number}.jsonl", [{"text": f"{number} {PASSAGE}"}])
     with pytest.raises(ValueError, match="every document"):
-        prepare(dataclasses.replace(config, on_contaminated="drop"))
+        prepare_shards(dataclasses.replace(config, on_contaminated="drop"))
 
 
 def test_manifest_without_these_fields_verifies(tmp_path: Path, prepared: Callable[..., Manifest]) -> None:

@@ -17,7 +17,7 @@ from overnight.data.loader import TokenStream
 from overnight.data.shards import Manifest, load_prepared_tokenizer, read_manifest, verify
 from overnight.preparation import import_shards
 from overnight.preparation.import_shards import find_external_shards
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.tokenizer.bpe import BytePair, byte_characters
 from overnight.tokenizer.characters import Characters
@@ -96,7 +96,7 @@ def nanogpt(here: Path) -> Path:
 
 def adopt(folder: Path, tokenizer: str, **more: object) -> Manifest:
     config = PrepareConfig(from_shards=str(folder), tokenizer=tokenizer, out="adopted", **more)  # type: ignore[arg-type]
-    return prepare(config)  # type: ignore[return-value]
+    return prepare_shards(config)  # type: ignore[return-value]
 
 
 def ids_of(folder: Path, split: str) -> list[int]:
@@ -145,22 +145,19 @@ def test_files_of_our_format_are_linked_or_copied(
     assert verify(here / "adopted") == manifest
 
 
-def test_wide_ids_are_narrowed(here: Path, tokenizer: str) -> None:
-    write_llm_c(here / "wide" / "a_train.bin", TRAIN[0], version=7)
-    write_llm_c(here / "wide" / "a_val.bin", VALIDATION, version=7)
-    manifest = adopt(here / "wide", tokenizer)
-    assert ids_of(here / "adopted", "train") == TRAIN[0]
-    assert (here / "adopted" / manifest.train[0].name).stat().st_size == 1024 + 2 * len(TRAIN[0])
-
-
-def test_long_files_are_cut(nanogpt: Path, here: Path, tokenizer: str) -> None:
-    manifest = adopt(nanogpt, tokenizer, shard_tokens=100)
+def test_ids_are_narrowed_and_long_files_cut(nanogpt: Path, here: Path, tokenizer: str) -> None:
     ids = sum(TRAIN, [])
+    write_llm_c(here / "wide" / "a_train.bin", ids, version=7)
+    write_llm_c(here / "wide" / "a_val.bin", VALIDATION, version=7)
     pieces = [ids[start : start + 100] for start in range(0, len(ids), 100)]
-    assert [shard.tokens for shard in manifest.train] == [len(piece) for piece in pieces]
-    assert [shard.documents for shard in manifest.train] == [piece.count(END) for piece in pieces]
-    assert verify(here / "adopted") == manifest
-    assert ids_of(here / "adopted", "train") == ids
+    for folder in (nanogpt, here / "wide"):
+        manifest = adopt(folder, tokenizer, shard_tokens=100)
+        assert [shard.tokens for shard in manifest.train] == [len(piece) for piece in pieces]
+        assert [shard.documents for shard in manifest.train] == [piece.count(END) for piece in pieces]
+        assert (here / "adopted" / "train-00000.bin").stat().st_size == 1024 + 2 * 100
+        assert verify(here / "adopted") == manifest
+        assert ids_of(here / "adopted", "train") == ids
+        shutil.rmtree(here / "adopted")
 
 
 def test_same_import_is_reused(llm_c: Path, tokenizer: str) -> None:
@@ -200,7 +197,7 @@ class Trap:
 
 
 def test_pickle_would_be_sprung(here: Path) -> None:
-    """The negative control: opening it does what the test above finds not done."""
+    """The negative control of the test before."""
     pickle.loads(pickle.dumps(Trap())).close()
     assert (here / "sprung").exists()
 
@@ -279,6 +276,10 @@ def test_folder_without_shards_is_refused(here: Path, llm_c: Path, tokenizer: st
     (here / "none").mkdir()
     with pytest.raises(ValueError, match=r"none .*\.npy"):
         find_external_shards(here / "none")
+    write_nanogpt(here / "mixed" / "train.bin", TRAIN[0])
+    write_numpy(here / "mixed" / "edufineweb_val.npy", VALIDATION)
+    with pytest.raises(ValueError, match="several programs"):
+        find_external_shards(here / "mixed")
     with pytest.raises(ValueError, match="there is no folder nowhere"):
         adopt(Path("nowhere"), tokenizer)
     adopt(llm_c, tokenizer)
@@ -293,12 +294,6 @@ def test_both_splits_are_needed(llm_c: Path, nanogpt: Path) -> None:
     (nanogpt / "train.bin").unlink()
     with pytest.raises(ValueError, match=r"no train shard .*val\.bin"):
         find_external_shards(nanogpt)
-
-
-def test_files_of_two_programs_are_not_mixed(llm_c: Path) -> None:
-    write_numpy(llm_c / "edufineweb_train_000001.npy", TRAIN[0])
-    with pytest.raises(ValueError, match="several programs"):
-        find_external_shards(llm_c)
 
 
 @pytest.mark.parametrize(
@@ -317,18 +312,13 @@ def test_split_is_in_the_name(name: str, split: str) -> None:
     assert bool(import_shards.VALIDATION_NAME.search(name)) == (split == "validation")
 
 
-def test_options_of_a_source_are_refused(llm_c: Path) -> None:
+def test_options_of_an_import(llm_c: Path) -> None:
     config = PrepareConfig(from_shards=str(llm_c), source="shakespeare", tokens=5, subset="x")
     assert [problem.split()[0] for problem in config.problems()] == ["source", "subset", "tokens"]
     assert PrepareConfig(from_shards=str(llm_c), out="x", tokenizer="y", shard_tokens=7).problems() == []
-    with pytest.raises(ValueError, match="from_shards"):
-        prepare(PrepareConfig())
-    with pytest.raises(ValueError, match="from_shards"):
-        output_folder(PrepareConfig())
-
-
-def test_output_folder_of_an_import(llm_c: Path) -> None:
-    assert output_folder(PrepareConfig(from_shards="fineweb")) == Path("data/fineweb-adopted")
-    assert output_folder(PrepareConfig(from_shards="fineweb/")) == Path("data/fineweb-adopted")
-    named = PrepareConfig(from_shards="fineweb", tokenizer="mine/tokenizer.json")
-    assert output_folder(named) == Path("data/fineweb-adopted-tokenizer")
+    for tokenizer, folder in (("gpt2", "fineweb-adopted"), ("my/own.json", "fineweb-adopted-own")):
+        named = PrepareConfig(from_shards="fineweb/", tokenizer=tokenizer)
+        assert output_folder(named) == Path("data", folder)
+    for call in (prepare_shards, output_folder):
+        with pytest.raises(ValueError, match="from_shards"):
+            call(PrepareConfig())

@@ -3,8 +3,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -22,8 +22,9 @@ from overnight.data.atomic_folder import staging_path
 from overnight.data.shards import SPLITS, read_manifest, verify
 from overnight.preparation import assemble, prepare_state, sources, tokenize
 from overnight.preparation import prepare as prepare_module
+from overnight.preparation.command import run
 from overnight.preparation.documents import Document, filter_documents, split_of
-from overnight.preparation.prepare import ensure_prepared, prepare
+from overnight.preparation.prepare import ensure_prepared, prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.tokenize import tokenize_documents
 
@@ -55,16 +56,13 @@ def by_split(texts: list[str], fraction: float) -> dict[str, list[str]]:
 # The content of the shards
 
 
-def test_every_document_is_in_one_split_in_order(
-    config: PrepareConfig, texts_in: Any, byte_tokenizer: Any
-) -> None:
-    manifest = prepare(config)
+def test_manifest_describes_the_shards(config: PrepareConfig, texts_in: Any, byte_tokenizer: Any) -> None:
+    manifest = prepare_shards(config)
     for split, expected in by_split(TEXTS, 0.1).items():
         assert texts_in(config, split) == expected
         assert sum(shard.documents for shard in manifest.shards(split)) == len(expected)
         assert manifest.text_bytes(split) == sum(len(text.encode()) for text in expected)
         assert manifest.tokens(split) == manifest.text_bytes(split) + len(expected)
-    assert manifest.documents == len(TEXTS)
     assert len(manifest.train) > 2
     assert all(shard.tokens == 5000 for shard in manifest.train[:-1])
     assert verify(out_of(config)) == read_manifest(out_of(config)) == manifest
@@ -91,39 +89,18 @@ def test_documents_are_conserved(
         validation_fraction=0.5,
         shard_tokens=7,
     )
-    manifest = prepare(config)
+    manifest = prepare_shards(config)
     assert {split: texts_in(config, split) for split in sides} == sides
-    assert manifest.documents + manifest.duplicate_documents + manifest.empty_documents == len(texts)
-
-
-def test_duplicates_and_empty_documents_are_counted(
-    config: PrepareConfig, write_texts: Any, texts_in: Any
-) -> None:
-    write_texts(Path(config.source or ""), [*TEXTS, TEXTS[0], "", TEXTS[5], TEXTS[5], ""])
-    manifest = prepare(config)
-    assert (manifest.documents, manifest.duplicate_documents, manifest.empty_documents) == (300, 3, 2)
-    assert sorted(texts_in(config, "train") + texts_in(config, "validation")) == sorted(TEXTS)
-
-
-def test_no_document_changes_sides(
-    config: PrepareConfig, tmp_path: Path, write_texts: Any, texts_in: Any
-) -> None:
-    prepare(config)
-    before = {split: set(texts_in(config, split)) for split in SPLITS}
-    more = TEXTS[50:] + [f"Another {number}" for number in range(100)]
-    random.Random(0).shuffle(more)
-    write_texts(Path(config.source or ""), more)
-    changed = dataclasses.replace(config, out=str(tmp_path / "changed"))
-    prepare(changed)
-    for split, texts in before.items():
-        assert set(texts_in(changed, split)) & set(TEXTS) == texts & set(TEXTS[50:])
+    counts = (manifest.documents, manifest.empty_documents, manifest.duplicate_documents)
+    documents, empty = sum(map(len, sides.values())), texts.count("")
+    assert counts == (documents, empty, len(texts) - documents - empty)
 
 
 def test_trained_tokenizer_has_not_seen_validation(
     config: PrepareConfig, write_texts: Any, texts_in: Any
 ) -> None:
     write_texts(Path(config.source or ""), [*TEXTS, TEXTS[1]])
-    prepare(dataclasses.replace(config, tokenizer="learned"))
+    prepare_shards(dataclasses.replace(config, tokenizer="learned"))
     learned = (out_of(config) / "tokenizer" / "learned.txt").read_text().split("\n")
     assert learned == [text for text in TEXTS if split_of(text, 0.1) == "train"]
 
@@ -145,7 +122,7 @@ def test_one_progress_bar_at_a_time(config: PrepareConfig, monkeypatch: pytest.M
         monkeypatch.setattr(module, "progress", bar)
     monkeypatch.setattr(sources, "python_documents", lambda: (Document(text, "") for text in TEXTS))
     sources._python_docs.cache_clear()
-    prepare(dataclasses.replace(config, source="python-docs", tokenizer="learned"))
+    prepare_shards(dataclasses.replace(config, source="python-docs", tokenizer="learned"))
     sources._python_docs.cache_clear()
     assert opened == ["hashing", "reading", "tokenizer", "encoding"]
 
@@ -153,18 +130,14 @@ def test_one_progress_bar_at_a_time(config: PrepareConfig, monkeypatch: pytest.M
 @pytest.mark.parametrize("tokens", [1, 100, 3000, EXACTLY_40, EXACTLY_40 + 1, 10**9])
 def test_tokens_limit_stops_after_a_document(config: PrepareConfig, texts_in: Any, tokens: int) -> None:
     config = dataclasses.replace(config, tokens=tokens, validation_fraction=0.5)
-    expected, total = [], 0
-    for text in TEXTS:
-        expected.append(text)
-        total += len(text) + 1
-        if total >= tokens:
-            break
+    ends = itertools.accumulate(len(text) + 1 for text in TEXTS)
+    expected = TEXTS[: 1 + sum(end < tokens for end in ends)]
     sides = by_split(expected, 0.5)
     if not all(sides.values()):
         with pytest.raises(ValueError, match="--validation-fraction"):
-            prepare(config)
+            prepare_shards(config)
         return
-    manifest = prepare(config)
+    manifest = prepare_shards(config)
     assert {split: texts_in(config, split) for split in sides} == sides
     assert manifest.documents == len(expected)
 
@@ -175,34 +148,30 @@ def test_bad_text_is_refused_repaired_or_skipped(config: PrepareConfig, texts_in
     with path.open("ab") as file:
         file.write(b'{"text": "bad \xff"}\n')
     with pytest.raises(ValueError, match=rf"texts\.jsonl line 301 .* byte {offset:,}; .*--on-bad-text"):
-        prepare(config)
+        prepare_shards(config)
     assert not out_of(config).exists()
     for policy, counts in (("skip", (300, 1, 0)), ("replace", (301, 0, 1))):
         other = dataclasses.replace(config, on_bad_text=policy, out=f"{config.out}-{policy}")  # type: ignore[arg-type]
-        manifest = prepare(other)
+        manifest = prepare_shards(other)
         assert (manifest.documents, manifest.skipped_documents, manifest.repaired_documents) == counts
         found = texts_in(other, "train") + texts_in(other, "validation")
         assert ("bad \ufffd" in found) == (policy == "replace")
 
 
-# The same bytes
-
-
-def test_shards_do_not_depend_on_threads_or_batches(
-    config: PrepareConfig, contents: Any, monkeypatch: pytest.MonkeyPatch
+def test_summary_and_next_command(
+    config: PrepareConfig, write_texts: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepare(config)
-    for workers, characters in ((1, 1), (2, 500), (7, 3000)):
-        monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", characters)
-        other = dataclasses.replace(config, workers=workers, out=f"{config.out}-{workers}")
-        prepare(other)
-        assert contents(other.out) == contents(config.out)
+    path = write_texts(Path(config.source or ""), [*TEXTS, TEXTS[3], "", TEXTS[4]])
+    with path.open("ab") as file:
+        file.write(b'{"text": "b\xe9"}\n')
+    assert run(dataclasses.replace(config, on_bad_text="replace")) == verify(out_of(config))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in ("301 documents", "duplicates 2, empty 1", "repaired: 1 ", f"RECIPE --data {config.out}"):
+        assert part in captured.err
 
 
-def test_separator_is_before_each_kept_document(byte_tokenizer: Any) -> None:
-    documents = filter_documents([Document(text, "") for text in ("ab", "ab", "", "c")], "fail")
-    ids = [document.ids.tolist() for document in tokenize_documents(documents, byte_tokenizer)]
-    assert ids == [[256, 97, 98], [256, 97, 98], [], [256, 99]]
+# The same bytes
 
 
 @pytest.mark.parametrize("workers", [1, 5])
@@ -219,9 +188,9 @@ def test_any_number_of_threads_reads_equally_far(
 
 SCRIPT = """
 import sys
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
-prepare(PrepareConfig(source=sys.argv[1], out=sys.argv[2], tokenizer="characters", validation_fraction=0.1))
+prepare_shards(PrepareConfig(source=sys.argv[1], out=sys.argv[2], tokenizer="characters", validation_fraction=0.1))
 """
 
 
@@ -277,7 +246,7 @@ def test_after_a_failure_the_same_command_completes_it(
     config: PrepareConfig, contents: Any, owner: Any, name: str, times: int, error: BaseException
 ) -> None:
     expected = dataclasses.replace(config, out=f"{config.out}-expected")
-    prepare(expected)
+    prepare_shards(expected)
     for failing in range(1, times + 1):
         with pytest.MonkeyPatch.context() as patch:
             calls: list[None] = []
@@ -293,11 +262,11 @@ def test_after_a_failure_the_same_command_completes_it(
 
             patch.setattr(owner, name, fail)
             with pytest.raises((ValueError, KeyboardInterrupt)) as raised:
-                prepare(config)
+                prepare_shards(config)
             assert len(calls) == failing
         assert not isinstance(raised.value, ValueError) or "is full" in str(raised.value)
         assert not out_of(config).exists()
-        prepare(config)
+        prepare_shards(config)
         assert not staging_path(out_of(config)).exists()
         assert contents(config.out) == contents(expected.out)
         shutil.rmtree(out_of(config))
@@ -339,54 +308,44 @@ def test_killed_at_any_write_it_leaves_no_folder_and_continues(
     assert not staging_path(out).exists()
 
 
-def test_full_disk_is_found_before_anything_is_written(
-    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(shards.TokenFile, "append", lambda *_: pytest.fail("written"))
-    with pytest.raises(ValueError, match="GB free: .*--tokens"):
-        prepare(config)
-    assert not out_of(config).exists()
-
-
 def test_disk_space_is_estimated_from_the_first_documents(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed: list[int] = []
-    monkeypatch.setattr(prepare_module, "require_disk_space", lambda folder, size: needed.append(size))
-    manifest = prepare(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "require_disk_space", lambda folder, size: needed.append(size))
+        manifest = prepare_shards(config)
+        prepare_shards(dataclasses.replace(config, tokens=3000, out=f"{config.out}-less"))
     written = sum(1024 + 2 * shard.tokens for shard in manifest.train + manifest.validation)
     assert 1.8 < needed[0] / written < 5  # the units are there until the shards are written
-    prepare(dataclasses.replace(config, tokens=3000, out=f"{config.out}-less"))
     assert needed[1] == pytest.approx(2 * 1.1 * 3000 * 2 + 2048)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shards.TokenFile, "append", lambda *_: pytest.fail("written"))
+    with pytest.raises(ValueError, match="GB free: .*--tokens"):
+        prepare_shards(dataclasses.replace(config, out=f"{config.out}-full"))
+    assert not Path(f"{config.out}-full").exists()
 
 
 # Asked for again
 
 
 def test_same_request_is_reused(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = prepare(config)
+    first = prepare_shards(config)
     for name in ("_plan_work", "exclusive"):  # a lock would need a folder that may be written to
         monkeypatch.setattr(prepare_module, name, lambda *_: pytest.fail("prepared again"))
-    assert prepare(config) == first
-    assert prepare(dataclasses.replace(config, workers=3)) == first  # does not decide the content
+    assert prepare_shards(config) == first
+    assert prepare_shards(dataclasses.replace(config, workers=3)) == first  # does not decide the content
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"tokenizer": "learned"},
-        {"validation_fraction": 0.2},
-        {"tokens": 500},
-        {"shard_tokens": 6000},
-        {"on_bad_text": "skip"},
-    ],
-)
-def test_another_request_is_refused(config: PrepareConfig, contents: Any, change: dict[str, Any]) -> None:
-    prepare(config)
+def test_another_request_is_refused(config: PrepareConfig, contents: Any) -> None:
+    prepare_shards(config)
     before = contents(config.out)
-    with pytest.raises(ValueError, match=rf"out .*{next(iter(change))}.*--out"):
-        prepare(dataclasses.replace(config, **change))
+    for name, value in {
+        **{"tokenizer": "learned", "validation_fraction": 0.2, "tokens": 500, "shard_tokens": 6000},
+        "on_bad_text": "skip",
+    }.items():
+        with pytest.raises(ValueError, match=rf"out .*{name}.*--out"):
+            prepare_shards(dataclasses.replace(config, **{name: value}))  # type: ignore[arg-type]
     assert contents(config.out) == before
 
 
@@ -397,66 +356,52 @@ def test_changed_text_or_tokenizer_is_refused(
     learned.parent.mkdir()
     learned.write_text("one")
     config = dataclasses.replace(config, tokenizer=str(learned.parent))
-    assert prepare(config) == prepare(config)
+    assert prepare_shards(config) == prepare_shards(config)
     learned.write_text("two")
     with pytest.raises(ValueError, match="tokenizer is mine [0-9a-f]{64} there"):
-        prepare(config)
+        prepare_shards(config)
     learned.write_text("one")
     write_texts(Path(config.source or ""), [*TEXTS, "One more."])
     with pytest.raises(ValueError, match="text of the source"):
-        prepare(config)
+        prepare_shards(config)
 
 
-def test_damaged_folder_is_not_reused(config: PrepareConfig) -> None:
-    prepare(config)
+def test_damaged_or_foreign_folder_is_left_alone(config: PrepareConfig) -> None:
+    out_of(config).mkdir()
+    assert prepare_shards(config).documents == 300  # an empty folder is filled
     path = out_of(config) / "train-00001.bin"
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
     with pytest.raises(ValueError, match=r"train-00001\.bin"):
-        prepare(config)
-
-
-def test_folder_of_something_else_is_left_alone(config: PrepareConfig) -> None:
-    out_of(config).mkdir()
-    (out_of(config) / "mine").touch()
+        prepare_shards(config)
+    (out_of(config) / "manifest.json").unlink()
     with pytest.raises(ValueError, match="--out"):
-        prepare(config)
-    assert (out_of(config) / "mine").exists()
+        prepare_shards(config)
+    assert path.exists()
     shutil.rmtree(out_of(config))
     out_of(config).touch()
     with pytest.raises(ValueError, match="--out"):
-        prepare(config)
-    out_of(config).unlink()
-    out_of(config).mkdir()
-    assert prepare(config).documents == 300  # an empty folder is filled
+        prepare_shards(config)
 
 
-# Nothing to do
-
-
-@pytest.mark.parametrize("texts", [[], ["", ""]])
-def test_source_without_text_is_refused(config: PrepareConfig, write_texts: Any, texts: list[str]) -> None:
-    write_texts(Path(config.source or ""), texts)
-    with pytest.raises(ValueError, match="texts holds no text"):
-        prepare(config)
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"validation_fraction": 2, "tokens": 0}, "validation_fraction=2 .*tokens=0"),
+        ({"validation_fraction": 1e-9}, "raise --validation-fraction"),
+        ({"validation_fraction": 1 - 1e-9}, "lower --validation-fraction"),
+        ({"shard_tokens": 3000}, "--shard-tokens"),
+        ({"text_column": "number"}, "holds no text"),
+    ],
+)
+def test_impossible_request_leaves_nothing(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, changes: Any, message: str
+) -> None:
+    monkeypatch.setattr(assemble, "MOST_SHARDS", 9)
+    if "text_column" in changes:
+        Path(config.source or "").write_text('{"number": ""}\n')
+    with pytest.raises(ValueError, match=message):
+        prepare_shards(dataclasses.replace(config, **changes))
     assert not out_of(config).exists()
-
-
-@pytest.mark.parametrize("fraction,remedy", [(1e-9, "raise"), (1 - 1e-9, "lower")])
-def test_empty_split_is_refused(config: PrepareConfig, fraction: float, remedy: str) -> None:
-    with pytest.raises(ValueError, match=f"{remedy} --validation-fraction"):
-        prepare(dataclasses.replace(config, validation_fraction=fraction))
-    assert not out_of(config).exists()
-
-
-def test_too_many_shards_are_refused(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assemble, "MOST_SHARDS", 2)
-    with pytest.raises(ValueError, match="--shard-tokens"):
-        prepare(config)
-
-
-def test_all_problems_are_reported_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="validation_fraction=2 .*tokens=0"):
-        prepare(PrepareConfig(source=str(tmp_path), validation_fraction=2, tokens=0))
 
 
 # The texts of a recipe
@@ -468,24 +413,22 @@ def recipe_data(config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.Monke
     return DataConfig(data="texts.jsonl", tokenizer="bytes", validation_fraction=0.1)
 
 
-def test_ensure_prepared_prepares_once(recipe_data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ensure_prepared(recipe_data)
-    assert found == dataclasses.replace(recipe_data, data="data/texts-bytes")
-    verify(Path(found.data))
-    monkeypatch.setattr(prepare_module, "prepare", lambda _: pytest.fail("prepared again"))
-    assert ensure_prepared(recipe_data) == ensure_prepared(found) == found
-    remote = dataclasses.replace(recipe_data, data="memory://prepared")
-    monkeypatch.setattr(prepare_module, "is_prepared_elsewhere", lambda path: path == remote.data)
-    assert ensure_prepared(remote) == remote
-
-
-def test_ensure_prepared_prepares_each_text_of_a_mixture(recipe_data: DataConfig, write_texts: Any) -> None:
+def test_ensure_prepared_prepares_once(
+    recipe_data: DataConfig, write_texts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_texts(Path("more.jsonl"), TEXTS[:100])
-    mixture = tuple(MixtureSource(path=f"{name}.jsonl", weight=1.0) for name in ("texts", "more"))
-    found = ensure_prepared(dataclasses.replace(recipe_data, mixture=mixture))
+    sources = tuple(MixtureSource(path=f"{name}.jsonl", weight=1.0) for name in ("texts", "more"))
+    mixture = dataclasses.replace(recipe_data, mixture=sources)
+    found = ensure_prepared(mixture)
     assert [source.path for source in found.mixture] == ["data/texts-bytes", "data/more-bytes"]
     for source in found.mixture:
         verify(Path(source.path))
+    monkeypatch.setattr(prepare_module, "prepare_shards", lambda _: pytest.fail("prepared again"))
+    assert ensure_prepared(mixture) == ensure_prepared(found) == found
+    assert ensure_prepared(recipe_data) == dataclasses.replace(recipe_data, data="data/texts-bytes")
+    remote = dataclasses.replace(recipe_data, data="memory://prepared")
+    monkeypatch.setattr(prepare_module, "is_prepared_elsewhere", lambda path: path == remote.data)
+    assert ensure_prepared(remote) == remote
 
 
 def test_ensure_prepared_refuses_what_is_incomplete(
@@ -502,6 +445,6 @@ def test_ensure_prepared_refuses_what_is_incomplete(
     for config in (named, recipe_data):  # training may begin with what is complete
         growing = dataclasses.replace(config, shuffle_window=1000)
         assert ensure_prepared(growing).data == str(folder)
-    monkeypatch.setattr(prepare_module, "prepare", lambda _: None)
+    monkeypatch.setattr(prepare_module, "prepare_shards", lambda _: None)
     with pytest.raises(ValueError, match="texts-bytes is being prepared by Slurm"):
         ensure_prepared(recipe_data)

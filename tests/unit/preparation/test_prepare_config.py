@@ -55,24 +55,22 @@ def test_help_needs_no_heavy_library() -> None:
     assert result.stdout == "set()\n"
 
 
-@pytest.mark.parametrize(
-    "text,count",
-    [("1000", 1000), ("1_000", 1000), ("500K", 500_000), ("1.3T", 1_300_000_000_000), ("10b", 10**10)],
-)
-def test_count_is_read(text: str, count: int) -> None:
-    assert parse_count(text) == count
-
-
-@pytest.mark.parametrize("text", ["many", "-5", "1.5.2K", "10 Q", ""])
-def test_wrong_count_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="count"):
-        parse_count(text)
-
-
 def test_command_line_reads_counts() -> None:
-    words = ["python-docs", "--tokens", "2M", "--shard-tokens=10K"]
-    config = from_arguments(PrepareConfig, words, prog="overnight prepare", about="")
-    assert (config.tokens, config.shard_tokens) == (2_000_000, 10_000)
-    assert from_arguments(PrepareConfig, ["x"], prog="overnight prepare", about="").tokens is None
+    def read(*words: str) -> PrepareConfig:
+        return from_arguments(PrepareConfig, ["x", *words], prog="overnight prepare", about="")
+
+    for text, count in {
+        "1000": 1000,
+        "1_000": 1000,
+        "500K": 500_000,
+        "1.3T": 13 * 10**11,
+        "10b": 10**10,
+    }.items():
+        assert read("--tokens", text).tokens == parse_count(text) == count
+    assert read("--shard-tokens=10K").shard_tokens == 10_000
+    assert read().tokens is None
+    for text in ("many", "-5", "1.5.2K", "10 Q", ""):
+        with pytest.raises(ValueError, match="count"):
+            parse_count(text)
     with pytest.raises(ValueError, match="'many'"):
-        from_arguments(PrepareConfig, ["x", "--tokens", "many"], prog="overnight prepare", about="")
+        read("--tokens", "many")

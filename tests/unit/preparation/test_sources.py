@@ -64,18 +64,17 @@ def documents_of(source: Source) -> list[Document]:
 
 def test_source_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("books.v2").mkdir()
-    Path("notes.txt").write_text("x")
-    Path("shakespeare").mkdir()
-    assert source_name("python-docs") == "python-docs"
-    assert source_name("books.v2") == source_name("./books.v2/") == "books.v2"
-    assert source_name(str(tmp_path / "notes.txt")) == "notes"
-    assert source_name("./shakespeare") == "shakespeare"
-    Path("a.b.jsonl.zst").write_text("x")
-    assert source_name("a.b.jsonl.zst") == "a.b"
-    assert source_name("s3://bucket/books/") == "books"
-    assert source_name("hf://datasets/owner/name/part.parquet") == "part"
-    assert source_name(".") == tmp_path.name
+    for folder in ("books.v2", "shakespeare"):
+        Path(folder).mkdir()
+    for file in ("notes.txt", "a.b.jsonl.zst"):
+        Path(file).touch()
+    for source, name in {
+        **{"python-docs": "python-docs", "./shakespeare": "shakespeare", ".": tmp_path.name},
+        **{"books.v2": "books.v2", "./books.v2/": "books.v2", "a.b.jsonl.zst": "a.b"},
+        **{str(tmp_path / "notes.txt"): "notes", "s3://bucket/books/": "books"},
+        "hf://datasets/owner/name/part.parquet": "part",
+    }.items():
+        assert source_name(source) == name
 
 
 @pytest.mark.parametrize(
@@ -90,16 +89,6 @@ def test_source_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_source_is_refused(source: str, part: str) -> None:
     with pytest.raises(ValueError, match=part):
         open_source(source)
-
-
-def test_files_and_folders(tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("bb")
-    (tmp_path / "a.txt").write_text("a")
-    source = open_source(str(tmp_path))
-    assert [document.text for document in documents_of(source)] == ["a", "bb"]
-    assert (source.name, source.licence) == (tmp_path.name, "not stated")
-    with pytest.raises(ValueError, match="from_file"):
-        open_source(str(tmp_path), from_file="x")
 
 
 ELSEWHERE = """
@@ -146,19 +135,6 @@ def test_hash_is_of_names_and_contents(tmp_path: Path) -> None:
     assert len({first, *others}) == 5
 
 
-def test_python_docs_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(sources, "python_documents", lambda: calls.append(1) or iter(["document"]))
-    sources._python_docs.cache_clear()
-    source = open_source("python-docs")
-    assert calls == []
-    parts = [Part(file) for file in source.files]
-    assert list(read_parts(parts, "text")) == list(read_parts(parts, "text")) == ["document"]
-    assert calls == [1]
-    sources._python_docs.cache_clear()
-    assert source.licence == "PSF-2.0"
-
-
 # elsewhere
 
 
@@ -179,19 +155,13 @@ def test_remote_folder_equals_local_folder(store: Any, tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["three", "four"]}), tmp_path / "books" / "z.parquet")
     store.pipe("/books/z.parquet", (tmp_path / "books" / "z.parquet").read_bytes())
     there, here = open_source("memory://books"), open_source(str(tmp_path / "books"))
-    assert [document.text for document in documents_of(there)] == ["one", "two", "three", "four"]
-    assert [document.text for document in documents_of(here)] == ["one", "two", "three", "four"]
-    assert there.name == here.name == "books"
-    single = open_source("memory://books/a.txt")
-    assert [document.text for document in documents_of(single)] == ["one"]
-
-
-def test_changed_remote_file_is_another_source(store: Any) -> None:
-    store.pipe("/books/a.txt", b"one")
-    before = open_source("memory://books").sha256
-    assert open_source("memory://books").sha256 == before
-    store.pipe("/books/a.txt", b"two")
-    assert open_source("memory://books").sha256 != before
+    for source in (there, here):
+        assert [document.text for document in documents_of(source)] == ["one", "two", "three", "four"]
+        assert (source.name, source.licence) == ("books", "not stated")
+    assert open_source("memory://books").sha256 == there.sha256
+    store.pipe("/books/a.txt", b"changed")
+    assert open_source("memory://books").sha256 != there.sha256
+    assert [document.text for document in documents_of(open_source("memory://books/a.txt"))] == ["changed"]
 
 
 def test_refusal_of_a_store_is_a_sentence(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +171,8 @@ def test_refusal_of_a_store_is_a_sentence(store: Any, monkeypatch: pytest.Monkey
     def refuse(*_: Any, **__: Any) -> None:
         raise NoCredentialsError("no credentials")
 
+    with pytest.raises(ValueError, match="memory://books"):
+        open_source("memory://books")  # holds nothing
     store.pipe("/books/a.txt", b"one")
     source = open_source("memory://books")
     monkeypatch.setattr(type(store), "open", refuse)
@@ -209,12 +181,8 @@ def test_refusal_of_a_store_is_a_sentence(store: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(type(store), "find", refuse)
     with pytest.raises(ValueError, match="memory://books .*no credentials"):
         open_source("memory://books")
-
-
-@pytest.mark.parametrize("address", ["memory://none", "gopher://books"])
-def test_empty_or_unknown_store_is_refused(store: Any, address: str) -> None:
-    with pytest.raises(ValueError, match=address.split("/", maxsplit=1)[0]):
-        open_source(address)
+    with pytest.raises(ValueError, match="gopher:"):
+        open_source("gopher://books")
 
 
 def test_named_sources_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,18 +250,8 @@ def test_shakespeare_is_downloaded_once_or_if_damaged(
     assert len(asked) == 2
 
 
-FAILURES = [
-    urllib.error.URLError("no route"),
-    TimeoutError("slow"),
-    http.client.IncompleteRead(b"half"),
-    ConnectionResetError(),
-    http.client.BadStatusLine("?"),
-]
-CHANGES: list[Any] = [
-    lambda text: text[:-1],
-    lambda text: text[:50] + b"#" + text[51:],
-    lambda text: text * 2,
-]
+FAILURES = [urllib.error.URLError("no route"), TimeoutError("slow"), http.client.IncompleteRead(b"half")]
+CHANGES: list[Any] = [lambda text: text[:-1], lambda text: b"#" + text[1:], lambda text: text * 2]
 
 
 @pytest.mark.parametrize("answer", [*FAILURES, *CHANGES])
@@ -307,11 +265,14 @@ def test_failed_download_names_the_remedy(
     assert not empty_cache.exists()
 
 
-@pytest.mark.parametrize("name", ["other.txt", "absent.txt"])
-def test_wrong_copy_is_refused(tmp_path: Path, empty_cache: Path, name: str) -> None:
+def test_from_file_is_the_published_file(tmp_path: Path, empty_cache: Path) -> None:
     (tmp_path / "other.txt").write_text("To be or not to be")
-    with pytest.raises(ValueError, match=name):
-        open_source("shakespeare", from_file=str(tmp_path / name))
+    for source, name, part in (
+        *(("shakespeare", "other.txt", r"other\.txt"), ("shakespeare", "absent", "absent")),
+        ("python-docs", "other.txt", "from_file"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            open_source(source, from_file=str(tmp_path / name))
     assert not empty_cache.exists()
 
 
@@ -349,41 +310,32 @@ def test_python_docs_hold_topics_and_docstrings(documents: list[Document]) -> No
     by_origin = {document.origin: document.text for document in documents}
     from pydoc_data.topics import topics
 
-    assert {origin for origin in by_origin if origin.startswith("topic")} == {
-        f"topic {name}" for name in topics
-    }
+    assert {f"topic {name}" for name in topics} == {name for name in by_origin if name.startswith("topic")}
     assert by_origin["topic for"] == topics["for"]
     wrapped = by_origin["module textwrap"]
     assert wrapped.startswith("textwrap\n\nText wrapping and filling.\n\ntextwrap.wrap\n\n")
     assert "textwrap.dedent\n\nRemove any common leading whitespace from every line in `text`." in wrapped
-    assert wrapped.index("textwrap.wrap\n") < wrapped.index("textwrap.dedent\n")
     assert by_origin["class textwrap.TextWrapper"].startswith("textwrap.TextWrapper\n\nObject for wrapping")
     assert "module json" in by_origin
     assert "module json.decoder" in by_origin
 
 
 def test_python_docs_leave_out_what_differs_by_machine(documents: list[Document]) -> None:
-    paths = [path.as_posix() for path in library_files()]
-    for fragment in ("/test/", "/tests/", "site-packages", "idlelib", "lib2to3", "_sysconfigdata", "config-"):
-        assert not any(fragment in path for path in paths)
+    paths = " ".join(path.as_posix() for path in library_files())
+    assert not re.search("/tests?/|site-packages|idlelib|lib2to3|_sysconfigdata|config-", paths)
     text = "".join(document.text for document in documents)
     assert sys.prefix not in text or sys.prefix in {"/usr", "/usr/local"}
 
 
-def test_python_docs_are_in_the_order_of_names(library: Path) -> None:
+def test_python_docs_are_in_the_order_of_names_and_import_nothing(library: Path) -> None:
     names = [f"module_{letter}" for letter in "gdbfaec"]
     for name in names:
-        (library / f"{name}.py").write_text(f'"""{name} {"x" * 200}."""\n')
+        (library / f"{name}.py").write_text(f'"""{name} {"x" * 200}."""\nraise SystemExit("imported")\n')
     documents = list(python_documents())
-    assert [document.origin for document in documents[2:]] == [f"module {name}" for name in sorted(names)]
+    assert [document.origin for document in documents] == [
+        *("topic if", "topic while", *(f"module {name}" for name in sorted(names)))
+    ]
     assert list(python_documents()) == documents
-
-
-def test_python_docs_import_nothing(library: Path) -> None:
-    (library / "bomb.py").write_text(
-        '"""' + "Never import this. " * 20 + '"""\nraise SystemExit("imported")\n'
-    )
-    assert [document.origin for document in python_documents()] == ["topic if", "topic while", "module bomb"]
 
 
 def test_docstrings_are_in_source_order(library: Path) -> None:

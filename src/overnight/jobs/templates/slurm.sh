@@ -9,11 +9,11 @@
 #SBATCH --job-name={{ job.name }}
 #SBATCH --output={{ job.name }}-%j.log
 #SBATCH --open-mode=append
-#SBATCH --nodes={{ job.nodes }}
+#SBATCH --nodes={{ job.config.nodes }}
 # One torchrun on each node, which starts its processes.
 #SBATCH --ntasks-per-node=1
-{% if job.gpus_per_node %}
-#SBATCH --gpus-per-node={{ job.gpu ~ ":" if job.gpu else "" }}{{ job.gpus_per_node }}
+{% if job.config.gpus_per_node %}
+#SBATCH --gpus-per-node={{ job.config.gpu ~ ":" if job.config.gpu else "" }}{{ job.config.gpus_per_node }}
 # Lower this if a node has fewer cores.
 #SBATCH --cpus-per-gpu=8
 {% else %}
@@ -24,7 +24,7 @@
 #SBATCH --signal=B:USR1@{{ warning_seconds }}
 # Also after a node failure or a preemption.
 #SBATCH --requeue
-{{ "#" if job.partition else "##" }}SBATCH --partition={{ job.partition or "gpu" }}
+{{ "#" if job.config.partition else "##" }}SBATCH --partition={{ job.config.partition or "gpu" }}
 ##SBATCH --account=YOURS, IF YOUR CLUSTER WANTS ONE
 
 {% if job.programs %}

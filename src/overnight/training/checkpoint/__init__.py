@@ -3,13 +3,10 @@
 checkpoints/step-00001000/
   model.safetensors       GPT-2's parameter names, the vocabulary unpadded
   optimizer.safetensors   AdamW's two moments: <parameter>.exp_avg, <parameter>.exp_avg_sq
-  state.json              step, updates, float16's loss scale, how the last steps went, model, format; of a
-                          run also its settings, those that may not change
+  state.json              step, updates, float16's loss scale, guard, model, format, the run's frozen settings
   MANIFEST.json           size and sha256 of all others
 
-Several processes write as many files of each kind, model-00000-of-00004.safetensors and so on, each what it
-is to write of the tensors; read together they are the same, whoever wrote them and whoever reads.
-
-A checkpoint appears under its name in one rename, after all its bytes are on the disk. It is used only
-if every byte is still the one that was written.
+Each of several processes writes its part, model-00000-of-00004.safetensors and so on. Read together, the files
+hold the same tensors for any number of writers and readers. A checkpoint appears under its name in one rename,
+after all its bytes are on the disk, and is used only if every byte is as it was written.
 """
