@@ -97,15 +97,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").mkdir()
     for number, text in enumerate(texts):
         (folder / "text" / f"{number}.txt").write_text(text)
-    shards = str(folder / "shards")
-    source = str(folder / "text")
+    source, shards = str(folder / "text"), str(folder / "shards")
     prepare_shards(PrepareConfig(source=source, out=shards, tokenizer="characters", validation_fraction=0.2))
     (folder / "small.toml").write_text(SMALL_RECIPE)
     (folder / "corpus").mkdir()
-    parquet.write_table(
-        pyarrow.table({"text": [f"{n} {text}" for n in range(10) for text in texts]}),
-        folder / "corpus" / "0.parquet",
-    )
+    rows = pyarrow.table({"text": [f"{n} {text}" for n in range(10) for text in texts]})
+    parquet.write_table(rows, folder / "corpus" / "0.parquet")
     tokenizer = build_tokenizer("characters", texts)
     config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)
     write_huggingface(far_from_chance(config), tokenizer, folder / "model")
@@ -130,9 +127,8 @@ def test_benchmark_runs(
     assert not any("THE SIDES D" in note or "DO NOT JUDGE" in note for note in report["notes"])
 
 
-def test_benchmark_refuses_bad_input(place: Path, repository: Path, tmp_path: Path) -> None:
-    words = ["train_step.py", "--peer", str(tmp_path)]
-    command = [sys.executable, str(repository / "benchmarks" / words[0]), *words[1:]]
+def test_benchmark_refuses_bad_input(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(repository / "benchmarks/train_step.py"), "--peer", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "is not a checkout of build-nanogpt" in done.stderr
@@ -156,25 +152,21 @@ def test_commands_shown_have_known_options(programs: dict[str, Any], repository:
 # How sides are compared
 
 
-def test_sides_take_turns_and_warm_ups_are_dropped(programs: dict[str, Any]) -> None:
+def test_sides_take_turns_and_are_compared_round_by_round(programs: dict[str, Any]) -> None:
     calls: list[str] = []
 
     def side(name: str) -> Any:
         return lambda: calls.append(name) or len(calls)  # type: ignore[func-returns-value]
 
-    interleave = programs["measure"].interleave
-    results = interleave({name: side(name) for name in "ABC"}, repeats=2, warm_ups=1)
+    measure = programs["measure"]
+    results = measure.interleave({name: side(name) for name in "ABC"}, repeats=2, warm_ups=1)
     assert "".join(calls) == "ABCABCABC"
-    assert results == {"A": [4, 7], "B": [5, 8], "C": [6, 9]}
+    assert results == {"A": [4, 7], "B": [5, 8], "C": [6, 9]}, "without the warm-ups"
     with pytest.raises(ValueError, match="at least 1"):
-        interleave({"A": int}, repeats=0)
-
-
-def test_ratio_is_the_median_of_the_rounds(programs: dict[str, Any]) -> None:
-    paired_ratio = programs["measure"].paired_ratio
+        measure.interleave({"A": int}, repeats=0)
     ours, theirs = [1.0, 10.0, 2.0], [2.0, 20.0, 20.0]  # the machine was slow in the second round
-    assert paired_ratio(ours, theirs) == 2.0  # the ratio of the medians would be 10
-    assert paired_ratio(theirs, theirs) == 1.0
+    assert measure.paired_ratio(ours, theirs) == 2.0  # the ratio of the medians would be 10
+    assert measure.paired_ratio(theirs, theirs) == 1.0
 
 
 def test_figures_replace_the_old_ones(programs: dict[str, Any], repository: Path, tmp_path: Path) -> None:
@@ -334,14 +326,8 @@ def test_runs_differ_by_all_but_the_clock(programs: dict[str, Any], tmp_path: Pa
 @pytest.mark.distributed
 def test_small_distributed_campaign(repository: Path, tmp_path: Path) -> None:
     """In real processes: two kills and a frozen one."""
-    words = ["--parts", "kills", "frozen", "--kills", "2", "--frozen", "1", "--steps", "40"]
-    command = [
-        sys.executable,
-        str(repository / "benchmarks/distributed.py"),
-        *words,
-        "--figures",
-        str(tmp_path),
-    ]
+    words = ["--parts", "kills", "frozen", "--kills", "2", "--frozen", "1", "--steps", "40", "--figures"]
+    command = [sys.executable, str(repository / "benchmarks/distributed.py"), *words, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert " 2/2 |" in (tmp_path / "kills.md").read_text()

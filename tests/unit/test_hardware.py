@@ -31,23 +31,13 @@ CPUINFO = Path("/proc/cpuinfo")
 
 # Names as the driver writes them -> bf16 peak; figures copied from the public data sheets a second time.
 NAMES_AND_BF16 = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA GeForce RTX 4090": 165.2e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-    "Tesla V100-SXM2-16GB": None,
-    "Tesla T4": None,
-    "Apple M1 Max": None,
+    **{"NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA H100 80GB HBM3": 989e12},
+    **{"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA B200": 2250e12},
+    **{"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12},
+    **{"NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12},
+    **{"NVIDIA L40S": 362e12, "NVIDIA L4": 121e12},
+    **{"NVIDIA GeForce RTX 4090": 165.2e12, "NVIDIA GeForce RTX 3090": 71e12},
+    **dict.fromkeys(("Tesla V100-SXM2-16GB", "Tesla T4", "Apple M1 Max")),
 }
 
 
@@ -58,8 +48,8 @@ def test_driver_name_is_recognised(name, flops):
 
 
 def test_every_device_of_the_table_is_reached():
-    names = [*NAMES_AND_BF16, "NVIDIA H100 SXM5", "Tesla V100-SXM2-32GB", "Tesla V100-PCIE-16GB"]
-    names += ["Tesla V100-PCIE-32GB"]
+    names = [*NAMES_AND_BF16, "NVIDIA H100 SXM5"]
+    names += [f"Tesla V100-{name}" for name in ("SXM2-32GB", "PCIE-16GB", "PCIE-32GB")]
     names += [f"Apple M{number}{kind}" for number in (1, 2, 3, 4) for kind in ("", " Pro", " Max", " Ultra")]
     reached = {id(find_device_facts(name)) for name in names}
     assert [device.name for device in DEVICES if id(device.facts) not in reached] == []
@@ -80,18 +70,18 @@ def test_device_is_found_by_typed_and_driver_names():
     assert {typed: device and device.name for typed, device in found.items()} == TYPED_NAMES
 
 
-@pytest.mark.parametrize(
-    ("name", "precision"), [("h200", "bf16"), ("t4", "fp16"), ("v100-16gb", "fp16"), ("m1", "fp32")]
-)
-def test_native_precision_of_the_table(name, precision):
-    assert find_device(name).facts.native == precision
-
-
-def test_later_apple_chips_have_no_rate():
+def test_precisions_and_rates_of_the_table():
+    precisions = {"h200": "bf16", "t4": "fp16", "v100-16gb": "fp16", "m1": "fp32"}
+    assert {name: find_device(name).facts.native for name in precisions} == precisions
     facts = find_device_facts("Apple M3 Max")
     assert (facts.fp32, facts.bytes_per_second) == (None, None)
     assert peak_flops("Apple M3 Max", "fp32") is None
     assert peak_flops("Apple M1 Max", "fp32") == pytest.approx(10.4e12)
+    for name, _, facts in DEVICES:
+        rates = [rate for rate in (facts.fp32, facts.tf32, facts.bf16) if rate is not None]
+        assert rates == sorted(rates), name
+        assert facts.memory_bytes is None or 16e9 <= facts.memory_bytes < 200e9, name
+        assert facts.bytes_per_second is None or 60e9 < facts.bytes_per_second < 10e12, name
 
 
 @pytest.mark.parametrize(
@@ -104,14 +94,6 @@ def test_later_apple_chips_have_no_rate():
 def test_similar_name_is_unknown(name):
     assert find_device_facts(name) is None
     assert peak_flops(name, "bf16") is None
-
-
-def test_rates_and_sizes_are_plausible():
-    for name, _, facts in DEVICES:
-        rates = [rate for rate in (facts.fp32, facts.tf32, facts.bf16) if rate is not None]
-        assert rates == sorted(rates), name
-        assert facts.memory_bytes is None or 16e9 <= facts.memory_bytes < 200e9, name
-        assert facts.bytes_per_second is None or 60e9 < facts.bytes_per_second < 10e12, name
 
 
 @pytest.mark.parametrize(

@@ -27,35 +27,25 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_lines_are_read_in_order(tmp_path):
-    run = RunDirectory(tmp_path / "run")
-    assert run.read_metrics() == []
-    for step in (1, 2, 3):
-        run.append_metrics({"step": step, "loss": 1 / step})
-        run.append_event("samples", {"step": step, "completion": "é\n<b>"})
-    assert [line["step"] for line in run.read_metrics()] == [1, 2, 3]
-    assert run.read_events("samples")[0]["completion"] == "é\n<b>"
-    assert run.read_events("evaluations") == []
-
-
-def test_number_that_is_not_finite_is_null(tmp_path):
+def test_lines_are_read_in_order_and_numbers_that_are_not_finite_are_null(tmp_path):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    run = RunDirectory(tmp_path)
+    run = RunDirectory(tmp_path / "run")
+    assert run.read_metrics() == []
     run.append_metrics({"step": 1, "loss": 2.5, "grad_norm": math.inf})
     run.append_metrics({"step": 2, "loss": math.nan, "grad_norm": -math.inf})
-    run.append_event("evaluations", {"step": 2, "loss": math.nan, "perplexity": math.inf})
-    for path in (run.metrics, tmp_path / "events" / "evaluations.jsonl"):
+    run.append_event("samples", {"step": 2, "completion": "é\n<b>", "perplexity": math.inf})
+    for path in (run.metrics, run.path / "events" / "samples.jsonl"):
         for line in path.read_text().splitlines():
             json.loads(line, parse_constant=refuse)
-    assert run.read_metrics() == [
-        {"step": 1, "loss": 2.5, "grad_norm": None},
-        {"step": 2, "loss": None, "grad_norm": None},
-    ]
+    lines = [{"step": 1, "loss": 2.5, "grad_norm": None}, {"step": 2, "loss": None, "grad_norm": None}]
+    assert run.read_metrics() == lines
+    assert run.read_events("samples") == [{"step": 2, "completion": "é\n<b>", "perplexity": None}]
+    assert run.read_events("evaluations") == []
     with pytest.raises(ValueError, match="not JSON compliant"):  # within a list
         run.append_metrics({"step": 3, "losses": [math.nan]})
-    assert [line["step"] for line in run.read_metrics()] == [1, 2]
+    assert run.read_metrics() == lines
     with pytest.raises(AssertionError, match="NaN is not JSON"):  # the control: what json writes by default
         json.loads(json.dumps({"loss": math.nan}), parse_constant=refuse)
 
