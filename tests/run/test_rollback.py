@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 from typing import Any
 
 import pytest
@@ -158,24 +159,24 @@ def test_few_bad_steps_are_skipped_without_rollback(asked, poison, train_to):
 def test_rollbacks_add_up(asked, poison, train_to):
     poison.put(range(rows_of(10, 1).start, rows_of(10, 2 * LIMIT).stop), math.nan)
     run = train_to(asked, "run")
-    rollbacks = [(event["first_bad_step"], event["rows"]) for event in run.read_events("rollbacks")]
-    assert rollbacks == [(11, LIMIT * ROWS)] * 2
+    assert len(run.read_events("rollbacks")) == 2
     assert Guard.from_values(last_state(run)["guard"]).skipped == (SkippedRows(10, LIMIT * ROWS),) * 2
 
 
-def test_run_ends_after_max_rollbacks(asked, poison, train_to, tmp_path):
-    poison.put(range(rows_of(10, 1).start, 10**9), math.nan)
-    with pytest.raises(FloatingPointError, match=r"steps 11 to 13 .* 3 rollbacks \(max_rollbacks\)"):
+@pytest.mark.parametrize(
+    "first, named, rollbacks",
+    [
+        (10, "steps 11 to 13 .*max_rollbacks", 3),
+        (0, "steps 1 to 3 .*no checkpoint .*--peak-learning-rate", 0),
+    ],
+)
+def test_run_ends_where_it_cannot_roll_back(asked, poison, train_to, tmp_path, first, named, rollbacks):
+    poison.put(range(first * ROWS, 10**9), math.nan)
+    with pytest.raises(FloatingPointError, match=named):
         train_to(asked, "run")
     found = describe_run(tmp_path / "run")
-    assert (found.state, found.rollbacks) == ("diverged", 3)
-    assert found.ended_by.startswith("steps 11 to 13 went wrong")
-
-
-def test_run_ends_if_there_is_no_earlier_checkpoint(asked, poison, train_to):
-    poison.put(rows_of(0, 9), math.nan)
-    with pytest.raises(FloatingPointError, match=r"steps 1 to 3 .* no checkpoint .*--peak-learning-rate"):
-        train_to(asked, "run")
+    assert (found.state, found.rollbacks) == ("diverged", rollbacks)
+    assert re.match(named.partition(" .*")[0], found.ended_by)
 
 
 def test_without_guard_the_run_trains_through_the_explosion(asked, poison, train_to):

@@ -20,19 +20,16 @@ def small_model() -> GPT:
 
 
 def naive_attention(attention: CausalSelfAttention, x_TC: Tensor) -> Tensor:
-    """One row, one head and one position at a time, from the definition."""
+    """One row and one position at a time, from the definition."""
     T, C = x_TC.shape
-    D = C // attention.n_head
-    q_TC, k_TC, v_TC = (x_TC @ attention.c_attn.weight.T + attention.c_attn.bias).split(C, dim=1)
-    mixed_TC = torch.zeros(T, C)
-    for head in range(attention.n_head):
-        own = slice(head * D, (head + 1) * D)
-        for t in range(T):
-            scores = torch.tensor([q_TC[t, own] @ k_TC[s, own] / math.sqrt(D) for s in range(t + 1)])
-            shares = torch.exp(scores) / torch.exp(scores).sum()
-            for s in range(t + 1):
-                mixed_TC[t, own] += shares[s] * v_TC[s, own]
-    return mixed_TC @ attention.c_proj.weight.T + attention.c_proj.bias
+    qkv_TC = (x_TC @ attention.c_attn.weight.T + attention.c_attn.bias).split(C, dim=1)
+    q_THD, k_THD, v_THD = (each.view(T, attention.n_head, C // attention.n_head) for each in qkv_TC)
+    mixed = []
+    for t in range(T):
+        scores_HS = torch.einsum("hd,shd->hs", q_THD[t], k_THD[: t + 1]) / math.sqrt(q_THD.shape[-1])
+        shares_HS = scores_HS.exp() / scores_HS.exp().sum(1, keepdim=True)
+        mixed.append(torch.einsum("hs,shd->hd", shares_HS, v_THD[: t + 1]).flatten())
+    return torch.stack(mixed) @ attention.c_proj.weight.T + attention.c_proj.bias
 
 
 @torch.no_grad()

@@ -57,10 +57,6 @@ def newest(folder: Path) -> Path | None:
     return read_newest(folder, verified)
 
 
-def names_in(folder: Path) -> list[str]:
-    return [path.name for path in list_checkpoints(folder)]
-
-
 def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path):
     state = build_state(2)
     path = save_checkpoint(state, tmp_path)
@@ -168,11 +164,11 @@ def test_passed_over_checkpoint_does_not_displace_a_good_one(tmp_path):
     save_checkpoint(state, tmp_path)
     truncate(save_checkpoint(build_state(2), tmp_path))
     discard_checkpoints_after(state.step, tmp_path)
-    assert names_in(tmp_path) == ["step-00000001"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
     train_on(state, 1)
     save_checkpoint(state, tmp_path)
     keep_only(retained_steps([1, 2], 1), tmp_path)
-    assert names_in(tmp_path) == ["step-00000002"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
 
 
 def build_saver(folder: Path) -> Saver:
