@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from measure import Report, interleave, paired_ratio, run_plainly, spread, timed
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.tokenize import tokenize_documents
 from overnight.tokenizer.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ REFERENCE = "encode, Hugging Face tokenizers"
 def prepare_afresh(tokenizer: str) -> None:
     """Python's documentation into a new folder."""
     with tempfile.TemporaryDirectory() as folder:
-        prepare(PrepareConfig(source="python-docs", tokenizer=tokenizer, out=f"{folder}/prepared"))
+        prepare_shards(PrepareConfig(source="python-docs", tokenizer=tokenizer, out=f"{folder}/prepared"))
 
 
 def encoders(texts: Sequence[str], folder: Path) -> dict[str, Callable[[], NDArray[Any]]]:
@@ -56,7 +56,7 @@ def encoders(texts: Sequence[str], folder: Path) -> dict[str, Callable[[], NDArr
 
 
 def encode_ours(tokenizer: Tokenizer, texts: Sequence[str], threads: int) -> NDArray[Any]:
-    """As `prepare` does it, without the end-of-text ids that it puts before each document."""
+    """As `prepare_shards` does it, without the end-of-text ids that it puts before each document."""
     from overnight.preparation.documents import Document, FilteredDocument
 
     documents = (FilteredDocument(Document(text, ""), "kept") for text in texts)

@@ -89,7 +89,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow
     from pyarrow import parquet
 
-    from overnight.preparation.prepare import prepare
+    from overnight.preparation.prepare import prepare_shards
     from overnight.preparation.prepare_config import PrepareConfig
 
     folder = tmp_path_factory.mktemp("benchmarks")
@@ -98,7 +98,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, text in enumerate(texts):
         (folder / "text" / f"{number}.txt").write_text(text)
     source, shards = str(folder / "text"), str(folder / "shards")
-    prepare(PrepareConfig(source=source, out=shards, tokenizer="characters", validation_fraction=0.2))
+    prepare_shards(PrepareConfig(source=source, out=shards, tokenizer="characters", validation_fraction=0.2))
     (folder / "small.toml").write_text(SMALL_RECIPE)
     (folder / "corpus").mkdir()
     rows = pyarrow.table({"text": [f"{n} {text}" for n in range(10) for text in texts]})

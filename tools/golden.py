@@ -20,10 +20,10 @@ import torch
 from overnight.data import DataConfig
 from overnight.hardware import find_device_name
 from overnight.model.model_config import ModelConfig
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import Recipe
-from overnight.run.train import train as train_recipe
+from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.terminal import quiet
 from overnight.training import ComputeConfig, OptimizerConfig
@@ -65,7 +65,9 @@ def train(name: str, folder: Path) -> list[float]:
             lines = [f"Line {line} is about {(line * 7 + number) % 100}.\n" for line in range(20)]
             (text / f"{number:02}.txt").write_text("".join(lines))
     shards = folder / "shards"
-    prepare(PrepareConfig(source=str(text), out=str(shards), tokenizer="characters", validation_fraction=0.2))
+    prepare_shards(
+        PrepareConfig(source=str(text), out=str(shards), tokenizer="characters", validation_fraction=0.2)
+    )
     given: dict[str, Any] = {
         "run_name": name,
         "data": DataConfig(data=str(shards)),

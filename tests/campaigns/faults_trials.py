@@ -182,10 +182,10 @@ def prepare_place(folder: Path) -> Place:
 
 def prepare_with(source: str, out: str, tokenizer: str) -> None:
     """Text to shards, in a process of its own: `run(prepare_with, ...)`."""
-    from overnight.preparation.prepare import prepare
+    from overnight.preparation.prepare import prepare_shards
     from overnight.preparation.prepare_config import PrepareConfig
 
-    prepare(
+    prepare_shards(
         PrepareConfig(source=source, out=out, tokenizer=tokenizer, validation_fraction=0.2, shard_tokens=1200)
     )
 

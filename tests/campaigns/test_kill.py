@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.run_directory import RunDirectory
 
@@ -113,7 +113,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     for number in range(40):
         (root / f"{number:02}.txt").write_text(f"Line {number} tells of {number * 7 % 100}.\n" * 6)
     shards = root / "shards"
-    prepare(PrepareConfig(source=str(root), out=str(shards), tokenizer="characters", validation_fraction=0.2))
+    prepare_shards(
+        PrepareConfig(source=str(root), out=str(shards), tokenizer="characters", validation_fraction=0.2)
+    )
     return RECIPE.format(shards=shards)
 
 

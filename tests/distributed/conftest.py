@@ -28,7 +28,7 @@ from filelock import FileLock
 from overnight.config import to_toml
 from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
 from overnight.run_directory import RunDirectory
@@ -156,7 +156,7 @@ def text(shared_folder: Path) -> Path:
             for number in range(40):
                 (root / f"{number:02}.txt").write_text(LINES[number * 37 : number * 37 + 150])
             shards = {"out": str(root / "shards"), "validation_fraction": 0.2, "shard_tokens": 1500}
-            prepare(PrepareConfig(source=str(root), tokenizer="characters", **shards))
+            prepare_shards(PrepareConfig(source=str(root), tokenizer="characters", **shards))
     return root / "shards"
 
 

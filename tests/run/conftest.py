@@ -13,7 +13,7 @@ import pytest
 
 from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig, read_recipe_of
 from overnight.run import train
@@ -36,7 +36,7 @@ def prepared(tmp_path_factory):
     for number in range(40):
         (root / f"{number:02}.txt").write_text(LINES[number * 37 : number * 37 + 150])
     folder = root / "shards"
-    prepare(
+    prepare_shards(
         PrepareConfig(
             source=str(root),
             out=str(folder),

@@ -23,7 +23,7 @@ from overnight.evaluation import EvaluateConfig, multiple_choice
 from overnight.evaluation import command as evaluation_command
 from overnight.evaluation.results import evaluate_opened, open_evaluated_models
 from overnight.evaluation.tasks import TASKS
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import EvaluationConfig, Recipe
 from overnight.run import train
@@ -113,7 +113,9 @@ def test_evaluate_refuses_text_of_other_tokenizer(
 
     def prepare_with(tokenizer: str, name: str) -> str:
         out = str(tmp_path / name)
-        prepare(PrepareConfig(source=str(notes), out=out, tokenizer=tokenizer, validation_fraction=0.3))
+        prepare_shards(
+            PrepareConfig(source=str(notes), out=out, tokenizer=tokenizer, validation_fraction=0.3)
+        )
         return out
 
     other = prepare_with("characters", "other")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.run.resume import load_resumed
 from overnight.run.train import train_recipe
@@ -90,7 +90,7 @@ def test_shards_of_an_earlier_version_are_prepared_alike(tmp_path):
     for number in range(12):
         lines = [f"Line {line} is about {(line * 7 + number) % 100}.\n" for line in range(12)]
         (text / f"{number:02}.txt").write_text("".join(lines))
-    prepare(
+    prepare_shards(
         PrepareConfig(
             source=str(text),
             out=str(shards),

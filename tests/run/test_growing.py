@@ -16,7 +16,7 @@ import pytest
 from overnight.data import DataConfig, MixtureSource
 from overnight.data.shards import read_manifest
 from overnight.preparation import prepare as prepare_module
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import EvaluationConfig, Recipe, read_recipe_of
 from overnight.run.train import train_recipe
@@ -69,7 +69,7 @@ def interrupted(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         after_each_wave(patch, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prepare(config)
+            prepare_shards(config)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_run_stops_at_the_end_of_the_text_and_resumes_when_there_is_more(
     begun: RunDirectory, early: Recipe, config: PrepareConfig, tmp_path: Path, fingerprint: Fingerprint
 ) -> None:
     assert json.loads(begun.data.read_text())["is_complete"] is False
-    prepare(config)
+    prepare_shards(config)
     train_recipe(read_recipe_of(begun.path), begun, resume=True)
     patient = RunDirectory(tmp_path / "patient")
     train_recipe(early, patient)
@@ -106,7 +106,7 @@ def test_run_waits_for_a_preparation_at_work(
     published = threading.Event()
     after_each_wave(monkeypatch, lambda: (published.set(), time.sleep(1.5)))
     with ThreadPoolExecutor(1) as threads:
-        preparation = threads.submit(prepare, config)
+        preparation = threads.submit(prepare_shards, config)
         assert published.wait(60)
         directory = RunDirectory(tmp_path / "early")
         train_recipe(early, directory)
@@ -123,7 +123,7 @@ def test_run_waits_for_a_preparation_at_work(
 def test_resuming_on_other_text_is_refused(begun: RunDirectory, config: PrepareConfig) -> None:
     changed = Path(config.source or "") / "00.jsonl"
     changed.write_text(changed.read_text().replace("Document 1:", "Document one:"))
-    prepare(config)
+    prepare_shards(config)
     with pytest.raises(ValueError, match="is not the data that"):
         train_recipe(read_recipe_of(begun.path), begun, resume=True)
 

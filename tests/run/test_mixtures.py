@@ -15,7 +15,7 @@ from overnight.data import DataConfig, MixtureSource
 from overnight.evaluation import EvaluateConfig
 from overnight.evaluation import command as evaluation_command
 from overnight.planning.estimate import find_token_counts
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import Recipe
 from overnight.run.train import train_recipe
@@ -32,7 +32,9 @@ def prepare_text(root: Path, text: str, tokenizer: str) -> Path:
     for number in range(20):
         (root / f"{number}.txt").write_text(text.format(number=number) * 6)
     folder = root / "shards"
-    prepare(PrepareConfig(source=str(root), out=str(folder), tokenizer=tokenizer, validation_fraction=0.3))
+    prepare_shards(
+        PrepareConfig(source=str(root), out=str(folder), tokenizer=tokenizer, validation_fraction=0.3)
+    )
     return folder
 
 

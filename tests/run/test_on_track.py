@@ -32,7 +32,7 @@ from overnight.baselines.verdict import BandComparison, compare_with_band
 from overnight.data import DataConfig
 from overnight.data.loader import Batch, TokenStream
 from overnight.model.model_config import ModelConfig
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, flatten
 from overnight.run import log, setup
@@ -70,7 +70,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = PrepareConfig(
         source=str(root), out=str(root / "shards"), tokenizer="characters", validation_fraction=0.1
     )
-    prepare(config)
+    prepare_shards(config)
     return root / "shards"
 
 

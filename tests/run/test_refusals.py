@@ -48,8 +48,6 @@ def test_impossible_run_is_refused(recipe, tmp_path, changes, named):
 
 def test_existing_run_is_not_overwritten(recipe, copied_run):
     assert "--resume" in refusal(recipe(), copied_run.path)
-    wider = with_settings(read_recipe_of(copied_run.path), n_embd=32)
-    assert "n_embd=32 (was 16)" in refusal(wider, copied_run.path, resume=True)
 
 
 def test_finished_run_cannot_be_made_shorter(copied_run):
@@ -65,12 +63,6 @@ def test_sizes_that_contradict_the_initial_model_are_refused(recipe, finished_ru
 
 def test_resuming_needs_a_run(recipe, tmp_path):
     assert str(tmp_path / "run") in refusal(recipe(), tmp_path / "run", resume=True)
-
-
-def test_other_data_is_refused_on_resuming(copied_run):
-    data = copied_run.data
-    data.write_text(data.read_text().replace('"source": "', '"source": "another '))
-    assert "source" in refusal(read_recipe_of(copied_run.path), copied_run.path, resume=True)
 
 
 def test_full_disk_is_refused_before_the_first_step(recipe, tmp_path, monkeypatch):
@@ -112,32 +104,34 @@ def test_run_that_lost_its_checkpoints_does_not_restart(copied_run):
     load_resumed(copied_run.path)  # as if killed before its first checkpoint
 
 
-@pytest.fixture
-def shards(prepared, tmp_path):
-    """A copy of the prepared text."""
-    return Path(shutil.copytree(prepared, tmp_path / "shards"))
-
-
-def test_shards_without_manifest_are_not_a_source(recipe, tmp_path, shards):
-    copied = with_settings(recipe(), data=str(shards))
+def remove_manifest(shards: Path) -> None:
     (shards / "manifest.json").unlink()
-    assert "manifest.json" in refusal(copied, tmp_path / "run")
-    for path in shards.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (shards / "model.bin").write_bytes(b"no shard")
-    (shards / "notes.txt").write_text("Some plain text. " * 400)
-    assert "manifest.json" not in refusal(copied, tmp_path / "run")  # text, too short for this recipe
 
 
-def test_damaged_shards_are_refused(recipe, tmp_path, shards):
-    shard = shards / "train-00001.bin"
-    damaged = bytearray(shard.read_bytes())
-    damaged[-1] ^= 1
-    shard.write_bytes(damaged)
-    assert "train-00001.bin" in refusal(with_settings(recipe(), data=str(shards)), tmp_path / "run")
+def damage_shard(shards: Path) -> None:
+    data = bytearray((shards / "train-00001.bin").read_bytes())
+    data[-1] ^= 1
+    (shards / "train-00001.bin").write_bytes(data)
 
 
-def test_another_tokenizer_is_refused(recipe, tmp_path, shards):
+def replace_tokenizer(shards: Path) -> None:
     shutil.rmtree(shards / "tokenizer")
     build_tokenizer("characters", ["quite another text"]).save(shards / "tokenizer")
-    assert "tokenizer" in refusal(with_settings(recipe(), data=str(shards)), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "damage, named",
+    [(remove_manifest, "manifest.json"), (damage_shard, "train-00001.bin"), (replace_tokenizer, "tokenizer")],
+)
+def test_damaged_shards_are_refused(recipe, prepared, tmp_path, damage, named):
+    shards = Path(shutil.copytree(prepared, tmp_path / "shards"))
+    damage(shards)
+    assert named in refusal(with_settings(recipe(), data=str(shards)), tmp_path / "run")
+
+
+def test_text_beside_another_model_is_a_source(recipe, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "model.bin").write_bytes(b"no shard")
+    (text / "notes.txt").write_text("Some plain text. " * 400)  # too short for this recipe
+    assert "manifest.json" not in refusal(with_settings(recipe(), data=str(text)), tmp_path / "run")

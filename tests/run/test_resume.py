@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from overnight.data.dataset import open_one_dataset
 from overnight.recipe import read_recipe_of, with_settings
 from overnight.run import resume
 from overnight.run import train as train_module
-from overnight.run.train import train_recipe
+from overnight.run.train import STOP_SIGNALS, StopConditions, train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.runs import command as runs_command
 from overnight.runs.status import describe_run
@@ -121,8 +122,28 @@ def test_runs_tells_what_stopped_a_run(recipe, tmp_path, stop_after, capsys):
     capsys.readouterr()
     runs_command.run(runs_command.RunsConfig(folder=str(directory.path)))
     assert f"overnight train --resume {directory.path}\n" in capsys.readouterr().err
-    directory.ended.unlink()
-    unknown = describe_run(directory.path).ended_by
-    assert "kill" in unknown
     directory.ended.write_text("{")
-    assert describe_run(directory.path).ended_by == unknown
+    assert "kill" in describe_run(directory.path).ended_by
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_first_signal_asks_and_the_second_interrupts(number):
+    before = signal.getsignal(number)
+    with StopConditions(None) as stop:
+        assert not stop.is_met()
+        signal.raise_signal(number)
+        assert stop.is_met()
+        assert stop.reason == "a signal"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_launched_process_may_get_a_signal_twice(monkeypatch):
+    """Once from its sender and once from the launcher."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2" if "WORLD_SIZE" in name else "0")
+    with StopConditions(None) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_met()

@@ -14,7 +14,7 @@ from overnight.data import DataConfig
 from overnight.data.shards import load_prepared_tokenizer
 from overnight.evaluation import EvaluateConfig
 from overnight.evaluation import command as evaluation_command
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import Recipe, read_recipe_of
 from overnight.run.train import train_recipe
@@ -42,7 +42,7 @@ def folders(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         for path in sorted(prepared.parent.glob("*.txt"))[:documents]:
             (source / path.name).write_text(path.read_text() + ("ÄÖÜ" if name == "few" else ""))
         config = PrepareConfig(source=str(source), out=str(root / name), tokenizer=tokenizer)
-        prepare(dataclasses.replace(config, validation_fraction=0.2, shard_tokens=1500))
+        prepare_shards(dataclasses.replace(config, validation_fraction=0.2, shard_tokens=1500))
     return {name: root / name for name in TOKENIZERS}
 
 

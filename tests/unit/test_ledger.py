@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from overnight.data.loader import TokenStream
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.training.batch import BatchConfig, BatchPlan, plan_batches
 
@@ -25,7 +25,7 @@ def shards(tmp_path_factory):
     for number in range(20):
         (root / f"{number:02}.txt").write_text(f"Line {number} tells of {number * 7 % 100}.\n" * 4)
     out = root / "shards"
-    prepare(
+    prepare_shards(
         PrepareConfig(
             source=str(root), out=str(out), tokenizer="characters", validation_fraction=0.2, shard_tokens=400
         )

@@ -29,9 +29,8 @@ from overnight.doctor.check import (
     summarize_checks,
 )
 from overnight.doctor.context import DoctorContext
-from overnight.planning.command import planned_recipe
 from overnight.recipe import load_recipe
-from overnight.recipe_options import changed_options
+from overnight.recipe_options import changed_options, plain_recipe
 from overnight.terminal import echo, quiet
 
 CHECK_FUNCTIONS: dict[str, Callable[[DoctorContext], CheckResult]] = {
@@ -83,7 +82,7 @@ def run(config: DoctorConfig, name: str) -> int:
     if config.json:
         sys.stdout.write(json.dumps(checks_to_json(name, results, seconds), indent=2) + "\n")
     echo(summarize_checks(results, seconds))
-    words = shlex.join([name, *changed_options(planned_recipe(config), load_recipe(name))])
+    words = shlex.join([name, *changed_options(plain_recipe(config), load_recipe(name))])
     failed = [result.name for result in results if result.passed is False]
     if failed:
         echo(f"fix {' and '.join(failed)}, then: overnight doctor {words}")

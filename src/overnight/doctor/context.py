@@ -13,12 +13,13 @@ from overnight.distributed.world import open_world
 from overnight.doctor import DoctorConfig
 from overnight.doctor.tiny_run import TinyRun, prepare_made_up_text, prepare_piece, shrink
 from overnight.planning import PlanConfig
-from overnight.planning.command import estimate_plan, planned_recipe
+from overnight.planning.command import estimate_plan
 from overnight.planning.estimate import find_prepared, find_token_counts, model_config_of
 from overnight.planning.plan import Plan
 from overnight.preparation.prepare import ensure_prepared
 from overnight.preparation.prepare_commands import find_listed_commands, find_recipe_text
 from overnight.preparation.sources import source_name
+from overnight.recipe_options import plain_recipe
 from overnight.run.setup import RunSetup
 from overnight.run_directory import cache_folder
 from overnight.training.schedule import Schedule
@@ -35,7 +36,7 @@ class DoctorContext:
 
     def __init__(self, config: DoctorConfig, name: str, scratch: Path) -> None:
         self.config, self.name, self.scratch = config, name, scratch
-        self.recipe = planned_recipe(config)
+        self.recipe = plain_recipe(config)
         self.is_pretraining = self.recipe.init_from is None
         self.world = open_world(self.recipe.compute.device)
         self.baseline = None if config.baseline is None else open_model(config.baseline)

@@ -27,7 +27,7 @@ from overnight.data.shards import (
 )
 from overnight.distributed.world import World
 from overnight.model.model_config import ModelConfig
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import Recipe, SamplesConfig, with_settings
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
@@ -144,5 +144,5 @@ def _prepare(texts: Iterable[str], tokenizer: str, scratch: Path) -> Path:
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     folder = scratch / "shards"
     config = PrepareConfig(source=str(source), tokenizer=tokenizer, out=str(folder), workers=1)
-    prepare(dataclasses.replace(config, validation_fraction=VALIDATION_FRACTION))
+    prepare_shards(dataclasses.replace(config, validation_fraction=VALIDATION_FRACTION))
     return folder

@@ -5,10 +5,16 @@ The result of an example is a few numbers, so that it can be written to a file a
 
 from __future__ import annotations
 
+import hashlib
+import http.client
+import io
 import json
+import tarfile
+import urllib.request
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from overnight.config import nearest
 from overnight.distributed.world import SINGLE_PROCESS, World
@@ -19,7 +25,6 @@ from overnight.evaluation.choice_tasks import (
     encode_question,
     read_questions,
 )
-from overnight.evaluation.downloads import find_file
 from overnight.evaluation.multiple_choice import Choice, evaluate_choices
 from overnight.evaluation.passages import Passage, evaluate_passages
 from overnight.evaluation.scores import Example, Numbers, Score, TaskResult, score_accuracy, score_text
@@ -34,6 +39,8 @@ from overnight.evaluation.text_tasks import (
     encode_text,
 )
 from overnight.model.gpt import GPT
+from overnight.run_directory import cache_folder, write_atomically
+from overnight.terminal import echo
 from overnight.tokenizer.tokenizer import Tokenizer
 
 EXAMPLE_CHARACTERS = 1000  # of a text, where only some examples of a task are used
@@ -154,3 +161,69 @@ def gather_results(own: Iterable[tuple[int, Numbers]], world: World) -> list[Num
     shares = world.all_gather_object(json.dumps(list(own)))
     found = {index: tuple(numbers) for share in shares for index, numbers in json.loads(share)}
     return [found[index] for index in range(len(found))]
+
+
+# ---------------------------------------------------------------- official files
+
+
+TIMEOUT_SECONDS = 60.0
+
+
+def find_file(name: str, url: str, folder: str | Path | None = None) -> Path:
+    """The file `name` in `folder`, or without one downloaded from `url`, an archive or the file itself.
+
+    `name` may contain folders of the archive. Raises ValueError, with what to download and where to put it,
+    if there is no such file; and if a downloaded file has changed since.
+    """
+    if folder is not None:
+        path = Path(folder) / name
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {name}: download {url} and put it there")
+        return path
+    path = cache_folder() / "tasks" / name
+    recorded = path.with_name(f"{path.name}.sha256")
+    if not path.is_file():
+        echo(f"downloading {url}")
+        content = _download(name, url, path)
+        write_atomically(recorded, _sha256(content) + "\n")
+        write_atomically(path, content)
+    elif recorded.is_file() and _sha256(path.read_bytes()) != recorded.read_text(encoding="ascii").strip():
+        raise ValueError(f"{path} has changed since its download: delete it to download it again")
+    return path
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _download(name: str, url: str, path: Path) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+            content: bytes = response.read()
+        return _extract(name, url, content)
+    except (OSError, http.client.HTTPException, zipfile.BadZipFile, tarfile.TarError, LookupError) as error:
+        raise ValueError(
+            f"{name} is not on this machine and cannot be downloaded ({error}): put it from {url} at "
+            f"{path}, or name its folder with --task-files"
+        ) from None
+
+
+def _extract(name: str, url: str, content: bytes) -> bytes:
+    """The file `name` of an archive; any other content unchanged."""
+    if url.endswith(".zip"):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.read(_member(name, archive.namelist()))
+    if url.endswith((".tgz", ".tar.gz")):
+        with tarfile.open(fileobj=io.BytesIO(content)) as folder:
+            file = folder.extractfile(_member(name, folder.getnames()))
+            if file is None:
+                raise LookupError(f"{name} is not a file of the archive")
+            return file.read()
+    return content
+
+
+def _member(name: str, members: Sequence[str]) -> str:
+    found = [member for member in members if PurePosixPath(member).match(name)]
+    if not found:
+        raise LookupError(f"no {name} among the {len(members)} files of the archive")
+    return found[0]

@@ -44,7 +44,6 @@ from overnight.training import Compute
 from overnight.training.compute import resolve_compute
 from overnight.training.memory import Resources, fits_into
 
-planned_recipe = plain_recipe  # its former name, which doctor imports
 UNKNOWN = Device("unknown", r"(?!)", DeviceFacts())
 
 

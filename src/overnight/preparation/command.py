@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from overnight.data.shards import Manifest
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.terminal import echo
 
@@ -13,7 +13,7 @@ from overnight.terminal import echo
 def run(config: PrepareConfig) -> Manifest | None:
     """Fill the output folder, or verify and reuse it, and print its summary; None if Slurm does the work."""
     started_at = time.perf_counter()
-    manifest = prepare(config)
+    manifest = prepare_shards(config)
     if manifest is None:
         return None
     folder = output_folder(config)

@@ -66,7 +66,7 @@ BYTES_PER_TOKEN_AT_MOST = 6  # 4.5 for English in GPT-2's tokens
 TOKENS_PER_WRITER = 1_000_000_000  # that one process writes to shards: some seconds
 
 
-def prepare(config: PrepareConfig) -> Manifest | None:
+def prepare_shards(config: PrepareConfig) -> Manifest | None:
     """Fill `output_folder(config)` with shards, or verify and reuse it if the same request filled it before.
 
     None if Slurm does the work and is not done yet. Raises ValueError for a request that can't be met;
@@ -121,7 +121,7 @@ def _ensure_text(path: str, config: DataConfig) -> str:
             f"{path} holds shards and no {MANIFEST}: restore it from a copy, or prepare the text again into "
             "another folder"
         )
-    if prepare(request) is None:
+    if prepare_shards(request) is None:
         raise ValueError(f"{folder} is being prepared by Slurm's jobs: wait until they are done")
     return str(folder)
 

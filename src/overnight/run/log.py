@@ -11,7 +11,7 @@ from types import TracebackType
 from overnight.baselines.band import columns_of, find_band
 from overnight.baselines.verdict import compare_with_band
 from overnight.distributed.watchdog import Watchdog
-from overnight.evaluation.page import describe_briefly
+from overnight.evaluation.results import describe_briefly
 from overnight.generation import SamplingConfig
 from overnight.generation.generate import Decoding, complete
 from overnight.hardware import find_peak_flops

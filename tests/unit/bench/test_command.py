@@ -20,8 +20,8 @@ from overnight.bench.decide import WARM_UPS, BenchPlan, decide_bench, find_free_
 from overnight.bench.table import BenchRecord
 from overnight.bench.worker import StepWorker, TimedSteps, running_workers
 from overnight.data.shards import read_manifest
-from overnight.distributed import launcher as machine
-from overnight.preparation.prepare import prepare
+from overnight.distributed import launcher
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 
 from .conftest import TINY, task_of
@@ -155,7 +155,9 @@ def test_short_text_is_repeated_and_another_vocabulary_refused(
     for number in range(12):
         (tmp_path / f"{number}.txt").write_text(f"this: {number}")
     out = str(tmp_path / "made")
-    prepare(PrepareConfig(source=str(tmp_path), tokenizer="characters", out=out, validation_fraction=0.3))
+    prepare_shards(
+        PrepareConfig(source=str(tmp_path), tokenizer="characters", out=out, validation_fraction=0.3)
+    )
     plan = plan_of(64 * GB, monkeypatch, model="tiny", variants=("float32",), data=out)
     ids, origin = read_ids(plan)
     assert (origin, len(ids)) == (out, plan.tokens_to_read)
@@ -205,7 +207,7 @@ def test_failed_process_is_reported(
 
 def test_process_is_started_with_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "of the user's own")
-    assert machine.environment_of_process(large_pages=True)["GLIBC_TUNABLES"] == machine.ALLOCATOR
-    plain = machine.environment_of_process(large_pages=False)
+    assert launcher.environment_of_process(large_pages=True)["GLIBC_TUNABLES"] == launcher.ALLOCATOR
+    plain = launcher.environment_of_process(large_pages=False)
     assert "GLIBC_TUNABLES" not in plain
     assert plain["PATH"] == os.environ["PATH"]

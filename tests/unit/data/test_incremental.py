@@ -27,7 +27,7 @@ from overnight.data.incremental import (
 from overnight.data.loader import TokenStream
 from overnight.data.shards import SO_FAR, Manifest, open_tokens, read_manifest, verify
 from overnight.preparation import prepare as prepare_module
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 
 Prepare = Callable[..., Manifest]
@@ -122,7 +122,7 @@ def interrupt(config: PrepareConfig, after_each_wave: AfterEachWave) -> Interrup
 
         after_each_wave(stop)
         with pytest.raises(error):
-            prepare(config)
+            prepare_shards(config)
         after_each_wave(lambda: None)
         return Path(config.out or "")
 
@@ -146,7 +146,7 @@ def test_early_shards_stay_the_same(
     shown: list[tuple[Manifest, dict[str, bytes]]] = []
     staging = staging_path(folder)
     after_each_wave(lambda: shown.append((read_manifest(staging, SO_FAR), contents(staging))))
-    prepare(config)
+    prepare_shards(config)
     final, whole = verify(folder), contents(folder)
     held_out = [open_tokens(folder / shard.name) for shard in final.validation]
     assert len(shown) >= 2
@@ -162,7 +162,7 @@ def test_early_shards_stay_the_same(
     counts = [len(manifest.train) for manifest, _ in shown]
     assert counts == sorted(counts)
     monkeypatch.setattr(prepare_module, "EARLY_BYTES", 10**9)
-    prepare(dataclasses.replace(config, out=f"{folder}-at-once"))
+    prepare_shards(dataclasses.replace(config, out=f"{folder}-at-once"))
     assert contents(Path(f"{folder}-at-once")) == whole
 
 
@@ -176,9 +176,9 @@ def test_interrupted_preparation_keeps_its_shards(
     for error in (ValueError, KeyboardInterrupt):  # also if it is refused
         interrupt(2, error)
         assert {name: (staging_path(folder) / name).stat().st_ino for name in shards} == shards
-    prepare(config)
+    prepare_shards(config)
     assert {name: (folder / name).stat().st_ino for name in shards} == shards
-    prepare(dataclasses.replace(config, out=f"{folder}-undisturbed"))
+    prepare_shards(dataclasses.replace(config, out=f"{folder}-undisturbed"))
     assert contents(Path(f"{folder}-undisturbed")) == contents(folder)
 
 
@@ -186,7 +186,7 @@ def test_near_duplicates_publish_no_early_shards(
     config: PrepareConfig, after_each_wave: AfterEachWave
 ) -> None:
     after_each_wave(lambda: pytest.fail("shown too early"))
-    assert prepare(dataclasses.replace(config, near_duplicates="drop"))
+    assert prepare_shards(dataclasses.replace(config, near_duplicates="drop"))
 
 
 # Reading them
@@ -209,7 +209,7 @@ def test_rows_are_read_as_they_become_ready(
         assert not stream.wait_for(ready + 1, lambda: True)  # stopped
     interrupt(2)
     assert stream.wait_for(ready + 1)
-    prepare(config)
+    prepare_shards(config)
     assert stream.wait_for(10**6)
     assert growing.is_complete
     final = TokenStream(folder, tokens_per_row=ROW, seed=5, shuffle_window=WINDOW)
@@ -231,7 +231,7 @@ def test_opening_waits_for_the_first_window(
 
     def meanwhile(seconds: float) -> None:
         monkeypatch.setattr(incremental, "is_locked_folder", lambda folder: False)
-        prepare(config)
+        prepare_shards(config)
 
     monkeypatch.setattr(incremental, "is_locked_folder", lambda folder: True)
     monkeypatch.setattr(incremental.time, "sleep", meanwhile)
@@ -256,7 +256,7 @@ def test_shards_renamed_while_reading_are_found(
 
     def rename_first(place: Path, name: str) -> Manifest:
         monkeypatch.setattr(incremental, "read_manifest", real)
-        prepare(config)
+        prepare_shards(config)
         return real(place, name)
 
     monkeypatch.setattr(incremental, "read_manifest", rename_first)

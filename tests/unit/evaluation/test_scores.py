@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from overnight.evaluation import downloads
-from overnight.evaluation.downloads import find_file
+from overnight.evaluation import tasks as downloads
 from overnight.evaluation.multiple_choice import Choice
 from overnight.evaluation.passages import Passage
 from overnight.evaluation.perplexity import TextLoss
@@ -28,7 +27,7 @@ from overnight.evaluation.scores import (
     score_text,
     wilson,
 )
-from overnight.evaluation.tasks import Task, open_task
+from overnight.evaluation.tasks import Task, find_file, open_task
 
 CHOICES = [Choice((1,), ((2,), (3, 4)), (4, 4), answer) for answer in (0, 1, 1, 1)]
 NATS = [(1.0, 3.0), (2.0, 3.0), (5.0, 4.0), (1.0, 9.0)]

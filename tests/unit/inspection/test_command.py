@@ -14,7 +14,7 @@ from overnight.data.shards import SPLITS, read_manifest
 from overnight.inspection import InspectConfig
 from overnight.inspection.command import describe, run
 from overnight.inspection.statistics import inspect_shards
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 
 SENTENCE = "It is well known that the days of the week are seven, and that this is one of them.\n"
@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("letters.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     paths = {"source": "letters.jsonl", "out": "letters"}
-    prepare(PrepareConfig(**paths, tokenizer="characters", validation_fraction=0.2, shard_tokens=2500))
+    prepare_shards(PrepareConfig(**paths, tokenizer="characters", validation_fraction=0.2, shard_tokens=2500))
     return tmp_path / "letters"
 
 

@@ -72,12 +72,6 @@ def test_gpt2_flops_are_the_published_ones():
     assert GPT2.executed_flops_per_token("block") == executed + 2 * 12 * (8 * 768**2 + 768 * 1024)
 
 
-@pytest.mark.parametrize("vocab_size", [1, 64, 65, 50257])
-def test_padded_vocabulary_is_that_of_the_module(vocab_size):
-    model = ModelConfig(n_layer=1, n_head=1, n_embd=2, context_length=2, vocab_size=vocab_size)
-    assert model.padded_vocab_size() == GPT(model).wte.num_embeddings
-
-
 @pytest.mark.parametrize("sizes", [{"n_layer": 10**9}, {"n_embd": 12 * 10**8}, {"context_length": 10**20}])
 def test_absurd_sizes_are_refused(sizes):
     (problem,) = ModelConfig(**sizes).problems()

@@ -20,16 +20,9 @@ from overnight.planning.estimate import (
     predict_disk,
     predict_seconds,
 )
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import (
-    CheckpointsConfig,
-    EvaluationConfig,
-    Recipe,
-    Resolved,
-    SamplesConfig,
-    load_recipe,
-)
+from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, Resolved, SamplesConfig, load_recipe
 from overnight.training import Compute
 from overnight.training.batch import BatchConfig, plan_batches
 from overnight.training.schedule import ScheduleConfig
@@ -151,7 +144,9 @@ def test_vocabulary_is_known_by_the_tokenizer_or_once_prepared(
     with pytest.raises(ValueError, match="overnight prepare notes.txt --tokenizer characters"):
         find_token_counts(asked, None)
     assert find_token_counts(asked, 100).vocab_size == 100
-    manifest = prepare(PrepareConfig(source="notes.txt", tokenizer="characters", validation_fraction=0.2))
+    manifest = prepare_shards(
+        PrepareConfig(source="notes.txt", tokenizer="characters", validation_fraction=0.2)
+    )
     assert manifest is not None
     text = find_token_counts(asked, None)
     assert (text.vocab_size, text.folder) == (manifest.vocab_size, "data/notes-characters")

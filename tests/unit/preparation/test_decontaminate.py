@@ -21,7 +21,7 @@ from overnight.preparation import ngrams
 from overnight.preparation.command import summarize_prepared
 from overnight.preparation.decontaminate import BenchmarkSearch, _read_texts, benchmark_names, build_index
 from overnight.preparation.ngrams import Words, hash_windows, hash_words
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.sources import python_documents
 
@@ -213,7 +213,7 @@ def config(tmp_path: Path) -> PrepareConfig:
 
 @pytest.mark.parametrize("policy", ["report", "drop"])
 def test_contaminated_documents_are_counted(config: PrepareConfig, texts_in: Any, policy: Any) -> None:
-    manifest = prepare(dataclasses.replace(config, on_contaminated=policy))
+    manifest = prepare_shards(dataclasses.replace(config, on_contaminated=policy))
     assert manifest.contaminated_documents == {"a": 3, "b": 2, "none": 0}
     assert (manifest.documents, manifest.duplicate_documents) == (64 if policy == "report" else 60, 1)
     (line,) = [line for line in summarize_prepared(manifest) if line.startswith("contaminated: ")]
@@ -221,7 +221,7 @@ def test_contaminated_documents_are_counted(config: PrepareConfig, texts_in: Any
     if policy == "drop":
         assert {*texts_in(config, "train"), *texts_in(config, "validation")} == {*FILLER}
         return
-    plain = prepare(dataclasses.replace(config, decontaminate=(), out=f"{config.out}-without"))
+    plain = prepare_shards(dataclasses.replace(config, decontaminate=(), out=f"{config.out}-without"))
     assert (plain.train, plain.validation) == (manifest.train, manifest.validation)
     assert plain.contaminated_documents == {}
     assert not any("contaminated" in line for line in summarize_prepared(plain))
@@ -229,22 +229,22 @@ def test_contaminated_documents_are_counted(config: PrepareConfig, texts_in: Any
 
 def test_documents_after_the_limit_are_not_counted(config: PrepareConfig) -> None:
     tokens = sum(len(text) + 1 for text in FILLER[:30]) + 1  # with the first that holds the passage
-    manifest = prepare(dataclasses.replace(config, tokens=tokens))
+    manifest = prepare_shards(dataclasses.replace(config, tokens=tokens))
     assert manifest.contaminated_documents == {"a": 1, "b": 0, "none": 0}
 
 
 def test_changed_benchmark_is_another_request(config: PrepareConfig) -> None:
-    manifest = prepare(config)
-    assert prepare(dataclasses.replace(config, decontaminate=config.decontaminate[::-1])) == manifest
+    manifest = prepare_shards(config)
+    assert prepare_shards(dataclasses.replace(config, decontaminate=config.decontaminate[::-1])) == manifest
     for other in (
         dataclasses.replace(config, decontaminate=()),
         dataclasses.replace(config, on_contaminated="drop"),
     ):
         with pytest.raises(ValueError, match="decontaminate|on_contaminated"):
-            prepare(other)
+            prepare_shards(other)
     Path(config.decontaminate[0]).write_text(json.dumps({"text": PASSAGE[::-1]}))
     with pytest.raises(ValueError, match="--out"):
-        prepare(config)
+        prepare_shards(config)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_damaged_benchmark_is_named(
 ) -> None:
     (tmp_path / "c.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=rf"decontaminate: .*c\.jsonl .*{where}"):
-        prepare(dataclasses.replace(config, decontaminate=(f"{tmp_path}/c.jsonl",)))
+        prepare_shards(dataclasses.replace(config, decontaminate=(f"{tmp_path}/c.jsonl",)))
     assert not Path(config.out or "").exists()
 
 
@@ -275,7 +275,7 @@ def test_useless_benchmarks_are_refused(config: PrepareConfig, tmp_path: Path) -
     for number in range(3):
         write_lines(tmp_path / "texts" / f"{number}.jsonl", [{"text": f"{number} {PASSAGE}"}])
     with pytest.raises(ValueError, match="every document"):
-        prepare(dataclasses.replace(config, on_contaminated="drop"))
+        prepare_shards(dataclasses.replace(config, on_contaminated="drop"))
 
 
 def test_manifest_without_these_fields_verifies(tmp_path: Path, prepared: Callable[..., Manifest]) -> None:

@@ -17,7 +17,7 @@ from overnight.preparation import prepare as prepare_module
 from overnight.preparation.command import summarize_prepared
 from overnight.preparation.dedup import dedup_steps
 from overnight.preparation.minhash import WordSignature
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 
 VOCABULARY = [f"w{number}" for number in range(500)]
@@ -78,7 +78,7 @@ def most_similar(texts: list[str], others: list[str]) -> float:
 
 def test_first_of_near_duplicates_stays(config: PrepareConfig, texts_in: Any) -> None:
     assert min(map(similarity, TEXTS, ALMOST)) > 0.96
-    manifest = prepare(config)
+    manifest = prepare_shards(config)
     train, validation = (texts_in(config, split) for split in ("train", "validation"))
     assert {*train, *validation} == {*TEXTS}
     assert most_similar(validation, train) < 0.1
@@ -86,9 +86,9 @@ def test_first_of_near_duplicates_stays(config: PrepareConfig, texts_in: Any) ->
     assert counts == (60, 25, 1)
     assert any("near-duplicates 25" in line for line in summarize_prepared(manifest))
     with pytest.raises(ValueError, match="near_duplicates"):
-        prepare(dataclasses.replace(config, near_duplicates="keep"))
+        prepare_shards(dataclasses.replace(config, near_duplicates="keep"))
     keeping = elsewhere(config, "all", near_duplicates="keep")
-    manifest = prepare(keeping)
+    manifest = prepare_shards(keeping)
     train, validation = (texts_in(keeping, split) for split in ("train", "validation"))
     assert {*train, *validation} == {*TEXTS, *ALMOST}
     assert most_similar(validation, train) > 0.96
@@ -99,7 +99,7 @@ def test_texts_that_share_a_part_stay(config: PrepareConfig, write_texts: Any) -
     halves = [nearly(text, 20) for text in TEXTS[:20]]  # a probability of 0.01 each
     assert all(0.3 < similarity(one, other) < 0.6 for one, other in zip(TEXTS, halves, strict=False))
     write_texts(Path(str(config.source)) / "9.jsonl", halves)
-    manifest = prepare(config)
+    manifest = prepare_shards(config)
     assert 25 <= manifest.near_duplicate_documents <= 28
 
 
@@ -112,7 +112,7 @@ def test_contaminated_document_does_not_stand_for_its_cluster(
     passage = " ".join(words[max(0, place - 6) :][:13])
     write_texts(tmp_path / "benchmark.jsonl", [passage])
     benchmarks = (str(tmp_path / "benchmark.jsonl"),)
-    manifest = prepare(dataclasses.replace(config, decontaminate=benchmarks, on_contaminated="drop"))
+    manifest = prepare_shards(dataclasses.replace(config, decontaminate=benchmarks, on_contaminated="drop"))
     kept = set(texts_in(config, "train") + texts_in(config, "validation"))
     assert kept == {ALMOST[0], *TEXTS[1:]}
     assert manifest.contaminated_documents == {"benchmark": 1}
@@ -131,7 +131,7 @@ def test_near_duplicates_do_not_depend_on_the_order_of_ranks(
     """As an array of Slurm's jobs would do it."""
     monkeypatch.setattr(assemble, "decide_layout", stop)
     with pytest.raises(KeyboardInterrupt):
-        prepare(config)
+        prepare_shards(config)
     place = staging_path(Path(config.out or ""))
     found = contents(place / "near")
     assert any(found[name] for name in found if name.endswith(".clusters"))
@@ -149,7 +149,7 @@ def test_interrupted_step_continues(
     config: PrepareConfig, small_units: None, step: str, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
     expected = elsewhere(config, "expected")
-    prepare(expected)
+    prepare_shards(expected)
     owner = WordSignature if step == "get_signature" else minhash
     real, calls = getattr(owner, step), []
 
@@ -160,10 +160,10 @@ def test_interrupted_step_continues(
     with monkeypatch.context() as patch:
         patch.setattr(owner, step, stop_at)
         with pytest.raises(KeyboardInterrupt):
-            prepare(config)
+            prepare_shards(config)
     if owner is minhash:  # the signatures are complete
         monkeypatch.setattr(WordSignature, "run", lambda *_: pytest.fail("signed again"))
-    prepare(config)
+    prepare_shards(config)
     assert contents(config.out) == contents(expected.out)
 
 
@@ -178,7 +178,7 @@ def test_more_units_are_compared_again(
     kept = sorted(range(12), key=str)  # the order of the files
     texts = [TEXTS[number * 5 + k] for number in kept for k in range(5)][:40]
     limited = {"tokens": sum(len(text) + 1 for text in texts)}
-    prepare(elsewhere(config, "full", **limited))
+    prepare_shards(elsewhere(config, "full", **limited))
     wanted: list[int] = []
     real = prepare_module.request_units
     monkeypatch.setattr(prepare_module, "UNIT_BYTES", 10_000)
@@ -188,7 +188,7 @@ def test_more_units_are_compared_again(
     )
     for workers in (1, 3):
         cut = elsewhere(config, f"cut-{workers}", workers=workers, **limited)
-        prepare(cut)
+        prepare_shards(cut)
         assert sorted(texts_in(cut, "train") + texts_in(cut, "validation")) == sorted(texts)
         assert contents(cut.out) == contents(f"{config.out}-full")
     assert len(wanted) == 4
@@ -212,13 +212,13 @@ def test_signatures_equal_datatroves(tmp_path: Path) -> None:
 def test_near_duplicates_need_datatrove(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "overnight.preparation.minhash", None)
     with pytest.raises(ValueError, match=r"near_duplicates=drop .*'overnight\[data\]'"):
-        prepare(config)
+        prepare_shards(config)
     assert not Path(config.out or "").exists()
-    prepare(dataclasses.replace(config, near_duplicates="keep"))
+    prepare_shards(dataclasses.replace(config, near_duplicates="keep"))
 
 
 def test_datatrove_is_silent(config: PrepareConfig, capfd: pytest.CaptureFixture[str]) -> None:
-    prepare(config)
+    prepare_shards(config)
     said = capfd.readouterr()
     assert said.out == ""
     assert [line.split(":")[0] for line in said.err.splitlines()] == [

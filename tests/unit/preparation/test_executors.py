@@ -24,7 +24,7 @@ from overnight.data.text_files import find_files
 from overnight.preparation import executors, tokenize
 from overnight.preparation import prepare as prepare_module
 from overnight.preparation.documents import divide_file, split_of
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 
 TEXTS = [f"Document {number} of them: " + "word " * (number % 37) for number in range(400)]
@@ -64,14 +64,14 @@ def test_shards_do_not_depend_on_units_or_workers(
     monkeypatch.chdir(Path(config.source or "").parent)
     write_texts(Path("b.jsonl"), [TEXTS[36], TEXTS[100]])
     config = dataclasses.replace(config, **options)
-    manifest = prepare(config)
+    manifest = prepare_shards(config)
     assert (manifest.documents == 400) == (not options)
     assert manifest.duplicate_documents == 1
     for unit_bytes, characters, workers in ((1, 1, 1), (700, 500, 3), (3000, 3000, 8)):
         monkeypatch.setattr(prepare_module, "UNIT_BYTES", unit_bytes)
         monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", characters)
         other = elsewhere(config, str(unit_bytes), workers=workers)
-        assert prepare(other) == manifest
+        assert prepare_shards(other) == manifest
         assert contents(other.out) == contents(config.out)
 
 
@@ -79,7 +79,7 @@ def test_tokens_limit_does_not_depend_on_the_units(
     config: PrepareConfig, contents: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = elsewhere(config, "full", tokens=9000)
-    prepare(whole)
+    prepare_shards(whole)
     monkeypatch.setattr(prepare_module, "UNIT_BYTES", 700)
     tokenized: list[int] = []
     real = tokenize.tokenize_unit
@@ -87,7 +87,7 @@ def test_tokens_limit_does_not_depend_on_the_units(
     for per_token in (6, 1 / 20):  # expected too long, and much too short: then more units are tokenized
         monkeypatch.setattr(prepare_module, "BYTES_PER_TOKEN_AT_MOST", per_token)
         other = elsewhere(config, f"at-{per_token}", tokens=9000)
-        prepare(other)
+        prepare_shards(other)
         assert contents(other.out) == contents(whole.out)
         assert max(tokenized) < 60
         tokenized.clear()
@@ -106,10 +106,10 @@ def test_interrupted_units_are_kept(
 
     monkeypatch.setattr(tokenize, "tokenize_documents", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        prepare(config)
+        prepare_shards(config)
     units = staging_path(Path(config.out or "")) / "units"
     assert len(list(units.glob("*.json"))) == 2  # the first call was for the estimate of the disk space
-    prepare(config)
+    prepare_shards(config)
     assert len(calls) == 4 + (10 - 2)  # of ten units
 
 
@@ -125,7 +125,7 @@ def test_killed_while_it_clears_up_it_continues(
 ) -> None:
     """A folder lists its files in any order, so any of them may be the first that is gone."""
     expected = elsewhere(config, "expected")
-    prepare(expected)
+    prepare_shards(expected)
 
     def remove_some(staging: Path, _shards: Any) -> None:
         for path in (staging / name for name in gone):
@@ -135,9 +135,9 @@ def test_killed_while_it_clears_up_it_continues(
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "remove_traces", remove_some)
         with pytest.raises(KeyboardInterrupt):
-            prepare(config)
+            prepare_shards(config)
     monkeypatch.setattr(tokenize, "tokenize_units", None)  # nothing is done twice
-    prepare(config)
+    prepare_shards(config)
     assert contents(config.out) == contents(expected.out)
 
 
@@ -149,9 +149,9 @@ def test_beginning_of_something_else_is_not_continued(
     (staging / "units").mkdir(parents=True)
     (staging / "work.json").write_text(content)
     (staging / "units" / "00000.json").write_text("{}")
-    prepare(config)
+    prepare_shards(config)
     clean = elsewhere(config, "clean")
-    prepare(clean)
+    prepare_shards(clean)
     assert contents(config.out) == contents(clean.out)
 
 
@@ -160,16 +160,16 @@ def test_damaged_file_is_named_or_left_out(config: PrepareConfig, small_units: N
     for name, lost in (("4.jsonl.gz", 9), ("5.parquet", 40)):
         (source / name).write_bytes((source / name).read_bytes()[:-lost])
     with pytest.raises(ValueError, match=r"5\.parquet is damaged .*--on-bad-file"):
-        prepare(config)
+        prepare_shards(config)
     assert not Path(config.out or "").exists()
     skipping = dataclasses.replace(config, on_bad_file="skip")
-    manifest = prepare(skipping)
+    manifest = prepare_shards(skipping)
     assert (manifest.documents, manifest.damaged_files) == (200, 2)
     (source / "5.parquet").unlink()
     with pytest.raises(ValueError, match=r"4\.jsonl\.gz is damaged"):
-        prepare(elsewhere(config, "again"))
+        prepare_shards(elsewhere(config, "again"))
     parallel = elsewhere(skipping, "parallel", workers=8)
-    assert getattr(prepare(parallel), "damaged_files", None) == 1
+    assert getattr(prepare_shards(parallel), "damaged_files", None) == 1
 
 
 # Workers that die
@@ -188,25 +188,25 @@ def test_killed_worker_ends_the_command_which_then_continues(
     config: PrepareConfig, contents: Any, small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = elsewhere(config, "expected")
-    prepare(expected)
+    prepare_shards(expected)
     parallel = dataclasses.replace(config, workers=8)
     with monkeypatch.context() as patch:
         patch.setattr(tokenize, "tokenize_units", die_once)
         with pytest.raises(ChildProcessError, match="--workers"):
-            prepare(parallel)
+            prepare_shards(parallel)
     assert not Path(config.out or "").exists()
-    prepare(parallel)
+    prepare_shards(parallel)
     assert contents(config.out) == contents(expected.out)
 
 
 def test_error_of_a_worker_is_raised_once(
     config: PrepareConfig, small_units: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prepare(config)
+    prepare_shards(config)
     (Path(config.source or "") / "2.jsonl").write_bytes(b'{"text": "\xff"}\n')
     other = elsewhere(config, "bad", workers=8, tokenizer=f"{config.out}/tokenizer")
     with pytest.raises(ValueError, match=r"2\.jsonl line 1 is not UTF-8"):
-        prepare(other)
+        prepare_shards(other)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -277,12 +277,12 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_slurm_writes_the_same_bytes(
     config: PrepareConfig, contents: Any, small_units: None, sbatch: Path
 ) -> None:
-    prepare(config)
+    prepare_shards(config)
     slurm = elsewhere(config, "slurm", executor="slurm", tasks=3, slurm_partition="cpu", workers=None)
-    assert prepare(slurm) is None
+    assert prepare_shards(slurm) is None
     log = sbatch.parent / "log"
     assert Path(slurm.out or "").is_dir(), log.read_text()[-3000:]
-    assert prepare(slurm) == read_manifest(Path(slurm.out or ""))  # the same command finds it complete
+    assert prepare_shards(slurm) == read_manifest(Path(slurm.out or ""))  # the same command finds it complete
     assert contents(slurm.out) == contents(config.out)
     scripts = [path.read_text() for path in sorted(sbatch.iterdir(), key=lambda path: int(path.name))]
     arrays = [script for script in scripts if "launch_pickled_pipeline" in script]
@@ -300,13 +300,13 @@ def test_work_in_slurm_is_not_submitted_again(
     calls, programs = sbatch.parent / "calls", sbatch.parent / "programs"
     (programs / "sbatch").write_text(f"#!/bin/bash\necho . >> {calls}\necho Submitted batch job 17\n")
     (programs / "squeue").write_text('#!/bin/bash\n[[ "$*" == *17* ]] && echo 17 cpu overnight\n')
-    assert prepare(slurm) is None
+    assert prepare_shards(slurm) is None
     submitted = calls.read_text()
-    assert prepare(slurm) is None
+    assert prepare_shards(slurm) is None
     assert calls.read_text() == submitted
     assert "squeue --jobs 17" in capsys.readouterr().err
     (programs / "squeue").write_text("#!/bin/bash\nexit 0\n")  # it has failed, or was cancelled
-    assert prepare(slurm) is None
+    assert prepare_shards(slurm) is None
     assert calls.read_text() == 2 * submitted
 
 
@@ -316,10 +316,10 @@ def test_slurm_needs_sbatch_and_a_partition_it_accepts(
     (sbatch.parent / "programs" / "sbatch").write_text("#!/bin/bash\necho invalid partition >&2\nexit 1\n")
     slurm = dataclasses.replace(config, executor="slurm", workers=None, slurm_partition="gone")
     with pytest.raises(ValueError, match=r"sbatch .*exit status 1.*slurm_partition"):
-        prepare(slurm)
+        prepare_shards(slurm)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="sbatch"):
-        prepare(slurm)
+        prepare_shards(slurm)
 
 
 @pytest.mark.parametrize("executor", ["slurm", "ray"])
@@ -328,8 +328,8 @@ def test_clusters_need_datatrove(
 ) -> None:
     monkeypatch.setitem(sys.modules, f"datatrove.executor.{executor}", None)
     with pytest.raises(ValueError, match=r"'overnight\[data\]'"):
-        prepare(dataclasses.replace(config, executor=executor, slurm_partition="cpu"))
-    prepare(dataclasses.replace(config, workers=8))  # as many processes of this machine do not
+        prepare_shards(dataclasses.replace(config, executor=executor, slurm_partition="cpu"))
+    prepare_shards(dataclasses.replace(config, workers=8))  # as many processes of this machine do not
 
 
 ON_RAY = """
@@ -339,7 +339,7 @@ from overnight.preparation.prepare_config import PrepareConfig
 if __name__ == "__main__":
     prepare.UNIT_BYTES = 3000
     options = dict(tokenizer="characters", validation_fraction=0.2, shard_tokens=5000)
-    prepare.prepare(
+    prepare.prepare_shards(
         PrepareConfig(source=sys.argv[1], out=sys.argv[2], executor="ray", tasks=2, workers=2, **options)
     )
 """
@@ -350,7 +350,7 @@ def test_ray_writes_the_same_bytes(
     config: PrepareConfig, contents: Any, small_units: None, tmp_path: Path
 ) -> None:
     """In a process of its own: Ray warns of much, and a warning is an error here."""
-    prepare(config)
+    prepare_shards(config)
     (tmp_path / "on_ray.py").write_text(ON_RAY)
     out = f"{config.out}-ray"
     command = [sys.executable, str(tmp_path / "on_ray.py"), config.source, out]
@@ -381,7 +381,7 @@ def test_decoded_shards_are_the_documents(shared_data: Path, tmp_path: Path, tex
         validation_fraction=0.1,
         shard_tokens=50_000,
     )
-    manifest = prepare(config)
+    manifest = prepare_shards(config)
     table = parquet.read_table(path, columns=["text", "token_count"])
     texts, counts = (table.column(name).to_pylist() for name in ("text", "token_count"))
     assert manifest.tokens("train") + manifest.tokens("validation") == sum(counts) + len(texts)

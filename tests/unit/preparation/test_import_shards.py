@@ -17,7 +17,7 @@ from overnight.data.loader import TokenStream
 from overnight.data.shards import Manifest, load_prepared_tokenizer, read_manifest, verify
 from overnight.preparation import import_shards
 from overnight.preparation.import_shards import find_external_shards
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.tokenizer.bpe import BytePair, byte_characters
 from overnight.tokenizer.characters import Characters
@@ -96,7 +96,7 @@ def nanogpt(here: Path) -> Path:
 
 def adopt(folder: Path, tokenizer: str, **more: object) -> Manifest:
     config = PrepareConfig(from_shards=str(folder), tokenizer=tokenizer, out="adopted", **more)  # type: ignore[arg-type]
-    return prepare(config)  # type: ignore[return-value]
+    return prepare_shards(config)  # type: ignore[return-value]
 
 
 def ids_of(folder: Path, split: str) -> list[int]:
@@ -319,6 +319,6 @@ def test_options_of_an_import(llm_c: Path) -> None:
     for tokenizer, folder in (("gpt2", "fineweb-adopted"), ("my/own.json", "fineweb-adopted-own")):
         named = PrepareConfig(from_shards="fineweb/", tokenizer=tokenizer)
         assert output_folder(named) == Path("data", folder)
-    for call in (prepare, output_folder):
+    for call in (prepare_shards, output_folder):
         with pytest.raises(ValueError, match="from_shards"):
             call(PrepareConfig())

@@ -24,7 +24,7 @@ from overnight.preparation import assemble, prepare_state, sources, tokenize
 from overnight.preparation import prepare as prepare_module
 from overnight.preparation.command import run
 from overnight.preparation.documents import Document, filter_documents, split_of
-from overnight.preparation.prepare import ensure_prepared, prepare
+from overnight.preparation.prepare import ensure_prepared, prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.tokenize import tokenize_documents
 
@@ -57,7 +57,7 @@ def by_split(texts: list[str], fraction: float) -> dict[str, list[str]]:
 
 
 def test_manifest_describes_the_shards(config: PrepareConfig, texts_in: Any, byte_tokenizer: Any) -> None:
-    manifest = prepare(config)
+    manifest = prepare_shards(config)
     for split, expected in by_split(TEXTS, 0.1).items():
         assert texts_in(config, split) == expected
         assert sum(shard.documents for shard in manifest.shards(split)) == len(expected)
@@ -89,7 +89,7 @@ def test_documents_are_conserved(
         validation_fraction=0.5,
         shard_tokens=7,
     )
-    manifest = prepare(config)
+    manifest = prepare_shards(config)
     assert {split: texts_in(config, split) for split in sides} == sides
     counts = (manifest.documents, manifest.empty_documents, manifest.duplicate_documents)
     documents, empty = sum(map(len, sides.values())), texts.count("")
@@ -100,7 +100,7 @@ def test_trained_tokenizer_has_not_seen_validation(
     config: PrepareConfig, write_texts: Any, texts_in: Any
 ) -> None:
     write_texts(Path(config.source or ""), [*TEXTS, TEXTS[1]])
-    prepare(dataclasses.replace(config, tokenizer="learned"))
+    prepare_shards(dataclasses.replace(config, tokenizer="learned"))
     learned = (out_of(config) / "tokenizer" / "learned.txt").read_text().split("\n")
     assert learned == [text for text in TEXTS if split_of(text, 0.1) == "train"]
 
@@ -122,7 +122,7 @@ def test_one_progress_bar_at_a_time(config: PrepareConfig, monkeypatch: pytest.M
         monkeypatch.setattr(module, "progress", bar)
     monkeypatch.setattr(sources, "python_documents", lambda: (Document(text, "") for text in TEXTS))
     sources._python_docs.cache_clear()
-    prepare(dataclasses.replace(config, source="python-docs", tokenizer="learned"))
+    prepare_shards(dataclasses.replace(config, source="python-docs", tokenizer="learned"))
     sources._python_docs.cache_clear()
     assert opened == ["hashing", "reading", "tokenizer", "encoding"]
 
@@ -135,9 +135,9 @@ def test_tokens_limit_stops_after_a_document(config: PrepareConfig, texts_in: An
     sides = by_split(expected, 0.5)
     if not all(sides.values()):
         with pytest.raises(ValueError, match="--validation-fraction"):
-            prepare(config)
+            prepare_shards(config)
         return
-    manifest = prepare(config)
+    manifest = prepare_shards(config)
     assert {split: texts_in(config, split) for split in sides} == sides
     assert manifest.documents == len(expected)
 
@@ -148,11 +148,11 @@ def test_bad_text_is_refused_repaired_or_skipped(config: PrepareConfig, texts_in
     with path.open("ab") as file:
         file.write(b'{"text": "bad \xff"}\n')
     with pytest.raises(ValueError, match=rf"texts\.jsonl line 301 .* byte {offset:,}; .*--on-bad-text"):
-        prepare(config)
+        prepare_shards(config)
     assert not out_of(config).exists()
     for policy, counts in (("skip", (300, 1, 0)), ("replace", (301, 0, 1))):
         other = dataclasses.replace(config, on_bad_text=policy, out=f"{config.out}-{policy}")  # type: ignore[arg-type]
-        manifest = prepare(other)
+        manifest = prepare_shards(other)
         assert (manifest.documents, manifest.skipped_documents, manifest.repaired_documents) == counts
         found = texts_in(other, "train") + texts_in(other, "validation")
         assert ("bad \ufffd" in found) == (policy == "replace")
@@ -188,9 +188,9 @@ def test_any_number_of_threads_reads_equally_far(
 
 SCRIPT = """
 import sys
-from overnight.preparation.prepare import prepare
+from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
-prepare(PrepareConfig(source=sys.argv[1], out=sys.argv[2], tokenizer="characters", validation_fraction=0.1))
+prepare_shards(PrepareConfig(source=sys.argv[1], out=sys.argv[2], tokenizer="characters", validation_fraction=0.1))
 """
 
 
@@ -246,7 +246,7 @@ def test_after_a_failure_the_same_command_completes_it(
     config: PrepareConfig, contents: Any, owner: Any, name: str, times: int, error: BaseException
 ) -> None:
     expected = dataclasses.replace(config, out=f"{config.out}-expected")
-    prepare(expected)
+    prepare_shards(expected)
     for failing in range(1, times + 1):
         with pytest.MonkeyPatch.context() as patch:
             calls: list[None] = []
@@ -262,11 +262,11 @@ def test_after_a_failure_the_same_command_completes_it(
 
             patch.setattr(owner, name, fail)
             with pytest.raises((ValueError, KeyboardInterrupt)) as raised:
-                prepare(config)
+                prepare_shards(config)
             assert len(calls) == failing
         assert not isinstance(raised.value, ValueError) or "is full" in str(raised.value)
         assert not out_of(config).exists()
-        prepare(config)
+        prepare_shards(config)
         assert not staging_path(out_of(config)).exists()
         assert contents(config.out) == contents(expected.out)
         shutil.rmtree(out_of(config))
@@ -314,15 +314,15 @@ def test_disk_space_is_estimated_from_the_first_documents(
     needed: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "require_disk_space", lambda folder, size: needed.append(size))
-        manifest = prepare(config)
-        prepare(dataclasses.replace(config, tokens=3000, out=f"{config.out}-less"))
+        manifest = prepare_shards(config)
+        prepare_shards(dataclasses.replace(config, tokens=3000, out=f"{config.out}-less"))
     written = sum(1024 + 2 * shard.tokens for shard in manifest.train + manifest.validation)
     assert 1.8 < needed[0] / written < 5  # the units are there until the shards are written
     assert needed[1] == pytest.approx(2 * 1.1 * 3000 * 2 + 2048)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(shards.TokenFile, "append", lambda *_: pytest.fail("written"))
     with pytest.raises(ValueError, match="GB free: .*--tokens"):
-        prepare(dataclasses.replace(config, out=f"{config.out}-full"))
+        prepare_shards(dataclasses.replace(config, out=f"{config.out}-full"))
     assert not Path(f"{config.out}-full").exists()
 
 
@@ -330,22 +330,22 @@ def test_disk_space_is_estimated_from_the_first_documents(
 
 
 def test_same_request_is_reused(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = prepare(config)
+    first = prepare_shards(config)
     for name in ("_plan_work", "exclusive"):  # a lock would need a folder that may be written to
         monkeypatch.setattr(prepare_module, name, lambda *_: pytest.fail("prepared again"))
-    assert prepare(config) == first
-    assert prepare(dataclasses.replace(config, workers=3)) == first  # does not decide the content
+    assert prepare_shards(config) == first
+    assert prepare_shards(dataclasses.replace(config, workers=3)) == first  # does not decide the content
 
 
 def test_another_request_is_refused(config: PrepareConfig, contents: Any) -> None:
-    prepare(config)
+    prepare_shards(config)
     before = contents(config.out)
     for name, value in {
         **{"tokenizer": "learned", "validation_fraction": 0.2, "tokens": 500, "shard_tokens": 6000},
         "on_bad_text": "skip",
     }.items():
         with pytest.raises(ValueError, match=rf"out .*{name}.*--out"):
-            prepare(dataclasses.replace(config, **{name: value}))  # type: ignore[arg-type]
+            prepare_shards(dataclasses.replace(config, **{name: value}))  # type: ignore[arg-type]
     assert contents(config.out) == before
 
 
@@ -356,31 +356,31 @@ def test_changed_text_or_tokenizer_is_refused(
     learned.parent.mkdir()
     learned.write_text("one")
     config = dataclasses.replace(config, tokenizer=str(learned.parent))
-    assert prepare(config) == prepare(config)
+    assert prepare_shards(config) == prepare_shards(config)
     learned.write_text("two")
     with pytest.raises(ValueError, match="tokenizer is mine [0-9a-f]{64} there"):
-        prepare(config)
+        prepare_shards(config)
     learned.write_text("one")
     write_texts(Path(config.source or ""), [*TEXTS, "One more."])
     with pytest.raises(ValueError, match="text of the source"):
-        prepare(config)
+        prepare_shards(config)
 
 
 def test_damaged_or_foreign_folder_is_left_alone(config: PrepareConfig) -> None:
     out_of(config).mkdir()
-    assert prepare(config).documents == 300  # an empty folder is filled
+    assert prepare_shards(config).documents == 300  # an empty folder is filled
     path = out_of(config) / "train-00001.bin"
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
     with pytest.raises(ValueError, match=r"train-00001\.bin"):
-        prepare(config)
+        prepare_shards(config)
     (out_of(config) / "manifest.json").unlink()
     with pytest.raises(ValueError, match="--out"):
-        prepare(config)
+        prepare_shards(config)
     assert path.exists()
     shutil.rmtree(out_of(config))
     out_of(config).touch()
     with pytest.raises(ValueError, match="--out"):
-        prepare(config)
+        prepare_shards(config)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_impossible_request_leaves_nothing(
     if "text_column" in changes:
         Path(config.source or "").write_text('{"number": ""}\n')
     with pytest.raises(ValueError, match=message):
-        prepare(dataclasses.replace(config, **changes))
+        prepare_shards(dataclasses.replace(config, **changes))
     assert not out_of(config).exists()
 
 
@@ -423,7 +423,7 @@ def test_ensure_prepared_prepares_once(
     assert [source.path for source in found.mixture] == ["data/texts-bytes", "data/more-bytes"]
     for source in found.mixture:
         verify(Path(source.path))
-    monkeypatch.setattr(prepare_module, "prepare", lambda _: pytest.fail("prepared again"))
+    monkeypatch.setattr(prepare_module, "prepare_shards", lambda _: pytest.fail("prepared again"))
     assert ensure_prepared(mixture) == ensure_prepared(found) == found
     assert ensure_prepared(recipe_data) == dataclasses.replace(recipe_data, data="data/texts-bytes")
     remote = dataclasses.replace(recipe_data, data="memory://prepared")
@@ -445,6 +445,6 @@ def test_ensure_prepared_refuses_what_is_incomplete(
     for config in (named, recipe_data):  # training may begin with what is complete
         growing = dataclasses.replace(config, shuffle_window=1000)
         assert ensure_prepared(growing).data == str(folder)
-    monkeypatch.setattr(prepare_module, "prepare", lambda _: None)
+    monkeypatch.setattr(prepare_module, "prepare_shards", lambda _: None)
     with pytest.raises(ValueError, match="texts-bytes is being prepared by Slurm"):
         ensure_prepared(recipe_data)

@@ -1,14 +1,19 @@
-"""Checkpoints: verified, atomic, kept as configured; resumed to the bit."""
+"""Checkpoints: verified, kept as configured, and written by a thread."""
 
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from overnight.distributed.world import SINGLE_PROCESS
+from overnight.model.gpt import GPT
+from overnight.model.model_config import ModelConfig
+from overnight.training import OptimizerConfig
 from overnight.training.checkpoint import load, save
 from overnight.training.checkpoint.format import (
     discard_checkpoints_after,
@@ -16,9 +21,30 @@ from overnight.training.checkpoint.format import (
     list_checkpoints,
     retained_steps,
 )
-from overnight.training.checkpoint.load import load_checkpoint, read_model, read_newest, verify_checkpoint
-from overnight.training.checkpoint.save import save_checkpoint
+from overnight.training.checkpoint.load import read_model, read_newest, verify_checkpoint
+from overnight.training.checkpoint.save import Saver, save_checkpoint
+from overnight.training.optim import build_optimizer, step_if
 from overnight.training.state import TrainState
+
+CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8, vocab_size=50)
+
+
+def train_on(state: TrainState, steps: int) -> None:
+    """Take steps on ids that are a function of the step."""
+    for _ in range(steps):
+        ids = torch.randint(50, (2, 8), generator=torch.Generator().manual_seed(state.step))
+        state.model(ids).logsumexp(-1).sum().backward()
+        step_if(state.optimizer, state.scaler, torch.tensor(True), 1e-2)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+
+
+def build_state(steps: int) -> TrainState:
+    """The state of a tiny model after some steps."""
+    model = GPT(CONFIG, seed=0)
+    state = TrainState(model, build_optimizer(model, OptimizerConfig()))
+    train_on(state, steps)
+    return state
 
 
 def newest(folder: Path) -> Path | None:
@@ -35,26 +61,7 @@ def names_in(folder: Path) -> list[str]:
     return [path.name for path in list_checkpoints(folder)]
 
 
-def weights_and_moments(state: TrainState) -> list[torch.Tensor]:
-    parameters = list(state.model.parameters())
-    return parameters + [value for each in parameters for value in state.optimizer.state[each].values()]
-
-
-@pytest.mark.parametrize("steps", [0, 3])
-def test_loaded_state_continues_exactly(tmp_path, build_state, train_on, steps):
-    """Also one that was saved before its first step."""
-    state, restored = build_state(steps), build_state(0, seed=9)
-    path = save_checkpoint(state, tmp_path)
-    assert path.name == f"step-0000000{steps}"
-    load_checkpoint(restored, path)
-    assert restored.step == steps
-    for each in (state, restored):
-        train_on(each, 4)
-    pairs = zip(weights_and_moments(state), weights_and_moments(restored), strict=True)
-    assert all(torch.equal(expected, found) for expected, found in pairs)
-
-
-def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path, build_state):
+def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path):
     state = build_state(2)
     path = save_checkpoint(state, tmp_path)
     assert load_file(path / "model.safetensors")["wte.weight"].shape == (50, 16)
@@ -65,7 +72,7 @@ def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path, build_st
     assert torch.equal(model(ids), state.model.eval()(ids))
 
 
-def test_every_flipped_bit_is_detected(tmp_path, build_state):
+def test_every_flipped_bit_is_detected(tmp_path):
     path = save_checkpoint(build_state(1), tmp_path)
     files, draw = sorted(path.iterdir()), random.Random(0)
     for trial in range(200):
@@ -80,7 +87,7 @@ def test_every_flipped_bit_is_detected(tmp_path, build_state):
     verify_checkpoint(path)
 
 
-def test_flipped_bit_would_pass_without_verification(tmp_path, build_state, monkeypatch):
+def test_flipped_bit_would_pass_without_verification(tmp_path, monkeypatch):
     """The negative control: the manifest protects, not the file format."""
     path = save_checkpoint(build_state(1), tmp_path) / "model.safetensors"
     monkeypatch.setattr(load, "verify_checkpoint", lambda checkpoint, world: None)
@@ -112,7 +119,7 @@ def swap(path: Path) -> None:
         lambda path: (path / "MANIFEST.json").write_text("{}"),
     ],
 )
-def test_damaged_newest_checkpoint_is_passed_over(tmp_path, build_state, train_on, capsys, damage):
+def test_damaged_newest_checkpoint_is_passed_over(tmp_path, capsys, damage):
     assert newest(tmp_path) is None
     state = build_state(1)
     good = save_checkpoint(state, tmp_path)
@@ -155,24 +162,7 @@ def test_newest_is_always_kept(steps, last, best, kept):
     assert retained_steps(steps, last, best=best) == kept
 
 
-@pytest.mark.parametrize("moment", ["write_tensors", "manifest", "flush_to_disk", "write_atomically"])
-def test_crash_while_saving_leaves_the_one_before(tmp_path, build_state, train_on, monkeypatch, moment):
-    state = build_state(1)
-    good = save_checkpoint(state, tmp_path)
-    train_on(state, 1)
-
-    def crash(*_, **__):
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(save, moment, crash)
-        with pytest.raises(OSError, match="no space"):
-            save_checkpoint(state, tmp_path)
-    assert newest(tmp_path) == good
-    assert save_checkpoint(state, tmp_path).name == "step-00000002"
-
-
-def test_passed_over_checkpoint_does_not_displace_a_good_one(tmp_path, build_state, train_on):
+def test_passed_over_checkpoint_does_not_displace_a_good_one(tmp_path):
     """A damaged one, newer than where the run resumes, would be counted among those to keep."""
     state = build_state(1)
     save_checkpoint(state, tmp_path)
@@ -185,9 +175,72 @@ def test_passed_over_checkpoint_does_not_displace_a_good_one(tmp_path, build_sta
     assert names_in(tmp_path) == ["step-00000002"]
 
 
-def test_another_format_is_refused(tmp_path, build_state, monkeypatch):
+def build_saver(folder: Path) -> Saver:
+    return Saver(folder, SINGLE_PROCESS, lambda: None, lambda: None, {})
+
+
+def files_of(checkpoint: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+
+
+@pytest.mark.parametrize("is_copied", [True, False])
+def test_checkpoint_is_of_the_state_as_it_was_copied(tmp_path, monkeypatch, is_copied):
+    """As a synchronous save writes it, though everything has changed since; not so without a copy."""
+    if not is_copied:
+        monkeypatch.setattr(save, "_copy", dict)
+    state, gate, write_rank_files = build_state(1), threading.Event(), save.write_rank_files
+    expected = files_of(save_checkpoint(state, tmp_path / "synchronous"))
+
+    def wait_and_write(*given):
+        assert gate.wait(60)
+        return write_rank_files(*given)
+
+    monkeypatch.setattr(save, "write_rank_files", wait_and_write)
+    saver = build_saver(tmp_path / "asynchronous")
+    saver.save(state)
+    train_on(state, 3)
+    saver.poll()
+    assert list_checkpoints(tmp_path / "asynchronous") == []
+    gate.set()
+    saver.wait()
+    (found,) = list_checkpoints(tmp_path / "asynchronous")
+    verify_checkpoint(found)
+    assert (files_of(found) == expected) == is_copied
+
+
+def test_checkpoints_are_written_in_turn_between_flush_and_deletion(tmp_path):
+    state, seen = build_state(1), []
+
+    def note(what):
+        return lambda: seen.append((what, len(list_checkpoints(tmp_path))))
+
+    saver = Saver(tmp_path, SINGLE_PROCESS, note("flush"), note("delete"), {})
+    for _ in range(3):
+        saver.save(state)
+        train_on(state, 1)
+    saver.wait()
+    saver.wait()
+    assert seen == [("flush", 0), ("delete", 1), ("flush", 1), ("delete", 2), ("flush", 2), ("delete", 3)]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{step:08}" for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("raised_by", ["poll", "wait", "save"])
+@pytest.mark.parametrize("moment", ["write_tensors", "flush_to_disk", "manifest", "write_atomically"])
+def test_thread_s_error_is_raised_once(tmp_path, monkeypatch, capsys, moment, raised_by):
+    state, saver = build_state(1), build_saver(tmp_path)
+
+    def crash(*_, **__):
+        raise OSError("no space left on device")
+
     with monkeypatch.context() as patched:
-        patched.setattr(save, "FORMAT", 99)
-        path = save_checkpoint(build_state(1), tmp_path)
-    with pytest.raises(ValueError, match="format 99"):
-        read_model(path)
+        patched.setattr(save, moment, crash)
+        saver.save(state)
+        saver.abandon()
+    assert "no space" in capsys.readouterr().err
+    train_on(state, 1)
+    with pytest.raises(OSError, match="no space"):
+        saver.save(state) if raised_by == "save" else getattr(saver, raised_by)()
+    assert list_checkpoints(tmp_path) == []
+    saver.save(state)
+    saver.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
