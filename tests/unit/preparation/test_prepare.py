@@ -190,7 +190,8 @@ SCRIPT = """
 import sys
 from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
-prepare_shards(PrepareConfig(source=sys.argv[1], out=sys.argv[2], tokenizer="characters", validation_fraction=0.1))
+config = PrepareConfig(source=sys.argv[1], out=sys.argv[2], tokenizer="characters", validation_fraction=0.1)
+prepare_shards(config)
 """
 
 
