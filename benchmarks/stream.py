@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from measure import Report, interleave, paired_ratio, run_plainly, spread, timed
@@ -41,9 +43,9 @@ class Unverified:
     manifest: Manifest
     files: dict[str, ShardFile]
 
-    def open(self, shard: Shard) -> ShardFile:
-        """One of its shards."""
-        return self.files[shard.name]
+    def read(self, shard: Shard, first: int, into: NDArray[Any]) -> None:
+        """Fill `into` with the tokens of a shard from index `first` on."""
+        self.files[shard.name].read(first, into)
 
     def path(self, shard: Shard) -> Path:
         """Where it lies."""
