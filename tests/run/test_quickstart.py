@@ -77,7 +77,7 @@ def test_quickstart_trains_prints_results_and_is_reused(
     assert err.splitlines()[-1].startswith("next: overnight generate runs/quickstart")
 
     before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
-    for name in ("train", "compressed_bits_per_byte"):
+    for name in ("train_recipe", "compressed_bits_per_byte"):
         monkeypatch.setattr(quickstart, name, lambda *_, **__: pytest.fail("done again"))
     again = start()
     assert again.startswith("reusing runs/quickstart, ")

@@ -127,7 +127,7 @@ def test_inspect_refuses_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Path("foreign").mkdir()
     Path("foreign/train.bin").write_bytes(b"\0\0")
     for config, match in (
-        (InspectConfig(data="nothing"), "no folder or file nothing"),
+        (InspectConfig(data="nothing"), "nothing is neither a folder nor a file"),
         (InspectConfig(data="foreign"), "--from-shards foreign"),
         (InspectConfig(data=".", documents=0, samples=-1), "documents=0 .*samples=-1"),
     ):

@@ -56,7 +56,7 @@ def test_folder_without_runs(here, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "next: overnight quickstart"
     run(RunsConfig(json=True))
     assert json.loads(capsys.readouterr().out) == []
-    with pytest.raises(ValueError, match="no folder rnus"):
+    with pytest.raises(ValueError, match="folder rnus does not exist"):
         run(RunsConfig(folder="rnus"))
 
 
