@@ -165,8 +165,8 @@ def normalise(text: str, place: Path) -> str:
     text = re.sub(r"(?<![\w-])\d[\d,]*(\.\d+)?(e[+-]?\d+)?[kMx]?(?![\w-])", "N", text)
     text = re.sub(r"\bN (ms|s|min|h|d|kB|MB|GB|TB)\b( N (s|min|h)\b)?", "N UNITS", text)
     text = re.sub(r"just now|N \w+ ago", "AGE", text)
-    text = re.sub(r"; the machine is busy: load N|(?m:^.*load average.*\n)", "", text)
-    return re.sub(r"\n +", " ", re.sub(r"[ ]+$", "", re.sub(r"[ ]+", " ", text), flags=re.MULTILINE))
+    text = re.sub(r"\n +", " ", re.sub(r"[ ]+$", "", re.sub(r"[ ]+", " ", text), flags=re.MULTILINE))
+    return re.sub(r"; the machine is busy: load N|(?m:^.*load average.*\n)", "", text)
 
 
 def without_numbers(value: object, place: Path) -> object:
