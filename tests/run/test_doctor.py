@@ -30,11 +30,11 @@ from overnight.data.shards import (
     write_manifest,
     write_split,
 )
+from overnight.data.token_reader import documents_of, shard_spans
 from overnight.doctor import CHECKS, DATA_CHECKS, DoctorConfig, data_checks, step_checks
 from overnight.doctor.check import CheckResult
 from overnight.doctor.command import check_recipe, run
 from overnight.doctor.context import DoctorContext
-from overnight.inspection.statistics import documents_of, shard_spans
 from overnight.model import gpt, loss
 from overnight.recipe import Recipe
 from overnight.tokenizer.characters import Characters

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import os
 import resource
 import weakref
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from overnight.data.shards import HEADER_BYTES, Manifest, Shard, Tokens, open_tokens, token_format, verify
+import numpy as np
+from numpy.typing import NDArray
+
+from overnight.data.shards import (
+    HEADER_BYTES,
+    Manifest,
+    Shard,
+    Tokens,
+    open_tokens,
+    places_of,
+    token_format,
+    verify,
+)
+
+DOCUMENT_HASH_BYTES = 16  # of a hash of a document
 
 
 class ShardStore(Protocol):
@@ -89,3 +106,61 @@ def files_at_once() -> int:
     """How many shards to keep open: an eighth of the files that this process may have open, at least 16."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(16, limit // 8) if limit != resource.RLIM_INFINITY else 1 << 16
+
+
+# Documents in shards
+
+
+class ShardSpan(NamedTuple):
+    """The inspected part of a shard, and where documents begin in it."""
+
+    shard: str
+    ids: Tokens
+    starts: NDArray[np.int64]
+
+
+def shard_spans(folder: Path, manifest: Manifest, split: str, documents: int | None) -> Iterator[ShardSpan]:
+    """The shards of a split, up to the end of its first `documents` if that is given.
+
+    What comes before the first end-of-text id is a document, too.
+    """
+    left = documents
+    for number, shard in enumerate(manifest.shards(split)):
+        ids = open_tokens(folder / shard.name)
+        starts = places_of(manifest.end_of_text, ids)
+        if number == 0 and (not starts.size or starts[0] != 0):
+            starts = np.insert(starts, 0, 0)
+        if left is not None and starts.size > left:
+            yield ShardSpan(shard.name, ids[: starts[left]], starts[:left])
+            return
+        left = None if left is None else left - starts.size
+        yield ShardSpan(shard.name, ids, starts)
+
+
+def documents_of(parts: Iterable[ShardSpan]) -> Iterator[list[Tokens]]:
+    """Each document, its end-of-text id included, as its pieces in consecutive shards."""
+    pieces: list[Tokens] = []
+    for part in parts:
+        edges = [0, *part.starts.tolist(), part.ids.size]
+        for number, (begin, end) in enumerate(itertools.pairwise(edges)):
+            if number and pieces:  # the first span is the rest of the document before
+                yield pieces
+                pieces = []
+            if end > begin:
+                pieces.append(part.ids[begin:end])
+    if pieces:
+        yield pieces
+
+
+def content_of(pieces: list[Tokens], end_of_text: int) -> list[Tokens]:
+    """The pieces of a document without its end-of-text id."""
+    first, *others = pieces
+    return [first[1:] if first[0] == end_of_text else first, *others]
+
+
+def hash_document(content: list[Tokens]) -> hashlib.blake2b:
+    """A hash of a document's ids, of `DOCUMENT_HASH_BYTES` bytes."""
+    digest = hashlib.blake2b(digest_size=DOCUMENT_HASH_BYTES)
+    for piece in content:
+        digest.update(piece.data)
+    return digest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,17 @@ import numpy as np
 
 from overnight.data import shards
 from overnight.data.shards import SPLITS, Manifest, Shard, Tokens, open_tokens, places_of
+from overnight.data.token_reader import (
+    DOCUMENT_HASH_BYTES,
+    content_of,
+    documents_of,
+    hash_document,
+    shard_spans,
+)
 from overnight.doctor import DoctorConfig
 from overnight.doctor.check import CheckResult, skipped
 from overnight.doctor.context import DoctorContext
-from overnight.inspection import statistics
+from overnight.inspection.statistics import count_duplicates
 from overnight.preparation import decontaminate
 
 READ_TOKENS = 250_000_000  # of shards verified, counted and compared without --full
@@ -76,7 +82,7 @@ def _verify_shards(folder: Path, manifest: Manifest, config: DoctorConfig) -> Ch
 def check_tokenizer(folder: Path, manifest: Manifest, _config: DoctorConfig) -> CheckResult:
     """The tokenizer in the folder encodes documents of the shards to the same ids."""
     tokenizer = shards.load_prepared_tokenizer(folder, manifest)
-    documents = sample_documents(folder, manifest, "train", ENCODED_DOCUMENTS)
+    documents = sample_training_documents(folder, manifest, ENCODED_DOCUMENTS)
     all_ids = [document.tolist() for document in documents if document.size <= LONGEST_TOKENS]
     encoded, same = len(all_ids), sum(tokenizer.encode(tokenizer.decode(ids)) == ids for ids in all_ids)
     return CheckResult(
@@ -153,8 +159,8 @@ def check_disjoint(folder: Path, manifest: Manifest, config: DoctorConfig) -> Ch
             "--validation-fraction 0.01",
         )
     digests = [_digests(folder, manifest, split, full=config.full) for split in SPLITS]
-    train, held_out = (len(each) // statistics.DIGEST_BYTES for each in digests)
-    found = statistics.count_duplicates(*digests)
+    train, held_out = (len(each) // DOCUMENT_HASH_BYTES for each in digests)
+    found = count_duplicates(*digests)
     shared, first = found.validation_in_train, (found.first_in_both or 0) + 1
     return CheckResult(
         passed=not shared,
@@ -173,19 +179,11 @@ def _digests(folder: Path, manifest: Manifest, split: str, *, full: bool) -> byt
     share = READ_TOKENS / max(1, manifest.tokens(split))
     most = None if full or share >= 1 else max(1, int(share * documents))
     digests = bytearray()
-    for pieces in statistics.documents_of(statistics.shard_spans(folder, manifest, split, most)):
-        content = _without_separator(pieces, manifest)
-        digest = hashlib.blake2b(digest_size=statistics.DIGEST_BYTES)
-        for piece in content:
-            digest.update(piece.data)
+    for pieces in documents_of(shard_spans(folder, manifest, split, most)):
+        content = content_of(pieces, manifest.end_of_text)
         if any(piece.size for piece in content):
-            digests += digest.digest()
+            digests += hash_document(content).digest()
     return digests
-
-
-def _without_separator(pieces: list[Tokens], manifest: Manifest) -> list[Tokens]:
-    first, *others = pieces
-    return [first[1:] if first[0] == manifest.end_of_text else first, *others]
 
 
 @of_each_text
@@ -197,7 +195,7 @@ def check_contamination(folder: Path, manifest: Manifest, config: DoctorConfig) 
     search = decontaminate.BenchmarkSearch(decontaminate.build_index(files))
     tokenizer = shards.load_prepared_tokenizer(folder, manifest)
     most = None if config.full else SEARCHED_DOCUMENTS
-    documents = sample_documents(folder, manifest, "train", most)
+    documents = sample_training_documents(folder, manifest, most)
     parts = [np.zeros(0, dtype=np.uint64)]  # for each document a bit for each benchmark
     while texts := [tokenizer.decode(ids.tolist()) for ids in itertools.islice(documents, 500)]:
         parts.append(search.find(texts))
@@ -254,17 +252,17 @@ def check_rows(context: DoctorContext) -> CheckResult:
     )
 
 
-def sample_documents(folder: Path, manifest: Manifest, split: str, most: int | None) -> Iterator[Tokens]:
+def sample_training_documents(folder: Path, manifest: Manifest, most: int | None) -> Iterator[Tokens]:
     """The ids of whole documents without end-of-text: all, or at most `most`, spread over the shards.
 
     A sample has no documents that continue in the next shard; of text without boundaries, it has the
     beginning of each shard.
     """
     if most is None:
-        for pieces in statistics.documents_of(statistics.shard_spans(folder, manifest, split, None)):
-            yield np.concatenate(_without_separator(pieces, manifest))
+        for pieces in documents_of(shard_spans(folder, manifest, "train", None)):
+            yield np.concatenate(content_of(pieces, manifest.end_of_text))
         return
-    all_shards = manifest.shards(split)
+    all_shards = manifest.shards("train")
     chosen = _spread(all_shards, most)
     each = math.ceil(most / max(1, len(chosen)))
     for shard in chosen:

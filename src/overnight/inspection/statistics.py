@@ -6,14 +6,12 @@ One pass over memory-mapped shards. Only the digests of the documents, 16 bytes 
 from __future__ import annotations
 
 import codecs
-import hashlib
-import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +23,15 @@ from overnight.data.shards import (
     byte_lengths,
     count_ids,
     load_prepared_tokenizer,
-    open_tokens,
-    places_of,
     verify,
+)
+from overnight.data.token_reader import (
+    DOCUMENT_HASH_BYTES,
+    ShardSpan,
+    content_of,
+    documents_of,
+    hash_document,
+    shard_spans,
 )
 from overnight.inspection.quality import NOT_ENGLISH_LOOKING, ODDITIES, oddities_of
 from overnight.terminal import echo, progress
@@ -37,7 +41,6 @@ LONGEST_LOOK_TOKENS = 100_000  # of each of them
 FREQUENT_TOKENS = 20
 SAMPLE_CHARACTERS = 240
 DIGESTS_AT_ONCE = 16_000_000  # compared at a time: about a gigabyte while they are sorted
-DIGEST_BYTES = 16
 
 Row = dict[str, Any]  # of a table in the JSON output
 
@@ -152,50 +155,6 @@ def inspect_shards(
     )
 
 
-# Documents in shards
-
-
-class ShardSpan(NamedTuple):
-    """The inspected part of a shard, and where documents begin in it."""
-
-    shard: str
-    ids: Tokens
-    starts: NDArray[np.int64]
-
-
-def shard_spans(folder: Path, manifest: Manifest, split: str, documents: int | None) -> Iterator[ShardSpan]:
-    """The shards of a split, up to the end of its first `documents` if that is given.
-
-    What comes before the first end-of-text id is a document, too.
-    """
-    left = documents
-    for number, shard in enumerate(manifest.shards(split)):
-        ids = open_tokens(folder / shard.name)
-        starts = places_of(manifest.end_of_text, ids)
-        if number == 0 and (not starts.size or starts[0] != 0):
-            starts = np.insert(starts, 0, 0)
-        if left is not None and starts.size > left:
-            yield ShardSpan(shard.name, ids[: starts[left]], starts[:left])
-            return
-        left = None if left is None else left - starts.size
-        yield ShardSpan(shard.name, ids, starts)
-
-
-def documents_of(parts: Iterable[ShardSpan]) -> Iterator[list[Tokens]]:
-    """Each document, its end-of-text id included, as its pieces in consecutive shards."""
-    pieces: list[Tokens] = []
-    for part in parts:
-        edges = [0, *part.starts.tolist(), part.ids.size]
-        for number, (begin, end) in enumerate(itertools.pairwise(edges)):
-            if number and pieces:  # the first span is the rest of the document before
-                yield pieces
-                pieces = []
-            if end > begin:
-                pieces.append(part.ids[begin:end])
-    if pieces:
-        yield pieces
-
-
 class _Survey:
     """Reads the documents of both splits in order and collects what is found."""
 
@@ -220,11 +179,8 @@ class _Survey:
         documents = empty = 0
         for pieces in documents_of(self._counted(parts, shards, advance)):
             documents += 1
-            first, *others = pieces
-            text = [first[1:] if first[0] == self._end_of_text else first, *others]
-            digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-            for piece in text:
-                digest.update(piece.data)
+            text = content_of(pieces, self._end_of_text)
+            digest = hash_document(text)
             if not any(piece.size for piece in text):
                 empty += 1
                 digest.update(f"{split} {documents}".encode())  # empty documents are not duplicates
@@ -341,7 +297,7 @@ def count_duplicates(train: bytes | bytearray, validation: bytes | bytearray) ->
     Digests are compared in ranges that hold about DIGESTS_AT_ONCE of them, which bounds the memory.
     """
     # Their sixteen bytes as one text, since numpy has no such integers. It compares all of them.
-    splits = [np.frombuffer(digests, dtype=f"S{DIGEST_BYTES}") for digests in (train, validation)]
+    splits = [np.frombuffer(digests, dtype=f"S{DOCUMENT_HASH_BYTES}") for digests in (train, validation)]
     ranges = -(-max(1, sum(map(len, splits))) // DIGESTS_AT_ONCE)
     repeated = np.zeros(2, dtype=np.int64)
     in_both: list[NDArray[np.int64]] = []
