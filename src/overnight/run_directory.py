@@ -243,6 +243,15 @@ def _to_json(line: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
+def finite_values(value: Any) -> Any:
+    """`value` with lists for tuples and None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: finite_values(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_values(each) for each in value]
+    return None if _is_not_finite(value) else value
+
+
 def _is_not_finite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 

@@ -265,14 +265,14 @@ def read_along(folder: Path) -> None:
     """Train, so to say, on what is not complete yet, row after row; note whether they are the final rows."""
     import torch
 
-    from overnight.data import incremental
+    from overnight.data import incremental, shards
     from overnight.data.loader import TokenStream
 
     replace("overnight.data.incremental:POLL_SECONDS", 0.002)
     replace("overnight.terminal:echo", lambda _: None)
     out, options = folder / OUT, {"tokens_per_row": 64, "seed": 1, "shuffle_window": 20_000}
     is_over = (folder / "over").exists
-    while not (incremental.is_being_prepared(out) or out.exists() or is_over()):
+    while not (shards.is_being_prepared(out) or out.exists() or is_over()):
         time.sleep(0.001)
     try:
         stream = incremental.IncrementalStream(incremental.open_incremental(out, 20_000), **options)

@@ -13,6 +13,7 @@ import jinja2
 from rich.console import Console
 from rich.text import Text
 
+from overnight.run_directory import finite_values
 from overnight.terminal import short, significant
 
 COMPARED_STEPS = 5
@@ -133,16 +134,8 @@ def bench_to_json(record: BenchRecord) -> dict[str, Any]:
     figures = {name: each._asdict() for name, each in bench_figures(record).items()}
     found = dataclasses.asdict(record)
     found["rungs"] = [{**each, "figures": figures.get(each["name"])} for each in found.pop("variants")]
-    return {key: finite(value) for key, value in found.items()}
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for every float that is not finite, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    values: dict[str, Any] = finite_values(found)
+    return values
 
 
 def bench_text(record: BenchRecord, columns: int = 80) -> str:

@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from overnight.data import DataConfig, MixtureSource
-from overnight.data.incremental import (
-    IncrementalFolder,
-    IncrementalStream,
-    is_being_prepared,
-    open_incremental,
-)
+from overnight.data.incremental import IncrementalFolder, IncrementalStream, open_incremental
 from overnight.data.loader import TokenStream
 from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.packing import BestFitStream
@@ -23,6 +18,7 @@ from overnight.data.shards import (
     MANIFEST,
     SPLITS,
     Manifest,
+    is_being_prepared,
     load_prepared_tokenizer,
     open_tokens,
     read_manifest,

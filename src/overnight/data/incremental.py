@@ -82,11 +82,6 @@ class IncrementalFolder:
             return ShardFile(self / name)  # the folder was renamed meanwhile
 
 
-def is_being_prepared(folder: Path) -> bool:
-    """True if a folder is prepared in part, whether a process is working on it or not."""
-    return not (folder / MANIFEST).is_file() and staging_path(folder).is_dir()
-
-
 def open_incremental(folder: Path, shuffle_window: int) -> IncrementalFolder:
     """A folder that is being prepared; waits until its first rows can be read.
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from overnight.data.atomic_folder import staging_path
 from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
 from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
@@ -251,6 +252,11 @@ def write_split(
 def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
     """Write the manifest of `folder`, all of whose shards are complete and on the disk."""
     write_atomically(folder / name, manifest.to_json())
+
+
+def is_being_prepared(folder: Path) -> bool:
+    """True if a folder is prepared in part, whether a process is working on it or not."""
+    return not (folder / MANIFEST).is_file() and staging_path(folder).is_dir()
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:

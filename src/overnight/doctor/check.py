@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import textwrap
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from overnight.run_directory import finite_values
 from overnight.terminal import duration
 
 COLUMNS, INDENT = 80, "     "
@@ -89,8 +89,8 @@ def checks_to_json(name: str, results: Collection[CheckResult], seconds: float) 
     """All results; figures that are not finite are null."""
     checks = []
     for result in results:
-        figures = {key: value if math.isfinite(value) else None for key, value in result.figures.items()}
         cause = "" if result.passed else result.cause
+        figures = finite_values(result.figures)
         checks.append({**dataclasses.asdict(result), "cause": cause, "figures": figures})
     passed = all(result.passed is not False for result in results)
     return {"recipe": name, "passed": passed, "seconds": seconds, "checks": checks}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -21,6 +20,7 @@ from overnight.evaluation.result_cache import evaluate_cached
 from overnight.evaluation.scores import AccuracyComparison, LossComparison, Score
 from overnight.evaluation.tasks import Task, TaskNames, open_task, split_names
 from overnight.recipe import Recipe, read_recipe_of
+from overnight.run_directory import finite_values
 from overnight.terminal import echo
 
 
@@ -64,7 +64,7 @@ class EvaluationResults:
         values["tasks"] = [dataclasses.asdict(score) for score in self.scores]
         if self.harness is not None:
             values["lm_eval"] = [dataclasses.asdict(score) for score in self.harness]
-        found: dict[str, Any] = to_json(values)
+        found: dict[str, Any] = finite_values(values)
         return found
 
     def __str__(self) -> str:
@@ -201,12 +201,3 @@ def _line(name: str, number: str, text: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100_000 else f"{value:.3g}"
-
-
-def to_json(value: Any) -> Any:
-    """`value` with lists for tuples and None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: to_json(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

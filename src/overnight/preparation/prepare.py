@@ -26,7 +26,6 @@ from overnight.data.atomic_folder import (
     published_path,
     require_disk_space,
     staging_folder,
-    staging_path,
 )
 from overnight.data.remote import is_prepared_elsewhere
 from overnight.data.shards import (
@@ -35,6 +34,7 @@ from overnight.data.shards import (
     SO_FAR,
     SPLITS,
     Manifest,
+    is_being_prepared,
     read_manifest,
     verify,
     write_manifest,
@@ -107,9 +107,9 @@ def _ensure_text(path: str, config: DataConfig) -> str:
     request = PrepareConfig(
         source=path, tokenizer=config.tokenizer, validation_fraction=config.validation_fraction
     )
-    is_shards = (Path(path) / MANIFEST).is_file() or _is_in_progress(Path(path))
+    is_shards = (Path(path) / MANIFEST).is_file() or is_being_prepared(Path(path))
     folder = Path(path) if is_shards else output_folder(request)
-    if (folder / MANIFEST).is_file() or (config.shuffle_window is not None and _is_in_progress(folder)):
+    if (folder / MANIFEST).is_file() or (config.shuffle_window is not None and is_being_prepared(folder)):
         return str(folder)
     if is_shards:
         raise ValueError(
@@ -124,11 +124,6 @@ def _ensure_text(path: str, config: DataConfig) -> str:
     if prepare_shards(request) is None:
         raise ValueError(f"{folder} is being prepared by Slurm's jobs: wait until they are done")
     return str(folder)
-
-
-def _is_in_progress(folder: Path) -> bool:
-    """True if a preparation of the folder was begun and is not complete; it may have been interrupted."""
-    return not (folder / MANIFEST).is_file() and staging_path(folder).is_dir()
 
 
 @dataclass(frozen=True)

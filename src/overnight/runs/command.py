@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from overnight.run_directory import RunDirectory
+from overnight.run_directory import RunDirectory, finite_values
 from overnight.runs import FOLDER, RunsConfig
 from overnight.runs.status import RunStatus, describe_run, list_runs
 from overnight.terminal import ago, duration, echo, short
@@ -60,9 +59,8 @@ def _to_json(run: RunStatus) -> dict[str, object]:
     for name, value in values.items():
         if isinstance(value, datetime):
             values[name] = value.isoformat(timespec="seconds")
-        elif isinstance(value, float) and not math.isfinite(value):
-            values[name] = None
-    return values
+    found: dict[str, object] = finite_values(values)
+    return found
 
 
 def runs_table(runs: Sequence[RunStatus], now: datetime, columns: int = 80) -> str:

@@ -18,14 +18,9 @@ from hypothesis import strategies as st
 
 from overnight.data import incremental
 from overnight.data.atomic_folder import exclusive, staging_path
-from overnight.data.incremental import (
-    IncrementalFolder,
-    IncrementalStream,
-    is_being_prepared,
-    open_incremental,
-)
+from overnight.data.incremental import IncrementalFolder, IncrementalStream, open_incremental
 from overnight.data.loader import TokenStream
-from overnight.data.shards import SO_FAR, Manifest, open_tokens, read_manifest, verify
+from overnight.data.shards import SO_FAR, Manifest, is_being_prepared, open_tokens, read_manifest, verify
 from overnight.preparation import prepare as prepare_module
 from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
