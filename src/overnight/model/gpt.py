@@ -201,10 +201,10 @@ def _embedding(rows: int, n_embd: int) -> nn.Embedding:
     return embedding
 
 
-def empty_model(config: ModelConfig, vocabulary_multiple: int = VOCABULARY_MULTIPLE) -> GPT:
+def empty_model(config: ModelConfig) -> GPT:
     """A GPT on the CPU with uninitialised weights: to draw them would double the time of opening a model."""
     with torch.device("meta"):
-        model = GPT(config, vocabulary_multiple)
+        model = GPT(config)
     return model.to_empty(device="cpu")
 
 

@@ -26,10 +26,6 @@ class LossSum(NamedTuple):
     tokens: int
     """Number of targets."""
 
-    def plus(self, other: LossSum) -> LossSum:
-        """The sum of both (a NamedTuple's own `+` would concatenate them)."""
-        return LossSum(self.nats + other.nats, self.tokens + other.tokens)
-
     def per_token(self) -> float:
         """Mean nats per token. Waits for the device."""
         return self.nats.item() / self.tokens

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from overnight.recipe import Recipe
 from overnight.run_directory import RunDirectory
+from overnight.runs import FOLDER
 from overnight.runs.json_lines import EVENT_KEYS, LOSS_KEYS, read_lines
 from overnight.training.batch import BatchConfig, plan_batches
 
@@ -65,8 +66,9 @@ class RunStatus:
     """Number of rollbacks to a checkpoint."""
 
 
-def find_run(name: str, folder: Path = Path("runs")) -> Path:
+def find_run(name: str) -> Path:
     """The run `name`: a path, or a name under runs/. Raises ValueError with the nearest name."""
+    folder = Path(FOLDER)
     for path in (Path(name), folder / name):
         if RunDirectory(path).exists():
             return path

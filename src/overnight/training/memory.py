@@ -224,11 +224,6 @@ def fits_into(memory_bytes: int, needed_bytes: int) -> bool:
     return needed_bytes <= USABLE_FRACTION * memory_bytes
 
 
-def count_stored(model: ModelConfig) -> int:
-    """Number of parameters in memory, with the rows that pad the vocabulary."""
-    return model.parameter_count() + (model.padded_vocab_size() - model.vocabulary) * model.n_embd
-
-
 def _largest_shard(model: ModelConfig, sharers: int) -> int:
     """Parameters in the process that holds most: of each its rows divided by the sharers, rounded up."""
     shapes = parameter_shapes(model).values()
