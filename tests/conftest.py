@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 # The same examples each time, and none fails because the machine is busy.
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("steady")
+
+from overnight.preparation import prepare  # noqa: E402 - after the environment
+from overnight.preparation.prepare_config import PrepareConfig  # noqa: E402 - likewise
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -42,6 +46,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared/data is not beside this checkout")
     return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 class Programs(dict[str, Any]):
@@ -68,3 +79,37 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Programs]:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+Text = Callable[[int], str]
+
+
+@pytest.fixture
+def config_of_waves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Text], PrepareConfig]:
+    """`config_of_waves(text)`: 600 documents, `text(number)` each, whose shards are published in waves."""
+
+    def write(text: Text) -> PrepareConfig:
+        (tmp_path / "texts").mkdir()
+        for number in range(20):
+            documents = map(text, range(number * 30, number * 30 + 30))
+            content = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+            (tmp_path / "texts" / f"{number:02}.jsonl").write_text(content)
+        monkeypatch.setattr(prepare, "UNIT_BYTES", 2000)
+        monkeypatch.setattr(prepare, "EARLY_BYTES", 12_000)
+        paths = {"source": str(tmp_path / "texts"), "out": str(tmp_path / "shards")}
+        return PrepareConfig(
+            **paths, tokenizer="characters", validation_fraction=0.2, shard_tokens=1500, workers=1
+        )
+
+    return write
+
+
+@pytest.fixture
+def after_each_wave(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """`after_each_wave(act)`: preparations call it whenever they have published shards."""
+    show = prepare.show_so_far
+
+    def install(act: Callable[[], object]) -> None:
+        monkeypatch.setattr(prepare, "show_so_far", lambda *given: (show(*given), act()))
+
+    return install

@@ -76,9 +76,7 @@ def evaluate(capsys: pytest.CaptureFixture[str]) -> Evaluate:
     def evaluate(model: Path, **settings: Any) -> dict[str, Any]:
         capsys.readouterr()
         evaluation_command.run(EvaluateConfig(model=str(model), device="cpu", json=True, **settings))
-        found: dict[str, Any] = json.loads(
-            capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")
-        )
+        found: dict[str, Any] = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
         return found
 
     return evaluate

@@ -15,7 +15,6 @@ import pytest
 
 from overnight.data import DataConfig, MixtureSource
 from overnight.data.shards import read_manifest
-from overnight.preparation import prepare as prepare_module
 from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.recipe import EvaluationConfig, Recipe, read_recipe_of
@@ -24,23 +23,14 @@ from overnight.run_directory import RunDirectory
 from overnight.training.batch import BatchConfig
 
 Build = Callable[..., Recipe]
+AfterEachWave = Callable[[Callable[[], object]], None]
 Fingerprint = Callable[[RunDirectory], Any]
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
+def config(config_of_waves: Callable[..., PrepareConfig]) -> PrepareConfig:
     """A text of several waves: some 20,000 training tokens."""
-    (tmp_path / "texts").mkdir()
-    for number in range(20):
-        lines = [f"Document {number * 30 + k}: " + "word " * (k % 17) for k in range(30)]
-        text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
-        (tmp_path / "texts" / f"{number:02}.jsonl").write_text(text)
-    monkeypatch.setattr(prepare_module, "UNIT_BYTES", 2000)
-    monkeypatch.setattr(prepare_module, "EARLY_BYTES", 12_000)
-    paths = {"source": str(tmp_path / "texts"), "out": str(tmp_path / "shards")}
-    return PrepareConfig(
-        **paths, tokenizer="characters", validation_fraction=0.2, shard_tokens=1500, workers=1
-    )
+    return config_of_waves(lambda n: f"Document {n}: " + "word " * (n % 30 % 17))
 
 
 @pytest.fixture
@@ -53,23 +43,17 @@ def early(recipe: Build, config: PrepareConfig) -> Recipe:
     )
 
 
-def after_each_wave(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Preparations call `act` whenever they have published shards."""
-    show = prepare_module.show_so_far
-    monkeypatch.setattr(prepare_module, "show_so_far", lambda *given: (show(*given), act()))
-
-
 @pytest.fixture
-def interrupted(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupted(config: PrepareConfig, after_each_wave: AfterEachWave) -> None:
     """A preparation that was interrupted when it had published its first shards."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        after_each_wave(patch, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_shards(config)
+    after_each_wave(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_shards(config)
+    after_each_wave(lambda: None)
 
 
 @pytest.fixture
@@ -99,12 +83,12 @@ def test_run_waits_for_a_preparation_at_work(
     config: PrepareConfig,
     tmp_path: Path,
     fingerprint: Fingerprint,
-    monkeypatch: pytest.MonkeyPatch,
+    after_each_wave: AfterEachWave,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two at once: one prepares, slowly, and the other trains on what is there."""
     published = threading.Event()
-    after_each_wave(monkeypatch, lambda: (published.set(), time.sleep(1.5)))
+    after_each_wave(lambda: (published.set(), time.sleep(1.5)))
     with ThreadPoolExecutor(1) as threads:
         preparation = threads.submit(prepare_shards, config)
         assert published.wait(60)

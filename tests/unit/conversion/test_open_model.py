@@ -38,14 +38,7 @@ def build_model(seed: int) -> GPT:
 
 
 @pytest.fixture
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def trained(workdir: Path) -> Path:
+def trained(here: Path) -> Path:
     """runs/first, with the checkpoints of steps 1 and 2, whose seeds are the steps."""
     directory = RunDirectory(Path("runs/first"))
     directory.begin("", {})
@@ -77,11 +70,11 @@ def test_open_run_or_checkpoint(trained: Path, name: str, step: int) -> None:
     assert opened.tokenizer_folder == trained / "tokenizer"
 
 
-def test_open_huggingface_folder(workdir: Path) -> None:
+def test_open_huggingface_folder(here: Path) -> None:
     with pytest.raises(ValueError, match=r"OWNER/NAME\)$"):
         open_model("theirs")  # nothing is near, where there are no runs
-    write_huggingface(build_model(5), TOKENIZER, workdir / "theirs")
-    (workdir / "theirs" / "metrics.jsonl").write_text("{}\n")
+    write_huggingface(build_model(5), TOKENIZER, here / "theirs")
+    (here / "theirs" / "metrics.jsonl").write_text("{}\n")
     opened = open_model("theirs")
     assert is_model_of(5, opened.model)
     assert opened.tokenizer.fingerprint == TOKENIZER.fingerprint
@@ -92,13 +85,13 @@ def test_open_huggingface_folder(workdir: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "repository"), [("gpt2", "openai-community/gpt2"), ("owner/some-model", "owner/some-model")]
 )
-def test_open_hub_name(workdir: Path, monkeypatch: pytest.MonkeyPatch, name: str, repository: str) -> None:
-    write_huggingface(build_model(6), TOKENIZER, workdir / "cache")
+def test_open_hub_name(here: Path, monkeypatch: pytest.MonkeyPatch, name: str, repository: str) -> None:
+    write_huggingface(build_model(6), TOKENIZER, here / "cache")
     asked = []
 
     def snapshot_download(repository: str, *, allow_patterns: list[str]) -> str:
         asked.append((repository, allow_patterns))
-        return str(workdir / "cache")
+        return str(here / "cache")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert is_model_of(6, open_model(name).model)
@@ -107,9 +100,9 @@ def test_open_hub_name(workdir: Path, monkeypatch: pytest.MonkeyPatch, name: str
     assert not any("bin" in pattern or pattern == "*" for pattern in patterns)
 
 
-def test_open_hub_name_offline_or_without_extra(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_hub_name_offline_or_without_extra(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(workdir / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "hub"))
     with pytest.raises(ValueError, match=r"config\.json.*openai-community/gpt2-medium") as raised:
         open_model("gpt2-medium")
     assert "\n" not in str(raised.value)
@@ -152,17 +145,17 @@ def test_open_damaged_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> 
         open_model("first")
 
 
-def test_open_and_convert_nanogpt_checkpoint(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_and_convert_nanogpt_checkpoint(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("overnight.conversion.nanogpt.load_tokenizer", lambda name: TOKENIZER)
     model = build_model(7)
     state = {f"transformer.{name}": weight for name, weight in model.weights().items()}
-    torch.save({"model": state, "model_args": {"n_head": 2, "block_size": 16}}, workdir / "ckpt.pt")
+    torch.save({"model": state, "model_args": {"n_head": 2, "block_size": 16}}, here / "ckpt.pt")
     opened = open_model("ckpt.pt")
     assert is_model_of(7, opened.model)
     assert (opened.run, opened.origin, str(opened.tokenizer_folder)) == (None, Path("ckpt.pt"), "gpt2")
     assert conversion_command.run(ConvertConfig(model="ckpt.pt")) == Path("ckpt-hf")
     assert is_model_of(7, open_model("ckpt-hf").model)
-    (workdir / "no-model").write_text("hello")
+    (here / "no-model").write_text("hello")
     with pytest.raises(ValueError, match="no-model"):
         open_model("no-model")
 

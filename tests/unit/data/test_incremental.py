@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -76,32 +75,9 @@ def test_windows_and_epochs_have_orders_of_their_own(tmp_path: Path, prepared: P
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
+def config(config_of_waves: Callable[..., PrepareConfig]) -> PrepareConfig:
     """A text of about 40 units in six waves, some of its documents twice."""
-    (tmp_path / "texts").mkdir()
-    for number in range(20):
-        lines = [
-            f"Document {n % 550} of them: " + "word " * (n % 37) for n in range(number * 30, number * 30 + 30)
-        ]
-        content = "".join(json.dumps({"text": line}) + "\n" for line in lines)
-        (tmp_path / "texts" / f"{number:02}.jsonl").write_text(content)
-    monkeypatch.setattr(prepare_module, "UNIT_BYTES", 2000)
-    monkeypatch.setattr(prepare_module, "EARLY_BYTES", 12_000)
-    paths = {"source": str(tmp_path / "texts"), "out": str(tmp_path / "out")}
-    return PrepareConfig(
-        **paths, tokenizer="characters", validation_fraction=0.2, shard_tokens=1500, workers=1
-    )
-
-
-@pytest.fixture
-def after_each_wave(monkeypatch: pytest.MonkeyPatch) -> AfterEachWave:
-    """`after_each_wave(act)`: preparations call it whenever they have published shards."""
-    show = prepare_module.show_so_far
-
-    def install(act: Callable[[], object]) -> None:
-        monkeypatch.setattr(prepare_module, "show_so_far", lambda *given: (show(*given), act()))
-
-    return install
+    return config_of_waves(lambda n: f"Document {n % 550} of them: " + "word " * (n % 37))
 
 
 @pytest.fixture

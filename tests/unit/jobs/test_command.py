@@ -13,12 +13,7 @@ from overnight.cli import main
 from overnight.jobs import TARGETS
 
 FILES = {name: f"gpt2-124m.{'sbatch' if name == 'slurm' else f'{name}.yaml'}" for name in TARGETS}
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture
@@ -144,12 +139,12 @@ def test_other_machines_get_the_folder_of_text_that_only_this_one_has(option: st
         ("gpt2-124m --slurm --tokens-per-step 1000", "tokens_per_step=1000"),
     ],
 )
-def test_wrong_use_is_one_line_and_no_file(words: str, message: str, launch: Any, folder: Path) -> None:
+def test_wrong_use_is_one_line_and_no_file(words: str, message: str, launch: Any, here: Path) -> None:
     status, err = launch(*words.split())
     assert status == 2
     assert re.search(message, err)
     assert len(err.splitlines()) == 1
-    assert list(folder.iterdir()) == []
+    assert list(here.iterdir()) == []
 
 
 def test_proposed_tokens_are_accepted_and_an_existing_file_is_not_replaced(launch: Any) -> None:

@@ -35,12 +35,6 @@ def tokenizer(tmp_path: Path) -> str:
     return str(tmp_path / "tokenizer")
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def make_ids(seed: int, documents: int) -> list[int]:
     """Documents of 3 to 40 ids, each behind an end-of-text id."""
     draw = np.random.default_rng(seed)

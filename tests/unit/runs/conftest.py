@@ -23,12 +23,6 @@ EVALUATION = {"step": 4, "tokens": 256, "loss": 4.0, "bits_per_byte": 1.5}
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def make_run(here: Path) -> Callable[..., Path]:
     """make_run("night", steps=4, written_at=seconds, **evaluation) -> runs/night, relative."""
 

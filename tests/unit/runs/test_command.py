@@ -10,10 +10,6 @@ from overnight.runs.command import run, runs_table
 from overnight.runs.status import describe_run
 
 
-def refuse(constant: str) -> None:
-    raise AssertionError(f"{constant} is not JSON")
-
-
 def test_runs_are_shown_on_stderr_with_the_next_command(make_run, capsys):
     make_run("day", steps=10)
     run(RunsConfig())
@@ -46,7 +42,7 @@ def test_json_is_one_list_on_stdout(make_run, capsys, loss):
     run(RunsConfig(folder=str(named), json=True))
     out, err = capsys.readouterr()
     assert err == ""
-    (found,) = json.loads(out, parse_constant=refuse)
+    (found,) = json.loads(out, parse_constant=pytest.fail)
     assert [found[name] for name in ("path", "state", "step", "loss")] == ["night", "stopped", 5, None]
     assert found["last_written_at"] == written_at.isoformat(timespec="seconds")
 
