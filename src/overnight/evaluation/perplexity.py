@@ -16,7 +16,7 @@ from overnight.data.loader import Batch
 from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.model.gpt import GPT, eval_mode
 from overnight.model.kernels import find_documents
-from overnight.model.loss import LossSum, cross_entropy_nats
+from overnight.model.loss import cross_entropy_nats
 from overnight.training.compute import autocast
 
 LOGITS_AT_ONCE = 1024  # positions: all logits of a batch would take gigabytes, and more time
@@ -66,10 +66,16 @@ class TextLoss:
 
 
 def _evaluation(nats: float, tokens: int, text_bytes: int) -> Evaluation:
-    total = LossSum(torch.tensor(nats, dtype=torch.float64), tokens)
-    return Evaluation(
-        total.per_token(), total.perplexity(), total.bits_per_byte(text_bytes), tokens, text_bytes
-    )
+    loss = nats / tokens
+    return Evaluation(loss, perplexity_of(loss), nats / math.log(2) / text_bytes, tokens, text_bytes)
+
+
+def perplexity_of(nats: float) -> float:
+    """Exponential of the mean; infinity beyond 709 nats per token, the limit of a float."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def pool_evaluations(parts: Sequence[Evaluation]) -> Evaluation:

@@ -11,7 +11,7 @@ import numpy as np
 
 from overnight.evaluation.multiple_choice import Choice
 from overnight.evaluation.passages import Passage
-from overnight.evaluation.perplexity import TextLoss, Unit
+from overnight.evaluation.perplexity import TextLoss, Unit, perplexity_of
 from overnight.evaluation.references import REFERENCES, PublishedResult
 
 Example = Choice | Passage
@@ -164,10 +164,7 @@ def _express(metric: str, nats: float) -> float:
         return nats * (1 / math.log(2))
     if expressed_as == "nats":
         return nats
-    try:
-        return math.exp(nats)
-    except OverflowError:  # beyond 709 nats
-        return math.inf
+    return perplexity_of(nats)
 
 
 def compare_accuracies(here: Sequence[bool], there: Sequence[bool]) -> AccuracyComparison:

@@ -5,9 +5,6 @@ Shapes: B rows, T positions, N rows times positions, C channels, V rows of the p
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,30 +13,6 @@ from overnight.model import LossMethod
 from overnight.model.gpt import GPT
 from overnight.model.kernels import find_documents
 from overnight.model.loss_kernels import ChunkedLoss, Fp8Product
-
-
-class LossSum(NamedTuple):
-    """Cross-entropy in nats, summed over `tokens` targets."""
-
-    nats: Tensor
-    """A scalar, float32 or float64."""
-    tokens: int
-    """Number of targets."""
-
-    def per_token(self) -> float:
-        """Mean nats per token. Waits for the device."""
-        return self.nats.item() / self.tokens
-
-    def perplexity(self) -> float:
-        """Exponential of the mean; infinity beyond 709 nats per token, the limit of a float."""
-        try:
-            return math.exp(self.per_token())
-        except OverflowError:
-            return math.inf
-
-    def bits_per_byte(self, text_bytes: int) -> float:
-        """Bits for each byte of the text that the targets encode: comparable across tokenizers."""
-        return self.nats.item() / math.log(2) / text_bytes
 
 
 def cross_entropy_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from overnight.model import LossMethod, loss_kernels
-from overnight.model.loss import LossSum, head_loss
+from overnight.model.loss import head_loss
 from overnight.model.loss_kernels import fp8_unavailable_reason
 
 C, V, VOCAB_SIZE = 32, 64, 50
@@ -125,13 +124,3 @@ def test_fp8_loss_and_gradients_are_near_the_full_ones():
     for gradient, true in zip(ours[1:], truth[1:], strict=True):
         assert F.cosine_similarity(gradient.flatten(), true.flatten(), dim=0) > 0.99
         assert gradient.norm().item() == pytest.approx(true.norm().item(), rel=0.05)
-
-
-def test_uneven_loss_sums_add_up():
-    parts = [LossSum(torch.tensor(10.0), 4), LossSum(torch.tensor(1.0), 1)]
-    whole = LossSum(sum(part.nats for part in parts), sum(part.tokens for part in parts))
-    assert whole.per_token() == pytest.approx(2.2)
-    mean_of_means = sum(part.per_token() for part in parts) / 2
-    assert whole.per_token() != pytest.approx(mean_of_means)
-    assert whole.perplexity() == pytest.approx(math.exp(2.2))
-    assert whole.bits_per_byte(8) == pytest.approx(11 / math.log(2) / 8)
