@@ -44,7 +44,7 @@ class ShardFile:
         """
         offset = HEADER_BYTES + first * into.itemsize
         if os.preadv(self._descriptor, [into.data], offset) != into.nbytes:
-            raise ValueError(f"{self.path} was cut short while it was read: prepare the data again")
+            raise ValueError(f"{self.path} was truncated while it was read: prepare the data again")
 
 
 class LocalStore:

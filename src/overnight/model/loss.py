@@ -27,11 +27,11 @@ class LossSum(NamedTuple):
     """Number of targets."""
 
     def plus(self, other: LossSum) -> LossSum:
-        """The sum of both (a NamedTuple's own `+` would concatenate them)."""
+        """The sum of both (the `+` of a NamedTuple concatenates)."""
         return LossSum(self.nats + other.nats, self.tokens + other.tokens)
 
     def per_token(self) -> float:
-        """Mean nats per token. Waits for the device."""
+        """Mean nats per token. Synchronizes with the device."""
         return self.nats.item() / self.tokens
 
     def perplexity(self) -> float:
@@ -49,7 +49,7 @@ class LossSum(NamedTuple):
 def cross_entropy_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Negative log-likelihood of all targets, summed: a float32 scalar in nats.
 
-    Computed in float32 whatever the precision of the logits, since it is a sum of many small terms.
+    Computed in float32 for any precision of the logits, since it is a sum of many small terms.
     """
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
