@@ -154,7 +154,7 @@ def hold_out(runs: Sequence[Run], at: int) -> list[str]:
 
 
 def record(options: argparse.Namespace) -> Report:
-    """Train what is missing, and write the band. Raises ValueError for what was asked wrongly."""
+    """Train what is missing, and write the band. Raises ValueError for invalid options."""
     if options.seeds < 2:
         raise ValueError(f"--seeds {options.seeds} is too few for a band: give 3 or more")
     recipe = load_recipe(options.recipe)

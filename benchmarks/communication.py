@@ -244,7 +244,7 @@ def foretell(
 
 
 def compare(options: argparse.Namespace) -> Report:
-    """Measure, fit, foretell. Raises ValueError for what was asked wrongly."""
+    """Measure, fit, predict. Raises ValueError for invalid options."""
     if min(options.processes) < 2 or options.repeats < 1 or options.largest <= 0:
         raise ValueError("give --processes of at least 2, --repeats of at least 1 and a --largest above 0")
     measured = measure(options)

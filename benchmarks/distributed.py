@@ -69,7 +69,7 @@ def compare_weights(ours: Path, theirs: Path) -> float:
 
 
 def measure_equality(place: Place, options: argparse.Namespace) -> Report:
-    """Each team's run beside that of one process; in deterministic_reduce mode every bit must be the same."""
+    """Compare each run in several processes with one process; deterministic runs must be bitwise equal."""
     alone, alone_bitwise = (
         train(place, "alone"),
         train(place, "alone-deterministic_reduce", "--deterministic-reduce"),
@@ -92,13 +92,13 @@ def measure_equality(place: Place, options: argparse.Namespace) -> Report:
         title="The same run",
         headings=(
             *("processes and sharding", "loss, 20 steps", f"loss, {options.steps} steps"),
-            *("weights", f"weights after {options.steps} steps, deterministic_reduce"),
+            *("weights", f"weights after {options.steps} steps, deterministic"),
         ),
         rows=rows,
         measured=measured,
         notes=[
-            "Beside one process by itself: the largest relative difference of a step's loss, and the largest "
-            "difference of a weight in the end."
+            "Compared with one process: the largest relative difference of a step's loss, and the largest "
+            "difference of a weight at the end. Deterministic: with `--deterministic-reduce`."
         ],
     )
 
@@ -144,7 +144,7 @@ def kill(place: Place, name: str, rank: int, moment: float, restarts: int) -> Ki
 
 
 def measure_kills(place: Place, options: argparse.Namespace) -> Report:
-    """A random one of two processes dies at a random moment, again and again: the run must stay the same.
+    """A random one of two processes is killed at a random moment, repeatedly: the run must stay the same.
 
     Every other run may be begun anew by itself; the rest is resumed by the command that is proposed. Raises
     ValueError if one differs.
@@ -158,7 +158,9 @@ def measure_kills(place: Place, options: argparse.Namespace) -> Report:
         name, rank, moment = f"killed-{number}", draw.randrange(2), draw.uniform(0, seconds)
         killed = kill(place, name, rank, moment, restarts=len(kills) % 2)
         if digest(place.run(name)) != expected:
-            raise ValueError(f"{name}, rank {rank} after {moment:.2f} s: the run is not the one in peace")
+            raise ValueError(
+                f"{name}, rank {rank} after {moment:.2f} s: the run differs from the uninterrupted one"
+            )
         kills += [killed] if killed else []
         if len(kills) == options.kills:
             break
@@ -169,9 +171,9 @@ def measure_kills(place: Place, options: argparse.Namespace) -> Report:
         headings=("what", "count"),
         rows=[
             ["kills (SIGKILL) of a random one of two processes at a random moment", str(len(kills))],
-            ["runs that came to their end by themselves (--max-restarts 1)", str(by_itself)],
+            ["runs that finished by themselves (--max-restarts 1)", str(by_itself)],
             ["runs that were resumed", str(len(kills) - by_itself)],
-            ["equal to the run in peace, to the bit", f"{len(kills)}/{options.kills}"],
+            ["equal to the uninterrupted run, to the bit", f"{len(kills)}/{options.kills}"],
             ["seconds from the kill to the end of the command: median", spread(ends, 1)[0]],
             ["the longest of them", spread(ends, 1)[2]],
         ],
@@ -181,7 +183,7 @@ def measure_kills(place: Place, options: argparse.Namespace) -> Report:
 
 
 def measure_frozen(place: Place, options: argparse.Namespace) -> Report:
-    """A random process stands still at a random step: the run must end, and tell where all stand.
+    """A random process hangs at a random step: the run must end, and tell where all stand.
 
     Raises ValueError if one does not.
     """
@@ -196,14 +198,14 @@ def measure_frozen(place: Place, options: argparse.Namespace) -> Report:
             ended = wait_for(process, frozen_at)
         told = all(f"rank {each} made no progress" in ended.said for each in range(2))
         if ended.status != FROZEN or not told or "in freeze" not in ended.said:
-            raise ValueError(f"rank {rank}, frozen at step {step}, was not told of: {ended.said}")
+            raise ValueError(f"rank {rank}, frozen at step {step}, was not reported: {ended.said}")
         ends.append(ended.seconds)
     total = options.frozen
     return Report(
-        title="Frozen processes",
+        title="Processes that make no progress",
         headings=("what", "count"),
         rows=[
-            ["a random one of two processes stands still at a random step", str(total)],
+            ["a random one of two processes hangs at a random step", str(total)],
             ["runs that ended, with the stacks of both", f"{total}/{total}"],
             [f"seconds until then, with --timeout-seconds {TIMEOUT_SECONDS}: median", spread(ends, 1)[0]],
             ["the longest of them", spread(ends, 1)[2]],
@@ -213,7 +215,7 @@ def measure_frozen(place: Place, options: argparse.Namespace) -> Report:
     )
 
 
-# ---------------------------------------------------------------- what talking costs
+# ---------------------------------------------------------------- cost of communication
 
 
 WAYS = (("none",), ("none", "--deterministic-reduce"), ("zero1",), ("fsdp",))
@@ -234,7 +236,7 @@ def listen_to(place: Place, processes: int, way: Sequence[str], steps: int) -> l
 
 
 def measure_communication(place: Place, options: argparse.Namespace) -> Report:
-    """By the number of processes, and what they divide."""
+    """Measure by number of processes and sharding."""
     rows, measured = [], {}
     for processes in (2, 4):
         for way in WAYS:
@@ -243,14 +245,15 @@ def measure_communication(place: Place, options: argparse.Namespace) -> Report:
             rows.append([name, *describe(talks)])
             measured[name] = [talk._asdict() for talk in talks]
     return Report(
-        title="What talking costs",
+        title="Cost of communication",
         headings=("processes and sharding", "MB a step", "step, ms", "moving, ms", "waiting, ms", "moving"),
         rows=rows,
         measured=measured,
         notes=[
-            "Medians over the steps: 3.3 million parameters, 4,096 tokens a step. `moving` is from when the "
-            "last process has come to a call until all have what they want, `waiting` what the others "
-            "stand idle before that, on average; processes that share two cores wait for each other's turn."
+            "Medians over the steps: 3.3 million parameters, 4,096 tokens a step. `moving` is the time "
+            "from the last process's entry into a collective until all have the result; `waiting` is the "
+            "idle time of the others before that, on average. Processes that share two cores also wait for "
+            "each other's turn."
         ],
     )
 

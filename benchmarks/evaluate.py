@@ -153,7 +153,7 @@ def _placed(peer: Peer, question: Question) -> Peer:
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Judge with all in turn. Raises ValueError, before any work, for what was asked wrongly."""
+    """Evaluate with all programs in turn. Raises ValueError, before any work, for invalid options."""
     import torch
 
     from overnight.model.gpt import empty_model, initialize

@@ -167,7 +167,7 @@ def compare(answers: Mapping[str, Sequence[int]], right: Sequence[int]) -> list[
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Answer with all in turn. Raises ValueError, before any work, for what was asked wrongly."""
+    """Evaluate with all programs in turn. Raises ValueError, before any work, for invalid options."""
     import torch
 
     from overnight.evaluation.choice_tasks import CHOICE_TASKS

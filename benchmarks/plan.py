@@ -100,7 +100,7 @@ def train(words: Sequence[str]) -> Figures:
 
 
 def compare(options: argparse.Namespace) -> Report:
-    """Foretell and train, in turn. Raises ValueError for what was asked wrongly."""
+    """Predict and train, in turn. Raises ValueError for invalid options."""
     if options.steps <= WARM_UPS:
         raise ValueError(f"--steps {options.steps} is too few: {WARM_UPS} warm up; give more")
     words = [options.recipe, *options.overrides]

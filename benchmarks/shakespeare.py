@@ -282,7 +282,7 @@ def judge_whole(logits: Callable[[Tensor], Tensor], ids: NDArray[np.int64]) -> f
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Train with both in turn. Raises ValueError, before any work, for what was asked wrongly."""
+    """Train with both in turn. Raises ValueError, before any work, for invalid options."""
     if options.nanogpt is not None:
         read_definitions(NANOGPT, options.nanogpt)
     for name, least in (("repeats", 1), ("iterations", 2)):

@@ -83,7 +83,7 @@ class Measured(NamedTuple):
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Step all sides in turn. Raises ValueError, before any work, for what was asked wrongly."""
+    """Step all sides in turn. Raises ValueError, before any work, for invalid options."""
     sides, left_out, model = check(options)
     ids = fit_ids(read_ids(options.text, options.data, options.bpe), options, model)
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ COMMANDS = {
     "quickstart": Command(
         "overnight.quickstart.command",
         "overnight.quickstart:QuickstartConfig",
-        "Everything on a laptop, offline, in a few minutes",
+        "Text, training and report on a laptop, offline, in minutes",
         "overnight quickstart",
     ),
     "prepare": Command(
@@ -88,13 +88,13 @@ COMMANDS = {
     "bench": Command(
         "overnight.bench.command",
         "overnight.bench:BenchConfig",
-        "Speed of training variants on this machine, float32 to everything",
+        "Speed of training variants on this machine, from plain float32",
         "overnight bench --model gpt2-124m --out bench",
     ),
     "report": Command(
         "overnight.report.command",
         "overnight.report:ReportConfig",
-        "A page about a run, or about several compared",
+        "Report of a run, or a comparison of several",
         "overnight report runs/quickstart",
     ),
     "runs": Command(
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(
-            f"overnight: {error.strerror or error}{where}; fix that, and repeat the command; "
+            f"overnight: {error.strerror or error}{where}; fix that and repeat the command; "
             "a run continues with --resume",
             file=sys.stderr,
         )
@@ -165,7 +165,7 @@ def _prepare_process(words: list[str]) -> None:
 
 
 def _refuse(error: ValueError) -> int:
-    """Print what is wrong with the user's input; of several processes with the same error the main one."""
+    """Print the user's error; of several processes with the same error only the main one prints."""
     from overnight.distributed.launcher import CollectiveValueError, is_main_process, record_usage_error
 
     is_shared = isinstance(error, CollectiveValueError)
@@ -177,7 +177,7 @@ def _refuse(error: ValueError) -> int:
 
 
 def _status_of(error: OSError) -> int:
-    """A process that ends because others have ended is not the one that failed."""
+    """The exit status; a process that ends because others have ended is not the one that failed."""
     from overnight.distributed.launcher import LOST, PeerLostError
 
     return LOST if isinstance(error, PeerLostError) else FAILED
@@ -212,7 +212,7 @@ def _config_of(name: str) -> Any:
 def _call(name: str, rest: list[str]) -> int:
     """Parse the command's own options and run it.
 
-    Where it asks for several processes, each of them repeats this by itself.
+    If it asks for several processes, each of them parses the options again.
     """
     from overnight.config import from_arguments
 
@@ -231,7 +231,7 @@ def _call(name: str, rest: list[str]) -> int:
 def _train(rest: list[str]) -> int:
     """A recipe's settings are its options; the recipe, or the run to be resumed, comes first.
 
-    Where it asks for several processes, each of them repeats this by itself.
+    If it asks for several processes, each of them parses the options again.
     """
     words = ["train", *rest]
     default = resumed = None
@@ -302,7 +302,7 @@ def _about(name: str) -> str:
 
 
 def _help() -> str:
-    """The list of commands; written here so that it takes no time to show."""
+    """The list of commands, as a literal so that it is printed without imports."""
     return "\n".join(
         [
             "usage: overnight COMMAND ...    (overnight COMMAND --help tells more)",

@@ -34,10 +34,10 @@ LARGEST_FLOAT = 2**1024  # an integer of this size overflows a float
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?', or the known names where none is near: the end of an error message."""
+    """The end of an error message: '; did you mean X?', or the known names if none is near."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there is {', '.join(known)}"
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
 
 
 def raise_problems(problems: Sequence[str], where: str) -> None:
@@ -50,7 +50,7 @@ def parse_duration(text: str) -> float:
     """Seconds of 7h50m, 90m, 45s, 1d12h. Raises ValueError for anything else."""
     found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
     if not text.strip() or found is None:
-        raise ValueError(f"{text!r} is not a length of time; write 7h50m, 90m, 45s or 1d12h")
+        raise ValueError(f"{text!r} is not a duration; write 7h50m, 90m, 45s or 1d12h")
     days, hours, minutes, seconds = (int(count or 0) for count in found.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
@@ -67,7 +67,7 @@ def is_section(kind: Any) -> bool:
 
 
 def record_kind(kind: Any) -> type | None:
-    """Of a list of records (tuple[SomeDataclass, ...]) the dataclass; None for any other field type."""
+    """The dataclass of a list of records (tuple[SomeDataclass, ...]); None for any other field type."""
     arguments = typing.get_args(kind)
     is_list = typing.get_origin(kind) is tuple and is_section(arguments[0])
     return arguments[0] if is_list else None
@@ -89,7 +89,7 @@ def from_toml(cls: type[Config], text: str, origin: str) -> Config:
         table = tomllib.loads(text)
     except RecursionError:
         raise ValueError(f"{origin} is nested too deeply to be read as TOML") from None
-    except ValueError as error:  # a number of more digits than Python reads is one, too
+    except ValueError as error:  # also raised for a number with too many digits
         raise ValueError(f"{origin} is not TOML: {error}") from None
     problems: list[str] = []
     values = _read_table(cls, table, cls, problems)

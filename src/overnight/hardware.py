@@ -1,7 +1,7 @@
 """Facts about devices: peak arithmetic, memory, bandwidth, and which precision they compute natively.
 
 Peaks are the manufacturers' dense figures (no structured sparsity) with float32 accumulation; a device whose
-maker publishes none is unknown, never guessed, and then nothing derived from it (MFU, plans) is reported.
+maker publishes none has no peak, and nothing derived from it (MFU, plans) is reported.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DeviceFacts:
     fp16: float | None = None
     tf32: float | None = None
     fp32: float | None = None
-    """None of a chip whose maker publishes no rate."""
+    """None if the maker publishes no rate."""
     memory_bytes: int | None = None
     """None where the device shares the machine's memory."""
     bytes_per_second: float | None = None
@@ -220,7 +220,7 @@ SIDE_ON_CPU, SIDE_ON_DEVICE = 2048, 8192
 
 
 def synchronize(device: str) -> None:
-    """Wait until `device` has finished all queued work: before a clock is read."""
+    """Wait until `device` has finished all queued work; call it before reading a clock."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     elif device == "mps":
@@ -228,7 +228,7 @@ def synchronize(device: str) -> None:
 
 
 def reset_peak_memory(device: str) -> None:
-    """Reset the peak of memory use; does nothing on a CPU without Linux."""
+    """Reset the peak of memory use. On a CPU, works on Linux only."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     elif device == "cpu" and CLEAR_REFS.exists():
@@ -281,7 +281,7 @@ def measure_matmul_flops(device: str, precision: str, repeats: int = 5) -> float
 
 
 def _time(action: Callable[[], object], device: str) -> float:
-    """Seconds of one call, the device's work included."""
+    """Seconds of one call, including the device's work."""
     synchronize(device)
     started_at = time.perf_counter()
     action()

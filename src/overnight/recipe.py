@@ -43,7 +43,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """When the run generates text, to be read beside its loss."""
+    """When the run generates text samples."""
 
     sample_every_steps: int | None = None
     """Steps between samples, and after the last; off if left out."""
@@ -55,18 +55,18 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointsConfig:
-    """When the run is saved. It is always saved after its last step and when it is interrupted."""
+    """When checkpoints are saved. The last step, and an interrupted run, are always saved."""
 
     checkpoint_every_steps: int | None = 1000
     """Steps between checkpoints."""
     keep_checkpoints: int | None = 2
-    """Number of newest checkpoints that are kept; all if left out."""
+    """Number of newest checkpoints to keep; all if left out."""
     keep_every_steps: int | None = None
-    """Also keep the checkpoints of every this many steps."""
+    """Also keep one checkpoint every this many steps."""
     keep_best: bool = False
     """Also keep the checkpoint with the lowest validation loss."""
     async_checkpoint: bool = True
-    """Train on while a checkpoint is written, from a copy in the host's memory; else wait for it."""
+    """Write checkpoints in a thread, from a copy in host memory, while training continues; else wait."""
     max_time: str | None = None
     """Save and stop after the step at which the command has run for this time: 7h50m, 90m, 1d12h."""
 
@@ -81,14 +81,14 @@ class CheckpointsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides a training run."""
+    """All settings that decide a training run."""
 
     run_name: str = ""
     """The run's folder under runs/; the recipe's own name if left out."""
     seed: int = 1337
     """Seed of the weights, the order of the data, dropout and samples."""
     init_from: str | None = None
-    """Begin with this model's weights: a run, a checkpoint, a Hugging Face folder or name."""
+    """Start from this model's weights: a run, a checkpoint, a Hugging Face folder or name."""
     trackers: tuple[str, ...] = ()
     """Also send the metrics to these: tensorboard, wandb, trackio."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -103,15 +103,15 @@ class Recipe:
     guard: GuardConfig = field(default_factory=GuardConfig)
 
     RENAMED: ClassVar[Renamed] = RENAMED_SETTINGS
-    """Settings and values as they were spelled before, in recipes, runs and on the command line."""
+    """Former names of settings and values, in recipes, runs and on the command line."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one sentence each; [] if nothing."""
+        """Invalid values, one sentence each; [] if there are none."""
         found = self.data.problems() + self.model.problems() + self.optimizer.problems()
         found += self.schedule.problems()
         found += self.batch.problems() + self.guard.problems() + find_problems(self.trackers)
         if self.guard.spike_sigma is not None and self.compute.precision == "fp16":
-            found.append("spike_sigma does not go with precision=fp16, whose scaler decides: choose bf16")
+            found.append("spike_sigma can't be used with precision=fp16, where the scaler decides: use bf16")
         if self.compute.deterministic_reduce and self.batch.micro_batch_size is None:
             found.append(
                 "deterministic_reduce=True needs micro_batch_size: what memory holds depends on the number "
@@ -122,7 +122,7 @@ class Recipe:
         except ValueError as error:
             found.append(f"max_time: {error}")
         if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
-            found.append(f"run_name={self.run_name!r} must be the plain name of a folder")
+            found.append(f"run_name={self.run_name!r} must be a folder name without a path")
         if not 0 <= self.seed < 2**63:
             found.append(f"seed={self.seed} must be at least 0 and less than 2^63")
         for name, value in flatten(self).items():
@@ -141,7 +141,7 @@ class Resolved:
     recipe: Recipe
     """The complete recipe, as the run records it."""
     model: ModelConfig
-    """With the tokenizer's vocabulary."""
+    """The model's sizes, with the tokenizer's vocabulary."""
     compute: Compute
     plan: BatchPlan
     total_steps: int
@@ -190,8 +190,8 @@ def with_settings(recipe: AnyRecipe, **settings: Any) -> AnyRecipe:
 
 
 def frozen_settings(recipe: Recipe) -> dict[str, object]:
-    """Settings that may not change during a run, as JSON holds them; without those that name a place."""
-    # Text and models may move to another path; a resumed run compares their content instead.
+    """Settings that may not change during a run, as JSON values; settings that are paths are left out."""
+    # Data and models may move to another path; a resumed run compares their content instead.
     may_differ = RESUME_MUTABLE | {"run_name", "init_from", "data"}
     frozen = {name: value for name, value in flatten(recipe).items() if name not in may_differ}
     return dict(json.loads(json.dumps(frozen, default=dataclasses.asdict)))

@@ -1,4 +1,4 @@
-"""A recipe as the command-line options that make it of another one."""
+"""The command-line options that turn one recipe into another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from overnight.recipe import Recipe, flatten
 
 
 def plain_recipe(config: Recipe) -> Recipe:
-    """The recipe within the settings of a command, which is a recipe with options of its own."""
+    """The recipe of a command's config, without the command's own options."""
     return Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
 
 
@@ -21,7 +21,7 @@ def changed_options(recipe: Recipe, original: Recipe, left_out: Set[str] = froze
 
 
 def list_options(recipe: Recipe, original: Recipe, left_out: Set[str] = frozenset()) -> list[list[str]]:
-    """The same, one list of words for each option."""
+    """`changed_options` with a list of words for each option."""
     now, before = flatten(recipe), flatten(original)
     changed = [name for name in now if name not in left_out and now[name] != before[name]]
     if {"total_tokens", "total_steps"} <= {*changed}:  # either option replaces the other

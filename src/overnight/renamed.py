@@ -1,4 +1,4 @@
-"""Settings that had another name before: old recipes, runs and command lines are still read."""
+"""Former names of settings, so that old recipes, runs and command lines can still be read."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Renamed:
-    """Settings that had another name before (old -> new), and values by setting (old -> new)."""
+    """Former names of settings (old -> new), and former values by setting (old -> new)."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def name(self, name: str) -> str:
-        """The present name of a setting."""
+        """The current name of a setting."""
         return self.names.get(name, name)
 
     def value(self, name: str, value: Any) -> Any:
-        """The present spelling of the value of the setting `name`, which is spelled as today."""
+        """The current spelling of the value of the setting with the current name `name`."""
         return self.values.get(name, {}).get(value, value) if isinstance(value, str) else value
 
     def settings(self, old: Mapping[str, Any]) -> dict[str, Any]:
-        """`old` with every name and value as today."""
+        """`old` with the current names and values."""
         return {self.name(name): self.value(self.name(name), value) for name, value in old.items()}
 
     def also(self, **names: str) -> Renamed:
-        """These, and more old names."""
+        """A copy with additional former names."""
         return Renamed({**self.names, **names}, self.values)
 
     def options(self, words: Sequence[str]) -> list[str]:
-        """Command-line words with every option and value as today."""
+        """Command-line words with the current options and values."""
         found: list[str] = []
         option = ""
         for word in words:
@@ -75,6 +75,6 @@ RENAMED_SETTINGS = Renamed(
 
 
 def renamed_settings(cls: type) -> Renamed:
-    """The settings of `cls` that had another name before."""
+    """The former names of the settings of `cls`."""
     found: Renamed = getattr(cls, "RENAMED", NOTHING_RENAMED)
     return found

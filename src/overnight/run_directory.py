@@ -33,8 +33,8 @@ from filelock import FileLock, Timeout
 
 EVENTS = ("evaluations", "samples", "tasks", "rollbacks")
 LINE_FILES = ("metrics.jsonl", *(f"events/{kind}.jsonl" for kind in EVENTS))
-FIRST_LINE = "# These are {} lines."  # of recipe.toml: a truncated file must not pass for one with defaults
-FROM_A_COPY = "restore it from a copy of the run, or begin again with another --run-name"
+FIRST_LINE = "# These are {} lines."  # of recipe.toml; detects a truncated file
+FROM_A_COPY = "restore it from a copy of the run, or start again with another --run-name"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -56,12 +56,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def flush_to_disk(descriptor: int) -> None:
-    """Return once this file's bytes are on the disk."""
+    """Wait until this file's bytes are on the disk (fsync)."""
     os.fsync(descriptor)
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in `folder` (a rename, a new file) survive a power cut."""
+    """Flush the names in `folder` (a rename, a new file) to the disk (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         flush_to_disk(descriptor)
@@ -84,11 +84,11 @@ class RunDirectory:
         self.ended = self.path / "ended.json"
 
     def exists(self) -> bool:
-        """True if a run was ever begun here, even if its recipe is lost."""
+        """True if a run was started here, even if its recipe is missing."""
         return self.recipe.is_file() or self.metrics.is_file()
 
     def begin(self, recipe: str, environment: Mapping[str, Any]) -> None:
-        """Record what is about to run. The recipe is written last: with it the run exists."""
+        """Write the recipe and the environment. The recipe is written last: with it the run exists."""
         self._make()
         self.ended.unlink(missing_ok=True)
         write_atomically(self.environment, json.dumps(environment, indent=2) + "\n")
@@ -112,7 +112,7 @@ class RunDirectory:
         if stated is not None and lines < int(stated[1]):
             raise ValueError(
                 f"{self.recipe} has {lines} of {stated[1]} lines: {FROM_A_COPY}; if you removed lines, "
-                "remove the first one, too"
+                "remove the first one as well"
             )
         return text
 
@@ -155,14 +155,14 @@ class RunDirectory:
         return _read_lines(self._events(kind))
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which are written again."""
+        """Remove the lines of steps after `step`; these steps are computed again."""
         for path in (self.path / name for name in LINE_FILES):
             if path.is_file():
                 kept = [line for line in _read_lines(path) if line["step"] <= step]
                 write_atomically(path, "".join(map(_to_json, kept)))
 
     def flush(self) -> None:
-        """Return once every metrics and event line is on the disk: before a checkpoint is published."""
+        """Flush all metrics and event lines to the disk; called before a checkpoint is published."""
         for path in (self.path / name for name in LINE_FILES):
             if path.is_file():
                 with path.open("rb") as file:
@@ -173,7 +173,7 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Lock the run. Raises ValueError if another process trains here, and without permission to write.
 
-        The kernel frees the lock when its holder dies, however it dies.
+        The kernel releases the lock when the process ends, for any reason.
         """
         self._make()
         self._check_rights()

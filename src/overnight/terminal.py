@@ -1,6 +1,6 @@
-"""Lines, progress bars and number formats for a person. Everything is printed to stderr.
+"""Lines, progress bars and number formats for the terminal. Everything is printed to stderr.
 
-Standard output is left to what a program reads (`--json`, generated text).
+Standard output is for output that programs read (`--json`, generated text).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def echo(text: str = "") -> None:
 
 @contextmanager
 def quiet(yes: bool) -> Iterator[None]:
-    """Within, if `yes`, nothing is printed to stderr: of several processes the main one prints."""
+    """Context manager: if `yes`, nothing is printed to stderr. Only the main process prints."""
     if not yes:
         yield
         return
@@ -38,7 +38,7 @@ def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callab
     """A progress bar; yields `advance(amount=1, note="")`.
 
     On a terminal it is live, with the rate and the estimated time; elsewhere (a log file, a pipe) a single
-    line at the end. `total=None`: the length is unknown. Without a `unit` the note says what was done.
+    line at the end. `total=None`: the length is unknown. Without a `unit` the note describes the progress.
     """
     started_at = time.perf_counter()
     done, last_note = 0.0, "nothing"
@@ -108,7 +108,7 @@ def significant(number: float, digits: int = 4) -> str:
 
 
 def scientific(number: float) -> str:
-    """The shortest exact-looking form of a learning rate: 6e-4, 2.5e-4, 0."""
+    """A learning rate in its shortest form: 6e-4, 2.5e-4, 0."""
     if number == 0 or not math.isfinite(number):
         return "0" if number == 0 else "not finite"
     mantissa, exponent = f"{number:.2e}".split("e")

@@ -1,7 +1,7 @@
 """Copies of the metrics in other programs: TensorBoard, Weights & Biases, Trackio.
 
-The run directory stays the record; trackers are only written to. Each is an extra, imported when it is used,
-and none needs an account: without a login, Weights & Biases logs offline.
+Trackers are only written to; the run directory remains the record. Each is an extra, imported when it is
+used, and none needs an account: without a login, Weights & Biases logs offline.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _open_trackio(_folder: Path, name: str, config: dict[str, object]) -> Iterat
         yield lambda step, values: run.log(dict(values), step=step)
     finally:
         with contextlib.redirect_stdout(sys.stderr):
-            trackio.finish()  # unlike run.finish(), leaves nothing to do at exit
+            trackio.finish()  # unlike run.finish(), leaves no work for the exit
 
 
 TRACKERS = {"tensorboard": _open_tensorboard, "wandb": _open_wandb, "trackio": _open_trackio}

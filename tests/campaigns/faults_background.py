@@ -109,9 +109,9 @@ def measure_background(place: Place, counts: dict[str, Any], seed: int) -> Repor
     struck = functools.partial(strike_all, place, course, before=slow_disk)
     by_thread = {number for number, change in enumerate(course.changes, 1) if "checkpoints/" in change}
     rows = [
-        ["runs with drawn recipes, saved by a thread to a slow disk", str(counts["changed"])],
-        ["steps that changed the weights meanwhile", f"{steps:,}"],
-        ["every file as when training waits", f"{counts['changed']}/{counts['changed']}"],
+        ["runs with random recipes, saved by a thread to a slow disk", str(counts["changed"])],
+        ["steps that changed the weights during a save", f"{steps:,}"],
+        ["every file equal to that of a run that waits", f"{counts['changed']}/{counts['changed']}"],
     ]
     for kind, words in (
         ("kill", "killed at a change of the disk during a save: nothing lost"),
@@ -122,7 +122,7 @@ def measure_background(place: Place, counts: dict[str, Any], seed: int) -> Repor
     failing = [fault for fault in errors(course, "EIO", lasting=False) if fault.at in by_thread]
     rows.append(
         [
-            "an error of the disk in the thread: said, and nothing lost",
+            "an I/O error in the thread: reported, nothing lost",
             struck(spread_out(failing, counts["failed"])),
         ]
     )

@@ -263,14 +263,16 @@ def measure_errors(place: Place, counts: dict[str, Any], seed: int) -> Report:
     )
     in_saves = [Fault(fault.at, "EIO") for fault in saves(courses[0])]
     caught = catch(place, courses[0], spread_out(in_saves, counts["controls"]), delete_first)
-    rows.append(["control, a mutant that deletes the old before it has saved: errors noticed", caught])
+    rows.append(
+        ["control, a mutant that deletes the old checkpoint before it has saved: errors noticed", caught]
+    )
     return report(
         title="C3: a full disk, an error of the disk",
         rows=rows,
         measured={},
         notes=[
             "In each trial the command ends with status 1 and one sentence, the newest published checkpoint "
-            "is still there, and once the disk is well again the run is resumed to the same bits."
+            "is still there, and once the disk works again the run is resumed to the same bits."
         ],
         settings={"seed": seed},
     )

@@ -168,10 +168,10 @@ def measure_corruption(place: Place, counts: dict[str, int], seed: int) -> Repor
                 f"{refused - found.get('flip refused', 0)}/{others}",
             ],
             [
-                "control, a mutant that does not verify: flipped bits loaded without a word",
+                "control, a mutant that does not verify: flipped bits loaded silently",
                 f"{flipped}/{flips}",
             ],
-            ["control: other damage loaded without a word", f"{loaded - flipped}/{others}"],
+            ["control: other damage loaded silently", f"{loaded - flipped}/{others}"],
         ],
         measured={"found": found, "mutant": mutant},
     )
@@ -207,7 +207,7 @@ def measure_fallback(place: Place, counts: dict[str, int], seed: int) -> Report:
     return report(
         title="C5: a damaged newest checkpoint falls back to the one before",
         rows=[
-            ["newest checkpoint damaged: said so, and came to the same bits", f"{trials}/{trials}"],
+            ["newest checkpoint damaged: reported, and ended in the same bits", f"{trials}/{trials}"],
             ["control, a mutant that does not verify: noticed by the campaign", f"{caught}/{controls}"],
         ],
         measured={"control": wrongs},

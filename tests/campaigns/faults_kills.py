@@ -106,8 +106,8 @@ def measure_kills(place: Place, counts: dict[str, Any], seed: int) -> Report:
     controls = [
         [f"control, a mutant that {words}: noticed", catch_killed(place, mutant, expected, seed)]
         for mutant, words in (
-            (forget_moments, "forgets the moments"),
-            (never_rewind, "does not take back lines"),
+            (forget_moments, "loses the moments"),
+            (never_rewind, "does not remove lines"),
         )
     ]
     where = [[f"of them while {name}", str(stood.count(name))] for name in ("starting", "training", "saving")]
@@ -222,7 +222,7 @@ def measure_starts(place: Place, counts: dict[str, Any], seed: int) -> Report:
             [f"rounds of {starts} commands at once", str(rounds)],
             ["exactly one trained", f"{rounds}/{rounds}"],
             ["others refused with a sentence", f"{rounds * (starts - 1)}/{rounds * (starts - 1)}"],
-            ["went on at once after kill -9 of the owner: no stale lock", f"{rounds}/{rounds}"],
+            ["continued at once after kill -9 of the owner: no stale lock", f"{rounds}/{rounds}"],
             ["control, a mutant without the lock: owners at once", f"{mutants} of {min(starts, 8)}"],
         ],
         measured={},

@@ -174,7 +174,7 @@ def measure_leaks(place: Place, counts: dict[str, Any], seed: int) -> Report:
         rows=[
             ["steps in one process", f"{steps:,}"],
             ["saves", "200"],
-            ["bytes of its own memory that a step adds, last third beside the second", f"{added:,.0f}"],
+            ["bytes of its own memory that a step adds, last third against the second", f"{added:,.0f}"],
             ["open descriptors added", str(opened)],
             ["control, a mutant that keeps 4 KB of each step: bytes a step adds", f"{leaked:,.0f}"],
             ["control, and leaves a file of each save open: descriptors added", str(left)],

@@ -111,7 +111,7 @@ def kill_often(case: Case, count: int, seed: int) -> list[list[str]]:
     return [
         ["D4: kills at random moments", str(kills)],
         [
-            "folders completed by the same command again, each the one written undisturbed",
+            "folders completed by the same command again, each equal to the uninterrupted one",
             f"{folders}/{folders}",
         ],
         [
@@ -321,9 +321,12 @@ def crowd_often(case: Case, rounds: int, count: int) -> list[list[str]]:
         shutil.rmtree(folder)
     rows = [
         [f"D5: rounds of {count} commands at once, all ended with status 0", f"{rounds}/{rounds}"],
-        ["the folder is the one written undisturbed", f"{rounds}/{rounds}"],
-        ["opened by a reader meanwhile, each time whole", f"{sum(each.openings for each in seen):,}"],
-        ["rows read before it was complete, each the one of the end", f"{sum(each.rows for each in seen):,}"],
+        ["the folder equals the uninterrupted one", f"{rounds}/{rounds}"],
+        ["opened by a reader during this, each time complete", f"{sum(each.openings for each in seen):,}"],
+        [
+            "rows read before it was complete, each equal to the final one",
+            f"{sum(each.rows for each in seen):,}",
+        ],
     ]
     tried = min(2, rounds)
     for mutant, words in ((unlocked, "has no lock"), (publish_by_copying, "publishes file by file")):
@@ -354,8 +357,8 @@ def measure_preparation(place: Place, counts: dict[str, Any], seed: int) -> Repo
         measured={"sha256": case.expected},
         notes=[
             f"One sha256 over all names and bytes of the folder, {case.expected[:16]}..., in every row. "
-            f"Surroundings: {', '.join(each.name for each in these)}. "
-            f"Beside the folder nothing is left but its lock, {LOCK}."
+            f"Environments: {', '.join(each.name for each in these)}. "
+            f"Next to the folder only its lock is left, {LOCK}."
         ],
         settings={"seed": seed},
     )

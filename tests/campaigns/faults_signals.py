@@ -332,9 +332,9 @@ def measure_signals(place: Place, counts: dict[str, Any], seed: int) -> Report:
         title="S1: told to stop",
         rows=[
             ["SIGINT, SIGTERM or SIGUSR1", str(total)],
-            *[[f"aimed at it while {phase}", str(count)] for phase, count in aimed.items()],
+            *[[f"aimed at the run while {phase}", str(count)] for phase, count in aimed.items()],
             ["at a random moment of a run", str(len(scattered))],
-            ["stopped as promised, and went on to the same bits", f"{total}/{total}"],
+            ["stopped as promised, and resumed to the same bits", f"{total}/{total}"],
             ["seconds from the signal to the end: median", f"{statistics.median(waits):.2f}"],
             ["99th percentile", f"{waits[min(total - 1, int(0.99 * total))]:.2f}"],
             ["a second signal in the middle of a step of 15 minutes: ended", f"{twice}/{twice}"],

@@ -105,7 +105,7 @@ def measure_stops(place: Place, counts: dict[str, Any], seed: int) -> Report:
     controls = [
         [f"control, a mutant that {words}: noticed", catch_stopped(place, mutant, seed)]
         for mutant, words in (
-            (forget_moments, "forgets the moments"),
+            (forget_moments, "loses the moments"),
             (same_noise_each_time, "leaves dropout to torch's generator"),
         )
     ]

@@ -95,7 +95,7 @@ def vary(place: Path, expected: str, chosen: list[Surroundings]) -> list[list[st
     for these in chosen:
         if prepare_in(place, these) != expected:
             raise ValueError(f"{these.name}: the folder differs from one written undisturbed")
-    rows = [["D6: the same bytes in other surroundings", f"{len(chosen)}/{len(chosen)}"]]
+    rows = [["D6: the same bytes in other environments", f"{len(chosen)}/{len(chosen)}"]]
     for words, (mutant, one, other) in list(CONTROLS.items())[: len(chosen)]:
         if prepare_in(place, one, mutant.__name__) == prepare_in(place, other, mutant.__name__):
             raise ValueError(f"the mutant that {words} was not caught: the campaign proves nothing")
@@ -197,7 +197,7 @@ def note_the_hour() -> None:
 
 PLAIN = Surroundings("as it is", variables={"PYTHONHASHSEED": "0"})
 CONTROLS = {
-    "orders documents by who did them": (order_by_workers, PLAIN, Surroundings("workers 3", workers=3)),
+    "orders documents by worker": (order_by_workers, PLAIN, Surroundings("workers 3", workers=3)),
     "holds the files in a set": (
         order_of_hashes,
         PLAIN,
@@ -208,13 +208,13 @@ CONTROLS = {
         Surroundings("locale C.UTF-8", variables={"LC_ALL": "C.UTF-8"}),
         Surroundings("locale C", variables=NO_UTF8),
     ),
-    "writes the hour down": (
+    "records the time of day": (
         note_the_hour,
         Surroundings("zone UTC", variables={"TZ": "UTC"}),
         Surroundings("zone of Nepal", variables={"TZ": "Asia/Kathmandu"}),
     ),
-    "writes the path down": (name_the_path, PLAIN, ELSEWHERE),
-    "reads files as they are listed": (
+    "records the path": (name_the_path, PLAIN, ELSEWHERE),
+    "reads files in directory order": (
         order_of_listing,
         PLAIN,
         Surroundings("folders listed in another order", variables={SHUFFLED: "1"}),

@@ -72,10 +72,10 @@ SOURCE = "spare/model"
 LOST = ("runs/small/checkpoints",)
 on_disk = functools.partial(Trouble, "of the disk")
 of_text = functools.partial(Trouble, "of the text and its tokenizer")
-of_model = functools.partial(Trouble, "of the model to begin with", kinds=NEW)
+of_model = functools.partial(Trouble, "of the initial model", kinds=NEW)
 of_machine = functools.partial(Trouble, "of the machine")
 of_settings = functools.partial(Trouble, "of the settings")
-of_run = functools.partial(Trouble, "of the run that is to go on", kinds=RESUMED)
+of_run = functools.partial(Trouble, "of the run to resume", kinds=RESUMED)
 
 
 def of_file(name: str, what: str, edit: Callable[[bytes], bytes]) -> Trouble:
@@ -336,10 +336,10 @@ def without_verification() -> None:
 
 
 MUTANTS: tuple[tuple[Before, str, str], ...] = (
-    (without_disk_check, "too little space", "does not ask for space"),
+    (without_disk_check, "too little space", "does not check space"),
     (without_shard_check, "a shard of other tokens", "does not verify shards"),
-    (without_memory_check, "too little memory", "does not ask for memory"),
-    (without_rights_check, "runs/small/checkpoints may not be written", "does not ask for rights"),
-    (without_record_check, "a recipe that lost lines", "takes what is left of a recipe for all of it"),
+    (without_memory_check, "too little memory", "does not check memory"),
+    (without_rights_check, "runs/small/checkpoints may not be written", "does not check permissions"),
+    (without_record_check, "a recipe that lost lines", "accepts a truncated recipe"),
     (without_verification, "every checkpoint damaged", "does not verify checkpoints"),
 )

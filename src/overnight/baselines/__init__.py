@@ -1,6 +1,6 @@
 """Compares a run with recorded healthy runs of the same recipe, and diagnoses known mistakes.
 
-Everything here works on numbers and sentences: no torch, no files but the bands of the package.
+Needs no torch, and reads no files except the bands of the package.
 
     band       a run's curves; the bands of healthy runs, and how one is recorded
     diagnoses  the known mistakes and their evidence

@@ -21,13 +21,13 @@ IDENTITY = (
     *("n_layer", "n_head", "n_embd", "context_length", "vocab_size", "init_from"),
     *("total_steps", "tokens_per_step", "batch_ramp_start_tokens", "batch_ramp_tokens"),
 )
-"""Settings that define the experiment: a run with others has no reference."""
+"""Settings that define the experiment: a run with other values has no reference."""
 SETTINGS = (
     *("dropout", "peak_learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm"),
     *("warmup_steps", "learning_rate_decay", "decay_steps", "final_learning_rate_fraction"),
     *("packing", "shuffle_window", "validation_fraction", "evaluation_tokens"),
 )
-"""Settings that move the curves: reported where they differ."""
+"""Settings that change the curves: reported where they differ."""
 TEXT = ("source", "tokenizer", "tokenizer_fingerprint")
 """Fields of data.json that identify a text."""
 
@@ -74,23 +74,23 @@ class ReferenceBand:
     recipe: str
     """The recipe's name."""
     source: str
-    """Of the figures, in a few words: "5 recorded runs"."""
+    """Source of the figures, such as "5 recorded runs"."""
     date: str
     notes: str = ""
     """How the runs were made, and how the band was widened."""
     identity: Mapping[str, Any]
     """`IDENTITY` of the recipe."""
     settings: Mapping[str, Any]
-    """`SETTINGS`, or those that are known of the source; others are not compared."""
+    """Values of `SETTINGS` that the source states; others are not compared."""
     text: Mapping[str, tuple[str, ...]]
-    """The allowed values of each of `TEXT`."""
+    """The allowed values of each field of `TEXT`."""
     unigram_nats: float | None
-    """Entropy of the training text's single tokens: the loss without any context."""
+    """Entropy of the training text's token frequencies: the loss without any context."""
     curves: Mapping[str, BandCurve]
-    """By the names of `RunCurves`; unknown ones are left out."""
+    """Curves by the names of `RunCurves`; unknown ones are left out."""
 
     def differences(self, settings: Mapping[str, Any]) -> dict[str, str]:
-        """By name, settings that are not the reference's: "dropout is 0.1, and 0.0 in the reference"."""
+        """Setting -> how it differs from the reference's: "dropout is 0.1, and 0.0 in the reference"."""
         return {
             name: f"{name} is {_or_unset(settings.get(name))}, and {_or_unset(value)} in the reference"
             for name, value in self.settings.items()
@@ -201,7 +201,7 @@ def _evaluation_values(columns: Columns, line: Mapping[str, Any]) -> Iterator[tu
     yield from ((name, _number(line[key])) for name, key in keys.items() if line.get(key) is not None)
     tokens = line["tokens"]
     first, last = np.searchsorted(columns["tokens"], [tokens * (1 - TAIL), tokens], side="right")
-    if not last or columns["tokens"][last - 1] != tokens:  # the first evaluation precedes all steps
+    if not last or columns["tokens"][last - 1] != tokens:  # the first evaluation is before all steps
         return
     yield "gap", _number(line["loss"]) - _mean(columns["loss"][first:last])
     applied, logged = line.get("applied_learning_rate"), float(columns["learning_rate"][last - 1])
@@ -210,7 +210,7 @@ def _evaluation_values(columns: Columns, line: Mapping[str, Any]) -> Iterator[tu
 
 
 def _number(value: object) -> float:
-    """A value of a JSON line as a number; NaN if it is not one."""
+    """A value of a JSON line as a float; NaN if it is not a number."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
@@ -248,7 +248,7 @@ def record_curves(runs: Sequence[RunCurves]) -> dict[str, BandCurve]:
     Raises ValueError for fewer than two runs, and for values that are not finite.
     """
     if len(runs) < 2:
-        raise ValueError("a band needs two runs or more: give more seeds")
+        raise ValueError("a band needs at least two runs: give more seeds")
     names = [name for name in MIN_HALF_WIDTH if all(name in run for run in runs)]
     return {name: _band_curve(name, [dict(run[name]) for run in runs]) for name in names}
 
@@ -265,9 +265,9 @@ def _band_curve(name: str, runs: Sequence[Mapping[int, float]]) -> BandCurve:
     if name in LOG_SCALE:
         values = np.log(values)
     if not np.isfinite(values).all():
-        raise ValueError(f"a run whose {name} is not finite cannot be a reference: leave it out")
+        raise ValueError(f"a run whose {name} is not finite can't be a reference: leave it out")
     middle, variances = values.mean(axis=1), values.var(axis=1, ddof=1)
-    start = int(tokens[0] == 0)  # before the first step the runs differ by their initial weights only
+    start = int(tokens[0] == 0)  # before the first step the runs differ only in their initial weights
     variances[start:] = _pooled(variances[start:], len(runs))
     least = MIN_HALF_WIDTH[name] * (1.0 if name == "gap" else np.abs(middle))
     if name in LOG_SCALE:

@@ -18,11 +18,11 @@ from overnight.baselines.band import BandPoint
 SPIKE = 10.0
 """A gradient norm this many times the reference's highest is an explosion."""
 LARGE = 1.5
-"""A gradient norm that is off by a smaller factor is not a matter of scale."""
+"""Least factor by which a gradient norm must be off to be a scaling mistake."""
 FAR_BELOW = 0.93
-"""Losses under this share of the reference's are not luck. Chosen, not measured."""
+"""Losses below this share of the reference's are far below it. Chosen, not measured."""
 NEAR = 0.03
-"""Factors that differ by this share are the same."""
+"""Relative tolerance for equal factors."""
 
 
 class Deviation(NamedTuple):
@@ -49,12 +49,12 @@ class Deviation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunStats:
-    """What the diagnoses look at."""
+    """The statistics that the diagnoses use."""
 
     curves: Mapping[str, Sequence[Deviation]]
-    """By the curve's name, in order of tokens; without curves that do not compare with the reference's."""
+    """Curve name -> deviations in order of tokens; curves that can't be compared are left out."""
     micro_batches: int | None
-    """Of each step, if the recipe says."""
+    """Micro-batches of each step; None if the recipe does not set them."""
     unigram_nats: float | None
 
     def curve(self, name: str) -> Sequence[Deviation]:
@@ -117,13 +117,13 @@ class Diagnosis(NamedTuple):
 
     name: str
     look_at: str
-    """Where it is usually made."""
+    """The code or setting where the mistake is usually made."""
     evidence: Callable[[RunStats], str | None]
-    """What points to it, with the run's number and the reference's; None if nothing does."""
+    """Returns the evidence, with the run's number and the reference's; None if there is none."""
 
 
 def learning_rate_factor(stats: RunStats) -> str | None:
-    """The rate is the reference's times a constant, or the optimizer's is the logged one's."""
+    """The learning rate is a constant multiple of the reference's, or of the logged one."""
     for name, template in (
         ("applied_rate", "the optimizer uses {0:.3g} times the learning rate that is logged"),
         (
@@ -140,7 +140,7 @@ def learning_rate_factor(stats: RunStats) -> str | None:
 
 
 def learning_rate_schedule(stats: RunStats) -> str | None:
-    """The rate leaves the reference's schedule."""
+    """The learning rate leaves the reference's schedule."""
     applied = [each.value for each in stats.curve("applied_rate")]
     if applied and not _are_near(applied, statistics.median(applied)):
         low, high = min(applied), max(applied)
@@ -155,7 +155,7 @@ def learning_rate_schedule(stats: RunStats) -> str | None:
 
 
 def scaled_gradients(stats: RunStats) -> str | None:
-    """From the first step the gradient is off by a constant factor, and the loss is not."""
+    """The gradient is off by a constant factor from the first step on, and the loss is not."""
     first = stats.gradient_factor()
     return first and (
         f"the first step's gradient norm is {first.value:.3g}, {first.ratio:.3g} times the reference's "
@@ -164,7 +164,7 @@ def scaled_gradients(stats: RunStats) -> str | None:
 
 
 def summed_gradients(stats: RunStats) -> str | None:
-    """The factor of the gradient divides the number of micro-batches."""
+    """The gradient's factor divides the number of micro-batches."""
     first = stats.gradient_factor()
     if first is None or stats.micro_batches is None:
         return None

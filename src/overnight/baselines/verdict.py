@@ -35,16 +35,16 @@ class BandComparison:
 
     band: ReferenceBand
     position: Position
-    """Of the latest validation loss; if that is within, of the latest training loss."""
+    """Position of the latest validation loss; if it is within, of the latest training loss."""
     curve: str
     """The curve that decided: "validation loss" or "training loss"."""
     latest: Deviation
     since_tokens: int | None
-    """Where that curve left the band for good; None if it is within."""
+    """Tokens from which on that curve is outside of the band; None if it is within."""
     causes: tuple[LikelyCause, ...]
     """The diagnoses that fit, likeliest first."""
     differences: tuple[str, ...]
-    """Settings that are not the reference's."""
+    """Settings that differ from the reference's."""
 
     @property
     def is_on_track(self) -> bool:
@@ -65,7 +65,7 @@ class BandComparison:
         return "; ".join(self.sentences()[: 2 + bool(self.differences)])
 
     def sentences(self) -> list[str]:
-        """The position; if the run is off, also the settings that differ and the diagnoses that fit."""
+        """Sentences on the position; if the run is off, on the differing settings and likely diagnoses."""
         reference, source = self.latest.reference, f"{self.band.recipe}, {self.band.source}"
         found = [
             f"{self.position} its reference ({source}): {self.curve} {self.latest.value:.4g} at "
@@ -99,7 +99,7 @@ def compare_with_band(
     measured = run_curves(columns, evaluations, ends)
     differences = band.differences(settings)
     curves = band_deviations(measured, band.curves)
-    if "evaluation_tokens" in differences:  # another validation text: its losses do not compare
+    if "evaluation_tokens" in differences:  # another validation text: its losses can't be compared
         curves = {name: points for name, points in curves.items() if name not in VALIDATION_CURVES}
     if differences.keys() & SCHEDULE_SETTINGS:  # the recipe asks for another learning rate
         curves.pop("learning_rate", None)
@@ -131,7 +131,7 @@ def compare_with_band(
 
 
 def band_deviations(measured: RunCurves, curves: Mapping[str, BandCurve]) -> dict[str, list[Deviation]]:
-    """By curve, the deviation of every point for which the band is known; empty ones are left out."""
+    """Curve name -> deviation of every point for which the band is known; empty curves are left out."""
     found: dict[str, list[Deviation]] = {}
     for name, curve in curves.items():
         references = ((point, curve.at(point.tokens)) for point in measured.get(name, ()))

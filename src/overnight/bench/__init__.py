@@ -10,14 +10,14 @@ from overnight.renamed import Renamed
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Variants of a training step, each with one more change: timed, and compared with plain float32."""
+    """Times variants of a training step, each with one more change, and compares losses with float32."""
 
     model: str = "gpt2-124m"
     """A published size: gpt2-124m, gpt2-350m, ..., gpt3-125m, ..."""
     variants: tuple[str, ...] | None = None
     """Changes to time, in this order, on top of float32: tf32, bf16, fp16, compile, fused-attention,
     block-attention, pad-vocab, fused-adamw, large-pages, micro-batch, and, only when named, chunked-head,
-    fp8-head, activation-checkpointing. All that make sense here if left out."""
+    fp8-head, activation-checkpointing. All that this machine supports if left out."""
     rows: int | None = None
     """Rows of a micro-batch; if left out 1 on the CPU, elsewhere the most that fit, up to 16."""
     context_length: int | None = None

@@ -16,9 +16,9 @@ WIDTH, ROW = 880, 34
 MARGINS = (80, 240, 18, 150)
 """In CSS pixels around the bars: top, right, bottom, left."""
 COLUMNS = {"ms/step": 150, "total": 216}
-"""Where the figures beside the bars end, in pixels from the longest bar's end."""
+"""Right edges of the figures next to the bars, in pixels from the end of the longest bar."""
 BAR_SHARE = 0.56
-"""Of a row's height."""
+"""Share of a row's height."""
 WRONG = RUN_COLOURS[1]
 
 
@@ -60,7 +60,7 @@ def _draw_bar(axes: Axes, row: int, rounds: Sequence[float], figures: Figures) -
 
 
 def _write_columns(axes: Axes, row: float, words: Sequence[str], lift: int) -> None:
-    """Figures beside the bars, `lift` pixels above the middle of the row."""
+    """Figures next to the bars, `lift` pixels above the middle of the row."""
     for text, end in zip(words, COLUMNS.values(), strict=True):
         _write(axes, text, (axes.get_xlim()[1], row), (end, lift), horizontalalignment="right")
 

@@ -55,16 +55,16 @@ from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
 
 COLUMNS = 80
 BUSY_SHARE = 0.5  # load of other programs per processor, above which figures are noisy
-CHARACTERS_PER_TOKEN = 6  # more than English has, so that enough text is read
+CHARACTERS_PER_TOKEN = 6  # an upper bound for English, so that enough text is read
 
 Rounds = Sequence[Mapping[str, TimedSteps]]
 """The results of a group, round by round, by variant."""
 
 
 def run(config: BenchConfig) -> BenchRecord:
-    """Measure, print, write. Raises FloatingPointError in the end if a variant's losses are wrong."""
+    """Measure, print, write. Raises FloatingPointError at the end if a variant's losses are wrong."""
     if config.out is not None:
-        check_matplotlib()  # now, not after minutes of measuring
+        check_matplotlib()  # before minutes of measuring
         if Path(config.out).is_file():
             raise ValueError(f"--out {config.out} is a file; name a folder")
     record = measure_variants(decide_bench(config, open_world(config.device).device))
@@ -100,7 +100,7 @@ def measure_variants(plan: BenchPlan) -> BenchRecord:
                     rates.append(find_peak_flops_or_measure(plan.device, plan.precision))
             measured = (
                 record_group(plan, group, rounds) | measured
-            )  # the first of a group was in the last one
+            )  # the first variant of a group was also in the previous group
     return build_record(plan, measured, statistics.median(rates), origin)
 
 
@@ -112,10 +112,10 @@ def announce(plan: BenchPlan, origin: str) -> None:
         echo(f"  {name:<{width}}  {f'skipped: {reason}' if reason else VARIANTS[name].about}")
     if len(plan.groups) > 1:
         groups = ", then ".join(f"{group[0]} to {group[-1]}" for group in plan.groups)
-        echo(textwrap.fill(f"Memory holds one group at a time: {groups}.", COLUMNS))
+        echo(textwrap.fill(f"Memory is enough for one group at a time: {groups}.", COLUMNS))
     echo(f"{plan.rounds} rounds on {origin}, about {duration(estimate_seconds(plan))}.")
     if (load := os.getloadavg()[0]) > BUSY_SHARE * (os.cpu_count() or 1):
-        echo(f"The machine is busy (load {load:.1f}); expect noise.")
+        echo(f"The machine is busy (load {load:.1f}): the figures will be noisy.")
     echo()
 
 

@@ -25,18 +25,18 @@ from overnight.training.memory import USABLE_FRACTION, Resources, estimate_memor
 
 # Rows of a micro-batch: the first that fit. On a GPU the lecture has 16.
 ROWS_ON_CPU, ROWS_ON_GPU = (1,), (16, 8, 4, 2, 1)
-GROWTH_ON_CPU, GROWTH_ON_GPU = 2, 4  # at most: micro-batches that the variant micro-batch merges
-WARM_UPS = 2  # in its second step a process's heap still grows
+GROWTH_ON_CPU, GROWTH_ON_GPU = 2, 4  # most micro-batches that the variant micro-batch merges
+WARM_UPS = 2  # a process's heap still grows in its second step
 STEPS_ON_CPU, STEPS_ON_GPU = 3, 5
-PROCESS_BYTES = 0.5e9  # a GPU's context, or torch's libraries and what Python keeps of them
+PROCESS_BYTES = 0.5e9  # a GPU's context, or torch's libraries on a CPU
 SECONDS_TO_START, SECONDS_TO_COMPILE = 5, 30
-SHARE_OF_PEAK = 0.5  # that a step reaches, roughly, over all variants
+SHARE_OF_PEAK = 0.5  # rough speed of a step, averaged over the variants
 MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """Everything decided, nothing measured."""
+    """A benchmark with everything decided and nothing measured."""
 
     model_name: str
     data: str | None
@@ -44,7 +44,7 @@ class BenchPlan:
     variants: Mapping[str, str | None]
     """The reason for each variant that is skipped, None for the others; in order."""
     tasks: Mapping[str, StepTask]
-    """Of each variant that is not skipped; their ids are not written yet."""
+    """Task of each variant that is not skipped; its ids are not written yet."""
     groups: Sequence[Sequence[str]]
     """Variants that are interleaved with one another; each group begins with the last of the one before."""
     steps: int
@@ -56,7 +56,7 @@ class BenchPlan:
 
     @property
     def rounds(self) -> int:
-        """Including warm-ups."""
+        """Number of rounds, including warm-ups."""
         return WARM_UPS + self.steps
 
     @property
@@ -66,18 +66,18 @@ class BenchPlan:
 
     @property
     def tokens_to_read(self) -> int:
-        """Of one process: all its steps, one step more, which a GPU prefetches, and the last target."""
+        """Tokens of one process: all its steps, one more step (a GPU prefetches it), and the last target."""
         return (self.steps_of_process + 1) * self.baseline.tokens_per_step + 1
 
     @property
     def precision(self) -> Precision:
-        """Of the last variant's matrix products."""
+        """Precision of the last variant's matrix products."""
         *_, last = self.tasks.values()
         return last.compute.precision
 
 
 def decide_bench(config: BenchConfig, device: str) -> BenchPlan:
-    """Decide what is left open. Raises ValueError for wrong options, and for what memory can't hold."""
+    """Decide what is left open. Raises ValueError for invalid options and for too little memory."""
     model, machine = find_bench_model(config), find_machine(device)
     names = config.variants and [name for word in config.variants for name in word.split(",")]
     free = USABLE_FRACTION * find_free_bytes(device)
@@ -95,7 +95,7 @@ def decide_bench(config: BenchConfig, device: str) -> BenchPlan:
     of_pairs = map(memory_of_tasks, itertools.pairwise(tasks.values()))
     needed = max(of_pairs, default=memory_of_tasks(tasks.values()))
     raise ValueError(
-        f"two variants at a time need {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
+        f"two variants together need {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
         "give fewer --rows, a smaller --context-length, or a smaller --model"
     )
 
@@ -131,7 +131,7 @@ def find_baseline(model: ModelConfig, device: str, rows: int) -> StepTask:
 
 
 def divide(tasks: Mapping[str, StepTask], memory_bytes: float) -> list[list[str]]:
-    """The fewest groups that fit into memory, each beginning with the last task of the one before.
+    """The fewest groups that fit into memory, each beginning with the last task of the previous one.
 
     [] if not even two tasks fit.
     """
@@ -166,7 +166,7 @@ def memory_of_tasks(tasks: Iterable[StepTask]) -> float:
     for task in tasks:
         memory = estimate_memory(task.model, task.rows_per_step // task.micro_batches, task.compute)
         kept = memory.weights + memory.moments
-        if task.compute.device == "cpu":  # the heap keeps some of what was freed; with large pages all of it
+        if task.compute.device == "cpu":  # the heap keeps some freed memory; with large pages, all of it
             kept = memory.together if task.large_pages else kept + memory.gradients
         at_rest += PROCESS_BYTES + kept
         most = max(most, memory.together - kept)
@@ -187,13 +187,13 @@ def estimate_seconds(plan: BenchPlan) -> float:
 
 
 def find_peak_flops_or_measure(device: str, precision: str) -> float:
-    """The published FLOP/s; where there are none, those of a large matrix product."""
+    """The published FLOP/s, or those measured on a large matrix product if none are published."""
     published = find_peak_flops(device, cast(Precision, precision))
     return measure_matmul_flops(device, precision, repeats=1) if published is None else published
 
 
 def about_peak(device: str, precision: str) -> str:
-    """Where that figure comes from."""
+    """The source of that figure, as text."""
     if find_peak_flops(device, cast(Precision, precision)) is not None:
         return f"the maker's figure for {precision}"
     return f"measured in each round: a large {precision} matrix product"

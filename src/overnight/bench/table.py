@@ -17,7 +17,7 @@ from overnight.run_directory import finite_values
 from overnight.terminal import short, significant
 
 COMPARED_STEPS = 5
-"""Losses are compared over so few steps: later the smallest rounding has grown without bound."""
+"""Number of steps whose losses are compared; later steps amplify rounding without bound."""
 TITLES = ("variant", "ms/step", "tokens/s", "MFU", "GB", "gain", "total", "loss", "off by")
 LOSS = TITLES.index("loss")
 GAP = 2
@@ -25,15 +25,15 @@ BLOCKS = " ▏▎▍▌▋▊▉"
 
 
 class Figures(NamedTuple):
-    """What follows from the measurements of one variant."""
+    """Figures computed from the measurements of one variant."""
 
     milliseconds: float
     """Median of the rounds."""
     tokens_per_second: float
     mfu: float
-    """Model FLOPs utilisation; recomputation is not counted."""
+    """Model FLOPs utilization; recomputation is not counted."""
     gain: float | None
-    """Speed relative to the variant before: the median of the rounds' ratios; None for the first."""
+    """Speed relative to the previous variant: the median of the rounds' ratios; None for the first."""
     total: float
     """Product of all gains so far."""
     loss: float
@@ -46,19 +46,19 @@ class Figures(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class VariantRecord:
-    """What was measured of one variant, or why it was skipped."""
+    """The measurements of one variant, or the reason why it was skipped."""
 
     name: str
     about: str
     skipped: str | None = None
-    """The reason; nothing was measured then."""
+    """The reason why it was skipped; None if it was measured."""
     settings: Mapping[str, object] = field(default_factory=dict)
     tolerance: float = 0.0
-    """By how many nats per token its losses may differ from the first variant's."""
+    """Largest difference of its losses from the first variant's, in nats per token."""
     milliseconds: tuple[float, ...] = ()
-    """Of one step in each round."""
+    """Duration of one step in each round."""
     milliseconds_before: tuple[float, ...] = ()
-    """Of one step of the variant before, in the same rounds; none for the first."""
+    """Duration of one step of the previous variant in the same rounds; empty for the first."""
     losses: tuple[float, ...] = ()
     """Nats per token of every step from the initial weights on; the same rows for every variant."""
     peak_bytes: int | None = None
@@ -66,18 +66,18 @@ class VariantRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRecord:
-    """All variants in order, and what they were measured with. The first one is never skipped."""
+    """All variants in order, and the machine and model. The first variant is never skipped."""
 
     model: str
     device_name: str
     tokens_per_step: int
     about_step: str
-    """The step's rows and tokens, for a person."""
+    """The step's rows and tokens, as text."""
     flops_per_token: int
     peak_flops: float
-    """The peak in MFU."""
+    """The peak FLOP/s that MFU is relative to."""
     about_peak: str
-    """Where it comes from."""
+    """The source of the peak."""
     variants: tuple[VariantRecord, ...]
     groups: tuple[tuple[str, ...], ...] = ()
     """The names of the variants that were interleaved with one another."""
@@ -91,7 +91,7 @@ class BenchRecord:
 
     @property
     def title(self) -> str:
-        """What was measured on what."""
+        """Model, device and step."""
         return f"{self.model} on {self.device_name}; {self.about_step}"
 
 
@@ -130,7 +130,7 @@ def wrong_variants(record: BenchRecord) -> list[str]:
 
 
 def bench_to_json(record: BenchRecord) -> dict[str, Any]:
-    """All measurements and, under "figures", what follows from them; null where a value is not finite."""
+    """All measurements, with the derived "figures"; null where a value is not finite."""
     figures = {name: each._asdict() for name, each in bench_figures(record).items()}
     found = dataclasses.asdict(record)
     found["rungs"] = [{**each, "figures": figures.get(each["name"])} for each in found.pop("variants")]

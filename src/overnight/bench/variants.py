@@ -31,7 +31,7 @@ class Variant(NamedTuple):
     """One change, on top of those of the variants before it."""
 
     name: str
-    """As in --variants and in the table."""
+    """Name in --variants and in the table."""
     about: str
     changes: Mapping[str, Any]
     """Fields of Compute and of StepTask."""
@@ -49,7 +49,7 @@ _VARIANTS = (
     Variant("block-attention", "attention in blocks, for bfloat16 units", {"attention": "blocks"}),
     Variant("pad-vocab", f"vocabulary padded to a multiple of {TILE}", {"vocabulary_multiple": TILE}),
     Variant("fused-adamw", "weights updated in one pass, not a dozen", {"fused_optimizer": True}),
-    Variant("large-pages", "memory kept, in pages of 2 MiB, not 4 KiB", {"large_pages": True}),
+    Variant("large-pages", "memory reused, in pages of 2 MiB, not 4 KiB", {"large_pages": True}),
     Variant("micro-batch", "the rows of a step at once, not in parts", {"micro_batches": 1}),
     Variant("chunked-head", "logits of some rows at a time: less memory", {"loss": "chunked"}),
     Variant("fp8-head", "head's products in 8 bits: less exact", {"loss": "fp8"}),
@@ -67,7 +67,7 @@ FORMER_NAMES = {"nice-numbers": "pad-vocab", "recompute": "activation-checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What variants may need of a machine."""
+    """Properties of a machine that variants depend on."""
 
     device: str
     native: str
@@ -79,7 +79,7 @@ class Machine:
 
 
 def find_machine(device: str) -> Machine:
-    """What this machine has, for one of its devices."""
+    """The properties of this machine, for one of its devices."""
     return Machine(
         device=device,
         native=native_precision(device),
@@ -95,7 +95,7 @@ def unavailable_reasons(machine: Machine, baseline: StepTask) -> dict[str, str]:
     device, vocab_size = machine.device, baseline.model.vocabulary
     is_mps, is_cpu = device == "mps", device == "cpu"
     conditions = (
-        ("tf32", not machine.tf32, f"it takes an NVIDIA GPU since Ampere (2020), not {device}"),
+        ("tf32", not machine.tf32, f"it needs an NVIDIA GPU since Ampere (2020), not {device}"),
         ("compile", is_mps, "torch.compile does not train on Apple's GPUs"),
         ("compile", not machine.compiler, "no C++ compiler, or no Python headers, were found"),
         (
@@ -107,7 +107,7 @@ def unavailable_reasons(machine: Machine, baseline: StepTask) -> dict[str, str]:
         ("fused-adamw", is_mps, "torch has none for Apple's GPUs"),
         ("large-pages", not is_cpu, f"it is for the memory of CPUs, not of {device}"),
         ("large-pages", not machine.glibc, "the C library is not glibc"),
-        ("micro-batch", baseline.micro_batches == 1, "the step has one micro-batch as it is"),
+        ("micro-batch", baseline.micro_batches == 1, "the step already has one micro-batch"),
         ("fp8-head", machine.fp8_unavailable_reason is not None, machine.fp8_unavailable_reason or ""),
     )
     reasons: dict[str, str] = {}
@@ -120,7 +120,7 @@ def unavailable_reasons(machine: Machine, baseline: StepTask) -> dict[str, str]:
 def choose_variants(
     names: Sequence[str] | None, machine: Machine, baseline: StepTask
 ) -> dict[str, str | None]:
-    """The named variants on top of float32, in that order, or all that make sense here if `names` is None.
+    """The named variants on top of float32, in that order, or all that this machine supports for None.
 
     Returns the reason for each that is skipped, None for the others. Raises ValueError for an unknown name
     and for a named variant that can't run.
@@ -151,7 +151,7 @@ def _check_named(names: Sequence[str], unavailable: Mapping[str, str]) -> list[s
     if problems:
         raise ValueError("; ".join(problems))
     if "block-attention" in chosen and "bf16" not in chosen[: chosen.index("block-attention")]:
-        raise ValueError("the variant block-attention takes the variant bf16 before it")
+        raise ValueError("the variant block-attention needs the variant bf16 before it")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""A training step in a process of its own, which runs when it is asked to and reports how long it took.
+"""A training step in its own process, which runs on request and reports its duration.
 
 Standard input brings one JSON line with a `StepTask`, then a line for each timed step; each is answered by
 one JSON line on standard output. In between the process waits in a blocking read, without work.
@@ -40,15 +40,15 @@ from overnight.training.state import TrainState
 from overnight.training.step import StepResult, train_step
 
 SEED = 1337
-PEAK_LEARNING_RATE, WARMUP_STEPS = 6e-4, 10  # so short a warm-up that the updates show in a few losses
-TOTAL_STEPS = 1_000_000  # more than are ever timed; the learning rate does not decay
+PEAK_LEARNING_RATE, WARMUP_STEPS = 6e-4, 10  # a short warm-up, so that a few losses show the updates
+TOTAL_STEPS = 1_000_000  # never reached, so that the learning rate does not decay
 PROGRAM = ("-P", "-m", "overnight.bench.worker")  # -P: no module of the current folder is imported
 REMEDY = "give fewer --rows, or a smaller --model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTask:
-    """What is trained, and how. Tasks of the same model begin with the same weights."""
+    """A model and how its step is computed. Tasks of the same model start with the same weights."""
 
     model: ModelConfig
     compute: Compute
@@ -61,7 +61,7 @@ class StepTask:
     """The embedding's rows are padded to a multiple of this; padding rows are never used."""
     fused_optimizer: bool
     large_pages: bool
-    """Whether the process is started with the allocator for training."""
+    """True if the process is started with the allocator for training."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -99,7 +99,7 @@ class Rows:
 
 
 def build_step(task: StepTask) -> Callable[[], StepResult]:
-    """A function that does one step of `overnight train` as the task has it, starting from new weights.
+    """A function that does one step of `overnight train` with the task's settings, from initial weights.
 
     In float16 it repeats a step until the gradients are finite, so that all tasks do the same updates.
     """
@@ -123,7 +123,7 @@ def build_step(task: StepTask) -> Callable[[], StepResult]:
     def step() -> StepResult:
         result = train_step(state, training)
         while state.scaler.get_scale() > 1 and isfinite(result.loss) and not isfinite(result.grad_norm):
-            state.step -= 1  # the gradients overflowed: no weight has changed, and the loss scale is lower
+            state.step -= 1  # overflow: no weight has changed, and the loss scale is lower
             result = train_step(state, training)
         return result
 
@@ -134,7 +134,7 @@ class TimedSteps(NamedTuple):
     """The result of one process in one round."""
 
     milliseconds: float
-    """Of the timed step."""
+    """Duration of the timed step."""
     losses: list[float]
     """Nats per token of all steps, the timed one last."""
     peak_bytes: int | None
@@ -158,9 +158,9 @@ def time_steps(step: Callable[[], StepResult], device: str) -> TimedSteps:
 
 
 def serve() -> None:
-    """Answer until standard input ends. Out of memory is an answer, too, and the last one."""
+    """Answer requests until standard input ends. An out-of-memory error is reported as the last answer."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # so that nothing a library prints comes between the answers
+    os.dup2(2, 1)  # keeps the output of libraries out of the answers
 
     def answer(values: Mapping[str, object]) -> None:
         answers.write(json.dumps(values) + "\n")
@@ -200,7 +200,7 @@ class StepWorker:
 
     @property
     def pid(self) -> int:
-        """Of the process, and of its session."""
+        """Id of the process and of its session."""
         return self._process.pid
 
     def wait_until_ready(self) -> None:
@@ -232,9 +232,9 @@ class StepWorker:
         return answer
 
     def end(self) -> None:
-        """End it at once, with everything that it started: a compiler has processes of its own."""
+        """End the process at once, with the processes that it started (a compiler's, for example)."""
         for pipe in (self._requests, self._answers):
-            with suppress(BrokenPipeError):  # unsent lines have no reader any more
+            with suppress(BrokenPipeError):  # the reader of unsent lines has ended
                 pipe.close()
         with suppress(ProcessLookupError):  # it has ended already
             os.killpg(self.pid, signal.SIGKILL)
@@ -243,7 +243,7 @@ class StepWorker:
 
 @contextmanager
 def running_workers(tasks: Mapping[str, StepTask]) -> Iterator[list[StepWorker]]:
-    """A process for each task, ready to step; all end with the block, on errors as well."""
+    """Context manager with a ready process for each task; all end with the block, also on errors."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers = []

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Write a model as a folder that Hugging Face Transformers, and whatever reads its format, can load."""
+    """Write a model as a folder in the format of Hugging Face Transformers."""
 
     model: Positional[str]
     """A run, a checkpoint, a Hugging Face folder or name, a .pt file of nanoGPT or build-nanogpt."""

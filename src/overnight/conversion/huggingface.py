@@ -5,7 +5,7 @@
     generation_config.json   the ids that begin and end a text
     tokenizer.json, tokenizer_config.json
 
-Transformers stores the four matrices of a block as Conv1D, (in, out); ours are nn.Linear's, (out, in).
+Transformers stores the four matrices of a block as Conv1D, (in, out); here they are nn.Linear's, (out, in).
 Files that can run code when loaded (pytorch_model.bin) are never read.
 """
 
@@ -41,7 +41,7 @@ SIZES = {
     "n_positions": "context_length",
     "vocab_size": "vocab_size",
 }
-"""Their names of sizes to ours."""
+"""Names of sizes in config.json -> names in ModelConfig."""
 
 SWITCHES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "model_type": (None, ("gpt2",)),
@@ -53,7 +53,7 @@ SWITCHES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tie_word_embeddings": (True, (True,)),
     "quantization_config": (None, (None,)),
 }
-"""The switches that change what a GPT2LMHeadModel computes: the default of a missing key, and all values
+"""The switches that change what a GPT2LMHeadModel computes: the default of a missing key, then all values
 that this package's GPT-2 implements, the written one first."""
 
 
@@ -93,7 +93,7 @@ def _huggingface_config(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["GPT2LMHeadModel"],
         **switches,
         **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
-        "n_ctx": config.context_length,  # the older name of n_positions, which some converters read
+        "n_ctx": config.context_length,  # older name of n_positions, which some converters read
         "n_inner": None,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         "initializer_range": 0.02,

@@ -51,7 +51,7 @@ def read_nanogpt(path: Path) -> tuple[GPT, Tokenizer]:
 def _model_config(
     weights: Mapping[str, Tensor], sizes: Mapping[str, int], tokenizer: Tokenizer
 ) -> ModelConfig:
-    """The sizes of the weights; only the number of heads has to come from `sizes`."""
+    """The model's sizes, from the weights; only the number of heads comes from `sizes`."""
     if any(name not in weights or weights[name].dim() != 2 for name in ("wte.weight", "wpe.weight")):
         raise ValueError("it has no embeddings wte and wpe")
     rows, n_embd = weights["wte.weight"].shape

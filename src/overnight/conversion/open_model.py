@@ -44,7 +44,7 @@ class OpenedModel:
 def open_model(name: str) -> OpenedModel:
     """Look for `name` as a folder, in runs/, as a file, and on the Hugging Face Hub.
 
-    Raises ValueError, listing where it was looked for, if there is none or it cannot be read.
+    Raises ValueError, listing the places that were searched, if there is none or it cannot be read.
     """
     for folder in (Path(name), RUNS / name):
         if name and folder.is_dir():

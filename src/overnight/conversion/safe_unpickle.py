@@ -55,7 +55,7 @@ def read_pickled(path: Path) -> PickledCheckpoint:
     """The weights and sizes of a file, read in a child process.
 
     Raises ValueError for a file that contains more than tensors, numbers and texts, is damaged, or needs
-    more memory or time than its size explains.
+    more memory or time than a file of its size should.
     """
     size = path.stat().st_size
     with tempfile.TemporaryDirectory(prefix="overnight-") as folder:
@@ -71,7 +71,7 @@ def read_pickled(path: Path) -> PickledCheckpoint:
                 cwd=folder,
             )
         except subprocess.TimeoutExpired:
-            raise ValueError(f"{path} is refused: reading it takes longer than its size explains") from None
+            raise ValueError(f"{path} is refused: reading it takes too long for its size") from None
         if child.returncode == REFUSED:
             raise ValueError(f"{path} is refused: {child.stdout.decode(errors='replace')}")
         try:
@@ -82,7 +82,7 @@ def read_pickled(path: Path) -> PickledCheckpoint:
         except (FileNotFoundError, SafetensorError):
             raise ValueError(
                 f"{path} is refused: the process reading it ended with status {child.returncode}; the file "
-                "is damaged, or needs more memory or time than its size explains"
+                "is damaged, or needs too much memory or time for its size"
             ) from None
 
 
@@ -101,15 +101,15 @@ def convert_in_child(path: str, folder: str) -> int:
         about = {"sizes": found.sizes, "is_nanogpt": found.is_nanogpt}
         save_file(found.weights, Path(folder) / TENSORS, metadata={"about": json.dumps(about)})
     except (ValueError, MemoryError) as error:
-        sys.stdout.write(str(error) or "it needs more memory than its size explains")
+        sys.stdout.write(str(error) or "it needs too much memory for its size")
         return REFUSED
     return 0
 
 
 def limit_resources(size: int) -> None:
-    """Limit this process for good: memory, CPU time and written files, by the size of the file it reads.
+    """Limit this process's memory, CPU time and written bytes by the size of the file it reads.
 
-    macOS has no limit of memory.
+    The limits can't be raised again. On macOS memory is not limited.
     """
     torch.set_num_threads(1)  # each thread would reserve memory
     limits = {
@@ -128,7 +128,7 @@ def limit_resources(size: int) -> None:
 
 
 def _read_pickle(path: Path) -> PickledCheckpoint:
-    """Raises ValueError with the reason, without the path."""
+    """Read the file in the child process. Raises ValueError with the reason, without the path."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
         raise ValueError(f"reading it safely needs torch 2.10 or newer, and this is {torch.__version__}")
     _check_archive(path)
@@ -140,7 +140,7 @@ def _read_pickle(path: Path) -> PickledCheckpoint:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = re.sub(r"[^\w.]", "?", named[1])[:100] if named else "something"
         raise ValueError(f"it asks for {what}, which may run code") from None
-    except Exception as error:  # a hostile file can raise anything here
+    except Exception as error:  # a malicious file can raise any error here
         raise ValueError(f"it is damaged ({type(error).__name__})") from None
     if type(content) is not dict or not isinstance(content.get("model"), dict):
         raise ValueError('it is not a checkpoint of nanoGPT: it has no dictionary "model"')
@@ -159,7 +159,7 @@ def _check_archive(path: Path) -> None:
                 raise ValueError("it is compressed, which files of torch.save never are")
             damaged = archive.testzip()
     except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError):
-        raise ValueError("it is cut short, damaged, or not written by torch.save (1.6 or newer)") from None
+        raise ValueError("it is truncated, damaged, or not written by torch.save (1.6 or newer)") from None
     if damaged is not None:
         raise ValueError("it is damaged: its checksums do not match")
 

@@ -14,13 +14,13 @@ class MixtureSource:
     """One text of a mixture. Its share of the rows is its weight by the sum of all weights."""
 
     path: str
-    """What `data` may be."""
+    """A value that `data` allows."""
     weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The text to train on, and what turns it into ids."""
+    """The text to train on, and its tokenizer."""
 
     data: str = "python-docs"
     """A named source, a file or folder of text, or a folder that `overnight prepare` wrote, here or at a URL
@@ -29,20 +29,20 @@ class DataConfig:
     """Instead of `data`: several, mixed by weight. [{path = "data/a", weight = 0.7}, ...] in a recipe,
     --mixture data/a=0.7 data/b=0.3 here."""
     cache_bytes: int | None = None
-    """Shards from a URL that are kept on this machine, the least recently used deleted; all if left out."""
+    """Size of the local cache of shards at URLs; the least recently used are deleted. All if left out."""
     tokenizer: str = "gpt2"
     """gpt2, characters, bpe-N (trained on the text, N ids), or a folder or file that holds one."""
     validation_fraction: float | None = None
     """Share of the documents held out, chosen by their hash; `prepare`'s own choice if left out."""
     packing: Packing = "stream"
-    """How documents become rows. stream: windows over all of them, end to end; documents: the same, but
-    attention stays within a document; best-fit: whole documents, as few as possible of them cut off."""
+    """How documents become rows. stream: windows over all of them, concatenated; documents: the same, but
+    attention stays within a document; best-fit: whole documents, with as few cut off as possible."""
     shuffle_window: int | None = None
     """Shuffle rows among this number of tokens at a time, not among all. Training may then begin while the
-    text is being prepared, once it has twice that number of tokens, and remote shards are fetched singly."""
+    text is being prepared, once it has twice that number of tokens, and remote shards are fetched on use."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        """Invalid values, one sentence each; [] if there are none."""
         found = []
         if self.mixture and self.data not in {"", DataConfig.data}:
             found.append(f"give only one of data={self.data} and mixture")
@@ -57,5 +57,5 @@ class DataConfig:
             if (count := getattr(self, name)) is not None and count < 1:
                 found.append(f"{name}={count} must be at least 1, or left out")
         if self.shuffle_window is not None and self.packing == "best-fit":
-            found.append("shuffle_window does not go with packing=best-fit, which orders whole documents")
+            found.append("shuffle_window can't be used with packing=best-fit, which shuffles whole documents")
         return found

@@ -32,7 +32,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def is_locked_folder(folder: Path) -> bool:
-    """True while some process holds the lock of `folder`."""
+    """True while a process holds the lock of `folder`."""
     try:
         with FileLock(_lock_file(folder), timeout=0):
             return False
@@ -50,16 +50,16 @@ def staging_path(folder: Path) -> Path:
 
 
 def published_path(staging: Path) -> Path:
-    """The folder that a staging folder becomes."""
+    """The published folder of a staging folder."""
     return staging.parent / staging.name.removeprefix(".").removesuffix(".partial")
 
 
 @contextmanager
 def staging_folder(folder: Path, can_resume: Callable[[Path], bool]) -> Iterator[Path]:
-    """The staging folder: as an earlier process left it if `can_resume(it)`, or empty.
+    """The staging folder: that of an earlier process if `can_resume` accepts it, otherwise empty.
 
-    An interrupted or killed block leaves its work for the next time. A block that raises ValueError leaves
-    nothing, except what was there before. Needs `exclusive`.
+    An interrupted or killed block leaves its files for the next time. A block that raises ValueError leaves
+    only files that were there before. Must be called within `exclusive`.
     """
     staging = staging_path(folder)
     is_resumed = can_resume(staging)
@@ -92,7 +92,7 @@ def plain_file_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in DISK_FULL:
             raise ValueError(
-                f"the disk of {folder} is full: free some and give the same command again, or give another "
+                f"the disk of {folder} is full: free some and run the same command again, or give another "
                 f"--out (the finished part is in {staging_path(folder)})"
             ) from None
         if error.errno in NOT_WRITABLE:

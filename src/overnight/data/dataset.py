@@ -32,7 +32,7 @@ class Dataset:
 
     folder: Path | RemoteFolder | IncrementalFolder
     manifest: Manifest
-    """As it was when the folder was opened."""
+    """The manifest at the time the folder was opened."""
     tokenizer: Tokenizer
     config: DataConfig
 
@@ -42,7 +42,7 @@ class Dataset:
         return self.manifest.end_of_text if self.config.packing == "documents" else None
 
     def describe(self) -> DataConfig:
-        """The recipe's section that names exactly these shards."""
+        """The recipe section that names these shards."""
         fraction = self.manifest.request.get("validation_fraction")
         return dataclasses.replace(
             self.config,
@@ -52,7 +52,7 @@ class Dataset:
         )
 
     def record(self) -> dict[str, Any]:
-        """The facts that a run records of its data, by which a resumed run recognises it."""
+        """The facts about its data that a run records, to recognise the data on resuming."""
         manifest = self.manifest if isinstance(self.folder, Path) else self.folder.manifest
         is_complete = getattr(self.folder, "is_complete", True)
         return dataclasses.asdict(manifest) | ({} if is_complete else {"is_complete": False})
@@ -102,7 +102,7 @@ class MixtureDataset:
         return ", ".join(str(part.folder) for part in self.parts)
 
     def describe(self) -> DataConfig:
-        """The recipe's section that names exactly these shards."""
+        """The recipe section that names these shards."""
         mixture = tuple(
             MixtureSource(path=str(part.folder), weight=weight)
             for part, weight in zip(self.parts, self.weights, strict=True)

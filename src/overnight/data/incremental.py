@@ -1,6 +1,6 @@
-"""Training on text that is still being prepared, from the shards that are complete already.
+"""Training on text that is still being prepared, from the shards that are already complete.
 
-A preparation publishes a shard as soon as nothing can change it, and lists the published shards in
+A preparation publishes a shard as soon as it is final, and lists the published shards in
 `so-far.json`, a manifest like the final one. Rows that are shuffled within a limited number of tokens
 (`shuffle_window`) can be read from them, and are the same rows as those of the finished folder.
 """
@@ -24,7 +24,7 @@ POLL_SECONDS = 1.0
 class IncrementalFolder:
     """A folder that is being prepared, with the shards that are complete so far, each of them verified.
 
-    Raises ValueError if there are none, or one was changed since it was written.
+    Raises ValueError if there are none, or one was changed after it was written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,7 +56,7 @@ class IncrementalFolder:
         except ValueError:
             if self.current_path == path:
                 raise
-            self.manifest, self.is_complete = self._read(self.folder)  # it was renamed meanwhile
+            self.manifest, self.is_complete = self._read(self.folder)  # it was renamed since
 
     def read(self, shard: Shard, first: int, into: Tokens) -> None:
         """Fill `into` with the tokens of a shard from index `first` on."""
@@ -71,7 +71,7 @@ class IncrementalFolder:
                 verify_shard(path, shard, manifest.vocab_size)
                 self._verified.add(shard.name)
             if shard.is_growing and shard.name not in self._growing:
-                # Opened now: the file is deleted when the shard has grown, and stays readable for us.
+                # Opened now: the file is deleted when the shard has grown, but an open file stays readable.
                 self._growing[shard.name] = ShardFile(path / shard.name)
         return manifest, is_complete
 
@@ -79,7 +79,7 @@ class IncrementalFolder:
         try:
             return ShardFile(self / name)
         except ValueError:
-            return ShardFile(self / name)  # the folder was renamed meanwhile
+            return ShardFile(self / name)  # the folder was renamed since
 
 
 def open_incremental(folder: Path, shuffle_window: int) -> IncrementalFolder:
@@ -112,7 +112,7 @@ def _wait_until(
     """Poll until `is_ready()`. False if `stopped()`, or if no process prepares `folder`."""
     is_waiting = False
     while not is_ready():
-        # Asked again, since the preparation may have finished between the two questions.
+        # Checked again, since the preparation may have finished between the two checks.
         if stopped() or (not is_locked_folder(folder) and not is_ready()):
             return False
         if not is_waiting:

@@ -28,20 +28,20 @@ from overnight.data.permutation import build_permutation, derive_keys
 from overnight.data.shards import Tokens
 from overnight.data.token_reader import LocalStore, ShardStore, TokenReader
 
-BLOCK_ROWS = 1024  # located together, a row takes a twentieth of the time it takes alone
-BLOCKS_KEPT = 256  # of all streams, the last ones that were needed: a cache of 8 KB each, not a state
+BLOCK_ROWS = 1024  # locating rows together takes a twentieth of the time per row
+BLOCKS_KEPT = 256  # cached blocks of all streams, the most recently used ones; 8 KB each
 
 
 @dataclass(frozen=True)
 class Batch:
-    """ids (rows, T) and the ids that follow them, int64."""
+    """ids (rows, T) and targets (rows, T), the ids that follow them; int64."""
 
     ids: Tensor
     targets: Tensor
 
     @classmethod
     def from_tokens(cls, tokens: Tokens) -> Batch:
-        """Of (rows, T + 1) tokens: all but the last of each row are ids, all but the first are targets."""
+        """Split (rows, T + 1) tokens: all but the last of each row are ids, all but the first are targets."""
         rows, length = tokens.shape
         arrays = np.empty((2, rows, length - 1), dtype=np.int64)
         arrays[0], arrays[1] = tokens[:, :-1], tokens[:, 1:]
@@ -83,7 +83,7 @@ class TokenStream:
             )
         if shuffle_window is not None and shuffle_window <= tokens_per_row:
             raise ValueError(
-                f"shuffle_window={shuffle_window} must exceed a row of {tokens_per_row}; best is 1,000 rows"
+                f"shuffle_window={shuffle_window} must exceed a row of {tokens_per_row}; use about 1,000 rows"
             )
         self._window_tokens = min(shuffle_window or self.tokens, self.tokens)
         self._rows_per_window = -(-self._window_tokens // tokens_per_row)  # rounded up
@@ -142,7 +142,7 @@ def ring_positions(
     seed: int, epoch: int, window: int, tokens: int, tokens_per_row: int, block: int
 ) -> list[int]:
     """Where in a window's ring of `tokens` tokens the rows of one block of its order start."""
-    # The words belong to the keys: with other words, runs would read their rows in another order.
+    # The suffix is part of the keys: changing it would change the order of the rows of existing runs.
     suffix = f" of portion {window}" if window else ""
     (offset,) = derive_keys(seed, epoch, f"shift{suffix}", 1)
     order = build_permutation(-(-tokens // tokens_per_row), seed, epoch, f"order{suffix}")
@@ -164,7 +164,7 @@ class PrefetchLoader:
         self._prefetched: tuple[int, int, Future[Batch]] | None = None
 
     def batch(self, first_row: int, rows: int) -> Batch:
-        """The batch of these rows; starts to read the one that follows."""
+        """The batch of these rows; starts reading the next one."""
         batch = self._take(first_row, rows)
         following = first_row + rows if self._next_row is None else self._next_row(first_row)
         self._prefetched = (following, rows, self._thread.submit(self._read, following, rows))
@@ -186,5 +186,5 @@ class PrefetchLoader:
 
 
 def prefetch(source: BatchSource, device: str, next_row: Callable[[int], int] | None = None) -> BatchSource:
-    """A PrefetchLoader; on the CPU `source` itself, since a thread would slow the computation down."""
+    """A PrefetchLoader; on the CPU `source` itself, since a thread would slow down the computation."""
     return source if device == "cpu" else PrefetchLoader(source, device, next_row)

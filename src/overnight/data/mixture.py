@@ -5,7 +5,7 @@ go left and the others right, where `share` is the left side's part of the weigh
 1 when c grows by 1, so every row goes one way at every node, and the count of earlier rows that went the same
 way is its number there. Rounding adds at most half a row at each node, so of 2^d sources none is ever more
 than d/2 rows from its exact share. (The smallest possible bound is 1 - 1/(2n - 2) for n sources, by a rule
-that needs the past: R. Tijdeman, "The chairman assignment problem", 1980.)
+that needs all earlier rows: R. Tijdeman, "The chairman assignment problem", 1980.)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Interleaving:
     def __init__(self, weights: Sequence[float]) -> None:
         if not weights or not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"the weights {list(weights)} must be finite numbers above 0")
-        # From the decimal spelling: 0.7 is 7/10 here, not the nearest binary fraction.
+        # Read from the decimal notation: 0.7 is 7/10 here, not the nearest binary fraction.
         exact = [Fraction(str(weight)) for weight in weights]
         self.shares = [weight / sum(exact) for weight in exact]
         denominator = math.lcm(*(share.denominator for share in self.shares))
@@ -53,7 +53,7 @@ class Interleaving:
         return first, row
 
     def counts(self, rows: int) -> list[int]:
-        """How many of the first `rows` rows come from each source."""
+        """The number of rows from each source among the first `rows` rows."""
         counts = [0] * len(self.shares)
         pending = [(0, len(self.shares), rows)]
         while pending:
@@ -103,11 +103,11 @@ class Mixture:
         return ", ".join(f"{float(share):.1%} {name}" for share, name in shares)
 
     def rows_of_each(self, rows: int) -> list[int]:
-        """How many of the first `rows` rows come from each stream."""
+        """The number of rows from each stream among the first `rows` rows."""
         return self._interleaving.counts(rows)
 
     def epochs_of_each(self, rows: int) -> list[float]:
-        """How many epochs of each stream the first `rows` rows contain."""
+        """The number of epochs of each stream in the first `rows` rows."""
         counts = self.rows_of_each(rows)
         return [count / stream.rows_per_epoch for count, stream in zip(counts, self.streams, strict=True)]
 

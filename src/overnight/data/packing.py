@@ -1,8 +1,8 @@
 """Whole documents to rows (best-fit packing): each row begins with a document, and few documents are cut.
 
 An epoch shuffles the documents. A row is filled from a buffer of the next `BUFFER_DOCUMENTS`: it takes the
-largest that fits into its remaining room, again and again. If none fits, the smallest one fills the row and
-its rest is dropped: that is the price of beginning each row with a document. A document longer than a row
+largest that fits into its remaining room, repeatedly. If none fits, the smallest one fills the row and
+its rest is dropped, so that each row begins with a document. A document longer than a row
 counts as one row long, since its rest is dropped in any case. The packed rows are then read in random order.
 All of this is a pure function of the seed and the epoch.
 """
@@ -25,9 +25,9 @@ from overnight.data.shards import Tokens
 from overnight.data.token_reader import LocalStore, ShardStore, TokenReader
 
 BUFFER_DOCUMENTS = 1024
-ORDERED_DOCUMENTS = 1 << 14  # at a time: as arrays of 8 bytes each, and as Python integers
-SCANNED_TOKENS = 1 << 22  # at a time: 8 or 16 MB
-EPOCHS_KEPT = 2  # a batch may have rows of two
+ORDERED_DOCUMENTS = 1 << 14  # documents ordered at a time
+SCANNED_TOKENS = 1 << 22  # tokens scanned at a time: 8 or 16 MB
+EPOCHS_KEPT = 2  # a batch may span two epochs
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PackedEpoch:
     rows: NDArray[np.int64]
     """(rows, 2): where the documents of each row start and end in `documents`."""
     cut_tokens: int
-    """Tokens of all documents that are in no row."""
+    """Number of tokens of documents that are in no row."""
 
 
 class BestFitStream:
@@ -79,7 +79,7 @@ class BestFitStream:
         return Batch.from_tokens(tokens)
 
     def evaluation_batches(self, rows: int, tokens: int | None = None) -> Iterator[Batch]:
-        """The split in its own order, unpacked, as TokenStream has it: losses can be compared."""
+        """The unpacked split in order, as in TokenStream, so that losses can be compared."""
         return self._unpacked.evaluation_batches(rows, tokens)
 
     def epoch(self, epoch: int) -> PackedEpoch:
@@ -95,7 +95,7 @@ class BestFitStream:
         return self._packed[epoch]
 
     def describe_loss(self) -> str:
-        """What is cut off in the first epoch, as text; other epochs differ by little."""
+        """The tokens that are cut off in the first epoch, as text; other epochs differ by little."""
         cut = self.epoch(0).cut_tokens
         beyond = int(np.maximum(np.diff(self._starts) - (self.tokens_per_row + 1), 0).sum())
         return (
@@ -137,7 +137,7 @@ def pack(lengths: NDArray[np.int64], order: Permutation, tokens_per_row: int) ->
     """Pack documents that come in `order` into rows of `tokens_per_row` tokens, targets included.
 
     Of documents of one size the last is taken if it fits, and the first is cut if none fits. What remains at
-    the end fills no row and is dropped, too: less than a row.
+    the end is shorter than a row and is dropped as well.
     """
     blocks = range(0, order.size, ORDERED_DOCUMENTS)
     numbers = np.concatenate(

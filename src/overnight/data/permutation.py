@@ -1,4 +1,4 @@
-"""A keyed permutation of range(size), evaluated where it is needed: no table, whatever the size.
+"""A keyed permutation of range(size), evaluated index by index, without a table.
 
 A Feistel network over a grid of columns x rows >= size cells (Black and Rogaway, "Ciphers with Arbitrary
 Finite Domains", 2002). An index is split into a column and a row; in each round one of them is shifted by a
@@ -30,7 +30,7 @@ def derive_keys(seed: int, epoch: int, purpose: str, count: int) -> tuple[int, .
 
 @dataclass(frozen=True)
 class Permutation:
-    """range(size) in an order that the keys decide; `size` is at most 2^62."""
+    """range(size) in an order determined by the keys; `size` is at most 2^62."""
 
     size: int
     keys: tuple[int, ...]
@@ -61,7 +61,7 @@ class Permutation:
 
 
 def build_permutation(size: int, seed: int, epoch: int, purpose: str = "order") -> Permutation:
-    """The order of `size` items in one epoch; each `purpose` has an order of its own."""
+    """The order of `size` items in one epoch; each `purpose` has its own order."""
     columns = math.isqrt(size - 1) + 1
     rows = -(-size // columns)
     return Permutation(size, derive_keys(seed, epoch, purpose, ROUNDS), columns, rows)

@@ -7,9 +7,9 @@
       .arriving/                    downloads in progress
       .train-00000.bin.lock         held while the shard is downloaded, opened or deleted
 
-No token is used before its whole shard was read here and verified. If the cache has a limit, a shard that was
+A token is used only after its shard was downloaded and verified. If the cache has a limit, a shard that was
 deleted to make room is not downloaded again: its rows are read at the URL in pieces of 64 KiB, each compared
-with its digest. So rows can come from everywhere in a text that is larger than the disk. All processes of a
+with its digest. So rows can come from all of a text that is larger than the disk. All processes of a
 user share the cache.
 """
 
@@ -49,11 +49,11 @@ DIGEST_BYTES = 16
 
 
 class RemoteFolder:
-    """A prepared folder at a URL. `folder / name` is a shard's local path, once it was downloaded.
+    """A prepared folder at a URL. `folder / name` is the local path of a downloaded shard.
 
     `cache_bytes` limits the local shards of all remote folders together: the least recently used ones are
     deleted. None keeps all. Opening reads the manifest and the tokenizer. Raises ValueError if they are
-    missing or were changed, or if the limit is less than one shard.
+    missing or changed, or if the limit is less than one shard.
     """
 
     def __init__(self, address: str, cache_bytes: int | None = None) -> None:
@@ -147,14 +147,14 @@ class RemoteFolder:
         return file
 
     def _stays_remote(self, shard: Shard) -> bool:
-        """True if a shard was verified and deleted before, and there still is no room for it."""
+        """True if a shard was verified and deleted before, and there is still no room for it."""
         if self.cache_bytes is None or self._local(shard).is_file():
             return False
         needed = self._bytes(shard) + sum(size for _, size, _ in self._cached_shards())
         return self._pieces(shard).is_file() and needed > self.cache_bytes
 
     def _download(self, shard: Shard) -> None:
-        """Download a shard; it gets its name once it is complete and verified."""
+        """Download a shard; it is renamed to its final name once it is complete and verified."""
         arriving = self.folder / ".arriving" / shard.name
         arriving.parent.mkdir(exist_ok=True)
         url = f"{self.address}/{shard.name}"
@@ -168,7 +168,7 @@ class RemoteFolder:
             arriving.replace(self._local(shard))
         except ValueError:
             raise ValueError(f"{url} does not match its manifest: upload the folder again") from None
-        except Exception as error:  # every store has errors of its own
+        except Exception as error:  # each store has its own error classes
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise ValueError(
                     f"the disk of {self.folder} is full: free some, or limit the cache with --cache-bytes"
@@ -213,14 +213,14 @@ class RemoteFolder:
             echo(
                 f"{self.address} has {whole / 1e9:,.2f} GB of training shards and the cache keeps "
                 f"{self.cache_bytes / 1e9:,.2f}: rows are drawn from all of them, so about "
-                f"{1 - self.cache_bytes / whole:.0%} of the rows will be read there one by one"
+                f"{1 - self.cache_bytes / whole:.0%} of the rows will be read from the URL one by one"
             )
 
     def _read_tokenizer(self) -> None:
         """Download the tokenizer's files that are not in the cache."""
         try:
             paths = self._system.find(f"{self._root}/tokenizer")
-        except Exception as error:  # every store has errors of its own
+        except Exception as error:  # each store has its own error classes
             raise ValueError(f"{self.address}/tokenizer can't be read: {first_line(error)}") from None
         for name in (PurePosixPath(path).name for path in paths):
             local = self.folder / "tokenizer" / name
@@ -234,13 +234,13 @@ class RemoteFolder:
             raise ValueError(
                 f"{self.address} has no {name}: it is not a folder that `overnight prepare` finished"
             ) from None
-        except Exception as error:  # every store has errors of its own
+        except Exception as error:  # each store has its own error classes
             raise ValueError(f"{self.address}/{name} can't be read: {first_line(error)}") from None
         return content
 
 
 def is_prepared_elsewhere(address: str) -> bool:
-    """True for a URL at which there is a manifest, as opposed to text that is still to be prepared."""
+    """True for a URL of prepared data; False for a URL of text that is still to be prepared."""
     if not is_remote(address):
         return False
     system, root = open_store(address)
@@ -259,7 +259,7 @@ def _locked(path: Path) -> FileLock:
 
 
 def _touch(path: Path) -> None:
-    """Record that a shard is used. Another process may have deleted it: what is open stays readable."""
+    """Record that a shard is used. Another process may have deleted it; an open file stays readable."""
     now = time.time_ns()  # finer than the kernel's clock for file times
     with contextlib.suppress(FileNotFoundError):
         os.utime(path, ns=(now, now))

@@ -1,7 +1,7 @@
 """A prepared folder: shards of tokens, the tokenizer that made them, and a manifest with their checksums.
 
     data/<name>/
-      manifest.json        what is here, where it came from, and the sha256 of every shard
+      manifest.json        contents, source, and the sha256 of every shard
       train-00000.bin ...  the ids, in the binary format of llm.c and modded-nanogpt
       validation-00000.bin ...
       tokenizer/
@@ -33,14 +33,14 @@ from overnight.tokenizer.tokenizer import Tokenizer
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
-SO_FAR = "so-far.json"  # the manifest of the complete shards, while more are being prepared
+SO_FAR = "so-far.json"  # manifest of the shards that are complete so far
 SHARD_NAME = re.compile(r"(train|validation)-\d{5,}(-\d+)?\.bin")
 OPTIONAL_FIELDS = ("near_duplicate_documents", "contaminated_documents")
 REMEDY = "delete the folder and prepare it again"
 
 HEADER_BYTES = 256 * 4
 READ_BYTES = 1 << 20
-COUNTED_TOKENS = 1 << 20  # at a time: the int64 copy that bincount makes stays within the processor's cache
+COUNTED_TOKENS = 1 << 20  # at a time, so that bincount's int64 copy stays within the processor's cache
 
 Tokens = NDArray[np.unsignedinteger[Any]]  # uint16 or uint32
 
@@ -76,7 +76,7 @@ def check_ids(ids: Tokens, vocab_size: int) -> None:
 
 
 class TokenFile:
-    """A shard being written. It gets its name when it is complete and on the disk."""
+    """A shard being written. It is renamed to its final name when it is complete and on the disk."""
 
     def __init__(self, path: Path, vocab_size: int) -> None:
         self.path = path
@@ -162,7 +162,7 @@ class Shard:
     text_bytes: int
     """UTF-8 bytes of the documents' text."""
     sha256: str
-    """Of the whole file, its header included."""
+    """Hash of the whole file, including its header."""
 
     @property
     def is_growing(self) -> bool:
@@ -172,14 +172,14 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a prepared folder holds. The same request gives the same manifest, to the byte, on any machine."""
+    """The contents of a prepared folder. The same request gives the same bytes on any machine."""
 
     format_version: int = FORMAT_VERSION
     overnight_version: str
     source: str
     licence: str
     request: dict[str, str | int | float | None]
-    """What decides the content: compared when the same folder is asked for again."""
+    """The options that decide the content: compared when the folder is prepared again."""
     split_rule: str
     tokenizer: str
     tokenizer_fingerprint: str
@@ -187,19 +187,19 @@ class Manifest:
     end_of_text: int
     """The id before each document."""
     documents: int
-    """In the shards. The counts below are of documents that were left out or changed."""
+    """Documents in the shards. The counts below are of documents that were left out or changed."""
     duplicate_documents: int = 0
     empty_documents: int = 0
     skipped_documents: int = 0
-    """Not valid text; left out, as on_bad_text="skip" asks."""
+    """Not valid text; left out (on_bad_text="skip")."""
     repaired_documents: int = 0
-    """Not valid text; kept with U+FFFD in the bad places, as on_bad_text="replace" asks."""
+    """Not valid text; kept with U+FFFD for invalid bytes (on_bad_text="replace")."""
     damaged_files: int = 0
-    """Cut short or damaged; left out, as on_bad_file="skip" asks."""
+    """Truncated or damaged; left out (on_bad_file="skip")."""
     near_duplicate_documents: int = 0
-    """Left out, as near_duplicates="drop" asks."""
+    """Left out (near_duplicates="drop")."""
     contaminated_documents: dict[str, int] = field(default_factory=dict)
-    """By benchmark: how many share a passage with it; kept, or left out as on_contaminated="drop" asks."""
+    """Benchmark -> number of documents that share a passage with it (left out if on_contaminated="drop")."""
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
 
@@ -255,12 +255,12 @@ def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> No
 
 
 def is_being_prepared(folder: Path) -> bool:
-    """True if a folder is prepared in part, whether a process is working on it or not."""
+    """True if a folder is partly prepared, whether or not a process is working on it."""
     return not (folder / MANIFEST).is_file() and staging_path(folder).is_dir()
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
-    """The manifest of a prepared folder. Raises ValueError if it is missing or was changed."""
+    """The manifest of a prepared folder. Raises ValueError if it is missing or changed."""
     path = folder / name
     if not path.is_file():
         raise ValueError(f"{folder} has no {name}: it is not a folder that `overnight prepare` finished")
@@ -295,7 +295,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
 def verify(folder: Path, split: str | None = None) -> Manifest:
     """The manifest of a folder whose shards (of one split, if given) were all read and match it.
 
-    Raises ValueError, naming the file, for a shard that is missing, not in the manifest, cut short or changed
+    Raises ValueError, naming the file, for a shard that is missing, not in the manifest, truncated or changed
     in a single bit, and for an id outside the vocabulary. Reads about a gigabyte per second and core.
     """
     manifest = read_manifest(folder)
@@ -348,7 +348,7 @@ def load_prepared_tokenizer(folder: Path, manifest: Manifest | None = None) -> T
 
 
 def chunks(ids: Tokens, size: int = COUNTED_TOKENS) -> Iterator[Tokens]:
-    """The ids in their order, at most `size` at a time."""
+    """The ids in order, at most `size` at a time."""
     for start in range(0, ids.size, size):
         yield ids[start : start + size]
 
@@ -358,13 +358,13 @@ def count_ids(ids: Tokens, vocab_size: int) -> NDArray[np.int64]:
     counts = np.zeros(vocab_size, dtype=np.int64)
     for chunk in chunks(ids):
         if (highest := int(chunk.max())) >= vocab_size:
-            raise ValueError(f"the id {highest}, outside a vocabulary of {vocab_size:,}")
+            raise ValueError(f"the id {highest}, outside the vocabulary of {vocab_size:,}")
         counts += np.bincount(chunk, minlength=vocab_size)
     return counts
 
 
 def places_of(id: int, ids: Tokens) -> NDArray[np.int64]:
-    """The indices at which one id occurs, in order."""
+    """Indices at which one id occurs, in order."""
     found = [np.flatnonzero(chunk == id) + n * COUNTED_TOKENS for n, chunk in enumerate(chunks(ids))]
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 

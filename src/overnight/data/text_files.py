@@ -41,7 +41,7 @@ class TextFile:
     bytes: int
     """Its size as stored, compressed or not."""
     state: str = ""
-    """Of a remote file: what its store says about the content (a hash, a date). Local files are hashed."""
+    """Hash or date that the store of a remote file reports; empty for local files, which are hashed."""
 
     @property
     def kind(self) -> str:
@@ -89,7 +89,7 @@ def find_files(source: str) -> list[TextFile]:
     found = _find_remote(source) if is_remote(source) else _find_local(Path(source))
     if not found:
         raise ValueError(
-            f"{source} holds no file that can be read ({', '.join(KINDS)}; packed: {', '.join(PACKINGS)})"
+            f"{source} holds no file that can be read ({', '.join(KINDS)}; compressed: {', '.join(PACKINGS)})"
         )
     # A README.md in a folder with .jsonl or .parquet files, at any depth, is a dataset card and not text.
     tables = [PurePosixPath(file.name) for file in found if file.kind in {".jsonl", ".parquet"}]
@@ -123,7 +123,7 @@ def _find_remote(source: str) -> list[TextFile]:
         entries = system.find(root, detail=True)
     except FileNotFoundError:
         entries = {}
-    except Exception as error:  # every store has errors of its own
+    except Exception as error:  # each store has its own error classes
         raise ValueError(f"{source} can't be listed: {first_line(error)}") from None
     found = []
     for path, entry in entries.items():
@@ -135,7 +135,7 @@ def _find_remote(source: str) -> list[TextFile]:
     return found
 
 
-# Under which names stores tell a file's hash or date, the most reliable first.
+# Names under which stores report a file's hash or date, the most reliable first.
 STATES = ("ETag", "etag", "md5Hash", "sha256", "blob_id", "LastModified", "last_modified", "mtime", "created")
 
 
@@ -157,7 +157,7 @@ def open_store(address: str) -> tuple[Any, str]:
 
 @contextmanager
 def open_file(file: TextFile) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed. Reading raises DamagedFileError where it is cut short or damaged."""
+    """The file's bytes, decompressed. Reading raises DamagedFileError if it is truncated or damaged."""
     name = file.name.lower()
     try:
         with _open_raw(file) as raw:
@@ -182,12 +182,12 @@ def _open_raw(file: TextFile) -> BinaryIO:
     system, path = open_store(file.address)
     try:
         return cast(BinaryIO, system.open(path, "rb"))
-    except Exception as error:  # every store has errors of its own
+    except Exception as error:  # each store has its own error classes
         raise ValueError(f"{file.address} can't be opened: {first_line(error) or repr(error)}") from None
 
 
 def open_parquet(file: TextFile) -> Any:
-    """A pyarrow ParquetFile. Raises DamagedFileError if it is not one, or was cut short."""
+    """A pyarrow ParquetFile. Raises DamagedFileError if the file is truncated or not Parquet."""
     pyarrow = import_pyarrow(file.address)
     from pyarrow import parquet
 
@@ -207,7 +207,7 @@ def import_pyarrow(address: str) -> Any:
         import pyarrow
     except ImportError:
         raise ValueError(
-            f"{address} needs pyarrow to be read, which is not installed: pip install 'overnight[data]'"
+            f"{address} needs pyarrow, which is not installed: pip install 'overnight[data]'"
         ) from None
     return pyarrow
 

@@ -61,7 +61,7 @@ class ShardFile:
         """
         offset = HEADER_BYTES + first * into.itemsize
         if os.preadv(self._descriptor, [into.data], offset) != into.nbytes:
-            raise ValueError(f"{self.path} was cut short while it was read: prepare the data again")
+            raise ValueError(f"{self.path} was truncated while it was read: prepare the data again")
 
 
 class LocalStore:
@@ -122,7 +122,7 @@ class ShardSpan(NamedTuple):
 def shard_spans(folder: Path, manifest: Manifest, split: str, documents: int | None) -> Iterator[ShardSpan]:
     """The shards of a split, up to the end of its first `documents` if that is given.
 
-    What comes before the first end-of-text id is a document, too.
+    Text before the first end-of-text id is a document as well.
     """
     left = documents
     for number, shard in enumerate(manifest.shards(split)):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-DAEMON = "overnight daemon"  # the name of threads that the process does not wait for
-LOST = 71  # the exit status of a process that ends because others have ended
+DAEMON = "overnight daemon"  # name of threads that the process does not wait for
+LOST = 71  # exit status of a process that ends because others have ended
 USAGE_ERROR_FILE = (
     "OVERNIGHT_USAGE_ERROR_FILE"  # environment variable: touched by a process that refuses its input
 )
@@ -29,7 +29,7 @@ class CollectiveValueError(ValueError):
 
 @dataclass(frozen=True)
 class LauncherEnv:
-    """What a launcher's environment variables say of this process."""
+    """A process's rank and rendezvous, from the launcher's environment variables."""
 
     rank: int
     size: int
@@ -40,7 +40,7 @@ class LauncherEnv:
 
 
 def read_launcher_env(environment: Mapping[str, str]) -> LauncherEnv | None:
-    """What torchrun or srun has set in `environment`; None of a process that was started without them."""
+    """Read what torchrun or srun has set in `environment`; None for a process started without them."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     missing = [name for name in names if name not in environment]
     if not missing:
@@ -80,7 +80,7 @@ def is_main_process() -> bool:
 
 
 def create_usage_error_file(file: Path) -> None:
-    """Let the processes that this one starts report by `file` that they refuse the user's input."""
+    """Create the file by which child processes report that they refuse the user's input."""
     os.environ[USAGE_ERROR_FILE] = str(file)
 
 
@@ -95,15 +95,15 @@ def record_usage_error() -> bool:
 
 
 def daemon_thread(work: Callable[[], object]) -> None:
-    """Do `work` in a thread that the end of the process does not wait for."""
+    """Run `work` in a thread that the end of the process does not wait for."""
     threading.Thread(target=work, daemon=True, name=DAEMON).start()
 
 
 def exit_process(status: int) -> NoReturn:
-    """End this process; one of several, or one with a daemon thread at work, without Python's finalization.
+    """End this process. With several processes or a daemon thread, skip Python's finalization.
 
-    In a few of a hundred runs torch's communication threads crashed a process during finalization, after all
-    its work was done, which the launcher takes for a failure.
+    In a few of a hundred runs torch's communication threads crashed a process during finalization, after
+    its work was done, and the launcher reported a failure.
     """
     if is_launched() or any(thread.name == DAEMON for thread in threading.enumerate()):
         sys.stdout.flush()
@@ -113,7 +113,7 @@ def exit_process(status: int) -> NoReturn:
 
 
 def count_restarts() -> int:
-    """How often torchrun has restarted this process."""
+    """Number of times that torchrun has restarted this process."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -129,7 +129,7 @@ def use_new_rendezvous_store() -> None:
 # ---------------------------------------------------------------- this process on its machine
 
 
-# One heap that grows, is never given back, and lies in large pages. The names are glibc's.
+# glibc's tunables: one heap that only grows, in large pages.
 ALLOCATOR = ":".join(
     f"glibc.malloc.{name}"
     for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=100000000000", "top_pad=268435456")
@@ -143,10 +143,10 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds per 
 
 
 def count_cores(topology: Path = TOPOLOGY, quota: Path = CPU_QUOTA) -> int | None:
-    """Number of cores that this process may use; None where the system does not say.
+    """Number of cores that this process may use; None if the system does not report it.
 
     By default torch starts one thread for each visible processor: two for each core of most machines, which
-    share its arithmetic units, and all of the host's in a container that may use a few.
+    share its arithmetic units, and all of the host's in a container with a lower limit.
     """
     if not hasattr(os, "sched_getaffinity"):
         return None

@@ -21,11 +21,11 @@ from overnight.terminal import echo
 
 REFUSED = 2  # the exit status of wrong use
 LINES_SHOWN = 40
-SECONDS_TO_SAVE = 300  # for the other processes after one was told to stop, before they are killed
+SECONDS_TO_SAVE = 300  # time for the other processes to save after one was stopped, before they are killed
 
 
 def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
-    """Run `overnight` with these words in `count` processes; 0, or the exit status of the first that failed.
+    """Run `overnight` with `words` in `count` processes; returns 0 or the status of the first that failed.
 
     The main process has the terminal. The output of the others is kept, and its end printed if they fail.
     When one dies, all are restarted, up to `max_restarts` times.
@@ -47,7 +47,7 @@ def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
 def start_processes(words: Sequence[str], count: int, logs: DefaultLogsSpecs, max_restarts: int = 0) -> None:
     """Run this Python with these words in `count` processes that can communicate, and wait for them.
 
-    Raises ChildFailedError if one fails, which it leaves to the caller to print.
+    Raises ChildFailedError if one fails; the caller prints it.
     """
     config = LaunchConfig(
         min_nodes=1,
@@ -72,7 +72,7 @@ def start_processes(words: Sequence[str], count: int, logs: DefaultLogsSpecs, ma
 def _print_failure(error: Any, logs: Path) -> int:
     """Print which process failed first, and the end of its output; returns its exit status.
 
-    The main process has already printed what it refuses.
+    The main process has already printed its own usage error.
     """
     rank = first_failed_rank(error.failures)
     failure = error.failures[rank]
@@ -88,7 +88,7 @@ def _print_failure(error: Any, logs: Path) -> int:
 
 
 def first_failed_rank(failures: Mapping[int, Any]) -> int:
-    """The rank that failed first, of torch's failures by rank; one that only lost another process is last."""
+    """The rank that failed first; a process that only lost another one comes last."""
 
     def order(rank: int) -> tuple[bool, float, int]:
         failure = failures[rank]

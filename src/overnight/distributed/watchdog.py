@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SECONDS_TO_PRINT_STACKS = 5  # after which C code prints them for an interpreter that is blocked
+SECONDS_TO_PRINT_STACKS = 5  # then C code prints them, in case the interpreter is blocked
 STDERR = 2  # the descriptor
 FROZEN = 70  # the exit status
 
 
 class Watchdog:
-    """Ends the process with every thread's stack when `heartbeat` was not called for `timeout_seconds`."""
+    """Prints the stack of every thread and ends the process after `timeout_seconds` without `heartbeat`."""
 
     def __init__(self, rank: int, timeout_seconds: float) -> None:
         self._rank, self._timeout_seconds = rank, timeout_seconds
@@ -29,7 +29,7 @@ class Watchdog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within, a wait of any length is allowed."""
+        """Context manager that allows a wait of any length."""
         self._paused = True
         try:
             yield
@@ -39,7 +39,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[Watchdog]:
-        """Within, the watchdog runs."""
+        """Context manager that runs the watchdog."""
         thread = threading.Thread(target=self._watch, daemon=True, name="watch")
         self.heartbeat()
         thread.start()
@@ -72,7 +72,7 @@ class Watchdog:
 
 @contextmanager
 def watchdog(rank: int, size: int, timeout_seconds: float) -> Iterator[Watchdog]:
-    """A watchdog for one of several processes; a single process may take any time."""
+    """Context manager with a watchdog for one of several processes; a single process may take any time."""
     watch = Watchdog(rank, timeout_seconds)
     if size == 1:
         yield watch

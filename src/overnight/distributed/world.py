@@ -21,12 +21,12 @@ from overnight.distributed.launcher import (
     read_launcher_env,
 )
 
-BUCKET_BYTES = 100_000_000  # sent at once: large enough for full speed, small beside the gradients
+BUCKET_BYTES = 100_000_000  # per collective: large enough for full speed, small compared with the gradients
 
 
 @dataclass(frozen=True)
 class World:
-    """Process `rank` of `size`, computing on `device`; `local_rank` of `local_size` on its machine.
+    """Process `rank` of `size` on `device`; process `local_rank` of `local_size` on its machine.
 
     The collectives must be called by all processes, in the same order.
     """
@@ -37,7 +37,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     is_distributed: bool = False
-    """True of processes that a launcher has started together, even a single one."""
+    """True for processes started by a launcher, even a single one."""
 
     @property
     def is_main(self) -> bool:
@@ -50,9 +50,9 @@ class World:
             _in_buckets(tensors, dist.all_reduce)
 
     def tree_all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """`all_reduce` in a binary tree over ranks: the same bits whichever network algorithm torch uses.
+        """`all_reduce` in a binary tree over ranks: the result does not depend on the backend's algorithm.
 
-        Pairs of ranks exchange first, then pairs of pairs, and so on; their number must be a power of 2.
+        Pairs of ranks exchange first, then pairs of pairs, and so on; the world size must be a power of 2.
         """
 
         def exchange(flat: Tensor) -> None:
@@ -98,7 +98,7 @@ class World:
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Within, a ValueError of one process is raised in all of them, with its rank."""
+        """Context manager: a ValueError of one process is raised in all processes, with its rank."""
         refusal = ""
         try:
             yield
@@ -131,7 +131,7 @@ def _in_buckets(tensors: Sequence[Tensor], collective: Callable[[Tensor], object
 
 
 def _describe_refusals(refusals: Sequence[str]) -> str:
-    """One sentence if all processes have the same error, else each with its rank."""
+    """One sentence if all processes have the same error, otherwise each error with its rank."""
     if len({*refusals}) == 1:
         return refusals[0]
     return "; ".join(f"rank {rank}: {refusal}" for rank, refusal in enumerate(refusals) if refusal)
@@ -173,7 +173,7 @@ def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
     if "OMP_NUM_THREADS" not in os.environ:
         compute_with_threads(max(1, (count_cores() or 1) // world.local_size))
     try:
-        # Twice the time: the watchdog must report the stacks before a collective gives up.
+        # Twice the time, so that the watchdog prints the stacks before a collective times out.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if world.device.startswith("cuda") else "gloo",
             init_method=f"tcp://{env.address}" if env.address else "env://",
@@ -201,7 +201,7 @@ def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
 
 
 def _lost(rank: int, error: Exception) -> PeerLostError:
-    """The error with torch's reason, without its source file and advice."""
+    """A PeerLostError with torch's reason, without its source file and advice."""
     reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
     return PeerLostError(f"rank {rank} lost the other processes ({reason})")
 
@@ -225,7 +225,7 @@ def count_processes(asked: int | str, device: str | None) -> int:
 
 def _check_shared(device: str, processes: int) -> None:
     if device != "cpu" and not device.startswith("cuda"):
-        raise ValueError(f"several processes compute on the CPU or on NVIDIA GPUs, not on {device}")
+        raise ValueError(f"several processes need the CPU or NVIDIA GPUs, not on {device}")
     if device.startswith("cuda:"):
         raise ValueError(f"device={device} is one device, but processes={processes}: give cuda")
 
@@ -241,7 +241,7 @@ def _find_device(env: LauncherEnv, device: str | None) -> World:
             )
         if not dist.is_nccl_available():
             raise ValueError(
-                "this torch has no NCCL, through which GPUs communicate: install torch's CUDA build, or give "
+                "this torch has no NCCL, which GPUs need to communicate: install torch's CUDA build, or give "
                 "--device cpu"
             )
         chosen = f"cuda:{env.local_rank}"
@@ -258,10 +258,10 @@ def _best_device() -> str:
 def _check_device(device: str) -> str:
     kind, _, index = device.partition(":")
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?|mps", device):
-        raise ValueError(f"device={device} is not known; there is cpu, cuda, cuda:1 and so on, mps")
+        raise ValueError(f"device={device} is unknown: use cpu, cuda, cuda:1 (or another index) or mps")
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if missing.get(kind, False):
-        raise ValueError(f"device={device}: this machine has none; choose --device {_best_device()}")
+        raise ValueError(f"device={device}: this machine has no such device; use --device {_best_device()}")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise ValueError(f"device={device}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device

@@ -22,16 +22,16 @@ CHECKS = (
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig(Recipe):
-    """A recipe, as `overnight train` takes it, and options of the checks."""
+    """A recipe with its options, and the options of the checks."""
 
     full: bool = False
-    """Check all of the text, not a sample where it is long."""
+    """Check all of the text; by default a sample of a long text."""
     benchmarks: tuple[str, ...] = ()
-    """Benchmark files (.jsonl, .txt, .tokens): does the training text contain passages of them?"""
+    """Benchmark files (.jsonl, .txt, .tokens) to search for in the training text."""
     baseline: str | None = None
-    """A Hugging Face GPT-2, folder or name: does this package compute the logits Transformers computes?"""
+    """A Hugging Face GPT-2, folder or name, whose logits are compared with those of Transformers."""
     only: tuple[str, ...] = ()
-    """Names of the checks to do; all if left out."""
+    """Names of the checks to run; all if left out."""
     json: bool = False
     """Print one JSON object to standard output."""
 

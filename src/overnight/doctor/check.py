@@ -26,30 +26,30 @@ class CheckResult:
 
     name: str = ""
     passed: bool | None
-    """None if the check was skipped; `cause` is the reason."""
+    """None if the check was skipped; `cause` is then the reason."""
     measured: str = ""
     bound: str = ""
-    """What `measured` must be."""
+    """The bound that `measured` must satisfy."""
     cause: str = ""
-    """If it failed: what is likely wrong, and what to do."""
+    """The likely cause of a failure, and the remedy."""
     shown: tuple[str, ...] = ()
-    """Lines for a person to look at: a drawing, samples of text."""
+    """Lines that are shown to the user: a chart, samples of text."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """All measured numbers, by name."""
     seconds: float = 0.0
 
 
 def skipped(reason: str, name: str = "") -> CheckResult:
-    """The result of a check that has nothing to check."""
+    """The result of a skipped check."""
     return CheckResult(name=name, passed=None, cause=reason)
 
 
 def run_check(name: str, check: Callable[[], CheckResult]) -> CheckResult:
-    """The result of `check`, with its name and duration. A check that raises has failed with that error."""
+    """The result of `check`, with its name and duration. A check that raises an error has failed."""
     started_at = time.perf_counter()
     try:
         result = check()
-    except Exception as error:  # any error here would end the run as well
+    except Exception as error:  # any error would end a run as well
         message = " ".join(str(error).split()) or type(error).__name__
         result = CheckResult(
             passed=False,

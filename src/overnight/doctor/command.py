@@ -1,4 +1,4 @@
-"""The command `overnight doctor`: a recipe checked before its run, with the functions that train it."""
+"""The command `overnight doctor`: checks a recipe before its run, with the functions that train it."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ CHECK_FUNCTIONS: dict[str, Callable[[DoctorContext], CheckResult]] = {
     "time": run_checks.check_time,
 }
 DEPENDS_ON = dict.fromkeys(("accumulation", "overfit", "checkpoint", "processes"), "gradients")
-"""Checks that need another one to pass first: without its gradients no step can be taken."""
+"""Check -> the check that must pass first: without gradients no step can be taken."""
 
 
 def run(config: DoctorConfig, name: str) -> int:
     """Check the recipe `name` with the settings in `config`; returns 1 if a check failed, else 0.
 
-    Writes nothing but what `overnight train` would prepare first. Raises ValueError for a recipe that can't
+    Writes only the data that `overnight train` would prepare. Raises ValueError for a recipe that can't
     be trained at all.
     """
     raise_problems(config.problems(), f"recipe {config.run_name}")
@@ -91,11 +91,11 @@ def run(config: DoctorConfig, name: str) -> int:
 
 
 def describe_context(context: DoctorContext) -> list[str]:
-    """The recipe and the device, and what is smaller in the tiny run."""
+    """Lines with the recipe, the device, and the reductions of the tiny run."""
     where = f"{context.name} on {context.world.device}"
     with quiet(True):
         reductions = context.tiny_run.reductions
-    words = f"the model is tried with {reductions}; memory, disk and time are those of the whole run"
+    words = f"the checked model has {reductions}; memory, disk and time are those of the whole run"
     return [where, *textwrap.wrap(words, COLUMNS)] if reductions else [where]
 
 
@@ -117,7 +117,7 @@ def check_recipe(context: DoctorContext, names: tuple[str, ...]) -> Iterator[Che
 
 @contextmanager
 def _restored_global_state() -> Iterator[None]:
-    """Restores the random state of Python and torch, torch's threads and its precision."""
+    """Context manager that restores the random states of Python and torch, torch's threads and precision."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     state = random.getstate()  # torch's launcher draws from it
     try:

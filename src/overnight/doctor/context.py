@@ -24,14 +24,14 @@ from overnight.run.setup import RunSetup
 from overnight.run_directory import cache_folder
 from overnight.training.schedule import Schedule
 
-UNKNOWN_CHARACTERS = 322  # Tiny Shakespeare's and more, where a text's own characters are not counted yet
-SMALL_BYTES = 20_000_000  # of text: prepared in seconds
+UNKNOWN_CHARACTERS = 322  # assumed vocabulary while a text's own characters are not counted yet
+SMALL_BYTES = 20_000_000  # text up to this size is prepared in seconds
 
 
 class DoctorContext:
-    """The recipe, its text, its plan and its tiny run, each made once, when it is first needed.
+    """The recipe, its text, its plan and its tiny run, each built once, on first use.
 
-    Raises ValueError for what `overnight train` would refuse as well.
+    Raises ValueError as `overnight train` would.
     """
 
     def __init__(self, config: DoctorConfig, name: str, scratch: Path) -> None:
@@ -43,9 +43,9 @@ class DoctorContext:
         if self.baseline is not None and not (self.baseline.origin / "config.json").is_file():
             raise ValueError(f"baseline={config.baseline} is not a Hugging Face folder or name")
         self.folders: list[Path] = []
-        """Shards of the recipe's texts, where they are on this machine."""
+        """Folders of the recipe's shards on this machine."""
         self.missing: list[str] = []
-        """For each other text: why there are no shards, and what to do."""
+        """The reason why a text has no shards, and the remedy; one sentence for each such text."""
         data = self.recipe.data
         for path in [each.path for each in data.mixture] or [data.data]:
             self._find_shards(path)
@@ -74,7 +74,7 @@ class DoctorContext:
 
     @cached_property
     def tiny_run(self) -> TinyRun:
-        """The recipe made small: on a piece of its own text or, where that can't be read, on made-up text."""
+        """The small version of the recipe, on a part of its text or, if that can't be read, made-up text."""
         if self.folders:
             try:
                 piece = prepare_piece(self.folders[0], self.scratch / "piece")

@@ -27,12 +27,12 @@ from overnight.doctor.context import DoctorContext
 from overnight.inspection.statistics import count_duplicates
 from overnight.preparation import decontaminate
 
-READ_TOKENS = 250_000_000  # of shards verified, counted and compared without --full
+READ_TOKENS = 250_000_000  # of shards that are checked without --full
 ENCODED_DOCUMENTS = 50
 SEARCHED_DOCUMENTS = 2_000
 LONGEST_TOKENS = 20_000  # of a document that is encoded again
 SHOWN_BOUNDARIES, SHOWN_CHARACTERS = 3, 32
-IMPORTED = "from_shards"  # in the request of shards that another program wrote
+IMPORTED = "from_shards"  # key in the request of imported shards
 USEFUL_PASSES = 4  # Muennighoff et al. 2023, arXiv 2305.16264
 MARK = "<|endoftext|>"
 PREPARE_AGAIN = "delete the folder and prepare the text again"
@@ -41,7 +41,7 @@ TextCheck = Callable[[Path, Manifest, DoctorConfig], CheckResult]
 
 
 def of_each_text(check: TextCheck) -> Callable[[DoctorContext], CheckResult]:
-    """`check` of all prepared texts; the result is that of the first that fails, or else of the first."""
+    """Apply `check` to all prepared texts; returns the first failure, or else the first result."""
 
     @functools.wraps(check)
     def check_all(context: DoctorContext) -> CheckResult:
@@ -57,7 +57,7 @@ def of_each_text(check: TextCheck) -> Callable[[DoctorContext], CheckResult]:
 
 
 def check_shards(context: DoctorContext) -> CheckResult:
-    """Every byte of the shards matches the manifest; without `full`, of some shards of each split."""
+    """Every byte of the shards matches the manifest; without `full`, of a sample of each split's shards."""
     return _verify_shards(context) if context.folders else skipped("; ".join(context.missing))
 
 
@@ -98,7 +98,7 @@ def check_tokenizer(folder: Path, manifest: Manifest, _config: DoctorConfig) -> 
 
 @of_each_text
 def check_boundaries(folder: Path, manifest: Manifest, config: DoctorConfig) -> CheckResult:
-    """Every document begins with the end-of-text id, which occurs nowhere else; some boundaries are shown."""
+    """Every document begins with the end-of-text id, which occurs nowhere else. Shows some boundaries."""
     found = expected = doubled = 0
     faults: list[str] = []
     is_imported = IMPORTED in manifest.request  # another program's shards may begin within a document
@@ -115,7 +115,7 @@ def check_boundaries(folder: Path, manifest: Manifest, config: DoctorConfig) -> 
                 f"{shard.name} has {places.size:,} end-of-text ids for its {shard.documents:,} documents"
             )
     if doubled:
-        faults.insert(0, f"{doubled:,} times two end-of-text ids in a row")
+        faults.insert(0, f"{doubled:,} pairs of end-of-text ids in a row")
     return CheckResult(
         passed=not faults,
         measured=f"{found:,} ids of end-of-text",
@@ -196,7 +196,7 @@ def check_contamination(folder: Path, manifest: Manifest, config: DoctorConfig) 
     tokenizer = shards.load_prepared_tokenizer(folder, manifest)
     most = None if config.full else SEARCHED_DOCUMENTS
     documents = sample_training_documents(folder, manifest, most)
-    parts = [np.zeros(0, dtype=np.uint64)]  # for each document a bit for each benchmark
+    parts = [np.zeros(0, dtype=np.uint64)]  # for each document, one bit per benchmark
     while texts := [tokenizer.decode(ids.tolist()) for ids in itertools.islice(documents, 500)]:
         parts.append(search.find(texts))
     bits = np.concatenate(parts)
@@ -246,7 +246,7 @@ def check_rows(context: DoctorContext) -> CheckResult:
         passed=not faults,
         measured=f"{rows} rows read" if not faults else "wrong",
         bound="each target is the next id",
-        cause=f"{'; '.join(faults)}: the model would learn another text; look at data/loader.py",
+        cause=f"{'; '.join(faults)}: the model would learn a different text; look at data/loader.py",
         shown=tuple(shown),
         figures=figures,
     )

@@ -24,11 +24,11 @@ from overnight.training.checkpoint import load, save
 from overnight.training.schedule import Schedule, ScheduleConfig
 from overnight.training.state import TrainState
 
-INITIAL_STANDARD_DEVIATION = 0.02  # GPT-2's released code, model.py: of the embedding and the tied head
+INITIAL_STANDARD_DEVIATION = 0.02  # of the embedding and the tied head (GPT-2's released code, model.py)
 INITIAL_TOLERANCE = 0.1  # nats, besides the spread of a logit: ids of a text are not uniform
 OVERFIT_STEPS, OVERFIT_TOKENS, OVERFIT_NATS = 200, 32, 0.1
 SAVED_STEPS = 2
-NAMED = 3  # parameters with the same fault
+NAMED = 3  # parameters named per fault
 LOGIT_TOLERANCE = 1e-3  # in float32; observed: 0
 REFERENCE_TOLERANCE = 1e-4  # of the largest logit, in float32; README.md has 1.4e-6 of GPT-2 124M
 
@@ -48,8 +48,8 @@ def check_initial_loss(context: DoctorContext) -> CheckResult:
     expected = math.log(model.vocab_size) + spread**2 / 2
     tolerance = INITIAL_TOLERANCE + spread
     cause = (
-        "higher than chance: weights with too large a standard deviation make a model confident without "
-        "reason: look at the initialisation in model/gpt.py, and at what is summed in model/loss.py"
+        "higher than chance: weights with too large a standard deviation make a model too confident: "
+        "look at the initialisation in model/gpt.py, and at what is summed in model/loss.py"
         if loss > expected
         else "lower than chance: an untrained model can't know the text: are targets the NEXT ids "
         "(data/loader.py), is the sum of nats divided twice, is the head tied?"
@@ -128,7 +128,7 @@ def check_causality(context: DoctorContext) -> CheckResult:
 
 
 class RepeatedRow:
-    """The beginning of one row, whatever row is asked for."""
+    """The beginning of one row, for any requested row."""
 
     def __init__(self, row: Batch) -> None:
         self._row = Batch(row.ids[:, :OVERFIT_TOKENS], row.targets[:, :OVERFIT_TOKENS])
@@ -142,7 +142,7 @@ class RepeatedRow:
 def check_overfit(context: DoctorContext) -> CheckResult:
     """Training on the beginning of one row, repeated, brings its loss near 0.
 
-    With a learning rate for so small a model; 23 to 55 steps were enough for 16 to 128 channels.
+    Uses a learning rate for small models; 23 to 55 steps were enough for 16 to 128 channels.
     """
     run = context.build()
     row = RepeatedRow(run.training.data.batch(0, 1))
@@ -204,7 +204,7 @@ def _logits(model: GPT, ids_T: list[int]) -> Tensor:
 
 
 def check_saving(context: DoctorContext) -> CheckResult:
-    """A checkpoint loaded into another state gives the same weights, moments and step, to the bit."""
+    """A checkpoint loaded into another state gives bitwise equal weights, moments and step."""
     run, loaded = context.build(), context.build().state
     for _ in range(SAVED_STEPS):
         step_module.train_step(run.state, run.training)
@@ -214,7 +214,7 @@ def check_saving(context: DoctorContext) -> CheckResult:
     parameters = len(list(loaded.model.parameters()))
     return CheckResult(
         passed=not faults,
-        measured="equal to the bit" if not faults else f"{len(faults)} differ",
+        measured="bitwise equal" if not faults else f"{len(faults)} differ",
         bound=f"{parameters} weights, moments, step",
         cause=f"a resumed run would differ: {'; '.join(faults[:3])}; look at save_checkpoint and "
         "load_checkpoint in training/checkpoint",
@@ -223,7 +223,7 @@ def check_saving(context: DoctorContext) -> CheckResult:
 
 
 def _compare_states(saved: TrainState, loaded: TrainState) -> list[str]:
-    """The differences, for a person."""
+    """The differences, as text."""
     faults = []
     if saved.step != loaded.step:
         faults.append(f"the step is {loaded.step} instead of {saved.step}")

@@ -18,7 +18,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 SAMPLED_STEPS = 2_000
 FLOOR_TOLERANCE = 0.02  # of the peak
 # GPT-3 paper, table 2.1: 6e-4 for 768 channels, and for eight sizes from there to 12,288 the peak is 0.31 to
-# 0.74 divided by the channels. Ten of those 0.46 / 768 still trained GPT-2 124M: repgpt's tuned 1e-2 is 17.
+# 0.74 divided by the channels. GPT-2 124M still trained at 17 times 0.46 / 768 (repgpt's tuned 1e-2).
 PEAK_TIMES_CHANNELS = 0.46
 PRETRAINING, FINE_TUNING = (0.1, 20.0), (0.001, 2.0)  # plausible multiples of the usual peak
 BUSY = 1.5  # load average per core; this command itself counts as one
@@ -33,7 +33,7 @@ def check_schedule(context: DoctorContext) -> CheckResult:
     rates = [rate(step) for step in steps]
     peak, last = max(rates), rates[-1]
     falls = math.ceil(total_steps / 5) if config.learning_rate_decay == "wsd" else total_steps
-    tolerance = max(FLOOR_TOLERANCE, 2 / (config.decay_steps or falls))  # the last step is not yet the end
+    tolerance = max(FLOOR_TOLERANCE, 2 / (config.decay_steps or falls))  # the end is after the last step
     floor = 1.0 if config.learning_rate_decay == "constant" else config.final_learning_rate_fraction
     faults = []
     if context.is_pretraining and rates[0] > peak / 2:
@@ -72,7 +72,7 @@ def check_peak(context: DoctorContext) -> CheckResult:
         measured=f"{peak:.2g}",
         bound=f"{lowest:.2g} to {highest:.2g} at {channels:,} channels",
         cause=f"peak_learning_rate={peak:.3g} is {peak / usual:.3g} times that of GPT-3's table 2.1 at "
-        f"{channels:,} channels, about {usual:.1g}: {effect}; was a zero lost or added?",
+        f"{channels:,} channels, about {usual:.1g}: {effect}; check its decimal places",
         figures={"peak": peak, "usual": usual},
     )
 

@@ -1,4 +1,4 @@
-"""Checks that a step has the same loss and gradients in other circumstances.
+"""Checks that a step has the same loss and gradients when it is computed in other ways.
 
 In micro-batches, in the recipe's precision, compiled, and in two processes.
 """
@@ -65,11 +65,11 @@ class MeasuredStep(NamedTuple):
     loss: float
     """Nats per token."""
     gradient: Tensor
-    """(parameters,): of the mean over the step's tokens, before clipping; float64, on the CPU."""
+    """Gradient of the mean loss before clipping, (parameters,), float64, on the CPU."""
 
     @property
     def grad_norm(self) -> float:
-        """Of the whole gradient."""
+        """Norm of the whole gradient."""
         return float(self.gradient.norm())
 
 
@@ -170,7 +170,7 @@ def measure_pass(run: RunSetup) -> MeasuredStep:
 
 def measure_step(state: TrainState, training: TrainSetup, plan: BatchPlan | None = None) -> MeasuredStep:
     """Do the step with `train_step`, without clipping, in the micro-batches of `plan` if it is given."""
-    recorded = [torch.full((1,), math.nan)]  # which it stays if the optimizer takes no step
+    recorded = [torch.full((1,), math.nan)]  # stays NaN if the optimizer takes no step
     state.optimizer.register_step_pre_hook(lambda *_: recorded.append(_gradient_of(state.model)))
     result = train_step(state, dataclasses.replace(training, max_grad_norm=None, plan=plan or training.plan))
     return MeasuredStep(result.loss, recorded[-1])
@@ -216,14 +216,14 @@ def compare_first_steps(alone: Steps, together: Steps) -> CheckResult:
 
 
 def first_steps(tiny: TinyRun) -> Steps:
-    """Do the first steps."""
+    """Train the first steps and return their losses and gradient norms."""
     run = tiny.build()
     results = [train_step(run.state, run.training) for _ in range(STEPS_IN_PROCESSES)]
     return [(result.loss, result.grad_norm) for result in results]
 
 
 def train_in_process(folder: str) -> None:
-    """In one of several processes: do the first steps of the recipe in `folder`, and end the process."""
+    """Entry point of one of several processes: do the first steps of the recipe in `folder`, then exit."""
     recipe = from_toml(Recipe, (Path(folder) / "task.toml").read_text(encoding="utf-8"), "task.toml")
     with join_world("cpu", recipe.compute.timeout_seconds) as world:
         steps = first_steps(TinyRun(recipe, world))

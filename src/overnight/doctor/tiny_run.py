@@ -1,7 +1,7 @@
-"""A recipe made small, on a small text: what can be checked completely within seconds.
+"""A small version of a recipe, on a small text, which can be checked within seconds.
 
-It keeps the recipe's settings and is built by the functions that build a run. Sizes are smaller and dropout
-is off, since what is compared must be the same each time.
+It keeps the recipe's settings and is built by the functions that build a run. Its sizes are smaller, and
+dropout is off so that results are reproducible.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TinyRun:
     recipe: Recipe
     world: World
     reductions: str = ""
-    """What is smaller than in the original recipe, for a person; "" if nothing."""
+    """The reduced sizes, as text; "" if there are none."""
 
     def build(self, **compute: object) -> RunSetup:
         """A new run with these fields of ComputeConfig changed: always the same weights and rows."""

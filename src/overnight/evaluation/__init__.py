@@ -21,7 +21,7 @@ class EvaluateConfig:
     evaluation_tokens: int | None = None
     """Number of validation tokens; all if left out."""
     stride: int | None = None
-    """New tokens of each window over a text; a whole context, and no overlap of windows, if left out."""
+    """New tokens of each window over a text; if left out a whole context, without overlap."""
     tasks: tuple[str, ...] = ("validation",)
     """validation; hellaswag, hellaswag-lm-eval, arc-easy, arc-challenge, openbookqa, piqa, boolq, copa,
     winogrande, cbt-common-nouns, cbt-named-entities; lambada, lambada-plain; wikitext-2,

@@ -33,15 +33,15 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class ChoiceTask:
-    """One task: where its file comes from, and how a record of it is read."""
+    """A task: the source of its file, and how a record of the file is read."""
 
     name: str
     url: str
     file: str
     read: Callable[[Any], Question]
-    """From the JSON of a line; for the Children's Book Test, from the lines of a block."""
+    """Reads the JSON of a line; for the Children's Book Test, the lines of a block."""
     endings: int | None
-    """Of each question; None if they vary."""
+    """Number of endings of each question; None if it varies."""
     chance: float
     """The accuracy of guessing."""
     metrics: tuple[str, ...] = ACCURACIES
@@ -93,7 +93,7 @@ def _copa(line: Mapping[str, Any]) -> Question:
 
 
 def _winogrande(line: Mapping[str, Any]) -> Question:
-    """Only the words after the name are scored, which are the same for both names."""
+    """Only the words after the name are scored; they are the same for both names."""
     before, gap, after = (part.strip() for part in line["sentence"].partition("_"))
     if not gap:
         raise ValueError("the sentence has no gap")

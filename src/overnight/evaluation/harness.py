@@ -1,7 +1,7 @@
 """Every task of EleutherAI's lm-evaluation-harness, through its own interface for models.
 
 The harness is the optional extra lm-eval. It prints, draws progress bars and seeds all random generators;
-none of that reaches the caller.
+all of this is hidden from the caller.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEFAULT_NEW_TOKENS = 256  # of the harness's own HFLM, for a task that does not 
 GENERATION_SETTINGS = frozenset(
     {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "num_beams"}
 )
-TOKENS_AT_ONCE = 8192  # prompts and completions: 600 MB for a GPT-2 124M
+TOKENS_AT_ONCE = 8192  # prompts and completions together: 600 MB for GPT-2 124M
 EMPTY_SPAN = SpanResult(0.0, True)
 
 
@@ -59,7 +59,7 @@ class HarnessScore:
 def check_harness(names: Sequence[str], folder: str | Path | None = None) -> None:
     """Raise ValueError if the harness is not installed, or if neither it nor `folder` has one of `names`.
 
-    A name is a task's, a group's or a tag's.
+    A name is that of a task, a group or a tag.
     """
     with _isolated():
         _find_tasks(names, folder)
@@ -95,7 +95,7 @@ def build_lm(model: GPT, tokenizer: Tokenizer, precision: str, terminal: TextIO 
     from lm_eval.api.model import LM
 
     class OvernightLM(EvalHarnessLM, LM):  # type: ignore[misc]  # the harness has no types
-        """With the harness's defaults for everything but the requests."""
+        """The harness's defaults for everything except the requests."""
 
     return OvernightLM(model, tokenizer, precision, terminal)
 
@@ -113,7 +113,7 @@ def parse_request(settings: Mapping[str, Any]) -> tuple[Decoding, tuple[str, ...
         unsupported.append(f"num_beams={values['num_beams']}")
     if unsupported:
         raise ValueError(
-            f"a task of lm-eval needs completions with {', '.join(unsupported)}, which is not supported"
+            f"a task of lm-eval uses generation settings {', '.join(unsupported)}that are not supported"
         )
     sampling = SamplingConfig(temperature=0.0)
     if values["do_sample"]:
@@ -145,7 +145,7 @@ def _load(names: Sequence[str], index: Any) -> dict[str, dict[str, Any]]:
 
 
 def _seed(tasks: Iterable[Any]) -> None:
-    """What `simple_evaluate` does first: each task's number of examples, and the harness's own seeds."""
+    """Set each task's number of examples and the harness's seeds, as `simple_evaluate` does first."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     random.seed(DEFAULT_RANDOM_SEED)
@@ -158,7 +158,7 @@ def _seed(tasks: Iterable[Any]) -> None:
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[HarnessScore]:
-    """From the harness's table: `metric,filter` -> value, `metric_stderr,filter` -> standard error."""
+    """Read the harness's table: `metric,filter` -> value, `metric_stderr,filter` -> standard error."""
     for task, values in results.items():
         for key, value in values.items():
             metric, comma, name = key.partition(",")
@@ -209,7 +209,7 @@ def _find_tasks(names: Sequence[str], folder: str | Path | None) -> Any:
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """Within, nothing is printed and no warning shown; afterwards all random states are restored."""
+    """Context manager: nothing is printed and no warning shown; restores all random states at the end."""
     states = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
@@ -235,7 +235,7 @@ class EvalHarnessLM:
         self.terminal = terminal or sys.stderr
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): the continuation's log-likelihood, and whether it is greedy.
+        """For each (context, continuation), the continuation's log-likelihood and whether it is greedy.
 
         The first ids of a context that is too long are dropped; an empty one becomes the end of text. Raises
         ValueError for a continuation longer than the model's context.
@@ -268,7 +268,7 @@ class EvalHarnessLM:
         return [-sum(span.nats for span in islice(spans, len(each))) for each in windows]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """What follows each prompt, up to its first stop string, the end of text or its number of tokens.
+        """The completion of each prompt, up to its first stop string, the end of text or its length limit.
 
         The first ids of a prompt that is too long are dropped. Raises ValueError for a request that leaves no
         room for a prompt.

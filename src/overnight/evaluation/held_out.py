@@ -41,7 +41,7 @@ class ValidationSet:
     tokens: int | None
     """Number of tokens; all if None."""
     stride: int | None
-    """New ids of each window; a whole context, and no overlap, if None."""
+    """New ids of each window; a whole context without overlap if None."""
 
     def check_tokenizer(self, tokenizer: Tokenizer, model: str, folder: Path) -> None:
         """Raise ValueError unless the text is encoded with the model's tokenizer, which is in `folder`."""
@@ -71,7 +71,7 @@ class ValidationSet:
     def score(self, losses: Sequence[TextLoss]) -> list[Score]:
         """The model's loss in all units, with published results on text of the same source and tokenizer.
 
-        Compared with the baseline's loss if there is a second one.
+        A second loss is the baseline's, which is then compared.
         """
         kind = "pieces" if self.stride is None else "windows"
         first, *others = score_text("validation", METRICS, losses, kind)
@@ -83,7 +83,7 @@ class ValidationSet:
     def _measure_windows(
         self, model: GPT, precision: str, world: World, advance: Callable[[int], None]
     ) -> TextLoss:
-        """The same with overlapping windows, which do not cross the texts of a mixture."""
+        """`measure` with overlapping windows, which do not cross the texts of a mixture."""
         context_length = model.config.context_length
         stream = self.dataset.stream("validation", context_length, seed=0)
         parts = [(stream, self.tokens)]

@@ -20,24 +20,24 @@ from overnight.evaluation.passages import batches_by_length, padded
 from overnight.model.gpt import GPT, eval_mode
 from overnight.training.compute import autocast
 
-# On a CPU as much as its caches hold, which also needs little padding.
+# As many tokens as a CPU's caches hold; small batches also need little padding.
 TOKENS_AT_ONCE = 512  # padding included
 IDS_AT_ONCE = 2048  # of the vocabulary: a quarter less time than with all logits of a position at once
 GPU_TOKENS_AT_ONCE = 8192
 GPU_LENGTH_MULTIPLE = 8
 
 ACCURACIES = ("accuracy_per_token", "accuracy_per_character", "accuracy_by_sum")
-"""Per token is build-nanogpt's, per character lm-eval's acc_norm, by sum the plain accuracy of both."""
+"""Per token: build-nanogpt's accuracy; per character: lm-eval's acc_norm; by sum: plain accuracy."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One question as ids: which of the endings follows the context."""
+    """One question as ids: a context and the endings to choose from."""
 
     context: tuple[int, ...]
     endings: tuple[tuple[int, ...], ...]
     characters: tuple[int, ...]
-    """Of each ending's text, without the space before it."""
+    """Number of characters of each ending, without the space before it."""
     answer: int
     """Index of the correct ending."""
     leads: tuple[tuple[int, ...], ...] = ()
@@ -66,7 +66,7 @@ class PackedQuestion:
     """Index of the question."""
     context: tuple[int, ...]
     endings: tuple[int, ...]
-    """Their indices."""
+    """Indices of the endings in this row."""
     choice: Choice
 
     @property
@@ -137,7 +137,7 @@ def evaluate_choices(
 def pack_question(index: int, choice: Choice, context_length: int) -> list[PackedQuestion]:
     """The rows of a question: one, or several with some of its endings each if one would be too long.
 
-    The context is cut on the left so that it fits beside the longest ending.
+    The context is cut on the left so that it fits with the longest ending.
     """
     longest = max(len(choice.branch(ending)) for ending in range(len(choice.endings))) - 1
     if longest >= context_length or not choice.context or not all(choice.endings):

@@ -37,7 +37,7 @@ class SpanResult(NamedTuple):
     """A model's result on a passage."""
 
     nats: float
-    """Of all target ids together."""
+    """Sum over all target ids."""
     is_greedy: bool
     """True if greedy decoding would write the target ids: each is the most likely one."""
 

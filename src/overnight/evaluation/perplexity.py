@@ -34,7 +34,7 @@ class Evaluation:
     perplexity: float
     """e to the loss."""
     bits_per_byte: float
-    """Bits per byte of the text: the only unit that compares models of different tokenizers."""
+    """Bits per byte of the text: comparable across tokenizers."""
     evaluated_tokens: int
     """Target tokens, separators between documents included."""
     evaluated_bytes: int
@@ -46,18 +46,18 @@ class TextLoss:
     """One model's loss on each example of a text."""
 
     nats: tuple[float, ...]
-    """Of each example: a window, a passage, a piece of a batch."""
+    """Nats of each example: a window, a passage or a piece of a batch."""
     tokens: tuple[int, ...]
     """Target tokens of each example."""
     units: Mapping[Unit, float]
-    """Words, bytes and characters of all targets together, as far as they are known."""
+    """Total words, bytes and characters of the targets, as far as they are known."""
 
     def count(self, unit: Unit) -> float:
         """The number of tokens, words, bytes or characters."""
         return sum(self.tokens) if unit == "token" else self.units[unit]
 
     def per(self, unit: Unit) -> float:
-        """Nats for each of them."""
+        """Nats per token, word, byte or character."""
         return math.fsum(self.nats) / self.count(unit)
 
     def summary(self) -> Evaluation:
@@ -98,7 +98,7 @@ def evaluate_language_model(
     `token_bytes` are the bytes of each id. Targets early in a row have a short context, which makes the loss
     a little higher than with overlapping windows. With `document_separator`, the id that begins a document,
     attention does not cross documents, for a model trained with packing=documents. The batches are divided
-    among the processes of `world`; the result is the same to the bit for any number of them. Raises
+    among the processes of `world`; the result is bitwise equal for any number of them. Raises
     ValueError for an empty text.
     """
     device = torch.device(world.device) if world.size > 1 else model.wte.weight.device

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """A result to compare a model's with. `whose` is the model."""
+    """A published result. `whose` is the model."""
 
     whose: str
     value: float
@@ -19,7 +19,7 @@ OPENAI = ("OpenAI 124M", "OpenAI 355M", "OpenAI 774M", "OpenAI 1558M")
 PAPER = "GPT-2 paper, table 3"
 GPT3 = "GPT-3 paper, table H.1"
 SCRIPT = "build-nanogpt, hellaswag.py"
-HARNESS = "lm-eval, as told in hellaswag.py"
+HARNESS = "lm-eval, as reported in hellaswag.py"
 
 
 def _paper(*values: float, source: str = PAPER) -> tuple[PublishedResult, ...]:

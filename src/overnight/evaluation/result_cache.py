@@ -1,8 +1,8 @@
-"""Results are written to a file as they come, so that an interrupted evaluation continues.
+"""Writes each result to a file, so that an interrupted evaluation continues.
 
     judged/<key>/<rank>.jsonl   a line per example: [index, result]
 
-The key is a hash of everything that decides the results. The folder is deleted when all are there.
+The key is a hash of everything that decides the results. The folder is deleted when all results are complete.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def evaluate_missing(
     The first process yields those in `folder`; each process yields the results of its own share of the rest.
     """
     known = _read(folder)
-    world.barrier()  # all have read before one writes
+    world.barrier()  # all processes have read before one writes
     if world.is_main:
         yield from known.items()
     missing = [index for index in range(len(examples)) if index not in known]
@@ -62,7 +62,7 @@ def evaluate_missing(
         index = missing[position]
         folder.mkdir(parents=True, exist_ok=True)  # only now: invalid examples leave no folder behind
         with (folder / f"{world.rank}.jsonl").open("a") as file:
-            file.write("\n" + json.dumps([index, numbers]))  # a new line, since the last may be interrupted
+            file.write("\n" + json.dumps([index, numbers]))  # a new line, since the last may be incomplete
         yield index, numbers
 
 
@@ -86,7 +86,7 @@ def cache_key(model: GPT, examples: Sequence[Example], precision: str) -> str:
 
 
 def _read(folder: Path) -> dict[int, Numbers]:
-    """The results that earlier processes have written; interrupted lines are ignored."""
+    """The results of earlier processes; incomplete lines are ignored."""
     found: dict[int, Numbers] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():

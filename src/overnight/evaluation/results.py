@@ -1,4 +1,4 @@
-"""Evaluate a model, beside a baseline if there is one, on validation text and tasks."""
+"""Evaluates a model, and a baseline if there is one, on validation text and tasks."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class EvaluatedModel:
     opened: OpenedModel
     name: str
     recipe: Recipe | None
-    """The run's; None for any other model."""
+    """The run's recipe; None for any other model."""
     precision: str
-    """The run's own; fp32 for any other model."""
+    """The run's precision; fp32 for any other model."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class EvaluationResults:
         return "\n".join([*describe_scores(self.scores), *map(str, self.harness or ())])
 
     def _repr_html_(self) -> str:
-        """In a notebook: the tables."""
+        """The tables, for a notebook."""
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
@@ -114,7 +114,7 @@ def _open_validation(config: EvaluateConfig, models: Sequence[EvaluatedModel]) -
     elif recipe:
         data = recipe.data
     else:
-        raise ValueError("this model's training data is not known: name prepared text with --data FOLDER")
+        raise ValueError("this model's training data is unknown: give prepared data with --data FOLDER")
     validation = open_validation_set(data, config.evaluation_tokens, config.stride)
     for each in models:
         validation.check_tokenizer(each.opened.tokenizer, each.name, each.opened.tokenizer_folder)
@@ -175,14 +175,14 @@ def _describe_task(scores: Sequence[Score]) -> Iterator[str]:
             source = reference.source
             yield _line("", f"{reference.value:g}", f"{reference.whose}{cited}")
         if isinstance(score.against, AccuracyComparison):
-            differing = f"only right {score.against.only_here:,} here, {score.against.only_there:,} there"
+            differing = f"correct only here {score.against.only_here:,}, there {score.against.only_there:,}"
             yield _line("", _number(score.against.value), f"the baseline; {differing}")
             yield _line("", "", f"p = {score.against.probability:.3g} (McNemar)")
         elif score.against is not None:
             yield _line("", _number(score.against.value), "the baseline")
     if isinstance(last, LossComparison):
         if last.difference is None:
-            yield "  no paired test: the baseline reads the text in other windows"
+            yield "  no paired test: the baseline reads the text in different windows"
         else:
             unit = "word" if first.kind == "passages" else "token"
             ends = f"{last.difference.low:+.4f} to {last.difference.high:+.4f}"

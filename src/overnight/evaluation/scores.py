@@ -16,7 +16,7 @@ from overnight.evaluation.references import REFERENCES, PublishedResult
 
 Example = Choice | Passage
 Numbers = tuple[float, ...]
-"""The result of an example: the nats of each ending; or a passage's nats, and whether it is greedy."""
+"""Result of an example: nats of each ending; or nats of a passage, and whether it is greedy."""
 
 LOSS_METRICS: dict[str, tuple[Unit, Literal["nats", "bits", "perplexity"]]] = {
     "nats_per_token": ("token", "nats"),
@@ -25,7 +25,7 @@ LOSS_METRICS: dict[str, tuple[Unit, Literal["nats", "bits", "perplexity"]]] = {
     "bits_per_byte": ("byte", "bits"),
     "bits_per_character": ("character", "bits"),
 }
-"""The unit of text that the loss is divided by, and how the quotient is expressed."""
+"""Metric -> the unit of text that the loss is divided by, and how the quotient is expressed."""
 
 RESAMPLES = 2000
 Z = 1.959963984540054  # 97.5% quantile of the normal distribution
@@ -52,7 +52,7 @@ class AccuracyComparison:
     only_there: int
     """Questions that only the other model answers correctly."""
     probability: float
-    """Of two equally good models differing at least this much (McNemar)."""
+    """p-value: the probability that two equally good models differ at least this much (McNemar)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class LossComparison:
 
     value: float
     difference: Interval | None
-    """Of this model's nats per token minus the other's (paired bootstrap); None if their windows differ."""
+    """Interval of this model's nats per token minus the other's (paired bootstrap); None if unpaired."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Score:
     value: float
     examples: int
     kind: str
-    """What the examples are: questions, passages, windows."""
+    """Kind of the examples: questions, passages, windows."""
     interval: Interval
     chance: float | None = None
     """The accuracy of guessing."""
@@ -175,7 +175,7 @@ def compare_accuracies(here: Sequence[bool], there: Sequence[bool]) -> AccuracyC
 
 
 def wilson(correct: int, count: int) -> Interval:
-    """Of the proportion `correct / count`; valid near 0 and 1 as well (Wilson 1927)."""
+    """Wilson's interval of the proportion `correct / count`; valid near 0 and 1 as well (Wilson 1927)."""
     share = correct / count
     middle = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
     spread = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
@@ -185,9 +185,9 @@ def wilson(correct: int, count: int) -> Interval:
 
 
 def bootstrap(sums: Sequence[float], counts: Sequence[float]) -> Interval:
-    """Of sum(sums) / sum(counts), where each example has one of both, such as a window's nats and tokens.
+    """Interval of sum(sums) / sum(counts); each example has one of both, such as a window's nats and tokens.
 
-    With differences of two models' nats it is the paired bootstrap of their difference. Examples are
+    With differences of two models' nats this is the paired bootstrap. Examples are
     resampled with replacement (Efron 1979), always with the same seed.
     """
     nats, weights = np.asarray(sums), np.asarray(counts)

@@ -43,7 +43,7 @@ from overnight.run_directory import cache_folder, write_atomically
 from overnight.terminal import echo
 from overnight.tokenizer.tokenizer import Tokenizer
 
-EXAMPLE_CHARACTERS = 1000  # of a text, where only some examples of a task are used
+EXAMPLE_CHARACTERS = 1000  # characters of a text that count as one example
 
 VALIDATION = "validation"
 HARNESS = "lm-eval:"
@@ -125,7 +125,7 @@ def open_task(
 ) -> Task:
     """One of TASKS, its file read from `folder` or downloaded; its first `most` examples if given.
 
-    Of a text these are `most` thousand characters; `stride` is the number of new ids in each window of it.
+    For a text these are `most` thousand characters; `stride` is the number of new ids in each window of it.
     Raises ValueError for a missing, damaged or empty file.
     """
     row = CHOICE_TASKS.get(name) or CLOZE_TASKS.get(name) or TEXT_TASKS[name]

@@ -16,7 +16,7 @@ from overnight.evaluation.passages import Passage, cut_windows
 from overnight.evaluation.perplexity import Unit
 from overnight.tokenizer.tokenizer import Tokenizer
 
-TEST_BYTES = 5_000_000  # of enwik8 and text8: by convention the last twentieth is the test split
+TEST_BYTES = 5_000_000  # of enwik8 and text8: by convention the last 5% are the test split
 
 
 class EvaluationText(NamedTuple):
@@ -24,7 +24,7 @@ class EvaluationText(NamedTuple):
 
     text: str
     words: int | None
-    """As its publishers count them; None if results are not reported per word."""
+    """Number of words as the publishers count them; None if results are not reported per word."""
 
     def units(self) -> dict[Unit, float]:
         """Its bytes, characters and words."""
@@ -161,14 +161,14 @@ _BRACKET = re.compile("|".join(_BRACKETS), re.IGNORECASE)
 
 
 def join_wikitext(text: str) -> str:
-    """Of WikiText: also headings, numbers, hyphens, and no spaces around lines."""
+    """Detokenize WikiText, including headings, numbers, hyphens and spaces around lines."""
     text = _HEADING.sub(_heading, text)
     text = _JOINED.sub(r"\1", text)
     return "\n".join(_join_line(line.strip(" ")) for line in text.split("\n"))
 
 
 def join_treebank(text: str) -> str:
-    """Of the Penn Treebank: also its brackets, quotation marks and contractions."""
+    """Detokenize the Penn Treebank, including its brackets, quotation marks and contractions."""
     text = _BRACKET.sub(lambda found: _BRACKETS[found[0].lower()], text)
     text = text.replace("``", "\x00").replace("''", "\x01")
     return "\n".join(_join_line(line.strip(" ")) for line in text.split("\n"))

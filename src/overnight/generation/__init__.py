@@ -45,15 +45,15 @@ class GenerateConfig(SamplingConfig):
     max_new_tokens: int = 128
     """Write at most this many tokens; an end-of-text token ends the completion earlier."""
     samples: int = 1
-    """Completions of each prompt."""
+    """Number of completions of each prompt."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion; they are not part of it."""
+    """Stop strings: texts that end a completion and are not part of it."""
     json: bool = False
     """Print one JSON object for each completion to standard output."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; the best one found if left out."""
     precision: Literal["fp32", "fp16", "bf16", "int8"] | None = None
-    """Of the weights; the device's best if left out (fp16 on most CPUs). int8 takes the least memory."""
+    """Precision of the weights. Default: the device's best (fp16 on most CPUs); int8 takes least memory."""
 
     def problems(self) -> list[str]:
         """Invalid values, one sentence each; [] if all are valid."""
@@ -63,5 +63,5 @@ class GenerateConfig(SamplingConfig):
         if self.samples < 1:
             found.append(f"samples={self.samples} must be at least 1")
         if "" in self.stop:
-            found.append("stop contains an empty text, which every text contains; leave it out")
+            found.append("stop contains an empty text, which would end every completion; leave it out")
         return found

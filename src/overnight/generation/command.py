@@ -15,7 +15,7 @@ from overnight.generation.generate import Decoding, TokenGenerator, complete, st
 from overnight.generation.quantize import GenerationPrecision, generation_precisions, prepare_for_generation
 from overnight.terminal import echo
 
-BATCH_ROWS = 8  # a CPU reads the weights once for all of them; more rows bring little
+BATCH_ROWS = 8  # a CPU reads the weights once per batch; more rows gain little
 
 
 def run(config: GenerateConfig) -> None:
@@ -59,7 +59,7 @@ def _print_stream(config: GenerateConfig, opened: OpenedModel, decoding: Decodin
 def _print_completions(
     config: GenerateConfig, opened: OpenedModel, decoding: Decoding, precision: GenerationPrecision
 ) -> int:
-    """Print every completion, in batches, so that memory does not bound their number; returns the tokens."""
+    """Print every completion, in batches to limit memory; returns the number of tokens."""
     model, tokenizer, prompts = opened.model, opened.tokenizer, config.prompts or ("",)
     # Raises ValueError for an invalid prompt before the first one is completed.
     TokenGenerator(
@@ -88,7 +88,7 @@ def _print_completions(
 
 
 def _print(text: str) -> None:
-    """To standard output, flushed; characters its encoding lacks become question marks."""
+    """Write to standard output and flush; characters that its encoding lacks become question marks."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
     sys.stdout.flush()

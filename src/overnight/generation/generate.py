@@ -50,12 +50,12 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What a model wrote after a prompt."""
+    """A completion of a prompt."""
 
     text: str
-    """Without the stop string that ended it."""
+    """The completion without its stop string."""
     ids: list[int]
-    """Every id drawn, those of the stop string included, the end of text excluded."""
+    """All generated ids, including those of the stop string, without the end of text."""
     ended_by: Literal["length", "end of text", "stop string"]
 
 
@@ -104,7 +104,7 @@ class KVCache:
         return keys[:, :, : self._end], values[:, :, : self._end], self._mask
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these."""
+        """Keep only these rows."""
         self._keys, self._values = self._keys[:, rows], self._values[:, rows]
         if self._padding_B is not None:
             self._padding_B = self._padding_B[rows]
@@ -116,7 +116,7 @@ class KVCache:
         columns_S = torch.arange(self._end, device=self._keys.device)
         columns_T1 = columns_S[self._start :, None]
         visible = (columns_S <= columns_T1) & (columns_S >= self._padding_B[:, None, None, None])
-        return visible | (columns_S == columns_T1)  # a softmax over nothing would be NaN
+        return visible | (columns_S == columns_T1)  # a softmax over an empty set is NaN
 
 
 @dataclass
@@ -231,7 +231,7 @@ def stream_text(
                 tokens.stop(0)
         yield writer.finish()
 
-    return pieces()  # a generator of its own, so that errors above come at the call
+    return pieces()  # a separate generator, so that the errors above are raised by the call
 
 
 def _prompt_problems(model: GPT, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[str]:
@@ -279,7 +279,7 @@ class TextWriter:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         if "" in stop:
-            raise ValueError("stop contains an empty text, which every text contains; leave it out")
+            raise ValueError("stop contains an empty text, which would end every completion; leave it out")
         self._bytes = tokenizer.token_bytes()
         self._stop = tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -290,19 +290,19 @@ class TextWriter:
         """True once a stop string is complete."""
 
     def write(self, token: int) -> str:
-        """Take one id; returns the text that is certain by now."""
+        """Take one id; returns the text that no later id can change."""
         self._ids.append(token)
         return self._release(self._decoder.decode(self._bytes[token]))
 
     def finish(self) -> str:
-        """Return what was held back: no id follows."""
+        """Return the held-back text: no id follows."""
         piece = self._release(self._decoder.decode(b"", final=True))
         rest, self._held = self._held, ""
         self._pieces.append(rest)
         return piece + rest
 
     def completion(self, max_new_tokens: int) -> Completion:
-        """All that was written, after `finish`."""
+        """The whole completion; call it after `finish`."""
         self.finish()
         ended_by: Literal["length", "end of text", "stop string"] = "end of text"
         if self.stopped:

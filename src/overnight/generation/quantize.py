@@ -25,11 +25,11 @@ GPU_PRECISIONS: dict[str, tuple[GenerationPrecision, ...]] = {
     "fp16": ("fp16", "fp32"),
     "fp32": ("fp32",),
 }
-"""By a GPU's native precision: those that it generates well in, the best first."""
+"""A GPU's native precision -> the precisions for generation, the best first."""
 
 
 def generation_precisions(device: str) -> tuple[GenerationPrecision, ...]:
-    """The precisions in which a torch device generates well; the first is its best.
+    """The precisions that a torch device generates well in, the best first.
 
     On a CPU that is fp16: as few bytes as bf16, eight times as exact, and faster for one row or a few. For
     eight rows bf16 is faster on processors that multiply it.
@@ -73,7 +73,7 @@ def _has_onednn() -> bool:
 
 
 def _convert_on_gpu(model: GPT, dtype: torch.dtype) -> None:
-    """Everything in 16 bits but the head: GPT-2's logits are -30 to -130, too coarse in bfloat16."""
+    """Convert all but the head to 16 bits: GPT-2's logits (-30 to -130) are too coarse in bfloat16."""
     head = model.wte.weight.detach()[: model.vocab_size]
     model.to(dtype)
     model.head = lambda hidden: F.linear(hidden.float(), head)  # type: ignore[method-assign]

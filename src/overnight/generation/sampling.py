@@ -34,7 +34,7 @@ def sample(
     """
     if logits_BV.device.type == "mps":  # it has no float64
         logits_BV = logits_BV.cpu()
-    # A sum finds any NaN or infinity thirty times faster than isfinite on each; float64 cannot overflow.
+    # A sum finds any NaN or infinity, thirty times faster than isfinite; float64 cannot overflow.
     if not torch.isfinite(logits_BV.sum(dtype=torch.float64)):
         raise FloatingPointError(
             "the model's logits are NaN or infinite: its weights are damaged or its training "

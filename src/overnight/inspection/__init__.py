@@ -10,9 +10,9 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """What is in a prepared folder: counts, lengths, duplicates, frequent tokens, quality, samples.
+    """Show what a prepared folder contains: counts, lengths, duplicates, frequent tokens, quality, samples.
 
-    Of a file or folder of .jsonl or .parquet it shows which sites the texts come from.
+    For a file or folder of .jsonl or .parquet, show the sites that the texts come from.
     """
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
@@ -20,9 +20,9 @@ class InspectConfig:
     documents: int | None = None
     """Inspect only the first N documents of each split, or of the source; all if left out."""
     samples: int = 3
-    """How many documents to show the beginning of."""
+    """Number of documents whose beginning is shown."""
     seed: int = 0
-    """Seed that chooses them."""
+    """Seed that chooses the shown documents."""
     url_column: str = "url"
     """The column of a source that holds the address."""
     text_column: str = "text"
@@ -31,7 +31,7 @@ class InspectConfig:
     """Print everything as one JSON object to standard output."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        """Invalid values, one sentence each; [] if there are none."""
         found = []
         if self.documents is not None and self.documents < 1:
             found.append(f"documents={self.documents} must be at least 1, or left out")

@@ -28,7 +28,7 @@ NO_BREAK = "\ue000"  # stands for a space at which no line may be broken
 
 
 def run(config: InspectConfig) -> None:
-    """Print what is in the data. Raises ValueError for what is neither shards nor a source of text."""
+    """Print the contents. Raises ValueError for data that is neither shards nor a source of text."""
     raise_problems(config.problems(), "inspect")
     folder = Path(config.data)
     found: Inspection | Domains
@@ -61,7 +61,7 @@ def _require_source(data: str) -> None:
 
 
 def describe(found: Inspection | Domains) -> Iterator[str]:
-    """Everything that was found, in lines of at most 80 columns, wide characters counted as two."""
+    """All results, in lines of at most 80 columns; wide characters count as two."""
     for line in _describe_shards(found) if isinstance(found, Inspection) else _describe_domains(found):
         indent = " " * (len(line) - len(line.lstrip()))
         parts = Text(line.lstrip()).wrap(Console(width=WIDTH), WIDTH - len(indent))
@@ -73,15 +73,15 @@ def describe(found: Inspection | Domains) -> Iterator[str]:
 
 def _describe_shards(found: Inspection) -> Iterator[str]:
     yield f"{found.folder}: {found.source} (licence: {found.licence}) in ids of {found.tokenizer}"
-    yield "every shard is as its manifest says"
+    yield "every shard matches the manifest"
     yield from (f"  ! {problem}" for problem in found.problems)
     duplicates = found.duplicates
     if not duplicates.train and not duplicates.validation and not duplicates.validation_in_train:
-        yield "no document is there twice, within a split or across both"
+        yield "no document occurs twice, within a split or across splits"
     if found.first_documents_only is not None:
         yield (
-            f"looked at the first {found.first_documents_only:,} documents of each split only; "
-            "all that follows is of those"
+            f"only the first {found.first_documents_only:,} documents of each split were inspected; "
+            "all figures below are for these"
         )
     for section in (_counts(found), _histogram(found), _frequent(found), _oddities(found)):
         yield ""
@@ -91,7 +91,7 @@ def _describe_shards(found: Inspection) -> Iterator[str]:
         yield f"document {sample['document']:,} of {sample['split']} ({sample['tokens']:,} tokens)"
         yield "  " + " ".join(_printable(sample["text"]).split()) + (" …" if sample["is_shortened"] else "")
     yield ""
-    yield "top domains: none, for shards hold no addresses; name the source instead"
+    yield "top domains: none, since shards hold no addresses; inspect the source instead"
     yield f"next: overnight train RECIPE --data {found.folder}"
 
 
@@ -160,7 +160,7 @@ def _describe_domains(found: Domains) -> Iterator[str]:
     )
     if found.documents_without:
         share = found.documents_without / found.documents
-        yield f"{found.documents_without:,} documents ({share:.2%}) name no site"
+        yield f"{found.documents_without:,} documents ({share:.2%}) have no site"
     yield ""
     yield f"{'site':<40} {'documents':>11} {'share':>7} {'MB':>10} {'share':>7}"
     for domain in found.top[:DOMAINS_SHOWN]:

@@ -1,4 +1,4 @@
-"""Which sites the texts of a source come from, by a column of addresses."""
+"""Counts the sites that the texts of a source come from, by a column of addresses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 4096
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)?//")
 
 Columns = tuple[str, str]  # the names of those that hold the address and the text
-Row = tuple[object, int]  # an address, or what is in its place; bytes of text
+Row = tuple[object, int]  # value of the address column; bytes of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def domain_of(address: object) -> str | None:
 def count_domains(source: str, columns: Columns = ("url", "text"), documents: int | None = None) -> Domains:
     """Count the sites of a file, a folder or a URL, or of its first `documents` rows.
 
-    Memory holds two numbers a site. Raises ValueError if no file has such columns, or one is damaged.
+    Memory holds two numbers per site. Raises ValueError if no file has such columns, or one is damaged.
     """
     files = [file for file in find_files(source) if file.kind in WITH_COLUMNS]
     if not files:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LONG_LINE_CHARACTERS = 10_000
-FEWEST_WORDS = 50  # the words of a shorter text say too little about its language
+FEWEST_WORDS = 50  # a shorter text is not tested for its language
 FREQUENT_WORDS = frozenset(
     ["the", "of", "and", "to", "that", "for", "with", "this", "are"]
     + ["from", "have", "not", "it", "as", "be", "which", "were", "you"]

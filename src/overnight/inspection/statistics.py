@@ -1,6 +1,6 @@
-"""What is in a prepared folder: counts, lengths, duplicates, frequent tokens, quality, and a few samples.
+"""Statistics of a prepared folder: counts, lengths, duplicates, frequent tokens, quality, and a few samples.
 
-One pass over memory-mapped shards. Only the digests of the documents, 16 bytes each, grow with the data.
+One pass over memory-mapped shards. Only the documents' digests, 16 bytes each, grow with the data.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Lengths:
     shortest: int
     longest: int
     histogram: tuple[Row, ...]
-    """By powers of two: shortest, longest, documents."""
+    """One row for each power of two: shortest, longest, documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Duplicates:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """Everything that was found."""
+    """All results of an inspection."""
 
     folder: str
     source: str
@@ -97,9 +97,9 @@ class Inspection:
     tokenizer: str
     vocab_size: int
     first_documents_only: int | None
-    """How many of each split were inspected; None if all."""
+    """Number of inspected documents of each split; None if all."""
     problems: tuple[str, ...]
-    """What needs a decision, the most serious first."""
+    """Problems to solve before training, the most serious first."""
     splits: tuple[SplitCount, ...]
     lengths: Lengths
     duplicates: Duplicates
@@ -108,9 +108,9 @@ class Inspection:
     r"""id, text, count of the most frequent tokens; bytes of incomplete characters are spelled \xe2."""
     sampled_documents: int
     oddities: dict[str, int]
-    """How many of the sampled documents have which oddity: see `quality.ODDITIES`."""
+    """Number of sampled documents with each of `quality.ODDITIES`."""
     not_english_looking: int
-    """Of the sampled documents: letters mostly not Latin, or almost none of English's frequent words."""
+    """Sampled documents whose letters are mostly not Latin, or with almost no frequent English words."""
     samples: tuple[Row, ...]
     """split, document (counted from 1), tokens, text, is_shortened; in the order of the shards."""
 
@@ -202,7 +202,7 @@ class _Survey:
     def _counted(
         self, parts: Iterable[ShardSpan], shards: list[Row], advance: Callable[..., None]
     ) -> Iterator[ShardSpan]:
-        """The same parts; adds a row to `shards` for each."""
+        """Yields `parts` and adds a row to `shards` for each."""
         for part in parts:
             yield part
             counts = count_ids(part.ids, self.counts.size)
@@ -262,7 +262,7 @@ def describe_lengths(lengths: Counter[int]) -> Lengths:
 def _problems(
     manifest: Manifest, splits: Sequence[SplitCount], duplicates: Duplicates, *, is_whole: bool
 ) -> Iterator[str]:
-    """What a person must know before training on this, the most serious first."""
+    """Problems to solve before training, the most serious first."""
     validation = splits[1]
     if duplicates.first_in_both is not None:
         share = duplicates.validation_in_train / validation.documents
@@ -280,12 +280,12 @@ def _problems(
             yield f"{split.empty_documents:,} documents of {name} are empty"
         if is_whole and manifest.text_bytes(name) != split.text_bytes:
             yield (
-                f"{name} has {manifest.text_bytes(name):,} bytes of text by its manifest, and its ids decode "
+                f"{name} has {manifest.text_bytes(name):,} bytes of text in its manifest, but its ids decode "
                 f"to {split.text_bytes:,}"
             )
         expected = sum(shard.documents for shard in manifest.shards(name))
         if is_whole and expected not in {split.documents, split.documents - 1}:
-            yield f"{name} has {expected:,} documents by its manifest, and {split.documents:,} by its ids"
+            yield f"{name} has {expected:,} documents in its manifest, but {split.documents:,} in its ids"
 
 
 # Duplicates
@@ -296,7 +296,7 @@ def count_duplicates(train: bytes | bytearray, validation: bytes | bytearray) ->
 
     Digests are compared in ranges that hold about DIGESTS_AT_ONCE of them, which bounds the memory.
     """
-    # Their sixteen bytes as one text, since numpy has no such integers. It compares all of them.
+    # Sixteen bytes as a numpy byte string, since numpy has no integers of that size.
     splits = [np.frombuffer(digests, dtype=f"S{DOCUMENT_HASH_BYTES}") for digests in (train, validation)]
     ranges = -(-max(1, sum(map(len, splits))) // DIGESTS_AT_ONCE)
     repeated = np.zeros(2, dtype=np.int64)

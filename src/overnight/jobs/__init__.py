@@ -35,13 +35,13 @@ class LaunchConfig(Recipe):
     nodes: int = 1
     """Number of machines."""
     gpus_per_node: int = 8
-    """GPUs of each machine, with one process each; 0 for machines without."""
+    """GPUs of each machine, with one process each; 0 for machines without GPUs."""
     out: str | None = None
     """The file to write. Default: RUN_NAME.sbatch or RUN_NAME.TARGET.yaml."""
     hours: float = 24.0
     """The job's time limit, for Slurm and SageMaker."""
     gpu: str | None = None
-    """The GPU's kind: H100, A100-80GB, L4. Default: H100; any for Slurm."""
+    """GPU type: H100, A100-80GB, L4. Default: H100; any for Slurm."""
     partition: str | None = None
     """Slurm's partition."""
     image: str | None = None
@@ -66,7 +66,7 @@ class LaunchConfig(Recipe):
         return chosen[0]
 
     def problems(self) -> list[str]:
-        """One sentence for each wrong value; [] if there is none."""
+        """Invalid values, one sentence each; [] if there are none."""
         found = super().problems()
         for name, minimum in (("nodes", 1), ("gpus_per_node", 0), ("hours", SHORTEST_HOURS)):
             if not minimum <= (value := getattr(self, name)) < math.inf:

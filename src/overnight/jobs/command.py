@@ -18,7 +18,7 @@ from overnight.terminal import echo
 from overnight.training.batch import plan_batches
 
 SEE_FILES = frozenset({"slurm", "sagemaker"})  # targets that use text from this machine's disk
-TORCHRUN_SETTINGS = frozenset({"processes", "max_restarts"})  # a job file passes these to torchrun itself
+TORCHRUN_SETTINGS = frozenset({"processes", "max_restarts"})  # a job file passes these to torchrun
 
 
 def run(config: LaunchConfig, name: str) -> None:
@@ -73,7 +73,7 @@ def build_request(config: LaunchConfig, name: str, path: Path) -> JobRequest:
         texts = ()  # such a run starts before its text is complete
     if target != "slurm":
         recipe = with_folders(recipe, texts)
-        if name not in recipe_names():  # a file of this machine: the nearest recipe that other machines have
+        if name not in recipe_names():  # a file of this machine: use the nearest recipe of the package
             known_recipe = min(
                 recipe_names(), key=lambda known: len(changed_options(recipe, load_recipe(known)))
             )

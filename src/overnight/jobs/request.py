@@ -16,7 +16,7 @@ from overnight.jobs import LaunchConfig
 from overnight.preparation.prepare_commands import JobText
 
 RESTARTS = 3  # if the recipe does not say
-SAVE_SECONDS = 150  # between SIGTERM and SIGKILL for a process that has not saved by then
+SAVE_SECONDS = 150  # from SIGTERM to SIGKILL, for a process that has not saved
 LONGEST_NAME = 45  # Kubernetes allows 63 for a pod's name, which ends in -worker-N
 
 
@@ -26,7 +26,7 @@ class JobRequest:
 
     config: LaunchConfig
     path: str
-    """Of the job file."""
+    """Path of the job file."""
     made_by: str
     """The command that writes the file."""
     words: tuple[str, ...]
@@ -43,7 +43,7 @@ class JobRequest:
 
     @property
     def max_restarts(self) -> int:
-        """How often torchrun restarts all processes after one has failed."""
+        """Number of restarts of all processes by torchrun after one has failed."""
         return self.config.compute.max_restarts or RESTARTS
 
     @property
@@ -58,7 +58,7 @@ class JobRequest:
 
     @property
     def name(self) -> str:
-        """The run's name in lower-case letters, digits and hyphens, a letter first: all targets allow it."""
+        """The run's name in lower-case letters, digits and hyphens, a letter first, as all targets allow."""
         plain = re.sub("[^a-z0-9]+", "-", self.config.run_name.lower())
         plain = plain if plain[:1].isalpha() else f"run-{plain}"
         return plain[:LONGEST_NAME].strip("-")

@@ -127,7 +127,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _double_dollars(script: str) -> str:
-    """In a container's arguments Kubernetes expands $(NAME), and $$ to $: double a $ before either."""
+    """Double each $ before ( or $: Kubernetes expands $(NAME) and $$ in a container's arguments."""
     return re.sub(r"\$(?=[$(])", "$$", script)
 
 
@@ -144,7 +144,7 @@ def _s3_address(request: JobRequest, path: str) -> str:
 
 
 def _channels(request: JobRequest) -> dict[str, JobText]:
-    """By SageMaker's channel, the text that it copies from the bucket."""
+    """SageMaker's channel -> the text that SageMaker copies from the bucket."""
     is_single = len(request.texts) == 1
     texts = enumerate(request.local_texts, start=1)
     return {"training" if is_single else f"text{number}": text for number, text in texts}

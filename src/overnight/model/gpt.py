@@ -59,7 +59,7 @@ class CausalSelfAttention(nn.Module):
         self.document_kernel: DocumentKernel = "mask"
 
     def forward(self, x_BTC: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C). A cache adds earlier positions; document ids keep attention within each."""
+        """(B, T, C) -> (B, T, C). A cache adds earlier positions; `document_BT` masks other documents."""
         B, T, C = x_BTC.shape
         q_BHTD, k_BHSD, v_BHSD = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
@@ -75,7 +75,7 @@ class CausalSelfAttention(nn.Module):
                 mixed_BHTD = attend_causal(q_BHTD, k_BHSD, v_BHSD, mask, self.kernel, dropout)
             else:
                 assert cache is None, "a cache holds one document"
-                # An evaluation takes the mask, so that it does not depend on how the model was trained.
+                # Evaluation uses the mask, so that it does not depend on the kernel used in training.
                 kernel = self.document_kernel if torch.is_grad_enabled() else "mask"
                 mixed_BHTD = attend_within_documents(q_BHTD, k_BHSD, v_BHSD, document_BT, kernel, dropout)
         mixed_BTC = mixed_BHTD.transpose(1, 2).reshape(B, T, C)
@@ -83,7 +83,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward half of a block: four times wider, then back."""
+    """The feed-forward part of a block, with a hidden width of 4 C."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """ids (B, T) -> logits (B, T, V). `forward` is `head(trunk(ids))`, and either may be used alone.
 
-    The embedding is padded to a multiple of 64 rows, so that its matrix products come out in even tiles.
+    The embedding is padded to a multiple of 64 rows, so that its matrix products use whole tiles.
     Padding rows are zero, get no gradient and never leave the module: `head` returns exactly V columns and
     `weights` exactly V rows. The weights are initialised as GPT-2's, unless the module is built on the meta
     device. Raises ValueError for sizes that do not fit together, and without a vocabulary.
@@ -145,7 +145,7 @@ class GPT(nn.Module):
     def trunk(self, ids_BT: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
         """Hidden states (B, T, C) after the final layer norm. Raises IndexError beyond the context.
 
-        With `documents`, each stands alone: positions restart at 0, and attention stays within it.
+        With `documents`, positions restart at 0 in each document, and attention stays within it.
         """
         T = ids_BT.shape[1]
         if self.config.context_length < T:
@@ -194,7 +194,7 @@ class GPT(nn.Module):
 
 
 def _embedding(rows: int, n_embd: int) -> nn.Embedding:
-    # nn.Embedding(rows, n_embd) would draw weights that `initialize` overwrites; on the meta device that
+    # nn.Embedding(rows, n_embd) would draw weights that `initialize` overwrites; on the meta device this
     # draw alone costs two seconds of imports.
     zeros = torch.zeros(rows, n_embd)
     embedding: nn.Embedding = nn.Embedding.from_pretrained(zeros, freeze=False)  # type: ignore[no-untyped-call]
@@ -210,7 +210,7 @@ def empty_model(config: ModelConfig) -> GPT:
 
 @contextmanager
 def eval_mode(model: GPT) -> Iterator[None]:
-    """Within, `model` is in evaluation mode; afterwards in the mode it was in."""
+    """Context manager that puts `model` into evaluation mode and restores its mode at the end."""
     was_training = model.training
     model.eval()
     try:

@@ -32,7 +32,7 @@ WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 
 
 def allowed_backends(kernel: CausalKernel) -> AbstractContextManager[None]:
-    """Within, scaled_dot_product_attention chooses among the backends that `kernel` allows."""
+    """Context manager: scaled_dot_product_attention uses only the backends that `kernel` allows."""
     if kernel == "math":
         return sdpa_kernel([SDPBackend.MATH])
     return sdpa_kernel(WITHOUT_CUDNN) if kernel == "without-cudnn" else nullcontext()
@@ -80,13 +80,13 @@ class Documents(NamedTuple):
     """The document of every position of a batch, and the position within it; int64."""
 
     document_ids: Tensor
-    """Number of the document within its row, (B, T): equal within a document, then one more."""
+    """Number of the document within its row, (B, T): it increases by one with each document."""
     positions: Tensor
-    """Position within the document, (B, T), from 0; the rest of an earlier one from the row's start."""
+    """Position within the document, (B, T), from 0; a continued document counts from the row's start."""
 
 
 def find_documents(ids_BT: Tensor, end_of_text: int) -> Documents:
-    """The documents of `ids_BT`, each of which begins with the id `end_of_text`."""
+    """The documents of `ids_BT`; each begins with the id `end_of_text`."""
     begins_BT = ids_BT == end_of_text
     index_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
     start_BT = torch.where(begins_BT, index_T, 0).cummax(1).values
@@ -100,7 +100,7 @@ def attend_with_mask(
 
     Works everywhere and computes the full T x T scores. Not for training with cuDNN's kernel.
     """
-    # The compiler can't read which backends are enabled.
+    # torch.compile can't trace the query of enabled backends.
     if q_BHTD.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         assert not torch.backends.cuda.cudnn_sdp_enabled(), NO_MASKS_IN_TRAINING  # type: ignore[no-untyped-call]
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
@@ -296,7 +296,7 @@ LEAST_CHANNELS = 16  # of a head, that its kernel multiplies
 def attend_in_flex(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, document_BT: Tensor) -> Tensor:
     """Causal attention within documents by flex_attention. Must be compiled: eager, it writes T x T scores.
 
-    Every layer builds the same mask; the compiler builds it once.
+    Every layer builds the same mask; the compiler removes the copies.
     """
     mixed_BHTD: Tensor = flex_attention(q_BHTD, k_BHTD, v_BHTD, block_mask=build_block_mask(document_BT))
     return mixed_BHTD
@@ -304,7 +304,7 @@ def attend_in_flex(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, document_BT: 
 
 @functools.cache
 def _compile_flex() -> Callable[..., Tensor]:
-    """`attend_in_flex` compiled by itself, for an eager step. Made on first use: it loads the compiler."""
+    """`attend_in_flex` compiled separately, for an eager step; compiled on first use."""
     return torch.compile(attend_in_flex, dynamic=False, fullgraph=True)
 
 

@@ -18,7 +18,7 @@ from overnight.model.loss_kernels import ChunkedLoss, Fp8Product
 def cross_entropy_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Negative log-likelihood of all targets, summed: a float32 scalar in nats.
 
-    Computed in float32 whatever the precision of the logits, since it is a sum of many small terms.
+    Computed in float32 for any precision of the logits, since it is a sum of many small terms.
     """
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
 

@@ -1,4 +1,4 @@
-"""The sizes of GPT-2 and GPT-3, and what follows from a size alone. Needs no torch."""
+"""The sizes of GPT-2 and GPT-3, their parameter and FLOP counts. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from overnight.model import ActivationCheckpointing
 
-MOST_PARAMETERS = 10**13  # fifty times the largest GPT-3: more is a typing error
-VOCABULARY_MULTIPLE = 64  # 50,257 ids become 50,304 rows: matrix units want even tiles
+MOST_PARAMETERS = 10**13  # fifty times the largest GPT-3: more is taken for a typing error
+VOCABULARY_MULTIPLE = 64  # 50,257 ids become 50,304 rows: whole tiles for matrix units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class ModelConfig:
     def vocabulary(self) -> int:
         """The number of token ids. Raises ValueError if it was left to the tokenizer."""
         if self.vocab_size is None:
-            raise ValueError("vocab_size is not set: give it, or take the tokenizer's")
+            raise ValueError("vocab_size is not set: give it, or use the tokenizer's")
         return self.vocab_size
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one plain sentence each; [] if nothing."""
+        """Invalid values, one sentence each; [] if there are none."""
         found = [
             f"{name}={value} must be at least 1"
             for name in ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
@@ -48,7 +48,7 @@ class ModelConfig:
         return found
 
     def _misfits(self) -> list[str]:
-        """What is wrong between values that are right by themselves."""
+        """Contradictions between values that are valid by themselves."""
         if self.n_embd % self.n_head:
             return [f"n_embd={self.n_embd} does not divide among n_head={self.n_head} heads"]
         count = self._count_parameters(self.vocab_size or 1)
@@ -78,7 +78,7 @@ class ModelConfig:
         6 for each weight of the blocks and of the padded head. Attention as fused kernels compute it: half
         the square, two products forward and five backward, where the scores are computed again (Dao 2023,
         arXiv 2307.08691, section 4.1). With checkpointed blocks each runs forward once more except for its
-        last product, which nothing needs; selective checkpointing repeats no product.
+        last product, which is not needed; selective checkpointing repeats no product.
         """
         square = self.n_layer * self.n_embd**2
         attention = self.n_layer * self.n_embd * self.context_length  # one product, 2 T C, over half of T

@@ -1,4 +1,4 @@
-"""What a recipe needs: memory, time, disk and money, measured here or estimated for another device."""
+"""Memory, time, disk and money that a recipe needs, measured here or estimated for another device."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from overnight.renamed import Renamed
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(Recipe):
-    """A recipe, as `overnight train` takes it, and options of the plan."""
+    """A recipe with its options, and the options of the plan."""
 
     device_type: str | None = None
     """Estimate for another device (h200, a100-80gb, t4) instead of measuring this machine."""
     machines: int = 1
     """Number of machines, each with the same number of processes; the plan is then a prediction."""
     network: Literal["100g", "400g", "8x400g"] = "400g"
-    """Between machines: one adapter of 100 or 400 Gb/s in each, or eight of 400 Gb/s."""
+    """The network between machines: one adapter of 100 or 400 Gb/s in each, or eight of 400 Gb/s."""
     dollars_per_hour: float | None = None
     """Price of one machine; the plan then shows the price of the run."""
     seconds: float = 40.0
@@ -36,13 +36,13 @@ class PlanConfig(Recipe):
                 found.append(f"{name}={value} must be greater than 0")
         if self.device_type is not None and self.compute.device is not None:
             found.append(
-                f"give only one of device={self.compute.device}, which is here, and "
-                f"device_type={self.device_type}, which is not"
+                f"give only one of device={self.compute.device}, on this machine, and "
+                f"device_type={self.device_type}, another device"
             )
         processes = self.compute.processes
         if self.device_type is not None and processes == "auto":
             found.append(
-                f"processes=auto counts the GPUs here, and device_type={self.device_type} is not here: "
+                f"processes=auto counts this machine's GPUs, device_type={self.device_type} is another's: "
                 "give a number"
             )
         for name, count in (("machines", self.machines), ("processes", processes)):

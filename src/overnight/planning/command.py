@@ -48,7 +48,7 @@ UNKNOWN = Device("unknown", r"(?!)", DeviceFacts())
 
 
 def run(config: PlanConfig, name: str) -> None:
-    """Print the plan of the recipe `name` with the settings in `config`. Keeps nothing that is trained."""
+    """Print the plan of the recipe `name` with the settings in `config`. Trained weights are discarded."""
     raise_problems(config.problems(), f"recipe {config.run_name}")
     plan = plan_recipe(config, name)
     if config.json:
@@ -59,7 +59,7 @@ def run(config: PlanConfig, name: str) -> None:
 
 
 def plan_recipe(config: PlanConfig, name: str) -> Plan:
-    """The whole plan: measured on this machine, or estimated for another one."""
+    """The plan, measured on this machine or estimated for another device."""
     plan = estimate_plan(config, name)
     if plan.fits is False:
         add_fit_options(plan)
@@ -71,7 +71,7 @@ def plan_recipe(config: PlanConfig, name: str) -> Plan:
 
 
 class Target(NamedTuple):
-    """The machine of a plan: each one, if there are several."""
+    """The machine of a plan; one of several equal ones if there are several."""
 
     device: Device | None
     """Its row of the device table; None for a CPU."""
@@ -79,7 +79,7 @@ class Target(NamedTuple):
     compute: Compute
     processes: int
     memory_bytes: int | None
-    """Of one process."""
+    """Memory of one process."""
 
 
 def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None) -> Plan:
@@ -123,14 +123,14 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
 
 
 def _fits(needed_bytes: int, memory_bytes: int | None, *, is_here: bool) -> bool | None:
-    """Whether the estimate fits; on this machine what is close is measured, not refused."""
+    """True if the estimate fits; None if the memory is unknown. On this machine the full memory counts."""
     if memory_bytes is None:
         return None
     return needed_bytes <= memory_bytes if is_here else fits_into(memory_bytes, needed_bytes)
 
 
 def local_target(config: PlanConfig) -> Target:
-    """This machine. Raises ValueError for what it lacks."""
+    """This machine. Raises ValueError for a device that it lacks."""
     device = open_world(config.compute.device).device
     processes = count_processes(config.compute.processes or 1, device)
     device_name = find_device_name(device)
@@ -185,8 +185,8 @@ def find_known_device(name: str) -> Device:
         raise ValueError(f"device_type={name} is not in the table of devices{nearest(name.lower(), known)}")
     if device.name not in known:
         raise ValueError(
-            f"device_type={name} can't be estimated: its maker has not published its arithmetic rate; "
-            "run overnight plan on it, which measures"
+            f"device_type={name} can't be estimated: its maker has not published its peak rate; "
+            "run overnight plan on that device, which measures"
         )
     return device
 

@@ -87,7 +87,7 @@ def sent_bytes(collective: Collective, layout: ParallelLayout) -> float:
 
 
 def collective_seconds(collective: Collective, layout: ParallelLayout) -> float:
-    """Duration of all calls, one after the other."""
+    """Duration of all calls in sequence."""
     rounds = 2 if collective.kind == "all-reduce" else 1
     hops = rounds * (layout.group_size(collective.among) - 1)
     hops_between = rounds * (layout.machines - 1) if collective.among != "machine" else 0
@@ -106,14 +106,14 @@ def collective_seconds(collective: Collective, layout: ParallelLayout) -> float:
 
 @dataclass(kw_only=True)
 class Communication:
-    """Predicted work of one process in a step, under the names of the JSON output."""
+    """Predicted communication of one process in a step, with the names of the JSON output."""
 
     compute_seconds_per_step: float
     communication_seconds_per_step: float
     communication_bytes_per_step: float
-    """Sent by one process."""
+    """Bytes that one process sends in a step."""
     communication_overlaps: bool
-    """Whether communication may overlap with computation."""
+    """True if communication may overlap with computation."""
     efficiency_range_by_network: dict[str, tuple[float, float]] = field(default_factory=dict)
     """`efficiency_range` with other networks between the machines."""
     faster_options: str | None = None
@@ -136,7 +136,7 @@ class Communication:
 def predict_step(
     model: ModelConfig, layout: ParallelLayout, micro_batches: int, compute_seconds: float
 ) -> Communication:
-    """A step that computes for `compute_seconds` in each process, over `micro_batches`.
+    """Predict a step that computes for `compute_seconds` in each process, over `micro_batches`.
 
     The all-reduce of replicated training and the broadcasts of ZeRO-1 follow the computation and do not
     overlap. FSDP2 prefetches the next block's weights and reduces the last block's gradients while a block
@@ -152,12 +152,12 @@ def predict_step(
 
 
 def scale_costs(layout: ParallelLayout, model: ModelConfig, costs: CostRange) -> CostRange:
-    """The costs of all processes together, from those of one with a device to itself."""
+    """The costs of all processes together, from those of one process on its own device."""
     return [scale_cost(layout, model, cost, overlap) for cost, overlap in zip(costs, OVERLAP, strict=True)]
 
 
 def scale_cost(layout: ParallelLayout, model: ModelConfig, cost: StepCost, overlap: float) -> StepCost:
-    """The cost of all processes together if that share of communication overlaps, where it can at all."""
+    """The cost of all processes together if the share `overlap` of communication overlaps."""
     micro_batch, update = cost.micro_batch * layout.processes_per_device, _update_seconds(layout, cost)
     step = predict_step(model, layout, 1, micro_batch)
     if step.communication_overlaps:
@@ -203,7 +203,7 @@ def find_faster(
 ) -> tuple[str, float] | tuple[None, None]:
     """(options, seconds of a step) with a larger micro-batch, which gathers weights less often.
 
-    Also with checkpointed blocks, which make room for it and cost their recomputation. (None, None) if no
+    Also with checkpointed blocks, which free memory and cost recomputation. (None, None) if no
     options are much faster.
     """
     model, before, batch = resolved.model, resolved.compute, resolved.plan

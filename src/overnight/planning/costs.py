@@ -19,7 +19,7 @@ from overnight.training.memory import (
     try_shardings,
 )
 
-# MFU assumed of a device that is not here. Published for 124M parameters in 16 bits: build-nanogpt, eager,
+# MFU assumed for a device of another machine. Published for 124M parameters in 16 bits: build-nanogpt, eager,
 # 33 to 38% on A100 and H200; PyTorch compiled 32% on one A100 PCIe (llm.c, pull request 323) and 42% on one
 # H200 (modded-nanogpt, records/track_3_optimization); llm.c 40% on 8 H100 (the same,
 # records/track_1_short/2024-10-13_llmc) and 60% on 8 A100 (its scripts/run_gpt2_124M.sh). All by the count of
@@ -32,15 +32,15 @@ PUBLISHED = {
 }
 CHECKPOINTING: tuple[Literal["selective", "block"], ...] = ("selective", "block")
 NOT_PUBLISHED = "no published measurement of this device"
-LONGEST_MICRO_BATCH = 0.5  # seconds, above which no steps are timed for a quick forecast
+LONGEST_MICRO_BATCH = 0.5  # seconds; with longer ones a quick forecast times no steps
 QUICK_SECONDS = 2.0
-CPU_SHARE_OF_MATMUL = 0.85  # 88 to 92% were measured of GPT-2 124M
+CPU_SHARE_OF_MATMUL = 0.85  # 88 to 92% were measured for GPT-2 124M
 
 
 def add_measured_costs(plan: Plan, seconds: float) -> None:
     """Measure the costs of one process here, and fill in what follows for all of them.
 
-    They are assumed where the whole model does not fit into one device.
+    The costs are assumed if the model does not fit into one device.
     """
     layout, resolved = plan.layout, plan.resolved
     whole = estimate_memory(resolved.model, resolved.plan.micro_batch_size, resolved.compute)
@@ -53,14 +53,14 @@ def add_measured_costs(plan: Plan, seconds: float) -> None:
     plan.counts = count_run(resolved, plan.text.validation_tokens)
     plan.memory = layout.estimate_memory(resolved.model, resolved.plan.micro_batch_size, resolved.compute)
     plan.process_memory_bytes = found.process_memory_bytes
-    if layout.sharding == "none":  # else one process of several needs less than was measured
+    if layout.sharding == "none":  # otherwise one of several processes needs less than measured
         plan.peak_memory_bytes = found.peak_memory_bytes
         plan.evaluation_peak_memory_bytes = found.evaluation_peak_memory_bytes
     return plan.add_forecast(found.costs)
 
 
 def add_assumed_costs(plan: Plan, reason: str = "") -> None:
-    """Fill in what follows from an assumed MFU, if the device's peak is published."""
+    """Fill in the figures that follow from an assumed MFU, if the device's peak is published."""
     if plan.peak_flops is None:
         plan.assumption = reason.removesuffix(": ")
         return
@@ -86,7 +86,7 @@ def assumed_cost(resolved: Resolved, flops: float) -> StepCost:
 
 
 def describe_assumption(device_name: str, peak_flops: float, precision: str) -> str:
-    """What an estimate is based on, with published measurements."""
+    """The basis of an estimate, with published measurements, as text."""
     slow, likely, fast = sorted(ASSUMED_MFU)
     published = (words for name, words in PUBLISHED.items() if device_name.startswith(name))
     return (
@@ -96,7 +96,7 @@ def describe_assumption(device_name: str, peak_flops: float, precision: str) -> 
 
 
 def add_fit_options(plan: Plan) -> None:
-    """Fill in the options with which a model fits that does not fit as it is."""
+    """Fill in options with which a model fits that does not fit as configured."""
     resolved, layout, memory_bytes = plan.resolved, plan.layout, plan.device_memory_bytes or 0
     possible = possible_micro_batches(resolved, layout.processes)
     group = (layout.processes, layout.processes_per_machine)
@@ -123,7 +123,7 @@ def find_processes(resolved: Resolved, memory_bytes: int) -> FitOption | None:
 def quick_forecast(plan: Plan) -> tuple[float, str]:
     """(seconds of the run, what they are based on), within seconds and without compiling.
 
-    A few steps are timed where they are short; otherwise the device's matrix products are.
+    Times a few steps if they are short, otherwise the device's matrix products.
     """
     resolved, batch = plan.resolved, plan.resolved.plan
     device, precision = resolved.compute.device, resolved.compute.precision

@@ -1,4 +1,4 @@
-"""What a run does, takes on the disk and how long it takes: arithmetic on a recipe, without a device."""
+"""Counts of a run, its disk space and its duration: arithmetic on a recipe, without a device."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ RELEASED = {
 
 
 class TokenCounts(NamedTuple):
-    """What is known of a recipe's text before training."""
+    """The known sizes of a recipe's text before training."""
 
     vocab_size: int
     folder: str | None
-    """Its shards, for a message; None unless all of it is prepared."""
+    """Its folders of shards, for messages; None unless all text is prepared."""
     tokens: int | None
-    """Of both splits."""
+    """Number of tokens of both splits."""
     validation_tokens: int | None
 
 
@@ -65,7 +65,7 @@ def find_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts
 
 
 def find_prepared(path: str, tokenizer: str) -> Path | None:
-    """The folder of shards that a run would read as it is; None if it would have to prepare one."""
+    """The folder of shards that a run would read; None if it would have to prepare one first."""
     folder = Path(path)
     if not (folder / "manifest.json").is_file():
         try:
@@ -103,19 +103,19 @@ def model_config_of(recipe: Recipe, vocab_size: int) -> ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunCounts:
-    """How often a run does what."""
+    """Number of each operation in a run."""
 
     steps: int
     micro_batches: int
-    """Of all steps together."""
+    """Number of micro-batches of all steps."""
     tokens: int
     evaluations: int
     evaluated_tokens: int | None
-    """Of all evaluations together; None if all of a text is evaluated that is not prepared yet."""
+    """Tokens of all evaluations; None if a whole text is evaluated that is not prepared yet."""
     sampled_tokens: int
     checkpoints: int
     checkpoint_bytes: int
-    """Of one checkpoint."""
+    """Bytes of one checkpoint."""
 
 
 def count_run(resolved: Resolved, validation_tokens: int | None) -> RunCounts:
@@ -123,7 +123,7 @@ def count_run(resolved: Resolved, validation_tokens: int | None) -> RunCounts:
     recipe, batch, steps = resolved.recipe, resolved.plan, resolved.total_steps
     evaluation, samples = recipe.evaluation, recipe.samples
     evaluations = count_times(evaluation.evaluate_every_steps, steps)
-    evaluations += evaluations > 0  # one before the first step
+    evaluations += evaluations > 0  # one more before the first step
     # The first token of the split has no context and is not predicted.
     limits = [evaluation.evaluation_tokens, validation_tokens and validation_tokens - 1]
     tokens_each = min((count for count in limits if count is not None), default=None)
@@ -151,7 +151,7 @@ def possible_micro_batches(resolved: Resolved, processes: int) -> list[int]:
 
 
 def count_times(every_steps: int | None, steps: int) -> int:
-    """How often an event happens that comes every `every_steps` and after the last step; 0 if it is off."""
+    """Number of times that an event happens every `every_steps` and after the last step; 0 if off."""
     return 0 if every_steps is None else -(-steps // every_steps)
 
 
@@ -163,7 +163,7 @@ def checkpoint_bytes(model: ModelConfig) -> int:
 
 
 def predict_disk(recipe: Recipe, counts: RunCounts, text: TokenCounts) -> dict[str, int]:
-    """Bytes that the run takes on the disk at most, by use.
+    """Largest number of bytes that the run takes on the disk, by use.
 
     Text that is not prepared yet is counted as the tokens that the run reads.
     """
@@ -181,9 +181,9 @@ class StepCost(NamedTuple):
 
     micro_batch: float
     update: float
-    """The optimizer's part of a step."""
+    """Duration of the optimizer's update in a step."""
     start: float
-    """What the first step takes longer than the others, above all compilation."""
+    """Additional duration of the first step, mainly compilation."""
     evaluated_token: float
     sampled_token: float
     saved_byte: float
@@ -213,20 +213,20 @@ class Forecast:
     """Speed, duration and price of a run, under the names of the JSON output."""
 
     tokens_per_second: float
-    """Of the steps alone."""
+    """Tokens per second of the steps alone."""
     tokens_per_second_range: tuple[float, float]
     """(slow, fast)."""
     step_seconds: float
     micro_batch_seconds: float
     update_seconds: float
     mfu: float | None
-    """Model FLOPs utilisation; None if the device's peak is not published."""
+    """Model FLOPs utilization; None if the device's peak is not published."""
     seconds_by_use: dict[str, float]
     seconds: float
     seconds_range: tuple[float, float]
     """(fast, slow)."""
     ends_at: str | None
-    """ISO time at which a run ends that starts now; None beyond the calendar's end."""
+    """ISO time at which a run that starts now ends; None beyond datetime's range."""
     dollars: float | None
     dollars_per_billion_tokens: float | None
 
@@ -238,7 +238,7 @@ def forecast_run(
     peak_flops: float | None,
     dollars_per_hour: float | None,
 ) -> Forecast:
-    """The forecast of a run by the costs of all its processes, whose devices have that peak together."""
+    """The forecast of a run from the costs of all its processes and the total peak of their devices."""
     likely = costs[1]
     micro_batches = resolved.plan.stages[-1].micro_batches
     rates = [resolved.recipe.batch.tokens_per_step / cost.step(micro_batches) for cost in costs]

@@ -31,26 +31,26 @@ from overnight.training.sharding import Replicated
 from overnight.training.state import TrainState
 from overnight.training.step import TrainSetup, fits, train_step
 
-MINIMUM_SHARE = 1 / 4  # of the time is left to timed steps, however long the first one compiles
+MINIMUM_SHARE = 1 / 4  # share of the time for timed steps, even if compiling takes long
 FEWEST_STEPS, MOST_STEPS = 2, 100
-REPEAT_SECONDS = 3  # a part besides training is repeated until it has taken so long
+REPEAT_SECONDS = 3  # a part other than training is repeated for this time
 EVALUATION_SECONDS = 10  # at most; on a slow machine fewer rows are evaluated at once than in a run
 SAMPLED_TOKENS = 32
 WRITTEN_BYTES = 64_000_000
 
 
 class Measurement(NamedTuple):
-    """What was measured of one process."""
+    """Measurements of one process."""
 
     costs: CostRange
     resolved: Resolved
-    """With the rows per micro-batch that fitted."""
+    """The resolved recipe, with the micro-batch size that fitted."""
     process_memory_bytes: int
-    """Held by the process before there was a model; 0 on a GPU, where only tensors are counted."""
+    """Memory of the process before the model was built; 0 on a GPU, where only tensors are counted."""
     peak_memory_bytes: int | None
-    """In training; on a CPU with everything else that the process holds. None where it is unknown."""
+    """Peak in training; on a CPU that of the whole process. None where it is unknown."""
     evaluation_peak_memory_bytes: int | None
-    """In training and evaluation."""
+    """Peak in training and evaluation."""
 
 
 def measure_step_costs(
@@ -119,9 +119,9 @@ def cost_quartiles(parts: StepCost, step_seconds: Sequence[float], micro_batches
 
 
 def build_trial(resolved: Resolved, *, compiled: bool = True) -> tuple[TrainState, TrainSetup]:
-    """A new model, and everything to train it in this process alone, on random ids.
+    """A new model and its training set-up in this process alone, on random ids.
 
-    Without `compiled`, not even where the recipe compiles.
+    Without `compiled`, nothing is compiled, even if the recipe compiles.
     """
     model, world = resolved.model, World(rank=0, size=1, device=resolved.compute.device)
     compute = dataclasses.replace(
@@ -133,20 +133,20 @@ def build_trial(resolved: Resolved, *, compiled: bool = True) -> tuple[TrainStat
     resolved = dataclasses.replace(resolved, compute=compute)
     weights = init_weights(weight_shapes(model), model.n_layer, resolved.recipe.seed)
     state = build_state(resolved, weights, world)
-    # Any id can be the separator of documents: all are equally rare in random rows.
+    # Any id can be the document separator: all are equally rare in random rows.
     separator = 0 if resolved.recipe.data.packing == "documents" else None
     return state, build_training(resolved, state.model, RandomRows(model), world, separator)
 
 
 class RandomRows:
-    """Rows of random ids, which cost as much as those of a text."""
+    """Rows of random ids, which take the same time as rows of a text."""
 
     def __init__(self, model: ModelConfig) -> None:
         self._vocab_size, self._context_length = model.vocabulary, model.context_length
         self._generator = torch.Generator().manual_seed(0)
 
     def batch(self, _first_row: int, rows: int) -> Batch:
-        """`rows` rows, different ones each time."""
+        """`rows` rows, different in each call."""
         shape = (2, rows, self._context_length)
         ids, targets = torch.randint(self._vocab_size, shape, generator=self._generator)
         return Batch(ids, targets)
@@ -170,7 +170,7 @@ class Stopwatch(Replicated):
         self.finished_at: list[float] = []
 
     def reduce(self, nats: Tensor, number: int, count: int) -> Tensor:
-        """As `Replicated.reduce`."""
+        """See `Replicated.reduce`."""
         total = super().reduce(nats, number, count)
         synchronize(self.world.device)
         self.finished_at.append(time.perf_counter())
@@ -211,7 +211,7 @@ def _time_sampling(recipe: Recipe, model: GPT) -> float:
 
 
 def time_writing(folder: Path) -> float:
-    """Seconds to write one byte to the disk of `folder` and to hash it, as saving a checkpoint does."""
+    """Seconds to write one byte to the disk of `folder` and to hash it, as when a checkpoint is saved."""
     content = torch.randint(256, (WRITTEN_BYTES,), dtype=torch.uint8).numpy().tobytes()
     with tempfile.TemporaryFile(dir=folder) as file:
         started_at = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The processes of a run and the links between them, with the rates that links achieve and their sources."""
+"""The processes of a run and the links between them, with achieved rates and their sources."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ WITHIN: dict[str, Link] = {
 }
 """Between the GPUs of a machine with an NVLink board, by name in the table of devices; others use PCIe.
 
-The makers' figures are half of those in NVIDIA's data sheets, which add both directions. The achieved figures
+The makers' figures are half of those in NVIDIA's data sheets, which sum both directions. The achieved figures
 are from answers of NCCL's authors in the issues of nccl-tests."""
 
 BETWEEN: dict[str, Link] = {
@@ -73,7 +73,7 @@ Among = Literal["all", "machine", "machines"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """The processes of a run, the links between them and what they divide; a single process as well."""
+    """The processes of a run (one or more), the links between them and their sharding."""
 
     machines: int = 1
     processes_per_machine: int = 1
@@ -86,12 +86,12 @@ class ParallelLayout:
 
     @property
     def processes(self) -> int:
-        """On all machines together."""
+        """Number of processes on all machines."""
         return self.machines * self.processes_per_machine
 
     @property
     def is_on_cpu(self) -> bool:
-        """Whether the processes of a machine share its CPU; otherwise each has a GPU."""
+        """True if the processes of a machine share its CPU; False if each has a GPU."""
         return self.within is SHARED_CPU
 
     @property
@@ -108,7 +108,7 @@ class ParallelLayout:
         return estimate_memory(model, rows, compute, self.processes, self.processes_per_machine)
 
     def describe(self, device_name: str) -> str:
-        """The machines, for a person; a single device by its bare name."""
+        """The machines, as text; a single device by its name only."""
         if self.processes == 1:
             return device_name
         each = f"{self.processes_per_machine} {'processes on' if self.is_on_cpu else 'x'} {device_name}"

@@ -21,7 +21,7 @@ COLUMNS = 80
 
 
 def plan_text(plan: Plan) -> str:
-    """The page; questions and answers are bold where stderr is a terminal."""
+    """The text of the plan; questions and answers are bold if stderr is a terminal."""
     title, lines = _render(plan).split("\n\n", 1)
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, min_width=22)
@@ -30,7 +30,7 @@ def plan_text(plan: Plan) -> str:
     for line in ["", *lines.splitlines()]:
         label, figure, note = [*map(str.strip, line.split("|")), "", ""][:3]
         if line.startswith(" "):
-            # An option is not separated from its value by the end of a line.
+            # A line break never separates an option from its value.
             options = note.replace(" --", "\n--") if note.startswith("--") else note
             table.add_row(f"  {label}", figure, Text(options, "dim"))
         else:

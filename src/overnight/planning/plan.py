@@ -1,4 +1,4 @@
-"""The record of a plan: a recipe with everything decided, the machine it is for, and what was found."""
+"""The record of a plan: the resolved recipe, its machine, and the figures found."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from overnight.training.memory import FitOption, MemoryEstimate
 
 @dataclass(kw_only=True)
 class Plan:
-    """What is planned, for which machine, and the figures found, which are filled in step by step."""
+    """The resolved recipe, its machine, and the figures of the plan, which are filled in step by step."""
 
     name: str
-    """Of the recipe, as the user gave it."""
+    """The recipe's name, as the user gave it."""
     resolved: Resolved
     text: TokenCounts
     counts: RunCounts
     layout: ParallelLayout
     needed_bytes_by_sharding: dict[Sharding, int]
-    """Memory of one process with each sharding that was considered, the chosen one last; {} if alone."""
+    """Memory of one process with each sharding considered, the chosen one last; {} for one process."""
     device_name: str
-    """Of all devices together, for a person."""
+    """All devices, as text."""
     device_memory_bytes: int | None
-    """Available to one process; None for a device that shares the memory of a machine that is not here."""
+    """Memory available to one process; None for a device of another machine that shares its memory."""
     peak_flops: float | None
-    """Of one device in the recipe's precision, as its maker publishes it."""
+    """Published peak FLOP/s of one device in the recipe's precision."""
     disk_free_bytes: int | None
-    """None for another machine."""
+    """Free bytes on the disk; None for another machine."""
     load_average: float = 0.0
-    """Programs that competed for this machine's cores in the minute before; 0 where a GPU computes."""
+    """Load average of the last minute from other programs; 0 if the run computes on a GPU."""
     dollars_per_hour: float | None = None
-    """Of all machines together."""
+    """Price of all machines."""
     memory: MemoryEstimate
-    """Of one process."""
+    """Memory of one process."""
     fits: bool | None
-    """None where the device's memory is unknown."""
+    """True if the run fits; None if the device's memory is unknown."""
     fit_options: tuple[FitOption, ...] = ()
     """Options that make it fit, if it does not."""
     fit_in_processes: FitOption | None = None
@@ -58,15 +58,15 @@ class Plan:
     assumption: str | None = None
     """What an estimate is based on; None if the machine was measured."""
     process_memory_bytes: int = 0
-    """On a CPU: what a process holds besides, above all torch and its libraries."""
+    """Other memory of a process on a CPU, mainly torch and its libraries."""
     peak_memory_bytes: int | None = None
-    """Measured in training."""
+    """Measured peak in training."""
     evaluation_peak_memory_bytes: int | None = None
-    """Measured in training and evaluation."""
+    """Measured peak in training and evaluation."""
     forecast: Forecast | None = None
-    """None if nothing was measured or assumed about the speed."""
+    """Speed and duration; None if no speed was measured or assumed."""
     communication: Communication | None = None
-    """None for a single process, and where it is unknown."""
+    """Communication of a step; None for a single process, and if it is unknown."""
 
     @property
     def needed_bytes(self) -> int:
@@ -85,19 +85,19 @@ class Plan:
 
     @property
     def new_disk_bytes(self) -> dict[str, int]:
-        """The part of `disk_bytes` that is not on the disk yet."""
+        """The bytes of `disk_bytes` that are still to be written."""
         return {
             use: count for use, count in self.disk_bytes.items() if use != "shards" or not self.text.folder
         }
 
     def forecast_with(self, costs: CostRange) -> Forecast:
-        """What follows from the costs of one process."""
+        """The forecast from the costs of one process."""
         peak = self.peak_flops and self.peak_flops * self.layout.processes
         together = scale_costs(self.layout, self.resolved.model, costs)
         return forecast_run(self.resolved, self.counts, together, peak, self.dollars_per_hour)
 
     def add_forecast(self, costs: CostRange) -> None:
-        """Fill in what follows from the costs of one process."""
+        """Add the forecast and the communication, from the costs of one process."""
         self.forecast = self.forecast_with(costs)
         self.communication = predict_communication(
             self.layout, self.resolved, costs[1], self.device_memory_bytes

@@ -1,6 +1,6 @@
 """Tokenized units to shards: the status of every document, the layout of the shards, and the manifest.
 
-First everything is decided, from a few bytes per document; then any worker can write any shard.
+First the layout is decided, from a few bytes per document; then any worker can write any shard.
 Nothing here depends on the number of workers.
 """
 
@@ -33,7 +33,7 @@ from overnight.preparation.prepare_state import PrepareState, open_tokenizer, re
 from overnight.preparation.tokenize import read_records, unit_path
 from overnight.run_directory import write_atomically
 
-NOT_WANTED = len(STATUSES)  # status of a document behind the last one that `tokens` asks for
+NOT_WANTED = len(STATUSES)  # status of a document after the last one that `tokens` needs
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,23 @@ class ShardLayout:
 
     shard_tokens: int
     starts: dict[str, list[int]]
-    """By split: the position of each unit's first token; last, the number of tokens."""
+    """Split -> the position of each unit's first token; the last entry is the number of tokens."""
     first_documents: list[int]
-    """The number of each unit's first document among all; last, the number of documents."""
+    """The index of each unit's first document; the last entry is the number of documents."""
     documents: dict[DocumentStatus, int]
-    """How many documents have each status; those that are not wanted are not counted."""
+    """Number of documents of each status, without those beyond `tokens`."""
     damaged_files: int
     contaminated: dict[str, int]
-    """By benchmark: how many of these documents, no duplicate among them, share a passage with it."""
+    """Benchmark -> number of documents, duplicates excluded, that share a passage with it."""
 
     @property
     def kept_documents(self) -> int:
-        """How many documents are in the shards."""
+        """Number of documents in the shards."""
         return sum(self.documents.get(status, 0) for status in KEPT)
 
     @property
     def tokens(self) -> int:
-        """How many tokens both splits have together."""
+        """Number of tokens of both splits."""
         return sum(self.starts[split][-1] for split in SPLITS)
 
     def shards(self, split: str, *, only_full: bool = False) -> range:
@@ -120,7 +120,7 @@ def require_documents(state: PrepareState, layout: ShardLayout) -> None:
 
 
 def decide_shards(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
-    """As a step of Slurm's: decide the layout. Raises ValueError if a split has no document."""
+    """Slurm's step that decides the layout. Raises ValueError if a split has no document."""
     state = read_state(staging)
     require_documents(state, decide_layout(staging, state, target_units(staging)))
 
@@ -159,7 +159,7 @@ class ShardAssembler:
         return tuple(self.write(split, index) for index in self.layout.shards(split, only_full=only_full))
 
     def write_unfinished(self, split: str) -> tuple[Shard, ...]:
-        """Write what there is of the shard that is not complete yet: one shard, or none."""
+        """Write the tokens of the shard that is not complete yet: one shard, or none."""
         end = self.layout.starts[split][-1]
         index, rest = divmod(end, self.layout.shard_tokens)
         name = f"{split}-{index:05d}-{rest}.bin"
@@ -220,9 +220,9 @@ class ShardAssembler:
         status = self._status[self.layout.first_documents[number] :][: len(records)]
         chosen = _in_split(split, status, records, self.state)
         lengths = records["tokens"].astype(np.int64)
-        ends = np.cumsum(np.where(chosen, lengths, 0))  # among the documents of the split
+        ends = np.cumsum(np.where(chosen, lengths, 0))  # positions within the split
         starts = ends - lengths
-        shift = np.cumsum(lengths) - ends  # from among these documents to among all of the unit
+        shift = np.cumsum(lengths) - ends  # offset from the split's positions to the unit's
         inside = np.flatnonzero(chosen & (ends > begin) & (starts < end))
         for run in np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1):
             first, last = run[0], run[-1]
@@ -251,7 +251,7 @@ def _decide_status(
 def _starts(
     split: str, status: NDArray[np.uint8], records: Records, state: PrepareState
 ) -> NDArray[np.int64]:
-    """(documents + 1,): where each document begins among the tokens of a split, or would begin."""
+    """(documents + 1,): the position in a split at which each document begins, or would begin."""
     tokens = np.where(_in_split(split, status, records, state), records["tokens"], 0)
     return np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
 

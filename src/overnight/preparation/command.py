@@ -11,7 +11,7 @@ from overnight.terminal import echo
 
 
 def run(config: PrepareConfig) -> Manifest | None:
-    """Fill the output folder, or verify and reuse it, and print its summary; None if Slurm does the work."""
+    """Prepare the output folder, or verify and reuse it, and print a summary; None if Slurm does the work."""
     started_at = time.perf_counter()
     manifest = prepare_shards(config)
     if manifest is None:
@@ -25,7 +25,7 @@ def run(config: PrepareConfig) -> Manifest | None:
 
 
 def summarize_prepared(manifest: Manifest) -> list[str]:
-    """What a prepared folder holds, in a few plain lines."""
+    """A summary of a prepared folder, in a few lines."""
     train, validation = manifest.tokens("train"), manifest.tokens("validation")
     tokens = train + validation
     text_bytes = manifest.text_bytes("train") + manifest.text_bytes("validation")
@@ -39,7 +39,7 @@ def summarize_prepared(manifest: Manifest) -> list[str]:
         "duplicates": manifest.duplicate_documents,
         "near-duplicates": manifest.near_duplicate_documents,
         "empty": manifest.empty_documents,
-        "not sound text": manifest.skipped_documents,
+        "not valid text": manifest.skipped_documents,
         "damaged files": manifest.damaged_files,
     }
     if counts := ", ".join(f"{name} {count:,}" for name, count in left_out.items() if count):
@@ -49,5 +49,5 @@ def summarize_prepared(manifest: Manifest) -> list[str]:
         dropped = manifest.request.get("on_contaminated") == "drop"
         lines.append(f"contaminated: {found} ({'left out' if dropped else 'reported, kept'})")
     if manifest.repaired_documents:
-        lines.append(f"repaired: {manifest.repaired_documents:,} documents hold U+FFFD where a byte was bad")
+        lines.append(f"repaired: {manifest.repaired_documents:,} documents hold U+FFFD for invalid bytes")
     return lines

@@ -25,7 +25,7 @@ from overnight.run_directory import write_atomically
 
 PASSAGE_WORDS = 13
 FEWEST_WORDS = 8
-MOST_BENCHMARKS = 64  # a bit each
+MOST_BENCHMARKS = 64  # one bit each
 CONTEXTS = ("ctx", "context", "query", "question", "prompt", "goal")  # fields that the endings follow
 TEXTS_AT_ONCE = 10_000
 BENCHMARKS = "benchmarks.npz"
@@ -58,7 +58,7 @@ class BenchmarkSearch:
 
 
 def _first_bits(known: Hashes) -> tuple[NDArray[np.bool_], np.uint64]:
-    """Whether a known hash begins with these bits, for each value of up to 24, and the shift to them."""
+    """(2^bits,): True where a known hash begins with these bits (at most 24); and the shift to them."""
     bits = min(24, known.size.bit_length() + 4)
     shift = np.uint64(64 - bits)
     is_first = np.zeros(1 << bits, dtype=bool)
@@ -72,7 +72,7 @@ def benchmark_names(paths: Sequence[str]) -> dict[str, Path]:
         raise ValueError(f"decontaminate: {len(paths)} files are more than {MOST_BENCHMARKS}")
     files = {Path(path).stem: Path(path) for path in sorted(paths, key=lambda path: Path(path).stem)}
     if len(files) < len(paths):
-        raise ValueError(f"decontaminate: two of {', '.join(paths)} have one name; rename one")
+        raise ValueError(f"decontaminate: two of {', '.join(paths)} have the same name; rename one")
     return files
 
 
@@ -96,7 +96,7 @@ def build_index(files: Mapping[str, Path]) -> Index:
 
 
 def save_index(staging: Path, paths: Sequence[str]) -> None:
-    """Write the passages of the benchmarks into the staging folder, whole or not at all."""
+    """Write the passages of the benchmarks into the staging folder, atomically."""
     content, index = io.BytesIO(), build_index(benchmark_names(paths))
     arrays: dict[str, Any] = {str(length): passages for length, passages in index.items()}
     np.savez(content, **arrays)

@@ -30,7 +30,7 @@ from overnight.run_directory import flush_to_disk
 from overnight.terminal import progress
 
 BUCKETS = 14
-OTHER_OPEN_FILES = 200  # of this process, generously
+OTHER_OPEN_FILES = 200  # upper bound for this process
 NO_CLUSTER = 2**32 - 1
 
 
@@ -106,7 +106,7 @@ def cluster_documents(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
 
 
 def forget_clusters(staging: Path) -> None:
-    """Remove pairs and clusters: they are found again when there are more documents."""
+    """Remove pairs and clusters, which are computed again when there are more documents."""
     for folder in (staging / "near" / "clusters", staging / "near" / "pairs", staging / "logs"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -116,7 +116,7 @@ def find_near_duplicates(
 ) -> NDArray[np.bool_]:
     """Which documents are near-duplicates of an earlier one, in any unit.
 
-    `status` is that of the documents so far: the first kept document of a cluster stays.
+    `status` is the current status of the documents: the first kept document of a cluster stays kept.
     """
     clusters = np.full(len(status), NO_CLUSTER, dtype=np.uint32)
     for number, first in enumerate(first_documents[:-1]):
@@ -132,7 +132,7 @@ def find_near_duplicates(
 
 
 def _flush(paths: Iterable[Path]) -> None:
-    """Flush what datatrove wrote to the disk, before it is marked as done."""
+    """Flush datatrove's files to the disk, before they are marked as complete."""
     for path in paths:
         with path.open("rb") as file:
             flush_to_disk(file.fileno())

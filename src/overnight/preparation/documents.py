@@ -1,4 +1,4 @@
-"""Files as a stream of documents, and what becomes of each: kept, left out, in training or in validation.
+"""Files as a stream of documents, and the status of each: kept, left out, training or validation.
 
     .txt .md     a document; a file over 20,000 bytes is several: see `end_of_piece`
     .jsonl       a document per line, its text in the text column
@@ -63,9 +63,9 @@ class Document:
 
     text: str
     origin: str
-    """A file and a position in it, for people."""
+    """A file and a position in it, for messages."""
     damage: str | None = None
-    """What is wrong with the text and where; `text` is then what could be read of it."""
+    """The damage and its position; `text` is then the readable part."""
 
 
 class FilteredDocument(NamedTuple):
@@ -81,13 +81,13 @@ class Part:
 
     file: TextFile
     groups: tuple[int, int] | None = None
-    """(first row group, end); None for all of them."""
+    """(first row group, end); None for all row groups."""
 
 
 def read_part(part: Part, text_column: str = "text") -> Iterator[Document]:
     """Every document of a part, in order. Needs little memory, however long it is.
 
-    Raises ValueError if the text column is missing, DamagedFileError if the file can't be read to its end.
+    Raises ValueError if the text column is missing, DamagedFileError if the file is damaged.
     """
     if part.file.kind == ".parquet":
         return _read_parquet(part, text_column)
@@ -141,7 +141,7 @@ def filter_documents(documents: Iterable[Document], on_bad_text: str) -> Iterato
     """
     for document in documents:
         if document.damage is not None and on_bad_text == "fail":
-            raise ValueError(f"{document.damage}; mend it, or give --on-bad-text replace or skip")
+            raise ValueError(f"{document.damage}; fix it, or give --on-bad-text replace or skip")
         status: DocumentStatus = "kept" if document.damage is None else "repaired"
         if status == "repaired" and on_bad_text == "skip":
             status = "skipped"
@@ -159,7 +159,7 @@ def document_hash(text: str) -> tuple[int, int]:
 def split_of(text: str, validation_fraction: float) -> str:
     """The split of a text, "train" or "validation".
 
-    A pure function of the text: no document changes sides when others are added, lost or reordered.
+    A pure function of the text: no document changes its split when others are added, removed or reordered.
     """
     return "validation" if document_hash(text)[0] / 2**64 < validation_fraction else "train"
 
@@ -178,7 +178,7 @@ def kept_mask(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
 def find_duplicates(records: Records) -> NDArray[np.bool_]:
     """Which documents equal an earlier one; only kept documents count.
 
-    Sorts one range of hashes at a time, so that the number of documents is not limited by the memory for it.
+    Sorts one range of hashes at a time, so that memory does not limit the number of documents.
     """
     is_duplicate = np.zeros(len(records), dtype=bool)
     is_kept, high, low = kept_mask(records["status"]), records["hash_high"], records["hash_low"]

@@ -1,4 +1,4 @@
-"""Who does the work: this process, several processes here, a Ray cluster, or arrays of Slurm jobs.
+"""Runs the steps: in this process, several processes, a Ray cluster, or arrays of Slurm jobs.
 
 A step is a function (staging, rank, ranks): it does every `ranks`-th item from `rank` on, leaves out what is
 done already, and shares nothing with the other ranks but the staging folder. On several machines datatrove,
@@ -42,7 +42,7 @@ def run_step(
 ) -> None:
     """Do one step here or on a Ray cluster, divided into up to `items` ranks; returns when it is done.
 
-    `watch` is called a few times a second. Raises ValueError if the data is refused, ChildProcessError if a
+    `watch` is called a few times a second. Raises ValueError for invalid data, ChildProcessError if a
     worker dies.
     """
     processes, _ = divide_workers(config, items)
@@ -75,7 +75,7 @@ def _run_in_processes(step: Step, staging: Path, ranks: int, processes: int) -> 
         except BrokenProcessPool:
             raise ChildProcessError(
                 "a worker was killed, most likely because memory ran out: give fewer --workers, and run the "
-                "same command again; what is done is kept"
+                "same command again; completed work is kept"
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -83,13 +83,13 @@ def _run_in_processes(step: Step, staging: Path, ranks: int, processes: int) -> 
 
 
 def _begin_worker() -> None:
-    """In a new worker: the parent reports its errors, and it ends when the parent ends."""
+    """Set up a worker process: the parent reports its errors, and it ends when the parent ends."""
     sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - open as long as the process lives
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """However the parent ended: a worker must not write while the next command continues the work."""
+    """End this worker when the parent has ended: it must not write while the next command continues."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
@@ -111,7 +111,7 @@ def _run_on_ray(step: Step, staging: Path, tasks: int, config: PrepareConfig) ->
     if starts_ray := not ray.is_initialized():
         try:
             ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
-        except Exception as error:  # of many kinds, none of which a user could act upon
+        except Exception as error:  # of many classes, none of which a user can act on
             raise ValueError(f"Ray could not be started: {first_line(error)}") from None
     try:
         executor.run()
@@ -121,7 +121,7 @@ def _run_on_ray(step: Step, staging: Path, tasks: int, config: PrepareConfig) ->
     if failed := executor.get_incomplete_ranks():
         raise ChildProcessError(
             f"{len(failed)} of {tasks} tasks failed: see {_logs(step, staging, tasks)}/logs, and run the "
-            "same command again; what is done is kept"
+            "same command again; completed work is kept"
         )
 
 
@@ -153,11 +153,11 @@ def submit_to_slurm(steps: list[tuple[Step, int]], staging: Path, config: Prepar
             f"sbatch refused the jobs (exit status {error.returncode}; its message is above): give a "
             "slurm_partition and slurm_time that this cluster has"
         ) from None
-    if staging.is_dir():  # it may be done by now
+    if staging.is_dir():  # the jobs may be done by now
         write_atomically(staging / SLURM_JOB, f"{executor.job_id}\n")
     echo(
-        f"handed to Slurm, in {len(steps)} arrays of jobs; once job {executor.job_id} is done, "
-        "the same command finds it done"
+        f"submitted to Slurm as {len(steps)} job arrays; once job {executor.job_id} is done, "
+        "run the same command again"
     )
 
 
@@ -172,12 +172,12 @@ def is_with_slurm(staging: Path) -> bool:
         return False
     if listed.returncode != 0 or not listed.stdout.strip():
         return False
-    echo(f"Slurm is at it already: see squeue --jobs {job}, or cancel that to begin again")
+    echo(f"Slurm is already working on it: see squeue --jobs {job}, or cancel the job to start again")
     return True
 
 
 def _run_rank(step: Step, staging: Path, _documents: object, rank: int, ranks: int) -> None:
-    """A step of ours as a step of a datatrove pipeline: documents neither come in nor go out."""
+    """Run a step as a step of a datatrove pipeline, without documents as input or output."""
     step(staging, rank, ranks)
 
 
@@ -187,7 +187,7 @@ def _logs(step: Step, staging: Path, ranks: int) -> str:
 
 
 def _name(step: Step) -> str:
-    """The name of the function, also if some of its arguments are bound."""
+    """The name of the function, also if it is a functools.partial."""
     return str((step.func if isinstance(step, partial) else step).__name__)
 
 
@@ -209,7 +209,7 @@ def import_datatrove(module: str, setting: str) -> Any:
 
 
 def track(advance: Callable[..., None], measure: Callable[[], tuple[float, str]]) -> Watch:
-    """A function that moves a progress bar to where `measure()`, (amount, note), says the work is."""
+    """A function that advances a progress bar to the (amount, note) that `measure()` returns."""
     shown = 0.0
 
     def watch() -> None:

@@ -2,10 +2,10 @@
 
     llm.c, modded-nanogpt   *.bin with the header that `overnight.data.shards` describes
     build-nanogpt           *.npy, an array of uint16
-    nanoGPT                 train.bin and val.bin, uint16 and nothing else
+    nanoGPT                 train.bin and val.bin, uint16 without a header
 
 A file with val, valid or validation in its name is validation, every other file is training. Nothing that
-could run code is opened: no pickle inside a .npy, and not nanoGPT's meta.pkl.
+can run code is opened: neither a pickle in a .npy file nor nanoGPT's meta.pkl.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 
 VALIDATION_NAME = re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])", re.IGNORECASE)
-BEGINNING_TOKENS, BEGINNING_CHARACTERS = 24, 24  # shown, so that a wrong tokenizer is seen at once
+BEGINNING_TOKENS, BEGINNING_CHARACTERS = 24, 24  # printed, so that a wrong tokenizer is noticed
 LLM_C, BUILD_NANOGPT, NANOGPT = "llm.c", "build-nanogpt", "nanoGPT"
 
 
@@ -52,7 +52,7 @@ class ExternalShard:
 
 @dataclass(frozen=True)
 class ImportResult:
-    """What became of one file."""
+    """How one file was imported."""
 
     method: str
     """linked, copied or converted."""
@@ -69,7 +69,7 @@ class ShardImport:
     files: tuple[ExternalShard, ...]
     tokenizer: Tokenizer
     request: Request
-    """What decides the content of the folder."""
+    """The options that decide the content of the folder."""
     shard_tokens: int
 
     def fill(self, folder: Path) -> Manifest:
@@ -168,9 +168,9 @@ class ShardImport:
         pairs = zip(self.files, results, strict=True)
         if without := [file.path.name for file, result in pairs if not result.has_separator]:
             some = ", ".join(without[:3]) + (" ..." if without[3:] else "")
-            yield f"no end-of-text id is in {some}: one document each"
+            yield f"no end-of-text id is in {some}: each counts as one document"
         if methods["linked"]:
-            yield "a linked file takes no more disk; do not change it in either place"
+            yield "linked files take no additional disk space; do not change the originals"
         beginning = self.tokenizer.decode(self.files[0].ids[:BEGINNING_TOKENS].tolist())
         yield f"if this does not read as text, --tokenizer is wrong: {beginning[:BEGINNING_CHARACTERS]!r}"
 
@@ -238,12 +238,12 @@ def open_external_shard(path: Path) -> ExternalShard:
         raise ValueError(f"{path} is damaged: it begins like a shard with a header, but with {magic}")
     size = path.stat().st_size
     if size == 0 or size % 2:
-        raise ValueError(f"{path} is damaged, or not nanoGPT's: it has {size:,} bytes, and each id takes 2")
+        raise ValueError(f"{path} is damaged, or not nanoGPT's: it has {size:,} bytes, and an id takes 2")
     return ExternalShard(path, NANOGPT, split, np.asarray(np.memmap(path, dtype="<u2", mode="r")))
 
 
 def _open_npy(path: Path) -> Tokens:
-    """The ids in a .npy file. Raises ValueError if it is cut short, or holds anything but a row of ids."""
+    """The ids in a .npy file. Raises ValueError if it is truncated, or holds anything but a row of ids."""
     try:
         ids = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
     except OSError:
@@ -253,7 +253,7 @@ def _open_npy(path: Path) -> Tokens:
     if ids.ndim != 1 or ids.dtype.newbyteorder("=") not in (np.uint16, np.uint32):
         raise ValueError(
             f"{path} holds {ids.dtype} in the shape {ids.shape}, not one row of uint16 or uint32: "
-            "save the ids so with numpy.save"
+            "save the ids in that form with numpy.save"
         )
     if (surplus := path.stat().st_size - ids.offset - ids.nbytes) != 0:
         raise ValueError(f"{path} is damaged: {surplus:,} bytes follow its {ids.size:,} ids")
@@ -271,11 +271,11 @@ def _check_pickle(folder: Path, tokenizer: str) -> None:
             "name the tokenizer that made them with --tokenizer FOLDER (for nanoGPT's characters the "
             "tokenizer/ of the same text prepared with --tokenizer characters), or move meta.pkl away"
         )
-    echo(f"{path} is ignored: it is a pickle, and the ids are {tokenizer}'s, as you say")
+    echo(f"{path} is ignored: it is a pickle, and --tokenizer {tokenizer} is used")
 
 
 def _link_or_copy(source: Path, target: Path) -> str:
-    """Give the file a second name, or copy it where that is not possible (another disk); which of the two."""
+    """Hard-link the file, or copy it to another disk; returns "linked" or "copied"."""
     method = "linked"
     try:
         os.link(source.resolve(), target)

@@ -112,7 +112,7 @@ def _cached_powers(factor: int, count: int) -> tuple[Hashes, Hashes]:
 
 
 def _mix(numbers: Hashes) -> Hashes:
-    """Make each of 64 bits depend on all (the last step of splitmix64: Steele et al., 2014)."""
+    """Make every output bit depend on every input bit (splitmix64's finalizer: Steele et al., 2014)."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: Hashes = numbers ^ (numbers >> np.uint64(31))

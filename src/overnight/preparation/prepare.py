@@ -1,11 +1,11 @@
-"""Documents to shards, as one road.
+"""Documents to shards, as one pipeline.
 
     source -> units -> ids of each unit -> status of each document -> layout -> shards -> manifest
 
-Units are tokenized by any worker, then everything is decided from a few bytes per document, then the shards
-are written by any worker. So memory stays flat, all of it may be killed and continues where it was, and the
-result is the same, byte for byte, for any number of workers on any number of machines. The folder gets its
-name only when it is complete.
+Units are tokenized by any worker, then the layout is decided from a few bytes per document, then the shards
+are written by any worker. Memory use is constant, a killed preparation continues where it stopped, and the
+result is the same, byte for byte, for any number of workers on any number of machines. The folder is
+renamed to its final name when it is complete.
 """
 
 from __future__ import annotations
@@ -60,29 +60,29 @@ from overnight.terminal import echo, progress
 from overnight.tokenizer.open_tokenizer import NAMES, load_tokenizer
 
 UNIT_BYTES = 16_000_000  # of text: a second of one core
-MOST_UNITS = 10_000  # so that a terabyte does not become millions of files
-EARLY_BYTES = 1_000_000_000  # of text, after which the first shards are shown: a minute of two cores
+MOST_UNITS = 10_000  # limits the number of files of a large source
+EARLY_BYTES = 1_000_000_000  # of text, after which the first shards are published: a minute of two cores
 BYTES_PER_TOKEN_AT_MOST = 6  # 4.5 for English in GPT-2's tokens
-TOKENS_PER_WRITER = 1_000_000_000  # that one process writes to shards: some seconds
+TOKENS_PER_WRITER = 1_000_000_000  # tokens per writing process: a few seconds
 
 
 def prepare_shards(config: PrepareConfig) -> Manifest | None:
     """Fill `output_folder(config)` with shards, or verify and reuse it if the same request filled it before.
 
     None if Slurm does the work and is not done yet. Raises ValueError for a request that can't be met;
-    nothing has the folder's name then.
+    the folder does not exist then.
     """
     raise_problems(config.problems(), "prepare")
     folder = output_folder(config)
     with plain_file_errors(folder):
         preparation = _plan_text(config) if config.from_shards is None else plan_import(config)
-        existing = _find_prepared(folder, preparation.request)  # needs no lock: a folder appears whole
+        existing = _find_prepared(folder, preparation.request)  # needs no lock: publishing is atomic
         if existing is None:
             with exclusive(folder):
-                existing = _find_prepared(folder, preparation.request)  # by another process, meanwhile
+                existing = _find_prepared(folder, preparation.request)  # prepared by another process since
                 if existing is None:
                     return preparation.fill(folder)
-    echo(f"{folder} holds this already, and it is sound")
+    echo(f"{folder} is already prepared, and its checksums match")
     return existing
 
 
@@ -133,10 +133,10 @@ class TextPreparation:
     config: PrepareConfig
     source: Source
     request: Request
-    """What decides the content of the folder."""
+    """The options that decide the content of the folder."""
 
     def fill(self, folder: Path) -> Manifest | None:
-        """Do all the work, or what is left of it; None if Slurm does it. Needs `exclusive`."""
+        """Do the remaining work; None if Slurm does it. Must be called within `exclusive`."""
         state = _plan_work(self.config, self.source, self.request)
         if self.config.near_duplicates == "drop":
             dedup.import_minhash()
@@ -161,7 +161,7 @@ def _plan_text(config: PrepareConfig) -> TextPreparation:
 
 
 def _request(config: PrepareConfig, source: Source) -> Request:
-    """What decides the content of the shards, the same on every machine."""
+    """The options that decide the content of the shards, the same on every machine."""
     tokenizer = config.tokenizer_name
     if tokenizer not in NAMES and not tokenizer.startswith("bpe-"):  # a path: its content counts
         tokenizer = f"{Path(tokenizer).name} {load_tokenizer(tokenizer).fingerprint}"
@@ -199,7 +199,7 @@ def _find_prepared(folder: Path, request: Request) -> Manifest | None:
         raise ValueError(f"{folder} exists and is not a prepared folder: give another --out")
     before = read_manifest(folder).request
     differing = [
-        f"{name} is {before.get(name)} there and {request.get(name)} here"
+        f"{name} was {before.get(name)}, and is now {request.get(name)}"
         for name in {**request, **before}
         if before.get(name) != request.get(name) and name != "source_sha256"
     ]
@@ -207,7 +207,7 @@ def _find_prepared(folder: Path, request: Request) -> Manifest | None:
         differing = ["the text of the source has changed since"]
     if differing:
         raise ValueError(
-            f"{folder} holds something else ({'; '.join(differing)}): give another --out, or delete it"
+            f"{folder} holds other data ({'; '.join(differing)}): give another --out, or delete it"
         )
     return verify(folder)
 
@@ -248,7 +248,7 @@ def _plan_work(config: PrepareConfig, source: Source, request: Request) -> Prepa
 
 
 def _begin(staging: Path, state: PrepareState) -> int:
-    """Write what all workers need into the staging folder; returns how many units are probably enough."""
+    """Write the common files into the staging folder; returns the number of units probably needed."""
     tokens, benchmarks = state.config.tokens, state.config.benchmark_paths
     units = state.units_for(float("inf") if tokens is None else tokens * BYTES_PER_TOKEN_AT_MOST)
     if not is_begun(staging, state):
@@ -265,7 +265,7 @@ def _begin(staging: Path, state: PrepareState) -> int:
 
 
 def _tokenize_until_enough(staging: Path, state: PrepareState, units: int) -> assemble.ShardLayout:
-    """Tokenize `units` units, and more if they hold fewer tokens than asked for; the layout of the shards."""
+    """Tokenize `units` units, and more if they hold too few tokens; returns the layout of the shards."""
     wanted = state.config.tokens
     while True:
         units = _tokenize_here(staging, state, units)
@@ -280,8 +280,8 @@ def _tokenize_until_enough(staging: Path, state: PrepareState, units: int) -> as
 def _tokenize_here(staging: Path, state: PrepareState, enough: int) -> int:
     """Tokenize `enough` units, with a progress bar; find near-duplicates if asked to.
 
-    Wave by wave, each as large as all before it together; after each but the last, shards are shown.
-    Returns the number of units: more than `enough` if an interrupted run asked for more.
+    Works in waves, each as large as all earlier ones together; after each but the last, publishes shards.
+    Returns the number of units: more than `enough` if an interrupted preparation needed more.
     """
     config, units = state.config, target_units(staging)
     with progress("encoding", sum(state.unit_bytes[:enough]) / 1e6, "MB") as advance:
@@ -316,7 +316,7 @@ def _tokenizing_meter(staging: Path, state: PrepareState) -> Callable[[], tuple[
 
 
 def _shows_early(config: PrepareConfig) -> bool:
-    """True if shards are shown as soon as they are complete.
+    """True if shards are published as soon as they are complete.
 
     Near-duplicates are known only at the end; on a cluster, each pause costs the start of new jobs.
     """
@@ -324,7 +324,7 @@ def _shows_early(config: PrepareConfig) -> bool:
 
 
 def _show_early(staging: Path, state: PrepareState, units: int) -> None:
-    """Write the shards that are complete, and list them for a training that reads them already."""
+    """Write the shards that are complete, and list them for a training that already reads them."""
     layout = assemble.decide_layout(staging, state, units)
     step = partial(assemble.write_shards, only_full=True)
     executors.run_step(step, staging, _count_writers(layout), state.config)
@@ -343,7 +343,7 @@ def _count_writers(layout: assemble.ShardLayout) -> int:
 
 
 def finish(staging: Path) -> Manifest:
-    """Write the manifest, and remove what only the work needed; continues where it was killed."""
+    """Write the manifest and remove all temporary files; continues where it was killed."""
     if not is_complete(staging):
         assembler = assemble.ShardAssembler(staging)
         write_manifest(staging, assembler.manifest({split: assembler.write_split(split) for split in SPLITS}))
@@ -354,7 +354,7 @@ def finish(staging: Path) -> Manifest:
 
 
 def publish_prepared(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
-    """The last step of Slurm's: the manifest, and the folder's own name."""
+    """Slurm's last step: write the manifest and rename the folder."""
     finish(staging)
     publish_folder(published_path(staging))
 

@@ -22,11 +22,11 @@ class JobText:
     """A folder of shards that a run reads."""
 
     folder: str
-    """As the recipe names it; or a URL, which every machine reads for itself."""
+    """The folder as the recipe names it, or a URL, which every machine reads directly."""
     prepare: Command = ()
-    """The command that fills it; () if it needs files of this machine, or is not known."""
+    """The command that prepares it; () if it needs files of this machine, or is unknown."""
     weight: float | None = None
-    """In a mixture."""
+    """The weight in a mixture; None outside a mixture."""
 
     @property
     def is_remote(self) -> bool:
@@ -35,7 +35,7 @@ class JobText:
 
 
 def find_recipe_texts(config: DataConfig, name: str, *, with_files: bool) -> tuple[JobText, ...]:
-    """What a run of the recipe `name` reads; commands that need files of this machine only `with_files`."""
+    """The texts of the recipe `name`; commands that need files of this machine only `with_files`."""
     sources: list[tuple[str, float | None]] = [(source.path, source.weight) for source in config.mixture]
     known = find_listed_commands(name)
     texts = []

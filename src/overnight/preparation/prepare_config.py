@@ -40,7 +40,7 @@ def _count_option(*, optional: bool) -> tyro.constructors.PrimitiveConstructorSp
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Which text becomes shards, and how.
+    """The text to prepare, and how it becomes shards.
 
     A document is a line of .jsonl, a row of .parquet, or a text file; a text file of more than 20,000
     bytes is cut at blank lines into documents of about 10,000.
@@ -55,9 +55,9 @@ class PrepareConfig:
     out: str | None = None
     """Where the shards go; data/<source> if left out, or data/<source>-<tokenizer> if that is not gpt2."""
     subset: str | None = None
-    """Of fineweb-edu: sample-10BT (if left out), sample-100BT, sample-350BT, default."""
+    """The subset of fineweb-edu: sample-10BT (the default), sample-100BT, sample-350BT, default."""
     tokenizer: str = "gpt2"
-    """gpt2, characters, bpe-N (trained on the training documents: N ids), or the path of one."""
+    """gpt2, characters, bpe-N (trained on the training documents: N ids), or the path of a tokenizer."""
     train_tokenizer: int | None = None
     """Train a BPE of N ids on the training documents: the same as --tokenizer bpe-N."""
     validation_fraction: float | None = None
@@ -66,11 +66,11 @@ class PrepareConfig:
     text_column: str = "text"
     """The column of JSON lines and Parquet files that holds the text."""
     on_bad_text: Literal["fail", "replace", "skip"] = "fail"
-    """Text that is not UTF-8: stop, replace what is bad by U+FFFD, or leave the document out."""
+    """Text that is not UTF-8: stop, replace invalid bytes by U+FFFD, or leave the document out."""
     on_bad_file: Literal["fail", "skip"] = "fail"
-    """A packed or Parquet file that is cut short or damaged: stop, or leave it out."""
+    """A compressed or Parquet file that is truncated or damaged: stop, or leave it out."""
     from_file: str | None = None
-    """Your own copy of what would be downloaded, for a machine without a network."""
+    """Your own copy of the file to download, for a machine without a network."""
     decontaminate: tuple[str, ...] = ()
     """Files of benchmarks (.jsonl, .txt, .tokens; separated by spaces or commas): count the documents that
     share 13 words in a row with one."""
@@ -84,18 +84,18 @@ class PrepareConfig:
     shard_tokens: Annotated[int, _count_option(optional=False)] = 100_000_000
     """Tokens per shard."""
     workers: int | None = None
-    """How many documents are encoded at once; one per core if left out. The shards do not depend on it."""
+    """Number of workers; one per core if left out. The shards do not depend on it."""
     executor: Literal["local", "ray", "slurm"] = "local"
-    """Where the workers are: here, on a Ray cluster, or in an array of Slurm jobs."""
+    """Where the workers run: on this machine, on a Ray cluster, or in an array of Slurm jobs."""
     tasks: int | None = None
-    """How many jobs of Slurm or Ray the work is divided into; 10 if left out."""
+    """Number of Slurm or Ray jobs; 10 if left out."""
     slurm_partition: str | None = None
     """The partition that sbatch submits to."""
     slurm_time: str = "04:00:00"
     """Each job's time limit."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one sentence each; [] if nothing."""
+        """Invalid values, one sentence each; [] if there are none."""
         found = []
         if self.validation_fraction is not None and not 0.0 < self.validation_fraction < 1.0:
             found.append(f"validation_fraction={self.validation_fraction} must be between 0 and 1")
@@ -115,7 +115,7 @@ class PrepareConfig:
         return found + self._conflicts()
 
     def _conflicts(self) -> list[str]:
-        """Settings that do not go together, and settings without the one they need."""
+        """Settings that can't be used together, and settings without a required one."""
         found = []
         if self.on_contaminated == "drop" and not self.benchmark_paths:
             found.append("on_contaminated=drop needs decontaminate: the benchmarks' files")
@@ -124,22 +124,22 @@ class PrepareConfig:
         if self.executor == "slurm" and self.slurm_partition is None:
             found.append("executor=slurm needs slurm_partition: the partition that sbatch submits to")
         if self.executor == "local" and self.tasks is not None:
-            found.append("tasks is for executor=slurm and executor=ray; here, give workers")
+            found.append("tasks is for executor=slurm and executor=ray; on this machine, give workers")
         if self.source is None and self.from_shards is None:
             found.append(NO_SOURCE)
         for field in fields(self) if self.from_shards is not None else ():
             if field.name not in IMPORT_OPTIONS and getattr(self, field.name) != field.default:
-                found.append(f"{field.name} does not go with from_shards, which takes the shards as they are")
+                found.append(f"{field.name} can't be used with from_shards, which does not change the shards")
         return found
 
     @property
     def benchmark_paths(self) -> tuple[str, ...]:
-        """The benchmarks' files, given as several words or with commas between them."""
+        """The benchmark files, given as several words or separated by commas."""
         return tuple(path.strip() for word in self.decontaminate for path in word.split(",") if path.strip())
 
     @property
     def tokenizer_name(self) -> str:
-        """gpt2, characters, bpe-N or a path, by either option."""
+        """gpt2, characters, bpe-N or a path, from either option."""
         return self.tokenizer if self.train_tokenizer is None else f"bpe-{self.train_tokenizer}"
 
 

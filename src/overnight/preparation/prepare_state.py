@@ -1,4 +1,4 @@
-"""What is prepared and how far it is: the files in the staging folder, which all workers share.
+"""The state of a preparation: the files in the staging folder, which all workers share.
 
 work.json            the request, the units of the source, and how they are tokenized
 wanted               how many units are to be tokenized
@@ -50,27 +50,27 @@ class PrepareState:
     config: PrepareConfig
     """Only what is in the request decides the content."""
     units: tuple[Unit, ...]
-    """Pieces of work, in the order of the source. The shards do not depend on how it is divided."""
+    """Units of work, in the order of the source. The shards do not depend on the division."""
     unit_bytes: tuple[int, ...]
     """Estimated bytes of text in each unit."""
     damaged_files: tuple[str, ...]
     """Files skipped because their size or columns could not be read (on_bad_file="skip")."""
     validation_fraction: float
-    """`config`'s, or else the source's own."""
+    """`config`'s fraction, or the source's default."""
 
     def units_for(self, text_bytes: float) -> int:
-        """How many units hold at least `text_bytes` of text; all units if there is less."""
+        """The number of units that hold at least `text_bytes` of text; all units if there is less."""
         short = sum(size < text_bytes for size in itertools.accumulate(self.unit_bytes))
         return min(len(self.units), short + 1)
 
 
 def write_state(staging: Path, state: PrepareState) -> None:
-    """Record what is prepared in an empty staging folder."""
+    """Write work.json into an empty staging folder."""
     write_atomically(staging / "work.json", json.dumps(dataclasses.asdict(state)) + "\n")
 
 
 def read_state(staging: Path) -> PrepareState:
-    """What `write_state` wrote, parsed once per process: of a large source it is megabytes."""
+    """Read work.json, once per process: it takes megabytes for a large source."""
     return read_once(_parse_state, staging / "work.json")
 
 
@@ -80,7 +80,7 @@ def open_tokenizer(staging: Path) -> Tokenizer:
 
 
 def read_once(read: Callable[[Path], Content], path: Path) -> Content:
-    """`read(path)`, remembered until the file or folder changes."""
+    """`read(path)`, cached until the file or folder changes."""
     content: Content = _read_version(read, path, path.stat().st_mtime_ns)
     return content
 
@@ -104,12 +104,12 @@ def _parse_state(path: Path) -> PrepareState:
 
 
 def is_complete(staging: Path) -> bool:
-    """True if the manifest is written. What only the work needed may be partly removed by then."""
+    """True if the manifest is written. Temporary files may be partly removed by then."""
     return (staging / MANIFEST).is_file()
 
 
 def is_begun(staging: Path, state: PrepareState) -> bool:
-    """True if the folder holds a part of this very work, or all of it."""
+    """True if the folder holds a part of this preparation, or all of it."""
     try:
         if is_complete(staging):
             return read_manifest(staging).request == state.request
@@ -125,7 +125,7 @@ def request_units(staging: Path, units: int) -> None:
 
 
 def target_units(staging: Path) -> int:
-    """How many units are to be tokenized."""
+    """The number of units to tokenize."""
     return int((staging / "wanted").read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""Where text comes from: the named sources, any file or folder, any URL that fsspec reads.
+"""Sources of text: named sources, any file or folder, any URL that fsspec reads.
 
 `python-docs` needs no network, `shakespeare` is downloaded once and kept in the user's cache, `fineweb-edu`
 and `openwebtext` are read from Hugging Face's hub.
@@ -29,7 +29,7 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
 SHAKESPEARE_REMEDY = (
-    f"fetch {SHAKESPEARE_URL} some other way, then run `overnight prepare shakespeare --from-file FILE` once"
+    f"fetch {SHAKESPEARE_URL} by other means, then run `overnight prepare shakespeare --from-file FILE` once"
 )
 DOWNLOAD_TIMEOUT_SECONDS = 60
 
@@ -52,14 +52,14 @@ class Source:
     """Text that can be read as often as needed."""
 
     name: str
-    """The prepared folder is named after it, unless the user chose another name."""
+    """Default name of the prepared folder."""
     licence: str
     sha256: str
-    """Of names and contents of the files: the same hash, the same documents."""
+    """Hash of the names and contents of the files: equal hashes mean equal documents."""
     validation_fraction: float
-    """Used unless the user gives one: small sources need a larger one."""
+    """The default validation fraction: small sources need a larger one."""
     files: tuple[TextFile, ...]
-    """In the order in which they are read."""
+    """The files in reading order."""
 
 
 def source_name(source: str, subset: str | None = None) -> str:
@@ -117,7 +117,7 @@ def open_source(source: str, subset: str | None = None, from_file: str | None = 
 def read_parts(parts: Sequence[Part], text_column: str) -> Iterator[Document]:
     """Every document of some parts of a source, in order. Python's documentation is parsed at once."""
     if any(part.file == PYTHON_DOCS for part in parts):
-        _python_docs()  # shows a bar of its own, which is to be gone when the reader opens one
+        _python_docs()  # its progress bar must end before the reader opens one
     return itertools.chain.from_iterable(
         _python_docs() if part.file == PYTHON_DOCS else read_part(part, text_column) for part in parts
     )
@@ -137,7 +137,7 @@ def _open_hub(name: str, address: str, licence: str) -> Source:
         folder = address.removeprefix("hf://datasets/")
         raise ValueError(
             f"{name} could not be reached ({error}): fetch the .parquet files of "
-            f"https://huggingface.co/datasets/{folder} some other way, then `overnight prepare FOLDER`"
+            f"https://huggingface.co/datasets/{folder} by other means, then `overnight prepare FOLDER`"
         ) from None
     return Source(name, licence, hash_files(files), 0.01, files)
 
@@ -164,7 +164,7 @@ def _download_shakespeare() -> bytes:
     echo(f"downloading {SHAKESPEARE_URL}")
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer:
-            content: bytes = answer.read(SHAKESPEARE_BYTES + 1)  # a server can't make us read more
+            content: bytes = answer.read(SHAKESPEARE_BYTES + 1)  # limits the size of a wrong answer
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"shakespeare could not be downloaded ({error}): {SHAKESPEARE_REMEDY}") from None
     return content
@@ -215,7 +215,7 @@ def library_folder() -> Path:
 def python_documents() -> Iterator[Document]:
     """Each topic, then each module without its classes and each class, their docstrings in source order.
 
-    A whole module would be too large to split by: tkinter's text alone is a third of a held-out tenth.
+    A whole module would be too large a unit: tkinter's text alone is a third of a validation split of 10%.
     """
     topics, *modules = library_files()
     for name, text in _read_topics(topics).items():

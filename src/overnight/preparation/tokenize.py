@@ -1,4 +1,4 @@
-"""Documents to ids, unit by unit: what takes most of the time, done by any worker in any order."""
+"""Documents to ids, unit by unit, by any worker in any order: the slowest step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from overnight.terminal import progress
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 
-BATCH_CHARACTERS = 200_000  # what one thread encodes at a time
+BATCH_CHARACTERS = 200_000  # per call of the tokenizer in one thread
 TRAINING_BYTES = 1_000_000_000  # of text that a tokenizer is trained on, at most
 SAMPLED_DOCUMENTS = 64
 BYTES_PER_TOKEN = 4.5  # of English text in GPT-2's tokens: for the progress bar of an unfinished unit
@@ -48,13 +48,13 @@ class TokenizedDocument(NamedTuple):
 
     filtered: FilteredDocument
     ids: NDArray[np.uint32]
-    """Its end-of-text id and those of its text; none if the document is left out."""
+    """The end-of-text id, then the ids of the text; empty if the document is left out."""
     shared: int
     """A bit for each benchmark that the document shares a passage with."""
 
 
 def save_tokenizer(staging: Path, state: PrepareState) -> None:
-    """Load or train the tokenizer, and save it in the staging folder, whole or not at all."""
+    """Load or train the tokenizer, and save it in the staging folder, atomically."""
     partial_folder = staging / "tokenizer.partial"
     shutil.rmtree(partial_folder, ignore_errors=True)
     build_tokenizer(state.config.tokenizer_name, training_texts(state)).save(partial_folder)
@@ -62,7 +62,7 @@ def save_tokenizer(staging: Path, state: PrepareState) -> None:
 
 
 def training_texts(state: PrepareState) -> Iterator[str]:
-    """The texts that a tokenizer may be trained on: of the training split, each once; a gigabyte at most.
+    """The texts to train a tokenizer on: those of the training split, without duplicates, at most 1 GB.
 
     Reads nothing until the first is taken.
     """
@@ -131,9 +131,9 @@ def tokenize_unit(staging: Path, state: PrepareState, number: int, threads: int 
 
 
 def unit_path(staging: Path, number: int) -> Path:
-    """What the files of a unit are named after.
+    """Common stem of the paths of a unit's files.
 
-    The ids of all documents, end to end, are in .ids, one `documents.RECORD` for each in .documents, and the
+    The concatenated ids of all documents are in .ids, one `documents.RECORD` for each in .documents, and the
     names of the files that were skipped (on_bad_file="skip") in .json, which is written last.
     """
     return staging / "units" / f"{number:05d}"
@@ -175,7 +175,7 @@ def tokenize_documents(
 
 
 def documents_in_order(state: PrepareState) -> Iterator[FilteredDocument]:
-    """Every document of all units, without damaged files if they are to be skipped."""
+    """Every document of all units; damaged files are left out if they are to be skipped."""
     units = (open_unit(state, number)[0] for number in range(len(state.units)))
     # The first is opened at once: Python's documentation has a progress bar, which must not overlap another.
     return itertools.chain(next(units), itertools.chain.from_iterable(units))

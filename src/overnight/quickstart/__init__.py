@@ -10,4 +10,4 @@ class QuickstartConfig:
     """Train a small GPT-2 on the Python documentation, from text to report."""
 
     fresh: bool = False
-    """Start over, even if there is a quickstart run already."""
+    """Start over, even if there is already a quickstart run."""

@@ -30,8 +30,8 @@ XZ_WINDOW_BYTES = 1 << 30  # the whole training text stays in the window
 
 
 def run(config: QuickstartConfig) -> None:
-    """Prepare, train, evaluate, sample, report; what exists already is reused."""
-    check_matplotlib()  # the report comes last, minutes from here
+    """Prepare, train, evaluate, sample, report; reuses existing results."""
+    check_matplotlib()  # before minutes of training
     directory = RunDirectory(RUN)
     if config.fresh and directory.path.exists():
         with directory.locked():
@@ -58,10 +58,10 @@ def _train(recipe: Recipe, directory: RunDirectory) -> None:
         )
     status = describe_run(directory.path)
     if status.state == "finished":
-        echo(f"reusing {directory.path}, trained for all of its {status.step} steps; --fresh starts over")
+        echo(f"reusing {directory.path}, which has finished its {status.step} steps; --fresh starts over")
         return
     progress_so_far = f"{status.step} of {status.total_steps} steps"
-    echo(f"resuming {directory.path}, which has done {progress_so_far}; --fresh starts over")
+    echo(f"resuming {directory.path}, after {progress_so_far}; --fresh starts over")
     train_recipe(load_resumed(directory.path), directory, resume=True)
 
 

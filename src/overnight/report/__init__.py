@@ -1,9 +1,9 @@
-"""The page about a run, and the comparison of several runs.
+"""The report of a run, and the comparison of several runs.
 
-Everything is read from run directories alone. Nothing imports torch, and matplotlib is imported only to draw
+Everything is read from run directories. Nothing imports torch, and matplotlib is imported only to draw
 curves, so a report can be written again on any machine.
 
-    run_data   everything a run wrote; smoothing and thinning of long series
+    run_data   the files of a run; smoothing and thinning of long series
     plots      matplotlib figures as SVG that follows the page's colours
     html       renders the templates of templates/
     page       write_report: one run
@@ -19,7 +19,7 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Write one page about a run: curves, samples, recipe and data. With several runs: a comparison."""
+    """Write the report of a run: curves, samples, recipe and data; or a comparison of several runs."""
 
     runs: Positional[tuple[str, ...]]
     """Runs, by path or by name."""

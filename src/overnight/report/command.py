@@ -14,7 +14,7 @@ from overnight.terminal import echo
 def run(config: ReportConfig) -> Path:
     """Write the page and return its path. Raises ValueError if there is no such run."""
     if not config.runs:
-        raise ValueError("name the run to report on, as in overnight report runs/quickstart")
+        raise ValueError("name a run, as in `overnight report runs/quickstart`")
     runs = list(dict.fromkeys(find_run(name) for name in config.runs))
     out = Path(config.out) if config.out else None
     if out and out.is_dir():

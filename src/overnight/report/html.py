@@ -31,7 +31,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def svg_file(svg: str) -> str:
-    """An SVG of plots.py as the content of a file: with the page's colours and fonts, on its paper."""
+    """An SVG of plots.py as the content of a file, with the page's colours, fonts and background."""
     opening, content = svg.split(">", 1)
     paper = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
     return f"{opening}>\n<style>\n{render('colours.css')}\n</style>\n{paper}{content}\n"
@@ -51,6 +51,6 @@ def show_value(value: object) -> str:
 
 
 def _printable(value: object) -> object:
-    """What cannot be shown becomes U+FFFD."""
+    """The value with U+FFFD for characters that HTML does not allow."""
     is_text = isinstance(value, str) and not isinstance(value, Markup)
     return UNPRINTABLE.sub("\ufffd", str(value)) if is_text else value

@@ -1,4 +1,4 @@
-"""The page about one run: one HTML file that needs nothing else."""
+"""The report of one run: a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from overnight.runs.status import RunStatus
 from overnight.terminal import duration, scientific, short, significant
 
 OPEN_SAMPLES = 3
-"""Number of steps whose samples are open; those of earlier steps are folded."""
+"""Number of steps whose samples are shown unfolded."""
 TASK_TITLES = ("task", "metric", "step", "value", "95% interval", "examples", "chance")
 
 
@@ -126,7 +126,7 @@ def _readable_time(text: str) -> str:
 
 
 def _notices(run: RunData) -> Iterator[str]:
-    """What a reader must know before trusting a number: damaged files, losses that are not finite."""
+    """Warnings about the run's figures: damaged files, losses that are not finite, rollbacks."""
     yield from run.problems
     broken = run.metrics["step"][~np.isfinite(run.metrics["loss"])]
     if broken.size:
@@ -135,7 +135,7 @@ def _notices(run: RunData) -> Iterator[str]:
     for line in run.rollbacks:
         bad_steps = f"{line.get('first_bad_step')} to {line.get('last_bad_step')}"
         yield (
-            f"steps {bad_steps} went wrong: the run was rolled back to step {line['step'] - 1:,} and skipped "
+            f"steps {bad_steps} were bad: the run was rolled back to step {line['step'] - 1:,} and skipped "
             f"their {line.get('rows')} rows"
         )
     skipped = np.count_nonzero(~np.isfinite(run.metrics["grad_norm"]))

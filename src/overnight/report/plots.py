@@ -40,7 +40,7 @@ CHART_COLOURS = {
 """The colours of the light theme by the names of their CSS variables. No two are equal: see above."""
 MUTED, RULE, PLAIN, ACCENT, *RUN_COLOURS = CHART_COLOURS.values()
 BAND_COLOURS = {"loss": PLAIN, "validation_loss": ACCENT}
-"""The reference bands that are drawn, in the colours of the run's own curves."""
+"""The reference bands that are drawn, in the colours of the run's curves."""
 
 TEXT_SIZE = 12.5
 """In CSS pixels at a chart's own width; style.css keeps charts near that width."""
@@ -107,7 +107,7 @@ def check_matplotlib() -> None:
 
 @contextmanager
 def chart_style(name: str) -> Iterator[None]:
-    """Draw inside: the user's own matplotlib settings do not apply, and are restored afterwards.
+    """Context manager. The user's own matplotlib settings do not apply inside and are restored afterwards.
 
     `name` must be unique on a page: it makes the ids inside the SVG unique and reproducible.
     """

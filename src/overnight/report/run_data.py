@@ -1,4 +1,4 @@
-"""Everything one run wrote: what is missing stays empty, what is damaged is reported."""
+"""The files of one run: missing ones are empty, damaged ones are reported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunData:
     compression: dict[str, Any]
     """The four files' content; empty if there is no such file."""
     settings: dict[str, Any]
-    """The recipe's settings by their names of today."""
+    """The recipe's settings by their current names."""
     metrics: dict[str, Series]
     """One array for each column of metrics.jsonl, ordered by step, NaN where a line lacks the column."""
     evaluations: Lines
@@ -44,9 +44,9 @@ class RunData:
     tasks: Lines
     rollbacks: Lines
     comparison: BandComparison | None
-    """With the recipe's reference; None if there is none, or nothing to compare yet."""
+    """Comparison with the recipe's reference band; None if there is none, or nothing to compare yet."""
     problems: tuple[str, ...]
-    """One sentence for everything that could not be read."""
+    """One sentence for each part that could not be read."""
 
     @property
     def steps(self) -> int:
@@ -107,7 +107,7 @@ def _read_events(path: Path, numeric_keys: tuple[str, ...], problems: list[str])
     lines = read_lines(path, numeric_keys)
     problems += lines.problems
     if lines.is_torn:
-        problems.append(f"{path.name} has a torn last line, left out: it is being written, or was cut short")
+        problems.append(f"{path.name} has a torn last line, left out: it is being written, or was truncated")
     return tuple(sorted(lines.values, key=lambda line: line["step"]))
 
 

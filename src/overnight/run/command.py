@@ -25,7 +25,7 @@ from overnight.terminal import echo, quiet
 def run(recipe: Recipe, resumed: Path | None) -> None:
     """Train `recipe` in runs/<run_name>, or continue `resumed`; of several processes the main one prints.
 
-    A run that torchrun has restarted is resumed. A process that was told to stop, and has saved, ends
+    A run that torchrun has restarted is resumed. A process that was stopped by a signal and has saved ends
     normally under a launcher, which would take an error for a failure.
     """
     directory = find_directory(recipe, resumed)
@@ -44,7 +44,7 @@ def run(recipe: Recipe, resumed: Path | None) -> None:
 def train_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str]) -> int:
     """Run the command of these words in `recipe.compute.processes` processes; returns the exit status.
 
-    What can be refused before they start is refused here, once.
+    Invalid settings are reported here once, before the processes start.
     """
     compute = recipe.compute
     raise_problems(recipe.problems(), f"recipe {recipe.run_name}")
@@ -55,7 +55,7 @@ def train_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str
     use_new_rendezvous_store()
     status = run_processes(words, count, compute.max_restarts)
     if status == 0:
-        # The processes end normally also when they were told to stop, even before the run began.
+        # The processes end normally also when a signal stops them, even before the run began.
         total_steps = load_resumed(directory.path).schedule.total_steps if directory.exists() else None
         if total_steps is None or not directory.is_finished(total_steps):
             raise KeyboardInterrupt
@@ -70,7 +70,7 @@ def find_directory(recipe: Recipe, resumed: Path | None) -> RunDirectory:
 
 
 def print_summary(directory: RunDirectory) -> None:
-    """Print what was trained, and the next command."""
+    """Print a summary of the run and the next command."""
     last = directory.read_metrics()[-1]
     done = f"{last['step']} steps, {last['tokens']:,} tokens"
     loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"

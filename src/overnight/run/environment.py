@@ -1,4 +1,4 @@
-"""What a run runs on: the choices made for this machine, and its environment, recorded at each start."""
+"""The choices made for this machine, and the environment of a run, recorded at each start."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def explain_choices(asked: Recipe, run: RunSetup) -> dict[str, str]:
     )
     choices["attention"] += f", kernel {kernel}"
     if packing == "best-fit":
-        choices["packing"] = f"{packing} (as asked), {describe_cut_tokens(run.train)}"
+        choices["packing"] = f"{packing} (as requested), {describe_cut_tokens(run.train)}"
     if isinstance(run.train, Mixture):
         choices["mixture"] = run.train.describe_shares()
     if run.world.is_distributed:
@@ -44,7 +44,7 @@ def explain_choices(asked: Recipe, run: RunSetup) -> dict[str, str]:
     micro_batches = (
         f"{last.micro_batches}" if first is last else f"{first.micro_batches} to {last.micro_batches}"
     )
-    reason = "the memory estimate allows it" if asked.batch.micro_batch_size is None else "as asked"
+    reason = "the memory estimate allows it" if asked.batch.micro_batch_size is None else "as requested"
     if asked.batch.micro_batch_size not in {None, rows}:
         reason = "halved until it fitted"
     plural = "" if micro_batches == "1" else "es"
@@ -53,9 +53,9 @@ def explain_choices(asked: Recipe, run: RunSetup) -> dict[str, str]:
 
 
 def describe_processes(asked: Recipe, run: RunSetup) -> str:
-    """The number of processes, what they divide among them, and why."""
+    """The number of processes, their sharding, and the reason for it."""
     world, compute = run.world, run.resolved.compute
-    reason = "as asked" if asked.compute.sharding is not None else "the first that fits"
+    reason = "as requested" if asked.compute.sharding is not None else "the first that fits"
     order = ", gradients summed in one tree" if compute.deterministic_reduce else ""
     machines = world.size // world.local_size
     where = f" on {machines} machines" if machines > 1 else ""
@@ -63,7 +63,7 @@ def describe_processes(asked: Recipe, run: RunSetup) -> str:
 
 
 def describe_cut_tokens(rows: SourceRows | Mixture) -> str:
-    """The share of the text that is in no row, in words; for each source of a mixture."""
+    """The share of the text that is in no row, as text; for each source of a mixture."""
     if isinstance(rows, Mixture):
         sources = zip(rows.names, rows.streams, strict=True)
         return "; ".join(f"{name}: {describe_cut_tokens(stream)}" for name, stream in sources)

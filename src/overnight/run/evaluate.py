@@ -71,7 +71,7 @@ def _with_heartbeat(batches: Iterable[Batch], watch: Watchdog) -> Iterator[Batch
 
 
 def _describe_sources(run: RunSetup, parts: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Of each source of a mixture: its validation loss, and how much of it was trained on."""
+    """For each source of a mixture, its validation loss and how much of it was trained on."""
     if not isinstance(run.train, Mixture):
         return []
     plan = run.resolved.plan
@@ -93,7 +93,7 @@ def _describe_sources(run: RunSetup, parts: Sequence[Evaluation]) -> list[dict[s
 
 @dataclass(frozen=True)
 class RunTask:
-    """A task, its examples as ids."""
+    """A task and its examples as ids."""
 
     task: Task
     examples: Sequence[Example]
@@ -140,7 +140,7 @@ def _evaluate_share(
 
 
 def score_event(score: Score) -> dict[str, object]:
-    """A score as a line of the run's record."""
+    """A score as a line of events/tasks.jsonl."""
     return {
         "task": score.task,
         "metric": score.metric,
@@ -160,7 +160,7 @@ BESIDE_RESIDUAL = ("mlp.c_fc.weight",)
 
 @torch.no_grad()
 def describe_weights(model: GPT, world: World) -> dict[str, float]:
-    """The mean gain of all layer norms, and the residual ratio, in which mistakes show that the loss hides.
+    """The mean gain of all layer norms and the residual ratio, which show mistakes that the loss hides.
 
     The ratio is the standard deviation of the weights that write into the residual stream over that of
     c_fc's: 1 / sqrt(2 n_layer) at initialisation. All processes must call it: each adds up its own shards.

@@ -34,7 +34,7 @@ from overnight.training.step import StepResult, derive_seed
 
 
 class RunLog:
-    """A run's record. As a context it owns the progress bar, the trackers and the checkpoint under way."""
+    """A run's log. As a context manager it owns the progress bar, the trackers and the running save."""
 
     def __init__(
         self, run: RunSetup, directory: RunDirectory, watch: Watchdog, tasks: Sequence[RunTask] = ()
@@ -61,7 +61,7 @@ class RunLog:
                 recipe.trackers if is_main else (), self.directory.path, recipe.run_name, flatten(recipe)
             )
         )
-        # Counted in tokens: the estimated time is right during a batch ramp, too.
+        # Counted in tokens, so that the estimated time is right during a batch ramp.
         tokens = plan.tokens_before(resolved.total_steps) - plan.tokens_before(self.run.state.step)
         self._advance = self._open.enter_context(progress("train", tokens))
         return self
@@ -74,7 +74,7 @@ class RunLog:
         self._open.__exit__(kind, error, trace)
 
     def after_step(self, result: StepResult) -> None:
-        """Log a step, and do what is due after it; the checkpoint comes after the files it refers to."""
+        """Log a step and do what is due after it; a checkpoint comes after the files it refers to."""
         recipe = self.run.resolved.recipe
         tasks_every = recipe.evaluation.tasks_every_steps or recipe.evaluation.evaluate_every_steps
         self.log_metrics(result)
@@ -85,7 +85,7 @@ class RunLog:
             self.evaluate_tasks()
         if self._is_due(result.step, recipe.samples.sample_every_steps):
             self.sample()
-        is_sound = not self.run.state.guard.bad_steps  # else the weights may be spoiled
+        is_sound = not self.run.state.guard.bad_steps  # else the weights may be damaged
         if is_sound and self._is_due(result.step, recipe.checkpoints.checkpoint_every_steps):
             self.save()
 
@@ -122,7 +122,7 @@ class RunLog:
         self._advance(result.tokens, about)
 
     def _utilization(self, tokens_per_flop: float) -> dict[str, float]:
-        """MFU by both definitions: from the model's size, and from the operations really executed."""
+        """MFU by both definitions: from the model's size, and from the executed operations."""
         model, compute = self.run.resolved.model, self.run.resolved.compute
         executed = model.executed_flops_per_token(compute.activation_checkpointing)
         flops = {"mfu": model.flops_per_token(), "mfu_executed": executed}
@@ -194,7 +194,7 @@ class RunLog:
             self._event("samples", {"prompt": prompt, "completion": text})
 
     def save(self) -> None:
-        """Begin a checkpoint of this step unless there is one; wait for it if the recipe says so."""
+        """Start a checkpoint of this step unless there is one; wait for it if the recipe says so."""
         state = self.run.state
         if self._saved_step != state.step:
             self._saver.save(state)
@@ -203,17 +203,17 @@ class RunLog:
             self.wait_for_checkpoint()
 
     def wait_for_checkpoint(self) -> None:
-        """Return when the checkpoint under way, if any, is published."""
+        """Wait until the checkpoint being written, if any, is published."""
         self._saver.wait()
 
     def finish_checkpoints(self) -> None:
-        """The same; then delete old checkpoints, also those that a killed run has left."""
+        """Wait for the checkpoint; then delete old ones, including those left by a killed run."""
         self.wait_for_checkpoint()
         if self.run.world.is_main:
             self._delete_old()
 
     def state_restored(self) -> None:
-        """The state is that of a checkpoint again."""
+        """Report that the state was restored from a checkpoint."""
         self._saved_step = self.run.state.step
 
     def _delete_old(self) -> None:

@@ -19,9 +19,9 @@ from overnight.training.memory import FLOAT32, estimate_memory
 
 
 def require_memory(resolved: Resolved, world: World) -> None:
-    """Raise ValueError if what a run holds all the time does not fit into memory.
+    """Raise ValueError if the permanent memory of a run does not fit (weights, gradients, moments).
 
-    On a GPU that holds a whole model, a trial step tests the rest before the run begins.
+    On a GPU without sharded weights, a trial step tests the memory of activations before the run begins.
     """
     rows, sharing = resolved.plan.micro_batch_size, world.local_size if world.device == "cpu" else 1
     memory = estimate_memory(resolved.model, rows, resolved.compute, world.size, world.local_size)
@@ -40,7 +40,7 @@ def require_memory(resolved: Resolved, world: World) -> None:
 
 
 def check_sample_prompts(recipe: Recipe, dataset: Dataset | MixtureDataset) -> None:
-    """Raise ValueError for a sample prompt that is longer than the context: now, not after hours."""
+    """Raise ValueError for a sample prompt that is longer than the context."""
     for prompt in recipe.samples.sample_prompts:
         length = len(dataset.tokenizer.encode(prompt))
         if length > recipe.model.context_length:
@@ -65,7 +65,7 @@ def check_evaluation(recipe: Recipe, dataset: Dataset | MixtureDataset) -> None:
 
 
 def check_agreement(resolved: Resolved, dataset: Dataset | MixtureDataset, world: World) -> None:
-    """Raise ValueError, naming the setting, unless all processes are about to train the same.
+    """Raise ValueError, naming the setting, unless all processes train the same run.
 
     Processes may see different numbers of shards of a text that is still being prepared.
     """

@@ -1,4 +1,4 @@
-"""Beginning a run, resuming it from its newest good checkpoint, and rolling it back after bad steps."""
+"""Starts a run, resumes it from its newest good checkpoint, and rolls it back after bad steps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load_resumed(path: Path) -> Recipe:
     if every is not None and len(lines) > 2 * every and not any("skipped" in line for line in lines):
         raise ValueError(
             f"{directory.checkpoints} holds no checkpoint, although {len(lines)} steps are done: restore it, "
-            "or begin again with another --run-name, or delete metrics.jsonl"
+            "or start again with another --run-name, or delete metrics.jsonl"
         )
     return recipe
 
@@ -71,7 +71,7 @@ def check_directory(recipe: Recipe, directory: RunDirectory, *, resume: bool) ->
 
 
 def begin(run: RunSetup, directory: RunDirectory, choices: Mapping[str, str], *, resume: bool) -> None:
-    """With `resume`, restore the newest good checkpoint; then write what is about to run."""
+    """Restore the newest good checkpoint if `resume`; then write the files that describe the run."""
     state, world = run.state, run.world
     if resume:
         with world.raise_together():
@@ -96,13 +96,13 @@ def begin(run: RunSetup, directory: RunDirectory, choices: Mapping[str, str], *,
 
 
 def check_settings(run: RunSetup, directory: RunDirectory, newest: VerifiedCheckpoint) -> None:
-    """Raise ValueError unless the recipe is that of the checkpoint: its file may have been edited."""
+    """Raise ValueError unless the recipe is the checkpoint's: recipe.toml may have been edited."""
     before = Recipe.RENAMED.settings(newest.settings)
     changed = incompatible_settings(frozen_settings(run.resolved.recipe), before)
     if changed:
         raise ValueError(
             f"{directory.recipe} is not the recipe of the newest checkpoint: {'; '.join(changed)}; undo "
-            "these changes, or begin another run with --run-name"
+            "these changes, or start another run with --run-name"
         )
 
 
@@ -145,13 +145,13 @@ def check_step(step: int, world: World) -> None:
 
 
 def record_start(run: RunSetup, directory: RunDirectory, choices: Mapping[str, str], *, resume: bool) -> None:
-    """Write the run's files as they must be at its present step."""
+    """Write the run's files for its current step."""
     state, dataset, resolved, world = run.state, run.dataset, run.resolved, run.world
     if resume:
         discard_checkpoints_after(state.step, directory.checkpoints)
         directory.rewind(state.step)
     if not resume or not (directory.tokenizer / "tokenizer.json").is_file():
-        dataset.tokenizer.save(directory.tokenizer)  # a new run replaces what a failed command has left
+        dataset.tokenizer.save(directory.tokenizer)  # a new run replaces the files of a failed command
     record_data(run, directory)
     before = json.loads(directory.environment.read_text(encoding="utf-8")) if resume else None
     parameters = resolved.model.parameter_count()
@@ -199,7 +199,7 @@ def roll_back(run: RunSetup, directory: RunDirectory) -> None:
     ]
     if not earlier:
         raise FloatingPointError(
-            f"{trouble}, and there is no checkpoint from before them: begin again with a lower "
+            f"{trouble}, and there is no checkpoint from before them: start again with a lower "
             "--peak-learning-rate, or a smaller --checkpoint-every-steps"
         )
     world.barrier()
@@ -211,7 +211,7 @@ def roll_back(run: RunSetup, directory: RunDirectory) -> None:
     rows = (plan.tokens_before(last) - plan.tokens_before(first)) // plan.tokens_per_row
     state.guard = dataclasses.replace(state.guard, skipped=(*guard.skipped, SkippedRows(first, rows)))
     if world.is_main:
-        discard_checkpoints_after(state.step, directory.checkpoints)  # newer ones, found damaged
+        discard_checkpoints_after(state.step, directory.checkpoints)  # newer, damaged checkpoints
         record_rollback(
             directory, state.step, {"first_bad_step": first + 1, "last_bad_step": last, "rows": rows}
         )
@@ -223,7 +223,7 @@ def record_rollback(directory: RunDirectory, step: int, event: Mapping[str, int]
     """Rewind the run's files to `step`, but keep the record of rollbacks, with this one as the last.
 
     The event is dated with the step that follows: a run that is killed before that step is saved meets the
-    same trouble again, and writes the same line again.
+    same steps again, and writes the same line again.
     """
     rollbacks = [*directory.read_events("rollbacks"), {"step": step + 1, **event}]
     directory.rewind(step)

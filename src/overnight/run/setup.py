@@ -49,7 +49,7 @@ Weights = Iterable[tuple[str, Tensor]] | None
 
 @dataclass(frozen=True)
 class RunSetup:
-    """A run that is ready to begin: what was decided, its data, its state and its set-up for the loop."""
+    """A run that is ready to begin: resolved recipe, data, state and training set-up."""
 
     resolved: Resolved
     dataset: Dataset | MixtureDataset
@@ -65,7 +65,7 @@ class RunSetup:
 
 
 def resources_of(world: World) -> Resources:
-    """What each process of `world` has; processes on one machine's CPU share its memory."""
+    """The memory and devices of each process of `world`; processes on one CPU share its memory."""
     sharing = world.local_size if world.device == "cpu" else 1
     return Resources(world.device, find_memory_bytes(world.device) // sharing, world.size, world.local_size)
 
@@ -130,7 +130,7 @@ def build_run(
     with world.raise_together():
         check_agreement(resolved, dataset, world)
     if compute.deterministic_reduce:
-        compute_with_threads(1)  # products with another number of threads are rounded otherwise
+        compute_with_threads(1)  # the number of threads changes how products are rounded
     state = build_state(resolved, weights, world)
     training = build_training(resolved, state.model, train, world, dataset.document_separator)
     return _fit_into_memory(RunSetup(resolved, dataset, train, validation, state, training))
@@ -164,9 +164,9 @@ def build_training(
 
 
 def _fit_into_memory(run: RunSetup) -> RunSetup:
-    """Halve the micro-batch until a GPU holds it, by trying. Raises ValueError if a single row does not fit.
+    """Halve the micro-batch until a trial step fits on the device. Raises ValueError if one row does not.
 
-    Shards are not tried: a process without memory left would keep the others waiting.
+    A sharded model is not tried: the others would wait for a process that ran out of memory.
     """
     while run.resolved.compute.sharding not in FULLY_SHARDED and run.world.any(
         not fits(run.state, run.training)

@@ -45,7 +45,7 @@ def train_recipe(recipe: Recipe, directory: RunDirectory, *, resume: bool = Fals
             check_directory(recipe, directory, resume=resume)
             raise_problems(recipe.problems(), f"recipe {recipe.run_name}")
             dataset = open_dataset(ensure_prepared(recipe.data))
-            # Under a checkpoint's weights the initial ones would only be overwritten.
+            # A resumed run loads its weights from the checkpoint and needs no initial model.
             has_checkpoint = resume and bool(list_checkpoints(directory.checkpoints))
             source = None if has_checkpoint else open_initial_model(recipe, dataset)
             model, weights = initial_weights(recipe, dataset, source)
@@ -57,7 +57,7 @@ def train_recipe(recipe: Recipe, directory: RunDirectory, *, resume: bool = Fals
             with world.raise_together():
                 if world.is_main:
                     held.enter_context(directory.locked())
-                    check_directory(recipe, directory, resume=resume)  # another run may have begun meanwhile
+                    check_directory(recipe, directory, resume=resume)  # another run may have started since
             begin(run, directory, explain_choices(recipe, run), resume=resume)
             fit(run, directory, tasks)
     return run.resolved
@@ -77,7 +77,7 @@ def open_initial_model(recipe: Recipe, dataset: Dataset | MixtureDataset) -> GPT
 
 
 def fit(run: RunSetup, directory: RunDirectory, tasks: Sequence[RunTask]) -> None:
-    """Step until the last step, a signal, the time limit or the end of the text; then save.
+    """Train until the last step, a signal, the time limit or the end of the text; then save.
 
     Raises KeyboardInterrupt if the run is not finished.
     """
@@ -139,7 +139,7 @@ class StopConditions:
         self._signals.append(number)
 
     def is_met(self) -> bool:
-        """True once a signal came or the time is over."""
+        """True after a signal, or once the time limit is reached."""
         return bool(self._signals) or self._is_out_of_time()
 
     def _is_out_of_time(self) -> bool:
@@ -147,14 +147,14 @@ class StopConditions:
 
     @property
     def reason(self) -> str:
-        """What a run that is not finished was stopped by."""
+        """Why an unfinished run stopped."""
         if self._is_out_of_time():
             return "its time limit"
         return "a signal" if self._signals else "a lack of text"
 
 
 def must_stop(run: RunSetup, stop: StopConditions, watch: Watchdog, log: RunLog) -> bool:
-    """True if any process must stop, or if the next step's text is missing and nobody prepares it any more.
+    """True if any process must stop, or if the next step's text is missing and no process prepares it.
 
     Waits for text that is being prepared. With several processes it first waits for the checkpoint under
     way, since they publish it only after a step.
@@ -173,7 +173,7 @@ def must_stop(run: RunSetup, stop: StopConditions, watch: Watchdog, log: RunLog)
 
 @contextmanager
 def recording_failure(run: RunSetup, directory: RunDirectory) -> Iterator[None]:
-    """Within, an error that ends the run is recorded in its directory, if the disk takes it."""
+    """Context manager: an error that ends the run is recorded in its directory, if that is writable."""
     try:
         yield
     except (FloatingPointError, OSError) as error:

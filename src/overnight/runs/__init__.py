@@ -11,7 +11,7 @@ FOLDER = "runs"
 
 @dataclass(frozen=True, kw_only=True)
 class RunsConfig:
-    """List every run: progress, losses, speed. Reads only the ends of their files."""
+    """List every run: progress, losses, speed. Reads only the ends of the files."""
 
     folder: Positional[str] = FOLDER
     """The folder that holds the runs, or one run."""

@@ -48,7 +48,7 @@ def run(config: RunsConfig) -> None:
     for one in runs:
         for note in _notes(one):
             echo(f"{one.path}: {note}")
-    # --resume says how to mend a damaged run.
+    # --resume prints the remedy for a damaged run.
     command = "train --resume" if runs[-1].state in {"stopped", "empty", "damaged"} else "report"
     echo(f"next: overnight {command} {runs[-1].path}")
 
@@ -89,7 +89,7 @@ def runs_table(runs: Sequence[RunStatus], now: datetime, columns: int = 80) -> s
 
 
 def _notes(run: RunStatus) -> Iterator[str]:
-    """What the table has no room for."""
+    """Facts that the table has no room for."""
     if run.problem:
         yield run.problem
     if run.ended_by:

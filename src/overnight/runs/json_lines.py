@@ -26,7 +26,7 @@ class JsonLines:
     """One sentence for each damaged line: its number and its beginning."""
 
     is_torn: bool = False
-    """True if the last line was cut short and left out."""
+    """True if the last line was truncated and left out."""
 
 
 def read_lines(path: Path, numeric_keys: Sequence[str], *, only_ends: bool = False) -> JsonLines:
@@ -45,7 +45,7 @@ def read_lines(path: Path, numeric_keys: Sequence[str], *, only_ends: bool = Fal
         values += readable
         is_torn = bool(parsed) and parsed[-1] is None
         if damaged := [index for index, value in enumerate(parsed[:-1]) if value is None]:
-            first = path.read_bytes()[:start].count(b"\n") + 1  # only now is it worth counting
+            first = path.read_bytes()[:start].count(b"\n") + 1  # counted only for a message
             problems += [
                 f"{path.name} line {first + index:,} is damaged and left out; it begins "
                 f"{lines[index][:40].decode(errors='replace')!r}"
@@ -82,7 +82,7 @@ def _parse_line(line: bytes, numeric_keys: Sequence[str]) -> dict[str, Any] | No
 
 
 def _is_valid(key: str, value: object) -> bool:
-    """True for a valid number; a loss may be NaN or infinite, which is a result and not damage."""
+    """True for a valid number; a loss may be NaN or infinite, which is not damage."""
     if key in {"step", "tokens"}:
         return isinstance(value, int) and 0 <= value < 2**63
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)

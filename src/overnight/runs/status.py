@@ -1,6 +1,6 @@
 """The state of each run, from the ends of its files: fast enough for fifty long runs.
 
-Imports no numpy, torch or matplotlib, so that `overnight runs` answers at once.
+Imports no numpy, torch or matplotlib, so that `overnight runs` starts quickly.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ State = Literal["running", "finished", "stopped", "diverged", "empty", "damaged"
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """The state of one run. A field is None if the run has not come that far, or its files do not say."""
+    """The state of one run. A field is None if it is not known yet."""
 
     name: str
     path: str
     state: State
     """running: its lock is held; finished: all steps are done and the last checkpoint exists; stopped: some
-    steps are done; diverged: it gave up because of its losses; empty: no step is done; damaged: some file
+    steps are done; diverged: it stopped because of its losses; empty: no step is done; damaged: some file
     cannot be read, and `problem` says which."""
     step: int
     """Finished steps."""

@@ -1,6 +1,6 @@
 """Byte-level BPE as in GPT-2: a text's UTF-8 bytes, joined pair by pair in the order of the merges.
 
-The list of merges is the whole tokenizer. The ids follow from it: 256 bytes, one id per merge, end-of-text
+The list of merges determines the tokenizer. The ids are: 256 bytes, one id per merge, end-of-text
 last. Encoding is done by tiktoken, about five times as fast as `tokenizers`, which does the training.
 
 Merges and vocabularies are written in GPT-2's spelling, in which each byte is one visible character.
@@ -116,7 +116,7 @@ def _parts(text: str) -> Iterator[str]:
     for position in range(STRIDE, len(text), STRIDE):
         if position < start:
             continue
-        run = next(BLANKS.finditer(text, position))  # at `position`, for the pattern also matches ""
+        run = next(BLANKS.finditer(text, position))  # at `position`, since the pattern also matches ""
         if len(run[0]) >= 2 and run.end() < len(text):
             yield text[start : run.end() - 1]
             start = run.end() - 1
@@ -142,7 +142,7 @@ def train_byte_pair(documents: Iterable[str], vocab_size: int) -> BytePair:
     tokenizer = BytePair(merges)
     if tokenizer.vocab_size < vocab_size:
         raise ValueError(
-            f"there is too little text to learn bpe-{vocab_size}: it is enough for {tokenizer.name}; "
+            f"the text is too short for bpe-{vocab_size}, but long enough for {tokenizer.name}; "
             "choose a smaller number, or characters"
         )
     return tokenizer

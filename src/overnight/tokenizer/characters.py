@@ -64,7 +64,7 @@ class Characters(Tokenizer):
 
 
 def train_characters(documents: Iterable[str]) -> Characters:
-    """The tokenizer with an id for every character of the documents."""
+    """Build a tokenizer with one id for every character of the documents."""
     characters: set[str] = set()
     for document in documents:
         characters.update(clean(document))

@@ -1,4 +1,4 @@
-"""Opens a tokenizer by name, from a folder or file, or learns one from documents."""
+"""Opens a tokenizer by name, from a folder or file, or trains one on documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = ("gpt2", "characters", "bpe-4096")
 
 
 def build_tokenizer(name: str, documents: Iterable[str]) -> Tokenizer:
-    """Learn "characters" or "bpe-N" from the documents; load any other name without reading them."""
+    """Train "characters" or "bpe-N" on the documents; load any other name without reading them."""
     if name == "characters":
         return train_characters(documents)
     if (vocab_size := _bpe_size(name)) is not None:
@@ -47,7 +47,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         raise ValueError(f"{path} holds no tokenizer: neither tokenizer.json nor {' and '.join(GPT2_FILES)}")
     if name == "characters" or _bpe_size(str(name)) is not None:
         raise ValueError(
-            f"{name} is learned from text: prepare data with --tokenizer {name}, "
+            f"{name} is trained on text: prepare data with --tokenizer {name}, "
             "then name the folder tokenizer/ inside it"
         )
     raise ValueError(f"there is no tokenizer, folder or file {str(name)!r}{nearest(str(name), NAMES)}")

@@ -1,4 +1,4 @@
-"""The interface of all tokenizers, and what they have in common.
+"""The interface of all tokenizers, and their common functions.
 
 A tokenizer is a list of byte strings, one per id, and a rule that picks ids for a text. So decoding is the
 same for all: join the bytes and decode them as UTF-8. On the disk each one is a folder with the two files
@@ -32,7 +32,7 @@ class Tokenizer(ABC):
     """gpt2, characters, bpe-4096."""
     vocab_size: int
     end_of_text: int
-    """The id before each document; it stands for no text."""
+    """The id before each document; it decodes to no text."""
     fingerprint: str
     """sha256 of everything that decides the ids of a text: equal for equal tokenizers, from any source."""
     _bytes: list[bytes]

@@ -15,7 +15,7 @@ from overnight.tokenizer.bpe import spelled_bytes
 from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean
 
 PROBE = "two  blanks, a\ttab,\r\na line; Grüße, 你好, 🙂 and 1,024"
-LARGEST_ID = 1 << 24  # far above every vocabulary: a damaged file must not fill the memory
+LARGEST_ID = 1 << 24  # far above every vocabulary; limits the memory for a damaged file
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
 
@@ -49,7 +49,7 @@ class HuggingFaceTokenizer(Tokenizer):
         for (name, id), spelled in zip(ids.items(), spelled_bytes(ids), strict=True):
             self._bytes[id] = b"" if name in special else spelled
         if (returned := self.decode(self.encode(PROBE))) != PROBE:
-            raise ValueError(f"it does not give back every text: {PROBE!r} returns as {returned!r}")
+            raise ValueError(f"it does not decode every text to itself: {PROBE!r} becomes {returned!r}")
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """The ids of each text."""
@@ -66,7 +66,7 @@ def _build_encoder(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
     decoder = (content.get("decoder") or {}).get("type")
     if decoder != "ByteLevel":
         raise ValueError(
-            f"it decodes by {decoder or 'joining its tokens'}, which does not give back every text; "
+            f"it decodes by {decoder or 'joining its tokens'}, which does not decode every text to itself; "
             "choose a byte-level tokenizer (decoder ByteLevel)"
         )
     bare = {**content, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}

@@ -15,7 +15,7 @@ Attention = Literal["fused", "blocks", "math"]
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the machine is used. What is left out is chosen for it and recorded in the run's recipe."""
+    """How the machine is used. Settings left out are chosen for it and recorded in the run's recipe."""
 
     device: str | None = None
     """cpu, cuda, cuda:1 or mps; the best device found if left out."""
@@ -26,7 +26,7 @@ class ComputeConfig:
     """Compile the training step with torch.compile; if left out, wherever its compiler is found."""
     attention: Attention | None = None
     """fused: torch's fastest kernel; blocks: products of blocks, faster on CPUs with bfloat16; math: the
-    unfused formula, for comparison. Chosen for the device if left out."""
+    unfused formula. Chosen for the device if left out."""
     loss: LossMethod | None = None
     """full: all logits at once; chunked: the logits of some rows at a time, in less memory; fp8: the output
     layer's products in 8 bits, faster and less exact, on GPUs that support it. full if left out."""
@@ -35,17 +35,17 @@ class ComputeConfig:
     attention (selective), or all of each block; less memory, more time, the same numbers."""
     processes: int | Literal["auto"] | None = None
     """Train with this number of processes on this machine, one for each GPU; auto: one for every GPU. Leave
-    it out under torchrun or srun, which start the processes themselves."""
+    it out under torchrun or srun, which start the processes."""
     sharding: Sharding | None = None
-    """What several processes divide among them. none: nothing; zero1: AdamW's moments; fsdp: weights and
-    gradients, too (FSDP2); hsdp: the same within each machine. The first that fits if left out."""
+    """What several processes shard. none: nothing; zero1: AdamW's moments; fsdp: weights and
+    gradients as well (FSDP2); hsdp: the same within each machine. The first that fits if left out."""
     deterministic_reduce: bool = False
-    """Sum gradients in one fixed binary tree: weights do not depend on the number of processes, to the bit.
+    """Sum gradients in one fixed binary tree: the weights are bitwise equal for any number of processes.
     On a CPU, computes with one thread."""
     timeout_seconds: int = 600
     """A process without progress for this time ends the run and prints the stack of every process."""
     max_restarts: int = 0
-    """How often a run is restarted from its last checkpoint after one of its processes died."""
+    """Number of restarts from the last checkpoint after one of the processes died."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +77,10 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     """Added to the denominator."""
     max_grad_norm: float | None = 1.0
-    """Gradients are scaled down to this norm, all parameters together; None leaves them as they are."""
+    """Largest norm of all gradients together, by scaling them down; None: no clipping."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one sentence each; [] if nothing."""
+        """Invalid values, one sentence each; [] if there are none."""
         found = []
         for name in ("peak_learning_rate", "epsilon"):
             if not 0 < getattr(self, name) < math.inf:

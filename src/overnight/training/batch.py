@@ -12,20 +12,20 @@ CPU_TOKENS_AT_MOST = 4096  # of a micro-batch on a CPU: more tokens gain no spee
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """`tokens_per_step` and its ramp decide the result; `micro_batch_size` is what the machine can hold."""
+    """`tokens_per_step` and its ramp decide the result; `micro_batch_size` depends on the machine."""
 
     tokens_per_step: int = 524_288
     """Tokens of one optimizer step: 512 rows of 1,024 (GPT-2 paper, section 2.3)."""
     micro_batch_size: int | None = None
     """Rows of one forward and backward pass; what fits into the device's memory if left out."""
     batch_ramp_start_tokens: int | None = None
-    """Let the step grow from this number of tokens, in increments of it, to tokens_per_step (GPT-3 paper,
+    """Let the step grow from this number of tokens, in equal increments, to tokens_per_step (GPT-3 paper,
     appendix B)."""
     batch_ramp_tokens: int | None = None
     """Tokens seen when the step reaches tokens_per_step; each smaller size takes an equal share of them."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one sentence each; [] if nothing."""
+        """Invalid values, one sentence each; [] if there are none."""
         found = [
             f"{name}={value} must be at least 1"
             for name, value in vars(self).items()
@@ -36,7 +36,7 @@ class BatchConfig:
         return found or self._contradictions()
 
     def _contradictions(self) -> list[str]:
-        """What is wrong between values that are valid by themselves."""
+        """Contradictions between values that are valid by themselves."""
         first, full = self.batch_ramp_start_tokens, self.tokens_per_step
         if first is None:
             return []
@@ -72,7 +72,7 @@ class BatchPlan:
     tokens_per_row: int
     micro_batch_size: int
     stages: tuple[Stage, ...]
-    """From step 0 on, the last one unbounded; a single one if every step has the same size."""
+    """Stages from step 0 on, the last one unbounded; a single one if every step has the same size."""
 
     def micro_batches(self, step: int) -> int:
         """Number of micro-batches of the step."""
@@ -116,7 +116,7 @@ class BatchPlan:
         wanted = -(-tokens // self._tokens_per_micro_batch)  # micro-batches, rounded up
         index = bisect_right(self.stages, wanted, key=lambda stage: stage.first_micro_batch)
         stage = self.stages[index - 1]
-        # Floor division of a negative number rounds up: the last step may be more than is needed.
+        # Floor division of a negative number rounds up: the last step may exceed the need.
         return stage.first_step - (stage.first_micro_batch - wanted) // stage.micro_batches
 
     @property

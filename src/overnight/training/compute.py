@@ -33,7 +33,7 @@ DOCUMENT_KERNELS: dict[DocumentKernel, str] = {
     "one-by-one": "flash, one document after the other",
     "mask": "torch's choice with a mask",
 }
-"""Kernels for attention within documents, as they are reported."""
+"""Kernel -> its name in reports, for attention within documents."""
 
 
 def resolve_compute(config: ComputeConfig, device: str) -> Compute:
@@ -84,7 +84,7 @@ def explain_compute(asked: ComputeConfig, decided: Compute) -> dict[str, str]:
             "fp32": "the device multiplies nothing shorter in hardware",
         }.get(decided.precision, ""),
         "compile": about_compile,
-        "attention": "the fastest here",
+        "attention": "the fastest on this device",
         "loss": "all logits fit",
     }
     defaults = ComputeConfig()
@@ -92,14 +92,14 @@ def explain_compute(asked: ComputeConfig, decided: Compute) -> dict[str, str]:
     for name, value in vars(decided).items():
         if name not in OF_PROCESSES:
             is_asked = getattr(asked, name) != getattr(defaults, name)
-            found[name] = f"{value} ({'as asked' if is_asked else reasons.get(name, 'the default')})"
+            found[name] = f"{value} ({'as requested' if is_asked else reasons.get(name, 'the default')})"
     return found
 
 
 def autocast(device: str, precision: str, *, cache_weights: bool = True) -> AbstractContextManager[Any]:
-    """Within, matrix products are computed in `precision`; weights, norms and losses stay float32.
+    """Context manager: matrix products run in `precision`; weights, norms and losses stay float32.
 
-    With `cache_weights`, autocast keeps its copy of each weight until the end, for the next use.
+    With `cache_weights`, autocast keeps its copy of each weight until the context ends.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if dtype is None:
@@ -110,8 +110,8 @@ def autocast(device: str, precision: str, *, cache_weights: bool = True) -> Abst
 class NextTokenLoss:
     """(ids, targets) -> the summed loss of `model` in nats, computed as `compute` says.
 
-    Compiled for one fixed shape; anything else that uses the model calls the plain module. Where weights are
-    sharded, each block is compiled by itself, since its weights are gathered between blocks.
+    Compiled for one fixed shape; other users of the model call the uncompiled module. Where weights are
+    sharded, each block is compiled separately, since its weights are gathered between blocks.
     """
 
     def __init__(self, model: GPT, compute: Compute, document_separator: int | None = None) -> None:
@@ -138,7 +138,7 @@ class NextTokenLoss:
 
 
 def set_attention_kernels(model: GPT, compute: Compute) -> None:
-    """Let each block use the attention kernels of `compute`."""
+    """Set the attention kernels of each block."""
     for block in model.h:
         attention: Any = block.attn
         attention.kernel = causal_kernel(model.config, compute)
@@ -146,7 +146,7 @@ def set_attention_kernels(model: GPT, compute: Compute) -> None:
 
 
 def apply_activation_checkpointing(model: GPT, compute: Compute) -> None:
-    """Let each block keep what `compute.activation_checkpointing` says; a second call replaces the first."""
+    """Apply `compute.activation_checkpointing` to each block; a second call replaces the first."""
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
     if compute.activation_checkpointing == "selective":
         kept = functools.partial(create_selective_checkpoint_contexts, _costly_operations())
@@ -199,7 +199,7 @@ def describe_attention_kernel(model: ModelConfig, compute: Compute, *, within_do
 
 
 def _costly_operations() -> list[Any]:
-    """What selective checkpointing keeps: matrix products and attention, most of a block's time."""
+    """The operations whose outputs selective checkpointing keeps: matrix products and attention."""
     aten, ours = torch.ops.aten, torch.ops.overnight
     flash, costly = "_scaled_dot_product_flash_attention", ["mm", "addmm"]
     costly += [flash, f"{flash}_for_cpu", "_scaled_dot_product_efficient_attention"]

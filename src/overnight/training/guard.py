@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-HISTORY = 128  # sound steps that a step is compared with: llm.c's window, llmc/outlier_detector.h
-AT_LEAST = 32  # of them, before a step can be an outlier
+HISTORY = 128  # sound steps that a step is compared with, as in llm.c's llmc/outlier_detector.h
+AT_LEAST = 32  # sound steps before a step can be an outlier
 TO_DEVIATION = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
-LEAST_SPREAD = 0.01  # of the median: where losses hardly vary, a tiny difference is not an outlier
-EXPLODED_NATS, EXPLODED_DEVIATIONS = 1.0, 12.0  # above the median, both
+LEAST_SPREAD = 0.01  # of the median: if losses hardly vary, a tiny difference is not an outlier
+EXPLODED_NATS, EXPLODED_DEVIATIONS = 1.0, 12.0  # both above the median
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,10 @@ class GuardConfig:
     """After this many bad steps in a row, return to the last good checkpoint and skip their rows; never if
     left out."""
     max_rollbacks: int = 3
-    """After this many rollbacks the run stops: a few rows are not the reason."""
+    """The run stops at the next rollback after this many: a few rows are not the cause."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one sentence each; [] if nothing."""
+        """Invalid values, one sentence each; [] if there are none."""
         found = []
         if self.spike_sigma is not None and not 1 <= self.spike_sigma < math.inf:
             found.append(f"spike_sigma={self.spike_sigma} must be at least 1, or left out")
@@ -48,14 +48,14 @@ class GuardConfig:
 
 
 class SkippedRows(NamedTuple):
-    """Rows that are skipped: from `step` on, every row is read `rows` rows later."""
+    """Skipped rows: from `step` on, every row number is `rows` higher."""
 
     step: int
     rows: int
 
 
 class Limits(NamedTuple):
-    """The largest loss and gradient norm of which a step is applied."""
+    """The largest loss and gradient norm of an applied step."""
 
     loss: float = math.inf
     """Nats per token."""
@@ -64,7 +64,7 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True)
 class Guard:
-    """What is known of the steps so far: an immutable value, replaced after each step."""
+    """The history of a run's steps: immutable, replaced after each step."""
 
     losses: tuple[float, ...] = ()
     """Losses of the last sound steps, nats per token."""
@@ -95,7 +95,7 @@ class Guard:
         )
 
     def skipped_rows(self, step: int) -> int:
-        """By how many rows `step`, counted from 0, reads later than planned."""
+        """Number of rows by which `step`, counted from 0, reads later than planned."""
         return sum(rows for since, rows in self.skipped if since <= step)
 
     def to_values(self) -> dict[str, Any]:

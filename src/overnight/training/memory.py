@@ -39,11 +39,11 @@ REDUCTIONS: tuple[dict[str, str], ...] = (
 
 
 class Resources(NamedTuple):
-    """What each process of a run has."""
+    """Memory and number of the processes of a run."""
 
     device: str
     memory_bytes: int
-    """Of one process."""
+    """Memory of one process."""
     processes: int = 1
     processes_per_machine: int = 1
 
@@ -59,18 +59,18 @@ class MemoryEstimate:
     copies: int
     """16-bit copies of the weights, for matrix products."""
     activations: int
-    """What blocks keep for the backward pass."""
+    """Activations that blocks keep for the backward pass."""
     logits: int
-    """The output layer's logits, and what the loss computes from them."""
+    """The output layer's logits, and the temporary tensors of the loss."""
     new_gradients: int
     """A compiled backward pass returns all gradients at once, before they are added to those of earlier
     micro-batches: what they take beyond the activations, which are freed by then."""
     gathered: int = 0
-    """Sharded weights that are gathered at the moment, and their gradients."""
+    """Sharded weights that are gathered at the peak, and their gradients."""
 
     @property
     def together(self) -> int:
-        """Their sum."""
+        """Total of all parts."""
         return sum(vars(self).values())
 
 
@@ -220,12 +220,12 @@ def largest_that_fits(
 
 
 def fits_into(memory_bytes: int, needed_bytes: int) -> bool:
-    """True if `needed_bytes` fit into a memory of `memory_bytes`, less what others take of it."""
+    """True if `needed_bytes` fit into the usable fraction of `memory_bytes`."""
     return needed_bytes <= USABLE_FRACTION * memory_bytes
 
 
 def _largest_shard(model: ModelConfig, sharers: int) -> int:
-    """Parameters in the process that holds most: of each its rows divided by the sharers, rounded up."""
+    """Parameters in the process that holds most: ceil(rows / sharers) rows of each parameter."""
     shapes = parameter_shapes(model).values()
     return sum(-(-rows // sharers) * math.prod(columns) for rows, *columns in shapes)
 

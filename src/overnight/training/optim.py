@@ -1,4 +1,4 @@
-"""AdamW: which parameters decay, gradient clipping, and an update that can be skipped."""
+"""AdamW: weight decay groups, gradient clipping, and an update that can be skipped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build_optimizer(
     fused: bool | None = None,
     names: Container[str] | None = None,
 ) -> AdamW:
-    """AdamW over `model`: matrices and embeddings decay, biases and layer norms do not.
+    """AdamW over `model`, with weight decay for matrices and embeddings, not for biases and layer norms.
 
     `fused` computes each parameter in one pass instead of a dozen; None: wherever torch supports it. With
     `names`, only these parameters are updated.
@@ -51,16 +51,16 @@ def build_scaler(device: str, precision: str | None) -> GradScaler:
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_grad_norm: float | None) -> Tensor:
-    """Scale all gradients down to `max_grad_norm`; returns their norm before that, a float32 scalar."""
+    """Scale all gradients down to `max_grad_norm`; returns the norm before clipping, a float32 scalar."""
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     return grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm  # of FSDP's shards
 
 
 def step_if(optimizer: AdamW, scaler: GradScaler, is_sound: Tensor, learning_rate: float) -> None:
-    """Update the parameters if the boolean scalar `is_sound` is true; else change nothing, to the bit.
+    """Update the parameters if the boolean scalar `is_sound` is true; otherwise change nothing.
 
-    With loss scaling on, the scaler decides by itself, and lowers its scale. Does not wait for the device if
+    With loss scaling, the scaler decides instead, and lowers its scale. Does not wait for the device if
     the optimizer is fused.
     """
     for group in optimizer.param_groups:

@@ -24,14 +24,14 @@ class ScheduleConfig:
     warmup_steps: int = 0
     """Full steps over which the learning rate rises to its peak; a ramp's smaller steps count in part."""
     learning_rate_decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """How it falls after warm-up; wsd (warm-up, stable, decay) keeps the peak, then falls linearly."""
+    """Shape of the decay after warm-up; wsd (warm-up, stable, decay) keeps the peak, then falls linearly."""
     decay_steps: int | None = None
     """Full steps of the decay; if left out all after warm-up, with wsd the last fifth of the run."""
     final_learning_rate_fraction: float = 0.1
     """Final rate as a share of the peak (GPT-3 paper, appendix B: 10%)."""
 
     def problems(self, full_steps: float | None = None) -> list[str]:
-        """What is wrong with these values, one sentence each; [] if nothing.
+        """Invalid values, one sentence each; [] if there are none.
 
         `full_steps` is the run's length if it is known, else total_steps takes its place.
         """
@@ -51,11 +51,11 @@ class ScheduleConfig:
         return found or self._contradictions(self.total_steps if full_steps is None else full_steps)
 
     def _contradictions(self, full_steps: float | None) -> list[str]:
-        """What is wrong between values that are valid by themselves."""
+        """Contradictions between values that are valid by themselves."""
         decay_steps = self.decay_steps
         if decay_steps is not None and self.learning_rate_decay == "constant":
             return [
-                f"decay_steps={decay_steps} has no meaning with learning_rate_decay=constant: leave it out"
+                f"decay_steps={decay_steps} has no effect with learning_rate_decay=constant: leave it out"
             ]
         if full_steps is None:
             return []

@@ -1,6 +1,6 @@
-"""What several processes divide among them, applied to a finished model; one class for each way.
+"""Replicated training, ZeRO-1 and FSDP, applied to a built model: one class for each.
 
-none: nothing; every process holds all weights, gradients and moments, and gradients are summed once a step.
+none: every process holds all weights, gradients and moments, and gradients are summed once a step.
 zero1: each process keeps AdamW's moments of the parameters that it owns, updates these and sends them to the
 others (Rajbhandari et al. 2020, ZeRO, stage 1). fsdp: each keeps rows of every weight, gradient and moment;
 a block's weights are gathered while it computes (stage 3, torch's `fully_shard`). hsdp: fsdp among the
@@ -41,7 +41,7 @@ class Replicated:
         """Called after each backward pass with its loss; micro-batch `number` of this process's `count`.
 
         Gradients of micro-batches add up in `.grad`. After the last they are summed over processes, once.
-        Returns the step's loss so far, after the last micro-batch that of all processes.
+        Returns the step's loss so far; after the last micro-batch, summed over all processes.
         """
         if self._tree is not None:
             return self._reduce_in_tree(self._tree, nats, number, count)
@@ -51,7 +51,7 @@ class Replicated:
         return self._nats
 
     def publish(self) -> None:
-        """Called after the update: nothing to send, since every process made the same one."""
+        """Called after the update: nothing to send, since every process made the same update."""
 
     def _reduce_in_tree(self, tree: GradientTree, nats: Tensor, number: int, count: int) -> Tensor:
         tree.add([*map(_gradient, self.parameters), nats], number, count)
@@ -70,7 +70,7 @@ class ZeRO1(Replicated):
     """As `Replicated`, but each parameter has one owner, which alone holds its moments and updates it."""
 
     def publish(self) -> None:
-        """Called after the update: owners send their parameters to all other processes."""
+        """Called after the update: each owner broadcasts its parameters."""
         owners, named = parameter_owners(self.model, self.world), dict(self.model.named_parameters())
         for rank in range(self.world.size):
             owned = [named[name].detach() for name, owner in owners.items() if owner == rank]
@@ -101,9 +101,9 @@ class FSDP:
 
 
 class GradientTree:
-    """Sums of gradients in one fixed binary tree over a step's micro-batches, whoever computes them.
+    """Sums of gradients in one fixed binary tree over a step's micro-batches, on any process.
 
-    Every sum is then rounded at the same places for 1, 2, 4, ... processes, whose number must divide that of
+    Every sum is then rounded in the same way for 1, 2, 4, ... processes, whose number must divide that of
     the micro-batches. Holds one sum for each level of the tree.
     """
 
@@ -125,7 +125,7 @@ class GradientTree:
 
 
 def completed_subtrees(number: int, count: int) -> int:
-    """How many inner nodes end with leaf `number`, in the tree that halves `count` leaves again and again."""
+    """How many inner nodes end with leaf `number`, in the tree that halves `count` leaves recursively."""
     first, end, completed = 0, count, 0
     while end - first > 1:
         completed += number == end - 1
@@ -142,7 +142,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 def build_sharing(
     model: GPT, world: World, sharding: Sharding, *, deterministic: bool
 ) -> Replicated | ZeRO1 | FSDP:
-    """The way in which the processes of `world` share the training of `model`."""
+    """The sharing of `model`'s training among the processes of `world`."""
     if sharding in FULLY_SHARDED:
         return FSDP(model, world, machines=_machines(world, sharding))
     kind = ZeRO1 if sharding == "zero1" else Replicated
@@ -154,7 +154,7 @@ def build_sharded_model(
 ) -> GPT:
     """A model on the world's device with these weights or, sharded, with this process's rows of them.
 
-    Weights are taken one at a time, so that a sharded model is never whole anywhere. None leaves them
+    Weights are taken one at a time, so that no process ever holds a whole sharded model. None leaves them
     uninitialised, to be loaded.
     """
     if sharding in FULLY_SHARDED:
@@ -174,12 +174,12 @@ def build_sharded_model(
 
 
 def _machines(world: World, sharding: Sharding) -> int:
-    """How many copies of the weights there are: one on each machine for hsdp."""
+    """The number of copies of the weights: one per machine for hsdp."""
     return world.size // world.local_size if sharding == "hsdp" else 1
 
 
 def _shard(model: GPT, world: World, sharding: Sharding) -> None:
-    """Gather each block, and the parameters outside of blocks, only while they are used."""
+    """Apply FSDP2 to each block, and to the parameters outside of blocks."""
     kind, machines = world.device.partition(":")[0], _machines(world, sharding)
     if machines > 1:
         mesh = init_device_mesh(kind, (machines, world.local_size), mesh_dim_names=("machines", "processes"))
@@ -210,14 +210,14 @@ def parameter_owners(model: GPT, world: World) -> dict[str, int]:
 
 
 def reshard(model: GPT) -> None:
-    """Free the weights that a forward pass without a backward pass has left gathered, if there are any."""
+    """Free the weights that a forward pass without a backward pass left gathered."""
     if hasattr(model, "reshard"):
         model.reshard()  # type: ignore[operator]
 
 
 @torch.no_grad()
 def gather_model(model: GPT, world: World) -> GPT | None:
-    """The whole model of which processes hold shards, on the main process; None on the others."""
+    """The gathered model on the main process; None on the others."""
     whole = empty_model(model.config) if world.is_main else None
     shapes = weight_shapes(model.config)
     own = dict(whole.named_parameters()) if whole is not None else {}
@@ -231,14 +231,12 @@ def gather_model(model: GPT, world: World) -> GPT | None:
 def unsupported_reasons(
     sharding: Sharding, precision: Precision, world: World, *, deterministic: bool
 ) -> Sequence[str]:
-    """What these processes can't do, one sentence each; [] if nothing."""
+    """Unsupported combinations, one sentence each; [] if there are none."""
     found = []
     if sharding != "none" and not world.is_distributed:
-        found.append(
-            f"sharding={sharding} is for processes that were started together: give --processes 1 or more"
-        )
+        found.append(f"sharding={sharding} needs processes started together: give --processes 1 or more")
     if precision == "fp16" and sharding != "none":
-        found.append(f"precision=fp16 scales gradients, which sharding={sharding} can't: choose bf16")
+        found.append(f"precision=fp16 scales gradients, which sharding={sharding} can't do: choose bf16")
     if deterministic and sharding in FULLY_SHARDED:
         found.append(
             f"deterministic_reduce=True sums gradients in a tree, sharding={sharding} in torch's own way: "

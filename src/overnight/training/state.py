@@ -1,4 +1,4 @@
-"""Everything that training changes: weights, optimizer, step, guard, loss scale. The rest is recomputed."""
+"""The state of training: weights, optimizer, step, guard, loss scale. All else is recomputed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TensorShard(NamedTuple):
 
 
 def local_shard(tensor: Tensor) -> TensorShard:
-    """The part of a parameter or moment that this process holds: all of it or, sharded, some rows."""
+    """The shard of a parameter or moment that this process holds; all of it if it is not sharded."""
     if not isinstance(tensor, DTensor):
         return TensorShard(tensor, 0)
     (dimension,) = (number for number, placement in enumerate(tensor.placements) if placement.is_shard(0))
@@ -38,7 +38,7 @@ def local_shard(tensor: Tensor) -> TensorShard:
 
 
 def is_writer(parameter: Tensor, *, is_owner: bool) -> bool:
-    """True if this process saves what it holds; of several copies one is saved."""
+    """True if this process saves its shard; of several copies one is saved."""
     if not isinstance(parameter, DTensor):
         return is_owner
     copies = [number for number, placement in enumerate(parameter.placements) if placement.is_replicate()]
@@ -59,7 +59,7 @@ def set_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 @dataclass
 class TrainState:
-    """A run at one moment."""
+    """The state of a run after a step."""
 
     model: GPT
     optimizer: AdamW

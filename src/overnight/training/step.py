@@ -25,7 +25,7 @@ from overnight.training.state import TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSetup:
-    """Everything that a step needs besides the state."""
+    """Everything that a step needs except the state."""
 
     plan: BatchPlan
     data: BatchSource
@@ -52,11 +52,11 @@ class StepResult(NamedTuple):
     tokens: int
     seconds: float
     is_applied: bool = True
-    """False: the step changed no weight, since it was not finite or exceeded the limits of `GuardConfig`."""
+    """False if the update was skipped: it was not finite, or exceeded the limits of `GuardConfig`."""
 
 
 def train_step(state: TrainState, setup: TrainSetup) -> StepResult:
-    """One update from all of the step's tokens, in whatever micro-batches and processes they are computed."""
+    """One update from all tokens of the step; its division into micro-batches and processes is free."""
     started_at = time.perf_counter()
     plan, world, step = setup.plan, setup.world, state.step
     tokens, skipped_rows = plan.tokens(step), state.guard.skipped_rows(step)
@@ -70,7 +70,7 @@ def train_step(state: TrainState, setup: TrainSetup) -> StepResult:
         assert batch.targets.numel() * len(micro_batches) * world.size == tokens
         seed_dropout(state, setup.seed, micro_batch)
         loss = setup.loss(batch.ids, batch.targets)
-        # Divided by the tokens of the whole step, gradients add up to those of its mean loss.
+        # Dividing by the tokens of the whole step makes the gradients add up to those of its mean loss.
         state.scaler.scale(loss / tokens).backward()  # type: ignore[no-untyped-call]
         nats = setup.sharing.reduce(loss.detach(), number, len(micro_batches))
 
@@ -99,9 +99,9 @@ def within_limits(loss: Tensor, grad_norm: Tensor, limits: Limits) -> Tensor:
 
 
 def fits(state: TrainState, setup: TrainSetup) -> bool:
-    """True if one micro-batch runs forward and backward in the device's memory; the state stays as it is.
+    """True if one micro-batch runs forward and backward in the device's memory; `state` is not changed.
 
-    Always true of the CPU, whose operating system would end the process instead of raising an error.
+    Always true on the CPU, where the operating system ends the process instead of raising an error.
     """
     if setup.world.device == "cpu":
         return True
@@ -118,7 +118,7 @@ def fits(state: TrainState, setup: TrainSetup) -> bool:
 
 @contextmanager
 def _memory_of_moments(state: TrainState) -> Iterator[None]:
-    """Within, hold the memory that AdamW's two moments will take."""
+    """Context manager that holds the memory of AdamW's two moments."""
     parameters = () if state.optimizer.state else tuple(state.model.parameters())
     held = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
     yield

@@ -56,7 +56,7 @@ def full_record(losses: tuple[float, ...] = LOSSES) -> BenchRecord:
     """Seven variants, each 1.5 times as fast as the one before, and a skipped one; `losses` of the last."""
     times = [tuple(12_345.0 / 1.5**number * noise for noise in (1.0, 1.1, 0.9)) for number in range(7)]
     first, *others, last = map(variant, NAMES, times, [(), *times])
-    skipped = VariantRecord(name="tf32", about="x", skipped="it takes an NVIDIA GPU since Ampere (2020)")
+    skipped = VariantRecord(name="tf32", about="x", skipped="it needs an NVIDIA GPU since Ampere (2020)")
     return record_of(first, skipped, *others, dataclasses.replace(last, losses=losses))
 
 

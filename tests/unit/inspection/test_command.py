@@ -73,7 +73,7 @@ def test_inspect_shows_problems_first_and_bars_in_proportion() -> None:
     lines = list(describe(large))
     assert max(map(cell_len, lines)) <= 80
     assert lines[2].startswith("  ! a problem")
-    assert "no document is there twice, within a split or across both" in describe(found)
+    assert "no document occurs twice, within a split or across splits" in describe(found)
     assert not any("no document is there twice" in line for line in lines)
     bars = [line.count("█") for line in lines if "%" in line and "–" in line]
     counts = [bucket["documents"] for bucket in found.lengths.histogram]

@@ -87,10 +87,10 @@ def test_each_choice_has_its_reason():
     asked = ComputeConfig(precision="fp32", activation_checkpointing="block")
     reasons = explain_compute(asked, resolve_compute(asked, "cpu"))
     assert reasons.keys() == vars(asked).keys() - OF_PROCESSES
-    assert reasons["precision"] == "fp32 (as asked)"
-    assert reasons["activation_checkpointing"] == "block (as asked)"
+    assert reasons["precision"] == "fp32 (as requested)"
+    assert reasons["activation_checkpointing"] == "block (as requested)"
     assert reasons["device"].startswith("cpu (")
-    assert "as asked" not in reasons["device"]
+    assert "as requested" not in reasons["device"]
 
 
 def test_compiling_needs_a_compiler_and_pythons_headers(monkeypatch, tmp_path):

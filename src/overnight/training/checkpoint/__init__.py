@@ -1,4 +1,4 @@
-"""TrainState <-> a directory: verified, atomic, and never code.
+"""Saves a TrainState to a directory and loads it: atomic, verified, without pickle.
 
 checkpoints/step-00001000/
   model.safetensors       GPT-2's parameter names, the vocabulary unpadded
@@ -8,5 +8,5 @@ checkpoints/step-00001000/
 
 Each of several processes writes its part, model-00000-of-00004.safetensors and so on. Read together, the
 files hold the same tensors for any number of writers and readers. A checkpoint appears under its name in one
-rename, after all its bytes are on the disk, and is used only if every byte is as it was written.
+rename, after all its bytes are on the disk, and is used only if its checksums match.
 """

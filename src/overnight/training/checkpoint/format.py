@@ -31,7 +31,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def read_step(checkpoint: Path) -> int:
-    """1000 for step-00001000."""
+    """The step of a checkpoint's name: 1000 for step-00001000."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -77,7 +77,7 @@ def retained_steps(
 
 
 def keep_only(kept: Collection[int], folder: Path) -> None:
-    """Delete the checkpoints of all other steps."""
+    """Delete all checkpoints whose step is not in `kept`."""
     for checkpoint in list_checkpoints(folder):
         if read_step(checkpoint) not in kept:
             shutil.rmtree(checkpoint)
@@ -96,7 +96,7 @@ METADATA = "first_rows"
 
 
 def write_tensors(path: Path, pieces: Mapping[str, TensorShard]) -> None:
-    """Write CPU tensors into one file. Raises OSError if the disk does not take it."""
+    """Write CPU tensors into one file. Raises OSError if that fails."""
     firsts = {name: piece.first for name, piece in pieces.items() if piece.first}
     tensors = {name: piece.rows.contiguous() for name, piece in pieces.items()}
     try:

@@ -1,4 +1,4 @@
-"""A checkpoint -> TrainState, or a model; only if every byte is as it was written."""
+"""Loads a TrainState or a model from a checkpoint whose checksums match."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Read = TypeVar("Read")
 
 
 def read_newest(folder: Path, read: Callable[[Path], Read]) -> Read | None:
-    """`read` of the newest checkpoint that it accepts; None if there is no checkpoint.
+    """The result of `read` for the newest undamaged checkpoint; None if there is no checkpoint.
 
     `read` raises ValueError for a damaged one: the error is printed, and the one before is tried. Raises
     ValueError if there are checkpoints and none is accepted.
@@ -40,16 +40,16 @@ def read_newest(folder: Path, read: Callable[[Path], Read]) -> Read | None:
         try:
             return read(checkpoint)
         except ValueError as error:
-            echo(f"{error}; trying the one before it")
+            echo(f"{error}; trying the previous checkpoint")
     if found:
         raise ValueError(
-            f"every checkpoint in {folder} is damaged: restore one, or begin with another --run-name"
+            f"every checkpoint in {folder} is damaged: restore one, or start a run with another --run-name"
         )
     return None
 
 
 def verify_checkpoint(checkpoint: Path, world: World = SINGLE_PROCESS) -> None:
-    """Raise ValueError unless every byte of `checkpoint` is as it was written; each process reads a share."""
+    """Raise ValueError unless the checksums of `checkpoint` match; each process reads some of the files."""
     with world.raise_together():
         try:
             written = (checkpoint / "MANIFEST.json").read_bytes()
@@ -70,7 +70,7 @@ def verify_checkpoint(checkpoint: Path, world: World = SINGLE_PROCESS) -> None:
 
 
 class VerifiedCheckpoint(NamedTuple):
-    """A checkpoint whose bytes are all as they were written."""
+    """A checkpoint whose checksums match."""
 
     path: Path
     about: Mapping[str, Any]
@@ -83,12 +83,12 @@ class VerifiedCheckpoint(NamedTuple):
 
 
 def open_checkpoint(checkpoint: Path, world: World = SINGLE_PROCESS) -> VerifiedCheckpoint:
-    """Verify it, each process a share of the files. Raises ValueError if it is damaged or unreadable."""
+    """Verify a checkpoint, each process a share of it. Raises ValueError if it is damaged or unreadable."""
     verify_checkpoint(checkpoint, world)
     about: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     if about["format"] not in READABLE:
         raise ValueError(
-            f"checkpoint {checkpoint} has format {about['format']}, this overnight reads {FORMAT}"
+            f"checkpoint {checkpoint} has format {about['format']}, this version of overnight reads {FORMAT}"
         )
     named = {name for names in about.get("files", {}).values() for name in names}
     if missing := sorted(name for name in named if not (checkpoint / name).is_file()):

@@ -1,4 +1,4 @@
-"""TrainState -> a checkpoint: copied to host memory, written, and published in one rename."""
+"""Saves a TrainState: copied to host memory, written to a staging folder, published by one rename."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from overnight.training.state import TensorShard, TrainState, is_writer, local_s
 
 
 class Snapshot(NamedTuple):
-    """What one process writes of a state, copied to host memory, so that training can continue."""
+    """What one process writes of a state, copied to host memory so that training can continue."""
 
     step: int
     about: Mapping[str, Any]
     """The content of state.json, without the files."""
     tensors: Mapping[str, Mapping[str, TensorShard]]
-    """By kind of file, and name."""
+    """Kind of file -> name -> tensor."""
 
 
 def save_checkpoint(state: TrainState, folder: Path, world: World = SINGLE_PROCESS) -> Path:
@@ -60,7 +60,7 @@ def save_checkpoint(state: TrainState, folder: Path, world: World = SINGLE_PROCE
 
 @torch.no_grad()
 def take_snapshot(state: TrainState, world: World, settings: Mapping[str, object] | None = None) -> Snapshot:
-    """Copy what this process writes; `settings` are the run's frozen settings, as JSON holds them."""
+    """Copy what this process writes to host memory; `settings` are the run's frozen settings."""
     mine = _own_parameters(state, world)
     about = {
         "format": FORMAT,
@@ -76,7 +76,7 @@ def take_snapshot(state: TrainState, world: World, settings: Mapping[str, object
 
 
 def make_staging_folder(step: int, folder: Path, world: World) -> Path:
-    """An empty folder in which the checkpoint of `step` is written; remains of earlier saves are deleted."""
+    """Create an empty staging folder for the checkpoint of `step`; deletes unfinished ones."""
     staging = folder / f".building-{checkpoint_name(step)}"
     if world.is_main:
         for unfinished in folder.glob(".building-*"):  # of a save that was killed
@@ -109,13 +109,13 @@ def publish_checkpoint(snapshot: Snapshot, staging: Path, written: Sequence[str]
     write_atomically(staging / "MANIFEST.json", manifest(files, FORMAT))
     flush_folder(
         staging.parent.parent
-    )  # the name of the folder of all checkpoints must survive a power cut, too
+    )  # the name of the folder of all checkpoints must also survive a power cut
     staging.rename(staging.with_name(checkpoint_name(snapshot.step)))
     flush_folder(staging.parent)
 
 
 def _own_parameters(state: TrainState, world: World) -> dict[str, Tensor]:
-    """The parameters of which this process writes something: those it owns or, sharded, its rows of all."""
+    """The parameters of which this process writes rows: those it owns, or its shard of all."""
     named = dict(state.model.named_parameters())
     owner = assign_parameters({name: parameter.numel() for name, parameter in named.items()}, world.size)
     return {
@@ -137,7 +137,7 @@ def _weights(state: TrainState, parameters: dict[str, Tensor]) -> Iterator[tuple
 
 
 def _moments(state: TrainState, parameters: dict[str, Tensor]) -> Iterator[tuple[str, TensorShard]]:
-    """AdamW's moments by parameter name; none before the first step."""
+    """AdamW's moments by parameter name; empty before the first step."""
     for name, parameter in parameters.items():
         for moment in MOMENTS if parameter in state.optimizer.state else ():
             values = state.optimizer.state[parameter][moment]
@@ -170,7 +170,7 @@ class Saver:
     Threads do not communicate between processes. One process writes and publishes in one thread. Several
     processes go through two stages: each writes its own files in a thread; at the end of the first step at
     which all threads are done, the main process publishes in a second thread, and the others wait for that.
-    `_thread` is the stage under way, `_publish` what follows it (None in the last stage).
+    `_thread` is the running stage, `_publish` what follows it (None in the last stage).
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class Saver:
         self._publish: Callable[[list[str]], None] | None = None
 
     def save(self, state: TrainState) -> None:
-        """Copy the state, and begin to write it; waits for the checkpoint before."""
+        """Copy the state and start writing it; waits for the previous checkpoint."""
         self.wait()
         snapshot = take_snapshot(state, self._world, self._settings)
         staging = make_staging_folder(snapshot.step, self._folder, self._world)
@@ -205,22 +205,22 @@ class Saver:
             self._thread, self._publish = _start_thread(write), publish
 
     def poll(self) -> None:
-        """Advance the checkpoint under way as far as all processes' threads are done, without waiting."""
+        """Start the next stage if all processes' threads are done; does not wait."""
         while (thread := self._thread) is not None and not self._world.any(not thread.done()):
             self._advance(thread)
 
     def wait(self) -> None:
-        """Return when the checkpoint under way, if any, is published."""
+        """Wait until the checkpoint being written, if any, is published."""
         while (thread := self._thread) is not None:
             self._advance(thread)
 
     def abandon(self) -> None:
         """Before a failing run ends: wait for the thread, and print its error. Publishes nothing more."""
         if self._thread is not None and (error := self._thread.exception()) is not None:
-            echo(f"the checkpoint under way is lost: {error}")
+            echo(f"the checkpoint being written is lost: {error}")
 
     def _advance(self, thread: Future[Any]) -> None:
-        """Wait for the stage under way; begin the next one, if there is one."""
+        """Wait for the running stage; start the next one, if there is one."""
         publish, self._thread, self._publish = self._publish, None, None
         written_here = thread.result()
         if publish is None:
