@@ -268,7 +268,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             is_whole = isinstance(values[-1]["step"], int) and line.isascii()
         except json.JSONDecodeError:
             is_whole = number == len(lines)
-        except (LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             is_whole = False
         if not is_whole:
             raise ValueError(f"{path} line {number} is damaged: {line[:60]!r}; fix it, or {FROM_A_COPY}")

@@ -124,6 +124,8 @@ def test_truncated_recipe_is_refused(begun):
         ("metrics.jsonl", b'{"step": 1}\n{"st\n{"step": 3}\n', " line 2"),
         *[("metrics.jsonl", b'{"stop": 1}\n', " line 1"), ("metrics.jsonl", b"7\n", " line 1")],
         ("metrics.jsonl", b'{"step": 1, "a": "\xff"}\n', " line 1"),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n", " line 1"),
+        ("metrics.jsonl", b'{"step": ' + b"9" * 5000 + b"}\n", " line 1"),
     ],
 )
 def test_damaged_record_is_named(begun, name, content, line):

@@ -159,7 +159,7 @@ def read_questions(task: ChoiceTask, path: Path) -> Iterator[Question]:
         for number, record in records:
             try:
                 question = task.read(record if isinstance(record, list) else json.loads(record))
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 raise ValueError(
                     f"{path}, line {number} is not a question of {task.name}: download the file again"
                 ) from None

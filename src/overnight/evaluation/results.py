@@ -84,7 +84,7 @@ def evaluate_opened(opened: OpenedModel, config: EvaluateConfig) -> EvaluationRe
 def open_evaluated_models(config: EvaluateConfig, device: str) -> list[EvaluatedModel]:
     """The model, and the baseline if one is named, on `device`."""
     models = []
-    for name in filter(None, (config.model, config.baseline)):
+    for name in (config.model, *filter(None, [config.baseline])):
         opened = open_model(name)
         opened.model.to(device)
         models.append(_evaluated_model(opened, name))

@@ -78,7 +78,7 @@ class ClozeTask:
             try:
                 text = json.loads(line)["text"] if self.is_json else line
                 context, _, word = text.strip().rpartition(" ")
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 raise ValueError(
                     f"{path}, line {number} is not a passage of {self.name}: download the file again"
                 ) from None

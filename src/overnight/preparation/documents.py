@@ -231,7 +231,7 @@ def _json_text(line: bytes, where: str, offset: int, text_column: str) -> tuple[
     where_in_bytes = f"{where} (byte {offset:,})"
     try:
         fields = json.loads(decoded)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return "", damage or f"{where_in_bytes} is not JSON"
     if not isinstance(fields, dict):
         return "", damage or f"{where_in_bytes} is not a JSON object with named fields"

@@ -18,7 +18,7 @@ from overnight.distributed.world import count_processes
 from overnight.recipe import Recipe
 from overnight.run.resume import check_directory, load_resumed
 from overnight.run.train import train_recipe
-from overnight.run_directory import RunDirectory
+from overnight.run_directory import FROM_A_COPY, RunDirectory
 from overnight.terminal import echo, quiet
 
 
@@ -71,8 +71,11 @@ def find_directory(recipe: Recipe, resumed: Path | None) -> RunDirectory:
 
 def print_summary(directory: RunDirectory) -> None:
     """Print a summary of the run and the next command."""
-    last = directory.read_metrics()[-1]
-    done = f"{last['step']} steps, {last['tokens']:,} tokens"
-    loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+    try:
+        last = directory.read_metrics()[-1]
+        done = f"{last['step']} steps, {last['tokens']:,} tokens"
+        loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+    except (LookupError, TypeError):
+        raise ValueError(f"{directory.metrics} has no line of the last step: {FROM_A_COPY}") from None
     echo(f"trained {directory.path} for {done}; last loss {loss}")
     echo(f"next: overnight report {directory.path}")

@@ -86,7 +86,7 @@ def _end_of_text(config: Path) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
         raise ValueError(f"{path} is damaged or not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")

@@ -5,6 +5,7 @@ import math
 import os
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -220,3 +221,14 @@ def test_prefetch_error_is_raised_where_its_rows_are_asked_for() -> None:
     loader.batch(0, 1)
     with pytest.raises(ValueError, match="damaged"):
         loader.batch(1, 1)
+
+
+def test_rows_that_did_not_exist_when_read_ahead_are_read_again() -> None:
+    source = Numbered(damaged_row=1)
+    loader = prefetch(source, "meta")
+    loader.batch(0, 1)
+    while source.read[-1] != (1, 1):
+        time.sleep(0.01)
+    time.sleep(0.05)  # until it has failed
+    source.damaged_row = None
+    assert loader.batch(1, 1).ids.shape == (1, 1)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from overnight.distributed.watchdog import FROZEN
+from overnight.distributed.watchdog import FROZEN, watchdog
 
 START = """
 import ctypes, time
@@ -59,3 +59,8 @@ def test_watchdog_acts_again_after_a_pause():
     assert stderr.startswith("overnight: rank 3 made no progress for 0.5 s (--timeout-seconds)")
     assert "in work" in stderr
     assert "in _watch" in stderr, "every thread"
+
+
+def test_errors_pass_through():
+    with pytest.raises(KeyError, match="of the caller"), watchdog(0, 2, 60):
+        raise KeyError("of the caller")

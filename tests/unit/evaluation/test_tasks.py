@@ -135,8 +135,10 @@ def test_lambada_is_cut_before_last_word(tmp_path: Path) -> None:
     assert plain == [Cloze("he saw `` the old", " dog")]
 
 
+TOO_DEEP = "[" * 100_000
 INVALID_QUESTIONS = [
     "{",
+    TOO_DEEP,
     "\udcff",
     json.dumps({**HELLASWAG, "ctx": 5}),
     '{"ctx": "x"}',
@@ -144,7 +146,7 @@ INVALID_QUESTIONS = [
     json.dumps({**HELLASWAG, "label": 4}),
     json.dumps({**HELLASWAG, "label": "?"}),
 ]
-INVALID_PASSAGES = ["{", '{"context": "a b"}', "5", '{"text": "word"}', '{"text": 5}']
+INVALID_PASSAGES = ["{", TOO_DEEP, '{"context": "a b"}', "5", '{"text": "word"}', '{"text": 5}']
 
 
 @pytest.mark.parametrize(

@@ -192,10 +192,10 @@ def test_bad_json_lines_are_named_by_line_and_offset(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(
         b'{"text": "one"}\n{"text": "tw\xe9"}\n{"text": tru\n[1]\n{"text": null}\n{"text": "\\ud800x"}\n'
-        b'{"text": "\\ud83d\\ude42"}\n' + b"[" * 100_000 + b"\n"
+        b'{"text": "\\ud83d\\ude42"}\n' + b"[" * 100_000 + b"\n" + b"9" * 5000 + b"\n"
     )
-    assert texts(path) == ["one", "tw\ufffd", "", "", "", "\ufffdx", "🙂", ""]
-    places = [(2, 28), (3, 32), (4, 45), (5, 49), (6, 64), (8, 109)]
+    assert texts(path) == ["one", "tw\ufffd", "", "", "", "\ufffdx", "🙂", "", ""]
+    places = [(2, 28), (3, 32), (4, 45), (5, 49), (6, 64), (8, 109), (9, "100,110")]
     for damage, (line, byte) in zip(damages(path), places, strict=True):
         assert damage.startswith(f"F line {line} ")
         assert f"byte {byte}" in damage

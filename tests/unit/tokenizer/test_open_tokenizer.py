@@ -46,6 +46,7 @@ def test_unknown_name_suggests_the_nearest() -> None:
     [
         b"\xff\xfe",
         b"[]",
+        b"[" * 100_000,
         b"{}",
         b'{"model": {"type": "BPE"}}',
         b'{"model": {"vocab": 3, "merges": [], "byte_fallback": true}}',

@@ -106,7 +106,7 @@ RAMP = {"batch_ramp_start_tokens": 256, "batch_ramp_tokens": 9}
         ({"batch_ramp_tokens": 128}, 1, "batch_ramp_start_tokens and batch_ramp_tokens"),
         ({**RAMP, "batch_ramp_start_tokens": 1024}, 1, "batch_ramp_start_tokens=1024"),
         ({**RAMP, "batch_ramp_start_tokens": 192}, 1, "batch_ramp_start_tokens=192.* 960 and 1152"),
-        ({**RAMP, "batch_ramp_start_tokens": 600}, 1, "batch_ramp_start_tokens=600.* 1200"),
+        ({**RAMP, "batch_ramp_start_tokens": 600}, 1, "batch_ramp_start_tokens=600, as 1200 "),
         ({**RAMP, "batch_ramp_start_tokens": 32}, 1, "batch_ramp_start_tokens=32.* 64 is"),
         ({**RAMP, "tokens_per_step": 768, "batch_ramp_start_tokens": 96}, 1, "tokens=96.* (64|128) is"),
         ({**RAMP, "tokens_per_step": 600, "batch_ramp_start_tokens": 100}, 1, "tokens_per_step=600"),

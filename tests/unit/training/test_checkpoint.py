@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.amp import GradScaler
 
 from overnight.distributed.world import SINGLE_PROCESS
 from overnight.model.gpt import GPT
@@ -16,13 +18,17 @@ from overnight.model.model_config import ModelConfig
 from overnight.training import OptimizerConfig
 from overnight.training.checkpoint import load, save
 from overnight.training.checkpoint.format import (
+    FORMAT,
     discard_checkpoints_after,
+    file_digest,
     keep_only,
     list_checkpoints,
+    manifest,
     retained_steps,
 )
-from overnight.training.checkpoint.load import read_model, read_newest, verify_checkpoint
+from overnight.training.checkpoint.load import load_checkpoint, read_model, read_newest, verify_checkpoint
 from overnight.training.checkpoint.save import Saver, save_checkpoint
+from overnight.training.guard import Guard
 from overnight.training.optim import build_optimizer, step_if
 from overnight.training.state import TrainState
 
@@ -93,6 +99,48 @@ def test_flipped_bit_would_pass_without_verification(tmp_path, monkeypatch):
     read_model(path.parent)
 
 
+def test_all_of_a_state_is_restored(tmp_path):
+    state = build_state(3)
+    state.step, state.guard = 5, Guard(losses=(3.0, 2.5), norms=(1.0, 0.5), bad_steps=2)  # two were skipped
+    state.scaler = GradScaler("cpu", init_scale=8.0)
+    restored = build_state(0)
+    restored.scaler = GradScaler("cpu", init_scale=4.0)
+    load_checkpoint(restored, save_checkpoint(state, tmp_path))
+    assert (restored.step, restored.guard, restored.scaler.get_scale()) == (5, state.guard, 8.0)
+    for ours, theirs in zip(restored.model.parameters(), state.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        found, expected = restored.optimizer.state[ours], state.optimizer.state[theirs]
+        assert found["step"] == expected["step"] == 3
+        assert all(torch.equal(found[name], expected[name]) for name in ("exp_avg", "exp_avg_sq"))
+
+
+def write_about(path: Path, **changes: object) -> None:
+    """Change state.json and confirm it in the manifest."""
+    state = path / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), **changes}))
+    files = {file.name: file_digest(file) for file in path.iterdir() if file.name != "MANIFEST.json"}
+    (path / "MANIFEST.json").write_text(manifest(files, FORMAT))
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"format": FORMAT + 1}, f"format {FORMAT + 1}, .* reads {FORMAT}"),
+        ({"files": {"model": ["model-00001-of-00002.safetensors"]}}, "model-00001-of-00002"),
+        ({"model": {**vars(CONFIG), "n_embd": 32}}, r"do not fit the model: h\.0\..*wte\.weight"),
+        ({"model": {**vars(CONFIG), "n_layer": 2}}, r"do not fit the model: h\.1\."),
+    ],
+)
+def test_checkpoint_of_another_version_or_model_is_refused(tmp_path, changes, named):
+    path = save_checkpoint(build_state(1), tmp_path)
+    write_about(path)
+    read_model(path)
+    write_about(path, **changes)
+    verify_checkpoint(path)
+    with pytest.raises(ValueError, match=named):
+        read_model(path)
+
+
 def truncate(path: Path) -> None:
     file = path / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -113,6 +161,8 @@ def swap(path: Path) -> None:
         lambda path: (path / "state.json").unlink(),
         lambda path: (path / "MANIFEST.json").unlink(),
         lambda path: (path / "MANIFEST.json").write_text("{}"),
+        lambda path: (path / "MANIFEST.json").write_text("[" * 100_000),
+        lambda path: (path / "MANIFEST.json").write_text(manifest({}, FORMAT)),
     ],
 )
 def test_damaged_newest_checkpoint_is_passed_over(tmp_path, capsys, damage):

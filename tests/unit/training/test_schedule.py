@@ -91,6 +91,14 @@ def test_run_may_be_all_warmup_or_have_none(decay, total_steps, warmup_steps, ex
     assert multipliers(config) == expected
 
 
+@pytest.mark.parametrize("warmup_steps, begin", [(0, 9), (11, 11)])
+def test_wsd_decays_over_a_fifth_rounded_up_or_all_after_warmup(warmup_steps, begin):
+    config = ScheduleConfig(total_steps=12, warmup_steps=warmup_steps, learning_rate_decay="wsd")
+    rates = [learning_rate_multiplier(step, 12, config) for step in range(warmup_steps, 13)]
+    falling = [1.0 - 0.9 * step / (12 - begin) for step in range(13 - begin)]
+    assert rates == pytest.approx([1.0] * (begin - warmup_steps) + falling)
+
+
 @pytest.mark.parametrize("decay", KINDS[:3])
 def test_final_rate_is_reached_at_the_end_and_kept(decay):
     config = ScheduleConfig(total_steps=50, warmup_steps=5, learning_rate_decay=decay)

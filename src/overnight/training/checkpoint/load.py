@@ -63,7 +63,7 @@ def verify_checkpoint(checkpoint: Path, world: World = SINGLE_PROCESS) -> None:
             raise ValueError(
                 f"checkpoint {checkpoint} is incomplete: {error.strerror} ({error.filename})"
             ) from None
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             is_sound = False
         if not is_sound:
             raise ValueError(f"checkpoint {checkpoint} is damaged: its files differ from its MANIFEST.json")
