@@ -84,7 +84,7 @@ QUICK = ("bands", "corpus", "hellaswag", "rounding", "stream")  # two seconds ea
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory):
     """A folder with a text, its shards, a recipe of them, a corpus of Parquet files, and a model."""
     import pyarrow
     from pyarrow import parquet
@@ -112,9 +112,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SMALLEST]
 )
-def test_benchmark_runs(
-    name: str, place: Path, repository: Path, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_benchmark_runs(name, place, repository, request, tmp_path):
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     words = SMALLEST[name]
     if "{data}" in words:
@@ -127,7 +125,7 @@ def test_benchmark_runs(
     assert not any("THE SIDES D" in note or "DO NOT JUDGE" in note for note in report["notes"])
 
 
-def test_benchmark_refuses_bad_input(repository: Path, tmp_path: Path) -> None:
+def test_benchmark_refuses_bad_input(repository, tmp_path):
     command = [sys.executable, str(repository / "benchmarks/train_step.py"), "--peer", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -136,7 +134,7 @@ def test_benchmark_refuses_bad_input(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_commands_shown_have_known_options(programs: dict[str, Any], repository: Path) -> None:
+def test_commands_shown_have_known_options(programs, repository):
     """Those of `make benchmark` and of benchmarks/README.md."""
     variables = ["PEER=p", "NANOGPT=n", "LLMC=l", "BPE=b", "SHAKESPEARE=s"]
     making = ["make", "--dry-run", "--always-make", "benchmark", *variables]
@@ -152,7 +150,7 @@ def test_commands_shown_have_known_options(programs: dict[str, Any], repository:
 # How sides are compared
 
 
-def test_sides_take_turns_and_are_compared_round_by_round(programs: dict[str, Any]) -> None:
+def test_sides_take_turns_and_are_compared_round_by_round(programs):
     calls: list[str] = []
 
     def side(name: str) -> Any:
@@ -169,7 +167,7 @@ def test_sides_take_turns_and_are_compared_round_by_round(programs: dict[str, An
     assert measure.paired_ratio(theirs, theirs) == 1.0
 
 
-def test_figures_replace_the_old_ones(programs: dict[str, Any], repository: Path, tmp_path: Path) -> None:
+def test_figures_replace_the_old_ones(programs, repository, tmp_path):
     measure, figures = programs["measure"], programs["figures"]
     report = measure.Report(title="T", headings=["what"], rows=[["new"]], measured={"a": [1.5]})
     report.save(tmp_path / "figures", "kills")
@@ -191,7 +189,7 @@ def test_figures_replace_the_old_ones(programs: dict[str, Any], repository: Path
 # Both sides do the same work
 
 
-def test_training_peers_have_equal_losses(programs: dict[str, Any], tmp_path: Path) -> None:
+def test_training_peers_have_equal_losses(programs, tmp_path):
     generator = torch.Generator().manual_seed(0)
     np.save(tmp_path / "ids.npy", torch.randint(64, (6 * 4 * 16 + 1,), generator=generator).numpy())
     settings = {"precision": "fp32", "compile": False, "device": "cpu", "rows": 2, "micro_batches": 2}
@@ -210,7 +208,7 @@ def test_training_peers_have_equal_losses(programs: dict[str, Any], tmp_path: Pa
         assert abs(turn()["losses"][0] - losses[0][0]) > 1e-4
 
 
-def test_different_work_is_reported(programs: dict[str, Any]) -> None:
+def test_different_work_is_reported(programs):
     train_step = programs["train_step"]
     options = train_step.read_options(["--rows", "1", "--micro-batches", "1"])
     about = {"precision": "bf16", "threads": 2}
@@ -222,7 +220,7 @@ def test_different_work_is_reported(programs: dict[str, Any]) -> None:
         assert any("THE SIDES DO NOT DO THE SAME WORK" in note for note in notes) != is_equal
 
 
-def test_evaluation_peers_agree(programs: dict[str, Any]) -> None:
+def test_evaluation_peers_agree(programs):
     evaluate, model = programs["evaluate"], far_from_chance()
     text = torch.randint(64, (6 * 16 + 1,), generator=torch.Generator().manual_seed(0))
     batch = evaluate.Rows(text.numpy(), 16).batch
@@ -238,7 +236,7 @@ def test_evaluation_peers_agree(programs: dict[str, Any]) -> None:
     assert "DO NOT JUDGE THE SAME" in evaluate.describe_losses(losses | {"nanoGPT": 10.1})[1]
 
 
-def test_generation_peers_write_the_same(programs: dict[str, Any]) -> None:
+def test_generation_peers_write_the_same(programs):
     generate, ours = programs["generate"], far_from_chance()
     theirs = generate.build_theirs(TINY, ours)
     prompts = generate.draw_prompts(3, 4, TINY.vocab_size)
@@ -250,14 +248,14 @@ def test_generation_peers_write_the_same(programs: dict[str, Any]) -> None:
         generate.write(lambda *_: [[1], [2], [3]], prompts, setting)
 
 
-def test_hellaswag_answers_are_compared_one_by_one(programs: dict[str, Any]) -> None:
+def test_hellaswag_answers_are_compared_one_by_one(programs):
     hellaswag = programs["hellaswag"]
     answers = {hellaswag.OURS: [0, 1, 2], hellaswag.TRAINING: [0, 1, 3]}
     assert "THE SIDES DIFFER" in hellaswag.compare(answers, [3, 1, 0])[0]
     assert "DIFFER" not in hellaswag.compare({**answers, hellaswag.TRAINING: [0, 1, 2]}, [3, 1, 0])[0]
 
 
-def test_rounding_of_the_same_model_costs_nothing(programs: dict[str, Any]) -> None:
+def test_rounding_of_the_same_model_costs_nothing(programs):
     model, another = far_from_chance(), far_from_chance(seed=1)
     ids = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(0))
     found = programs["rounding"].judge({"fp32": model, "again": model, "another": another}, ids)
@@ -265,7 +263,7 @@ def test_rounding_of_the_same_model_costs_nothing(programs: dict[str, Any]) -> N
     assert all(float(part.mean()) > 0.01 for part in found["another"][1:])
 
 
-def test_stream_peer_draws_batches_of_one_kind(programs: dict[str, Any], tmp_path: Path) -> None:
+def test_stream_peer_draws_batches_of_one_kind(programs, tmp_path):
     stream = programs["stream"]
     stream.write_shards(tmp_path / "small", 5000, shard_tokens=5000, empty=False)
     ids, targets = stream.draw_as_nanogpt(tmp_path / "small" / "train-00000.bin", 12, 64)
@@ -277,7 +275,7 @@ def test_stream_peer_draws_batches_of_one_kind(programs: dict[str, Any], tmp_pat
 # Bands, communication, several processes
 
 
-def test_band_needs_one_recipe_and_two_seeds(programs: dict[str, Any], place: Path, monkeypatch: Any) -> None:
+def test_band_needs_one_recipe_and_two_seeds(programs, place, monkeypatch):
     monkeypatch.chdir(place)
     bands = programs["bands"]
     recipe = bands.load_recipe("small.toml")
@@ -289,7 +287,7 @@ def test_band_needs_one_recipe_and_two_seeds(programs: dict[str, Any], place: Pa
         bands.record(bands.read_options(["--recipe", "small.toml", "--seeds", "1"]))
 
 
-def test_communication_fit_finds_the_link(programs: dict[str, Any]) -> None:
+def test_communication_fit_finds_the_link(programs):
     program = programs["communication"]
     exact = Link(name="", bytes_per_second=2e9, message_seconds=0.0, start_seconds=1e-3, source="")
     there = ParallelLayout(processes_per_machine=4, within=exact)
@@ -301,14 +299,14 @@ def test_communication_fit_finds_the_link(programs: dict[str, Any]) -> None:
         assert link.start_seconds == pytest.approx(1e-3)
 
 
-def test_transfer_begins_when_the_last_process_arrives(programs: dict[str, Any]) -> None:
+def test_transfer_begins_when_the_last_process_arrives(programs):
     overheard = programs["overheard"]
     first = overheard.Step(10.0, [(0.0, 3.0, 100), (5.0, 8.0, 50)])
     second = overheard.Step(9.0, [(2.0, 2.5, 100), (5.0, 7.0, 50)])
     assert overheard.divide([first, second]) == (10.0, 1.0 + 3.0, (2.0 + 0.0) / 2, 150)
 
 
-def test_runs_differ_by_all_but_the_clock(programs: dict[str, Any], tmp_path: Path) -> None:
+def test_runs_differ_by_all_but_the_clock(programs, tmp_path):
     def write(name: str, *, seed: int = 0, loss: float = 3.0, milliseconds: float = 5.0) -> str:
         directory = RunDirectory(tmp_path / name)
         model = far_from_chance(seed=seed)
@@ -324,7 +322,7 @@ def test_runs_differ_by_all_but_the_clock(programs: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.distributed
-def test_small_distributed_campaign(repository: Path, tmp_path: Path) -> None:
+def test_small_distributed_campaign(repository, tmp_path):
     """In real processes: two kills and a frozen one."""
     words = ["--parts", "kills", "frozen", "--kills", "2", "--frozen", "1", "--steps", "40", "--figures"]
     command = [sys.executable, str(repository / "benchmarks/distributed.py"), *words, str(tmp_path)]

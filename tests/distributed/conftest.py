@@ -132,13 +132,13 @@ def torchrun(rank: int, size: int, local_size: int, port: int) -> dict[str, str]
 
 
 @pytest.fixture
-def team(tmp_path_factory: pytest.TempPathFactory) -> Teams:
+def team(tmp_path_factory):
     """Starts several processes."""
     return Teams(tmp_path_factory.mktemp("team"))
 
 
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def shared_folder(tmp_path_factory, worker_id):
     """One folder for all of pytest's workers."""
     own = tmp_path_factory.getbasetemp()
     folder = (own if worker_id == "master" else own.parent) / "shared"
@@ -147,7 +147,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 
 
 @pytest.fixture(scope="session")
-def text(shared_folder: Path) -> Path:
+def text(shared_folder):
     """Shards of some 40 documents in characters, about 5,000 training tokens."""
     root = shared_folder / "text"
     with FileLock(shared_folder / "text.lock"):
@@ -164,7 +164,7 @@ Build = Callable[..., Recipe]
 
 
 @pytest.fixture(scope="session")
-def recipe(text: Path) -> Build:
+def recipe(text):
     """Builds a recipe of 20 steps of 8 micro-batches, with dropout, over two epochs."""
 
     def build(
@@ -193,7 +193,7 @@ def recipe(text: Path) -> Build:
 
 
 @pytest.fixture
-def folder(recipe: Build, tmp_path: Path) -> Path:
+def folder(recipe, tmp_path):
     """A folder with small.toml in it."""
     (tmp_path / "small.toml").write_text(to_toml(recipe()))
     return tmp_path
@@ -249,21 +249,19 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def contents() -> Callable[[Path], dict[str, Any]]:
+def contents():
     """Of a checkpoint: the same for checkpoints that are equal to the bit."""
     return read_contents
 
 
 @pytest.fixture(scope="session")
-def record() -> Callable[[Path], dict[str, Any]]:
+def record():
     """Of the run in a folder: the same for runs that are equal to the bit."""
     return lambda path: Trained(path).record()
 
 
 @pytest.fixture(scope="session")
-def trained(
-    shared_folder: Path, tmp_path_factory: pytest.TempPathFactory, recipe: Build
-) -> Callable[..., Trained]:
+def trained(shared_folder, tmp_path_factory, recipe):
     """A run of `size` processes with these settings, trained once for all tests."""
     teams = Teams(tmp_path_factory.mktemp("trained"))
 

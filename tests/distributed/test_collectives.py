@@ -30,20 +30,20 @@ def pairwise(terms: list[torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bucket_bytes", [10**6, 1, 30, 700])
-def test_all_reduce(team: Any, bucket_bytes: int) -> None:
+def test_all_reduce(team, bucket_bytes):
     """One bucket for all tensors, one for each, and some that end between and within them."""
     sums = as_lists([one + two for one, two in zip(own_tensors(0), own_tensors(1), strict=True)])
     assert team("collect", "all_reduce", bucket_bytes, size=2) == [sums, sums]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_broadcast(team: Any, size: int) -> None:
+def test_broadcast(team, size):
     for owner in (0, size - 1):
         assert team("collect", "broadcast", 30, owner, size=size) == [as_lists(own_tensors(owner))] * size
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_tree_all_reduce_adds_neighbours_first(team: Any, size: int) -> None:
+def test_tree_all_reduce_adds_neighbours_first(team, size):
     found = team("collect", "tree_all_reduce", 30, size=size)
     terms = [list(each) for each in zip(*map(own_tensors, range(size)), strict=True)]
     assert found == [as_lists([pairwise(each) for each in terms])] * size
@@ -52,7 +52,7 @@ def test_tree_all_reduce_adds_neighbours_first(team: Any, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, *SIZES])
-def test_any_and_all_gather_object(team: Any, size: int) -> None:
+def test_any_and_all_gather_object(team, size):
     machines = max(1, size // 2)
     answers = team("describe_world", size=size, machines=machines)
     local_size = size // machines
@@ -71,7 +71,7 @@ def test_any_and_all_gather_object(team: Any, size: int) -> None:
         (["too small", "too large"], "rank 0: too small; rank 1: too large"),
     ],
 )
-def test_raise_together(team: Any, errors: list[str | None], message: str) -> None:
+def test_raise_together(team, errors, message):
     assert team("raise_in_some", errors, size=2) == [message, message]
 
 
@@ -86,7 +86,7 @@ def srun(rank: int, size: int, local_size: int, _port: int) -> dict[str, str]:
     return {name: str(value) for name, value in variables.items()}
 
 
-def test_slurm_tasks_meet(team: Any) -> None:
+def test_slurm_tasks_meet(team):
     answers = team("describe_world", size=2, machines=2, launcher=srun)
     assert [answer["place"] for answer in answers] == [(0, 2, 0, 1, "cpu"), (1, 2, 0, 1, "cpu")]
     assert answers[0]["gather"] == answers[1]["gather"]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="nee
 
 
 @pytest.fixture
-def whole(trained: Callable[..., Any]) -> dict[str, Any]:
+def whole(trained):
     """The record of the run in two processes that nobody disturbed."""
     return trained(2, at_once=None).record()
 
 
-def test_record_sees_another_run(trained: Callable[..., Any], whole: dict[str, Any]) -> None:
+def test_record_sees_another_run(trained, whole):
     """Negative control: one process rounds otherwise."""
     assert trained(1, at_once=None).record() != whole
 
@@ -40,9 +40,7 @@ def test_record_sees_another_run(trained: Callable[..., Any], whole: dict[str, A
     "rank, ending, status",
     [(1, "killed", -9), pytest.param(0, "killed", -9, marks=distributed), (1, "broken", "RuntimeError")],
 )
-def test_run_ends_when_a_process_is_lost(
-    team: Any, recipe: Any, tmp_path: Path, rank: int, ending: str, status: Any
-) -> None:
+def test_run_ends_when_a_process_is_lost(team, recipe, tmp_path, rank, ending, status):
     found = team.outcomes("train_until", recipe(), tmp_path / "run", 7, rank, ending, size=2)
     assert status in found[rank]
     assert found[1 - rank][0] == "PeerLostError"
@@ -51,9 +49,7 @@ def test_run_ends_when_a_process_is_lost(
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
 
 
-def test_signal_to_one_process_saves_all(
-    whole: dict[str, Any], team: Any, recipe: Any, record: Any, tmp_path: Path
-) -> None:
+def test_signal_to_one_process_saves_all(whole, team, recipe, record, tmp_path):
     found = team.outcomes("train_until", recipe(), tmp_path / "run", 7, 1, "signalled", size=2)
     assert [how for how, _ in found] == ["KeyboardInterrupt"] * 2
     assert max((tmp_path / "run/checkpoints").iterdir()).name == "step-00000008"
@@ -61,9 +57,7 @@ def test_signal_to_one_process_saves_all(
     assert record(tmp_path / "run") == whole
 
 
-def test_run_restarted_by_torchrun_resumes(
-    whole: dict[str, Any], team: Any, record: Any, folder: Path
-) -> None:
+def test_run_restarted_by_torchrun_resumes(whole, team, record, folder):
     """TORCHELASTIC_RESTART_COUNT tells a restart from a second start, which is refused."""
     directory = RunDirectory(folder / "runs/small")
     recipe = load_recipe(str(folder / "small.toml"))
@@ -82,9 +76,7 @@ def test_run_restarted_by_torchrun_resumes(
 @pytest.mark.parametrize(
     "ending, status", [("frozen", FROZEN), pytest.param("frozen in C", 1, marks=distributed)]
 )
-def test_frozen_process_ends_the_run_with_all_stacks(
-    team: Any, recipe: Any, tmp_path: Path, ending: str, status: int
-) -> None:
+def test_frozen_process_ends_the_run_with_all_stacks(team, recipe, tmp_path, ending, status):
     given = (recipe(timeout_seconds=4), tmp_path / "run", 7, 1, ending)
     members = team.start("train_until", *given, size=2)
     assert members[1].outcome() == ("ended", status)
@@ -126,7 +118,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.fixture
-def finish(folder: Path, record: Any) -> Callable[[], dict[str, Any]]:
+def finish(folder, record):
     """Resumes the run; returns its record."""
 
     def resume() -> dict[str, Any]:
@@ -165,9 +157,7 @@ def reach(folder: Path, process: subprocess.Popen[str], lines: int) -> None:
 @distributed
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("restarts", [1, 0])
-def test_killed_process_is_restarted_or_named(
-    folder: Path, whole: dict[str, Any], record: Any, finish: Any, rank: int, restarts: int
-) -> None:
+def test_killed_process_is_restarted_or_named(folder, whole, record, finish, rank, restarts):
     words = ("small.toml", "--processes", "2", "--max-restarts", str(restarts))
     with started(folder, *words) as process:
         reach(folder, process, 7)
@@ -188,7 +178,7 @@ def test_killed_process_is_restarted_or_named(
 @linux
 @distributed
 @pytest.mark.parametrize("whom", ["rank 0", "rank 1", "the command", "the terminal"])
-def test_signal_to_anyone_saves_all(folder: Path, whole: dict[str, Any], finish: Any, whom: str) -> None:
+def test_signal_to_anyone_saves_all(folder, whole, finish, whom):
     with started(folder, "small.toml", "--processes", "2") as process:
         reach(folder, process, 7)
         if whom.startswith("rank"):
@@ -208,7 +198,7 @@ def test_signal_to_anyone_saves_all(folder: Path, whole: dict[str, Any], finish:
 
 @linux
 @distributed
-def test_stopped_process_ends_the_command(folder: Path, whole: dict[str, Any], finish: Any) -> None:
+def test_stopped_process_ends_the_command(folder, whole, finish):
     """A process that the system has stopped can't print its stack; the others do."""
     with started(folder, "small.toml", "--processes", "2", "--timeout-seconds", "4") as process:
         reach(folder, process, 7)
@@ -220,7 +210,7 @@ def test_stopped_process_ends_the_command(folder: Path, whole: dict[str, Any], f
 
 
 @distributed
-def test_command_prints_a_refusal_once(folder: Path) -> None:
+def test_command_prints_a_refusal_once(folder):
     with started(folder, "small.toml", "--processes", "3") as process:
         status, message = ended(process)
     assert status == 2

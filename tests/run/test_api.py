@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,17 +18,17 @@ SETTINGS = {"total_steps": 4, "tokens_per_step": 2048, "micro_batch_size": 32, "
 
 
 @pytest.fixture(autouse=True)
-def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def run(recipe: Build) -> overnight.Run:
+def run(recipe):
     """A finished run of 4 steps in runs/small."""
     return overnight.train(recipe(), **SETTINGS)
 
 
-def test_run_has_metrics_report_and_model(run: overnight.Run) -> None:
+def test_run_has_metrics_report_and_model(run):
     rows = run.metrics if isinstance(run.metrics, list) else run.metrics.to_dict("records")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert len(run.evaluations) == 3
@@ -38,14 +37,14 @@ def test_run_has_metrics_report_and_model(run: overnight.Run) -> None:
     assert "parameters" in repr(run.model)
 
 
-def test_generate_is_what_stream_yields_and_depends_on_the_seed(run: overnight.Run) -> None:
+def test_generate_is_what_stream_yields_and_depends_on_the_seed(run):
     model = run.model
     text = model.generate("Line 1", max_new_tokens=20, temperature=1.0, seed=1)
     assert text == "".join(model.stream("Line 1", max_new_tokens=20, temperature=1.0, seed=1))
     assert text != model.generate("Line 1", max_new_tokens=20, temperature=1.0, seed=2)
 
 
-def test_logits_are_those_of_the_module(run: overnight.Run) -> None:
+def test_logits_are_those_of_the_module(run):
     model = run.model
     ids = torch.tensor([model.tokenizer.encode("Line 1")])
     expected = model.gpt(ids)
@@ -54,13 +53,13 @@ def test_logits_are_those_of_the_module(run: overnight.Run) -> None:
     assert not model.logits(ids).requires_grad
 
 
-def test_evaluate_gives_the_loss_of_the_last_evaluation(run: overnight.Run) -> None:
+def test_evaluate_gives_the_loss_of_the_last_evaluation(run):
     values = run.model.evaluate().to_dict()
     recorded = run.directory.read_events("evaluations")[-1]["loss"]
     assert values["loss"] == pytest.approx(recorded, rel=1e-5)
 
 
-def test_prepared_text_is_trained_on(tmp_path: Path) -> None:
+def test_prepared_text_is_trained_on(tmp_path):
     (tmp_path / "notes").mkdir()
     for number in range(30):
         (tmp_path / "notes" / f"{number}.txt").write_text(f"Note {number} is about {number * 7}.\n" * 9)
@@ -78,7 +77,7 @@ def test_prepared_text_is_trained_on(tmp_path: Path) -> None:
     assert run.model.gpt.config.n_layer == 1
 
 
-def test_train_works_in_a_thread_twice_and_inside_an_event_loop(recipe: Build) -> None:
+def test_train_works_in_a_thread_twice_and_inside_an_event_loop(recipe):
     """Signal handlers belong to the main thread only."""
     losses: list[float] = []
 
@@ -99,7 +98,7 @@ def test_train_works_in_a_thread_twice_and_inside_an_event_loop(recipe: Build) -
     assert len({*losses}) == 1
 
 
-def test_a_run_is_resumed_with_more_steps(run: overnight.Run) -> None:
+def test_a_run_is_resumed_with_more_steps(run):
     with pytest.raises(ValueError, match="runs/small"):
         overnight.train(Recipe(run_name="small"))
     assert overnight.train(resume="runs/small", total_steps=6).directory.read_metrics()[-1]["step"] == 6
@@ -116,12 +115,12 @@ def test_a_run_is_resumed_with_more_steps(run: overnight.Run) -> None:
         (lambda: overnight.load("nowhere"), "nowhere"),
     ],
 )
-def test_wrong_input_is_a_value_error(call: Callable[[], object], named: str) -> None:
+def test_wrong_input_is_a_value_error(call, named):
     with pytest.raises(ValueError, match=named):
         call()
 
 
-def test_gpt_is_a_plain_initialised_module() -> None:
+def test_gpt_is_a_plain_initialised_module():
     gpt = overnight.GPT(
         overnight.ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=8, vocab_size=300)
     )
@@ -132,14 +131,14 @@ def test_gpt_is_a_plain_initialised_module() -> None:
         overnight.GPT(overnight.ModelConfig())
 
 
-def test_importing_the_package_does_not_import_torch() -> None:
+def test_importing_the_package_does_not_import_torch():
     script = "import sys, overnight; dir(overnight); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
     with pytest.raises(AttributeError):
         overnight.nothing  # noqa: B018
 
 
-def test_every_block_of_the_document_runs(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_block_of_the_document_runs(repository, capsys):
     text = (repository / "docs" / "api.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 8

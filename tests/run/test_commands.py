@@ -14,7 +14,6 @@ import random
 import re
 import shlex
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -181,7 +180,7 @@ def without_numbers(value: object, place: Path) -> object:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, tuple[int, str, str]]]]:
+def made(tmp_path_factory):
     """The current folder, with inputs, shards and a trained run; what `prepare` and `train` printed."""
     folder, before = tmp_path_factory.mktemp("commands"), Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
@@ -204,7 +203,7 @@ def check(path: Path, found: str, *, update: bool) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in COMMANDS]
 )
-def test_command_prints_golden_text(name: str, made: tuple[Path, dict], pytestconfig: pytest.Config) -> None:
+def test_command_prints_golden_text(name, made, pytestconfig):
     folder, printed = made
     status, out, err = printed[name] if name in MADE_BEFORE else call(COMMANDS[name])
     assert status == (1 if name == "doctor" else 0), err
@@ -217,7 +216,7 @@ def test_command_prints_golden_text(name: str, made: tuple[Path, dict], pytestco
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in WITH_JSON]
 )
-def test_command_prints_golden_json(name: str, made: tuple[Path, dict], pytestconfig: pytest.Config) -> None:
+def test_command_prints_golden_json(name, made, pytestconfig):
     folder, _ = made
     _, out, err = call(f"{COMMANDS[name]} --json")
     texts = [out] if out.startswith(("{\n", "[")) else out.splitlines()  # one value, or one a line
@@ -226,7 +225,7 @@ def test_command_prints_golden_json(name: str, made: tuple[Path, dict], pytestco
     check(GOLDEN / f"{name}.json", text, update=pytestconfig.getoption("--golden-update"))
 
 
-def test_bad_inputs(made: tuple[Path, dict], pytestconfig: pytest.Config) -> None:
+def test_bad_inputs(made, pytestconfig):
     """Each ends with one sentence and exit status 2; no run is begun."""
     folder, _ = made
     rows = []

@@ -37,7 +37,7 @@ ACCURACIES = ["accuracy_per_token", "accuracy_per_character", "accuracy_by_sum"]
 
 
 @pytest.fixture(scope="module")
-def trained(recipe: Build, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def trained(recipe, tmp_path_factory):
     """A run of two steps in bf16."""
     directory = RunDirectory(tmp_path_factory.mktemp("trained") / "small")
     compute = ComputeConfig(device="cpu", precision="bf16", compile=False)
@@ -48,13 +48,13 @@ def trained(recipe: Build, tmp_path_factory: pytest.TempPathFactory) -> RunDirec
 
 
 @pytest.fixture
-def converted(trained: RunDirectory, tmp_path: Path) -> Path:
+def converted(trained, tmp_path):
     """The same model as a Hugging Face folder."""
     return conversion_command.run(ConvertConfig(model=str(trained.path), out=str(tmp_path / "theirs")))
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> str:
+def files(tmp_path_factory):
     """A folder with the files of two tasks, in characters of the model's vocabulary."""
     folder = tmp_path_factory.mktemp("tasks")
     lines = [
@@ -70,7 +70,7 @@ Evaluate = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def evaluate(capsys: pytest.CaptureFixture[str]) -> Evaluate:
+def evaluate(capsys):
     """Runs the command; returns its JSON, strictly parsed."""
 
     def evaluate(model: Path, **settings: Any) -> dict[str, Any]:
@@ -82,9 +82,7 @@ def evaluate(capsys: pytest.CaptureFixture[str]) -> Evaluate:
     return evaluate
 
 
-def test_evaluate_precision_is_the_runs_own(
-    trained: RunDirectory, converted: Path, prepared: Path, evaluate: Evaluate
-) -> None:
+def test_evaluate_precision_is_the_runs_own(trained, converted, prepared, evaluate):
     own, other = (evaluate(model, data=str(prepared)) for model in (trained.path, converted))
     assert (own["precision"], other["precision"]) == ("bf16", "fp32")
     assert own["loss"] == pytest.approx(trained.read_events("evaluations")[-1]["loss"], rel=1e-9)
@@ -92,7 +90,7 @@ def test_evaluate_precision_is_the_runs_own(
     assert own["loss"] == pytest.approx(other["loss"], abs=0.01)
 
 
-def test_evaluate_published_run(trained: RunDirectory, tmp_path: Path) -> None:
+def test_evaluate_published_run(trained, tmp_path):
     """Only recipe, tokenizer and checkpoints."""
     published = RunDirectory(shutil.copytree(trained.path, tmp_path / "published"))
     for path in (published.environment, published.metrics):
@@ -101,9 +99,7 @@ def test_evaluate_published_run(trained: RunDirectory, tmp_path: Path) -> None:
     assert model.recipe is not None
 
 
-def test_evaluate_refuses_text_of_other_tokenizer(
-    trained: RunDirectory, converted: Path, tmp_path: Path
-) -> None:
+def test_evaluate_refuses_text_of_other_tokenizer(trained, converted, tmp_path):
     notes = tmp_path / "notes"
     notes.mkdir()
     for number in range(40):
@@ -124,9 +120,7 @@ def test_evaluate_refuses_text_of_other_tokenizer(
         evaluation_command.run(EvaluateConfig(model=str(model), data=remedy, device="cpu"))
 
 
-def test_evaluate_validation_and_task_with_baseline(
-    trained: RunDirectory, files: str, evaluate: Evaluate
-) -> None:
+def test_evaluate_validation_and_task_with_baseline(trained, files, evaluate):
     settings: dict[str, Any] = {"tasks": ("validation,hellaswag",), "task_files": files}
     settings["baseline"] = str(trained.path)
     found = evaluate(trained.path, **settings)
@@ -151,7 +145,7 @@ def test_evaluate_validation_and_task_with_baseline(
     assert "hellaswag" in results._repr_html_()
 
 
-def test_evaluate_stride_keeps_tokens(trained: RunDirectory, evaluate: Evaluate) -> None:
+def test_evaluate_stride_keeps_tokens(trained, evaluate):
     found = {stride: evaluate(trained.path, stride=stride) for stride in (None, 16, 4)}
     assert len({(each["evaluated_tokens"], each["evaluated_bytes"]) for each in found.values()}) == 1
     assert len({each["loss"] for each in found.values()}) == 3
@@ -160,13 +154,7 @@ def test_evaluate_stride_keeps_tokens(trained: RunDirectory, evaluate: Evaluate)
         evaluate(trained.path, stride=4000)
 
 
-def test_interrupted_evaluation_continues(
-    trained: RunDirectory,
-    files: str,
-    evaluate: Evaluate,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def test_interrupted_evaluation_continues(trained, files, evaluate, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = {"tasks": ("hellaswag",), "task_files": files}
     whole = evaluate(trained.path, **settings)
@@ -191,23 +179,21 @@ def test_interrupted_evaluation_continues(
     assert batches - 100 == rest + 3, "the negative control: a finished evaluation is not cached"
 
 
-def test_evaluate_needs_a_task_and_a_baseline_that_exists(trained: RunDirectory) -> None:
+def test_evaluate_needs_a_task_and_a_baseline_that_exists(trained):
     config = EvaluateConfig(model=str(trained.path), device="cpu")
     for changes, message in (({"tasks": ()}, "validation, hellaswag"), ({"baseline": "./other"}, "./other")):
         with pytest.raises(ValueError, match=message):
             evaluation_command.run(dataclasses.replace(config, **changes))
 
 
-def test_evaluate_help_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_help_names_every_task(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     words = re.findall(r"[a-z0-9-]+", capsys.readouterr().out)
     assert not {"validation", *TASKS} - {*words}
 
 
-def test_evaluate_json_of_nan_model_is_strict(
-    converted: Path, prepared: Path, files: str, evaluate: Evaluate
-) -> None:
+def test_evaluate_json_of_nan_model_is_strict(converted, prepared, files, evaluate):
     weights = load_file(converted / "model.safetensors")
     name = next(name for name in weights if name.endswith("ln_f.weight"))
     save_file({**weights, name: weights[name] * math.nan}, converted / "model.safetensors", {"format": "pt"})
@@ -226,13 +212,7 @@ def evaluation(files: str, **changes: Any) -> EvaluationConfig:
     return dataclasses.replace(both, **changes)
 
 
-def test_tasks_do_not_change_run(
-    recipe: Build,
-    finished_run: RunDirectory,
-    metrics_of: Callable[[RunDirectory], Any],
-    files: str,
-    tmp_path: Path,
-) -> None:
+def test_tasks_do_not_change_run(recipe, finished_run, metrics_of, files, tmp_path):
     evaluated = RunDirectory(tmp_path / "evaluated")
     train.train_recipe(recipe(evaluation=evaluation(files)), evaluated)
     assert metrics_of(finished_run) == metrics_of(evaluated)
@@ -244,9 +224,7 @@ def test_tasks_do_not_change_run(
     assert all(torch.equal(weight, there[name]) for name, weight in here.items())
 
 
-def test_task_lines_match_evaluate_command(
-    recipe: Build, files: str, tmp_path: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_task_lines_match_evaluate_command(recipe, files, tmp_path, evaluate, capsys):
     directory = RunDirectory(tmp_path / "run")
     resolved = train.train_recipe(recipe(evaluation=evaluation(files, tasks_every_steps=5)), directory)
     assert "hellaswag accuracy_per_token 0." in capsys.readouterr().err
@@ -274,9 +252,7 @@ def test_task_lines_match_evaluate_command(
         ({"task_examples": 0}, "task_examples=0"),
     ],
 )
-def test_invalid_tasks_are_refused_before_the_run(
-    recipe: Build, files: str, tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
+def test_invalid_tasks_are_refused_before_the_run(recipe, files, tmp_path, changes, message):
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(ValueError, match=message):
         train.train_recipe(recipe(evaluation=evaluation(files, **changes)), directory)

@@ -33,7 +33,7 @@ TOKENIZERS = {
 
 
 @pytest.fixture(scope="module")
-def folders(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(prepared, tmp_path_factory):
     """By tokenizer: a prepared folder of the same text."""
     root = tmp_path_factory.mktemp("tokenizers")
     for name, (tokenizer, documents) in TOKENIZERS.items():
@@ -52,9 +52,7 @@ def three_steps(recipe: Build, folder: Path, **changes: object) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    recipe: Build, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, RunDirectory]:
+def runs(recipe, folders, tmp_path_factory):
     """By tokenizer: a finished run on its folder."""
     root = tmp_path_factory.mktemp("runs")
     found = {name: RunDirectory(root / name) for name in TOKENIZERS}
@@ -64,14 +62,7 @@ def runs(
 
 
 @pytest.mark.parametrize("tokenizer, shards", [*itertools.permutations(TOKENIZERS, 2)])
-def test_another_tokenizers_shards_are_refused(
-    folders: dict[str, Path],
-    runs: dict[str, RunDirectory],
-    recipe: Build,
-    tmp_path: Path,
-    tokenizer: str,
-    shards: str,
-) -> None:
+def test_another_tokenizers_shards_are_refused(folders, runs, recipe, tmp_path, tokenizer, shards):
     """With a folder's tokenizer exchanged; as initial weights; in an evaluation; when a run is resumed."""
     run, folder = runs[tokenizer], folders[shards]
     mixed = shutil.copytree(folder, tmp_path / "mixed")
@@ -104,9 +95,7 @@ def test_another_tokenizers_shards_are_refused(
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_matching_tokenizer_is_accepted(
-    folders: dict[str, Path], runs: dict[str, RunDirectory], recipe: Build, tmp_path: Path, name: str
-) -> None:
+def test_matching_tokenizer_is_accepted(folders, runs, recipe, tmp_path, name):
     """The control: the same without a swap."""
     tuned = three_steps(recipe, folders[name], init_from=str(runs[name].path))
     train_recipe(tuned, RunDirectory(tmp_path / "tuned"))
