@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,19 +13,15 @@ import torch
 import overnight
 from overnight.recipe import Recipe
 
-Build = Callable[..., Recipe]
 SETTINGS = {"total_steps": 4, "tokens_per_step": 2048, "micro_batch_size": 32, "evaluate_every_steps": 2}
 
 
-@pytest.fixture(autouse=True)
-def _in_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run(recipe):
-    """A finished run of 4 steps in runs/small."""
-    return overnight.train(recipe(), **SETTINGS)
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
+    """A finished run of 4 steps in runs/small of the current folder. Do not change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("api"))
+        yield overnight.train(recipe(), **SETTINGS)
 
 
 def test_run_has_metrics_report_and_model(run):
@@ -38,10 +34,10 @@ def test_run_has_metrics_report_and_model(run):
 
 
 def test_generate_is_what_stream_yields_and_depends_on_the_seed(run):
-    model = run.model
-    text = model.generate("Line 1", max_new_tokens=20, temperature=1.0, seed=1)
-    assert text == "".join(model.stream("Line 1", max_new_tokens=20, temperature=1.0, seed=1))
-    assert text != model.generate("Line 1", max_new_tokens=20, temperature=1.0, seed=2)
+    model, how = run.model, {"max_new_tokens": 20, "temperature": 1.0}
+    text = model.generate("Line 1", **how, seed=1)
+    assert text == "".join(model.stream("Line 1", **how, seed=1))
+    assert text != model.generate("Line 1", **how, seed=2)
 
 
 def test_logits_are_those_of_the_module(run):
@@ -54,34 +50,25 @@ def test_logits_are_those_of_the_module(run):
 
 
 def test_evaluate_gives_the_loss_of_the_last_evaluation(run):
-    values = run.model.evaluate().to_dict()
     recorded = run.directory.read_events("evaluations")[-1]["loss"]
-    assert values["loss"] == pytest.approx(recorded, rel=1e-5)
+    assert run.model.evaluate().to_dict()["loss"] == pytest.approx(recorded, rel=1e-5)
 
 
-def test_prepared_text_is_trained_on(tmp_path):
-    (tmp_path / "notes").mkdir()
+def test_prepared_text_is_trained_on(here):
+    (here / "notes").mkdir()
     for number in range(30):
-        (tmp_path / "notes" / f"{number}.txt").write_text(f"Note {number} is about {number * 7}.\n" * 9)
+        (here / "notes" / f"{number}.txt").write_text(f"Note {number} is about {number * 7}.\n" * 9)
     data = overnight.prepare("notes", tokenizer="characters", validation_fraction=0.2)
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "context_length": 32}
-    run = overnight.train(
-        "shakespeare-char-cpu",
-        run_name="notes",
-        data=data,
-        compile=False,
-        warmup_steps=1,
-        **sizes,
-        **SETTINGS,
-    )
+    small = {"n_layer": 1, "n_head": 2, "n_embd": 16, "context_length": 32, "compile": False}
+    run = overnight.train("shakespeare-char-cpu", data=data, warmup_steps=1, **small, **SETTINGS)
     assert run.model.gpt.config.n_layer == 1
 
 
-def test_train_works_in_a_thread_twice_and_inside_an_event_loop(recipe):
+def test_train_works_in_a_thread_twice_and_inside_an_event_loop(recipe, here):
     """Signal handlers belong to the main thread only."""
-    losses: list[float] = []
+    losses = []
 
-    def train(name: str) -> None:
+    def train(name):
         run = overnight.train(recipe(run_name=name), **SETTINGS)
         losses.append(run.directory.read_metrics()[-1]["loss"])
 
@@ -89,7 +76,7 @@ def test_train_works_in_a_thread_twice_and_inside_an_event_loop(recipe):
     thread.start()
     thread.join()
 
-    async def main() -> None:
+    async def main():
         train("loop")
 
     asyncio.run(main())
@@ -98,7 +85,9 @@ def test_train_works_in_a_thread_twice_and_inside_an_event_loop(recipe):
     assert len({*losses}) == 1
 
 
-def test_a_run_is_resumed_with_more_steps(run):
+def test_a_run_is_resumed_with_more_steps(run, tmp_path, monkeypatch):
+    shutil.copytree("runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="runs/small"):
         overnight.train(Recipe(run_name="small"))
     assert overnight.train(resume="runs/small", total_steps=6).directory.read_metrics()[-1]["step"] == 6
@@ -107,7 +96,7 @@ def test_a_run_is_resumed_with_more_steps(run):
 
 
 @pytest.mark.parametrize(
-    ("call", "named"),
+    "call, named",
     [
         (lambda: overnight.train("quickstart", n_layr=3), "n_layr"),
         (lambda: overnight.train("quikstart"), "quickstart"),
@@ -115,7 +104,7 @@ def test_a_run_is_resumed_with_more_steps(run):
         (lambda: overnight.load("nowhere"), "nowhere"),
     ],
 )
-def test_wrong_input_is_a_value_error(call, named):
+def test_wrong_input_is_a_value_error(here, call, named):
     with pytest.raises(ValueError, match=named):
         call()
 
@@ -138,11 +127,11 @@ def test_importing_the_package_does_not_import_torch():
         overnight.nothing  # noqa: B018
 
 
-def test_every_block_of_the_document_runs(repository, capsys):
+def test_every_block_of_the_document_runs(here, repository, capsys):
     text = (repository / "docs" / "api.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 8
-    names: dict[str, object] = {}
+    names = {}
     for block in blocks:
         exec(block, names)
     assert "data/my-notes-bpe-512" in capsys.readouterr().out

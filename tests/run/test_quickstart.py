@@ -8,7 +8,6 @@ import re
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,11 @@ from overnight.quickstart import command as quickstart
 from overnight.run_directory import RunDirectory
 
 RUN = Path("runs/quickstart")
-Start = Callable[..., str]
 
 
 @pytest.fixture
-def start(recipe, prepared, tmp_path, monkeypatch, capsys):
+def start(recipe, prepared, here, monkeypatch, capsys):
     """start(fresh, **changes of the recipe): the command in an empty folder; returns its output."""
-    monkeypatch.chdir(tmp_path)
     text = DataConfig(data=str(prepared.parent), tokenizer="characters", validation_fraction=0.2)
 
     def run(fresh: bool = False, **changes: object) -> str:

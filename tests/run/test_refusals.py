@@ -30,10 +30,11 @@ def test_impossible_run_is_refused(recipe, refusal, tmp_path, changes, named):
     assert [name for name in named if name not in message] == []
 
 
-def test_finished_run_is_neither_overwritten_nor_made_shorter(recipe, refusal, copied_run):
+def test_finished_run_is_neither_overwritten_nor_made_shorter(recipe, refusal, copied_run, tmp_path):
     assert "--resume" in refusal(recipe(), copied_run.path)
     shorter = with_settings(read_recipe_of(copied_run.path), total_steps=5)
     assert "total_steps=5" in refusal(shorter, copied_run.path, resume=True)
+    assert "no run" in refusal(shorter, tmp_path / "nowhere", resume=True)
 
 
 def test_full_disk_is_refused_before_the_first_step(recipe, refusal, tmp_path, monkeypatch):
