@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -92,77 +86,55 @@ def test_frozen_process_ends_the_run_with_all_stacks(team, recipe, tmp_path, end
 # The command
 
 
-@contextlib.contextmanager
-def started(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """`overnight train` with these words, in a process group of its own."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "overnight", "train", *words],
-        cwd=folder,
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """The exit status and standard error."""
-    message = process.communicate(timeout=250)[1]
-    return process.returncode, message
+@pytest.fixture
+def teams(programs):
+    """benchmarks/teams.py, which starts the command and finds its processes."""
+    return programs["teams"]
 
 
 @pytest.fixture
-def finish(folder, record):
+def train(teams, folder):
+    """`with train(*words) as process`: `overnight train` with these words."""
+    return lambda *words: teams.started(folder, [*teams.overnight(), "train", *words])
+
+
+@pytest.fixture
+def after_steps(teams, train, folder):
+    """`after_steps(act, *words)`: `act(process)` when 7 steps are done; exit status and output."""
+
+    def after_steps(act, *words):
+        with train("small.toml", "--processes", "2", *words) as process:
+            teams.wait_until(process, lambda: teams.count_lines(folder / "runs/small") >= 7)
+            act(process)
+            return teams.wait_for(process)[:2]
+
+    return after_steps
+
+
+@pytest.fixture
+def finish(teams, train, folder, record):
     """Resumes the run; returns its record."""
 
-    def resume() -> dict[str, Any]:
-        with started(folder, "--resume", "runs/small") as process:
-            status, message = ended(process)
+    def resume():
+        with train("--resume", "runs/small") as process:
+            status, message, _ = teams.wait_for(process)
         assert status == 0, message
         return record(folder / "runs/small")
 
     return resume
 
 
-def process_of(rank: int, parent: int) -> int:
-    """The id of the process of `rank` that `parent` started."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            is_child = (process / "stat").read_text().rpartition(")")[2].split()[1] == str(parent)
-            if is_child and f"RANK={rank}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                return int(process.name)
-    raise AssertionError(f"{parent} has no process of rank {rank}")
-
-
-def count_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
-def reach(folder: Path, process: subprocess.Popen[str], lines: int) -> None:
-    """Return after `lines` steps."""
-    until = time.monotonic() + 250
-    while count_lines(folder / "runs/small/metrics.jsonl") < lines:
-        assert process.poll() is None, ended(process)
-        assert time.monotonic() < until, "the steps were never done"
-        time.sleep(0.002)
-
-
 @linux
 @distributed
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("restarts", [1, 0])
-def test_killed_process_is_restarted_or_named(folder, whole, record, finish, rank, restarts):
-    words = ("small.toml", "--processes", "2", "--max-restarts", str(restarts))
-    with started(folder, *words) as process:
-        reach(folder, process, 7)
-        os.kill(process_of(rank, process.pid), signal.SIGKILL)
-        status, message = ended(process)
+def test_killed_process_is_restarted_or_named(
+    teams, after_steps, folder, whole, record, finish, rank, restarts
+):
+    def kill(process):
+        os.kill(teams.ranks_of(process.pid)[rank], signal.SIGKILL)
+
+    status, message = after_steps(kill, "--max-restarts", str(restarts))
     assert "Traceback" not in message
     if restarts:
         assert status == 0, message
@@ -178,41 +150,42 @@ def test_killed_process_is_restarted_or_named(folder, whole, record, finish, ran
 @linux
 @distributed
 @pytest.mark.parametrize("whom", ["rank 0", "rank 1", "the command", "the terminal"])
-def test_signal_to_anyone_saves_all(folder, whole, finish, whom):
-    with started(folder, "small.toml", "--processes", "2") as process:
-        reach(folder, process, 7)
+def test_signal_to_anyone_saves_all(teams, after_steps, folder, whole, finish, whom):
+    def send(process):
         if whom.startswith("rank"):
-            os.kill(process_of(int(whom[-1]), process.pid), signal.SIGTERM)
+            os.kill(teams.ranks_of(process.pid)[int(whom[-1])], signal.SIGTERM)
         elif whom == "the command":
             process.terminate()
         else:
             os.killpg(process.pid, signal.SIGINT)
-        status, message = ended(process)
+
+    status, message = after_steps(send)
     assert status == 130, message
     assert "Traceback" not in message
     assert "--resume runs/small" in message
     saved = max((folder / "runs/small/checkpoints").glob("step-*"))
-    assert int(saved.name[5:]) == count_lines(folder / "runs/small/metrics.jsonl") < 20
+    assert int(saved.name[5:]) == teams.count_lines(folder / "runs/small") < 20
     assert finish() == whole
 
 
 @linux
 @distributed
-def test_stopped_process_ends_the_command(folder, whole, finish):
+def test_stopped_process_ends_the_command(teams, after_steps, whole, finish):
     """A process that the system has stopped can't print its stack; the others do."""
-    with started(folder, "small.toml", "--processes", "2", "--timeout-seconds", "4") as process:
-        reach(folder, process, 7)
-        os.kill(process_of(1, process.pid), signal.SIGSTOP)
-        status, message = ended(process)
+
+    def stop(process):
+        os.kill(teams.ranks_of(process.pid)[1], signal.SIGSTOP)
+
+    status, message = after_steps(stop, "--timeout-seconds", "4")
     assert status == FROZEN
     assert "rank 0 made no progress for 4 s" in message
     assert finish() == whole
 
 
 @distributed
-def test_command_prints_a_refusal_once(folder):
-    with started(folder, "small.toml", "--processes", "3") as process:
-        status, message = ended(process)
+def test_command_prints_a_refusal_once(teams, train, folder):
+    with train("small.toml", "--processes", "3") as process:
+        status, message, _ = teams.wait_for(process)
     assert status == 2
     assert message.count("3 processes") == 1
     assert message.count("\n") == 1, message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from overnight.recipe import CheckpointsConfig, EvaluationConfig
 from overnight.run_directory import RunDirectory
 from overnight.training.checkpoint.load import read_model
-from overnight.training.guard import GuardConfig
 
 Train = Callable[..., Any]
 distributed = pytest.mark.distributed  # not in a plain run
@@ -67,7 +64,7 @@ def test_run_learns_and_depends_on_the_seed(trained):
 @pytest.mark.parametrize("steps", [20, pytest.param(200, marks=distributed)])
 def test_deterministic_run_is_the_same_to_the_bit(trained, size, sharding, steps):
     settings: dict[str, Any] = {"deterministic_reduce": True}
-    settings |= {"total_steps": 200, "learning_rate": 1e-2} if steps == 200 else {}
+    settings |= {"total_steps": 200, "peak_learning_rate": 1e-2} if steps == 200 else {}
     alone = trained(1, sharding="none", **settings)
     assert trained(size, sharding=sharding, **settings).record() == alone.record()
 
@@ -112,10 +109,10 @@ def task_files(tmp_path):
 def test_checkpoint_is_evaluated_the_same(trained, team, recipe, task_files, tmp_path, case):
     """Validation in 16 batches and a shorter one, which no two, three or four processes divide evenly."""
     checkpoint = trained(1, sharding="none").newest
-    tasks = EvaluationConfig(tasks=("hellaswag", "lambada"), task_files=str(task_files))
+    tasks = {"tasks": ("hellaswag", "lambada"), "task_files": str(task_files)}
     found = {}
     for name, (count, of, kind) in {"alone": (1, 1, "none"), "team": case}.items():
-        asked = dataclasses.replace(recipe(sharding=kind, rows=48 if count == 3 else 16), evaluation=tasks)
+        asked = recipe(sharding=kind, tokens_per_step=32 * (48 if count == 3 else 16), **tasks)
         given = (asked, checkpoint, tmp_path / name)
         team("evaluate_checkpoint", *given, size=count, machines=of)
         found[name] = RunDirectory(tmp_path / name)
@@ -153,12 +150,8 @@ def test_evaluate_command_prints_the_same_once(trained, team, task_files, size):
 
 @pytest.mark.parametrize("size, sharding", params([(2, "none")], [(2, "zero1"), (2, "fsdp")]))
 def test_rollback_is_the_same(team, recipe, tmp_path, size, sharding):
-    def guarded(kind: str) -> Any:
-        return dataclasses.replace(
-            recipe(sharding=kind, total_steps=10),
-            guard=GuardConfig(rollback_after_steps=2),
-            checkpoints=CheckpointsConfig(checkpoint_every_steps=3),
-        )
+    def guarded(kind):
+        return recipe(sharding=kind, total_steps=10, rollback_after_steps=2, checkpoint_every_steps=3)
 
     runs = {}
     for count, kind in ((1, "none"), (size, sharding)):
