@@ -16,7 +16,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from measure import Report, interleave, run_plainly
+from measure import Report, command_line, interleave, run_program
 from overnight.distributed.launcher import environment_of_process
 from overnight.distributed.world import BUCKET_BYTES, World
 from overnight.model.gpt import parameter_shapes
@@ -355,16 +354,13 @@ def describe_links(processes: int, links: Mapping[str, Link]) -> str:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__, repeats=3, of="rounds, after one that does not count")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="how many talk")
     parser.add_argument("--largest", type=float, default=500.0, help="MB of the largest tensor")
     parser.add_argument("--layers", type=int, default=6, help="of the model whose steps are said")
     parser.add_argument("--channels", type=int, default=256, help="of the model whose steps are said")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds, after one that does not count")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: compare(chosen), as_json=chosen.json))
+    run_program(read_options, compare)

@@ -28,22 +28,24 @@ from typing import TYPE_CHECKING, Any
 
 from checkouts import Program, load_definitions
 from measure import (
+    OVERNIGHT_IS,
     Report,
+    check_counts,
+    command_line,
     describe_machine,
+    gpt2_124m,
     interleave,
     milliseconds,
     model_name,
     on_device,
-    paired_ratio,
-    run_plainly,
+    run_program,
     spread,
+    times_as_fast,
 )
 from overnight.bench.worker import SEED
-from overnight.distributed.world import open_world
-from overnight.model.model_config import PRESETS, ModelConfig
-from overnight.training import ComputeConfig
-from overnight.training.compute import autocast, resolve_compute
-from peers import build_peer
+from overnight.model.model_config import ModelConfig
+from overnight.training.compute import autocast
+from peers import build_peer, choose_precision
 from text import load_bpe
 
 if TYPE_CHECKING:
@@ -171,7 +173,7 @@ def measure(options: argparse.Namespace) -> Report:
     import torch
 
     from overnight.evaluation.choice_tasks import CHOICE_TASKS
-    from overnight.model.gpt import empty_model, initialize
+    from overnight.model.gpt import GPT
 
     config, precision = check(options)
     examples = read_examples(options.questions, options.count)
@@ -182,9 +184,7 @@ def measure(options: argparse.Namespace) -> Report:
         precision=precision,
         device=options.device,
     )
-    model = empty_model(config)
-    initialize(model, SEED)
-    sides = build_sides(model.to(options.device), asked, options.peer)
+    sides = build_sides(GPT(config, seed=SEED).to(options.device), asked, options.peer)
     answers: dict[str, list[int]] = {}
 
     def answered(name: str) -> float:
@@ -200,7 +200,7 @@ def measure(options: argparse.Namespace) -> Report:
             name,
             *spread(each, 2),
             f"{len(examples) / statistics.median(each):,.1f}",
-            f"{paired_ratio(times[OURS], each):.2f}x as fast",
+            times_as_fast(times[OURS], each),
         ]
         for name, each in times.items()
     ]
@@ -212,7 +212,7 @@ def measure(options: argparse.Namespace) -> Report:
         measured=times,
         settings={**settings, "threads": torch.get_num_threads()},
         notes=[
-            "overnight is: how many times as fast overnight is; the median of the ratios within each round.",
+            OVERNIGHT_IS,
             *compare(answers, [int(example["label"]) for example in examples]),
         ],
         machine=describe_machine(options.device),
@@ -221,35 +221,20 @@ def measure(options: argparse.Namespace) -> Report:
 
 def check(options: argparse.Namespace) -> tuple[ModelConfig, str]:
     """The model and its precision. Raises ValueError for what can't be measured."""
-    open_world(options.device)
-    for name in ("count", "repeats"):
-        if (count := getattr(options, name)) < 1:
-            raise ValueError(f"--{name} {count} is too few; give at least 1")
-    config = dataclasses.replace(PRESETS["gpt2-124m"], n_layer=options.layers, vocab_size=50257)
-    if problems := config.problems():
-        raise ValueError("; ".join(problems))
-    precision: Any = options.precision
-    return config, str(resolve_compute(ComputeConfig(precision=precision), options.device).precision)
+    check_counts(options, "count", "repeats")
+    config = gpt2_124m(n_layer=options.layers, vocab_size=50257)
+    return config, choose_precision(options.device, options.precision)
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__, "peer device layers bpe", repeats=3)
     parser.add_argument("--questions", type=Path, required=True, help="hellaswag_val.jsonl")
     parser.add_argument("--count", type=int, default=100, help="questions; a file that has fewer is repeated")
-    parser.add_argument("--peer", type=Path, help="a checkout of build-nanogpt")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--layers", type=int, default=12, help="fewer make a quick try")
-    parser.add_argument("--repeats", type=int, default=3, help="measured rounds")
     parser.add_argument("--warm-ups", type=int, default=1, help="rounds before them")
-    parser.add_argument(
-        "--bpe", type=Path, help="folder of encoder.json and vocab.bpe; the cache if left out"
-    )
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    run_program(read_options, measure)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from measure import Report, interleave, paired_ratio, run_plainly, spread, timed
+from measure import Report, command_line, interleave, paired_ratio, run_program, spread, timed
 from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.tokenize import tokenize_documents
@@ -98,14 +97,11 @@ def measure(options: argparse.Namespace) -> Report:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__, repeats=3, of="measured repeats of each")
     parser.add_argument("--tokenizer", default="bpe-4096", help="what prepare trains")
     parser.add_argument("--bpe", type=Path, help="folder of GPT-2's encoder.json and vocab.bpe")
-    parser.add_argument("--repeats", type=int, default=3, help="measured repeats of each")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    run_program(read_options, measure)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import Report, run_plainly
+from measure import Report, command_line, run_program
 
 HEADINGS = ("precision", "nats per token", "more than fp32", "±", "other likeliest id", "a logit moves by")
 ROWS_AT_ONCE = 8
@@ -91,14 +90,12 @@ def table_row(name: str, parts: list[Any], reference: Any) -> list[str]:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("model", help="a run, a checkpoint, a Hugging Face folder or name")
     parser.add_argument("--text", required=True, help="a file the model was not trained on")
     parser.add_argument("--tokens", type=int, default=50_000, help="at most so many")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    run_program(read_options, measure)

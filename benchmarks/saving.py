@@ -12,13 +12,12 @@ import argparse
 import itertools
 import shutil
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import Report, interleave, milliseconds, paired_ratio, run_plainly, spread
+from measure import Report, command_line, interleave, milliseconds, paired_ratio, run_program, spread
 from overnight.model.model_config import PRESETS, ModelConfig
 
 HEADINGS = ("training waits", "median ms", "min", "max", "times as short")
@@ -29,14 +28,12 @@ def build_state(config: ModelConfig, device: str) -> Any:
     """A model of that size and its optimizer, with moments of noise."""
     import torch
 
-    from overnight.model.gpt import GPT, initialize
+    from overnight.model.gpt import GPT
     from overnight.training import OptimizerConfig
     from overnight.training.optim import build_optimizer
     from overnight.training.state import TrainState
 
-    model = GPT(config)
-    initialize(model, 0)
-    model.to(device)
+    model = GPT(config, seed=0).to(device)
     state = TrainState(model, build_optimizer(model, OptimizerConfig()))
     for parameter in model.parameters():
         moments = {name: torch.randn_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
@@ -124,17 +121,14 @@ def measure(options: argparse.Namespace) -> Report:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__, repeats=5)
     parser.add_argument("--preset", choices=PRESETS, default="gpt2-124m", help="the size of the model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--folder", type=Path, help="on the disk to be measured; the temporary one's if left out"
     )
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    run_program(read_options, measure)

@@ -10,13 +10,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from measure import Report, interleave, run_plainly, spread, timed
+from measure import (
+    Report,
+    command_line,
+    interleave,
+    overnight_command,
+    run_process,
+    run_program,
+    spread,
+    timed,
+)
 from overnight.cli import COMMANDS
 from overnight.run_directory import RunDirectory
 
@@ -51,22 +60,10 @@ def write_runs(folder: Path, runs: int = RUNS, steps: int = STEPS) -> None:
 
 def commands() -> dict[str, list[str]]:
     """What is measured, by what one types."""
-    overnight = Path(sys.executable).with_name("overnight")
-    ours = [str(overnight)] if overnight.is_file() else [sys.executable, "-m", "overnight"]
+    ours = overnight_command()
     found = {LEAST: [sys.executable, "-c", "pass"], "overnight --help": [*ours, "--help"]}
     found |= {f"overnight {verb} --help": [*ours, verb, "--help"] for verb in COMMANDS}
     return {**found, f"overnight runs ({RUNS} runs)": [*ours, "runs"]}
-
-
-def call(command: Sequence[str], folder: Path) -> Callable[[], object]:
-    """`command` in `folder`, its words thrown away. Calling it raises RuntimeError if the command fails."""
-
-    def run() -> None:
-        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if finished.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} failed: {finished.stderr}")
-
-    return run
 
 
 def measure(options: argparse.Namespace) -> Report:
@@ -74,7 +71,7 @@ def measure(options: argparse.Namespace) -> Report:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_runs(folder / "runs")
-        sides = {typed: timed(call(command, folder)) for typed, command in commands().items()}
+        sides = {typed: timed(partial(run_process, command, folder)) for typed, command in commands().items()}
         times = interleave(sides, options.repeats, warm_ups=1)  # the first call fills the disk's cache
     least = times[LEAST]
     rows = []
@@ -92,12 +89,9 @@ def measure(options: argparse.Namespace) -> Report:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5, help="measured calls of each command")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
+    parser = command_line(__doc__, repeats=5, of="measured calls of each command")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    run_program(read_options, measure)

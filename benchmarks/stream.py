@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from measure import Report, interleave, paired_ratio, run_plainly, spread, timed
+from measure import Report, command_line, interleave, paired_ratio, run_program, spread, timed
 from overnight.data.loader import TokenStream
 from overnight.data.shards import HEADER_BYTES, SMALL, Manifest, Shard
 from overnight.data.token_reader import ShardFile
@@ -192,17 +191,14 @@ def compare(folder: Path, options: argparse.Namespace) -> Report:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__, repeats=15, of="measured repeats of each")
     parser.add_argument("--rows", type=int, default=12, help="of a batch; nanoGPT's own are 12")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--small", type=int, default=10_000_000, help="tokens of the small text")
     parser.add_argument("--large", type=int, default=10_000_000_000, help="tokens of the large text")
     parser.add_argument("--batches", type=int, default=400, help="drawn in each repeat")
-    parser.add_argument("--repeats", type=int, default=15, help="measured repeats of each")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    run_program(read_options, measure)

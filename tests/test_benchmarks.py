@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from overnight.conversion.huggingface import write_huggingface
-from overnight.model.gpt import GPT, initialize
+from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
 from overnight.planning.communication import Collective, collective_seconds
 from overnight.planning.network import Link, ParallelLayout
@@ -51,11 +51,9 @@ compile = false
 
 def far_from_chance(config: ModelConfig = TINY, seed: int = 0) -> GPT:
     """A model whose losses differ from window to window."""
-    model = GPT(config)
-    initialize(model, seed)
+    model = GPT(config, seed=seed)
     for weight in model.parameters():
         weight.data.mul_(20.0)
-    model.zero_padding()
     return model.eval()
 
 
@@ -72,7 +70,7 @@ SMALLEST = {
     f"--bpe {{data}}/gpt2-bpe {ONE_LAYER}",
     "plan": "small.toml --steps 6 --seconds 1",
     "prepare": "--tokenizer bpe-300 --repeats 1",
-    "rounding": "model --text text/1.txt",
+    "rounding": "model --text text/001.txt",
     "saving": "--repeats 1",
     "shakespeare": "--text {data}/shakespeare/input.txt --iterations 20 --repeats 1",
     "startup": "--repeats 1",
@@ -84,21 +82,14 @@ QUICK = ("bands", "corpus", "hellaswag", "rounding", "stream")  # two seconds ea
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, prepare_texts):
     """A folder with a text, its shards, a recipe of them, a corpus of Parquet files, and a model."""
     import pyarrow
     from pyarrow import parquet
 
-    from overnight.preparation.prepare import prepare_shards
-    from overnight.preparation.prepare_config import PrepareConfig
-
     folder = tmp_path_factory.mktemp("benchmarks")
     texts = [f"document {number} of {number * number}\n" * 5 for number in range(20)]
-    (folder / "text").mkdir()
-    for number, text in enumerate(texts):
-        (folder / "text" / f"{number}.txt").write_text(text)
-    source, shards = str(folder / "text"), str(folder / "shards")
-    prepare_shards(PrepareConfig(source=source, out=shards, tokenizer="characters", validation_fraction=0.2))
+    shutil.move(prepare_texts(folder / "text", texts), folder / "shards")
     (folder / "small.toml").write_text(SMALL_RECIPE)
     (folder / "corpus").mkdir()
     rows = pyarrow.table({"text": [f"{n} {text}" for n in range(10) for text in texts]})
@@ -194,7 +185,7 @@ def test_training_peers_have_equal_losses(programs, tmp_path):
     np.save(tmp_path / "ids.npy", torch.randint(64, (6 * 4 * 16 + 1,), generator=generator).numpy())
     settings = {"precision": "fp32", "compile": False, "device": "cpu", "rows": 2, "micro_batches": 2}
     settings |= {"checkout": None, "model": dataclasses.asdict(TINY), "folder": str(tmp_path)}
-    ours = programs["task"].Task(peer=None, **settings)
+    ours = programs["sides"].Task(peer=None, **settings)
     peer = dataclasses.replace(ours, peer="transformers")
     losses = []
     for task in (ours, peer):
@@ -216,7 +207,7 @@ def test_different_work_is_reported(programs):
     for loss, is_equal in ((10.9, True), (11.0, False)):
         turns = {"a": [{**turn, "losses": [10.9]}] * 3, "b": [{**turn, "losses": [loss]}] * 3}
         measured = train_step.Measured(turns, {"a": about, "b": about}, {})
-        notes = train_step.describe_figures(measured, "a", train_step.PRESETS["gpt2-124m"], options)
+        notes = train_step.describe_figures(measured, "a", train_step.gpt2_124m(), options)
         assert any("THE SIDES DO NOT DO THE SAME WORK" in note for note in notes) != is_equal
 
 
@@ -238,7 +229,7 @@ def test_evaluation_peers_agree(programs):
 
 def test_generation_peers_write_the_same(programs):
     generate, ours = programs["generate"], far_from_chance()
-    theirs = generate.build_theirs(TINY, ours)
+    theirs = programs["peers"].build_transformers(ours).model.eval()
     prompts = generate.draw_prompts(3, 4, TINY.vocab_size)
     setting = generate.Setting(rows=3, new=8, top_k=None)
     written = generate.write_ours(ours, prompts, setting)
