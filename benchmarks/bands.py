@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from measure import Report, command_line, run_program
+import measure
 from overnight import __version__
 from overnight.baselines.band import (
     TEXT,
@@ -146,7 +146,7 @@ def hold_out(runs: Sequence[Run], at: int) -> list[str]:
     ]
 
 
-def record(options: argparse.Namespace) -> Report:
+def record(options: argparse.Namespace) -> measure.Report:
     """Train what is missing, and write the band. Raises ValueError for invalid options."""
     if options.seeds < 2:
         raise ValueError(f"--seeds {options.seeds} is too few for a band: give 3 or more")
@@ -160,7 +160,7 @@ def record(options: argparse.Namespace) -> Report:
         band = open_to_versions(band, options.other_versions)
     if options.write is not None:
         options.write.write_text(band.to_json(), encoding="utf-8")
-    return Report(
+    return measure.Report(
         title=f"Healthy runs of {recipe.run_name}, each beside the band of the others",
         headings=HEADINGS,
         rows=[hold_out(runs, at) for at in range(len(runs))] if len(runs) > 2 else [],
@@ -170,7 +170,7 @@ def record(options: argparse.Namespace) -> Report:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """What was asked for."""
-    parser = command_line(__doc__)
+    parser = measure.command_line(__doc__)
     parser.add_argument("--recipe", required=True, help="its name, or a .toml file")
     parser.add_argument("--seeds", type=int, default=5, help="train with the seeds 1, 2, ... to this one")
     parser.add_argument("--evaluations", type=int, default=20, help="of each run")
@@ -181,4 +181,4 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_program(read_options, record)
+    measure.run_program(read_options, record)

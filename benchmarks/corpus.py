@@ -22,18 +22,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import measure
 from checkouts import fingerprint
-from measure import (
-    Finished,
-    Report,
-    command_line,
-    interleave,
-    overnight_command,
-    run_process,
-    run_program,
-    spread,
-    times_as_fast,
-)
 
 OURS = "overnight"
 FINEWEB, OPENWEBTEXT = "fineweb.py", "data/openwebtext/prepare.py"
@@ -58,7 +48,7 @@ runpy.run_path(program, run_name="__main__")
 """
 
 
-def prepare_ours(files: Sequence[Path], bpe: Path) -> tuple[Finished, int]:
+def prepare_ours(files: Sequence[Path], bpe: Path) -> tuple[measure.Finished, int]:
     """`overnight prepare` on a folder with these files, as one types it; and how many tokens it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "corpus"), Path(folder, "out")
@@ -66,7 +56,7 @@ def prepare_ours(files: Sequence[Path], bpe: Path) -> tuple[Finished, int]:
         for file in files:
             (source / file.name).symlink_to(file.resolve())
         words = ["prepare", str(source), "--tokenizer", str(bpe), "--out", str(out)]
-        return run_process([*overnight_command(), *words]), count_ours(out)
+        return measure.run_process([*measure.overnight_command(), *words]), count_ours(out)
 
 
 def count_ours(folder: Path) -> int:
@@ -77,7 +67,7 @@ def count_ours(folder: Path) -> int:
     return sum(manifest.tokens(split) for split in SPLITS)
 
 
-def prepare_theirs(program: Path, files: Sequence[Path], bpe: Path) -> tuple[Finished, int]:
+def prepare_theirs(program: Path, files: Sequence[Path], bpe: Path) -> tuple[measure.Finished, int]:
     """A peer's program in a copy of its own folder; and how many tokens it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, program.name)
@@ -90,7 +80,7 @@ def prepare_theirs(program: Path, files: Sequence[Path], bpe: Path) -> tuple[Fin
         caches = {"TIKTOKEN_CACHE_DIR": str(cache), "HF_HOME": str(Path(folder, "hf"))}
         environment = {**os.environ, **caches, "HF_DATASETS_OFFLINE": "1"}
         command = [sys.executable, "-c", LAUNCHER, names, str(copy)]
-        return run_process(command, environment=environment), count_theirs(Path(folder))
+        return measure.run_process(command, environment=environment), count_theirs(Path(folder))
 
 
 def count_theirs(folder: Path) -> int:
@@ -99,7 +89,7 @@ def count_theirs(folder: Path) -> int:
     return sum(written) + sum(path.stat().st_size // 2 for path in folder.glob("*.bin"))
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """All sides in turn."""
     files = sorted(options.corpus.glob("*.parquet"))[: options.files]
     if not files:
@@ -116,7 +106,7 @@ def measure(options: argparse.Namespace) -> Report:
             raise ValueError(f"{name} needs the package datasets: pip install datasets")
         sides[name] = functools.partial(prepare_theirs, program, files, options.bpe)
         notes.append(f"{name}: {fingerprint(program)}, as it is; it chooses its processes itself.")
-    took = interleave(sides, options.repeats)
+    took = measure.interleave(sides, options.repeats)
     megabytes = sum(text_bytes(file) for file in files) / 1e6
     seconds = {name: [finished.seconds for finished, _ in runs] for name, runs in took.items()}
     tokens = {name: runs[0][1] for name, runs in took.items()}
@@ -124,12 +114,12 @@ def measure(options: argparse.Namespace) -> Report:
     for name, runs in took.items():
         median = statistics.median(seconds[name])
         rates = [f"{megabytes / median:.1f}", f"{tokens[name] / median / 1e6:.2f}"]
-        ratio = times_as_fast(seconds[OURS], seconds[name])
+        ratio = measure.times_as_fast(seconds[OURS], seconds[name])
         peak = max(finished.peak_bytes for finished, _ in runs) / 1e9
-        rows.append([name, *spread(seconds[name], 1), *rates, ratio, f"{peak:.2f}"])
+        rows.append([name, *measure.spread(seconds[name], 1), *rates, ratio, f"{peak:.2f}"])
     written = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
     notes.append(f"Tokens written: {written}. Peak: of the largest of a side's processes.")
-    return Report(
+    return measure.Report(
         title=f"{len(files)} Parquet files to GPT-2's tokens: {megabytes:,.0f} MB of text",
         headings=HEADINGS,
         rows=rows,
@@ -155,7 +145,7 @@ def text_bytes(file: Path) -> int:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = command_line(__doc__, "peer nanogpt", repeats=3, of="whole runs of each side")
+    parser = measure.command_line(__doc__, "peer nanogpt", repeats=3, of="whole runs of each side")
     parser.add_argument("--corpus", type=Path, required=True, help="a folder of .parquet files with text")
     parser.add_argument("--bpe", type=Path, required=True, help="folder of encoder.json and vocab.bpe")
     parser.add_argument("--files", type=int, help="only so many of the files")
@@ -163,4 +153,4 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_program(read_options, measure)
+    measure.run_program(read_options, report)

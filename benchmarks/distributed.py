@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from measure import Report, run_plainly, spread
+import measure
 from overheard import Talk, read_notes
 from teams import (
     TEAMS,
@@ -67,7 +67,7 @@ def compare_weights(ours: Path, theirs: Path) -> float:
     return max(float((mine[name] - other[name]).abs().max()) for name in other)
 
 
-def measure_equality(folder: Path, options: argparse.Namespace) -> Report:
+def measure_equality(folder: Path, options: argparse.Namespace) -> measure.Report:
     """Compare each run in several processes with one process; deterministic runs must be bitwise equal."""
     alone, alone_bitwise = (
         train(folder, "alone"),
@@ -87,7 +87,7 @@ def measure_equality(folder: Path, options: argparse.Namespace) -> Report:
         shown = [f"{difference:.1e}" if difference else "0" for difference in (early, late, weights)]
         rows.append([team.name(), *shown, bits])
         measured[team.name()] = [early, late, weights, bits]
-    return Report(
+    return measure.Report(
         title="The same run",
         headings=(
             *("processes and sharding", "loss, 20 steps", f"loss, {options.steps} steps"),
@@ -142,7 +142,7 @@ def kill(folder: Path, name: str, rank: int, moment: float, restarts: int) -> Ki
     return Kill(ended.seconds, by_itself=False)
 
 
-def measure_kills(folder: Path, options: argparse.Namespace) -> Report:
+def measure_kills(folder: Path, options: argparse.Namespace) -> measure.Report:
     """A random one of two processes is killed at a random moment, repeatedly: the run must stay the same.
 
     Every other run may be begun anew by itself; the rest is resumed by the command that is proposed. Raises
@@ -165,7 +165,7 @@ def measure_kills(folder: Path, options: argparse.Namespace) -> Report:
             break
     by_itself = sum(each.by_itself for each in kills)
     ends = [each.seconds for each in kills if not each.by_itself]
-    return Report(
+    return measure.Report(
         title="Killed processes",
         headings=("what", "count"),
         rows=[
@@ -173,15 +173,15 @@ def measure_kills(folder: Path, options: argparse.Namespace) -> Report:
             ["runs that finished by themselves (--max-restarts 1)", str(by_itself)],
             ["runs that were resumed", str(len(kills) - by_itself)],
             ["equal to the uninterrupted run, to the bit", f"{len(kills)}/{options.kills}"],
-            ["seconds from the kill to the end of the command: median", spread(ends, 1)[0]],
-            ["the longest of them", spread(ends, 1)[2]],
+            ["seconds from the kill to the end of the command: median", measure.spread(ends, 1)[0]],
+            ["the longest of them", measure.spread(ends, 1)[2]],
         ],
         measured={"kills": [each._asdict() for each in kills]},
         settings={"seed": options.seed, "sha256": expected[:16]},
     )
 
 
-def measure_frozen(folder: Path, options: argparse.Namespace) -> Report:
+def measure_frozen(folder: Path, options: argparse.Namespace) -> measure.Report:
     """A random process hangs at a random step: the run must end, and tell where all stand.
 
     Raises ValueError if one does not.
@@ -200,14 +200,15 @@ def measure_frozen(folder: Path, options: argparse.Namespace) -> Report:
             raise ValueError(f"rank {rank}, frozen at step {step}, was not reported: {ended.said}")
         ends.append(ended.seconds)
     total = options.frozen
-    return Report(
+    median, _, longest = measure.spread(ends, 1)
+    return measure.Report(
         title="Processes that make no progress",
         headings=("what", "count"),
         rows=[
             ["a random one of two processes hangs at a random step", str(total)],
             ["runs that ended, with the stacks of both", f"{total}/{total}"],
-            [f"seconds until then, with --timeout-seconds {TIMEOUT_SECONDS}: median", spread(ends, 1)[0]],
-            ["the longest of them", spread(ends, 1)[2]],
+            [f"seconds until then, with --timeout-seconds {TIMEOUT_SECONDS}: median", median],
+            ["the longest of them", longest],
         ],
         measured={"seconds": ends},
         settings={"seed": options.seed},
@@ -234,7 +235,7 @@ def listen_to(folder: Path, processes: int, way: Sequence[str], steps: int) -> l
     return read_notes(notes, processes)
 
 
-def measure_communication(folder: Path, options: argparse.Namespace) -> Report:
+def measure_communication(folder: Path, options: argparse.Namespace) -> measure.Report:
     """Measure by number of processes and sharding."""
     rows, measured = [], {}
     for processes in (2, 4):
@@ -243,7 +244,7 @@ def measure_communication(folder: Path, options: argparse.Namespace) -> Report:
             name = f"{processes} x {' '.join(word.strip('-') for word in way)}"
             rows.append([name, *describe(talks)])
             measured[name] = [talk._asdict() for talk in talks]
-    return Report(
+    return measure.Report(
         title="Cost of communication",
         headings=("processes and sharding", "MB a step", "step, ms", "moving, ms", "waiting, ms", "moving"),
         rows=rows,
@@ -279,14 +280,14 @@ def run_campaign(options: argparse.Namespace) -> int:
         folder = Path(name)
         prepare(folder, options.steps)
 
-        def measure(part: str) -> Report:
+        def report(part: str) -> measure.Report:
             report = MEASURES[part](folder, options)
             if options.figures is not None:
                 report.save(options.figures, part)
             return report
 
         for part in options.parts:
-            statuses.append(run_plainly(lambda: measure(part), as_json=options.json))  # noqa: B023 - called at once
+            statuses.append(measure.run_plainly(lambda: report(part), as_json=options.json))  # noqa: B023 - called at once
             sys.stdout.flush()
     return max(statuses)
 

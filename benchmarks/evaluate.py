@@ -19,22 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import measure
 from checkouts import BUILD_NANOGPT, NANOGPT, read_definitions
-from measure import (
-    OVERNIGHT_IS,
-    Report,
-    check_counts,
-    command_line,
-    describe_machine,
-    gpt2_124m,
-    interleave,
-    model_name,
-    on_device,
-    run_program,
-    spread,
-    timed,
-    times_as_fast,
-)
 from overnight.bench.worker import SEED, Rows
 from overnight.model.model_config import ModelConfig
 from overnight.training import ComputeConfig
@@ -153,7 +139,7 @@ def _placed(peer: Peer, question: Question) -> Peer:
     return peer
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Evaluate with all programs in turn. Raises ValueError, before any work, for invalid options."""
     import torch
 
@@ -168,26 +154,27 @@ def measure(options: argparse.Namespace) -> Report:
     model = GPT(config, seed=SEED).to(options.device)
     sides = build_sides(model, question, options)
     losses = {name: side() for name, side in sides.items()}  # the warm-up
-    times = interleave({name: timed(side) for name, side in sides.items()}, options.repeats)
+    times = measure.interleave_times(sides, options.repeats)
     rows = [
         [
             name,
-            *spread(each),
+            *measure.spread(each),
             f"{tokens / statistics.median(each) * 1e3:,.0f}",
-            times_as_fast(times[OURS], each),
+            measure.times_as_fast(times[OURS], each),
             f"{losses[name]:.4f}",
         ]
         for name, each in times.items()
     ]
     settings = {name: getattr(options, name) for name in ("rows", "context", "batches", "layers", "repeats")}
-    return Report(
-        title=f"{model_name(config)} judged on {tokens:,} tokens on {on_device(options.device)}, {precision}",
+    where = f"{measure.on_device(options.device)}, {precision}"
+    return measure.Report(
+        title=f"{measure.model_name(config)} judged on {tokens:,} tokens on {where}",
         headings=HEADINGS,
         rows=rows,
         measured=times,
         settings={**settings, "threads": torch.get_num_threads()},
         notes=describe_losses(losses),
-        machine=describe_machine(options.device),
+        machine=measure.describe_machine(options.device),
     )
 
 
@@ -197,7 +184,7 @@ def describe_losses(losses: dict[str, float]) -> list[str]:
     apart = max(comparable) - min(comparable)
     verdict = "." if apart <= SAME_LOSS else ": THE SIDES DO NOT JUDGE THE SAME."
     notes = [
-        OVERNIGHT_IS,
+        measure.OVERNIGHT_IS,
         f"The losses on the same windows lie within {apart:.5f} nats{verdict}",
     ]
     if STRIDED in losses:
@@ -207,17 +194,17 @@ def describe_losses(losses: dict[str, float]) -> list[str]:
 
 def check(options: argparse.Namespace) -> tuple[ModelConfig, str]:
     """The model and its precision. Raises ValueError for what can't be measured."""
-    check_counts(options, "rows", "batches", "repeats")
+    measure.check_counts(options, "rows", "batches", "repeats")
     for program, checkout in ((BUILD_NANOGPT, options.peer), (NANOGPT, options.nanogpt)):
         if checkout is not None:
             read_definitions(program, checkout)
-    config = gpt2_124m(context_length=options.context, n_layer=options.layers)
+    config = measure.gpt2_124m(context_length=options.context, n_layer=options.layers)
     return config, choose_precision(options.device, options.precision)
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = command_line(__doc__, "peer nanogpt device layers text data bpe", repeats=3)
+    parser = measure.command_line(__doc__, "peer nanogpt device layers text data bpe", repeats=3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="the device's own if left out")
     parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
@@ -226,4 +213,4 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_program(read_options, measure)
+    measure.run_program(read_options, report)

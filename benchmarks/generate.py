@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from measure import Report, command_line, gpt2_124m, interleave, model_name, paired_ratio, run_program, spread
+import measure
 from overnight.bench.worker import SEED
 from overnight.model.model_config import ModelConfig
 from peers import build_transformers
@@ -164,9 +164,9 @@ def build_writers(config: ModelConfig, chosen: Sequence[str]) -> tuple[dict[str,
     return {name: writer for name, writer in writers.items() if name.split(",")[0] in chosen}, left_out
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Write with all sides in turn, setting by setting."""
-    config = gpt2_124m(n_layer=options.layers)
+    config = measure.gpt2_124m(n_layer=options.layers)
     if options.prompt + options.new > config.context_length:
         raise ValueError(
             f"--prompt and --new together are more than the {config.context_length} ids of a GPT-2"
@@ -178,14 +178,14 @@ def measure(options: argparse.Namespace) -> Report:
         for writer in writers.values():
             writer(prompts, dataclasses.replace(setting, new=min(WARM_UP_IDS, setting.new)))
         sides = {name: partial(write, writer, prompts, setting) for name, writer in writers.items()}
-        written = interleave(sides, options.repeats)
+        written = measure.interleave(sides, options.repeats)
         times = {name: [milliseconds for milliseconds, _ in each] for name, each in written.items()}
         completions = {name: each[0][1] for name, each in written.items()}
         rows += table_rows(setting, times)
         notes += notes_on(setting, times, completions)
         measured[setting.name] = times
-    return Report(
-        title=f"{model_name(config)} writes on the CPU",
+    return measure.Report(
+        title=f"{measure.model_name(config)} writes on the CPU",
         headings=HEADINGS,
         rows=rows,
         measured=measured,
@@ -225,9 +225,9 @@ def table_rows(setting: Setting, times: dict[str, list[float]]) -> list[list[str
     return [
         [
             f"{setting.name}: {name}",
-            *spread(each),
+            *measure.spread(each),
             f"{tokens / statistics.median(each) * 1e3:,.1f}",
-            "" if reference is None else f"{paired_ratio(each, times[reference]):.2f}",
+            "" if reference is None else f"{measure.paired_ratio(each, times[reference]):.2f}",
         ]
         for name, each in times.items()
     ]
@@ -239,7 +239,7 @@ def notes_on(
     """Best beside best, int8 beside int8, and whether the same ids were written."""
     pairs = [(find_best(times, OURS), find_best(times, THEIRS)), (f"{OURS}, int8", f"{CTRANSLATE2}, int8")]
     notes = [
-        f"{setting.name}: {ours} is {paired_ratio(times[ours], times[theirs]):.2f} times as fast as {theirs}."
+        f"{setting.name}: {ours} is {measure.times_as_fast(times[ours], times[theirs])} as {theirs}."
         for ours, theirs in pairs
         if ours in times and theirs in times
     ]
@@ -252,7 +252,7 @@ def notes_on(
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = command_line(__doc__, "layers", repeats=3)
+    parser = measure.command_line(__doc__, "layers", repeats=3)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="completions at once")
     parser.add_argument("--prompt", type=int, default=32, help="ids of a prompt")
     parser.add_argument("--new", type=int, default=64, help="ids of a completion")
@@ -262,4 +262,4 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_program(read_options, measure)
+    measure.run_program(read_options, report)

@@ -26,22 +26,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import measure
 from checkouts import Program, load_definitions
-from measure import (
-    OVERNIGHT_IS,
-    Report,
-    check_counts,
-    command_line,
-    describe_machine,
-    gpt2_124m,
-    interleave,
-    milliseconds,
-    model_name,
-    on_device,
-    run_program,
-    spread,
-    times_as_fast,
-)
 from overnight.bench.worker import SEED
 from overnight.model.model_config import ModelConfig
 from overnight.training.compute import autocast
@@ -168,7 +154,7 @@ def compare(answers: Mapping[str, Sequence[int]], right: Sequence[int]) -> list[
     return notes
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Evaluate with all programs in turn. Raises ValueError, before any work, for invalid options."""
     import torch
 
@@ -191,44 +177,45 @@ def measure(options: argparse.Namespace) -> Report:
         def work() -> None:
             answers[name] = sides[name]()
 
-        return milliseconds(work) / 1e3
+        return measure.milliseconds(work) / 1e3
 
     timed = {name: partial(answered, name) for name in sides}
-    times = interleave(timed, options.repeats, warm_ups=options.warm_ups)
+    times = measure.interleave(timed, options.repeats, warm_ups=options.warm_ups)
     rows = [
         [
             name,
-            *spread(each, 2),
+            *measure.spread(each, 2),
             f"{len(examples) / statistics.median(each):,.1f}",
-            times_as_fast(times[OURS], each),
+            measure.times_as_fast(times[OURS], each),
         ]
         for name, each in times.items()
     ]
     settings = {name: getattr(options, name) for name in ("count", "layers", "repeats", "warm_ups")}
-    return Report(
-        title=f"{model_name(config)} answers HellaSwag on {on_device(options.device)}, {precision}",
+    where = f"{measure.on_device(options.device)}, {precision}"
+    return measure.Report(
+        title=f"{measure.model_name(config)} answers HellaSwag on {where}",
         headings=HEADINGS,
         rows=rows,
         measured=times,
         settings={**settings, "threads": torch.get_num_threads()},
         notes=[
-            OVERNIGHT_IS,
+            measure.OVERNIGHT_IS,
             *compare(answers, [int(example["label"]) for example in examples]),
         ],
-        machine=describe_machine(options.device),
+        machine=measure.describe_machine(options.device),
     )
 
 
 def check(options: argparse.Namespace) -> tuple[ModelConfig, str]:
     """The model and its precision. Raises ValueError for what can't be measured."""
-    check_counts(options, "count", "repeats")
-    config = gpt2_124m(n_layer=options.layers, vocab_size=50257)
+    measure.check_counts(options, "count", "repeats")
+    config = measure.gpt2_124m(n_layer=options.layers, vocab_size=50257)
     return config, choose_precision(options.device, options.precision)
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = command_line(__doc__, "peer device layers bpe", repeats=3)
+    parser = measure.command_line(__doc__, "peer device layers bpe", repeats=3)
     parser.add_argument("--questions", type=Path, required=True, help="hellaswag_val.jsonl")
     parser.add_argument("--count", type=int, default=100, help="questions; a file that has fewer is repeated")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -237,4 +224,4 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_program(read_options, measure)
+    measure.run_program(read_options, report)

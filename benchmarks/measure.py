@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -63,9 +64,11 @@ def milliseconds(action: Callable[[], object]) -> float:
     return (time.perf_counter() - started_at) * 1e3
 
 
-def timed(action: Callable[[], object]) -> Callable[[], float]:
-    """`action` as a side of `interleave` that returns its milliseconds."""
-    return lambda: milliseconds(action)
+def interleave_times(
+    sides: Mapping[str, Callable[[], object]], repeats: int, warm_ups: int = 0
+) -> dict[str, list[float]]:
+    """The milliseconds of each side's calls, in turn."""
+    return interleave({name: partial(milliseconds, side) for name, side in sides.items()}, repeats, warm_ups)
 
 
 class Finished(NamedTuple):

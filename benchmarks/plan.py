@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from measure import Finished, Report, command_line, interleave, overnight_command, run_process, run_program
+import measure
 from overnight.run_directory import RunDirectory
 
 HEADINGS = ("figure", "foretold", "measured", "foretold / measured")
@@ -34,9 +34,9 @@ FIGURES = {
 Figures = dict[str, float]
 
 
-def call(words: Sequence[str]) -> Finished:
+def call(words: Sequence[str]) -> measure.Finished:
     """`overnight` with these words. Raises ValueError, with what it said last, if it fails."""
-    return run_process([*overnight_command(), *words])
+    return measure.run_process([*measure.overnight_command(), *words])
 
 
 def foretell(words: Sequence[str], seconds: float, *, whole: bool) -> Figures:
@@ -73,7 +73,7 @@ def train(words: Sequence[str]) -> Figures:
         shutil.rmtree(directory.path, ignore_errors=True)
 
 
-def compare(options: argparse.Namespace) -> Report:
+def compare(options: argparse.Namespace) -> measure.Report:
     """Predict and train, in turn. Raises ValueError for invalid options."""
     if options.steps <= WARM_UPS:
         raise ValueError(f"--steps {options.steps} is too few: {WARM_UPS} warm up; give more")
@@ -86,8 +86,8 @@ def compare(options: argparse.Namespace) -> Report:
         "foretold": lambda: foretell(words, options.seconds, whole=options.whole),
         "measured": lambda: train(words),
     }
-    found = interleave(sides, options.repeats)
-    return Report(
+    found = measure.interleave(sides, options.repeats)
+    return measure.Report(
         title=f"overnight plan {options.recipe}, and what a run then did",
         headings=HEADINGS,
         rows=table_rows(found),
@@ -113,7 +113,7 @@ def table_rows(found: Mapping[str, Sequence[Figures]]) -> list[list[str]]:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line; what is not known here is the recipe's."""
-    parser = command_line(__doc__, repeats=1, of="plans and runs")
+    parser = measure.command_line(__doc__, repeats=1, of="plans and runs")
     parser.add_argument("recipe", help="a recipe, as overnight train takes it")
     parser.add_argument("--steps", type=int, default=30, help="steps of a run")
     parser.add_argument("--seconds", type=float, default=40.0, help="how long a plan measures")
@@ -124,4 +124,4 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_program(read_options, compare)
+    measure.run_program(read_options, compare)

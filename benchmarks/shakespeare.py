@@ -27,19 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+import measure
 from checkouts import NANOGPT, fingerprint, load_definitions, read_definitions
-from measure import (
-    Finished,
-    Report,
-    check_counts,
-    command_line,
-    interleave,
-    overnight_command,
-    paired_ratio,
-    run_process,
-    run_program,
-    spread,
-)
 from overnight.distributed.launcher import environment_of_process
 
 if TYPE_CHECKING:
@@ -61,7 +50,7 @@ ALONE = environment_of_process(large_pages=False)  # of both sides
 class Training(NamedTuple):
     """One whole run."""
 
-    took: Finished
+    took: measure.Finished
     step_milliseconds: float
     """Of the median step."""
     loss: float
@@ -151,13 +140,13 @@ def command_of_ours(data: Path, steps: int, seed: int) -> list[str]:
         **{"evaluation-tokens": evaluation_tokens, "sample-every-steps": None, "device": "cpu"},
     }
     options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    return [*overnight_command(), "train", "shakespeare-char-cpu", *options]
+    return [*measure.overnight_command(), "train", "shakespeare-char-cpu", *options]
 
 
 def train_ours(folder: Path, steps: int, seeds: itertools.count[int], judge: Judge) -> Training:
     """One run, in a folder of its own, each with another seed."""
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    took = run_process(command_of_ours(folder / "prepared", steps, next(seeds)), folder, ALONE)
+    took = measure.run_process(command_of_ours(folder / "prepared", steps, next(seeds)), folder, ALONE)
     run = folder / "runs" / "measured"
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     milliseconds = statistics.median(json.loads(line)["milliseconds"] for line in lines)
@@ -179,7 +168,7 @@ def prepare_theirs(checkout: Path, split: Split, folder: Path) -> None:
     shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns(".git", "*.bin", "*.pkl", "out*"))
     place = folder / "data" / "shakespeare_char"
     (place / "input.txt").write_text(split.train + split.validation, encoding="utf-8")
-    run_process([sys.executable, str(place / "prepare.py")], folder, ALONE)
+    measure.run_process([sys.executable, str(place / "prepare.py")], folder, ALONE)
 
 
 def command_of_theirs(steps: int) -> list[str]:
@@ -197,7 +186,7 @@ def train_theirs(folder: Path, steps: int, judge: Judge) -> Training:
     """One run. Its seed is fixed."""
     out = folder / "out-shakespeare-char"
     shutil.rmtree(out, ignore_errors=True)
-    took = run_process(command_of_theirs(steps), folder, ALONE)
+    took = measure.run_process(command_of_theirs(steps), folder, ALONE)
     milliseconds = statistics.median(map(float, PRINTED_STEP.findall(took.output)))
     return Training(took, milliseconds, judge(load_theirs(folder, out / "ckpt.pt")))
 
@@ -248,12 +237,12 @@ def judge_whole(logits: Callable[[Tensor], Tensor], ids: NDArray[np.int64]) -> f
     return nats / (windows * CONTEXT)
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Train with both in turn. Raises ValueError, before any work, for invalid options."""
     if options.nanogpt is not None:
         read_definitions(NANOGPT, options.nanogpt)
-    check_counts(options, "repeats")
-    check_counts(options, "iterations", least=2)
+    measure.check_counts(options, "repeats")
+    measure.check_counts(options, "iterations", least=2)
     split = read_split(options.text, options.nanogpt)
     judge = partial(judge_whole, ids=encode(split))
     steps = options.iterations
@@ -264,16 +253,19 @@ def measure(options: argparse.Namespace) -> Report:
         if options.nanogpt is not None:
             prepare_theirs(options.nanogpt, split, folder / "theirs")
             sides[THEIRS] = partial(train_theirs, folder / "theirs", steps, judge)
-        runs = interleave(sides, options.repeats)
+        runs = measure.interleave(sides, options.repeats)
     settings = {"steps": steps, "repeats": options.repeats}
     if options.nanogpt is not None:
         settings[THEIRS] = fingerprint(options.nanogpt / NANOGPT.file)
-    return Report(
+    return measure.Report(
         title=f"Tiny shakespeare by characters, {steps:,} steps on the CPU: the whole process",
         headings=HEADINGS,
         rows=[table_row(name, runs) for name in runs],
         measured={
-            name: [{**run._asdict(), "took": run.took._asdict() | {"output": None}} for run in each]
+            name: [
+                {**run._asdict(), "took": {"seconds": run.took.seconds, "cpu_seconds": run.took.cpu_seconds}}
+                for run in each
+            ]
             for name, each in runs.items()
         },
         settings=settings,
@@ -291,18 +283,18 @@ def table_row(name: str, runs: dict[str, list[Training]]) -> list[str]:
     losses = [run.loss for run in runs[name]]
     return [
         name,
-        *spread(seconds[name], digits=1),
+        *measure.spread(seconds[name], digits=1),
         f"{statistics.median(run.took.cpu_seconds for run in runs[name]):.1f}",
         f"{statistics.median(run.step_milliseconds for run in runs[name]):.1f}",
         f"{statistics.mean(losses):.4f}",
         *(f"{loss:.4f}" for loss in (min(losses), max(losses))),
-        f"{paired_ratio(seconds[name], seconds[OURS]):.2f} of its time",
+        f"{measure.paired_ratio(seconds[name], seconds[OURS]):.2f} of its time",
     ]
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = command_line(__doc__, repeats=3, of="whole runs of each side")
+    parser = measure.command_line(__doc__, repeats=3, of="whole runs of each side")
     parser.add_argument(
         "--nanogpt", type=Path, help="a checkout of nanoGPT; without it, only ours is trained"
     )
@@ -312,4 +304,4 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_program(read_options, measure)
+    measure.run_program(read_options, report)

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from measure import Report, command_line, interleave, paired_ratio, run_program, spread, timed
+import measure
 from overnight.data.loader import TokenStream
 from overnight.data.shards import HEADER_BYTES, SMALL, Manifest, Shard
 from overnight.data.token_reader import ShardFile
@@ -131,14 +131,14 @@ def megabytes_more(action: Callable[[], None]) -> float:
     return ((peak_memory_bytes("cpu") or 0) - before) / 1e6
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Draw batches in turn."""
     torch.set_num_threads(1)  # the stream's own work is one thread's, and so is nanoGPT's
     with tempfile.TemporaryDirectory() as folder:
         return compare(Path(folder), options)
 
 
-def compare(folder: Path, options: argparse.Namespace) -> Report:
+def compare(folder: Path, options: argparse.Namespace) -> measure.Report:
     """The report, on files written below `folder`."""
     rows, length = options.rows, options.context
     reference = f"nanoGPT's get_batch, {options.small:,} tokens"
@@ -154,27 +154,28 @@ def compare(folder: Path, options: argparse.Namespace) -> Report:
     again = cycle(range(options.batches))
     draws[f"overnight, {options.large:,} tokens, the same rows again"] = read_on(stream, rows, again)
     sides = {name: many(draw, options.batches) for name, draw in draws.items()}
-    times = interleave({name: timed(side) for name, side in sides.items()}, options.repeats, warm_ups=1)
+    times = measure.interleave_times(sides, options.repeats, warm_ups=1)
     grown = {name: megabytes_more(side) for name, side in sides.items()}
-    small, new, same = (times[name] for name in list(times)[1:])
+    small, *others = list(times.values())[1:]
+    new, same = (measure.paired_ratio(small, each) for each in others)
     tokens = options.batches * rows * length
     table = [
         [
             name,
-            *spread([milliseconds / options.batches for milliseconds in each], 4),
+            *measure.spread([milliseconds / options.batches for milliseconds in each], 4),
             f"{tokens / statistics.median(each) / 1e3:,.0f}",
-            f"{paired_ratio(each, times[reference]):.1f}",
+            f"{measure.paired_ratio(each, times[reference]):.1f}",
             f"{grown[name]:.1f}",
         ]
         for name, each in times.items()
     ]
     notes = [
-        f"Rows of the large text take {1 / paired_ratio(same, small):.2f} times as long as rows of the small "
+        f"Rows of the large text take {same:.2f} times as long as rows of the small "
         f"one where the operating system has them in memory, as it has all of the small text, and "
-        f"{1 / paired_ratio(new, small):.2f} times as long where it has to find memory for them first.",
+        f"{new:.2f} times as long where it has to find memory for them first.",
         f"MB more: how far the process grew over {options.batches} batches.",
     ]
-    return Report(
+    return measure.Report(
         title="Shards to batches, on one thread",
         headings=HEADINGS,
         rows=table,
@@ -191,7 +192,7 @@ def compare(folder: Path, options: argparse.Namespace) -> Report:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = command_line(__doc__, repeats=15, of="measured repeats of each")
+    parser = measure.command_line(__doc__, repeats=15, of="measured repeats of each")
     parser.add_argument("--rows", type=int, default=12, help="of a batch; nanoGPT's own are 12")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--small", type=int, default=10_000_000, help="tokens of the small text")
@@ -201,4 +202,4 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_program(read_options, measure)
+    measure.run_program(read_options, report)

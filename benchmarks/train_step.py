@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+import measure
 from checkouts import (
     BUILD_NANOGPT,
     LLM_C_FILES,
@@ -32,19 +33,6 @@ from checkouts import (
     read_definitions,
 )
 from llmc import find_compiler
-from measure import (
-    Report,
-    check_counts,
-    command_line,
-    describe_machine,
-    gpt2_124m,
-    interleave,
-    model_name,
-    on_device,
-    run_program,
-    spread,
-    times_as_fast,
-)
 from overnight.bench.decide import about_peak, find_peak_flops_or_measure
 from overnight.distributed.world import open_world
 from overnight.hardware import find_memory_bytes
@@ -75,7 +63,7 @@ class Measured(NamedTuple):
     """By precision: what the device could do."""
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Step all sides in turn. Raises ValueError, before any work, for invalid options."""
     sides, left_out, model = check(options)
     ids = fit_ids(read_ids(options.text, options.data, options.bpe), options, model)
@@ -99,14 +87,14 @@ def measure(options: argparse.Namespace) -> Report:
         with at_work(sides, task) as processes:
             measured = take_turns(processes, options)
     ours = find_ours(sides)
-    return Report(
-        title=f"One training step of {model_name(model)} on {on_device(options.device)}",
+    return measure.Report(
+        title=f"One training step of {measure.model_name(model)} on {measure.on_device(options.device)}",
         headings=("side", "precision", *FIGURES),
         rows=table_rows(measured, ours, model, options),
         measured=measured._asdict(),
         settings=describe_settings(options, measured),
         notes=[*describe_figures(measured, ours, model, options), *left_out],
-        machine=describe_machine(options.device),
+        machine=measure.describe_machine(options.device),
     )
 
 
@@ -118,7 +106,7 @@ def take_turns(processes: Sequence[Process], options: argparse.Namespace) -> Mea
         each["precision"]: partial(find_peak_flops_or_measure, options.device, each["precision"])
         for each in about.values()
     }
-    results: dict[str, list[Any]] = interleave(turns | peaks, options.warm_ups + options.steps)
+    results: dict[str, list[Any]] = measure.interleave(turns | peaks, options.warm_ups + options.steps)
     peak_flops = {precision: statistics.median(results.pop(precision)) for precision in peaks}
     return Measured(results, about, peak_flops)
 
@@ -132,9 +120,9 @@ def check(options: argparse.Namespace) -> tuple[list[Side], list[str], ModelConf
     rows, micro_batches = ROWS_AND_MICRO_BATCHES[options.device]
     options.rows = rows if options.rows is None else options.rows
     options.micro_batches = micro_batches if options.micro_batches is None else options.micro_batches
-    check_counts(options, "warm_ups", least=WARM_UPS_AT_LEAST)
-    check_counts(options, "rows", "micro_batches", "steps")
-    model = gpt2_124m(context_length=options.context, n_layer=options.layers)
+    measure.check_counts(options, "warm_ups", least=WARM_UPS_AT_LEAST)
+    measure.check_counts(options, "rows", "micro_batches", "steps")
+    model = measure.gpt2_124m(context_length=options.context, n_layer=options.layers)
     compute = resolve_compute(ComputeConfig(compile=options.compile), options.device)
     found = Circumstances(
         device=options.device,
@@ -235,11 +223,11 @@ def table_rows(
             [
                 name,
                 precision,
-                *spread(times[name]),
+                *measure.spread(times[name]),
                 f"{speed:,.0f}",
                 f"{model.flops_per_token() / flops_at_hand:.1%}",
                 f"{model.executed_flops_per_token('none') / flops_at_hand:.1%}",
-                times_as_fast(times[ours], times[name]),
+                measure.times_as_fast(times[ours], times[name]),
                 f"{max(peaks) / 1e9:.2f}" if peaks else "",
                 f"{first_loss(measured, name):.4f}",
                 f"{turns[-1]['losses'][-1]:.4f}",
@@ -299,7 +287,7 @@ def describe_settings(options: argparse.Namespace, measured: Measured) -> dict[s
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = command_line(__doc__, "peer nanogpt device layers text data bpe")
+    parser = measure.command_line(__doc__, "peer nanogpt device layers text data bpe")
     parser.add_argument("--llmc", type=Path, help="a checkout of llm.c; on a GPU, or its built train_gpt2cu")
     parser.add_argument("--rows", type=int, help="rows of a micro-batch; 2, or 64 on a GPU, if left out")
     parser.add_argument(
@@ -316,4 +304,4 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_program(read_options, measure)
+    measure.run_program(read_options, report)

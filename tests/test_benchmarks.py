@@ -207,7 +207,7 @@ def test_different_work_is_reported(programs):
     for loss, is_equal in ((10.9, True), (11.0, False)):
         turns = {"a": [{**turn, "losses": [10.9]}] * 3, "b": [{**turn, "losses": [loss]}] * 3}
         measured = train_step.Measured(turns, {"a": about, "b": about}, {})
-        notes = train_step.describe_figures(measured, "a", train_step.gpt2_124m(), options)
+        notes = train_step.describe_figures(measured, "a", programs["measure"].gpt2_124m(), options)
         assert any("THE SIDES DO NOT DO THE SAME WORK" in note for note in notes) != is_equal
 
 
