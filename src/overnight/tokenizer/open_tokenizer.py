@@ -67,7 +67,7 @@ def _bpe_size(name: str) -> int | None:
 
 
 def _read_file(path: Path) -> Tokenizer:
-    content = _read_json(path)
+    content = read_json_object(path)
     end_of_text = _end_of_text(path.with_name("tokenizer_config.json"))
     try:
         return (
@@ -79,13 +79,16 @@ def _read_file(path: Path) -> Tokenizer:
 
 def _end_of_text(config: Path) -> str | None:
     """The eos_token of Transformers' tokenizer_config.json: a string, or an object with its content."""
-    token = _read_json(config).get("eos_token") if config.is_file() else None
+    token = read_json_object(config).get("eos_token") if config.is_file() else None
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file. Raises ValueError, naming it, if it cannot be read or is not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
         raise ValueError(f"{path} is damaged or not JSON: {error}") from None
     if not isinstance(content, dict):

@@ -53,12 +53,6 @@ def test_interleaving_repeats_the_pattern_of_its_weights() -> None:
     assert Interleaving([7, 3]).counts(10**6 + 5) == order.counts(10**6 + 5)
 
 
-def test_weights_must_be_finite_and_positive() -> None:
-    for weights in ([], [1, 0], [1, -1], [1, math.inf], [math.nan, 1]):
-        with pytest.raises(ValueError, match="weights"):
-            Interleaving(weights)
-
-
 # Mixtures of streams
 
 
