@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -61,14 +60,6 @@ def test_rows_change_with_the_text_without_shuffle_window(tmp_path: Path, prepar
         prepared(tmp_path / f"{n}", range(n))
     beginning, whole = (TokenStream(tmp_path / f"{n}", tokens_per_row=10) for n in (500, 900))
     assert not torch.equal(beginning.batch(0, 10).ids, whole.batch(0, 10).ids)
-
-
-def test_windows_and_epochs_have_orders_of_their_own(tmp_path: Path, prepared: Prepare) -> None:
-    prepared(tmp_path, range(3000), shard_tokens=700)
-    stream = TokenStream(tmp_path, tokens_per_row=10, shuffle_window=1000)
-    starts = np.array([stream.row_start(row) for row in range(600)]).reshape(6, 100) % 1000 // 10
-    assert len({tuple(order) for order in starts}) == 6
-    assert (np.diff(starts) != 1).any(axis=1).all()
 
 
 # Shards that are published early

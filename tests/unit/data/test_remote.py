@@ -216,20 +216,18 @@ def test_cache_limit_below_a_shard_is_refused(capsys: pytest.CaptureFixture[str]
     assert "about 60% of the rows" in capsys.readouterr().err
 
 
-def test_flipped_bit_of_a_remote_shard_is_refused(
-    small: RemoteFolder, bucket: fsspec.AbstractFileSystem, fetched: list[str]
+@pytest.mark.parametrize("is_shard", [True, False])
+def test_damaged_remote_shard_is_refused_and_damaged_digests_are_repaired(
+    small: RemoteFolder, bucket: fsspec.AbstractFileSystem, cache: Path, fetched: list[str], is_shard: bool
 ) -> None:
-    assert read_whole(small) == list(range(100))
-    flip(bucket, "/bucket/folder/train-00000.bin")
-    with pytest.raises(ValueError, match=r"train-00000\.bin does not match its manifest"):
-        read_whole(small)
-    assert fetched.count("train-00000.bin") == 2
-
-
-def test_damaged_digests_are_repaired(small: RemoteFolder, cache: Path, fetched: list[str]) -> None:
-    (path,) = cache.glob("*/train-00000.pieces")
-    path.write_bytes(bytes(path.stat().st_size))
-    assert read_whole(small) == list(range(100))
+    if is_shard:
+        flip(bucket, "/bucket/folder/train-00000.bin")
+        with pytest.raises(ValueError, match=r"train-00000\.bin does not match its manifest"):
+            read_whole(small)
+    else:
+        (path,) = cache.glob("*/train-00000.pieces")
+        path.write_bytes(bytes(path.stat().st_size))
+        assert read_whole(small) == list(range(100))
     assert fetched.count("train-00000.bin") == 2
 
 
