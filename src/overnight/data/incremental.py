@@ -49,14 +49,12 @@ class IncrementalFolder:
     def refresh(self) -> None:
         """Read which shards have become complete. Raises ValueError as the constructor does."""
         path = self.current_path
-        if path != self.folder and not (path / SO_FAR).is_file():
-            return  # it is about to be renamed
         try:
             self.manifest, self.is_complete = self._read(path)
         except ValueError:
-            if self.current_path == path:
+            if path == self.folder or (path / SO_FAR).is_file():
                 raise
-            self.manifest, self.is_complete = self._read(self.folder)  # it was renamed since
+            # Else it is being renamed just now: the next call finds it.
 
     def read(self, shard: Shard, first: int, into: Tokens) -> None:
         """Fill `into` with the tokens of a shard from index `first` on."""

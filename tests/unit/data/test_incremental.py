@@ -219,5 +219,7 @@ def test_shards_renamed_while_reading_are_found(
 
     monkeypatch.setattr(incremental, "read_manifest", rename_first)
     growing.refresh()
+    assert not growing.is_complete
+    growing.refresh()
     assert growing.is_complete
     assert growing.manifest == read_manifest(folder)
