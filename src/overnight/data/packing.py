@@ -117,7 +117,7 @@ class BestFitStream:
 
     def _find(self, wanted: int) -> NDArray[np.int64]:
         """Every index at which one id occurs."""
-        found = [np.empty(0, dtype=np.int64)]
+        found = []
         tokens = np.empty(min(SCANNED_TOKENS, self.tokens), dtype=self._reader.dtype)
         for start in range(0, self.tokens, SCANNED_TOKENS):
             part = tokens[: self.tokens - start]
