@@ -180,13 +180,13 @@ class StepCost(NamedTuple):
     """Seconds of each part of the work; 0 where a part is unknown or not counted."""
 
     micro_batch: float
-    update: float
+    update: float = 0.0
     """Duration of the optimizer's update in a step."""
-    start: float
+    start: float = 0.0
     """Additional duration of the first step, mainly compilation."""
-    evaluated_token: float
-    sampled_token: float
-    saved_byte: float
+    evaluated_token: float = 0.0
+    sampled_token: float = 0.0
+    saved_byte: float = 0.0
 
     def step(self, micro_batches: int) -> float:
         """Seconds of a step of `micro_batches`."""
