@@ -399,7 +399,7 @@ def exchange_tokenizer(folder: Path, out: Path) -> Path:
         (rewrite, set(), ""),  # the negative control
         (partial(rewrite, change=lambda ids: ids[1:]), {"boundaries"}, "has 0 end-of-text ids for its"),
         (partial(rewrite, change=lambda ids: np.roll(ids, -1)), {"boundaries"}, "does not begin with"),
-        (partial(rewrite, change=double_separator), {"boundaries"}, "two end-of-text ids in a row"),
+        (partial(rewrite, change=double_separator), {"boundaries"}, "end-of-text ids in a row"),
         (partial(rewrite, shared=1), {"disjoint"}, "1 held-out documents are in the training"),
         (partial(rewrite, change=shift_ids), {"tokenizer"}, "written with another one"),
         (exchange_tokenizer, {"tokenizer"}, "tokenizer"),

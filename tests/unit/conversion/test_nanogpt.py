@@ -109,7 +109,7 @@ def test_invalid_checkpoint_is_refused(write: Write, changes: dict[str, Any], me
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        ("import time; time.sleep(60)", "longer"),
+        ("import time; time.sleep(60)", "too long"),
         *((program, "status") for program in ("import os; os.kill(os.getpid(), 9)", "1/0", "pass")),
     ],
 )
@@ -118,7 +118,7 @@ def test_slow_or_dying_child_is_reported(
 ) -> None:
     path = write()
     monkeypatch.setattr(safe_unpickle, "PROGRAM", program)
-    if message == "longer":
+    if message == "too long":
         monkeypatch.setattr(safe_unpickle, "_time_limit", lambda size: 0.5)
     with pytest.raises(ValueError, match=message):
         safe_unpickle.read_pickled(path)

@@ -238,7 +238,7 @@ def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_text("x")
-    with pytest.raises(ValueError, match=r"\.txt, \.md, \.jsonl, \.parquet; packed: \.gz, \.zst"):
+    with pytest.raises(ValueError, match=r"\.txt, \.md, \.jsonl, \.parquet; compressed: \.gz, \.zst"):
         find_files(str(tmp_path))
     with pytest.raises(ValueError, match=r"a\.docx .*\.jsonl"):
         find_files(str(tmp_path / "a.docx"))

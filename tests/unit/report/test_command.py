@@ -32,7 +32,7 @@ def test_report_compares_several_runs(here):
     "options, message",
     [
         ({"runs": ("nigth",)}, "runs/night"),
-        ({"runs": ()}, "name the run"),
+        ({"runs": ()}, "name a run"),
         ({"runs": ("night",), "out": "runs"}, "--out=runs"),
     ],
 )
