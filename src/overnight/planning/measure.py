@@ -39,18 +39,24 @@ SAMPLED_TOKENS = 32
 WRITTEN_BYTES = 64_000_000
 
 
+class MeasuredMemory(NamedTuple):
+    """Memory of one process; None where it is unknown."""
+
+    process_memory_bytes: int = 0
+    """Memory of the process before the model was built; 0 on a GPU, where only tensors are counted."""
+    peak_memory_bytes: int | None = None
+    """Peak in training; on a CPU that of the whole process, mainly torch and its libraries."""
+    evaluation_peak_memory_bytes: int | None = None
+    """Peak in training and evaluation."""
+
+
 class Measurement(NamedTuple):
     """Measurements of one process."""
 
     costs: CostRange
     resolved: Resolved
     """The resolved recipe, with the micro-batch size that fitted."""
-    process_memory_bytes: int
-    """Memory of the process before the model was built; 0 on a GPU, where only tensors are counted."""
-    peak_memory_bytes: int | None
-    """Peak in training; on a CPU that of the whole process. None where it is unknown."""
-    evaluation_peak_memory_bytes: int | None
-    """Peak in training and evaluation."""
+    memory: MeasuredMemory
 
 
 def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -> Measurement | None:
@@ -97,9 +103,7 @@ def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -
     return Measurement(
         costs=cost_quartiles(parts, times, micro_batches),
         resolved=resolved,
-        process_memory_bytes=process_memory,
-        peak_memory_bytes=trained_peak,
-        evaluation_peak_memory_bytes=peak_memory_bytes(device),
+        memory=MeasuredMemory(process_memory, trained_peak, peak_memory_bytes(device)),
     )
 
 

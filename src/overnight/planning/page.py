@@ -26,14 +26,17 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     """Every figure by name; null where it is unknown."""
     layout, resolved, counts, disk = plan.layout, plan.resolved, plan.counts, plan.disk_bytes
     same = ("device_name", "assumption", "fits", "device_memory_bytes", "needed_bytes", "load_average")
-    measured = ("peak_memory_bytes", "evaluation_peak_memory_bytes", "disk_free_bytes")
+    measured = plan.measured._asdict()
+    process_memory = measured.pop("process_memory_bytes")
     found = {
         "recipe": plan.name,
         "parameters": resolved.model.parameter_count(),
         "measured": plan.assumption is None,
         **dataclasses.asdict(resolved.recipe.compute),
-        **{name: getattr(plan, name) for name in (*same, *measured)},
-        "needed_bytes_by_use": {**dataclasses.asdict(plan.memory), "process": plan.process_memory_bytes},
+        **{name: getattr(plan, name) for name in same},
+        **measured,
+        "disk_free_bytes": plan.disk_free_bytes,
+        "needed_bytes_by_use": {**dataclasses.asdict(plan.memory), "process": process_memory},
         "ways_out": [option._asdict() for option in plan.fit_options],
         "fits_in_processes": plan.fit_in_processes and plan.fit_in_processes.options,
         "micro_batch_size": resolved.plan.micro_batch_size,

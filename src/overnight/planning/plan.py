@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cached_property
 
 from overnight.hardware import measure_matmul_flops, native_precision
 from overnight.planning import measure
 from overnight.planning.estimate import (
     FORWARD_SHARE,
     CostRange,
-    Forecast,
     RunCounts,
     StepCost,
     TokenCounts,
     count_run,
-    forecast_run,
     possible_micro_batches,
     predict_disk,
+    predict_seconds,
 )
 from overnight.planning.network import (
     OVERLAP,
@@ -57,8 +58,31 @@ CPU_SHARE_OF_MATMUL = 0.85  # 88 to 92% were measured for GPT-2 124M
 
 
 @dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Speed, duration and price of a run, under the names of the JSON output."""
+
+    tokens_per_second: float
+    """Tokens per second of the steps alone."""
+    tokens_per_second_range: tuple[float, float]
+    """(slow, fast)."""
+    step_seconds: float
+    micro_batch_seconds: float
+    update_seconds: float
+    mfu: float | None
+    """Model FLOPs utilization; None if the device's peak is not published."""
+    seconds_by_use: dict[str, float]
+    seconds: float
+    seconds_range: tuple[float, float]
+    """(fast, slow)."""
+    ends_at: str | None
+    """ISO time at which a run that starts now ends; None beyond datetime's range."""
+    dollars: float | None
+    dollars_per_billion_tokens: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The resolved recipe, its machine, and the figures of the plan."""
+    """The resolved recipe, its machine, and what was found there; all other figures follow from these."""
 
     name: str
     """The recipe's name, as the user gave it."""
@@ -89,16 +113,9 @@ class Plan:
     """The largest published model that fits, and its bytes, if this one does not."""
     assumption: str | None
     """What an estimate is based on; None if the machine was measured."""
-    process_memory_bytes: int = 0
-    """Other memory of a process on a CPU, mainly torch and its libraries."""
-    peak_memory_bytes: int | None = None
-    """Measured peak in training."""
-    evaluation_peak_memory_bytes: int | None = None
-    """Measured peak in training and evaluation."""
-    forecast: Forecast | None = None
-    """Speed and duration; None if no speed was measured or assumed."""
-    communication: Communication | None = None
-    """Communication of a step; None for a single process, and if it is unknown."""
+    measured: measure.MeasuredMemory = measure.MeasuredMemory()
+    costs: CostRange | None = None
+    """Measured or assumed costs of one process; None if there are none."""
 
     @property
     def counts(self) -> RunCounts:
@@ -114,7 +131,7 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """Estimated memory of one process."""
-        return self.memory.together + self.process_memory_bytes
+        return self.memory.together + self.measured.process_memory_bytes
 
     @property
     def micro_batches(self) -> int:
@@ -133,30 +150,60 @@ class Plan:
             use: count for use, count in self.disk_bytes.items() if use != "shards" or not self.text.folder
         }
 
+    @cached_property
+    def forecast(self) -> Forecast | None:
+        """Speed and duration; None if no speed was measured or assumed."""
+        return None if self.costs is None else self.forecast_with(self.costs)
 
-def forecast(plan: Plan, costs: CostRange) -> Forecast:
-    """Speed, duration and price, from the costs of one process."""
-    layout, model = plan.layout, plan.resolved.model
-    scaled = [scale_cost(layout, model, cost, overlap) for cost, overlap in zip(costs, OVERLAP, strict=True)]
-    peak = plan.peak_flops and plan.peak_flops * layout.processes
-    return forecast_run(plan.resolved, plan.counts, scaled, peak, plan.dollars_per_hour)
+    def forecast_with(self, costs: CostRange) -> Forecast:
+        """Speed and duration, from the costs of one process."""
+        layout, resolved, counts, batch = self.layout, self.resolved, self.counts, self.resolved.recipe.batch
+        costs = [
+            scale_cost(layout, resolved.model, cost, overlap)
+            for cost, overlap in zip(costs, OVERLAP, strict=True)
+        ]
+        fast, likely, slow = (batch.tokens_per_step / cost.step(self.micro_batches) for cost in costs)
+        shortest, seconds, longest = (sum(predict_seconds(counts, cost).values()) for cost in costs)
+        peak_flops = self.peak_flops and self.peak_flops * layout.processes
+        dollars = None if self.dollars_per_hour is None else seconds / 3600 * self.dollars_per_hour
+        return Forecast(
+            tokens_per_second=likely,
+            tokens_per_second_range=(slow, fast),
+            step_seconds=costs[1].step(self.micro_batches),
+            micro_batch_seconds=costs[1].micro_batch,
+            update_seconds=costs[1].update,
+            mfu=likely * resolved.model.flops_per_token() / peak_flops if peak_flops else None,
+            seconds_by_use=predict_seconds(counts, costs[1]),
+            seconds=seconds,
+            seconds_range=(shortest, longest),
+            ends_at=time_after(seconds),
+            dollars=dollars,
+            dollars_per_billion_tokens=None if dollars is None else dollars / counts.tokens * 1e9,
+        )
+
+    @cached_property
+    def communication(self) -> Communication | None:
+        """Communication of a step; None for a single process, and if it is unknown."""
+        if self.costs is None:
+            return None
+        memory_bytes = self.device_memory_bytes or 0
+        return predict_communication(self.layout, self.resolved, self.costs[1], memory_bytes)
 
 
-def with_costs(plan: Plan, costs: CostRange) -> Plan:
-    """The plan with its forecast and its communication, from the costs of one process."""
-    memory_bytes = plan.device_memory_bytes or 0
-    return dataclasses.replace(
-        plan,
-        forecast=forecast(plan, costs),
-        communication=predict_communication(plan.layout, plan.resolved, costs[1], memory_bytes),
-    )
+def time_after(seconds: float) -> str | None:
+    """The ISO time in `seconds` from now; None beyond datetime's range."""
+    try:
+        return (datetime.now().astimezone() + timedelta(seconds=seconds)).isoformat(timespec="seconds")
+    except OverflowError:
+        return None
 
 
 def with_assumed_costs(plan: Plan) -> Plan:
     """The plan with what follows from an assumed MFU; without it if the device's peak is not published."""
     if plan.peak_flops is None:
         return plan
-    return with_costs(plan, [assumed_cost(plan.resolved, plan.peak_flops * share) for share in ASSUMED_MFU])
+    costs = [assumed_cost(plan.resolved, plan.peak_flops * share) for share in ASSUMED_MFU]
+    return dataclasses.replace(plan, costs=costs)
 
 
 def with_measured_costs(plan: Plan, seconds: float) -> Plan:
@@ -172,15 +219,10 @@ def with_measured_costs(plan: Plan, seconds: float) -> Plan:
     found = measure.measure_step_costs(resolved, seconds, layout.processes)
     if found is None:
         return with_fit_options(plan)
-    has_whole_model = layout.sharding == "none"  # otherwise one of several processes needs less than measured
-    measured = dataclasses.replace(
-        plan,
-        resolved=found.resolved,
-        process_memory_bytes=found.process_memory_bytes,
-        peak_memory_bytes=found.peak_memory_bytes if has_whole_model else None,
-        evaluation_peak_memory_bytes=found.evaluation_peak_memory_bytes if has_whole_model else None,
-    )
-    return with_costs(measured, found.costs)
+    memory = found.memory
+    if layout.sharding != "none":  # one of several processes needs less than measured
+        memory = measure.MeasuredMemory(memory.process_memory_bytes)
+    return dataclasses.replace(plan, resolved=found.resolved, measured=memory, costs=found.costs)
 
 
 def assumed_cost(resolved: Resolved, flops: float) -> StepCost:
@@ -247,10 +289,10 @@ def quick_forecast(plan: Plan) -> tuple[float, str]:
         eager = dataclasses.replace(resolved, compute=dataclasses.replace(resolved.compute, compile=False))
         found = measure.measure_step_costs(eager, QUICK_SECONDS, plan.layout.processes)
         if found is not None:
-            return forecast(plan, found.costs).seconds, "from a few steps, not compiled"
+            return plan.forecast_with(found.costs).seconds, "from a few steps, not compiled"
     share = CPU_SHARE_OF_MATMUL if device == "cpu" else max(ASSUMED_MFU)
     cost = assumed_cost(resolved, share * flops)
     basis = f"at {share:.0%} of the speed of a matrix product"
     if not native:
         basis = f"or more: {precision} is emulated here"
-    return forecast(plan, [cost] * 3).seconds, basis
+    return plan.forecast_with([cost] * 3).seconds, basis

@@ -135,10 +135,11 @@ def two_gpus(pretend_machine: PretendMachine, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def made_up_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The measurement takes no time and always finds the same."""
+    memory = measure.MeasuredMemory(0, 40 * GB, 41 * GB)
     monkeypatch.setattr(
         measure,
         "measure_step_costs",
-        lambda resolved, *_: measure.Measurement([COST] * 3, resolved, 0, 40 * GB, 41 * GB),
+        lambda resolved, *_: measure.Measurement([COST] * 3, resolved, memory),
     )
 
 
