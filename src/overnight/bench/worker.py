@@ -155,6 +155,7 @@ def time_steps(step: Callable[[], StepResult], device: str) -> TimedSteps:
 def serve(file_descriptor: int) -> None:
     """Answer requests until the other end is closed. An out-of-memory error is sent as the last answer."""
     connection = Connection(file_descriptor)
+    os.set_inheritable(file_descriptor, False)  # in a process started by this one it would stay open
     task: StepTask = connection.recv()
     device = open_world(task.compute.device).device
     try:
@@ -175,6 +176,7 @@ class StepWorker:
         self.name, self.task = name, task
         self._log = folder / f"{name}.log"
         self._connection, theirs = Pipe()
+        self._connection.send(task)
         with self._log.open("wb") as log, theirs:
             self._process = subprocess.Popen(
                 # -P: no module of the current folder is imported
@@ -186,7 +188,6 @@ class StepWorker:
                 env=environment_of_process(large_pages=task.large_pages),
                 start_new_session=True,
             )
-        self._connection.send(task)
 
     @property
     def pid(self) -> int:

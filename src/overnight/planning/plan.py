@@ -114,6 +114,7 @@ class Plan:
     assumption: str | None
     """What an estimate is based on; None if the machine was measured."""
     measured: measure.MeasuredMemory = measure.MeasuredMemory()
+    """What one process took here, if it was measured."""
     costs: CostRange | None = None
     """Measured or assumed costs of one process; None if there are none."""
 
