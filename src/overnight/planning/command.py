@@ -36,7 +36,7 @@ from overnight.recipe_options import list_options, plain_recipe
 from overnight.run.setup import resolve
 from overnight.terminal import echo
 from overnight.training import Compute
-from overnight.training.compute import resolve_compute
+from overnight.training.compute import complete_compute, resolve_compute
 from overnight.training.memory import Resources, fits_into
 
 UNKNOWN = Device("unknown", r"(?!)", DeviceFacts())
@@ -144,20 +144,10 @@ def published_target(config: PlanConfig) -> Target:
             f"precision={precision}: {device.name} has no hardware for it; choose {device.facts.native}"
         )
     is_apple = device.facts.memory_bytes is None
-    compute = Compute(
-        device="mps" if is_apple else "cuda",
-        precision=precision,
-        compile=not is_apple if asked.compile is None else asked.compile,
-        attention=asked.attention or "fused",
-        loss=asked.loss or "full",
-        activation_checkpointing=asked.activation_checkpointing,
-        sharding=asked.sharding or "none",
-        deterministic_reduce=asked.deterministic_reduce,
-    )
     return Target(
         device=device,
         device_name=device.name,
-        compute=compute,
+        compute=complete_compute(asked, "mps" if is_apple else "cuda", precision, compiles=not is_apple),
         processes=int(asked.processes or 1),
         memory_bytes=device.facts.memory_bytes,
     )
