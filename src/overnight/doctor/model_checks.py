@@ -14,8 +14,7 @@ from torch import Tensor
 
 from overnight.data.loader import Batch
 from overnight.doctor.check import CheckResult, skipped
-from overnight.doctor.context import DoctorContext
-from overnight.doctor.tiny_run import step_batch
+from overnight.doctor.context import DoctorContext, step_batch
 from overnight.generation import SamplingConfig, generate
 from overnight.model.gpt import GPT, eval_mode
 from overnight.training import step as step_module
@@ -210,7 +209,13 @@ def check_saving(context: DoctorContext) -> CheckResult:
         step_module.train_step(run.state, run.training)
     written = save.save_checkpoint(run.state, context.scratch / "checkpoints")
     load.load_checkpoint(loaded, written)
-    faults = _compare_states(run.state, loaded)
+    saved, restored = _contents_of(run.state), _contents_of(loaded)
+    faults = [f"{name} is lost" for name in saved if name not in restored]
+    faults += [
+        f"{name} differs by {(restored[name] - value).abs().max():.1e}"
+        for name, value in saved.items()
+        if name in restored and not torch.equal(restored[name], value)
+    ]
     parameters = len(list(loaded.model.parameters()))
     return CheckResult(
         passed=not faults,
@@ -222,23 +227,14 @@ def check_saving(context: DoctorContext) -> CheckResult:
     )
 
 
-def _compare_states(saved: TrainState, loaded: TrainState) -> list[str]:
-    """The differences, as text."""
-    faults = []
-    if saved.step != loaded.step:
-        faults.append(f"the step is {loaded.step} instead of {saved.step}")
-    others = dict(loaded.model.named_parameters())
-    for name, weight in saved.model.named_parameters():
-        if not torch.equal(weight, others[name]):
-            off = (weight - others[name]).detach().abs().max().item()
-            faults.append(f"the weights {name} differ by {off:.1e}")
-        after = loaded.optimizer.state.get(others[name], {})
-        for moment, value in saved.optimizer.state[weight].items():
-            if moment not in after:
-                faults.append(f"{name} has lost AdamW's {moment}")
-            elif not torch.equal(torch.as_tensor(value), torch.as_tensor(after[moment])):
-                faults.append(f"AdamW's {moment} of {name} differs")
-    return faults
+def _contents_of(state: TrainState) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds, by its name in messages."""
+    found = {"the step": torch.tensor(state.step)}
+    for name, weight in state.model.named_parameters():
+        found[f"the weight {name}"] = weight.detach()
+        for moment, value in state.optimizer.state.get(weight, {}).items():
+            found[f"AdamW's {moment} of {name}"] = torch.as_tensor(value)
+    return found
 
 
 @torch.no_grad()

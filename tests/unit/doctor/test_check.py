@@ -20,20 +20,17 @@ FAILED = CheckResult(
 SKIPPED = replace(skipped("none"), name="c")
 
 
-def test_error_without_message_is_named_and_interruption_is_no_failure() -> None:
-    def fail() -> CheckResult:
+def test_error_without_message_is_named_and_interruption_is_no_failure():
+    def fail(error):
         raise error
 
-    error: BaseException = MemoryError()
-    result = run_check("loss", fail)
-    assert result.passed is False
-    assert result.cause.endswith("MemoryError")
-    error = KeyboardInterrupt()
+    result = run_check("loss", lambda: fail(MemoryError()))
+    assert (result.passed, result.cause.rpartition(" ")[2]) == (False, "MemoryError")
     with pytest.raises(KeyboardInterrupt):
-        run_check("loss", fail)
+        run_check("loss", lambda: fail(KeyboardInterrupt()))
 
 
-def test_lines_have_at_most_80_columns() -> None:
+def test_lines_have_at_most_80_columns():
     lines = describe_check(FAILED)
     assert all(len(line) <= 80 for line in lines)
     assert " ".join(" ".join(lines).split()).endswith(" ".join(FAILED.cause.split()))
@@ -41,10 +38,9 @@ def test_lines_have_at_most_80_columns() -> None:
     assert SKIPPED.cause in " ".join(describe_check(SKIPPED))
 
 
-def test_json_has_causes_of_failures_and_skips_only() -> None:
-    results = [PASSED, FAILED, SKIPPED]
-    found = json.loads(json.dumps(checks_to_json("mine", results, 3.0), allow_nan=False))
+def test_json_has_causes_of_failures_and_skips_only():
+    found = json.loads(json.dumps(checks_to_json("mine", [PASSED, FAILED, SKIPPED], 3.0), allow_nan=False))
     assert found["passed"] is False
     assert [check["cause"] for check in found["checks"]] == ["", FAILED.cause, "none"]
     assert found["checks"][1]["figures"] == {"loss": None, "steps": 3}
-    assert checks_to_json("mine", results[::2], 3.0)["passed"] is True
+    assert checks_to_json("mine", [PASSED, SKIPPED], 3.0)["passed"] is True
