@@ -17,23 +17,25 @@ import torch.nn.functional as F
 
 from overnight.baselines.band import columns_of, find_band
 from overnight.baselines.verdict import compare_with_band
-from overnight.data import DataConfig
 from overnight.data.loader import Batch, TokenStream
-from overnight.model.model_config import ModelConfig
 from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, flatten, read_recipe_of
+from overnight.recipe import Recipe, flatten, read_recipe_of, with_settings
 from overnight.run import log, setup
 from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
 from overnight.runs.status import describe_run
-from overnight.training import ComputeConfig, OptimizerConfig, schedule
+from overnight.training import schedule
 from overnight.training import step as step_module
-from overnight.training.batch import BatchConfig
-from overnight.training.schedule import ScheduleConfig
 
-STEPS, ROWS, MICRO_BATCHES, CONTEXT = 128, 32, 2, 32
-SEEDS = (1, 2, 3, 4)
+MICRO_BATCHES = 2
+SETTINGS = {
+    **{"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 32},
+    **{"total_steps": 128, "warmup_steps": 10, "peak_learning_rate": 8e-3},
+    **{"tokens_per_step": 32 * 32, "micro_batch_size": 32 // MICRO_BATCHES},
+    **{"device": "cpu", "precision": "fp32", "compile": False},
+    **{"evaluate_every_steps": 32, "evaluation_tokens": 4096, "checkpoint_every_steps": None},
+}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -63,18 +65,7 @@ def train(text):
     """`train(seed, folder)`: the directory of a run that takes a second."""
 
     def train(seed, folder):
-        recipe = Recipe(
-            run_name="tiny",
-            seed=seed,
-            data=DataConfig(data=str(text)),
-            model=ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=CONTEXT),
-            optimizer=OptimizerConfig(peak_learning_rate=8e-3),
-            schedule=ScheduleConfig(total_steps=STEPS, warmup_steps=10),
-            batch=BatchConfig(tokens_per_step=ROWS * CONTEXT, micro_batch_size=ROWS // MICRO_BATCHES),
-            compute=ComputeConfig(device="cpu", precision="fp32", compile=False),
-            evaluation=EvaluationConfig(evaluate_every_steps=32, evaluation_tokens=4096),
-            checkpoints=CheckpointsConfig(checkpoint_every_steps=None),
-        )
+        recipe = with_settings(Recipe(run_name="tiny"), seed=seed, data=text, **SETTINGS)
         directory = RunDirectory(folder)
         train_module.train_recipe(recipe, directory)
         return directory
@@ -86,7 +77,7 @@ def train(text):
 def healthy(train, tmp_path_factory):
     """A run of each seed."""
     root = tmp_path_factory.mktemp("healthy")
-    return {seed: train(seed, root / str(seed)) for seed in SEEDS}
+    return {seed: train(seed, root / str(seed)) for seed in (1, 2, 3, 4)}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,16 +127,14 @@ def check_causality(context: DoctorContext) -> CheckResult:
     )
 
 
-class RepeatedRow:
-    """The beginning of one row, for any requested row."""
+class RepeatedRow(NamedTuple):
+    """A row that is read whatever row is requested."""
 
-    def __init__(self, row: Batch) -> None:
-        self._row = Batch(row.ids[:, :OVERFIT_TOKENS], row.targets[:, :OVERFIT_TOKENS])
-        self.tokens = self._row.ids.shape[1]
+    row: Batch
 
     def batch(self, _first_row: int, _rows: int) -> Batch:
         """Always the same row."""
-        return self._row
+        return self.row
 
 
 def check_overfit(context: DoctorContext) -> CheckResult:
@@ -144,12 +143,13 @@ def check_overfit(context: DoctorContext) -> CheckResult:
     Uses a learning rate for small models; 23 to 55 steps were enough for 16 to 128 channels.
     """
     run = context.build()
-    row = RepeatedRow(run.training.data.batch(0, 1))
-    plan = constant_plan(row.tokens, micro_batch_size=1)
+    row = run.training.data.batch(0, 1)
+    row = Batch(row.ids[:, :OVERFIT_TOKENS], row.targets[:, :OVERFIT_TOKENS])
+    plan = constant_plan(row.ids.shape[1], micro_batch_size=1)
     constant = ScheduleConfig(total_steps=OVERFIT_STEPS, learning_rate_decay="constant")
     rate = min(1e-2, 0.4 / run.state.model.config.n_embd)
     schedule = Schedule(constant, rate, plan, OVERFIT_STEPS)
-    training = dataclasses.replace(run.training, data=row, plan=plan, schedule=schedule)
+    training = dataclasses.replace(run.training, data=RepeatedRow(row), plan=plan, schedule=schedule)
     losses: list[float] = []
     for _ in range(OVERFIT_STEPS):
         losses.append(step_module.train_step(run.state, training).loss)

@@ -20,14 +20,24 @@ FAILED = CheckResult(
 SKIPPED = replace(skipped("none"), name="c")
 
 
-def test_error_without_message_is_named_and_interruption_is_no_failure():
-    def fail(error):
+@pytest.mark.parametrize(
+    "error, words",
+    [(MemoryError(), "MemoryError"), (RuntimeError("the disk said no\nand no"), "the disk said no and no")],
+)
+def test_check_that_raises_has_failed(error, words):
+    def fail():
         raise error
 
-    result = run_check("loss", lambda: fail(MemoryError()))
-    assert (result.passed, result.cause.rpartition(" ")[2]) == (False, "MemoryError")
+    result = run_check("loss", fail)
+    assert (result.passed, result.cause) == (False, f"it raised an error, as a run would: {words}")
+
+
+def test_interruption_is_no_failure():
+    def interrupt():
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        run_check("loss", lambda: fail(KeyboardInterrupt()))
+        run_check("loss", interrupt)
 
 
 def test_lines_have_at_most_80_columns():
