@@ -112,10 +112,6 @@ class DoctorContext:
         made_up = prepare_made_up_text(self.scratch / "made-up")
         return shrink(self.recipe, self.sizes, made_up, self.world, "a made-up text")
 
-    def build(self, **compute: object) -> RunSetup:
-        """A new tiny run with these fields of ComputeConfig changed."""
-        return self.tiny_run.build(**compute)
-
     @cached_property
     def plan(self) -> Plan:
         """The plan of the whole run."""

@@ -214,7 +214,7 @@ def check_contamination(folder: Path, manifest: Manifest, config: DoctorConfig) 
 
 def check_rows(context: DoctorContext) -> CheckResult:
     """The rows of a step: each target is the next id, and rows are the same each time they are read."""
-    run = context.build()
+    run = context.tiny_run.build()
     plan, data = run.training.plan, run.training.data
     rows = plan.micro_batch_size * plan.micro_batches(0)
     first, again, other = data.batch(0, rows), data.batch(0, rows), data.batch(rows, rows)

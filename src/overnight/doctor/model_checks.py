@@ -40,7 +40,7 @@ def check_initial_loss(context: DoctorContext) -> CheckResult:
     embedding, N(0, 0.02), has variance s^2 = 0.02^2 C. The logits are nearly normal: the mean of their
     log-sum-exp is ln V + s^2 / 2, and that of the target's logit is 0.
     """
-    run = context.build()
+    run = context.tiny_run.build()
     model, batch = run.state.model, step_batch(run)
     with torch.no_grad():
         loss = run.training.loss(batch.ids, batch.targets).item() / batch.targets.numel()
@@ -65,7 +65,7 @@ def check_initial_loss(context: DoctorContext) -> CheckResult:
 
 def check_gradients(context: DoctorContext) -> CheckResult:
     """Every parameter gets a gradient that is finite and not zero, and is updated by the optimizer."""
-    run = context.build()
+    run = context.tiny_run.build()
     batch = step_batch(run)
     run.training.loss(batch.ids, batch.targets).backward()  # type: ignore[no-untyped-call]
     updated = {id(each) for group in run.state.optimizer.param_groups for each in group["params"]}
@@ -102,7 +102,7 @@ def _gradient_fault(parameter: Tensor, *, is_updated: bool) -> str:
 
 def check_causality(context: DoctorContext) -> CheckResult:
     """Changing an id changes no logit before it, and all logits from there on."""
-    run = context.build()
+    run = context.tiny_run.build()
     model = run.state.model
     ids_T = run.training.data.batch(0, 1).ids[0].tolist()
     position = len(ids_T) // 2
@@ -142,7 +142,7 @@ def check_overfit(context: DoctorContext) -> CheckResult:
 
     Uses a learning rate for small models; 23 to 55 steps were enough for 16 to 128 channels.
     """
-    run = context.build()
+    run = context.tiny_run.build()
     row = run.training.data.batch(0, 1)
     row = Batch(row.ids[:, :OVERFIT_TOKENS], row.targets[:, :OVERFIT_TOKENS])
     plan = constant_plan(row.ids.shape[1], micro_batch_size=1)
@@ -171,7 +171,7 @@ def check_generation(context: DoctorContext) -> CheckResult:
 
     Two prompts of different lengths, so that one is padded, to the end of the context.
     """
-    run = context.build()
+    run = context.tiny_run.build()
     model = run.state.model
     T = model.config.context_length
     ids_T = run.training.data.batch(0, 1).ids[0].tolist()
@@ -204,7 +204,7 @@ def _logits(model: GPT, ids_T: list[int]) -> Tensor:
 
 def check_saving(context: DoctorContext) -> CheckResult:
     """A checkpoint loaded into another state gives bitwise equal weights, moments and step."""
-    run, loaded = context.build(), context.build().state
+    run, loaded = context.tiny_run.build(), context.tiny_run.build().state
     for _ in range(SAVED_STEPS):
         step_module.train_step(run.state, run.training)
     written = save.save_checkpoint(run.state, context.scratch / "checkpoints")

@@ -73,7 +73,7 @@ class MeasuredStep(NamedTuple):
 
 def check_accumulation(context: DoctorContext) -> CheckResult:
     """A step in micro-batches equals the step in one, and both have the gradient of the mean loss."""
-    parts, whole, by_hand = (context.build() for _ in range(3))
+    parts, whole, by_hand = (context.tiny_run.build() for _ in range(3))
     plan = parts.training.plan
     count = plan.micro_batches(0)
     at_once = constant_plan(plan.tokens_per_row, count * plan.micro_batch_size)
@@ -129,8 +129,9 @@ def _compare_with_plain(
     context: DoctorContext, compute: Mapping[str, object], precision: str, cause: str
 ) -> CheckResult:
     """A step with these fields of ComputeConfig has the loss and the gradient of one in plain float32."""
-    found = measure_pass(context.build(**compute))  # before the next is built, which sets torch's precision
-    expected = measure_pass(context.build())
+    # Measured before the next is built: building sets torch's precision of float32 products.
+    found = measure_pass(context.tiny_run.build(**compute))
+    expected = measure_pass(context.tiny_run.build())
     bounds = dict(zip(("loss", "gradient"), TOLERANCES[precision], strict=True))
     off = compare_steps(found, expected)
     return CheckResult(

@@ -24,10 +24,12 @@ def test_step_is_measured_before_the_next_is_built(monkeypatch):
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
     monkeypatch.setattr(step_checks, "measure_pass", measure)
-    recipe = SimpleNamespace(compute=SimpleNamespace(precision="tf32"))
-    assert check_precision(
-        SimpleNamespace(recipe=recipe, world=SimpleNamespace(device="cpu"), build=build)
-    ).passed
+    context = SimpleNamespace(
+        recipe=SimpleNamespace(compute=SimpleNamespace(precision="tf32")),
+        world=SimpleNamespace(device="cpu"),
+        tiny_run=SimpleNamespace(build=build),
+    )
+    assert check_precision(context).passed
     assert measured == ["high", "highest"]
 
 
