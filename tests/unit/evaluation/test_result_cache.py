@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from overnight.distributed.world import World
-from overnight.evaluation import result_cache
+from overnight.evaluation import tasks
 from overnight.evaluation.multiple_choice import Choice
 from overnight.evaluation.passages import Passage
-from overnight.evaluation.result_cache import cache_key, evaluate_missing
 from overnight.evaluation.scores import Numbers
+from overnight.evaluation.tasks import cache_key, evaluate_cached
 from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
+from overnight.run_directory import cache_folder
+from overnight.tokenizer.bpe import BytePair
 
 EXAMPLES = [Passage([number, 1], 1) for number in range(6)]
+TOKENIZER = BytePair([])
 RESULTS = {index: (float(index), 0.0) for index in range(6)}
 
 
@@ -28,7 +31,7 @@ def build(seed: int) -> GPT:
     return model
 
 
-def test_other_number_of_processes_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_number_of_processes_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     """An example's result is its first id here."""
     count = 0
 
@@ -38,17 +41,23 @@ def test_other_number_of_processes_continues(tmp_path: Path, monkeypatch: pytest
             count += 1
             yield index, (float(examples[index].ids[0]), 0.0)
 
-    monkeypatch.setattr(result_cache, "evaluate_task", evaluate_task)
+    monkeypatch.setattr(tasks, "evaluate_task", evaluate_task)
+    monkeypatch.setattr(tasks, "gather_results", lambda own, _: dict(own))
     monkeypatch.setattr(World, "barrier", lambda _: None)
-    (tmp_path / "0.jsonl").write_text("[0, [0.0, 0.0]]\n[3, [3.0, 0.0]]\n")
-    (tmp_path / "1.jsonl").write_text("[5, [5.0, 0.0]]\n[1, [1.0")  # interrupted
-    model = build(0)
-    assert dict(evaluate_missing(tmp_path, model, EXAMPLES, "fp32")) == RESULTS
+    model, task = build(0), SimpleNamespace(name="task", encode=lambda *_: EXAMPLES)
+    folder = cache_folder() / "judged" / cache_key(model, EXAMPLES, "fp32")
+    folder.mkdir(parents=True)
+    (folder / "0.jsonl").write_text("[0, [0.0, 0.0]]\n[3, [3.0, 0.0]]\n")
+    (folder / "1.jsonl").write_text("[5, [5.0, 0.0]]\n[1, [1.0")  # interrupted
+    found = [
+        evaluate_cached(task, model, TOKENIZER, "fp32", World(rank, 2, "cpu")).numbers  # type: ignore[arg-type]
+        for rank in (1, 0)
+    ]
+    assert found == [{4: RESULTS[4], 2: RESULTS[2], 1: RESULTS[1]}, RESULTS], (
+        "the first one adds what is cached"
+    )
     assert count == 3
-    worlds = World(0, 2, "cpu"), World(1, 2, "cpu")
-    found = [dict(evaluate_missing(tmp_path, model, EXAMPLES, "fp32", world)) for world in worlds]
-    assert found == [RESULTS, {}]  # the first process yields what is cached
-    assert count == 3
+    assert not folder.exists()
 
 
 def test_cache_key_covers_everything_that_decides_results() -> None:
