@@ -32,9 +32,7 @@ from overnight.tokenizer.tokenizer import Tokenizer
 from overnight.training.compute import autocast
 
 DEFAULT_NEW_TOKENS = 256  # of the harness's own HFLM, for a task that does not set it
-GENERATION_SETTINGS = frozenset(
-    {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "num_beams"}
-)
+GENERATION_SETTINGS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"})
 TOKENS_AT_ONCE = 8192  # prompts and completions together: 600 MB for GPT-2 124M
 EMPTY_SPAN = SpanResult(0.0, True)
 
@@ -108,12 +106,11 @@ def parse_request(settings: Mapping[str, Any]) -> tuple[Decoding, tuple[str, ...
     from lm_eval.models.utils import normalize_gen_kwargs
 
     values = dict(normalize_gen_kwargs(dict(settings), DEFAULT_NEW_TOKENS))
-    unsupported = [f"{name}={value}" for name, value in values.items() if name not in GENERATION_SETTINGS]
-    if values.get("num_beams", 1) != 1:
-        unsupported.append(f"num_beams={values['num_beams']}")
+    others = {name: value for name, value in values.items() if name not in GENERATION_SETTINGS}
+    unsupported = [f"{name}={value}" for name, value in others.items() if (name, value) != ("num_beams", 1)]
     if unsupported:
         raise ValueError(
-            f"a task of lm-eval uses generation settings {', '.join(unsupported)}that are not supported"
+            f"a task of lm-eval uses generation settings {', '.join(unsupported)} that are not supported"
         )
     sampling = SamplingConfig(temperature=0.0)
     if values["do_sample"]:
