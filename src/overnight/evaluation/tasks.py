@@ -32,18 +32,9 @@ from overnight.evaluation.choice_tasks import (
     read_questions,
 )
 from overnight.evaluation.multiple_choice import Choice, evaluate_choices
-from overnight.evaluation.passages import Passage, evaluate_passages, gather_results
+from overnight.evaluation.passages import Passage, cut_windows, evaluate_passages, gather_results
 from overnight.evaluation.scores import Example, Numbers, Score, TaskResult, score_accuracy, score_text
-from overnight.evaluation.text_tasks import (
-    CLOZE_TASKS,
-    TEXT_TASKS,
-    Cloze,
-    ClozeTask,
-    EvaluationText,
-    TextTask,
-    encode_cloze,
-    encode_text,
-)
+from overnight.evaluation.text_tasks import TEXT_TASKS, EvaluationText, TextTask
 from overnight.model.gpt import GPT
 from overnight.run_directory import cache_folder, write_atomically
 from overnight.terminal import echo, progress
@@ -53,7 +44,7 @@ EXAMPLE_CHARACTERS = 1000  # characters of a text that count as one example
 
 VALIDATION = "validation"
 HARNESS = "lm-eval:"
-TASKS: tuple[str, ...] = (*CHOICE_TASKS, *CLOZE_TASKS, *TEXT_TASKS)
+TASKS: tuple[str, ...] = (*CHOICE_TASKS, *TEXT_TASKS)
 
 
 @dataclass(frozen=True)
@@ -90,8 +81,8 @@ def split_names(tasks: Sequence[str]) -> TaskNames:
 class Task:
     """A task whose file has been read."""
 
-    row: ChoiceTask | ClozeTask | TextTask
-    content: Sequence[Question | Cloze] | EvaluationText
+    row: ChoiceTask | TextTask
+    content: Sequence[Question] | EvaluationText
     stride: int | None = None
     """New ids of each window of a text; a whole context if None."""
 
@@ -103,27 +94,22 @@ class Task:
     def encode(self, tokenizer: Tokenizer, context_length: int) -> list[Example]:
         """The examples as ids. Raises ValueError for one that does not fit the context."""
         if isinstance(self.content, EvaluationText):
-            return [*encode_text(self.content.text, tokenizer, context_length, self.stride)]
-        return [
-            encode_question(each, tokenizer)
-            if isinstance(each, Question)
-            else encode_cloze(each, tokenizer, context_length)
-            for each in self.content
-        ]
+            ids = [tokenizer.end_of_text, *tokenizer.encode(self.content.text)]
+            return [*cut_windows(ids, context_length, self.stride)]
+        return [encode_question(each, tokenizer, context_length) for each in self.content]
 
     def score(self, results: Sequence[TaskResult]) -> list[Score]:
         """Every metric of the model's result, compared with the baseline's if there is a second one."""
-        if isinstance(self.row, ChoiceTask):
-            return [
-                score_accuracy(self.name, metric, "questions", results, self.row.chance)
-                for metric in self.row.metrics
-            ]
-        if isinstance(self.row, TextTask):
-            units = self.content.units() if isinstance(self.content, EvaluationText) else None
-            return score_text(self.name, self.row.metrics, [each.text_loss(units) for each in results])
-        accuracy = score_accuracy(self.name, "accuracy", "passages", results)
-        losses = [each.text_loss(None) for each in results]
-        return [accuracy, *score_text(self.name, ("perplexity_per_word",), losses, "passages")]
+        if isinstance(self.content, EvaluationText):
+            losses = [each.text_loss(self.content.units()) for each in results]
+            return score_text(self.name, self.row.metrics, losses)
+        assert isinstance(self.row, ChoiceTask)
+        kind, chance = f"{self.row.kind}s", self.row.chance
+        scores = [score_accuracy(self.name, metric, kind, results, chance) for metric in self.row.metrics]
+        if self.row.endings == 1:
+            losses = [each.text_loss(None) for each in results]
+            scores += score_text(self.name, ("perplexity_per_word",), losses, kind)
+        return scores
 
 
 def open_task(
@@ -134,14 +120,14 @@ def open_task(
     For a text these are `most` thousand characters; `stride` is the number of new ids in each window of it.
     Raises ValueError for a missing, damaged or empty file.
     """
-    row = CHOICE_TASKS.get(name) or CLOZE_TASKS.get(name) or TEXT_TASKS[name]
+    row = CHOICE_TASKS.get(name) or TEXT_TASKS[name]
     path = find_file(row.file, row.url, folder)
-    content: Sequence[Question | Cloze] | EvaluationText
+    content: Sequence[Question] | EvaluationText
     if isinstance(row, TextTask):
         content = row.read(path, None if most is None else most * EXAMPLE_CHARACTERS)
         is_empty = not content.text.strip()
     else:
-        content = list(read_questions(row, path)) if isinstance(row, ChoiceTask) else row.read(path)
+        content = list(read_questions(row, path))
         is_empty, content = not content, content[:most]
     if is_empty:
         raise ValueError(f"{path} is empty: download it again")

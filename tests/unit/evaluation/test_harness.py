@@ -138,7 +138,7 @@ def test_hellaswag_matches_harness(tmp_path: Path) -> None:
     found = harness_scores(model, TOKENIZER, ["invented"], folder=folder)
     task = CHOICE_TASKS["hellaswag-lm-eval"]
     questions = list(read_questions(task, tmp_path / "invented.jsonl"))
-    choices = [encode_question(question, TOKENIZER) for question in questions]
+    choices = [encode_question(question, TOKENIZER, 640) for question in questions]
     result = TaskResult(choices, [nats for _, nats in sorted(evaluate_choices(model, choices))])
     by_sum, per_character = (
         np.mean(result.correct(f"accuracy_{each}")) for each in ("by_sum", "per_character")
