@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from overnight.jobs import LaunchConfig
-from overnight.jobs.request import JobRequest
+from overnight.jobs.targets import JobRequest
 from overnight.preparation.prepare_commands import JobText
 from overnight.training import ComputeConfig
 

@@ -28,8 +28,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kubeflow.training.api_client import ApiClient
 
-from overnight.jobs.request import JobRequest, join_words, quote, yaml_string
-from overnight.jobs.targets import CPU_INSTANCE, INSTANCES, find_instance, job_file, submit_command
+from overnight.jobs.targets import (
+    CPU_INSTANCE,
+    INSTANCES,
+    JobRequest,
+    find_instance,
+    job_file,
+    join_words,
+    quote,
+    submit_command,
+    yaml_string,
+)
 from overnight.preparation.prepare_commands import JobText
 
 Build = Callable[..., JobRequest]

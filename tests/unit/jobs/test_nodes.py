@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from overnight.jobs.request import JobRequest
-from overnight.jobs.targets import job_file
+from overnight.jobs.targets import JobRequest, job_file
 
 Build = Callable[..., JobRequest]
 Start = Callable[..., subprocess.Popen[str]]

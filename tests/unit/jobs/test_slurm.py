@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from overnight.jobs.request import JobRequest
-from overnight.jobs.targets import job_file
+from overnight.jobs.targets import JobRequest, job_file
 from overnight.preparation.prepare_commands import JobText
 
 Build = Callable[..., JobRequest]
