@@ -213,12 +213,12 @@ def test_stop_string_ends_completion() -> None:
     decoding = Decoding(max_new_tokens=200, sampling=SamplingConfig(top_k=None, temperature=5.0))
     whole, other = complete(MODEL, TOKENIZER, ["abc", "j"], decoding)
     stop = next(each for start in range(3, 9) if (each := whole.text[start : start + 2]) not in other.text)
-    cut, rest = complete(MODEL, TOKENIZER, ["abc", "j"], decoding, [stop, "absent"])
+    cut, rest = complete(MODEL, TOKENIZER, ["abc", "j"], replace(decoding, stop=(stop, "absent")))
     assert rest == other
     assert cut.ended_by == "stop string"
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.ids == whole.ids[: len(cut.ids)]
     assert TOKENIZER.decode(cut.ids).endswith(stop)
-    assert "".join(stream_text(MODEL, TOKENIZER, "abc", decoding, [stop])) == cut.text
+    assert "".join(stream_text(MODEL, TOKENIZER, "abc", replace(decoding, stop=(stop,)))) == cut.text
     with pytest.raises(ValueError, match="stop"):
-        complete(MODEL, TOKENIZER, ["abc"], Decoding(), [""])
+        complete(MODEL, TOKENIZER, ["abc"], Decoding(stop=("",)))
