@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from overnight.report.html import svg_file
-from overnight.report.plots import ACCENT, MUTED, RUN_COLOURS, chart_style, new_axes, to_svg
+from overnight.report.plots import ACCENT, MUTED, RUN_COLOURS, new_chart, to_svg
 from overnight.run_directory import finite_values
 from overnight.terminal import short, significant
 
@@ -255,8 +255,7 @@ def bench_svg(record: BenchRecord) -> str:
         variant.name: [record.tokens_per_step / each * 1e3 for each in variant.milliseconds]
         for variant in record.measured
     }
-    with chart_style("ladder"):
-        figure, axes = new_axes((WIDTH, height), MARGINS)
+    with new_chart("ladder", (WIDTH, height), MARGINS) as (figure, axes):
         axes.set_axis_off()
         axes.set_xlim(0, max(map(max, speeds.values())))
         axes.set_ylim(len(record.variants) - 0.5, -0.5)
