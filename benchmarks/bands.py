@@ -4,7 +4,7 @@
 
 Trains the recipe once for each seed, into runs/bands of the current folder, and takes a run that is finished
 there already as it is. Then each run is laid beside the band of the others: how near it comes to an edge
-shows how much room a band leaves. The package reads those that lie in src/overnight/on_track/bands/.
+shows how much room a band leaves. The package reads those that lie in src/overnight/baselines/bands/.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from measure import Report, run_plainly
+import measure
 from overnight import __version__
 from overnight.baselines.band import BandCurve, ReferenceBand, RunCurves, Series, columns_of, run_curves
 from overnight.baselines.verdict import band_deviations
@@ -30,14 +29,8 @@ from overnight.recipe import Recipe, flatten, load_recipe
 from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
 
-HEADINGS = (
-    "seed",
-    "validation loss",
-    "training loss",
-    "nearest to an edge",
-    "at tokens",
-    "of its half width",
-)
+LOSSES = ("validation loss", "training loss")
+HEADINGS = ("seed", *LOSSES, "nearest to an edge", "at tokens", "of its half width")
 
 
 class Run(NamedTuple):
@@ -246,7 +239,7 @@ def hold_out(runs: Sequence[Run], at: int) -> list[str]:
     ]
 
 
-def record(options: argparse.Namespace) -> Report:
+def record(options: argparse.Namespace) -> measure.Report:
     """Train what is missing, and write the band. Raises ValueError for invalid options."""
     if options.seeds < 2:
         raise ValueError(f"--seeds {options.seeds} is too few for a band: give 3 or more")
@@ -260,7 +253,7 @@ def record(options: argparse.Namespace) -> Report:
         band = open_to_versions(band, options.other_versions)
     if options.write is not None:
         options.write.write_text(band.to_json(), encoding="utf-8")
-    return Report(
+    return measure.Report(
         title=f"Healthy runs of {recipe.run_name}, each beside the band of the others",
         headings=HEADINGS,
         rows=[hold_out(runs, at) for at in range(len(runs))] if len(runs) > 2 else [],
@@ -270,17 +263,15 @@ def record(options: argparse.Namespace) -> Report:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """What was asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = measure.command_line(__doc__)
     parser.add_argument("--recipe", required=True, help="its name, or a .toml file")
     parser.add_argument("--seeds", type=int, default=5, help="train with the seeds 1, 2, ... to this one")
     parser.add_argument("--evaluations", type=int, default=20, help="of each run")
     parser.add_argument("--folder", type=Path, default=Path("runs/bands"), help="where the runs are kept")
     parser.add_argument("--other-versions", type=float, help="widen losses by this share, for any version")
     parser.add_argument("--write", type=Path, help="the band's file")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    options: Any = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: record(options), as_json=options.json))
+    measure.run_program(read_options, record)

@@ -16,11 +16,9 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from measure import Report, interleave, run_plainly
+import measure
 from overnight.distributed.launcher import environment_of_process
 from overnight.distributed.world import BUCKET_BYTES, World
 from overnight.model.gpt import parameter_shapes
@@ -97,7 +95,8 @@ def work(rank: int, processes: int, task: Task) -> None:
             **{name: partial(time_step, sharding, here, task.model) for name, sharding in STEPS.items()},
             "copies": time_copies,
         }
-        best = {name: min(times) for name, times in interleave(sides, task.repeats, warm_ups=1).items()}
+        times = measure.interleave(sides, task.repeats, warm_ups=1)
+        best = {name: min(each) for name, each in times.items()}
         if here.is_main:
             Path(task.folder, f"{processes}.json").write_text(json.dumps(best), encoding="utf-8")
     finally:
@@ -175,17 +174,17 @@ def time_copies() -> float:
 # ---------------------------------------------------------------- before and after
 
 
-def measure(options: argparse.Namespace) -> dict[int, Times]:
+def time_all(options: argparse.Namespace) -> dict[int, Times]:
     """The times of each number of processes, which are started for it."""
     model = model_of(options)
+    os.environ |= environment_of_process(large_pages=True)  # they keep their memory as in `overnight train`
     found = {}
     for processes in options.processes:
         unit = FLOAT32 * processes
         sizes = tuple(max(unit, int(share * options.largest * MB) // unit * unit) for share in SHARES)
         with tempfile.TemporaryDirectory() as folder:
             task = Task(sizes, model, options.repeats, folder)
-            with allocating_as_training_does():
-                mp.spawn(work, (processes, task), nprocs=processes)
+            mp.spawn(work, (processes, task), nprocs=processes)
             best = json.loads(Path(folder, f"{processes}.json").read_text(encoding="utf-8"))
         found[processes] = Times(
             of_size={kind: {size: best[f"{kind} {size}"] for size in sizes} for kind in KINDS},
@@ -193,18 +192,6 @@ def measure(options: argparse.Namespace) -> dict[int, Times]:
             copy_bytes_per_second=4 * BUCKET_BYTES / best["copies"],
         )
     return found
-
-
-@contextmanager
-def allocating_as_training_does() -> Iterator[None]:
-    """Within, processes that are started keep their memory in large pages, as `overnight train` does."""
-    before = dict(os.environ)
-    os.environ |= environment_of_process(large_pages=True)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ |= before
 
 
 def fit_link(kind: Kind, times: Mapping[int, float], processes: int) -> Link:
@@ -231,24 +218,20 @@ def foretell(
     collectives: Sequence[Collective], links: Mapping[str, Link], processes: int, copies: float | None = None
 ) -> float:
     """Seconds by the model; each kind has its own link, since gloo has no one bandwidth for all."""
-    return sum(
-        collective_seconds(
-            each,
-            ParallelLayout(
-                processes_per_machine=processes,
-                within=links[each.kind],
-                memory_bytes_per_second=copies,
-            ),
+
+    def layout(kind: Kind) -> ParallelLayout:
+        return ParallelLayout(
+            processes_per_machine=processes, within=links[kind], memory_bytes_per_second=copies
         )
-        for each in collectives
-    )
+
+    return sum(collective_seconds(each, layout(each.kind)) for each in collectives)
 
 
-def compare(options: argparse.Namespace) -> Report:
+def compare(options: argparse.Namespace) -> measure.Report:
     """Measure, fit, predict. Raises ValueError for invalid options."""
     if min(options.processes) < 2 or options.repeats < 1 or options.largest <= 0:
         raise ValueError("give --processes of at least 2, --repeats of at least 1 and a --largest above 0")
-    measured = measure(options)
+    measured = time_all(options)
     rows: list[list[str]] = []
     links_of = {}
     for processes, times in measured.items():
@@ -262,7 +245,7 @@ def compare(options: argparse.Namespace) -> Report:
         for row in rows_of_steps(model_of(options), processes, times, links_of[processes])
     ]
     rates = " and ".join(f"{times.copy_bytes_per_second / 1e9:.2f}" for times in measured.values())
-    return Report(
+    return measure.Report(
         title="What communication.py foretells, and what processes that talk by gloo then took",
         headings=HEADINGS,
         rows=rows + step_rows,
@@ -327,16 +310,8 @@ def rows_of_steps(model: ModelConfig, processes: int, times: Times, links: Mappi
 
 def _row(name: str, processes: int, size: int, seconds: tuple[float, float], note: str) -> list[str]:
     taken, told = seconds
-    error = f"{round(100 * (told / taken - 1)):+d}%"
-    return [
-        name,
-        str(processes),
-        f"{size / MB:,.3g}",
-        f"{1e3 * taken:,.2f}",
-        f"{1e3 * told:,.2f}",
-        error,
-        note,
-    ]
+    times = [f"{1e3 * each:,.2f}" for each in seconds]
+    return [name, str(processes), f"{size / MB:,.3g}", *times, f"{round(100 * (told / taken - 1)):+d}%", note]
 
 
 def summary(rows: Rows) -> str:
@@ -356,16 +331,13 @@ def describe_links(processes: int, links: Mapping[str, Link]) -> str:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = measure.command_line(__doc__, repeats=3, of="rounds, after one that does not count")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="how many talk")
     parser.add_argument("--largest", type=float, default=500.0, help="MB of the largest tensor")
     parser.add_argument("--layers", type=int, default=6, help="of the model whose steps are said")
     parser.add_argument("--channels", type=int, default=256, help="of the model whose steps are said")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds, after one that does not count")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: compare(chosen), as_json=chosen.json))
+    measure.run_program(read_options, compare)

@@ -15,19 +15,15 @@ import functools
 import hashlib
 import importlib.util
 import os
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+import measure
 from checkouts import fingerprint
-from measure import Report, interleave, paired_ratio, run_plainly, spread
 
 OURS = "overnight"
 FINEWEB, OPENWEBTEXT = "fineweb.py", "data/openwebtext/prepare.py"
@@ -52,37 +48,15 @@ runpy.run_path(program, run_name="__main__")
 """
 
 
-class Took(NamedTuple):
-    """What one whole run took."""
-
-    seconds: float
-    peak_bytes: int
-    """The most that one of its processes had resident."""
-    tokens: int
-
-
-def call(command: Sequence[str], tokens: Callable[[], int], **environment: str) -> Took:
-    """Run a command to its end. Raises ValueError, with what it said last, if it fails."""
-    started_at = time.perf_counter()
-    done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, errors="replace", check=False
-    )
-    seconds = time.perf_counter() - started_at
-    if done.returncode:
-        raise ValueError(f"{' '.join(command[:3])} ... failed: {done.stderr.strip()[-1500:]}")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return Took(seconds, peak, tokens())
-
-
-def prepare_ours(files: Sequence[Path], bpe: Path) -> Took:
-    """`overnight prepare` on a folder with these files, as one would type it."""
+def prepare_ours(files: Sequence[Path], bpe: Path) -> tuple[measure.Finished, int]:
+    """`overnight prepare` on a folder with these files, as one types it; and how many tokens it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "corpus"), Path(folder, "out")
         source.mkdir()
         for file in files:
             (source / file.name).symlink_to(file.resolve())
         words = ["prepare", str(source), "--tokenizer", str(bpe), "--out", str(out)]
-        return call([sys.executable, "-m", "overnight", *words], lambda: count_ours(out))
+        return measure.run_process([*measure.overnight_command(), *words]), count_ours(out)
 
 
 def count_ours(folder: Path) -> int:
@@ -93,8 +67,8 @@ def count_ours(folder: Path) -> int:
     return sum(manifest.tokens(split) for split in SPLITS)
 
 
-def prepare_theirs(program: Path, files: Sequence[Path], bpe: Path) -> Took:
-    """A peer's program in a copy of its own folder."""
+def prepare_theirs(program: Path, files: Sequence[Path], bpe: Path) -> tuple[measure.Finished, int]:
+    """A peer's program in a copy of its own folder; and how many tokens it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, program.name)
         copy.write_text(program.read_text(encoding="utf-8").replace(PARTS, "total_batches = 1\n"))
@@ -103,13 +77,10 @@ def prepare_theirs(program: Path, files: Sequence[Path], bpe: Path) -> Took:
         for name in ("vocab.bpe", "encoder.json"):
             shutil.copy(bpe / name, cache / hashlib.sha1(f"{ADDRESS}/{name}".encode()).hexdigest())
         names = "|".join(str(file.resolve()) for file in files)
-        return call(
-            [sys.executable, "-c", LAUNCHER, names, str(copy)],
-            lambda: count_theirs(Path(folder)),
-            TIKTOKEN_CACHE_DIR=str(cache),
-            HF_HOME=str(Path(folder, "hf")),
-            HF_DATASETS_OFFLINE="1",
-        )
+        caches = {"TIKTOKEN_CACHE_DIR": str(cache), "HF_HOME": str(Path(folder, "hf"))}
+        environment = {**os.environ, **caches, "HF_DATASETS_OFFLINE": "1"}
+        command = [sys.executable, "-c", LAUNCHER, names, str(copy)]
+        return measure.run_process(command, environment=environment), count_theirs(Path(folder))
 
 
 def count_theirs(folder: Path) -> int:
@@ -118,12 +89,12 @@ def count_theirs(folder: Path) -> int:
     return sum(written) + sum(path.stat().st_size // 2 for path in folder.glob("*.bin"))
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """All sides in turn."""
     files = sorted(options.corpus.glob("*.parquet"))[: options.files]
     if not files:
         raise ValueError(f"{options.corpus} holds no .parquet file")
-    sides: dict[str, Callable[[], Took]] = {OURS: functools.partial(prepare_ours, files, options.bpe)}
+    sides = {OURS: functools.partial(prepare_ours, files, options.bpe)}
     notes = []
     for checkout, name in ((options.peer, FINEWEB), (options.nanogpt, OPENWEBTEXT)):
         if checkout is None:
@@ -135,25 +106,30 @@ def measure(options: argparse.Namespace) -> Report:
             raise ValueError(f"{name} needs the package datasets: pip install datasets")
         sides[name] = functools.partial(prepare_theirs, program, files, options.bpe)
         notes.append(f"{name}: {fingerprint(program)}, as it is; it chooses its processes itself.")
-    took = interleave(sides, options.repeats)
+    took = measure.interleave(sides, options.repeats)
     megabytes = sum(text_bytes(file) for file in files) / 1e6
-    ours = [each.seconds for each in took[OURS]]
+    seconds = {name: [finished.seconds for finished, _ in runs] for name, runs in took.items()}
+    tokens = {name: runs[0][1] for name, runs in took.items()}
     rows = []
     for name, runs in took.items():
-        seconds = [each.seconds for each in runs]
-        median = statistics.median(seconds)
-        rates = [f"{megabytes / median:.1f}", f"{runs[0].tokens / median / 1e6:.2f}"]
-        ratio = f"{paired_ratio(ours, seconds):.2f}x as fast"
-        rows.append(
-            [name, *spread(seconds, 1), *rates, ratio, f"{max(r.peak_bytes for r in runs) / 1e9:.2f}"]
-        )
-    tokens = ", ".join(f"{name} {runs[0].tokens:,}" for name, runs in took.items())
-    notes.append(f"Tokens written: {tokens}. Peak: of the largest process so far, the sides before included.")
-    return Report(
+        median = statistics.median(seconds[name])
+        rates = [f"{megabytes / median:.1f}", f"{tokens[name] / median / 1e6:.2f}"]
+        ratio = measure.times_as_fast(seconds[OURS], seconds[name])
+        peak = max(finished.peak_bytes for finished, _ in runs) / 1e9
+        rows.append([name, *measure.spread(seconds[name], 1), *rates, ratio, f"{peak:.2f}"])
+    written = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
+    notes.append(f"Tokens written: {written}. Peak: of the largest of a side's processes.")
+    return measure.Report(
         title=f"{len(files)} Parquet files to GPT-2's tokens: {megabytes:,.0f} MB of text",
         headings=HEADINGS,
         rows=rows,
-        measured={name: [run._asdict() for run in runs] for name, runs in took.items()},
+        measured={
+            name: [
+                {"seconds": finished.seconds, "peak_bytes": finished.peak_bytes, "tokens": count}
+                for finished, count in runs
+            ]
+            for name, runs in took.items()
+        },
         settings={"repeats": options.repeats, "cores": os.cpu_count()},
         notes=notes,
     )
@@ -169,17 +145,12 @@ def text_bytes(file: Path) -> int:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = measure.command_line(__doc__, "peer nanogpt", repeats=3, of="whole runs of each side")
     parser.add_argument("--corpus", type=Path, required=True, help="a folder of .parquet files with text")
     parser.add_argument("--bpe", type=Path, required=True, help="folder of encoder.json and vocab.bpe")
-    parser.add_argument("--peer", type=Path, help="a checkout of build-nanogpt")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--files", type=int, help="only so many of the files")
-    parser.add_argument("--repeats", type=int, default=3, help="whole runs of each side")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    measure.run_program(read_options, report)

@@ -23,11 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from measure import Report, run_plainly, spread
+import measure
 from overheard import Talk, read_notes
 from teams import (
     TEAMS,
-    Place,
     count_lines,
     digest,
     newest,
@@ -68,27 +67,27 @@ def compare_weights(ours: Path, theirs: Path) -> float:
     return max(float((mine[name] - other[name]).abs().max()) for name in other)
 
 
-def measure_equality(place: Place, options: argparse.Namespace) -> Report:
+def measure_equality(folder: Path, options: argparse.Namespace) -> measure.Report:
     """Compare each run in several processes with one process; deterministic runs must be bitwise equal."""
     alone, alone_bitwise = (
-        train(place, "alone"),
-        train(place, "alone-deterministic_reduce", "--deterministic-reduce"),
+        train(folder, "alone"),
+        train(folder, "alone-deterministic_reduce", "--deterministic-reduce"),
     )
     losses = [line["loss"] for line in read_lines(alone / "metrics.jsonl")]
     rows, measured = [], {}
     for team in TEAMS:
-        run = train_in_team(place, team)
+        run = train_in_team(folder, team)
         found = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
         early, late = (largest_difference(found[:step], losses[:step]) for step in (20, len(losses)))
         bits = "cannot"
         if team.sharding in {"none", "zero1"}:
-            deterministic_reduce = train_in_team(place, team, "--deterministic-reduce")
+            deterministic_reduce = train_in_team(folder, team, "--deterministic-reduce")
             bits = "equal" if compare_weights(deterministic_reduce, alone_bitwise) == 0 else "DIFFERENT"
         weights = compare_weights(run, alone)
         shown = [f"{difference:.1e}" if difference else "0" for difference in (early, late, weights)]
         rows.append([team.name(), *shown, bits])
         measured[team.name()] = [early, late, weights, bits]
-    return Report(
+    return measure.Report(
         title="The same run",
         headings=(
             *("processes and sharding", "loss, 20 steps", f"loss, {options.steps} steps"),
@@ -115,13 +114,13 @@ class Kill(NamedTuple):
     """Whether the run came to its end without being resumed."""
 
 
-def kill(place: Place, name: str, rank: int, moment: float, restarts: int) -> Kill | None:
+def kill(folder: Path, name: str, rank: int, moment: float, restarts: int) -> Kill | None:
     """Train, kill, and resume if need be; None if the run was done before that moment.
 
     Raises ValueError if the run can't be resumed.
     """
     command = [*overnight(), "train", "recipe.toml", "--run-name", name, "--processes", "2"]
-    with started(place, [*command, "--max-restarts", str(restarts)]) as process:
+    with started(folder, [*command, "--max-restarts", str(restarts)]) as process:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(moment)
             return None
@@ -134,16 +133,16 @@ def kill(place: Place, name: str, rank: int, moment: float, restarts: int) -> Ki
         ended = wait_for(process, since)
     if ended.status == 0:
         return Kill(ended.seconds, by_itself=True)
-    is_begun = (place.run(name) / "recipe.toml").is_file()
+    is_begun = (folder / "runs" / name / "recipe.toml").is_file()
     again = [*overnight(), "train", "--resume", f"runs/{name}"] if is_begun else command
-    with started(place, again) as process:
+    with started(folder, again) as process:
         resumed = wait_for(process)
     if resumed.status != 0:
         raise ValueError(f"{name} can't be resumed: {resumed.said}")
     return Kill(ended.seconds, by_itself=False)
 
 
-def measure_kills(place: Place, options: argparse.Namespace) -> Report:
+def measure_kills(folder: Path, options: argparse.Namespace) -> measure.Report:
     """A random one of two processes is killed at a random moment, repeatedly: the run must stay the same.
 
     Every other run may be begun anew by itself; the rest is resumed by the command that is proposed. Raises
@@ -151,13 +150,13 @@ def measure_kills(place: Place, options: argparse.Namespace) -> Report:
     """
     draw = random.Random(options.seed)
     began = time.monotonic()
-    expected = digest(train(place, "peace", "--processes", "2"))
+    expected = digest(train(folder, "peace", "--processes", "2"))
     seconds = time.monotonic() - began
     kills: list[Kill] = []
     for number in range(100 * options.kills):
         name, rank, moment = f"killed-{number}", draw.randrange(2), draw.uniform(0, seconds)
-        killed = kill(place, name, rank, moment, restarts=len(kills) % 2)
-        if digest(place.run(name)) != expected:
+        killed = kill(folder, name, rank, moment, restarts=len(kills) % 2)
+        if digest(folder / "runs" / name) != expected:
             raise ValueError(
                 f"{name}, rank {rank} after {moment:.2f} s: the run differs from the uninterrupted one"
             )
@@ -166,7 +165,7 @@ def measure_kills(place: Place, options: argparse.Namespace) -> Report:
             break
     by_itself = sum(each.by_itself for each in kills)
     ends = [each.seconds for each in kills if not each.by_itself]
-    return Report(
+    return measure.Report(
         title="Killed processes",
         headings=("what", "count"),
         rows=[
@@ -174,15 +173,15 @@ def measure_kills(place: Place, options: argparse.Namespace) -> Report:
             ["runs that finished by themselves (--max-restarts 1)", str(by_itself)],
             ["runs that were resumed", str(len(kills) - by_itself)],
             ["equal to the uninterrupted run, to the bit", f"{len(kills)}/{options.kills}"],
-            ["seconds from the kill to the end of the command: median", spread(ends, 1)[0]],
-            ["the longest of them", spread(ends, 1)[2]],
+            ["seconds from the kill to the end of the command: median", measure.spread(ends, 1)[0]],
+            ["the longest of them", measure.spread(ends, 1)[2]],
         ],
         measured={"kills": [each._asdict() for each in kills]},
         settings={"seed": options.seed, "sha256": expected[:16]},
     )
 
 
-def measure_frozen(place: Place, options: argparse.Namespace) -> Report:
+def measure_frozen(folder: Path, options: argparse.Namespace) -> measure.Report:
     """A random process hangs at a random step: the run must end, and tell where all stand.
 
     Raises ValueError if one does not.
@@ -192,8 +191,8 @@ def measure_frozen(place: Place, options: argparse.Namespace) -> Report:
     for number in range(options.frozen):
         name, rank, step = f"frozen-{number}", draw.randrange(2), draw.randrange(1, options.steps // 2)
         command = [*overnight(), "train", "recipe.toml", "--run-name", name, "--processes", "2"]
-        with started(place, [*command, "--timeout-seconds", str(TIMEOUT_SECONDS)]) as process:
-            wait_until(process, lambda: count_lines(place.run(name)) >= step)  # noqa: B023 - called at once
+        with started(folder, [*command, "--timeout-seconds", str(TIMEOUT_SECONDS)]) as process:
+            wait_until(process, lambda: count_lines(folder / "runs" / name) >= step)  # noqa: B023 - called at once
             frozen_at = send(process, rank, signal.SIGUSR1)
             ended = wait_for(process, frozen_at)
         told = all(f"rank {each} made no progress" in ended.said for each in range(2))
@@ -201,14 +200,15 @@ def measure_frozen(place: Place, options: argparse.Namespace) -> Report:
             raise ValueError(f"rank {rank}, frozen at step {step}, was not reported: {ended.said}")
         ends.append(ended.seconds)
     total = options.frozen
-    return Report(
+    median, _, longest = measure.spread(ends, 1)
+    return measure.Report(
         title="Processes that make no progress",
         headings=("what", "count"),
         rows=[
             ["a random one of two processes hangs at a random step", str(total)],
             ["runs that ended, with the stacks of both", f"{total}/{total}"],
-            [f"seconds until then, with --timeout-seconds {TIMEOUT_SECONDS}: median", spread(ends, 1)[0]],
-            ["the longest of them", spread(ends, 1)[2]],
+            [f"seconds until then, with --timeout-seconds {TIMEOUT_SECONDS}: median", median],
+            ["the longest of them", longest],
         ],
         measured={"seconds": ends},
         settings={"seed": options.seed},
@@ -221,30 +221,30 @@ def measure_frozen(place: Place, options: argparse.Namespace) -> Report:
 WAYS = (("none",), ("none", "--deterministic-reduce"), ("zero1",), ("fsdp",))
 
 
-def listen_to(place: Place, processes: int, way: Sequence[str], steps: int) -> list[Talk]:
+def listen_to(folder: Path, processes: int, way: Sequence[str], steps: int) -> list[Talk]:
     """What each step of a larger model spends on the others. Raises ValueError if the run fails."""
     name = f"heard-{processes}-{'-'.join(way)}"
-    notes = place.folder / name
+    notes = folder / name
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(processes), str(HERE / "overheard.py"), str(notes), "train", "recipe.toml"]
     command += ["--run-name", name, "--sharding", *way, *LARGER, *LARGER_STEP]
-    with started(place, [*command, "--total-steps", str(steps), "--warmup-steps", "1"]) as process:
+    with started(folder, [*command, "--total-steps", str(steps), "--warmup-steps", "1"]) as process:
         ended = wait_for(process)
     if ended.status != 0:
         raise ValueError(f"{name} ended with status {ended.status}: {ended.said}")
     return read_notes(notes, processes)
 
 
-def measure_communication(place: Place, options: argparse.Namespace) -> Report:
+def measure_communication(folder: Path, options: argparse.Namespace) -> measure.Report:
     """Measure by number of processes and sharding."""
     rows, measured = [], {}
     for processes in (2, 4):
         for way in WAYS:
-            talks = listen_to(place, processes, way, options.heard_steps)
+            talks = listen_to(folder, processes, way, options.heard_steps)
             name = f"{processes} x {' '.join(word.strip('-') for word in way)}"
             rows.append([name, *describe(talks)])
             measured[name] = [talk._asdict() for talk in talks]
-    return Report(
+    return measure.Report(
         title="Cost of communication",
         headings=("processes and sharding", "MB a step", "step, ms", "moving, ms", "waiting, ms", "moving"),
         rows=rows,
@@ -276,17 +276,18 @@ MEASURES = dict(
 def run_campaign(options: argparse.Namespace) -> int:
     """Run the parts in turn; print, and write, each table when its part is done. The exit status."""
     statuses = []
-    with tempfile.TemporaryDirectory() as folder:
-        place = prepare(Path(folder), options.steps)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, options.steps)
 
-        def measure(part: str) -> Report:
-            report = MEASURES[part](place, options)
+        def report(part: str) -> measure.Report:
+            report = MEASURES[part](folder, options)
             if options.figures is not None:
                 report.save(options.figures, part)
             return report
 
         for part in options.parts:
-            statuses.append(run_plainly(lambda: measure(part), as_json=options.json))  # noqa: B023 - called at once
+            statuses.append(measure.run_plainly(lambda: report(part), as_json=options.json))  # noqa: B023 - called at once
             sys.stdout.flush()
     return max(statuses)
 

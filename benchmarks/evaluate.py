@@ -13,32 +13,19 @@ import argparse
 import dataclasses
 import importlib.util
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+import measure
 from checkouts import BUILD_NANOGPT, NANOGPT, read_definitions
-from measure import (
-    Report,
-    describe_machine,
-    interleave,
-    model_name,
-    on_device,
-    paired_ratio,
-    run_plainly,
-    spread,
-    timed,
-)
 from overnight.bench.worker import SEED, Rows
-from overnight.distributed.world import open_world
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.model_config import ModelConfig
 from overnight.training import ComputeConfig
 from overnight.training.compute import autocast, resolve_compute
-from peers import PEERS, Peer, build_peer
+from peers import PEERS, Peer, build_peer, choose_precision
 from text import read_ids
 
 if TYPE_CHECKING:
@@ -152,11 +139,11 @@ def _placed(peer: Peer, question: Question) -> Peer:
     return peer
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Evaluate with all programs in turn. Raises ValueError, before any work, for invalid options."""
     import torch
 
-    from overnight.model.gpt import empty_model, initialize
+    from overnight.model.gpt import GPT
 
     config, precision = check(options)
     tokens = options.batches * options.rows * options.context
@@ -164,30 +151,30 @@ def measure(options: argparse.Namespace) -> Report:
     batch = Rows(ids, options.context).batch
     batches = [batch(number * options.rows, options.rows) for number in range(options.batches)]
     question = Question(batches=batches, precision=precision, device=options.device)
-    model = empty_model(config)
-    initialize(model, SEED)
-    sides = build_sides(model.to(options.device), question, options)
+    model = GPT(config, seed=SEED).to(options.device)
+    sides = build_sides(model, question, options)
     losses = {name: side() for name, side in sides.items()}  # the warm-up
-    times = interleave({name: timed(side) for name, side in sides.items()}, options.repeats)
+    times = measure.interleave_times(sides, options.repeats)
     rows = [
         [
             name,
-            *spread(each),
+            *measure.spread(each),
             f"{tokens / statistics.median(each) * 1e3:,.0f}",
-            f"{paired_ratio(times[OURS], each):.2f}x as fast",
+            measure.times_as_fast(times[OURS], each),
             f"{losses[name]:.4f}",
         ]
         for name, each in times.items()
     ]
     settings = {name: getattr(options, name) for name in ("rows", "context", "batches", "layers", "repeats")}
-    return Report(
-        title=f"{model_name(config)} judged on {tokens:,} tokens on {on_device(options.device)}, {precision}",
+    where = f"{measure.on_device(options.device)}, {precision}"
+    return measure.Report(
+        title=f"{measure.model_name(config)} judged on {tokens:,} tokens on {where}",
         headings=HEADINGS,
         rows=rows,
         measured=times,
         settings={**settings, "threads": torch.get_num_threads()},
         notes=describe_losses(losses),
-        machine=describe_machine(options.device),
+        machine=measure.describe_machine(options.device),
     )
 
 
@@ -197,7 +184,7 @@ def describe_losses(losses: dict[str, float]) -> list[str]:
     apart = max(comparable) - min(comparable)
     verdict = "." if apart <= SAME_LOSS else ": THE SIDES DO NOT JUDGE THE SAME."
     notes = [
-        "overnight is: how many times as fast overnight is; the median of the ratios within each round.",
+        measure.OVERNIGHT_IS,
         f"The losses on the same windows lie within {apart:.5f} nats{verdict}",
     ]
     if STRIDED in losses:
@@ -207,41 +194,23 @@ def describe_losses(losses: dict[str, float]) -> list[str]:
 
 def check(options: argparse.Namespace) -> tuple[ModelConfig, str]:
     """The model and its precision. Raises ValueError for what can't be measured."""
-    open_world(options.device)
-    for name in ("rows", "batches", "repeats"):
-        if (count := getattr(options, name)) < 1:
-            raise ValueError(f"--{name} {count} is too few; give at least 1")
+    measure.check_counts(options, "rows", "batches", "repeats")
     for program, checkout in ((BUILD_NANOGPT, options.peer), (NANOGPT, options.nanogpt)):
         if checkout is not None:
             read_definitions(program, checkout)
-    config = dataclasses.replace(PRESETS["gpt2-124m"], context_length=options.context, n_layer=options.layers)
-    if problems := config.problems():
-        raise ValueError("; ".join(problems))
-    precision: Any = options.precision
-    return config, str(resolve_compute(ComputeConfig(precision=precision), options.device).precision)
+    config = measure.gpt2_124m(context_length=options.context, n_layer=options.layers)
+    return config, choose_precision(options.device, options.precision)
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--peer", type=Path, help="a checkout of build-nanogpt")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = measure.command_line(__doc__, "peer nanogpt device layers text data bpe", repeats=3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="the device's own if left out")
     parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--batches", type=int, default=1, help="batches that are judged")
-    parser.add_argument("--layers", type=int, default=12, help="fewer make a quick try")
-    parser.add_argument("--repeats", type=int, default=3, help="measured judgements of each side")
-    parser.add_argument("--text", type=Path, help="a text file; Python's documentation if left out")
-    parser.add_argument(
-        "--bpe", type=Path, help="folder of encoder.json and vocab.bpe; the cache if left out"
-    )
-    parser.add_argument("--data", type=Path, help="instead of a text: a folder that overnight prepare wrote")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    measure.run_program(read_options, report)

@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import importlib
+import importlib.util
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,8 +21,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from measure import Report, interleave, model_name, paired_ratio, run_plainly, spread
-from overnight.model.model_config import PRESETS, ModelConfig
+import measure
+from overnight.bench.worker import SEED
+from overnight.model.model_config import ModelConfig
+from peers import build_transformers
 
 OURS, THEIRS, CTRANSLATE2 = "overnight", "transformers", "ctranslate2"
 PRECISIONS = {
@@ -55,15 +56,6 @@ class Setting:
 Writer = Callable[[Completions, Setting], Completions]
 
 
-def build_ours(config: ModelConfig, seed: int = 1337) -> Any:
-    """Our model as it is trained, with random weights."""
-    from overnight.model.gpt import GPT, initialize
-
-    model = GPT(config)
-    initialize(model, seed)
-    return model.eval()
-
-
 def prepare_ours(model: Any, precision: Any) -> Any:
     """A copy of our model as `overnight generate` has it when it begins to write."""
     from overnight.generation.quantize import prepare_for_generation
@@ -71,26 +63,6 @@ def prepare_ours(model: Any, precision: Any) -> Any:
     prepared = copy.deepcopy(model)
     prepare_for_generation(prepared, precision)
     return prepared
-
-
-def build_theirs(config: ModelConfig, ours: Any) -> Any:
-    """Transformers' GPT2LMHeadModel with the weights of `ours`. Raises ValueError if it isn't installed."""
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
-        raise ValueError("transformers is not installed; pip install transformers") from None
-    shape = ("n_layer", "n_head", "n_embd", "vocab_size")
-    sizes: dict[str, Any] = {name: getattr(config, name) for name in shape}
-    sizes |= dict.fromkeys(("bos_token_id", "eos_token_id"))  # so that no id ends a completion
-    model: Any = GPT2LMHeadModel(GPT2Config(n_positions=config.context_length, **sizes))
-    weights = {}
-    for name, weight in ours.weights().items():
-        is_conv1d = ".c_" in name and name.endswith(".weight")  # which keeps a matrix as (in, out)
-        weights[f"transformer.{name}"] = weight.T if is_conv1d else weight
-    found = model.load_state_dict(weights, strict=False)
-    assert not found.unexpected_keys, found
-    assert found.missing_keys == ["lm_head.weight"], found  # tied to the embedding
-    return model.eval()
 
 
 def build_ctranslate2(theirs: Any, precision: str) -> Any:
@@ -165,9 +137,12 @@ def build_writers(config: ModelConfig, chosen: Sequence[str]) -> tuple[dict[str,
     import torch
 
     from overnight.generation.quantize import generation_precisions
+    from overnight.model.gpt import GPT
 
-    ours = build_ours(config)
-    theirs = build_theirs(config, ours)
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("transformers is not installed; pip install transformers")
+    ours = GPT(config, seed=SEED).eval()
+    theirs = build_transformers(ours).model.eval()
     writers: dict[str, Writer] = {}
     left_out = []
     here = generation_precisions("cpu")
@@ -189,11 +164,9 @@ def build_writers(config: ModelConfig, chosen: Sequence[str]) -> tuple[dict[str,
     return {name: writer for name, writer in writers.items() if name.split(",")[0] in chosen}, left_out
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Write with all sides in turn, setting by setting."""
-    config = dataclasses.replace(PRESETS["gpt2-124m"], n_layer=options.layers)
-    if problems := config.problems():
-        raise ValueError("; ".join(problems))
+    config = measure.gpt2_124m(n_layer=options.layers)
     if options.prompt + options.new > config.context_length:
         raise ValueError(
             f"--prompt and --new together are more than the {config.context_length} ids of a GPT-2"
@@ -205,14 +178,14 @@ def measure(options: argparse.Namespace) -> Report:
         for writer in writers.values():
             writer(prompts, dataclasses.replace(setting, new=min(WARM_UP_IDS, setting.new)))
         sides = {name: partial(write, writer, prompts, setting) for name, writer in writers.items()}
-        written = interleave(sides, options.repeats)
+        written = measure.interleave(sides, options.repeats)
         times = {name: [milliseconds for milliseconds, _ in each] for name, each in written.items()}
         completions = {name: each[0][1] for name, each in written.items()}
         rows += table_rows(setting, times)
         notes += notes_on(setting, times, completions)
         measured[setting.name] = times
-    return Report(
-        title=f"{model_name(config)} writes on the CPU",
+    return measure.Report(
+        title=f"{measure.model_name(config)} writes on the CPU",
         headings=HEADINGS,
         rows=rows,
         measured=measured,
@@ -252,9 +225,9 @@ def table_rows(setting: Setting, times: dict[str, list[float]]) -> list[list[str
     return [
         [
             f"{setting.name}: {name}",
-            *spread(each),
+            *measure.spread(each),
             f"{tokens / statistics.median(each) * 1e3:,.1f}",
-            "" if reference is None else f"{paired_ratio(each, times[reference]):.2f}",
+            "" if reference is None else f"{measure.paired_ratio(each, times[reference]):.2f}",
         ]
         for name, each in times.items()
     ]
@@ -266,7 +239,7 @@ def notes_on(
     """Best beside best, int8 beside int8, and whether the same ids were written."""
     pairs = [(find_best(times, OURS), find_best(times, THEIRS)), (f"{OURS}, int8", f"{CTRANSLATE2}, int8")]
     notes = [
-        f"{setting.name}: {ours} is {paired_ratio(times[ours], times[theirs]):.2f} times as fast as {theirs}."
+        f"{setting.name}: {ours} is {measure.times_as_fast(times[ours], times[theirs])} as {theirs}."
         for ours, theirs in pairs
         if ours in times and theirs in times
     ]
@@ -279,18 +252,14 @@ def notes_on(
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = measure.command_line(__doc__, "layers", repeats=3)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="completions at once")
     parser.add_argument("--prompt", type=int, default=32, help="ids of a prompt")
     parser.add_argument("--new", type=int, default=64, help="ids of a completion")
     parser.add_argument("--top-k", type=int, default=200, help="draw from so many, after the greedy round")
     parser.add_argument("--sides", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
-    parser.add_argument("--layers", type=int, default=12, help="fewer make a quick try")
-    parser.add_argument("--repeats", type=int, default=3, help="measured completions of each side")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    measure.run_program(read_options, report)

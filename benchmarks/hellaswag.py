@@ -26,24 +26,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import measure
 from checkouts import Program, load_definitions
-from measure import (
-    Report,
-    describe_machine,
-    interleave,
-    milliseconds,
-    model_name,
-    on_device,
-    paired_ratio,
-    run_plainly,
-    spread,
-)
 from overnight.bench.worker import SEED
-from overnight.distributed.world import open_world
-from overnight.model.model_config import PRESETS, ModelConfig
-from overnight.training import ComputeConfig
-from overnight.training.compute import autocast, resolve_compute
-from peers import build_peer
+from overnight.model.model_config import ModelConfig
+from overnight.training.compute import autocast
+from peers import build_peer, choose_precision
 from text import load_bpe
 
 if TYPE_CHECKING:
@@ -167,12 +155,12 @@ def compare(answers: Mapping[str, Sequence[int]], right: Sequence[int]) -> list[
     return notes
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Evaluate with all programs in turn. Raises ValueError, before any work, for invalid options."""
     import torch
 
     from overnight.evaluation.choice_tasks import CHOICE_TASKS
-    from overnight.model.gpt import empty_model, initialize
+    from overnight.model.gpt import GPT
 
     config, precision = check(options)
     examples = read_examples(options.questions, options.count)
@@ -183,74 +171,58 @@ def measure(options: argparse.Namespace) -> Report:
         precision=precision,
         device=options.device,
     )
-    model = empty_model(config)
-    initialize(model, SEED)
-    sides = build_sides(model.to(options.device), asked, options.peer)
+    sides = build_sides(GPT(config, seed=SEED).to(options.device), asked, options.peer)
     answers: dict[str, list[int]] = {}
 
     def answered(name: str) -> float:
         def work() -> None:
             answers[name] = sides[name]()
 
-        return milliseconds(work) / 1e3
+        return measure.milliseconds(work) / 1e3
 
     timed = {name: partial(answered, name) for name in sides}
-    times = interleave(timed, options.repeats, warm_ups=options.warm_ups)
+    times = measure.interleave(timed, options.repeats, warm_ups=options.warm_ups)
     rows = [
         [
             name,
-            *spread(each, 2),
+            *measure.spread(each, 2),
             f"{len(examples) / statistics.median(each):,.1f}",
-            f"{paired_ratio(times[OURS], each):.2f}x as fast",
+            measure.times_as_fast(times[OURS], each),
         ]
         for name, each in times.items()
     ]
     settings = {name: getattr(options, name) for name in ("count", "layers", "repeats", "warm_ups")}
-    return Report(
-        title=f"{model_name(config)} answers HellaSwag on {on_device(options.device)}, {precision}",
+    where = f"{measure.on_device(options.device)}, {precision}"
+    return measure.Report(
+        title=f"{measure.model_name(config)} answers HellaSwag on {where}",
         headings=HEADINGS,
         rows=rows,
         measured=times,
         settings={**settings, "threads": torch.get_num_threads()},
         notes=[
-            "overnight is: how many times as fast overnight is; the median of the ratios within each round.",
+            measure.OVERNIGHT_IS,
             *compare(answers, [int(example["label"]) for example in examples]),
         ],
-        machine=describe_machine(options.device),
+        machine=measure.describe_machine(options.device),
     )
 
 
 def check(options: argparse.Namespace) -> tuple[ModelConfig, str]:
     """The model and its precision. Raises ValueError for what can't be measured."""
-    open_world(options.device)
-    for name in ("count", "repeats"):
-        if (count := getattr(options, name)) < 1:
-            raise ValueError(f"--{name} {count} is too few; give at least 1")
-    config = dataclasses.replace(PRESETS["gpt2-124m"], n_layer=options.layers, vocab_size=50257)
-    if problems := config.problems():
-        raise ValueError("; ".join(problems))
-    precision: Any = options.precision
-    return config, str(resolve_compute(ComputeConfig(precision=precision), options.device).precision)
+    measure.check_counts(options, "count", "repeats")
+    config = measure.gpt2_124m(n_layer=options.layers, vocab_size=50257)
+    return config, choose_precision(options.device, options.precision)
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = measure.command_line(__doc__, "peer device layers bpe", repeats=3)
     parser.add_argument("--questions", type=Path, required=True, help="hellaswag_val.jsonl")
     parser.add_argument("--count", type=int, default=100, help="questions; a file that has fewer is repeated")
-    parser.add_argument("--peer", type=Path, help="a checkout of build-nanogpt")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--layers", type=int, default=12, help="fewer make a quick try")
-    parser.add_argument("--repeats", type=int, default=3, help="measured rounds")
     parser.add_argument("--warm-ups", type=int, default=1, help="rounds before them")
-    parser.add_argument(
-        "--bpe", type=Path, help="folder of encoder.json and vocab.bpe; the cache if left out"
-    )
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    measure.run_program(read_options, report)

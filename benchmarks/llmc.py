@@ -22,7 +22,7 @@ from checkouts import find_cuda_program
 
 if TYPE_CHECKING:
     from overnight.model.gpt import GPT
-    from task import Task
+    from sides import Task
 
 # Its train_gpt2.py writes the same: 256 int32, then every tensor, each kind for all layers in a row.
 MODEL_MAGIC, FLOAT32, BFLOAT16, HEADER_INTEGERS = 20240326, 3, 5, 256

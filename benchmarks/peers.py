@@ -169,6 +169,16 @@ class Stepping:
     """Step, counted from 0 -> learning rate."""
 
 
+def choose_precision(device: str, precision: Any) -> str:
+    """What `overnight` computes in there, if this is asked for. Raises ValueError for what is not there."""
+    from overnight.distributed.world import open_world
+    from overnight.training import ComputeConfig
+    from overnight.training.compute import resolve_compute
+
+    open_world(device)
+    return str(resolve_compute(ComputeConfig(precision=precision), device).precision)
+
+
 def precision_name(peer: Peer, stepping: Stepping) -> str:
     """What float32 matrices are really multiplied in, too: GPUs have a shorter way that must be allowed."""
     shortened = peer.allows_tf32 and stepping.precision == "fp32" and stepping.device == "cuda"

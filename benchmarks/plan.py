@@ -14,15 +14,10 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from measure import Report, interleave, run_plainly
+import measure
 from overnight.run_directory import RunDirectory
 
 HEADINGS = ("figure", "foretold", "measured", "foretold / measured")
@@ -39,30 +34,9 @@ FIGURES = {
 Figures = dict[str, float]
 
 
-class Finished(NamedTuple):
-    """What a command left behind."""
-
-    output: str
-    seconds: float
-    peak_bytes: int
-    """The most that the process had resident."""
-
-
-def call(words: Sequence[str]) -> Finished:
-    """Run `overnight` with `words`. Raises ValueError, with what it said last, if it fails."""
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        started_at = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-m", "overnight", *words], stdout=output, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)  # it was waited for behind the object's back
-        seconds = time.perf_counter() - started_at
-        output.seek(0)
-        errors.seek(0)
-        if process.returncode:
-            last = errors.read().strip().splitlines() or ["it said nothing"]
-            raise ValueError(f"overnight {words[0]} failed: {last[-1]}")
-        unit = 1 if sys.platform == "darwin" else 1024
-        return Finished(output.read(), seconds, usage.ru_maxrss * unit)
+def call(words: Sequence[str]) -> measure.Finished:
+    """`overnight` with these words. Raises ValueError, with what it said last, if it fails."""
+    return measure.run_process([*measure.overnight_command(), *words])
 
 
 def foretell(words: Sequence[str], seconds: float, *, whole: bool) -> Figures:
@@ -99,7 +73,7 @@ def train(words: Sequence[str]) -> Figures:
         shutil.rmtree(directory.path, ignore_errors=True)
 
 
-def compare(options: argparse.Namespace) -> Report:
+def compare(options: argparse.Namespace) -> measure.Report:
     """Predict and train, in turn. Raises ValueError for invalid options."""
     if options.steps <= WARM_UPS:
         raise ValueError(f"--steps {options.steps} is too few: {WARM_UPS} warm up; give more")
@@ -112,8 +86,8 @@ def compare(options: argparse.Namespace) -> Report:
         "foretold": lambda: foretell(words, options.seconds, whole=options.whole),
         "measured": lambda: train(words),
     }
-    found = interleave(sides, options.repeats)
-    return Report(
+    found = measure.interleave(sides, options.repeats)
+    return measure.Report(
         title=f"overnight plan {options.recipe}, and what a run then did",
         headings=HEADINGS,
         rows=table_rows(found),
@@ -139,18 +113,15 @@ def table_rows(found: Mapping[str, Sequence[Figures]]) -> list[list[str]]:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line; what is not known here is the recipe's."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = measure.command_line(__doc__, repeats=1, of="plans and runs")
     parser.add_argument("recipe", help="a recipe, as overnight train takes it")
     parser.add_argument("--steps", type=int, default=30, help="steps of a run")
     parser.add_argument("--seconds", type=float, default=40.0, help="how long a plan measures")
-    parser.add_argument("--repeats", type=int, default=1, help="plans and runs")
     parser.add_argument("--whole", action="store_true", help="train the recipe to its end, as it is")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     options, overrides = parser.parse_known_args(words)
     options.overrides = overrides
     return options
 
 
 if __name__ == "__main__":
-    chosen: Any = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: compare(chosen), as_json=chosen.json))
+    measure.run_program(read_options, compare)

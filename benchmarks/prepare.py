@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from measure import Report, interleave, paired_ratio, run_plainly, spread, timed
+import measure
 from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.tokenize import tokenize_documents
@@ -63,12 +62,12 @@ def encode_ours(tokenizer: Tokenizer, texts: Sequence[str], threads: int) -> NDA
     return np.concatenate([each.ids[1:] for each in tokenize_documents(documents, tokenizer, threads)])
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Prepare, then encode, each in turn."""
     texts = python_texts()
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     title = f"prepare python-docs with {options.tokenizer}"
-    times = interleave({title: timed(lambda: prepare_afresh(options.tokenizer))}, options.repeats)
+    times = measure.interleave_times({title: lambda: prepare_afresh(options.tokenizer)}, options.repeats)
     notes = []
     if options.bpe is not None:
         sides = encoders(texts, options.bpe)
@@ -76,17 +75,17 @@ def measure(options: argparse.Namespace) -> Report:
         same = all(np.array_equal(found, ids[REFERENCE]) for found in ids.values())
         notes.append(f"All encoders {'gave the same ids' if same else 'DID NOT GIVE THE SAME IDS'}.")
         notes.append(f"Times as fast as {REFERENCE}.")
-        times |= interleave({name: timed(side) for name, side in sides.items()}, options.repeats)
+        times |= measure.interleave_times(sides, options.repeats)
     rows = [
         [
             name,
-            *spread(each),
+            *measure.spread(each),
             f"{megabytes / statistics.median(each) * 1e3:.1f}",
-            f"{paired_ratio(each, times[REFERENCE]):.2f}" if name != title and REFERENCE in times else "",
+            f"{measure.paired_ratio(each, times[REFERENCE]):.2f}" if name != title else "",
         ]
         for name, each in times.items()
     ]
-    return Report(
+    return measure.Report(
         title=f"Text to ids: {megabytes:.2f} MB of Python's documentation",
         headings=HEADINGS,
         rows=rows,
@@ -98,14 +97,11 @@ def measure(options: argparse.Namespace) -> Report:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = measure.command_line(__doc__, repeats=3, of="measured repeats of each")
     parser.add_argument("--tokenizer", default="bpe-4096", help="what prepare trains")
     parser.add_argument("--bpe", type=Path, help="folder of GPT-2's encoder.json and vocab.bpe")
-    parser.add_argument("--repeats", type=int, default=3, help="measured repeats of each")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    measure.run_program(read_options, report)

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import Report, run_plainly
+import measure
 
 HEADINGS = ("precision", "nats per token", "more than fp32", "±", "other likeliest id", "a logit moves by")
 ROWS_AT_ONCE = 8
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Judge the text with every precision."""
     import torch
 
@@ -47,7 +46,7 @@ def measure(options: argparse.Namespace) -> Report:
         name: [torch.cat(parts) for parts in zip(*(each[name] for each in found), strict=True)]
         for name in models
     }
-    return Report(
+    return measure.Report(
         title=f"What fewer bits cost {options.model}",
         headings=HEADINGS,
         rows=[table_row(name, judged[name], judged["fp32"][0]) for name in models],
@@ -91,14 +90,12 @@ def table_row(name: str, parts: list[Any], reference: Any) -> list[str]:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = measure.command_line(__doc__)
     parser.add_argument("model", help="a run, a checkpoint, a Hugging Face folder or name")
     parser.add_argument("--text", required=True, help="a file the model was not trained on")
     parser.add_argument("--tokens", type=int, default=50_000, help="at most so many")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    measure.run_program(read_options, report)

@@ -12,13 +12,12 @@ import argparse
 import itertools
 import shutil
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import Report, interleave, milliseconds, paired_ratio, run_plainly, spread
+import measure
 from overnight.model.model_config import PRESETS, ModelConfig
 
 HEADINGS = ("training waits", "median ms", "min", "max", "times as short")
@@ -29,14 +28,12 @@ def build_state(config: ModelConfig, device: str) -> Any:
     """A model of that size and its optimizer, with moments of noise."""
     import torch
 
-    from overnight.model.gpt import GPT, initialize
+    from overnight.model.gpt import GPT
     from overnight.training import OptimizerConfig
     from overnight.training.optim import build_optimizer
     from overnight.training.state import TrainState
 
-    model = GPT(config)
-    initialize(model, 0)
-    model.to(device)
+    model = GPT(config, seed=0).to(device)
     state = TrainState(model, build_optimizer(model, OptimizerConfig()))
     for parameter in model.parameters():
         moments = {name: torch.randn_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
@@ -60,7 +57,7 @@ def sides(state: Any, folder: Path) -> dict[str, Callable[[], float]]:
             if waits:
                 saver.wait()
 
-        spent = milliseconds(begin)
+        spent = measure.milliseconds(begin)
         saver.wait()
         shutil.rmtree(place.parent)
         return spent
@@ -87,31 +84,31 @@ def step_beside(state: Any, folder: Path, repeats: int) -> list[tuple[float, flo
     step()
     found = []
     for number in range(repeats):
-        alone = milliseconds(step)
+        alone = measure.milliseconds(step)
         place = folder / f"beside-{number}" / "checkpoints"
         saver = Saver(place, SINGLE_PROCESS, lambda: None, lambda: None, {})
         saver.save(state)
-        found.append((alone, milliseconds(step)))
+        found.append((alone, measure.milliseconds(step)))
         saver.wait()
         shutil.rmtree(place.parent)
     return found
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Save in turn."""
     state = build_state(PRESETS[options.preset], options.device)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = interleave(sides(state, Path(folder)), options.repeats, warm_ups=1)
+        found = measure.interleave(sides(state, Path(folder)), options.repeats, warm_ups=1)
         beside = step_beside(state, Path(folder), options.repeats)
-    ratio = paired_ratio(found[BACKGROUND], found[FOREGROUND])
+    ratio = measure.paired_ratio(found[BACKGROUND], found[FOREGROUND])
     slower = statistics.median(meanwhile / alone for alone, meanwhile in beside)
     size = 12 * state.model.config.parameter_count() / 1e9
-    return Report(
+    return measure.Report(
         title="How long training waits for a checkpoint",
         headings=HEADINGS,
         rows=[
-            [FOREGROUND, *spread(found[FOREGROUND]), "1"],
-            [BACKGROUND, *spread(found[BACKGROUND]), f"{ratio:.1f}"],
+            [FOREGROUND, *measure.spread(found[FOREGROUND]), "1"],
+            [BACKGROUND, *measure.spread(found[BACKGROUND]), f"{ratio:.1f}"],
         ],
         measured={**found, "alone_meanwhile": beside},
         notes=[
@@ -124,17 +121,14 @@ def measure(options: argparse.Namespace) -> Report:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = measure.command_line(__doc__, repeats=5)
     parser.add_argument("--preset", choices=PRESETS, default="gpt2-124m", help="the size of the model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--folder", type=Path, help="on the disk to be measured; the temporary one's if left out"
     )
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    measure.run_program(read_options, report)

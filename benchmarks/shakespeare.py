@@ -14,13 +14,10 @@ import argparse
 import itertools
 import json
 import re
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+import measure
 from checkouts import NANOGPT, fingerprint, load_definitions, read_definitions
-from measure import Report, interleave, paired_ratio, run_plainly, spread
 from overnight.distributed.launcher import environment_of_process
 
 if TYPE_CHECKING:
@@ -39,15 +36,7 @@ if TYPE_CHECKING:
 
 OURS, THEIRS = "overnight", "nanoGPT"
 HEADINGS = (
-    "side",
-    "median s",
-    "min",
-    "max",
-    "CPU s",
-    "ms/step",
-    "validation loss",
-    "least",
-    "most",
+    *("side", "median s", "min", "max", "CPU s", "ms/step", "validation loss", "least", "most"),
     "overnight takes",
 )
 CONTEXT, ROWS = 64, 12
@@ -55,21 +44,13 @@ EVALUATE_EVERY, BATCHES_OF_EVALUATION, SPLITS = 250, 20, 2  # nanoGPT judges bat
 ROWS_JUDGED_AT_ONCE = 256
 PRINTED_STEP = re.compile(r"^iter \d+: .* time ([0-9.]+)ms", re.MULTILINE)
 SEED = 1337  # nanoGPT's own
-
-
-class Took(NamedTuple):
-    """What a process took."""
-
-    seconds: float
-    """From the command to its end."""
-    cpu_seconds: float
-    """Of all cores together: other work on the machine changes it little, threads that wait add to it."""
+ALONE = environment_of_process(large_pages=False)  # of both sides
 
 
 class Training(NamedTuple):
     """One whole run."""
 
-    took: Took
+    took: measure.Finished
     step_milliseconds: float
     """Of the median step."""
     loss: float
@@ -159,15 +140,13 @@ def command_of_ours(data: Path, steps: int, seed: int) -> list[str]:
         **{"evaluation-tokens": evaluation_tokens, "sample-every-steps": None, "device": "cpu"},
     }
     options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    overnight = Path(sys.executable).with_name("overnight")
-    program = [str(overnight)] if overnight.is_file() else [sys.executable, "-m", "overnight"]
-    return [*program, "train", "shakespeare-char-cpu", *options]
+    return [*measure.overnight_command(), "train", "shakespeare-char-cpu", *options]
 
 
 def train_ours(folder: Path, steps: int, seeds: itertools.count[int], judge: Judge) -> Training:
     """One run, in a folder of its own, each with another seed."""
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    took, _ = run_timed(command_of_ours(folder / "prepared", steps, next(seeds)), folder)
+    took = measure.run_process(command_of_ours(folder / "prepared", steps, next(seeds)), folder, ALONE)
     run = folder / "runs" / "measured"
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     milliseconds = statistics.median(json.loads(line)["milliseconds"] for line in lines)
@@ -189,7 +168,7 @@ def prepare_theirs(checkout: Path, split: Split, folder: Path) -> None:
     shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns(".git", "*.bin", "*.pkl", "out*"))
     place = folder / "data" / "shakespeare_char"
     (place / "input.txt").write_text(split.train + split.validation, encoding="utf-8")
-    run_timed([sys.executable, str(place / "prepare.py")], folder)
+    measure.run_process([sys.executable, str(place / "prepare.py")], folder, ALONE)
 
 
 def command_of_theirs(steps: int) -> list[str]:
@@ -207,8 +186,8 @@ def train_theirs(folder: Path, steps: int, judge: Judge) -> Training:
     """One run. Its seed is fixed."""
     out = folder / "out-shakespeare-char"
     shutil.rmtree(out, ignore_errors=True)
-    took, printed = run_timed(command_of_theirs(steps), folder)
-    milliseconds = statistics.median(map(float, PRINTED_STEP.findall(printed)))
+    took = measure.run_process(command_of_theirs(steps), folder, ALONE)
+    milliseconds = statistics.median(map(float, PRINTED_STEP.findall(took.output)))
     return Training(took, milliseconds, judge(load_theirs(folder, out / "ckpt.pt")))
 
 
@@ -235,29 +214,6 @@ def evaluate_every(steps: int) -> int:
     return min(EVALUATE_EVERY, steps)
 
 
-def run_timed(command: Sequence[str], folder: Path) -> tuple[Took, str]:
-    """What a whole process took, and what it printed. Raises RuntimeError if it fails."""
-    started_at, cpu_before = time.perf_counter(), cpu_seconds_of_children()
-    finished = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment_of_process(large_pages=False),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    took = Took(time.perf_counter() - started_at, cpu_seconds_of_children() - cpu_before)
-    if finished.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {finished.stderr[-2000:]}")
-    return took, finished.stdout
-
-
-def cpu_seconds_of_children() -> float:
-    """Of all processes that this one started and that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 def encode(split: Split) -> NDArray[np.int64]:
     """The validation split's ids: the place of each character in the sorted alphabet, on both sides."""
     alphabet = sorted(set(split.train + split.validation))
@@ -281,13 +237,12 @@ def judge_whole(logits: Callable[[Tensor], Tensor], ids: NDArray[np.int64]) -> f
     return nats / (windows * CONTEXT)
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Train with both in turn. Raises ValueError, before any work, for invalid options."""
     if options.nanogpt is not None:
         read_definitions(NANOGPT, options.nanogpt)
-    for name, least in (("repeats", 1), ("iterations", 2)):
-        if (count := getattr(options, name)) < least:
-            raise ValueError(f"--{name} {count} is too few; give at least {least}")
+    measure.check_counts(options, "repeats")
+    measure.check_counts(options, "iterations", least=2)
     split = read_split(options.text, options.nanogpt)
     judge = partial(judge_whole, ids=encode(split))
     steps = options.iterations
@@ -298,16 +253,19 @@ def measure(options: argparse.Namespace) -> Report:
         if options.nanogpt is not None:
             prepare_theirs(options.nanogpt, split, folder / "theirs")
             sides[THEIRS] = partial(train_theirs, folder / "theirs", steps, judge)
-        runs = interleave(sides, options.repeats)
+        runs = measure.interleave(sides, options.repeats)
     settings = {"steps": steps, "repeats": options.repeats}
     if options.nanogpt is not None:
         settings[THEIRS] = fingerprint(options.nanogpt / NANOGPT.file)
-    return Report(
+    return measure.Report(
         title=f"Tiny shakespeare by characters, {steps:,} steps on the CPU: the whole process",
         headings=HEADINGS,
         rows=[table_row(name, runs) for name in runs],
         measured={
-            name: [{**run._asdict(), "took": run.took._asdict()} for run in each]
+            name: [
+                {**run._asdict(), "took": {"seconds": run.took.seconds, "cpu_seconds": run.took.cpu_seconds}}
+                for run in each
+            ]
             for name, each in runs.items()
         },
         settings=settings,
@@ -325,28 +283,25 @@ def table_row(name: str, runs: dict[str, list[Training]]) -> list[str]:
     losses = [run.loss for run in runs[name]]
     return [
         name,
-        *spread(seconds[name], digits=1),
+        *measure.spread(seconds[name], digits=1),
         f"{statistics.median(run.took.cpu_seconds for run in runs[name]):.1f}",
         f"{statistics.median(run.step_milliseconds for run in runs[name]):.1f}",
         f"{statistics.mean(losses):.4f}",
         *(f"{loss:.4f}" for loss in (min(losses), max(losses))),
-        f"{paired_ratio(seconds[name], seconds[OURS]):.2f} of its time",
+        f"{measure.paired_ratio(seconds[name], seconds[OURS]):.2f} of its time",
     ]
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = measure.command_line(__doc__, repeats=3, of="whole runs of each side")
     parser.add_argument(
         "--nanogpt", type=Path, help="a checkout of nanoGPT; without it, only ours is trained"
     )
     parser.add_argument("--text", type=Path, help="tiny shakespeare; what lies in the checkout if left out")
     parser.add_argument("--iterations", type=int, default=2000, help="steps; fewer make a quick try")
-    parser.add_argument("--repeats", type=int, default=3, help="whole runs of each side")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    measure.run_program(read_options, report)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from measure import Report, interleave, run_plainly, spread, timed
+import measure
 from overnight.cli import COMMANDS
 from overnight.run_directory import RunDirectory
 
@@ -30,16 +30,9 @@ def write_runs(folder: Path, runs: int = RUNS, steps: int = STEPS) -> None:
     for number in range(runs):
         directory = RunDirectory(folder / f"run-{number:02d}")
         directory.begin(f"[schedule]\ntotal_steps = {steps}\n", {"device": "cpu"})
+        same = {"learning_rate": 1e-3, "grad_norm": 1.0, "milliseconds": 100.0, "tokens_per_second": 20480.0}
         lines = [
-            {
-                "step": step,
-                "tokens": step * 2048,
-                "loss": 9.0 - step / steps,
-                "learning_rate": 1e-3,
-                "grad_norm": 1.0,
-                "milliseconds": 100.0,
-                "tokens_per_second": 20480.0,
-            }
+            {"step": step, "tokens": step * 2048, "loss": 9.0 - step / steps, **same}
             for step in range(1, steps + 1)
         ]
         directory.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -51,37 +44,28 @@ def write_runs(folder: Path, runs: int = RUNS, steps: int = STEPS) -> None:
 
 def commands() -> dict[str, list[str]]:
     """What is measured, by what one types."""
-    overnight = Path(sys.executable).with_name("overnight")
-    ours = [str(overnight)] if overnight.is_file() else [sys.executable, "-m", "overnight"]
+    ours = measure.overnight_command()
     found = {LEAST: [sys.executable, "-c", "pass"], "overnight --help": [*ours, "--help"]}
     found |= {f"overnight {verb} --help": [*ours, verb, "--help"] for verb in COMMANDS}
     return {**found, f"overnight runs ({RUNS} runs)": [*ours, "runs"]}
 
 
-def call(command: Sequence[str], folder: Path) -> Callable[[], object]:
-    """`command` in `folder`, its words thrown away. Calling it raises RuntimeError if the command fails."""
-
-    def run() -> None:
-        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if finished.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} failed: {finished.stderr}")
-
-    return run
-
-
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Call every command in turn."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_runs(folder / "runs")
-        sides = {typed: timed(call(command, folder)) for typed, command in commands().items()}
-        times = interleave(sides, options.repeats, warm_ups=1)  # the first call fills the disk's cache
+        sides = {
+            typed: partial(measure.run_process, command, folder) for typed, command in commands().items()
+        }
+        # The first call fills the disk's cache.
+        times = measure.interleave_times(sides, options.repeats, warm_ups=1)
     least = times[LEAST]
     rows = []
     for typed, each in times.items():
         more = statistics.median(ours - theirs for ours, theirs in zip(each, least, strict=True))
-        rows.append([typed, *spread(each), f"{more:,.0f} ms"])
-    return Report(
+        rows.append([typed, *measure.spread(each), f"{more:,.0f} ms"])
+    return measure.Report(
         title="Until a command answers",
         headings=HEADINGS,
         rows=rows,
@@ -92,12 +76,9 @@ def measure(options: argparse.Namespace) -> Report:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5, help="measured calls of each command")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
+    parser = measure.command_line(__doc__, repeats=5, of="measured calls of each command")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    measure.run_program(read_options, report)

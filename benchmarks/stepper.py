@@ -26,7 +26,7 @@ from overnight.bench.worker import (
     time_steps,
 )
 from overnight.model.model_config import VOCABULARY_MULTIPLE, ModelConfig
-from task import LLM_C, Task
+from sides import LLM_C, Task
 
 if TYPE_CHECKING:
     from overnight.model.gpt import GPT
@@ -52,11 +52,9 @@ def build(task: Task) -> tuple[Callable[[], Mapping[str, Any]], str]:
 
 def build_model(task: Task) -> GPT:
     """The model that all sides begin with."""
-    from overnight.model.gpt import empty_model, initialize
+    from overnight.model.gpt import GPT
 
-    model = empty_model(ModelConfig(**task.model))
-    initialize(model, SEED)
-    return model
+    return GPT(ModelConfig(**task.model), seed=SEED)
 
 
 def build_ours(task: Task) -> tuple[Callable[[], Any], str]:

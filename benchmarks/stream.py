@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from measure import Report, interleave, paired_ratio, run_plainly, spread, timed
+import measure
 from overnight.data.loader import TokenStream
 from overnight.data.shards import HEADER_BYTES, SMALL, Manifest, Shard
 from overnight.data.token_reader import ShardFile
@@ -132,14 +131,14 @@ def megabytes_more(action: Callable[[], None]) -> float:
     return ((peak_memory_bytes("cpu") or 0) - before) / 1e6
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Draw batches in turn."""
     torch.set_num_threads(1)  # the stream's own work is one thread's, and so is nanoGPT's
     with tempfile.TemporaryDirectory() as folder:
         return compare(Path(folder), options)
 
 
-def compare(folder: Path, options: argparse.Namespace) -> Report:
+def compare(folder: Path, options: argparse.Namespace) -> measure.Report:
     """The report, on files written below `folder`."""
     rows, length = options.rows, options.context
     reference = f"nanoGPT's get_batch, {options.small:,} tokens"
@@ -155,27 +154,28 @@ def compare(folder: Path, options: argparse.Namespace) -> Report:
     again = cycle(range(options.batches))
     draws[f"overnight, {options.large:,} tokens, the same rows again"] = read_on(stream, rows, again)
     sides = {name: many(draw, options.batches) for name, draw in draws.items()}
-    times = interleave({name: timed(side) for name, side in sides.items()}, options.repeats, warm_ups=1)
+    times = measure.interleave_times(sides, options.repeats, warm_ups=1)
     grown = {name: megabytes_more(side) for name, side in sides.items()}
-    small, new, same = (times[name] for name in list(times)[1:])
+    small, *others = list(times.values())[1:]
+    new, same = (measure.paired_ratio(small, each) for each in others)
     tokens = options.batches * rows * length
     table = [
         [
             name,
-            *spread([milliseconds / options.batches for milliseconds in each], 4),
+            *measure.spread([milliseconds / options.batches for milliseconds in each], 4),
             f"{tokens / statistics.median(each) / 1e3:,.0f}",
-            f"{paired_ratio(each, times[reference]):.1f}",
+            f"{measure.paired_ratio(each, times[reference]):.1f}",
             f"{grown[name]:.1f}",
         ]
         for name, each in times.items()
     ]
     notes = [
-        f"Rows of the large text take {1 / paired_ratio(same, small):.2f} times as long as rows of the small "
+        f"Rows of the large text take {same:.2f} times as long as rows of the small "
         f"one where the operating system has them in memory, as it has all of the small text, and "
-        f"{1 / paired_ratio(new, small):.2f} times as long where it has to find memory for them first.",
+        f"{new:.2f} times as long where it has to find memory for them first.",
         f"MB more: how far the process grew over {options.batches} batches.",
     ]
-    return Report(
+    return measure.Report(
         title="Shards to batches, on one thread",
         headings=HEADINGS,
         rows=table,
@@ -192,17 +192,14 @@ def compare(folder: Path, options: argparse.Namespace) -> Report:
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = measure.command_line(__doc__, repeats=15, of="measured repeats of each")
     parser.add_argument("--rows", type=int, default=12, help="of a batch; nanoGPT's own are 12")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--small", type=int, default=10_000_000, help="tokens of the small text")
     parser.add_argument("--large", type=int, default=10_000_000_000, help="tokens of the large text")
     parser.add_argument("--batches", type=int, default=400, help="drawn in each repeat")
-    parser.add_argument("--repeats", type=int, default=15, help="measured repeats of each")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    measure.run_program(read_options, report)

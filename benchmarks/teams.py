@@ -73,16 +73,6 @@ if "RANK" in os.environ:
 """
 
 
-class Place(NamedTuple):
-    """A folder in which the commands are given: recipe.toml lies there, and a folder `site`."""
-
-    folder: Path
-
-    def run(self, name: str) -> Path:
-        """A run's folder."""
-        return self.folder / "runs" / name
-
-
 class Ended(NamedTuple):
     """A command that has ended."""
 
@@ -91,24 +81,14 @@ class Ended(NamedTuple):
     seconds: float
 
 
-def prepare(folder: Path, steps: int) -> Place:
-    """Shards of Python's documentation, by characters, and a recipe of so many steps on them."""
+def prepare(folder: Path, steps: int) -> None:
+    """Shards of Python's documentation, by characters, and recipe.toml: so many steps on them."""
     shards = folder / "shards"
-    words = (
-        "prepare",
-        "python-docs",
-        "--tokenizer",
-        "characters",
-        "--tokens",
-        "500000",
-        "--out",
-        str(shards),
-    )
+    words = f"prepare python-docs --tokenizer characters --tokens 500000 --out {shards}".split()
     subprocess.run([*overnight(), *words], check=True, capture_output=True)
     (folder / "recipe.toml").write_text(RECIPE.format(shards=shards, steps=steps))
     (folder / "site").mkdir()
     (folder / "site/sitecustomize.py").write_text(FREEZE)
-    return Place(folder)
 
 
 def overnight() -> list[str]:
@@ -117,12 +97,13 @@ def overnight() -> list[str]:
 
 
 @contextlib.contextmanager
-def started(place: Place, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """A command in that place, one thread to a process; whatever is left of it in the end is killed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(place.folder / "site")}
+def started(folder: Path, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """A command in that folder, one thread to a process; whatever is left of it in the end is killed."""
+    paths = [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
-            command, cwd=place.folder, env=environment, stdout=said, stderr=said, start_new_session=True
+            command, cwd=folder, env=environment, stdout=said, stderr=said, start_new_session=True
         )
         process.said = said  # type: ignore[attr-defined]
         try:
@@ -146,13 +127,13 @@ def wait_for(process: subprocess.Popen[str], since: float | None = None) -> Ende
     return Ended(status, said, seconds)
 
 
-def train(place: Place, name: str, *words: str) -> Path:
+def train(folder: Path, name: str, *words: str) -> Path:
     """A run from its beginning to its end, undisturbed. Raises ValueError if it fails."""
-    with started(place, [*overnight(), "train", "recipe.toml", "--run-name", name, *words]) as process:
+    with started(folder, [*overnight(), "train", "recipe.toml", "--run-name", name, *words]) as process:
         ended = wait_for(process)
     if ended.status != 0:
         raise ValueError(f"{name} ended with status {ended.status}: {ended.said}")
-    return place.run(name)
+    return folder / "runs" / name
 
 
 def newest(run: Path) -> Path:
@@ -195,22 +176,22 @@ TEAMS = [
 ]
 
 
-def train_in_team(place: Place, team: Team, *words: str) -> Path:
+def train_in_team(folder: Path, team: Team, *words: str) -> Path:
     """By the command itself; several machines are as many torchruns that meet on this one."""
     name = "-".join([*map(str, team), *(word.strip("-") for word in words)])
     options = ("--sharding", team.sharding, *words)
     if team.machines == 1:
-        return train(place, name, "--processes", str(team.processes), *options)
+        return train(folder, name, "--processes", str(team.processes), *options)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(team.machines)]
     torchrun += ["--nproc-per-node", str(team.processes // team.machines), "--rdzv-backend", "c10d"]
     torchrun += ["--rdzv-endpoint", f"localhost:{random.randrange(20_000, 30_000)}", "-m", "overnight"]
     command = [*torchrun, "train", "recipe.toml", "--run-name", name, *options]
     with contextlib.ExitStack() as agents:
-        processes = [agents.enter_context(started(place, command)) for _ in range(team.machines)]
+        processes = [agents.enter_context(started(folder, command)) for _ in range(team.machines)]
         for ended in map(wait_for, processes):
             if ended.status != 0:
                 raise ValueError(f"{name} ended with status {ended.status}: {ended.said}")
-    return place.run(name)
+    return folder / "runs" / name
 
 
 def ranks_of(parent: int) -> dict[int, int]:

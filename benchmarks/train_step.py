@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import platform
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+import measure
 from checkouts import (
     BUILD_NANOGPT,
     LLM_C_FILES,
@@ -33,24 +33,13 @@ from checkouts import (
     read_definitions,
 )
 from llmc import find_compiler
-from measure import (
-    Report,
-    describe_machine,
-    interleave,
-    model_name,
-    on_device,
-    paired_ratio,
-    run_plainly,
-    spread,
-)
 from overnight.bench.decide import about_peak, find_peak_flops_or_measure
 from overnight.distributed.world import open_world
 from overnight.hardware import find_memory_bytes
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.model_config import ModelConfig
 from overnight.training import ComputeConfig
 from overnight.training.compute import resolve_compute
-from sides import SIDES, Circumstances, Process, Side, at_work, choose_sides
-from task import LLM_C, Task
+from sides import LLM_C, SIDES, Circumstances, Process, Side, Task, at_work, choose_sides
 from text import read_ids
 
 WARM_UPS_AT_LEAST = 2  # in its second step a process's heap still grows
@@ -58,15 +47,7 @@ ROWS_AND_MICRO_BATCHES = {"cpu": (2, 1), "cuda": (64, 8)}  # on a GPU build-nano
 BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, all float32
 SAME_LOSS = 0.02  # bfloat16 and a padded vocabulary change a first loss by less, in nats; a mistake by more
 FIGURES = (
-    "median ms",
-    "min",
-    "max",
-    "tokens/s",
-    "MFU",
-    "executed",
-    "overnight is",
-    "peak GB",
-    "first loss",
+    *("median ms", "min", "max", "tokens/s", "MFU", "executed", "overnight is", "peak GB", "first loss"),
     "last",
 )
 
@@ -82,7 +63,7 @@ class Measured(NamedTuple):
     """By precision: what the device could do."""
 
 
-def measure(options: argparse.Namespace) -> Report:
+def report(options: argparse.Namespace) -> measure.Report:
     """Step all sides in turn. Raises ValueError, before any work, for invalid options."""
     sides, left_out, model = check(options)
     ids = fit_ids(read_ids(options.text, options.data, options.bpe), options, model)
@@ -106,14 +87,14 @@ def measure(options: argparse.Namespace) -> Report:
         with at_work(sides, task) as processes:
             measured = take_turns(processes, options)
     ours = find_ours(sides)
-    return Report(
-        title=f"One training step of {model_name(model)} on {on_device(options.device)}",
+    return measure.Report(
+        title=f"One training step of {measure.model_name(model)} on {measure.on_device(options.device)}",
         headings=("side", "precision", *FIGURES),
         rows=table_rows(measured, ours, model, options),
         measured=measured._asdict(),
         settings=describe_settings(options, measured),
         notes=[*describe_figures(measured, ours, model, options), *left_out],
-        machine=describe_machine(options.device),
+        machine=measure.describe_machine(options.device),
     )
 
 
@@ -125,7 +106,7 @@ def take_turns(processes: Sequence[Process], options: argparse.Namespace) -> Mea
         each["precision"]: partial(find_peak_flops_or_measure, options.device, each["precision"])
         for each in about.values()
     }
-    results: dict[str, list[Any]] = interleave(turns | peaks, options.warm_ups + options.steps)
+    results: dict[str, list[Any]] = measure.interleave(turns | peaks, options.warm_ups + options.steps)
     peak_flops = {precision: statistics.median(results.pop(precision)) for precision in peaks}
     return Measured(results, about, peak_flops)
 
@@ -139,14 +120,9 @@ def check(options: argparse.Namespace) -> tuple[list[Side], list[str], ModelConf
     rows, micro_batches = ROWS_AND_MICRO_BATCHES[options.device]
     options.rows = rows if options.rows is None else options.rows
     options.micro_batches = micro_batches if options.micro_batches is None else options.micro_batches
-    if options.warm_ups < WARM_UPS_AT_LEAST:
-        raise ValueError(f"--warm-ups {options.warm_ups} is too few; give at least {WARM_UPS_AT_LEAST}")
-    for name in ("rows", "micro_batches", "steps"):
-        if (count := getattr(options, name)) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {count} is too few; give at least 1")
-    model = dataclasses.replace(PRESETS["gpt2-124m"], context_length=options.context, n_layer=options.layers)
-    if problems := model.problems():
-        raise ValueError("; ".join(problems))
+    measure.check_counts(options, "warm_ups", least=WARM_UPS_AT_LEAST)
+    measure.check_counts(options, "rows", "micro_batches", "steps")
+    model = measure.gpt2_124m(context_length=options.context, n_layer=options.layers)
     compute = resolve_compute(ComputeConfig(compile=options.compile), options.device)
     found = Circumstances(
         device=options.device,
@@ -247,11 +223,11 @@ def table_rows(
             [
                 name,
                 precision,
-                *spread(times[name]),
+                *measure.spread(times[name]),
                 f"{speed:,.0f}",
                 f"{model.flops_per_token() / flops_at_hand:.1%}",
                 f"{model.executed_flops_per_token('none') / flops_at_hand:.1%}",
-                f"{paired_ratio(times[ours], times[name]):.2f}x as fast",
+                measure.times_as_fast(times[ours], times[name]),
                 f"{max(peaks) / 1e9:.2f}" if peaks else "",
                 f"{first_loss(measured, name):.4f}",
                 f"{turns[-1]['losses'][-1]:.4f}",
@@ -311,32 +287,21 @@ def describe_settings(options: argparse.Namespace, measured: Measured) -> dict[s
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--peer", type=Path, help="a checkout of build-nanogpt")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser = measure.command_line(__doc__, "peer nanogpt device layers text data bpe")
     parser.add_argument("--llmc", type=Path, help="a checkout of llm.c; on a GPU, or its built train_gpt2cu")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rows", type=int, help="rows of a micro-batch; 2, or 64 on a GPU, if left out")
     parser.add_argument(
         "--micro-batches", type=int, help="micro-batches of a step; 1, or 8 on a GPU, if left out"
     )
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
-    parser.add_argument("--layers", type=int, default=12, help="fewer make a quick try")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each side")
     parser.add_argument("--warm-ups", type=int, default=3, help="steps of each side before these")
     parser.add_argument("--sides", nargs="+", choices=SIDES, help="which, and in which order")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="if left out, where there is a C++ compiler"
     )
-    parser.add_argument("--text", type=Path, help="a text file; Python's documentation if left out")
-    parser.add_argument(
-        "--bpe", type=Path, help="folder of encoder.json and vocab.bpe; the cache if left out"
-    )
-    parser.add_argument("--data", type=Path, help="instead of a text: a folder that overnight prepare wrote")
-    parser.add_argument("--json", action="store_true", help="print every figure, as JSON")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    chosen = read_options(sys.argv[1:])
-    sys.exit(run_plainly(lambda: measure(chosen), as_json=chosen.json))
+    measure.run_program(read_options, report)

@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,18 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("steady")
 
-from overnight.preparation import prepare  # noqa: E402 - after the environment
-from overnight.preparation.prepare_config import PrepareConfig  # noqa: E402 - likewise
+# Imported after the environment is set.
+from overnight.data import DataConfig  # noqa: E402
+from overnight.model.model_config import ModelConfig  # noqa: E402
+from overnight.preparation import prepare  # noqa: E402
+from overnight.preparation.prepare_config import PrepareConfig  # noqa: E402
+from overnight.recipe import Recipe, with_settings  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
+LINES = "".join(
+    f"Line {number} of a small text about the number {number * 7 % 100}.\n" for number in range(60)
+)
+SMALL_TEXTS = [LINES[number * 37 : number * 37 + 150] for number in range(40)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,6 +81,38 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Programs]:
     yield Programs()
     for name in {path.stem for folder in folders for path in folder.glob("*.py")} - before:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def prepare_texts() -> Callable[..., Path]:
+    """`prepare_texts(folder, texts, **settings)`: the shards of these texts, a file each, in folder/shards.
+
+    In characters. Without other texts: 40 documents, about 5,000 training tokens, in several shards.
+    """
+
+    def build(folder: Path, texts: Iterable[str] = SMALL_TEXTS, **settings: Any) -> Path:
+        folder.mkdir(exist_ok=True)
+        for number, text in enumerate(texts):
+            (folder / f"{number:03}.txt").write_text(text)
+        asked = {"tokenizer": "characters", "validation_fraction": 0.2, "shard_tokens": 1500} | settings
+        prepare.prepare_shards(PrepareConfig(source=str(folder), out=str(folder / "shards"), **asked))
+        return folder / "shards"
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def small_recipe() -> Callable[..., Recipe]:
+    """`small_recipe(shards, **settings)`: 12 steps of a small model with dropout, on the CPU in float32."""
+
+    def build(shards: Path, **settings: Any) -> Recipe:
+        model = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=32, dropout=0.1)
+        small = Recipe(run_name="small", data=DataConfig(data=str(shards)), model=model)
+        usual = {"device": "cpu", "precision": "fp32", "compile": False}
+        usual |= {"total_steps": 12, "warmup_steps": 3, "sample_tokens": 8}
+        return with_settings(small, **usual | settings)
+
+    return build
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from overnight.conversion.huggingface import write_huggingface
-from overnight.model.gpt import GPT, initialize
+from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
 from overnight.planning.network import Collective, Link, ParallelLayout, collective_seconds
 from overnight.run_directory import RunDirectory
@@ -50,11 +50,9 @@ compile = false
 
 def far_from_chance(config: ModelConfig = TINY, seed: int = 0) -> GPT:
     """A model whose losses differ from window to window."""
-    model = GPT(config)
-    initialize(model, seed)
+    model = GPT(config, seed=seed)
     for weight in model.parameters():
         weight.data.mul_(20.0)
-    model.zero_padding()
     return model.eval()
 
 
@@ -71,7 +69,7 @@ SMALLEST = {
     f"--bpe {{data}}/gpt2-bpe {ONE_LAYER}",
     "plan": "small.toml --steps 6 --seconds 1",
     "prepare": "--tokenizer bpe-300 --repeats 1",
-    "rounding": "model --text text/1.txt",
+    "rounding": "model --text text/001.txt",
     "saving": "--repeats 1",
     "shakespeare": "--text {data}/shakespeare/input.txt --iterations 20 --repeats 1",
     "startup": "--repeats 1",
@@ -83,21 +81,14 @@ QUICK = ("bands", "corpus", "hellaswag", "rounding", "stream")  # two seconds ea
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory, prepare_texts):
     """A folder with a text, its shards, a recipe of them, a corpus of Parquet files, and a model."""
     import pyarrow
     from pyarrow import parquet
 
-    from overnight.preparation.prepare import prepare_shards
-    from overnight.preparation.prepare_config import PrepareConfig
-
     folder = tmp_path_factory.mktemp("benchmarks")
     texts = [f"document {number} of {number * number}\n" * 5 for number in range(20)]
-    (folder / "text").mkdir()
-    for number, text in enumerate(texts):
-        (folder / "text" / f"{number}.txt").write_text(text)
-    source, shards = str(folder / "text"), str(folder / "shards")
-    prepare_shards(PrepareConfig(source=source, out=shards, tokenizer="characters", validation_fraction=0.2))
+    shutil.move(prepare_texts(folder / "text", texts), folder / "shards")
     (folder / "small.toml").write_text(SMALL_RECIPE)
     (folder / "corpus").mkdir()
     rows = pyarrow.table({"text": [f"{n} {text}" for n in range(10) for text in texts]})
@@ -111,9 +102,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SMALLEST]
 )
-def test_benchmark_runs(
-    name: str, place: Path, repository: Path, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_benchmark_runs(name, place, repository, request, tmp_path):
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     words = SMALLEST[name]
     if "{data}" in words:
@@ -126,7 +115,7 @@ def test_benchmark_runs(
     assert not any("THE SIDES D" in note or "DO NOT JUDGE" in note for note in report["notes"])
 
 
-def test_benchmark_refuses_bad_input(repository: Path, tmp_path: Path) -> None:
+def test_benchmark_refuses_bad_input(repository, tmp_path):
     command = [sys.executable, str(repository / "benchmarks/train_step.py"), "--peer", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -135,7 +124,7 @@ def test_benchmark_refuses_bad_input(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_commands_shown_have_known_options(programs: dict[str, Any], repository: Path) -> None:
+def test_commands_shown_have_known_options(programs, repository):
     """Those of `make benchmark` and of benchmarks/README.md."""
     variables = ["PEER=p", "NANOGPT=n", "LLMC=l", "BPE=b", "SHAKESPEARE=s"]
     making = ["make", "--dry-run", "--always-make", "benchmark", *variables]
@@ -151,7 +140,7 @@ def test_commands_shown_have_known_options(programs: dict[str, Any], repository:
 # How sides are compared
 
 
-def test_sides_take_turns_and_are_compared_round_by_round(programs: dict[str, Any]) -> None:
+def test_sides_take_turns_and_are_compared_round_by_round(programs):
     calls: list[str] = []
 
     def side(name: str) -> Any:
@@ -168,7 +157,7 @@ def test_sides_take_turns_and_are_compared_round_by_round(programs: dict[str, An
     assert measure.paired_ratio(theirs, theirs) == 1.0
 
 
-def test_figures_replace_the_old_ones(programs: dict[str, Any], repository: Path, tmp_path: Path) -> None:
+def test_figures_replace_the_old_ones(programs, repository, tmp_path):
     measure, figures = programs["measure"], programs["figures"]
     report = measure.Report(title="T", headings=["what"], rows=[["new"]], measured={"a": [1.5]})
     report.save(tmp_path / "figures", "kills")
@@ -190,12 +179,12 @@ def test_figures_replace_the_old_ones(programs: dict[str, Any], repository: Path
 # Both sides do the same work
 
 
-def test_training_peers_have_equal_losses(programs: dict[str, Any], tmp_path: Path) -> None:
+def test_training_peers_have_equal_losses(programs, tmp_path):
     generator = torch.Generator().manual_seed(0)
     np.save(tmp_path / "ids.npy", torch.randint(64, (6 * 4 * 16 + 1,), generator=generator).numpy())
     settings = {"precision": "fp32", "compile": False, "device": "cpu", "rows": 2, "micro_batches": 2}
     settings |= {"checkout": None, "model": dataclasses.asdict(TINY), "folder": str(tmp_path)}
-    ours = programs["task"].Task(peer=None, **settings)
+    ours = programs["sides"].Task(peer=None, **settings)
     peer = dataclasses.replace(ours, peer="transformers")
     losses = []
     for task in (ours, peer):
@@ -209,7 +198,7 @@ def test_training_peers_have_equal_losses(programs: dict[str, Any], tmp_path: Pa
         assert abs(turn()["losses"][0] - losses[0][0]) > 1e-4
 
 
-def test_different_work_is_reported(programs: dict[str, Any]) -> None:
+def test_different_work_is_reported(programs):
     train_step = programs["train_step"]
     options = train_step.read_options(["--rows", "1", "--micro-batches", "1"])
     about = {"precision": "bf16", "threads": 2}
@@ -217,11 +206,11 @@ def test_different_work_is_reported(programs: dict[str, Any]) -> None:
     for loss, is_equal in ((10.9, True), (11.0, False)):
         turns = {"a": [{**turn, "losses": [10.9]}] * 3, "b": [{**turn, "losses": [loss]}] * 3}
         measured = train_step.Measured(turns, {"a": about, "b": about}, {})
-        notes = train_step.describe_figures(measured, "a", train_step.PRESETS["gpt2-124m"], options)
+        notes = train_step.describe_figures(measured, "a", programs["measure"].gpt2_124m(), options)
         assert any("THE SIDES DO NOT DO THE SAME WORK" in note for note in notes) != is_equal
 
 
-def test_evaluation_peers_agree(programs: dict[str, Any]) -> None:
+def test_evaluation_peers_agree(programs):
     evaluate, model = programs["evaluate"], far_from_chance()
     text = torch.randint(64, (6 * 16 + 1,), generator=torch.Generator().manual_seed(0))
     batch = evaluate.Rows(text.numpy(), 16).batch
@@ -237,9 +226,9 @@ def test_evaluation_peers_agree(programs: dict[str, Any]) -> None:
     assert "DO NOT JUDGE THE SAME" in evaluate.describe_losses(losses | {"nanoGPT": 10.1})[1]
 
 
-def test_generation_peers_write_the_same(programs: dict[str, Any]) -> None:
+def test_generation_peers_write_the_same(programs):
     generate, ours = programs["generate"], far_from_chance()
-    theirs = generate.build_theirs(TINY, ours)
+    theirs = programs["peers"].build_transformers(ours).model.eval()
     prompts = generate.draw_prompts(3, 4, TINY.vocab_size)
     setting = generate.Setting(rows=3, new=8, top_k=None)
     written = generate.write_ours(ours, prompts, setting)
@@ -249,14 +238,14 @@ def test_generation_peers_write_the_same(programs: dict[str, Any]) -> None:
         generate.write(lambda *_: [[1], [2], [3]], prompts, setting)
 
 
-def test_hellaswag_answers_are_compared_one_by_one(programs: dict[str, Any]) -> None:
+def test_hellaswag_answers_are_compared_one_by_one(programs):
     hellaswag = programs["hellaswag"]
     answers = {hellaswag.OURS: [0, 1, 2], hellaswag.TRAINING: [0, 1, 3]}
     assert "THE SIDES DIFFER" in hellaswag.compare(answers, [3, 1, 0])[0]
     assert "DIFFER" not in hellaswag.compare({**answers, hellaswag.TRAINING: [0, 1, 2]}, [3, 1, 0])[0]
 
 
-def test_rounding_of_the_same_model_costs_nothing(programs: dict[str, Any]) -> None:
+def test_rounding_of_the_same_model_costs_nothing(programs):
     model, another = far_from_chance(), far_from_chance(seed=1)
     ids = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(0))
     found = programs["rounding"].judge({"fp32": model, "again": model, "another": another}, ids)
@@ -264,7 +253,7 @@ def test_rounding_of_the_same_model_costs_nothing(programs: dict[str, Any]) -> N
     assert all(float(part.mean()) > 0.01 for part in found["another"][1:])
 
 
-def test_stream_peer_draws_batches_of_one_kind(programs: dict[str, Any], tmp_path: Path) -> None:
+def test_stream_peer_draws_batches_of_one_kind(programs, tmp_path):
     stream = programs["stream"]
     stream.write_shards(tmp_path / "small", 5000, shard_tokens=5000, empty=False)
     ids, targets = stream.draw_as_nanogpt(tmp_path / "small" / "train-00000.bin", 12, 64)
@@ -276,7 +265,7 @@ def test_stream_peer_draws_batches_of_one_kind(programs: dict[str, Any], tmp_pat
 # Bands, communication, several processes
 
 
-def test_band_needs_one_recipe_and_two_seeds(programs: dict[str, Any], place: Path, monkeypatch: Any) -> None:
+def test_band_needs_one_recipe_and_two_seeds(programs, place, monkeypatch):
     monkeypatch.chdir(place)
     bands = programs["bands"]
     recipe = bands.load_recipe("small.toml")
@@ -288,7 +277,7 @@ def test_band_needs_one_recipe_and_two_seeds(programs: dict[str, Any], place: Pa
         bands.record(bands.read_options(["--recipe", "small.toml", "--seeds", "1"]))
 
 
-def test_communication_fit_finds_the_link(programs: dict[str, Any]) -> None:
+def test_communication_fit_finds_the_link(programs):
     program = programs["communication"]
     exact = Link(name="", bytes_per_second=2e9, message_seconds=0.0, start_seconds=1e-3, source="")
     there = ParallelLayout(processes_per_machine=4, within=exact)
@@ -300,14 +289,14 @@ def test_communication_fit_finds_the_link(programs: dict[str, Any]) -> None:
         assert link.start_seconds == pytest.approx(1e-3)
 
 
-def test_transfer_begins_when_the_last_process_arrives(programs: dict[str, Any]) -> None:
+def test_transfer_begins_when_the_last_process_arrives(programs):
     overheard = programs["overheard"]
     first = overheard.Step(10.0, [(0.0, 3.0, 100), (5.0, 8.0, 50)])
     second = overheard.Step(9.0, [(2.0, 2.5, 100), (5.0, 7.0, 50)])
     assert overheard.divide([first, second]) == (10.0, 1.0 + 3.0, (2.0 + 0.0) / 2, 150)
 
 
-def test_runs_differ_by_all_but_the_clock(programs: dict[str, Any], tmp_path: Path) -> None:
+def test_runs_differ_by_all_but_the_clock(programs, tmp_path):
     def write(name: str, *, seed: int = 0, loss: float = 3.0, milliseconds: float = 5.0) -> str:
         directory = RunDirectory(tmp_path / name)
         model = far_from_chance(seed=seed)
@@ -323,7 +312,7 @@ def test_runs_differ_by_all_but_the_clock(programs: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.distributed
-def test_small_distributed_campaign(repository: Path, tmp_path: Path) -> None:
+def test_small_distributed_campaign(repository, tmp_path):
     """In real processes: two kills and a frozen one."""
     words = ["--parts", "kills", "frozen", "--kills", "2", "--frozen", "1", "--steps", "40", "--figures"]
     command = [sys.executable, str(repository / "benchmarks/distributed.py"), *words, str(tmp_path)]

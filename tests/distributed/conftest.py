@@ -26,17 +26,9 @@ import torch.distributed as dist
 from filelock import FileLock
 
 from overnight.config import to_toml
-from overnight.data import DataConfig
-from overnight.model.model_config import ModelConfig
-from overnight.preparation.prepare import prepare_shards
-from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig
 from overnight.run_directory import RunDirectory
-from overnight.training import ComputeConfig, OptimizerConfig
-from overnight.training.batch import BatchConfig
 from overnight.training.checkpoint.format import TensorFiles
 from overnight.training.checkpoint.load import read_model
-from overnight.training.schedule import ScheduleConfig
 
 PROCESSES = multiprocessing.get_context("forkserver")
 SLOW_IMPORTS = [
@@ -46,9 +38,6 @@ SLOW_IMPORTS = [
 START = "import sys; sys.path.insert(0, folder); import roles; roles.play(*given)"
 CLOCK = {"milliseconds", "tokens_per_second", "mfu"}  # all that a repetition may change
 SECONDS = 250  # a busy machine may take long
-LINES = "".join(
-    f"Line {number} of a small text about the number {number * 7 % 100}.\n" for number in range(60)
-)
 
 
 @dataclasses.dataclass
@@ -132,13 +121,13 @@ def torchrun(rank: int, size: int, local_size: int, port: int) -> dict[str, str]
 
 
 @pytest.fixture
-def team(tmp_path_factory: pytest.TempPathFactory) -> Teams:
+def team(tmp_path_factory):
     """Starts several processes."""
     return Teams(tmp_path_factory.mktemp("team"))
 
 
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def shared_folder(tmp_path_factory, worker_id):
     """One folder for all of pytest's workers."""
     own = tmp_path_factory.getbasetemp()
     folder = (own if worker_id == "master" else own.parent) / "shared"
@@ -147,53 +136,24 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 
 
 @pytest.fixture(scope="session")
-def text(shared_folder: Path) -> Path:
+def text(shared_folder, prepare_texts):
     """Shards of some 40 documents in characters, about 5,000 training tokens."""
-    root = shared_folder / "text"
     with FileLock(shared_folder / "text.lock"):
-        if not root.is_dir():
-            root.mkdir()
-            for number in range(40):
-                (root / f"{number:02}.txt").write_text(LINES[number * 37 : number * 37 + 150])
-            shards = {"out": str(root / "shards"), "validation_fraction": 0.2, "shard_tokens": 1500}
-            prepare_shards(PrepareConfig(source=str(root), tokenizer="characters", **shards))
-    return root / "shards"
-
-
-Build = Callable[..., Recipe]
+        shards = shared_folder / "text/shards"
+        return shards if shards.is_dir() else prepare_texts(shared_folder / "text")
 
 
 @pytest.fixture(scope="session")
-def recipe(text: Path) -> Build:
-    """Builds a recipe of 20 steps of 8 micro-batches, with dropout, over two epochs."""
-
-    def build(
-        *,
-        total_steps: int = 20,
-        rows: int = 16,
-        learning_rate: float = 1e-3,
-        seed: int = 1337,
-        **compute: Any,
-    ) -> Recipe:
-        return Recipe(
-            run_name="small",
-            seed=seed,
-            data=DataConfig(data=str(text)),
-            model=ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=32, dropout=0.1),
-            optimizer=OptimizerConfig(peak_learning_rate=learning_rate),
-            schedule=ScheduleConfig(total_steps=total_steps, warmup_steps=3),
-            batch=BatchConfig(tokens_per_step=rows * 32, micro_batch_size=2),
-            compute=ComputeConfig(device="cpu", precision="fp32", compile=False, **compute),
-            evaluation=EvaluationConfig(evaluate_every_steps=10),
-            samples=SamplesConfig(sample_every_steps=10, sample_prompts=("", "Line", "L"), sample_tokens=8),
-            checkpoints=CheckpointsConfig(checkpoint_every_steps=5),
-        )
-
-    return build
+def recipe(text, small_recipe):
+    """`recipe(**settings)`: 20 steps of 8 micro-batches, with dropout, over two epochs."""
+    every = {"evaluate_every_steps": 10, "sample_every_steps": 10, "checkpoint_every_steps": 5}
+    usual = {"peak_learning_rate": 1e-3, "tokens_per_step": 16 * 32, "micro_batch_size": 2}
+    usual |= {"total_steps": 20, "sample_prompts": ("", "Line", "L"), **every}
+    return lambda **settings: small_recipe(text, **usual | settings)
 
 
 @pytest.fixture
-def folder(recipe: Build, tmp_path: Path) -> Path:
+def folder(recipe, tmp_path):
     """A folder with small.toml in it."""
     (tmp_path / "small.toml").write_text(to_toml(recipe()))
     return tmp_path
@@ -249,21 +209,19 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def contents() -> Callable[[Path], dict[str, Any]]:
+def contents():
     """Of a checkpoint: the same for checkpoints that are equal to the bit."""
     return read_contents
 
 
 @pytest.fixture(scope="session")
-def record() -> Callable[[Path], dict[str, Any]]:
+def record():
     """Of the run in a folder: the same for runs that are equal to the bit."""
     return lambda path: Trained(path).record()
 
 
 @pytest.fixture(scope="session")
-def trained(
-    shared_folder: Path, tmp_path_factory: pytest.TempPathFactory, recipe: Build
-) -> Callable[..., Trained]:
+def trained(shared_folder, tmp_path_factory, recipe):
     """A run of `size` processes with these settings, trained once for all tests."""
     teams = Teams(tmp_path_factory.mktemp("trained"))
 

@@ -264,13 +264,14 @@ def own_tensors(rank: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) * 10**rank for shape in shapes]
 
 
-def collect(collective: str, bucket_bytes: int, *given: int) -> list[Any]:
-    """The tensors, as lists, after `world.<collective>(tensors, *given)` in buckets of that size."""
+def collect(collective: str, bucket_bytes: int, *given: int) -> tuple[list[Any], list[Any]]:
+    """The tensors, as lists, before and after `world.<collective>(tensors, *given)` in such buckets."""
     world_module.BUCKET_BYTES = bucket_bytes
     with world_module.join_world("cpu", 20) as world:
         tensors = own_tensors(world.rank)
+        before = [tensor.tolist() for tensor in tensors]
         getattr(world, collective)(tensors, *given)
-        return [tensor.tolist() for tensor in tensors]
+        return before, [tensor.tolist() for tensor in tensors]
 
 
 def describe_world() -> dict[str, Any]:

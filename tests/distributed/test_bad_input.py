@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +17,7 @@ TRAIN = ["train", "small.toml"]
 
 
 @pytest.fixture
-def folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(folder, monkeypatch):
     """The current folder; small.toml is in it."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -39,25 +38,17 @@ def check(folder: Path, status: int, message: str, named: str) -> None:
     "words, named",
     [
         (["--sharding", "fsdp"], "sharding=fsdp.*--processes"),
-        (["--sharding", "zero1"], "sharding=zero1.*--processes"),
         (["--processes", "0"], "processes=0"),
-        (["--processes", "-2"], "processes=-2"),
-        (["--processes", "many"], "many"),
         (["--processes", "2", "--device", "cuda"], "device=cuda"),
         (["--processes", "2", "--tokens-per-step", "0"], "tokens_per_step=0"),
-        (["--processes", "2", "--sharding", "zero3"], "zero3"),
     ],
 )
-def test_refused_before_start(
-    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], named: str
-) -> None:
+def test_refused_before_start(folder, capsys, words, named):
     check(folder, cli.main([*TRAIN, *words]), capsys.readouterr().err, named)
 
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
-def test_incomplete_launcher_environment(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
+def test_incomplete_launcher_environment(folder, capsys, monkeypatch, missing):
     for name in {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} - {missing}:
         monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "1")
     check(folder, cli.main(TRAIN), capsys.readouterr().err, f"WORLD_SIZE .*{missing}")
@@ -74,13 +65,9 @@ def test_incomplete_launcher_environment(
         (3, [], "tokens_per_step=512 .* 3 processes.*480 .*576"),
         (2, ["--micro-batch-size", "16"], "micro_batch_size=16"),
         (2, ["--precision", "fp16", "--sharding", "zero1"], "=fp16 .*bf16"),
-        (2, ["--data", "nowhere"], "nowhere"),
-        (2, ["--context-length", "0", "--dropout", "2"], "context_length=0 .*; dropout=2.0"),
     ],
 )
-def test_refused_by_all_is_printed_once(
-    team: Any, folder: Path, size: int, words: list[str], named: str
-) -> None:
+def test_refused_by_all_is_printed_once(team, folder, size, words, named):
     (status, message), *others = team("command", folder, [*TRAIN, *words], size=size)
     assert others == [(2, "")] * (size - 1)
     check(folder, status, message, named)
@@ -90,21 +77,16 @@ def test_refused_by_all_is_printed_once(
     "first, second, named",
     [
         ([TRAIN], [[*TRAIN, "--dropout", "0.2"]], "dropout is 0.2 in rank 1 and 0.1 in rank 0"),
-        ([[*TRAIN, "--seed", "5"]], [TRAIN], "seed is 1337 in rank 1 and 5 in rank 0"),
-        ([TRAIN], [[*TRAIN, "--sharding", "zero1"]], "sharding is zero1 in rank 1 and none in rank 0"),
-        ([TRAIN], [[*TRAIN, "--n-embd", "32"]], "n_embd is 32 in rank 1 and 16 in rank 0"),
         ([TRAIN, "0.1.0"], [TRAIN, "0.2.0"], "version is 0.2.0 in rank 1 and 0.1.0 in rank 0"),
     ],
 )
-def test_different_recipes_or_versions(
-    team: Any, folder: Path, first: list[Any], second: list[Any], named: str
-) -> None:
+def test_different_recipes_or_versions(team, folder, first, second, named):
     (status, message), silent = team("command", folder, each=[first, second], size=2)
     assert silent == (2, "")
     check(folder, status, message, named)
 
 
-def test_different_data(team: Any, folder: Path, text: Path) -> None:
+def test_different_data(team, folder, text):
     """Machines whose disks hold different shards under one name."""
     places = [folder / "one", folder / "other"]
     for place in places:
@@ -119,7 +101,7 @@ def test_different_data(team: Any, folder: Path, text: Path) -> None:
         check(place, status, message, "data is [0-9a-f]{12} in rank 1")
 
 
-def test_refused_by_one_names_its_rank(team: Any, folder: Path) -> None:
+def test_refused_by_one_names_its_rank(team, folder):
     """The run exists on the machine of one process."""
     (folder / "other/runs/small").mkdir(parents=True)
     for name in ("small.toml", "runs/small/recipe.toml"):
@@ -129,7 +111,7 @@ def test_refused_by_one_names_its_rank(team: Any, folder: Path) -> None:
     check(folder, status, message, "rank 1: runs/small ")
 
 
-def test_port_in_use(team: Any, folder: Path) -> None:
+def test_port_in_use(team, folder):
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
         environment = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port, "WORLD_SIZE": "2"}
@@ -138,13 +120,13 @@ def test_port_in_use(team: Any, folder: Path) -> None:
     check(folder, status, message, f"localhost:{port}")
 
 
-def test_other_commands_refuse_several_processes(team: Any, folder: Path) -> None:
+def test_other_commands_refuse_several_processes(team, folder):
     for status, message in team("command", folder, ["generate", "runs/small"], size=2):
         assert status == 2
         assert message.count("\n") == 1
 
 
-def test_sound_command_is_not_refused(team: Any, folder: Path) -> None:
+def test_sound_command_is_not_refused(team, folder):
     """Negative control: nothing above is refused for another reason."""
     found = team("command", folder, [*TRAIN, "--total-steps", "5"], size=2)
     assert [status for status, _ in found] == [0, 0]

@@ -28,9 +28,7 @@ FILES = [
 @pytest.mark.parametrize(
     "savers, loaders", [(SAVERS, LOADERS), pytest.param(ALL, ALL, marks=distributed)], ids=["some", "all"]
 )
-def test_checkpoint_loads_in_any_team(
-    trained: Train, team: Any, recipe: Any, contents: Any, tmp_path: Path, savers: Any, loaders: Any
-) -> None:
+def test_checkpoint_loads_in_any_team(trained, team, recipe, contents, tmp_path, savers, loaders):
     """Loaded by another team and saved again, it has not changed."""
     checkpoints = [
         trained(size, machines=machines, sharding=sharding).newest for size, machines, sharding in savers
@@ -46,7 +44,7 @@ def test_checkpoint_loads_in_any_team(
             assert contents(again) == contents(checkpoint)
 
 
-def test_comparison_sees_one_bit(trained: Train, contents: Any) -> None:
+def test_comparison_sees_one_bit(trained, contents):
     """Negative control."""
     saved = contents(trained(2, sharding="zero1").newest)
     assert len([name for name in saved if "weight" in name or "bias" in name]) > 50
@@ -73,9 +71,7 @@ def train_in_turn(team: Any, recipe: Any, path: Path, chain: list[tuple[int, str
         pytest.param([(2, "none"), (4, "zero1"), (2, "zero1"), (1, "zero1")], marks=distributed),
     ],
 )
-def test_run_in_changing_teams_is_the_same_run(
-    trained: Train, team: Any, recipe: Any, record: Any, tmp_path: Path, chain: list[tuple[int, str]]
-) -> None:
+def test_run_in_changing_teams_is_the_same_run(trained, team, recipe, record, tmp_path, chain):
     alone = trained(1, sharding="none", deterministic_reduce=True)
     begun = recipe(deterministic_reduce=True)
     assert train_in_turn(team, begun, tmp_path / "run", chain, steps=5) == alone.ledger()
@@ -83,7 +79,7 @@ def test_run_in_changing_teams_is_the_same_run(
 
 
 @distributed
-def test_sharded_run_in_changing_teams(trained: Train, team: Any, recipe: Any, tmp_path: Path) -> None:
+def test_sharded_run_in_changing_teams(trained, team, recipe, tmp_path):
     alone = trained(1, sharding="none")
     chain = [(2, "fsdp"), (4, "fsdp"), (1, "none"), (4, "zero1"), (2, "hsdp")]
     assert train_in_turn(team, recipe(), tmp_path / "run", chain, steps=4) == alone.ledger()
@@ -98,9 +94,7 @@ def flip_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(1, marks=distributed), pytest.param(4, marks=distributed)])
-def test_all_fall_back_from_damaged_checkpoint(
-    trained: Train, team: Any, recipe: Any, tmp_path: Path, size: int
-) -> None:
+def test_all_fall_back_from_damaged_checkpoint(trained, team, recipe, tmp_path, size):
     saved = trained(2, sharding="fsdp").directory.checkpoints
     folders = []
     for damage in (flip_bit, Path.unlink):

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,12 +17,12 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="nee
 
 
 @pytest.fixture
-def whole(trained: Callable[..., Any]) -> dict[str, Any]:
+def whole(trained):
     """The record of the run in two processes that nobody disturbed."""
     return trained(2, at_once=None).record()
 
 
-def test_record_sees_another_run(trained: Callable[..., Any], whole: dict[str, Any]) -> None:
+def test_record_sees_another_run(trained, whole):
     """Negative control: one process rounds otherwise."""
     assert trained(1, at_once=None).record() != whole
 
@@ -40,10 +34,9 @@ def test_record_sees_another_run(trained: Callable[..., Any], whole: dict[str, A
     "rank, ending, status",
     [(1, "killed", -9), pytest.param(0, "killed", -9, marks=distributed), (1, "broken", "RuntimeError")],
 )
-def test_run_ends_when_a_process_is_lost(
-    team: Any, recipe: Any, tmp_path: Path, rank: int, ending: str, status: Any
-) -> None:
-    found = team.outcomes("train_until", recipe(), tmp_path / "run", 7, rank, ending, size=2)
+def test_run_ends_when_a_process_is_lost(team, recipe, tmp_path, rank, ending, status):
+    small = recipe(async_checkpoint=False)  # or the checkpoint may be unfinished
+    found = team.outcomes("train_until", small, tmp_path / "run", 7, rank, ending, size=2)
     assert status in found[rank]
     assert found[1 - rank][0] == "PeerLostError"
     assert f"rank {1 - rank}" in found[1 - rank][1]
@@ -51,9 +44,7 @@ def test_run_ends_when_a_process_is_lost(
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
 
 
-def test_signal_to_one_process_saves_all(
-    whole: dict[str, Any], team: Any, recipe: Any, record: Any, tmp_path: Path
-) -> None:
+def test_signal_to_one_process_saves_all(whole, team, recipe, record, tmp_path):
     found = team.outcomes("train_until", recipe(), tmp_path / "run", 7, 1, "signalled", size=2)
     assert [how for how, _ in found] == ["KeyboardInterrupt"] * 2
     assert max((tmp_path / "run/checkpoints").iterdir()).name == "step-00000008"
@@ -61,9 +52,7 @@ def test_signal_to_one_process_saves_all(
     assert record(tmp_path / "run") == whole
 
 
-def test_run_restarted_by_torchrun_resumes(
-    whole: dict[str, Any], team: Any, record: Any, folder: Path
-) -> None:
+def test_run_restarted_by_torchrun_resumes(whole, team, record, folder):
     """TORCHELASTIC_RESTART_COUNT tells a restart from a second start, which is refused."""
     directory = RunDirectory(folder / "runs/small")
     recipe = load_recipe(str(folder / "small.toml"))
@@ -82,9 +71,7 @@ def test_run_restarted_by_torchrun_resumes(
 @pytest.mark.parametrize(
     "ending, status", [("frozen", FROZEN), pytest.param("frozen in C", 1, marks=distributed)]
 )
-def test_frozen_process_ends_the_run_with_all_stacks(
-    team: Any, recipe: Any, tmp_path: Path, ending: str, status: int
-) -> None:
+def test_frozen_process_ends_the_run_with_all_stacks(team, recipe, tmp_path, ending, status):
     given = (recipe(timeout_seconds=4), tmp_path / "run", 7, 1, ending)
     members = team.start("train_until", *given, size=2)
     assert members[1].outcome() == ("ended", status)
@@ -100,65 +87,42 @@ def test_frozen_process_ends_the_run_with_all_stacks(
 # The command
 
 
-@contextlib.contextmanager
-def started(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """`overnight train` with these words, in a process group of its own."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "overnight", "train", *words],
-        cwd=folder,
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """The exit status and standard error."""
-    message = process.communicate(timeout=250)[1]
-    return process.returncode, message
+@pytest.fixture
+def teams(programs):
+    """benchmarks/teams.py, which starts the command and finds its processes."""
+    return programs["teams"]
 
 
 @pytest.fixture
-def finish(folder: Path, record: Any) -> Callable[[], dict[str, Any]]:
+def train(teams, folder):
+    """`with train(*words) as process`: `overnight train` with these words."""
+    return lambda *words: teams.started(folder, [*teams.overnight(), "train", *words])
+
+
+@pytest.fixture
+def after_steps(teams, train, folder):
+    """`after_steps(act, *words)`: `act(process)` when 7 steps are done; exit status and output."""
+
+    def after_steps(act, *words):
+        with train("small.toml", "--processes", "2", *words) as process:
+            teams.wait_until(process, lambda: teams.count_lines(folder / "runs/small") >= 7)
+            act(process)
+            return teams.wait_for(process)[:2]
+
+    return after_steps
+
+
+@pytest.fixture
+def finish(teams, train, folder, record):
     """Resumes the run; returns its record."""
 
-    def resume() -> dict[str, Any]:
-        with started(folder, "--resume", "runs/small") as process:
-            status, message = ended(process)
+    def resume():
+        with train("--resume", "runs/small") as process:
+            status, message, _ = teams.wait_for(process)
         assert status == 0, message
         return record(folder / "runs/small")
 
     return resume
-
-
-def process_of(rank: int, parent: int) -> int:
-    """The id of the process of `rank` that `parent` started."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            is_child = (process / "stat").read_text().rpartition(")")[2].split()[1] == str(parent)
-            if is_child and f"RANK={rank}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                return int(process.name)
-    raise AssertionError(f"{parent} has no process of rank {rank}")
-
-
-def count_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
-def reach(folder: Path, process: subprocess.Popen[str], lines: int) -> None:
-    """Return after `lines` steps."""
-    until = time.monotonic() + 250
-    while count_lines(folder / "runs/small/metrics.jsonl") < lines:
-        assert process.poll() is None, ended(process)
-        assert time.monotonic() < until, "the steps were never done"
-        time.sleep(0.002)
 
 
 @linux
@@ -166,13 +130,12 @@ def reach(folder: Path, process: subprocess.Popen[str], lines: int) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("restarts", [1, 0])
 def test_killed_process_is_restarted_or_named(
-    folder: Path, whole: dict[str, Any], record: Any, finish: Any, rank: int, restarts: int
-) -> None:
-    words = ("small.toml", "--processes", "2", "--max-restarts", str(restarts))
-    with started(folder, *words) as process:
-        reach(folder, process, 7)
-        os.kill(process_of(rank, process.pid), signal.SIGKILL)
-        status, message = ended(process)
+    teams, after_steps, folder, whole, record, finish, rank, restarts
+):
+    def kill(process):
+        os.kill(teams.ranks_of(process.pid)[rank], signal.SIGKILL)
+
+    status, message = after_steps(kill, "--max-restarts", str(restarts))
     assert "Traceback" not in message
     if restarts:
         assert status == 0, message
@@ -188,41 +151,42 @@ def test_killed_process_is_restarted_or_named(
 @linux
 @distributed
 @pytest.mark.parametrize("whom", ["rank 0", "rank 1", "the command", "the terminal"])
-def test_signal_to_anyone_saves_all(folder: Path, whole: dict[str, Any], finish: Any, whom: str) -> None:
-    with started(folder, "small.toml", "--processes", "2") as process:
-        reach(folder, process, 7)
+def test_signal_to_anyone_saves_all(teams, after_steps, folder, whole, finish, whom):
+    def send(process):
         if whom.startswith("rank"):
-            os.kill(process_of(int(whom[-1]), process.pid), signal.SIGTERM)
+            os.kill(teams.ranks_of(process.pid)[int(whom[-1])], signal.SIGTERM)
         elif whom == "the command":
             process.terminate()
         else:
             os.killpg(process.pid, signal.SIGINT)
-        status, message = ended(process)
+
+    status, message = after_steps(send)
     assert status == 130, message
     assert "Traceback" not in message
     assert "--resume runs/small" in message
     saved = max((folder / "runs/small/checkpoints").glob("step-*"))
-    assert int(saved.name[5:]) == count_lines(folder / "runs/small/metrics.jsonl") < 20
+    assert int(saved.name[5:]) == teams.count_lines(folder / "runs/small") < 20
     assert finish() == whole
 
 
 @linux
 @distributed
-def test_stopped_process_ends_the_command(folder: Path, whole: dict[str, Any], finish: Any) -> None:
+def test_stopped_process_ends_the_command(teams, after_steps, whole, finish):
     """A process that the system has stopped can't print its stack; the others do."""
-    with started(folder, "small.toml", "--processes", "2", "--timeout-seconds", "4") as process:
-        reach(folder, process, 7)
-        os.kill(process_of(1, process.pid), signal.SIGSTOP)
-        status, message = ended(process)
+
+    def stop(process):
+        os.kill(teams.ranks_of(process.pid)[1], signal.SIGSTOP)
+
+    status, message = after_steps(stop, "--timeout-seconds", "4")
     assert status == FROZEN
     assert "rank 0 made no progress for 4 s" in message
     assert finish() == whole
 
 
 @distributed
-def test_command_prints_a_refusal_once(folder: Path) -> None:
-    with started(folder, "small.toml", "--processes", "3") as process:
-        status, message = ended(process)
+def test_command_prints_a_refusal_once(teams, train, folder):
+    with train("small.toml", "--processes", "3") as process:
+        status, message, _ = teams.wait_for(process)
     assert status == 2
     assert message.count("3 processes") == 1
     assert message.count("\n") == 1, message

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from overnight.recipe import CheckpointsConfig, EvaluationConfig
 from overnight.run_directory import RunDirectory
 from overnight.training.checkpoint.load import read_model
-from overnight.training.guard import GuardConfig
 
 Train = Callable[..., Any]
 distributed = pytest.mark.distributed  # not in a plain run
@@ -37,7 +33,7 @@ def weights(run: Any) -> dict[str, torch.Tensor]:
         [(1, 1, "zero1"), (1, 1, "fsdp"), (2, 2, "hsdp"), (4, 1, "none"), (4, 1, "zero1"), (4, 1, "fsdp")],
     ),
 )
-def test_run_is_the_same_but_for_rounding(trained: Train, size: int, machines: int, sharding: str) -> None:
+def test_run_is_the_same_but_for_rounding(trained, size, machines, sharding):
     alone = trained(1, sharding="none")
     run = trained(size, machines=machines, sharding=sharding)
     assert run.ledger() == alone.ledger(), "the same tokens in the same order"
@@ -54,7 +50,7 @@ def test_run_is_the_same_but_for_rounding(trained: Train, size: int, machines: i
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
 
 
-def test_run_learns_and_depends_on_the_seed(trained: Train) -> None:
+def test_run_learns_and_depends_on_the_seed(trained):
     """Negative control."""
     alone, other = trained(1, sharding="none"), trained(1, sharding="none", seed=7, total_steps=5)
     assert alone.losses()[-1] < 0.97 * alone.losses()[0]
@@ -66,16 +62,14 @@ def test_run_learns_and_depends_on_the_seed(trained: Train) -> None:
     "size, sharding", params([(4, "zero1")], [(1, "zero1"), (2, "none"), (2, "zero1"), (4, "none")])
 )
 @pytest.mark.parametrize("steps", [20, pytest.param(200, marks=distributed)])
-def test_deterministic_run_is_the_same_to_the_bit(
-    trained: Train, size: int, sharding: str, steps: int
-) -> None:
+def test_deterministic_run_is_the_same_to_the_bit(trained, size, sharding, steps):
     settings: dict[str, Any] = {"deterministic_reduce": True}
-    settings |= {"total_steps": 200, "learning_rate": 1e-2} if steps == 200 else {}
+    settings |= {"total_steps": 200, "peak_learning_rate": 1e-2} if steps == 200 else {}
     alone = trained(1, sharding="none", **settings)
     assert trained(size, sharding=sharding, **settings).record() == alone.record()
 
 
-def test_other_runs_differ_by_rounding(trained: Train) -> None:
+def test_other_runs_differ_by_rounding(trained):
     """Negative control: without it, sums are rounded as they come."""
     alone = trained(1, sharding="none").record()
     assert alone != trained(2, sharding="none").record()
@@ -86,7 +80,7 @@ def test_other_runs_differ_by_rounding(trained: Train) -> None:
 
 
 @pytest.fixture
-def task_files(tmp_path: Path) -> Path:
+def task_files(tmp_path):
     """Questions and passages of many lengths."""
     (folder := tmp_path / "tasks").mkdir()
     words = ["the", "text", "of", "a", "line", "and", "what", "stands", "in", "it"]
@@ -112,15 +106,13 @@ def task_files(tmp_path: Path) -> Path:
     ],
     ids=str,
 )
-def test_checkpoint_is_evaluated_the_same(
-    trained: Train, team: Any, recipe: Any, task_files: Path, tmp_path: Path, case: tuple[int, int, str]
-) -> None:
+def test_checkpoint_is_evaluated_the_same(trained, team, recipe, task_files, tmp_path, case):
     """Validation in 16 batches and a shorter one, which no two, three or four processes divide evenly."""
     checkpoint = trained(1, sharding="none").newest
-    tasks = EvaluationConfig(tasks=("hellaswag", "lambada"), task_files=str(task_files))
+    tasks = {"tasks": ("hellaswag", "lambada"), "task_files": str(task_files)}
     found = {}
     for name, (count, of, kind) in {"alone": (1, 1, "none"), "team": case}.items():
-        asked = dataclasses.replace(recipe(sharding=kind, rows=48 if count == 3 else 16), evaluation=tasks)
+        asked = recipe(sharding=kind, tokens_per_step=32 * (48 if count == 3 else 16), **tasks)
         given = (asked, checkpoint, tmp_path / name)
         team("evaluate_checkpoint", *given, size=count, machines=of)
         found[name] = RunDirectory(tmp_path / name)
@@ -140,9 +132,7 @@ def test_checkpoint_is_evaluated_the_same(
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=distributed)])
-def test_evaluate_command_prints_the_same_once(
-    trained: Train, team: Any, task_files: Path, size: int
-) -> None:
+def test_evaluate_command_prints_the_same_once(trained, team, task_files, size):
     run = trained(1, sharding="none", total_steps=5)
     values = {"model": str(run.directory.path), "tasks": ("validation,hellaswag,lambada",)}
     values |= {"task_files": str(task_files), "device": "cpu", "json": True}
@@ -159,13 +149,9 @@ def test_evaluate_command_prints_the_same_once(
 
 
 @pytest.mark.parametrize("size, sharding", params([(2, "none")], [(2, "zero1"), (2, "fsdp")]))
-def test_rollback_is_the_same(team: Any, recipe: Any, tmp_path: Path, size: int, sharding: str) -> None:
-    def guarded(kind: str) -> Any:
-        return dataclasses.replace(
-            recipe(sharding=kind, total_steps=10),
-            guard=GuardConfig(rollback_after_steps=2),
-            checkpoints=CheckpointsConfig(checkpoint_every_steps=3),
-        )
+def test_rollback_is_the_same(team, recipe, tmp_path, size, sharding):
+    def guarded(kind):
+        return recipe(sharding=kind, total_steps=10, rollback_after_steps=2, checkpoint_every_steps=3)
 
     runs = {}
     for count, kind in ((1, "none"), (size, sharding)):

@@ -99,7 +99,7 @@ def gradient_error(ours: GPT, theirs: GPT2LMHeadModel, ids: Tensor) -> float:
 
 @pytest.mark.parametrize("length", [1, 7, None])  # None: the whole context
 @pytest.mark.parametrize("size", SIZES)
-def test_logits_and_gradients_match(size: str, length: int | None) -> None:
+def test_logits_and_gradients_match(size, length):
     ours, theirs = build_pair(SIZES[size])
     ids = random_ids(SIZES[size], 3, length)
     assert logit_error(ours, theirs, ids) < TOLERANCE
@@ -124,7 +124,7 @@ def without_residual(_ours: GPT, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mistake", [without_tanh, without_final_norm, without_residual])
-def test_mistake_in_model_is_detected(mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistake_in_model_is_detected(mistake, monkeypatch):
     config = SIZES["small"]
     ours, theirs = build_pair(config)
     mistake(ours, monkeypatch)
@@ -161,12 +161,12 @@ def optimizer_losses(ours: GPT, theirs: GPT2LMHeadModel, decay_of_vectors: float
 @pytest.mark.parametrize(
     ("size", "decay", "fits"), [("small", 0, True), ("larger", 0, True), ("small", 0.1, False)]
 )
-def test_optimizer_steps_match(size: str, decay: float, fits: bool) -> None:
+def test_optimizer_steps_match(size, decay, fits):
     """The last one is the negative control."""
     assert (optimizer_losses(*build_pair(SIZES[size]), decay) < TOLERANCE) == fits
 
 
-def test_gpt2_124m_parameter_count() -> None:
+def test_gpt2_124m_parameter_count():
     config = PRESETS["gpt2-124m"]
     with torch.device("meta"):
         theirs = GPT2LMHeadModel(GPT2Config())
@@ -183,7 +183,7 @@ def assert_equal_weights(found: GPT, wanted: dict[str, Tensor]) -> None:
 TEXT = "First Citizen:\n  Grüße, 你好 🙂  <|endoftext|> isn't 1,024 "
 
 
-def test_transformers_reads_and_writes_same_folder(tmp_path: Path) -> None:
+def test_transformers_reads_and_writes_same_folder(tmp_path):
     """Every kind of tokenizer is in test_tokenizers.py."""
     tokenizer = build_tokenizer("bpe-300", [TEXT])
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=40, vocab_size=300)
@@ -210,7 +210,7 @@ def test_transformers_reads_and_writes_same_folder(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Path:
+def written(tmp_path):
     """A small model in Hugging Face's format."""
     tokenizer = build_tokenizer("characters", ["abc"])
     config = ModelConfig(n_layer=2, n_head=2, n_embd=8, context_length=16, vocab_size=260, dropout=0.1)
@@ -222,7 +222,7 @@ def rewrite(folder: Path, weights: dict[str, Tensor]) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_round_trip_is_exact(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_round_trip_is_exact(written, tmp_path, monkeypatch):
     model, tokenizer = read_huggingface(written)
     write_huggingface(model, tokenizer, tmp_path / "again")
     for path in written.iterdir():
@@ -245,7 +245,7 @@ def test_round_trip_is_exact(written: Path, tmp_path: Path, monkeypatch: pytest.
     )
 
 
-def test_old_names_buffers_head_and_missing_keys_are_read(written: Path) -> None:
+def test_old_names_buffers_head_and_missing_keys_are_read(written):
     wanted, _ = read_huggingface(written)
     weights = load_file(written / "model.safetensors")
     old = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
@@ -262,7 +262,7 @@ def test_old_names_buffers_head_and_missing_keys_are_read(written: Path) -> None
     assert found.config.dropout == GPT2Config().resid_pdrop
 
 
-def test_sharded_weights_are_read(written: Path) -> None:
+def test_sharded_weights_are_read(written):
     wanted, _ = read_huggingface(written)
     weights = load_file(written / "model.safetensors")
     (written / "model.safetensors").unlink()
@@ -306,7 +306,7 @@ def change_config(folder: Path, **changes: object) -> None:
         ({"resid_pdrop": "much"}, "resid_pdrop"),
     ],
 )
-def test_other_architecture_is_refused(written: Path, changes: dict[str, object], named: str) -> None:
+def test_other_architecture_is_refused(written, changes, named):
     change_config(written, **changes)
     with pytest.raises(ValueError, match=named):
         read_huggingface(written)
@@ -322,16 +322,14 @@ def test_other_architecture_is_refused(written: Path, changes: dict[str, object]
         ("transformer.wpe.weight", None, r"wpe\.weight"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(
-    written: Path, name: str, changed: Tensor | None, message: str
-) -> None:
+def test_weights_that_do_not_fit_are_refused(written, name, changed, message):
     weights = {**load_file(written / "model.safetensors"), name: changed}
     rewrite(written, {name: weight for name, weight in weights.items() if weight is not None})
     with pytest.raises(ValueError, match=message):
         read_huggingface(written)
 
 
-def test_damaged_weights_and_pickles_are_refused(written: Path) -> None:
+def test_damaged_weights_and_pickles_are_refused(written):
     file = written / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"model\.safetensors"):
@@ -342,7 +340,7 @@ def test_damaged_weights_and_pickles_are_refused(written: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000, None])
-def test_damaged_config_is_refused(written: Path, content: bytes | None) -> None:
+def test_damaged_config_is_refused(written, content):
     (written / "config.json").unlink()
     if content is not None:
         (written / "config.json").write_bytes(content)

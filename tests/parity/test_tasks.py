@@ -46,7 +46,7 @@ class NaiveModel:
 
 
 @pytest.fixture(scope="module")
-def ours(shared_data: Path) -> tuple[GPT, Tokenizer]:
+def ours(shared_data):
     """Random weights, so large that its choices are not near ties, and a BPE of real text."""
     text = (shared_data / "wikitext-2" / "wiki.valid.tokens").read_text()
     tokenizer = build_tokenizer("bpe-1024", [text[:300_000]])
@@ -60,7 +60,7 @@ def ours(shared_data: Path) -> tuple[GPT, Tokenizer]:
 
 
 @pytest.fixture(scope="module")
-def theirs(ours: tuple[GPT, Tokenizer], tmp_path_factory: pytest.TempPathFactory) -> NaiveModel:
+def theirs(ours, tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs") / "hf"
     write_huggingface(*ours, folder)
     return NaiveModel(folder)
@@ -79,9 +79,7 @@ some_or_all = pytest.mark.parametrize("most", [60, pytest.param(None, marks=pyte
 
 
 @some_or_all
-def test_hellaswag_matches_naive(
-    ours: tuple[GPT, Tokenizer], theirs: NaiveModel, shared_data: Path, tmp_path: Path, most: int | None
-) -> None:
+def test_hellaswag_matches_naive(ours, theirs, shared_data, tmp_path, most):
     file = shared_data / "hellaswag" / "hellaswag_val_first2000.jsonl"
     (tmp_path / "hellaswag_val.jsonl").write_bytes(file.read_bytes())
     result, values = evaluate("hellaswag", ours, tmp_path, most)
@@ -104,9 +102,7 @@ def test_hellaswag_matches_naive(
 
 
 @some_or_all
-def test_lambada_matches_naive(
-    ours: tuple[GPT, Tokenizer], theirs: NaiveModel, shared_data: Path, tmp_path: Path, most: int | None
-) -> None:
+def test_lambada_matches_naive(ours, theirs, shared_data, tmp_path, most):
     file = shared_data / "lambada" / "lambada_test_first500.jsonl"
     (tmp_path / "lambada_test.jsonl").write_bytes(file.read_bytes())
     result, values = evaluate("lambada", ours, tmp_path, most)
@@ -129,9 +125,7 @@ def test_lambada_matches_naive(
 
 
 @some_or_all
-def test_wikitext_matches_naive(
-    ours: tuple[GPT, Tokenizer], theirs: NaiveModel, shared_data: Path, tmp_path: Path, most: int | None
-) -> None:
+def test_wikitext_matches_naive(ours, theirs, shared_data, tmp_path, most):
     (tmp_path / "wikitext-2").symlink_to(shared_data / "wikitext-2")
     _, values = evaluate("wikitext-2-validation", ours, tmp_path, most)
     raw = (shared_data / "wikitext-2" / "wiki.valid.tokens").read_text()[: most and 1000 * most]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from pathlib import Path
 
 import pytest
 import tiktoken
@@ -16,7 +15,6 @@ from transformers import AutoTokenizer
 
 from overnight.tokenizer import bpe
 from overnight.tokenizer.open_tokenizer import build_tokenizer, load_tokenizer
-from overnight.tokenizer.tokenizer import Tokenizer
 
 UNUSUAL = (
     "it's, IT'S, they'll, 'sfoo, x'9",
@@ -35,24 +33,24 @@ ANY_TEXT = st.one_of(
 
 
 @pytest.fixture(scope="module")
-def folder(shared_data: Path) -> Path:
+def folder(shared_data):
     return shared_data / "gpt2-bpe"
 
 
 @pytest.fixture(scope="module")
-def gpt2(folder: Path) -> Tokenizer:
+def gpt2(folder):
     return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
-def texts(shared_data: Path) -> list[str]:
+def texts(shared_data):
     shakespeare = (shared_data / "shakespeare/input.txt").read_text(encoding="utf-8")
     wikipedia = (shared_data / "wikitext-2/wiki.valid.tokens").read_text(encoding="utf-8")
     return [*UNUSUAL, shakespeare[:100_000], wikipedia[:100_000]]
 
 
 @pytest.fixture(scope="module")
-def by_tiktoken(folder: Path) -> tiktoken.Encoding:
+def by_tiktoken(folder):
     """The GPT-2 of tiktoken, from the same two files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", "")  # keeps no copies
@@ -67,14 +65,14 @@ def by_tiktoken(folder: Path) -> tiktoken.Encoding:
     )
 
 
-def test_addresses_and_hashes_equal_tiktokens() -> None:
+def test_addresses_and_hashes_equal_tiktokens():
     published = inspect.getsource(openai_public.gpt2)
     for name, sha256 in bpe.FILES.items():
         assert f'"{bpe.ADDRESS}/{name}"' in published
         assert f'"{sha256}"' in published
 
 
-def test_gpt2_equals_tiktoken(gpt2: Tokenizer, by_tiktoken: tiktoken.Encoding, texts: list[str]) -> None:
+def test_gpt2_equals_tiktoken(gpt2, by_tiktoken, texts):
     assert gpt2.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert (gpt2.vocab_size, gpt2.end_of_text) == (by_tiktoken.n_vocab, by_tiktoken.eot_token)
     for text, ids in zip(texts, gpt2.encode_batch(texts), strict=True):
@@ -84,9 +82,7 @@ def test_gpt2_equals_tiktoken(gpt2: Tokenizer, by_tiktoken: tiktoken.Encoding, t
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe-1000", "characters"])
 @pytest.mark.parametrize("with_model", [False, True])
-def test_saved_tokenizer_opens_in_transformers(
-    folder: Path, texts: list[str], tmp_path: Path, name: str, with_model: bool
-) -> None:
+def test_saved_tokenizer_opens_in_transformers(folder, texts, tmp_path, name, with_model):
     ours = load_tokenizer(folder) if name == "gpt2" else build_tokenizer(name, texts[-2:])
     ours.save(tmp_path)
     if with_model:
@@ -103,7 +99,7 @@ def test_saved_tokenizer_opens_in_transformers(
     assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
 
 
-def test_bpe_training_equals_tokenizers(texts: list[str]) -> None:
+def test_bpe_training_equals_tokenizers(texts):
     theirs = ByteLevelBPETokenizer()
     theirs.train_from_iterator(texts[-2:], vocab_size=999, min_frequency=0, show_progress=False)
     ours = build_tokenizer("bpe-1000", texts[-2:])

@@ -5,67 +5,43 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import shutil
 import signal
 from typing import Any
 
 import pytest
 
-from overnight.data import DataConfig
-from overnight.model.model_config import ModelConfig
-from overnight.preparation.prepare import prepare_shards
-from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import CheckpointsConfig, EvaluationConfig, Recipe, SamplesConfig, read_recipe_of
+from overnight.evaluation import EvaluateConfig
+from overnight.evaluation import command as evaluation_command
+from overnight.recipe import read_recipe_of, with_settings
 from overnight.run import train
 from overnight.run_directory import RunDirectory
-from overnight.training import ComputeConfig, OptimizerConfig
-from overnight.training.batch import BatchConfig
 from overnight.training.checkpoint.format import list_checkpoints
-from overnight.training.schedule import ScheduleConfig
 
-LINES = "".join(
-    f"Line {number} of a small text about the number {number * 7 % 100}.\n" for number in range(60)
-)
 CLOCK = {"milliseconds", "tokens_per_second", "mfu", "mfu_executed"}  # all that a repetition may change
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
-    """A folder of shards: some 40 documents in characters, about 5,000 training tokens in several shards."""
-    root = tmp_path_factory.mktemp("text")
-    for number in range(40):
-        (root / f"{number:02}.txt").write_text(LINES[number * 37 : number * 37 + 150])
-    folder = root / "shards"
-    prepare_shards(
-        PrepareConfig(
-            source=str(root),
-            out=str(folder),
-            tokenizer="characters",
-            validation_fraction=0.2,
-            shard_tokens=1500,
-        )
-    )
-    return folder
+def prepared(tmp_path_factory, prepare_texts):
+    """A folder of shards of about 5,000 training tokens, below the folder of its texts."""
+    return prepare_texts(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="session")
-def recipe(prepared):
-    """Builds a recipe of 12 steps, with dropout, accumulation and less than two steps to an epoch."""
+def recipe(prepared, small_recipe):
+    """`recipe(**changes)`: 12 steps, with dropout, accumulation and less than two steps to an epoch.
+
+    Changes are settings by their flat names, or whole sections.
+    """
+    every = {"evaluate_every_steps": 4, "sample_every_steps": 5, "checkpoint_every_steps": 3}
+    batch = {"tokens_per_step": 96 * 32, "micro_batch_size": 32}
+    small = small_recipe(prepared, peak_learning_rate=1e-2, **batch, **every)
 
     def build(**changes):
-        small = Recipe(
-            run_name="small",
-            data=DataConfig(data=str(prepared)),
-            model=ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=32, dropout=0.1),
-            optimizer=OptimizerConfig(peak_learning_rate=1e-2),
-            schedule=ScheduleConfig(total_steps=12, warmup_steps=3),
-            batch=BatchConfig(tokens_per_step=96 * 32, micro_batch_size=32),
-            compute=ComputeConfig(device="cpu", precision="fp32", compile=False),
-            evaluation=EvaluationConfig(evaluate_every_steps=4),
-            samples=SamplesConfig(sample_every_steps=5, sample_tokens=8),
-            checkpoints=CheckpointsConfig(checkpoint_every_steps=3),
-        )
-        return dataclasses.replace(small, **changes)
+        sections = {name: value for name, value in changes.items() if dataclasses.is_dataclass(value)}
+        settings = {name: value for name, value in changes.items() if name not in sections}
+        return with_settings(dataclasses.replace(small, **sections), **settings)
 
     return build
 
@@ -112,38 +88,101 @@ def fingerprint(metrics_of):
 
 
 @pytest.fixture
-def stop_after(monkeypatch):
-    """`stop_after(steps)`: the next run gets SIGTERM once it has done that many steps, and not again."""
+def train_until(monkeypatch, tmp_path):
+    """`train_until(steps, recipe, name)` trains in tmp_path/name; SIGTERM comes after that many steps."""
     must_stop = train.must_stop
 
-    def stop_after(steps):
-        asked = itertools.count()  # before every step
+    def run(steps, recipe, name, **how):
+        directory, asked = RunDirectory(tmp_path / name), itertools.count()  # before every step
 
         def signalled(*given):
             if next(asked) == steps:
                 signal.raise_signal(signal.SIGTERM)
             return must_stop(*given)
 
-        monkeypatch.setattr(train, "must_stop", signalled)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "must_stop", signalled)
+            with pytest.raises(KeyboardInterrupt):
+                train.train_recipe(recipe, directory, **how)
+        return directory
 
-    return stop_after
+    return run
 
 
 @pytest.fixture
-def train_to(stop_after, tmp_path):
+def resume():
+    """`resume(directory, **settings)` trains a run to its end, with these settings changed."""
+
+    def run(directory, **settings):
+        recipe = with_settings(read_recipe_of(directory.path), **settings)
+        return train.train_recipe(recipe, directory, resume=True)
+
+    return run
+
+
+@pytest.fixture
+def train_to(train_until, resume, tmp_path):
     """`train_to(recipe, name, *stops)` trains in tmp_path/name to the end, stopped and resumed on the way."""
 
     def run(recipe, name, *stops):
         directory = RunDirectory(tmp_path / name)
         for number, steps in enumerate(stops):
-            stop_after(steps)
-            with pytest.raises(KeyboardInterrupt):
-                train.train_recipe(recipe, directory, resume=number > 0)
+            train_until(steps, recipe, name, resume=number > 0)
             recipe = read_recipe_of(directory.path)
         train.train_recipe(recipe, directory, resume=bool(stops))
         return directory
 
     return run
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """`kill_at(step, work, *given)`: the run in it breaks off after that step, and no handler is called."""
+    append = RunDirectory.append_metrics
+
+    def kill_at(step, work, *given):
+        def killed(self, line):
+            append(self, line)
+            if line["step"] == step:
+                raise MemoryError("stands for a kill")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDirectory, "append_metrics", killed)
+            with pytest.raises(MemoryError):
+                work(*given)
+
+    return kill_at
+
+
+@pytest.fixture
+def evaluate(capsys):
+    """`evaluate(model, **settings)`: the JSON of `overnight evaluate`, strictly parsed."""
+
+    def evaluate(model, **settings):
+        capsys.readouterr()
+        evaluation_command.run(EvaluateConfig(model=str(model), device="cpu", json=True, **settings))
+        return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+    return evaluate
+
+
+@pytest.fixture(scope="session")
+def refusal():
+    """`refusal(recipe, path, resume=...)`: the sentence that refuses it before anything is written."""
+
+    def files(path):
+        found = (file for file in path.rglob("*") if file.is_file() and file.name != ".lock")
+        return {file: file.read_bytes() for file in found}
+
+    def refuse(recipe, path, *, resume=False):
+        before = path.exists(), files(path)
+        with pytest.raises(ValueError, match=".") as error:
+            train.train_recipe(recipe, RunDirectory(path), resume=resume)
+        assert "\n" not in str(error.value)
+        assert (path.exists(), files(path)) == before
+        return str(error.value)
+
+    return refuse
 
 
 @pytest.fixture

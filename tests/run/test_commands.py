@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import random
 import re
 import shlex
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,7 +69,6 @@ COMMANDS = {
 }
 WITH_JSON = ("inspect", "generate", "evaluate", "doctor", "plan", "runs", "bench")
 SLOW = {"bench"}
-MADE_BEFORE = {"prepare", "train"}  # by the fixture, whose other cases need what they write
 BAD_INPUTS = """
 trian | xyzzy | train tiny.toml --n-layr 3 | evaluate runs/tiny --jsn | generate runs/tiny --zzz
 train gpt2-123m | train nowhere.toml | train | doctor | plan --json | launch --slurm
@@ -158,9 +155,9 @@ def call(line: str) -> tuple[int, str, str]:
     return status, texts[0], texts[1]
 
 
-def normalise(text: str, place: Path) -> str:
-    """Without the place, dates, numbers and their units; lines wrapped to the width are joined."""
-    text = text.replace(f"{place.resolve()}/", "").replace(f"{place}/", "").replace(str(place), ".")
+def normalise(text: str) -> str:
+    """Without the current folder, dates, numbers and their units; lines wrapped to the width are joined."""
+    text = text.replace(f"{Path.cwd()}/", "").replace(str(Path.cwd()), ".")
     text = re.sub(r"\d{4}-\d\d-\d\d[T \d:+]*|\w{3} \d+ \w{3} \d{4} \d\d:\d\d", "DATE", text)
     text = re.sub(r"(?<![\w-])\d[\d,]*(\.\d+)?(e[+-]?\d+)?[kMx]?(?![\w-])", "N", text)
     text = re.sub(r"\bN (ms|s|min|h|d|kB|MB|GB|TB)\b( N (s|min|h)\b)?", "N UNITS", text)
@@ -169,74 +166,74 @@ def normalise(text: str, place: Path) -> str:
     return re.sub(r"; the machine is busy: load N|(?m:^.*load average.*\n)", "", text)
 
 
-def without_numbers(value: object, place: Path) -> object:
+def without_numbers(value: object) -> object:
     """JSON whose numbers are N and whose texts are normalised; its keys are what is compared."""
     if isinstance(value, dict):
-        return {key: without_numbers(each, place) for key, each in value.items()}
+        return {key: without_numbers(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [without_numbers(each, place) for each in value]
+        return [without_numbers(each) for each in value]
     if isinstance(value, str):
-        return normalise(value, place)
+        return normalise(value)
     return "N" if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, tuple[int, str, str]]]]:
-    """The current folder, with inputs, shards and a trained run; what `prepare` and `train` printed."""
-    folder, before = tmp_path_factory.mktemp("commands"), Path.cwd()
+def printed(tmp_path_factory):
+    """What `prepare` and `train` printed in the current folder, which now has inputs, shards and a run."""
+    folder = tmp_path_factory.mktemp("commands").resolve()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}.items():
             patch.setenv(name, value)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        os.chdir(folder)
+        patch.chdir(folder)
         write_inputs(folder)
-        yield folder, {name: call(COMMANDS[name]) for name in ("prepare", "train")}
-        os.chdir(before)
+        yield {name: call(COMMANDS[name]) for name in ("prepare", "train")}
 
 
-def check(path: Path, found: str, *, update: bool) -> None:
-    """Compare with the golden file, or rewrite it."""
-    if update:
-        path.write_text(found, encoding="utf-8")
-    assert found == path.read_text(encoding="utf-8"), f"{path.name}: --golden-update rewrites it"
+@pytest.fixture
+def check(pytestconfig):
+    """`check(name, found)`: compare with the golden file, or rewrite it."""
+
+    def check(name, found):
+        if pytestconfig.getoption("--golden-update"):
+            (GOLDEN / name).write_text(found, encoding="utf-8")
+        expected = (GOLDEN / name).read_text(encoding="utf-8")
+        assert found == expected, f"{name}: --golden-update rewrites it"
+
+    return check
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in COMMANDS]
-)
-def test_command_prints_golden_text(name: str, made: tuple[Path, dict], pytestconfig: pytest.Config) -> None:
-    folder, printed = made
-    status, out, err = printed[name] if name in MADE_BEFORE else call(COMMANDS[name])
+def slow_marked(names):
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in names]
+
+
+@pytest.mark.parametrize("name", slow_marked(COMMANDS))
+def test_command_prints_golden_text(name, printed, check):
+    status, out, err = printed.get(name) or call(COMMANDS[name])
     assert status == (1 if name == "doctor" else 0), err
-    job = (folder / "job.sbatch").read_text() if name == "launch" else ""
+    job = Path("job.sbatch").read_text() if name == "launch" else ""
     job = job.replace(sysconfig.get_path("scripts"), "BIN")
-    text = f"$ overnight {COMMANDS[name]}\n{normalise(out, folder)}[stderr]\n{normalise(err, folder)}{job}"
-    check(GOLDEN / f"{name}.txt", text, update=pytestconfig.getoption("--golden-update"))
+    check(f"{name}.txt", f"$ overnight {COMMANDS[name]}\n{normalise(out)}[stderr]\n{normalise(err)}{job}")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in WITH_JSON]
-)
-def test_command_prints_golden_json(name: str, made: tuple[Path, dict], pytestconfig: pytest.Config) -> None:
-    folder, _ = made
+@pytest.mark.parametrize("name", slow_marked(WITH_JSON))
+def test_command_prints_golden_json(name, printed, check):
     _, out, err = call(f"{COMMANDS[name]} --json")
     texts = [out] if out.startswith(("{\n", "[")) else out.splitlines()  # one value, or one a line
-    found = without_numbers([json.loads(each) for each in texts], folder)
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    check(GOLDEN / f"{name}.json", text, update=pytestconfig.getoption("--golden-update"))
+    found = without_numbers([json.loads(each) for each in texts])
+    check(f"{name}.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
-def test_bad_inputs(made: tuple[Path, dict], pytestconfig: pytest.Config) -> None:
+def test_bad_inputs(printed, check):
     """Each ends with one sentence and exit status 2; no run is begun."""
-    folder, _ = made
     rows = []
     for line in (line.strip() for part in BAD_INPUTS.strip().splitlines() for line in part.split("|")):
         status, _, err = call(line)
-        sentence = err.replace(f"{folder}/", "").splitlines()[-1]  # after the lines of progress
+        sentence = err.replace(f"{Path.cwd()}/", "").splitlines()[-1]  # after the lines of progress
         if choices := re.search(r"one of \(([^)]*)\)", sentence):  # tyro lists them in any order
             sentence = sentence.replace(choices[1], ", ".join(sorted(choices[1].split(", "))))
         rows.append(f"$ overnight {line}\n[{status}] {sentence}\n")
     accepted = [row for row in rows if "\n[2] overnight: " not in row]
     assert not accepted, "".join(accepted)
-    assert [path.name for path in (folder / "runs").iterdir()] == ["tiny"]
-    check(GOLDEN / "bad_inputs.txt", "".join(rows), update=pytestconfig.getoption("--golden-update"))
+    assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
+    check("bad_inputs.txt", "".join(rows))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,8 @@ from overnight import recipe as recipe_module
 from overnight.config import flat_names, to_toml
 from overnight.data.shards import Manifest
 from overnight.recipe import RESUME_MUTABLE, Recipe, flatten, read_recipe_of, with_settings
-from overnight.run import resume
+from overnight.run import resume as resume_module
+from overnight.run.resume import check_directory
 from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.tokenizer.open_tokenizer import build_tokenizer
@@ -80,38 +80,30 @@ def another(value: Any) -> Any:
     return (*value, "x") if isinstance(value, tuple) else 1
 
 
-def refusal(directory: RunDirectory, recipe: Recipe | None = None) -> str:
-    """The sentence with which resuming is refused; nothing of the run was changed by then."""
-    before = contents(directory)
-    with pytest.raises(ValueError, match=".") as error:
-        train_recipe(recipe or read_recipe_of(directory.path), directory, resume=True)
-    assert "\n" not in str(error.value)
-    assert contents(directory) == before
-    return str(error.value)
-
-
-def contents(directory: RunDirectory) -> dict[Path, bytes]:
-    files = [path for path in directory.path.rglob("*") if path.is_file() and path.name != ".lock"]
-    return {path: path.read_bytes() for path in files}
+@pytest.fixture
+def resume_refusal(refusal):
+    """`resume_refusal(directory, recipe)`: the sentence with which resuming is refused."""
+    return lambda directory, recipe=None: refusal(
+        recipe or read_recipe_of(directory.path), directory.path, resume=True
+    )
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_changed_frozen_setting_is_named(directory, name):
+def test_changed_frozen_setting_is_named(directory, resume_refusal, name):
     """Also where the run's recipe was edited: the newest checkpoint has its own record of the settings."""
     before = read_recipe_of(directory.path)
     value = flatten(before)[name]
     changed = with_settings(before, **{name: another(value)})
-    assert f" {name}={another(value)} (was {value})" in refusal(directory, changed)
+    assert f" {name}={another(value)} (was {value})" in resume_refusal(directory, changed)
     if name not in OF_SHARDS | LOCATIONS:
         directory.recipe.write_text(to_toml(changed))
-        message = refusal(directory, changed)
+        message = resume_refusal(directory, changed)
         assert name in message or str(another(value)) in message
 
 
 @pytest.mark.parametrize("name", sorted(RESUME_MUTABLE & set(OTHERWISE)))
-def test_mutable_setting_may_change(directory, name):
-    changes = {"total_steps": 5, name: OTHERWISE[name]}
-    train_recipe(with_settings(read_recipe_of(directory.path), **changes), directory, resume=True)
+def test_mutable_setting_may_change(directory, resume, name):
+    resume(directory, **{"total_steps": 5, name: OTHERWISE[name]})
     steps = [line["step"] for line in directory.read_metrics()]
     assert steps == list(range(1, 7 if name == "total_steps" else 6))
 
@@ -123,71 +115,69 @@ def test_every_mutable_setting_is_tested():
 @pytest.mark.parametrize("name", COMPARED_ONLY)
 def test_mutable_setting_is_accepted_by_comparison(directory, name):
     recipe = with_settings(read_recipe_of(directory.path), **{name: COMPARED_ONLY[name]})
-    resume.check_directory(recipe, directory, resume=True)
+    check_directory(recipe, directory, resume=True)
     with pytest.raises(ValueError, match="seed"):
-        resume.check_directory(with_settings(recipe, seed=1), directory, resume=True)
+        check_directory(with_settings(recipe, seed=1), directory, resume=True)
 
 
-def test_total_tokens_may_replace_total_steps(directory):
-    before = read_recipe_of(directory.path)
-    train_recipe(with_settings(before, total_tokens=5 * before.batch.tokens_per_step), directory, resume=True)
+def test_total_tokens_may_replace_total_steps(directory, resume):
+    resume(directory, total_tokens=5 * read_recipe_of(directory.path).batch.tokens_per_step)
     assert directory.is_finished(5)
 
 
-def test_wrongly_mutable_setting_would_go_unnoticed(directory, monkeypatch):
+def test_wrongly_mutable_setting_would_go_unnoticed(directory, resume, monkeypatch):
     """The negative control of the list of settings."""
     monkeypatch.setattr(recipe_module, "RESUME_MUTABLE", RESUME_MUTABLE | {"weight_decay"})
-    recipe = with_settings(read_recipe_of(directory.path), total_steps=5, weight_decay=0.7)
-    train_recipe(recipe, directory, resume=True)
+    resume(directory, total_steps=5, weight_decay=0.7)
     assert directory.is_finished(5)
 
 
-def test_edited_recipe_would_go_unnoticed_without_the_checkpoint_s_record(directory, monkeypatch):
+def test_edited_recipe_would_go_unnoticed_without_the_checkpoint_s_record(directory, resume, monkeypatch):
     """The negative control of the checkpoint's record."""
     edited = with_settings(read_recipe_of(directory.path), weight_decay=0.7)
     directory.recipe.write_text(to_toml(edited))
-    monkeypatch.setattr(resume, "check_settings", lambda *_: None)
-    train_recipe(with_settings(edited, total_steps=5), directory, resume=True)
+    monkeypatch.setattr(resume_module, "check_settings", lambda *_: None)
+    resume(directory, total_steps=5)
     assert directory.is_finished(5)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Manifest)])
-def test_every_fact_of_the_data_is_compared(directory, name):
+def test_every_fact_of_the_data_is_compared(directory, resume_refusal, name):
     record = json.loads(directory.data.read_text())
     record[name] = another(record[name]) if not isinstance(record[name], dict | list) else {"x": 1}
     directory.data.write_text(json.dumps(record))
-    assert f": {name} differ" in refusal(directory)
+    assert f": {name} differ" in resume_refusal(directory)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "7", "{}", '{"a": 1}', "[" * 10_000])
-def test_damaged_record_of_the_data_is_refused(directory, content):
+def test_damaged_record_of_the_data_is_refused(directory, resume_refusal, content):
     directory.data.write_text(content)
-    assert "dama" in refusal(directory) or "differ" in refusal(directory)
+    assert "dama" in resume_refusal(directory) or "differ" in resume_refusal(directory)
 
 
-def test_another_tokenizer_in_the_run_is_refused_and_a_missing_one_written(directory):
+def test_another_tokenizer_in_the_run_is_refused_and_a_missing_one_written(directory, resume, resume_refusal):
     shutil.rmtree(directory.tokenizer)
     build_tokenizer("characters", ["quite another text"]).save(directory.tokenizer)
-    assert str(directory.tokenizer) in refusal(directory)
+    assert str(directory.tokenizer) in resume_refusal(directory)
     (directory.tokenizer / "tokenizer.json").write_text("{}")
-    assert str(directory.tokenizer) in refusal(directory)
+    assert str(directory.tokenizer) in resume_refusal(directory)
     shutil.rmtree(directory.tokenizer)
-    train_recipe(read_recipe_of(directory.path), directory, resume=True)
+    resume(directory)
     assert (directory.tokenizer / "tokenizer.json").is_file()
 
 
-def test_recipe_of_another_package_is_refused(directory):
+def test_recipe_of_another_package_is_refused(directory, resume_refusal):
     written, sound = directory.recipe.read_text(), read_recipe_of(directory.path)
     directory.recipe.write_text(written.replace("[model]", "[model]\nrotary = true"))
-    assert "rotary" in refusal(directory, sound)
+    assert "rotary" in resume_refusal(directory, sound)
 
 
-def test_checkpoint_of_another_format_is_refused(directory, capsys):
+def test_checkpoint_of_another_format_is_refused(directory, resume_refusal, capsys):
     for checkpoint in list_checkpoints(directory.checkpoints):
         state, written = checkpoint / "state.json", checkpoint / "MANIFEST.json"
         state.write_text(json.dumps({**json.loads(state.read_text()), "format": 99}))
         listed = json.loads(written.read_text())
         listed["files"]["state.json"] = file_digest(state)
         written.write_text(manifest(listed["files"], listed["format"]))
-    assert str(directory.checkpoints) in refusal(directory)
+    assert str(directory.checkpoints) in resume_refusal(directory)
     assert "format 99" in capsys.readouterr().err

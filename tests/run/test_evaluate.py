@@ -7,9 +7,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,38 +20,30 @@ from overnight.evaluation import EvaluateConfig, multiple_choice
 from overnight.evaluation import command as evaluation_command
 from overnight.evaluation.results import evaluate_opened, open_evaluated_models
 from overnight.evaluation.tasks import TASKS
-from overnight.preparation.prepare import prepare_shards
-from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import EvaluationConfig, Recipe
+from overnight.recipe import EvaluationConfig
 from overnight.run import train
 from overnight.run_directory import RunDirectory
-from overnight.training import ComputeConfig
 from overnight.training.checkpoint.load import read_model
-from overnight.training.schedule import ScheduleConfig
 
-Build = Callable[..., Recipe]
 ACCURACIES = ["accuracy_per_token", "accuracy_per_character", "accuracy_by_sum"]
 
 
 @pytest.fixture(scope="module")
-def trained(recipe: Build, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def trained(recipe, tmp_path_factory):
     """A run of two steps in bf16."""
     directory = RunDirectory(tmp_path_factory.mktemp("trained") / "small")
-    compute = ComputeConfig(device="cpu", precision="bf16", compile=False)
-    train.train_recipe(
-        recipe(compute=compute, schedule=ScheduleConfig(total_steps=2, warmup_steps=0)), directory
-    )
+    train.train_recipe(recipe(precision="bf16", total_steps=2, warmup_steps=0), directory)
     return directory
 
 
 @pytest.fixture
-def converted(trained: RunDirectory, tmp_path: Path) -> Path:
+def converted(trained, tmp_path):
     """The same model as a Hugging Face folder."""
     return conversion_command.run(ConvertConfig(model=str(trained.path), out=str(tmp_path / "theirs")))
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> str:
+def files(tmp_path_factory):
     """A folder with the files of two tasks, in characters of the model's vocabulary."""
     folder = tmp_path_factory.mktemp("tasks")
     lines = [
@@ -66,25 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-Evaluate = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def evaluate(capsys: pytest.CaptureFixture[str]) -> Evaluate:
-    """Runs the command; returns its JSON, strictly parsed."""
-
-    def evaluate(model: Path, **settings: Any) -> dict[str, Any]:
-        capsys.readouterr()
-        evaluation_command.run(EvaluateConfig(model=str(model), device="cpu", json=True, **settings))
-        found: dict[str, Any] = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-        return found
-
-    return evaluate
-
-
-def test_evaluate_precision_is_the_runs_own(
-    trained: RunDirectory, converted: Path, prepared: Path, evaluate: Evaluate
-) -> None:
+def test_evaluate_precision_is_the_runs_own(trained, converted, prepared, evaluate):
     own, other = (evaluate(model, data=str(prepared)) for model in (trained.path, converted))
     assert (own["precision"], other["precision"]) == ("bf16", "fp32")
     assert own["loss"] == pytest.approx(trained.read_events("evaluations")[-1]["loss"], rel=1e-9)
@@ -92,7 +63,7 @@ def test_evaluate_precision_is_the_runs_own(
     assert own["loss"] == pytest.approx(other["loss"], abs=0.01)
 
 
-def test_evaluate_published_run(trained: RunDirectory, tmp_path: Path) -> None:
+def test_evaluate_published_run(trained, tmp_path):
     """Only recipe, tokenizer and checkpoints."""
     published = RunDirectory(shutil.copytree(trained.path, tmp_path / "published"))
     for path in (published.environment, published.metrics):
@@ -101,39 +72,23 @@ def test_evaluate_published_run(trained: RunDirectory, tmp_path: Path) -> None:
     assert model.recipe is not None
 
 
-def test_evaluate_refuses_text_of_other_tokenizer(
-    trained: RunDirectory, converted: Path, tmp_path: Path
-) -> None:
-    notes = tmp_path / "notes"
-    notes.mkdir()
-    for number in range(40):
-        (notes / f"{number}.txt").write_text(f"Note {number}: {number} is a number, and this is a sentence.")
-
-    def prepare_with(tokenizer: str, name: str) -> str:
-        out = str(tmp_path / name)
-        prepare_shards(
-            PrepareConfig(source=str(notes), out=out, tokenizer=tokenizer, validation_fraction=0.3)
-        )
-        return out
-
-    other = prepare_with("characters", "other")
+def test_evaluate_refuses_text_of_other_tokenizer(trained, converted, prepare_texts, evaluate, tmp_path):
+    notes = [f"Note {number}: {number} is a number, and this is a sentence." for number in range(40)]
+    other = prepare_texts(tmp_path / "other", notes)
     for model, folder in ((trained.path, trained.tokenizer), (converted, converted)):
         with pytest.raises(ValueError, match=f"--tokenizer {re.escape(str(folder))}$"):
-            evaluation_command.run(EvaluateConfig(model=str(model), data=other, device="cpu"))
-        remedy = prepare_with(str(folder), f"as-{folder.name}")
-        evaluation_command.run(EvaluateConfig(model=str(model), data=remedy, device="cpu"))
+            evaluate(model, data=str(other))
+        remedy = prepare_texts(tmp_path / f"as-{folder.name}", notes, tokenizer=str(folder))
+        evaluate(model, data=str(remedy))
 
 
-def test_evaluate_validation_and_task_with_baseline(
-    trained: RunDirectory, files: str, evaluate: Evaluate
-) -> None:
-    settings: dict[str, Any] = {"tasks": ("validation,hellaswag",), "task_files": files}
-    settings["baseline"] = str(trained.path)
-    found = evaluate(trained.path, **settings)
+def test_evaluate_validation_and_task_with_baseline(trained, files, evaluate):
+    settings = {"tasks": ("validation,hellaswag",), "task_files": files}
+    found = evaluate(trained.path, **settings, baseline=str(trained.path))
     assert found["loss"] == pytest.approx(trained.read_events("evaluations")[-1]["loss"], rel=1e-9)
     scores = {(each["task"], each["metric"]): each for each in found["tasks"]}
-    assert scores["validation", "nats_per_token"]["value"] == pytest.approx(found["loss"], rel=1e-12)
-    assert scores["validation", "bits_per_byte"]["value"] == pytest.approx(found["bits_per_byte"], rel=1e-12)
+    for metric, value in (("nats_per_token", found["loss"]), ("bits_per_byte", found["bits_per_byte"])):
+        assert scores["validation", metric]["value"] == pytest.approx(value, rel=1e-12)
     assert scores["validation", "nats_per_token"]["against"]["difference"]["high"] == 0.0
     assert [metric for task, metric in scores if task == "hellaswag"] == ACCURACIES
     for metric in ACCURACIES:
@@ -144,14 +99,15 @@ def test_evaluate_validation_and_task_with_baseline(
     for each in scores.values():
         assert each["interval"]["low"] <= each["value"] <= each["interval"]["high"]
     # The interface of a notebook gives the same.
-    config = EvaluateConfig(model=str(trained.path), **{**settings, "baseline": None})
-    results = evaluate_opened(open_model(config.model), config)
-    assert results.to_dict() == evaluate(trained.path, **{**settings, "baseline": None})
+    results = evaluate_opened(
+        open_model(str(trained.path)), EvaluateConfig(model=str(trained.path), **settings)
+    )
+    assert results.to_dict() == evaluate(trained.path, **settings)
     assert max(map(len, str(results).splitlines())) <= 80
     assert "hellaswag" in results._repr_html_()
 
 
-def test_evaluate_stride_keeps_tokens(trained: RunDirectory, evaluate: Evaluate) -> None:
+def test_evaluate_stride_keeps_tokens(trained, evaluate):
     found = {stride: evaluate(trained.path, stride=stride) for stride in (None, 16, 4)}
     assert len({(each["evaluated_tokens"], each["evaluated_bytes"]) for each in found.values()}) == 1
     assert len({each["loss"] for each in found.values()}) == 3
@@ -160,20 +116,14 @@ def test_evaluate_stride_keeps_tokens(trained: RunDirectory, evaluate: Evaluate)
         evaluate(trained.path, stride=4000)
 
 
-def test_interrupted_evaluation_continues(
-    trained: RunDirectory,
-    files: str,
-    evaluate: Evaluate,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def test_interrupted_evaluation_continues(trained, files, evaluate, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = {"tasks": ("hellaswag",), "task_files": files}
     whole = evaluate(trained.path, **settings)
     monkeypatch.setattr(multiple_choice, "TOKENS_AT_ONCE", 100)
     evaluate_rows, batches = multiple_choice._evaluate_rows, 0
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments):
         nonlocal batches
         batches += 1
         if batches == 4:
@@ -191,23 +141,21 @@ def test_interrupted_evaluation_continues(
     assert batches - 100 == rest + 3, "the negative control: a finished evaluation is not cached"
 
 
-def test_evaluate_needs_a_task_and_a_baseline_that_exists(trained: RunDirectory) -> None:
+def test_evaluate_needs_a_task_and_a_baseline_that_exists(trained):
     config = EvaluateConfig(model=str(trained.path), device="cpu")
     for changes, message in (({"tasks": ()}, "validation, hellaswag"), ({"baseline": "./other"}, "./other")):
         with pytest.raises(ValueError, match=message):
             evaluation_command.run(dataclasses.replace(config, **changes))
 
 
-def test_evaluate_help_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_help_names_every_task(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     words = re.findall(r"[a-z0-9-]+", capsys.readouterr().out)
     assert not {"validation", *TASKS} - {*words}
 
 
-def test_evaluate_json_of_nan_model_is_strict(
-    converted: Path, prepared: Path, files: str, evaluate: Evaluate
-) -> None:
+def test_evaluate_json_of_nan_model_is_strict(converted, prepared, files, evaluate):
     weights = load_file(converted / "model.safetensors")
     name = next(name for name in weights if name.endswith("ln_f.weight"))
     save_file({**weights, name: weights[name] * math.nan}, converted / "model.safetensors", {"format": "pt"})
@@ -219,22 +167,17 @@ def test_evaluate_json_of_nan_model_is_strict(
     assert reference == {"whose": "OpenAI 124M", "value": 0.2955, "source": "build-nanogpt, hellaswag.py"}
 
 
-def evaluation(files: str, **changes: Any) -> EvaluationConfig:
+@pytest.fixture
+def with_tasks(files):
+    """`with_tasks(**changes)`: evaluations on both tasks."""
     both = EvaluationConfig(
         evaluate_every_steps=4, tasks=("hellaswag", "lambada"), task_examples=20, task_files=files
     )
-    return dataclasses.replace(both, **changes)
+    return lambda **changes: dataclasses.replace(both, **changes)
 
 
-def test_tasks_do_not_change_run(
-    recipe: Build,
-    finished_run: RunDirectory,
-    metrics_of: Callable[[RunDirectory], Any],
-    files: str,
-    tmp_path: Path,
-) -> None:
-    evaluated = RunDirectory(tmp_path / "evaluated")
-    train.train_recipe(recipe(evaluation=evaluation(files)), evaluated)
+def test_tasks_do_not_change_run(recipe, finished_run, metrics_of, train_to, with_tasks):
+    evaluated = train_to(recipe(evaluation=with_tasks()), "evaluated")
     assert metrics_of(finished_run) == metrics_of(evaluated)
     for kind in ("evaluations", "samples"):
         assert finished_run.read_events(kind) == evaluated.read_events(kind)
@@ -245,39 +188,31 @@ def test_tasks_do_not_change_run(
 
 
 def test_task_lines_match_evaluate_command(
-    recipe: Build, files: str, tmp_path: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    resolved = train.train_recipe(recipe(evaluation=evaluation(files, tasks_every_steps=5)), directory)
+    recipe, train_to, resume, with_tasks, files, tmp_path, evaluate, capsys
+):
+    directory = train_to(recipe(evaluation=with_tasks(tasks_every_steps=5)), "run")
     assert "hellaswag accuracy_per_token 0." in capsys.readouterr().err
     lines = directory.read_events("tasks")
     assert [line["step"] for line in lines if line["metric"] == "accuracy"] == [5, 10, 12]
     assert [line["metric"] for line in lines[:5]] == [*ACCURACIES, "accuracy", "perplexity_per_word"]
     found = evaluate(directory.path, tasks=("hellaswag,lambada",), examples=20, task_files=files)
     for each, line in zip(found["tasks"], lines[-5:], strict=True):
-        assert each["value"] == line["value"]
-        assert (line["low"], line["high"]) == (each["interval"]["low"], each["interval"]["high"])
-        assert line["examples"] == each["examples"]
+        assert each["interval"].items() >= {"low": line["low"], "high": line["high"]}.items()
+        assert (each["value"], each["examples"]) == (line["value"], line["examples"])
     # A resumed run writes no line twice.
     (directory.checkpoints / "step-00000012").rename(tmp_path / "lost")
-    train.train_recipe(resolved.recipe, directory, resume=True)
+    resume(directory)
     assert directory.read_events("tasks") == lines
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, named",
     [
-        ({"tasks": ("helaswag",)}, "helaswag .*hellaswag"),
-        ({"tasks": ("piqa",)}, r"piqa_valid\.jsonl.*https://"),
+        ({"tasks": ("piqa",)}, "https://"),
         ({"tasks": ("validation",)}, "evaluate_every_steps"),
         ({"tasks": ("lm-eval:piqa",)}, "overnight evaluate"),
         ({"task_examples": 0}, "task_examples=0"),
     ],
 )
-def test_invalid_tasks_are_refused_before_the_run(
-    recipe: Build, files: str, tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    with pytest.raises(ValueError, match=message):
-        train.train_recipe(recipe(evaluation=evaluation(files, **changes)), directory)
-    assert not directory.path.exists()
+def test_invalid_tasks_are_refused_before_the_run(recipe, refusal, with_tasks, tmp_path, changes, named):
+    assert named in refusal(recipe(evaluation=with_tasks(**changes)), tmp_path / "run")

@@ -7,7 +7,6 @@ killed after step 8, two steps after a checkpoint; expected.json has what it rec
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -15,8 +14,6 @@ from typing import Any
 
 import pytest
 
-from overnight.preparation.prepare import prepare_shards
-from overnight.preparation.prepare_config import PrepareConfig
 from overnight.run.resume import load_resumed
 from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
@@ -27,11 +24,9 @@ OLD_RUN = Path(__file__).with_name("golden") / "old-run"
 
 
 @pytest.fixture
-def golden(repository, monkeypatch):
+def golden(programs):
     """tools/golden.py."""
-    monkeypatch.syspath_prepend(str(repository / "tools"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return importlib.import_module("golden")
+    return programs["golden"]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -68,11 +63,8 @@ def test_run_of_an_earlier_version_is_resumed(golden, tmp_path, monkeypatch):
     """Old names of settings and values, in its recipe and its checkpoint, included."""
     shutil.copytree(OLD_RUN, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    recipe, directory, recorded = (
-        load_resumed(Path("run")),
-        RunDirectory("run"),
-        read(OLD_RUN / "expected.json"),
-    )
+    recipe, directory = load_resumed(Path("run")), RunDirectory("run")
+    recorded = read(OLD_RUN / "expected.json")
     assert (recipe.compute.loss, recipe.compute.attention) == ("chunked", "math")
     assert (recipe.batch.batch_ramp_tokens, recipe.guard.spike_sigma) == (640, 6.0)
     assert not recipe.checkpoints.async_checkpoint
@@ -84,21 +76,12 @@ def test_run_of_an_earlier_version_is_resumed(golden, tmp_path, monkeypatch):
     assert read(directory.checkpoints / "step-00000012" / "state.json")["updates"] == 12
 
 
-def test_shards_of_an_earlier_version_are_prepared_alike(tmp_path):
-    text, shards = tmp_path / "text", tmp_path / "shards"
-    text.mkdir()
-    for number in range(12):
-        lines = [f"Line {line} is about {(line * 7 + number) % 100}.\n" for line in range(12)]
-        (text / f"{number:02}.txt").write_text("".join(lines))
-    prepare_shards(
-        PrepareConfig(
-            source=str(text),
-            out=str(shards),
-            tokenizer="characters",
-            validation_fraction=0.2,
-            shard_tokens=1500,
-        )
-    )
+def test_shards_of_an_earlier_version_are_prepared_alike(prepare_texts, tmp_path):
+    texts = [
+        "".join(f"Line {line} is about {(line * 7 + number) % 100}.\n" for line in range(12))
+        for number in range(12)
+    ]
+    shards = prepare_texts(tmp_path / "text", texts)
     old, new = read(OLD_RUN / "shards" / "manifest.json"), read(shards / "manifest.json")
     names = ("split_rule", "tokenizer_fingerprint", "documents", "train", "validation")
     assert {name: new[name] for name in names} == {name: old[name] for name in names}

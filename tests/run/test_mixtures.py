@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from overnight.config import from_arguments, from_toml
 from overnight.data import DataConfig, MixtureSource
-from overnight.evaluation import EvaluateConfig
-from overnight.evaluation import command as evaluation_command
+from overnight.data.shards import read_manifest
 from overnight.planning.estimate import find_token_counts
-from overnight.preparation.prepare import prepare_shards
-from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import Recipe
+from overnight.recipe import Recipe, with_settings
 from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 
-Build = Callable[..., Recipe]
-Fingerprint = Callable[[RunDirectory], Any]
-Train = Callable[..., RunDirectory]
-
-
-def prepare_text(root: Path, text: str, tokenizer: str) -> Path:
-    """A folder of shards: 20 documents of one sentence, numbered."""
-    root.mkdir()
-    for number in range(20):
-        (root / f"{number}.txt").write_text(text.format(number=number) * 6)
-    folder = root / "shards"
-    prepare_shards(
-        PrepareConfig(source=str(root), out=str(folder), tokenizer=tokenizer, validation_fraction=0.3)
-    )
-    return folder
-
 
 @pytest.fixture(scope="session")
-def second(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def second(prepared, prepare_texts, tmp_path_factory):
     """Another text, by the first one's tokenizer."""
-    root = tmp_path_factory.mktemp("second") / "text"
-    return prepare_text(root, "Number {number} of a text about a line.\n", f"{prepared}/tokenizer")
+    texts = [f"Number {number} of a text about a line.\n" * 6 for number in range(20)]
+    own = {"tokenizer": f"{prepared}/tokenizer", "validation_fraction": 0.3}
+    return prepare_texts(tmp_path_factory.mktemp("second"), texts, **own)
 
 
 @pytest.fixture
-def mixed(recipe: Build, prepared: Path, second: Path) -> Recipe:
+def mixed(recipe, prepared, second):
     """The small recipe over both, 2 : 1."""
     return recipe(data=mix((prepared, 2), (second, 1)))
 
@@ -55,13 +33,7 @@ def mix(*sources: tuple[object, float]) -> DataConfig:
     return DataConfig(mixture=tuple(MixtureSource(path=str(path), weight=weight) for path, weight in sources))
 
 
-def shortened(recipe: Recipe) -> Recipe:
-    return dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, total_steps=4))
-
-
-def test_mixture_is_trained_evaluated_and_resumed_to_the_bit(
-    mixed: Recipe, second: Path, prepared: Path, train_to: Train, fingerprint: Fingerprint
-) -> None:
+def test_mixture_is_trained_evaluated_and_resumed_to_the_bit(mixed, second, prepared, train_to, fingerprint):
     whole = train_to(mixed, "whole")
     last = whole.read_events("evaluations")[-1]
     first, other = by_source = last["by_source"]
@@ -75,33 +47,24 @@ def test_mixture_is_trained_evaluated_and_resumed_to_the_bit(
     assert fingerprint(train_to(mixed, "resumed", 5)) == fingerprint(whole)
 
 
-def test_weights_of_a_mixture_change_the_run(
-    mixed: Recipe, recipe: Build, second: Path, prepared: Path, train_to: Train
-) -> None:
+def test_weights_of_a_mixture_change_the_run(mixed, recipe, second, prepared, train_to):
     """The negative control."""
     recipes = [mixed, recipe(data=mix((prepared, 1), (second, 2))), recipe()]
-    runs = [train_to(shortened(each), str(number)) for number, each in enumerate(recipes)]
+    runs = [train_to(with_settings(each, total_steps=4), str(at)) for at, each in enumerate(recipes)]
     assert len({run.read_metrics()[-1]["loss"] for run in runs}) == 3
 
 
-def test_run_on_a_mixture_is_evaluated_and_planned(
-    mixed: Recipe, prepared: Path, second: Path, train_to: Train, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = train_to(shortened(mixed), "run")
-    capsys.readouterr()
-    evaluation_command.run(EvaluateConfig(model=str(directory.path), device="cpu", json=True))
-    found = json.loads(capsys.readouterr().out)
-    assert found["loss"] == pytest.approx(directory.read_events("evaluations")[-1]["loss"], rel=1e-9)
+def test_run_on_a_mixture_is_evaluated_and_planned(mixed, prepared, second, train_to, evaluate):
+    directory = train_to(with_settings(mixed, total_steps=4), "run")
+    recorded = directory.read_events("evaluations")[-1]["loss"]
+    assert evaluate(directory.path)["loss"] == pytest.approx(recorded, rel=1e-9)
+    manifests = [read_manifest(folder) for folder in (prepared, second)]
+    train, validation = (sum(each.tokens(split) for each in manifests) for split in ("train", "validation"))
     text = find_token_counts(mixed.data, None)
-    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (prepared, second)]
-    train_tokens, validation_tokens = (
-        sum(shard["tokens"] for manifest in manifests for shard in manifest[split])
-        for split in ("train", "validation")
-    )
-    assert (text.tokens, text.validation_tokens) == (train_tokens + validation_tokens, validation_tokens)
+    assert (text.tokens, text.validation_tokens) == (train + validation, validation)
 
 
-def test_mixture_in_toml_equals_the_option() -> None:
+def test_mixture_in_toml_equals_the_option():
     words = ["--mixture", "data/a=0.7", "data/b=0.3"]
     expected = mix(("data/a", 0.7), ("data/b", 0.3))
     assert from_arguments(Recipe, words, prog="overnight train", about="").data == expected
@@ -110,36 +73,29 @@ def test_mixture_in_toml_equals_the_option() -> None:
         assert from_toml(Recipe, text, "recipe.toml").data == expected
 
 
-def test_wrong_mixture_is_refused(recipe: Build, prepared: Path, tmp_path: Path) -> None:
-    third = prepare_text(tmp_path / "third", "Other characters: {number} €!\n", "characters")
-    for data, match in (
+def test_wrong_mixture_is_refused(recipe, prepared, prepare_texts, refusal, tmp_path):
+    third = prepare_texts(tmp_path / "third", [f"Other characters: {n} €!\n" * 6 for n in range(20)])
+    for data, named in (
         (dataclasses.replace(mix(("b", 1)), data="a"), "data=a and mixture"),
-        (mix(("b", 1), ("b", 1)), "b is twice in mixture"),
         (mix(("b", 0)), "weight 0 of b"),
         (mix(("b", float("nan"))), "weight nan of b"),
         (DataConfig(cache_bytes=0), "cache_bytes=0"),
-        (mix((prepared, 1), (third, 1)), f"^{third} .*--tokenizer {prepared}/tokenizer"),
-        (mix((prepared, 1), (f"{prepared}/", 1)), f"{prepared} .*sum of the"),
+        (mix((prepared, 1), (third, 1)), f"--tokenizer {prepared}/tokenizer"),
+        (mix((prepared, 1), (f"{prepared}/", 1)), "sum of the"),
     ):
-        with pytest.raises(ValueError, match=match):
-            train_recipe(recipe(data=data), RunDirectory(tmp_path / "run"))
-        assert not (tmp_path / "run").exists()
+        message = refusal(recipe(data=data), tmp_path / "run")
+        assert named in message
 
 
 def test_text_at_a_url_trains_the_same_model(
-    recipe: Build,
-    prepared: Path,
-    finished_run: RunDirectory,
-    fingerprint: Fingerprint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    recipe, prepared, finished_run, fingerprint, tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     limit = 2 * max(path.stat().st_size for path in prepared.glob("*.bin"))
     data = DataConfig(data=f"file://{prepared}", cache_bytes=limit)
     remote = RunDirectory(tmp_path / "remote")
-    resolved = train_recipe(recipe(data=data), remote)
+    used = train_recipe(recipe(data=data), remote).recipe.data
+    assert (used.data, used.cache_bytes) == (data.data, limit)
     assert fingerprint(remote) == fingerprint(finished_run)
-    assert (resolved.recipe.data.data, resolved.recipe.data.cache_bytes) == (data.data, limit)
     cached = list((tmp_path / "cache").glob("overnight/shards/*/*.bin"))
     assert sum(path.stat().st_size for path in cached) <= limit

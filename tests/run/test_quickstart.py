@@ -8,7 +8,6 @@ import re
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,23 +16,14 @@ from overnight.data import DataConfig
 from overnight.data.shards import read_manifest
 from overnight.quickstart import QuickstartConfig
 from overnight.quickstart import command as quickstart
-from overnight.recipe import Recipe
 from overnight.run_directory import RunDirectory
 
 RUN = Path("runs/quickstart")
-Start = Callable[..., str]
 
 
 @pytest.fixture
-def start(
-    recipe: Callable[..., Recipe],
-    prepared: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Start:
+def start(recipe, prepared, here, monkeypatch, capsys):
     """start(fresh, **changes of the recipe): the command in an empty folder; returns its output."""
-    monkeypatch.chdir(tmp_path)
     text = DataConfig(data=str(prepared.parent), tokenizer="characters", validation_fraction=0.2)
 
     def run(fresh: bool = False, **changes: object) -> str:
@@ -54,9 +44,7 @@ def steps() -> list[int]:
 ALL_STEPS = list(range(1, 13))
 
 
-def test_quickstart_trains_prints_results_and_is_reused(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quickstart_trains_prints_results_and_is_reused(start, monkeypatch):
     err = start()
     directory = RunDirectory(RUN)
     evaluation, sample = directory.read_events("evaluations")[-1], directory.read_events("samples")[-1]
@@ -85,23 +73,13 @@ def test_quickstart_trains_prints_results_and_is_reused(
     assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
 
 
-def test_killed_quickstart_is_resumed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    append = RunDirectory.append_metrics
-
-    def killed(self: RunDirectory, line: dict[str, float]) -> None:
-        append(self, line)
-        if line["step"] == 8:
-            raise MemoryError("stands for a kill")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunDirectory, "append_metrics", killed)
-        with pytest.raises(MemoryError):
-            start()
+def test_killed_quickstart_is_resumed(start, kill_at):
+    kill_at(8, start)
     assert "8 of 12 steps" in start()
     assert steps() == ALL_STEPS
 
 
-def test_quickstart_killed_before_its_last_checkpoint_is_resumed(start: Start) -> None:
+def test_quickstart_killed_before_its_last_checkpoint_is_resumed(start):
     whole = start()
     shutil.rmtree(RUN / "checkpoints" / "step-00000012")
     for name in ("evaluations", "samples"):
@@ -115,7 +93,7 @@ def test_quickstart_killed_before_its_last_checkpoint_is_resumed(start: Start) -
         assert line in err.splitlines()
 
 
-def test_fresh_starts_over_also_with_another_recipe(start: Start, recipe: Callable[..., Recipe]) -> None:
+def test_fresh_starts_over_also_with_another_recipe(start, recipe):
     start()
     wider = dataclasses.replace(recipe().model, n_embd=32)
     with pytest.raises(ValueError, match="n_embd: .* --fresh"):
@@ -126,9 +104,7 @@ def test_fresh_starts_over_also_with_another_recipe(start: Start, recipe: Callab
     assert steps() == ALL_STEPS
 
 
-def test_missing_matplotlib_is_reported_before_any_work(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_matplotlib_is_reported_before_any_work(start, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"pip install 'overnight\[report\]'"):
         start()

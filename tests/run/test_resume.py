@@ -11,7 +11,7 @@ import pytest
 
 from overnight.data.dataset import open_one_dataset
 from overnight.recipe import read_recipe_of, with_settings
-from overnight.run import resume
+from overnight.run import resume as resume_module
 from overnight.run import train as train_module
 from overnight.run.train import STOP_SIGNALS, StopConditions, train_recipe
 from overnight.run_directory import RunDirectory
@@ -40,39 +40,29 @@ def test_the_run_crosses_epochs_and_shards_and_learns(recipe, finished_run):
 
 def test_comparison_detects_lost_moments(recipe, finished_run, fingerprint, train_to, monkeypatch):
     """The negative control: resuming with fresh moments is noticed."""
-    restore = resume.restore
+    restore = resume_module.restore
 
     def weights_only(state, opened):
         restore(state, opened)
         state.optimizer.state.clear()
 
-    monkeypatch.setattr(resume, "restore", weights_only)
+    monkeypatch.setattr(resume_module, "restore", weights_only)
     resumed = train_to(recipe(), "run", 6)
     assert fingerprint(resumed) != fingerprint(finished_run)
 
 
-def test_killed_run_repeats_lost_steps_exactly(recipe, finished_run, fingerprint, tmp_path, monkeypatch):
-    """No signal handler runs: metrics and events beyond the last checkpoint are rewound."""
+def test_killed_run_repeats_lost_steps_exactly(recipe, finished_run, fingerprint, kill_at, resume, tmp_path):
+    """Metrics and events beyond the last checkpoint are rewound."""
     directory = RunDirectory(tmp_path / "run")
-    append = RunDirectory.append_metrics
-
-    def killed(self, line):
-        append(self, line)
-        if line["step"] == 8:
-            raise MemoryError("in place of a kill")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunDirectory, "append_metrics", killed)
-        with pytest.raises(MemoryError):
-            train_recipe(recipe(), directory)
+    kill_at(8, train_recipe, recipe(), directory)
     assert len(directory.read_metrics()) == 8
-    train_recipe(read_recipe_of(directory.path), directory, resume=True)
+    resume(directory)
     assert fingerprint(directory) == fingerprint(finished_run)
 
 
 def test_settings_that_are_off_stay_off(recipe, fingerprint, train_to):
     """TOML has no null, and these settings are on by default."""
-    off = with_settings(recipe(), max_grad_norm=None, checkpoint_every_steps=2, keep_checkpoints=None)
+    off = recipe(max_grad_norm=None, checkpoint_every_steps=2, keep_checkpoints=None)
     whole = train_to(off, "full")
     resumed = train_to(off, "run", 5)
     assert read_recipe_of(resumed.path).optimizer.max_grad_norm is None
@@ -80,24 +70,24 @@ def test_settings_that_are_off_stay_off(recipe, fingerprint, train_to):
     assert fingerprint(resumed) == fingerprint(whole)
 
 
-def test_resumed_run_does_not_need_its_initial_model(recipe, copied_run, tmp_path, stop_after):
-    directory = RunDirectory(tmp_path / "tuned")
-    stop_after(3)
-    with pytest.raises(KeyboardInterrupt):
-        train_recipe(recipe(init_from=str(copied_run.path), run_name="tuned"), directory)
+def test_resumed_run_does_not_need_its_initial_model(recipe, copied_run, train_until, resume):
+    tuned = recipe(init_from=str(copied_run.path), run_name="tuned")
+    directory = train_until(3, tuned, "tuned")
     shutil.rmtree(copied_run.path)
-    train_recipe(read_recipe_of(directory.path), directory, resume=True)
+    resume(directory)
     assert directory.is_finished(12)
 
 
 def test_evaluation_and_checkpoints_do_not_change_training(recipe, finished_run, fingerprint, train_to):
     never = {f"{what}_every_steps": None for what in ("evaluate", "sample", "checkpoint")}
-    directory = train_to(with_settings(recipe(), **never), "run")
-    assert fingerprint(directory)[:2] == fingerprint(finished_run)[:2]
-    assert fingerprint(directory)[2] == []
+    weights, metrics, events = fingerprint(train_to(recipe(**never), "run"))
+    assert (weights, metrics) == fingerprint(finished_run)[:2]
+    assert events == []
 
 
-def test_max_time_stops_the_run_and_it_resumes(recipe, finished_run, fingerprint, tmp_path, monkeypatch):
+def test_max_time_stops_the_run_and_it_resumes(
+    recipe, finished_run, fingerprint, resume, tmp_path, monkeypatch
+):
     """The clock moves ten minutes at each reading: the time is over before the third step."""
     directory, readings = RunDirectory(tmp_path / "small"), iter(range(0, 10**6, 600))
     with monkeypatch.context() as patch:
@@ -107,17 +97,14 @@ def test_max_time_stops_the_run_and_it_resumes(recipe, finished_run, fingerprint
             train_recipe(with_settings(recipe(), max_time="25m"), directory)
     stopped = describe_run(directory.path)
     assert (stopped.state, stopped.step, stopped.ended_by) == ("stopped", 2, "its time limit")
-    train_recipe(read_recipe_of(directory.path), directory, resume=True)
+    resume(directory)
     assert fingerprint(directory) == fingerprint(finished_run)
     finished = describe_run(directory.path)
     assert (finished.state, finished.ended_by) == ("finished", None)
 
 
-def test_runs_tells_what_stopped_a_run(recipe, tmp_path, stop_after, capsys):
-    directory = RunDirectory(tmp_path / "small")
-    stop_after(2)
-    with pytest.raises(KeyboardInterrupt):
-        train_recipe(recipe(), directory)
+def test_runs_tells_what_stopped_a_run(recipe, train_until, capsys):
+    directory = train_until(2, recipe(), "small")
     assert describe_run(directory.path).ended_by == "a signal"
     capsys.readouterr()
     runs_command.run(runs_command.RunsConfig(folder=str(directory.path)))

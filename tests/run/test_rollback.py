@@ -26,14 +26,8 @@ STEPS, ROWS, LIMIT = 60, 8, 3
 @pytest.fixture
 def asked(recipe):
     """A run of many small steps, with dropout."""
-    return with_settings(
-        recipe(),
-        total_steps=STEPS,
-        tokens_per_step=ROWS * 32,
-        micro_batch_size=4,
-        checkpoint_every_steps=4,
-        rollback_after_steps=LIMIT,
-    )
+    batch = {"tokens_per_step": ROWS * 32, "micro_batch_size": 4}
+    return recipe(total_steps=STEPS, checkpoint_every_steps=4, rollback_after_steps=LIMIT, **batch)
 
 
 class Poison:
@@ -82,10 +76,7 @@ def rows_of(first_step: int, steps: int) -> range:
 
 
 def last_state(directory: RunDirectory) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads(
-        (list_checkpoints(directory.checkpoints)[-1] / "state.json").read_text()
-    )
-    return state
+    return json.loads((list_checkpoints(directory.checkpoints)[-1] / "state.json").read_text())
 
 
 @pytest.fixture

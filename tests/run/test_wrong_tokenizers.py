@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import shutil
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-from overnight.data import DataConfig
 from overnight.data.shards import load_prepared_tokenizer
 from overnight.evaluation import EvaluateConfig
 from overnight.evaluation import command as evaluation_command
-from overnight.preparation.prepare import prepare_shards
-from overnight.preparation.prepare_config import PrepareConfig
-from overnight.recipe import Recipe, read_recipe_of
+from overnight.recipe import read_recipe_of, with_settings
 from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
-from overnight.training.schedule import ScheduleConfig
-
-Build = Callable[..., Recipe]
 
 # By name: the kind of tokenizer, and how many of the documents it learns from.
 TOKENIZERS = {
@@ -33,70 +25,62 @@ TOKENIZERS = {
 
 
 @pytest.fixture(scope="module")
-def folders(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(prepared, prepare_texts, tmp_path_factory):
     """By tokenizer: a prepared folder of the same text."""
     root = tmp_path_factory.mktemp("tokenizers")
-    for name, (tokenizer, documents) in TOKENIZERS.items():
-        source = root / f"text-{name}"
-        source.mkdir()
-        for path in sorted(prepared.parent.glob("*.txt"))[:documents]:
-            (source / path.name).write_text(path.read_text() + ("ÄÖÜ" if name == "few" else ""))
-        config = PrepareConfig(source=str(source), out=str(root / name), tokenizer=tokenizer)
-        prepare_shards(dataclasses.replace(config, validation_fraction=0.2, shard_tokens=1500))
-    return {name: root / name for name in TOKENIZERS}
-
-
-def three_steps(recipe: Build, folder: Path, **changes: object) -> Recipe:
-    schedule = ScheduleConfig(total_steps=3, warmup_steps=1)
-    return recipe(data=DataConfig(data=str(folder)), schedule=schedule, **changes)
+    texts = [path.read_text() for path in sorted(prepared.parent.glob("*.txt"))]
+    return {
+        name: prepare_texts(
+            root / name,
+            [text + "ÄÖÜ" * (name == "few") for text in texts[:documents]],
+            tokenizer=tokenizer,
+        )
+        for name, (tokenizer, documents) in TOKENIZERS.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def runs(
-    recipe: Build, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, RunDirectory]:
+def three_steps(recipe):
+    """`three_steps(folder, **settings)`: a recipe on it."""
+    return lambda folder, **settings: with_settings(
+        recipe(), data=str(folder), total_steps=3, warmup_steps=1, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(three_steps, folders, tmp_path_factory):
     """By tokenizer: a finished run on its folder."""
     root = tmp_path_factory.mktemp("runs")
     found = {name: RunDirectory(root / name) for name in TOKENIZERS}
     for name, directory in found.items():
-        train_recipe(three_steps(recipe, folders[name]), directory)
+        train_recipe(three_steps(folders[name]), directory)
     return found
 
 
+def evaluate_on(run, folder):
+    evaluation_command.run(EvaluateConfig(model=str(run.path), data=str(folder), device="cpu"))
+
+
 @pytest.mark.parametrize("tokenizer, shards", [*itertools.permutations(TOKENIZERS, 2)])
-def test_another_tokenizers_shards_are_refused(
-    folders: dict[str, Path],
-    runs: dict[str, RunDirectory],
-    recipe: Build,
-    tmp_path: Path,
-    tokenizer: str,
-    shards: str,
-) -> None:
+def test_another_tokenizers_shards_are_refused(folders, runs, three_steps, tmp_path, tokenizer, shards):
     """With a folder's tokenizer exchanged; as initial weights; in an evaluation; when a run is resumed."""
     run, folder = runs[tokenizer], folders[shards]
     mixed = shutil.copytree(folder, tmp_path / "mixed")
     shutil.rmtree(mixed / "tokenizer")
     shutil.copytree(folders[tokenizer] / "tokenizer", mixed / "tokenizer")
     begun = read_recipe_of(run.path)
-    swapped = dataclasses.replace(begun, data=dataclasses.replace(begun.data, data=str(folder)))
     edited = RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
     edited.recipe.write_text(edited.recipe.read_text().replace(str(folders[tokenizer]), str(folder)))
     new = RunDirectory(tmp_path / "new")
+    exchanged = "is not the tokenizer that made the shards"
+    another_run = "is not the data that|not the recipe of|vocab_size"
     for use, match in (
-        (lambda: load_prepared_tokenizer(mixed), "is not the tokenizer that made the shards"),
-        (lambda: train_recipe(three_steps(recipe, mixed), new), "is not the tokenizer that made the shards"),
-        (lambda: train_recipe(three_steps(recipe, folder, init_from=str(run.path)), new), "--tokenizer"),
-        (
-            lambda: evaluation_command.run(
-                EvaluateConfig(model=str(run.path), data=str(folder), device="cpu")
-            ),
-            "--tokenizer",
-        ),
-        (lambda: train_recipe(swapped, run, resume=True), "data="),
-        (
-            lambda: train_recipe(read_recipe_of(edited.path), edited, resume=True),
-            "is not the data that|not the recipe of|vocab_size",
-        ),
+        (partial(load_prepared_tokenizer, mixed), exchanged),
+        (partial(train_recipe, three_steps(mixed), new), exchanged),
+        (partial(train_recipe, three_steps(folder, init_from=run.path), new), "--tokenizer"),
+        (partial(evaluate_on, run, folder), "--tokenizer"),
+        (partial(train_recipe, with_settings(begun, data=folder), run, resume=True), "data="),
+        (partial(train_recipe, read_recipe_of(edited.path), edited, resume=True), another_run),
     ):
         with pytest.raises(ValueError, match=match):
             use()
@@ -104,10 +88,8 @@ def test_another_tokenizers_shards_are_refused(
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_matching_tokenizer_is_accepted(
-    folders: dict[str, Path], runs: dict[str, RunDirectory], recipe: Build, tmp_path: Path, name: str
-) -> None:
+def test_matching_tokenizer_is_accepted(folders, runs, three_steps, tmp_path, name):
     """The control: the same without a swap."""
-    tuned = three_steps(recipe, folders[name], init_from=str(runs[name].path))
+    tuned = three_steps(folders[name], init_from=runs[name].path)
     train_recipe(tuned, RunDirectory(tmp_path / "tuned"))
-    evaluation_command.run(EvaluateConfig(model=str(runs[name].path), data=str(folders[name]), device="cpu"))
+    evaluate_on(runs[name], folders[name])

@@ -67,6 +67,8 @@ class Watchdog:
         )
         os.write(STDERR, message.encode())
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
+        # For two polls, so that the others print theirs before they lose this process.
+        time.sleep(min(2.0, self._timeout_seconds / 5))
         os._exit(FROZEN)
 
 
