@@ -22,16 +22,7 @@ import numpy as np
 
 import measure
 from overnight import __version__
-from overnight.baselines.band import (
-    TEXT,
-    ReferenceBand,
-    RunCurves,
-    columns_of,
-    describe_settings,
-    record_curves,
-    run_curves,
-    window_ends,
-)
+from overnight.baselines.band import BandCurve, ReferenceBand, RunCurves, Series, columns_of, run_curves
 from overnight.baselines.verdict import band_deviations
 from overnight.config import from_toml
 from overnight.recipe import Recipe, flatten, load_recipe
@@ -108,6 +99,108 @@ def build_band(name: str, runs: Sequence[Run]) -> ReferenceBand:
         unigram_nats=unigram_nats(runs[0]),
         curves=record_curves([run.course for run in runs]),
     )
+
+
+# The curves of several healthy runs that differ in their seed.
+
+WINDOWS = 40
+"""Approximate number of averaging windows of a run; the first are shorter, since the loss falls fast."""
+HALF_WIDTH = 4.0
+"""Half of a band's width in standard deviations: a run is compared at a hundred points, and a few seeds
+estimate their spread only roughly."""
+NEIGHBOURS = 2
+"""Points on each side whose spread is pooled with a point's own."""
+MIN_HALF_WIDTH = {
+    "loss": 0.01,
+    "validation_loss": 0.01,
+    "gap": 0.02,
+    "grad_norm": 0.1,
+    "grad_norm_peak": 0.25,
+    "learning_rate": 0.01,
+    "norm_gain": 0.005,
+    "residual_ratio": 0.1,
+}
+"""The least half width of each curve: as a share of the middle, the gap in nats. Chosen, not measured: the
+effect of another library version, number of threads or precision on a healthy run."""
+LOG_SCALE = frozenset({"grad_norm", "grad_norm_peak"})
+"""Quantities that vary by factors."""
+IDENTITY = (
+    *("n_layer", "n_head", "n_embd", "context_length", "vocab_size", "init_from"),
+    *("total_steps", "tokens_per_step", "batch_ramp_start_tokens", "batch_ramp_tokens"),
+)
+"""Settings that define the experiment: a run with other values has no reference."""
+SETTINGS = (
+    *("dropout", "peak_learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm"),
+    *("warmup_steps", "learning_rate_decay", "decay_steps", "final_learning_rate_fraction"),
+    *("packing", "shuffle_window", "validation_fraction", "evaluation_tokens"),
+)
+"""Settings that change the curves: reported where they differ."""
+TEXT = ("source", "tokenizer", "tokenizer_fingerprint")
+"""Fields of data.json that identify a text."""
+
+
+def window_ends(total_steps: int) -> list[int]:
+    """The steps at which windows end: 1, 2, 4, ... up to a fortieth of the run, then evenly spaced."""
+    longest = max(1, math.ceil(total_steps / WINDOWS))
+    ends = [1]
+    while ends[-1] < total_steps:
+        ends.append(min(total_steps, ends[-1] + min(ends[-1], longest)))
+    return ends
+
+
+def record_curves(runs: Sequence[RunCurves]) -> dict[str, BandCurve]:
+    """The bands of the curves that all runs have, at the tokens where all have a point.
+
+    Raises ValueError for fewer than two runs, and for values that are not finite.
+    """
+    if len(runs) < 2:
+        raise ValueError("a band needs at least two runs: give more seeds")
+    names = [name for name in MIN_HALF_WIDTH if all(name in run for run in runs)]
+    return {name: _band_curve(name, [dict(run[name]) for run in runs]) for name in names}
+
+
+def describe_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`IDENTITY` and `SETTINGS` among a recipe's flat settings."""
+    return {name: settings.get(name) for name in IDENTITY}, {name: settings.get(name) for name in SETTINGS}
+
+
+def _band_curve(name: str, runs: Sequence[Mapping[int, float]]) -> BandCurve:
+    """The band of one curve from each run's values by tokens."""
+    tokens = sorted(set.intersection(*map(set, runs)))
+    values = np.array([[run[at] for run in runs] for at in tokens])
+    if name in LOG_SCALE:
+        values = np.log(values)
+    if not np.isfinite(values).all():
+        raise ValueError(f"a run whose {name} is not finite can't be a reference: leave it out")
+    middle, variances = values.mean(axis=1), values.var(axis=1, ddof=1)
+    start = int(tokens[0] == 0)  # before the first step the runs differ only in their initial weights
+    variances[start:] = _pooled(variances[start:], len(runs))
+    least = MIN_HALF_WIDTH[name] * (1.0 if name == "gap" else np.abs(middle))
+    if name in LOG_SCALE:
+        least = np.log1p(MIN_HALF_WIDTH[name])
+    half = np.maximum(least, HALF_WIDTH * np.sqrt(variances * (1 + 1 / len(runs))))  # of a new run
+    edges = np.stack([middle - half, middle, middle + half])
+    if name in LOG_SCALE:
+        edges = np.exp(edges)
+    low, middles, high = (tuple(float(f"{value:.6g}") for value in edge) for edge in edges)
+    return BandCurve(tokens=tuple(tokens), low=low, middle=middles, high=high)
+
+
+def _pooled(variances: Series, runs: int) -> list[float]:
+    """At each point, the larger of the point's own variance and that of its neighbours.
+
+    Their variances are pooled as logarithms, since they fall by factors during a run. The logarithm of a
+    variance of few runs is too small on average, by ln x - digamma(x) with x = (runs - 1) / 2, which is about
+    1 / 2x + 1 / 12x^2.
+    """
+    degrees = runs - 1
+    correction = 1 / degrees + 1 / (3 * degrees**2)
+    pooled = []
+    for at, own in enumerate(variances):
+        around = variances[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1]
+        around = around[around > 0]
+        pooled.append(max(float(own), math.exp(np.log(around).mean() + correction) if around.size else 0.0))
+    return pooled
 
 
 def open_to_versions(band: ReferenceBand, share: float) -> ReferenceBand:

@@ -5,7 +5,7 @@
 
 Bandwidth and latency of each collective are fitted to some sizes, and foretell the others; then what a whole
 step of training says, replicated, with ZeRO-1 and with FSDP2, said and not computed. The model is
-overnight.planning.communication's, the sums and broadcasts those of overnight.distributed.world.
+overnight.planning.network's, the sums and broadcasts those of overnight.distributed.world.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from overnight.distributed.launcher import environment_of_process
 from overnight.distributed.world import BUCKET_BYTES, World
 from overnight.model.gpt import parameter_shapes
 from overnight.model.model_config import ModelConfig
-from overnight.planning.communication import (
+from overnight.planning.network import (
     Collective,
     Kind,
+    Link,
+    ParallelLayout,
     collective_seconds,
     list_collectives,
     sent_bytes,
 )
-from overnight.planning.network import Link, ParallelLayout
 from overnight.training import Sharding
 from overnight.training.sharding import assign_parameters
 

@@ -82,7 +82,8 @@ def answer_as_ours(model: GPT, asked: Asked) -> list[int]:
     from overnight.evaluation.multiple_choice import evaluate_choices
 
     torch.set_float32_matmul_precision("highest")  # the program allows a GPU less
-    choices = [encode_question(question, asked.tokenizer) for question in asked.questions]
+    context_length = model.config.context_length
+    choices = [encode_question(question, asked.tokenizer, context_length) for question in asked.questions]
     found = dict(evaluate_choices(model, choices, asked.precision))
     return [choice.predict(found[place], "accuracy_per_token") for place, choice in enumerate(choices)]
 

@@ -21,8 +21,7 @@ import torch
 from overnight.conversion.huggingface import write_huggingface
 from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
-from overnight.planning.communication import Collective, collective_seconds
-from overnight.planning.network import Link, ParallelLayout
+from overnight.planning.network import Collective, Link, ParallelLayout, collective_seconds
 from overnight.run_directory import RunDirectory
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 from overnight.training import OptimizerConfig

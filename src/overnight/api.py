@@ -59,8 +59,9 @@ class Model:
         for a prompt that does not fit into the context.
         """
         _check_names("stream", sampling, SamplingConfig)
-        decoding = Decoding(max_new_tokens=max_new_tokens, sampling=SamplingConfig(**sampling))
-        return stream_text(self.gpt, self.tokenizer, prompt, decoding, stop)
+        settings = SamplingConfig(**sampling)
+        decoding = Decoding(max_new_tokens=max_new_tokens, sampling=settings, stop=tuple(stop))
+        return stream_text(self.gpt, self.tokenizer, prompt, decoding)
 
     @torch.no_grad()
     def logits(self, text: str | Tensor) -> Tensor:

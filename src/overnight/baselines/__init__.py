@@ -2,7 +2,7 @@
 
 Needs no torch, and reads no files except the bands of the package.
 
-    band       a run's curves; the bands of healthy runs, and how one is recorded
+    band       a run's curves, and the bands of healthy runs, which benchmarks/bands.py records
     diagnoses  the known mistakes and their evidence
     verdict    the comparison: below, within or above the band, since when, and the diagnoses that fit
 """

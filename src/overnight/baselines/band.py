@@ -17,20 +17,6 @@ from numpy.typing import NDArray
 
 Series = NDArray[np.float64]
 
-IDENTITY = (
-    *("n_layer", "n_head", "n_embd", "context_length", "vocab_size", "init_from"),
-    *("total_steps", "tokens_per_step", "batch_ramp_start_tokens", "batch_ramp_tokens"),
-)
-"""Settings that define the experiment: a run with other values has no reference."""
-SETTINGS = (
-    *("dropout", "peak_learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm"),
-    *("warmup_steps", "learning_rate_decay", "decay_steps", "final_learning_rate_fraction"),
-    *("packing", "shuffle_window", "validation_fraction", "evaluation_tokens"),
-)
-"""Settings that change the curves: reported where they differ."""
-TEXT = ("source", "tokenizer", "tokenizer_fingerprint")
-"""Fields of data.json that identify a text."""
-
 
 class BandPoint(NamedTuple):
     """The band at one number of tokens."""
@@ -38,6 +24,9 @@ class BandPoint(NamedTuple):
     low: float
     middle: float
     high: float
+
+    def __str__(self) -> str:
+        return f"{self.low:.4g} to {self.high:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +68,11 @@ class ReferenceBand:
     notes: str = ""
     """How the runs were made, and how the band was widened."""
     identity: Mapping[str, Any]
-    """`IDENTITY` of the recipe."""
+    """Settings that define the experiment: a run with other values has no reference."""
     settings: Mapping[str, Any]
-    """Values of `SETTINGS` that the source states; others are not compared."""
+    """Settings that change the curves: reported where they differ."""
     text: Mapping[str, tuple[str, ...]]
-    """The allowed values of each field of `TEXT`."""
+    """The allowed values of fields of data.json that identify the text."""
     unigram_nats: float | None
     """Entropy of the training text's token frequencies: the loss without any context."""
     curves: Mapping[str, BandCurve]
@@ -99,7 +88,7 @@ class ReferenceBand:
 
     def to_json(self) -> str:
         """The content of a file in bands/."""
-        return json.dumps(asdict(self), indent=None) + "\n"
+        return json.dumps(asdict(self)) + "\n"
 
 
 def read_band(text: str) -> ReferenceBand:
@@ -138,8 +127,6 @@ def _or_unset(value: object) -> str:
 
 # A run's curves.
 
-WINDOWS = 40
-"""Approximate number of averaging windows of a run; the first are shorter, since the loss falls fast."""
 TAIL = 0.25
 """Share of the tokens so far over which the training loss is averaged for `gap`."""
 COLUMNS = ("tokens", "loss", "grad_norm", "learning_rate")
@@ -162,15 +149,6 @@ residual_ratio, applied_rate of each evaluation. Names without a point are left 
 def columns_of(lines: Sequence[Mapping[str, Any]], names: Sequence[str] = COLUMNS) -> dict[str, Series]:
     """The columns `names` of the lines of metrics.jsonl."""
     return {name: np.array([_number(line.get(name)) for line in lines], np.float64) for name in names}
-
-
-def window_ends(total_steps: int) -> list[int]:
-    """The steps at which windows end: 1, 2, 4, ... up to a fortieth of the run, then evenly spaced."""
-    longest = max(1, math.ceil(total_steps / WINDOWS))
-    ends = [1]
-    while ends[-1] < total_steps:
-        ends.append(min(total_steps, ends[-1] + min(ends[-1], longest)))
-    return ends
 
 
 def run_curves(columns: Columns, evaluations: Sequence[Mapping[str, Any]], ends: Sequence[int]) -> RunCurves:
@@ -217,81 +195,3 @@ def _number(value: object) -> float:
 def _mean(values: Series) -> float:
     """The mean; infinite if one value is not finite."""
     return float(values.mean()) if np.isfinite(values).all() else math.inf
-
-
-# How a band is recorded from several healthy runs that differ in their seed.
-
-HALF_WIDTH = 4.0
-"""Half of a band's width in standard deviations: a run is compared at a hundred points, and a few seeds
-estimate their spread only roughly."""
-NEIGHBOURS = 2
-"""Points on each side whose spread is pooled with a point's own."""
-MIN_HALF_WIDTH = {
-    "loss": 0.01,
-    "validation_loss": 0.01,
-    "gap": 0.02,
-    "grad_norm": 0.1,
-    "grad_norm_peak": 0.25,
-    "learning_rate": 0.01,
-    "norm_gain": 0.005,
-    "residual_ratio": 0.1,
-}
-"""The least half width of each curve: as a share of the middle, the gap in nats. Chosen, not measured: the
-effect of another library version, number of threads or precision on a healthy run."""
-LOG_SCALE = frozenset({"grad_norm", "grad_norm_peak"})
-"""Quantities that vary by factors."""
-
-
-def record_curves(runs: Sequence[RunCurves]) -> dict[str, BandCurve]:
-    """The bands of the curves that all runs have, at the tokens where all have a point.
-
-    Raises ValueError for fewer than two runs, and for values that are not finite.
-    """
-    if len(runs) < 2:
-        raise ValueError("a band needs at least two runs: give more seeds")
-    names = [name for name in MIN_HALF_WIDTH if all(name in run for run in runs)]
-    return {name: _band_curve(name, [dict(run[name]) for run in runs]) for name in names}
-
-
-def describe_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`IDENTITY` and `SETTINGS` among a recipe's flat settings."""
-    return {name: settings.get(name) for name in IDENTITY}, {name: settings.get(name) for name in SETTINGS}
-
-
-def _band_curve(name: str, runs: Sequence[Mapping[int, float]]) -> BandCurve:
-    """The band of one curve from each run's values by tokens."""
-    tokens = sorted(set.intersection(*map(set, runs)))
-    values = np.array([[run[at] for run in runs] for at in tokens])
-    if name in LOG_SCALE:
-        values = np.log(values)
-    if not np.isfinite(values).all():
-        raise ValueError(f"a run whose {name} is not finite can't be a reference: leave it out")
-    middle, variances = values.mean(axis=1), values.var(axis=1, ddof=1)
-    start = int(tokens[0] == 0)  # before the first step the runs differ only in their initial weights
-    variances[start:] = _pooled(variances[start:], len(runs))
-    least = MIN_HALF_WIDTH[name] * (1.0 if name == "gap" else np.abs(middle))
-    if name in LOG_SCALE:
-        least = np.log1p(MIN_HALF_WIDTH[name])
-    half = np.maximum(least, HALF_WIDTH * np.sqrt(variances * (1 + 1 / len(runs))))  # of a new run
-    edges = np.stack([middle - half, middle, middle + half])
-    if name in LOG_SCALE:
-        edges = np.exp(edges)
-    low, middles, high = (tuple(float(f"{value:.6g}") for value in edge) for edge in edges)
-    return BandCurve(tokens=tuple(tokens), low=low, middle=middles, high=high)
-
-
-def _pooled(variances: Series, runs: int) -> list[float]:
-    """At each point, the larger of the point's own variance and that of its neighbours.
-
-    Their variances are pooled as logarithms, since they fall by factors during a run. The logarithm of a
-    variance of few runs is too small on average, by ln x - digamma(x) with x = (runs - 1) / 2, which is about
-    1 / 2x + 1 / 12x^2.
-    """
-    degrees = runs - 1
-    correction = 1 / degrees + 1 / (3 * degrees**2)
-    pooled = []
-    for at, own in enumerate(variances):
-        around = variances[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1]
-        around = around[around > 0]
-        pooled.append(max(float(own), math.exp(np.log(around).mean() + correction) if around.size else 0.0))
-    return pooled

@@ -7,6 +7,7 @@ dropout, exploding gradients, the scale of the loss.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,11 @@ class Deviation(NamedTuple):
         """The value divided by the reference's middle."""
         return self.value / self.reference.middle
 
+    @property
+    def is_far_below(self) -> bool:
+        """True below the band and far below its middle."""
+        return self.z < -1 and self.ratio <= FAR_BELOW
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunStats:
@@ -61,6 +67,14 @@ class RunStats:
         """The deviations of a curve; empty if it is not known."""
         return self.curves.get(name, ())
 
+    def first(self, name: str) -> Deviation | None:
+        """The earliest deviation of a curve; None if it is not known."""
+        return next(iter(self.curve(name)), None)
+
+    def last(self, name: str) -> Deviation | None:
+        """The latest deviation of a curve; None if it is not known."""
+        return next(reversed(self.curve(name)), None)
+
     def gradient_factor(self) -> Deviation | None:
         """The first gradient norm, if it is off by a factor that the later ones share; None otherwise.
 
@@ -72,44 +86,6 @@ class RunStats:
         factor, typical = norms[0].ratio, statistics.median(each.ratio for each in norms)
         is_large = min(max(factor, 1 / factor), max(typical, 1 / typical)) > LARGE
         return norms[0] if is_large and (factor > 1) == (typical > 1) else None
-
-
-class Condition(NamedTuple):
-    """Where one end of a curve lies in relation to the band."""
-
-    curve: str
-    end: Literal["start", "first", "last"]
-    """The point before any training, the earliest, the latest."""
-    position: Literal["above", "below", "outside", "not above middle", "not below middle", "far below"]
-
-    def find(self, stats: RunStats) -> Deviation | None:
-        """The deviation that fulfils the condition; None if there is none."""
-        curve = stats.curve(self.curve)
-        if not curve or (self.end == "start" and curve[0].tokens):
-            return None
-        found = curve[-1] if self.end == "last" else curve[0]
-        holds = {
-            "above": found.z > 1,
-            "below": found.z < -1,
-            "outside": abs(found.z) > 1,
-            "not above middle": found.z <= 0,
-            "not below middle": found.z >= 0,
-            "far below": found.z < -1 and found.value <= FAR_BELOW * found.reference.middle,
-        }
-        return found if holds[self.position] else None
-
-
-@dataclass(frozen=True)
-class CurveRule:
-    """Evidence from the ends of curves: all conditions hold. The template's {0}, {1} are their deviations."""
-
-    conditions: tuple[Condition, ...]
-    template: str
-
-    def __call__(self, stats: RunStats) -> str | None:
-        """The evidence in words; None if a condition does not hold."""
-        found = [condition.find(stats) for condition in self.conditions]
-        return None if None in found else self.template.format(*found)
 
 
 class Diagnosis(NamedTuple):
@@ -154,6 +130,25 @@ def learning_rate_schedule(stats: RunStats) -> str | None:
     )
 
 
+def residual_scale(stats: RunStats) -> str | None:
+    """Before any training the weights that write into the residual stream have too wide a spread."""
+    ratio = stats.first("residual_ratio")
+    if ratio is None or ratio.tokens or ratio.z <= 1:
+        return None
+    return (
+        f"before the first step the weights that write into the residual stream have {ratio.value:.3g} times "
+        f"the spread of c_fc's, the reference's {ratio.reference.middle:.3g} times"
+    )
+
+
+def other_weights(stats: RunStats) -> str | None:
+    """The first step's loss is outside of the band."""
+    loss = stats.first("loss")
+    if loss is None or abs(loss.z) <= 1:
+        return None
+    return f"the first step's loss is {loss.value:.4g}, the reference's {loss.reference}"
+
+
 def scaled_gradients(stats: RunStats) -> str | None:
     """The gradient is off by a constant factor from the first step on, and the loss is not."""
     first = stats.gradient_factor()
@@ -189,6 +184,36 @@ def explosion(stats: RunStats) -> str | None:
     )
 
 
+def decayed_norms(stats: RunStats) -> str | None:
+    """The mean gain of the layer norms is below the band."""
+    gain = stats.last("norm_gain")
+    if gain is None or gain.z >= -1:
+        return None
+    return f"the layer norms' mean gain is {gain.value:.4g}, the reference's {gain.reference}"
+
+
+def future_tokens(stats: RunStats) -> str | None:
+    """Both losses are far below what is possible."""
+    loss, validation = stats.last("loss"), stats.last("validation_loss")
+    if loss is None or validation is None or not (loss.is_far_below and validation.is_far_below):
+        return None
+    return (
+        f"training and validation loss are {loss.value:.4g} and {validation.value:.4g}, far below the "
+        f"reference's {loss.reference.middle:.4g} and {validation.reference.middle:.4g}"
+    )
+
+
+def wide_gap(stats: RunStats, side: Literal[1, -1]) -> str | None:
+    """The gap is off to this side (1: above, -1: below), and the training loss not to the same."""
+    gap, loss = stats.last("gap"), stats.last("loss")
+    if gap is None or loss is None or side * gap.z <= 1 or side * loss.z > 0:
+        return None
+    return (
+        f"the validation loss is {gap.value:+.3f} nats from the training loss, in the reference "
+        f"{gap.reference.low:+.3f} to {gap.reference.high:+.3f}"
+    )
+
+
 def shuffled_tokens(stats: RunStats) -> str | None:
     """The training loss stays at the entropy of single tokens."""
     losses, unigram = stats.curve("loss"), stats.unigram_nats
@@ -208,11 +233,6 @@ def _are_near(ratios: Sequence[float], factor: float) -> bool:
     return all(math.isclose(ratio, factor, rel_tol=NEAR) for ratio in ratios)
 
 
-GAP_TEMPLATE = (
-    "the validation loss is {0.value:+.3f} nats from the training loss, in the reference "
-    "{0.reference.low:+.3f} to {0.reference.high:+.3f}"
-)
-
 DIAGNOSES = (
     Diagnosis(
         "the learning rate is off by a factor",
@@ -227,20 +247,12 @@ DIAGNOSES = (
     Diagnosis(
         "the initialisation lacks the residual scale",
         "c_proj of attention and feed-forward: N(0, 0.02 / sqrt(2 n_layer))",
-        CurveRule(
-            (Condition("residual_ratio", "start", "above"),),
-            "before the first step the weights that write into the residual stream have {0.value:.3g} times "
-            "the spread of c_fc's, the reference's {0.reference.middle:.3g} times",
-        ),
+        residual_scale,
     ),
     Diagnosis(
         "the initial weights are different",
         "the initialisation, init_from, and the vocabulary",
-        CurveRule(
-            (Condition("loss", "first", "outside"),),
-            "the first step's loss is {0.value:.4g}, the reference's "
-            "{0.reference.low:.4g} to {0.reference.high:.4g}",
-        ),
+        other_weights,
     ),
     Diagnosis(
         "gradients are summed over micro-batches, not averaged",
@@ -256,34 +268,22 @@ DIAGNOSES = (
     Diagnosis(
         "layer norms are decayed",
         "the optimizer's groups: only matrices and embeddings decay",
-        CurveRule(
-            (Condition("norm_gain", "last", "below"),),
-            "the layer norms' mean gain is {0.value:.4g}, the reference's "
-            "{0.reference.low:.4g} to {0.reference.high:.4g}",
-        ),
+        decayed_norms,
     ),
     Diagnosis(
         "the model sees the tokens it predicts",
         "the causal mask, and that targets are the ids shifted by one",
-        CurveRule(
-            (Condition("loss", "last", "far below"), Condition("validation_loss", "last", "far below")),
-            "training and validation loss are {0.value:.4g} and {1.value:.4g}, far below the reference's "
-            "{0.reference.middle:.4g} and {1.reference.middle:.4g}",
-        ),
+        future_tokens,
     ),
     Diagnosis(
         "the training data repeats",
         "the order of the rows: how many different ones an epoch has",
-        CurveRule(
-            (Condition("gap", "last", "above"), Condition("loss", "last", "not above middle")), GAP_TEMPLATE
-        ),
+        functools.partial(wide_gap, side=1),
     ),
     Diagnosis(
         "dropout is on",
         "every dropout in the model, attention's included, during training",
-        CurveRule(
-            (Condition("gap", "last", "below"), Condition("loss", "last", "not below middle")), GAP_TEMPLATE
-        ),
+        functools.partial(wide_gap, side=-1),
     ),
     Diagnosis(
         "tokens are shuffled within rows",

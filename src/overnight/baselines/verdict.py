@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from overnight.baselines.band import BandCurve, BandPoint, Columns, ReferenceBand, RunCurves, run_curves
 from overnight.baselines.diagnoses import DIAGNOSES, NEAR, Deviation, RunStats
@@ -21,14 +21,6 @@ SCHEDULE_SETTINGS = frozenset(
 )
 
 
-class LikelyCause(NamedTuple):
-    """A diagnosis that fits."""
-
-    name: str
-    evidence: str
-    look_at: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class BandComparison:
     """How a run compares with its reference."""
@@ -41,8 +33,8 @@ class BandComparison:
     latest: Deviation
     since_tokens: int | None
     """Tokens from which on that curve is outside of the band; None if it is within."""
-    causes: tuple[LikelyCause, ...]
-    """The diagnoses that fit, likeliest first."""
+    causes: dict[str, str]
+    """The names of the diagnoses that fit, likeliest first -> the evidence, and where to look."""
     differences: tuple[str, ...]
     """Settings that differ from the reference's."""
 
@@ -58,7 +50,7 @@ class BandComparison:
 
     def brief(self) -> dict[str, str | None]:
         """The fields that are added to an evaluation's line: the word and the likeliest mistake."""
-        return {"on_track": self.word, "likely_mistake": self.causes[0].name if self.causes else None}
+        return {"on_track": self.word, "likely_mistake": next(iter(self.causes), None)}
 
     def line(self) -> str:
         """One line for the log: the position, the settings that differ, the likeliest mistake."""
@@ -66,10 +58,9 @@ class BandComparison:
 
     def sentences(self) -> list[str]:
         """Sentences on the position; if the run is off, on the differing settings and likely diagnoses."""
-        reference, source = self.latest.reference, f"{self.band.recipe}, {self.band.source}"
         found = [
-            f"{self.position} its reference ({source}): {self.curve} {self.latest.value:.4g} at "
-            f"{self.latest.tokens:,} tokens, reference {reference.low:.4g} to {reference.high:.4g}"
+            f"{self.position} its reference ({self.band.recipe}, {self.band.source}): {self.curve} "
+            f"{self.latest.value:.4g} at {self.latest.tokens:,} tokens, reference {self.latest.reference}"
         ]
         if self.is_on_track:
             return found
@@ -77,9 +68,8 @@ class BandComparison:
             found[0] += f"; since {self.since_tokens:,} tokens"
         if self.differences:
             found.append(f"settings that differ: {'; '.join(self.differences)}")
-        for number, cause in enumerate(self.causes):
-            rank = "likeliest" if number == 0 else "also possible"
-            found.append(f"{rank}: {cause.name}, since {cause.evidence}; look at {cause.look_at}")
+        for number, (name, why) in enumerate(self.causes.items()):
+            found.append(f"{'also possible' if number else 'likeliest'}: {name}, since {why}")
         if not self.causes and not self.differences:
             found.append("no known mistake fits, and no setting differs")
         return found
@@ -125,7 +115,7 @@ def compare_with_band(
         curve=COMPARED[name],
         latest=points[-1],
         since_tokens=None if position == "within" else [*along][-1].tokens,
-        causes=tuple(LikelyCause(each.name, words, each.look_at) for each, words in found if words),
+        causes={each.name: f"{words}; look at {each.look_at}" for each, words in found if words},
         differences=tuple(differences.values()),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -22,9 +23,7 @@ from numpy.typing import NDArray
 
 from overnight import __version__
 from overnight.bench import BenchConfig
-from overnight.bench.chart import bench_svg
 from overnight.bench.decide import (
-    WARM_UPS,
     BenchPlan,
     about_peak,
     decide_bench,
@@ -35,12 +34,12 @@ from overnight.bench.table import (
     BenchRecord,
     VariantRecord,
     bench_markdown,
+    bench_svg,
     bench_text,
     bench_to_json,
-    wrong_variants,
 )
 from overnight.bench.variants import VARIANTS, tolerance
-from overnight.bench.worker import TimedSteps, interleave, running_workers
+from overnight.bench.worker import WARM_UPS, StepTask, TimedSteps, interleave, running_workers
 from overnight.data import DataConfig
 from overnight.data.dataset import open_one_dataset
 from overnight.data.shards import open_tokens
@@ -74,9 +73,9 @@ def run(config: BenchConfig) -> BenchRecord:
     if config.out is not None:
         write(record, Path(config.out))
     echo(f"next: overnight train {config.model}")
-    if wrong := wrong_variants(record):
+    if record.wrong:
         raise FloatingPointError(
-            f"{', '.join(wrong)}: the losses differ from float32's by more than rounding explains; "
+            f"{', '.join(record.wrong)}: the losses differ from float32's by more than rounding explains; "
             "do not train with these settings on this machine"
         )
     return record
@@ -86,8 +85,7 @@ def measure_variants(plan: BenchPlan) -> BenchRecord:
     """Time the steps of all variants, interleaved, group after group."""
     ids, origin = read_ids(plan)
     announce(plan, origin)
-    measured: dict[str, VariantRecord] = {}
-    rates: list[float] = []
+    results, rates = [], []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ids.npy"
         np.save(file, ids)
@@ -95,18 +93,16 @@ def measure_variants(plan: BenchPlan) -> BenchRecord:
             tasks = {name: replace(plan.tasks[name], ids=str(file)) for name in group}
             rounds = []
             with running_workers(tasks) as workers:
-                for results in interleave(workers, plan.steps, WARM_UPS, plan.baseline.tokens_per_step):
-                    rounds.append(results)
+                for timed in interleave(workers, plan.steps):
+                    rounds.append(timed)
                     rates.append(find_peak_flops_or_measure(plan.device, plan.precision))
-            measured = (
-                record_group(plan, group, rounds) | measured
-            )  # the first variant of a group was also in the previous group
-    return build_record(plan, measured, statistics.median(rates), origin)
+            results.append(rounds)
+    return build_record(plan, results, statistics.median(rates), origin)
 
 
 def announce(plan: BenchPlan, origin: str) -> None:
     """Print the variants, those that are skipped, and the expected duration."""
-    echo(f"{plan.model_name} in training, each variant on top of those before it:")
+    echo(f"{plan.config.model} in training, each variant on top of those before it:")
     width = max(map(len, plan.variants))
     for name, reason in plan.variants.items():
         echo(f"  {name:<{width}}  {f'skipped: {reason}' if reason else VARIANTS[name].about}")
@@ -119,43 +115,43 @@ def announce(plan: BenchPlan, origin: str) -> None:
     echo()
 
 
-def record_group(plan: BenchPlan, group: Sequence[str], rounds: Rounds) -> dict[str, VariantRecord]:
-    """The records of variants that were interleaved, each with the times of the one before it."""
-    timed, records = rounds[WARM_UPS:], {}
-    for name, before in zip(group, [None, *group], strict=False):
-        task = plan.tasks[name]
-        records[name] = VariantRecord(
-            name=name,
-            about=VARIANTS[name].about,
-            settings=task.settings(),
-            tolerance=tolerance(task),
-            milliseconds=tuple(each[name].milliseconds for each in timed),
-            milliseconds_before=tuple(each[before].milliseconds for each in timed) if before else (),
-            losses=tuple(loss for each in rounds for loss in each[name].losses),
-            peak_bytes=max(each[name].peak_bytes or 0 for each in timed) or None,
-        )
-    return records
-
-
-def build_record(
-    plan: BenchPlan, measured: Mapping[str, VariantRecord], peak_flops: float, origin: str
-) -> BenchRecord:
-    """The record of all variants; `peak_flops` is the peak in MFU."""
+def build_record(plan: BenchPlan, results: Sequence[Rounds], peak_flops: float, origin: str) -> BenchRecord:
+    """The record of all variants, from the rounds of each group; `peak_flops` is the peak in MFU."""
+    records = {
+        name: VariantRecord(name=name, about=VARIANTS[name].about, skipped=reason)
+        for name, reason in plan.variants.items()
+    }
+    for group, rounds in zip(plan.groups, results, strict=True):
+        for before, name in zip([None, *group], group, strict=False):
+            if not records[name].milliseconds:  # a group begins with the last variant of the one before
+                records[name] = record_variant(plan.tasks[name], name, before, rounds)
     model, rows, tokens = plan.baseline.model, plan.baseline.rows_per_step, plan.baseline.tokens_per_step
     return BenchRecord(
-        model=plan.model_name,
+        model=plan.config.model,
         device_name=find_device_name(plan.device),
         tokens_per_step=tokens,
         about_step=f"a step of {rows} x {model.context_length:,} = {tokens:,} tokens",
         flops_per_token=model.flops_per_token(),
         peak_flops=peak_flops,
         about_peak=about_peak(plan.device, plan.precision),
-        variants=tuple(
-            VariantRecord(name=name, about=VARIANTS[name].about, skipped=reason) if reason else measured[name]
-            for name, reason in plan.variants.items()
-        ),
+        variants=tuple(records.values()),
         groups=tuple(map(tuple, plan.groups)),
         environment={"text": origin, **describe_software()},
+    )
+
+
+def record_variant(task: StepTask, name: str, before: str | None, rounds: Rounds) -> VariantRecord:
+    """The record of a measured variant, with the times of the variant before it in the same rounds."""
+    timed = rounds[WARM_UPS:]
+    return VariantRecord(
+        name=name,
+        about=VARIANTS[name].about,
+        settings=task.settings(),
+        tolerance=tolerance(task),
+        milliseconds=tuple(each[name].milliseconds for each in timed),
+        milliseconds_before=tuple(each[before].milliseconds for each in timed) if before else (),
+        losses=tuple(loss for each in rounds for loss in each[name].losses),
+        peak_bytes=max(each[name].peak_bytes or 0 for each in timed) or None,
     )
 
 
@@ -186,9 +182,9 @@ def read_ids(plan: BenchPlan) -> tuple[NDArray[Any], str]:
     Without --data, Python's documentation in GPT-2's tokens if its vocabulary is on this machine, otherwise
     in bytes: nothing is downloaded.
     """
-    wanted = plan.tokens_to_read
-    if plan.data is not None:
-        return np.resize(_prepared_ids(plan.data, plan.baseline.model.vocabulary, wanted), wanted), plan.data
+    wanted, data = plan.tokens_to_read, plan.config.data
+    if data is not None:
+        return np.resize(_prepared_ids(data, plan.baseline.model.vocabulary, wanted), wanted), data
     texts, characters = [], 0
     for document in python_documents():
         texts.append(document.text)
@@ -211,8 +207,5 @@ def _prepared_ids(data: str, vocab_size: int, wanted: int) -> NDArray[Any]:
             f"{data} has a vocabulary of {dataset.manifest.vocab_size} ids, the model {vocab_size}: "
             "prepare the text with --tokenizer gpt2"
         )
-    parts, missing = [], wanted
-    for shard in dataset.manifest.shards("train"):
-        parts.append(open_tokens(dataset.folder / shard.name)[:missing])
-        missing -= parts[-1].size
-    return np.concatenate(parts)
+    shards = (open_tokens(dataset.folder / shard.name) for shard in dataset.manifest.shards("train"))
+    return np.fromiter(itertools.islice(itertools.chain.from_iterable(shards), wanted), dtype=np.int64)

@@ -15,7 +15,7 @@ import torch
 
 from overnight.bench import BenchConfig
 from overnight.bench.variants import baseline_task, choose_variants, find_machine, stack_tasks
-from overnight.bench.worker import StepTask, untimed_steps
+from overnight.bench.worker import WARM_UPS, StepTask, untimed_steps
 from overnight.config import nearest
 from overnight.hardware import Precision, find_memory_bytes, find_peak_flops, measure_matmul_flops
 from overnight.model.model_config import PRESETS, ModelConfig
@@ -26,7 +26,6 @@ from overnight.training.memory import USABLE_FRACTION, Resources, estimate_memor
 # Rows of a micro-batch: the first that fit. On a GPU the lecture has 16.
 ROWS_ON_CPU, ROWS_ON_GPU = (1,), (16, 8, 4, 2, 1)
 GROWTH_ON_CPU, GROWTH_ON_GPU = 2, 4  # most micro-batches that the variant micro-batch merges
-WARM_UPS = 2  # a process's heap still grows in its second step
 STEPS_ON_CPU, STEPS_ON_GPU = 3, 5
 PROCESS_BYTES = 0.5e9  # a GPU's context, or torch's libraries on a CPU
 SECONDS_TO_START, SECONDS_TO_COMPILE = 5, 30
@@ -38,8 +37,7 @@ MEMINFO = Path("/proc/meminfo")
 class BenchPlan:
     """A benchmark with everything decided and nothing measured."""
 
-    model_name: str
-    data: str | None
+    config: BenchConfig
     device: str
     variants: Mapping[str, str | None]
     """The reason for each variant that is skipped, None for the others; in order."""
@@ -91,7 +89,7 @@ def decide_bench(config: BenchConfig, device: str) -> BenchPlan:
         tasks = stack_tasks(chosen, baseline)
         if groups := divide(tasks, free):
             steps = config.steps or (STEPS_ON_CPU if device == "cpu" else STEPS_ON_GPU)
-            return BenchPlan(config.model, config.data, device, variants, tasks, groups, steps)
+            return BenchPlan(config, device, variants, tasks, groups, steps)
     of_pairs = map(memory_of_tasks, itertools.pairwise(tasks.values()))
     needed = max(of_pairs, default=memory_of_tasks(tasks.values()))
     raise ValueError(

@@ -1,4 +1,4 @@
-"""The results of a benchmark as a terminal table, Markdown and JSON."""
+"""The results of a benchmark as a terminal table, Markdown, JSON and SVG."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 from rich.console import Console
 from rich.text import Text
 
+from overnight.report.html import svg_file
+from overnight.report.plots import ACCENT, MUTED, RUN_COLOURS, new_chart, to_svg
 from overnight.run_directory import finite_values
 from overnight.terminal import short, significant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COMPARED_STEPS = 5
 """Number of steps whose losses are compared; later steps amplify rounding without bound."""
@@ -22,6 +28,16 @@ TITLES = ("variant", "ms/step", "tokens/s", "MFU", "GB", "gain", "total", "loss"
 LOSS = TITLES.index("loss")
 GAP = 2
 BLOCKS = " ▏▎▍▌▋▊▉"
+
+# The chart, in CSS pixels.
+WIDTH, ROW = 880, 34
+MARGINS = (80, 240, 18, 150)
+"""Around the bars: top, right, bottom, left."""
+CHART_COLUMNS = {"ms/step": 150, "total": 216}
+"""Right edges of the figures next to the bars, from the end of the longest bar."""
+BAR_SHARE = 0.56
+"""Share of a row's height."""
+WRONG = RUN_COLOURS[1]
 
 
 class Figures(NamedTuple):
@@ -94,44 +110,41 @@ class BenchRecord:
         """Model, device and step."""
         return f"{self.model} on {self.device_name}; {self.about_step}"
 
+    @cached_property
+    def figures(self) -> dict[str, Figures]:
+        """The figures of every measured variant, by name."""
+        found: dict[str, Figures] = {}
+        first, total = self.measured[0], 1.0
+        for variant in self.measured:
+            milliseconds = statistics.median(variant.milliseconds)
+            speed = self.tokens_per_step / milliseconds * 1e3
+            pairs = zip(variant.losses[:COMPARED_STEPS], first.losses[:COMPARED_STEPS], strict=True)
+            differences = [abs(ours - theirs) for ours, theirs in pairs]
+            # Unlike a ratio of medians, it compares only what was measured in the same round.
+            rounds = zip(variant.milliseconds_before, variant.milliseconds, strict=True)
+            gain = statistics.median([before / now for before, now in rounds]) if found else None
+            total *= gain or 1.0
+            found[variant.name] = Figures(
+                milliseconds=milliseconds,
+                tokens_per_second=speed,
+                mfu=speed * self.flops_per_token / self.peak_flops,
+                gain=gain,
+                total=total,
+                loss=variant.losses[len(differences) - 1],
+                difference=max(differences, key=lambda each: (math.isnan(each), each)),  # NaN is the worst
+                is_equal=all(each <= variant.tolerance for each in differences),
+            )
+        return found
 
-def bench_figures(record: BenchRecord) -> dict[str, Figures]:
-    """The figures of every measured variant, by name."""
-    found = {}
-    first, total = record.measured[0], 1.0
-    for variant in record.measured:
-        milliseconds = statistics.median(variant.milliseconds)
-        speed = record.tokens_per_step / milliseconds * 1e3
-        pairs = zip(variant.losses[:COMPARED_STEPS], first.losses[:COMPARED_STEPS], strict=True)
-        differences = [abs(ours - theirs) for ours, theirs in pairs]
-        # Unlike a ratio of medians, it compares only what was measured in the same round.
-        ratios = [
-            before / now
-            for now, before in zip(variant.milliseconds, variant.milliseconds_before, strict=False)
-        ]
-        gain = statistics.median(ratios) if ratios else None
-        total *= gain or 1.0
-        found[variant.name] = Figures(
-            milliseconds=milliseconds,
-            tokens_per_second=speed,
-            mfu=speed * record.flops_per_token / record.peak_flops,
-            gain=gain,
-            total=total,
-            loss=variant.losses[len(differences) - 1],
-            difference=max(differences, key=lambda each: (math.isnan(each), each)),  # NaN is the worst
-            is_equal=all(each <= variant.tolerance for each in differences),
-        )
-    return found
-
-
-def wrong_variants(record: BenchRecord) -> list[str]:
-    """The variants whose losses differ from the first one's by more than their tolerance."""
-    return [name for name, figures in bench_figures(record).items() if not figures.is_equal]
+    @property
+    def wrong(self) -> list[str]:
+        """The variants whose losses differ from the first one's by more than their tolerance."""
+        return [name for name, figures in self.figures.items() if not figures.is_equal]
 
 
 def bench_to_json(record: BenchRecord) -> dict[str, Any]:
     """All measurements, with the derived "figures"; null where a value is not finite."""
-    figures = {name: each._asdict() for name, each in bench_figures(record).items()}
+    figures = {name: each._asdict() for name, each in record.figures.items()}
     found = dataclasses.asdict(record)
     found["rungs"] = [{**each, "figures": figures.get(each["name"])} for each in found.pop("variants")]
     values: dict[str, Any] = finite_values(found)
@@ -140,9 +153,8 @@ def bench_to_json(record: BenchRecord) -> dict[str, Any]:
 
 def bench_text(record: BenchRecord, columns: int = 80) -> str:
     """The table, a bar chart and notes, no wider than `columns`."""
-    figures = bench_figures(record)
-    lines = [Text(record.title), Text(), *_terminal_table(record, figures, columns)]
-    lines += [Text(), Text("tokens per second", "dim"), *_bars(figures, columns), Text()]
+    lines = [Text(record.title), Text(), *_terminal_table(record, columns)]
+    lines += [Text(), Text("tokens per second", "dim"), *_bars(record.figures, columns), Text()]
     lines += [Text(sentence, "dim") for sentence in _render("notes.txt", record=record).splitlines()]
     console = Console(stderr=True, width=columns, highlight=False)
     with console.capture() as captured:
@@ -153,10 +165,8 @@ def bench_text(record: BenchRecord, columns: int = 80) -> str:
 
 def bench_markdown(record: BenchRecord) -> str:
     """Title, table, notes and what each variant changes."""
-    figures = bench_figures(record)
-    rows = {each.name: None if each.skipped else cells(each, figures[each.name]) for each in record.variants}
     notes = _render("notes.txt", record=record).splitlines()
-    return _render("ladder.md", record=record, titles=TITLES, rows=rows, notes=notes)
+    return _render("ladder.md", record=record, titles=TITLES, rows=table_rows(record), notes=notes)
 
 
 def _render(template: str, **values: object) -> str:
@@ -171,20 +181,24 @@ def _render(template: str, **values: object) -> str:
     return environment.get_template(template).render(compared_steps=COMPARED_STEPS, **values)
 
 
-def cells(variant: VariantRecord, figures: Figures) -> list[str]:
-    """The row of a variant, in the order of TITLES."""
-    verdict = "ok" if figures.is_equal else "NOT EQUAL"
-    return [
-        variant.name,
-        milliseconds_text(figures.milliseconds),
-        f"{figures.tokens_per_second:,.0f}",
-        f"{figures.mfu:.1%}" if figures.mfu < 0.0995 else f"{figures.mfu:.0%}",
-        "–" if variant.peak_bytes is None else significant(variant.peak_bytes / 1e9, 3),
-        "" if figures.gain is None else f"{figures.gain:.2f}x",
-        f"{figures.total:.2f}x" if figures.total < 99.95 else f"{figures.total:,.0f}x",
-        f"{figures.loss:.4f}",
-        "reference" if figures.gain is None else f"{figures.difference:.4f} {verdict}",
-    ]
+def table_rows(record: BenchRecord) -> dict[str, list[str]]:
+    """The cells of every measured variant in the order of TITLES, by name."""
+    found = {}
+    for variant in record.measured:
+        figures = record.figures[variant.name]
+        verdict = "ok" if figures.is_equal else "NOT EQUAL"
+        found[variant.name] = [
+            variant.name,
+            milliseconds_text(figures.milliseconds),
+            f"{figures.tokens_per_second:,.0f}",
+            f"{figures.mfu:.1%}" if figures.mfu < 0.0995 else f"{figures.mfu:.0%}",
+            "–" if variant.peak_bytes is None else significant(variant.peak_bytes / 1e9, 3),
+            "" if figures.gain is None else f"{figures.gain:.2f}x",
+            f"{figures.total:.2f}x" if figures.total < 99.95 else f"{figures.total:,.0f}x",
+            f"{figures.loss:.4f}",
+            "reference" if figures.gain is None else f"{figures.difference:.4f} {verdict}",
+        ]
+    return found
 
 
 def milliseconds_text(value: float) -> str:
@@ -192,9 +206,9 @@ def milliseconds_text(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.95 else significant(value, 3)
 
 
-def _terminal_table(record: BenchRecord, figures: Mapping[str, Figures], columns: int) -> list[Text]:
+def _terminal_table(record: BenchRecord, columns: int) -> list[Text]:
     """A line for each variant, under the titles; the column of losses only where it fits."""
-    rows = {variant.name: cells(variant, figures[variant.name]) for variant in record.measured}
+    rows = table_rows(record)
     widths = [max(map(len, column)) for column in zip(TITLES, *rows.values(), strict=True)]
     widths[0] = max(len(variant.name) for variant in record.variants)
     if sum(widths) + GAP * (len(widths) - 1) > columns:
@@ -202,7 +216,7 @@ def _terminal_table(record: BenchRecord, figures: Mapping[str, Figures], columns
     lines = [Text(_aligned(TITLES, widths), "dim")]
     for variant in record.variants:
         if variant.name in rows:
-            style = "" if figures[variant.name].is_equal else "bold red"
+            style = "bold red" if variant.name in record.wrong else ""
             lines.append(Text(_aligned(rows[variant.name], widths), style))
         else:
             lines.append(Text(f"{variant.name:<{widths[0] + GAP}}skipped: {variant.skipped}", "dim"))
@@ -231,3 +245,49 @@ def _bars(figures: Mapping[str, Figures], columns: int) -> list[Text]:
         bar = "█" * (eighths // 8) + BLOCKS[eighths % 8].strip()
         lines.append(Text.assemble(f"{name:<{name_width + GAP}}", (bar, "blue"), (labels[name], "dim")))
     return lines
+
+
+def bench_svg(record: BenchRecord) -> str:
+    """A bar for each variant, proportional to its speed; the reason for a skipped one."""
+    top, _, bottom, left = MARGINS
+    height = top + bottom + ROW * len(record.variants)
+    speeds = {
+        variant.name: [record.tokens_per_step / each * 1e3 for each in variant.milliseconds]
+        for variant in record.measured
+    }
+    with new_chart("ladder", (WIDTH, height), MARGINS) as (figure, axes):
+        axes.set_axis_off()
+        axes.set_xlim(0, max(map(max, speeds.values())))
+        axes.set_ylim(len(record.variants) - 0.5, -0.5)
+        _write(axes, record.title, (0, -0.5), (24 - left, 48), size=15)
+        _write(axes, "tokens per second; the line spans all rounds", (0, -0.5), (0, 14))
+        _write_columns(axes, -0.5, list(CHART_COLUMNS), 14)
+        for row, variant in enumerate(record.variants):
+            _write(axes, variant.name, (0, row), (-12, 0), horizontalalignment="right")
+            if variant.name in record.figures:
+                _draw_bar(axes, row, speeds[variant.name], record.figures[variant.name])
+            else:
+                _write(axes, f"skipped: {variant.skipped}", (0, row), (0, 0))
+        return svg_file(to_svg(figure, f"Tokens per second by variant: {record.title}"))
+
+
+def _draw_bar(axes: Axes, row: int, rounds: Sequence[float], figures: Figures) -> None:
+    """Bar, spread and figures of one variant; the colour shows whether its losses are right."""
+    colour = ACCENT if figures.is_equal else WRONG
+    opacity = 0.25 + 0.75 * figures.tokens_per_second / axes.get_xlim()[1]
+    axes.barh(row, figures.tokens_per_second, BAR_SHARE, color=colour, alpha=opacity)
+    axes.plot([min(rounds), max(rounds)], [row, row], color=MUTED, linewidth=1.2)
+    words = f"{figures.tokens_per_second:,.0f}{'' if figures.is_equal else '  NOT EQUAL'}"
+    _write(axes, words, (max(rounds), row), (10, 0), color=colour)
+    _write_columns(axes, row, [milliseconds_text(figures.milliseconds), f"{figures.total:.2f}x"], 0)
+
+
+def _write_columns(axes: Axes, row: float, words: Sequence[str], lift: int) -> None:
+    """Figures next to the bars, `lift` pixels above the middle of the row."""
+    for text, end in zip(words, CHART_COLUMNS.values(), strict=True):
+        _write(axes, text, (axes.get_xlim()[1], row), (end, lift), horizontalalignment="right")
+
+
+def _write(axes: Axes, text: str, at: tuple[float, float], shift: tuple[int, int], **style: Any) -> None:
+    """Write `shift` pixels from a point, centred vertically."""
+    axes.annotate(text, at, shift, textcoords="offset points", verticalalignment="center_baseline", **style)

@@ -33,24 +33,26 @@ class Variant(NamedTuple):
     name: str
     """Name in --variants and in the table."""
     about: str
-    changes: Mapping[str, Any]
-    """Fields of Compute and of StepTask."""
+    compute: Mapping[str, Any] = {}
+    """Changed fields of Compute."""
+    task: Mapping[str, Any] = {}
+    """Changed fields of StepTask."""
 
 
 # The order is that of Karpathy's lecture "Let's reproduce GPT-2 (124M)"; large pages and the larger
 # micro-batch, which it does not have, come last.
 _VARIANTS = (
-    Variant("float32", "all in 32 bits, attention written out, nothing compiled", {}),
+    Variant("float32", "all in 32 bits, attention written out, nothing compiled"),
     Variant("tf32", "matrix products of inputs rounded to 19 bits", {"precision": "tf32"}),
     Variant("bf16", "matrix products in bfloat16; weights and sums stay float32", {"precision": "bf16"}),
     Variant("fp16", "matrix products in float16, with loss scaling", {"precision": "fp16"}),
     Variant("compile", "the step fused into few kernels: fewer passes over memory", {"compile": True}),
     Variant("fused-attention", "attention in one kernel, without T x T weights", {"attention": "fused"}),
     Variant("block-attention", "attention in blocks, for bfloat16 units", {"attention": "blocks"}),
-    Variant("pad-vocab", f"vocabulary padded to a multiple of {TILE}", {"vocabulary_multiple": TILE}),
-    Variant("fused-adamw", "weights updated in one pass, not a dozen", {"fused_optimizer": True}),
-    Variant("large-pages", "memory reused, in pages of 2 MiB, not 4 KiB", {"large_pages": True}),
-    Variant("micro-batch", "the rows of a step at once, not in parts", {"micro_batches": 1}),
+    Variant("pad-vocab", f"vocabulary padded to a multiple of {TILE}", task={"vocabulary_multiple": TILE}),
+    Variant("fused-adamw", "weights updated in one pass, not a dozen", task={"fused_optimizer": True}),
+    Variant("large-pages", "memory reused, in pages of 2 MiB, not 4 KiB", task={"large_pages": True}),
+    Variant("micro-batch", "the rows of a step at once, not in parts", task={"micro_batches": 1}),
     Variant("chunked-head", "logits of some rows at a time: less memory", {"loss": "chunked"}),
     Variant("fp8-head", "head's products in 8 bits: less exact", {"loss": "fp8"}),
     Variant(
@@ -165,23 +167,14 @@ def stack_tasks(names: Collection[str], baseline: StepTask) -> dict[str, StepTas
 
 def change(task: StepTask, variant: Variant) -> StepTask:
     """The task with the variant's change."""
-    of_compute = {name: value for name, value in variant.changes.items() if hasattr(task.compute, name)}
-    of_task = {name: value for name, value in variant.changes.items() if name not in of_compute}
-    return dataclasses.replace(task, compute=dataclasses.replace(task.compute, **of_compute), **of_task)
+    compute = dataclasses.replace(task.compute, **variant.compute)
+    return dataclasses.replace(task, compute=compute, **variant.task)
 
 
 def baseline_task(model: ModelConfig, device: str, rows_per_step: int, micro_batches: int) -> StepTask:
-    """The step before the first variant, without optimizations; its ids are not written yet."""
-    return StepTask(
-        model=model,
-        compute=Compute(device=device, precision="fp32", compile=False, attention="math", loss="full"),
-        ids="",
-        rows_per_step=rows_per_step,
-        micro_batches=micro_batches,
-        vocabulary_multiple=1,
-        fused_optimizer=False,
-        large_pages=False,
-    )
+    """The step before the first variant, without optimizations."""
+    compute = Compute(device=device, precision="fp32", compile=False, attention="math", loss="full")
+    return StepTask(model=model, compute=compute, rows_per_step=rows_per_step, micro_batches=micro_batches)
 
 
 def tolerance(task: StepTask) -> float:

@@ -1,13 +1,12 @@
 """A training step in its own process, which runs on request and reports its duration.
 
-Standard input brings one JSON line with a `StepTask`, then a line for each timed step; each is answered by
-one JSON line on standard output. In between the process waits in a blocking read, without work.
+A connection brings a `StepTask`, then a request for each timed step, each answered by a `TimedSteps`. In
+between the process waits in a blocking read, without work.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import isfinite
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,8 @@ from overnight.training.step import StepResult, train_step
 SEED = 1337
 PEAK_LEARNING_RATE, WARMUP_STEPS = 6e-4, 10  # a short warm-up, so that a few losses show the updates
 TOTAL_STEPS = 1_000_000  # never reached, so that the learning rate does not decay
-PROGRAM = ("-P", "-m", "overnight.bench.worker")  # -P: no module of the current folder is imported
+PROGRAM = "import sys; from overnight.bench.worker import serve; serve(int(sys.argv[1]))"
+WARM_UPS = 2  # rounds that are not counted: a process's heap still grows in its second step
 REMEDY = "give fewer --rows, or a smaller --model"
 
 
@@ -52,15 +54,15 @@ class StepTask:
 
     model: ModelConfig
     compute: Compute
-    ids: str
-    """A .npy file: the text, as one row of ids."""
+    ids: str = ""
+    """A .npy file: the text, as one row of ids. It is written when everything is decided."""
     rows_per_step: int
     micro_batches: int
     """Number of equal parts of a step, computed one after the other."""
-    vocabulary_multiple: int
+    vocabulary_multiple: int = 1
     """The embedding's rows are padded to a multiple of this; padding rows are never used."""
-    fused_optimizer: bool
-    large_pages: bool
+    fused_optimizer: bool = False
+    large_pages: bool = False
     """True if the process is started with the allocator for training."""
 
     @property
@@ -74,13 +76,6 @@ class StepTask:
         computed = values.pop("compute")
         del values["model"], values["ids"]
         return {**dataclasses.asdict(ComputeConfig()), **computed, **values}
-
-
-def read_task(line: str) -> StepTask:
-    """A task that was written as a line of JSON."""
-    values = json.loads(line)
-    model, compute = ModelConfig(**values.pop("model")), Compute(**values.pop("compute"))
-    return StepTask(model=model, compute=compute, **values)
 
 
 class Rows:
@@ -157,85 +152,75 @@ def time_steps(step: Callable[[], StepResult], device: str) -> TimedSteps:
     return TimedSteps(results[-1].seconds * 1e3, [result.loss for result in results], peak_bytes)
 
 
-def serve() -> None:
-    """Answer requests until standard input ends. An out-of-memory error is reported as the last answer."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # keeps the output of libraries out of the answers
-
-    def answer(values: Mapping[str, object]) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
-
-    task = read_task(sys.stdin.readline())
+def serve(file_descriptor: int) -> None:
+    """Answer requests until the other end is closed. An out-of-memory error is sent as the last answer."""
+    connection = Connection(file_descriptor)
+    os.set_inheritable(file_descriptor, False)  # in a process started by this one it would stay open
+    task: StepTask = connection.recv()
     device = open_world(task.compute.device).device
     try:
         step = build_step(task)
-        answer({"threads": torch.get_num_threads()})
-        while sys.stdin.readline():
-            answer(time_steps(step, device)._asdict())
+        connection.send("ready")
+        while connection.recv():
+            connection.send(time_steps(step, device))
+    except EOFError:
+        return
     except (torch.OutOfMemoryError, MemoryError):
-        answer({"problem": f"{device} has too little memory"})
+        connection.send(MemoryError(f"{device} has too little memory"))
 
 
 class StepWorker:
     """The process of one task, in a session of its own: Ctrl-C reaches only this process, which ends it."""
 
     def __init__(self, name: str, task: StepTask, folder: Path) -> None:
-        self.name = name
+        self.name, self.task = name, task
         self._log = folder / f"{name}.log"
-        with self._log.open("wb") as log:
+        self._connection, theirs = Pipe()
+        self._connection.send(task)
+        with self._log.open("wb") as log, theirs:
             self._process = subprocess.Popen(
-                [sys.executable, *PROGRAM],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                # -P: no module of the current folder is imported
+                [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
                 stderr=log,
                 env=environment_of_process(large_pages=task.large_pages),
                 start_new_session=True,
-                text=True,
             )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._requests, self._answers = self._process.stdin, self._process.stdout
-        self._send(json.dumps(dataclasses.asdict(task)))
 
     @property
     def pid(self) -> int:
         """Id of the process and of its session."""
         return self._process.pid
 
-    def wait_until_ready(self) -> None:
-        """Wait for the model to be built."""
-        self._receive()
-
     def time_step(self) -> TimedSteps:
         """Do one timed step."""
-        self._send("step")
-        return TimedSteps(**self._receive())
+        with suppress(ConnectionError):  # it has ended; `receive` finds out why
+            self._connection.send("step")
+        timed: TimedSteps = self.receive()
+        return timed
 
-    def _send(self, line: str) -> None:
-        with suppress(BrokenPipeError):  # it has ended; `_receive` finds out why
-            self._requests.write(line + "\n")
-            self._requests.flush()
+    def receive(self) -> Any:
+        """The next answer: that the model is built, then the result of each timed step.
 
-    def _receive(self) -> dict[str, Any]:
-        """The next answer. Raises ValueError without enough memory, OSError if the process has ended."""
-        line = self._answers.readline()
-        if not line:
+        Raises ValueError without enough memory, OSError if the process has ended.
+        """
+        try:
+            answer = self._connection.recv()
+        except (EOFError, ConnectionError):
             status = self._process.wait()
             if status == -signal.SIGKILL:
-                raise ValueError(f"{self.name} was killed, most likely out of memory: {REMEDY}")
+                raise ValueError(f"{self.name} was killed, most likely out of memory: {REMEDY}") from None
             log = self._log.read_text(encoding="utf-8", errors="replace").strip()
-            raise ChildProcessError(f"{self.name} ended with status {status}:\n{log[-2000:]}")
-        answer: dict[str, Any] = json.loads(line)
-        if "problem" in answer:
-            raise ValueError(f"{self.name}: {answer['problem']}; {REMEDY}")
+            raise ChildProcessError(f"{self.name} ended with status {status}:\n{log[-2000:]}") from None
+        if isinstance(answer, MemoryError):
+            raise ValueError(f"{self.name}: {answer}; {REMEDY}")
         return answer
 
     def end(self) -> None:
         """End the process at once, with the processes that it started (a compiler's, for example)."""
-        for pipe in (self._requests, self._answers):
-            with suppress(BrokenPipeError):  # the reader of unsent lines has ended
-                pipe.close()
+        self._connection.close()
         with suppress(ProcessLookupError):  # it has ended already
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
@@ -252,29 +237,22 @@ def running_workers(tasks: Mapping[str, StepTask]) -> Iterator[list[StepWorker]]
             stack.callback(workers[-1].end)
         with progress("start", len(workers), "processes") as advance:
             for worker in workers:
-                worker.wait_until_ready()
+                worker.receive()
                 advance()
         yield workers
 
 
-def interleave(
-    workers: Sequence[StepWorker], rounds: int, warm_ups: int, tokens_per_step: int
-) -> Iterator[dict[str, TimedSteps]]:
-    """The results of each round, warm-ups first: A B C A B C.
+def interleave(workers: Sequence[StepWorker], rounds: int) -> Iterator[dict[str, TimedSteps]]:
+    """The results of each round, after WARM_UPS others: A B C A B C.
 
     A machine's speed drifts with its temperature and other load; the steps of one round share both.
     """
-    for number in range(1, warm_ups + rounds + 1):
-        is_warm_up = number <= warm_ups
-        title = f"warm-up {number}/{warm_ups}" if is_warm_up else f"round {number - warm_ups}/{rounds}"
+    titles = [f"warm-up {number + 1}/{WARM_UPS}" for number in range(WARM_UPS)]
+    for title in [*titles, *(f"round {number + 1}/{rounds}" for number in range(rounds))]:
         results = {}
-        with progress(title, tokens_per_step * len(workers), "tokens") as advance:
+        with progress(title, sum(worker.task.tokens_per_step for worker in workers), "tokens") as advance:
             for worker in workers:
                 advance(0, worker.name)
                 results[worker.name] = worker.time_step()
-                advance(tokens_per_step)
+                advance(worker.task.tokens_per_step)
         yield results
-
-
-if __name__ == "__main__":
-    serve()

@@ -12,7 +12,6 @@ Files that can run code when loaded (pytorch_model.bin) are never read.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, equal
 from overnight.model.gpt import GPT, empty_model
 from overnight.model.model_config import ModelConfig
 from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
-from overnight.tokenizer.open_tokenizer import load_tokenizer
+from overnight.tokenizer.open_tokenizer import load_tokenizer, read_json_object
 from overnight.tokenizer.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -65,9 +64,9 @@ def write_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     if folder.exists():
         raise ValueError(f"{folder} already exists; remove it, or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        staging.chmod(0o755)  # mkdtemp makes private folders
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        staging = Path(temporary) / folder.name
+        staging.mkdir()  # the temporary folder itself is private
         ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
         weights = {
             PREFIX + name: (weight.T if name.endswith(CONV1D) else weight).float().cpu().contiguous()
@@ -81,9 +80,6 @@ def write_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         config = {**_huggingface_config(model.config), **ends}
         write_atomically(staging / "config.json", json.dumps(config, indent=2) + "\n")
         staging.rename(folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     flush_folder(folder.parent)
 
 
@@ -107,7 +103,7 @@ def read_huggingface(folder: Path) -> tuple[GPT, Tokenizer]:
     Dropout is read from resid_pdrop. Raises ValueError for another architecture than GPT-2's, for weights
     that do not fit it, and for a folder without safetensors.
     """
-    config = _model_config(_read_json(folder / "config.json"), folder / "config.json")
+    config = _model_config(read_json_object(folder / "config.json"), folder / "config.json")
     try:
         weights = import_weights(_read_weights(folder), is_conv1d=True)
         _check_sizes(config, weights)
@@ -158,7 +154,7 @@ def _check_sizes(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of model.safetensors, or of the files that its index names."""
     if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json_object(folder / INDEX).get("weight_map")
         names = weight_map.values() if isinstance(weight_map, dict) else [None]
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise ValueError(f"{INDEX} is damaged: its weight_map must name files of this folder")
@@ -196,15 +192,3 @@ def import_weights(theirs: Mapping[str, Tensor], *, is_conv1d: bool) -> dict[str
         if not weight.is_floating_point():
             raise ValueError(f"{name} is {weight.dtype}; quantised weights are not supported")
     return ours
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, or not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must contain a JSON object")
-    return content

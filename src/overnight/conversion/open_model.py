@@ -37,7 +37,7 @@ class OpenedModel:
     """The folder or file that the weights were read from."""
     tokenizer_folder: Path
     """The folder that the tokenizer was read from, or its name."""
-    run: Path | None
+    run: Path | None = None
     """The run that the model belongs to; None for a model from elsewhere."""
 
 
@@ -52,7 +52,7 @@ def open_model(name: str) -> OpenedModel:
     if name and Path(name).is_file():
         model, tokenizer = read_nanogpt(Path(name))
         return OpenedModel(
-            model=model, tokenizer=tokenizer, origin=Path(name), tokenizer_folder=Path(TOKENIZER), run=None
+            model=model, tokenizer=tokenizer, origin=Path(name), tokenizer_folder=Path(TOKENIZER)
         )
     repository = hub_repository(name)
     is_path = Path(name).parent != Path() and Path(name).parent.is_dir()
@@ -101,7 +101,7 @@ def _with_tokenizer(model: GPT, checkpoint: Path, run: Path) -> OpenedModel:
 
 def _open_huggingface(folder: Path) -> OpenedModel:
     model, tokenizer = read_huggingface(folder)
-    return OpenedModel(model=model, tokenizer=tokenizer, origin=folder, tokenizer_folder=folder, run=None)
+    return OpenedModel(model=model, tokenizer=tokenizer, origin=folder, tokenizer_folder=folder)
 
 
 def hub_repository(name: str) -> str | None:

@@ -27,21 +27,22 @@ def exclusive(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if is_locked_folder(folder):
         echo(f"waiting for another process that prepares {folder}")
-    with FileLock(_lock_file(folder)):
+    with lock_of(folder):
         yield
 
 
 def is_locked_folder(folder: Path) -> bool:
     """True while a process holds the lock of `folder`."""
     try:
-        with FileLock(_lock_file(folder), timeout=0):
+        with lock_of(folder).acquire(timeout=0):
             return False
     except Timeout:
         return True
 
 
-def _lock_file(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.lock"
+def lock_of(path: Path) -> FileLock:
+    """The lock of a folder or file; entering it waits while another process holds it."""
+    return FileLock(path.with_name(f".{path.name}.lock"))
 
 
 def staging_path(folder: Path) -> Path:

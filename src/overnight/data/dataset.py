@@ -53,9 +53,10 @@ class Dataset:
 
     def record(self) -> dict[str, Any]:
         """The facts about its data that a run records, to recognise the data on resuming."""
-        manifest = self.manifest if isinstance(self.folder, Path) else self.folder.manifest
-        is_complete = getattr(self.folder, "is_complete", True)
-        return dataclasses.asdict(manifest) | ({} if is_complete else {"is_complete": False})
+        if not isinstance(self.folder, IncrementalFolder):
+            return dataclasses.asdict(self.manifest)
+        facts = dataclasses.asdict(self.folder.manifest)  # more shards than at the opening, perhaps all
+        return facts if self.folder.is_complete else facts | {"is_complete": False}
 
     def training_rows(
         self, tokens_per_row: int, seed: int
@@ -148,7 +149,7 @@ def open_dataset(config: DataConfig) -> Dataset | MixtureDataset:
         for source in config.mixture
     )
     first = parts[0]
-    for part in parts[1:]:
+    for part in parts:
         if part.tokenizer.fingerprint != first.tokenizer.fingerprint:
             raise ValueError(
                 f"{part.folder} was prepared with the tokenizer {part.tokenizer.name}, {first.folder} with "

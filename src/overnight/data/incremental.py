@@ -49,14 +49,12 @@ class IncrementalFolder:
     def refresh(self) -> None:
         """Read which shards have become complete. Raises ValueError as the constructor does."""
         path = self.current_path
-        if path != self.folder and not (path / SO_FAR).is_file():
-            return  # it is about to be renamed
         try:
             self.manifest, self.is_complete = self._read(path)
         except ValueError:
-            if self.current_path == path:
+            if path == self.folder or (path / SO_FAR).is_file():
                 raise
-            self.manifest, self.is_complete = self._read(self.folder)  # it was renamed since
+            # Else it is being renamed just now: the next call finds it.
 
     def read(self, shard: Shard, first: int, into: Tokens) -> None:
         """Fill `into` with the tokens of a shard from index `first` on."""
@@ -129,8 +127,10 @@ class IncrementalStream:
         self, folder: IncrementalFolder, *, tokens_per_row: int, seed: int, shuffle_window: int
     ) -> None:
         self.folder, self.tokens_per_row = folder, tokens_per_row
-        self.seed, self.shuffle_window = seed, shuffle_window
-        self._open_stream()
+        self._open = functools.partial(
+            TokenStream, folder, tokens_per_row=tokens_per_row, seed=seed, shuffle_window=shuffle_window
+        )
+        self._open_again()
 
     def batch(self, first_row: int, rows: int) -> Batch:
         """Rows first_row, first_row + 1, ... Raises ValueError if one of them is not ready."""
@@ -144,7 +144,7 @@ class IncrementalStream:
             return True
         self.folder.refresh()
         if self.folder.manifest is not self._stream.manifest:
-            self._open_stream()
+            self._open_again()
         return self._has(rows)
 
     def wait_for(self, rows: int, stopped: Callable[[], bool] = lambda: False) -> bool:
@@ -162,11 +162,6 @@ class IncrementalStream:
     def _has(self, rows: int) -> bool:
         return self.folder.is_complete or rows <= self._stream.rows_before_last_window
 
-    def _open_stream(self) -> None:
-        self._stream = TokenStream(
-            self.folder,
-            tokens_per_row=self.tokens_per_row,
-            seed=self.seed,
-            shuffle_window=self.shuffle_window,
-        )
+    def _open_again(self) -> None:
+        self._stream = self._open()
         self.tokens, self.rows_per_epoch = self._stream.tokens, self._stream.rows_per_epoch  # so far

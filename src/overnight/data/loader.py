@@ -26,7 +26,7 @@ from torch import Tensor
 
 from overnight.data.permutation import build_permutation, derive_keys
 from overnight.data.shards import Tokens
-from overnight.data.token_reader import LocalStore, ShardStore, TokenReader
+from overnight.data.token_reader import ShardStore, TokenReader
 
 BLOCK_ROWS = 1024  # locating rows together takes a twentieth of the time per row
 BLOCKS_KEPT = 256  # cached blocks of all streams, the most recently used ones; 8 KB each
@@ -59,8 +59,7 @@ class BatchSource(Protocol):
 class TokenStream:
     """One split of a prepared folder as an endless sequence of rows of `tokens_per_row` ids.
 
-    Given a path, opening reads every shard of the split, and raises ValueError if one was changed; another
-    ShardStore verifies in its own way. Raises ValueError if a row exceeds the data or the shuffle window.
+    Raises ValueError as TokenReader does, and if a row exceeds the shuffle window.
     """
 
     def __init__(
@@ -72,15 +71,9 @@ class TokenStream:
         seed: int = 0,
         shuffle_window: int | None = None,
     ) -> None:
-        store = LocalStore(Path(folder), split) if isinstance(folder, Path | str) else folder
-        self.manifest, self.seed, self.tokens_per_row = store.manifest, seed, tokens_per_row
-        self._reader = TokenReader(store, split)
-        self.tokens = self._reader.tokens
-        if not 1 <= tokens_per_row < self.tokens:
-            raise ValueError(
-                f"a row of {tokens_per_row:,} tokens and its targets do not fit in the {self.tokens:,} of "
-                f"the {split} split of {folder}: shorten the context, or prepare more text"
-            )
+        self._reader = TokenReader(folder, split, tokens_per_row)
+        self.manifest, self.tokens = self._reader.manifest, self._reader.tokens
+        self.seed, self.tokens_per_row = seed, tokens_per_row
         if shuffle_window is not None and shuffle_window <= tokens_per_row:
             raise ValueError(
                 f"shuffle_window={shuffle_window} must exceed a row of {tokens_per_row}; use about 1,000 rows"

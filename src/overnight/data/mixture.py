@@ -33,8 +33,6 @@ class Interleaving:
     """Which source each row comes from. A source's share is its weight divided by the sum of all weights."""
 
     def __init__(self, weights: Sequence[float]) -> None:
-        if not weights or not all(0 < weight < math.inf for weight in weights):
-            raise ValueError(f"the weights {list(weights)} must be finite numbers above 0")
         # Read from the decimal notation: 0.7 is 7/10 here, not the nearest binary fraction.
         exact = [Fraction(str(weight)) for weight in weights]
         self.shares = [weight / sum(exact) for weight in exact]
@@ -54,14 +52,14 @@ class Interleaving:
 
     def counts(self, rows: int) -> list[int]:
         """The number of rows from each source among the first `rows` rows."""
-        counts = [0] * len(self.shares)
-        pending = [(0, len(self.shares), rows)]
-        while pending:
-            first, last, counts[first] = pending.pop()
-            if last - first > 1:
-                middle, left = self._count_left(first, last, counts[first])
-                pending += [(middle, last, counts[first] - left), (first, middle, left)]
-        return counts
+        return self._counts(0, len(self.shares), rows)
+
+    def _counts(self, first: int, last: int, rows: int) -> list[int]:
+        """The number of rows from each source of a node among the first `rows` rows that reach it."""
+        if last - first == 1:
+            return [rows]
+        middle, left = self._count_left(first, last, rows)
+        return [*self._counts(first, middle, left), *self._counts(middle, last, rows - left)]
 
     def _count_left(self, first: int, last: int, rows: int) -> tuple[int, int]:
         """(where the left side of a node ends, how many of the first `rows` rows that reach it go left).

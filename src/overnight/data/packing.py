@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.data.loader import Batch, TokenStream
+from overnight.data.loader import Batch
 from overnight.data.permutation import Permutation, build_permutation
 from overnight.data.shards import Tokens
-from overnight.data.token_reader import LocalStore, ShardStore, TokenReader
+from overnight.data.token_reader import ShardStore, TokenReader
 
 BUFFER_DOCUMENTS = 1024
 ORDERED_DOCUMENTS = 1 << 14  # documents ordered at a time
@@ -43,23 +43,20 @@ class PackedEpoch:
 
 
 class BestFitStream:
-    """One split of a prepared folder as rows of whole documents, with the interface of TokenStream.
+    """One split of a prepared folder as an endless sequence of rows of whole documents.
 
     Memory: 8 bytes a document, and for each of two epochs 4 bytes a document and 16 a row. Opening reads all
     shards once more than TokenStream and packs the first epoch, at a few microseconds a document. Before a
     row is read, all earlier epochs are packed, since their numbers of rows differ. Raises ValueError as
-    TokenStream does, and if the split does not begin with an end-of-text id.
+    TokenReader does, and if the split does not begin with an end-of-text id.
     """
 
     def __init__(
         self, folder: Path | str | ShardStore, split: str = "train", *, tokens_per_row: int, seed: int = 0
     ) -> None:
-        store = LocalStore(Path(folder), split) if isinstance(folder, Path | str) else folder
-        self._unpacked = TokenStream(store, split, tokens_per_row=tokens_per_row, seed=seed)
-        self.manifest, self.seed = store.manifest, seed
-        self.tokens, self.tokens_per_row = self._unpacked.tokens, tokens_per_row
-        self._reader = TokenReader(store, split)
-        end_of_text = self.manifest.end_of_text
+        self._reader = TokenReader(folder, split, tokens_per_row)
+        self.tokens, self.tokens_per_row, self.seed = self._reader.tokens, tokens_per_row, seed
+        end_of_text = self._reader.manifest.end_of_text
         starts = self._find(end_of_text)
         if not starts.size or starts[0]:
             raise ValueError(
@@ -77,10 +74,6 @@ class BestFitStream:
         for number, row in enumerate(tokens, first_row):
             self._fill(row, number)
         return Batch.from_tokens(tokens)
-
-    def evaluation_batches(self, rows: int, tokens: int | None = None) -> Iterator[Batch]:
-        """The unpacked split in order, as in TokenStream, so that losses can be compared."""
-        return self._unpacked.evaluation_batches(rows, tokens)
 
     def epoch(self, epoch: int) -> PackedEpoch:
         """The rows of one epoch, in the order in which they are read."""
@@ -124,7 +117,7 @@ class BestFitStream:
 
     def _find(self, wanted: int) -> NDArray[np.int64]:
         """Every index at which one id occurs."""
-        found = [np.empty(0, dtype=np.int64)]
+        found = []
         tokens = np.empty(min(SCANNED_TOKENS, self.tokens), dtype=self._reader.dtype)
         for start in range(0, self.tokens, SCANNED_TOKENS):
             part = tokens[: self.tokens - start]

@@ -28,8 +28,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock
 
+from overnight.data.atomic_folder import lock_of
 from overnight.data.shards import (
     HEADER_BYTES,
     MANIFEST,
@@ -133,7 +133,7 @@ class RemoteFolder:
         """A shard on this machine, downloaded if it is missing or damaged."""
         self._make_room(shard)
         local = self._local(shard)
-        with _locked(local):
+        with lock_of(local):
             if shard.name not in self._verified or not local.is_file():
                 try:
                     verify_shard(self.folder, shard, self.manifest.vocab_size)
@@ -186,7 +186,7 @@ class RemoteFolder:
         for _, size, path in cached:
             if total <= self.cache_bytes:
                 return
-            with _locked(path):
+            with lock_of(path):
                 path.unlink(missing_ok=True)
             if path.parent == self.folder:
                 self._opened.pop(path.name, None)  # an open file would keep its space on the disk
@@ -251,11 +251,6 @@ def _digest_pieces(file: BinaryIO) -> bytes:
     """The digests of a file's pieces, end to end."""
     pieces = iter(functools.partial(file.read, PIECE_BYTES), b"")
     return b"".join(hashlib.blake2b(piece, digest_size=DIGEST_BYTES).digest() for piece in pieces)
-
-
-def _locked(path: Path) -> FileLock:
-    """The lock of one cached shard; entering it waits while another process holds it."""
-    return FileLock(path.with_name(f".{path.name}.lock"))
 
 
 def _touch(path: Path) -> None:

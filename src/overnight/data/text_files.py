@@ -92,14 +92,15 @@ def find_files(source: str) -> list[TextFile]:
             f"{source} holds no file that can be read ({', '.join(KINDS)}; compressed: {', '.join(PACKINGS)})"
         )
     # A README.md in a folder with .jsonl or .parquet files, at any depth, is a dataset card and not text.
-    tables = [PurePosixPath(file.name) for file in found if file.kind in {".jsonl", ".parquet"}]
-    with_tables = {folder for table in tables for folder in table.parents}
+    files = {PurePosixPath(file.name): file for file in found}
+    tables = [path for path, file in files.items() if file.kind in {".jsonl", ".parquet"}]
+    cards = {folder / "readme.md" for table in tables for folder in table.parents}
+    return [files[path] for path in sorted(files) if path.with_name(path.name.lower()) not in cards]
 
-    def is_card(path: PurePosixPath) -> bool:
-        return path.name.lower() == "readme.md" and path.parent in with_tables
 
-    texts = [file for file in found if not is_card(PurePosixPath(file.name))]
-    return sorted(texts, key=lambda file: PurePosixPath(file.name).parts)
+def _is_text(name: str) -> bool:
+    """True if a file in a folder of text is to be read: of a known kind, and not hidden."""
+    return kind_of(name) is not None and not any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 def _find_local(source: Path) -> list[TextFile]:
@@ -107,14 +108,12 @@ def _find_local(source: Path) -> list[TextFile]:
         if kind_of(source.name) is None:
             raise ValueError(f"{source} is not a kind of file that can be read ({', '.join(KINDS)})")
         return [TextFile(str(source), as_utf8(source.name), source.stat().st_size)]
-    found = []
-    for folder, folders, names in os.walk(source):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(folder, name) for name in names if not name.startswith(".") and kind_of(name)):
-            if path.is_file():
-                name = as_utf8(path.relative_to(source).as_posix())
-                found.append(TextFile(str(path), name, path.stat().st_size))
-    return found
+    names = {path: as_utf8(path.relative_to(source).as_posix()) for path in source.rglob("*")}
+    return [
+        TextFile(str(path), name, path.stat().st_size)
+        for path, name in names.items()
+        if _is_text(name) and path.is_file()
+    ]
 
 
 def _find_remote(source: str) -> list[TextFile]:
@@ -128,7 +127,7 @@ def _find_remote(source: str) -> list[TextFile]:
     found = []
     for path, entry in entries.items():
         name = path.removeprefix(f"{root}/") if path != root else PurePosixPath(path).name
-        if kind_of(name) and not any(part.startswith(".") for part in PurePosixPath(name).parts):
+        if _is_text(name):
             address = f"{source.partition('://')[0]}://{path}"
             state = next((str(entry[key]) for key in STATES if entry.get(key)), "")
             found.append(TextFile(address, name, int(entry["size"]), state))
@@ -191,10 +190,9 @@ def open_parquet(file: TextFile) -> Any:
     pyarrow = import_pyarrow(file.address)
     from pyarrow import parquet
 
+    source = _open_raw(file) if is_remote(file.address) else file.address
     try:
-        if not is_remote(file.address):
-            return parquet.ParquetFile(file.address)
-        return parquet.ParquetFile(_open_raw(file), pre_buffer=True)
+        return parquet.ParquetFile(source, pre_buffer=is_remote(file.address))
     except (OSError, pyarrow.ArrowException) as error:
         raise DamagedFileError(
             f"{file.address} is damaged or is not a Parquet file: {first_line(error)}"
@@ -227,11 +225,10 @@ def hash_files(files: Iterable[TextFile]) -> str:
     local_bytes = sum(file.bytes for file in files if not is_remote(file.address))
     with progress("hashing", local_bytes / 1e6, "MB") as advance:
         for file in files:
-            if is_remote(file.address):
-                total.update(f"{file.state} {file.bytes} {file.name}\n".encode())
-                continue
-            with Path(file.address).open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-                advance(content.tell() / 1e6)
-            total.update(f"{digest} {file.name}\n".encode())
+            facts = f"{file.state} {file.bytes}"
+            if not is_remote(file.address):
+                with Path(file.address).open("rb") as content:
+                    facts = hashlib.file_digest(content, "sha256").hexdigest()
+                    advance(content.tell() / 1e6)
+            total.update(f"{facts} {file.name}\n".encode())
     return total.hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import os
 import resource
 import weakref
@@ -65,18 +64,11 @@ class ShardFile:
 
 
 class LocalStore:
-    """A split of a prepared folder on this machine. Opening verifies every shard of the split.
-
-    Raises ValueError, naming the file, if a shard differs from its manifest.
-    """
+    """A split of a prepared folder on this machine, every shard of which is verified on opening."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        self.folder = folder
         self.manifest = verify(folder, split)
         self._open = functools.lru_cache(files_at_once())(lambda name: ShardFile(folder / name))
-
-    def __str__(self) -> str:
-        return str(self.folder)
 
     def read(self, shard: Shard, first: int, into: Tokens) -> None:
         """Fill `into` with the tokens of a shard from index `first` on."""
@@ -84,14 +76,24 @@ class LocalStore:
 
 
 class TokenReader:
-    """The tokens of a split as one array that spans all of its shards."""
+    """The tokens of a split as one array that spans all of its shards.
 
-    def __init__(self, store: ShardStore, split: str) -> None:
-        self._store = store
-        self._shards = store.manifest.shards(split)
+    Given a path, opening reads every shard of the split, and raises ValueError if one was changed; another
+    ShardStore verifies in its own way. Raises ValueError if a row exceeds the data.
+    """
+
+    def __init__(self, folder: Path | str | ShardStore, split: str, tokens_per_row: int) -> None:
+        self._store = LocalStore(Path(folder), split) if isinstance(folder, Path | str) else folder
+        self.manifest = self._store.manifest
+        self.dtype = token_format(self.manifest.vocab_size).dtype
+        self._shards = self.manifest.shards(split)
         self._starts = [0, *accumulate(shard.tokens for shard in self._shards)]
         self.tokens = self._starts[-1]
-        self.dtype = token_format(store.manifest.vocab_size).dtype
+        if not 1 <= tokens_per_row < self.tokens:
+            raise ValueError(
+                f"a row of {tokens_per_row:,} tokens and its targets do not fit in the {self.tokens:,} of "
+                f"the {split} split of {folder}: shorten the context, or prepare more text"
+            )
 
     def read(self, start: int, into: Tokens) -> None:
         """Fill `into`, a contiguous array of `dtype`, with the tokens from index `start` on."""
@@ -141,13 +143,12 @@ def documents_of(parts: Iterable[ShardSpan]) -> Iterator[list[Tokens]]:
     """Each document, its end-of-text id included, as its pieces in consecutive shards."""
     pieces: list[Tokens] = []
     for part in parts:
-        edges = [0, *part.starts.tolist(), part.ids.size]
-        for number, (begin, end) in enumerate(itertools.pairwise(edges)):
-            if number and pieces:  # the first span is the rest of the document before
+        rest, *documents = np.split(part.ids, part.starts)
+        pieces += [rest] if rest.size else []
+        for document in documents:
+            if pieces:
                 yield pieces
-                pieces = []
-            if end > begin:
-                pieces.append(part.ids[begin:end])
+            pieces = [document]
     if pieces:
         yield pieces
 

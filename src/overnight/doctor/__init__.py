@@ -6,18 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from overnight.config import nearest
 from overnight.preparation.prepare_config import BENCHMARK_KINDS
 from overnight.recipe import Recipe
 from overnight.renamed import Renamed
-
-DATA_CHECKS = ("shards", "tokenizer", "boundaries", "disjoint", "contamination")
-CHECKS = (
-    *DATA_CHECKS,
-    *("initial-loss", "gradients", "causality", "rows", "accumulation", "overfit", "generation"),
-    *("checkpoint", "precision", "compiled", "processes", "reference"),
-    *("schedule", "learning-rate", "memory", "disk", "time"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +30,8 @@ class DoctorConfig(Recipe):
 
     def problems(self) -> list[str]:
         """Invalid values, one sentence each; [] if there are none."""
-        found = super().problems()
-        found += [
-            f"only={name} is not a check{nearest(name, CHECKS)}" for name in self.only if name not in CHECKS
-        ]
-        found += [
+        return super().problems() + [
             f"benchmarks={path} is not an existing {', '.join(BENCHMARK_KINDS)} file; give its path"
             for path in self.benchmarks
             if not path.lower().endswith(BENCHMARK_KINDS) or not Path(path).is_file()
         ]
-        return found

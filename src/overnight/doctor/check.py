@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,9 +40,9 @@ class CheckResult:
     seconds: float = 0.0
 
 
-def skipped(reason: str, name: str = "") -> CheckResult:
+def skipped(reason: str) -> CheckResult:
     """The result of a skipped check."""
-    return CheckResult(name=name, passed=None, cause=reason)
+    return CheckResult(passed=None, cause=reason)
 
 
 def run_check(name: str, check: Callable[[], CheckResult]) -> CheckResult:
@@ -80,17 +81,17 @@ def describe_check(result: CheckResult) -> list[str]:
 def summarize_checks(results: Collection[CheckResult], seconds: float) -> str:
     """The numbers of checks that passed, failed and were skipped, in one line."""
     states = {True: "passed", False: "FAILED", None: "skipped"}
-    counts = {state: sum(result.passed is state for result in results) for state in states}
+    counts = Counter(result.passed for result in results)
     words = [f"{counts[state]} {word}" for state, word in states.items() if counts[state] or state]
     return f"{', '.join(words)} in {duration(seconds)}"
 
 
 def checks_to_json(name: str, results: Collection[CheckResult], seconds: float) -> dict[str, Any]:
     """All results; figures that are not finite are null."""
-    checks = []
-    for result in results:
-        cause = "" if result.passed else result.cause
-        figures = finite_values(result.figures)
-        checks.append({**dataclasses.asdict(result), "cause": cause, "figures": figures})
+    checks = [
+        dataclasses.asdict(result)
+        | {"cause": "" if result.passed else result.cause, "figures": finite_values(result.figures)}
+        for result in results
+    ]
     passed = all(result.passed is not False for result in results)
     return {"recipe": name, "passed": passed, "seconds": seconds, "checks": checks}

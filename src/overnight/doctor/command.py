@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-import random
 import shlex
 import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-import torch
-
-from overnight.config import raise_problems
-from overnight.doctor import CHECKS, DoctorConfig, data_checks, model_checks, run_checks, step_checks
+from overnight.config import nearest, raise_problems
+from overnight.doctor import DoctorConfig, data_checks, model_checks, run_checks, step_checks
 from overnight.doctor.check import (
     COLUMNS,
     CheckResult,
@@ -32,7 +28,7 @@ from overnight.recipe import load_recipe
 from overnight.recipe_options import changed_options, plain_recipe
 from overnight.terminal import echo, quiet
 
-CHECK_FUNCTIONS: dict[str, Callable[[DoctorContext], CheckResult]] = {
+CHECKS: dict[str, Callable[[DoctorContext], CheckResult]] = {
     "shards": data_checks.check_shards,
     "tokenizer": data_checks.check_tokenizer,
     "boundaries": data_checks.check_boundaries,
@@ -56,6 +52,7 @@ CHECK_FUNCTIONS: dict[str, Callable[[DoctorContext], CheckResult]] = {
     "disk": run_checks.check_disk,
     "time": run_checks.check_time,
 }
+"""All checks, in their order."""
 DEPENDS_ON = dict.fromkeys(("accumulation", "overfit", "checkpoint", "processes"), "gradients")
 """Check -> the check that must pass first: without gradients no step can be taken."""
 
@@ -66,10 +63,13 @@ def run(config: DoctorConfig, name: str) -> int:
     Writes only the data that `overnight train` would prepare. Raises ValueError for a recipe that can't
     be trained at all.
     """
-    raise_problems(config.problems(), f"recipe {config.run_name}")
+    unknown = [
+        f"only={each} is not a check{nearest(each, CHECKS)}" for each in config.only if each not in CHECKS
+    ]
+    raise_problems(config.problems() + unknown, f"recipe {config.run_name}")
     started_at = time.perf_counter()
     results: list[CheckResult] = []
-    with tempfile.TemporaryDirectory(prefix="overnight-doctor-") as scratch, _restored_global_state():
+    with tempfile.TemporaryDirectory(prefix="overnight-doctor-") as scratch:
         context = DoctorContext(config, name, Path(scratch))
         if not config.json:
             echo("\n".join(describe_context(context)))
@@ -99,31 +99,17 @@ def describe_context(context: DoctorContext) -> list[str]:
     return [where, *textwrap.wrap(words, COLUMNS)] if reductions else [where]
 
 
-def check_recipe(context: DoctorContext, names: tuple[str, ...]) -> Iterator[CheckResult]:
+def check_recipe(context: DoctorContext, names: Collection[str]) -> Iterator[CheckResult]:
     """The results of these checks, in the order of CHECKS."""
     failed: set[str] = set()
-    for name in CHECKS:
+    for name, function in CHECKS.items():
         if name not in names:
             continue
-        if DEPENDS_ON.get(name) in failed:
-            yield skipped(f"it can't be checked before {DEPENDS_ON[name]} passes", name)
-            continue
+        check = functools.partial(function, context)
+        if (needed := DEPENDS_ON.get(name)) in failed:
+            check = functools.partial(skipped, f"it can't be checked before {needed} passes")
         with quiet(True):
-            result = run_check(name, functools.partial(CHECK_FUNCTIONS[name], context))
+            result = run_check(name, check)
         if result.passed is False:
             failed.add(name)
         yield result
-
-
-@contextmanager
-def _restored_global_state() -> Iterator[None]:
-    """Context manager that restores the random states of Python and torch, torch's threads and precision."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    state = random.getstate()  # torch's launcher draws from it
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(state)
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)

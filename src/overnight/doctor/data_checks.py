@@ -63,12 +63,12 @@ def check_shards(context: DoctorContext) -> CheckResult:
 
 @of_each_text
 def _verify_shards(folder: Path, manifest: Manifest, config: DoctorConfig) -> CheckResult:
-    chosen = _choose(manifest, full=config.full)
-    count = len(manifest.train) + len(manifest.validation)
+    chosen, count = _choose(manifest, full=config.full), len(manifest.shards())
     if len(chosen) == count:
         shards.verify(folder)
-    for shard in chosen if len(chosen) < count else ():
-        shards.verify_shard(folder, shard, manifest.vocab_size)
+    else:
+        for shard in chosen:
+            shards.verify_shard(folder, shard, manifest.vocab_size)
     tokens = sum(shard.tokens for shard in chosen)
     return CheckResult(
         passed=True,
@@ -134,12 +134,10 @@ def show_boundaries(folder: Path, manifest: Manifest) -> Iterator[str]:
     except (ValueError, OSError):
         return  # the check of the tokenizer reports it
     ids = open_tokens(folder / manifest.train[0].name)
-    edges = [0, *places_of(manifest.end_of_text, ids).tolist(), ids.size]
-    around = [each for each in zip(edges, edges[1:], edges[2:], strict=False) if each[1] > 0]
-    for begin, index, end in _spread(around, SHOWN_BOUNDARIES):
-        before = ids[max(begin + 1, index - SHOWN_CHARACTERS) : index]
-        after = ids[index + 1 : min(end, index + 1 + SHOWN_CHARACTERS)]
-        left, right = (_one_line(tokenizer.decode(each.tolist())) for each in (before, after))
+    documents = [part for part in np.split(ids, places_of(manifest.end_of_text, ids)) if part.size]
+    for before, after in _spread(list(itertools.pairwise(documents)), SHOWN_BOUNDARIES):
+        ends = before[1:][-SHOWN_CHARACTERS:], after[1:][:SHOWN_CHARACTERS]
+        left, right = (_one_line(tokenizer.decode(each.tolist())) for each in ends)
         yield f"{left[-SHOWN_CHARACTERS:]}{MARK}{right[:SHOWN_CHARACTERS]}"
 
 
@@ -201,7 +199,7 @@ def check_contamination(folder: Path, manifest: Manifest, config: DoctorConfig) 
         parts.append(search.find(texts))
     bits = np.concatenate(parts)
     searched, contaminated = bits.size, int(np.count_nonzero(bits))
-    found = {name: int((bits >> np.uint64(number) & np.uint64(1)).sum()) for number, name in enumerate(files)}
+    found = {name: int(np.count_nonzero(bits & np.uint64(1 << n))) for n, name in enumerate(files)}
     matches = ", ".join(f"{count:,} with {name}" for name, count in found.items() if count)
     return CheckResult(
         passed=not contaminated,
@@ -216,7 +214,7 @@ def check_contamination(folder: Path, manifest: Manifest, config: DoctorConfig) 
 
 def check_rows(context: DoctorContext) -> CheckResult:
     """The rows of a step: each target is the next id, and rows are the same each time they are read."""
-    run = context.build()
+    run = context.tiny_run.build()
     plan, data = run.training.plan, run.training.data
     rows = plan.micro_batch_size * plan.micro_batches(0)
     first, again, other = data.batch(0, rows), data.batch(0, rows), data.batch(rows, rows)
@@ -262,13 +260,12 @@ def sample_training_documents(folder: Path, manifest: Manifest, most: int | None
         for pieces in documents_of(shard_spans(folder, manifest, "train", None)):
             yield np.concatenate(content_of(pieces, manifest.end_of_text))
         return
-    all_shards = manifest.shards("train")
-    chosen = _spread(all_shards, most)
+    chosen = _spread(manifest.train, most)
     each = math.ceil(most / max(1, len(chosen)))
     for shard in chosen:
         ids = open_tokens(folder / shard.name)
         starts = places_of(manifest.end_of_text, ids).tolist()
-        edges = [*starts, ids.size] if shard == all_shards[-1] else starts
+        edges = [*starts, ids.size] if shard == manifest.train[-1] else starts
         pairs = list(itertools.pairwise(edges)) or [(-1, min(ids.size, LONGEST_TOKENS))]
         for begin, end in _spread(pairs, each):
             if end - begin > 1:
@@ -277,18 +274,15 @@ def sample_training_documents(folder: Path, manifest: Manifest, most: int | None
 
 def _choose(manifest: Manifest, *, full: bool) -> tuple[Shard, ...]:
     """The shards to read: all or, without `full`, some of each split, including the first and the last."""
-    total = sum(manifest.tokens(split) for split in SPLITS)
+    every = manifest.shards()
+    total = sum(shard.tokens for shard in every)
     if full or total <= READ_TOKENS:
-        return manifest.train + manifest.validation
-    average = total / (len(manifest.train) + len(manifest.validation))
-    count = max(2, int(READ_TOKENS / average / 2))
+        return every
+    count = max(2, int(READ_TOKENS * len(every) / total / 2))
     return (*_spread(manifest.train, count), *_spread(manifest.validation, count))
 
 
 def _spread(items: Sequence[Item], count: int) -> list[Item]:
     """At most `count` items at equal distances, including the first and the last."""
-    if len(items) <= count:
-        return list(items)
-    if count == 1:
-        return [items[0]]
-    return [items[number * (len(items) - 1) // (count - 1)] for number in range(count)]
+    count = min(count, len(items))
+    return [items[number * (len(items) - 1) // max(1, count - 1)] for number in range(count)]

@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from overnight.data.loader import Batch
 from overnight.doctor.check import CheckResult, skipped
-from overnight.doctor.context import DoctorContext
-from overnight.doctor.tiny_run import step_batch
+from overnight.doctor.context import DoctorContext, step_batch
 from overnight.generation import SamplingConfig, generate
 from overnight.model.gpt import GPT, eval_mode
 from overnight.training import step as step_module
@@ -40,7 +40,7 @@ def check_initial_loss(context: DoctorContext) -> CheckResult:
     embedding, N(0, 0.02), has variance s^2 = 0.02^2 C. The logits are nearly normal: the mean of their
     log-sum-exp is ln V + s^2 / 2, and that of the target's logit is 0.
     """
-    run = context.build()
+    run = context.tiny_run.build()
     model, batch = run.state.model, step_batch(run)
     with torch.no_grad():
         loss = run.training.loss(batch.ids, batch.targets).item() / batch.targets.numel()
@@ -65,7 +65,7 @@ def check_initial_loss(context: DoctorContext) -> CheckResult:
 
 def check_gradients(context: DoctorContext) -> CheckResult:
     """Every parameter gets a gradient that is finite and not zero, and is updated by the optimizer."""
-    run = context.build()
+    run = context.tiny_run.build()
     batch = step_batch(run)
     run.training.loss(batch.ids, batch.targets).backward()  # type: ignore[no-untyped-call]
     updated = {id(each) for group in run.state.optimizer.param_groups for each in group["params"]}
@@ -102,7 +102,7 @@ def _gradient_fault(parameter: Tensor, *, is_updated: bool) -> str:
 
 def check_causality(context: DoctorContext) -> CheckResult:
     """Changing an id changes no logit before it, and all logits from there on."""
-    run = context.build()
+    run = context.tiny_run.build()
     model = run.state.model
     ids_T = run.training.data.batch(0, 1).ids[0].tolist()
     position = len(ids_T) // 2
@@ -127,16 +127,14 @@ def check_causality(context: DoctorContext) -> CheckResult:
     )
 
 
-class RepeatedRow:
-    """The beginning of one row, for any requested row."""
+class RepeatedRow(NamedTuple):
+    """A row that is read whatever row is requested."""
 
-    def __init__(self, row: Batch) -> None:
-        self._row = Batch(row.ids[:, :OVERFIT_TOKENS], row.targets[:, :OVERFIT_TOKENS])
-        self.tokens = self._row.ids.shape[1]
+    row: Batch
 
     def batch(self, _first_row: int, _rows: int) -> Batch:
         """Always the same row."""
-        return self._row
+        return self.row
 
 
 def check_overfit(context: DoctorContext) -> CheckResult:
@@ -144,13 +142,14 @@ def check_overfit(context: DoctorContext) -> CheckResult:
 
     Uses a learning rate for small models; 23 to 55 steps were enough for 16 to 128 channels.
     """
-    run = context.build()
-    row = RepeatedRow(run.training.data.batch(0, 1))
-    plan = constant_plan(row.tokens, micro_batch_size=1)
+    run = context.tiny_run.build()
+    row = run.training.data.batch(0, 1)
+    row = Batch(row.ids[:, :OVERFIT_TOKENS], row.targets[:, :OVERFIT_TOKENS])
+    plan = constant_plan(row.ids.shape[1], micro_batch_size=1)
     constant = ScheduleConfig(total_steps=OVERFIT_STEPS, learning_rate_decay="constant")
     rate = min(1e-2, 0.4 / run.state.model.config.n_embd)
     schedule = Schedule(constant, rate, plan, OVERFIT_STEPS)
-    training = dataclasses.replace(run.training, data=row, plan=plan, schedule=schedule)
+    training = dataclasses.replace(run.training, data=RepeatedRow(row), plan=plan, schedule=schedule)
     losses: list[float] = []
     for _ in range(OVERFIT_STEPS):
         losses.append(step_module.train_step(run.state, training).loss)
@@ -172,7 +171,7 @@ def check_generation(context: DoctorContext) -> CheckResult:
 
     Two prompts of different lengths, so that one is padded, to the end of the context.
     """
-    run = context.build()
+    run = context.tiny_run.build()
     model = run.state.model
     T = model.config.context_length
     ids_T = run.training.data.batch(0, 1).ids[0].tolist()
@@ -205,12 +204,18 @@ def _logits(model: GPT, ids_T: list[int]) -> Tensor:
 
 def check_saving(context: DoctorContext) -> CheckResult:
     """A checkpoint loaded into another state gives bitwise equal weights, moments and step."""
-    run, loaded = context.build(), context.build().state
+    run, loaded = context.tiny_run.build(), context.tiny_run.build().state
     for _ in range(SAVED_STEPS):
         step_module.train_step(run.state, run.training)
     written = save.save_checkpoint(run.state, context.scratch / "checkpoints")
     load.load_checkpoint(loaded, written)
-    faults = _compare_states(run.state, loaded)
+    saved, restored = _contents_of(run.state), _contents_of(loaded)
+    faults = [f"{name} is lost" for name in saved if name not in restored]
+    faults += [
+        f"{name} differs by {(restored[name] - value).abs().max():.1e}"
+        for name, value in saved.items()
+        if name in restored and not torch.equal(restored[name], value)
+    ]
     parameters = len(list(loaded.model.parameters()))
     return CheckResult(
         passed=not faults,
@@ -222,23 +227,14 @@ def check_saving(context: DoctorContext) -> CheckResult:
     )
 
 
-def _compare_states(saved: TrainState, loaded: TrainState) -> list[str]:
-    """The differences, as text."""
-    faults = []
-    if saved.step != loaded.step:
-        faults.append(f"the step is {loaded.step} instead of {saved.step}")
-    others = dict(loaded.model.named_parameters())
-    for name, weight in saved.model.named_parameters():
-        if not torch.equal(weight, others[name]):
-            off = (weight - others[name]).detach().abs().max().item()
-            faults.append(f"the weights {name} differ by {off:.1e}")
-        after = loaded.optimizer.state.get(others[name], {})
-        for moment, value in saved.optimizer.state[weight].items():
-            if moment not in after:
-                faults.append(f"{name} has lost AdamW's {moment}")
-            elif not torch.equal(torch.as_tensor(value), torch.as_tensor(after[moment])):
-                faults.append(f"AdamW's {moment} of {name} differs")
-    return faults
+def _contents_of(state: TrainState) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds, by its name in messages."""
+    found = {"the step": torch.tensor(state.step)}
+    for name, weight in state.model.named_parameters():
+        found[f"the weight {name}"] = weight.detach()
+        for moment, value in state.optimizer.state.get(weight, {}).items():
+            found[f"AdamW's {moment} of {name}"] = torch.as_tensor(value)
+    return found
 
 
 @torch.no_grad()

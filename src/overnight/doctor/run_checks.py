@@ -9,7 +9,7 @@ from collections.abc import Callable
 from overnight.distributed.launcher import count_cores
 from overnight.doctor.check import CheckResult
 from overnight.doctor.context import DoctorContext
-from overnight.planning.costs import quick_forecast
+from overnight.planning.plan import quick_forecast
 from overnight.terminal import duration
 from overnight.training.memory import USABLE_FRACTION
 

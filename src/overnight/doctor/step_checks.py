@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,7 @@ from overnight.distributed.launcher import exit_process
 from overnight.distributed.processes import first_failed_rank, start_processes
 from overnight.distributed.world import SINGLE_PROCESS, join_world
 from overnight.doctor.check import CheckResult, skipped
-from overnight.doctor.context import DoctorContext
-from overnight.doctor.tiny_run import TinyRun, step_batch
+from overnight.doctor.context import DoctorContext, TinyRun, step_batch
 from overnight.hardware import native_precision
 from overnight.model.gpt import GPT
 from overnight.recipe import Recipe
@@ -33,8 +32,7 @@ from overnight.run.setup import RunSetup
 from overnight.run_directory import write_atomically
 from overnight.training.batch import BatchPlan, constant_plan
 from overnight.training.compute import can_compile
-from overnight.training.state import TrainState
-from overnight.training.step import TrainSetup, train_step
+from overnight.training.step import train_step
 
 ROUNDING = 1e-4  # of float32 sums in another order, relative; observed: 1e-7
 # Relative, of the loss and of the gradient, by precision. In float32 only sums are in another order. In 16
@@ -75,15 +73,12 @@ class MeasuredStep(NamedTuple):
 
 def check_accumulation(context: DoctorContext) -> CheckResult:
     """A step in micro-batches equals the step in one, and both have the gradient of the mean loss."""
-    parts, whole, by_hand = (context.build() for _ in range(3))
+    parts, whole, by_hand = (context.tiny_run.build() for _ in range(3))
     plan = parts.training.plan
     count = plan.micro_batches(0)
     at_once = constant_plan(plan.tokens_per_row, count * plan.micro_batch_size)
     expected = measure_pass(by_hand)
-    steps = [
-        measure_step(parts.state, parts.training),
-        measure_step(whole.state, whole.training, at_once),
-    ]
+    steps = [measure_step(parts, plan), measure_step(whole, at_once)]
     compared = [compare_steps(step, expected) for step in steps]
     off = {name: max(each[name] for each in compared) for name in ("loss", "gradient")}
     ratio = steps[0].grad_norm / max(steps[1].grad_norm, 1e-12)
@@ -106,8 +101,8 @@ def check_precision(context: DoctorContext) -> CheckResult:
         return skipped("the recipe computes in float32 throughout")
     precision = asked or ("bf16" if native == "fp32" else native)
     return _compare_with_plain(
-        context.build(precision=precision),
-        context.build(),
+        context,
+        {"precision": precision},
         precision,
         f"something is rounded to {precision} that must stay in float32: sums, layer norms, the softmax, the "
         "loss (model/loss.py), the weights themselves (training/compute.py); or this device computes it "
@@ -122,17 +117,21 @@ def check_compiled(context: DoctorContext) -> CheckResult:
     if not can_compile() or context.world.device == "mps":
         return skipped("torch.compile finds no C++ compiler here, or can't be used on this device")
     return _compare_with_plain(
-        context.build(compile=True),
-        context.build(),
+        context,
+        {"compile": True},
         "fp32",
         "torch.compile changes the result of the step: try a newer torch, or give --compile False; in your "
         "own change, look at what NextTokenLoss in training/compute.py compiles",
     )
 
 
-def _compare_with_plain(run: RunSetup, plain: RunSetup, precision: str, cause: str) -> CheckResult:
-    """A step of `run` has the loss and the gradient of `plain`."""
-    found, expected = measure_pass(run), measure_pass(plain)
+def _compare_with_plain(
+    context: DoctorContext, compute: Mapping[str, object], precision: str, cause: str
+) -> CheckResult:
+    """A step with these fields of ComputeConfig has the loss and the gradient of one in plain float32."""
+    # Measured before the next is built: building sets torch's precision of float32 products.
+    found = measure_pass(context.tiny_run.build(**compute))
+    expected = measure_pass(context.tiny_run.build())
     bounds = dict(zip(("loss", "gradient"), TOLERANCES[precision], strict=True))
     off = compare_steps(found, expected)
     return CheckResult(
@@ -168,11 +167,11 @@ def measure_pass(run: RunSetup) -> MeasuredStep:
     return MeasuredStep(nats.item() / tokens, _gradient_of(run.state.model) / scaler.get_scale())
 
 
-def measure_step(state: TrainState, training: TrainSetup, plan: BatchPlan | None = None) -> MeasuredStep:
-    """Do the step with `train_step`, without clipping, in the micro-batches of `plan` if it is given."""
+def measure_step(run: RunSetup, plan: BatchPlan) -> MeasuredStep:
+    """Do the step with `train_step`, without clipping, in the micro-batches of `plan`."""
     recorded = [torch.full((1,), math.nan)]  # stays NaN if the optimizer takes no step
-    state.optimizer.register_step_pre_hook(lambda *_: recorded.append(_gradient_of(state.model)))
-    result = train_step(state, dataclasses.replace(training, max_grad_norm=None, plan=plan or training.plan))
+    run.state.optimizer.register_step_pre_hook(lambda *_: recorded.append(_gradient_of(run.state.model)))
+    result = train_step(run.state, dataclasses.replace(run.training, max_grad_norm=None, plan=plan))
     return MeasuredStep(result.loss, recorded[-1])
 
 

@@ -1,9 +1,9 @@
-"""Multiple-choice tasks: how each record of the official files becomes a context and its endings.
+"""Tasks of questions: how each record of the official files becomes a context and its endings.
 
 Contexts and endings are formatted as lm-evaluation-harness formats them without examples, so that results
 can be compared; but `hellaswag` is formatted as in build-nanogpt, and the harness's format is a task of its
 own. The Children's Book Test follows section 3.2 of the GPT-2 paper: each candidate, and the rest of its
-sentence.
+sentence. LAMBADA's passages have one ending, the last word, which greedy decoding has to write.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from overnight.evaluation.multiple_choice import ACCURACIES, Choice
+from overnight.evaluation.passages import Passage
 from overnight.evaluation.text_tasks import join_treebank
 from overnight.tokenizer.tokenizer import Tokenizer
 
@@ -39,12 +40,19 @@ class ChoiceTask:
     url: str
     file: str
     read: Callable[[Any], Question]
-    """Reads the JSON of a line; for the Children's Book Test, the lines of a block."""
+    """Reads a record."""
     endings: int | None
     """Number of endings of each question; None if it varies."""
-    chance: float
+    chance: float | None
     """The accuracy of guessing."""
     metrics: tuple[str, ...] = ACCURACIES
+    records: Literal["json", "lines", "blocks"] = "json"
+    """A record is the JSON of a line, a line, or the lines between two empty ones."""
+
+    @property
+    def kind(self) -> str:
+        """What its examples are called."""
+        return "passage" if self.endings == 1 else "question"
 
 
 def _hellaswag(line: Mapping[str, Any]) -> Question:
@@ -113,6 +121,19 @@ def _book_test(block: list[bytes]) -> Question:
     return Question(context, endings, words.index(answer))
 
 
+def _last_word(text: str) -> Question:
+    context, _, word = text.strip().rpartition(" ")
+    return Question(context, (f" {word}",), 0)
+
+
+def _lambada(line: Mapping[str, Any]) -> Question:
+    return _last_word(line["text"])
+
+
+def _lambada_plain(line: bytes) -> Question:
+    return _last_word(line.decode())
+
+
 ALLEN = "https://ai2-public-datasets.s3.amazonaws.com"
 ARC = f"{ALLEN}/arc/ARC-V1-Feb2018.zip"
 OPENBOOKQA = f"{ALLEN}/open-book-qa/OpenBookQA-V1-Sep2018.zip"
@@ -121,7 +142,13 @@ PIQA = "https://yonatanbisk.com/piqa/data/valid.jsonl"
 SUPER_GLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
 WINOGRANDE = "https://storage.googleapis.com/ai2-mosaic/public/winogrande/winogrande_1.1.zip"
 BOOK_TEST = "http://www.thespermwhale.com/jaseweston/babi/CBTest.tgz"
+COMMON_NOUNS = "CBTest/data/cbtest_CN_test_2500ex.txt"
+NAMED_ENTITIES = "CBTest/data/cbtest_NE_test_2500ex.txt"
+OPENAI_LAMBADA = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
+PLAIN_LAMBADA = "https://zenodo.org/record/2630551/files/lambada-dataset.tar.gz"
+PLAIN_FILE = "lambada_test_plain_text.txt"
 BY_SUM = ("accuracy_by_sum",)
+GREEDY = ("accuracy",)
 CLEANED = ("accuracy_per_character", "accuracy_by_sum")
 
 ROWS = (
@@ -142,12 +169,11 @@ ROWS = (
     # Whom a sentence refers to (Sakaguchi et al. 2019).
     ChoiceTask("winogrande", WINOGRANDE, "winogrande_1.1/dev.jsonl", _winogrande, 2, 0.5, BY_SUM),
     # The missing noun or name in a story (Hill et al. 2015).
-    ChoiceTask(
-        "cbt-common-nouns", BOOK_TEST, "CBTest/data/cbtest_CN_test_2500ex.txt", _book_test, 10, 0.1, BY_SUM
-    ),
-    ChoiceTask(
-        "cbt-named-entities", BOOK_TEST, "CBTest/data/cbtest_NE_test_2500ex.txt", _book_test, 10, 0.1, BY_SUM
-    ),
+    ChoiceTask("cbt-common-nouns", BOOK_TEST, COMMON_NOUNS, _book_test, 10, 0.1, BY_SUM, "blocks"),
+    ChoiceTask("cbt-named-entities", BOOK_TEST, NAMED_ENTITIES, _book_test, 10, 0.1, BY_SUM, "blocks"),
+    # Paperno et al. 2016: as prepared by OpenAI, and as published (lower case, punctuation split off).
+    ChoiceTask("lambada", OPENAI_LAMBADA, "lambada_test.jsonl", _lambada, 1, None, GREEDY),
+    ChoiceTask("lambada-plain", PLAIN_LAMBADA, PLAIN_FILE, _lambada_plain, 1, None, GREEDY, "lines"),
 )
 CHOICE_TASKS = {task.name: task for task in ROWS}
 
@@ -155,13 +181,15 @@ CHOICE_TASKS = {task.name: task for task in ROWS}
 def read_questions(task: ChoiceTask, path: Path) -> Iterator[Question]:
     """Every question of a task's file. Raises ValueError, naming the line, for an invalid one."""
     with path.open("rb") as file:
-        records = _read_blocks(file) if task.read is _book_test else enumerate(file, start=1)
+        records: Iterable[tuple[int, Any]] = (
+            _read_blocks(file) if task.records == "blocks" else enumerate(file, start=1)
+        )
         for number, record in records:
             try:
-                question = task.read(record if isinstance(record, list) else json.loads(record))
+                question = task.read(json.loads(record) if task.records == "json" else record)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 raise ValueError(
-                    f"{path}, line {number} is not a question of {task.name}: download the file again"
+                    f"{path}, line {number} is not a {task.kind} of {task.name}: download the file again"
                 ) from None
             _check(question, task, f"{path}, line {number}")
             yield question
@@ -180,20 +208,31 @@ def _check(question: Question, task: ChoiceTask, where: str) -> None:
     count = len(question.endings)
     if not isinstance(question.context, str):
         raise ValueError(f"{where}: its context {question.context!r} is not text")
-    if task.endings not in {None, count} or count < 2:
+    if task.endings == 1 and not question.context.strip():
+        raise ValueError(f"{where}: {question.endings[0][1:41]!r} has no word before its last word")
+    if task.endings not in {None, count} or (task.endings is None and count < 2):
         raise ValueError(f"{where} has {count} endings, but {task.name} has {task.endings or 'at least 2'}")
     if not 0 <= question.answer < count:
         raise ValueError(f"{where}: the answer {question.answer} is not between 0 and {count - 1}")
 
 
-def encode_question(question: Question, tokenizer: Tokenizer) -> Choice:
+def encode_question(question: Question, tokenizer: Tokenizer, context_length: int) -> Choice | Passage:
     """A question as ids, the context and each ending encoded separately, as in build-nanogpt and lm-eval.
 
-    An empty context becomes the end-of-text id.
+    An empty context becomes the end-of-text id. With one ending it is a passage, and the first ids of one
+    that is too long are dropped. Raises ValueError for such an ending without room for an id before it.
     """
+    context = tokenizer.encode(question.context) or [tokenizer.end_of_text]
+    endings = tuple(tuple(tokenizer.encode(ending)) for ending in question.endings)
+    if len(endings) == 1:
+        (word,) = endings
+        if len(word) > context_length:
+            text = question.endings[0][:40]
+            raise ValueError(f"the word {text!r} does not fit the model's context of {context_length}")
+        return Passage([*context[-(context_length + 1 - len(word)) :], *word], len(word))
     return Choice(
-        tuple(tokenizer.encode(question.context)) or (tokenizer.end_of_text,),
-        tuple(tuple(tokenizer.encode(ending)) for ending in question.endings),
+        tuple(context),
+        endings,
         tuple(len(ending.removeprefix(" ")) for ending in question.endings),
         question.answer,
         tuple(tuple(tokenizer.encode(lead)) for lead in question.leads),

@@ -11,7 +11,7 @@ from overnight.distributed.launcher import divide_cores, use_new_rendezvous_stor
 from overnight.distributed.processes import run_processes
 from overnight.distributed.world import count_processes, join_world
 from overnight.evaluation import EvaluateConfig
-from overnight.evaluation.results import evaluate_models, open_evaluated_models, open_inputs
+from overnight.evaluation.results import evaluate_models, open_evaluated_models
 from overnight.evaluation.tasks import split_names
 from overnight.terminal import echo, quiet
 
@@ -25,8 +25,7 @@ def run(config: EvaluateConfig) -> None:
     with join_world(config.device, TIMEOUT_SECONDS) as world, quiet(not world.is_main):
         with world.raise_together():
             models = open_evaluated_models(config, world.device)
-            inputs = open_inputs(config, models)
-        results = evaluate_models(models, inputs, config, world)
+        results = evaluate_models(models, config, world)
         if config.json and world.is_main:
             sys.stdout.write(json.dumps(results.to_dict(), allow_nan=False) + "\n")
         echo(f'next: overnight generate {config.model} "Once upon a time"')

@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import chain, islice
@@ -32,9 +32,7 @@ from overnight.tokenizer.tokenizer import Tokenizer
 from overnight.training.compute import autocast
 
 DEFAULT_NEW_TOKENS = 256  # of the harness's own HFLM, for a task that does not set it
-GENERATION_SETTINGS = frozenset(
-    {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "num_beams"}
-)
+GENERATION_SETTINGS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"})
 TOKENS_AT_ONCE = 8192  # prompts and completions together: 600 MB for GPT-2 124M
 EMPTY_SPAN = SpanResult(0.0, True)
 
@@ -100,20 +98,16 @@ def build_lm(model: GPT, tokenizer: Tokenizer, precision: str, terminal: TextIO 
     return OvernightLM(model, tokenizer, precision, terminal)
 
 
-def parse_request(settings: Mapping[str, Any]) -> tuple[Decoding, tuple[str, ...]]:
-    """Decoding and stop strings of a task's `generation_kwargs`.
-
-    Raises ValueError for settings that are not supported.
-    """
+def parse_request(settings: Mapping[str, Any]) -> Decoding:
+    """A task's `generation_kwargs`. Raises ValueError for settings that are not supported."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     values = dict(normalize_gen_kwargs(dict(settings), DEFAULT_NEW_TOKENS))
-    unsupported = [f"{name}={value}" for name, value in values.items() if name not in GENERATION_SETTINGS]
-    if values.get("num_beams", 1) != 1:
-        unsupported.append(f"num_beams={values['num_beams']}")
+    others = {name: value for name, value in values.items() if name not in GENERATION_SETTINGS}
+    unsupported = [f"{name}={value}" for name, value in others.items() if (name, value) != ("num_beams", 1)]
     if unsupported:
         raise ValueError(
-            f"a task of lm-eval uses generation settings {', '.join(unsupported)}that are not supported"
+            f"a task of lm-eval uses generation settings {', '.join(unsupported)} that are not supported"
         )
     sampling = SamplingConfig(temperature=0.0)
     if values["do_sample"]:
@@ -122,8 +116,8 @@ def parse_request(settings: Mapping[str, Any]) -> tuple[Decoding, tuple[str, ...
             top_k=values.get("top_k") or None,
             top_p=values.get("top_p"),
         )
-    decoding = Decoding(max_new_tokens=values["max_gen_toks"], sampling=sampling)
-    return decoding, tuple(text for text in values["until"] if text)
+    stop = tuple(text for text in values["until"] if text)
+    return Decoding(max_new_tokens=values["max_gen_toks"], sampling=sampling, stop=stop)
 
 
 def _load(names: Sequence[str], index: Any) -> dict[str, dict[str, Any]]:
@@ -211,12 +205,12 @@ def _find_tasks(names: Sequence[str], folder: str | Path | None) -> Any:
 def _isolated() -> Iterator[None]:
     """Context manager: nothing is printed and no warning shown; restores all random states at the end."""
     states = random.getstate(), np.random.get_state()
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
-        stack.enter_context(warnings.catch_warnings())
-        stack.enter_context(redirect_stdout(StringIO()))
-        stack.enter_context(redirect_stderr(StringIO()))
-        warnings.simplefilter("ignore")
+    with (
+        torch.random.fork_rng(range(torch.cuda.device_count())),
+        warnings.catch_warnings(action="ignore"),
+        redirect_stdout(StringIO()),
+        redirect_stderr(StringIO()),
+    ):
         try:
             yield
         finally:
@@ -276,11 +270,11 @@ class EvalHarnessLM:
         context_length = self.model.config.context_length
         texts = [""] * len(requests)
         prompts = self.tokenizer.encode_batch([request.args[0] for request in requests])
-        groups: dict[tuple[Decoding, tuple[str, ...]], list[int]] = {}
+        groups: dict[Decoding, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(parse_request(request.args[1]), []).append(index)
         with redirect_stderr(self.terminal), progress("completions", len(requests), "texts") as advance:
-            for (decoding, stop), indices in groups.items():
+            for decoding, indices in groups.items():
                 room = context_length - decoding.max_new_tokens
                 if room < 1:
                     raise ValueError(
@@ -291,9 +285,7 @@ class EvalHarnessLM:
                 for first_row, batch in _batches(rows, decoding.max_new_tokens):
                     part = replace(decoding, first_row=first_row)
                     with autocast(self.model.wte.weight.device.type, self.precision):
-                        found = complete(
-                            self.model, self.tokenizer, [rows[each] for each in batch], part, stop
-                        )
+                        found = complete(self.model, self.tokenizer, [rows[each] for each in batch], part)
                     for index, completion in zip(batch, found, strict=True):
                         texts[index] = completion.text
                     advance(len(batch))

@@ -15,16 +15,14 @@ from overnight.data.dataset import Dataset, MixtureDataset, open_dataset
 from overnight.data.loader import Batch
 from overnight.data.mixture import Concatenation
 from overnight.distributed.world import World
-from overnight.evaluation.passages import cut_windows, evaluate_passages
+from overnight.evaluation.passages import cut_windows, evaluate_passages, gather_results
 from overnight.evaluation.perplexity import (
     TextLoss,
     evaluate_language_model,
     evaluation_rows,
     text_units,
 )
-from overnight.evaluation.references import VALIDATION_LOSSES
-from overnight.evaluation.scores import Numbers, Score, score_text
-from overnight.evaluation.tasks import gather_results
+from overnight.evaluation.scores import VALIDATION_LOSSES, Numbers, Score, TaskResult, score_text
 from overnight.model.gpt import GPT
 from overnight.preparation.prepare import ensure_prepared
 from overnight.terminal import progress
@@ -100,11 +98,8 @@ class ValidationSet:
             advance(windows[index].scored * world.size)
         token_bytes = self.dataset.tokenizer.token_bytes()
         targets_N = torch.from_numpy(np.concatenate([ids[1:] for ids in texts]))
-        return TextLoss(
-            nats=tuple(numbers[0] for numbers in gather_results(own, world)),
-            tokens=tuple(window.scored for window in windows),
-            units=text_units(token_bytes, torch.bincount(targets_N, minlength=len(token_bytes))),
-        )
+        units = text_units(token_bytes, torch.bincount(targets_N, minlength=len(token_bytes)))
+        return TaskResult(windows, gather_results(own, world)).text_loss(units)
 
 
 def open_validation_set(config: DataConfig, tokens: int | None, stride: int | None) -> ValidationSet:

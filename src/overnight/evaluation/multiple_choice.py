@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from overnight.distributed.world import SINGLE_PROCESS, World
-from overnight.evaluation.passages import batches_by_length, padded
+from overnight.evaluation.passages import Passage, batches_by_length, padded
 from overnight.model.gpt import GPT, eval_mode
 from overnight.training.compute import autocast
 
@@ -60,19 +61,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class PackedQuestion:
-    """A row: a context and some of its endings."""
+    """A row: a context and some of its branches."""
 
-    question: int
-    """Index of the question."""
     context: tuple[int, ...]
-    endings: tuple[int, ...]
-    """Indices of the endings in this row."""
-    choice: Choice
+    branches: tuple[Passage, ...]
+    """Leads and endings, of which the endings are scored."""
 
     @property
     def parts(self) -> list[tuple[int, ...]]:
         """The ids after the context: the branches without their last ids, which are only targets."""
-        return [self.choice.branch(index)[:-1] for index in self.endings]
+        return [tuple(branch.ids[:-1]) for branch in self.branches]
 
     def __len__(self) -> int:
         return len(self.context) + sum(map(len, self.parts))
@@ -129,9 +127,9 @@ def evaluate_choices(
     with eval_mode(model), autocast(device, precision):
         for batch in batches[world.rank :: world.size]:
             rows = [row for index in batch for row in packed[index]]
-            nats = _evaluate_rows(rows, model, ids_at_once, multiple)
+            nats = iter(_evaluate_rows(rows, model, ids_at_once, multiple))
             for index in batch:
-                yield index, tuple(nats[index, ending] for ending in range(len(choices[index].endings)))
+                yield index, tuple(islice(nats, len(choices[index].endings)))
 
 
 def pack_question(index: int, choice: Choice, context_length: int) -> list[PackedQuestion]:
@@ -139,7 +137,8 @@ def pack_question(index: int, choice: Choice, context_length: int) -> list[Packe
 
     The context is cut on the left so that it fits with the longest ending.
     """
-    longest = max(len(choice.branch(ending)) for ending in range(len(choice.endings))) - 1
+    branches = [Passage(choice.branch(number), len(each)) for number, each in enumerate(choice.endings)]
+    longest = max(len(branch.ids) for branch in branches) - 1
     if longest >= context_length or not choice.context or not all(choice.endings):
         raise ValueError(
             f"question {index + 1}, with {len(choice.context)} tokens before endings of "
@@ -147,20 +146,20 @@ def pack_question(index: int, choice: Choice, context_length: int) -> list[Packe
             f"of {context_length}"
         )
     context = choice.context[-(context_length - longest) :]
-    rows = [PackedQuestion(index, context, (0,), choice)]
-    for ending in range(1, len(choice.endings)):
-        extended = PackedQuestion(index, context, (*rows[-1].endings, ending), choice)
+    rows = [PackedQuestion(context, (branches[0],))]
+    for branch in branches[1:]:
+        extended = PackedQuestion(context, (*rows[-1].branches, branch))
         if len(extended) <= context_length:
             rows[-1] = extended
         else:
-            rows.append(PackedQuestion(index, context, (ending,), choice))
+            rows.append(PackedQuestion(context, (branch,)))
     return rows
 
 
 def _evaluate_rows(
     rows: Sequence[PackedQuestion], model: GPT, ids_at_once: int, multiple: int
-) -> dict[tuple[int, int], float]:
-    """The nats of each ending, by (index of the question, index of the ending)."""
+) -> list[float]:
+    """The nats of each ending, in the order of the rows and their branches."""
     device = model.wte.weight.device
     T = min(padded(max(map(len, rows)), multiple), model.config.context_length)
     ids_BT = torch.zeros(len(rows), T, dtype=torch.long)
@@ -172,20 +171,18 @@ def _evaluate_rows(
         ids = [*row.context, *(token for part in row.parts for token in part)]
         ids_BT[number, : len(row)] = torch.tensor(ids)
         start = number * T + len(row.context)
-        for index, part in zip(row.endings, row.parts, strict=True):
+        for branch, part in zip(row.branches, row.parts, strict=True):
             # The first id of a branch is predicted by the last id of the context.
             positions = [number * T + len(row.context) - 1, *range(start, start + len(part))]
-            ending = row.choice.endings[index]
-            predicting += [numbers.setdefault(each, len(numbers)) for each in positions[-len(ending) :]]
-            targets += ending
-            lengths.append(len(ending))
+            predicting += [numbers.setdefault(each, len(numbers)) for each in positions[-branch.scored :]]
+            targets += branch.ids[-branch.scored :]
+            lengths.append(branch.scored)
             start += len(part)
     hidden_BTC = model.trunk(ids_BT.to(device), TreeMask(rows, T, device))
     hidden_NC = hidden_BTC.flatten(0, 1)[torch.tensor(list(numbers), device=device)]
     predicting_M, targets_M = torch.tensor(predicting, device=device), torch.tensor(targets, device=device)
     nats_M = _target_nats(hidden_NC, predicting_M, targets_M, model, ids_at_once).cpu().double()
-    keys = [(row.question, index) for row in rows for index in row.endings]
-    return {key: part.sum().item() for key, part in zip(keys, torch.split(nats_M, lengths), strict=True)}
+    return [part.sum().item() for part in torch.split(nats_M, lengths)]
 
 
 def _target_nats(

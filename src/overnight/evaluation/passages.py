@@ -7,7 +7,8 @@ Shapes: B rows, T positions of a row, C channels, N target ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,6 +102,13 @@ def batches_by_length(sizes: Sequence[tuple[int, int]], tokens: int, multiple: i
         batch_rows += rows
     if batch:
         yield batch
+
+
+def gather_results(own: Iterable[tuple[int, tuple[float, ...]]], world: World) -> list[tuple[float, ...]]:
+    """The results of all processes, by index of their examples."""
+    shares = world.all_gather_object(json.dumps(list(own)))
+    found = {index: tuple(numbers) for share in shares for index, numbers in json.loads(share)}
+    return [found[index] for index in range(len(found))]
 
 
 def padded(length: int, multiple: int) -> int:

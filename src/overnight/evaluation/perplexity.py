@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from overnight.data.loader import Batch
 from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.evaluation.passages import LOGITS_AT_ONCE, gather_results
 from overnight.model.gpt import GPT, eval_mode
 from overnight.model.kernels import find_documents
 from overnight.model.loss import cross_entropy_nats
 from overnight.training.compute import autocast
 
-LOGITS_AT_ONCE = 1024  # positions: all logits of a batch would take gigabytes, and more time
 BATCH_TOKENS = 8192
 
 Unit = Literal["token", "word", "byte", "character"]
@@ -104,11 +103,13 @@ def evaluate_language_model(
     device = torch.device(world.device) if world.size > 1 else model.wte.weight.device
     counts_V = torch.zeros(len(token_bytes), dtype=torch.long)  # of each id among the targets
     tokens: list[int] = []
-    own: list[list[float]] = []
+    own: list[tuple[int, tuple[float]]] = []
     remaining = iter(batches)
     with eval_mode(model), torch.no_grad(), autocast(device.type, precision):
         while waiting := list(islice(remaining, world.size)):
+            starts = []  # index of each batch's first example
             for targets_N in (batch.targets.flatten() for batch in waiting):
+                starts.append(len(tokens))
                 counts_V += torch.bincount(targets_N, minlength=len(token_bytes))
                 tokens += map(len, torch.split(targets_N, LOGITS_AT_ONCE))
             # If too few batches are left, a process reads another's: all run the same number of forward
@@ -119,22 +120,13 @@ def evaluate_language_model(
             hidden_NC = model.trunk(ids_BT, documents=documents).flatten(0, 1)
             if world.rank < len(waiting):
                 parts = (torch.split(each, LOGITS_AT_ONCE) for each in (hidden_NC, targets_N))
-                own.append(
-                    [
-                        cross_entropy_nats(model.head(hidden[None]), targets[None]).item()
-                        for hidden, targets in zip(*parts, strict=True)
-                    ]
-                )
+                for index, (hidden, targets) in enumerate(zip(*parts, strict=True), starts[world.rank]):
+                    own.append((index, (cross_entropy_nats(model.head(hidden[None]), targets[None]).item(),)))
     units = text_units(token_bytes, counts_V)
     if not units["byte"]:
         raise ValueError("the validation split is empty: it has nothing to evaluate on")
-    # Batch i was evaluated by process i % world.size.
-    rounds = zip_longest(*map(json.loads, world.all_gather_object(json.dumps(own))), fillvalue=())
-    return TextLoss(
-        nats=tuple(nats for one_round in rounds for batch_nats in one_round for nats in batch_nats),
-        tokens=tuple(tokens),
-        units=units,
-    )
+    nats = tuple(nats for (nats,) in gather_results(own, world))
+    return TextLoss(nats=nats, tokens=tuple(tokens), units=units)
 
 
 def evaluation_rows(model: GPT) -> int:

@@ -16,9 +16,8 @@ from overnight.evaluation import EvaluateConfig
 from overnight.evaluation.harness import HarnessScore, check_harness, harness_scores
 from overnight.evaluation.held_out import ValidationSet, open_validation_set
 from overnight.evaluation.perplexity import Evaluation
-from overnight.evaluation.result_cache import evaluate_cached
 from overnight.evaluation.scores import AccuracyComparison, LossComparison, Score
-from overnight.evaluation.tasks import Task, TaskNames, open_task, split_names
+from overnight.evaluation.tasks import evaluate_cached, open_task, split_names
 from overnight.recipe import Recipe, read_recipe_of
 from overnight.run_directory import finite_values
 from overnight.terminal import echo
@@ -34,15 +33,6 @@ class EvaluatedModel:
     """The run's recipe; None for any other model."""
     precision: str
     """The run's precision; fp32 for any other model."""
-
-
-@dataclass(frozen=True)
-class EvaluationInputs:
-    """The examples that every model is evaluated on."""
-
-    names: TaskNames
-    validation: ValidationSet | None
-    tasks: list[Task]
 
 
 @dataclass(kw_only=True)
@@ -77,8 +67,7 @@ class EvaluationResults:
 
 def evaluate_opened(opened: OpenedModel, config: EvaluateConfig) -> EvaluationResults:
     """Evaluate a model that is already open, in this process. Raises ValueError for an invalid task."""
-    models = [_evaluated_model(opened, config.model)]
-    return evaluate_models(models, open_inputs(config, models), config, SINGLE_PROCESS)
+    return evaluate_models([_evaluated_model(opened, config.model)], config, SINGLE_PROCESS)
 
 
 def open_evaluated_models(config: EvaluateConfig, device: str) -> list[EvaluatedModel]:
@@ -94,16 +83,6 @@ def open_evaluated_models(config: EvaluateConfig, device: str) -> list[Evaluated
 def _evaluated_model(opened: OpenedModel, name: str) -> EvaluatedModel:
     recipe = read_recipe_of(opened.run) if opened.run else None
     return EvaluatedModel(opened, name, recipe, (recipe.compute.precision if recipe else None) or "fp32")
-
-
-def open_inputs(config: EvaluateConfig, models: Sequence[EvaluatedModel]) -> EvaluationInputs:
-    """Open all inputs before anything is evaluated. Raises ValueError for one that cannot be."""
-    names = split_names(config.tasks)
-    validation = _open_validation(config, models) if names.validation else None
-    if names.harness:
-        check_harness(names.harness, config.task_files)
-    tasks = [open_task(name, config.task_files, config.examples, config.stride) for name in names.own]
-    return EvaluationInputs(names, validation, tasks)
 
 
 def _open_validation(config: EvaluateConfig, models: Sequence[EvaluatedModel]) -> ValidationSet:
@@ -122,19 +101,27 @@ def _open_validation(config: EvaluateConfig, models: Sequence[EvaluatedModel]) -
 
 
 def evaluate_models(
-    models: Sequence[EvaluatedModel], inputs: EvaluationInputs, config: EvaluateConfig, world: World
+    models: Sequence[EvaluatedModel], config: EvaluateConfig, world: World
 ) -> EvaluationResults:
-    """The first model's results, compared with the second's if there is one; each table is printed."""
-    model = models[0]
+    """The first model's results, compared with the second's if there is one; each table is printed.
+
+    All inputs are opened before anything is evaluated. Raises ValueError for one that cannot be.
+    """
+    model, names = models[0], split_names(config.tasks)
+    with world.raise_together():
+        validation = _open_validation(config, models) if names.validation else None
+        if names.harness:
+            check_harness(names.harness, config.task_files)
+        tasks = [open_task(name, config.task_files, config.examples, config.stride) for name in names.own]
     results = EvaluationResults(model=model.name, precision=model.precision)
-    if inputs.validation is not None:
-        losses = [inputs.validation.measure(each.opened.model, each.precision, world) for each in models]
+    if validation is not None:
+        losses = [validation.measure(each.opened.model, each.precision, world) for each in models]
         results.validation = losses[0].summary()
-        results.scores += inputs.validation.score(losses)
+        results.scores += validation.score(losses)
         for line in describe_scores(results.scores):
             echo(line)
-        echo(f"  of {inputs.validation.dataset.folder}, in {model.precision}")
-    for task in inputs.tasks:
+        echo(f"  of {validation.dataset.folder}, in {model.precision}")
+    for task in tasks:
         found = [
             evaluate_cached(task, each.opened.model, each.opened.tokenizer, each.precision, world)
             for each in models
@@ -143,10 +130,10 @@ def evaluate_models(
         results.scores += scores
         for line in describe_scores(scores):
             echo(line)
-    if inputs.names.harness and world.is_main:
-        opened, names, folder = model.opened, inputs.names.harness, config.task_files
+    if names.harness and world.is_main:
+        opened, folder = model.opened, config.task_files
         results.harness = harness_scores(
-            opened.model, opened.tokenizer, names, model.precision, folder, config.examples
+            opened.model, opened.tokenizer, names.harness, model.precision, folder, config.examples
         )
         for score in results.harness:
             echo(str(score))

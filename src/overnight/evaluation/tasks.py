@@ -1,6 +1,7 @@
 """Tasks by name: multiple-choice questions, passages with a last word to predict, and texts.
 
-The result of an example is a few numbers, so that it can be written to a file and read again.
+The result of an example is a few numbers, so that it can be written to a file: an interrupted evaluation
+continues.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ import hashlib
 import http.client
 import io
 import json
+import shutil
 import tarfile
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
+from overnight import __version__
 from overnight.config import nearest
 from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.evaluation.choice_tasks import (
@@ -26,28 +32,19 @@ from overnight.evaluation.choice_tasks import (
     read_questions,
 )
 from overnight.evaluation.multiple_choice import Choice, evaluate_choices
-from overnight.evaluation.passages import Passage, evaluate_passages
+from overnight.evaluation.passages import Passage, cut_windows, evaluate_passages, gather_results
 from overnight.evaluation.scores import Example, Numbers, Score, TaskResult, score_accuracy, score_text
-from overnight.evaluation.text_tasks import (
-    CLOZE_TASKS,
-    TEXT_TASKS,
-    Cloze,
-    ClozeTask,
-    EvaluationText,
-    TextTask,
-    encode_cloze,
-    encode_text,
-)
+from overnight.evaluation.text_tasks import TEXT_TASKS, EvaluationText, TextTask
 from overnight.model.gpt import GPT
 from overnight.run_directory import cache_folder, write_atomically
-from overnight.terminal import echo
+from overnight.terminal import echo, progress
 from overnight.tokenizer.tokenizer import Tokenizer
 
 EXAMPLE_CHARACTERS = 1000  # characters of a text that count as one example
 
 VALIDATION = "validation"
 HARNESS = "lm-eval:"
-TASKS: tuple[str, ...] = (*CHOICE_TASKS, *CLOZE_TASKS, *TEXT_TASKS)
+TASKS: tuple[str, ...] = (*CHOICE_TASKS, *TEXT_TASKS)
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,8 @@ def split_names(tasks: Sequence[str]) -> TaskNames:
 class Task:
     """A task whose file has been read."""
 
-    row: ChoiceTask | ClozeTask | TextTask
-    content: Sequence[Question | Cloze] | EvaluationText
+    row: ChoiceTask | TextTask
+    content: Sequence[Question] | EvaluationText
     stride: int | None = None
     """New ids of each window of a text; a whole context if None."""
 
@@ -97,27 +94,22 @@ class Task:
     def encode(self, tokenizer: Tokenizer, context_length: int) -> list[Example]:
         """The examples as ids. Raises ValueError for one that does not fit the context."""
         if isinstance(self.content, EvaluationText):
-            return [*encode_text(self.content.text, tokenizer, context_length, self.stride)]
-        return [
-            encode_question(each, tokenizer)
-            if isinstance(each, Question)
-            else encode_cloze(each, tokenizer, context_length)
-            for each in self.content
-        ]
+            ids = [tokenizer.end_of_text, *tokenizer.encode(self.content.text)]
+            return [*cut_windows(ids, context_length, self.stride)]
+        return [encode_question(each, tokenizer, context_length) for each in self.content]
 
     def score(self, results: Sequence[TaskResult]) -> list[Score]:
         """Every metric of the model's result, compared with the baseline's if there is a second one."""
-        if isinstance(self.row, ChoiceTask):
-            return [
-                score_accuracy(self.name, metric, "questions", results, self.row.chance)
-                for metric in self.row.metrics
-            ]
-        if isinstance(self.row, TextTask):
-            units = self.content.units() if isinstance(self.content, EvaluationText) else None
-            return score_text(self.name, self.row.metrics, [each.text_loss(units) for each in results])
-        accuracy = score_accuracy(self.name, "accuracy", "passages", results)
-        losses = [each.text_loss(None) for each in results]
-        return [accuracy, *score_text(self.name, ("perplexity_per_word",), losses, "passages")]
+        if isinstance(self.content, EvaluationText):
+            losses = [each.text_loss(self.content.units()) for each in results]
+            return score_text(self.name, self.row.metrics, losses)
+        assert isinstance(self.row, ChoiceTask)
+        kind, chance = f"{self.row.kind}s", self.row.chance
+        scores = [score_accuracy(self.name, metric, kind, results, chance) for metric in self.row.metrics]
+        if self.row.endings == 1:
+            losses = [each.text_loss(None) for each in results]
+            scores += score_text(self.name, ("perplexity_per_word",), losses, kind)
+        return scores
 
 
 def open_task(
@@ -128,14 +120,14 @@ def open_task(
     For a text these are `most` thousand characters; `stride` is the number of new ids in each window of it.
     Raises ValueError for a missing, damaged or empty file.
     """
-    row = CHOICE_TASKS.get(name) or CLOZE_TASKS.get(name) or TEXT_TASKS[name]
+    row = CHOICE_TASKS.get(name) or TEXT_TASKS[name]
     path = find_file(row.file, row.url, folder)
-    content: Sequence[Question | Cloze] | EvaluationText
+    content: Sequence[Question] | EvaluationText
     if isinstance(row, TextTask):
         content = row.read(path, None if most is None else most * EXAMPLE_CHARACTERS)
         is_empty = not content.text.strip()
     else:
-        content = list(read_questions(row, path)) if isinstance(row, ChoiceTask) else row.read(path)
+        content = list(read_questions(row, path))
         is_empty, content = not content, content[:most]
     if is_empty:
         raise ValueError(f"{path} is empty: download it again")
@@ -156,11 +148,65 @@ def evaluate_task(
     yield from evaluate_passages(model, passages, precision, world)
 
 
-def gather_results(own: Iterable[tuple[int, Numbers]], world: World) -> list[Numbers]:
-    """The results of all processes, by index of their examples."""
-    shares = world.all_gather_object(json.dumps(list(own)))
-    found = {index: tuple(numbers) for share in shares for index, numbers in json.loads(share)}
-    return [found[index] for index in range(len(found))]
+def evaluate_cached(task: Task, model: GPT, tokenizer: Tokenizer, precision: str, world: World) -> TaskResult:
+    """The model's results on every example, the same in all processes, with a progress bar.
+
+    Each result is written to a file at once, so that an interrupted evaluation continues:
+
+        judged/<key>/<rank>.jsonl   a line per example: [index, result]
+
+    The folder is deleted when all results are complete.
+    """
+    examples = task.encode(tokenizer, model.config.context_length)
+    folder = cache_folder() / "judged" / cache_key(model, examples, precision)
+    known = _read_results(folder)
+    world.barrier()  # all processes have read before one writes
+    missing = [index for index in range(len(examples)) if index not in known]
+    own = list(known.items()) if world.is_main else []
+    with progress(task.name, len(examples), "examples") as advance:
+        advance(len(known))
+        rest = evaluate_task(model, [examples[index] for index in missing], precision, world)
+        for done, (position, numbers) in enumerate(rest):
+            own.append((missing[position], numbers))
+            folder.mkdir(parents=True, exist_ok=True)  # only now: invalid examples leave no folder behind
+            with (folder / f"{world.rank}.jsonl").open("a") as file:
+                file.write("\n" + json.dumps(own[-1]))  # a new line, since the last may be incomplete
+            # Other processes are assumed to be as fast; the last of them may have no example left.
+            advance(min(world.size, max(0, len(missing) - world.size * done)))
+    gathered = gather_results(own, world)
+    if world.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    return TaskResult(examples, gathered)
+
+
+def cache_key(model: GPT, examples: Sequence[Example], precision: str) -> str:
+    """A hash of all that decides the results: weights, examples, precision, device type, package version."""
+    device = model.wte.weight.device.type
+    digest = hashlib.sha256(json.dumps([__version__, precision, device, str(model.config)]).encode())
+    for name, weight in sorted(model.weights().items()):
+        digest.update(name.encode())
+        digest.update(weight.contiguous().cpu().numpy().data)
+    for example in examples:
+        parts = (
+            [example.context, *example.leads, *example.endings]
+            if isinstance(example, Choice)
+            else [example.ids, [example.scored]]
+        )
+        for part in parts:
+            digest.update(np.asarray(part, dtype=np.int64).data)
+            digest.update(b"|")
+    return digest.hexdigest()
+
+
+def _read_results(folder: Path) -> dict[int, Numbers]:
+    """The results of earlier processes; incomplete lines are ignored."""
+    found: dict[int, Numbers] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            with suppress(ValueError):
+                index, numbers = json.loads(line)
+                found[index] = tuple(numbers)
+    return found
 
 
 # ---------------------------------------------------------------- official files

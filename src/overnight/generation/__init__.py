@@ -8,6 +8,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+EMPTY_STOP = "stop contains an empty text, which would end every completion; leave it out"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -63,5 +65,5 @@ class GenerateConfig(SamplingConfig):
         if self.samples < 1:
             found.append(f"samples={self.samples} must be at least 1")
         if "" in self.stop:
-            found.append("stop contains an empty text, which would end every completion; leave it out")
+            found.append(EMPTY_STOP)
         return found

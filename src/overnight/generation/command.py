@@ -29,7 +29,7 @@ def run(config: GenerateConfig) -> None:
     opened = open_model(config.model)
     opened.model.to(device)
     prepare_for_generation(opened.model, precision)
-    decoding = Decoding(max_new_tokens=config.max_new_tokens, sampling=config)
+    decoding = Decoding(max_new_tokens=config.max_new_tokens, sampling=config, stop=config.stop)
     started_at = time.perf_counter()
     if config.json or config.samples > 1 or len(config.prompts) > 1:
         tokens = _print_completions(config, opened, decoding, precision)
@@ -46,7 +46,7 @@ def run(config: GenerateConfig) -> None:
 def _print_stream(config: GenerateConfig, opened: OpenedModel, decoding: Decoding) -> int:
     """Stream the one completion after its prompt; returns the number of tokens."""
     prompt = "".join(config.prompts)
-    pieces = stream_text(opened.model, opened.tokenizer, prompt, decoding, config.stop)
+    pieces = stream_text(opened.model, opened.tokenizer, prompt, decoding)
     _print(prompt)
     count = 0
     for piece in pieces:
@@ -69,7 +69,7 @@ def _print_completions(
     for first in range(0, total, BATCH_ROWS):
         batch = [prompts[row // config.samples] for row in range(first, min(first + BATCH_ROWS, total))]
         part = dataclasses.replace(decoding, first_row=first)
-        completions = complete(model, tokenizer, batch, part, config.stop)
+        completions = complete(model, tokenizer, batch, part)
         for row, (prompt, completion) in enumerate(zip(batch, completions, strict=True), start=first):
             tokens += len(completion.ids)
             if config.json:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from overnight.generation import SamplingConfig
+from overnight.generation import EMPTY_STOP, SamplingConfig
 from overnight.generation.sampling import sample
 from overnight.model.gpt import GPT, eval_mode
 from overnight.tokenizer.tokenizer import Tokenizer
@@ -38,6 +38,8 @@ class Decoding:
     None: no id does. `complete` and `stream_text` then use the tokenizer's."""
     vocab_size: int | None = None
     """Draw only ids below this; None: any. `complete` and `stream_text` then use the tokenizer's."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion of `complete` and `stream_text`, and are not part of it."""
     first_row: int = 0
     """Index of the first prompt: a batch drawn in two halves gets the same noise as the whole."""
 
@@ -196,10 +198,9 @@ def complete(
     tokenizer: Tokenizer,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     decoding: Decoding,
-    stop: Sequence[str] = (),
 ) -> list[Completion]:
     """One completion for each prompt (texts, or their ids), all in one batch; errors as in `stream_text`."""
-    writers = [TextWriter(tokenizer, stop) for _ in prompts]
+    writers = [TextWriter(tokenizer, decoding.stop) for _ in prompts]
     rows = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     tokens = TokenGenerator(model, rows, decoding.with_vocabulary(tokenizer))
     for new in tokens:
@@ -210,9 +211,7 @@ def complete(
     return [writer.completion(decoding.max_new_tokens) for writer in writers]
 
 
-def stream_text(
-    model: GPT, tokenizer: Tokenizer, prompt: str, decoding: Decoding, stop: Sequence[str] = ()
-) -> Iterator[str]:
+def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, decoding: Decoding) -> Iterator[str]:
     """Yield the completion in pieces: one for each new id, which may be "", and then the held-back rest.
 
     Together they are `tokenizer.decode` of the new ids, cut before the first stop string. Text that may be
@@ -220,7 +219,7 @@ def stream_text(
     searched for in the completion only, and may begin and end within a token. Raises ValueError, when
     called, for invalid settings and a prompt that does not fit the context.
     """
-    writer = TextWriter(tokenizer, stop)
+    writer = TextWriter(tokenizer, decoding.stop)
     tokens = TokenGenerator(model, [tokenizer.encode(prompt)], decoding.with_vocabulary(tokenizer))
 
     def pieces() -> Iterator[str]:
@@ -238,6 +237,8 @@ def _prompt_problems(model: GPT, prompts: Sequence[Sequence[int]], decoding: Dec
     found = []
     if decoding.max_new_tokens < 0:
         found.append(f"max_new_tokens={decoding.max_new_tokens} must be at least 0")
+    if "" in decoding.stop:
+        found.append(EMPTY_STOP)
     for number, ids in enumerate(prompts, start=1):
         prompt = "the prompt" if len(prompts) == 1 else f"prompt {number}"
         if not ids and decoding.end_of_text is None:
@@ -278,8 +279,6 @@ class TextWriter:
     """Turns one completion's ids into text, releasing only what no later id can change."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        if "" in stop:
-            raise ValueError("stop contains an empty text, which would end every completion; leave it out")
         self._bytes = tokenizer.token_bytes()
         self._stop = tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

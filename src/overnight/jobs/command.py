@@ -8,8 +8,7 @@ from pathlib import Path
 
 from overnight.config import field_types, raise_problems
 from overnight.jobs import LaunchConfig
-from overnight.jobs.request import JobRequest, join_words
-from overnight.jobs.targets import job_file, submit_command
+from overnight.jobs.targets import JobRequest, job_file, join_words, submit_command
 from overnight.preparation.prepare_commands import find_recipe_texts, with_folders
 from overnight.recipe import Recipe, load_recipe, recipe_names
 from overnight.recipe_options import as_option, changed_options, plain_recipe

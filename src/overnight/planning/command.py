@@ -21,27 +21,22 @@ from overnight.hardware import (
     find_memory_bytes,
 )
 from overnight.planning import PlanConfig
-from overnight.planning.costs import (
-    add_assumed_costs,
-    add_fit_options,
-    add_measured_costs,
-    describe_assumption,
-)
-from overnight.planning.estimate import (
-    TokenCounts,
-    count_run,
-    find_token_counts,
-    model_config_of,
-)
+from overnight.planning.estimate import TokenCounts, find_token_counts, model_config_of
 from overnight.planning.network import build_parallel_layout, compare_shardings
-from overnight.planning.page import plan_text
-from overnight.planning.plan import Plan, plan_to_json
+from overnight.planning.page import plan_text, plan_to_json
+from overnight.planning.plan import (
+    Plan,
+    describe_assumption,
+    with_assumed_costs,
+    with_fit_options,
+    with_measured_costs,
+)
 from overnight.recipe import load_recipe
 from overnight.recipe_options import list_options, plain_recipe
 from overnight.run.setup import resolve
 from overnight.terminal import echo
 from overnight.training import Compute
-from overnight.training.compute import resolve_compute
+from overnight.training.compute import complete_compute, resolve_compute
 from overnight.training.memory import Resources, fits_into
 
 UNKNOWN = Device("unknown", r"(?!)", DeviceFacts())
@@ -62,12 +57,8 @@ def plan_recipe(config: PlanConfig, name: str) -> Plan:
     """The plan, measured on this machine or estimated for another device."""
     plan = estimate_plan(config, name)
     if plan.fits is False:
-        add_fit_options(plan)
-    elif config.device_type:
-        add_assumed_costs(plan)
-    else:
-        add_measured_costs(plan, config.seconds)
-    return plan
+        return with_fit_options(plan)
+    return with_assumed_costs(plan) if config.device_type else with_measured_costs(plan, config.seconds)
 
 
 class Target(NamedTuple):
@@ -107,7 +98,6 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
         name=name,
         resolved=resolved,
         text=text,
-        counts=count_run(resolved, text.validation_tokens),
         layout=layout,
         needed_bytes_by_sharding=compare_shardings(resolved, resources),
         device_name=one + layout.describe(target.device_name),
@@ -116,7 +106,6 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
         disk_free_bytes=shutil.disk_usage(Path.cwd()).free if is_here else None,
         load_average=os.getloadavg()[0] if target.device is None else 0.0,
         dollars_per_hour=config.dollars_per_hour and config.dollars_per_hour * config.machines,
-        memory=memory,
         fits=_fits(memory.together, target.memory_bytes, is_here=is_here),
         assumption=None if is_here else describe_assumption(target.device_name, peak_flops or 0, precision),
     )
@@ -155,20 +144,10 @@ def published_target(config: PlanConfig) -> Target:
             f"precision={precision}: {device.name} has no hardware for it; choose {device.facts.native}"
         )
     is_apple = device.facts.memory_bytes is None
-    compute = Compute(
-        device="mps" if is_apple else "cuda",
-        precision=precision,
-        compile=not is_apple if asked.compile is None else asked.compile,
-        attention=asked.attention or "fused",
-        loss=asked.loss or "full",
-        activation_checkpointing=asked.activation_checkpointing,
-        sharding=asked.sharding or "none",
-        deterministic_reduce=asked.deterministic_reduce,
-    )
     return Target(
         device=device,
         device_name=device.name,
-        compute=compute,
+        compute=complete_compute(asked, "mps" if is_apple else "cuda", precision, compiles=not is_apple),
         processes=int(asked.processes or 1),
         memory_bytes=device.facts.memory_bytes,
     )

@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,13 +179,13 @@ class StepCost(NamedTuple):
     """Seconds of each part of the work; 0 where a part is unknown or not counted."""
 
     micro_batch: float
-    update: float
+    update: float = 0.0
     """Duration of the optimizer's update in a step."""
-    start: float
+    start: float = 0.0
     """Additional duration of the first step, mainly compilation."""
-    evaluated_token: float
-    sampled_token: float
-    saved_byte: float
+    evaluated_token: float = 0.0
+    sampled_token: float = 0.0
+    saved_byte: float = 0.0
 
     def step(self, micro_batches: int) -> float:
         """Seconds of a step of `micro_batches`."""
@@ -206,62 +205,3 @@ def predict_seconds(counts: RunCounts, cost: StepCost) -> dict[str, float]:
         "checkpoints": counts.checkpoints * counts.checkpoint_bytes * cost.saved_byte,
         "compilation": cost.start,
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forecast:
-    """Speed, duration and price of a run, under the names of the JSON output."""
-
-    tokens_per_second: float
-    """Tokens per second of the steps alone."""
-    tokens_per_second_range: tuple[float, float]
-    """(slow, fast)."""
-    step_seconds: float
-    micro_batch_seconds: float
-    update_seconds: float
-    mfu: float | None
-    """Model FLOPs utilization; None if the device's peak is not published."""
-    seconds_by_use: dict[str, float]
-    seconds: float
-    seconds_range: tuple[float, float]
-    """(fast, slow)."""
-    ends_at: str | None
-    """ISO time at which a run that starts now ends; None beyond datetime's range."""
-    dollars: float | None
-    dollars_per_billion_tokens: float | None
-
-
-def forecast_run(
-    resolved: Resolved,
-    counts: RunCounts,
-    costs: CostRange,
-    peak_flops: float | None,
-    dollars_per_hour: float | None,
-) -> Forecast:
-    """The forecast of a run from the costs of all its processes and the total peak of their devices."""
-    likely = costs[1]
-    micro_batches = resolved.plan.stages[-1].micro_batches
-    rates = [resolved.recipe.batch.tokens_per_step / cost.step(micro_batches) for cost in costs]
-    totals = [sum(predict_seconds(counts, cost).values()) for cost in costs]
-    dollars = None if dollars_per_hour is None else totals[1] / 3600 * dollars_per_hour
-    return Forecast(
-        tokens_per_second=rates[1],
-        tokens_per_second_range=(rates[2], rates[0]),
-        step_seconds=likely.step(micro_batches),
-        micro_batch_seconds=likely.micro_batch,
-        update_seconds=likely.update,
-        mfu=rates[1] * resolved.model.flops_per_token() / peak_flops if peak_flops else None,
-        seconds_by_use=predict_seconds(counts, likely),
-        seconds=totals[1],
-        seconds_range=(totals[0], totals[2]),
-        ends_at=_ends_at(totals[1]),
-        dollars=dollars,
-        dollars_per_billion_tokens=None if dollars is None else dollars / counts.tokens * 1e9,
-    )
-
-
-def _ends_at(seconds: float) -> str | None:
-    try:
-        return (datetime.now().astimezone() + timedelta(seconds=seconds)).isoformat(timespec="seconds")
-    except OverflowError:
-        return None

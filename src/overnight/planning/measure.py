@@ -39,23 +39,27 @@ SAMPLED_TOKENS = 32
 WRITTEN_BYTES = 64_000_000
 
 
+class MeasuredMemory(NamedTuple):
+    """Memory of one process; None where it is unknown."""
+
+    process_memory_bytes: int = 0
+    """Memory of the process before the model was built; 0 on a GPU, where only tensors are counted."""
+    peak_memory_bytes: int | None = None
+    """Peak in training; on a CPU that of the whole process, mainly torch and its libraries."""
+    evaluation_peak_memory_bytes: int | None = None
+    """Peak in training and evaluation."""
+
+
 class Measurement(NamedTuple):
     """Measurements of one process."""
 
     costs: CostRange
     resolved: Resolved
     """The resolved recipe, with the micro-batch size that fitted."""
-    process_memory_bytes: int
-    """Memory of the process before the model was built; 0 on a GPU, where only tensors are counted."""
-    peak_memory_bytes: int | None
-    """Peak in training; on a CPU that of the whole process. None where it is unknown."""
-    evaluation_peak_memory_bytes: int | None
-    """Peak in training and evaluation."""
+    memory: MeasuredMemory
 
 
-def measure_step_costs(
-    resolved: Resolved, seconds: float, processes: int = 1, *, compiled: bool = True
-) -> Measurement | None:
+def measure_step_costs(resolved: Resolved, seconds: float, processes: int = 1) -> Measurement | None:
     """Train for about `seconds`, with fewer rows per micro-batch if a GPU needs it.
 
     `resolved` is for all `processes`; this one computes any micro-batches of a step, fewer if the time is
@@ -65,7 +69,7 @@ def measure_step_costs(
     started_at = time.perf_counter()
     reset_peak_memory(device)
     process_memory = peak_memory_bytes(device) or 0
-    state, training = build_trial(resolved, compiled=compiled)
+    state, training = build_trial(resolved)
     with progress("measure", None, "steps") as advance:
         first_at = time.perf_counter()
         while not fits(state, training):
@@ -99,9 +103,7 @@ def measure_step_costs(
     return Measurement(
         costs=cost_quartiles(parts, times, micro_batches),
         resolved=resolved,
-        process_memory_bytes=process_memory,
-        peak_memory_bytes=trained_peak,
-        evaluation_peak_memory_bytes=peak_memory_bytes(device),
+        memory=MeasuredMemory(process_memory, trained_peak, peak_memory_bytes(device)),
     )
 
 
@@ -118,18 +120,10 @@ def cost_quartiles(parts: StepCost, step_seconds: Sequence[float], micro_batches
     ]
 
 
-def build_trial(resolved: Resolved, *, compiled: bool = True) -> tuple[TrainState, TrainSetup]:
-    """A new model and its training set-up in this process alone, on random ids.
-
-    Without `compiled`, nothing is compiled, even if the recipe compiles.
-    """
+def build_trial(resolved: Resolved) -> tuple[TrainState, TrainSetup]:
+    """A new model and its training set-up in this process alone, on random ids."""
     model, world = resolved.model, World(rank=0, size=1, device=resolved.compute.device)
-    compute = dataclasses.replace(
-        resolved.compute,
-        sharding="none",
-        deterministic_reduce=False,
-        compile=compiled and resolved.compute.compile,
-    )
+    compute = dataclasses.replace(resolved.compute, sharding="none", deterministic_reduce=False)
     resolved = dataclasses.replace(resolved, compute=compute)
     weights = init_weights(weight_shapes(model), model.n_layer, resolved.recipe.seed)
     state = build_state(resolved, weights, world)

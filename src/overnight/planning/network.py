@@ -1,21 +1,42 @@
-"""The processes of a run and the links between them, with achieved rates and their sources."""
+"""The processes of a run, the links between them, and how long what they communicate takes.
+
+Every collective is assumed to use the ring algorithm (Patarasuk and Yuan 2009, "Bandwidth Optimal All-reduce
+Algorithms for Clusters of Workstations"). With n processes, an all-reduce of S bytes makes each process send
+2 (n-1)/n S bytes; an all-gather or a reduce-scatter sends half of that, and a broadcast S. The time is the
+launch of the collective, the latency of a message round the ring, the bytes over the bandwidth of the slowest
+link, and the copies into and out of buffers at the bandwidth of device memory.
+
+`benchmarks/communication.py` compares this with processes on one machine. Not modelled: stragglers, shared
+networks, and reductions in trees or switches (NVLink SHARP makes an all-reduce of 8 H100 a quarter faster).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from overnight.distributed.world import BUCKET_BYTES
 from overnight.hardware import GB, Device
+from overnight.model.gpt import parameter_shapes
 from overnight.model.model_config import ModelConfig
+from overnight.planning.estimate import StepCost, possible_micro_batches
 from overnight.recipe import Resolved
 from overnight.training import Compute, Sharding
 from overnight.training.memory import (
+    FLOAT32,
     MemoryEstimate,
     Resources,
     estimate_memory,
+    fits_into,
     try_shardings,
 )
+
+SMALLEST_GAIN = 0.95  # of a step's time: options that save less are not suggested
+# The share of communication assumed to overlap, where it can: fast, likely, slow.
+OVERLAP = (1.0, 0.5, 0.0)
+LIKELY_OVERLAP = OVERLAP[1]
 
 
 @dataclass(frozen=True)
@@ -119,16 +140,13 @@ def build_parallel_layout(
     device: Device | None, network: str, resources: Resources, sharding: Sharding
 ) -> ParallelLayout:
     """Processes with one GPU each of that row of the device table; `device` None for a CPU."""
-    per_machine = resources.processes_per_machine
-    machines = resources.processes // per_machine
-    if device is None:
-        return ParallelLayout(machines=machines, processes_per_machine=per_machine, sharding=sharding)
+    machines = resources.processes // resources.processes_per_machine
     return ParallelLayout(
         machines=machines,
-        processes_per_machine=per_machine,
-        within=WITHIN.get(device.name, PCIE),
-        between=BETWEEN[network] if machines > 1 else None,
-        memory_bytes_per_second=device.facts.bytes_per_second,
+        processes_per_machine=resources.processes_per_machine,
+        within=WITHIN.get(device.name, PCIE) if device else SHARED_CPU,
+        between=BETWEEN[network] if device and machines > 1 else None,
+        memory_bytes_per_second=device and device.facts.bytes_per_second,
         sharding=sharding,
     )
 
@@ -145,3 +163,198 @@ def compare_shardings(resolved: Resolved, resources: Resources) -> dict[Sharding
     if resolved.recipe.compute.sharding is not None:
         return {compute.sharding: estimate_memory(model, rows, compute, *processes).together}
     return try_shardings(model, rows, compute, memory_bytes, *processes)
+
+
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast"]
+
+
+class Collective(NamedTuple):
+    """Consecutive collectives of one kind."""
+
+    kind: Kind
+    among: Among
+    calls: int
+    bytes: int
+    """Total of all calls: the full size of what is gathered or reduced, not one process's part."""
+
+
+def list_collectives(model: ModelConfig, layout: ParallelLayout, micro_batches: int) -> list[Collective]:
+    """The collectives of one step with `micro_batches` in each process; [] for a single process.
+
+    none, zero1: one all-reduce of all gradients, in buckets (`World.all_reduce`); with zero1, the owner of
+    each parameter broadcasts it. fsdp: for each micro-batch, a block's weights are gathered twice, the
+    weights outside of blocks once (FSDP2 keeps them from the forward to the backward pass), and gradients are
+    reduce-scattered block by block. hsdp: the same within machines, then one all-reduce between them.
+    """
+    if layout.processes == 1:
+        return []
+    shapes, sharding = parameter_shapes(model), layout.sharding
+    total = FLOAT32 * sum(map(math.prod, shapes.values()))
+    if sharding in {"none", "zero1"}:
+        found = [Collective("all-reduce", "all", _buckets(total), total)]
+        if sharding == "zero1":
+            count = layout.processes * _buckets(total // layout.processes)
+            found.append(Collective("broadcast", "all", count, total))
+        return found
+    outside = FLOAT32 * sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("h."))
+    units, gathers = model.n_layer + 1, 2 * model.n_layer + 1
+    among: Among = "machine" if sharding == "hsdp" else "all"
+    found = [
+        Collective("all-gather", among, gathers * micro_batches, (2 * total - outside) * micro_batches),
+        Collective("reduce-scatter", among, units * micro_batches, total * micro_batches),
+    ]
+    if sharding == "hsdp" and layout.machines > 1:
+        found.append(Collective("all-reduce", "machines", units, total // layout.processes_per_machine))
+    return [each for each in found if layout.group_size(each.among) > 1]
+
+
+def _buckets(count: int) -> int:
+    return math.ceil(count / BUCKET_BYTES)
+
+
+def sent_bytes(collective: Collective, layout: ParallelLayout) -> float:
+    """Bytes that one process sends in all calls together."""
+    n = layout.group_size(collective.among)
+    share = {"all-reduce": 2 * (n - 1) / n, "broadcast": 1.0}.get(collective.kind, (n - 1) / n)
+    return share * collective.bytes
+
+
+def collective_seconds(collective: Collective, layout: ParallelLayout) -> float:
+    """Duration of all calls in sequence."""
+    rounds = 2 if collective.kind == "all-reduce" else 1
+    hops = rounds * (layout.group_size(collective.among) - 1)
+    hops_between = rounds * (layout.machines - 1) if collective.among != "machine" else 0
+    latency = layout.within.start_seconds + (hops - hops_between) * layout.within.message_seconds
+    bandwidth = layout.within.bytes_per_second if collective.among != "machines" else math.inf
+    if layout.between and hops_between:
+        latency += hops_between * layout.between.message_seconds
+        # One ring over all processes crosses each network link once; rings of equal local ranks share it.
+        sharers = layout.processes_per_machine if collective.among == "machines" else 1
+        bandwidth = min(bandwidth, layout.between.bytes_per_second / sharers)
+    seconds = collective.calls * latency + sent_bytes(collective, layout) / bandwidth
+    # Buffers are copied in and out, each copy a read and a write; where a part is small, one way only.
+    copied = (4 if collective.kind in {"all-reduce", "broadcast"} else 2) * collective.bytes
+    return seconds + copied / (layout.memory_bytes_per_second or math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Communication:
+    """Predicted communication of one process in a step, with the names of the JSON output."""
+
+    compute_seconds_per_step: float
+    communication_seconds_per_step: float
+    communication_bytes_per_step: float
+    """Bytes that one process sends in a step."""
+    communication_overlaps: bool
+    """True if communication may overlap with computation."""
+    efficiency_range_by_network: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """`efficiency_range` with other networks between the machines."""
+    faster_options: str | None = None
+    """Options that make a step faster."""
+    faster_step_seconds: float | None = None
+
+    @property
+    def seconds_range(self) -> tuple[float, float]:
+        """(best, worst): full overlap, and none."""
+        parts = (self.compute_seconds_per_step, self.communication_seconds_per_step)
+        return (max(parts) if self.communication_overlaps else sum(parts)), sum(parts)
+
+    @property
+    def efficiency_range(self) -> tuple[float, float]:
+        """(worst, best) share of the step that is computation."""
+        best, worst = self.seconds_range
+        return self.compute_seconds_per_step / worst, self.compute_seconds_per_step / best
+
+
+def predict_step(
+    model: ModelConfig, layout: ParallelLayout, micro_batches: int, compute_seconds: float
+) -> Communication:
+    """Predict a step that computes for `compute_seconds` in each process, over `micro_batches`.
+
+    The all-reduce of replicated training and the broadcasts of ZeRO-1 follow the computation and do not
+    overlap. FSDP2 prefetches the next block's weights and reduces the last block's gradients while a block
+    computes; how much of that overlaps lies between nothing and everything.
+    """
+    collectives = list_collectives(model, layout, micro_batches)
+    return Communication(
+        compute_seconds_per_step=compute_seconds,
+        communication_seconds_per_step=sum(collective_seconds(each, layout) for each in collectives),
+        communication_bytes_per_step=sum(sent_bytes(each, layout) for each in collectives),
+        communication_overlaps=layout.sharding in {"fsdp", "hsdp"},
+    )
+
+
+def scale_cost(layout: ParallelLayout, model: ModelConfig, cost: StepCost, overlap: float) -> StepCost:
+    """The cost of all processes together if the share `overlap` of communication overlaps."""
+    micro_batch, update = cost.micro_batch * layout.processes_per_device, _update_seconds(layout, cost)
+    step = predict_step(model, layout, 1, micro_batch)
+    if step.communication_overlaps:
+        best, worst = step.seconds_range
+        micro_batch = worst - overlap * (worst - best)
+    else:
+        update += step.communication_seconds_per_step
+    return cost._replace(
+        micro_batch=micro_batch / layout.processes,
+        update=update,
+        evaluated_token=cost.evaluated_token * layout.processes_per_device / layout.processes,
+    )
+
+
+def _update_seconds(layout: ParallelLayout, cost: StepCost) -> float:
+    """The optimizer's time in one process, which updates all weights or its share of them."""
+    whole = cost.update * layout.processes_per_device
+    return whole if layout.sharding == "none" else whole / layout.processes
+
+
+def predict_communication(
+    layout: ParallelLayout, resolved: Resolved, cost: StepCost, memory_bytes: int
+) -> Communication | None:
+    """The communication of a full step, from the cost of one process; None where there is none to count."""
+    if layout.processes == 1 or layout.is_on_cpu:
+        return None
+    model = resolved.model
+    micro_batches = resolved.plan.stages[-1].micro_batches // layout.processes
+    seconds = micro_batches * cost.micro_batch + _update_seconds(layout, cost)
+    step = predict_step(model, layout, micro_batches, seconds)
+    others = {
+        link.name: predict_step(model, dataclasses.replace(layout, between=link), micro_batches, seconds)
+        for link in BETWEEN.values()
+        if layout.between not in {None, link}
+    }
+    options, step_seconds = None, None
+    if step.communication_overlaps:
+        options, step_seconds = find_faster(layout, resolved, cost, memory_bytes)
+    return dataclasses.replace(
+        step,
+        efficiency_range_by_network={name: other.efficiency_range for name, other in others.items()},
+        faster_options=options,
+        faster_step_seconds=step_seconds,
+    )
+
+
+def find_faster(
+    layout: ParallelLayout, resolved: Resolved, cost: StepCost, memory_bytes: int
+) -> tuple[str, float] | tuple[None, None]:
+    """(options, seconds of a step) with a larger micro-batch, which gathers weights less often.
+
+    Also with checkpointed blocks, which free memory and cost recomputation. (None, None) if no
+    options are much faster.
+    """
+    model, before, batch = resolved.model, resolved.compute, resolved.plan
+    micro_batches = batch.stages[-1].micro_batches
+    seconds = {"": scale_cost(layout, model, cost, LIKELY_OVERLAP).step(micro_batches)}
+    executed = model.executed_flops_per_token(before.activation_checkpointing)
+    for level in (before.activation_checkpointing, "block"):
+        compute = dataclasses.replace(before, activation_checkpointing=level)
+        options = f"--activation-checkpointing {level} " if compute != before else ""
+        for rows in possible_micro_batches(resolved, layout.processes):
+            needed = layout.estimate_memory(model, rows, compute).together
+            if rows < batch.micro_batch_size or not fits_into(memory_bytes, needed):
+                continue
+            recomputation = model.executed_flops_per_token(level) / executed
+            larger = recomputation * rows / batch.micro_batch_size * cost.micro_batch
+            likely = scale_cost(layout, model, cost._replace(micro_batch=larger), LIKELY_OVERLAP)
+            step_seconds = likely.step(micro_batches * batch.micro_batch_size // rows)
+            seconds[f"{options}--micro-batch-size {rows}"] = step_seconds
+    fastest = min(seconds, key=seconds.__getitem__)
+    return (fastest, seconds[fastest]) if seconds[fastest] < SMALLEST_GAIN * seconds[""] else (None, None)

@@ -1,4 +1,4 @@
-"""The text of a plan: questions, answers, and the figures behind them, 80 columns wide.
+"""A plan as JSON, and as text: questions, answers, and the figures behind them, 80 columns wide.
 
 templates/plan.txt has a title, then a line for each row of a table, its three cells divided by ` | `; a line
 that is not indented is a question with its answer.
@@ -6,7 +6,9 @@ that is not indented is a question with its answer.
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import datetime
+from typing import Any
 
 import jinja2
 from rich.console import Console
@@ -18,6 +20,44 @@ from overnight.terminal import duration, short
 from overnight.training.memory import fits_into
 
 COLUMNS = 80
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """Every figure by name; null where it is unknown."""
+    layout, resolved, counts, disk = plan.layout, plan.resolved, plan.counts, plan.disk_bytes
+    same = ("device_name", "assumption", "fits", "device_memory_bytes", "needed_bytes", "load_average")
+    measured = plan.measured._asdict()
+    process_memory = measured.pop("process_memory_bytes")
+    found = {
+        "recipe": plan.name,
+        "parameters": resolved.model.parameter_count(),
+        "measured": plan.assumption is None,
+        **dataclasses.asdict(resolved.recipe.compute),
+        **{name: getattr(plan, name) for name in same},
+        **measured,
+        "disk_free_bytes": plan.disk_free_bytes,
+        "needed_bytes_by_use": {**dataclasses.asdict(plan.memory), "process": process_memory},
+        "ways_out": [option._asdict() for option in plan.fit_options],
+        "fits_in_processes": plan.fit_in_processes and plan.fit_in_processes.options,
+        "micro_batch_size": resolved.plan.micro_batch_size,
+        "micro_batches_per_step": plan.micro_batches,
+        "tokens_per_step": resolved.recipe.batch.tokens_per_step,
+        "total_steps": counts.steps,
+        "total_tokens": counts.tokens,
+        "checkpoint_bytes": counts.checkpoint_bytes,
+        "disk_bytes_by_use": disk,
+        "disk_bytes": sum(disk.values()),
+        "machines": layout.machines,
+        "processes_per_machine": layout.processes_per_machine,
+        "all_processes": layout.processes,
+        "sharding": layout.sharding,
+        "needed_bytes_by_sharding": plan.needed_bytes_by_sharding,
+        "link_within": None if layout.is_on_cpu else dataclasses.asdict(layout.within),
+        "link_between": layout.between and dataclasses.asdict(layout.between),
+    }
+    if step := plan.communication:
+        found |= {**dataclasses.asdict(step), "efficiency_range": step.efficiency_range}
+    return found | (dataclasses.asdict(plan.forecast) if plan.forecast else {})
 
 
 def plan_text(plan: Plan) -> str:

@@ -74,11 +74,11 @@ TASK_COLUMNS = ("step", "value", "low", "high", "chance")
 
 
 class ChartLayout(NamedTuple):
-    """A chart's size in CSS pixels, and how much fits into it."""
+    """A chart's size and margins in CSS pixels, and how much fits into it."""
 
     name: str
-    width: int
-    height: int
+    size: tuple[int, int]
+    """Width and height."""
     margins: tuple[int, int, int, int]
     """Top, right, bottom, left."""
     x_ticks: int
@@ -87,8 +87,8 @@ class ChartLayout(NamedTuple):
     """Most points of a curve that is not smoothed."""
 
 
-WIDE = ChartLayout("wide", 880, 400, (30, 132, 30, 40), 8, 5, 1_500)
-SMALL = ChartLayout("small", 300, 180, (10, 22, 26, 44), 3, 3, 750)
+WIDE = ChartLayout("wide", (880, 400), (30, 132, 30, 40), 8, 5, 1_500)
+SMALL = ChartLayout("small", (300, 180), (10, 22, 26, 44), 3, 3, 750)
 
 
 class LineEnd(NamedTuple):
@@ -106,30 +106,25 @@ def check_matplotlib() -> None:
 
 
 @contextmanager
-def chart_style(name: str) -> Iterator[None]:
-    """Context manager. The user's own matplotlib settings do not apply inside and are restored afterwards.
+def new_chart(
+    name: str, size: tuple[int, int], margins: tuple[int, int, int, int]
+) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of (width, height) CSS pixels whose axes leave (top, right, bottom, left) pixels free.
 
-    `name` must be unique on a page: it makes the ids inside the SVG unique and reproducible.
+    `name` must be unique on a page: it makes the ids inside the SVG unique and reproducible. The user's own
+    matplotlib settings do not apply inside the context and are restored afterwards.
     """
     import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": name})
-        yield
-
-
-def new_axes(size: tuple[int, int], margins: tuple[int, int, int, int]) -> tuple[Figure, Axes]:
-    """A figure of (width, height) CSS pixels whose axes leave (top, right, bottom, left) pixels free."""
     from matplotlib.figure import Figure
 
     width, height = size
     top, right, bottom, left = margins
-    figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
-    axes = figure.add_axes(
-        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
-    )
-    return figure, axes
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": name})
+        figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
+        inside = (width - left - right) / width, (height - top - bottom) / height
+        yield figure, figure.add_axes((left / width, bottom / height, *inside))
 
 
 def to_svg(figure: Figure, name: str) -> Markup:
@@ -150,8 +145,7 @@ def loss_chart(run: RunData) -> Markup:
     steps, smooth = run.metrics["step"], run.smoothed_loss()
     evaluated_at, evaluated = columns_of(run.evaluations, ("step", "loss")).values()
     description = "Training and validation loss over steps and tokens"
-    with chart_style(description):
-        figure, axes = new_axes((WIDE.width, WIDE.height), WIDE.margins)
+    with new_chart(description, WIDE.size, WIDE.margins) as (figure, axes):
         for name, (at, low, high) in reference_bands(run).items():
             axes.fill_between(at, low, high, color=BAND_COLOURS[name], alpha=0.16, linewidth=0)
         _plot(axes, steps, run.metrics["loss"], WIDE.points, color=PLAIN, alpha=0.28, linewidth=0.7)
@@ -173,8 +167,7 @@ def comparison_chart(runs: Sequence[RunData], names: Sequence[str]) -> Markup:
     drawn = [(run, name, run_style(at)) for at, (run, name) in enumerate(zip(runs, names, strict=True))]
     drawn = [each for each in drawn if each[0].steps >= 2]
     description = "Training and validation loss of every run over tokens"
-    with chart_style(description):
-        figure, axes = new_axes((WIDE.width, WIDE.height), WIDE.margins)
+    with new_chart(description, WIDE.size, WIDE.margins) as (figure, axes):
         ends = []
         for run, name, style in drawn:
             tokens, smooth = run.metrics["tokens"], run.smoothed_loss()
@@ -196,8 +189,7 @@ def metric_chart(run: RunData, name: str) -> Markup:
     finite = series[np.isfinite(series)]
     top = float(finite.max()) or 1.0
     description = f"{name.replace('_', ' ')} over steps"
-    with chart_style(description):
-        figure, axes = new_axes((SMALL.width, SMALL.height), SMALL.margins)
+    with new_chart(description, SMALL.size, SMALL.margins) as (figure, axes):
         if name == "learning_rate":
             _plot(axes, steps, series, SMALL.points, color=PLAIN, linewidth=1.6)
         else:
@@ -216,8 +208,7 @@ def metric_chart(run: RunData, name: str) -> Markup:
 def task_chart(lines: Sequence[dict[str, Any]], description: str) -> Markup:
     """A task's results over steps with their intervals, and a dashed line at chance."""
     steps, values, low, high, chance = columns_of(lines, TASK_COLUMNS).values()
-    with chart_style(description):
-        figure, axes = new_axes((SMALL.width, SMALL.height), SMALL.margins)
+    with new_chart(description, SMALL.size, SMALL.margins) as (figure, axes):
         axes.fill_between(steps, low, high, color=PLAIN, alpha=0.15, linewidth=0)
         axes.plot(steps, values, color=PLAIN, linewidth=1.6, marker="o", markersize=3)
         axes.plot(steps, chance, color=PLAIN, linewidth=0.9, linestyle=(0, (3, 3)))
@@ -358,7 +349,7 @@ def _write_line_ends(axes: Axes, ends: Iterable[LineEnd]) -> None:
     ends = [end for end in ends if np.isfinite(end.height)]
     low, high = axes.get_ylim()
     top, _, bottom, _ = WIDE.margins
-    gap = 1.35 * TEXT_SIZE * (high - low) / (WIDE.height - top - bottom)
+    gap = 1.35 * TEXT_SIZE * (high - low) / (WIDE.size[1] - top - bottom)
     heights = spread([min(max(end.height, low), high) for end in ends], gap)
     lift = max(0.0, low + gap / 2 - min(heights, default=high))
     for end, height in zip(ends, heights, strict=True):

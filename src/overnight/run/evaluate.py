@@ -15,6 +15,7 @@ from overnight.data.loader import Batch, TokenStream
 from overnight.data.mixture import Concatenation, Mixture
 from overnight.distributed.watchdog import Watchdog
 from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.evaluation.passages import gather_results
 from overnight.evaluation.perplexity import (
     Evaluation,
     evaluate_language_model,
@@ -22,14 +23,7 @@ from overnight.evaluation.perplexity import (
     pool_evaluations,
 )
 from overnight.evaluation.scores import Example, Numbers, Score, TaskResult
-from overnight.evaluation.tasks import (
-    HARNESS,
-    Task,
-    evaluate_task,
-    gather_results,
-    open_task,
-    split_names,
-)
+from overnight.evaluation.tasks import HARNESS, Task, evaluate_task, open_task, split_names
 from overnight.model.gpt import GPT
 from overnight.recipe import EvaluationConfig
 from overnight.run.setup import RunSetup

@@ -37,7 +37,8 @@ def run(config: RunsConfig) -> None:
         raise ValueError(f"the folder {folder} does not exist; runs are in {FOLDER}/ by default")
     runs = [describe_run(folder)] if RunDirectory(folder).exists() else list_runs(folder)
     if config.json:
-        sys.stdout.write(json.dumps([_to_json(one) for one in runs], indent=2) + "\n")
+        values = finite_values([dataclasses.asdict(one) for one in runs])
+        sys.stdout.write(json.dumps(values, indent=2, default=_iso_time) + "\n")
         return
     if not runs:
         echo(f"there are no runs in {folder}/ yet")
@@ -53,14 +54,8 @@ def run(config: RunsConfig) -> None:
     echo(f"next: overnight {command} {runs[-1].path}")
 
 
-def _to_json(run: RunStatus) -> dict[str, object]:
-    """The status as JSON values: times in ISO 8601, numbers that are not finite as null."""
-    values = dataclasses.asdict(run)
-    for name, value in values.items():
-        if isinstance(value, datetime):
-            values[name] = value.isoformat(timespec="seconds")
-    found: dict[str, object] = finite_values(values)
-    return found
+def _iso_time(time: datetime) -> str:
+    return time.isoformat(timespec="seconds")
 
 
 def runs_table(runs: Sequence[RunStatus], now: datetime, columns: int = 80) -> str:

@@ -50,11 +50,9 @@ def byte_characters() -> list[str]:
 
 def spelled_bytes(tokens: Iterable[str]) -> list[bytes]:
     """The bytes of tokens in GPT-2's spelling; a token in another spelling is encoded as UTF-8."""
-    spelling = {ord(character): byte for byte, character in enumerate(byte_characters())}
+    spelling = {character: byte for byte, character in enumerate(byte_characters())}
     return [
-        token.translate(spelling).encode("latin-1")
-        if all(ord(character) in spelling for character in token)
-        else token.encode()
+        bytes(map(spelling.__getitem__, token)) if spelling.keys() >= {*token} else token.encode()
         for token in tokens
     ]
 

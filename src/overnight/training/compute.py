@@ -22,7 +22,7 @@ from overnight.model.kernels import LEAST_CHANNELS, CausalKernel, DocumentKernel
 from overnight.model.loss import next_token_loss
 from overnight.model.loss_kernels import fp8_unavailable_reason
 from overnight.model.model_config import ModelConfig
-from overnight.training import Compute, ComputeConfig
+from overnight.training import Compute, ComputeConfig, Precision
 
 OF_PROCESSES = frozenset({"processes", "sharding", "deterministic_reduce", "timeout_seconds", "max_restarts"})
 
@@ -51,11 +51,16 @@ def resolve_compute(config: ComputeConfig, device: str) -> Compute:
     if problems:
         raise ValueError("; ".join(problems))
     precision = config.precision or native_precision(device)
+    return complete_compute(config, device, precision, compiles=can_compile() and device != "mps")
+
+
+def complete_compute(config: ComputeConfig, device: str, precision: Precision, *, compiles: bool) -> Compute:
+    """`config` with everything decided for a device, also one of another machine, that `compiles` or not."""
     blocks_are_fast = device == "cpu" and precision == "bf16"
     return Compute(
         device=device,
         precision=precision,
-        compile=(can_compile() and device != "mps") if config.compile is None else config.compile,
+        compile=compiles if config.compile is None else config.compile,
         attention=config.attention or ("blocks" if blocks_are_fast else "fused"),
         loss=config.loss or "full",
         activation_checkpointing=config.activation_checkpointing,

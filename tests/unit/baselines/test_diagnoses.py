@@ -9,49 +9,46 @@ from overnight.baselines.band import BandPoint
 from overnight.baselines.diagnoses import DIAGNOSES, Deviation, RunStats
 
 
-def around(middle: float, share: float = 0.02) -> BandPoint:
+def around(middle, share=0.02):
     return BandPoint(middle * (1 - share), middle, middle * (1 + share))
 
 
-def compared(values: list[float], middles: list[float], share: float = 0.02) -> list[Deviation]:
+def compared(values, middles, share=0.02):
     """Points at 0, 1000, 2000, ... tokens."""
     pairs = enumerate(zip(values, middles, strict=True))
     return [Deviation(1000 * at, value, around(middle, share)) for at, (value, middle) in pairs]
 
 
-GAP = BandPoint(-0.02, 0.0, 0.02)
-HEALTHY: dict[str, list[Deviation]] = {
-    "loss": compared([8.0, 4.01, 3.0], [8.0, 4.0, 3.0]),
-    "validation_loss": compared([8.0, 4.0, 3.01], [8.0, 4.0, 3.0]),
-    "gap": [Deviation(2000, 0.01, GAP)],
-    "grad_norm": compared([2.1, 0.5, 0.4], [2.0, 0.5, 0.4], 0.2),
-    "grad_norm_peak": compared([2.1, 0.9, 0.8], [2.0, 0.9, 0.7], 0.3),
-    "learning_rate": compared([1e-3, 1e-3, 1e-4], [1e-3, 1e-3, 1e-4]),
-    "applied_rate": compared([1.0, 1.0], [1.0, 1.0], 0.03),
-    "norm_gain": compared([1.0, 1.05, 1.1], [1.0, 1.05, 1.1]),
-    "residual_ratio": compared([0.5, 0.6, 0.7], [0.5, 0.6, 0.7]),
-}
-HEALTHY_STATS = RunStats(curves=HEALTHY, micro_batches=8, unigram_nats=6.0)
+def applied(*factors):
+    return compared(factors, [1.0] * len(factors), 0.03)
 
 
-def stats_with(micro_batches: int = 8, **curves: list[Deviation]) -> RunStats:
-    return RunStats(curves=HEALTHY | curves, micro_batches=micro_batches, unigram_nats=6.0)
-
-
-def applied(*factors: float) -> list[Deviation]:
-    return compared([*factors], [1.0] * len(factors), 0.03)
-
-
-def norms(factor: float) -> list[Deviation]:
+def norms(factor):
     return compared([2.0 * factor, 0.5 * factor, 0.4 * factor], [2.0, 0.5, 0.4], 0.2)
 
 
-def losses(last: float, middle: float = 3.0, first: float = 8.0) -> list[Deviation]:
+def losses(last, middle=3.0, first=8.0):
     return compared([first, last], [8.0, middle])
 
 
-def gap(value: float) -> list[Deviation]:
-    return [Deviation(2000, value, GAP)]
+def gap(value):
+    return [Deviation(2000, value, BandPoint(-0.02, 0.0, 0.02))]
+
+
+def stats_with(micro_batches=8, **curves):
+    """The statistics of a healthy run, but for these."""
+    healthy = {
+        "loss": compared([8.0, 4.01, 3.0], [8.0, 4.0, 3.0]),
+        "validation_loss": compared([8.0, 4.0, 3.01], [8.0, 4.0, 3.0]),
+        "gap": gap(0.01),
+        "grad_norm": compared([2.1, 0.5, 0.4], [2.0, 0.5, 0.4], 0.2),
+        "grad_norm_peak": compared([2.1, 0.9, 0.8], [2.0, 0.9, 0.7], 0.3),
+        "learning_rate": compared([1e-3, 1e-3, 1e-4], [1e-3, 1e-3, 1e-4]),
+        "applied_rate": applied(1.0, 1.0),
+        "norm_gain": compared([1.0, 1.05, 1.1], [1.0, 1.05, 1.1]),
+        "residual_ratio": compared([0.5, 0.6, 0.7], [0.5, 0.6, 0.7]),
+    }
+    return RunStats(curves=healthy | curves, micro_batches=micro_batches, unigram_nats=6.0)
 
 
 # A word of the diagnosis' name, numbers that show the mistake, and what the evidence says.
@@ -102,25 +99,25 @@ CONTROLS = [
 EVIDENCE = {diagnosis.name: diagnosis.evidence for diagnosis in DIAGNOSES}
 
 
-def named(word: str) -> str:
+def named(word):
     (name,) = [name for name in EVIDENCE if word in name]
     return name
 
 
 @pytest.mark.parametrize("word, stats, numbers", OFF)
-def test_mistake_is_the_first_diagnosis_and_has_its_numbers(word: str, stats: RunStats, numbers: str) -> None:
+def test_mistake_is_the_first_diagnosis_and_has_its_numbers(word, stats, numbers):
     found = {name: evidence(stats) for name, evidence in EVIDENCE.items()}
     assert re.search(numbers, found[named(word)] or ""), found
     assert next(name for name in found if found[name] is not None) == named(word)
 
 
 @pytest.mark.parametrize("word, stats", CONTROLS)
-def test_what_only_looks_like_a_mistake_is_not_diagnosed(word: str, stats: RunStats) -> None:
+def test_what_only_looks_like_a_mistake_is_not_diagnosed(word, stats):
     assert EVIDENCE[named(word)](stats) is None
 
 
 @pytest.mark.parametrize("name", EVIDENCE)
-def test_healthy_or_unknown_run_has_no_diagnosis(name: str) -> None:
+def test_healthy_or_unknown_run_has_no_diagnosis(name):
     assert name in {named(word) for word, _, _ in OFF}, "every diagnosis is tested"
-    assert EVIDENCE[name](HEALTHY_STATS) is None
+    assert EVIDENCE[name](stats_with()) is None
     assert EVIDENCE[name](RunStats(curves={}, micro_batches=None, unigram_nats=None)) is None

@@ -15,10 +15,10 @@ import pytest
 from overnight import cli
 from overnight.bench import BenchConfig, decide, worker
 from overnight.bench import command as bench_command
-from overnight.bench.command import build_record, read_ids, record_group
-from overnight.bench.decide import WARM_UPS, BenchPlan, decide_bench, find_free_bytes, memory_of_tasks
+from overnight.bench.command import build_record, read_ids
+from overnight.bench.decide import BenchPlan, decide_bench, find_free_bytes, memory_of_tasks
 from overnight.bench.table import BenchRecord
-from overnight.bench.worker import StepWorker, TimedSteps, running_workers
+from overnight.bench.worker import WARM_UPS, StepWorker, TimedSteps, running_workers
 from overnight.data.shards import read_manifest
 from overnight.distributed import launcher
 from overnight.preparation.prepare import prepare_shards
@@ -27,6 +27,7 @@ from overnight.preparation.prepare_config import PrepareConfig
 from .conftest import TINY, task_of
 
 GB = 10**9
+ANSWER = "import sys; from multiprocessing.connection import Connection as C; C(int(sys.argv[1]))"
 FUSED = ["bench", "--model", "tiny", "--device", "cpu", "--variants", "fused-adamw"]
 
 
@@ -38,9 +39,8 @@ def plan_of(memory_bytes: float, monkeypatch: pytest.MonkeyPatch, **options: obj
 
 
 def test_bench_measures_shows_and_writes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(decide, "measure_matmul_flops", lambda device, precision, repeats: 1e12)
     assert cli.main([*FUSED, "--steps", "1", "--out", "made", "--json"]) == 0
     out, err = capsys.readouterr()
@@ -57,9 +57,9 @@ def test_bench_measures_shows_and_writes(
     assert second["milliseconds_before"] == first["milliseconds"]
     assert second["losses"] == pytest.approx(first["losses"], abs=1e-5)
     assert err.splitlines()[-1] == "next: overnight train tiny"
-    assert json.loads((tmp_path / "made/ladder.json").read_text()) == found
-    assert "| fused-adamw " in (tmp_path / "made/ladder.md").read_text()
-    assert (tmp_path / "made/ladder.svg").read_text().startswith("<svg ")
+    assert json.loads((here / "made/ladder.json").read_text()) == found
+    assert "| fused-adamw " in (here / "made/ladder.md").read_text()
+    assert (here / "made/ladder.svg").read_text().startswith("<svg ")
 
 
 def test_wrong_losses_make_the_command_fail(
@@ -67,7 +67,7 @@ def test_wrong_losses_make_the_command_fail(
 ) -> None:
     def measured(plan: BenchPlan) -> BenchRecord:
         results = {"float32": TimedSteps(1.0, [5.0], GB), "fused-adamw": TimedSteps(1.0, [5.1], GB)}
-        return build_record(plan, record_group(plan, [*results], [results] * plan.rounds), 1e12, "a text")
+        return build_record(plan, [[results] * plan.rounds], 1e12, "a text")
 
     monkeypatch.setattr(bench_command, "measure_variants", measured)
     assert cli.main(FUSED) == 1
@@ -79,12 +79,7 @@ def test_wrong_losses_make_the_command_fail(
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        ("--model gpt2-123m", "gpt2-123m.*gpt2-124m"),
-        ("--variants fused-adam", "fused-adam.*fused-adamw"),
         ("--variants tf32", "tf32.*Ampere"),
-        ("--rows 0", "--rows 0"),
-        ("--steps=0", "--steps 0"),
-        ("--context-length 4096", "--context-length 4096.*1024"),
         ("--device gpu", "device=gpu"),
         ("--model gpt3-175b", "--rows"),
         (f"--out {__file__}", f"--out {__file__}"),
@@ -93,13 +88,8 @@ def test_wrong_losses_make_the_command_fail(
     ],
 )
 def test_wrong_use_is_one_sentence(
-    words: str,
-    complaint: str,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    words: str, complaint: str, capsys: pytest.CaptureFixture[str], here: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "--device", "cpu", *words.split()]) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert re.search(complaint, sentence)
@@ -180,7 +170,7 @@ def test_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) 
         if len(started) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(StepWorker, "wait_until_ready", interrupt)
+    monkeypatch.setattr(StepWorker, "receive", interrupt)
     with pytest.raises(KeyboardInterrupt), running_workers({"first": task_of(), "second": task_of()}):
         pass
     assert len(started) == 2
@@ -192,7 +182,7 @@ def test_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "program, error, words",
     [
-        ('print(\'{"problem": "cuda has too little memory"}\')', ValueError, "fewer --rows"),
+        (f"{ANSWER}.send(MemoryError('cuda has too little memory'))", ValueError, "cuda.*fewer --rows"),
         ("import os; os.kill(os.getpid(), 9)", ValueError, "fewer --rows"),
         ("raise SystemExit('no compiler')", ChildProcessError, "(?s)status 1.*no compiler"),
     ],
@@ -200,7 +190,7 @@ def test_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) 
 def test_failed_process_is_reported(
     monkeypatch: pytest.MonkeyPatch, program: str, error: type[Exception], words: str
 ) -> None:
-    monkeypatch.setattr(worker, "PROGRAM", ("-c", program))
+    monkeypatch.setattr(worker, "PROGRAM", program)
     with pytest.raises(error, match=words), running_workers({"bf16": task_of()}):
         pass
 

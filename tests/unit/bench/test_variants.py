@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from overnight.bench import variants, worker
 from overnight.bench.variants import VARIANTS, Machine, choose_variants, stack_tasks, tolerance
-from overnight.bench.worker import StepTask, build_step, read_task
+from overnight.bench.worker import StepTask, build_step
 from overnight.training import ComputeConfig
 from overnight.training.compute import resolve_compute
 
@@ -51,10 +50,8 @@ def test_machine_gets_the_variants_it_can_run(machine: Machine, names: str) -> N
 @pytest.mark.parametrize(
     "machine, changes, name, reason",
     [
-        (CPU, {}, "tf32", "Ampere"),
         (T4, {}, "tf32", "Ampere"),
         (T4, {}, "bf16", "cuda does not multiply bf16"),
-        (OLD_CPU, {}, "bf16", "cpu does not multiply bf16"),
         (OLD_CPU, {}, "compile", "compiler"),
         (OLD_CPU, {}, "block-attention", "bfloat16"),
         (OLD_CPU, {}, "large-pages", "glibc"),
@@ -91,7 +88,6 @@ def test_named_variants_follow_float32(machine: Machine, names: str, expected: s
 @pytest.mark.parametrize(
     "names, words",
     [
-        ("compil", "compil.*did you mean compile"),
         ("tf32 fp8-head", "tf32.*; .*fp8-head.*no fp8"),
         ("block-attention bf16", "block-attention.* bf16"),
     ],
@@ -101,18 +97,16 @@ def test_named_variant_that_can_t_run_is_refused(names: str, words: str) -> None
         choose_variants(names.split(), CPU, PUBLISHED)
 
 
-@pytest.mark.parametrize("name", list(VARIANTS)[1:])
-def test_variant_changes_only_what_it_names(name: str) -> None:
-    after, changes = variants.change(PUBLISHED, VARIANTS[name]), VARIANTS[name].changes
-    before = {**vars(PUBLISHED.compute), **vars(PUBLISHED), "compute": None}
-    assert {**vars(after.compute), **vars(after), "compute": None} == {**before, **changes} != before
-
-
 def test_last_variant_is_what_train_decides() -> None:
     *_, last = stack_tasks(chosen(CPU), PUBLISHED).values()
-    assert last.compute == resolve_compute(ComputeConfig(precision="bf16", compile=True), "cpu")
-    assert (last.vocabulary_multiple, last.fused_optimizer, last.large_pages) == (64, True, True)
-    assert read_task(json.dumps(dataclasses.asdict(last))) == last
+    assert last == dataclasses.replace(
+        PUBLISHED,
+        compute=resolve_compute(ComputeConfig(precision="bf16", compile=True), "cpu"),
+        micro_batches=1,
+        vocabulary_multiple=64,
+        fused_optimizer=True,
+        large_pages=True,
+    )
 
 
 def losses(task: StepTask, steps: int = 4) -> list[float]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from overnight.conversion import nanogpt, safe_unpickle
-from overnight.model.gpt import GPT, initialize
+from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 
@@ -31,8 +31,7 @@ def _small_gpt2_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def original() -> GPT:
     """The model in the checkpoints; all its weights and biases differ."""
-    model = GPT(SIZES)
-    initialize(model, seed=1)
+    model = GPT(SIZES, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -53,10 +52,9 @@ def write(original: GPT, tmp_path: Path) -> Write:
             state["transformer.wte.weight"] = embedding
         state["lm_head.weight"] = embedding = state["transformer.wte.weight"]  # the tensor itself
         sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": len(embedding)}
+        kept = [name for name in state if bias or not name.endswith(".bias")]
         content = {
-            "model": {
-                prefix + name: each for name, each in state.items() if bias or not name.endswith(".bias")
-            },
+            "model": {prefix + name: state[name] for name in kept},
             "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(9)}}},
             "model_args": {**sizes, "bias": bias, "dropout": 0.1},
             "iter_num": 3,

@@ -21,20 +21,18 @@ Write = Callable[..., Path]
 IDS = torch.arange(32).view(2, 16)
 
 
-@pytest.mark.parametrize(("prefix", "padded"), [("", False), ("_orig_mod.", True)])
-def test_nanogpt_checkpoint_is_original_model(write: Write, original: GPT, prefix: str, padded: bool) -> None:
-    model, tokenizer = read_nanogpt(write(prefix=prefix, padded=padded))
-    assert torch.equal(model(IDS), original(IDS))
+@pytest.mark.parametrize(
+    "form", [{}, {"prefix": "_orig_mod.", "padded": True}, {"bias": False}], ids="-".join
+)
+def test_nanogpt_checkpoint_is_original_model(write: Write, original: GPT, form: dict[str, Any]) -> None:
+    model, tokenizer = read_nanogpt(write(**form))
+    has_biases = form.get("bias", True)  # zeros if not
+    for name, weight in original.weights().items():
+        wanted = weight if has_biases or not name.endswith(".bias") else torch.zeros_like(weight)
+        assert torch.equal(model.weights()[name], wanted), name
+    assert torch.equal(model(IDS), original(IDS)) == has_biases
     assert model.vocab_size == tokenizer.vocab_size
     assert not model.training
-
-
-@pytest.mark.usefixtures("in_this_process")
-def test_nanogpt_missing_biases_are_zero(write: Write, original: GPT) -> None:
-    model, _ = read_nanogpt(write(bias=False))
-    for name, weight in model.weights().items():
-        wanted = torch.zeros_like(weight) if name.endswith(".bias") else original.weights()[name]
-        assert torch.equal(weight, wanted), name
 
 
 def test_build_nanogpt_config_object(write: Write, original: GPT, monkeypatch: pytest.MonkeyPatch) -> None:

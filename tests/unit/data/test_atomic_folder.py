@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import errno
-import shutil
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +12,6 @@ from overnight.data.atomic_folder import (
     plain_file_errors,
     publish_folder,
     published_path,
-    require_disk_space,
     staging_folder,
     staging_path,
 )
@@ -97,10 +94,3 @@ def test_lock_is_exclusive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_disk_errors_become_sentences_and_others_pass(error: OSError, match: str | None) -> None:
     with pytest.raises(ValueError if match else OSError, match=match), plain_file_errors(Path("data")):
         raise error
-
-
-def test_too_little_disk_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
-    require_disk_space(tmp_path, 10**9)
-    with pytest.raises(ValueError, match=r"20\.00 GB .* 1\.00 GB free"):
-        require_disk_space(tmp_path, 20 * 10**9)

@@ -59,11 +59,3 @@ def test_every_value_occurs_equally_often_at_every_index() -> None:
     chi_squared = ((counts - trials / size) ** 2 / (trials / size)).sum()
     # 144 degrees of freedom: mean 144, standard deviation 17.
     assert chi_squared < 144 + 5 * 17
-
-
-def test_neighbours_are_separated() -> None:
-    size = 10_000
-    steps = np.abs(np.diff(build_permutation(size, 1, 0).at(0, size)))
-    # Two values drawn at random are size / 3 apart on average.
-    assert abs(steps.mean() - size / 3) < size / 50
-    assert (steps == 1).sum() < 10

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from overnight.conversion.huggingface import write_huggingface
 from overnight.conversion.open_model import open_model
@@ -19,7 +16,7 @@ from overnight.tokenizer.characters import Characters
 
 
 @pytest.fixture
-def context(tmp_path: Path) -> Any:
+def context(tmp_path):
     """A small GPT-2 as Transformers opens it, with biases that are not zero, as the baseline."""
     tokenizer = Characters("abc")
     sizes = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=tokenizer.vocab_size)
@@ -33,23 +30,19 @@ def context(tmp_path: Path) -> Any:
     return SimpleNamespace(baseline=open_model(str(tmp_path / "hf")))
 
 
-def test_logits_are_those_of_transformers(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_those_of_transformers(context, monkeypatch):
     pytest.importorskip("transformers")
     found = check_reference(context)
     assert found.passed
     assert found.figures["largest_logit"] > 1
     gelu = F.gelu
-
-    def exact(x: Tensor, approximate: str = "none") -> Tensor:
-        return gelu(x)
-
-    monkeypatch.setattr("overnight.model.gpt.F.gelu", exact)
+    monkeypatch.setattr("overnight.model.gpt.F.gelu", lambda x, approximate="none": gelu(x))
     found = check_reference(context)
     assert found.passed is False
     assert "tanh GELU" in found.cause
 
 
-def test_reference_is_skipped_without_transformers(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_is_skipped_without_transformers(context, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     found = check_reference(context)
     assert found.passed is None

@@ -138,7 +138,7 @@ def test_hellaswag_matches_harness(tmp_path: Path) -> None:
     found = harness_scores(model, TOKENIZER, ["invented"], folder=folder)
     task = CHOICE_TASKS["hellaswag-lm-eval"]
     questions = list(read_questions(task, tmp_path / "invented.jsonl"))
-    choices = [encode_question(question, TOKENIZER) for question in questions]
+    choices = [encode_question(question, TOKENIZER, 640) for question in questions]
     result = TaskResult(choices, [nats for _, nats in sorted(evaluate_choices(model, choices))])
     by_sum, per_character = (
         np.mean(result.correct(f"accuracy_{each}")) for each in ("by_sum", "per_character")
@@ -260,7 +260,7 @@ def test_unsupported_generation_setting_is_refused(tmp_path: Path) -> None:
     assert (score.metric, score.value, score.samples) == ("exact_match", 0.0, 3)
     request = harness.parse_request({"do_sample": True, "temperature": 0.5, "top_p": 0.9, "until": "x"})
     sampling = SamplingConfig(temperature=0.5, top_k=None, top_p=0.9)
-    assert request == (Decoding(max_new_tokens=256, sampling=sampling), ("x",))
+    assert request == Decoding(max_new_tokens=256, sampling=sampling, stop=("x",))
 
 
 def test_missing_harness_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

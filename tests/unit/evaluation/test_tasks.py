@@ -1,32 +1,33 @@
-"""Tasks: files as published become questions, passages and texts, which are encoded and scored."""
+"""Tasks: published files become questions and texts, which are encoded and scored; results are cached."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.evaluation.choice_tasks import CHOICE_TASKS, encode_question, read_questions
+from overnight.distributed.world import World
+from overnight.evaluation import tasks
+from overnight.evaluation.choice_tasks import CHOICE_TASKS, Question, encode_question, read_questions
 from overnight.evaluation.multiple_choice import Choice
-from overnight.evaluation.scores import TaskResult
-from overnight.evaluation.tasks import TASKS, open_task
-from overnight.evaluation.text_tasks import (
-    CLOZE_TASKS,
-    TEXT_TASKS,
-    Cloze,
-    encode_cloze,
-    encode_text,
-    join_treebank,
-    join_wikitext,
-)
+from overnight.evaluation.passages import Passage
+from overnight.evaluation.scores import Numbers, TaskResult
+from overnight.evaluation.tasks import TASKS, cache_key, evaluate_cached, open_task
+from overnight.evaluation.text_tasks import TEXT_TASKS, join_treebank, join_wikitext
+from overnight.model.gpt import GPT, initialize
+from overnight.model.model_config import ModelConfig
+from overnight.run_directory import cache_folder
 from overnight.tokenizer.bpe import BytePair
 
-ROWS = {**TEXT_TASKS, **CLOZE_TASKS, **CHOICE_TASKS}
+ROWS = {**TEXT_TASKS, **CHOICE_TASKS}
 TOKENIZER = BytePair([])
 ARTICLE = " \n = Title = \n \n It was <unk> , he said . \n"
 ANSWERS = ("ice", "the sun", "the moon", "snow")
@@ -72,6 +73,8 @@ RECORDS: dict[str, tuple[dict[str, Any] | str, str, list[str] | tuple[str, ...],
     "winogrande": (GAP, "Ann paid Eve since", ["was rich.", "was rich."], 0),
     "cbt-common-nouns": (STORY, JOINED_STORY, [f'{word}," said he.' for word in ANIMALS], 2),
     "cbt-named-entities": (STORY, JOINED_STORY, [f'{word}," said he.' for word in ANIMALS], 2),
+    "lambada": ({"text": 'He saw "the\n\nold dog.'}, 'He saw "the\n\nold', ["dog."], 0),
+    "lambada-plain": ("he saw `` the old dog", "he saw `` the old", ["dog"], 0),
 }
 
 
@@ -94,12 +97,14 @@ def test_record_becomes_question(name: str, tmp_path: Path) -> None:
 
 
 def test_question_is_encoded_in_parts() -> None:
-    choice = encode_question(CHOICE_TASKS["copa"].read(COPA), TOKENIZER)
+    choice = encode_question(CHOICE_TASKS["copa"].read(COPA), TOKENIZER, 2048)
+    assert isinstance(choice, Choice)
     assert TOKENIZER.decode(list(choice.context)) == "He fell because"
     assert [TOKENIZER.decode(list(ending)) for ending in choice.endings] == [" it froze.", " he sang."]
     assert (choice.characters, choice.answer) == ((9, 8), 0)
     gap = {"sentence": "_ paid Eve.", "option1": "Ann", "option2": "Eve", "answer": "2"}
-    choice = encode_question(CHOICE_TASKS["winogrande"].read(gap), TOKENIZER)
+    choice = encode_question(CHOICE_TASKS["winogrande"].read(gap), TOKENIZER, 2048)
+    assert isinstance(choice, Choice)
     assert choice.context == (TOKENIZER.end_of_text,)
     branches = [TOKENIZER.decode(choice.branch(index)) for index in (0, 1)]
     assert branches == [" Ann paid Eve.", " Eve paid Eve."]
@@ -125,14 +130,6 @@ def test_wikipedia_uses_last_twentieth(name: str, tmp_path: Path) -> None:
     assert text.text == "é" * 2_499_999 + "x", "without the half character at the cut"
     assert text.units() == {"byte": 4_999_999, "character": 2_500_000}
     assert TEXT_TASKS[name].read(path, 10).text == "é" * 10
-
-
-def test_lambada_is_cut_before_last_word(tmp_path: Path) -> None:
-    lines = '{"text": "He saw \\"the\\n\\nold dog"}\n{"text": "Now she said yes."}\n'
-    clozes = CLOZE_TASKS["lambada"].read(write(tmp_path, "lambada", lines))
-    assert clozes == [Cloze('He saw "the\n\nold', " dog"), Cloze("Now she said", " yes.")]
-    plain = CLOZE_TASKS["lambada-plain"].read(write(tmp_path, "lambada-plain", "he saw `` the old dog\n"))
-    assert plain == [Cloze("he saw `` the old", " dog")]
 
 
 TOO_DEEP = "[" * 100_000
@@ -164,19 +161,25 @@ def test_invalid_task_file_is_refused(name: str, content: str, message: str, tmp
         open_task(name, tmp_path)
 
 
-def test_text_is_encoded_after_end_of_text() -> None:
-    passages = encode_text("abcdefghij", TOKENIZER, 4)
+def test_text_is_encoded_after_end_of_text(tmp_path: Path) -> None:
+    write(tmp_path, "text8", "abcdefghij")
+    passages = open_task("text8", tmp_path).encode(TOKENIZER, 4)
+    assert isinstance(passages[0], Passage)
     assert list(passages[0].ids) == [TOKENIZER.end_of_text, *TOKENIZER.encode("abcd")]
-    assert sum(passage.scored for passage in passages) == 10
-    assert [passage.scored for passage in encode_text("abcdefghij", TOKENIZER, 4, stride=2)] == [4, 2, 2, 2]
+    lengths = {
+        stride: open_task("text8", tmp_path, stride=stride).encode(TOKENIZER, 4) for stride in (None, 2)
+    }
+    assert [passage.scored for passage in lengths[None]] == [4, 4, 2]
+    assert [passage.scored for passage in lengths[2]] == [4, 2, 2, 2]
 
 
-def test_long_cloze_loses_first_ids() -> None:
-    passage = encode_cloze(Cloze("a long way to", " go"), TOKENIZER, 8)
+def test_long_passage_loses_first_ids() -> None:
+    passage = encode_question(Question("a long way to", (" go",), 0), TOKENIZER, 8)
+    assert isinstance(passage, Passage)
     assert TOKENIZER.decode(list(passage.ids)) == "way to go"
     assert passage.scored == 3
     with pytest.raises(ValueError, match="everlasting"):
-        encode_cloze(Cloze("a", " everlasting"), TOKENIZER, 8)
+        encode_question(Question("a", (" everlasting",), 0), TOKENIZER, 8)
 
 
 CONTENTS = {
@@ -235,3 +238,64 @@ def test_detokenizing_changes_only_spaces(words: list[str]) -> None:
     assert re.sub(r"\s", "", join_wikitext(text)) == re.sub(r"\s", "", text)
     if "'" not in words:  # two in a row are the treebank's quotation mark
         assert re.sub(r"\s", "", join_treebank(text)) == re.sub(r"\s", "", text)
+
+
+# ---------------------------------------------------------------- cached results
+
+EXAMPLES = [Passage([number, 1], 1) for number in range(6)]
+RESULTS = {index: (float(index), 0.0) for index in range(6)}
+
+
+def build_model(seed: int) -> GPT:
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, context_length=8, vocab_size=11))
+    initialize(model, seed)
+    return model
+
+
+def test_other_number_of_processes_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An example's result is its first id here."""
+    count = 0
+
+    def evaluate_task(_model: Any, examples: Sequence[Any], *_: Any) -> Iterator[tuple[int, Numbers]]:
+        nonlocal count
+        for index in reversed(range(len(examples))):
+            count += 1
+            yield index, (float(examples[index].ids[0]), 0.0)
+
+    monkeypatch.setattr(tasks, "evaluate_task", evaluate_task)
+    monkeypatch.setattr(tasks, "gather_results", lambda own, _: dict(own))
+    monkeypatch.setattr(World, "barrier", lambda _: None)
+    model, task = build_model(0), SimpleNamespace(name="task", encode=lambda *_: EXAMPLES)
+    folder = cache_folder() / "judged" / cache_key(model, EXAMPLES, "fp32")
+    folder.mkdir(parents=True)
+    (folder / "0.jsonl").write_text("[0, [0.0, 0.0]]\n[3, [3.0, 0.0]]\n")
+    (folder / "1.jsonl").write_text("[5, [5.0, 0.0]]\n[1, [1.0")  # interrupted
+    found = [
+        evaluate_cached(task, model, TOKENIZER, "fp32", World(rank, 2, "cpu")).numbers  # type: ignore[arg-type]
+        for rank in (1, 0)
+    ]
+    assert found == [{4: RESULTS[4], 2: RESULTS[2], 1: RESULTS[1]}, RESULTS], (
+        "the first one adds what is cached"
+    )
+    assert count == 3
+    assert not folder.exists()
+
+
+def test_cache_key_covers_everything_that_decides_results() -> None:
+    model, questions = build_model(0), [Choice((1,), ((2,), (3, 4)), (1, 2), 0)]
+    keys = {
+        cache_key(model, EXAMPLES, "fp32"),
+        cache_key(model, EXAMPLES, "bf16"),
+        cache_key(model, EXAMPLES[:5], "fp32"),
+        cache_key(model, [Passage([0, 1, 1], 1), *EXAMPLES[1:]], "fp32"),
+        cache_key(model, [Passage([0, 1, 1], 2), *EXAMPLES[1:]], "fp32"),
+        cache_key(build_model(1), EXAMPLES, "fp32"),
+        cache_key(model, questions, "fp32"),
+        cache_key(model, [Choice((1,), ((2, 3), (4,)), (1, 2), 0)], "fp32"),
+        cache_key(model, [Choice((1,), ((3,), (3, 4)), (1, 2), 0, ((2,), ()))], "fp32"),
+    }
+    assert len(keys) == 9
+    assert cache_key(build_model(0), list(EXAMPLES), "fp32") in keys
+    with torch.no_grad():
+        model.h[0].ln_1.bias[3] = 1e-30
+    assert cache_key(model, EXAMPLES, "fp32") not in keys

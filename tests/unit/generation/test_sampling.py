@@ -97,15 +97,6 @@ def test_top_p_same_with_partial_and_full_sort() -> None:
 
 
 @pytest.mark.parametrize("config", SETTINGS)
-def test_row_does_not_depend_on_batch(config: SamplingConfig) -> None:
-    together = sample(LOGITS, config, range(8), [7] * 8).tolist()
-    if config.temperature == 0:
-        assert together == LOGITS.argmax(-1).tolist()
-    assert [int(sample(LOGITS[r : r + 1], config, [r], [7])) for r in range(8)] == together
-    assert sample(LOGITS.flip(0), config, range(7, -1, -1), [7] * 8).tolist() == together[::-1]
-
-
-@pytest.mark.parametrize("config", SETTINGS)
 def test_mps_logits_are_sampled_on_cpu(config: SamplingConfig) -> None:
     on_gpu = SimpleNamespace(device=torch.device("mps"), cpu=lambda: LOGITS)
     drawn = [sample(each, config, range(8), [7] * 8) for each in (on_gpu, LOGITS)]  # type: ignore[arg-type]
@@ -136,12 +127,12 @@ def test_extreme_temperatures_and_logits(temperature: float) -> None:
     assert 0 <= drawn < 60_000
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_non_finite_logits_raise(value: float) -> None:
-    logits = torch.zeros(2, 10)
-    logits[1, 3] = value
-    with pytest.raises(FloatingPointError, match="logits"):
-        sample(logits, SamplingConfig(), [0, 1], [0, 0])
+def test_non_finite_logits_raise() -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        logits = torch.zeros(2, 10)
+        logits[1, 3] = value
+        with pytest.raises(FloatingPointError, match="logits"):
+            sample(logits, SamplingConfig(), [0, 1], [0, 0])
 
 
 @pytest.mark.parametrize(

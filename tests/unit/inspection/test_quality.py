@@ -18,60 +18,50 @@ GERMAN = (
     "Uhr früh das Frühstück brachte, kam diesmal nicht. Das war noch niemals geschehen. K. wartete noch ein "
     "Weilchen, sah von seinem Kopfkissen aus die alte Frau, die ihm gegenüber wohnte."
 )
+WORDS = "of the " * 1428  # 9,996 characters
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    "expected, texts",
     [
-        ("", set()),
-        (ENGLISH, set()),
-        (ENGLISH.replace(" ", "\n\t"), set()),
-        (ENGLISH + "\ufffd", {"replacement_character"}),
-        (ENGLISH + "\x00", {"control_characters"}),
-        (ENGLISH + "\x1b[0m", {"control_characters"}),
-        (ENGLISH + "\x85", {"control_characters"}),
-        (ENGLISH + "\r\n\f", set()),
-        (f"{'of the ' * 1428}end", set()),  # 9,999 characters
-        (f"{'of the ' * 1428}every", {"very_long_line"}),
-        (f"{'of the ' * 1428}\nevery", set()),
-        ("12.5 | 13.6 | 14.7 | mean", {"mostly_not_letters"}),
-        ("ab12", set()),
-        ("ab123", {"mostly_not_letters"}),
-        (ENGLISH.upper(), {"mostly_upper_case"}),
-        ("ABab", set()),
-        ("ABCab", {"mostly_upper_case"}),
-        (GERMAN, {"few_english_words"}),
-        (GERMAN[:200], set()),  # too short to tell
-        ("Привет, как дела", {"not_latin"}),
-        ("你好,世界", {"not_latin"}),
-        ("Café für Ærø", set()),
+        (None, ["", ENGLISH, ENGLISH.replace(" ", "\n\t"), ENGLISH + "\r\n\f", "Café für Ærø"]),
+        ("replacement_character", [ENGLISH + "\ufffd"]),
+        ("control_characters", [ENGLISH + "\x00", ENGLISH + "\x1b[0m", ENGLISH + "\x85"]),
+        (None, [f"{WORDS}end", f"{WORDS}\nevery"]),
+        ("very_long_line", [f"{WORDS}every"]),
+        (None, ["ab12", "ABab"]),
+        ("mostly_not_letters", ["12.5 | 13.6 | 14.7 | mean", "ab123"]),
+        ("mostly_upper_case", [ENGLISH.upper(), "ABCab"]),
+        ("few_english_words", [GERMAN]),
+        (None, [GERMAN[:200]]),  # too short to tell
+        ("not_latin", ["Привет, как дела", "你好,世界"]),
     ],
 )
-def test_oddities_of_text(text: str, expected: set[str]) -> None:
-    assert oddities_of(text) == expected
+def test_oddities_of_text(expected, texts):
+    assert [oddities_of(text) for text in texts] == [{expected} - {None}] * len(texts)
 
 
 @pytest.mark.parametrize("text", ["Café", "it’s", "“quoted”", "a – b", "n° 5", "\ufeffmark", "naïve"])
-def test_mojibake_is_found(text: str) -> None:
+def test_mojibake_is_found(text):
     """A text in UTF-8, read as Windows-1252 or Latin-1; as it is, it is sound."""
     assert "mojibake" not in oddities_of(text)
     assert "mojibake" in oddities_of(text.encode().decode("latin-1"))
     assert "mojibake" in oddities_of(text.encode().decode("cp1252", errors="ignore"))
 
 
-@pytest.mark.parametrize("text", ["NÃO", "Ângela", "pâté", "â la carte", "ÃO", "São Paulo", "¿Qué?"])
-def test_accented_letters_are_not_mojibake(text: str) -> None:
-    assert "mojibake" not in oddities_of(text)
+def test_accented_letters_are_not_mojibake():
+    for text in ("NÃO", "Ângela", "pâté", "â la carte", "ÃO", "São Paulo", "¿Qué?"):
+        assert "mojibake" not in oddities_of(text)
 
 
-def test_character_classes_are_those_of_unicode() -> None:
+def test_character_classes_are_those_of_unicode():
     for point in range(0, 0x30000, 7):
         character, classes = chr(point), int(_classes()[point])
         expected = (character.isalpha(), character.isalpha() and character.isupper(), character.isspace())
         assert (bool(classes & LETTER), bool(classes & UPPER), bool(classes & BLANK)) == expected
 
 
-def test_latin_letters_are_those_named_latin() -> None:
+def test_latin_letters_are_those_named_latin():
     ordinals_and_micro = {0xAA, 0xB5, 0xBA}
     for point in [*range(0x2B0), *range(0x1E00, 0x1F00)]:
         is_latin = chr(point).isalpha() and unicodedata.name(chr(point)).startswith("LATIN ")

@@ -5,48 +5,39 @@ import itertools
 import random
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overnight.data.shards import (
-    SPLITS,
-    Manifest,
-    read_manifest,
-    write_manifest,
-)
+from overnight.data.shards import SPLITS, read_manifest, write_manifest
 from overnight.inspection import statistics
-from overnight.inspection.statistics import Inspection, count_duplicates, inspect_shards
+from overnight.inspection.statistics import Duplicates, count_duplicates, inspect_shards
 from overnight.tokenizer.bpe import BytePair
 
 END = 256
 TOKENIZER = BytePair([])  # ids 0 to 255 are bytes in the order of their spelling, 256 is end-of-text
-Texts = dict[str, list[str]]
-WriteIds = Callable[..., Path]
 
 
-def random_texts(seed: int) -> Texts:
+def random_texts(seed):
     """Some hundred short texts, many of them equal, within and across the splits."""
     draw = random.Random(seed)
     pool = ["".join(draw.choices("abcdefgh \né€", k=draw.randint(1, 60))) for _ in range(120)]
     return {"train": draw.choices(pool[:100], k=150), "validation": draw.choices(pool[60:], k=40)}
 
 
-def ids_of(texts: Texts, split: str) -> list[int]:
-    return [id for text in texts[split] for id in (END, *TOKENIZER.encode(text))]
+def ids_of(texts):
+    return [id for text in texts for id in (END, *TOKENIZER.encode(text))]
 
 
 @pytest.fixture
-def write_ids(tmp_path: Path, prepared_documents: Callable[..., Manifest]) -> WriteIds:
+def write_ids(tmp_path, prepared_documents):
     """`write_ids(train, validation)`: a prepared folder of ids, in which end-of-text begins a document."""
     folders = (tmp_path / f"made-up-{number}" for number in itertools.count())
     names = {"tokenizer": TOKENIZER.name, "tokenizer_fingerprint": TOKENIZER.fingerprint}
 
-    def write(train: list[int], validation: list[int], shard_tokens: int = 700) -> Path:
+    def write(train, validation, shard_tokens=700):
         folder = next(folders)
         documents = {}
         for split, ids in zip(SPLITS, map(np.array, (train, validation)), strict=True):
@@ -61,49 +52,49 @@ def write_ids(tmp_path: Path, prepared_documents: Callable[..., Manifest]) -> Wr
 
 
 @pytest.fixture
-def write_texts(write_ids: WriteIds) -> Callable[..., Path]:
-    """`write_texts(texts)`: a prepared folder of them, as `overnight prepare` would write it."""
-
-    def write(texts: Texts, shard_tokens: int = 700) -> Path:
-        return write_ids(*(ids_of(texts, split) for split in SPLITS), shard_tokens)
-
-    return write
+def write_texts(write_ids):
+    """`write_texts(train, validation)`: a prepared folder of texts, as `overnight prepare` would write it."""
+    return lambda train, validation, shard_tokens=700: write_ids(
+        ids_of(train), ids_of(validation), shard_tokens
+    )
 
 
 @pytest.fixture(params=[700, 23])
-def found(write_texts: WriteIds, request: pytest.FixtureRequest) -> Inspection:
+def found(write_texts, request):
     """What is found in shards of that many tokens; in the short ones, documents span several."""
-    return inspect_shards(write_texts(random_texts(0), request.param))
+    return inspect_shards(write_texts(**random_texts(0), shard_tokens=request.param))
 
 
-# Counts
-
-
-def test_counts_and_lengths_equal_those_of_the_texts(found: Inspection) -> None:
+def test_counts_and_lengths_equal_those_of_the_texts(found):
     texts = random_texts(0)
     for split in found.splits:
         written = texts[split.split]
-        assert split.documents == len(written)
-        assert split.text_bytes == sum(len(text.encode()) for text in written)
-        assert split.tokens == split.text_bytes + len(written)
-        for name in ("documents", "tokens", "text_bytes"):
-            assert sum(shard[name] for shard in split.shards) == getattr(split, name)
+        text_bytes = sum(len(text.encode()) for text in written)
+        counts = {"documents": len(written), "tokens": text_bytes + len(written), "text_bytes": text_bytes}
+        assert {name: getattr(split, name) for name in counts} == counts
+        assert {name: sum(shard[name] for shard in split.shards) for name in counts} == counts
     assert {shard["tokens"] for shard in found.splits[0].shards[:-1]} <= {700, 23}
     lengths = np.array([1 + len(text.encode()) for each in texts.values() for text in each])
-    measured = found.lengths
-    assert measured.mean == pytest.approx(lengths.mean())
-    assert measured.median == np.quantile(lengths, 0.5, method="inverted_cdf")
-    assert measured.percentile_90 == np.quantile(lengths, 0.9, method="inverted_cdf")
-    assert (measured.shortest, measured.longest) == (lengths.min(), lengths.max())
-    edges = [bucket["shortest"] for bucket in measured.histogram] + [measured.histogram[-1]["longest"] + 1]
-    first = edges[0].bit_length() - 1
-    assert edges == [2 ** (first + number) for number in range(len(edges))]
-    assert [bucket["longest"] + 1 for bucket in measured.histogram] == edges[1:]
-    assert [bucket["documents"] for bucket in measured.histogram] == np.histogram(lengths, edges)[0].tolist()
+    powers = range(int(lengths.min()).bit_length() - 1, int(lengths.max()).bit_length())
+    assert dataclasses.asdict(found.lengths) == {
+        "mean": pytest.approx(lengths.mean()),
+        "median": np.quantile(lengths, 0.5, method="inverted_cdf"),
+        "percentile_90": np.quantile(lengths, 0.9, method="inverted_cdf"),
+        "shortest": lengths.min(),
+        "longest": lengths.max(),
+        "histogram": tuple(
+            {
+                "shortest": 2**power,
+                "longest": 2 ** (power + 1) - 1,
+                "documents": np.count_nonzero((lengths >= 2**power) & (lengths < 2 ** (power + 1))),
+            }
+            for power in powers
+        ),
+    }
 
 
-def test_frequent_tokens_equal_a_count_of_them(found: Inspection) -> None:
-    expected = Counter(id for split in SPLITS for id in ids_of(random_texts(0), split))
+def test_frequent_tokens_equal_a_count_of_them(found):
+    expected = Counter(id for texts in random_texts(0).values() for id in ids_of(texts))
     assert found.ids_used == len(expected)
     del expected[END]
     assert {token["id"]: token["count"] for token in found.frequent} == expected  # fewer than 20 occur
@@ -114,24 +105,22 @@ def test_frequent_tokens_equal_a_count_of_them(found: Inspection) -> None:
 # Duplicates
 
 
-def naive_duplicates(texts: Texts) -> tuple[int, int, int, int | None]:
-    train, validation = texts["train"], texts["validation"]
+def naive_duplicates(train, validation):
     shared = [number for number, text in enumerate(validation) if text in train]
-    return (
-        sum(text in train[:number] for number, text in enumerate(train)),
-        sum(text in validation[:number] for number, text in enumerate(validation)),
-        len(shared),
-        shared[0] if shared else None,
+    return Duplicates(
+        train=sum(text in train[:number] for number, text in enumerate(train)),
+        validation=sum(text in validation[:number] for number, text in enumerate(validation)),
+        validation_in_train=len(shared),
+        first_in_both=shared[0] if shared else None,
     )
 
 
-def test_duplicates_equal_naive_twin(found: Inspection) -> None:
-    expected = naive_duplicates(random_texts(0))
-    assert dataclasses.astuple(found.duplicates) == expected
-    assert min(expected[:3]) > 0
+def test_duplicates_equal_naive_twin(found):
+    expected = naive_duplicates(**random_texts(0))
+    assert found.duplicates == expected
     leak, repeated, _ = found.problems
-    assert leak.startswith(f"{expected[2]:,} of 40 validation documents ")
-    assert repeated.startswith(f"{expected[0]:,} of 150 train documents ")
+    assert leak.startswith(f"{expected.validation_in_train:,} of 40 validation documents ")
+    assert repeated.startswith(f"{expected.train:,} of 150 train documents ")
 
 
 @given(
@@ -139,16 +128,14 @@ def test_duplicates_equal_naive_twin(found: Inspection) -> None:
     validation=st.lists(st.integers(0, 12), max_size=20),
     at_once=st.integers(1, 30),
 )
-def test_digest_ranges_equal_naive_twin(train: list[int], validation: list[int], at_once: int) -> None:
+def test_digest_ranges_equal_naive_twin(train, validation, at_once):
     digests = [b"".join(bytes([n, 7 * n % 13]) * 8 for n in split) for split in (train, validation)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "DIGESTS_AT_ONCE", at_once)
-        measured = count_duplicates(*digests)
-    texts = {"train": list(map(str, train)), "validation": list(map(str, validation))}
-    assert dataclasses.astuple(measured) == naive_duplicates(texts)
+        assert count_duplicates(*digests) == naive_duplicates(train, validation)
 
 
-def test_half_a_digest_is_no_duplicate() -> None:
+def test_half_a_digest_is_no_duplicate():
     """The negative control: all sixteen bytes count."""
     one, high, low = bytes(16), bytes(8) + b"\1" * 8, b"\1" * 8 + bytes(8)
     assert count_duplicates(one, high + low).validation_in_train == 0
@@ -158,14 +145,14 @@ def test_half_a_digest_is_no_duplicate() -> None:
 # Documents at the edges
 
 
-def test_empty_documents_are_counted_and_no_duplicates(write_ids: WriteIds) -> None:
+def test_empty_documents_are_counted_and_no_duplicates(write_ids):
     found = inspect_shards(write_ids([END, END, 5, 6, END, END], [END, 7, END]))
     assert [(split.documents, split.empty_documents) for split in found.splits] == [(4, 3), (2, 1)]
     assert found.duplicates.train == found.duplicates.validation_in_train == 0
     assert [problem[:12] for problem in found.problems] == ["3 documents ", "1 documents "]
 
 
-def test_ids_before_the_first_separator_are_a_document(write_ids: WriteIds) -> None:
+def test_ids_before_the_first_separator_are_a_document(write_ids):
     """As in nanoGPT's files, where end-of-text comes after a document."""
     found = inspect_shards(write_ids([5, 6, END, 7, 8], [5, 6]))
     assert [split.documents for split in found.splits] == [2, 1]
@@ -173,8 +160,8 @@ def test_ids_before_the_first_separator_are_a_document(write_ids: WriteIds) -> N
     assert [bucket["documents"] for bucket in found.lengths.histogram] == [3]
 
 
-def test_shards_that_contradict_their_manifest_are_a_problem_or_refused(write_texts: WriteIds) -> None:
-    folder = write_texts({"train": ["one", "two"], "validation": ["four"]})
+def test_shards_that_contradict_their_manifest_are_a_problem(write_texts):
+    folder = write_texts(["one", "two"], ["four"])
     assert inspect_shards(folder).problems == ()
     manifest = read_manifest(folder)
     wrong = dataclasses.replace(manifest.train[0], text_bytes=99, documents=7)
@@ -193,53 +180,47 @@ def test_shards_that_contradict_their_manifest_are_a_problem_or_refused(write_te
 
 @pytest.mark.parametrize("documents", [1, 17, 150])
 @pytest.mark.parametrize("shard_tokens", [23, 700])
-def test_first_documents_equal_a_folder_of_them(
-    write_texts: WriteIds, documents: int, shard_tokens: int
-) -> None:
+def test_first_documents_equal_a_folder_of_them(write_texts, documents, shard_tokens):
     texts = random_texts(3)
-    first = {split: texts[split][:documents] for split in SPLITS}
-    part = inspect_shards(write_texts(texts, shard_tokens), documents=documents)
-    alone = inspect_shards(write_texts(first, shard_tokens))
+    part = inspect_shards(write_texts(**texts, shard_tokens=shard_tokens), documents=documents)
+    first = (texts[split][:documents] for split in SPLITS)
+    alone = inspect_shards(write_texts(*first, shard_tokens=shard_tokens))
     assert part.first_documents_only == documents
-    of_part, of_alone = (
-        {**dataclasses.asdict(found), "folder": "", "samples": (), "first_documents_only": None}
-        for found in (part, alone)
-    )
-    for measured in (of_part, of_alone):
-        for split in measured["splits"]:
-            split["shards"] = [shard for shard in split["shards"] if shard["tokens"]]
-    assert of_part == of_alone
+
+    def comparable(found):
+        splits = [
+            dataclasses.replace(split, shards=tuple(each for each in split.shards if each["tokens"]))
+            for split in found.splits
+        ]
+        changes = {"folder": "", "samples": (), "first_documents_only": None, "splits": splits}
+        return dataclasses.replace(found, **changes)
+
+    assert comparable(part) == comparable(alone)
 
 
-def test_samples_are_drawn_by_seed(write_texts: WriteIds) -> None:
+def test_samples_are_drawn_by_seed(write_texts):
     texts = random_texts(4)
     texts["train"][5] = "€" * 500
-    folder = write_texts(texts, shard_tokens=61)
+    folder = write_texts(**texts, shard_tokens=61)
     drawn = [inspect_shards(folder, samples=12, seed=seed).samples for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
-    everything = inspect_shards(folder, samples=1000).samples
-    assert len(everything) == 190
-    for sample in everything:
-        text = texts[sample["split"]][sample["document"] - 1]
-        assert sample["text"] == text[:240]
-        assert sample["is_shortened"] == (len(text) > 240)
-        assert sample["tokens"] == 1 + len(text.encode())
-    assert sum(sample["is_shortened"] for sample in everything) == 1
     assert inspect_shards(folder, samples=0).samples == ()
+    assert inspect_shards(folder, samples=1000).samples == tuple(
+        {
+            **{"split": split, "document": number, "tokens": 1 + len(text.encode())},
+            **{"text": text[:240], "is_shortened": len(text) > 240},
+        }
+        for split in SPLITS
+        for number, text in enumerate(texts[split], start=1)
+    )
 
 
-def test_oddities_are_counted_among_spread_documents(
-    write_texts: WriteIds, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train = ["A plain sentence.", "bad \ufffd", "42 + 17 = 59"] * 100
-    folder = write_texts({"train": train, "validation": ["SHOUTING"] * 30})
+def test_oddities_are_counted_among_spread_documents(write_texts, monkeypatch):
+    folder = write_texts(["A plain sentence.", "bad \ufffd", "42 + 17 = 59"] * 100, ["SHOUTING"] * 30)
     found = inspect_shards(folder)
     assert found.sampled_documents == 330
-    assert {name: count for name, count in found.oddities.items() if count} == {
-        "replacement_character": 100,
-        "mostly_not_letters": 100,
-        "mostly_upper_case": 30,
-    }
+    expected = {"replacement_character": 100, "mostly_not_letters": 100, "mostly_upper_case": 30}
+    assert {name: count for name, count in found.oddities.items() if count} == expected
     monkeypatch.setattr(statistics, "SAMPLED_DOCUMENTS", 110)
     some = inspect_shards(folder)
     assert some.sampled_documents == 110
@@ -247,16 +228,14 @@ def test_oddities_are_counted_among_spread_documents(
     assert some.duplicates == found.duplicates
 
 
-def test_long_documents_are_decoded_up_to_a_limit(
-    write_texts: WriteIds, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_texts({"train": ["€€€€" + "\ufffd"], "validation": ["12 bytes \ufffd"]})
+def test_long_documents_are_decoded_up_to_a_limit(write_texts, monkeypatch):
+    folder = write_texts(["€€€€" + "\ufffd"], ["12 bytes \ufffd"])
     for limit, count in ((10, 0), (15, 2)):  # none is made by cutting a character
         monkeypatch.setattr(statistics, "LONGEST_LOOK_TOKENS", limit)
         assert inspect_shards(folder).oddities["replacement_character"] == count
 
 
-def test_inspect_memory_is_bounded(write_ids: WriteIds) -> None:
+def test_inspect_memory_is_bounded(write_ids):
     """Three megabytes of shards are looked at in far less memory of Python's than they take."""
     folder = write_ids(([END] + [5] * 2999) * 500, [END, 7], 10**9)
     inspect_shards(folder)  # what is kept from the first time on

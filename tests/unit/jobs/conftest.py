@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from overnight.jobs import LaunchConfig
-from overnight.jobs.request import JobRequest
+from overnight.jobs.targets import JobRequest
 from overnight.preparation.prepare_commands import JobText
 from overnight.training import ComputeConfig
 
@@ -111,14 +112,9 @@ class Machines:
         """A process in the folder that all nodes see, in a process group of its own."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SM_", "PET_"))}
         paths = {"PATH": f"{self.programs}:{os.environ['PATH']}", "STAND_INS": str(self.notes)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         process = subprocess.Popen(
-            words,
-            cwd=self.work,
-            env=kept | paths | more,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
+            words, cwd=self.work, env=kept | paths | more, start_new_session=True, **pipes
         )
         self.started.append(process)
         return process
@@ -135,6 +131,12 @@ class Machines:
     def calls(self) -> list[list[str]]:
         """The arguments of every call of `overnight`."""
         return [call["words"] for call in self.noted("calls")]
+
+    def torchruns(self) -> list[Any]:
+        """The options of every call of torchrun, by its own reading."""
+        from torch.distributed.run import get_args_parser
+
+        return [get_args_parser().parse_args(words) for words in self.noted("torchrun")]
 
     def wait_for_calls(self, count: int, process: subprocess.Popen[str]) -> None:
         for _ in range(1200):
@@ -158,35 +160,26 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
 
 @pytest.fixture
 def free_port() -> int:
+    """One of those that Slurm's script uses; other tests may run on this machine at the same time."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+        for port in random.sample(range(20_000, 40_000), 100):
+            with suppress(OSError):
+                listener.bind(("", port))
+                return port
+    pytest.fail("no port is free")
 
 
 @pytest.fixture
 def request_job() -> Callable[..., JobRequest]:
-    """request_job(nodes=2, ...) -> a job of the run `mine` with these values."""
+    """request_job(words=..., nodes=2, ...) -> a job of the run `mine` with these values and settings."""
 
     def build(max_restarts: int = 0, **values: Any) -> JobRequest:
-        settings = {name: value for name, value in values.items() if hasattr(LaunchConfig(), name)}
-        default = {
-            "config": LaunchConfig(
-                **{"run_name": "mine"} | settings, compute=ComputeConfig(max_restarts=max_restarts)
-            ),
-            "path": "mine.job",
-            "made_by": "overnight launch long --slurm",
-            "words": ("long",),
-            "texts": (JobText("data/notes", ("overnight", "prepare", "notes")),),
-        }
-        return JobRequest(**default | {name: values[name] for name in values.keys() - settings.keys()})
+        default: dict[str, Any] = {"path": "mine.job", "words": ("long",), "made_by": "overnight launch long"}
+        default["texts"] = (JobText("data/notes", ("overnight", "prepare", "notes")),)
+        given = {name: values.pop(name) for name in (*default, "programs") if name in values}
+        compute = ComputeConfig(max_restarts=max_restarts)
+        return JobRequest(
+            config=LaunchConfig(**{"run_name": "mine", **values}, compute=compute), **default | given
+        )
 
     return build
-
-
-@pytest.fixture
-def parse_torchrun() -> Callable[[list[str]], Any]:
-    """Torchrun's own reading of its options."""
-    from torch.distributed.run import get_args_parser
-
-    return lambda words: get_args_parser().parse_args(words)

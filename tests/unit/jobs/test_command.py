@@ -1,3 +1,5 @@
+"""What the command writes and prints; its other refusals are in tests/run/golden/commands."""
+
 from __future__ import annotations
 
 import re
@@ -13,6 +15,7 @@ from overnight.cli import main
 from overnight.jobs import TARGETS
 
 FILES = {name: f"gpt2-124m.{'sbatch' if name == 'slurm' else f'{name}.yaml'}" for name in TARGETS}
+PROGRAMS = {"slurm": "sbatch ", "skypilot": "sky jobs ", "sagemaker": "aws s3 ", "kubernetes": "kubectl "}
 pytestmark = pytest.mark.usefixtures("here")
 
 
@@ -39,37 +42,25 @@ def test_launch_writes_a_file_and_prints_the_next_command(
     target: str, nodes: tuple[str, ...], launch: Any
 ) -> None:
     status, err = launch(f"--{target}", "gpt2-124m", *nodes)
+    job, first, last = Path(FILES[target]).read_text(), err.splitlines()[0], err.splitlines()[-1]
     assert status == 0
-    job = Path(FILES[target]).read_text()
-    assert FILES[target] in err.splitlines()[0]
-    assert f"# Written by: {' '.join(['overnight launch gpt2-124m', f'--{target}', *nodes])}\n" in job
+    assert FILES[target] in first
+    assert re.match(f"next: .*{PROGRAMS[target]}.*{FILES[target]}", last)
     assert {*re.findall("YOUR-[A-Z-]*[A-Z]", err)} == {*re.findall("YOUR-[A-Z-]*[A-Z]", job)}
-    programs = {"slurm": "sbatch ", "skypilot": "sky jobs ", "sagemaker": "aws s3 ", "kubernetes": "kubectl "}
-    (last,) = [line for line in err.splitlines() if line.startswith("next: ")]
-    assert programs[target] in last
-    assert FILES[target] in last
     assert (f'export PATH={Path(sys.executable).parent}:"$PATH"' in job) == (target == "slurm")
 
 
-def test_options_are_passed_on(launch: Any) -> None:
+def test_options_are_passed_on_and_the_command_in_the_file_writes_it_again(launch: Any) -> None:
     options = ("--total-steps=5000", "--sample-prompts", "it's", "a b", "--out", "jobs/mine.sbatch")
     given = "--nodes=2 --gpus-per-node=4 --hours=2 --max-restarts=5 --partition=a --run-name=mine"
     assert launch("gpt2-124m", "--slurm", *given.split(), *options)[0] == 0
     job = Path("jobs/mine.sbatch").read_text()
     words = """gpt2-124m --run-name mine --total-steps 5000 --sample-prompts 'it'"'"'s' 'a b'"""
     assert train_arguments(job) == words
-    for line in ("--nodes=2", "--gpus-per-node=4", "--time=0-02:00:00", "--partition=a"):
-        assert f"#SBATCH {line}\n" in job
-    assert "--max-restarts 5 " in job
-    assert "runs/mine/recipe.toml" in job
     (command,) = re.findall("# Written by: (.*)", job)
     Path("jobs/mine.sbatch").unlink()
     subprocess.run(["bash", "-c", f"{sys.executable} -m {command}"], check=True, capture_output=True)
     assert Path("jobs/mine.sbatch").read_text() == job
-
-    given = "--bucket b --image i --role arn:aws:iam::111122223333:role/r"
-    assert "YOUR-" not in launch("gpt2-124m", "--sagemaker", *given.split())[1]
-    assert yaml.safe_load(Path(FILES["sagemaker"]).read_text())["RoleArn"] == given.split()[-1]
 
 
 def test_recipe_file_is_named_for_slurm_and_written_out_elsewhere(launch: Any) -> None:
@@ -92,9 +83,8 @@ def test_missing_text_is_prepared_first(launch: Any) -> None:
     Path("data/fineweb-edu/manifest.json").touch()
     assert "next: sbatch again" in launch("gpt2-1558m", "--slurm", "--out", "again")[1]
     launch("gpt2-124m", "--slurm", "--shuffle-window", "100_000_000", "--evaluation-tokens", "1000")
-    assert "manifest.json" not in Path(FILES["slurm"]).read_text(), (
-        "such a run starts before its text is whole"
-    )
+    job = Path(FILES["slurm"]).read_text()
+    assert "manifest.json" not in job, "such a run starts before its text is whole"
 
 
 @pytest.mark.parametrize("option", ["--data", "--mixture"])
@@ -117,23 +107,13 @@ def test_other_machines_get_the_folder_of_text_that_only_this_one_has(option: st
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("", "recipe"),
-        ("--slurm", "recipe"),
-        ("--slurm gpt2-125m", "gpt2-125m; did you mean"),
-        ("gpt2-124m", "--slurm, --skypilot, --sagemaker, --kubernetes"),
-        ("--slurm --kubernetes gpt2-124m", "--slurm and --kubernetes"),
         ("gpt2-124m --slrum", "--slrum; did you mean slurm"),
-        ("gpt2-124m --slurm --nodes 0", "nodes=0"),
         ("gpt2-124m --slurm --gpus-per-node=-1", "gpus_per_node=-1"),
-        ("gpt2-124m --slurm --hours 0.1", "hours=0.1"),
         ("gpt2-124m --slurm --hours inf", "hours=inf"),
-        ("gpt2-124m --slurm --processes 8", "processes=8"),
         ("gpt2-124m --slurm --n-head 5", "n_head=5"),
-        ("gpt2-124m --kubernetes --role r", "role is for --sagemaker"),
         ("gpt2-124m --slurm --bucket b", "bucket is for --skypilot and --sagemaker"),
         ("gpt2-124m --sagemaker --gpu T4", "gpu=T4"),
         ("gpt2-124m --slurm --out .", "--out"),
-        ("gpt2-124m --slurm --nodes 3", "24 processes.* 16 .*tokens_per_step=516096"),
         ("gpt2-124m --slurm --nodes 8 --micro-batch-size 16", "64 processes.* 32 .*tokens_per_step=1048576"),
         ("gpt3-125m --slurm --nodes 3", "batch_ramp_start_tokens=32768.* 24 processes"),
         ("gpt2-124m --slurm --tokens-per-step 1000", "tokens_per_step=1000"),
@@ -141,9 +121,8 @@ def test_other_machines_get_the_folder_of_text_that_only_this_one_has(option: st
 )
 def test_wrong_use_is_one_line_and_no_file(words: str, message: str, launch: Any, here: Path) -> None:
     status, err = launch(*words.split())
-    assert status == 2
+    assert (status, len(err.splitlines())) == (2, 1)
     assert re.search(message, err)
-    assert len(err.splitlines()) == 1
     assert list(here.iterdir()) == []
 
 
@@ -153,6 +132,5 @@ def test_proposed_tokens_are_accepted_and_an_existing_file_is_not_replaced(launc
     assert launch("gpt2-124m", "--slurm", "--nodes", "3", "--tokens-per-step", proposed)[0] == 0
     before = Path(FILES["slurm"]).read_text()
     status, err = launch("gpt2-124m", "--slurm", "--nodes", "2")
-    assert status == 2
-    assert FILES["slurm"] in err
+    assert (status, FILES["slurm"] in err) == (2, True)
     assert Path(FILES["slurm"]).read_text() == before

@@ -1,111 +1,114 @@
-"""The job files, read by the rules of each target: what they ask for, and that their keys are known.
+"""The job files: as in golden/, and accepted by the rules of each target.
 
-SkyPilot's schema is written after its documentation (docs.skypilot.co, reference/yaml-spec), because the
+SkyPilot's keys are those of its documentation (docs.skypilot.co, reference/yaml-spec), because the
 package takes 460 MB. Kubeflow's client drops unknown keys, so what it writes back is compared with what it
 read. SageMaker's types are those of mypy-boto3-sagemaker, from botocore's model; lengths and patterns are
-those of the API's reference.
+those of the API's reference. `pytest -n0 tests/unit/jobs/test_files.py --golden-update` rewrites golden/.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import jsonschema
 import pydantic
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from kubeflow.training.api_client import ApiClient
 
-from overnight.jobs.request import JobRequest
-from overnight.jobs.targets import CPU_INSTANCE, INSTANCES, find_instance, job_file, submit_command
+from overnight.jobs.targets import (
+    CPU_INSTANCE,
+    INSTANCES,
+    JobRequest,
+    find_instance,
+    job_file,
+    join_words,
+    quote,
+    submit_command,
+    yaml_string,
+)
 from overnight.preparation.prepare_commands import JobText
 
 Build = Callable[..., JobRequest]
+Check = Callable[[str, str], None]
+
+GOLDEN = Path(__file__).parent / "golden"
+MIXTURE = (JobText("data/a", weight=0.5), JobText("s3://b/c d", weight=0.3), JobText("data/e", weight=0.2))
+REMOTE = {"texts": (JobText("s3://b/c"),), "words": ("long", "--data", "s3://b/c")}
+CASES: dict[str, dict[str, Any]] = {
+    "slurm.sh": {"nodes": 2, "gpus_per_node": 4, "hours": 30.5, "partition": "gpu", "gpu": "h100"},
+    "slurm-cpu.sh": {"gpus_per_node": 0, "texts": (JobText("data/notes"),)},
+    "skypilot.yaml": {"gpus_per_node": 4, "gpu": "A100-80GB", "bucket": "mine", "max_restarts": 5},
+    "skypilot-nodes.yaml": {
+        "nodes": 4,
+        "gpus_per_node": 0,
+        "shared_disk": "10.0.0.2:/runs",
+        "run_name": "a: b",
+    },
+    "skypilot-bucket.yaml": {"bucket": "gs://mine", "texts": (JobText("data/notes"),)},
+    "kubernetes.yaml": {"nodes": 2, "gpus_per_node": 4, "image": "mine:1"},
+    "kubernetes-cpu.yaml": {"gpus_per_node": 0, "shared_disk": "team", "run_name": "a: b"},
+    "sagemaker.yaml": {"bucket": "s3://mine/", "image": "1.dkr.ecr.amazonaws.com/a:1", "hours": 1.5},
+    "sagemaker-nodes.yaml": {"nodes": 2, "shared_disk": "fs-1", "role": "arn:aws:iam::111122223333:role/a"},
+    "sagemaker-mixture.yaml": {"gpus_per_node": 0, "texts": MIXTURE},
+    "sagemaker-remote.yaml": REMOTE,
+}
 
 
-def only(*required: str, **properties: Any) -> dict[str, Any]:
-    """An object with these keys and no others."""
-    keys = {"properties": properties, "required": list(required)}
-    return {"type": "object", "additionalProperties": False, **keys}
-
-
-TEXT, COUNT = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 1}
-BUCKET = only(
-    "mode",
-    name={"type": "string", "pattern": "^([a-z0-9][a-z0-9.-]{1,61}[a-z0-9]|YOUR-BUCKET)$"},
-    source={"type": "string", "pattern": "^(s3|gs|r2|cos|oci|https)://"},
-    mode={"enum": ["MOUNT", "COPY", "MOUNT_CACHED"]},
-)
-RESOURCES = only(
-    accelerators={"type": "string", "pattern": "^[A-Z0-9-]+:[0-9]+$"},
-    cpus={"type": "string", "pattern": r"^[0-9]+\+?$"},
-    use_spot={"type": "boolean"},
-    disk_size=COUNT,
-    job_recovery=only(
-        strategy={"enum": ["FAILOVER", "EAGER_NEXT_REGION"]},
-        max_restarts_on_errors={"type": "integer", "minimum": 0},
-    ),
-)
-SKYPILOT_TASK = only(
-    "run",
-    name={"type": "string", "pattern": "^[a-zA-Z0-9]+(?:[._-]{1,2}[a-zA-Z0-9]+)*$"},
-    workdir=TEXT,
-    num_nodes=COUNT,
-    resources=RESOURCES,
-    envs={"type": "object", "additionalProperties": {"type": ["string", "null"]}},
-    file_mounts={"type": "object", "additionalProperties": {"oneOf": [TEXT, BUCKET]}},
-    setup=TEXT,
-    run=TEXT,
-)
+SKYPILOT_KEYS = {
+    "task": {*["name", "workdir", "num_nodes", "resources", "envs", "file_mounts", "setup", "run"]},
+    "resources": {*["accelerators", "cpus", "use_spot", "disk_size", "job_recovery"]},
+    "job_recovery": {"strategy", "max_restarts_on_errors"},
+    "/overnight": {"name", "source", "mode"},
+}
 KUBERNETES_KINDS = {
     "PersistentVolumeClaim": "V1PersistentVolumeClaim",
     "PyTorchJob": "KubeflowOrgV1PyTorchJob",
 }
 
 
-def check_skypilot(task: Any) -> None:
-    jsonschema.validate(task, SKYPILOT_TASK)
+def check_slurm(job: str) -> None:
+    """The head by sbatch's rules: options up to the first command, unknown ones refused."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    for name in ("job-name", "output", "open-mode", "gpus-per-node", "time", "signal", "partition"):
+        parser.add_argument(f"--{name}")
+    for name in ("nodes", "ntasks-per-node", "cpus-per-gpu"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    for name in ("requeue", "exclusive"):
+        parser.add_argument(f"--{name}", action="store_true")
+    head = re.split(r"\n(?=[^#\n])", job)[0].splitlines()
+    lines = [line.removeprefix("#SBATCH") for line in head if line.startswith("#SBATCH")]
+    options = parser.parse_args([word for line in lines for word in shlex.split(line, comments=True)])
+    assert head[0] == "#!/bin/bash"
+    assert options.requeue
+    assert options.nodes >= 1
+    assert re.fullmatch(r"\d+-\d\d:\d\d:\d\d", options.time)
+
+
+def check_skypilot(task: dict[str, Any], name: str = "task") -> None:
+    """The keys of all sections are known; a name and the variables are free."""
+    assert name not in SKYPILOT_KEYS or {*task} <= SKYPILOT_KEYS[name]
+    for key, value in task.items():
+        if isinstance(value, dict):
+            check_skypilot(value, key)
 
 
 def check_kubernetes(document: Any) -> None:
     client = ApiClient()
     read = client.deserialize(SimpleNamespace(data=json.dumps(document)), KUBERNETES_KINDS[document["kind"]])
     assert client.sanitize_for_serialization(read) == document
-
-
-@pytest.fixture(scope="module")
-def sagemaker_types() -> Iterator[Callable[[str], Any]]:
-    """sagemaker_types(module): of mypy_boto3_sagemaker, without its client, which needs botocore."""
-    name = "mypy_boto3_sagemaker"
-    spec = importlib.util.find_spec(name)
-    assert spec is not None
-    package = ModuleType(name)
-    package.__path__ = list(spec.submodule_search_locations or [])
-    sys.modules[name] = package
-    yield lambda module: importlib.import_module(f"{name}.{module}")
-    for module in [known for known in sys.modules if known.startswith(name)]:
-        del sys.modules[module]
-
-
-@pytest.fixture(scope="module")
-def check(sagemaker_types: Any) -> Callable[[str, Any], None]:
-    """check(target, document): fails unless the target accepts it."""
-    request = pydantic.TypeAdapter(sagemaker_types("type_defs").CreateTrainingJobRequestTypeDef)
-
-    def check_sagemaker(job: Any) -> None:
-        request.validate_python(job, strict=True, extra="forbid")
-        check_sagemaker_limits(job)
-
-    checks = {"skypilot": check_skypilot, "kubernetes": check_kubernetes, "sagemaker": check_sagemaker}
-    return lambda target, document: checks[target](document)
 
 
 def check_sagemaker_limits(job: dict[str, Any]) -> None:
@@ -124,25 +127,59 @@ def check_sagemaker_limits(job: dict[str, Any]) -> None:
     assert stopping["MaxWaitTimeInSeconds"] >= stopping["MaxRuntimeInSeconds"], "required for spot machines"
 
 
-@pytest.fixture
-def read(request_job: Build, check: Callable[[str, Any], None]) -> Callable[..., Any]:
-    """read(target, **values) -> the checked file of such a job; of several documents the last."""
+@pytest.fixture(scope="module")
+def sagemaker_types() -> Iterator[Callable[[str], Any]]:
+    """sagemaker_types(module): of mypy_boto3_sagemaker, without its client, which needs botocore."""
+    name = "mypy_boto3_sagemaker"
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    package = ModuleType(name)
+    package.__path__ = list(spec.submodule_search_locations or [])
+    sys.modules[name] = package
+    yield lambda module: importlib.import_module(f"{name}.{module}")
+    for module in [known for known in sys.modules if known.startswith(name)]:
+        del sys.modules[module]
 
-    def load(target: str, **values: Any) -> Any:
-        documents = list(yaml.safe_load_all(job_file(target, request_job(**values))))
-        for document in documents:
-            check(target, document)
-        return documents[-1]
 
-    return load
+@pytest.fixture(scope="module")
+def check(sagemaker_types: Any) -> Check:
+    """check(target, job): fails unless the target accepts the file."""
+    request = pydantic.TypeAdapter(sagemaker_types("type_defs").CreateTrainingJobRequestTypeDef)
+
+    def check(target: str, job: str) -> None:
+        if target == "slurm":
+            check_slurm(job)
+            return
+        for document in yaml.safe_load_all(job):
+            if target == "skypilot":
+                check_skypilot(document)
+            elif target == "kubernetes":
+                check_kubernetes(document)
+            else:
+                request.validate_python(document, strict=True, extra="forbid")
+                check_sagemaker_limits(document)
+
+    return check
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_file_is_the_golden_one_and_is_accepted(
+    name: str, request_job: Build, check: Check, pytestconfig: pytest.Config
+) -> None:
+    target = re.split("[-.]", name)[0]
+    job = job_file(target, request_job(**CASES[name]))
+    if pytestconfig.getoption("--golden-update"):
+        (GOLDEN / name).write_text(job)
+    assert job == (GOLDEN / name).read_text()
+    check(target, job)
 
 
 @pytest.mark.parametrize(
     "target, right, wrong",
     [
+        ("slurm", "--requeue", "--requeu-it"),
         ("skypilot", "use_spot:", "use_spots:"),
         ("skypilot", "max_restarts_on_errors", "max_restarts"),
-        ("skypilot", "H100:8", "H100"),
         ("kubernetes", "maxRestarts:", "maxRestart:"),
         ("kubernetes", "workingDir:", "workDir:"),
         ("sagemaker", "InstanceType:", "InstanceTyp:"),
@@ -151,75 +188,12 @@ def read(request_job: Build, check: Callable[[str, Any], None]) -> Callable[...,
     ],
 )
 def test_the_check_finds_what_is_wrong(
-    target: str, right: str, wrong: str, request_job: Build, check: Callable[[str, Any], None]
+    target: str, right: str, wrong: str, request_job: Build, check: Check
 ) -> None:
     job = job_file(target, request_job())
     assert right in job
-    *_, document = yaml.safe_load_all(job.replace(right, wrong))
-    with pytest.raises((jsonschema.ValidationError, pydantic.ValidationError, AssertionError)):
-        check(target, document)
-
-
-def test_special_characters_stay_what_they_are(read: Any) -> None:
-    words = ("long", "--sample-prompts", "it's: # no comment", "two\nlines", "\u2028", "{{ x }}")
-    task = read("skypilot", run_name="a: b", words=words)
-    job = read("kubernetes", run_name="a: b", words=words)
-    assert task["name"] == job["metadata"]["name"] == "a-b"
-    for script in (task["setup"], task["run"], *container_of(job)["args"]):
-        subprocess.run(["bash", "-n"], input=script.replace("$$", "$"), text=True, check=True)
-
-
-def test_skypilot_task_of_one_node_and_of_several(read: Any) -> None:
-    task = read("skypilot", gpus_per_node=4, gpu="A100-80GB", bucket="mine", max_restarts=5)
-    assert task["resources"]["accelerators"] == "A100-80GB:4"
-    assert task["resources"]["use_spot"]
-    assert task["resources"]["job_recovery"]["max_restarts_on_errors"] == 5
-    assert task["file_mounts"] == {"/overnight": {"name": "mine", "mode": "MOUNT_CACHED"}}
-    assert read("skypilot", bucket="gs://mine")["file_mounts"]["/overnight"]["source"] == "gs://mine"
-    task = read("skypilot", nodes=4, gpus_per_node=0, shared_disk="10.0.0.2:/runs")
-    assert task["num_nodes"] == 4
-    assert "file_mounts" not in task
-    assert task["envs"] == {"SHARED_DISK": "10.0.0.2:/runs"}
-    assert "accelerators" not in task["resources"]
-    assert "--nproc-per-node 1 " in task["run"]
-
-
-def container_of(job: dict[str, Any]) -> dict[str, Any]:
-    (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
-    return dict(container)
-
-
-@pytest.mark.parametrize("disk", [None, "team"])
-def test_kubernetes_job_has_its_pods_gpus_and_volume(disk: str | None, read: Any, request_job: Build) -> None:
-    values = {"nodes": 2, "gpus_per_node": 4, "image": "mine:1", "shared_disk": disk}
-    job = read("kubernetes", **values)
-    assert job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 2
-    container = container_of(job)
-    assert (container["name"], container["image"]) == ("pytorch", "mine:1"), "the operator needs this name"
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": "4"}
-    assert "resources" not in container_of(read("kubernetes", gpus_per_node=0))
-    *claims, _ = yaml.safe_load_all(job_file("kubernetes", request_job(**values)))
-    assert [claim["spec"]["accessModes"] for claim in claims] == ([] if disk else [["ReadWriteMany"]])
-    volumes = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["volumes"]
-    assert volumes[0]["persistentVolumeClaim"]["claimName"] == (disk or claims[0]["metadata"]["name"])
-
-
-def test_sagemaker_job_of_one_host_and_of_several(read: Any) -> None:
-    job = read("sagemaker", bucket="s3://mine/", image="1.dkr.ecr.amazonaws.com/a:1", hours=1.5)
-    assert job["ResourceConfig"]["InstanceType"] == "ml.p5.48xlarge"
-    assert job["EnableManagedSpotTraining"]
-    assert job["StoppingCondition"]["MaxRuntimeInSeconds"] == 5400
-    assert job["CheckpointConfig"] == {"LocalPath": "/opt/ml/checkpoints", "S3Uri": "s3://mine/runs/"}
-    (channel,) = job["InputDataConfig"]
-    assert channel["ChannelName"] == "training"
-    assert channel["DataSource"]["S3DataSource"]["S3Uri"] == "s3://mine/data/notes/"
-    assert "VpcConfig" not in job
-    job = read("sagemaker", nodes=2, shared_disk="fs-1", role="arn:aws:iam::111122223333:role/a")
-    assert job["ResourceConfig"]["InstanceCount"] == 2
-    assert "CheckpointConfig" not in job, "it is each host's own, and they write into one checkpoint"
-    disk = job["InputDataConfig"][1]["DataSource"]["FileSystemDataSource"]
-    assert (disk["FileSystemAccessMode"], disk["FileSystemId"]) == ("rw", "fs-1")
-    assert read("sagemaker", gpus_per_node=0)["ResourceConfig"]["InstanceType"] == CPU_INSTANCE
+    with pytest.raises((pydantic.ValidationError, AssertionError, SystemExit)):
+        check(target, job.replace(right, wrong))
 
 
 def test_every_sagemaker_instance_exists(sagemaker_types: Any) -> None:
@@ -245,21 +219,29 @@ def test_sagemaker_limits_are_refused(values: dict[str, Any], message: str, requ
         job_file("sagemaker", request_job(**values))
 
 
-def test_sagemaker_channels_of_texts(read: Any, request_job: Build) -> None:
-    texts = (
-        JobText("data/a", weight=0.5),
-        JobText("s3://b/c d", weight=0.25),
-        JobText("data/e", weight=0.25),
-    )
-    job = read("sagemaker", texts=texts)
-    assert [channel["ChannelName"] for channel in job["InputDataConfig"]] == ["text1", "text2"]
-    mixture = """--mixture "$SM_CHANNEL_TEXT1"=0.5 's3://b/c d'=0.25 "$SM_CHANNEL_TEXT2"=0.25"""
-    assert mixture in job["Environment"]["OVERNIGHT_TRAIN"]
-    job = read("sagemaker", texts=(JobText("s3://b/c"),), words=("long", "--data", "s3://b/c"))
-    assert "InputDataConfig" not in job
-    assert "--data" not in job["Environment"]["OVERNIGHT_TRAIN"]
+def test_sagemaker_text_is_uploaded_first(request_job: Build) -> None:
     assert submit_command("sagemaker", request_job(path="my jobs/a", bucket="mine")) == (
         "aws s3 sync data/notes s3://mine/data/notes && "
         "aws sagemaker create-training-job --cli-input-yaml 'file://my jobs/a' "
         '--training-job-name "mine-$(date +%Y%m%d-%H%M%S)"'
     )
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30))
+def test_every_word_stays_what_it_is_on_one_line(word: str) -> None:
+    assert len(quote(word).splitlines()) == 1
+    assert len(yaml_string(word).splitlines()) == 1
+    assert yaml.safe_load(f"key: {yaml_string(word)}") == {"key": word}
+
+
+def test_bash_reads_every_word_unchanged() -> None:
+    words = ["", "a b", "it's", 'a "b"', "$HOME", "$(ls)", "new\nline", "tab\t\\n", "é\u2028x", "*"]
+    script = f"printf '%s\\0' {join_words(words)}"
+    shown = subprocess.run(["bash", "-c", script], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"})
+    assert shown.stdout.decode().split("\0")[:-1] == words
+
+
+def test_name_is_allowed_by_all_targets(request_job: Build) -> None:
+    names = {"gpt2-124m": "gpt2-124m", "My Run_2": "my-run-2", "2nd": "run-2nd", "---": "run", "é": "run"}
+    names |= {"a" * 80: "a" * 45, "a" * 44 + ".b": "a" * 44}
+    assert {run_name: request_job(run_name=run_name).name for run_name in names} == names

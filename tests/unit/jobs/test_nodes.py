@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from overnight.jobs.request import JobRequest
-from overnight.jobs.targets import job_file
-from overnight.preparation.prepare_commands import JobText
+from overnight.jobs.targets import JobRequest, job_file
 
 Build = Callable[..., JobRequest]
 Start = Callable[..., subprocess.Popen[str]]
@@ -93,14 +91,23 @@ def expand(argument: str, variables: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("target", ["skypilot", "kubernetes"])
 def test_first_node_prepares_and_both_train(
-    target: str, machines: Any, request_job: Build, start: Start, free_port: int, parse_torchrun: Any
+    target: str, machines: Any, request_job: Build, start: Start, free_port: int
 ) -> None:
-    words = ("short", "--sample-prompts", "$$5", "$(PET_NNODES)", "$HOME", "it's")
+    words = (
+        "short",
+        "--sample-prompts",
+        "$$5",
+        "$(PET_NNODES)",
+        "$HOME",
+        "it's: # one\ntwo",
+        "\u2028",
+        "{{ x }}",
+    )
     request = request_job(nodes=2, words=words)
     assert machines.wait(*(start(target, request, rank) for rank in (1, 0))) == [0, 0], machines.output
     assert machines.calls() == [["prepare", "notes"], *2 * [["train", *words]]]
     if target == "skypilot":
-        nodes = sorted(map(parse_torchrun, machines.noted("torchrun")), key=lambda node: str(node.local_addr))
+        nodes = sorted(machines.torchruns(), key=lambda node: str(node.local_addr))
         for node, host, is_host in zip(nodes, HOSTS, "10", strict=True):
             assert (node.nnodes, node.nproc_per_node, node.rdzv_backend) == ("2", "1", "c10d")
             assert (node.rdzv_endpoint, node.rdzv_id) == (f"127.0.0.1:{free_port}", "sky-1")
@@ -145,21 +152,14 @@ def test_two_nodes_meet_and_save_when_they_are_stopped(
     assert sorted(machines.noted("saved")) == [0, 1]
 
 
-def test_text_that_cannot_be_prepared_there_ends_the_job(
-    machines: Any, request_job: Build, start: Start
-) -> None:
-    assert machines.wait(start("skypilot", request_job(texts=(JobText("data/notes"),)))) == [2]
-    assert "data/notes" in machines.output
-
-
 def test_sagemaker_host_trains_and_leaves_the_model(
-    machines: Any, request_job: Build, start: Start, tmp_path: Path, parse_torchrun: Any
+    machines: Any, request_job: Build, start: Start, tmp_path: Path
 ) -> None:
     words = ("short", "--sample-prompts", "it's $5", "")
     assert machines.wait(start("sagemaker", request_job(words=words))) == [0], machines.output
     data, model = (f"{tmp_path}/ml-0/{place}" for place in ("input/data/training", "model/hf"))
     assert machines.calls() == [["train", *words, "--data", data], ["convert", "runs/mine", "--out", model]]
-    node = parse_torchrun(machines.noted("torchrun")[0])
+    (node,) = machines.torchruns()
     assert (node.nnodes, node.nproc_per_node, node.max_restarts) == ("1", "8", 3)
     assert (node.rdzv_backend, node.rdzv_conf, node.local_addr) == ("c10d", "is_host=1", HOSTS[0])
 
@@ -173,8 +173,7 @@ def test_sagemaker_toolkit_variables_come_first(machines: Any, request_job: Buil
     }
     request = request_job(nodes=2, words=("short",))
     assert machines.wait(start("sagemaker", request, **toolkit)) == [0], machines.output
-    (words,) = machines.noted("torchrun")
-    options = [words[words.index(option) + 1] for option in ("--nnodes", "--local-addr", "--rdzv-conf")]
-    assert options == ["2", "algo-2", "is_host=0"]
+    (node,) = machines.torchruns()
+    assert (node.nnodes, node.local_addr, node.rdzv_conf) == ("2", "algo-2", "is_host=0")
     assert machines.calls() == [["train", "short", "--data", "/elsewhere"]]
     assert (machines.work / "shared/mine/finished").exists()

@@ -1,23 +1,17 @@
-"""The batch script, read by sbatch's rules and run with programs that stand for Slurm's."""
+"""The batch script, run with programs that stand for Slurm's."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import random
 import re
-import shlex
 import signal
-import socket
 import subprocess
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from overnight.jobs.request import JobRequest
-from overnight.jobs.targets import job_file
+from overnight.jobs.targets import JobRequest, job_file
 from overnight.preparation.prepare_commands import JobText
 
 Build = Callable[..., JobRequest]
@@ -52,14 +46,9 @@ def slurm(machines: Any) -> Any:
 
 
 @pytest.fixture
-def job_id() -> int:
-    """A job whose port is free here: other tests may run on this machine at the same time."""
-    with socket.socket() as listener:
-        for number in random.sample(range(20_000), 100):
-            with suppress(OSError):
-                listener.bind(("", 20_000 + number))
-                return number
-    pytest.fail("no port is free")
+def job_id(free_port: int) -> int:
+    """A job whose port is free here."""
+    return free_port - 20_000
 
 
 @pytest.fixture
@@ -79,37 +68,6 @@ def submit(slurm: Any, request_job: Build, job_id: int) -> Callable[..., subproc
         return process
 
     return start
-
-
-def read_options(job: str) -> argparse.Namespace:
-    """The options in the script's head, by sbatch's rules: up to the first command, unknown ones refused."""
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    for name in ("job-name", "output", "open-mode", "gpus-per-node", "time", "signal", "partition"):
-        parser.add_argument(f"--{name}")
-    for name in ("nodes", "ntasks-per-node", "cpus-per-gpu"):
-        parser.add_argument(f"--{name}", type=int)
-    for name in ("requeue", "exclusive"):
-        parser.add_argument(f"--{name}", action="store_true")
-    words = []
-    for line in job.splitlines()[1:]:
-        if line.startswith("#SBATCH"):
-            words += shlex.split(line.removeprefix("#SBATCH"), comments=True)
-        elif line and not line.startswith("#"):
-            break
-    return parser.parse_args(words)
-
-
-def test_head_asks_for_what_the_run_needs(request_job: Build) -> None:
-    job = job_file("slurm", request_job(nodes=2, gpus_per_node=4, hours=30.5, partition="gpu", gpu="h100"))
-    assert job.startswith("#!/bin/bash\n")
-    options = read_options(job)
-    assert (options.nodes, options.ntasks_per_node, options.gpus_per_node) == (2, 1, "h100:4")
-    assert (options.time, options.partition, options.requeue) == ("1-06:30:00", "gpu", True)
-    assert options.signal == "B:USR1@180"
-    assert options.open_mode == "append", "a requeued job appends to its log"
-    assert not options.exclusive
-    options = read_options(job_file("slurm", request_job(gpus_per_node=0)))
-    assert (options.gpus_per_node, options.partition, options.exclusive) == (None, None, True)
 
 
 def test_two_nodes_meet_save_at_the_time_limit_and_resume(slurm: Any, submit: Any, job_id: int) -> None:
@@ -155,7 +113,7 @@ def test_cancelled_job_saves_and_is_not_requeued(slurm: Any, submit: Any) -> Non
 
 
 def test_torchrun_gets_its_options_and_programs_of_this_machine_come_first(
-    slurm: Any, submit: Any, job_id: int, parse_torchrun: Any
+    slurm: Any, submit: Any, job_id: int
 ) -> None:
     elsewhere = slurm.work / "my env"
     elsewhere.mkdir()
@@ -163,7 +121,7 @@ def test_torchrun_gets_its_options_and_programs_of_this_machine_come_first(
     words = ("short", "--sample-prompts", "it's", 'a "b"', "$(touch x)", "two\nlines")
     assert slurm.wait(submit(words=words, max_restarts=4, programs=str(elsewhere))) == [0], slurm.output
     assert slurm.calls() == 2 * [["train", *words]]
-    first, second = sorted(map(parse_torchrun, slurm.noted("torchrun")), key=lambda node: str(node.rdzv_conf))
+    first, second = sorted(slurm.torchruns(), key=lambda node: str(node.rdzv_conf))
     assert (first.rdzv_conf, second.rdzv_conf) == ("is_host=0", "is_host=1")
     assert (first.nnodes, first.nproc_per_node, first.max_restarts) == ("2", "8", 4)
     assert (first.rdzv_backend, first.rdzv_id) == ("c10d", str(job_id))

@@ -3,24 +3,22 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from overnight.cli import main
-from overnight.distributed import launcher as machine
+from overnight.distributed import launcher
+from overnight.distributed.world import World
 from overnight.hardware import DEVICES, GB
 from overnight.planning import command as planning_command
 from overnight.planning import measure
 from overnight.planning.command import command_after_plan, plan_recipe
-from overnight.planning.page import plan_text
-from overnight.planning.plan import Plan, plan_to_json
+from overnight.planning.page import plan_text, plan_to_json
+from overnight.training import Compute
 
-from .conftest import plan_config
-
-PlanFor = Callable[..., Plan]
-
+from .conftest import COST, SELECTIVE, PlanFor, PretendMachine, plan_config
 
 # Another machine.
 
@@ -52,75 +50,143 @@ def test_estimates_include_published_measurements(
     assert all(slow < tokens_per_second < fast for tokens_per_second in measured)
 
 
-def test_nothing_is_measured_for_another_machine(plan_for: PlanFor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "measure_step_costs", lambda *_: pytest.fail("measured"))
-    plan_for("gpt2-124m", "t4")
+@pytest.mark.parametrize(
+    "device, precision, memory_gb", [("t4", "fp16", 16), ("m1-max", "fp32", None), ("h200", "bf16", 141)]
+)
+def test_estimate_has_native_precision_and_memory(
+    plan_for: PlanFor, device: str, precision: str, memory_gb: int | None
+) -> None:
+    plan = plan_for("gpt2-124m", device)
+    memory_bytes = memory_gb and memory_gb * GB
+    assert (plan.resolved.compute.precision, plan.device_memory_bytes) == (precision, memory_bytes)
+    assert plan.fits is (None if memory_gb is None else True)
 
 
-@pytest.mark.parametrize("device, precision", [("t4", "fp16"), ("m1-max", "fp32"), ("h200", "bf16")])
-def test_estimate_uses_the_native_precision(plan_for: PlanFor, device: str, precision: str) -> None:
-    assert plan_for("gpt2-124m", device).resolved.compute.precision == precision
-
-
-def test_plan_suggests_smaller_model(plan_for: PlanFor) -> None:
-    plan = plan_for("gpt2-1558m", "rtx-4090")
+@pytest.mark.parametrize(
+    "name, settings, suggested",
+    [
+        ("gpt2-1558m", {"device_type": "rtx-4090"}, "gpt2-774m --device-type rtx-4090"),
+        (
+            "gpt2-350m",
+            {"device_type": "t4", "micro_batch_size": 64},
+            "gpt2-350m --micro-batch-size 4 --device-type t4",
+        ),
+        (
+            "gpt3-6.7b",
+            {"device_type": "h100", "processes": 8, "sharding": "none"},
+            "gpt3-6.7b --processes 8 --sharding fsdp --micro-batch-size 2 --device-type h100",
+        ),
+    ],
+)
+def test_suggested_plan_fits(
+    plan_for: PlanFor,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    settings: dict[str, Any],
+    suggested: str,
+) -> None:
+    plan = plan_for(name, **settings)
     assert (plan.fits, plan.forecast) == (False, None)
-    assert plan.largest_fitting is not None
-    assert plan.largest_fitting[0] == "gpt2-774m"
-    assert "gpt2-774m" in plan_text(plan)
-    config = plan_config("gpt2-1558m", device_type="rtx-4090")
-    assert command_after_plan(plan, config).endswith("plan gpt2-774m --device-type rtx-4090")
+    model, *_ = suggested.split()
+    assert model in plan_text(plan)
+    assert command_after_plan(plan, plan_config(name, **settings)) == f"next: overnight plan {suggested}"
+    assert main(["plan", *suggested.split(), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
 
 
-def test_plan_suggests_options_that_fit(plan_for: PlanFor) -> None:
-    assert plan_for("gpt2-350m", "t4").fits
-    tight = plan_for("gpt2-350m", "t4", micro_batch_size=64)
-    assert tight.fits is False
-    assert all(option.needed_bytes < 16 * GB for option in tight.fit_options)
-    config = plan_config("gpt2-350m", device_type="t4", micro_batch_size=64)
-    options = tight.fit_options[0].options
-    expected = f"next: overnight plan gpt2-350m {options} --device-type t4"
-    assert command_after_plan(tight, config) == expected
-    assert main(["plan", *expected.split()[3:], "--json"]) == 0
-
-
-def test_memory_of_an_apple_chip_is_unknown(plan_for: PlanFor) -> None:
-    plan = plan_for("quickstart", "m1")
-    assert (plan.fits, plan.device_memory_bytes) == (None, None)
+def test_plan_suggests_several_gpus(plan_for: PlanFor) -> None:
+    alone = plan_for("gpt3-13b", "h100")
+    assert alone.fit_in_processes is not None
+    assert alone.fit_in_processes.options == "--processes 4 --activation-checkpointing selective"
+    assert plan_for("gpt3-13b", "h100", processes=4, **SELECTIVE).fits
 
 
 # This machine.
 
 
-def test_model_that_can_t_fit_here_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "measure_step_costs", lambda *_: pytest.fail("measured"))
-    monkeypatch.setattr(planning_command, "find_memory_bytes", lambda _: 2 * GB)
-    plan = plan_recipe(plan_config("gpt3-6.7b", device="cpu"), "gpt3-6.7b")
+def test_model_that_can_t_fit_here_is_not_measured(
+    plan_for: PlanFor, pretend_machine: PretendMachine
+) -> None:
+    pretend_machine(find_memory_bytes=2 * GB)
+    plan = plan_for("gpt3-6.7b", device="cpu")
     assert plan.fits is False
     assert "How fast?" not in plan_text(plan)
     assert plan_to_json(plan)["needed_bytes"] > 6.6e9 * 16
 
 
-def test_measured_plan(plan_for: PlanFor) -> None:
-    """With made-up measurements."""
-    plan = plan_for("gpt2-124m", "h200")
-    plan.assumption, plan.peak_memory_bytes, plan.load_average = None, 41 * GB, 1.5
-    shown = plan_text(plan)
-    assert "measured here and now" in shown
-    assert "load average 1.5" in shown
+@pytest.fixture
+def two_gpus(pretend_machine: PretendMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine seems to have two A100 of 80 GB; nothing can be computed on them."""
+    pretend_machine(
+        open_world=World(rank=0, size=1, device="cuda"),
+        count_processes=2,
+        find_device_name="NVIDIA A100-SXM4-80GB",
+        find_memory_bytes=80 * GB,
+    )
+
+    def resolve(config: Any, device: str) -> Compute:
+        level = config.activation_checkpointing
+        compute = {"precision": "bf16", "compile": True, "attention": "fused", "loss": "full"}
+        return Compute(device=device, activation_checkpointing=level, **compute)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(planning_command, "resolve_compute", resolve)
+
+
+@pytest.fixture
+def made_up_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measurement takes no time and always finds the same."""
+    memory = measure.MeasuredMemory(0, 40 * GB, 41 * GB)
+    monkeypatch.setattr(
+        measure,
+        "measure_step_costs",
+        lambda resolved, *_: measure.Measurement([COST] * 3, resolved, memory),
+    )
+
+
+def test_one_process_is_measured_and_the_others_predicted(two_gpus: None, made_up_costs: None) -> None:
+    config = plan_config("gpt2-124m", processes="auto")
+    plan = plan_recipe(config, "gpt2-124m")
+    assert "measured here and now with one process" in plan_text(plan)
     found = plan_to_json(plan)
-    assert found["measured"]
-    assert found["mfu"] == pytest.approx(found["tokens_per_second"] * 855.4e6 / 989e12, rel=1e-3)
-    assert command_after_plan(plan, plan_config("gpt2-124m")) == "next: overnight train gpt2-124m"
+    assert (found["measured"], found["device_name"]) == (True, "2 x NVIDIA A100-SXM4-80GB")
+    assert found["link_within"]["name"] == "NVLink 3"
+    computing = found["micro_batches_per_step"] // 2 * COST.micro_batch + COST.update
+    assert found["compute_seconds_per_step"] == pytest.approx(computing)
+    assert found["step_seconds"] == pytest.approx(computing + found["communication_seconds_per_step"])
+    assert found["mfu"] == pytest.approx(found["tokens_per_second"] * 855.4e6 / (2 * 312e12), rel=1e-3)
+    assert (found["peak_memory_bytes"], found["evaluation_peak_memory_bytes"]) == (40 * GB, 41 * GB)
+    assert command_after_plan(plan, config) == "next: overnight train gpt2-124m --processes auto"
+
+
+def test_model_too_large_for_one_gpu_is_estimated(two_gpus: None, plan_for: PlanFor) -> None:
+    settings = {"processes": 2, "machines": 4, **SELECTIVE}
+    plan = plan_for("gpt3-6.7b", **settings)
+    assert plan.fits
+    assert plan.layout.sharding in {"fsdp", "hsdp"}
+    assert "too large to be measured" in str(plan.assumption)
+    assert plan.forecast is not None
+
+
+def test_next_command_for_several_machines_is_torchrun(two_gpus: None, made_up_costs: None) -> None:
+    config = plan_config("gpt2-124m", processes=2, machines=4, **SELECTIVE)
+    words = command_after_plan(plan_recipe(config, "gpt2-124m"), config)
+    assert "torchrun --nnodes 4 --nproc-per-node 2 " in words
+    assert words.endswith("-m overnight train gpt2-124m --activation-checkpointing selective")
+
+
+def test_processes_on_this_cpu_share_its_memory(pretend_machine: PretendMachine, made_up_costs: None) -> None:
+    pretend_machine(find_memory_bytes=8 * GB)
+    plan = plan_recipe(plan_config("quickstart", processes=2, device="cpu"), "quickstart")
+    assert plan.device_memory_bytes == 4 * GB
+    assert plan.device_name.startswith("2 processes on ")
+    assert "efficiency_range" not in plan_to_json(plan)
+    assert "How well together?" not in plan_text(plan)
 
 
 # The command.
 
 
-def test_json_goes_to_standard_output_alone(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_json_goes_to_standard_output_alone(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     cluster = "gpt2-1558m --n-layer 6 --processes 8 --machines 4 --network 8x400g"
     assert main(["plan", *cluster.split(), "--device-type", "H100", "--json"]) == 0
     out, err = capsys.readouterr()
@@ -129,14 +195,12 @@ def test_json_goes_to_standard_output_alone(
     assert (found["all_processes"], found["processes"], found["machines"]) == (32, 8, 4)
     assert found["link_between"]["name"] == "8 x 400 Gb/s"
     assert f"next: on that machine, overnight plan {cluster}, which measures" in err
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        ("gpt2-124m --device-type h20", "device_type=h20 .* h200"),
-        ("gpt2-124m --device-type a100", "device_type=a100 .* a100-pcie-80gb, a100-80gb"),
         ("gpt2-124m --device-type m3-max", "device_type=m3-max"),
         ("gpt2-124m --device-type t4 --precision bf16", "precision=bf16: t4 .* choose fp16"),
         ("gpt2-124m --device-type h200 --device cpu", "device=cpu.*device_type=h200"),
@@ -150,22 +214,17 @@ def test_json_goes_to_standard_output_alone(
     ],
 )
 def test_wrong_use_is_one_sentence(
-    words: str,
-    complaint: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: str, complaint: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     assert main(["plan", *words.split()]) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert re.search(complaint, sentence)
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
 
 
 def test_plan_is_measured_with_the_allocator_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     restarted: list[list[str]] = []
-    monkeypatch.setattr(machine, "restart_with_large_pages", restarted.append)
+    monkeypatch.setattr(launcher, "restart_with_large_pages", restarted.append)
     for verb in ("train", "plan"):
         monkeypatch.setattr(sys, "argv", ["overnight", verb, "no-such-recipe"])
         assert main() == 2

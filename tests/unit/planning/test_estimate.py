@@ -15,10 +15,8 @@ from overnight.planning.estimate import (
     checkpoint_bytes,
     count_run,
     find_token_counts,
-    forecast_run,
     model_config_of,
     predict_disk,
-    predict_seconds,
 )
 from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
@@ -27,16 +25,16 @@ from overnight.training import Compute
 from overnight.training.batch import BatchConfig, plan_batches
 from overnight.training.schedule import ScheduleConfig
 
+from .conftest import COST, PlanFor
+
 SIZES = ModelConfig(n_layer=2, n_head=2, n_embd=128, context_length=16, vocab_size=500)
 COMPUTE = Compute(device="cpu", precision="fp32", compile=False, attention="math", loss="full")
-PREPARED = TokenCounts(500, "data/x", 12_345, 1000)
 
 
 def run_of(steps: int, every_steps: int | None = 5, rows: int = 4, **changes: object) -> Resolved:
     """A run with everything that happens periodically each `every_steps`."""
     recipe = Recipe(
         run_name="small",
-        model=SIZES,
         schedule=ScheduleConfig(total_steps=steps),
         batch=BatchConfig(tokens_per_step=64),
         evaluation=EvaluationConfig(evaluate_every_steps=every_steps, evaluation_tokens=100),
@@ -62,14 +60,15 @@ def test_periodic_work_is_counted_as_a_run_does_it(steps: int, every_steps: int 
     assert (counts.tokens, counts.micro_batches) == (64 * steps, 2 * steps)
 
 
-@pytest.mark.parametrize("limit, validation, each", [(100, 51, 50), (None, 51, 50), (30, 51, 30)])
-def test_evaluation_has_at_most_the_held_out_tokens(limit: int | None, validation: int, each: int) -> None:
-    """The first token of the split has no context and is not evaluated."""
+@pytest.mark.parametrize(
+    "limit, validation, evaluated", [(100, 51, 100), (None, 51, 100), (30, 51, 60), (None, None, None)]
+)
+def test_evaluation_has_at_most_the_held_out_tokens(
+    limit: int | None, validation: int | None, evaluated: int | None
+) -> None:
+    """Twice in five steps. The first token of the split has no context and is not evaluated."""
     evaluation = EvaluationConfig(evaluate_every_steps=5, evaluation_tokens=limit)
-    counts = count_run(run_of(5, evaluation=evaluation), validation)
-    assert counts.evaluated_tokens == each * counts.evaluations
-    if limit is None:
-        assert count_run(run_of(5, evaluation=evaluation), None).evaluated_tokens is None
+    assert count_run(run_of(5, evaluation=evaluation), validation).evaluated_tokens == evaluated
 
 
 def test_batch_ramp_has_fewer_micro_batches() -> None:
@@ -80,35 +79,28 @@ def test_batch_ramp_has_fewer_micro_batches() -> None:
     assert counts.tokens == 16 * counts.micro_batches
 
 
-def test_time_and_price_are_sums_of_their_parts() -> None:
-    resolved = run_of(10, rows=2)
-    counts = count_run(resolved, 1000)
-    cost = StepCost(
-        micro_batch=3.0, update=0.5, start=7.0, evaluated_token=0.01, sampled_token=0.1, saved_byte=1e-6
-    )
-    assert cost.step(2) == 6.5
-    parts = predict_seconds(counts, cost)
-    assert parts == {
-        "training": 10 * 6.5,
-        "evaluation": pytest.approx(3 * 100 * 0.01),
-        "samples": pytest.approx(2 * 14 * 0.1),
-        "checkpoints": pytest.approx(2 * counts.checkpoint_bytes * 1e-6),
-        "compilation": 7.0,
+def test_time_and_price_are_sums_of_their_parts(plan_for: PlanFor) -> None:
+    plan = replace(plan_for("gpt2-124m", "h100", dollars_per_hour=3.0), costs=[COST] * 3)
+    counts, found = plan.counts, plan.forecast
+    assert found is not None
+    assert found.seconds_by_use == {
+        "training": counts.micro_batches * COST.micro_batch + counts.steps * COST.update,
+        "evaluation": (counts.evaluated_tokens or 0) * COST.evaluated_token,
+        "samples": counts.sampled_tokens * COST.sampled_token,
+        "checkpoints": counts.checkpoints * counts.checkpoint_bytes * COST.saved_byte,
+        "compilation": COST.start,
     }
-    found = forecast_run(resolved, counts, (cost, cost, cost), peak_flops=None, dollars_per_hour=3.0)
-    assert found.seconds == pytest.approx(sum(parts.values()))
+    assert found.seconds == pytest.approx(sum(found.seconds_by_use.values()))
     assert found.dollars == pytest.approx(3 * found.seconds / 3600)
-    assert found.dollars_per_billion_tokens == pytest.approx(found.dollars * 1e9 / 640)
-    assert found.tokens_per_second == pytest.approx(64 / 6.5)
-    assert found.mfu is None
-    assert found.ends_at is not None
-    assert datetime.fromisoformat(found.ends_at) > datetime.now(UTC)
+    assert found.dollars_per_billion_tokens == pytest.approx(found.dollars * 1e9 / counts.tokens)
+    step_seconds = plan.micro_batches * COST.micro_batch + COST.update
+    assert found.tokens_per_second == pytest.approx(524_288 / step_seconds)
+    assert datetime.fromisoformat(str(found.ends_at)) > datetime.now(UTC)
 
 
-def test_run_that_ends_after_the_calendar_has_no_end() -> None:
-    resolved = run_of(10)
-    cost = StepCost(*[1e30] * 6)
-    found = forecast_run(resolved, count_run(resolved, 1000), (cost, cost, cost), None, None)
+def test_run_that_ends_after_the_calendar_has_no_end(plan_for: PlanFor) -> None:
+    found = replace(plan_for("gpt2-124m", "h100"), costs=[StepCost(1e30)] * 3).forecast
+    assert found is not None
     assert (found.ends_at, found.dollars) == (None, None)
 
 
@@ -116,14 +108,13 @@ def test_run_that_ends_after_the_calendar_has_no_end() -> None:
 def test_disk_holds_kept_checkpoints_and_the_one_being_written(
     steps: int, keep: int | None, checkpoints: int
 ) -> None:
-    kept = CheckpointsConfig(checkpoint_every_steps=5, keep_checkpoints=keep)
-    resolved = run_of(steps, checkpoints=kept)
-    assert predict_disk(resolved.recipe, count_run(resolved, 1000), PREPARED) == {
+    resolved = run_of(steps, checkpoints=CheckpointsConfig(checkpoint_every_steps=5, keep_checkpoints=keep))
+    prepared = TokenCounts(500, "data/x", 12_345, 1000)
+    assert predict_disk(resolved.recipe, count_run(resolved, 1000), prepared) == {
         "shards": 2 * 12_345,
         "checkpoints": checkpoints * checkpoint_bytes(SIZES),
         "metrics": steps * BYTES_PER_METRICS_LINE,
     }
-    assert checkpoint_bytes(PRESETS["gpt2-124m"]) == pytest.approx(12 * 124_439_808, rel=1e-3)
 
 
 @pytest.mark.parametrize("vocab_size, width", [(50_257, 2), (65_536, 2), (65_537, 4)])
@@ -132,10 +123,7 @@ def test_unprepared_text_takes_the_tokens_of_the_run(vocab_size: int, width: int
     assert predict_disk(resolved.recipe, count_run(resolved, None), text)["shards"] == width * 64 * 50
 
 
-def test_vocabulary_is_known_by_the_tokenizer_or_once_prepared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_vocabulary_is_known_by_the_tokenizer_or_once_prepared(here: Path) -> None:
     for tokenizer, size in (("gpt2", 50_257), ("bpe-4096", 4096)):
         text = find_token_counts(DataConfig(data="data/nowhere", tokenizer=tokenizer), None)
         assert text == TokenCounts(size, None, None, None)
@@ -143,16 +131,15 @@ def test_vocabulary_is_known_by_the_tokenizer_or_once_prepared(
     asked = DataConfig(data="notes.txt", tokenizer="characters")
     with pytest.raises(ValueError, match="overnight prepare notes.txt --tokenizer characters"):
         find_token_counts(asked, None)
-    assert find_token_counts(asked, 100).vocab_size == 100
+    assert find_token_counts(asked, 100) == TokenCounts(100, None, None, None)
     manifest = prepare_shards(
         PrepareConfig(source="notes.txt", tokenizer="characters", validation_fraction=0.2)
     )
     assert manifest is not None
-    text = find_token_counts(asked, None)
-    assert (text.vocab_size, text.folder) == (manifest.vocab_size, "data/notes-characters")
-    assert text.validation_tokens == manifest.tokens("validation")
-    assert text.tokens == manifest.tokens("train") + manifest.tokens("validation")
-    assert find_token_counts(DataConfig(data="data/notes-characters"), None) == text
+    trained, held_out = manifest.tokens("train"), manifest.tokens("validation")
+    prepared = TokenCounts(manifest.vocab_size, "data/notes-characters", trained + held_out, held_out)
+    assert find_token_counts(asked, None) == prepared
+    assert find_token_counts(DataConfig(data="data/notes-characters"), None) == prepared
 
 
 def test_model_of_init_from_keeps_its_sizes() -> None:

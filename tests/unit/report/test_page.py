@@ -1,3 +1,4 @@
+import html
 import json
 import os
 import re
@@ -70,12 +71,16 @@ def report_text(run: Path) -> str:
     return re.sub(r"\s+", " ", Document(report(run)).text)
 
 
+def write_lines(path: Path, lines: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def change_lines(path: Path, changes: dict[int, dict[str, object]]) -> None:
     """Change the values of some lines of a JSON-lines file."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for at, values in changes.items():
         lines[at] |= values
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(path, lines)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +94,9 @@ def change_lines(path: Path, changes: dict[int, dict[str, object]]) -> None:
 )
 def test_the_check_of_a_page_can_fail(loading):
     assert Document(loading).loads()
-    with pytest.raises(AssertionError, match="out of turn"):
-        Document("<p><b></p></b>")
-    with pytest.raises(AssertionError, match="never closed"):
-        Document("<p>")
+    for broken in ("<p><b></p></b>", "<p>"):
+        with pytest.raises(AssertionError, match="out of turn|never closed"):
+            Document(broken)
 
 
 def test_page_is_whole_escaped_and_loads_nothing(make_run):
@@ -137,26 +141,50 @@ def test_values_of_files_as_text():
     assert fingerprint in show_value(fingerprint)
 
 
-def test_page_shows_the_last_values_and_the_newest_samples(make_run):
-    run = make_run(steps=100, total_steps=100)
-    text = report_text(run)
-    last = json.loads((run / "events" / "evaluations.jsonl").read_text().splitlines()[-1])
-    for name in ("loss", "perplexity", "bits_per_byte"):
-        assert f"{last[name]:.4g}" in text
-    for shown in ("52.4M", "124M", "finished: all 100 steps", "started 2026-11-20 22:14 UTC", "xz given the"):
-        assert shown in text
-    order = ("step 100 · ", "step 80 · ", "step 60 · ", "Samples of 2 ", "step 40 · ")
-    assert [text.index(each) for each in order] == sorted(text.index(each) for each in order)
-    for once in ("executed FLOPs", " bytes of it", "Resumed", "its reference"):
-        assert once not in text
+TASK = {"task": "hellaswag", "metric": "accuracy_per_token", "low": 0.2, "high": 0.3, "examples": 1000}
+OTHER = {"task": "copa & more", "metric": "perplexity_per_word", "value": 1234.0, "low": 1000.0, "high": None}
 
-    # Both definitions of MFU; compressors that had another text.
-    change_lines(run / "metrics.jsonl", {at: {"mfu": 0.456, "mfu_executed": 0.431} for at in range(100)})
+
+def add_tasks(run: Path) -> None:
+    results = [{"step": step, "value": 0.24 + step / 1000, "chance": 0.25, **TASK} for step in (2, 4)]
+    results += [{"step": step, **each} for step in (2, 4) for each in (OTHER, {"task": "x", "value": None})]
+    write_lines(run / "events" / "tasks.jsonl", results)
+
+
+def damage(run: Path) -> None:
+    """Stopped in the middle, resumed, rolled back; some lines are damaged, and float16 has overflowed."""
+    speeds = {at: {"mfu": 0.456, "mfu_executed": 0.431} for at in range(100)}
+    change_lines(run / "metrics.jsonl", speeds | {70: {"grad_norm": None, "loss": None}})
     change_lines(run / "events" / "evaluations.jsonl", {-1: {"evaluated_bytes": 1_000_000}})
-    text = report_text(run)
-    assert "(6N + 12LCT)45.6%" in text
-    assert "(executed FLOPs)43.1%" in text
-    assert re.search("4.72M bytes of it, .* 1M", text)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[49] = "<damaged>"
+    lines[60] = lines[61]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"torn')
+    (run / "data.json").write_text("{")
+    with (run / "recipe.toml").open("a") as recipe:
+        recipe.write('[compute]\nprecision = "fp16"\n')
+    rollback = {"step": 3, "first_bad_step": 4, "last_bad_step": 6, "rows": 24}
+    write_lines(run / "events" / "rollbacks.jsonl", [rollback])
+    environment = json.loads((run / "environment.json").read_text())
+    starts = [
+        {"started_at": "2026-11-21T09:00:00+00:00", "command": "overnight train --resume 'runs/a b'"},
+        {"started_at": "2026-11-22T09:00:00+00:00", "command": "overnight train", "compiled": False},
+    ]
+    (run / "environment.json").write_text(json.dumps({**environment, "resumed": starts}))
+
+
+@pytest.mark.parametrize("change", [add_tasks, damage])
+def test_page_shows_the_golden_text(make_run, tmp_path, change, pytestconfig):
+    """The text without the drawings, a line for each line of the page; --golden-update rewrites it."""
+    run = make_run(steps=100, total_steps=100 if change is add_tasks else 200)
+    change(run)
+    page = re.sub("<head>.*?</head>|<svg.*?</svg>", "", report(run), flags=re.DOTALL)
+    lines = html.unescape(re.sub("<[^>]*>", " ", page)).replace(str(tmp_path), ".").split("\n")
+    text = "".join(f"{' '.join(line.split())}\n" for line in lines if line.strip())
+    golden = Path(__file__).parent / "golden" / f"{change.__name__}.txt"
+    if pytestconfig.getoption("--golden-update"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
 
 
 def test_same_run_gives_the_same_bytes(make_run):
@@ -181,13 +209,11 @@ def test_same_run_gives_the_same_bytes(make_run):
     assert (run / "report.html").read_text(encoding="utf-8") == first
 
 
-def test_missing_matplotlib_is_reported(make_run, monkeypatch):
-    run = make_run(steps=3)
+def test_missing_matplotlib_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for write in (write_report, lambda path: comparison_page([path, path])):
         with pytest.raises(ValueError, match=r"pip install 'overnight\[report\]'"):
-            write(run)
-    assert not (run / "report.html").exists()
+            write(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +239,7 @@ def test_missing_file_is_replaced_by_a_sentence(make_run, file, sentence):
     assert ("as-a-compressor" in document.values("id")) == has_compressors
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 2])
 def test_run_of_very_few_steps_has_a_page(make_run, steps):
     run = make_run(steps=steps, total_steps=2)
     document = Document(report(run))
@@ -224,40 +250,13 @@ def test_run_of_very_few_steps_has_a_page(make_run, steps):
     assert "empty: " in report_text(run)
 
 
-def test_stopped_and_resumed_run_shows_how_to_resume_and_what_changed(make_run):
+def test_stopped_run_shows_how_to_resume(make_run):
     run = make_run(steps=30, total_steps=50)
-    environment = json.loads((run / "environment.json").read_text())
-    starts = [
-        {"started_at": "2026-11-21T09:00:00+00:00", "command": "overnight train --resume 'runs/a b'"},
-        {"started_at": "2026-11-22T09:00:00+00:00", "command": "overnight train", "compiled": False},
-    ]
-    (run / "environment.json").write_text(json.dumps({**environment, "resumed": starts}))
     text = report_text(run)
     assert "stopped at step 30 of 50" in text
     assert re.search(f"overnight train --resume '?{run}'? ", text)
-    assert starts[0]["command"] in text
-    assert text.index("2026-11-22T09:00:00+00:00") < text.index("no", text.index("Resumed 2 times"))
-    assert environment["command"] in text
     (run / "ended.json").write_text(json.dumps({"step": 30, "reason": "FloatingPointError: nan"}))
     assert "diverged at step 30 of 50" in report_text(run)
-
-
-def test_damage_is_reported_and_the_rest_is_shown(make_run):
-    run = make_run(steps=120)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    lines[49] = "<damaged>"
-    lines[60] = lines[61]
-    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"torn')
-    (run / "data.json").write_text("{")
-    event = {"step": 3, "first_bad_step": 4, "last_bad_step": 6, "rows": 24}
-    (run / "events" / "rollbacks.jsonl").write_text(json.dumps(event) + "\n")
-    text = report_text(run)
-    assert "metrics.jsonl line 50 is damaged and left out; it begins '<damaged>'" in text
-    assert "metrics.jsonl has a torn last line" in text
-    assert "metrics.jsonl holds 1 steps more than once" in text
-    assert "data.json cannot be read" in text
-    assert "damaged; last seen at step 120" in text
-    assert re.search("steps 4 to 6 .* step 2 .* 24 rows", text)
 
 
 def test_numbers_that_are_not_finite_are_reported(make_run):
