@@ -98,11 +98,11 @@ def test_interrupted_units_are_kept(
 ) -> None:
     real, calls = tokenize.tokenize_documents, []
 
-    def stop_at_the_fourth(*given: Any) -> Any:
+    def stop_at_the_fourth(*given: Any, **options: Any) -> Any:
         calls.append(None)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(*given)
+        return real(*given, **options)
 
     monkeypatch.setattr(tokenize, "tokenize_documents", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
@@ -116,8 +116,8 @@ def test_interrupted_units_are_kept(
 @pytest.mark.parametrize(
     "gone",
     [
-        *(["wanted"], ["units"], ["layout.json"], ["status.npy"], ["train-00000.json"], ["work.json"]),
-        ["work.json", "units", "wanted", "status.npy", "layout.json", "so-far.json"],
+        *(["wanted"], ["units"], ["layout.json"], ["splits.npy"], ["train-00000.json"], ["work.json"]),
+        ["work.json", "units", "wanted", "splits.npy", "layout.json", "so-far.json"],
     ],
 )
 def test_killed_while_it_clears_up_it_continues(

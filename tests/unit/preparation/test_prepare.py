@@ -118,9 +118,9 @@ def test_one_progress_bar_at_a_time(config: PrepareConfig, monkeypatch: pytest.M
         yield lambda amount=1, note="": None
         unfinished.remove(title)
 
-    for module in (prepare_module, tokenize, text_files, sources):
+    for module in (tokenize, text_files, sources):
         monkeypatch.setattr(module, "progress", bar)
-    monkeypatch.setattr(sources, "python_documents", lambda: (Document(text, "") for text in TEXTS))
+    monkeypatch.setattr(sources, "python_documents", lambda: map(Document, TEXTS))
     sources._python_docs.cache_clear()
     prepare_shards(dataclasses.replace(config, source="python-docs", tokenizer="learned"))
     sources._python_docs.cache_clear()
@@ -179,11 +179,11 @@ def test_any_number_of_threads_reads_equally_far(
     byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 1)
-    documents = filter_documents((Document(text, "") for text in TEXTS), "fail")
+    documents = filter_documents(map(Document, TEXTS), "fail")
     encoded = tokenize_documents(documents, byte_tokenizer, workers)
     next(encoded)
     encoded.close()
-    assert next(documents).document.text == TEXTS[tokenize.BATCHES_AHEAD + 1]
+    assert next(documents).text == TEXTS[tokenize.BATCHES_AHEAD + 1]
 
 
 SCRIPT = """
@@ -359,7 +359,7 @@ def test_changed_text_or_tokenizer_is_refused(
     config = dataclasses.replace(config, tokenizer=str(learned.parent))
     assert prepare_shards(config) == prepare_shards(config)
     learned.write_text("two")
-    with pytest.raises(ValueError, match="tokenizer is mine [0-9a-f]{64} there"):
+    with pytest.raises(ValueError, match="tokenizer was mine [0-9a-f]{64}, and is now mine"):
         prepare_shards(config)
     learned.write_text("one")
     write_texts(Path(config.source or ""), [*TEXTS, "One more."])
