@@ -175,7 +175,7 @@ def order_of_listing() -> None:
 def decode_by_locale() -> None:
     """Texts are decoded as the locale says, as open() does if nothing is said."""
 
-    def decode(data: bytes) -> tuple[str, None]:
+    def decode(data: bytes, *_: object) -> tuple[str, None]:
         return data.decode(locale.getencoding(), "replace"), None
 
     replace("overnight.preparation.documents:_decode", decode)

@@ -180,9 +180,7 @@ def kept_mask(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
 def _read_text(part: Part) -> Iterator[Document]:
     with open_file(part.file) as file:
         for offset, piece in _pieces(file):
-            text, bad = _decode(piece)
-            damage = None if bad is None else f"{part.file.address} is not UTF-8 at byte {offset + bad:,}"
-            yield Document(text, damage)
+            yield _decode(piece, part.file.address, offset)
 
 
 def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -210,8 +208,7 @@ def _read_json_lines(part: Part, text_column: str) -> Iterator[Document]:
 
 def _read_json(line: bytes, where: str, offset: int, text_column: str) -> Document:
     """The document in one line of JSON; `offset` is the position of the line in the file."""
-    decoded, bad = _decode(line)
-    damage = None if bad is None else f"{where} is not UTF-8 at byte {offset + bad:,}"
+    decoded, damage = _decode(line, where, offset)
     where_in_bytes = f"{where} (byte {offset:,})"
     try:
         fields = json.loads(decoded)
@@ -235,13 +232,12 @@ def _read_parquet(part: Part, text_column: str) -> Iterator[Document]:
     first_row = sum(file.metadata.row_group(group).num_rows for group in range(first))
     values = _parquet_values(file, list(range(first, end)), part.file.address, text_column)
     for number, value in enumerate(values, start=first_row + 1):
-        where, damage = f"{part.file.address} row {number:,}", None
-        text, bad = ("", None) if value is None else _decode(value)
+        where = f"{part.file.address} row {number:,}"
         if value is None:
-            damage = f"{where} holds no text in {text_column!r}"
-        elif bad is not None:
-            damage = f"{where} is not UTF-8 at byte {bad:,} of its text"
-        yield Document(text, damage)
+            yield Document("", f"{where} holds no text in {text_column!r}")
+        else:
+            text, damage = _decode(value, where)
+            yield Document(text, damage and f"{damage} of its text")
 
 
 def _parquet_values(file: Any, groups: list[int], address: str, text_column: str) -> Iterator[bytes | None]:
@@ -275,9 +271,10 @@ def _require_column(text_column: str, columns: list[str], where: str) -> None:
         )
 
 
-def _decode(data: bytes) -> tuple[str, int | None]:
-    """The text, with U+FFFD for what is not UTF-8, and the offset of the first such byte, if any."""
+def _decode(data: bytes, where: str, offset: int = 0) -> Document:
+    """The text, with U+FFFD for what is not UTF-8; `offset` is the position of the data in its file."""
     try:
-        return data.decode(), None
+        return Document(data.decode())
     except UnicodeDecodeError as error:
-        return data.decode(errors="replace"), error.start
+        damage = f"{where} is not UTF-8 at byte {offset + error.start:,}"
+        return Document(data.decode(errors="replace"), damage)
