@@ -238,13 +238,13 @@ def _sound_parts(unit: Unit, state: PrepareState) -> tuple[list[Part], list[str]
 def tokenizing_bar(staging: Path, state: PrepareState, units: int) -> Iterator[None]:
     """A progress bar of the first `units` units, whose files are looked at a few times a second."""
     started_at, over = time.perf_counter(), threading.Event()
-    shown, before = 0.0, _count_tokenized(staging, state)[1]  # tokens of an earlier run, interrupted
+    shown, before = 0.0, count_tokenized(staging, state)[1]  # tokens of an earlier run, interrupted
 
     with progress("encoding", sum(state.unit_bytes[:units]) / 1e6, "MB") as advance:
 
         def update() -> None:
             nonlocal shown
-            megabytes, tokens = _count_tokenized(staging, state)
+            megabytes, tokens = count_tokenized(staging, state)
             rate = (tokens - before) / max(1e-3, time.perf_counter() - started_at)
             advance(megabytes - shown, f"{tokens / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M/s")
             shown = megabytes
@@ -264,7 +264,7 @@ def tokenizing_bar(staging: Path, state: PrepareState, units: int) -> Iterator[N
             update()
 
 
-def _count_tokenized(staging: Path, state: PrepareState) -> tuple[float, int]:
+def count_tokenized(staging: Path, state: PrepareState) -> tuple[float, int]:
     """Estimated (megabytes of text read, tokens written) so far."""
     itemsize = token_format(open_tokenizer(staging).vocab_size).dtype.itemsize
     read_bytes = tokens = 0

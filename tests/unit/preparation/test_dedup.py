@@ -48,21 +48,10 @@ ALMOST = [nearly(text) for text in TEXTS[:25]]
 
 
 @pytest.fixture
-def config(tmp_path: Path, write_texts: Any) -> PrepareConfig:
+def config(make_config: Any) -> PrepareConfig:
     """All texts, then 25 that are almost among them, an equal one and an empty one."""
-    source = tmp_path / "texts"
-    source.mkdir()
-    documents = [*TEXTS, TEXTS[3], "", *ALMOST]
-    for number in range(9):
-        write_texts(source / f"{number}.jsonl", documents[number * 10 :][:10])
-    return PrepareConfig(
-        source=str(source),
-        out=str(tmp_path / "out"),
-        tokenizer="characters",
-        validation_fraction=0.3,
-        workers=1,
-        near_duplicates="drop",
-    )
+    texts = [*TEXTS, TEXTS[3], "", *ALMOST]
+    return make_config(texts, files=9, validation_fraction=0.3, near_duplicates="drop")
 
 
 def elsewhere(config: PrepareConfig, name: str, **changes: Any) -> PrepareConfig:
@@ -89,27 +78,24 @@ def most_similar(texts: list[str], others: list[str]) -> float:
 
 def test_first_of_near_duplicates_stays(config: PrepareConfig, texts_in: Any) -> None:
     assert min(map(similarity, TEXTS, ALMOST)) > 0.96
-    manifest = prepare_shards(config)
-    train, validation = (texts_in(config, split) for split in ("train", "validation"))
-    assert {*train, *validation} == {*TEXTS}
-    assert most_similar(validation, train) < 0.1
-    counts = (manifest.documents, manifest.near_duplicate_documents, manifest.duplicate_documents)
+    keeping = elsewhere(config, "all", near_duplicates="keep")
+    manifest, whole = (prepare_shards(each) for each in (config, keeping))
+    counts = manifest.documents, manifest.near_duplicate_documents, manifest.duplicate_documents
     assert counts == (60, 25, 1)
+    assert (whole.documents, whole.near_duplicate_documents) == (85, 0)
+    for each, texts, is_near in ((config, TEXTS, False), (keeping, [*TEXTS, *ALMOST], True)):
+        found = texts_in(each)
+        assert {*found["train"], *found["validation"]} == {*texts}
+        assert (most_similar(found["validation"], found["train"]) > 0.96) == is_near
     assert any("near-duplicates 25" in line for line in summarize_prepared(manifest))
     with pytest.raises(ValueError, match="near_duplicates"):
         prepare_shards(dataclasses.replace(config, near_duplicates="keep"))
-    keeping = elsewhere(config, "all", near_duplicates="keep")
-    manifest = prepare_shards(keeping)
-    train, validation = (texts_in(keeping, split) for split in ("train", "validation"))
-    assert {*train, *validation} == {*TEXTS, *ALMOST}
-    assert most_similar(validation, train) > 0.96
-    assert (manifest.documents, manifest.near_duplicate_documents) == (85, 0)
 
 
 def test_texts_that_share_a_part_stay(config: PrepareConfig, write_texts: Any) -> None:
     halves = [nearly(text, 20) for text in TEXTS[:20]]  # a probability of 0.01 each
     assert all(0.3 < similarity(one, other) < 0.6 for one, other in zip(TEXTS, halves, strict=False))
-    write_texts(Path(str(config.source)) / "9.jsonl", halves)
+    write_texts(Path(config.source) / "9.jsonl", halves)
     manifest = prepare_shards(config)
     assert 25 <= manifest.near_duplicate_documents <= 28
 
@@ -124,8 +110,7 @@ def test_contaminated_document_does_not_stand_for_its_cluster(
     write_texts(tmp_path / "benchmark.jsonl", [passage])
     benchmarks = (str(tmp_path / "benchmark.jsonl"),)
     manifest = prepare_shards(dataclasses.replace(config, decontaminate=benchmarks, on_contaminated="drop"))
-    kept = set(texts_in(config, "train") + texts_in(config, "validation"))
-    assert kept == {ALMOST[0], *TEXTS[1:]}
+    assert {*sum(texts_in(config).values(), [])} == {ALMOST[0], *TEXTS[1:]}
     assert manifest.contaminated_documents == {"benchmark": 1}
 
 
@@ -133,7 +118,7 @@ def test_more_units_are_compared_again(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, contents: Any, texts_in: Any, write_texts: Any
 ) -> None:
     """With a limit on tokens, units are asked for until there are enough."""
-    source = Path(str(config.source))
+    source = Path(config.source)
     pairs = [text for both in zip(TEXTS, map(nearly, TEXTS), strict=True) for text in both]
     for number in range(12):
         write_texts(source / f"{number}.jsonl", pairs[number * 10 :][:10])
@@ -151,7 +136,7 @@ def test_more_units_are_compared_again(
     for workers in (1, 3):
         cut = elsewhere(config, f"cut-{workers}", workers=workers, **limited)
         prepare_shards(cut)
-        assert sorted(texts_in(cut, "train") + texts_in(cut, "validation")) == sorted(texts)
+        assert sorted(sum(texts_in(cut).values(), [])) == sorted(texts)
         assert contents(cut.out) == contents(f"{config.out}-full")
     assert len(wanted) == 4
     assert wanted[0] < wanted[1] < 12
@@ -185,7 +170,7 @@ def test_interrupted_unit_is_signed_again(
 @given(st.lists(st.text("abc", max_size=2), max_size=60), st.integers(1, 50))
 def test_first_of_equal_texts_is_kept(texts: list[str], at_once: int) -> None:
     def records(*statuses: str, texts: list[str] = texts) -> np.ndarray:
-        codes = [STATUSES.index(status) for status in statuses]  # type: ignore[arg-type]
+        codes = [STATUSES.index(status) for status in statuses]
         rows = [(*document_hash(text), 0, 1, 1, code) for text, code in zip(texts, codes, strict=True)]
         return np.array(rows, dtype=RECORD)
 
@@ -203,7 +188,7 @@ TROVE = MinhashConfig(
 )
 
 
-class TroveSignature(MinhashDedupSignature):  # type: ignore[misc]  # untyped there
+class TroveSignature(MinhashDedupSignature):  # untyped there
     """Datatrove's first stage with this package's words."""
 
     def get_shingles(self, text: str) -> Hashes:
