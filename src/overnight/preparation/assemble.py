@@ -148,8 +148,7 @@ def decide_shards(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
 def write_shards(staging: Path, rank: int = 0, ranks: int = 1, *, only_full: bool = False) -> None:
     """Write every `ranks`-th shard of both splits."""
     assembler = ShardAssembler(staging)
-    indices = {split: assembler.layout.shards(split, only_full=only_full) for split in SPLITS}
-    shards = [(split, index) for split in SPLITS for index in indices[split]]
+    shards = [(split, n) for split in SPLITS for n in assembler.layout.shards(split, only_full=only_full)]
     for split, index in shards[rank::ranks]:
         assembler.write(split, index)
 

@@ -52,7 +52,7 @@ from overnight.preparation.prepare_state import (
     target_units,
     write_state,
 )
-from overnight.preparation.sources import Source, open_source
+from overnight.preparation.sources import PYTHON_DOCS, Source, open_source, parse_python_docs
 from overnight.run_directory import flush_folder
 from overnight.terminal import echo
 from overnight.tokenizer.open_tokenizer import NAMES, load_tokenizer
@@ -221,6 +221,8 @@ def _plan_work(config: PrepareConfig, source: Source, request: Request) -> Prepa
             if config.on_bad_file == "fail":
                 raise
             damaged_files.append(file.name)
+    if PYTHON_DOCS in source.files:
+        parse_python_docs()  # now, since its progress bar must not overlap another
     parts, part_bytes = tuple(sizes), tuple(sizes.values())
     spans = [slice(*span) for span in spans_of(part_bytes, unit_bytes)]
     return PrepareState(
@@ -306,7 +308,7 @@ def finish(staging: Path) -> Manifest:
         assembler = assemble.ShardAssembler(staging)
         write_manifest(staging, assembler.manifest({split: assembler.write_split(split) for split in SPLITS}))
     manifest = read_manifest(staging)
-    remove_traces(staging, {shard.name for split in SPLITS for shard in manifest.shards(split)})
+    remove_traces(staging, {shard.name for shard in manifest.shards()})
     flush_folder(staging)
     return manifest
 

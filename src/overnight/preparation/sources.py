@@ -115,16 +115,15 @@ def open_source(source: str, subset: str | None = None, from_file: str | None = 
 
 
 def read_parts(parts: Sequence[Part], text_column: str) -> Iterator[Document]:
-    """Every document of some parts of a source, in order. Python's documentation is parsed at once."""
-    if any(part.file == PYTHON_DOCS for part in parts):
-        _python_docs()  # its progress bar must end before the reader opens one
+    """Every document of some parts of a source, in order."""
     return itertools.chain.from_iterable(
-        _python_docs() if part.file == PYTHON_DOCS else read_part(part, text_column) for part in parts
+        parse_python_docs() if part.file == PYTHON_DOCS else read_part(part, text_column) for part in parts
     )
 
 
 @functools.cache  # read twice where a tokenizer is trained, and parsing takes seconds
-def _python_docs() -> tuple[Document, ...]:
+def parse_python_docs() -> tuple[Document, ...]:
+    """The documents of the source `python-docs`, with a progress bar the first time."""
     with progress("reading", None, "documents") as advance:
         return tuple(document for document in python_documents() if advance() is None)
 

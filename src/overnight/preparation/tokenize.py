@@ -204,9 +204,7 @@ def _tokenize_batch(
 
 def documents_in_order(state: PrepareState) -> Iterator[FilteredDocument]:
     """Every document of all units; damaged files are left out if they are to be skipped."""
-    units = (open_unit(state, number)[0] for number in range(len(state.units)))
-    # The first is opened at once: Python's documentation has a progress bar, which must not overlap another.
-    return itertools.chain(next(units), itertools.chain.from_iterable(units))
+    return itertools.chain.from_iterable(open_unit(state, number)[0] for number in range(len(state.units)))
 
 
 def open_unit(state: PrepareState, number: int) -> tuple[Iterator[FilteredDocument], list[str]]:

@@ -121,9 +121,9 @@ def test_one_progress_bar_at_a_time(config: PrepareConfig, monkeypatch: pytest.M
     for module in (tokenize, text_files, sources):
         monkeypatch.setattr(module, "progress", bar)
     monkeypatch.setattr(sources, "python_documents", lambda: map(Document, TEXTS))
-    sources._python_docs.cache_clear()
+    sources.parse_python_docs.cache_clear()
     prepare_shards(dataclasses.replace(config, source="python-docs", tokenizer="learned"))
-    sources._python_docs.cache_clear()
+    sources.parse_python_docs.cache_clear()
     assert opened == ["hashing", "reading", "tokenizer", "encoding"]
 
 
