@@ -56,10 +56,11 @@ def encoders(texts: Sequence[str], folder: Path) -> dict[str, Callable[[], NDArr
 
 def encode_ours(tokenizer: Tokenizer, texts: Sequence[str], threads: int) -> NDArray[Any]:
     """As `prepare_shards` does it, without the end-of-text ids that it puts before each document."""
-    from overnight.preparation.documents import Document, FilteredDocument
+    from overnight.preparation.documents import FilteredDocument
 
-    documents = (FilteredDocument(Document(text, ""), "kept") for text in texts)
-    return np.concatenate([each.ids[1:] for each in tokenize_documents(documents, tokenizer, threads)])
+    documents = (FilteredDocument(text, "kept") for text in texts)
+    ids = np.concatenate([batch.ids for batch in tokenize_documents(documents, tokenizer, threads)])
+    return ids[ids != tokenizer.end_of_text]
 
 
 def report(options: argparse.Namespace) -> measure.Report:

@@ -71,7 +71,7 @@ PHASES = (
 PREPARATION = (
     Phase("preparing", "overnight.preparation.prepare:_plan_work", 1),
     Phase("preparing", "overnight.preparation.tokenize:save_tokenizer", 1),
-    Phase("preparing", "overnight.preparation.prepare:_tokenize_here", 1),
+    Phase("preparing", "overnight.preparation.prepare:_tokenize_until_enough", 1),
     Phase("preparing", "overnight.preparation.assemble:decide_layout", 1),
     Phase("preparing", "overnight.preparation.assemble:write_shards", 1),
     Phase("preparing", "overnight.preparation.prepare:finish", 1),

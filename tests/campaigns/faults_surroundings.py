@@ -147,9 +147,9 @@ def order_by_workers() -> None:
     target = "overnight.preparation.tokenize:tokenize_documents"
     real = original(target)
 
-    def turned(judged: Any, tokenizer: Any, threads: int = 1, search: Any = None) -> list[Any]:
-        found = list(real(judged, tokenizer, threads, search))
-        return found[threads - 1 :] + found[: threads - 1]
+    def turned(documents: Any, tokenizer: Any, threads: int = 1, *more: Any, **options: Any) -> Any:
+        found = list(documents)
+        return real(found[threads - 1 :] + found[: threads - 1], tokenizer, threads, *more, **options)
 
     replace(target, turned)
 
@@ -175,7 +175,7 @@ def order_of_listing() -> None:
 def decode_by_locale() -> None:
     """Texts are decoded as the locale says, as open() does if nothing is said."""
 
-    def decode(data: bytes) -> tuple[str, None]:
+    def decode(data: bytes, *_: object) -> tuple[str, None]:
         return data.decode(locale.getencoding(), "replace"), None
 
     replace("overnight.preparation.documents:_decode", decode)

@@ -29,6 +29,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode()
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "learned.txt").write_text(self.learned)

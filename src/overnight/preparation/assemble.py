@@ -10,30 +10,31 @@ import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from overnight import __version__
-from overnight.data.shards import SPLITS, Manifest, Shard, TokenFile
+from overnight.data.shards import SPLITS, Manifest, Shard, TokenFile, Tokens
 from overnight.preparation.decontaminate import benchmark_names
-from overnight.preparation.dedup import find_near_duplicates
+from overnight.preparation.dedup import BUCKETS, find_duplicates, find_near_duplicates
 from overnight.preparation.documents import (
     KEPT,
     RECORD,
     STATUSES,
     DocumentStatus,
     Records,
-    find_duplicates,
     is_validation,
     kept_mask,
 )
 from overnight.preparation.prepare_config import MOST_SHARDS
 from overnight.preparation.prepare_state import PrepareState, open_tokenizer, read_state, target_units
-from overnight.preparation.tokenize import read_records, unit_path
+from overnight.preparation.tokenize import read_bucket, read_records, unit_path
 from overnight.run_directory import write_atomically
 
 NOT_WANTED = len(STATUSES)  # status of a document after the last one that `tokens` needs
+NO_SPLIT = len(SPLITS)  # in the place of the split's index for a document that is left out
 
 
 @dataclass(frozen=True)
@@ -68,26 +69,30 @@ class ShardLayout:
 
 
 def decide_layout(staging: Path, state: PrepareState, units: int) -> ShardLayout:
-    """Decide the status of every document of the first `units` units, and where its tokens lie.
+    """Decide the status and the split of every document of the first `units` units, and where its tokens lie.
 
-    Writes both into the staging folder. Raises ValueError if there are too many shards.
+    Writes the splits and the layout into the staging folder. Raises ValueError if there are too many shards.
     """
     files = [unit_path(staging, number).with_suffix(".documents") for number in range(units)]
-    sizes = [file.stat().st_size // RECORD.itemsize for file in files]
-    first_documents = [0, *itertools.accumulate(sizes)]
+    first_documents = [0, *itertools.accumulate(file.stat().st_size // RECORD.itemsize for file in files)]
     records = np.empty(first_documents[-1], dtype=RECORD)
     damaged_files = {*state.damaged_files}
     for number, (begin, end) in enumerate(itertools.pairwise(first_documents)):
         records[begin:end] = read_records(staging, number)
         damaged_files |= {*json.loads(files[number].with_suffix(".json").read_text(encoding="utf-8"))}
-    status = _decide_status(staging, state, records, first_documents)
-    np.save(staging / "status.npy", status)
+    status = _decide_status(staging, state, records, units)
+    splits = np.where(kept_mask(status), is_validation(records, state.validation_fraction), NO_SPLIT)
+    np.save(staging / "splits.npy", splits.astype(np.uint8))
+    starts = {}
+    for code, split in enumerate(SPLITS):
+        ends = np.cumsum(np.where(splits == code, records["tokens"], 0), dtype=np.int64)
+        starts[split] = np.concatenate([[0], ends])[first_documents].tolist()
     counts = np.bincount(status, minlength=NOT_WANTED + 1).tolist()
     found = records["shared"][kept_mask(status) | (status == STATUSES.index("contaminated"))]
     benchmarks = enumerate(benchmark_names(state.config.benchmark_paths))
     layout = ShardLayout(
         shard_tokens=state.config.shard_tokens,
-        starts={split: _starts(split, status, records, state)[first_documents].tolist() for split in SPLITS},
+        starts=starts,
         first_documents=first_documents,
         documents={name: count for name, count in zip(STATUSES, counts, strict=False) if count},
         damaged_files=len(damaged_files),
@@ -95,13 +100,28 @@ def decide_layout(staging: Path, state: PrepareState, units: int) -> ShardLayout
     )
     for split in SPLITS:
         if (shards := len(layout.shards(split))) > MOST_SHARDS:
-            tokens = layout.starts[split][-1]
+            tokens = starts[split][-1]
             raise ValueError(
                 f"{tokens:,} tokens make {shards:,} shards, more than {MOST_SHARDS:,}: "
                 f"give --shard-tokens {-(-tokens // MOST_SHARDS)} or more"
             )
     write_atomically(staging / "layout.json", json.dumps(asdict(layout)) + "\n")
     return layout
+
+
+def _decide_status(staging: Path, state: PrepareState, records: Records, units: int) -> NDArray[np.uint8]:
+    """(documents,): the status codes of all documents."""
+    status: NDArray[np.uint8] = records["status"].copy()
+    status[find_duplicates(records)] = STATUSES.index("duplicate")
+    if state.config.on_contaminated == "drop":
+        status[(records["shared"] > 0) & kept_mask(status)] = STATUSES.index("contaminated")
+    if state.config.near_duplicates == "drop":
+        buckets = (read_bucket(staging, units, bucket) for bucket in range(BUCKETS))
+        status[find_near_duplicates(buckets, status)] = STATUSES.index("near-duplicate")
+    if state.config.tokens is not None:
+        kept_tokens = np.where(kept_mask(status), records["tokens"], 0).astype(np.int64)
+        status[np.cumsum(kept_tokens) - kept_tokens >= state.config.tokens] = NOT_WANTED
+    return status
 
 
 def require_documents(state: PrepareState, layout: ShardLayout) -> None:
@@ -128,8 +148,7 @@ def decide_shards(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
 def write_shards(staging: Path, rank: int = 0, ranks: int = 1, *, only_full: bool = False) -> None:
     """Write every `ranks`-th shard of both splits."""
     assembler = ShardAssembler(staging)
-    indices = {split: assembler.layout.shards(split, only_full=only_full) for split in SPLITS}
-    shards = [(split, index) for split in SPLITS for index in indices[split]]
+    shards = [(split, n) for split in SPLITS for n in assembler.layout.shards(split, only_full=only_full)]
     for split, index in shards[rank::ranks]:
         assembler.write(split, index)
 
@@ -140,8 +159,8 @@ class ShardAssembler:
     def __init__(self, staging: Path) -> None:
         self.staging, self.state = staging, read_state(staging)
         self.layout = ShardLayout(**json.loads((staging / "layout.json").read_text(encoding="utf-8")))
-        self._vocab_size = open_tokenizer(staging).vocab_size
-        self._status = np.load(staging / "status.npy", mmap_mode="r")
+        self.tokenizer = open_tokenizer(staging)
+        self._splits = np.load(staging / "splits.npy", mmap_mode="r")
 
     def write(self, split: str, index: int) -> Shard:
         """Write one shard, unless it is there already."""
@@ -167,7 +186,7 @@ class ShardAssembler:
 
     def manifest(self, shards: dict[str, tuple[Shard, ...]]) -> Manifest:
         """The manifest of a prepared folder that holds these shards."""
-        state, layout, tokenizer = self.state, self.layout, open_tokenizer(self.staging)
+        state, layout, tokenizer = self.state, self.layout, self.tokenizer
         return Manifest(
             overnight_version=__version__,
             source=state.source,
@@ -193,71 +212,28 @@ class ShardAssembler:
 
     def _write_tokens(self, name: str, split: str, begin: int, end: int) -> Shard:
         """A shard of the tokens of a split from `begin` to before `end`."""
-        file = TokenFile(self.staging / name, self._vocab_size)
-        counts = np.zeros(2, dtype=np.int64)
+        file = TokenFile(self.staging / name, self.tokenizer.vocab_size)
+        documents = text_bytes = 0
         try:
             for number, (first, after) in enumerate(itertools.pairwise(self.layout.starts[split])):
-                if begin < after and first < end and first < after:
-                    counts += self._append_unit(file, split, number, (begin - first, end - first))
-            documents, text_bytes = counts.tolist()
+                if not (begin < after and first < end and first < after):
+                    continue
+                records, ids = self._read_unit(split, number, file.format.dtype)
+                file.append(ids[max(0, begin - first) : end - first])
+                starts = first + np.cumsum(records["tokens"], dtype=np.int64) - records["tokens"]
+                begun = records[(starts >= begin) & (starts < end)]
+                documents += begun.size
+                text_bytes += int(begun["bytes"].sum())
             return Shard(
                 name=name, tokens=file.tokens, documents=documents, text_bytes=text_bytes, sha256=file.close()
             )
         finally:
             file.abandon()
 
-    def _append_unit(
-        self, file: TokenFile, split: str, number: int, wanted: tuple[int, int]
-    ) -> tuple[int, int]:
-        """Append the tokens `wanted`, counted among the documents of a split in one unit.
-
-        Returns how many of these documents begin there, and their bytes of text to their ends.
-        """
-        begin, end = wanted
+    def _read_unit(self, split: str, number: int, dtype: np.dtype[Any]) -> tuple[Records, Tokens]:
+        """The records of a unit's documents in one split, and their ids, end to end."""
         records = read_records(self.staging, number)
-        ids_file = unit_path(self.staging, number).with_suffix(".ids")
-        ids = np.asarray(np.memmap(ids_file, dtype=file.format.dtype, mode="r"))
-        status = self._status[self.layout.first_documents[number] :][: len(records)]
-        chosen = _in_split(split, status, records, self.state)
-        lengths = records["tokens"].astype(np.int64)
-        ends = np.cumsum(np.where(chosen, lengths, 0))  # positions within the split
-        starts = ends - lengths
-        shift = np.cumsum(lengths) - ends  # offset from the split's positions to the unit's
-        inside = np.flatnonzero(chosen & (ends > begin) & (starts < end))
-        for run in np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1):
-            first, last = run[0], run[-1]
-            file.append(ids[shift[first] + max(begin, starts[first]) : shift[first] + min(end, ends[last])])
-        begun = chosen & (starts >= begin) & (starts < end)
-        return int(begun.sum()), int(records["bytes"][begun].sum())
-
-
-def _decide_status(
-    staging: Path, state: PrepareState, records: Records, first_documents: list[int]
-) -> NDArray[np.uint8]:
-    """(documents,): the status codes of all documents."""
-    status: NDArray[np.uint8] = records["status"].copy()
-    status[find_duplicates(records)] = STATUSES.index("duplicate")
-    if state.config.on_contaminated == "drop":
-        status[(records["shared"] > 0) & kept_mask(status)] = STATUSES.index("contaminated")
-    if state.config.near_duplicates == "drop":
-        near_duplicates = find_near_duplicates(staging, status, first_documents)
-        status[near_duplicates] = STATUSES.index("near-duplicate")
-    if state.config.tokens is not None:
-        kept_tokens = np.where(kept_mask(status), records["tokens"], 0).astype(np.int64)
-        status[np.cumsum(kept_tokens) - kept_tokens >= state.config.tokens] = NOT_WANTED
-    return status
-
-
-def _starts(
-    split: str, status: NDArray[np.uint8], records: Records, state: PrepareState
-) -> NDArray[np.int64]:
-    """(documents + 1,): the position in a split at which each document begins, or would begin."""
-    tokens = np.where(_in_split(split, status, records, state), records["tokens"], 0)
-    return np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
-
-
-def _in_split(
-    split: str, status: NDArray[np.uint8], records: Records, state: PrepareState
-) -> NDArray[np.bool_]:
-    validation = is_validation(records, state.validation_fraction)
-    return kept_mask(status) & (validation if split == "validation" else ~validation)
+        first = self.layout.first_documents[number]
+        chosen = self._splits[first : first + records.size] == SPLITS.index(split)
+        ids = np.memmap(unit_path(self.staging, number).with_suffix(".ids"), dtype=dtype, mode="r")
+        return records[chosen], np.asarray(ids)[np.repeat(chosen, records["tokens"])]

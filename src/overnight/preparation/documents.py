@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
@@ -37,7 +37,6 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 ROWS_AT_ONCE = 256
 PACKED_TEXT_BYTES = 3  # bytes of text in a byte of a packed file, roughly
 TEXT_TYPES = {"string", "large_string", "string_view", "binary", "large_binary"}
-HASHES_AT_ONCE = 16_000_000  # compared to find duplicates: about a gigabyte with the memory for sorting
 
 DocumentStatus = Literal[
     "kept", "repaired", "duplicate", "empty", "skipped", "near-duplicate", "contaminated"
@@ -57,21 +56,18 @@ with, its lengths, and the index of its status."""
 Records = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text, and where it came from."""
+class Document(NamedTuple):
+    """One text as it was read."""
 
     text: str
-    origin: str
-    """A file and a position in it, for messages."""
     damage: str | None = None
     """The damage and its position; `text` is then the readable part."""
 
 
 class FilteredDocument(NamedTuple):
-    """A document and its status, decided from the document alone."""
+    """A text and its status, decided from the document alone."""
 
-    document: Document
+    text: str
     status: DocumentStatus
 
 
@@ -104,17 +100,23 @@ def divide_file(file: TextFile, text_column: str, part_bytes: int) -> dict[Part,
         return {Part(file): file.bytes * (PACKED_TEXT_BYTES if file.is_packed else 1)}
     metadata = _open_parquet_text(file, text_column).metadata
     column = [metadata.schema.column(n).path for n in range(metadata.num_columns)].index(text_column)
-    starts, sizes = [0], [0]
-    for group in range(metadata.num_row_groups):
-        size = metadata.row_group(group).column(column).total_uncompressed_size
-        if sizes[-1] and sizes[-1] + size > part_bytes:
-            starts.append(group)
-            sizes.append(0)
-        sizes[-1] += size
-    if len(sizes) == 1:
-        return {Part(file): sizes[0]}
-    spans = itertools.pairwise([*starts, metadata.num_row_groups])
-    return {Part(file, span): size for span, size in zip(spans, sizes, strict=True)}
+    groups = (metadata.row_group(n).column(column) for n in range(metadata.num_row_groups))
+    sizes = [group.total_uncompressed_size for group in groups]
+    spans = spans_of(sizes, part_bytes)
+    if len(spans) == 1:
+        return {Part(file): sum(sizes)}
+    return {Part(file, span): sum(sizes[slice(*span)]) for span in spans}
+
+
+def spans_of(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Spans (first, end) of consecutive items of up to `limit` together, or of one larger item."""
+    starts, held = [0], 0
+    for number, size in enumerate(sizes):
+        if held and held + size > limit:
+            starts.append(number)
+            held = 0
+        held += size
+    return list(itertools.pairwise([*starts, len(sizes)]))
 
 
 def end_of_piece(text: bytes) -> int:
@@ -139,15 +141,15 @@ def filter_documents(documents: Iterable[Document], on_bad_text: str) -> Iterato
 
     Raises ValueError at the first damaged text if on_bad_text is "fail".
     """
-    for document in documents:
-        if document.damage is not None and on_bad_text == "fail":
-            raise ValueError(f"{document.damage}; fix it, or give --on-bad-text replace or skip")
-        status: DocumentStatus = "kept" if document.damage is None else "repaired"
+    for text, damage in documents:
+        if damage is not None and on_bad_text == "fail":
+            raise ValueError(f"{damage}; fix it, or give --on-bad-text replace or skip")
+        status: DocumentStatus = "kept" if damage is None else "repaired"
         if status == "repaired" and on_bad_text == "skip":
             status = "skipped"
-        elif not document.text:
+        elif not text:
             status = "empty"
-        yield FilteredDocument(document, status)
+        yield FilteredDocument(text, status)
 
 
 def document_hash(text: str) -> tuple[int, int]:
@@ -175,29 +177,10 @@ def kept_mask(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return np.isin(status, [STATUSES.index(name) for name in KEPT])
 
 
-def find_duplicates(records: Records) -> NDArray[np.bool_]:
-    """Which documents equal an earlier one; only kept documents count.
-
-    Sorts one range of hashes at a time, so that memory does not limit the number of documents.
-    """
-    is_duplicate = np.zeros(len(records), dtype=bool)
-    is_kept, high, low = kept_mask(records["status"]), records["hash_high"], records["hash_low"]
-    ranges = -(-max(1, len(records)) // HASHES_AT_ONCE)
-    edges = [2**64 * number // ranges for number in range(ranges + 1)]
-    for begin, end in itertools.pairwise(edges):
-        chosen = np.flatnonzero(is_kept & (high >= np.uint64(begin)) & (high <= np.uint64(end - 1)))
-        order = chosen[np.lexsort((low[chosen], high[chosen]))]  # stable: equal documents stay in their order
-        equal = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
-        is_duplicate[order[1:][equal]] = True
-    return is_duplicate
-
-
 def _read_text(part: Part) -> Iterator[Document]:
     with open_file(part.file) as file:
         for offset, piece in _pieces(file):
-            text, bad = _decode(piece)
-            damage = None if bad is None else f"{part.file.address} is not UTF-8 at byte {offset + bad:,}"
-            yield Document(text, f"{part.file.name}, byte {offset:,}", damage)
+            yield _decode(piece, part.file.address, offset)
 
 
 def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -219,30 +202,28 @@ def _read_json_lines(part: Part, text_column: str) -> Iterator[Document]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{part.file.address} line {number:,}"
-                text, damage = _json_text(line, where, offset, text_column)
-                yield Document(text, f"{part.file.name}, line {number:,}", damage)
+                yield _read_json(line, where, offset, text_column)
             offset += len(line)
 
 
-def _json_text(line: bytes, where: str, offset: int, text_column: str) -> tuple[str, str | None]:
-    """The text of one line of JSON and its damage; `offset` is the position of the line in the file."""
-    decoded, bad = _decode(line)
-    damage = None if bad is None else f"{where} is not UTF-8 at byte {offset + bad:,}"
+def _read_json(line: bytes, where: str, offset: int, text_column: str) -> Document:
+    """The document in one line of JSON; `offset` is the position of the line in the file."""
+    decoded, damage = _decode(line, where, offset)
     where_in_bytes = f"{where} (byte {offset:,})"
     try:
         fields = json.loads(decoded)
     except (ValueError, RecursionError):
-        return "", damage or f"{where_in_bytes} is not JSON"
+        return Document("", damage or f"{where_in_bytes} is not JSON")
     if not isinstance(fields, dict):
-        return "", damage or f"{where_in_bytes} is not a JSON object with named fields"
+        return Document("", damage or f"{where_in_bytes} is not a JSON object with named fields")
     _require_column(text_column, list(fields), where)
     text = fields[text_column]
     if not isinstance(text, str):
-        return "", damage or f"{where_in_bytes} holds no text in {text_column!r}"
+        return Document("", damage or f"{where_in_bytes} holds no text in {text_column!r}")
     if SURROGATE.search(text):  # "\ud800" is legal JSON, but UTF-8 can't encode it
         text = SURROGATE.sub("\ufffd", text)
         damage = damage or f"{where_in_bytes} is not UTF-8: it escapes half a surrogate pair"
-    return text, damage
+    return Document(text, damage)
 
 
 def _read_parquet(part: Part, text_column: str) -> Iterator[Document]:
@@ -251,13 +232,12 @@ def _read_parquet(part: Part, text_column: str) -> Iterator[Document]:
     first_row = sum(file.metadata.row_group(group).num_rows for group in range(first))
     values = _parquet_values(file, list(range(first, end)), part.file.address, text_column)
     for number, value in enumerate(values, start=first_row + 1):
-        where, damage = f"{part.file.address} row {number:,}", None
-        text, bad = ("", None) if value is None else _decode(value)
+        where = f"{part.file.address} row {number:,}"
         if value is None:
-            damage = f"{where} holds no text in {text_column!r}"
-        elif bad is not None:
-            damage = f"{where} is not UTF-8 at byte {bad:,} of its text"
-        yield Document(text, f"{part.file.name}, row {number:,}", damage)
+            yield Document("", f"{where} holds no text in {text_column!r}")
+        else:
+            text, damage = _decode(value, where)
+            yield Document(text, damage and f"{damage} of its text")
 
 
 def _parquet_values(file: Any, groups: list[int], address: str, text_column: str) -> Iterator[bytes | None]:
@@ -291,9 +271,10 @@ def _require_column(text_column: str, columns: list[str], where: str) -> None:
         )
 
 
-def _decode(data: bytes) -> tuple[str, int | None]:
-    """The text, with U+FFFD for what is not UTF-8, and the offset of the first such byte, if any."""
+def _decode(data: bytes, where: str, offset: int = 0) -> Document:
+    """The text, with U+FFFD for what is not UTF-8; `offset` is the position of the data in its file."""
     try:
-        return data.decode(), None
+        return Document(data.decode())
     except UnicodeDecodeError as error:
-        return data.decode(errors="replace"), error.start
+        damage = f"{where} is not UTF-8 at byte {offset + error.start:,}"
+        return Document(data.decode(errors="replace"), damage)

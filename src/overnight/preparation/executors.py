@@ -14,10 +14,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,29 +29,23 @@ from overnight.run_directory import write_atomically
 from overnight.terminal import echo
 
 Step = Callable[[Path, int, int], object]
-Watch = Callable[[], None]
 
 THREADS_PER_PROCESS = 4  # with more, Python's work between the calls of the tokenizer is the bottleneck
 DEFAULT_JOBS = 10  # of Slurm or Ray
-POLL_SECONDS = 0.3
 
 
-def run_step(
-    step: Step, staging: Path, items: int, config: PrepareConfig, watch: Watch | None = None
-) -> None:
+def run_step(step: Step, staging: Path, items: int, config: PrepareConfig) -> None:
     """Do one step here or on a Ray cluster, divided into up to `items` ranks; returns when it is done.
 
-    `watch` is called a few times a second. Raises ValueError for invalid data, ChildProcessError if a
-    worker dies.
+    Raises ValueError for invalid data, ChildProcessError if a worker dies.
     """
     processes, _ = divide_workers(config, items)
-    with _watched(watch):
-        if config.executor == "ray":
-            _run_on_ray(step, staging.resolve(), min(items, config.tasks or DEFAULT_JOBS), config)
-        elif processes == 1:
-            step(staging, 0, 1)
-        else:
-            _run_in_processes(step, staging, items, processes)
+    if config.executor == "ray":
+        _run_on_ray(step, staging, min(items, config.tasks or DEFAULT_JOBS), config)
+    elif processes == 1:
+        step(staging, 0, 1)
+    else:
+        _run_in_processes(step, staging, items, processes)
 
 
 def divide_workers(config: PrepareConfig, items: int) -> tuple[int, int]:
@@ -96,18 +89,13 @@ def _end_with_parent() -> None:
 
 
 def _run_on_ray(step: Step, staging: Path, tasks: int, config: PrepareConfig) -> None:
-    engine = import_datatrove("datatrove.executor.ray", "executor=ray")
+    engine = _import_datatrove("ray")
     try:
         import ray
     except ImportError:
         raise ValueError("executor=ray needs Ray: pip install 'overnight[ray]'") from None
-    executor = engine.RayPipelineExecutor(
-        [partial(_run_rank, step, staging)],
-        tasks=tasks,
-        workers=config.workers or -1,
-        logging_dir=_logs(step, staging, tasks),
-        mem_per_cpu_gb=1,
-    )
+    pipeline = _pipeline(step, staging, tasks, config)
+    executor = engine.RayPipelineExecutor(**pipeline, mem_per_cpu_gb=1)
     if starts_ray := not ray.is_initialized():
         try:
             ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
@@ -120,26 +108,23 @@ def _run_on_ray(step: Step, staging: Path, tasks: int, config: PrepareConfig) ->
             ray.shutdown()
     if failed := executor.get_incomplete_ranks():
         raise ChildProcessError(
-            f"{len(failed)} of {tasks} tasks failed: see {_logs(step, staging, tasks)}/logs, and run the "
+            f"{len(failed)} of {tasks} tasks failed: see {pipeline['logging_dir']}/logs, and run the "
             "same command again; completed work is kept"
         )
 
 
 def submit_to_slurm(steps: list[tuple[Step, int]], staging: Path, config: PrepareConfig) -> None:
     """Submit a chain of steps, each with the number of its ranks, and record the number of the last job."""
-    engine = import_datatrove("datatrove.executor.slurm", "executor=slurm")
+    engine = _import_datatrove("slurm")
     executor: Any = None
     activate = Path(sys.prefix) / "bin" / "activate"  # so that the jobs use this environment
     for step, ranks in steps:
         executor = engine.SlurmPipelineExecutor(
-            [partial(_run_rank, step, staging.resolve())],
-            tasks=ranks,
-            workers=config.workers or -1,
+            **_pipeline(step, staging, ranks, config),
             time=config.slurm_time,
             partition=config.slurm_partition,
             job_name=f"overnight-{_name(step).replace('_', '-')}",
             qos="",
-            logging_dir=_logs(step, staging.resolve(), ranks),
             venv_path=str(activate) if activate.is_file() else None,
             depends=executor,
             mem_per_cpu_gb=2,
@@ -176,14 +161,22 @@ def is_with_slurm(staging: Path) -> bool:
     return True
 
 
+def _pipeline(step: Step, staging: Path, ranks: int, config: PrepareConfig) -> dict[str, Any]:
+    """The options of a datatrove executor that runs a step, whatever the cluster.
+
+    Its logs, and its marks of complete ranks, which depend on their number, are in the staging folder.
+    """
+    return {
+        "pipeline": [partial(_run_rank, step, staging.resolve())],
+        "tasks": ranks,
+        "workers": config.workers or -1,
+        "logging_dir": str(staging.resolve() / "logs" / f"{_name(step)}-{ranks}"),
+    }
+
+
 def _run_rank(step: Step, staging: Path, _documents: object, rank: int, ranks: int) -> None:
     """Run a step as a step of a datatrove pipeline, without documents as input or output."""
     step(staging, rank, ranks)
-
-
-def _logs(step: Step, staging: Path, ranks: int) -> str:
-    """Where datatrove keeps a step's logs and the marks of complete ranks, which depend on their number."""
-    return str(staging / "logs" / f"{_name(step)}-{ranks}")
 
 
 def _name(step: Step) -> str:
@@ -191,53 +184,18 @@ def _name(step: Step) -> str:
     return str((step.func if isinstance(step, partial) else step).__name__)
 
 
-def import_datatrove(module: str, setting: str) -> Any:
-    """A module that needs datatrove, whose messages are kept off the terminal of this process.
+def _import_datatrove(executor: str) -> Any:
+    """Datatrove's module of an executor, whose messages are kept off the terminal of this process.
 
-    Raises ValueError, naming the setting that needs it, if datatrove is not installed.
+    Raises ValueError if datatrove is not installed.
     """
     try:
-        found = importlib.import_module(module)
+        module = importlib.import_module(f"datatrove.executor.{executor}")
     except ImportError:
         raise ValueError(
-            f"{setting} needs datatrove, which is not installed: pip install 'overnight[data]'"
+            f"executor={executor} needs datatrove, which is not installed: pip install 'overnight[data]'"
         ) from None
     from loguru import logger
 
     logger.disable("datatrove")
-    return found
-
-
-def track(advance: Callable[..., None], measure: Callable[[], tuple[float, str]]) -> Watch:
-    """A function that advances a progress bar to the (amount, note) that `measure()` returns."""
-    shown = 0.0
-
-    def watch() -> None:
-        nonlocal shown
-        amount, note = measure()
-        advance(amount - shown, note)
-        shown = amount
-
-    return watch
-
-
-@contextmanager
-def _watched(watch: Watch | None) -> Iterator[None]:
-    """Call `watch` a few times a second, and once at the end."""
-    if watch is None:
-        yield
-        return
-    over = threading.Event()
-
-    def poll() -> None:
-        while not over.wait(POLL_SECONDS):
-            watch()
-
-    thread = threading.Thread(target=poll, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        watch()
+    return module

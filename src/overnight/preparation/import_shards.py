@@ -15,9 +15,8 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,17 +50,6 @@ class ExternalShard:
 
 
 @dataclass(frozen=True)
-class ImportResult:
-    """How one file was imported."""
-
-    method: str
-    """linked, copied or converted."""
-    shards: tuple[Shard, ...]
-    has_separator: bool
-    """False if it holds no end-of-text id, so that it counts as one document."""
-
-
-@dataclass(frozen=True)
 class ShardImport:
     """The shards to import, found but not read yet."""
 
@@ -77,21 +65,26 @@ class ShardImport:
 
         Raises ValueError, and leaves nothing, if an id is outside the tokenizer's vocabulary.
         """
-        results: list[ImportResult] = []
+        written: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+        methods: Counter[str] = Counter()
+        whole: list[str] = []  # names of the files without an end-of-text id: each counts as one document
         with staging_folder(folder, lambda _: False) as staging:
             require_disk_space(staging, sum(self._needed_bytes(file, staging) for file in self.files))
-            written = dict.fromkeys(SPLITS, 0)
             with progress("adopting", sum(file.ids.nbytes for file in self.files) / 1e6, "MB") as advance:
                 for file in self.files:
-                    results.append(self._import_file(file, staging, written[file.split]))
-                    written[file.split] += len(results[-1].shards)
+                    method, imported = self._import_file(file, staging, len(written[file.split]))
+                    if not any(shard.documents for shard in imported):
+                        whole.append(file.path.name)
+                        imported[0] = replace(imported[0], documents=1)
+                    written[file.split] += imported
+                    methods[method] += 1
                     advance(file.ids.nbytes / 1e6)
             self.tokenizer.save(staging / "tokenizer")
-            manifest = self._manifest([shard for result in results for shard in result.shards])
+            manifest = self._manifest(written)
             shards.write_manifest(staging, manifest)
             flush_folder(staging)
         publish_folder(folder)
-        for line in self._summary(results):
+        for line in self._summary(methods, whole):
             echo(line)
         return manifest
 
@@ -105,11 +98,14 @@ class ShardImport:
             return 0
         return file.ids.size * shards.token_format(self.tokenizer.vocab_size).dtype.itemsize + HEADER_BYTES
 
-    def _import_file(self, file: ExternalShard, staging: Path, number: int) -> ImportResult:
-        """Write the file as shards of its split, from shard `number` on; a linked or copied file is one."""
+    def _import_file(self, file: ExternalShard, staging: Path, number: int) -> tuple[str, list[Shard]]:
+        """(linked, copied or converted; the shards of its split that it became, from shard `number` on).
+
+        A linked or copied file is one shard.
+        """
         lengths = shards.byte_lengths(self.tokenizer.token_bytes())
         is_ours, method = self._is_ours(file), "converted"
-        written: list[dict[str, Any]] = []
+        written: list[Shard] = []
         for ids in [file.ids] if is_ours else shards.chunks(file.ids, self.shard_tokens):
             counts = self._count_ids(file, ids)
             path = staging / f"{file.split}-{number + len(written):05d}.bin"
@@ -121,13 +117,10 @@ class ShardImport:
                 for chunk in shards.chunks(ids):
                     new.append(chunk)
                 digest = new.close()
-            documents = int(counts[self.tokenizer.end_of_text])
-            shard = {"name": path.name, "tokens": ids.size, "documents": documents, "sha256": digest}
-            written.append(shard | {"text_bytes": int(counts @ lengths)})
-        has_separator = any(shard["documents"] for shard in written)
-        if not has_separator:
-            written[0]["documents"] = 1
-        return ImportResult(method, tuple(Shard(**shard) for shard in written), has_separator)
+            documents, text_bytes = int(counts[self.tokenizer.end_of_text]), int(counts @ lengths)
+            sizes = {"tokens": ids.size, "documents": documents, "text_bytes": text_bytes}
+            written.append(Shard(name=path.name, sha256=digest, **sizes))
+        return method, written
 
     def _count_ids(self, file: ExternalShard, ids: Tokens) -> NDArray[np.int64]:
         """How often each id occurs. Raises ValueError for an id outside the vocabulary."""
@@ -139,35 +132,31 @@ class ShardImport:
                 "one that made these shards with --tokenizer, or, if this one did, fetch the file again"
             ) from None
 
-    def _manifest(self, written: list[Shard]) -> Manifest:
-        tokenizer = self.tokenizer
-        train, validation = (tuple(s for s in written if s.name.startswith(split)) for split in SPLITS)
+    def _manifest(self, written: dict[str, list[Shard]]) -> Manifest:
         return Manifest(
             overnight_version=__version__,
             source=f"{self.name}, adopted from {self.files[0].program}'s shards",
             licence="not stated",
             request=self.request,
             split_rule="as the adopted shards have it",
-            tokenizer=tokenizer.name,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            end_of_text=tokenizer.end_of_text,
-            documents=sum(shard.documents for shard in written),
-            train=train,
-            validation=validation,
+            tokenizer=self.tokenizer.name,
+            tokenizer_fingerprint=self.tokenizer.fingerprint,
+            vocab_size=self.tokenizer.vocab_size,
+            end_of_text=self.tokenizer.end_of_text,
+            documents=sum(shard.documents for each in written.values() for shard in each),
+            train=tuple(written["train"]),
+            validation=tuple(written["validation"]),
         )
 
-    def _summary(self, results: list[ImportResult]) -> Iterator[str]:
+    def _summary(self, methods: Counter[str], whole: list[str]) -> Iterator[str]:
         for split in SPLITS:
             names = [file.path.name for file in self.files if file.split == split]
             more = f" ... {names[-1]} ({len(names)} files)" if len(names) > 1 else ""
             yield f"{split}: {names[0]}{more}"
-        methods = Counter(result.method for result in results)
         counts = ", ".join(f"{count} {method}" for method, count in methods.items())
         yield f"{self.files[0].program}'s files: {counts}"
-        pairs = zip(self.files, results, strict=True)
-        if without := [file.path.name for file, result in pairs if not result.has_separator]:
-            some = ", ".join(without[:3]) + (" ..." if without[3:] else "")
+        if whole:
+            some = ", ".join(whole[:3]) + (" ..." if whole[3:] else "")
             yield f"no end-of-text id is in {some}: each counts as one document"
         if methods["linked"]:
             yield "linked files take no additional disk space; do not change the originals"

@@ -11,8 +11,6 @@ renamed to its final name when it is complete.
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,8 +38,8 @@ from overnight.data.shards import (
     write_manifest,
 )
 from overnight.data.text_files import DamagedFileError
-from overnight.preparation import assemble, decontaminate, dedup, executors, tokenize
-from overnight.preparation.documents import Part, divide_file
+from overnight.preparation import assemble, decontaminate, executors, tokenize
+from overnight.preparation.documents import Part, divide_file, spans_of
 from overnight.preparation.import_shards import plan_import
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.preparation.prepare_state import (
@@ -54,9 +52,9 @@ from overnight.preparation.prepare_state import (
     target_units,
     write_state,
 )
-from overnight.preparation.sources import Source, open_source
+from overnight.preparation.sources import PYTHON_DOCS, Source, open_source, parse_python_docs
 from overnight.run_directory import flush_folder
-from overnight.terminal import echo, progress
+from overnight.terminal import echo
 from overnight.tokenizer.open_tokenizer import NAMES, load_tokenizer
 
 UNIT_BYTES = 16_000_000  # of text: a second of one core
@@ -138,8 +136,6 @@ class TextPreparation:
     def fill(self, folder: Path) -> Manifest | None:
         """Do the remaining work; None if Slurm does it. Must be called within `exclusive`."""
         state = _plan_work(self.config, self.source, self.request)
-        if self.config.near_duplicates == "drop":
-            dedup.import_minhash()
         with staging_folder(folder, lambda staging: is_begun(staging, state)) as staging:
             if executors.is_with_slurm(staging):
                 return None
@@ -157,6 +153,8 @@ class TextPreparation:
 
 def _plan_text(config: PrepareConfig) -> TextPreparation:
     source = open_source(config.source or "", config.subset, config.from_file)
+    if config.validation_fraction is not None:
+        source = dataclasses.replace(source, validation_fraction=config.validation_fraction)
     return TextPreparation(config, source, _request(config, source))
 
 
@@ -172,7 +170,7 @@ def _request(config: PrepareConfig, source: Source) -> Request:
         "on_bad_text": config.on_bad_text,
         "on_bad_file": config.on_bad_file,
         "tokenizer": tokenizer,
-        "validation_fraction": _validation_fraction(config, source),
+        "validation_fraction": source.validation_fraction,
         "tokens": config.tokens,
         "shard_tokens": config.shard_tokens,
     }
@@ -182,10 +180,6 @@ def _request(config: PrepareConfig, source: Source) -> Request:
     if config.near_duplicates == "drop":
         request["near_duplicates"] = "drop"
     return request
-
-
-def _validation_fraction(config: PrepareConfig, source: Source) -> float:
-    return source.validation_fraction if config.validation_fraction is None else config.validation_fraction
 
 
 def _find_prepared(folder: Path, request: Request) -> Manifest | None:
@@ -227,23 +221,19 @@ def _plan_work(config: PrepareConfig, source: Source, request: Request) -> Prepa
             if config.on_bad_file == "fail":
                 raise
             damaged_files.append(file.name)
-    units: list[list[Part]] = [[]]
-    held = [0]  # bytes of text in each unit
-    for part, size in sizes.items():
-        if units[-1] and held[-1] + size > unit_bytes:
-            units.append([])
-            held.append(0)
-        units[-1].append(part)
-        held[-1] += size
+    if PYTHON_DOCS in source.files:
+        parse_python_docs()  # now, since its progress bar must not overlap another
+    parts, part_bytes = tuple(sizes), tuple(sizes.values())
+    spans = [slice(*span) for span in spans_of(part_bytes, unit_bytes)]
     return PrepareState(
         request=request,
         source=source.name,
         licence=source.licence,
         config=config,
-        units=tuple(map(tuple, units)),
-        unit_bytes=tuple(held),
+        units=tuple(parts[span] for span in spans),
+        unit_bytes=tuple(sum(part_bytes[span]) for span in spans),
         damaged_files=tuple(damaged_files),
-        validation_fraction=_validation_fraction(config, source),
+        validation_fraction=source.validation_fraction,
     )
 
 
@@ -264,55 +254,26 @@ def _begin(staging: Path, state: PrepareState) -> int:
     return units
 
 
-def _tokenize_until_enough(staging: Path, state: PrepareState, units: int) -> assemble.ShardLayout:
-    """Tokenize `units` units, and more if they hold too few tokens; returns the layout of the shards."""
-    wanted = state.config.tokens
-    while True:
-        units = _tokenize_here(staging, state, units)
-        layout = assemble.decide_layout(staging, state, units)
-        if wanted is None or layout.tokens >= wanted or units == len(state.units):
-            assemble.require_documents(state, layout)
-            return layout
-        dedup.forget_clusters(staging)
-        units = min(len(state.units), 2 * units)
-
-
-def _tokenize_here(staging: Path, state: PrepareState, enough: int) -> int:
-    """Tokenize `enough` units, with a progress bar; find near-duplicates if asked to.
+def _tokenize_until_enough(staging: Path, state: PrepareState, enough: int) -> assemble.ShardLayout:
+    """Tokenize `enough` units, and more if they hold too few tokens; returns the layout of the shards.
 
     Works in waves, each as large as all earlier ones together; after each but the last, publishes shards.
-    Returns the number of units: more than `enough` if an interrupted preparation needed more.
     """
     config, units = state.config, target_units(staging)
-    with progress("encoding", sum(state.unit_bytes[:enough]) / 1e6, "MB") as advance:
-        watch = executors.track(advance, _tokenizing_meter(staging, state))
-        watch()
+    wanted = float("inf") if config.tokens is None else config.tokens
+    with tokenize.tokenizing_bar(staging, state, enough):
         while True:
             _, threads = executors.divide_workers(config, units)
             step = partial(tokenize.tokenize_units, threads=threads)
-            executors.run_step(step, staging, units, config, watch)
-            if units >= enough:
-                break
+            executors.run_step(step, staging, units, config)
+            layout = assemble.decide_layout(staging, state, units)
+            if units == len(state.units) or (units >= enough and layout.tokens >= wanted):
+                assemble.require_documents(state, layout)
+                return layout
             if _shows_early(config):
-                _show_early(staging, state, units)
-            units = min(enough, 2 * units)
+                show_so_far(staging, config, layout)
+            units = min(enough if units < enough else len(state.units), 2 * units)
             request_units(staging, units)
-    if config.near_duplicates == "drop":
-        dedup.compare_units(staging, units, config)
-    return units
-
-
-def _tokenizing_meter(staging: Path, state: PrepareState) -> Callable[[], tuple[float, str]]:
-    """A function that returns the megabytes of text read, and a note on the tokens."""
-    started_at = time.perf_counter()
-    before = tokenize.count_tokenized(staging, state)[1]  # by an earlier run that was interrupted
-
-    def measure() -> tuple[float, str]:
-        read_bytes, tokens = tokenize.count_tokenized(staging, state)
-        rate = (tokens - before) / max(1e-3, time.perf_counter() - started_at)
-        return read_bytes / 1e6, f"{tokens / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M/s"
-
-    return measure
 
 
 def _shows_early(config: PrepareConfig) -> bool:
@@ -323,19 +284,18 @@ def _shows_early(config: PrepareConfig) -> bool:
     return config.executor == "local" and config.near_duplicates == "keep"
 
 
-def _show_early(staging: Path, state: PrepareState, units: int) -> None:
-    """Write the shards that are complete, and list them for a training that already reads them."""
-    layout = assemble.decide_layout(staging, state, units)
-    step = partial(assemble.write_shards, only_full=True)
-    executors.run_step(step, staging, _count_writers(layout), state.config)
-    show_so_far(assemble.ShardAssembler(staging))
+def show_so_far(staging: Path, config: PrepareConfig, layout: assemble.ShardLayout) -> None:
+    """Write the shards that are complete, and list them in so-far.json for a training that reads them.
 
-
-def show_so_far(assembler: assemble.ShardAssembler) -> None:
-    """List the complete shards in so-far.json; of the validation split also the beginning of the next one."""
+    Of the validation split also the beginning of the next shard is listed.
+    """
+    executors.run_step(
+        partial(assemble.write_shards, only_full=True), staging, _count_writers(layout), config
+    )
+    assembler = assemble.ShardAssembler(staging)
     shards = {split: assembler.write_split(split, only_full=True) for split in SPLITS}
     shards["validation"] += assembler.write_unfinished("validation")
-    write_manifest(assembler.staging, assembler.manifest(shards), SO_FAR)
+    write_manifest(staging, assembler.manifest(shards), SO_FAR)
 
 
 def _count_writers(layout: assemble.ShardLayout) -> int:
@@ -348,7 +308,7 @@ def finish(staging: Path) -> Manifest:
         assembler = assemble.ShardAssembler(staging)
         write_manifest(staging, assembler.manifest({split: assembler.write_split(split) for split in SPLITS}))
     manifest = read_manifest(staging)
-    remove_traces(staging, {shard.name for split in SPLITS for shard in manifest.shards(split)})
+    remove_traces(staging, {shard.name for shard in manifest.shards()})
     flush_folder(staging)
     return manifest
 
@@ -361,8 +321,10 @@ def publish_prepared(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
 
 def _submit(staging: Path, config: PrepareConfig) -> None:
     jobs = min(target_units(staging), config.tasks or executors.DEFAULT_JOBS)
-    steps: list[tuple[executors.Step, int]] = [(tokenize.tokenize_units, jobs)]
-    if config.near_duplicates == "drop":
-        steps += dedup.dedup_steps(jobs)
-    steps += [(assemble.decide_shards, 1), (assemble.write_shards, jobs), (publish_prepared, 1)]
+    steps: list[tuple[executors.Step, int]] = [
+        (tokenize.tokenize_units, jobs),
+        (assemble.decide_shards, 1),
+        (assemble.write_shards, jobs),
+        (publish_prepared, 1),
+    ]
     executors.submit_to_slurm(steps, staging, config)

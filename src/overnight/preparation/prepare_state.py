@@ -4,9 +4,8 @@ work.json            the request, the units of the source, and how they are toke
 wanted               how many units are to be tokenized
 tokenizer/
 benchmarks.npz       passages to search for, see decontaminate.py
-near/                near-duplicates, see dedup.py
-units/               tokenized units: 00017.ids, 00017.documents, and, last, 00017.json
-status.npy           the status of every document
+units/               tokenized units: 00017.ids, 00017.documents, 00017.signatures, and, last, 00017.json
+splits.npy           the split of every document
 layout.json          where the tokens of each unit lie, hence how many shards there are
 train-00000.bin ...  shards, each with its record in a .json; last manifest.json
 so-far.json          a manifest of the complete shards, while there is more to come
@@ -56,7 +55,6 @@ class PrepareState:
     damaged_files: tuple[str, ...]
     """Files skipped because their size or columns could not be read (on_bad_file="skip")."""
     validation_fraction: float
-    """`config`'s fraction, or the source's default."""
 
     def units_for(self, text_bytes: float) -> int:
         """The number of units that hold at least `text_bytes` of text; all units if there is less."""
@@ -120,7 +118,8 @@ def is_begun(staging: Path, state: PrepareState) -> bool:
 
 
 def request_units(staging: Path, units: int) -> None:
-    """Record that the first `units` units are to be tokenized."""
+    """Record that the first `units` units are to be tokenized, also if datatrove was done with fewer."""
+    shutil.rmtree(staging / "logs", ignore_errors=True)
     write_atomically(staging / "wanted", f"{units}\n")
 
 

@@ -57,7 +57,7 @@ class Source:
     sha256: str
     """Hash of the names and contents of the files: equal hashes mean equal documents."""
     validation_fraction: float
-    """The default validation fraction: small sources need a larger one."""
+    """Share of the documents held out; by default larger for small sources."""
     files: tuple[TextFile, ...]
     """The files in reading order."""
 
@@ -115,16 +115,15 @@ def open_source(source: str, subset: str | None = None, from_file: str | None = 
 
 
 def read_parts(parts: Sequence[Part], text_column: str) -> Iterator[Document]:
-    """Every document of some parts of a source, in order. Python's documentation is parsed at once."""
-    if any(part.file == PYTHON_DOCS for part in parts):
-        _python_docs()  # its progress bar must end before the reader opens one
+    """Every document of some parts of a source, in order."""
     return itertools.chain.from_iterable(
-        _python_docs() if part.file == PYTHON_DOCS else read_part(part, text_column) for part in parts
+        parse_python_docs() if part.file == PYTHON_DOCS else read_part(part, text_column) for part in parts
     )
 
 
 @functools.cache  # read twice where a tokenizer is trained, and parsing takes seconds
-def _python_docs() -> tuple[Document, ...]:
+def parse_python_docs() -> tuple[Document, ...]:
+    """The documents of the source `python-docs`, with a progress bar the first time."""
     with progress("reading", None, "documents") as advance:
         return tuple(document for document in python_documents() if advance() is None)
 
@@ -218,28 +217,24 @@ def python_documents() -> Iterator[Document]:
     A whole module would be too large a unit: tkinter's text alone is a third of a validation split of 10%.
     """
     topics, *modules = library_files()
-    for name, text in _read_topics(topics).items():
-        yield Document(text, f"topic {name}")
+    for text in _read_topics(topics):
+        yield Document(text)
     for path in modules:
         module, name = _parse(path), _dotted_name(path)
         classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
         rest = ast.Module([node for node in module.body if node not in classes], type_ignores=[])
-        named: list[tuple[str, str, Described]] = [
-            ("module", name, rest),
-            *(("class", f"{name}.{node.name}", node) for node in classes),
-        ]
-        for kind, described_name, node in named:
-            text = "\n\n".join(_described(node, described_name)) + "\n"
+        described = [_described(rest, name), *(_described(node, f"{name}.{node.name}") for node in classes)]
+        for text in ("\n\n".join(headed) + "\n" for headed in described):
             if len(text) >= SHORTEST_DOCUMENT_CHARACTERS:
-                yield Document(text, f"{kind} {described_name}")
+                yield Document(text)
 
 
-def _read_topics(path: Path) -> dict[str, str]:
-    """The topics of `pydoc` by name: a dictionary of strings, read without running the file."""
+def _read_topics(path: Path) -> list[str]:
+    """The topics of `pydoc`, in the order of their names: read without running the file."""
     for statement in _parse(path).body:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
             topics = ast.literal_eval(statement.value)
-            return {name: topics[name] for name in sorted(topics)}
+            return [topics[name] for name in sorted(topics)]
     raise ValueError(f"{path} does not hold pydoc's topics; prepare a file or folder of your own instead")
 
 

@@ -1,22 +1,33 @@
-"""Near-duplicates, through datatrove: what is found, what stays, whoever does the work."""
+"""Duplicates and near-duplicates: what is found and what stays, compared with datatrove."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
+from datatrove.data import Document as TroveDocument
+from datatrove.pipeline.dedup.minhash import (
+    MinhashConfig,
+    MinhashDedupBuckets,
+    MinhashDedupCluster,
+    MinhashDedupSignature,
+)
+from datatrove.utils.hashing import HashConfig
+from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 
-from overnight.data.atomic_folder import staging_path
-from overnight.preparation import assemble, minhash
+from overnight.preparation import dedup, tokenize
 from overnight.preparation import prepare as prepare_module
 from overnight.preparation.command import summarize_prepared
-from overnight.preparation.dedup import dedup_steps
-from overnight.preparation.minhash import WordSignature
+from overnight.preparation.dedup import find_duplicates, find_near_duplicates, min_hashes, sign_texts
+from overnight.preparation.documents import RECORD, STATUSES, document_hash
+from overnight.preparation.ngrams import Hashes, hash_windows, hash_words
 from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 
@@ -37,21 +48,10 @@ ALMOST = [nearly(text) for text in TEXTS[:25]]
 
 
 @pytest.fixture
-def config(tmp_path: Path, write_texts: Any) -> PrepareConfig:
+def config(make_config: Any) -> PrepareConfig:
     """All texts, then 25 that are almost among them, an equal one and an empty one."""
-    source = tmp_path / "texts"
-    source.mkdir()
-    documents = [*TEXTS, TEXTS[3], "", *ALMOST]
-    for number in range(9):
-        write_texts(source / f"{number}.jsonl", documents[number * 10 :][:10])
-    return PrepareConfig(
-        source=str(source),
-        out=str(tmp_path / "out"),
-        tokenizer="characters",
-        validation_fraction=0.3,
-        workers=1,
-        near_duplicates="drop",
-    )
+    texts = [*TEXTS, TEXTS[3], "", *ALMOST]
+    return make_config(texts, files=9, validation_fraction=0.3, near_duplicates="drop")
 
 
 def elsewhere(config: PrepareConfig, name: str, **changes: Any) -> PrepareConfig:
@@ -78,27 +78,24 @@ def most_similar(texts: list[str], others: list[str]) -> float:
 
 def test_first_of_near_duplicates_stays(config: PrepareConfig, texts_in: Any) -> None:
     assert min(map(similarity, TEXTS, ALMOST)) > 0.96
-    manifest = prepare_shards(config)
-    train, validation = (texts_in(config, split) for split in ("train", "validation"))
-    assert {*train, *validation} == {*TEXTS}
-    assert most_similar(validation, train) < 0.1
-    counts = (manifest.documents, manifest.near_duplicate_documents, manifest.duplicate_documents)
+    keeping = elsewhere(config, "all", near_duplicates="keep")
+    manifest, whole = (prepare_shards(each) for each in (config, keeping))
+    counts = manifest.documents, manifest.near_duplicate_documents, manifest.duplicate_documents
     assert counts == (60, 25, 1)
+    assert (whole.documents, whole.near_duplicate_documents) == (85, 0)
+    for each, texts, is_near in ((config, TEXTS, False), (keeping, [*TEXTS, *ALMOST], True)):
+        found = texts_in(each)
+        assert {*found["train"], *found["validation"]} == {*texts}
+        assert (most_similar(found["validation"], found["train"]) > 0.96) == is_near
     assert any("near-duplicates 25" in line for line in summarize_prepared(manifest))
     with pytest.raises(ValueError, match="near_duplicates"):
         prepare_shards(dataclasses.replace(config, near_duplicates="keep"))
-    keeping = elsewhere(config, "all", near_duplicates="keep")
-    manifest = prepare_shards(keeping)
-    train, validation = (texts_in(keeping, split) for split in ("train", "validation"))
-    assert {*train, *validation} == {*TEXTS, *ALMOST}
-    assert most_similar(validation, train) > 0.96
-    assert (manifest.documents, manifest.near_duplicate_documents) == (85, 0)
 
 
 def test_texts_that_share_a_part_stay(config: PrepareConfig, write_texts: Any) -> None:
     halves = [nearly(text, 20) for text in TEXTS[:20]]  # a probability of 0.01 each
     assert all(0.3 < similarity(one, other) < 0.6 for one, other in zip(TEXTS, halves, strict=False))
-    write_texts(Path(str(config.source)) / "9.jsonl", halves)
+    write_texts(Path(config.source) / "9.jsonl", halves)
     manifest = prepare_shards(config)
     assert 25 <= manifest.near_duplicate_documents <= 28
 
@@ -113,65 +110,15 @@ def test_contaminated_document_does_not_stand_for_its_cluster(
     write_texts(tmp_path / "benchmark.jsonl", [passage])
     benchmarks = (str(tmp_path / "benchmark.jsonl"),)
     manifest = prepare_shards(dataclasses.replace(config, decontaminate=benchmarks, on_contaminated="drop"))
-    kept = set(texts_in(config, "train") + texts_in(config, "validation"))
-    assert kept == {ALMOST[0], *TEXTS[1:]}
+    assert {*sum(texts_in(config).values(), [])} == {ALMOST[0], *TEXTS[1:]}
     assert manifest.contaminated_documents == {"benchmark": 1}
-
-
-# Who does the work
-
-
-def stop(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def test_near_duplicates_do_not_depend_on_the_order_of_ranks(
-    config: PrepareConfig, small_units: None, monkeypatch: pytest.MonkeyPatch, contents: Any
-) -> None:
-    """As an array of Slurm's jobs would do it."""
-    monkeypatch.setattr(assemble, "decide_layout", stop)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_shards(config)
-    place = staging_path(Path(config.out or ""))
-    found = contents(place / "near")
-    assert any(found[name] for name in found if name.endswith(".clusters"))
-    (place / "near").rename(place / "before")
-    steps = dedup_steps(4)
-    assert [ranks for _, ranks in steps] == [4, 4, 1]
-    for step, ranks in steps:
-        for rank in reversed(range(ranks)):
-            step(place, rank, ranks)
-    assert contents(place / "near") == found
-
-
-@pytest.mark.parametrize("step", ["get_signature", "MinhashDedupBuckets", "MinhashDedupCluster"])
-def test_interrupted_step_continues(
-    config: PrepareConfig, small_units: None, step: str, monkeypatch: pytest.MonkeyPatch, contents: Any
-) -> None:
-    expected = elsewhere(config, "expected")
-    prepare_shards(expected)
-    owner = WordSignature if step == "get_signature" else minhash
-    real, calls = getattr(owner, step), []
-
-    def stop_at(*given: Any, **more: Any) -> Any:
-        calls.append(None)
-        return stop() if len(calls) == (20 if owner is WordSignature else 1) else real(*given, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, step, stop_at)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_shards(config)
-    if owner is minhash:  # the signatures are complete
-        monkeypatch.setattr(WordSignature, "run", lambda *_: pytest.fail("signed again"))
-    prepare_shards(config)
-    assert contents(config.out) == contents(expected.out)
 
 
 def test_more_units_are_compared_again(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, contents: Any, texts_in: Any, write_texts: Any
 ) -> None:
     """With a limit on tokens, units are asked for until there are enough."""
-    source = Path(str(config.source))
+    source = Path(config.source)
     pairs = [text for both in zip(TEXTS, map(nearly, TEXTS), strict=True) for text in both]
     for number in range(12):
         write_texts(source / f"{number}.jsonl", pairs[number * 10 :][:10])
@@ -189,38 +136,85 @@ def test_more_units_are_compared_again(
     for workers in (1, 3):
         cut = elsewhere(config, f"cut-{workers}", workers=workers, **limited)
         prepare_shards(cut)
-        assert sorted(texts_in(cut, "train") + texts_in(cut, "validation")) == sorted(texts)
+        assert sorted(sum(texts_in(cut).values(), [])) == sorted(texts)
         assert contents(cut.out) == contents(f"{config.out}-full")
     assert len(wanted) == 4
     assert wanted[0] < wanted[1] < 12
 
 
-# Datatrove
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_interrupted_unit_is_signed_again(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, contents: Any, failing: int
+) -> None:
+    """Interrupted before the records, the signatures, or the mark of a complete unit are written."""
+    expected = elsewhere(config, "expected")
+    prepare_shards(expected)
+    real, calls = tokenize.write_atomically, itertools.count(1)
 
+    def stop(*given: Any) -> None:
+        if next(calls) == failing:
+            raise KeyboardInterrupt
+        real(*given)
 
-def test_signatures_equal_datatroves(tmp_path: Path) -> None:
-    signature = WordSignature(tmp_path)
-    for text in ("one two three four five", TEXTS[0], " ".join(TEXTS)):
-        shingles = signature.get_shingles(text)
-        assert len(shingles) == len(text.split()) - 4
-        theirs = MinhashDedupSignature.get_signature(signature, shingles)
-        assert signature.get_signature(shingles) == theirs
-        assert (len(theirs), {len(bucket) for bucket in theirs}) == (14, {8})
-    assert signature.get_shingles("one two three four").size == 0
-
-
-def test_near_duplicates_need_datatrove(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "overnight.preparation.minhash", None)
-    with pytest.raises(ValueError, match=r"near_duplicates=drop .*'overnight\[data\]'"):
-        prepare_shards(config)
-    assert not Path(config.out or "").exists()
-    prepare_shards(dataclasses.replace(config, near_duplicates="keep"))
-
-
-def test_datatrove_is_silent(config: PrepareConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize, "write_atomically", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_shards(config)
     prepare_shards(config)
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert [line.split(":")[0] for line in said.err.splitlines()] == [
-        *("hashing", "tokenizer", "encoding", "near-duplicates")
-    ]
+    assert contents(config.out) == contents(expected.out)
+
+
+# What is found
+
+
+@given(st.lists(st.text("abc", max_size=2), max_size=60), st.integers(1, 50))
+def test_first_of_equal_texts_is_kept(texts: list[str], at_once: int) -> None:
+    def records(*statuses: str, texts: list[str] = texts) -> np.ndarray:
+        codes = [STATUSES.index(status) for status in statuses]
+        rows = [(*document_hash(text), 0, 1, 1, code) for text, code in zip(texts, codes, strict=True)]
+        return np.array(rows, dtype=RECORD)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dedup, "HASHES_AT_ONCE", at_once)  # so that ranges are compared one by one
+        duplicates = find_duplicates(records(*["kept"] * len(texts)))
+    kept = [text for text, again in zip(texts, duplicates, strict=True) if not again]
+    assert kept == [*dict.fromkeys(texts)]
+    # A text that is skipped, since its file is damaged, does not remove a sound copy after it.
+    assert not find_duplicates(records("skipped", "kept", "skipped", texts=["a", "a", "a"])).any()
+
+
+TROVE = MinhashConfig(
+    n_grams=5, num_buckets=14, hashes_per_bucket=8, hash_config=HashConfig(precision=64, hash_fc="sha1")
+)
+
+
+class TroveSignature(MinhashDedupSignature):  # untyped there
+    """Datatrove's first stage with this package's words."""
+
+    def get_shingles(self, text: str) -> Hashes:
+        return hash_windows(hash_words([text]), 5)[0].reshape(-1, 1)
+
+
+def test_near_duplicates_equal_datatroves(tmp_path: Path) -> None:
+    """Chains of ever more changed copies, halves, and texts too short to compare."""
+    chains = [TEXTS[:20]]
+    for _ in range(6):
+        chains.append([nearly(text, 4) for text in chains[-1]])
+    halves = [nearly(text, 20) for text in TEXTS[:40]]
+    texts = [*itertools.chain(*chains), *TEXTS, *halves, "one two three four", "one two three four", ""]
+    random.Random(1).shuffle(texts)
+    stages = [str(tmp_path / name) for name in ("signatures", "pairs", "clusters")]
+    signature = TroveSignature(stages[0], TROVE, language=WhitespaceTokenizer())
+    signature.run((TroveDocument(text, str(n)) for n, text in enumerate(texts)), 0)
+    for bucket in range(14):
+        MinhashDedupBuckets(*stages[:2], config=TROVE).run(None, bucket, 14)
+    MinhashDedupCluster(*stages[1:], config=TROVE, save_cluster_id=True).run(None, 0, 1)
+    found = np.fromfile(tmp_path / "clusters" / "000000.clusters", "<u4").reshape(-1, 2)
+    again = found[:, 0][np.setdiff1d(np.arange(len(found)), np.unique(found[:, 1], return_index=True)[1])]
+    kept = np.full(len(texts), STATUSES.index("kept"), dtype=np.uint8)
+    signed = np.concatenate([sign_texts(texts[:99]), sign_texts(texts[99:])], axis=1)
+    assert np.flatnonzero(find_near_duplicates(signed, kept)).tolist() == again.tolist()
+    assert 120 < len(again) < 200
+    for text in (TEXTS[0], " ".join(TEXTS), "one two three four five"):
+        shingles = signature.get_shingles(text)
+        assert min_hashes(shingles.ravel()).tolist() == signature.get_signature(shingles)

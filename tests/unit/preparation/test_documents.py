@@ -17,19 +17,15 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from overnight.data.text_files import DamagedFileError, find_files
-from overnight.preparation import documents as documents_module
 from overnight.preparation.documents import (
     LONGEST_PIECE_BYTES,
     RECORD,
     SHORTEST_PIECE_BYTES,
-    STATUSES,
     Document,
     Part,
-    Records,
     divide_file,
     document_hash,
     filter_documents,
-    find_duplicates,
     is_validation,
     read_part,
     split_of,
@@ -66,9 +62,7 @@ def write_parquet(path: Path, column: Any, name: str = "text") -> Path:
 def test_text_file_is_unchanged(tmp_path: Path, name: str) -> None:
     text = "\ufeffOne line.\r\n\r\n\tÄnother – 日本.\n\n\n "
     (tmp_path / name).write_bytes(text.encode())
-    (document,) = read_documents(tmp_path / name)
-    assert (document.text, document.damage) == (text, None)
-    assert name in document.origin
+    assert list(read_documents(tmp_path / name)) == [Document(text)]
 
 
 def test_json_lines(tmp_path: Path) -> None:
@@ -125,7 +119,6 @@ def test_large_parquet_file_is_divided_between_row_groups(tmp_path: Path) -> Non
     assert len(parts) > 3
     documents = [document for part in parts for document in read_part(part)]
     assert [document.text for document in documents] == values
-    assert [d.origin for d in documents] == [f"a.parquet, row {number}" for number in range(1, 21)]
     whole = sum(parts.values())
     assert divide_file(file, "text", part_bytes=whole) == {Part(file): whole}
 
@@ -258,45 +251,22 @@ def test_split_of_a_document_never_changes() -> None:
     assert all(split_of(text, 0.1) == sides[text] for text in shuffled)
 
 
-def record(text: str, status: Any = "kept") -> tuple[int, ...]:
-    return (*document_hash(text), 0, len(text), len(text.encode()), STATUSES.index(status))
-
-
-def records(texts: list[str]) -> Records:
-    return np.array([record(text) for text in texts], dtype=RECORD)
-
-
 def test_validation_fraction_is_the_share_held_out() -> None:
     held_out: dict[float, set[str]] = {}
+    records = np.zeros(len(TEXTS), dtype=RECORD)
+    records["hash_high"] = [document_hash(text)[0] for text in TEXTS]
     for fraction in (0.01, 0.1, 0.5):
         sides = [split_of(text, fraction) == "validation" for text in TEXTS]
-        assert is_validation(records(TEXTS), fraction).tolist() == sides
+        assert is_validation(records, fraction).tolist() == sides
         # The standard deviation of a share of 4,000 is at most 0.8%.
         assert abs(sum(sides) / len(TEXTS) - fraction) < 0.03
         held_out[fraction] = {text for text, side in zip(TEXTS, sides, strict=True) if side}
     assert held_out[0.01] < held_out[0.1] < held_out[0.5]
 
 
-@given(st.lists(st.text("abc", max_size=2), max_size=60), st.integers(1, 50))
-def test_first_of_equal_texts_is_kept(texts: list[str], at_once: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents_module, "HASHES_AT_ONCE", at_once)  # so that ranges are compared one by one
-        duplicates = find_duplicates(records(texts))
-    assert [text for text, again in zip(texts, duplicates, strict=True) if not again] == [
-        *dict.fromkeys(texts)
-    ]
-    # A text that is skipped, since its file is damaged, does not remove a sound copy after it.
-    both = np.array([record("a", "skipped"), record("a"), record("a", "skipped")], dtype=RECORD)
-    assert not find_duplicates(both).any()
-
-
 def test_damaged_text_has_the_status_asked_for() -> None:
-    documents = [
-        Document("one", ""),
-        Document("tw\ufffd", "", damage="F is not UTF-8 at byte 7"),
-        Document("", ""),
-        Document("one", ""),
-    ]
+    bad = Document("tw\ufffd", damage="F is not UTF-8 at byte 7")
+    documents = [Document("one"), bad, Document(""), Document("one")]
     for policy, status in (("skip", "skipped"), ("replace", "repaired")):
         found = [filtered.status for filtered in filter_documents(documents, policy)]
         assert found == ["kept", status, "empty", "kept"]

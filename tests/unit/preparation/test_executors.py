@@ -31,22 +31,13 @@ TEXTS = [f"Document {number} of them: " + "word " * (number % 37) for number in 
 
 
 @pytest.fixture
-def config(tmp_path: Path, write_texts: Any) -> PrepareConfig:
+def config(make_config: Any) -> PrepareConfig:
     """A folder of several kinds of file, with one text twice, far apart."""
-    source = tmp_path / "texts"
-    source.mkdir()
-    for number in range(4):
-        write_texts(source / f"{number}.jsonl", TEXTS[number * 50 : number * 50 + 50])
+    config = make_config(TEXTS[:200], files=4, shard_tokens=5000)
+    source = Path(config.source)
     (source / "4.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": TEXTS[3]}).encode() + b"\n"))
     parquet.write_table(pyarrow.table({"text": TEXTS[200:]}), source / "5.parquet", row_group_size=40)
-    return PrepareConfig(
-        source=str(source),
-        out=str(tmp_path / "out"),
-        tokenizer="characters",
-        validation_fraction=0.2,
-        shard_tokens=5000,
-        workers=1,
-    )
+    return config
 
 
 def elsewhere(config: PrepareConfig, name: str, **changes: Any) -> PrepareConfig:
@@ -61,7 +52,7 @@ def elsewhere(config: PrepareConfig, name: str, **changes: Any) -> PrepareConfig
 def test_shards_do_not_depend_on_units_or_workers(
     config: PrepareConfig, write_texts: Any, contents: Any, monkeypatch: pytest.MonkeyPatch, options: Any
 ) -> None:
-    monkeypatch.chdir(Path(config.source or "").parent)
+    monkeypatch.chdir(Path(config.source).parent)
     write_texts(Path("b.jsonl"), [TEXTS[36], TEXTS[100]])
     config = dataclasses.replace(config, **options)
     manifest = prepare_shards(config)
@@ -98,16 +89,16 @@ def test_interrupted_units_are_kept(
 ) -> None:
     real, calls = tokenize.tokenize_documents, []
 
-    def stop_at_the_fourth(*given: Any) -> Any:
+    def stop_at_the_fourth(*given: Any, **options: Any) -> Any:
         calls.append(None)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(*given)
+        return real(*given, **options)
 
     monkeypatch.setattr(tokenize, "tokenize_documents", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         prepare_shards(config)
-    units = staging_path(Path(config.out or "")) / "units"
+    units = staging_path(Path(config.out)) / "units"
     assert len(list(units.glob("*.json"))) == 2  # the first call was for the estimate of the disk space
     prepare_shards(config)
     assert len(calls) == 4 + (10 - 2)  # of ten units
@@ -116,8 +107,8 @@ def test_interrupted_units_are_kept(
 @pytest.mark.parametrize(
     "gone",
     [
-        *(["wanted"], ["units"], ["layout.json"], ["status.npy"], ["train-00000.json"], ["work.json"]),
-        ["work.json", "units", "wanted", "status.npy", "layout.json", "so-far.json"],
+        *(["wanted"], ["units"], ["layout.json"], ["splits.npy"], ["train-00000.json"], ["work.json"]),
+        ["work.json", "units", "wanted", "splits.npy", "layout.json", "so-far.json"],
     ],
 )
 def test_killed_while_it_clears_up_it_continues(
@@ -145,7 +136,7 @@ def test_killed_while_it_clears_up_it_continues(
 def test_beginning_of_something_else_is_not_continued(
     config: PrepareConfig, contents: Any, content: str
 ) -> None:
-    staging = staging_path(Path(config.out or ""))
+    staging = staging_path(Path(config.out))
     (staging / "units").mkdir(parents=True)
     (staging / "work.json").write_text(content)
     (staging / "units" / "00000.json").write_text("{}")
@@ -156,12 +147,12 @@ def test_beginning_of_something_else_is_not_continued(
 
 
 def test_damaged_file_is_named_or_left_out(config: PrepareConfig, small_units: None) -> None:
-    source = Path(config.source or "")
+    source = Path(config.source)
     for name, lost in (("4.jsonl.gz", 9), ("5.parquet", 40)):
         (source / name).write_bytes((source / name).read_bytes()[:-lost])
     with pytest.raises(ValueError, match=r"5\.parquet is damaged .*--on-bad-file"):
         prepare_shards(config)
-    assert not Path(config.out or "").exists()
+    assert not Path(config.out).exists()
     skipping = dataclasses.replace(config, on_bad_file="skip")
     manifest = prepare_shards(skipping)
     assert (manifest.documents, manifest.damaged_files) == (200, 2)
@@ -194,7 +185,7 @@ def test_killed_worker_ends_the_command_which_then_continues(
         patch.setattr(tokenize, "tokenize_units", die_once)
         with pytest.raises(ChildProcessError, match="--workers"):
             prepare_shards(parallel)
-    assert not Path(config.out or "").exists()
+    assert not Path(config.out).exists()
     prepare_shards(parallel)
     assert contents(config.out) == contents(expected.out)
 
@@ -203,7 +194,7 @@ def test_error_of_a_worker_is_raised_once(
     config: PrepareConfig, small_units: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     prepare_shards(config)
-    (Path(config.source or "") / "2.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    (Path(config.source) / "2.jsonl").write_bytes(b'{"text": "\xff"}\n')
     other = elsewhere(config, "bad", workers=8, tokenizer=f"{config.out}/tokenizer")
     with pytest.raises(ValueError, match=r"2\.jsonl line 1 is not UTF-8"):
         prepare_shards(other)
@@ -281,8 +272,8 @@ def test_slurm_writes_the_same_bytes(
     slurm = elsewhere(config, "slurm", executor="slurm", tasks=3, slurm_partition="cpu", workers=None)
     assert prepare_shards(slurm) is None
     log = sbatch.parent / "log"
-    assert Path(slurm.out or "").is_dir(), log.read_text()[-3000:]
-    assert prepare_shards(slurm) == read_manifest(Path(slurm.out or ""))  # the same command finds it complete
+    assert Path(slurm.out).is_dir(), log.read_text()[-3000:]
+    assert prepare_shards(slurm) == read_manifest(Path(slurm.out))  # the same command finds it complete
     assert contents(slurm.out) == contents(config.out)
     scripts = [path.read_text() for path in sorted(sbatch.iterdir(), key=lambda path: int(path.name))]
     arrays = [script for script in scripts if "launch_pickled_pipeline" in script]
@@ -385,8 +376,8 @@ def test_decoded_shards_are_the_documents(shared_data: Path, tmp_path: Path, tex
     table = parquet.read_table(path, columns=["text", "token_count"])
     texts, counts = (table.column(name).to_pylist() for name in ("text", "token_count"))
     assert manifest.tokens("train") + manifest.tokens("validation") == sum(counts) + len(texts)
-    for split in ("train", "validation"):
-        assert texts_in(config, split) == [text for text in texts if split_of(text, 0.1) == split]
+    for split, found in texts_in(config).items():
+        assert found == [text for text in texts if split_of(text, 0.1) == split]
     (file,) = find_files(str(path))
     (estimate,) = divide_file(file, "text", 1 << 40).values()
     assert 0.5 < estimate / sum(len(text.encode()) for text in texts) < 1.5

@@ -46,7 +46,7 @@ def config(tmp_path: Path, write_texts: Any) -> PrepareConfig:
 
 
 def out_of(config: PrepareConfig) -> Path:
-    return Path(config.out or "")
+    return Path(config.out)
 
 
 def by_split(texts: list[str], fraction: float) -> dict[str, list[str]]:
@@ -58,11 +58,11 @@ def by_split(texts: list[str], fraction: float) -> dict[str, list[str]]:
 
 def test_manifest_describes_the_shards(config: PrepareConfig, texts_in: Any, byte_tokenizer: Any) -> None:
     manifest = prepare_shards(config)
-    for split, expected in by_split(TEXTS, 0.1).items():
-        assert texts_in(config, split) == expected
-        assert sum(shard.documents for shard in manifest.shards(split)) == len(expected)
-        assert manifest.text_bytes(split) == sum(len(text.encode()) for text in expected)
-        assert manifest.tokens(split) == manifest.text_bytes(split) + len(expected)
+    assert texts_in(config) == (expected := by_split(TEXTS, 0.1))
+    for split, texts in expected.items():
+        assert sum(shard.documents for shard in manifest.shards(split)) == len(texts)
+        assert manifest.text_bytes(split) == sum(len(text.encode()) for text in texts)
+        assert manifest.tokens(split) == manifest.text_bytes(split) + len(texts)
     assert len(manifest.train) > 2
     assert all(shard.tokens == 5000 for shard in manifest.train[:-1])
     assert verify(out_of(config)) == read_manifest(out_of(config)) == manifest
@@ -90,7 +90,7 @@ def test_documents_are_conserved(
         shard_tokens=7,
     )
     manifest = prepare_shards(config)
-    assert {split: texts_in(config, split) for split in sides} == sides
+    assert texts_in(config) == sides
     counts = (manifest.documents, manifest.empty_documents, manifest.duplicate_documents)
     documents, empty = sum(map(len, sides.values())), texts.count("")
     assert counts == (documents, empty, len(texts) - documents - empty)
@@ -99,7 +99,7 @@ def test_documents_are_conserved(
 def test_trained_tokenizer_has_not_seen_validation(
     config: PrepareConfig, write_texts: Any, texts_in: Any
 ) -> None:
-    write_texts(Path(config.source or ""), [*TEXTS, TEXTS[1]])
+    write_texts(Path(config.source), [*TEXTS, TEXTS[1]])
     prepare_shards(dataclasses.replace(config, tokenizer="learned"))
     learned = (out_of(config) / "tokenizer" / "learned.txt").read_text().split("\n")
     assert learned == [text for text in TEXTS if split_of(text, 0.1) == "train"]
@@ -118,13 +118,27 @@ def test_one_progress_bar_at_a_time(config: PrepareConfig, monkeypatch: pytest.M
         yield lambda amount=1, note="": None
         unfinished.remove(title)
 
-    for module in (prepare_module, tokenize, text_files, sources):
+    for module in (tokenize, text_files, sources):
         monkeypatch.setattr(module, "progress", bar)
-    monkeypatch.setattr(sources, "python_documents", lambda: (Document(text, "") for text in TEXTS))
-    sources._python_docs.cache_clear()
+    monkeypatch.setattr(sources, "python_documents", lambda: map(Document, TEXTS))
+    sources.parse_python_docs.cache_clear()
     prepare_shards(dataclasses.replace(config, source="python-docs", tokenizer="learned"))
-    sources._python_docs.cache_clear()
+    sources.parse_python_docs.cache_clear()
     assert opened == ["hashing", "reading", "tokenizer", "encoding"]
+
+
+def test_unit_that_is_completed_while_it_is_measured_is_no_error(
+    byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tokenizer", "units"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tokenizer" / "learned.txt").touch()
+    (tmp_path / "units" / "00000.ids.partial").write_bytes(bytes(8))
+    listed = list(os.scandir(tmp_path / "units"))
+    (tmp_path / "units" / "00000.ids.partial").rename(tmp_path / "units" / "00000.ids")
+    assert tokenize.count_tokenized(tmp_path, SimpleNamespace(unit_bytes=(10,))) == (1e-5, 4)
+    monkeypatch.setattr(os, "scandir", lambda _: listed)
+    assert tokenize.count_tokenized(tmp_path, SimpleNamespace(unit_bytes=(10,))) == (0, 0)
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 3000, EXACTLY_40, EXACTLY_40 + 1, 10**9])
@@ -138,12 +152,12 @@ def test_tokens_limit_stops_after_a_document(config: PrepareConfig, texts_in: An
             prepare_shards(config)
         return
     manifest = prepare_shards(config)
-    assert {split: texts_in(config, split) for split in sides} == sides
+    assert texts_in(config) == sides
     assert manifest.documents == len(expected)
 
 
 def test_bad_text_is_refused_repaired_or_skipped(config: PrepareConfig, texts_in: Any) -> None:
-    path = Path(config.source or "")
+    path = Path(config.source)
     offset = path.stat().st_size + 14
     with path.open("ab") as file:
         file.write(b'{"text": "bad \xff"}\n')
@@ -151,17 +165,16 @@ def test_bad_text_is_refused_repaired_or_skipped(config: PrepareConfig, texts_in
         prepare_shards(config)
     assert not out_of(config).exists()
     for policy, counts in (("skip", (300, 1, 0)), ("replace", (301, 0, 1))):
-        other = dataclasses.replace(config, on_bad_text=policy, out=f"{config.out}-{policy}")  # type: ignore[arg-type]
+        other = dataclasses.replace(config, on_bad_text=policy, out=f"{config.out}-{policy}")
         manifest = prepare_shards(other)
         assert (manifest.documents, manifest.skipped_documents, manifest.repaired_documents) == counts
-        found = texts_in(other, "train") + texts_in(other, "validation")
-        assert ("bad \ufffd" in found) == (policy == "replace")
+        assert ("bad \ufffd" in sum(texts_in(other).values(), [])) == (policy == "replace")
 
 
 def test_summary_and_next_command(
     config: PrepareConfig, write_texts: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_texts(Path(config.source or ""), [*TEXTS, TEXTS[3], "", TEXTS[4]])
+    path = write_texts(Path(config.source), [*TEXTS, TEXTS[3], "", TEXTS[4]])
     with path.open("ab") as file:
         file.write(b'{"text": "b\xe9"}\n')
     assert run(dataclasses.replace(config, on_bad_text="replace")) == verify(out_of(config))
@@ -179,11 +192,11 @@ def test_any_number_of_threads_reads_equally_far(
     byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 1)
-    documents = filter_documents((Document(text, "") for text in TEXTS), "fail")
+    documents = filter_documents(map(Document, TEXTS), "fail")
     encoded = tokenize_documents(documents, byte_tokenizer, workers)
     next(encoded)
     encoded.close()
-    assert next(documents).document.text == TEXTS[tokenize.BATCHES_AHEAD + 1]
+    assert next(documents).text == TEXTS[tokenize.BATCHES_AHEAD + 1]
 
 
 SCRIPT = """
@@ -346,7 +359,7 @@ def test_another_request_is_refused(config: PrepareConfig, contents: Any) -> Non
         "on_bad_text": "skip",
     }.items():
         with pytest.raises(ValueError, match=rf"out .*{name}.*--out"):
-            prepare_shards(dataclasses.replace(config, **{name: value}))  # type: ignore[arg-type]
+            prepare_shards(dataclasses.replace(config, **{name: value}))
     assert contents(config.out) == before
 
 
@@ -359,10 +372,10 @@ def test_changed_text_or_tokenizer_is_refused(
     config = dataclasses.replace(config, tokenizer=str(learned.parent))
     assert prepare_shards(config) == prepare_shards(config)
     learned.write_text("two")
-    with pytest.raises(ValueError, match="tokenizer was mine [0-9a-f]{64}"):
+    with pytest.raises(ValueError, match="tokenizer was mine [0-9a-f]{64}, and is now mine"):
         prepare_shards(config)
     learned.write_text("one")
-    write_texts(Path(config.source or ""), [*TEXTS, "One more."])
+    write_texts(Path(config.source), [*TEXTS, "One more."])
     with pytest.raises(ValueError, match="text of the source"):
         prepare_shards(config)
 
@@ -399,7 +412,7 @@ def test_impossible_request_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(assemble, "MOST_SHARDS", 9)
     if "text_column" in changes:
-        Path(config.source or "").write_text('{"number": ""}\n')
+        Path(config.source).write_text('{"number": ""}\n')
     with pytest.raises(ValueError, match=message):
         prepare_shards(dataclasses.replace(config, **changes))
     assert not out_of(config).exists()
