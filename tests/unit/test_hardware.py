@@ -16,7 +16,6 @@ from overnight import hardware
 from overnight.hardware import (
     DEVICES,
     find_device,
-    find_device_facts,
     find_device_name,
     find_memory_bytes,
     find_peak_flops,
@@ -43,7 +42,7 @@ NAMES_AND_BF16 = {
 
 @pytest.mark.parametrize(("name", "flops"), NAMES_AND_BF16.items())
 def test_driver_name_is_recognised(name, flops):
-    assert find_device_facts(name) is not None
+    assert find_device(name) is not None
     assert peak_flops(name, "bf16") == (None if flops is None else pytest.approx(flops))
 
 
@@ -51,8 +50,8 @@ def test_every_device_of_the_table_is_reached():
     names = [*NAMES_AND_BF16, "NVIDIA H100 SXM5"]
     names += [f"Tesla V100-{name}" for name in ("SXM2-32GB", "PCIE-16GB", "PCIE-32GB")]
     names += [f"Apple M{number}{kind}" for number in (1, 2, 3, 4) for kind in ("", " Pro", " Max", " Ultra")]
-    reached = {id(find_device_facts(name)) for name in names}
-    assert [device.name for device in DEVICES if id(device.facts) not in reached] == []
+    reached = {id(find_device(name)) for name in names}
+    assert [device.name for device in DEVICES if id(device) not in reached] == []
     assert [device.name for device in DEVICES if find_device(device.name) is not device] == []
 
 
@@ -72,16 +71,16 @@ def test_device_is_found_by_typed_and_driver_names():
 
 def test_precisions_and_rates_of_the_table():
     precisions = {"h200": "bf16", "t4": "fp16", "v100-16gb": "fp16", "m1": "fp32"}
-    assert {name: find_device(name).facts.native for name in precisions} == precisions
-    facts = find_device_facts("Apple M3 Max")
+    assert {name: find_device(name).native for name in precisions} == precisions
+    facts = find_device("Apple M3 Max")
     assert (facts.fp32, facts.bytes_per_second) == (None, None)
     assert peak_flops("Apple M3 Max", "fp32") is None
     assert peak_flops("Apple M1 Max", "fp32") == pytest.approx(10.4e12)
-    for name, _, facts in DEVICES:
+    for facts in DEVICES:
         rates = [rate for rate in (facts.fp32, facts.tf32, facts.bf16) if rate is not None]
-        assert rates == sorted(rates), name
-        assert facts.memory_bytes is None or 16e9 <= facts.memory_bytes < 200e9, name
-        assert facts.bytes_per_second is None or 60e9 < facts.bytes_per_second < 10e12, name
+        assert rates == sorted(rates), facts.name
+        assert facts.memory_bytes is None or 16e9 <= facts.memory_bytes < 200e9, facts.name
+        assert facts.bytes_per_second is None or 60e9 < facts.bytes_per_second < 10e12, facts.name
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_precisions_and_rates_of_the_table():
     ],
 )
 def test_similar_name_is_unknown(name):
-    assert find_device_facts(name) is None
+    assert find_device(name) is None
     assert peak_flops(name, "bf16") is None
 
 
@@ -165,7 +164,7 @@ def test_matmul_is_timed_and_torch_s_setting_kept(monkeypatch):
 @pytest.mark.gpu
 def test_gpu_is_known_and_its_precision_agrees_with_torch():
     name = find_device_name("cuda:0")
-    facts = find_device_facts(name)
+    facts = find_device(name)
     assert facts is not None, f"no published figures for {name!r}"
     assert facts.memory_bytes == pytest.approx(find_memory_bytes("cuda:0"), rel=0.1)
     native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -128,7 +128,7 @@ def build_parallel_layout(
         processes_per_machine=per_machine,
         within=WITHIN.get(device.name, PCIE),
         between=BETWEEN[network] if machines > 1 else None,
-        memory_bytes_per_second=device.facts.bytes_per_second,
+        memory_bytes_per_second=device.bytes_per_second,
         sharding=sharding,
     )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from types import TracebackType
 
 from overnight.baselines.band import columns_of, find_band
@@ -188,8 +188,7 @@ class RunLog:
             first_row=first,
         )
         written = complete(model, run.dataset.tokenizer, prompts[first:end], decoding) if model else []
-        gathered = world.all_gather_object(json.dumps([completion.text for completion in written]))
-        texts = [text for share in gathered for text in json.loads(share)]
+        texts = chain(*world.all_gather_object([completion.text for completion in written]))
         for prompt, text in zip(prompts, texts, strict=True):
             self._event("samples", {"prompt": prompt, "completion": text})
 
