@@ -191,10 +191,10 @@ def let_the_future_through(attend: Any) -> Any:
     return lambda *given, **options: attend(*given, **{**options, "is_causal": False})
 
 
-def save_in_bfloat16(weights: Any) -> Any:
-    return lambda *given: (
-        (name, piece._replace(rows=piece.rows.bfloat16().float())) for name, piece in weights(*given)
-    )
+def save_in_bfloat16(copy: Any) -> Any:
+    return lambda *given: {
+        name: piece._replace(rows=piece.rows.bfloat16().float()) for name, piece in copy(*given).items()
+    }
 
 
 def update_nothing(step_if: Any) -> Any:
@@ -227,8 +227,8 @@ SABOTAGES: list[tuple[str, Sabotage, str, str]] = [
     (REDUCE, lambda _: lambda self, nats, number, count: nats, "accumulation", "(loss differs"),
     ("training.step.step_if", update_nothing, "overfit", "optimizer"),
     ("generation.generate.KVCache.positions", shift_positions, "generation", "position is off by one"),
-    ("training.checkpoint.save._moments", lambda _: lambda *given: (), "checkpoint", "lost AdamW's exp_avg"),
-    ("training.checkpoint.save._weights", save_in_bfloat16, "checkpoint", "weights wte.weight differ by"),
+    ("training.checkpoint.save._moments", lambda _: lambda *given: {}, "checkpoint", "lost AdamW's exp_avg"),
+    ("training.checkpoint.save._copy", save_in_bfloat16, "checkpoint", "weights wte.weight differ by"),
     (
         "training.checkpoint.load.load_checkpoint",
         then(forget_the_step),
