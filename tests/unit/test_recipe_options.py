@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from overnight.cli import main
-from overnight.recipe import Recipe, load_recipe, recipe_names
-from overnight.recipe_options import changed_options
+from overnight.recipe import Recipe, changed_options, load_recipe, recipe_names
 from overnight.run import command as run_command
 
 

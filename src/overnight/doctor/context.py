@@ -19,7 +19,7 @@ from overnight.planning.plan import Plan
 from overnight.preparation.prepare import ensure_prepared
 from overnight.preparation.prepare_commands import find_listed_commands, find_recipe_text
 from overnight.preparation.sources import source_name
-from overnight.recipe_options import plain_recipe
+from overnight.recipe import plain_recipe
 from overnight.run.setup import RunSetup
 from overnight.run_directory import cache_folder
 from overnight.training.schedule import Schedule

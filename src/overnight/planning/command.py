@@ -35,8 +35,7 @@ from overnight.planning.estimate import (
 from overnight.planning.network import build_parallel_layout, compare_shardings
 from overnight.planning.page import plan_text
 from overnight.planning.plan import Plan, plan_to_json
-from overnight.recipe import load_recipe
-from overnight.recipe_options import list_options, plain_recipe
+from overnight.recipe import list_options, load_recipe, plain_recipe
 from overnight.run.setup import resolve
 from overnight.terminal import echo
 from overnight.training import Compute
