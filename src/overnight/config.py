@@ -252,13 +252,13 @@ def from_arguments(
 
 
 def _switches(cls: type, default: Any) -> dict[str, bool]:
-    """Every boolean option and its default; those of sections only with `default`."""
-    kinds = flat_types(cls)
-    return {
-        name: bool(getattr(getattr(default, section) if section else default or cls, name))
-        for name, section in flat_names(cls).items()
-        if kinds[name] is bool
-    }
+    """Every boolean option and its default."""
+    top, kinds, found = field_types(cls), flat_types(cls), {}
+    for name, section in flat_names(cls).items():
+        if kinds[name] is bool:
+            part = getattr(default, section, top[section]) if section else default or cls
+            found[name] = bool(getattr(part, name))
+    return found
 
 
 def _records_as_words(cls: type) -> Any:

@@ -21,6 +21,7 @@ import torch
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 
+SHORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of products; other precisions use float32
 GB = 10**9
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -239,7 +240,7 @@ def measure_matmul_flops(device: str, precision: str, repeats: int = 5) -> float
     The reference for a training step where the maker publishes no peak. Restores torch's setting for float32
     products.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtype = SHORT_DTYPES.get(precision, torch.float32)
     side = SIDE_ON_CPU if device == "cpu" else SIDE_ON_DEVICE
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     before = torch.get_float32_matmul_precision()
