@@ -99,11 +99,8 @@ def test_rows_are_skipped_from_a_step_on():
 
 @pytest.mark.parametrize(
     "name, value",
-    [
-        *[("spike_sigma", value) for value in (0.5, math.nan, math.inf)],
-        ("rollback_after_steps", 0),
-        ("max_rollbacks", -1),
-    ],
+    [*[("spike_sigma", value) for value in (0.5, math.nan, math.inf)]]
+    + [("rollback_after_steps", 0), ("max_rollbacks", -1)],
 )
 def test_invalid_setting_is_named(name, value):
     (problem,) = GuardConfig(**{name: value}).problems()
