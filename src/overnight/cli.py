@@ -224,7 +224,7 @@ def _train(rest: list[str]) -> int:
     """
     words = ["train", *rest]
     default = resumed = None
-    named = _take_option(rest, "--resume")
+    named = _take_resumed(rest)
     if named is not None:
         from overnight.run.resume import load_resumed
         from overnight.runs.status import find_run
@@ -273,13 +273,14 @@ def _read_recipe(
     return name, read
 
 
-def _take_option(words: list[str], option: str) -> str | None:
-    """Remove `option VALUE` or `option=VALUE` from `words`; its value, or None if it is not there."""
+def _take_resumed(words: list[str]) -> str | None:
+    """Remove `--resume RUN` or `--resume=RUN` from `words`; the run, or None if it is not there."""
     for index, word in enumerate(words):
-        if word == option or word.startswith(f"{option}="):
-            _, equals, value = words.pop(index).partition("=")
-            if not equals and index >= len(words):
-                raise ValueError(f"overnight train {option} needs a run")
+        option, equals, value = word.partition("=")
+        if option == "--resume":
+            del words[index]
+            if not equals and index == len(words):
+                raise ValueError("overnight train --resume needs a run")
             return value if equals else words.pop(index)
     return None
 

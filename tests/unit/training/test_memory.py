@@ -98,17 +98,16 @@ def passing(estimate: MemoryEstimate) -> int:
     return estimate.activations + estimate.logits + estimate.copies
 
 
-def take_step(model: GPT) -> dict[str, int]:
-    """Bytes of weights, gradients and moments after a step; of shards, this process's."""
-    optimizer = build_optimizer(model, OptimizerConfig())
+def take_step(model: GPT, names: set[str] | None = None) -> dict[str, int]:
+    """Bytes of weights, gradients and moments (of `names`) after a step; of shards, this process's."""
+    optimizer = build_optimizer(model, OptimizerConfig(), names=names)
     model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
     optimizer.step()
 
     def nbytes(tensor: Any) -> int:
         return int((tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes)
 
-    parameters = list(model.parameters())
-    states = [optimizer.state[parameter] for parameter in parameters]
+    parameters, states = list(model.parameters()), optimizer.state.values()
     return {
         "weights": sum(map(nbytes, parameters)),
         "gradients": sum(nbytes(parameter.grad) for parameter in parameters),
@@ -209,17 +208,9 @@ def test_estimate_is_the_peak_of_a_sharded_pass(one_of, precision, at_most, leve
 @pytest.mark.parametrize("processes", [2, 3, 8])
 def test_zero1_moments_are_exact(processes):
     model = GPT(WIDE)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    owner = assign_parameters(sizes, processes)
-    held = []
-    for rank in range(processes):
-        names = {name for name in sizes if owner[name] == rank}
-        optimizer = build_optimizer(model, OptimizerConfig(), names=names)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        states = [state for state in optimizer.state.values() if state]
-        held.append(sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq")))
+    owner = assign_parameters({name: weight.numel() for name, weight in model.named_parameters()}, processes)
+    shares = [{name for name in owner if owner[name] == rank} for rank in range(processes)]
+    held = [take_step(model, names)["moments"] for names in shares]
     estimate = estimate_memory(WIDE, 1, compute_of(sharding="zero1"), processes)
     assert estimate.moments == max(held)
     assert sum(held) == 8 * WIDE_PARAMETERS, "none is left out, none held twice"
