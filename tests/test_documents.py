@@ -89,8 +89,8 @@ def commands() -> list[str]:
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The commands that were called; they parse their options and do no work."""
     names: list[str] = []
-    for entry in cli.COMMANDS.values():  # imported later, they would keep what is replaced below
-        importlib.import_module(entry.module)
+    for name in cli.COMMANDS:  # imported later, they would keep what is replaced below
+        cli._command_module(name)
 
     def without_work(module: str) -> ModuleType:
         command = importlib.import_module(module)

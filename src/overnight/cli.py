@@ -1,7 +1,7 @@
 """The command line: parses, calls one command, prints errors. It imports the rest when it is needed.
 
-A command is a module with a `run`; its options are a dataclass in the folder's `__init__`, which needs no
-torch, so that `--help` is instant.
+A command is a folder: its options are a dataclass in the folder's `__init__`, which needs no torch, so that
+`--help` is instant; its `run` is in the file command.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from overnight import __version__
+from overnight.distributed import launcher
 
 if TYPE_CHECKING:
     from overnight.recipe import Recipe
@@ -22,90 +23,77 @@ Settings = TypeVar("Settings", bound="Recipe")
 
 
 class Command(NamedTuple):
-    """`module` holds `run`, `config` names the class of its options."""
+    """A row of the table of commands."""
 
-    module: str
-    config: str
+    options: str
+    """The folder and the class of its options; `run` is in the folder's file command.py."""
     about: str
     example: str
 
 
 COMMANDS = {
     "quickstart": Command(
-        "overnight.quickstart.command",
-        "overnight.quickstart:QuickstartConfig",
+        "quickstart.QuickstartConfig",
         "Text, training and report on a laptop, offline, in minutes",
         "overnight quickstart",
     ),
     "prepare": Command(
-        "overnight.preparation.command",
-        "overnight.preparation.prepare_config:PrepareConfig",
+        "preparation.PrepareConfig",
         "Text to shards of tokens",
         "overnight prepare ~/my-notes --tokenizer bpe-8192",
     ),
     "inspect": Command(
-        "overnight.inspection.command",
-        "overnight.inspection:InspectConfig",
+        "inspection.InspectConfig",
         "Statistics of prepared shards: counts, duplicates, quality",
         "overnight inspect data/python-docs",
     ),
     "train": Command(
-        "overnight.run.command",
-        "overnight.recipe:Recipe",
+        "run.Recipe",
         "Train a RECIPE; also --resume RUN, --init-from MODEL",
         "overnight train shakespeare-char-cpu --n_layer=4 --dropout 0.1",
     ),
     "generate": Command(
-        "overnight.generation.command",
-        "overnight.generation:GenerateConfig",
+        "generation.GenerateConfig",
         "Generate text with a model",
         'overnight generate runs/quickstart "The value of" --temperature 0.8',
     ),
     "evaluate": Command(
-        "overnight.evaluation.command",
-        "overnight.evaluation:EvaluateConfig",
+        "evaluation.EvaluateConfig",
         "Loss, perplexity, bits per byte and tasks of a model",
         "overnight evaluate runs/quickstart",
     ),
     "doctor": Command(
-        "overnight.doctor.command",
-        "overnight.doctor:DoctorConfig",
+        "doctor.DoctorConfig",
         "Check a RECIPE, its data and this machine before a run",
         "overnight doctor quickstart",
     ),
     "plan": Command(
-        "overnight.planning.command",
-        "overnight.planning:PlanConfig",
+        "planning.PlanConfig",
         "Memory, time, disk and cost of a RECIPE",
         "overnight plan gpt2-124m --dollars-per-hour 2.50",
     ),
     "launch": Command(
-        "overnight.jobs.command",
-        "overnight.jobs:LaunchConfig",
+        "jobs.LaunchConfig",
         "A job file for Slurm, SkyPilot, SageMaker, Kubernetes",
         "overnight launch gpt2-124m --slurm --nodes 2 --gpus-per-node 8",
     ),
     "bench": Command(
-        "overnight.bench.command",
-        "overnight.bench:BenchConfig",
+        "bench.BenchConfig",
         "Speed of training variants on this machine, from plain float32",
         "overnight bench --model gpt2-124m --out bench",
     ),
     "report": Command(
-        "overnight.report.command",
-        "overnight.report:ReportConfig",
+        "report.ReportConfig",
         "Report of a run, or a comparison of several",
         "overnight report runs/quickstart",
     ),
     "runs": Command(
-        "overnight.runs.command",
-        "overnight.runs:RunsConfig",
+        "runs.RunsConfig",
         "The runs in runs/, and the state of each",
         "overnight runs --json",
     ),
     "convert": Command(
-        "overnight.conversion.command",
-        "overnight.conversion:ConvertConfig",
+        "conversion.ConvertConfig",
         "Write a model for other programs",
         "overnight convert runs/quickstart --to hf --out quickstart-hf",
     ),
@@ -121,9 +109,7 @@ DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 def run_command() -> NoReturn:
     """The command `overnight`, to the end of its process."""
-    from overnight.distributed.launcher import exit_process
-
-    exit_process(main())
+    launcher.exit_process(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "a run continues with --resume",
             file=sys.stderr,
         )
-        return _status_of(error)
+        # A process that ends because others have ended is not the one that failed.
+        return launcher.LOST if isinstance(error, launcher.PeerLostError) else FAILED
     except FloatingPointError as error:  # NaN or infinity in the model
         print(f"overnight: {error}", file=sys.stderr)
         return FAILED
@@ -156,31 +143,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare_process(words: list[str]) -> None:
     """Set what must be set before torch is imported; a command that trains may start again."""
-    from overnight.distributed.launcher import keep_compiled_code, restart_with_large_pages
     from overnight.run_directory import cache_folder
 
-    keep_compiled_code(cache_folder() / "compiled")
+    launcher.keep_compiled_code(cache_folder() / "compiled")
     if words and words[0] in TRAINING and not {"-h", "--help"} & {*words}:
-        restart_with_large_pages(words)
+        launcher.restart_with_large_pages(words)
 
 
 def _refuse(error: ValueError) -> int:
     """Print the user's error; of several processes with the same error only the main one prints."""
-    from overnight.distributed.launcher import CollectiveValueError, is_main_process, record_usage_error
-
-    is_shared = isinstance(error, CollectiveValueError)
-    if is_shared and not is_main_process():
+    is_shared = isinstance(error, launcher.CollectiveValueError)
+    if is_shared and not launcher.is_main_process():
         time.sleep(SECONDS_TO_PRINT)  # the launcher ends all processes as soon as one has ended
     else:
         print(f"overnight: {error}", file=sys.stderr)
-    return DONE if is_shared and record_usage_error() else WRONG_USE
-
-
-def _status_of(error: OSError) -> int:
-    """The exit status; a process that ends because others have ended is not the one that failed."""
-    from overnight.distributed.launcher import LOST, PeerLostError
-
-    return LOST if isinstance(error, PeerLostError) else FAILED
+    return DONE if is_shared and launcher.record_usage_error() else WRONG_USE
 
 
 def _run(words: list[str]) -> int:
@@ -203,10 +180,16 @@ def _run(words: list[str]) -> int:
     return _run_on_recipe(name, rest) if name in OF_RECIPES else _call(name, rest)
 
 
-def _config_of(name: str) -> Any:
+def _options_of(name: str) -> Any:
     """The class of a command's options."""
-    module, _, attribute = COMMANDS[name].config.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    folder, _, options = COMMANDS[name].options.partition(".")
+    return getattr(importlib.import_module(f"overnight.{folder}"), options)
+
+
+def _command_module(name: str) -> Any:
+    """The module with a command's `run`."""
+    folder, _, _ = COMMANDS[name].options.partition(".")
+    return importlib.import_module(f"overnight.{folder}.command")
 
 
 def _call(name: str, rest: list[str]) -> int:
@@ -216,14 +199,10 @@ def _call(name: str, rest: list[str]) -> int:
     """
     from overnight.config import from_arguments
 
-    asked = from_arguments(_config_of(name), rest, prog=f"overnight {name}", about=_about(name))
-    command = importlib.import_module(COMMANDS[name].module)
-    if getattr(asked, "processes", None) is not None:
-        from overnight.distributed.launcher import is_launched
-
-        if not is_launched():
-            status: int = command.evaluate_in_processes(asked, [name, *rest])
-            return status
+    asked = from_arguments(_options_of(name), rest, prog=f"overnight {name}", about=_about(name))
+    command = _command_module(name)
+    if getattr(asked, "processes", None) is not None and not launcher.is_launched():
+        return int(command.evaluate_in_processes(asked, [name, *rest]))
     command.run(asked)
     return DONE
 
@@ -235,19 +214,18 @@ def _train(rest: list[str]) -> int:
     """
     words = ["train", *rest]
     default = resumed = None
-    named = _take_option(rest, "--resume")
+    named = _take_resumed(rest)
     if named is not None:
         from overnight.run.resume import load_resumed
         from overnight.runs.status import find_run
 
         resumed = find_run(named)
         default = load_resumed(resumed)
-    _, recipe = _read_recipe("train", _config_of("train"), rest, default)
-    from overnight.distributed.launcher import is_launched
-    from overnight.run import command
+    _, recipe = _read_recipe("train", _options_of("train"), rest, default)
+    command = _command_module("train")
 
-    if recipe.compute.processes is not None and not is_launched():
-        return command.train_in_processes(recipe, resumed, words)
+    if recipe.compute.processes is not None and not launcher.is_launched():
+        return int(command.train_in_processes(recipe, resumed, words))
     command.run(recipe, resumed)
     return DONE
 
@@ -255,8 +233,8 @@ def _train(rest: list[str]) -> int:
 def _run_on_recipe(name: str, rest: list[str]) -> int:
     """Like `train`, with a few more options; flags may precede the recipe's name."""
     flags = list(itertools.takewhile(lambda word: word in FLAGS_BEFORE_RECIPE, rest))
-    recipe_name, config = _read_recipe(name, _config_of(name), rest[len(flags) :] + flags)
-    status: int | None = importlib.import_module(COMMANDS[name].module).run(config, recipe_name)
+    recipe_name, config = _read_recipe(name, _options_of(name), rest[len(flags) :] + flags)
+    status: int | None = _command_module(name).run(config, recipe_name)
     return status or DONE
 
 
@@ -285,13 +263,14 @@ def _read_recipe(
     return name, read
 
 
-def _take_option(words: list[str], option: str) -> str | None:
-    """Remove `option VALUE` or `option=VALUE` from `words`; its value, or None if it is not there."""
+def _take_resumed(words: list[str]) -> str | None:
+    """Remove `--resume RUN` or `--resume=RUN` from `words`; the run, or None if it is not there."""
     for index, word in enumerate(words):
-        if word == option or word.startswith(f"{option}="):
-            _, equals, value = words.pop(index).partition("=")
-            if not equals and index >= len(words):
-                raise ValueError(f"overnight train {option} needs a run")
+        option, equals, value = word.partition("=")
+        if option == "--resume":
+            del words[index]
+            if not equals and index == len(words):
+                raise ValueError("overnight train --resume needs a run")
             return value if equals else words.pop(index)
     return None
 

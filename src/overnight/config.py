@@ -83,6 +83,14 @@ def flat_names(cls: type) -> dict[str, str | None]:
     return found
 
 
+def flat_types(cls: type) -> dict[str, Any]:
+    """Every option's name and type."""
+    found: dict[str, Any] = {}
+    for name, kind in field_types(cls).items():
+        found |= field_types(kind) if is_section(kind) else {name: kind}
+    return found
+
+
 def from_toml(cls: type[Config], text: str, origin: str) -> Config:
     """Read a recipe; what it leaves out keeps its default. Raises one ValueError with all problems."""
     try:
@@ -210,11 +218,10 @@ def from_arguments(
     cls: type[Config], arguments: Sequence[str], *, prog: str, about: str, default: Config | None = None
 ) -> Config:
     """Read command-line options over `default`. Raises ValueError, one sentence; --help prints and exits."""
-    present = renamed_settings(cls).options(arguments)
-    for word, now in zip(arguments, present, strict=True):
+    given, arguments = arguments, renamed_settings(cls).options(arguments)
+    for word, now in zip(given, arguments, strict=True):
         if word != now:
             sys.stderr.write(f"overnight: {word} is now spelled {now}\n")
-    arguments = present
     is_on = _switches(cls, default)
     known = {*flat_names(cls), *(f"no_{name}" for name in is_on)}
     for argument in arguments:
@@ -244,27 +251,19 @@ def from_arguments(
         raise ValueError(f"{_first_sentence(complaint.getvalue())} (see {prog} --help)") from None
 
 
-def _parts_of(cls: type) -> list[type]:
-    """The config and its sections."""
-    return [cls, *(kind for kind in field_types(cls).values() if is_section(kind))]
-
-
 def _switches(cls: type, default: Any) -> dict[str, bool]:
     """Every boolean option and its default."""
-    found = {}
+    top, kinds, found = field_types(cls), flat_types(cls), {}
     for name, section in flat_names(cls).items():
-        part = default if default is not None else cls
-        if section is not None:
-            part = getattr(default, section) if default is not None else field_types(cls)[section]
-        kind = field_types(part if isinstance(part, type) else type(part))[name]
-        if kind is bool:
+        if kinds[name] is bool:
+            part = getattr(default, section, top[section]) if section else default or cls
             found[name] = bool(getattr(part, name))
     return found
 
 
 def _records_as_words(cls: type) -> Any:
     """A tyro registry that reads a record from one word: its values in order, joined by `=`."""
-    records = {record_kind(kind) for part in _parts_of(cls) for kind in field_types(part).values()}
+    records = {record_kind(kind) for kind in flat_types(cls).values()}
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -276,7 +275,7 @@ def _records_as_words(cls: type) -> Any:
             metavar="=".join(field_types(found.type)).upper(),
             instance_from_str=lambda words: _record_from_word(found.type, words[0]),
             is_instance=lambda value: isinstance(value, found.type),
-            str_from_instance=lambda value: ["=".join(map(str, vars(value).values()))],
+            str_from_instance=lambda value: [_as_word(value)],
         )
 
     return registry
@@ -305,3 +304,18 @@ def _first_sentence(box: str) -> str:
             break
         words.append(line.strip("│ "))
     return " ".join(words)
+
+
+def as_option(name: str, value: Any, kind: Any) -> list[str]:
+    """One setting of the type `kind` as words of a command line."""
+    option = f"--{name.replace('_', '-')}"
+    if kind is bool:
+        return [option if value else f"--no-{name.replace('_', '-')}"]
+    if isinstance(value, tuple):
+        return [option, *map(_as_word, value)]
+    return [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
+
+
+def _as_word(value: Any) -> str:
+    """An item of a list; a record is its values, joined by `=`."""
+    return "=".join(map(str, vars(value).values())) if is_section(value) else str(value)

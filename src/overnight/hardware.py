@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,110 +21,95 @@ import torch
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 
+SHORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of products; other precisions use float32
 GB = 10**9
+CPUINFO = Path("/proc/cpuinfo")  # Linux's
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeviceFacts:
-    """Published figures. Precisions are peak TFLOP/s, None where the device has no such unit."""
+class Device(NamedTuple):
+    """A row of the table of published figures.
 
+    Precisions are peak TFLOP/s, None where the device has no such unit or its maker publishes no rate.
+    """
+
+    name: str
+    """The name a user types."""
+    pattern: str
+    """A regular expression for the driver's name."""
     bf16: float | None = None
     fp16: float | None = None
     tf32: float | None = None
     fp32: float | None = None
-    """None if the maker publishes no rate."""
-    memory_bytes: int | None = None
+    memory_gb: int | None = None
     """None where the device shares the machine's memory."""
-    bytes_per_second: float | None = None
+    gb_per_second: float | None = None
 
     @property
     def native(self) -> Precision:
         """The fastest precision for matrix products; see `native_precision`."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
+    @property
+    def memory_bytes(self) -> int | None:
+        """None where the device shares the machine's memory."""
+        return self.memory_gb and self.memory_gb * GB
 
-class Device(NamedTuple):
-    """A row of the table."""
+    def peak_flops(self, precision: Precision) -> float | None:
+        """Peak dense FLOP/s in a precision; None where the rate is unknown."""
+        teraflops: float | None = getattr(self, precision)
+        return teraflops and teraflops * 1e12
 
-    name: str
-    """The name a user types."""
-    pattern: str
-    """A regular expression for the driver's name."""
-    facts: DeviceFacts
-
-
-def _tensor_cores(
-    sixteen_bit: float, tf32: float, fp32: float, memory_gb: int, gb_per_second: float
-) -> DeviceFacts:
-    """An NVIDIA device since Ampere: bf16 and fp16 at the same rate."""
-    return DeviceFacts(
-        bf16=sixteen_bit,
-        fp16=sixteen_bit,
-        tf32=tf32,
-        fp32=fp32,
-        memory_bytes=memory_gb * GB,
-        bytes_per_second=gb_per_second * GB,
-    )
-
-
-def _before_ampere(fp16: float, fp32: float, memory_gb: int, gb_per_second: float) -> DeviceFacts:
-    """An NVIDIA device whose tensor cores support fp16 only."""
-    return DeviceFacts(fp16=fp16, fp32=fp32, memory_bytes=memory_gb * GB, bytes_per_second=gb_per_second * GB)
-
-
-def _apple(fp32: float | None, gb_per_second: float | None) -> DeviceFacts:
-    """The GPU of an Apple chip."""
-    return DeviceFacts(fp32=fp32, bytes_per_second=gb_per_second and gb_per_second * GB)
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Bandwidth of the memory."""
+        return self.gb_per_second and self.gb_per_second * GB
 
 
 # The first row whose pattern is found in a name is the device's. NVIDIA's sheets print most tensor-core
 # figures "with sparsity"; half of those is the dense rate given here.
-DEVICES: tuple[Device, ...] = (
+DEVICES = (
+    # name, pattern, TFLOP/s in bf16, fp16, tf32 and fp32, GB of memory, GB/s of bandwidth
     # HGX and DGX B200 data sheets, an eighth of the eight-GPU board's figures.
-    Device("b200", r"\bB200\b", _tensor_cores(2250, 1125, 75, 180, 8000)),
+    Device("b200", r"\bB200\b", 2250, 2250, 1125, 75, 180, 8000),
     # H200 and H100 data sheets, columns SXM, NVL and PCIe.
-    Device("h200-nvl", r"\bH200 NVL\b", _tensor_cores(835, 417, 60, 141, 4800)),
-    Device("h200", r"\bH200\b", _tensor_cores(989, 494, 67, 141, 4800)),
-    Device("h100-nvl", r"\bH100 NVL\b", _tensor_cores(835, 417, 60, 94, 3900)),
-    Device("h100-pcie", r"\bH100 PCIe\b", _tensor_cores(756, 378, 51, 80, 2000)),
-    Device("h100", r"\bH100\b.*\b(HBM3|SXM5?)\b", _tensor_cores(989, 494, 67, 80, 3350)),
+    Device("h200-nvl", r"\bH200 NVL\b", 835, 835, 417, 60, 141, 4800),
+    Device("h200", r"\bH200\b", 989, 989, 494, 67, 141, 4800),
+    Device("h100-nvl", r"\bH100 NVL\b", 835, 835, 417, 60, 94, 3900),
+    Device("h100-pcie", r"\bH100 PCIe\b", 756, 756, 378, 51, 80, 2000),
+    Device("h100", r"\bH100\b.*\b(HBM3|SXM5?)\b", 989, 989, 494, 67, 80, 3350),
     # A100 data sheet.
-    Device(
-        "a100-pcie-80gb",
-        r"\bA100.PCI[Ee].80GB\b|\bA100 80GB PCIe\b",
-        _tensor_cores(312, 156, 19.5, 80, 1935),
-    ),
-    Device("a100-80gb", r"\bA100.*80GB\b", _tensor_cores(312, 156, 19.5, 80, 2039)),
-    Device("a100-40gb", r"\bA100.*40GB\b", _tensor_cores(312, 156, 19.5, 40, 1555)),
+    Device("a100-pcie-80gb", r"\bA100.PCI[Ee].80GB\b|\bA100 80GB PCIe\b", 312, 312, 156, 19.5, 80, 1935),
+    Device("a100-80gb", r"\bA100.*80GB\b", 312, 312, 156, 19.5, 80, 2039),
+    Device("a100-40gb", r"\bA100.*40GB\b", 312, 312, 156, 19.5, 40, 1555),
     # L40S and L4 data sheets.
-    Device("l40s", r"\bL40S\b", _tensor_cores(362, 183, 91.6, 48, 864)),
-    Device("l4", r"\bL4\b", _tensor_cores(121, 60, 30.3, 24, 300)),
+    Device("l40s", r"\bL40S\b", 362, 362, 183, 91.6, 48, 864),
+    Device("l4", r"\bL4\b", 121, 121, 60, 30.3, 24, 300),
     # Ada and GA102 architecture papers, appendix A: the rates with float32 accumulation.
-    Device("rtx-4090", r"\bRTX 4090$", _tensor_cores(165.2, 82.6, 82.6, 24, 1008)),
-    Device("rtx-3090", r"\bRTX 3090$", _tensor_cores(71, 35.6, 35.6, 24, 936)),
+    Device("rtx-4090", r"\bRTX 4090$", 165.2, 165.2, 82.6, 82.6, 24, 1008),
+    Device("rtx-3090", r"\bRTX 3090$", 71, 71, 35.6, 35.6, 24, 936),
     # V100 and T4 data sheets.
-    Device("v100-16gb", r"\bV100-SXM2-16GB\b", _before_ampere(125, 15.7, 16, 900)),
-    Device("v100-32gb", r"\bV100-SXM2-32GB\b", _before_ampere(125, 15.7, 32, 900)),
-    Device("v100-pcie-16gb", r"\bV100-PCIE-16GB\b", _before_ampere(112, 14, 16, 900)),
-    Device("v100-pcie-32gb", r"\bV100-PCIE-32GB\b", _before_ampere(112, 14, 32, 900)),
-    Device("t4", r"\bT4\b", _before_ampere(65, 8.1, 16, 320)),
+    Device("v100-16gb", r"\bV100-SXM2-16GB\b", None, 125, None, 15.7, 16, 900),
+    Device("v100-32gb", r"\bV100-SXM2-32GB\b", None, 125, None, 15.7, 32, 900),
+    Device("v100-pcie-16gb", r"\bV100-PCIE-16GB\b", None, 112, None, 14, 16, 900),
+    Device("v100-pcie-32gb", r"\bV100-PCIE-32GB\b", None, 112, None, 14, 32, 900),
+    Device("t4", r"\bT4\b", None, 65, None, 8.1, 16, 320),
     # Apple's announcements of 2020 to 2024. It has published no rate since the M2; the bandwidths of the
     # M3 Max and the M4 Max depend on how many cores were bought.
-    Device("m1", r"^Apple M1$", _apple(2.6, 68.25)),
-    Device("m1-pro", r"^Apple M1 Pro$", _apple(5.2, 200)),
-    Device("m1-max", r"^Apple M1 Max$", _apple(10.4, 400)),
-    Device("m1-ultra", r"^Apple M1 Ultra$", _apple(21, 800)),
-    Device("m2", r"^Apple M2$", _apple(3.6, 100)),
-    Device("m2-pro", r"^Apple M2 Pro$", _apple(None, 200)),
-    Device("m2-max", r"^Apple M2 Max$", _apple(None, 400)),
-    Device("m2-ultra", r"^Apple M2 Ultra$", _apple(None, 800)),
-    Device("m3", r"^Apple M3$", _apple(None, 100)),
-    Device("m3-pro", r"^Apple M3 Pro$", _apple(None, 150)),
-    Device("m3-max", r"^Apple M3 Max$", _apple(None, None)),
-    Device("m4", r"^Apple M4$", _apple(None, 120)),
-    Device("m4-pro", r"^Apple M4 Pro$", _apple(None, 273)),
-    Device("m4-max", r"^Apple M4 Max$", _apple(None, None)),
+    Device("m1", r"^Apple M1$", fp32=2.6, gb_per_second=68.25),
+    Device("m1-pro", r"^Apple M1 Pro$", fp32=5.2, gb_per_second=200),
+    Device("m1-max", r"^Apple M1 Max$", fp32=10.4, gb_per_second=400),
+    Device("m1-ultra", r"^Apple M1 Ultra$", fp32=21, gb_per_second=800),
+    Device("m2", r"^Apple M2$", fp32=3.6, gb_per_second=100),
+    Device("m2-pro", r"^Apple M2 Pro$", gb_per_second=200),
+    Device("m2-max", r"^Apple M2 Max$", gb_per_second=400),
+    Device("m2-ultra", r"^Apple M2 Ultra$", gb_per_second=800),
+    Device("m3", r"^Apple M3$", gb_per_second=100),
+    Device("m3-pro", r"^Apple M3 Pro$", gb_per_second=150),
+    Device("m3-max", r"^Apple M3 Max$"),
+    Device("m4", r"^Apple M4$", gb_per_second=120),
+    Device("m4-pro", r"^Apple M4 Pro$", gb_per_second=273),
+    Device("m4-max", r"^Apple M4 Max$"),
 )
 BRANDS = re.compile(r"\b(nvidia|geforce|rtx|tesla|apple)-")
 
@@ -141,25 +125,13 @@ def find_device(name: str) -> Device | None:
     return next(called, None) or next(driven, None)
 
 
-def find_device_facts(device_name: str) -> DeviceFacts | None:
-    """The published figures of a device, by its driver's name; None if it is unknown."""
-    driven = (device.facts for device in DEVICES if re.search(device.pattern, device_name))
-    return next(driven, None)
-
-
-def peak_flops(device_name: str, precision: Precision) -> float | None:
-    """Peak dense FLOP/s in a precision; None where the device or its rate is unknown."""
-    facts = find_device_facts(device_name)
-    teraflops: float | None = getattr(facts, precision) if facts else None
-    return None if teraflops is None else teraflops * 1e12
-
-
 def find_peak_flops(device: str, precision: Precision) -> float | None:
     """Peak dense FLOP/s of a torch device in a precision; None where it is unknown.
 
     None for every CPU, also those of Apple's chips, whose GPU has the same name.
     """
-    return None if device == "cpu" else peak_flops(find_device_name(device), precision)
+    found = None if device == "cpu" else find_device(find_device_name(device))
+    return found and found.peak_flops(precision)
 
 
 def find_device_name(device: str) -> str:
@@ -169,15 +141,9 @@ def find_device_name(device: str) -> str:
     if platform.system() == "Darwin":  # the GPU of an Apple chip has the chip's name
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return _read_model_name(Path("/proc/cpuinfo")) or platform.processor() or platform.machine()
-
-
-def _read_model_name(cpuinfo: Path) -> str | None:
-    """The first `model name` in Linux's /proc/cpuinfo; None if there is none."""
-    if not cpuinfo.is_file():
-        return None
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-    return found[1].strip() if found else None
+    cpuinfo = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def native_precision(device: str) -> Literal["bf16", "fp16", "fp32"]:
@@ -203,13 +169,8 @@ def find_memory_bytes(device: str) -> int:
     if device == "mps":
         return int(torch.mps.recommended_max_memory())
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([installed, *_read_memory_limits()])
-
-
-def _read_memory_limits() -> list[int]:
-    """A container's memory limits in bytes; Linux writes `max` where there is none."""
-    texts = [path.read_text(encoding="ascii").strip() for path in CGROUP_LIMITS if path.is_file()]
-    return [int(text) for text in texts if text.isdigit()]
+    limits = [path.read_text(encoding="ascii").strip() for path in CGROUP_LIMITS if path.is_file()]
+    return min([installed, *(int(limit) for limit in limits if limit.isdigit())])  # "max": no limit
 
 
 # ---------------------------------------------------------------- measurements
@@ -268,7 +229,7 @@ def measure_matmul_flops(device: str, precision: str, repeats: int = 5) -> float
     The reference for a training step where the maker publishes no peak. Restores torch's setting for float32
     products.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtype = SHORT_DTYPES.get(precision, torch.float32)
     side = SIDE_ON_CPU if device == "cpu" else SIDE_ON_DEVICE
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     before = torch.get_float32_matmul_precision()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from overnight.config import flat_names, from_toml, nearest, parse_duration
+from overnight.config import as_option, flat_names, flat_types, from_toml, nearest, parse_duration
 from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
 from overnight.renamed import RENAMED_SETTINGS, Renamed
@@ -164,10 +165,11 @@ RESUME_MUTABLE = frozenset(
 
 def flatten(recipe: Recipe) -> dict[str, object]:
     """Every setting by its flat name."""
-    found = {}
-    for name, section in flat_names(Recipe).items():
-        found[name] = getattr(getattr(recipe, section) if section else recipe, name)
-    return found
+    sections = flat_names(Recipe)
+    return {
+        name: getattr(getattr(recipe, section) if section else recipe, name)
+        for name, section in sections.items()
+    }
 
 
 def with_settings(recipe: AnyRecipe, **settings: Any) -> AnyRecipe:
@@ -187,6 +189,25 @@ def with_settings(recipe: AnyRecipe, **settings: Any) -> AnyRecipe:
             changes = {section: dataclasses.replace(getattr(recipe, section), **changes)}
         recipe = dataclasses.replace(recipe, **changes)
     return recipe
+
+
+def plain_recipe(config: Recipe) -> Recipe:
+    """The recipe of a command's config, without the command's own options."""
+    return Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
+
+
+def list_options(recipe: Recipe, original: Recipe, left_out: Set[str] = frozenset()) -> list[list[str]]:
+    """The options that turn `original` into `recipe`, each as words, without the settings in `left_out`."""
+    now, before, kinds = flatten(recipe), flatten(original), flat_types(Recipe)
+    changed = [name for name in now if name not in left_out and now[name] != before[name]]
+    if {"total_tokens", "total_steps"} <= {*changed}:  # either option replaces the other
+        changed.remove("total_steps" if now["total_steps"] is None else "total_tokens")
+    return [as_option(name, now[name], kinds[name]) for name in changed]
+
+
+def changed_options(recipe: Recipe, original: Recipe, left_out: Set[str] = frozenset()) -> list[str]:
+    """The words of `list_options`, one after the other."""
+    return [*chain(*list_options(recipe, original, left_out))]
 
 
 def frozen_settings(recipe: Recipe) -> dict[str, object]:

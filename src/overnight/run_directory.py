@@ -177,17 +177,14 @@ class RunDirectory:
         """
         self._make()
         self._check_rights()
-        lock = FileLock(self.path / ".lock", timeout=1)  # `is_locked` in another process holds it briefly
-        try:
-            lock.acquire()
+        try:  # for a second, since `is_locked` in another process holds it briefly
+            held = FileLock(self.path / ".lock", timeout=1).acquire()
         except Timeout:
             raise ValueError(
                 f"{self.path} is being trained by another process; wait for it, or choose another --run-name"
             ) from None
-        try:
+        with held:
             yield
-        finally:
-            lock.release()
 
     def is_locked(self) -> bool:
         """True while a process trains here."""
@@ -238,9 +235,8 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def _to_json(line: Mapping[str, Any]) -> str:
-    """One line of strict JSON; top-level numbers that are not finite are null."""
-    finite = {name: None if _is_not_finite(value) else value for name, value in line.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
+    """One line of strict JSON; numbers that are not finite are null."""
+    return json.dumps(finite_values(line), allow_nan=False) + "\n"
 
 
 def finite_values(value: Any) -> Any:
@@ -249,11 +245,7 @@ def finite_values(value: Any) -> Any:
         return {name: finite_values(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [finite_values(each) for each in value]
-    return None if _is_not_finite(value) else value
-
-
-def _is_not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

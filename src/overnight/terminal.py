@@ -82,6 +82,8 @@ def _live_bar(unit: str) -> Progress:
 
 # ---------------------------------------------------------------- number formats
 
+UNITS_OF_TIME = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+
 
 def short(number: float) -> str:
     """Three digits and a unit: 1,234 stays; 12,345 is 12.3k; 262,144,000 is 262M."""
@@ -121,7 +123,7 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     rest = round(seconds)
     parts: list[tuple[int, str]] = []
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+    for unit, size in UNITS_OF_TIME:
         amount, rest = divmod(rest, size)
         if amount or parts:
             parts.append((amount, unit))
@@ -132,7 +134,5 @@ def ago(seconds: float) -> str:
     """The time since an event, in its largest unit: "just now", "12 min ago", "3 d ago"."""
     if seconds < 60:
         return "just now"
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit} ago"
-    raise AssertionError(seconds)
+    unit, size = next((unit, size) for unit, size in UNITS_OF_TIME if seconds >= size)
+    return f"{int(seconds // size)} {unit} ago"

@@ -156,10 +156,10 @@ def let_the_future_through(attend):
     return lambda *given, **options: attend(*given, **{**options, "is_causal": False})
 
 
-def save_in_bfloat16(weights):
-    return lambda *given: (
-        (name, piece._replace(rows=piece.rows.bfloat16().float())) for name, piece in weights(*given)
-    )
+def save_in_bfloat16(copy):
+    return lambda *given: {
+        name: piece._replace(rows=piece.rows.bfloat16().float()) for name, piece in copy(*given).items()
+    }
 
 
 def update_nothing(step_if):
@@ -199,8 +199,8 @@ SABOTAGES = [
     (REDUCE, instead(lambda sharing, nats, number, count: nats), "accumulation", "(loss differs"),
     ("training.step.step_if", update_nothing, "overfit", "optimizer"),
     ("generation.generate.KVCache.positions", shift_positions, "generation", "position is off by one"),
-    (f"{SAVE}._moments", instead(lambda *given: ()), "checkpoint", "AdamW's exp_avg of wte.weight is lost"),
-    (f"{SAVE}._weights", save_in_bfloat16, "checkpoint", "weight wte.weight differs by"),
+    (f"{SAVE}._moments", instead(lambda *given: {}), "checkpoint", "AdamW's exp_avg of wte.weight is lost"),
+    (f"{SAVE}._copy", save_in_bfloat16, "checkpoint", "weight wte.weight differs by"),
     (
         "training.checkpoint.load.load_checkpoint",
         then(forget_the_step),

@@ -14,9 +14,7 @@ from typing import NoReturn
 
 DAEMON = "overnight daemon"  # name of threads that the process does not wait for
 LOST = 71  # exit status of a process that ends because others have ended
-USAGE_ERROR_FILE = (
-    "OVERNIGHT_USAGE_ERROR_FILE"  # environment variable: touched by a process that refuses its input
-)
+USAGE_ERROR_FILE = "OVERNIGHT_USAGE_ERROR_FILE"  # names the file that a process touches to refuse its input
 
 
 class PeerLostError(ConnectionError):
@@ -134,11 +132,7 @@ ALLOCATOR = ":".join(
     f"glibc.malloc.{name}"
     for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=100000000000", "top_pad=268435456")
 )
-
-
 TOPOLOGY = Path("/sys/devices/system/cpu")
-
-
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds per period; or "max 100000"
 
 

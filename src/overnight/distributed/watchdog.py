@@ -19,7 +19,6 @@ class Watchdog:
 
     def __init__(self, rank: int, timeout_seconds: float) -> None:
         self._rank, self._timeout_seconds = rank, timeout_seconds
-        self._is_over = threading.Event()
         self._last = time.monotonic()
         self._paused = False
 
@@ -37,25 +36,13 @@ class Watchdog:
             self._paused = False
             self.heartbeat()
 
-    @contextmanager
-    def watching(self) -> Iterator[Watchdog]:
-        """Context manager that runs the watchdog."""
-        thread = threading.Thread(target=self._watch, daemon=True, name="watch")
-        self.heartbeat()
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._is_over.set()
-            thread.join()
-            faulthandler.cancel_dump_traceback_later()
-
-    def _watch(self) -> None:
+    def watch_until(self, is_over: threading.Event) -> None:
+        """The watchdog's thread."""
         poll = min(1.0, self._timeout_seconds / 10)
         # If the interpreter lock is never released, this thread is blocked as well: faulthandler then acts.
         late = self._timeout_seconds + SECONDS_TO_PRINT_STACKS
         faulthandler.dump_traceback_later(late, exit=True, file=STDERR)
-        while not self._is_over.wait(poll):
+        while not is_over.wait(poll):
             faulthandler.dump_traceback_later(late, exit=True, file=STDERR)
             if not self._paused and time.monotonic() - self._last > self._timeout_seconds:
                 self._end()
@@ -79,5 +66,12 @@ def watchdog(rank: int, size: int, timeout_seconds: float) -> Iterator[Watchdog]
     if size == 1:
         yield watch
         return
-    with watch.watching():
+    is_over = threading.Event()
+    thread = threading.Thread(target=watch.watch_until, args=(is_over,), daemon=True, name="watch")
+    thread.start()
+    try:
         yield watch
+    finally:
+        is_over.set()
+        thread.join()
+        faulthandler.cancel_dump_traceback_later()

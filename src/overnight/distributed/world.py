@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from overnight.distributed.launcher import (
     read_launcher_env,
 )
 
+Value = TypeVar("Value")
 BUCKET_BYTES = 100_000_000  # per collective: large enough for full speed, small compared with the gradients
 
 
@@ -78,19 +80,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True if `flag` is true in any process."""
-        return (
-            any(word == "yes" for word in self.all_gather_object("yes" if flag else "no"))
-            if self.size > 1
-            else flag
-        )
+        return any(self.all_gather_object(flag))
 
-    def all_gather_object(self, word: str) -> list[str]:
-        """The strings of all processes, by rank."""
+    def all_gather_object(self, value: Value) -> list[Value]:
+        """The values of all processes, by rank."""
         if self.size == 1:
-            return [word]
-        words = [""] * self.size
-        dist.all_gather_object(words, word)
-        return words
+            return [value]
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait until every process has called it."""
@@ -152,7 +150,7 @@ def open_world(device: str | None) -> World:
 
 
 def _open_single(device: str | None) -> World:
-    chosen = _check_device(device) if device else _best_device()
+    chosen = choose_device(device)
     if "OMP_NUM_THREADS" not in os.environ:
         compute_with_threads(count_cores())
     return World(rank=0, size=1, device=chosen)
@@ -211,7 +209,7 @@ def count_processes(asked: int | str, device: str | None) -> int:
 
     Raises ValueError for more processes than GPUs, and for a device that processes can't share.
     """
-    chosen = _check_device(device) if device else _best_device()
+    chosen = choose_device(device)
     gpus = torch.cuda.device_count() if chosen == "cuda" else None
     if asked == "auto":
         return gpus or 1
@@ -232,7 +230,7 @@ def _check_shared(device: str, processes: int) -> None:
 
 def _find_device(env: LauncherEnv, device: str | None) -> World:
     """The world of this process, with its own device."""
-    chosen = _check_device(device) if device else _best_device()
+    chosen = choose_device(device)
     _check_shared(chosen, env.size)
     if chosen == "cuda":
         if env.local_size > (count := torch.cuda.device_count()):
@@ -249,27 +247,23 @@ def _find_device(env: LauncherEnv, device: str | None) -> World:
     return World(env.rank, env.size, chosen, env.local_rank, env.local_size, is_distributed=True)
 
 
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _check_device(device: str) -> str:
-    kind, _, index = device.partition(":")
+def choose_device(device: str | None) -> str:
+    """`device`, or the best one for None. Raises ValueError for a device that this machine lacks."""
+    is_here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    best = next(kind for kind in is_here if is_here[kind])
+    if not device:
+        return best
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?|mps", device):
         raise ValueError(f"device={device} is unknown: use cpu, cuda, cuda:1 (or another index) or mps")
-    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
-    if missing.get(kind, False):
-        raise ValueError(f"device={device}: this machine has no such device; use --device {_best_device()}")
-    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+    kind, _, index = device.partition(":")
+    if not is_here[kind]:
+        raise ValueError(f"device={device}: this machine has no such device; use --device {best}")
+    if index and int(index) >= torch.cuda.device_count():
         raise ValueError(f"device={device}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device
 
 
 def compute_with_threads(threads: int | None) -> None:
     """Let torch compute with at most `threads` threads on the CPU."""
-    import torch
-
     if threads is not None and threads < torch.get_num_threads():
         torch.set_num_threads(threads)

@@ -24,8 +24,7 @@ from overnight.doctor.check import (
     summarize_checks,
 )
 from overnight.doctor.context import DoctorContext
-from overnight.recipe import load_recipe
-from overnight.recipe_options import changed_options, plain_recipe
+from overnight.recipe import changed_options, load_recipe, plain_recipe
 from overnight.terminal import echo, quiet
 
 CHECKS: dict[str, Callable[[DoctorContext], CheckResult]] = {

@@ -40,8 +40,7 @@ from overnight.preparation.prepare import ensure_prepared, prepare_shards
 from overnight.preparation.prepare_commands import JobText, find_recipe_texts
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.sources import source_name
-from overnight.recipe import Recipe, SamplesConfig, with_settings
-from overnight.recipe_options import plain_recipe
+from overnight.recipe import Recipe, SamplesConfig, plain_recipe, with_settings
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
 from overnight.run_directory import cache_folder
 from overnight.training.batch import BatchConfig

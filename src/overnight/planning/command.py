@@ -15,7 +15,6 @@ from overnight.distributed.world import count_processes, open_world
 from overnight.hardware import (
     DEVICES,
     Device,
-    DeviceFacts,
     find_device,
     find_device_name,
     find_memory_bytes,
@@ -31,15 +30,14 @@ from overnight.planning.plan import (
     with_fit_options,
     with_measured_costs,
 )
-from overnight.recipe import load_recipe
-from overnight.recipe_options import list_options, plain_recipe
+from overnight.recipe import list_options, load_recipe, plain_recipe
 from overnight.run.setup import resolve
 from overnight.terminal import echo
 from overnight.training import Compute
 from overnight.training.compute import complete_compute, resolve_compute
 from overnight.training.memory import Resources, fits_into
 
-UNKNOWN = Device("unknown", r"(?!)", DeviceFacts())
+UNKNOWN = Device("unknown", r"(?!)")
 
 
 def run(config: PlanConfig, name: str) -> None:
@@ -91,8 +89,7 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
     layout = build_parallel_layout(target.device, config.network, resources, sharding)
     memory = layout.estimate_memory(sizes, resolved.plan.micro_batch_size, resolved.compute)
     precision = resolved.compute.precision
-    rate = target.device and getattr(target.device.facts, precision)
-    peak_flops = rate and 1e12 * rate
+    peak_flops = target.device and target.device.peak_flops(precision)
     one = "" if is_here or processes > 1 else "one "
     return Plan(
         name=name,
@@ -138,25 +135,25 @@ def published_target(config: PlanConfig) -> Target:
     Raises ValueError for an unknown device, and for a precision that it lacks.
     """
     device, asked = find_known_device(config.device_type or ""), config.compute
-    precision = asked.precision or device.facts.native
-    if not getattr(device.facts, precision):
+    precision = asked.precision or device.native
+    if not getattr(device, precision):
         raise ValueError(
-            f"precision={precision}: {device.name} has no hardware for it; choose {device.facts.native}"
+            f"precision={precision}: {device.name} has no hardware for it; choose {device.native}"
         )
-    is_apple = device.facts.memory_bytes is None
+    is_apple = device.memory_bytes is None
     return Target(
         device=device,
         device_name=device.name,
         compute=complete_compute(asked, "mps" if is_apple else "cuda", precision, compiles=not is_apple),
         processes=int(asked.processes or 1),
-        memory_bytes=device.facts.memory_bytes,
+        memory_bytes=device.memory_bytes,
     )
 
 
 def find_known_device(name: str) -> Device:
     """A row of the device table. Raises ValueError if there is none, or if it has no rate."""
     device = find_device(name)
-    known = [device.name for device in DEVICES if device.facts.fp32]
+    known = [device.name for device in DEVICES if device.fp32]
     if device is None:
         several = [each for each in known if each.startswith(f"{name.lower()}-")]
         if len(several) > 1:

@@ -146,7 +146,7 @@ def build_parallel_layout(
         processes_per_machine=resources.processes_per_machine,
         within=WITHIN.get(device.name, PCIE) if device else SHARED_CPU,
         between=BETWEEN[network] if device and machines > 1 else None,
-        memory_bytes_per_second=device and device.facts.bytes_per_second,
+        memory_bytes_per_second=device and device.bytes_per_second,
         sharding=sharding,
     )
 

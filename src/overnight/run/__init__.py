@@ -1,1 +1,3 @@
 """Training a recipe into a run directory, and resuming it."""
+
+from overnight.recipe import Recipe as Recipe

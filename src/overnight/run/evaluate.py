@@ -6,12 +6,11 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from overnight.data.loader import Batch, TokenStream
+from overnight.data.loader import TokenStream
 from overnight.data.mixture import Concatenation, Mixture
 from overnight.distributed.watchdog import Watchdog
 from overnight.distributed.world import SINGLE_PROCESS, World
@@ -22,7 +21,7 @@ from overnight.evaluation.perplexity import (
     evaluation_rows,
     pool_evaluations,
 )
-from overnight.evaluation.scores import Example, Numbers, Score, TaskResult
+from overnight.evaluation.scores import Example, Score, TaskResult
 from overnight.evaluation.tasks import HARNESS, Task, evaluate_task, open_task, split_names
 from overnight.model.gpt import GPT
 from overnight.recipe import EvaluationConfig
@@ -30,6 +29,8 @@ from overnight.run.setup import RunSetup
 from overnight.tokenizer.tokenizer import Tokenizer
 from overnight.training.sharding import FULLY_SHARDED, gather_model, reshard
 from overnight.training.state import local_shard
+
+Item = TypeVar("Item")
 
 
 def evaluate_validation(run: RunSetup, watch: Watchdog) -> tuple[Evaluation, list[dict[str, Any]]]:
@@ -58,10 +59,10 @@ def _evaluate_stream(run: RunSetup, stream: TokenStream, tokens: int | None, wat
     return loss.summary()
 
 
-def _with_heartbeat(batches: Iterable[Batch], watch: Watchdog) -> Iterator[Batch]:
-    for batch in batches:
+def _with_heartbeat(items: Iterable[Item], watch: Watchdog) -> Iterator[Item]:
+    for item in items:
         watch.heartbeat()
-        yield batch
+        yield item
 
 
 def _describe_sources(run: RunSetup, parts: Sequence[Evaluation]) -> list[dict[str, Any]]:
@@ -85,8 +86,7 @@ def _describe_sources(run: RunSetup, parts: Sequence[Evaluation]) -> list[dict[s
     ]
 
 
-@dataclass(frozen=True)
-class RunTask:
+class RunTask(NamedTuple):
     """A task and its examples as ids."""
 
     task: Task
@@ -116,21 +116,13 @@ def evaluate_run_tasks(run: RunSetup, tasks: Sequence[RunTask], watch: Watchdog)
     model = run.state.model if is_whole else gather_model(run.state.model, world)
     scores: list[Score] = []
     for each in tasks:
-        own = list(_evaluate_share(each, model, run, world if is_whole else SINGLE_PROCESS, watch))
+        among = world if is_whole else SINGLE_PROCESS
+        found = evaluate_task(model, each.examples, run.resolved.compute.precision, among) if model else ()
+        own = list(_with_heartbeat(found, watch))
         with watch.paused() if world.size > 1 else nullcontext():
             numbers = gather_results(own, world)
         scores += each.task.score([TaskResult(each.examples, numbers)])
     return scores
-
-
-def _evaluate_share(
-    each: RunTask, model: GPT | None, run: RunSetup, world: World, watch: Watchdog
-) -> Iterator[tuple[int, Numbers]]:
-    if model is None:
-        return
-    for pair in evaluate_task(model, each.examples, run.resolved.compute.precision, world):
-        watch.heartbeat()
-        yield pair
 
 
 def score_event(score: Score) -> dict[str, object]:

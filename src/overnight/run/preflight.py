@@ -78,7 +78,7 @@ def check_agreement(resolved: Resolved, dataset: Dataset | MixtureDataset, world
     facts["the data"] = hashlib.sha256(text.encode()).hexdigest()[:12]
     facts |= {"sharding": resolved.compute.sharding, "overnight's version": __version__}
     facts["torch's version"] = str(torch.__version__)
-    gathered = [json.loads(words) for words in world.all_gather_object(json.dumps(facts))]
+    gathered = world.all_gather_object(facts)
     differing = [
         f"{name} is {other[name]} in rank {rank} and {gathered[0][name]} in rank 0"
         for rank, other in enumerate(gathered)

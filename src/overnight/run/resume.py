@@ -136,11 +136,11 @@ def check_same_data(run: RunSetup, directory: RunDirectory) -> None:
 
 def check_step(step: int, world: World) -> None:
     """Raise ValueError unless all processes resume from the same checkpoint."""
-    steps = world.all_gather_object(str(step))
+    steps = world.all_gather_object(step)
     if len({*steps}) > 1:
         raise ValueError(
-            f"the processes have loaded checkpoints of different steps ({', '.join(steps)}): a run's folder "
-            "must be on a disk that all of them see, with the same content"
+            f"the processes have loaded checkpoints of different steps ({', '.join(map(str, steps))}): a "
+            "run's folder must be on a disk that all of them see, with the same content"
         )
 
 

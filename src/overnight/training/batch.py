@@ -150,10 +150,11 @@ def plan_batches(
     smallest, rows = _smallest_step(config, tokens_per_row)
     if rows % processes:
         above = -(-rows // processes) * processes
+        fewer = max(count for count in _divisors(rows) if count <= processes)
         fitting = [count * tokens_per_row for count in (above - processes, above) if count]
         raise ValueError(
             f"the {rows} rows of {smallest}={rows * tokens_per_row} can't be divided among {processes} "
-            f"processes; {' and '.join(map(str, fitting))} can, or start {_nearest_divisor(rows, processes)}"
+            f"processes; {' and '.join(map(str, fitting))} can, or start {fewer}"
         )
     of_process = rows // processes
     at_once = config.micro_batch_size
@@ -189,11 +190,6 @@ def _smallest_step(config: BatchConfig, tokens_per_row: int) -> tuple[str, int]:
     return "batch_ramp_start_tokens", first // tokens_per_row
 
 
-def _nearest_divisor(number: int, wanted: int) -> int:
-    """The largest divisor that is at most `wanted`."""
-    return max(count for count in _divisors(number) if count <= wanted)
-
-
 def _divisors(number: int) -> list[int]:
     return [count for count in range(1, number + 1) if number % count == 0]
 
@@ -205,14 +201,14 @@ def _stages(config: BatchConfig, micro_batches: int) -> tuple[Stage, ...]:
     and one more for each share that was seen completely before it. A stage that exceeds its share, since its
     steps are whole, shortens the next one, so that no error accumulates.
     """
-    unit, batch_ramp_tokens = (
+    unit, ramp_tokens = (
         config.batch_ramp_start_tokens or config.tokens_per_step,
         config.batch_ramp_tokens or 0,
     )
     shares = config.tokens_per_step // unit - 1
     stages, step, units = [], 0, 0
     for size in range(1, shares + 1):
-        missing = size * batch_ramp_tokens - shares * units * unit  # both times `shares`, to stay whole
+        missing = size * ramp_tokens - shares * units * unit  # both times `shares`, to stay whole
         steps = max(0, -(-missing // (shares * size * unit)))
         if steps:
             stages.append(Stage(step, units * micro_batches, size * micro_batches))

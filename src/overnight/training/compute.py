@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from overnight.hardware import native_precision
+from overnight.hardware import SHORT_DTYPES, native_precision
 from overnight.model.gpt import GPT
 from overnight.model.kernels import LEAST_CHANNELS, CausalKernel, DocumentKernel, allowed_backends
 from overnight.model.loss import next_token_loss
 from overnight.model.loss_kernels import fp8_unavailable_reason
 from overnight.model.model_config import ModelConfig
 from overnight.training import Compute, ComputeConfig, Precision
+from overnight.training.sharding import FULLY_SHARDED
 
 OF_PROCESSES = frozenset({"processes", "sharding", "deterministic_reduce", "timeout_seconds", "max_restarts"})
 
@@ -77,10 +78,7 @@ def can_compile() -> bool:
 
 def explain_compute(asked: ComputeConfig, decided: Compute) -> dict[str, str]:
     """The value of each setting and the reason for it, by name; settings of several processes left out."""
-    if decided.compile:
-        about_compile = "a compiler was found"
-    else:
-        about_compile = "not on Apple's GPUs" if can_compile() else "no C++ compiler or no Python headers"
+    uncompiled = "not on Apple's GPUs" if can_compile() else "no C++ compiler or no Python headers"
     reasons = {
         "device": "the best one found",
         "precision": {
@@ -88,17 +86,18 @@ def explain_compute(asked: ComputeConfig, decided: Compute) -> dict[str, str]:
             "fp16": "the device multiplies it in hardware, and has no bf16",
             "fp32": "the device multiplies nothing shorter in hardware",
         }.get(decided.precision, ""),
-        "compile": about_compile,
+        "compile": "a compiler was found" if decided.compile else uncompiled,
         "attention": "the fastest on this device",
         "loss": "all logits fit",
     }
-    defaults = ComputeConfig()
-    found = {}
-    for name, value in vars(decided).items():
-        if name not in OF_PROCESSES:
-            is_asked = getattr(asked, name) != getattr(defaults, name)
-            found[name] = f"{value} ({'as requested' if is_asked else reasons.get(name, 'the default')})"
-    return found
+    for name, default in vars(ComputeConfig()).items():
+        if getattr(asked, name) != default:
+            reasons[name] = "as requested"
+    return {
+        name: f"{value} ({reasons.get(name, 'the default')})"
+        for name, value in vars(decided).items()
+        if name not in OF_PROCESSES
+    }
 
 
 def autocast(device: str, precision: str, *, cache_weights: bool = True) -> AbstractContextManager[Any]:
@@ -106,10 +105,9 @@ def autocast(device: str, precision: str, *, cache_weights: bool = True) -> Abst
 
     With `cache_weights`, autocast keeps its copy of each weight until the context ends.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    if dtype is None:
+    if precision not in SHORT_DTYPES:
         return nullcontext()
-    return torch.autocast(device.partition(":")[0], dtype, cache_enabled=cache_weights)
+    return torch.autocast(device.partition(":")[0], SHORT_DTYPES[precision], cache_enabled=cache_weights)
 
 
 class NextTokenLoss:
@@ -124,7 +122,7 @@ class NextTokenLoss:
         torch.set_float32_matmul_precision("high" if compute.precision == "tf32" else "highest")
         set_attention_kernels(model, compute)
         apply_activation_checkpointing(model, compute)
-        self._is_sharded = compute.sharding in ("fsdp", "hsdp")
+        self._is_sharded = compute.sharding in FULLY_SHARDED
         self._compute: Callable[[Tensor, Tensor], Tensor] = self._nats
         if compute.compile and self._is_sharded:
             for block in model.h:
@@ -185,16 +183,14 @@ def document_kernel(model: ModelConfig, compute: Compute) -> DocumentKernel:
 
 def describe_attention_kernel(model: ModelConfig, compute: Compute, *, within_documents: bool = False) -> str:
     """The kernel of training, in words: blocks, flash, efficient, cudnn, math, or one for documents."""
+    if within_documents and compute.attention == "math":
+        return "math with a mask"
     if within_documents:
-        return (
-            "math with a mask"
-            if compute.attention == "math"
-            else DOCUMENT_KERNELS[document_kernel(model, compute)]
-        )
+        return DOCUMENT_KERNELS[document_kernel(model, compute)]
     kernel = causal_kernel(model, compute)
     if (kernel, compute.precision, model.dropout) == ("blocks", "bf16", 0):
         return "blocks"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(compute.precision, torch.float32)
+    dtype = SHORT_DTYPES.get(compute.precision, torch.float32)
     shape = (1, model.n_head, model.context_length, model.n_embd // model.n_head)
     q_BHTD = torch.empty(shape, device=compute.device, dtype=dtype, requires_grad=True)
     with allowed_backends(kernel):
@@ -206,9 +202,14 @@ def describe_attention_kernel(model: ModelConfig, compute: Compute, *, within_do
 def _costly_operations() -> list[Any]:
     """The operations whose outputs selective checkpointing keeps: matrix products and attention."""
     aten, ours = torch.ops.aten, torch.ops.overnight
-    flash, costly = "_scaled_dot_product_flash_attention", ["mm", "addmm"]
-    costly += [flash, f"{flash}_for_cpu", "_scaled_dot_product_efficient_attention"]
-    costly += ["_scaled_dot_product_cudnn_attention"]
-    return [getattr(aten, name).default for name in costly] + [
-        getattr(ours, name).default for name in ("attend_in_blocks", "attend_documents")
+    packets = [
+        aten.mm,
+        aten.addmm,
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+        ours.attend_in_blocks,
+        ours.attend_documents,
     ]
+    return [packet.default for packet in packets]

@@ -23,7 +23,7 @@ from overnight.model.loss_kernels import rows_of_chunk
 from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.training import Compute, Sharding
 from overnight.training.batch import CPU_TOKENS_AT_MOST, ROWS_AT_MOST
-from overnight.training.sharding import largest_share
+from overnight.training.sharding import count_sharers, largest_share
 
 FLOAT32 = 4
 USABLE_FRACTION = 0.9  # the rest is the driver's, the libraries' and the allocator's fragmentation
@@ -88,28 +88,27 @@ def estimate_memory(
     """
     tokens = rows * model.context_length
     logits = _logits_bytes(model, tokens, compute)
-    again = tokens * _again_per_token(model, compute)
+    again = tokens * (_kept_by_block(model, compute) - _kept_inside_block(model, compute))
     if not (compute.compile and compute.activation_checkpointing == "block"):
         again = max(0, again - logits)  # the loss has freed its memory by then, except in a compiled step
     activations = tokens * kept_per_token(model, compute) + again
     sharers = count_sharers(compute.sharding, processes, processes_per_machine or processes)
     weights = FLOAT32 * _largest_shard(model, sharers)
+    each_moment = weights
+    if compute.sharding == "zero1":
+        sizes = {name: math.prod(shape) for name, shape in parameter_shapes(model).items()}
+        each_moment = FLOAT32 * largest_share(sizes, processes)
     returns_all = compute.compile and sharers == 1  # sharded, a block's gradients are reduced at once
     return MemoryEstimate(
         weights=weights,
         gradients=weights,
-        moments=2 * (FLOAT32 * _most_owned(model, processes) if compute.sharding == "zero1" else weights),
+        moments=2 * each_moment,
         copies=_copies_bytes(model, compute, sharers),
         activations=activations,
         logits=logits,
         new_gradients=max(0, weights - activations - logits) if returns_all else 0,
         gathered=_gathered_bytes(model) if sharers > 1 else 0,
     )
-
-
-def count_sharers(sharding: Sharding, processes: int, processes_per_machine: int) -> int:
-    """Number of processes that hold one copy of the weights together."""
-    return {"fsdp": processes, "hsdp": processes_per_machine}.get(sharding, 1)
 
 
 def try_shardings(
@@ -192,31 +191,24 @@ def suggest_fits(
         changed = dataclasses.replace(compute, **change)  # type: ignore[arg-type]
         if change and changed == compute:
             continue
-        needed = {
-            rows: estimate_memory(model, rows, changed, processes, processes_per_machine).together
-            for rows in possible_rows
-        }
-        rows = max((rows for rows in possible_rows if fits_into(memory_bytes, needed[rows])), default=0)
-        if rows > most_rows:
-            most_rows = rows
-            options = {**change, "micro-batch-size": rows}
-            words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-            yield FitOption(words, needed[rows])
+        for rows in sorted(possible_rows, reverse=True):
+            needed = estimate_memory(model, rows, changed, processes, processes_per_machine).together
+            if rows > most_rows and fits_into(memory_bytes, needed):
+                most_rows = rows
+                options = {**change, "micro-batch-size": rows}
+                words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+                yield FitOption(words, needed)
 
 
 def largest_that_fits(
     compute: Compute, memory_bytes: int, processes: int = 1, processes_per_machine: int | None = None
 ) -> tuple[str, int] | None:
     """The largest published model that fits with one row, and its bytes; None if none does."""
-    needed = {
-        name: estimate_memory(model, 1, compute, processes, processes_per_machine).together
-        for name, model in PRESETS.items()
-    }
-    fitting = [name for name in PRESETS if fits_into(memory_bytes, needed[name])]
-    if not fitting:
-        return None
-    name = max(fitting, key=lambda name: PRESETS[name].parameter_count())
-    return name, needed[name]
+    for name, model in sorted(PRESETS.items(), key=lambda preset: -preset[1].parameter_count()):
+        needed = estimate_memory(model, 1, compute, processes, processes_per_machine).together
+        if fits_into(memory_bytes, needed):
+            return name, needed
+    return None
 
 
 def fits_into(memory_bytes: int, needed_bytes: int) -> bool:
@@ -230,12 +222,6 @@ def _largest_shard(model: ModelConfig, sharers: int) -> int:
     return sum(-(-rows // sharers) * math.prod(columns) for rows, *columns in shapes)
 
 
-def _most_owned(model: ModelConfig, processes: int) -> int:
-    """Parameters owned by the process that owns most."""
-    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(model).items()}
-    return largest_share(sizes, processes)
-
-
 def _copies_bytes(model: ModelConfig, compute: Compute, sharers: int) -> int:
     """16-bit copies of the weights, which autograd keeps for the backward pass, also of sharded weights.
 
@@ -244,7 +230,8 @@ def _copies_bytes(model: ModelConfig, compute: Compute, sharers: int) -> int:
     """
     if _product_bytes(compute) == FLOAT32:
         return 0
-    whole = 2 * _count_multiplied(model)
+    # All parameters but the layer norms and the position embedding are multiplied.
+    whole = 2 * model.n_embd * (model.padded_vocab_size() + model.n_layer * (12 * model.n_embd + 9))
     if sharers == 1 or compute.activation_checkpointing == "none":
         return whole
     gathered = _gathered_bytes(model)
@@ -267,18 +254,20 @@ def _gathered_bytes(model: ModelConfig) -> int:
 def kept_per_token(model: ModelConfig, compute: Compute) -> int:
     """Bytes of activations a token at the end of the trunk's forward pass."""
     stream = FLOAT32 * model.n_embd
-    block = _kept_by_block(model, compute)
-    kept = {"none": block, "selective": stream + _kept_by_products(model, compute), "block": stream}
+    block = _kept_inside_block(model, compute)
+    if compute.activation_checkpointing != "none":
+        block += stream  # its input, from which it is computed again
     embedding = stream if model.dropout > 0 else 0
     head = (FLOAT32 + _product_bytes(compute)) * model.n_embd + 2 * FLOAT32
     ids_and_targets = 16
-    return model.n_layer * kept[compute.activation_checkpointing] + embedding + head + ids_and_targets
+    return model.n_layer * block + embedding + head + ids_and_targets
 
 
-def _again_per_token(model: ModelConfig, compute: Compute) -> int:
-    """Additional bytes a token of the one block that the backward pass computes again."""
-    kept = {"none": _kept_by_block, "selective": _kept_by_products, "block": lambda *_: 0}
-    return _kept_by_block(model, compute) - kept[compute.activation_checkpointing](model, compute)
+def _kept_inside_block(model: ModelConfig, compute: Compute) -> int:
+    """Bytes a token of a block that the backward pass does not compute again."""
+    if compute.activation_checkpointing == "none":
+        return _kept_by_block(model, compute)
+    return _kept_by_products(model, compute) if compute.activation_checkpointing == "selective" else 0
 
 
 def _kept_by_block(model: ModelConfig, compute: Compute) -> int:
@@ -322,12 +311,6 @@ def _logits_bytes(model: ModelConfig, tokens: int, compute: Compute) -> int:
     chunk = min(tokens, rows_of_chunk(tokens, vocabulary))
     each = width if compute.compile else 4 * FLOAT32 + 2 * width
     return chunk * vocabulary * each + FLOAT32 * vocabulary * model.n_embd
-
-
-def _count_multiplied(model: ModelConfig) -> int:
-    """Parameters in matrix products: all but the layer norms and the position embedding."""
-    C = model.n_embd
-    return model.padded_vocab_size() * C + model.n_layer * (12 * C * C + 9 * C)
 
 
 def _product_bytes(compute: Compute) -> int:

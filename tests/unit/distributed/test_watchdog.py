@@ -58,7 +58,7 @@ def test_watchdog_acts_again_after_a_pause():
     assert status == FROZEN
     assert stderr.startswith("overnight: rank 3 made no progress for 0.5 s (--timeout-seconds)")
     assert "in work" in stderr
-    assert "in _watch" in stderr, "every thread"
+    assert "in watch_until" in stderr, "every thread"
 
 
 def test_errors_pass_through():

@@ -23,7 +23,7 @@ from .conftest import COST, SELECTIVE, PlanFor, PretendMachine, plan_config
 # Another machine.
 
 
-@pytest.mark.parametrize("device", [device.name for device in DEVICES if device.facts.fp32])
+@pytest.mark.parametrize("device", [device.name for device in DEVICES if device.fp32])
 def test_every_device_with_a_rate_can_be_estimated(plan_for: PlanFor, device: str) -> None:
     plan = plan_for("gpt2-124m", device, dollars_per_hour=3.0)
     assert "ESTIMATE, not measured" in plan_text(plan)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from overnight.distributed.launcher import daemon_thread
 from overnight.distributed.world import SINGLE_PROCESS, World
-from overnight.model.gpt import GPT
 from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
 from overnight.terminal import echo
 from overnight.training.checkpoint.format import (
@@ -29,7 +28,7 @@ from overnight.training.checkpoint.format import (
     manifest,
     write_tensors,
 )
-from overnight.training.sharding import assign_parameters
+from overnight.training.sharding import parameter_owners
 from overnight.training.state import TensorShard, TrainState, is_writer, local_shard
 
 
@@ -61,17 +60,23 @@ def save_checkpoint(state: TrainState, folder: Path, world: World = SINGLE_PROCE
 @torch.no_grad()
 def take_snapshot(state: TrainState, world: World, settings: Mapping[str, object] | None = None) -> Snapshot:
     """Copy what this process writes to host memory; `settings` are the run's frozen settings."""
-    mine = _own_parameters(state, world)
+    owner = parameter_owners(state.model, world)
+    tensors: dict[str, dict[str, TensorShard]] = {"model": {}, "optimizer": {}}
+    for name, parameter in state.model.named_parameters():
+        if is_writer(parameter, is_owner=owner[name] == world.rank):
+            length = state.model.vocab_size if name == "wte.weight" else len(parameter)
+            tensors["model"] |= _copy({name: parameter.detach()}, length)
+            tensors["optimizer"] |= _copy(_moments(state, name, parameter), length)
     about = {
         "format": FORMAT,
         "step": state.step,
-        "updates": _updates(state),
+        # Without the steps that were skipped.
+        "updates": max((int(each["step"]) for each in state.optimizer.state.values()), default=0),
         "loss_scale": state.scaler.state_dict(),
-        "guard": state.guard.to_values(),
+        "guard": dataclasses.asdict(state.guard),
         "model": dataclasses.asdict(state.model.config),
         "settings": dict(settings or {}),
     }
-    tensors = {"model": _copy(_weights(state, mine)), "optimizer": _copy(_moments(state, mine))}
     return Snapshot(state.step, about, tensors)
 
 
@@ -86,8 +91,8 @@ def make_staging_folder(step: int, folder: Path, world: World) -> Path:
     return staging
 
 
-def write_rank_files(snapshot: Snapshot, staging: Path, world: World) -> str:
-    """Write this process's files; returns the digest of each, as JSON."""
+def write_rank_files(snapshot: Snapshot, staging: Path, world: World) -> dict[str, Any]:
+    """Write this process's files; returns the digest of each."""
     if not staging.is_dir():
         raise OSError(f"rank {world.rank} does not see {staging}: a run's folder must be on a shared disk")
     found = {}
@@ -97,64 +102,36 @@ def write_rank_files(snapshot: Snapshot, staging: Path, world: World) -> str:
         with path.open("rb") as file:
             flush_to_disk(file.fileno())
         found[path.name] = file_digest(path)
-    return json.dumps(found)
+    return found
 
 
-def publish_checkpoint(snapshot: Snapshot, staging: Path, written: Sequence[str]) -> None:
+def publish_checkpoint(snapshot: Snapshot, staging: Path, written: Sequence[Mapping[str, Any]]) -> None:
     """Add state.json and MANIFEST.json, and rename the folder to its final name."""
-    files = {name: identity for each in written for name, identity in json.loads(each).items()}
+    files = {name: digest for each in written for name, digest in each.items()}
     names = {kind: sorted(name for name in files if name.startswith(kind)) for kind in KINDS}
     write_atomically(staging / "state.json", json.dumps({**snapshot.about, "files": names}, indent=2) + "\n")
     files["state.json"] = file_digest(staging / "state.json")
     write_atomically(staging / "MANIFEST.json", manifest(files, FORMAT))
-    flush_folder(
-        staging.parent.parent
-    )  # the name of the folder of all checkpoints must also survive a power cut
+    flush_folder(staging.parent.parent)  # the folder of all checkpoints must also survive a power cut
     staging.rename(staging.with_name(checkpoint_name(snapshot.step)))
     flush_folder(staging.parent)
 
 
-def _own_parameters(state: TrainState, world: World) -> dict[str, Tensor]:
-    """The parameters of which this process writes rows: those it owns, or its shard of all."""
-    named = dict(state.model.named_parameters())
-    owner = assign_parameters({name: parameter.numel() for name, parameter in named.items()}, world.size)
-    return {
-        name: parameter
-        for name, parameter in named.items()
-        if is_writer(parameter, is_owner=owner[name] == world.rank)
-    }
+def _copy(tensors: Mapping[str, Tensor], length: int) -> dict[str, TensorShard]:
+    """This process's shards in host memory, without the rows from `length` on: padding, always zero."""
+    found = {}
+    for name, tensor in tensors.items():
+        rows, first = local_shard(tensor)
+        rows = rows[: max(0, length - first)]
+        if len(rows):
+            found[name] = TensorShard(rows.to("cpu", copy=True).contiguous(), first)
+    return found
 
 
-def _copy(pieces: Iterator[tuple[str, TensorShard]]) -> dict[str, TensorShard]:
-    return {
-        name: TensorShard(piece.rows.to("cpu", copy=True).contiguous(), piece.first) for name, piece in pieces
-    }
-
-
-def _weights(state: TrainState, parameters: dict[str, Tensor]) -> Iterator[tuple[str, TensorShard]]:
-    for name, parameter in parameters.items():
-        yield from _without_padding(state.model, name, name, parameter.detach())
-
-
-def _moments(state: TrainState, parameters: dict[str, Tensor]) -> Iterator[tuple[str, TensorShard]]:
-    """AdamW's moments by parameter name; empty before the first step."""
-    for name, parameter in parameters.items():
-        for moment in MOMENTS if parameter in state.optimizer.state else ():
-            values = state.optimizer.state[parameter][moment]
-            yield from _without_padding(state.model, name, f"{name}.{moment}", values)
-
-
-def _without_padding(model: GPT, name: str, label: str, values: Tensor) -> Iterator[tuple[str, TensorShard]]:
-    """This process's shard of a tensor, without the rows that pad the vocabulary (always zero)."""
-    rows, first = local_shard(values)
-    rows = rows[: max(0, model.vocab_size - first)] if name == "wte.weight" else rows
-    if len(rows):
-        yield label, TensorShard(rows, first)
-
-
-def _updates(state: TrainState) -> int:
-    """Number of updates: `step` without the steps that were skipped."""
-    return max((int(each["step"]) for each in state.optimizer.state.values()), default=0)
+def _moments(state: TrainState, name: str, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's moments of a parameter; {} before the first step."""
+    found = state.optimizer.state.get(parameter)
+    return {f"{name}.{moment}": found[moment] for moment in MOMENTS} if found else {}
 
 
 # ---------------------------------------------------------------- asynchronous checkpoints
@@ -184,7 +161,7 @@ class Saver:
         self._folder, self._world, self._settings = folder, world, settings
         self._before_publish, self._after_publish = before_publish, after_publish
         self._thread: Future[Any] | None = None
-        self._publish: Callable[[list[str]], None] | None = None
+        self._publish: Callable[[list[dict[str, Any]]], None] | None = None
 
     def save(self, state: TrainState) -> None:
         """Copy the state and start writing it; waits for the previous checkpoint."""
@@ -194,7 +171,7 @@ class Saver:
         write = functools.partial(write_rank_files, snapshot, staging, self._world)
         without_tensors = snapshot._replace(tensors={})  # frees their memory before publication
 
-        def publish(written: list[str]) -> None:
+        def publish(written: list[dict[str, Any]]) -> None:
             self._before_publish()
             publish_checkpoint(without_tensors, staging, written)
             self._after_publish()
