@@ -14,17 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from overnight import __version__
-from overnight.distributed.launcher import (
-    LOST,
-    CollectiveValueError,
-    PeerLostError,
-    exit_process,
-    is_launched,
-    is_main_process,
-    keep_compiled_code,
-    record_usage_error,
-    restart_with_large_pages,
-)
+from overnight.distributed import launcher
 
 if TYPE_CHECKING:
     from overnight.recipe import Recipe
@@ -119,7 +109,7 @@ DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 def run_command() -> NoReturn:
     """The command `overnight`, to the end of its process."""
-    exit_process(main())
+    launcher.exit_process(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         # A process that ends because others have ended is not the one that failed.
-        return LOST if isinstance(error, PeerLostError) else FAILED
+        return launcher.LOST if isinstance(error, launcher.PeerLostError) else FAILED
     except FloatingPointError as error:  # NaN or infinity in the model
         print(f"overnight: {error}", file=sys.stderr)
         return FAILED
@@ -155,19 +145,19 @@ def _prepare_process(words: list[str]) -> None:
     """Set what must be set before torch is imported; a command that trains may start again."""
     from overnight.run_directory import cache_folder
 
-    keep_compiled_code(cache_folder() / "compiled")
+    launcher.keep_compiled_code(cache_folder() / "compiled")
     if words and words[0] in TRAINING and not {"-h", "--help"} & {*words}:
-        restart_with_large_pages(words)
+        launcher.restart_with_large_pages(words)
 
 
 def _refuse(error: ValueError) -> int:
     """Print the user's error; of several processes with the same error only the main one prints."""
-    is_shared = isinstance(error, CollectiveValueError)
-    if is_shared and not is_main_process():
+    is_shared = isinstance(error, launcher.CollectiveValueError)
+    if is_shared and not launcher.is_main_process():
         time.sleep(SECONDS_TO_PRINT)  # the launcher ends all processes as soon as one has ended
     else:
         print(f"overnight: {error}", file=sys.stderr)
-    return DONE if is_shared and record_usage_error() else WRONG_USE
+    return DONE if is_shared and launcher.record_usage_error() else WRONG_USE
 
 
 def _run(words: list[str]) -> int:
@@ -211,7 +201,7 @@ def _call(name: str, rest: list[str]) -> int:
 
     asked = from_arguments(_options_of(name), rest, prog=f"overnight {name}", about=_about(name))
     command = _command_module(name)
-    if getattr(asked, "processes", None) is not None and not is_launched():
+    if getattr(asked, "processes", None) is not None and not launcher.is_launched():
         return int(command.evaluate_in_processes(asked, [name, *rest]))
     command.run(asked)
     return DONE
@@ -224,7 +214,7 @@ def _train(rest: list[str]) -> int:
     """
     words = ["train", *rest]
     default = resumed = None
-    named = _take_option(rest, "--resume")
+    named = _take_resumed(rest)
     if named is not None:
         from overnight.run.resume import load_resumed
         from overnight.runs.status import find_run
@@ -234,7 +224,7 @@ def _train(rest: list[str]) -> int:
     _, recipe = _read_recipe("train", _options_of("train"), rest, default)
     command = _command_module("train")
 
-    if recipe.compute.processes is not None and not is_launched():
+    if recipe.compute.processes is not None and not launcher.is_launched():
         return int(command.train_in_processes(recipe, resumed, words))
     command.run(recipe, resumed)
     return DONE
@@ -273,13 +263,14 @@ def _read_recipe(
     return name, read
 
 
-def _take_option(words: list[str], option: str) -> str | None:
-    """Remove `option VALUE` or `option=VALUE` from `words`; its value, or None if it is not there."""
+def _take_resumed(words: list[str]) -> str | None:
+    """Remove `--resume RUN` or `--resume=RUN` from `words`; the run, or None if it is not there."""
     for index, word in enumerate(words):
-        if word == option or word.startswith(f"{option}="):
-            _, equals, value = words.pop(index).partition("=")
-            if not equals and index >= len(words):
-                raise ValueError(f"overnight train {option} needs a run")
+        option, equals, value = word.partition("=")
+        if option == "--resume":
+            del words[index]
+            if not equals and index == len(words):
+                raise ValueError("overnight train --resume needs a run")
             return value if equals else words.pop(index)
     return None
 

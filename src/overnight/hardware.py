@@ -23,6 +23,7 @@ Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 
 SHORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of products; other precisions use float32
 GB = 10**9
+CPUINFO = Path("/proc/cpuinfo")  # Linux's
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -53,6 +54,11 @@ class Device(NamedTuple):
     def memory_bytes(self) -> int | None:
         """None where the device shares the machine's memory."""
         return self.memory_gb and self.memory_gb * GB
+
+    def peak_flops(self, precision: Precision) -> float | None:
+        """Peak dense FLOP/s in a precision; None where the rate is unknown."""
+        teraflops: float | None = getattr(self, precision)
+        return teraflops and teraflops * 1e12
 
     @property
     def bytes_per_second(self) -> float | None:
@@ -119,19 +125,13 @@ def find_device(name: str) -> Device | None:
     return next(called, None) or next(driven, None)
 
 
-def peak_flops(device_name: str, precision: Precision) -> float | None:
-    """Peak dense FLOP/s in a precision; None where the device or its rate is unknown."""
-    device = find_device(device_name)
-    teraflops: float | None = getattr(device, precision) if device else None
-    return None if teraflops is None else teraflops * 1e12
-
-
 def find_peak_flops(device: str, precision: Precision) -> float | None:
     """Peak dense FLOP/s of a torch device in a precision; None where it is unknown.
 
     None for every CPU, also those of Apple's chips, whose GPU has the same name.
     """
-    return None if device == "cpu" else peak_flops(find_device_name(device), precision)
+    found = None if device == "cpu" else find_device(find_device_name(device))
+    return found and found.peak_flops(precision)
 
 
 def find_device_name(device: str) -> str:
@@ -141,15 +141,9 @@ def find_device_name(device: str) -> str:
     if platform.system() == "Darwin":  # the GPU of an Apple chip has the chip's name
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return _read_model_name(Path("/proc/cpuinfo")) or platform.processor() or platform.machine()
-
-
-def _read_model_name(cpuinfo: Path) -> str | None:
-    """The first `model name` in Linux's /proc/cpuinfo; None if there is none."""
-    if not cpuinfo.is_file():
-        return None
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-    return found[1].strip() if found else None
+    cpuinfo = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def native_precision(device: str) -> Literal["bf16", "fp16", "fp32"]:
@@ -175,13 +169,8 @@ def find_memory_bytes(device: str) -> int:
     if device == "mps":
         return int(torch.mps.recommended_max_memory())
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([installed, *_read_memory_limits()])
-
-
-def _read_memory_limits() -> list[int]:
-    """A container's memory limits in bytes; Linux writes `max` where there is none."""
-    texts = [path.read_text(encoding="ascii").strip() for path in CGROUP_LIMITS if path.is_file()]
-    return [int(text) for text in texts if text.isdigit()]
+    limits = [path.read_text(encoding="ascii").strip() for path in CGROUP_LIMITS if path.is_file()]
+    return min([installed, *(int(limit) for limit in limits if limit.isdigit())])  # "max": no limit
 
 
 # ---------------------------------------------------------------- measurements

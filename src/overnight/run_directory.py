@@ -232,17 +232,14 @@ class RunDirectory:
         """
         self._make()
         self._check_rights()
-        lock = FileLock(self.path / ".lock", timeout=1)  # `is_locked` in another process holds it briefly
-        try:
-            lock.acquire()
+        try:  # for a second, since `is_locked` in another process holds it briefly
+            held = FileLock(self.path / ".lock", timeout=1).acquire()
         except Timeout:
             raise ValueError(
                 f"{self.path} is being trained by another process; wait for it, or choose another --run-name"
             ) from None
-        try:
+        with held:
             yield
-        finally:
-            lock.release()
 
     def is_locked(self) -> bool:
         """True while a process trains here."""

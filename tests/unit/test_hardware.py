@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 
 from overnight import hardware
 from overnight.hardware import (
+    CPUINFO,
     DEVICES,
     find_device,
     find_device_name,
@@ -21,12 +21,9 @@ from overnight.hardware import (
     find_peak_flops,
     measure_matmul_flops,
     native_precision,
-    peak_flops,
     peak_memory_bytes,
     reset_peak_memory,
 )
-
-CPUINFO = Path("/proc/cpuinfo")
 
 # Names as the driver writes them -> bf16 peak; figures copied from the public data sheets a second time.
 NAMES_AND_BF16 = {
@@ -40,10 +37,9 @@ NAMES_AND_BF16 = {
 }
 
 
-@pytest.mark.parametrize(("name", "flops"), NAMES_AND_BF16.items())
-def test_driver_name_is_recognised(name, flops):
-    assert find_device(name) is not None
-    assert peak_flops(name, "bf16") == (None if flops is None else pytest.approx(flops))
+def test_published_rates_are_those_of_the_data_sheets():
+    found = {name: find_device(name).peak_flops("bf16") for name in NAMES_AND_BF16}
+    assert found == pytest.approx(NAMES_AND_BF16)
 
 
 def test_every_device_of_the_table_is_reached():
@@ -61,6 +57,8 @@ TYPED_NAMES = {
     **{"4090": "rtx-4090", "rtx_4090": "rtx-4090", "NVIDIA GeForce RTX 4090": "rtx-4090", "Tesla T4": "t4"},
     **{"v100-32gb": "v100-32gb", "Apple M2": "m2", "m1 max": "m1-max"},
     **dict.fromkeys(("a100", "v100", "5090", "4090 laptop", "gpu", "")),  # ambiguous or unknown
+    **dict.fromkeys(("AMD EPYC 9654", "Apple M5", "NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 3090 Ti")),
+    **dict.fromkeys(("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D")),
 }
 
 
@@ -74,34 +72,12 @@ def test_precisions_and_rates_of_the_table():
     assert {name: find_device(name).native for name in precisions} == precisions
     facts = find_device("Apple M3 Max")
     assert (facts.fp32, facts.bytes_per_second) == (None, None)
-    assert peak_flops("Apple M3 Max", "fp32") is None
-    assert peak_flops("Apple M1 Max", "fp32") == pytest.approx(10.4e12)
+    assert facts.peak_flops("fp32") is None
     for facts in DEVICES:
         rates = [rate for rate in (facts.fp32, facts.tf32, facts.bf16) if rate is not None]
         assert rates == sorted(rates), facts.name
         assert facts.memory_bytes is None or 16e9 <= facts.memory_bytes < 200e9, facts.name
         assert facts.bytes_per_second is None or 60e9 < facts.bytes_per_second < 10e12, facts.name
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *["AMD EPYC 9654", "Apple M5", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA L40"],
-        *["NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti"],
-    ],
-)
-def test_similar_name_is_unknown(name):
-    assert find_device(name) is None
-    assert peak_flops(name, "bf16") is None
-
-
-@pytest.mark.parametrize(
-    ("amx", "avx512", "precision"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
-)
-def test_cpu_computes_bf16_with_amx_or_avx512(monkeypatch, amx, avx512, precision):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert native_precision("cpu") == precision
 
 
 @pytest.mark.skipif(not CPUINFO.is_file(), reason="only Linux describes its processors")
@@ -112,13 +88,18 @@ def test_cpu_name_and_precision_are_those_of_linux():
     assert find_device_name("cpu") == re.findall(r"model name\s*: (.*)", described)[0].strip()
 
 
-@pytest.mark.parametrize(
-    ("capability", "precision"),
-    [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")],
-)
-def test_gpu_computes_bf16_since_ampere_and_fp16_since_volta(monkeypatch, capability, precision):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert native_precision("cuda:0") == precision
+CAPABILITIES = {(6, 1): "fp32", (7, 0): "fp16", (7, 5): "fp16", (8, 0): "bf16", (9, 0): "bf16"}
+
+
+def test_native_precision_follows_the_hardware(monkeypatch):
+    """bf16 with AMX or AVX512 on a CPU and since Ampere on a GPU, which has fp16 since Volta."""
+    for amx, avx512 in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
+        assert native_precision("cpu") == ("bf16" if amx or avx512 else "fp32")
+    for capability, precision in CAPABILITIES.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert native_precision("cuda:0") == precision
     assert native_precision("mps") == "fp32"
 
 

@@ -103,22 +103,18 @@ def test_truncated_recipe_is_refused(begun):
     begun.recipe.write_text("seed = 1\n")  # of an earlier version, which did not count lines
     assert begun.read_recipe() == "seed = 1\n"
     begun.recipe.write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"recipe\.toml"):
+    with pytest.raises(ValueError, match=r"recipe\.toml is damaged"):
         begun.read_recipe()
     begun.recipe.unlink()
     assert begun.exists()
-    with pytest.raises(ValueError, match=r"recipe\.toml"):
+    with pytest.raises(ValueError, match=r"recipe\.toml is missing"):
         begun.read_recipe()
 
 
 @pytest.mark.parametrize(
     "name, content, line",
     [
-        *[
-            ("environment.json", None, ""),
-            ("environment.json", b'{"torch"', ""),
-            ("environment.json", b"[]", ""),
-        ],
+        *[("environment.json", content, "") for content in (None, b'{"torch"', b"[]")],
         ("data.json", b"\xff", ""),
         ("metrics.jsonl", b'{"step": 1}\n{"st\n{"step": 3}\n', " line 2"),
         *[("metrics.jsonl", b'{"stop": 1}\n', " line 1"), ("metrics.jsonl", b"7\n", " line 1")],

@@ -98,8 +98,7 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
     layout = build_parallel_layout(target.device, config.network, resources, sharding)
     memory = layout.estimate_memory(sizes, resolved.plan.micro_batch_size, resolved.compute)
     precision = resolved.compute.precision
-    rate = target.device and getattr(target.device, precision)
-    peak_flops = rate and 1e12 * rate
+    peak_flops = target.device and target.device.peak_flops(precision)
     one = "" if is_here or processes > 1 else "one "
     return Plan(
         name=name,

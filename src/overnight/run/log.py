@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from itertools import chain
+from itertools import chain, groupby
 from types import TracebackType
 
 from overnight.baselines.band import columns_of, find_band
@@ -169,9 +169,8 @@ class RunLog:
         for score in scores:
             self._event("tasks", score_event(score))
         self._track(self.run.state.step, {f"{score.task}/{score.metric}": score.value for score in scores})
-        for task in dict.fromkeys(score.task for score in scores):
-            first = next(score for score in scores if score.task == task)
-            echo(f"{'':>13}{describe_briefly(first)}")
+        for _, of_task in groupby(scores, key=lambda score: score.task):
+            echo(f"{'':>13}{describe_briefly(next(of_task))}")
 
     def sample(self) -> None:
         """Continue every prompt; the noise is a function of the seed, the step and the prompt's index."""

@@ -98,13 +98,9 @@ class Guard:
         """Number of rows by which `step`, counted from 0, reads later than planned."""
         return sum(rows for since, rows in self.skipped if since <= step)
 
-    def to_values(self) -> dict[str, Any]:
-        """Plain lists and numbers, for `from_values`."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Guard:
-        """The guard that `to_values` described, also after a round trip through JSON."""
+        """The guard whose fields, as a dictionary, have been through JSON."""
         return cls(
             losses=tuple(values["losses"]),
             norms=tuple(values["norms"]),

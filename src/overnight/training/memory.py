@@ -23,7 +23,7 @@ from overnight.model.loss_kernels import rows_of_chunk
 from overnight.model.model_config import PRESETS, ModelConfig
 from overnight.training import Compute, Sharding
 from overnight.training.batch import CPU_TOKENS_AT_MOST, ROWS_AT_MOST
-from overnight.training.sharding import largest_share
+from overnight.training.sharding import count_sharers, largest_share
 
 FLOAT32 = 4
 USABLE_FRACTION = 0.9  # the rest is the driver's, the libraries' and the allocator's fragmentation
@@ -109,11 +109,6 @@ def estimate_memory(
         new_gradients=max(0, weights - activations - logits) if returns_all else 0,
         gathered=_gathered_bytes(model) if sharers > 1 else 0,
     )
-
-
-def count_sharers(sharding: Sharding, processes: int, processes_per_machine: int) -> int:
-    """Number of processes that hold one copy of the weights together."""
-    return {"fsdp": processes, "hsdp": processes_per_machine}.get(sharding, 1)
 
 
 def try_shardings(

@@ -144,7 +144,8 @@ def build_sharing(
 ) -> Replicated | ZeRO1 | FSDP:
     """The sharing of `model`'s training among the processes of `world`."""
     if sharding in FULLY_SHARDED:
-        return FSDP(model, world, machines=_machines(world, sharding))
+        sharers = count_sharers(sharding, world.size, world.local_size)
+        return FSDP(model, world, machines=world.size // sharers)
     kind = ZeRO1 if sharding == "zero1" else Replicated
     return kind(model, world, deterministic=deterministic)
 
@@ -173,16 +174,17 @@ def build_sharded_model(
     return model
 
 
-def _machines(world: World, sharding: Sharding) -> int:
-    """The number of copies of the weights: one per machine for hsdp."""
-    return world.size // world.local_size if sharding == "hsdp" else 1
+def count_sharers(sharding: Sharding, processes: int, processes_per_machine: int) -> int:
+    """Number of processes that hold one copy of the weights together."""
+    return {"fsdp": processes, "hsdp": processes_per_machine}.get(sharding, 1)
 
 
 def _shard(model: GPT, world: World, sharding: Sharding) -> None:
     """Apply FSDP2 to each block, and to the parameters outside of blocks."""
-    kind, machines = world.device.partition(":")[0], _machines(world, sharding)
+    kind, sharers = world.device.partition(":")[0], count_sharers(sharding, world.size, world.local_size)
+    machines = world.size // sharers
     if machines > 1:
-        mesh = init_device_mesh(kind, (machines, world.local_size), mesh_dim_names=("machines", "processes"))
+        mesh = init_device_mesh(kind, (machines, sharers), mesh_dim_names=("machines", "processes"))
     else:
         mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("processes",))
     for block in model.h:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,22 +105,15 @@ def fits(state: TrainState, setup: TrainSetup) -> bool:
         return True
     try:
         batch = setup.data.batch(*setup.plan.rows(state.step, 0))
-        with _memory_of_moments(state):
-            setup.loss(batch.ids, batch.targets).backward()  # type: ignore[no-untyped-call]
+        parameters = () if state.optimizer.state else state.model.parameters()
+        moments = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
+        setup.loss(batch.ids, batch.targets).backward()  # type: ignore[no-untyped-call]
+        del moments  # AdamW's; their memory was to be taken until now
     except torch.OutOfMemoryError:
         return False
     finally:
         state.optimizer.zero_grad(set_to_none=True)
     return True
-
-
-@contextmanager
-def _memory_of_moments(state: TrainState) -> Iterator[None]:
-    """Context manager that holds the memory of AdamW's two moments."""
-    parameters = () if state.optimizer.state else tuple(state.model.parameters())
-    held = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
-    yield
-    del held
 
 
 def derive_seed(*parts: int) -> int:

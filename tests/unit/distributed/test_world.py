@@ -75,13 +75,8 @@ def test_device_that_processes_cannot_share_is_refused(set_gpus, monkeypatch, de
 @pytest.mark.parametrize(
     "asked, device, gpus, count",
     [
-        *[
-            ("auto", None, 4, 4),
-            ("auto", "cpu", 4, 1),
-            ("auto", None, 0, 1),
-            (3, None, 4, 3),
-            (7, "cpu", 0, 7),
-        ],
+        *[("auto", None, 4, 4), ("auto", "cpu", 4, 1), ("auto", None, 0, 1)],
+        *[(3, None, 4, 3), (7, "cpu", 0, 7)],
         *[(0, "cpu", 4, "processes=0"), (0, "cuda", 4, "processes=0.* 4"), (5, "cuda", 4, "processes=5.* 4")],
         *[(5, None, 4, "processes=5.* 4"), (2, "cuda:1", 4, "device=cuda:1.* processes=2")],
         (2, "mps", 4, "device=mps"),

@@ -7,9 +7,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from overnight.model.gpt import GPT, CausalSelfAttention, empty_model, eval_mode, initialize, parameter_shapes
+from overnight.model.gpt import GPT, empty_model, eval_mode, initialize, parameter_shapes
 from overnight.model.model_config import PRESETS, ModelConfig
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=32, context_length=16, vocab_size=100)
@@ -17,29 +16,6 @@ SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=32, context_length=16, vocab_siz
 
 def small_model() -> GPT:
     return GPT(SMALL, seed=1)
-
-
-def naive_attention(attention: CausalSelfAttention, x_TC: Tensor) -> Tensor:
-    """One row and one position at a time, from the definition."""
-    T, C = x_TC.shape
-    qkv_TC = (x_TC @ attention.c_attn.weight.T + attention.c_attn.bias).split(C, dim=1)
-    q_THD, k_THD, v_THD = (each.view(T, attention.n_head, C // attention.n_head) for each in qkv_TC)
-    mixed = []
-    for t in range(T):
-        scores_HS = torch.einsum("hd,shd->hs", q_THD[t], k_THD[: t + 1]) / math.sqrt(q_THD.shape[-1])
-        shares_HS = scores_HS.exp() / scores_HS.exp().sum(1, keepdim=True)
-        mixed.append(torch.einsum("hs,shd->hd", shares_HS, v_THD[: t + 1]).flatten())
-    return torch.stack(mixed) @ attention.c_proj.weight.T + attention.c_proj.bias
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("length", [1, 2, 7, 16])
-def test_attention_equals_its_naive_twin(length):
-    torch.manual_seed(0)
-    attention = CausalSelfAttention(SMALL, layer=0).eval()
-    x_BTC = torch.randn(2, length, SMALL.n_embd)
-    expected = torch.stack([naive_attention(attention, x_TC) for x_TC in x_BTC])
-    torch.testing.assert_close(attention(x_BTC), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_is_not_visible_and_stays_zero_while_training():

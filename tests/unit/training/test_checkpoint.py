@@ -26,7 +26,13 @@ from overnight.training.checkpoint.format import (
     manifest,
     retained_steps,
 )
-from overnight.training.checkpoint.load import load_checkpoint, read_model, read_newest, verify_checkpoint
+from overnight.training.checkpoint.load import (
+    load_checkpoint,
+    open_checkpoint,
+    read_model,
+    read_newest,
+    verify_checkpoint,
+)
 from overnight.training.checkpoint.save import Saver, save_checkpoint
 from overnight.training.guard import Guard
 from overnight.training.optim import build_optimizer, step_if
@@ -55,12 +61,8 @@ def build_state(steps: int) -> TrainState:
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint that verifies."""
-
-    def verified(checkpoint: Path) -> Path:
-        verify_checkpoint(checkpoint)
-        return checkpoint
-
-    return read_newest(folder, verified)
+    found = read_newest(folder, open_checkpoint)
+    return found and found.path
 
 
 def test_model_can_be_read_alone_and_its_padding_is_not_saved(tmp_path):

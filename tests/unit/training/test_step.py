@@ -95,24 +95,6 @@ def test_steps_are_those_of_an_independent_loop_whatever_the_micro_batch(micro_b
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
-class Noting(Replicated):
-    """Notes a weight whenever it is published."""
-
-    def publish(self) -> None:
-        self.published = [*getattr(self, "published", ()), self.parameters[0][0, 0].item()]
-
-
-def test_weights_are_published_once_a_step_after_the_update():
-    state, setup = build(4)
-    noting = Noting(state.model, SINGLE_PROCESS)
-    weights = []
-    for _ in range(2):
-        train_step(state, dataclasses.replace(setup, sharing=noting))
-        weights.append(noting.parameters[0][0, 0].item())
-    assert noting.published == weights
-    assert weights[0] != weights[1]
-
-
 def test_dropout_is_a_function_of_seed_step_and_micro_batch():
     noise, losses = [], []
     for dropout in (0.5, 0.5, 0.0):

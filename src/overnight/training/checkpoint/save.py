@@ -73,7 +73,7 @@ def take_snapshot(state: TrainState, world: World, settings: Mapping[str, object
         # Without the steps that were skipped.
         "updates": max((int(each["step"]) for each in state.optimizer.state.values()), default=0),
         "loss_scale": state.scaler.state_dict(),
-        "guard": state.guard.to_values(),
+        "guard": dataclasses.asdict(state.guard),
         "model": dataclasses.asdict(state.model.config),
         "settings": dict(settings or {}),
     }
