@@ -6,6 +6,7 @@ A command is a folder: its options are a dataclass in the folder's `__init__`, w
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import sys
@@ -126,18 +127,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"overnight: {error.strerror or error}{where}; fix that and repeat the command; "
-            "a run continues with --resume",
-            file=sys.stderr,
+        _print_error(
+            f"{error.strerror or error}{where}; fix that and repeat the command; "
+            "a run continues with --resume"
         )
         # A process that ends because others have ended is not the one that failed.
         return launcher.LOST if isinstance(error, launcher.PeerLostError) else FAILED
     except FloatingPointError as error:  # NaN or infinity in the model
-        print(f"overnight: {error}", file=sys.stderr)
+        _print_error(str(error))
         return FAILED
     except KeyboardInterrupt:
-        print("overnight: interrupted", file=sys.stderr)
+        _print_error("interrupted")
         return INTERRUPTED
 
 
@@ -145,6 +145,7 @@ def _prepare_process(words: list[str]) -> None:
     """Set what must be set before torch is imported; a command that trains may start again."""
     from overnight.run_directory import cache_folder
 
+    launcher.open_missing_streams()
     launcher.keep_compiled_code(cache_folder() / "compiled")
     if words and words[0] in TRAINING and not {"-h", "--help"} & {*words}:
         launcher.restart_with_large_pages(words)
@@ -156,8 +157,13 @@ def _refuse(error: ValueError) -> int:
     if is_shared and not launcher.is_main_process():
         time.sleep(SECONDS_TO_PRINT)  # the launcher ends all processes as soon as one has ended
     else:
-        print(f"overnight: {error}", file=sys.stderr)
+        _print_error(str(error))
     return DONE if is_shared and launcher.record_usage_error() else WRONG_USE
+
+
+def _print_error(sentence: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may listen
+        print(f"overnight: {sentence}", file=sys.stderr, flush=True)
 
 
 def _run(words: list[str]) -> int:

@@ -11,6 +11,7 @@
       report.html        written by `overnight report`
       ended.json         the step and the reason of its end; absent while it trains, or if it was killed
       record.json        length and digest of these files, by which a change is noticed
+      unprinted.log      what could not be printed, because the terminal was closed or the disk was full
       .lock              held by the process that trains here
 
 Whole files are replaced atomically. Line files only grow, except on resuming: then the lines after the
@@ -25,7 +26,10 @@ import json
 import math
 import os
 import re
+import socket
+import stat
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,18 +48,25 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content`: after a crash, and for any reader, it is the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:  # with the rights that the umask leaves, unlike tempfile's
             file.write(data)
             file.flush()  # fsync does not see Python's own buffer
             flush_to_disk(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp creates private files; a run is not private
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file that a library has created as private the rights of any new file."""
+    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    probe.touch()
+    path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    probe.unlink()
 
 
 def flush_to_disk(descriptor: int) -> None:
@@ -87,6 +98,8 @@ class RunDirectory:
         self.ended = self.path / "ended.json"
         self.compression = self.path / "compression.json"
         self.record = self.path / "record.json"
+        self.unprinted = self.path / "unprinted.log"
+        self.holder = self.path / ".holder"
 
     def exists(self) -> bool:
         """True if a run was started here, even if its recipe is missing."""
@@ -236,10 +249,18 @@ class RunDirectory:
             held = FileLock(self.path / ".lock", timeout=1).acquire()
         except Timeout:
             raise ValueError(
-                f"{self.path} is being trained by another process; wait for it, or choose another --run-name"
+                f"{self.path} is being trained by {self._holder()}; wait for it, or choose another --run-name"
             ) from None
         with held:
+            self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
             yield
+            self.holder.unlink(missing_ok=True)
+
+    def _holder(self) -> str:
+        try:
+            return self.holder.read_text(encoding="utf-8").strip() or "another process"
+        except OSError:
+            return "another process"
 
     def is_locked(self) -> bool:
         """True while a process trains here."""
@@ -332,6 +353,12 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/overnight`, or `~/.cache/overnight`; not created here."""
+    """`$XDG_CACHE_HOME/overnight`, or `~/.cache/overnight`; not created here.
+
+    A user without a home has one in the folder for temporary files.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "overnight"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "overnight"
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), f"overnight-{os.getuid()}")
