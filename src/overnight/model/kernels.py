@@ -210,16 +210,16 @@ def _blocks(length: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + QUERIES, length)) for start in range(0, length, QUERIES))
 
 
-def _split(weights: Tensor, rows: int, length: int) -> list[Tensor]:
-    """The (N, Q, S) weights of each block, as views of one flat tensor."""
-    sizes = [rows * (end - start) * end for start, end in _blocks(length)]
-    shapes = [(rows, end - start, end) for start, end in _blocks(length)]
-    return [part.view(shape) for part, shape in zip(torch.split(weights, sizes), shapes, strict=True)]
-
-
 def _count(rows: int, length: int) -> int:
     """Attention weights of all blocks."""
     return sum(rows * (end - start) * end for start, end in _blocks(length))
+
+
+def _split(weights: Tensor, rows: int, length: int) -> Iterator[tuple[int, int, Tensor]]:
+    """First query, end and weights (N, Q, S) of each block; the weights are views of one flat tensor."""
+    for start, end in _blocks(length):
+        before, shape = _count(rows, start), (rows, end - start, end)
+        yield start, end, weights[before : before + math.prod(shape)].view(shape)
 
 
 @torch.library.custom_op("overnight::attend_in_blocks", mutates_args=())
@@ -227,7 +227,7 @@ def _block_attention(q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor) -> tuple[Tenso
     """The mixed values (N, T, D), and all weights, flat. The queries are scaled already."""
     rows, length, _ = q_NTD.shape
     mixed_NTD, weights = torch.empty_like(q_NTD), q_NTD.new_empty(_count(rows, length))
-    for (start, end), weights_NQS in zip(_blocks(length), _split(weights, rows, length), strict=True):
+    for start, end, weights_NQS in _split(weights, rows, length):
         scores_NQS = torch.bmm(q_NTD[:, start:end], k_NTD[:, :end].transpose(1, 2))
         scores_NQS[:, :, start:] += _causal_bias(end - start, scores_NQS.dtype)
         torch.softmax(scores_NQS, dim=-1, out=weights_NQS)
@@ -254,7 +254,7 @@ def _block_attention_backward(
     rows, length, _ = q_NTD.shape
     dq_NTD = torch.empty_like(q_NTD)
     dk_NTD, dv_NTD = (torch.zeros_like(k_NTD, dtype=torch.float32) for _ in range(2))
-    for (start, end), weights_NQS in zip(_blocks(length), _split(weights, rows, length), strict=True):
+    for start, end, weights_NQS in _split(weights, rows, length):
         grad_NQD = grad_NTD[:, start:end]
         dv_NTD[:, :end] += torch.bmm(weights_NQS.transpose(1, 2), grad_NQD)
         grad_NQS = torch.bmm(grad_NQD, v_NTD[:, :end].transpose(1, 2))
