@@ -181,6 +181,9 @@ def _run(words: list[str]) -> int:
         from overnight.config import nearest
 
         raise ValueError(f"there is no command {name}{nearest(name, COMMANDS)}")
+    if name in OF_RECIPES and not rest:
+        print(_recipes(name))
+        return WRONG_USE
     if name == "train":
         return _train(rest)
     return _run_on_recipe(name, rest) if name in OF_RECIPES else _call(name, rest)
@@ -203,7 +206,7 @@ def _call(name: str, rest: list[str]) -> int:
 
     If it asks for several processes, each of them parses the options again.
     """
-    from overnight.config import from_arguments
+    from overnight.options import from_arguments
 
     asked = from_arguments(_options_of(name), rest, prog=f"overnight {name}", about=_about(name))
     command = _command_module(name)
@@ -251,15 +254,17 @@ def _read_recipe(
 
     With `default` there is no name, and the options change the default.
     """
-    from overnight.config import from_arguments
-    from overnight.recipe import Recipe, load_recipe, recipe_names, with_settings
+    from overnight.options import from_arguments
+    from overnight.recipe import Recipe, load_recipe, with_settings
 
     name, words = "RECIPE", rest
     if default is None and words and not words[0].startswith("-"):
         name, *words = words
         default = load_recipe(name)
     elif default is None and not {"-h", "--help"} & {*words}:
-        raise ValueError(f"overnight {command} needs a recipe: {', '.join(recipe_names())}, or a .toml file")
+        raise ValueError(
+            f"overnight {command} needs a recipe before its options; `overnight {command}` lists them"
+        )
     default = default or Recipe(run_name=name)
     given = {word.partition("=")[0].replace("_", "-") for word in words}
     if given & {"--total-tokens", "--total-steps"}:  # the length can be given in two ways
@@ -279,6 +284,24 @@ def _take_resumed(words: list[str]) -> str | None:
                 raise ValueError("overnight train --resume needs a run")
             return value if equals else words.pop(index)
     return None
+
+
+def _recipes(name: str) -> str:
+    """The recipes that come with the package, in a line each."""
+    from overnight.recipe import describe_recipes
+
+    described = describe_recipes()
+    width = max(map(len, described))
+    return "\n".join(
+        [
+            f"usage: overnight {name} RECIPE [OPTIONS]    (a recipe of this list, or a .toml file)",
+            "",
+            *(f"  {recipe:<{width}}  {about}"[:80] for recipe, about in described.items()),
+            "",
+            "`overnight plan RECIPE` tells how large it is, and how long it takes here.",
+            "Begin with: quickstart, or shakespeare-char-cpu; the others need a GPU.",
+        ]
+    )
 
 
 def _about(name: str) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from overnight.config import from_arguments, from_toml
+from overnight.config import from_toml
 from overnight.data import DataConfig, MixtureSource
 from overnight.evaluation import EvaluateConfig
 from overnight.evaluation import command as evaluation_command
+from overnight.options import from_arguments
 from overnight.planning.estimate import find_token_counts
 from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
