@@ -6,6 +6,7 @@ A command is a folder: its options are a dataclass in the folder's `__init__`, w
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import sys
@@ -126,18 +127,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"overnight: {error.strerror or error}{where}; fix that and repeat the command; "
-            "a run continues with --resume",
-            file=sys.stderr,
+        _print_error(
+            f"{error.strerror or error}{where}; fix that and repeat the command; "
+            "a run continues with --resume"
         )
         # A process that ends because others have ended is not the one that failed.
         return launcher.LOST if isinstance(error, launcher.PeerLostError) else FAILED
     except FloatingPointError as error:  # NaN or infinity in the model
-        print(f"overnight: {error}", file=sys.stderr)
+        _print_error(str(error))
         return FAILED
     except KeyboardInterrupt:
-        print("overnight: interrupted", file=sys.stderr)
+        _print_error("interrupted")
         return INTERRUPTED
 
 
@@ -145,6 +145,7 @@ def _prepare_process(words: list[str]) -> None:
     """Set what must be set before torch is imported; a command that trains may start again."""
     from overnight.run_directory import cache_folder
 
+    launcher.open_missing_streams()
     launcher.keep_compiled_code(cache_folder() / "compiled")
     if words and words[0] in TRAINING and not {"-h", "--help"} & {*words}:
         launcher.restart_with_large_pages(words)
@@ -156,8 +157,13 @@ def _refuse(error: ValueError) -> int:
     if is_shared and not launcher.is_main_process():
         time.sleep(SECONDS_TO_PRINT)  # the launcher ends all processes as soon as one has ended
     else:
-        print(f"overnight: {error}", file=sys.stderr)
+        _print_error(str(error))
     return DONE if is_shared and launcher.record_usage_error() else WRONG_USE
+
+
+def _print_error(sentence: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may listen
+        print(f"overnight: {sentence}", file=sys.stderr, flush=True)
 
 
 def _run(words: list[str]) -> int:
@@ -175,6 +181,9 @@ def _run(words: list[str]) -> int:
         from overnight.config import nearest
 
         raise ValueError(f"there is no command {name}{nearest(name, COMMANDS)}")
+    if name in OF_RECIPES and not rest:
+        print(_recipes(name))
+        return WRONG_USE
     if name == "train":
         return _train(rest)
     return _run_on_recipe(name, rest) if name in OF_RECIPES else _call(name, rest)
@@ -197,7 +206,7 @@ def _call(name: str, rest: list[str]) -> int:
 
     If it asks for several processes, each of them parses the options again.
     """
-    from overnight.config import from_arguments
+    from overnight.options import from_arguments
 
     asked = from_arguments(_options_of(name), rest, prog=f"overnight {name}", about=_about(name))
     command = _command_module(name)
@@ -245,15 +254,17 @@ def _read_recipe(
 
     With `default` there is no name, and the options change the default.
     """
-    from overnight.config import from_arguments
-    from overnight.recipe import Recipe, load_recipe, recipe_names, with_settings
+    from overnight.options import from_arguments
+    from overnight.recipe import Recipe, load_recipe, with_settings
 
     name, words = "RECIPE", rest
     if default is None and words and not words[0].startswith("-"):
         name, *words = words
         default = load_recipe(name)
     elif default is None and not {"-h", "--help"} & {*words}:
-        raise ValueError(f"overnight {command} needs a recipe: {', '.join(recipe_names())}, or a .toml file")
+        raise ValueError(
+            f"overnight {command} needs a recipe before its options; `overnight {command}` lists them"
+        )
     default = default or Recipe(run_name=name)
     given = {word.partition("=")[0].replace("_", "-") for word in words}
     if given & {"--total-tokens", "--total-steps"}:  # the length can be given in two ways
@@ -273,6 +284,24 @@ def _take_resumed(words: list[str]) -> str | None:
                 raise ValueError("overnight train --resume needs a run")
             return value if equals else words.pop(index)
     return None
+
+
+def _recipes(name: str) -> str:
+    """The recipes that come with the package, in a line each."""
+    from overnight.recipe import describe_recipes
+
+    described = describe_recipes()
+    width = max(map(len, described))
+    return "\n".join(
+        [
+            f"usage: overnight {name} RECIPE [OPTIONS]    (a recipe of this list, or a .toml file)",
+            "",
+            *(f"  {recipe:<{width}}  {about}"[:80] for recipe, about in described.items()),
+            "",
+            "`overnight plan RECIPE` tells how large it is, and how long it takes here.",
+            "Begin with: quickstart, or shakespeare-char-cpu; the others need a GPU.",
+        ]
+    )
 
 
 def _about(name: str) -> str:

@@ -1,27 +1,21 @@
-"""Configurations: a dataclass, read from and written to TOML, and read from command-line options.
+"""Configurations: a dataclass, read from TOML and written to it. Command-line options are in options.py.
 
 A recipe is a dataclass whose fields are values or sections; a section is a dataclass of values. In TOML a
-section is a table, and `"off"` is None. On the command line all names are flat, and unique over the whole
-recipe: `--n_layer=4` and `--n-layer 4` both set `[model] n_layer`. A value may be a list of records,
-dataclasses of plain values: `[{path = "a", weight = 2}]` in TOML, `a=2` on the command line.
+section is a table, and `"off"` is None. A value may be a list of records, dataclasses of plain values:
+`[{path = "a", weight = 2}]`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import io
 import json
 import re
-import sys
 import tomllib
 import types
 import typing
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import tyro
 
 from overnight.renamed import renamed_settings
 
@@ -212,110 +206,3 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
-
-
-def from_arguments(
-    cls: type[Config], arguments: Sequence[str], *, prog: str, about: str, default: Config | None = None
-) -> Config:
-    """Read command-line options over `default`. Raises ValueError, one sentence; --help prints and exits."""
-    given, arguments = arguments, renamed_settings(cls).options(arguments)
-    for word, now in zip(given, arguments, strict=True):
-        if word != now:
-            sys.stderr.write(f"overnight: {word} is now spelled {now}\n")
-    is_on = _switches(cls, default)
-    known = {*flat_names(cls), *(f"no_{name}" for name in is_on)}
-    for argument in arguments:
-        name = argument.removeprefix("--").split("=")[0].replace("-", "_")
-        if argument.startswith("--") and name and name not in {*known, "help"}:
-            written = {option.replace("_", "-") for option in known}
-            raise ValueError(
-                f"{prog} has no option {argument.split('=')[0]}{nearest(name.replace('_', '-'), written)}"
-            )
-    # tyro knows only the form of a switch that changes its default, which is all that --help needs to show.
-    already = {f"__{name}" if value else f"__no_{name}" for name, value in is_on.items()}
-    arguments = [word for word in arguments if word.replace("-", "_") not in already]
-    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            options: dict[str, Any] = {"prog": prog, "description": about, "config": markers}
-            if default is not None:
-                options["default"] = default
-            read: Config = tyro.cli(cls, args=arguments, registry=_records_as_words(cls), **options)
-            return read
-    except _WordError as wrong:
-        raise ValueError(f"{wrong} (see {prog} --help)") from None
-    except SystemExit as stopped:
-        if not stopped.code:
-            raise
-        raise ValueError(f"{_first_sentence(complaint.getvalue())} (see {prog} --help)") from None
-
-
-def _switches(cls: type, default: Any) -> dict[str, bool]:
-    """Every boolean option and its default."""
-    top, kinds, found = field_types(cls), flat_types(cls), {}
-    for name, section in flat_names(cls).items():
-        if kinds[name] is bool:
-            part = getattr(default, section, top[section]) if section else default or cls
-            found[name] = bool(getattr(part, name))
-    return found
-
-
-def _records_as_words(cls: type) -> Any:
-    """A tyro registry that reads a record from one word: its values in order, joined by `=`."""
-    records = {record_kind(kind) for kind in flat_types(cls).values()}
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def rule(found: Any) -> Any:
-        if found.type not in records:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="=".join(field_types(found.type)).upper(),
-            instance_from_str=lambda words: _record_from_word(found.type, words[0]),
-            is_instance=lambda value: isinstance(value, found.type),
-            str_from_instance=lambda value: [_as_word(value)],
-        )
-
-    return registry
-
-
-class _WordError(Exception):
-    """Not a valid record. Not a ValueError: tyro replaces the message of those."""
-
-
-def _record_from_word(record: type, word: str) -> Any:
-    """The record of PATH=WEIGHT, say. Only the first value may contain `=`."""
-    kinds = field_types(record)
-    values = word.rsplit("=", len(kinds) - 1)
-    try:
-        pairs = zip(kinds.items(), values, strict=True)
-        return record(**{name: kind(value) for (name, kind), value in pairs})
-    except ValueError:
-        raise _WordError(f"{word!r} should be {'='.join(kinds).upper()}") from None
-
-
-def _first_sentence(box: str) -> str:
-    """The text of a framed message of tyro before its first horizontal line."""
-    words = []
-    for line in box.splitlines()[1:]:
-        if line.strip("│ ").startswith(("─", "╰")):
-            break
-        words.append(line.strip("│ "))
-    return " ".join(words)
-
-
-def as_option(name: str, value: Any, kind: Any) -> list[str]:
-    """One setting of the type `kind` as words of a command line."""
-    option = f"--{name.replace('_', '-')}"
-    if kind is bool:
-        return [option if value else f"--no-{name.replace('_', '-')}"]
-    if isinstance(value, tuple):
-        return [option, *map(_as_word, value)]
-    return [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
-
-
-def _as_word(value: Any) -> str:
-    """An item of a list; a record is its values, joined by `=`."""
-    return "=".join(map(str, vars(value).values())) if is_section(value) else str(value)

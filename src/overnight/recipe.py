@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from importlib import resources
@@ -11,9 +12,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from overnight.config import as_option, flat_names, flat_types, from_toml, nearest, parse_duration
+from overnight.config import flat_names, flat_types, from_toml, nearest, parse_duration
 from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
+from overnight.options import as_option
 from overnight.renamed import RENAMED_SETTINGS, Renamed
 from overnight.run_directory import RunDirectory
 from overnight.trackers import find_problems
@@ -233,6 +235,14 @@ def recipe_names() -> list[str]:
     return sorted(
         entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
     )
+
+
+def describe_recipes() -> dict[str, str]:
+    """What each recipe trains, from the beginning of its first comment."""
+    folder = resources.files("overnight") / "recipes"
+    texts = {name: (folder / f"{name}.toml").read_text(encoding="utf-8") for name in recipe_names()}
+    comments = {name: " ".join(re.findall(r"^# ?(.*)", text, re.MULTILINE)) for name, text in texts.items()}
+    return {name: re.split(r"[:;(.]\s|, with|\s\(", comment)[0] for name, comment in comments.items()}
 
 
 def load_recipe(name: str) -> Recipe:

@@ -10,6 +10,8 @@
       tokenizer/         the tokenizer of its ids
       report.html        written by `overnight report`
       ended.json         the step and the reason of its end; absent while it trains, or if it was killed
+      record.json        length and digest of these files, by which a change is noticed
+      unprinted.log      what could not be printed, because the terminal was closed or the disk was full
       .lock              held by the process that trains here
 
 Whole files are replaced atomically. Line files only grow, except on resuming: then the lines after the
@@ -19,11 +21,15 @@ that are not finite are null, for instance the gradients' norm after an overflow
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
+import socket
+import stat
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +39,7 @@ from filelock import FileLock, Timeout
 
 EVENTS = ("evaluations", "samples", "tasks", "rollbacks")
 LINE_FILES = ("metrics.jsonl", *(f"events/{kind}.jsonl" for kind in EVENTS))
+WHOLE_FILES = ("recipe.toml", "environment.json", "data.json", "ended.json", "compression.json")
 FIRST_LINE = "# These are {} lines."  # of recipe.toml; detects a truncated file
 FROM_A_COPY = "restore it from a copy of the run, or start again with another --run-name"
 
@@ -41,18 +48,25 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content`: after a crash, and for any reader, it is the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:  # with the rights that the umask leaves, unlike tempfile's
             file.write(data)
             file.flush()  # fsync does not see Python's own buffer
             flush_to_disk(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp creates private files; a run is not private
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file that a library has created as private the rights of any new file."""
+    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    probe.touch()
+    path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    probe.unlink()
 
 
 def flush_to_disk(descriptor: int) -> None:
@@ -82,6 +96,10 @@ class RunDirectory:
         self.tokenizer = self.path / "tokenizer"
         self.report = self.path / "report.html"
         self.ended = self.path / "ended.json"
+        self.compression = self.path / "compression.json"
+        self.record = self.path / "record.json"
+        self.unprinted = self.path / "unprinted.log"
+        self.holder = self.path / ".holder"
 
     def exists(self) -> bool:
         """True if a run was started here, even if its recipe is missing."""
@@ -90,9 +108,10 @@ class RunDirectory:
     def begin(self, recipe: str, environment: Mapping[str, Any]) -> None:
         """Write the recipe and the environment. The recipe is written last: with it the run exists."""
         self._make()
-        self.ended.unlink(missing_ok=True)
-        write_atomically(self.environment, json.dumps(environment, indent=2) + "\n")
-        write_atomically(self.recipe, FIRST_LINE.format(recipe.count("\n") + 1) + "\n" + recipe)
+        with self._recorded():
+            self.ended.unlink(missing_ok=True)
+            write_atomically(self.environment, json.dumps(environment, indent=2) + "\n")
+            write_atomically(self.recipe, FIRST_LINE.format(recipe.count("\n") + 1) + "\n" + recipe)
 
     def read_recipe(self) -> str:
         """The text of recipe.toml. Raises ValueError if it is missing or truncated.
@@ -129,10 +148,59 @@ class RunDirectory:
                 raise ValueError(f"{path} is damaged: {FROM_A_COPY}")
         for name in LINE_FILES:
             _read_lines(self.path / name)
+        if problems := self.problems():
+            raise ValueError(f"{problems[0]}: {FROM_A_COPY}")
+
+    def problems(self) -> list[str]:
+        """What is missing from the run's files or was changed since, one sentence each; [] if nothing.
+
+        Lines after the last recorded one are those of a run that trains, or that was killed. A run without
+        record.json (begun by an older version, or killed while it was replaced) must have a line for each
+        step of its checkpoints.
+        """
+        try:
+            recorded = json.loads(self.record.read_text(encoding="utf-8"))
+            changed = [name for name, digest in recorded.items() if not self._is_recorded(name, digest)]
+        except FileNotFoundError:
+            return self._missing_steps()
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return [f"{self.record} is damaged"]
+        return [f"{self.path / name} is not as the run wrote it" for name in changed]
+
+    def _missing_steps(self) -> list[str]:
+        """As `problems`, by the steps of the metrics and of the newest checkpoint alone."""
+        saved = sorted(path.name for path in self.checkpoints.glob("step-" + "[0-9]" * 8))
+        needed = int(saved[-1].removeprefix("step-")) if saved else 0
+        try:
+            steps = [line["step"] for line in self.read_metrics()]
+        except ValueError as error:
+            return [str(error)]
+        if steps == list(range(1, max(needed, len(steps)) + 1)):
+            return []
+        return [f"{self.metrics} lacks lines of the {max([needed, *steps]):,} steps that are done"]
+
+    def _is_recorded(self, name: str, digest: Mapping[str, Any]) -> bool:
+        return digest == _digest(self.path / name, digest["bytes"] if name in LINE_FILES else None)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Context manager for changes: record.json is absent until they are complete."""
+        if self.record.is_file():
+            self.record.unlink()
+            flush_folder(self.path)
+        yield
+        names = [name for name in (*WHOLE_FILES, *LINE_FILES) if (self.path / name).is_file()]
+        digests = {name: _digest(self.path / name) for name in names}
+        write_atomically(self.record, json.dumps(digests, indent=2) + "\n")
 
     def record_end(self, step: int, reason: str) -> None:
         """Record the step at which the run ended, and the reason."""
-        write_atomically(self.ended, json.dumps({"step": step, "reason": reason}) + "\n")
+        self.write(self.ended, {"step": step, "reason": reason})
+
+    def write(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Write one of the run's JSON files."""
+        with self._recorded():
+            write_atomically(path, json.dumps(content, indent=2) + "\n")
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one step's line; `line` holds its `step`."""
@@ -156,15 +224,15 @@ class RunDirectory:
 
     def rewind(self, step: int) -> None:
         """Remove the lines of steps after `step`; these steps are computed again."""
-        for path in (self.path / name for name in LINE_FILES):
-            if path.is_file():
+        with self._recorded():
+            for path in (self.path / name for name in LINE_FILES if (self.path / name).is_file()):
                 kept = [line for line in _read_lines(path) if line["step"] <= step]
                 write_atomically(path, "".join(map(_to_json, kept)))
 
     def flush(self) -> None:
-        """Flush all metrics and event lines to the disk; called before a checkpoint is published."""
-        for path in (self.path / name for name in LINE_FILES):
-            if path.is_file():
+        """Flush all lines to the disk, and record them; called before a checkpoint is published."""
+        with self._recorded():
+            for path in (self.path / name for name in LINE_FILES if (self.path / name).is_file()):
                 with path.open("rb") as file:
                     flush_to_disk(file.fileno())
                 flush_folder(path.parent)
@@ -181,10 +249,18 @@ class RunDirectory:
             held = FileLock(self.path / ".lock", timeout=1).acquire()
         except Timeout:
             raise ValueError(
-                f"{self.path} is being trained by another process; wait for it, or choose another --run-name"
+                f"{self.path} is being trained by {self._holder()}; wait for it, or choose another --run-name"
             ) from None
         with held:
+            self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
             yield
+            self.holder.unlink(missing_ok=True)
+
+    def _holder(self) -> str:
+        try:
+            return self.holder.read_text(encoding="utf-8").strip() or "another process"
+        except OSError:
+            return "another process"
 
     def is_locked(self) -> bool:
         """True while a process trains here."""
@@ -226,6 +302,12 @@ class RunDirectory:
     def _events(self, kind: str) -> Path:
         assert kind in EVENTS, kind
         return self.path / "events" / f"{kind}.jsonl"
+
+
+def _digest(path: Path, length: int | None = None) -> dict[str, Any]:
+    """Length and sha256 of the first `length` bytes of a file, or of all; of none if there is no file."""
+    content = path.read_bytes()[:length] if path.is_file() else b""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
@@ -271,6 +353,12 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/overnight`, or `~/.cache/overnight`; not created here."""
+    """`$XDG_CACHE_HOME/overnight`, or `~/.cache/overnight`; not created here.
+
+    A user without a home has one in the folder for temporary files.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "overnight"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "overnight"
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), f"overnight-{os.getuid()}")

@@ -9,18 +9,36 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.text import Text
+
+_unprinted: deque[str] = deque(maxlen=10_000)
+"""Lines that could not be printed, until `keep_unprinted` writes them."""
 
 
 def echo(text: str = "") -> None:
-    """Print one plain line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Print one plain line to stderr. If that fails (a closed terminal, a full disk) the line is kept."""
+    try:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError, RuntimeError):  # failed, closed, None, or within a signal
+        _unprinted.append(text)
+
+
+def keep_unprinted(path: Path) -> None:
+    """Append the lines that could not be printed to a file, if there are any and it can be written."""
+    if not _unprinted:
+        return
+    with suppress(OSError), path.open("a", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in _unprinted))
+        _unprinted.clear()
 
 
 @contextmanager
@@ -42,14 +60,14 @@ def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callab
     """
     started_at = time.perf_counter()
     done, last_note = 0.0, "nothing"
-    if not sys.stderr.isatty():
+    if not _is_terminal():
 
         def count(amount: float = 1, note: str = "") -> None:
             nonlocal done, last_note
             done, last_note = done + amount, note
 
         yield count
-        what = f"{done:,.0f} {unit}" if unit else last_note
+        what = f"{_amount(done)} {unit}" if unit else last_note
         echo(f"{title}: {what} in {time.perf_counter() - started_at:.1f} s".replace("  ", " "))
         return
 
@@ -62,21 +80,64 @@ def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callab
         yield advance
 
 
+def _amount(number: float) -> str:
+    """A count, or a measure of less than ten with a decimal: 0.3 MB is not nothing."""
+    return f"{number:,.0f}" if number >= 10 or number == round(number) else f"{number:.1f}"
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (ValueError, AttributeError):  # closed
+        return False
+
+
+class _Forgiving:
+    """A stream without its errors: a terminal that was closed must not stop a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
 def _live_bar(unit: str) -> Progress:
     class Rate(ProgressColumn):
         """Units finished, and units per second."""
 
         def render(self, task: Task) -> Text:
-            rate = f" {task.speed:,.0f}/s" if task.speed else ""
-            return Text(f"{task.completed:,.0f} {unit}{rate}" if unit else "")
+            rate = f" {_amount(task.speed)}/s" if task.speed else ""
+            return Text(f"{_amount(task.completed)} {unit}{rate}" if unit else "")
+
+    class Time(ProgressColumn):
+        """The time left; at the end the time spent."""
+
+        def render(self, task: Task) -> Text:
+            if task.finished:
+                return Text(f"in {duration(task.finished_time or 0)}")
+            left = task.time_remaining
+            return Text("" if left is None else f"{duration(left)} left")
 
     return Progress(
-        TextColumn("{task.description:<14}"),
-        BarColumn(bar_width=20),
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=12),
+        TaskProgressColumn(),
         Rate(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        Time(),
         TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
+        console=Console(file=cast(TextIO, _Forgiving(sys.stderr))),
     )
 
 

@@ -28,6 +28,7 @@ from faults_environments import measure_environments
 from faults_kills import measure_kills, measure_starts
 from faults_long import measure_leaks, measure_rows
 from faults_preparation import measure_preparation
+from faults_record import measure_record
 from faults_signals import measure_signals
 from faults_stops import measure_stops
 from faults_trials import Place, prepare_place
@@ -36,6 +37,7 @@ from report import Report, run_plainly
 Measure = Callable[[Place, dict[str, Any], int], Report]
 PARTS: dict[str, tuple[Measure, dict[str, Any], dict[str, Any]]] = {
     "corruption": (measure_corruption, {"flips": 1000, "damages": 200}, {"flips": 30, "damages": 12}),
+    "record": (measure_record, {"changes_of_files": 500}, {"changes_of_files": 20}),
     "fallback": (measure_fallback, {"fallbacks": 200}, {"fallbacks": 3}),
     "crashes": (
         measure_crashes,

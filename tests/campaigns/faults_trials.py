@@ -161,7 +161,7 @@ def warm_up() -> None:
     """Once, what each command would do anew: import, and learn what options there are."""
     for name in SLOW_IMPORTS:
         importlib.import_module(name)
-    from overnight.config import from_arguments
+    from overnight.options import from_arguments
     from overnight.recipe import Recipe
 
     from_arguments(Recipe, ["--seed", "1"], prog="", about="", default=Recipe(run_name="small"))

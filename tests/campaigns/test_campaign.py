@@ -13,10 +13,21 @@ import pytest
 
 HERE = Path(__file__).parent
 FULL = (
-    *("stops", "rows", "kills", "crashes", "resumes", "errors", "corruption", "fallback", "environments"),
+    *("stops", "rows", "kills", "crashes", "resumes", "errors", "corruption", "record", "fallback"),
+    "environments",
     *("background", "starts", "signals", "preparation", "leaks"),
 )
-QUICK = ["corruption", "fallback", "crashes", "errors", "background", "starts", "signals", "environments"]
+QUICK = [
+    "corruption",
+    "record",
+    "fallback",
+    "crashes",
+    "errors",
+    "background",
+    "starts",
+    "signals",
+    "environments",
+]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="descriptors get their names from /proc")
 

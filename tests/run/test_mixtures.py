@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 
-from overnight.config import from_arguments, from_toml
+from overnight.config import from_toml
 from overnight.data import DataConfig, MixtureSource
 from overnight.data.shards import read_manifest
+from overnight.options import from_arguments
 from overnight.planning.estimate import find_token_counts
 from overnight.recipe import Recipe, with_settings
 from overnight.run.train import train_recipe

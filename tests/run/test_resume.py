@@ -110,6 +110,8 @@ def test_runs_tells_what_stopped_a_run(recipe, train_until, capsys):
     runs_command.run(runs_command.RunsConfig(folder=str(directory.path)))
     assert f"overnight train --resume {directory.path}\n" in capsys.readouterr().err
     directory.ended.write_text("{")
+    assert describe_run(directory.path).state == "damaged"
+    directory.record.unlink()
     assert "kill" in describe_run(directory.path).ended_by
 
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from overnight.config import (
     flat_names,
-    from_arguments,
     from_toml,
     parse_duration,
     to_toml,
 )
+from overnight.options import from_arguments
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from overnight.config import flat_names, from_arguments, from_toml, to_toml
+from overnight.config import flat_names, from_toml, to_toml
+from overnight.options import from_arguments
 from overnight.recipe import Recipe, flatten, incompatible_settings, load_recipe, recipe_names
 from overnight.training.schedule import ScheduleConfig
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from overnight.cli import main
-from overnight.config import field_types, flat_names, from_arguments, from_toml
+from overnight.config import field_types, flat_names, from_toml
 from overnight.data import DataConfig
+from overnight.options import from_arguments
 from overnight.recipe import (
     RESUME_MUTABLE,
     Recipe,

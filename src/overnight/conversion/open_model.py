@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,16 +88,27 @@ def _open_folder(folder: Path) -> OpenedModel:
 
 def _with_tokenizer(model: GPT, checkpoint: Path, run: Path) -> OpenedModel:
     """The model of a checkpoint, with the tokenizer of its run."""
-    tokenizer = RunDirectory(run).tokenizer
-    if not tokenizer.is_dir():
-        raise ValueError(f"{checkpoint} needs its run's tokenizer, but there is no {tokenizer}")
+    folder = RunDirectory(run).tokenizer
+    if not folder.is_dir():
+        raise ValueError(f"{checkpoint} needs its run's tokenizer, but there is no {folder}")
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.fingerprint not in (_trained_with(run) or {tokenizer.fingerprint}):
+        raise ValueError(f"{folder} is not the tokenizer that {run} was trained with: restore it from a copy")
     return OpenedModel(
         model=model,
-        tokenizer=load_tokenizer(tokenizer),
+        tokenizer=tokenizer,
         origin=checkpoint,
-        tokenizer_folder=tokenizer,
+        tokenizer_folder=folder,
         run=run if RunDirectory(run).exists() else None,
     )
+
+
+def _trained_with(run: Path) -> set[str]:
+    """The fingerprints of the tokenizers in data.json, one for each source; empty without the file."""
+    path = RunDirectory(run).data
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    sources = [data, *(value for value in data.values() if isinstance(value, dict))]
+    return {source["tokenizer_fingerprint"] for source in sources if "tokenizer_fingerprint" in source}
 
 
 def _open_huggingface(folder: Path) -> OpenedModel:

@@ -23,11 +23,11 @@ class DataConfig:
     """The text to train on, and its tokenizer."""
 
     data: str = "python-docs"
-    """A named source, a file or folder of text, or a folder that `overnight prepare` wrote, here or at a URL
-    (s3://bucket/folder)."""
+    """A named source, a file or folder of text, or a folder that `overnight prepare` wrote, here or at
+    a URL (s3://bucket/folder)."""
     mixture: tuple[MixtureSource, ...] = ()
-    """Instead of `data`: several, mixed by weight. [{path = "data/a", weight = 0.7}, ...] in a recipe,
-    --mixture data/a=0.7 data/b=0.3 here."""
+    """Instead of `data`: several, mixed by weight. [{path = "data/a", weight = 0.7}, ...] in a
+    recipe, --mixture data/a=0.7 data/b=0.3 here."""
     cache_bytes: int | None = None
     """Size of the local cache of shards at URLs; the least recently used are deleted. All if left out."""
     tokenizer: str = "gpt2"

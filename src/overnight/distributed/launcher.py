@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,25 +41,33 @@ class LauncherEnv:
 
 
 def read_launcher_env(environment: Mapping[str, str]) -> LauncherEnv | None:
-    """Read what torchrun or srun has set in `environment`; None for a process started without them."""
+    """Read what torchrun or srun has set in `environment`; None for a process started without them.
+
+    Raises ValueError if only some of the variables are set, or one is not a number.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    missing = [name for name in names if name not in environment]
-    if not missing:
-        rank, size, local_rank, local_size = (int(environment[name]) for name in names)
+    if all(name in environment for name in names) or _number(environment, "WORLD_SIZE", "1") > 1:
+        rank, size, local_rank, local_size = (_number(environment, name) for name in names)
         return LauncherEnv(rank, size, local_rank, local_size, None)
-    if int(environment.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"WORLD_SIZE is set and {missing[0]} is not: start with torchrun, or unset it")
-    size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    size = _number(environment, "SLURM_STEP_NUM_TASKS", "1")
     if size == 1:
         return None
-    tasks = re.match(r"[0-9]+", environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
-    assert tasks is not None
+    tasks = _number(environment, "SLURM_STEP_TASKS_PER_NODE", str(size))
+    rank, local_rank = (_number(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
     host = _first_host(environment.get("SLURM_STEP_NODELIST", "localhost"))
-    port = environment.get("MASTER_PORT") or str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000)
-    rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
-    return LauncherEnv(
-        rank, size, local_rank, int(tasks[0]), f"{environment.get('MASTER_ADDR', host)}:{port}"
-    )
+    port = environment.get("MASTER_PORT") or str(20_000 + _number(environment, "SLURM_JOB_ID", "0") % 20_000)
+    return LauncherEnv(rank, size, local_rank, tasks, f"{environment.get('MASTER_ADDR', host)}:{port}")
+
+
+def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    """A variable's number; of Slurm's 2(x3) the first one."""
+    value = environment.get(name, default)
+    if (number := re.fullmatch(r"([0-9]+)(\(x[0-9]+\))?(,.*)?", value)) is None:
+        state = f"{value!r}, which is not a number" if value else "not set, though others of its launcher are"
+        raise ValueError(
+            f"the environment variable {name} is {state}: start with torchrun or srun, or unset it"
+        )
+    return int(number[1])
 
 
 def _first_host(nodes: str) -> str:
@@ -67,14 +78,34 @@ def _first_host(nodes: str) -> str:
 
 
 def is_launched() -> bool:
-    """True in a process that a launcher has started."""
-    return read_launcher_env(os.environ) is not None
+    """True in a process that a launcher has started; False if its variables are set only in part."""
+    return _launcher_env() is not None
 
 
 def is_main_process() -> bool:
     """True in a single process, and in the first of several."""
-    env = read_launcher_env(os.environ)
+    env = _launcher_env()
     return env is None or env.rank == 0
+
+
+def _launcher_env() -> LauncherEnv | None:
+    try:
+        return read_launcher_env(os.environ)
+    except ValueError:  # reported by the commands that run in several processes
+        return None
+
+
+def stop_without_parent() -> None:
+    """In a process of a launcher: get SIGTERM as soon as the launcher has died, so that the run is saved."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if is_launched():
+        daemon_thread(watch)
 
 
 def create_usage_error_file(file: Path) -> None:
@@ -103,11 +134,35 @@ def exit_process(status: int) -> NoReturn:
     In a few of a hundred runs torch's communication threads crashed a process during finalization, after
     its work was done, and the launcher reported a failure.
     """
-    if is_launched() or any(thread.name == DAEMON for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    streams_are_open = all([_flush(name) for name in ("stdout", "stderr")])
+    if (
+        not streams_are_open
+        or is_launched()
+        or any(thread.name == DAEMON for thread in threading.enumerate())
+    ):
         os._exit(status)
     sys.exit(status)
+
+
+def _flush(name: str) -> bool:
+    """False if the stream can't be written to; Python's finalization would then change the exit status."""
+    try:
+        if (stream := getattr(sys, name)) is not None:
+            stream.flush()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def open_missing_streams() -> None:
+    """Open closed standard streams on /dev/null: the next file to be opened would take their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def count_restarts() -> int:
@@ -169,9 +224,17 @@ def restart_with_large_pages(arguments: Sequence[str]) -> None:
 def keep_compiled_code(folder: Path) -> None:
     """Let torch.compile keep its cache in `folder` instead of the temporary folder, unless the user set one.
 
-    A later run with the same shapes then starts in seconds.
+    A later run with the same shapes then starts in seconds. Where `folder` can't be written to, a folder for
+    temporary files is used.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    try:
+        is_writable = os.access(next(path for path in (folder, *folder.parents) if path.exists()), os.W_OK)
+    except OSError:
+        is_writable = False
+    temporary = Path(tempfile.gettempdir(), f"overnight-{os.getuid()}", "compiled")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder if is_writable else temporary)
 
 
 def environment_of_process(*, large_pages: bool) -> dict[str, str]:

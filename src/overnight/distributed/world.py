@@ -19,6 +19,8 @@ from overnight.distributed.launcher import (
     LauncherEnv,
     PeerLostError,
     count_cores,
+    is_launched,
+    is_main_process,
     read_launcher_env,
 )
 
@@ -141,8 +143,7 @@ def open_world(device: str | None) -> World:
     torch computes with one thread for each core, unless OMP_NUM_THREADS is set. Raises ValueError for a
     device that this machine lacks, and under a launcher that starts several processes.
     """
-    env = read_launcher_env(os.environ)
-    if env is not None and env.size > 1:
+    if is_launched() and not is_main_process():
         raise ValueError(
             "only `overnight train` and `evaluate` run in several processes: start this without torchrun"
         )

@@ -6,9 +6,10 @@ import re
 import sysconfig
 from pathlib import Path
 
-from overnight.config import as_option, field_types, raise_problems
+from overnight.config import field_types, raise_problems
 from overnight.jobs import LaunchConfig
 from overnight.jobs.targets import JobRequest, job_file, join_words, submit_command
+from overnight.options import as_option
 from overnight.preparation.prepare_commands import find_recipe_texts, with_folders
 from overnight.recipe import Recipe, changed_options, load_recipe, plain_recipe, recipe_names
 from overnight.run_directory import write_atomically

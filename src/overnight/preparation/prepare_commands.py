@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from overnight.config import as_option
 from overnight.data import DataConfig, MixtureSource
+from overnight.options import as_option
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.preparation.sources import NAMED_SOURCES
 from overnight.recipe import Recipe, with_settings

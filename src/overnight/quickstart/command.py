@@ -21,7 +21,7 @@ from overnight.report.page import write_report
 from overnight.report.plots import check_matplotlib
 from overnight.run.resume import load_resumed
 from overnight.run.train import train_recipe
-from overnight.run_directory import RunDirectory, write_atomically
+from overnight.run_directory import RunDirectory
 from overnight.runs.status import describe_run
 from overnight.terminal import echo, progress
 
@@ -67,15 +67,14 @@ def _train(recipe: Recipe, directory: RunDirectory) -> None:
 
 def _compress(recipe: Recipe, directory: RunDirectory) -> dict[str, float]:
     """Bits per byte of the validation text for each compressor; measured once, kept in compression.json."""
-    path = directory.path / "compression.json"
+    path = directory.compression
     if not path.is_file():
         dataset = open_one_dataset(ensure_prepared(recipe.data))
         validation_text = dataset.text("validation")
         with progress("compress", 1, "validation split") as advance:
             measured = compressed_bits_per_byte(validation_text, dataset.text("train"))
             advance()
-        content = {"bytes": len(validation_text), "bits_per_byte": measured}
-        write_atomically(path, json.dumps(content, indent=2) + "\n")
+        directory.write(path, {"bytes": len(validation_text), "bits_per_byte": measured})
     bits_per_byte: dict[str, float] = json.loads(path.read_text())["bits_per_byte"]
     return bits_per_byte
 

@@ -128,6 +128,8 @@ def _readable_time(text: str) -> str:
 def _notices(run: RunData) -> Iterator[str]:
     """Warnings about the run's figures: damaged files, losses that are not finite, rollbacks."""
     yield from run.problems
+    if run.status.state == "damaged":
+        yield f"the figures and charts are those of the {run.steps:,} steps that are left"
     broken = run.metrics["step"][~np.isfinite(run.metrics["loss"])]
     if broken.size:
         steps = "step" if broken.size == 1 else "steps"
@@ -172,7 +174,8 @@ def _speed_figures(run: RunData) -> Iterator[tuple[str, str]]:
         if (share := median(metrics[name])) is not None:
             yield f"MFU, median ({label})", f"{share:.1%}"
     if run.training_seconds is not None:
-        yield "spent in training steps", duration(run.training_seconds)
+        steps = "training steps" if run.status.state != "damaged" else "the steps that are left"
+        yield f"spent in {steps}", duration(run.training_seconds)
     if is_finite(run.environment.get("parameters")):
         yield "parameters", short(run.environment["parameters"])
 

@@ -84,10 +84,12 @@ def read_run(path: Path) -> RunData:
         _read_events(events / f"{kind}.jsonl", EVENT_KEYS, problems)
         for kind in ("samples", "tasks", "rollbacks")
     )
-    settings = flat_settings(recipe)
+    status, settings = describe_run(path), flat_settings(recipe)
+    if status.problem and status.problem not in problems:
+        problems.append(status.problem)
     band = find_band(settings, data)
     return RunData(
-        status=describe_run(path),
+        status=status,
         recipe=recipe,
         environment=environment,
         data=data,

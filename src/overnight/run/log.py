@@ -64,6 +64,8 @@ class RunLog:
         # Counted in tokens, so that the estimated time is right during a batch ramp.
         tokens = plan.tokens_before(resolved.total_steps) - plan.tokens_before(self.run.state.step)
         self._advance = self._open.enter_context(progress("train", tokens))
+        if resolved.compute.compile:
+            self._advance(0, "compiling the first step")
         return self
 
     def __exit__(
@@ -118,7 +120,8 @@ class RunLog:
             line |= self._utilization(tokens_per_second / self._peak_flops / self.run.world.size)
         self.directory.append_metrics(line)
         self._track(result.step, line)
-        about = f"step {result.step:,}  loss {result.loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+        step = f"step {result.step:,} of {self.run.resolved.total_steps:,}"
+        about = f"{step}  loss {result.loss:.3f}  {tokens_per_second:,.0f} tokens/s"
         self._advance(result.tokens, about)
 
     def _utilization(self, tokens_per_flop: float) -> dict[str, float]:

@@ -20,7 +20,7 @@ from overnight.recipe import (
 )
 from overnight.run.environment import describe_environment
 from overnight.run.setup import RunSetup
-from overnight.run_directory import RunDirectory, write_atomically
+from overnight.run_directory import RunDirectory
 from overnight.terminal import echo
 from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.training.checkpoint.format import checkpoint_name, discard_checkpoints_after, list_checkpoints
@@ -45,7 +45,7 @@ def load_resumed(path: Path) -> Recipe:
     if every is not None and len(lines) > 2 * every and not any("skipped" in line for line in lines):
         raise ValueError(
             f"{directory.checkpoints} holds no checkpoint, although {len(lines)} steps are done: restore it, "
-            "or start again with another --run-name, or delete metrics.jsonl"
+            "or start again with another --run-name"
         )
     return recipe
 
@@ -164,7 +164,7 @@ def record_start(run: RunSetup, directory: RunDirectory, choices: Mapping[str, s
 def record_data(run: RunSetup, directory: RunDirectory) -> None:
     """Write the facts by which a resumed run recognises its data."""
     if run.world.is_main:
-        write_atomically(directory.data, json.dumps(run.dataset.record(), indent=2) + "\n")
+        directory.write(directory.data, run.dataset.record())
 
 
 # ---------------------------------------------------------------- rollback

@@ -26,11 +26,12 @@ from overnight.run.preflight import check_checkpoint_space
 from overnight.run.resume import begin, check_directory, needs_rollback, record_data, roll_back
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
 from overnight.run_directory import RunDirectory
-from overnight.terminal import echo
+from overnight.terminal import echo, keep_unprinted
 from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.step import train_step
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends USR1 before its time limit
+# Slurm sends USR1 before its time limit, the kernel HUP when a terminal is closed.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def train_recipe(recipe: Recipe, directory: RunDirectory, *, resume: bool = False) -> Resolved:
@@ -57,6 +58,7 @@ def train_recipe(recipe: Recipe, directory: RunDirectory, *, resume: bool = Fals
             with world.raise_together():
                 if world.is_main:
                     held.enter_context(directory.locked())
+                    held.callback(keep_unprinted, directory.unprinted)
                     check_directory(recipe, directory, resume=resume)  # another run may have started since
             begin(run, directory, explain_choices(recipe, run), resume=resume)
             fit(run, directory, tasks)
@@ -126,7 +128,12 @@ class StopConditions:
         # Python allows signal handlers in the main thread only; a run in another thread has none.
         is_main = threading.current_thread() is threading.main_thread()
         numbers = STOP_SIGNALS if is_main else ()
-        self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
+        is_detached = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+        self._handlers = {
+            number: signal.signal(number, self._receive)
+            for number in numbers
+            if not (number == signal.SIGHUP and is_detached)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,6 +143,8 @@ class StopConditions:
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self._signals and not is_launched():
             raise KeyboardInterrupt
+        if not self._signals:
+            echo("stopping after this step, which is saved; a second signal stops at once, unsaved")
         self._signals.append(number)
 
     def is_met(self) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,8 @@ from overnight.runs import FOLDER, RunsConfig
 from overnight.runs.status import RunStatus, describe_run, list_runs
 from overnight.terminal import ago, duration, echo, short
 
+TITLES = ("state", "step", "val loss", "bits/byte", "tokens/s", "written")
+LEFT_OUT_FIRST = ("tokens/s", "bits/byte", "written", "val loss", "step", "state")
 SIGNS = {"above": "↑", "below": "↓", "suspect": "?"}
 COLOURS = {
     "running": "green",
@@ -44,11 +47,12 @@ def run(config: RunsConfig) -> None:
         echo(f"there are no runs in {folder}/ yet")
         echo("next: overnight quickstart")
         return
-    columns = shutil.get_terminal_size().columns  # 80 without a terminal
+    columns = max(20, shutil.get_terminal_size().columns)  # 80 without a terminal
     echo(runs_table(runs, datetime.now(UTC), columns))
     for one in runs:
         for note in _notes(one):
-            echo(f"{one.path}: {note}")
+            lines = textwrap.wrap(f"{one.path}: {note}", columns, subsequent_indent="  ")
+            echo("\n".join(lines))
     # --resume prints the remedy for a damaged run.
     command = "train --resume" if runs[-1].state in {"stopped", "empty", "damaged"} else "report"
     echo(f"next: overnight {command} {runs[-1].path}")
@@ -59,28 +63,45 @@ def _iso_time(time: datetime) -> str:
 
 
 def runs_table(runs: Sequence[RunStatus], now: datetime, columns: int = 80) -> str:
-    """The runs as a table no wider than `columns`; coloured if stderr is a terminal."""
+    """The runs as a table no wider than `columns`; coloured if stderr is a terminal.
+
+    A name identifies its line and is always complete: where there is no room, other columns are left out.
+    """
+    cells = {"run": [Text(run.name, overflow="fold") for run in runs]}
+    cells |= {title: [Text(*_cell(run, title, now)) for run in runs] for title in TITLES}
+    widths = {title: max(len(title), *map(len, texts)) for title, texts in cells.items()}
+    for title in LEFT_OUT_FIRST:
+        if sum(widths.values()) + 2 * (len(widths) - 1) <= columns:
+            break
+        del widths[title], cells[title]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("run")  # the only column that may shrink
-    table.add_column("state", no_wrap=True)
-    for title in ("step", "val loss", "bits/byte", "tokens/s", "written"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for run in runs:
-        loss = f"{run.validation_loss:.4f}" if run.validation_loss is not None else "–"
-        written = ago((now - run.last_written_at).total_seconds()) if run.last_written_at else "–"
-        table.add_row(
-            Text(run.name, no_wrap=True, overflow="ellipsis"),
-            Text(run.state, COLOURS[run.state]),
-            short(run.step) + (f"/{short(run.total_steps)}" if run.total_steps else ""),
-            f"{loss} {SIGNS[run.on_track]}" if run.on_track in SIGNS else loss,
-            f"{run.bits_per_byte:.4f}" if run.bits_per_byte is not None else "–",
-            short(run.tokens_per_second) if run.tokens_per_second is not None else "–",
-            f"{duration(run.seconds_left)} left" if run.seconds_left else written,
-        )
+    for title in cells:
+        is_number = title not in {"run", "state"}
+        table.add_column(title, justify="right" if is_number else "left", no_wrap=title != "run")
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
     console = Console(stderr=True, width=columns, highlight=False)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _cell(run: RunStatus, title: str, now: datetime) -> tuple[str, ...]:
+    """The text of one column, and its colour if it has one."""
+    if title == "state":
+        return run.state, COLOURS[run.state]
+    if title == "step":
+        return (short(run.step) + (f"/{short(run.total_steps)}" if run.total_steps else ""),)
+    if title == "val loss":
+        loss = f"{run.validation_loss:.4f}" if run.validation_loss is not None else "–"
+        return (f"{loss} {SIGNS[run.on_track]}" if run.on_track in SIGNS else loss,)
+    if title == "bits/byte":
+        return (f"{run.bits_per_byte:.4f}" if run.bits_per_byte is not None else "–",)
+    if title == "tokens/s":
+        return (short(run.tokens_per_second) if run.tokens_per_second is not None else "–",)
+    if run.seconds_left:
+        return (f"{duration(run.seconds_left)} left",)
+    return (ago((now - run.last_written_at).total_seconds()) if run.last_written_at else "–",)
 
 
 def _notes(run: RunStatus) -> Iterator[str]:

@@ -97,11 +97,16 @@ def describe_run(path: Path) -> RunStatus:
     rollbacks = read_lines(path / "events" / "rollbacks.jsonl", EVENT_KEYS, only_ends=True)
     problems = [*metrics.problems, *evaluations.problems]
     settings = _read_settings(directory, problems)
+    is_running = _is_running(directory)
+    if not problems and not is_running:
+        problems += [sentence.removeprefix(f"{path}{os.sep}") for sentence in directory.problems()]
     asked_steps = settings.get("total_steps")
     total_steps = asked_steps if isinstance(asked_steps, int) else None
     last: dict[str, Any] = metrics.values[-1] if metrics.values else {"step": 0, "tokens": 0}
     evaluation = evaluations.values[-1] if evaluations.values else {}
-    state: State = "damaged" if problems else _state(directory, last["step"], total_steps)
+    state: State = "running" if is_running else _state(directory, last["step"], total_steps)
+    if problems:
+        state = "damaged"
     ended_by = _read_end_reason(directory) if state == "stopped" else None
     if ended_by and ended_by.startswith("FloatingPointError: "):
         state, ended_by = "diverged", ended_by.removeprefix("FloatingPointError: ")
@@ -152,10 +157,12 @@ def _read_settings(directory: RunDirectory, problems: list[str]) -> dict[str, An
     return {}
 
 
-def _state(directory: RunDirectory, step: int, total_steps: int | None) -> State:
+def _is_running(directory: RunDirectory) -> bool:
     # Testing the lock opens it for writing; nobody trains in a folder that is not writable.
-    if os.access(directory.path / ".lock", os.W_OK) and directory.is_locked():
-        return "running"
+    return os.access(directory.path / ".lock", os.W_OK) and directory.is_locked()
+
+
+def _state(directory: RunDirectory, step: int, total_steps: int | None) -> State:
     if total_steps is not None and step >= total_steps and directory.is_finished(total_steps):
         return "finished"
     return "stopped" if step else "empty"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from overnight.config import from_arguments
+from overnight.options import from_arguments
 from overnight.preparation.prepare_config import PrepareConfig, output_folder, parse_count
 
 

@@ -2,6 +2,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -247,6 +248,8 @@ def test_run_of_very_few_steps_has_a_page(make_run, steps):
     assert ("One step is finished" in document.text) == (steps == 1)
     for path in run.rglob("*.json*"):
         path.unlink()
+    assert "damaged; " in report_text(run)  # there is a checkpoint
+    shutil.rmtree(run / "checkpoints")
     assert "empty: " in report_text(run)
 
 

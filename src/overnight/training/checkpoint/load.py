@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.model.gpt import GPT, empty_model, weight_shapes
@@ -22,6 +23,7 @@ from overnight.training.checkpoint.format import (
     file_names,
     list_checkpoints,
     manifest,
+    read_step,
 )
 from overnight.training.guard import Guard
 from overnight.training.state import TrainState, local_shard
@@ -93,7 +95,14 @@ def open_checkpoint(checkpoint: Path, world: World = SINGLE_PROCESS) -> Verified
     named = {name for names in about.get("files", {}).values() for name in names}
     if missing := sorted(name for name in named if not (checkpoint / name).is_file()):
         raise ValueError(f"checkpoint {checkpoint} is incomplete: {', '.join(missing)} is missing")
-    return VerifiedCheckpoint(checkpoint, about)
+    if checkpoint in list_checkpoints(checkpoint.parent) and read_step(checkpoint) != about["step"]:
+        raise ValueError(f"checkpoint {checkpoint} is damaged: its state.json is of step {about['step']}")
+    opened = VerifiedCheckpoint(checkpoint, about)
+    try:
+        _check_shapes(weight_shapes(ModelConfig(**about["model"])), opened)
+    except (SafetensorError, LookupError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"checkpoint {checkpoint} is damaged: {error}") from None
+    return opened
 
 
 def read_model(checkpoint: Path) -> GPT:
@@ -140,16 +149,23 @@ def restore(state: TrainState, opened: VerifiedCheckpoint) -> None:
 @torch.no_grad()
 def _read_weights(model: GPT, opened: VerifiedCheckpoint) -> None:
     """Fill this process's shards of the parameters. Raises ValueError if their shapes differ."""
+    _check_shapes(weight_shapes(model.config), opened)
     files = _open_files(opened, "model")
-    shapes, expected = files.shapes, weight_shapes(model.config)
-    wrong = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
-    if wrong:
-        raise ValueError(
-            f"the weights of {opened.path} do not fit the model: {', '.join(wrong)}; give its sizes"
-        )
     for name, parameter in model.named_parameters():
         rows, first = local_shard(parameter.detach())
         files.read(name, rows, first)
+
+
+def _check_shapes(expected: Mapping[str, torch.Size], opened: VerifiedCheckpoint) -> None:
+    """Raise ValueError unless the weights have the expected shapes, and each moment that of its weight."""
+    shapes = _open_files(opened, "model").shapes
+    wrong = [name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name)]
+    moments = _open_files(opened, "optimizer").shapes
+    wrong += [name for name, shape in moments.items() if shape != expected.get(name.rpartition(".")[0])]
+    if wrong:
+        raise ValueError(
+            f"the weights of {opened.path} do not fit the model: {', '.join(sorted(wrong))}; give its sizes"
+        )
 
 
 def _open_files(opened: VerifiedCheckpoint, kind: str) -> TensorFiles:
