@@ -59,7 +59,11 @@ class Model:
         for a prompt that does not fit into the context.
         """
         _check_names("stream", sampling, SamplingConfig)
-        decoding = Decoding(max_new_tokens=max_new_tokens, sampling=SamplingConfig(**sampling))
+        decoding = Decoding(
+            max_new_tokens=max_new_tokens,
+            sampling=SamplingConfig(**sampling),
+            end_ids=self._opened.end_ids,
+        )
         return stream_text(self.gpt, self.tokenizer, prompt, decoding, stop)
 
     @torch.no_grad()

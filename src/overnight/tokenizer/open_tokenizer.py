@@ -12,9 +12,10 @@ from overnight.config import nearest
 from overnight.tokenizer.bpe import FILES as GPT2_FILES
 from overnight.tokenizer.bpe import load_gpt2, read_byte_pair, read_gpt2, train_byte_pair
 from overnight.tokenizer.characters import read_characters, train_characters
-from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, added_token
 from overnight.tokenizer.tokenizer_json import HuggingFaceTokenizer
 
+TRANSFORMERS_FILES = ("vocab.json", "merges.txt")
 LARGEST_BPE = 65_535  # ids of 16 bits
 NAMES = ("gpt2", "characters", "bpe-4096")
 
@@ -41,6 +42,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return _read_file(path)
     if (path / "tokenizer.json").is_file():
         return _read_file(path / "tokenizer.json")
+    if all((path / file).is_file() for file in TRANSFORMERS_FILES):
+        return _from_content(_vocabulary_and_merges(path), path / "vocab.json")
     if any((path / file).is_file() for file in GPT2_FILES):
         return read_gpt2(path)
     if path.is_dir():
@@ -66,8 +69,29 @@ def _bpe_size(name: str) -> int | None:
     return int(number[1])
 
 
+def _vocabulary_and_merges(folder: Path) -> dict[str, Any]:
+    """The tokenizer.json of a folder with the files of the first tokenizers of Transformers."""
+    vocabulary = _read_json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    added = {END_OF_TEXT: vocabulary.get(END_OF_TEXT, len(vocabulary))}
+    if (folder / "added_tokens.json").is_file():
+        added |= _read_json(folder / "added_tokens.json")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return {
+        "added_tokens": [added_token(name, id, special=name == END_OF_TEXT) for name, id in added.items()],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+    }
+
+
 def _read_file(path: Path) -> Tokenizer:
-    content = _read_json(path)
+    return _from_content(_read_json(path), path)
+
+
+def _from_content(content: dict[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, and of the tokenizer_config.json beside `path`."""
     end_of_text = _end_of_text(path.with_name("tokenizer_config.json"))
     try:
         return (

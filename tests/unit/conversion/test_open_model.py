@@ -56,6 +56,15 @@ def is_model_of(seed: int, model: GPT) -> bool:
     return all(torch.equal(weight, wanted[name]) for name, weight in model.weights().items())
 
 
+def test_weights_that_are_not_finite_are_refused_by_every_command(here: Path) -> None:
+    model = build_model(1)
+    with torch.no_grad():
+        model.h[0].mlp.c_fc.bias[3] = torch.nan
+    write_huggingface(model, TOKENIZER, here / "nan")
+    with pytest.raises(FloatingPointError, match=r"h\.0\.mlp\.c_fc\.bias"):
+        open_model("nan")
+
+
 @pytest.mark.parametrize(
     ("name", "step"),
     [("runs/first", 2), ("first", 2), *((f"runs/first/checkpoints/step-0000000{n}", n) for n in (1, 2))],

@@ -17,23 +17,22 @@ def test_ids_are_those_of_the_file(
     foreign: Tokenizer, foreign_content: dict[str, Any], documents: list[str]
 ) -> None:
     reference = tokenizers.Tokenizer.from_str(json.dumps(foreign_content))
-    for text in documents:
-        plain = text.replace("    ", "")  # four blanks are one of its added tokens
-        assert foreign.encode(plain) == reference.encode(plain).ids
+    for text in [*documents, "a<tool>b    c"]:
+        assert foreign.encode(text) == reference.encode(text).ids
     assert foreign.vocab_size == reference.get_vocab_size() == 502
     assert (foreign.name, foreign.end_of_text) == ("bpe-502", 0)
     assert [id for id, spelled in enumerate(foreign.token_bytes()) if not spelled] == [0, 1]
     assert foreign.token_bytes()[-2:] == [b"<tool>", b"    "]
 
 
-def test_text_never_becomes_an_added_token(foreign: Tokenizer, foreign_content: dict[str, Any]) -> None:
+def test_text_never_becomes_a_special_token(foreign: Tokenizer, foreign_content: dict[str, Any]) -> None:
     text = "a<|user|>b    c<|endoftext|><tool>"
-    added = {token["id"] for token in foreign_content["added_tokens"]}
-    assert len(added) == 4
-    assert not added.intersection(foreign.encode(text))
+    special = {token["id"] for token in foreign_content["added_tokens"] if token["special"]}
+    assert len(special) == 2
+    assert not special.intersection(foreign.encode(text))
     assert foreign.decode(foreign.encode(text)) == text
     trusting = tokenizers.Tokenizer.from_str(json.dumps(foreign_content))
-    assert added.issubset(trusting.encode(text).ids)  # the control
+    assert special.issubset(trusting.encode(text).ids)  # the control
 
 
 def test_end_of_text_is_found_or_named(foreign_content: dict[str, Any]) -> None:
@@ -49,10 +48,15 @@ def test_end_of_text_is_found_or_named(foreign_content: dict[str, Any]) -> None:
     "keys, value, match",
     [
         (["decoder"], {"type": "WordPiece"}, "WordPiece"),
-        (["decoder"], None, "decoder ByteLevel"),
-        (["normalizer"], {"type": "Lowercase"}, "two  blanks"),
-        (["pre_tokenizer"], {"type": "Unheard"}, "damaged"),
-        (["added_tokens", -1, "id"], -1, "ids"),
+        (["decoder"], None, "ByteLevel"),
+        *((["normalizer"], {"type": name}, name) for name in ("Lowercase", "NFC", "StripAccents")),
+        (["normalizer"], {"type": "Sequence", "normalizers": [{"type": "NFD"}]}, "NFD"),
+        (["pre_tokenizer"], {"type": "Whitespace"}, "Whitespace"),
+        (["pre_tokenizer"], {"type": "Punctuation", "behavior": "Removed"}, "Punctuation"),
+        (["pre_tokenizer"], {"type": "ByteLevel", "add_prefix_space": True}, "add_prefix_space"),
+        (["model", "dropout"], 0.1, "random"),
+        (["added_tokens", -1, "lstrip"], True, "blanks beside it"),
+        (["added_tokens", -1, "id"], -1, "id"),
         (["added_tokens", -1, "id"], 2**31, "ids"),
     ],
 )
