@@ -94,6 +94,13 @@ def add_token(folder: Path, content: str, **flags: bool) -> None:
     resize(folder, VOCAB_SIZE + 1)
 
 
+def add_token_in_config(folder: Path) -> None:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    token = {"content": "dignums", **plain}
+    edit("tokenizer_config.json", folder, added_tokens_decoder={str(VOCAB_SIZE): token})
+    resize(folder, VOCAB_SIZE + 1)
+
+
 def resize(folder: Path, vocab_size: int) -> None:
     """Cut the embedding, or append rows that are the mean of the others."""
 
@@ -151,6 +158,13 @@ BY_TRANSFORMERS: dict[str, Change] = {
     "added token, whole words": partial(add_token, content="dignums", single_word=True),
     "added token, normalized": partial(add_token, content="dignums", normalized=True),
     "special token": partial(add_token, content="<|x|>", special=True),
+    "added token in tokenizer_config": add_token_in_config,
+    "added token beside vocab.json": lambda folder: [
+        only_vocabulary_and_merges(folder),
+        edit("added_tokens.json", folder, dignums=VOCAB_SIZE),
+        resize(folder, VOCAB_SIZE + 1),
+    ]
+    and None,
     "parts": divide,
     "parts and single": partial(divide, keep_single=True),
     "leftover index": partial(divide, keep_single=True, keep_parts=False),

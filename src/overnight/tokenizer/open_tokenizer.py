@@ -92,19 +92,23 @@ def _read_file(path: Path) -> Tokenizer:
 
 def _from_content(content: dict[str, Any], path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json, and of the tokenizer_config.json beside `path`."""
-    end_of_text = _end_of_text(path.with_name("tokenizer_config.json"))
+    config_path = path.with_name("tokenizer_config.json")
+    config = _read_json(config_path) if config_path.is_file() else {}
+    end_of_text = config.get("eos_token")  # a string, or an object with its content
+    if isinstance(end_of_text, dict):
+        end_of_text = end_of_text.get("content")
     try:
+        listed = list(content.get("added_tokens") or [])
+        named = {token["content"] for token in listed}
+        for id, token in (config.get("added_tokens_decoder") or {}).items():
+            if token["content"] not in named:
+                listed.append({"id": int(id), **token})
+        content = {**content, "added_tokens": listed}
         return (
             read_byte_pair(content) or read_characters(content) or HuggingFaceTokenizer(content, end_of_text)
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} can't be used as a tokenizer: {error}") from None
-
-
-def _end_of_text(config: Path) -> str | None:
-    """The eos_token of Transformers' tokenizer_config.json: a string, or an object with its content."""
-    token = _read_json(config).get("eos_token") if config.is_file() else None
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _read_json(path: Path) -> dict[str, Any]:
