@@ -60,7 +60,12 @@ class Model:
         """
         _check_names("stream", sampling, SamplingConfig)
         settings = SamplingConfig(**sampling)
-        decoding = Decoding(max_new_tokens=max_new_tokens, sampling=settings, stop=tuple(stop))
+        decoding = Decoding(
+            max_new_tokens=max_new_tokens,
+            sampling=settings,
+            stop=tuple(stop),
+            end_ids=self._opened.end_ids,
+        )
         return stream_text(self.gpt, self.tokenizer, prompt, decoding)
 
     @torch.no_grad()

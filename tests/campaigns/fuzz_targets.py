@@ -61,7 +61,12 @@ def check_generation() -> Check:
         initialize(model, seed=1)
         here = Path(name)
         return open_model_module.OpenedModel(
-            model=model.eval(), tokenizer=tokenizer, origin=here, tokenizer_folder=here, run=None
+            model=model.eval(),
+            tokenizer=tokenizer,
+            origin=here,
+            tokenizer_folder=here,
+            run=None,
+            end_ids=frozenset([tokenizer.end_of_text]),
         )
 
     replace("overnight.conversion.open_model:open_model", open_model)

@@ -12,6 +12,7 @@ Files that can run code when loaded (pytorch_model.bin) are never read.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,12 +25,15 @@ from torch import Tensor, equal
 from overnight.model.gpt import GPT, empty_model
 from overnight.model.model_config import ModelConfig
 from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
+from overnight.terminal import echo
 from overnight.tokenizer.open_tokenizer import load_tokenizer, read_json_object
 from overnight.tokenizer.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PREFIX = "transformer."
+WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|transformer)\.)+")
+"""What DistributedDataParallel, torch.compile and GPT2LMHeadModel put in front of GPT-2's names."""
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old versions saved too
 
@@ -54,6 +58,25 @@ SWITCHES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 """The switches that change what a GPT2LMHeadModel computes: the default of a missing key, then all values
 that this package's GPT-2 implements, the written one first."""
+
+GPT2_END_ID = 50256  # GPT2Config's eos_token_id where config.json has none
+GENERATION: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beams": (None, 1),
+    "penalty_alpha": (None, 0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "stop_strings": (None, []),
+    **dict.fromkeys(
+        ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), (None, [])
+    ),
+    **dict.fromkeys(
+        ("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), (None,)
+    ),
+}
+"""Settings of generation_config.json that change even a greedy text, and their values that do not."""
 
 
 def write_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
@@ -151,16 +174,39 @@ def _check_sizes(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         raise ValueError(f"config.json and the weights differ: {'; '.join(problems)}")
 
 
+def read_end_ids(folder: Path) -> frozenset[int]:
+    """The ids that end a text, as Transformers decides: generation_config.json's, else config.json's.
+
+    Empty if there are none. Prints the settings that change a greedy text and are not applied here. Raises
+    ValueError for ids that are not numbers.
+    """
+    path = folder / "generation_config.json"
+    content = read_json_object(path) if path.is_file() else read_json_object(folder / "config.json")
+    missing = None if path.is_file() else GPT2_END_ID
+    ends = content.get("eos_token_id", missing)
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(id) is int for id in ids):
+        raise ValueError(f"{folder}: eos_token_id is {ends!r}, neither an id nor a list of ids")
+    ignored = [
+        f"{name}={content[name]}" for name, neutral in GENERATION.items() if content.get(name) not in neutral
+    ]
+    if ignored:
+        echo(f"{path.name} of {folder} asks for {', '.join(ignored)}, which is not applied")
+    return frozenset(ids)
+
+
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of model.safetensors, or of the files that its index names."""
-    if (folder / INDEX).is_file():
+    """Every tensor of model.safetensors, else of the files that its index names, as Transformers chooses."""
+    if (folder / WEIGHTS).is_file():
+        files = [WEIGHTS]
+        if (folder / INDEX).is_file():
+            echo(f"{folder}: {WEIGHTS} is read, {INDEX} is not, as in Transformers")
+    elif (folder / INDEX).is_file():
         weight_map = read_json_object(folder / INDEX).get("weight_map")
-        names = weight_map.values() if isinstance(weight_map, dict) else [None]
+        names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise ValueError(f"{INDEX} is damaged: its weight_map must name files of this folder")
         files = sorted(set(names))
-    elif (folder / WEIGHTS).is_file():
-        files = [WEIGHTS]
     else:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         only = f", only {pickles[0]}, which can run code when loaded and is not read" if pickles else ""
@@ -178,13 +224,18 @@ def import_weights(theirs: Mapping[str, Tensor], *, is_conv1d: bool) -> dict[str
     """Weights with Hugging Face's names, under our names and in our layout.
 
     `is_conv1d`: the four matrices of a block are (in, out). Raises ValueError if the head is not tied to the
-    embedding, and for weights that are not floating-point.
+    embedding, if two names become one, and for weights that are not floating-point.
     """
-    ours = {}
+    ours: dict[str, Tensor] = {}
     for name, weight in theirs.items():
-        if not name.endswith(BUFFERS):
-            is_transposed = is_conv1d and name.endswith(CONV1D) and weight.dim() == 2
-            ours[name.removeprefix(PREFIX)] = weight.T if is_transposed else weight
+        if name.endswith(BUFFERS):
+            continue
+        wrapper = WRAPPERS.match(name)
+        bare = name[wrapper.end() :] if wrapper else name
+        if bare in ours:
+            raise ValueError(f"{bare} is there twice, once as {name}; keep one of them")
+        is_transposed = is_conv1d and name.endswith(CONV1D) and weight.dim() == 2
+        ours[bare] = weight.T if is_transposed else weight
     head = ours.pop("lm_head.weight", None)
     if head is not None and not equal(head, ours.get("wte.weight", head)):
         raise ValueError("lm_head.weight differs from wte.weight; GPT-2's head is its embedding")

@@ -21,7 +21,6 @@ from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER = "gpt2"
-COMPILED = "_orig_mod."
 
 
 def read_nanogpt(path: Path) -> tuple[GPT, Tokenizer]:
@@ -32,8 +31,7 @@ def read_nanogpt(path: Path) -> tuple[GPT, Tokenizer]:
     """
     pickled = read_pickled(path)
     try:
-        theirs = {name.removeprefix(COMPILED): weight for name, weight in pickled.weights.items()}
-        weights = import_weights(theirs, is_conv1d=False)
+        weights = import_weights(pickled.weights, is_conv1d=False)
         tokenizer = load_tokenizer(TOKENIZER)
         model = empty_model(_model_config(weights, pickled.sizes, tokenizer))
         weights["wte.weight"] = weights["wte.weight"][: tokenizer.vocab_size]

@@ -7,8 +7,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from overnight.config import nearest
-from overnight.conversion.huggingface import read_huggingface
+from overnight.conversion.huggingface import read_end_ids, read_huggingface
 from overnight.conversion.nanogpt import TOKENIZER, read_nanogpt
 from overnight.model.gpt import GPT
 from overnight.run_directory import RunDirectory
@@ -25,6 +27,10 @@ HUB_FILES = (
     "model-*.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "generation_config.json",
 )
 
 
@@ -40,6 +46,8 @@ class OpenedModel:
     """The folder that the tokenizer was read from, or its name."""
     run: Path | None = None
     """The run that the model belongs to; None for a model from elsewhere."""
+    end_ids: frozenset[int]
+    """The ids that end a text."""
 
 
 def open_model(name: str) -> OpenedModel:
@@ -52,9 +60,7 @@ def open_model(name: str) -> OpenedModel:
             return _open_folder(folder)
     if name and Path(name).is_file():
         model, tokenizer = read_nanogpt(Path(name))
-        return OpenedModel(
-            model=model, tokenizer=tokenizer, origin=Path(name), tokenizer_folder=Path(TOKENIZER)
-        )
+        return _opened(model, tokenizer, Path(name), Path(TOKENIZER))
     repository = hub_repository(name)
     is_path = Path(name).parent != Path() and Path(name).parent.is_dir()
     if repository is not None and not is_path:
@@ -94,13 +100,7 @@ def _with_tokenizer(model: GPT, checkpoint: Path, run: Path) -> OpenedModel:
     tokenizer = load_tokenizer(folder)
     if tokenizer.fingerprint not in (_trained_with(run) or {tokenizer.fingerprint}):
         raise ValueError(f"{folder} is not the tokenizer that {run} was trained with: restore it from a copy")
-    return OpenedModel(
-        model=model,
-        tokenizer=tokenizer,
-        origin=checkpoint,
-        tokenizer_folder=folder,
-        run=run if RunDirectory(run).exists() else None,
-    )
+    return _opened(model, tokenizer, checkpoint, folder, run if RunDirectory(run).exists() else None)
 
 
 def _trained_with(run: Path) -> set[str]:
@@ -113,7 +113,34 @@ def _trained_with(run: Path) -> set[str]:
 
 def _open_huggingface(folder: Path) -> OpenedModel:
     model, tokenizer = read_huggingface(folder)
-    return OpenedModel(model=model, tokenizer=tokenizer, origin=folder, tokenizer_folder=folder)
+    return _opened(model, tokenizer, folder, folder, end_ids=read_end_ids(folder))
+
+
+def _opened(
+    model: GPT,
+    tokenizer: Tokenizer,
+    origin: Path,
+    tokenizer_folder: Path,
+    run: Path | None = None,
+    end_ids: frozenset[int] = frozenset(),
+) -> OpenedModel:
+    """The model, whose texts end at the tokenizer's end of text if it names no ids of its own.
+
+    Raises FloatingPointError if a weight is not finite.
+    """
+    for name, weight in model.weights().items():
+        if not torch.isfinite(weight).all():
+            raise FloatingPointError(
+                f"{origin}: {name} holds values that are not finite; restore it from a copy"
+            )
+    return OpenedModel(
+        model=model,
+        tokenizer=tokenizer,
+        origin=origin,
+        tokenizer_folder=tokenizer_folder,
+        run=run,
+        end_ids=end_ids or frozenset([tokenizer.end_of_text]),
+    )
 
 
 def hub_repository(name: str) -> str | None:

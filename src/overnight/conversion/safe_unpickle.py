@@ -18,10 +18,11 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 SAFE_TORCH = (2, 10)  # in older versions a file could make the weights-only reader write out of bounds
 REFUSED = 3  # exit status of the child
@@ -33,6 +34,13 @@ PROGRAM = (
     "sys.exit(safe_unpickle.convert_in_child(*sys.argv[1:]))"
 )
 CONFIG_CLASSES = ("__main__.GPTConfig", "train_gpt2.GPTConfig")  # where build-nanogpt defines its config
+# What a NumPy number is pickled as, for example a validation loss that is stored with the weights.
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+NUMPY_NUMBERS: list[Any] = [
+    (np.dtype, "numpy.dtype"),
+    *((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(type(np.dtype(kind)) for kind in "efdbhilqBHILQ?"),
+]
 SIZE_NAMES = frozenset({"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias"})
 
 
@@ -133,7 +141,9 @@ def _read_pickle(path: Path) -> PickledCheckpoint:
         raise ValueError(f"reading it safely needs torch 2.10 or newer, and this is {torch.__version__}")
     _check_archive(path)
     try:
-        with torch.serialization.safe_globals([(PickledConfig, name) for name in CONFIG_CLASSES]):
+        with torch.serialization.safe_globals(
+            [*NUMPY_NUMBERS, *((PickledConfig, name) for name in CONFIG_CLASSES)]
+        ):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         # Only what the file asks for is kept of torch's long message.
@@ -165,7 +175,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _weights(model: dict[Any, Any], size: int) -> dict[str, Tensor]:
-    tensors = {name: value for name, value in model.items() if type(value) is Tensor}
+    tensors = {name: value for name, value in model.items() if type(value) in {Tensor, nn.Parameter}}
     if len(tensors) < len(model) or not all(isinstance(name, str) for name in tensors):
         raise ValueError('its "model" contains more than named tensors')
     if not all(each.layout == torch.strided and each.device.type == "cpu" for each in tensors.values()):

@@ -6,13 +6,19 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 
 from overnight.config import raise_problems
 from overnight.conversion.open_model import OpenedModel, open_model
 from overnight.distributed.world import open_world
 from overnight.generation import GenerateConfig
 from overnight.generation.generate import Decoding, TokenGenerator, complete, stream_text
-from overnight.generation.quantize import GenerationPrecision, generation_precisions, prepare_for_generation
+from overnight.generation.quantize import (
+    GenerationPrecision,
+    generation_precisions,
+    prepare_for_generation,
+    unsuitable_reason,
+)
 from overnight.terminal import echo
 
 BATCH_ROWS = 8  # a CPU reads the weights once per batch; more rows gain little
@@ -23,13 +29,17 @@ def run(config: GenerateConfig) -> None:
     raise_problems(config.problems(), "overnight generate")
     device = open_world(config.device).device
     supported = generation_precisions(device)
-    precision = config.precision or supported[0]
-    if precision not in supported:
-        raise ValueError(f"precision={precision} is not supported on {device}; use {' or '.join(supported)}")
+    if config.precision not in {None, *supported}:
+        raise ValueError(
+            f"precision={config.precision} is not supported on {device}; use {' or '.join(supported)}"
+        )
     opened = open_model(config.model)
     opened.model.to(device)
+    precision = _choose_precision(config, opened, supported)
     prepare_for_generation(opened.model, precision)
-    decoding = Decoding(max_new_tokens=config.max_new_tokens, sampling=config, stop=config.stop)
+    decoding = Decoding(
+        max_new_tokens=config.max_new_tokens, sampling=config, stop=config.stop, end_ids=opened.end_ids
+    )
     started_at = time.perf_counter()
     if config.json or config.samples > 1 or len(config.prompts) > 1:
         tokens = _print_completions(config, opened, decoding, precision)
@@ -41,6 +51,22 @@ def run(config: GenerateConfig) -> None:
     if opened.run:
         following = f"convert {config.model} --to hf --out {opened.run.name}-hf"
     echo(f"next: overnight {following}")
+
+
+def _choose_precision(
+    config: GenerateConfig, opened: OpenedModel, supported: Sequence[GenerationPrecision]
+) -> GenerationPrecision:
+    """The given precision, or the first supported one that holds the model.
+
+    Raises ValueError if the given one does not hold it.
+    """
+    for precision in (config.precision,) if config.precision else supported:
+        reason = unsuitable_reason(opened.model, precision)
+        if reason is None:
+            return precision
+        if config.precision is None:
+            echo(f"{config.model}: {reason}; another precision is used")
+    raise ValueError(f"{config.model}: {reason}; leave --precision out, or give fp32")
 
 
 def _print_stream(config: GenerateConfig, opened: OpenedModel, decoding: Decoding) -> int:

@@ -34,8 +34,10 @@ class Decoding:
     sampling: SamplingConfig = SamplingConfig()
     """Temperature, top-k, top-p and seed."""
     end_of_text: int | None = None
-    """The id that ends a completion, without being part of it, and that starts an empty prompt.
-    None: no id does. `complete` and `stream_text` then use the tokenizer's."""
+    """The id that starts an empty prompt. None: no id does. `complete` and `stream_text` then use the
+    tokenizer's."""
+    end_ids: frozenset[int] | None = None
+    """The ids that end a completion, without being part of it; None: `end_of_text`."""
     vocab_size: int | None = None
     """Draw only ids below this; None: any. `complete` and `stream_text` then use the tokenizer's."""
     stop: tuple[str, ...] = ()
@@ -136,9 +138,9 @@ class TokenGenerator:
     """Draws the next id of every row, one forward pass for each iteration.
 
     Iterating yields {row: new id} for the rows that are still written. A row ends after `max_new_tokens`,
-    before `end_of_text`, or after `stop(row)`. The model is in evaluation mode until the iterator ends or is
-    closed. Raises ValueError for invalid prompts and settings, when it is made, and FloatingPointError while
-    iterating if logits are not finite.
+    before an id of `end_ids`, or after `stop(row)`. The model is in evaluation mode until the iterator ends
+    or is closed. Raises ValueError for invalid prompts and settings, when it is made, and FloatingPointError
+    while iterating if logits are not finite.
     """
 
     def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], decoding: Decoding) -> None:
@@ -155,6 +157,7 @@ class TokenGenerator:
 
     def __iter__(self) -> Iterator[dict[int, int]]:
         decoding = self.decoding
+        end_ids = {decoding.end_of_text} if decoding.end_ids is None else decoding.end_ids
         rows = [_Row(index, list(ids), len(ids)) for index, ids in enumerate(self._prompts)]
         cache = None
         with eval_mode(self.model):
@@ -173,7 +176,7 @@ class TokenGenerator:
                 for row, token in zip(rows, drawn.tolist(), strict=True):
                     row.window.append(token)
                     row.length += 1
-                    if token != decoding.end_of_text:
+                    if token not in end_ids:
                         new[row.index] = token
                 yield new
                 kept = [

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overnight.hardware import native_precision
-from overnight.model.gpt import GPT
+from overnight.model.gpt import GPT, eval_mode
 
 GenerationPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 GPU_PRECISIONS: dict[str, tuple[GenerationPrecision, ...]] = {
@@ -44,6 +44,57 @@ def generation_precisions(device: str) -> tuple[GenerationPrecision, ...]:
         "int8": _has_onednn() and platform.machine().lower() in {"x86_64", "amd64"},
     }
     return tuple(precision for precision, is_supported in supported.items() if is_supported)
+
+
+LARGEST = {"fp16": torch.finfo(torch.float16).max, "bf16": torch.finfo(torch.bfloat16).max}
+TOLERANCE = {"fp16": 2e-3, "bf16": 1e-2, "int8": 5e-2}
+"""Relative error of a matrix above which a precision does not hold it: four roundings of ordinary weights."""
+MARGIN = 16  # how much larger than the probe's a real text's activations may be
+PROBE_TOKENS = 16
+
+
+@torch.no_grad()
+def unsuitable_reason(model: GPT, precision: GenerationPrecision) -> str | None:
+    """Why `precision` can't hold the matrices or, on a GPU, the activations of a float32 model, or None."""
+    if precision == "fp32":
+        return None
+    for name, weight in model.weights().items():
+        if weight.dim() == 2 and name != "wpe.weight" and not _holds(weight, precision):
+            return f"{precision} can't hold {name}, whose largest value is {weight.abs().max():.3g}"
+    if model.wte.weight.device.type == "cpu" or precision == "int8":  # activations stay in float32
+        return None
+    largest = _largest_activation(model)
+    if not largest * MARGIN <= LARGEST[precision]:
+        return f"{precision} can't hold the activations, of which the largest is {largest:.3g}"
+    return None
+
+
+def _holds(weight: Tensor, precision: GenerationPrecision) -> bool:
+    if precision == "int8":
+        scale_N1 = _int8_scale(weight)
+        narrowed = (weight / scale_N1).round() * scale_N1
+    else:
+        narrowed = weight.to(torch.float16 if precision == "fp16" else torch.bfloat16).float()
+    error, size = (narrowed - weight).norm(), weight.norm()
+    return bool(torch.isfinite(error)) and bool(error <= TOLERANCE[precision] * size)
+
+
+def _largest_activation(model: GPT) -> float:
+    """The largest absolute output of any layer, for ids spread over the vocabulary."""
+    found = [0.0]
+
+    def record(_module: nn.Module, _inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            found.append(float(output.abs().max()))
+
+    hooks = [module.register_forward_hook(record) for module in model.modules()]
+    length = min(PROBE_TOKENS, model.config.context_length)
+    ids = torch.linspace(0, model.vocab_size - 1, length, device=model.wte.weight.device).long()
+    with eval_mode(model):
+        model.trunk(ids[None])
+    for hook in hooks:
+        hook.remove()
+    return max(found)
 
 
 @torch.no_grad()
@@ -119,6 +170,11 @@ class HalfLinear(nn.Module):
         return product
 
 
+def _int8_scale(weight_NK: Tensor) -> Tensor:
+    """The value of one step of each row's int8 numbers, (N, 1)."""
+    return weight_NK.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+
+
 class QuantizedLinear(nn.Module):
     """A product by oneDNN with an int8 matrix: one scale for each of its rows, symmetric about 0.
 
@@ -131,8 +187,9 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.scale_N = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        rounded = (weight / self.scale_N[:, None]).round().to(torch.int8)
+        scale_N1 = _int8_scale(weight)
+        self.scale_N = scale_N1[:, 0]
+        rounded = (weight / scale_N1).round().to(torch.int8)
         self.matrix = torch.ops.onednn.qlinear_prepack(rounded, None)
         self.zeros_N = torch.zeros(len(weight), dtype=torch.int32)
         self.bias = torch.zeros(len(weight)) if bias is None else bias

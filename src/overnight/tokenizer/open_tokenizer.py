@@ -1,30 +1,23 @@
-"""Opens a tokenizer by name, from a folder or any byte-level tokenizer.json, or trains one on documents."""
+"""Opens a tokenizer by name, from a folder or file, or trains one on documents."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tokenizers
-from numpy.typing import NDArray
-
 from overnight.config import nearest
 from overnight.tokenizer.bpe import FILES as GPT2_FILES
-from overnight.tokenizer.bpe import load_gpt2, read_byte_pair, read_gpt2, spelled_bytes, train_byte_pair
+from overnight.tokenizer.bpe import load_gpt2, read_byte_pair, read_gpt2, train_byte_pair
 from overnight.tokenizer.characters import read_characters, train_characters
-from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean
+from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, added_token
+from overnight.tokenizer.tokenizer_json import HuggingFaceTokenizer
 
+TRANSFORMERS_FILES = ("vocab.json", "merges.txt")
 LARGEST_BPE = 65_535  # ids of 16 bits
 NAMES = ("gpt2", "characters", "bpe-4096")
-
-PROBE = "two  blanks, a\ttab,\r\na line; Grüße, 你好, 🙂 and 1,024"
-LARGEST_ID = 1 << 24  # far above every vocabulary; limits the memory for a damaged file
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
 
 def build_tokenizer(name: str, documents: Iterable[str]) -> Tokenizer:
@@ -49,6 +42,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return _read_file(path)
     if (path / "tokenizer.json").is_file():
         return _read_file(path / "tokenizer.json")
+    if all((path / file).is_file() for file in TRANSFORMERS_FILES):
+        return _from_content(_vocabulary_and_merges(path), path / "vocab.json")
     if any((path / file).is_file() for file in GPT2_FILES):
         return read_gpt2(path)
     if path.is_dir():
@@ -74,12 +69,41 @@ def _bpe_size(name: str) -> int | None:
     return int(number[1])
 
 
+def _vocabulary_and_merges(folder: Path) -> dict[str, Any]:
+    """The tokenizer.json of a folder with the files of the first tokenizers of Transformers."""
+    vocabulary = read_json_object(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    added = {END_OF_TEXT: vocabulary.get(END_OF_TEXT, len(vocabulary))}
+    if (folder / "added_tokens.json").is_file():
+        added |= read_json_object(folder / "added_tokens.json")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return {
+        "added_tokens": [added_token(name, id, special=name == END_OF_TEXT) for name, id in added.items()],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+    }
+
+
 def _read_file(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json. A tokenizer_config.json next to it may name its end-of-text."""
-    content, config = read_json_object(path), path.with_name("tokenizer_config.json")
-    token = read_json_object(config).get("eos_token") if config.is_file() else None
-    end_of_text = token.get("content") if isinstance(token, dict) else token
+    return _from_content(read_json_object(path), path)
+
+
+def _from_content(content: dict[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, and of the tokenizer_config.json beside `path`."""
+    config_path = path.with_name("tokenizer_config.json")
+    config = read_json_object(config_path) if config_path.is_file() else {}
+    end_of_text = config.get("eos_token")  # a string, or an object with its content
+    if isinstance(end_of_text, dict):
+        end_of_text = end_of_text.get("content")
     try:
+        listed = list(content.get("added_tokens") or [])
+        named = {token["content"] for token in listed}
+        for id, token in (config.get("added_tokens_decoder") or {}).items():
+            if token["content"] not in named:
+                listed.append({"id": int(id), **token})
+        content = {**content, "added_tokens": listed}
         return (
             read_byte_pair(content) or read_characters(content) or HuggingFaceTokenizer(content, end_of_text)
         )
@@ -98,74 +122,3 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return content
-
-
-# The tokenizers of other programs, run by Hugging Face's `tokenizers`
-
-
-class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json, except that text never becomes one of its added tokens.
-
-    The tokenizer that encodes text is built without them. Raises ValueError if ids do not stand for bytes, if
-    a text does not survive encoding and decoding, or if no added token marks the end of a text.
-    """
-
-    def __init__(self, content: Mapping[str, Any], end_of_text: str | None) -> None:
-        self._content = {**content, "truncation": None, "padding": None}
-        added = {token["content"]: token for token in content.get("added_tokens", [])}
-        self._end_of_text_name = _end_of_text(end_of_text, added)
-        self._encoder = _build_encoder(content)
-        ids = {**self._encoder.get_vocab(), **{name: token["id"] for name, token in added.items()}}
-        if not all(0 <= id <= LARGEST_ID for id in ids.values()):
-            raise ValueError(f"its ids are not numbers from 0 to {LARGEST_ID}")
-        special = {name for name, token in added.items() if token.get("special")} | {self._end_of_text_name}
-        for name in special:
-            if ids[name] in self._encoder.encode(name, add_special_tokens=False).ids:
-                raise ValueError(
-                    f"it encodes the text {name} as that special token; choose another tokenizer"
-                )
-        self.end_of_text = ids[self._end_of_text_name]
-        self.vocab_size = max(ids.values()) + 1
-        self.name = f"{content['model'].get('type', 'bpe').lower()}-{self.vocab_size}"
-        canonical = json.dumps([self._content, self._end_of_text_name], sort_keys=True)
-        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
-        self._bytes = [b""] * self.vocab_size
-        for (name, id), spelled in zip(ids.items(), spelled_bytes(ids), strict=True):
-            self._bytes[id] = b"" if name in special else spelled
-        if (returned := self.decode(self.encode(PROBE))) != PROBE:
-            raise ValueError(f"it does not decode every text to itself: {PROBE!r} becomes {returned!r}")
-
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """The ids of each text."""
-        encoded = self._encoder.encode_batch_fast([clean(text) for text in texts], add_special_tokens=False)
-        return [np.array(one.ids, dtype=np.uint32) for one in encoded]
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of tokenizer.json: the file's own."""
-        return self._content
-
-
-def _build_encoder(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer without added tokens, and without the steps that would insert them."""
-    decoder = (content.get("decoder") or {}).get("type")
-    if decoder != "ByteLevel":
-        raise ValueError(
-            f"it decodes by {decoder or 'joining its tokens'}, which does not decode every text to itself; "
-            "choose a byte-level tokenizer (decoder ByteLevel)"
-        )
-    bare = {**content, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    try:
-        return tokenizers.Tokenizer.from_str(json.dumps(bare))
-    except Exception as error:  # tokenizers raises no narrower class
-        raise ValueError(f"it is damaged or not a tokenizer.json: {error}") from None
-
-
-def _end_of_text(given: str | None, added: Mapping[str, Any]) -> str:
-    names = [given] if given else END_OF_TEXT_NAMES
-    for name in names:
-        if name in added:
-            return name
-    raise ValueError(
-        f"it has no added token {' or '.join(names)} to end a text; name the one that does as eos_token in a "
-        "tokenizer_config.json in the same folder"
-    )

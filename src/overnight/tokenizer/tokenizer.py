@@ -94,7 +94,12 @@ def clean(text: str) -> str:
 
 def tokenizer_json(end_of_text: int, **parts: Any) -> dict[str, Any]:
     """A tokenizer.json with one special token. `parts`: pre_tokenizer, post_processor, decoder, model."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = {"id": end_of_text, "content": END_OF_TEXT, **flags, "special": True}
     empty = {"truncation": None, "padding": None}
+    special = added_token(END_OF_TEXT, end_of_text, special=True)
     return {"version": "1.0", **empty, "added_tokens": [special], "normalizer": None, **parts}
+
+
+def added_token(name: str, id: int, *, special: bool) -> dict[str, Any]:
+    """An entry of the added_tokens of a tokenizer.json."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id, "content": name, **flags, "special": special}

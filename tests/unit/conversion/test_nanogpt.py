@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,9 @@ IDS = torch.arange(32).view(2, 16)
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"prefix": "_orig_mod.", "padded": True}, {"bias": False}], ids="-".join
+    "form",
+    [{}, {"prefix": "_orig_mod.", "padded": True}, {"prefix": "module._orig_mod."}, {"bias": False}],
+    ids="-".join,
 )
 def test_nanogpt_checkpoint_is_original_model(write: Write, original: GPT, form: dict[str, Any]) -> None:
     model, tokenizer = read_nanogpt(write(**form))
@@ -60,6 +63,16 @@ def test_nanogpt_mask_buffers_are_ignored(write: Write, original: GPT) -> None:
     content["model"]["transformer.h.0.attn.c_proj.weight"] = square.T.contiguous()
     torch.save(content, path)
     assert not torch.allclose(read_nanogpt(path)[0](IDS), original(IDS), atol=1e-3)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_numpy_numbers_and_parameters_are_read(write: Write, original: GPT) -> None:
+    """A validation loss that was kept with the weights, and weights that were not detached."""
+    path = write(best_val_loss=np.float64(1.5), iter_num=np.int64(3), lr=np.float32(0.1))
+    content = torch.load(path, weights_only=False)
+    content["model"] = {name: torch.nn.Parameter(tensor) for name, tensor in content["model"].items()}
+    torch.save(content, path)
+    assert torch.equal(read_nanogpt(path)[0](IDS), original(IDS))
 
 
 def args(**changes: Any) -> dict[str, Any]:

@@ -61,6 +61,15 @@ def places(opened: OpenedModel) -> tuple[Path | None, Path, Path]:
     return opened.run, opened.origin, opened.tokenizer_folder
 
 
+def test_weights_that_are_not_finite_are_refused_by_every_command(here: Path) -> None:
+    model = build_model(1)
+    with torch.no_grad():
+        model.h[0].mlp.c_fc.bias[3] = torch.nan
+    write_huggingface(model, TOKENIZER, here / "nan")
+    with pytest.raises(FloatingPointError, match=r"h\.0\.mlp\.c_fc\.bias"):
+        open_model("nan")
+
+
 @pytest.mark.parametrize(
     ("name", "step"), [("runs/first", 2), ("first", 2), ("runs/first/checkpoints/step-00000001", 1)]
 )

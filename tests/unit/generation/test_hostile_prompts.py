@@ -39,7 +39,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         initialize(model, seed=1)
         here = Path(name)
         return OpenedModel(
-            model=model.eval(), tokenizer=TOKENIZER, origin=here, tokenizer_folder=here, run=None
+            model=model.eval(),
+            tokenizer=TOKENIZER,
+            origin=here,
+            tokenizer_folder=here,
+            run=None,
+            end_ids=frozenset([TOKENIZER.end_of_text]),
         )
 
     monkeypatch.setattr(generation_command, "open_model", open_model)

@@ -18,6 +18,7 @@ from overnight.generation.quantize import (
     QuantizedLinear,
     generation_precisions,
     prepare_for_generation,
+    unsuitable_reason,
 )
 from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
@@ -159,3 +160,29 @@ def test_gpu_prepared_model_has_same_logits(precision: GenerationPrecision) -> N
     model = prepared(precision, "cuda")
     assert error_of(model) < 0.15
     assert [len(ids) for ids in generate(model, PROMPTS, Decoding(max_new_tokens=5))] == [5, 5, 5]
+
+
+def rescaled(scale: float) -> GPT:
+    """The same function: the matrices after the layer norms times `scale`, the norms divided by it."""
+    model = copy.deepcopy(MODEL)
+    with torch.no_grad():
+        for block in model.h:
+            for norm, linear in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
+                norm.weight.div_(scale)
+                norm.bias.div_(scale)
+                linear.weight.mul_(scale)
+    return model
+
+
+@pytest.mark.parametrize(
+    "scale, unsuitable",
+    [(1.0, set()), (1e6, {"fp16"}), (1e-7, {"fp16"})],
+)
+def test_precision_that_cannot_hold_the_weights_is_found(scale: float, unsuitable: set[str]) -> None:
+    model = rescaled(scale)
+    torch.testing.assert_close(model(IDS), MODEL(IDS), atol=1e-3, rtol=1e-3)
+    reasons = {precision: unsuitable_reason(model, precision) for precision in TOLERANCES}
+    assert {precision for precision, reason in reasons.items() if reason} == unsuitable
+    for precision in unsuitable & set(HERE):  # the control: it would be another model
+        prepare_for_generation(model, precision)
+        assert not error_of(model) < TOLERANCES[precision]
