@@ -182,8 +182,11 @@ def _run(words: list[str]) -> int:
 
         raise ValueError(f"there is no command {name}{nearest(name, COMMANDS)}")
     if name in OF_RECIPES and not rest:
-        print(_recipes(name))
-        return WRONG_USE
+        print(_recipes(name), file=sys.stderr)
+        raise ValueError(
+            f"overnight {name} needs a recipe: quickstart, for example, or shakespeare-char-cpu; the others "
+            "are for a GPU"
+        )
     if name == "train":
         return _train(rest)
     return _run_on_recipe(name, rest) if name in OF_RECIPES else _call(name, rest)
@@ -299,7 +302,7 @@ def _recipes(name: str) -> str:
             *(f"  {recipe:<{width}}  {about}"[:80] for recipe, about in described.items()),
             "",
             "`overnight plan RECIPE` tells how large it is, and how long it takes here.",
-            "Begin with: quickstart, or shakespeare-char-cpu; the others need a GPU.",
+            "",
         ]
     )
 

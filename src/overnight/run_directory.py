@@ -305,7 +305,7 @@ class RunDirectory:
 
 
 def _digest(path: Path, length: int | None = None) -> dict[str, Any]:
-    """Length and sha256 of the first `length` bytes of a file, or of all; of none if there is no file."""
+    """Length and sha256 of the first `length` bytes of a file, or of all; of b"" without the file."""
     content = path.read_bytes()[:length] if path.is_file() else b""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 

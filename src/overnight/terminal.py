@@ -82,7 +82,9 @@ def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callab
 
 def _amount(number: float) -> str:
     """A count, or a measure of less than ten with a decimal: 0.3 MB is not nothing."""
-    return f"{number:,.0f}" if number >= 10 or number == round(number) else f"{number:.1f}"
+    if number >= 10 or number == round(number):
+        return f"{number:,.0f}"
+    return f"{number:.1f}" if number >= 0.1 else f"{number:.1g}"
 
 
 def _is_terminal() -> bool:
