@@ -34,6 +34,7 @@ from overnight.renamed import renamed_settings
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+LONGEST_SHOWN = 60  # characters of a wrong value
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
@@ -46,7 +47,6 @@ def from_arguments(
     for word, now in zip(given, arguments, strict=True):
         if word != now:
             sys.stderr.write(f"overnight: {word} is now spelled {now}\n")
-    arguments = _plain_values(cls, arguments)
     is_on = _switches(cls, default)
     known = {*flat_names(cls), *(f"no_{name}" for name in is_on)}
     for argument in arguments:
@@ -59,6 +59,10 @@ def from_arguments(
     # tyro knows only the form of a switch that changes its default, which is all that --help needs to show.
     already = {f"__{name}" if value else f"__no_{name}" for name, value in is_on.items()}
     arguments = [word for word in arguments if word.replace("-", "_") not in already]
+    try:
+        arguments = _plain_values(cls, arguments)
+    except ValueError as wrong:
+        raise ValueError(f"{wrong} (see {prog} --help)") from None
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     complaint = io.StringIO()
     try:
@@ -78,16 +82,10 @@ def from_arguments(
 
 
 def _split_literal(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The words before `--`, and a name for each word after it, which is no option whatever it begins with.
-
-    A lone `-` is such a word as well.
-    """
+    """The words before `--`, and a name for each word after it, which is never an option."""
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
-    literal = {f"\0{number}": word for number, word in enumerate(words[at + 1 :])}
-    names = {"-": "\0-"} if "-" in words[:at] else {}
-    before = [names.get(word, word) for word in words[:at]]
-    return before, literal if not names else {**literal, "\0-": "-"}
+    return words[:at], {f"\0{number}": word for number, word in enumerate(words[at + 1 :])}
 
 
 def _with_literal(read: Config, literal: dict[str, str]) -> Config:
@@ -137,14 +135,19 @@ def _plain_value(option: str, value: str, kind: Any) -> str:
         return "None"
     literals = [each for choice in choices for each in typing.get_args(choice) if isinstance(each, str)]
     if literals and str not in choices and value not in literals and not _reads_as(value, choices):
-        raise ValueError(f"{option} {value}: choose {', '.join(literals)}")
+        raise ValueError(f"{_shown(option, value)}: choose {', '.join(literals)}")
     if str in choices or literals:
         return os.path.expanduser(value) if value.startswith("~") else value  # noqa: PTH111 - any text
     if int in choices or float in choices:
         if not _reads_as(value, choices):
-            raise ValueError(f"{option} {value}: give {describe_type(kind)}")
+            raise ValueError(f"{_shown(option, value)}: give {describe_type(kind)}")
         return str(_number(value)) if int in choices else value.replace("_", "")
     return value
+
+
+def _shown(option: str, value: str) -> str:
+    short = value if len(value) <= LONGEST_SHOWN else f"{value[:LONGEST_SHOWN]}..."
+    return f"{option.replace('_', '-')} {short}"
 
 
 def _reads_as(value: str, choices: Sequence[Any]) -> bool:

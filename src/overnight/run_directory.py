@@ -30,7 +30,7 @@ import socket
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,10 +148,11 @@ class RunDirectory:
                 raise ValueError(f"{path} is damaged: {FROM_A_COPY}")
         for name in LINE_FILES:
             _read_lines(self.path / name)
-        if problems := self.problems():
+        # What differs in the recipe and the data is named when they are compared with those of the run.
+        if problems := self.problems(unless=("recipe.toml", "data.json")):
             raise ValueError(f"{problems[0]}: {FROM_A_COPY}")
 
-    def problems(self) -> list[str]:
+    def problems(self, unless: Sequence[str] = ()) -> list[str]:
         """What is missing from the run's files or was changed since, one sentence each; [] if nothing.
 
         Lines after the last recorded one are those of a run that trains, or that was killed. A run without
@@ -165,7 +166,7 @@ class RunDirectory:
             return self._missing_steps()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return [f"{self.record} is damaged"]
-        return [f"{self.path / name} is not as the run wrote it" for name in changed]
+        return [f"{self.path / name} is not as the run wrote it" for name in changed if name not in unless]
 
     def _missing_steps(self) -> list[str]:
         """As `problems`, by the steps of the metrics and of the newest checkpoint alone."""
@@ -253,8 +254,10 @@ class RunDirectory:
             ) from None
         with held:
             self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-            yield
-            self.holder.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                self.holder.unlink(missing_ok=True)
 
     def _holder(self) -> str:
         try:

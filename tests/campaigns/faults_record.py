@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -66,7 +67,6 @@ CHANGES: tuple[Change, ...] = (cut, delete, swap, edit, drop_line)
 def look(path: Path) -> tuple[bool, list[str]]:
     """Whether a command that reads the run says that something is wrong; what they show otherwise."""
     from overnight.conversion.open_model import open_model
-    from overnight.report.page import report_page
     from overnight.report.run_data import read_run
     from overnight.run.resume import load_resumed
 
@@ -74,7 +74,9 @@ def look(path: Path) -> tuple[bool, list[str]]:
     with contextlib.redirect_stderr(said):
         try:
             data = read_run(path)
-            shown.append(report_page(data))
+            about = dataclasses.replace(data.status, last_written_at=None)
+            shown.append(repr(dataclasses.replace(data, status=about, metrics={})))
+            shown += [f"{name} {column.tolist()}" for name, column in data.metrics.items()]
             shown.append(repr(load_resumed(path)))
             opened = open_model(str(path))
         except (ValueError, FloatingPointError):
@@ -89,7 +91,7 @@ def look(path: Path) -> tuple[bool, list[str]]:
 def change_many(folder: Path, out: Path, trials: int, seed: int, *, mutant: bool) -> None:
     """Change one file of the run each time; what became of it, as JSON, into `out`."""
     if mutant:
-        replace("overnight.run_directory:RunDirectory.problems", lambda _self: [])
+        replace("overnight.run_directory:RunDirectory.problems", lambda *_given, **_options: [])
         replace("overnight.training.checkpoint.load:verify_checkpoint", lambda *_: None)
     draw, whole, found = random.Random(seed), folder / RUN, Counter[str]()
     kept = shutil.copytree(whole, folder / f"kept-{mutant}")

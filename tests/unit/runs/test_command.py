@@ -64,7 +64,7 @@ def test_folder_without_runs(here, capsys):
 def test_run_off_its_reference_is_marked(make_run, capsys, position, mistake, sign):
     make_run(**({"on_track": position, "likely_mistake": mistake} if position else {}))
     run(RunsConfig())
-    _, row, *notes = capsys.readouterr().err.splitlines()
+    _, row, *notes = capsys.readouterr().err.replace("\n  ", " ").splitlines()
     assert (f"4.0000 {sign} " if sign else "4.0000  ") in row
     marked = [note for note in notes if sign and note.startswith(f"runs/night: {sign} ")]
     assert len(marked) == (sign is not None)
@@ -74,15 +74,26 @@ def test_run_off_its_reference_is_marked(make_run, capsys, position, mistake, si
     assert (found["on_track"], found["likely_mistake"]) == (position, mistake)
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-def test_table_keeps_to_its_width_and_shortens_only_names(make_run, columns):
-    long = describe_run(make_run("a-very-long-name-" * 5))
+@pytest.mark.parametrize(
+    "columns, left_out", [(200, set()), (120, {"tokens/s", "bits/byte"}), (90, {"val loss", "step", "state"})]
+)
+def test_table_keeps_to_its_width_and_leaves_out_columns(make_run, columns, left_out):
+    """Names are complete: they identify the lines."""
+    name = "a-very-long-name-" * 5
+    long = describe_run(make_run(name))
     long = dataclasses.replace(long, step=12_345, total_steps=19_073, tokens_per_second=1.2e6)
     running = dataclasses.replace(long, name="[red]x", state="running", seconds_left=47_000.0)
     empty = dataclasses.replace(long, validation_loss=None, bits_per_byte=None, tokens_per_second=None)
-    _, first, second, third = runs_table([long, running, empty], datetime.now(UTC), columns).splitlines()
+    titles, first, second, third = runs_table([long, running, empty], datetime.now(UTC), columns).splitlines()
     assert max(map(len, (first, second, third))) <= columns
-    assert "…" in first
-    assert {"stopped", "12.3k/19.1k", "4.0000", "1.5000", "1.2M"} <= {*first.split()}
+    assert first.startswith(name)
     assert second.startswith("[red]x")
-    assert "13 h 3 min" in second
+    assert not any(title in titles for title in left_out)
+    if not left_out:
+        assert {"stopped", "12.3k/19.1k", "4.0000", "1.5000", "1.2M"} <= {*first.split()}
+        assert "13 h 3 min" in second
+
+
+def test_name_without_room_goes_on_in_the_next_line(make_run):
+    table = runs_table([describe_run(make_run("long" * 10))], datetime.now(UTC), 20)
+    assert "".join(table.split()[1:]) == "long" * 10
