@@ -33,7 +33,7 @@ from report import Report
 
 LONGER: dict[str, object] = {"steps": 90, "save": 9, "evaluate": 15}
 ENDLESS: dict[str, object] = {"steps": 10**6, "save": 50, "evaluate": 10**6}
-REFUSALS = ("is being trained by another process", "already holds a run")
+REFUSALS = ("is being trained by ", "already holds a run")
 
 
 def forget_moments() -> None:
