@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 
-from overnight.data.shards import Manifest
-from overnight.preparation.prepare import prepare_shards
-from overnight.preparation.prepare_config import PrepareConfig, output_folder
+from overnight.data.shards import Manifest, read_manifest
+from overnight.preparation.prepare import prepare_folder
+from overnight.preparation.prepare_config import PrepareConfig
 from overnight.terminal import echo
 
 
 def run(config: PrepareConfig) -> Manifest | None:
     """Prepare the output folder, or verify and reuse it, and print a summary; None if Slurm does the work."""
     started_at = time.perf_counter()
-    manifest = prepare_shards(config)
-    if manifest is None:
+    folder = prepare_folder(config)
+    if folder is None:
         return None
-    folder = output_folder(config)
+    manifest = read_manifest(folder)
     for line in summarize_prepared(manifest):
         echo(line)
     echo(f"{folder} is ready after {time.perf_counter() - started_at:.1f} s")

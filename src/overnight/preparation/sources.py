@@ -7,6 +7,7 @@ and `openwebtext` are read from Hugging Face's hub.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import hashlib
 import http.client
@@ -42,6 +43,10 @@ FINEWEB_EDU_SUBSETS = {
 }
 # The hub's own export: the repository's script is refused by today's libraries (nanoGPT, issue 633).
 OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@refs/convert/parquet/plain_text"
+HUB_LICENCES = {
+    "fineweb-edu": "ODC-BY 1.0",
+    "openwebtext": "CC0 1.0 (the packaging; the texts are their authors')",
+}
 
 PYTHON_DOCS = TextFile("python-docs", "python-docs", 2_300_000)  # CPython 3.11's, as text
 NAMED_SOURCES = ("python-docs", "shakespeare", "fineweb-edu", "openwebtext")
@@ -55,7 +60,7 @@ class Source:
     """Default name of the prepared folder."""
     licence: str
     sha256: str
-    """Hash of the names and contents of the files: equal hashes mean equal documents."""
+    """Hash of the names and contents of the files: equal hashes mean equal documents. "" if unknown."""
     validation_fraction: float
     """Share of the documents held out; by default larger for small sources."""
     files: tuple[TextFile, ...]
@@ -102,16 +107,24 @@ def open_source(source: str, subset: str | None = None, from_file: str | None = 
         names = [path.relative_to(library_folder()).as_posix() for path in paths]
         library = [TextFile(str(p), name, p.stat().st_size) for p, name in zip(paths, names, strict=True)]
         return Source(source, "PSF-2.0", hash_files(library), 0.1, (PYTHON_DOCS,))
+    if (published := published_source(source, subset)) is None:
+        files = tuple(find_files(source))
+        return Source(as_utf8(name), "not stated", hash_files(files), 0.01, files)
     if source == "shakespeare":
         path = _cache_shakespeare(from_file)
-        file = TextFile(str(path), "input.txt", SHAKESPEARE_BYTES)
-        return Source(source, "public domain", SHAKESPEARE_SHA256, 0.1, (file,))  # nanoGPT's fraction
-    if source == "fineweb-edu":
-        return _open_hub(name, f"{FINEWEB_EDU}/{FINEWEB_EDU_SUBSETS[subset or 'sample-10BT']}", "ODC-BY 1.0")
-    if source == "openwebtext":
-        return _open_hub(name, OPENWEBTEXT, "CC0 1.0 (the packaging; the texts are their authors')")
-    files = tuple(find_files(source))
-    return Source(as_utf8(name), "not stated", hash_files(files), 0.01, files)
+        return dataclasses.replace(published, files=(TextFile(str(path), "input.txt", SHAKESPEARE_BYTES),))
+    folder = f"{FINEWEB_EDU}/{FINEWEB_EDU_SUBSETS[subset or 'sample-10BT']}"
+    files = _find_hub_files(name, OPENWEBTEXT if source == "openwebtext" else folder)
+    return dataclasses.replace(published, sha256=hash_files(files), files=files)
+
+
+def published_source(source: str, subset: str | None = None) -> Source | None:
+    """A named source whose text does not change, without its files; None for any other. Uses no network."""
+    if source == "shakespeare":
+        return Source(source, "public domain", SHAKESPEARE_SHA256, 0.1, ())  # nanoGPT's fraction
+    source_name(source, subset)
+    licence = HUB_LICENCES.get(source)
+    return None if licence is None else Source(source, licence, "", 0.01, ())
 
 
 def read_parts(parts: Sequence[Part], text_column: str) -> Iterator[Document]:
@@ -128,17 +141,16 @@ def parse_python_docs() -> tuple[Document, ...]:
         return tuple(document for document in python_documents() if advance() is None)
 
 
-def _open_hub(name: str, address: str, licence: str) -> Source:
-    """A source on Hugging Face's hub. Raises ValueError, with another way to get it, without a network."""
+def _find_hub_files(name: str, address: str) -> tuple[TextFile, ...]:
+    """Files on Hugging Face's hub. Raises ValueError, with another way to get them, without a network."""
     try:
-        files = tuple(find_files(address))
+        return tuple(find_files(address))
     except ValueError as error:
         folder = address.removeprefix("hf://datasets/")
         raise ValueError(
             f"{name} could not be reached ({error}): fetch the .parquet files of "
             f"https://huggingface.co/datasets/{folder} by other means, then `overnight prepare FOLDER`"
         ) from None
-    return Source(name, licence, hash_files(files), 0.01, files)
 
 
 def _cache_shakespeare(from_file: str | None) -> Path:
