@@ -13,7 +13,7 @@ from rich.text import Text
 
 from overnight.config import raise_problems
 from overnight.data.shards import MANIFEST
-from overnight.data.text_files import is_remote
+from overnight.data.text_files import describe_files, is_remote
 from overnight.inspection import InspectConfig
 from overnight.inspection.domains import Domains, count_domains
 from overnight.inspection.quality import ODDITIES
@@ -75,6 +75,10 @@ def _describe_shards(found: Inspection) -> Iterator[str]:
     yield f"{found.folder}: {found.source} (licence: {found.licence}) in ids of {found.tokenizer}"
     yield "every shard matches the manifest"
     yield from (f"  ! {problem}" for problem in found.problems)
+    if found.files_read:
+        yield f"read: {describe_files(found.files_read)}"
+    if found.files_left_alone:
+        yield f"left alone: {describe_files(found.files_left_alone)}"
     duplicates = found.duplicates
     if not duplicates.train and not duplicates.validation and not duplicates.validation_in_train:
         yield "no document occurs twice, within a split or across splits"

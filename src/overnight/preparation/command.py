@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from overnight.data.shards import Manifest, read_manifest
+from overnight.data.text_files import describe_files
 from overnight.preparation.prepare import prepare_folder
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.terminal import echo
@@ -24,6 +25,18 @@ def run(config: PrepareConfig) -> Manifest | None:
     return manifest
 
 
+def describe_reading(manifest: Manifest) -> list[str]:
+    """The kinds of file that were read, and those that were left alone."""
+    lines = []
+    if manifest.files_read:
+        lines.append(f"read: {describe_files(manifest.files_read)}")
+    if left := manifest.files_left_alone:
+        lines.append(f"left alone: {describe_files(left)}")
+        if any(kind.startswith((".csv", ".tsv")) for kind in left):
+            lines.append("a table of .csv or .tsv is read once it is saved as JSON lines or Parquet")
+    return lines
+
+
 def summarize_prepared(manifest: Manifest) -> list[str]:
     """A summary of a prepared folder, in a few lines."""
     train, validation = manifest.tokens("train"), manifest.tokens("validation")
@@ -35,6 +48,7 @@ def summarize_prepared(manifest: Manifest) -> list[str]:
         f"{tokens / manifest.documents:,.1f} tokens per document, {text_bytes / tokens:.3f} bytes per token",
         f"{train:,} tokens to train on, {validation:,} held out ({validation / tokens:.2%})",
     ]
+    lines += describe_reading(manifest)
     left_out = {
         "duplicates": manifest.duplicate_documents,
         "near-duplicates": manifest.near_duplicate_documents,

@@ -76,7 +76,7 @@ def find_prepared(config: PrepareConfig, *, unfinished: bool = False) -> Path | 
         return None
     source = None if config.from_file else published_source(config.source or "", config.subset)
     if source is None:
-        source = open_source(config.source or "", config.subset, config.from_file)
+        source = open_source(config.source or "", config.subset, config.from_file, config.text_column)
     request = describe_request(config, source)
     for folder in folders:
         try:

@@ -37,7 +37,7 @@ from overnight.data.shards import (
     verify,
     write_manifest,
 )
-from overnight.data.text_files import DamagedFileError
+from overnight.data.text_files import DamagedFileError, count_files
 from overnight.preparation import assemble, decontaminate, executors, tokenize
 from overnight.preparation.documents import Part, divide_file, spans_of
 from overnight.preparation.identity import (
@@ -165,7 +165,7 @@ class TextPreparation:
 
 
 def _plan_text(config: PrepareConfig) -> TextPreparation:
-    source = open_source(config.source or "", config.subset, config.from_file)
+    source = open_source(config.source or "", config.subset, config.from_file, config.text_column)
     if config.validation_fraction is not None:
         source = dataclasses.replace(source, validation_fraction=config.validation_fraction)
     return TextPreparation(config, source, describe_request(config, source))
@@ -199,6 +199,8 @@ def _plan_work(config: PrepareConfig, source: Source, request: Request) -> Prepa
         unit_bytes=tuple(sum(part_bytes[span]) for span in spans),
         damaged_files=tuple(damaged_files),
         validation_fraction=source.validation_fraction,
+        files_read=count_files(source.files),
+        files_left_alone=source.files_left_alone,
     )
 
 

@@ -17,11 +17,19 @@ import sysconfig
 import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from overnight.config import nearest
-from overnight.data.text_files import TextFile, as_utf8, find_files, hash_files, is_remote, plain_name
+from overnight.data.text_files import (
+    TextFile,
+    as_utf8,
+    find_files,
+    hash_files,
+    is_remote,
+    list_files,
+    plain_name,
+)
 from overnight.preparation.documents import Document, Part, read_part
 from overnight.run_directory import cache_folder, write_atomically
 from overnight.terminal import echo, progress
@@ -65,6 +73,8 @@ class Source:
     """Share of the documents held out; by default larger for small sources."""
     files: tuple[TextFile, ...]
     """The files in reading order."""
+    files_left_alone: dict[str, list[int]] = field(default_factory=dict)
+    """Kind of the files that are not read -> [number, bytes]."""
 
 
 def source_name(source: str, subset: str | None = None) -> str:
@@ -94,7 +104,9 @@ def source_name(source: str, subset: str | None = None) -> str:
     return plain_name(path.name) if path.is_file() else path.resolve().name
 
 
-def open_source(source: str, subset: str | None = None, from_file: str | None = None) -> Source:
+def open_source(
+    source: str, subset: str | None = None, from_file: str | None = None, text_column: str = "text"
+) -> Source:
     """The named source, or the file, folder or URL; downloaded if necessary, and hashed.
 
     `from_file` is the user's own copy of what would be downloaded.
@@ -108,8 +120,9 @@ def open_source(source: str, subset: str | None = None, from_file: str | None = 
         library = [TextFile(str(p), name, p.stat().st_size) for p, name in zip(paths, names, strict=True)]
         return Source(source, "PSF-2.0", hash_files(library), 0.1, (PYTHON_DOCS,))
     if (published := published_source(source, subset)) is None:
-        files = tuple(find_files(source))
-        return Source(as_utf8(name), "not stated", hash_files(files), 0.01, files)
+        found = list_files(source, text_column)
+        files = tuple(found.files)
+        return Source(as_utf8(name), "not stated", hash_files(files), 0.01, files, found.left_alone)
     if source == "shakespeare":
         path = _cache_shakespeare(from_file)
         return dataclasses.replace(published, files=(TextFile(str(path), "input.txt", SHAKESPEARE_BYTES),))

@@ -176,13 +176,22 @@ def test_bad_text_is_refused_repaired_or_skipped(config: PrepareConfig, texts_in
 def test_summary_and_next_command(
     config: PrepareConfig, write_texts: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_texts(Path(config.source), [*TEXTS, TEXTS[3], "", TEXTS[4]])
+    config = dataclasses.replace(config, source=str(Path(config.source).parent / "my notes"))
+    Path(config.source).mkdir()
+    (Path(config.source) / "a.csv").write_text("1")
+    path = write_texts(Path(config.source) / "texts.jsonl", [*TEXTS, TEXTS[3], "", TEXTS[4]])
     with path.open("ab") as file:
         file.write(b'{"text": "b\xe9"}\n')
     assert run(dataclasses.replace(config, on_bad_text="replace")) == verify(out_of(config))
     captured = capsys.readouterr()
     assert captured.out == ""
-    for part in ("301 documents", "duplicates 2, empty 1", "repaired: 1 ", f"RECIPE --data {config.out}"):
+    for part in (
+        "301 documents",
+        "duplicates 2, empty 1",
+        "repaired: 1 ",
+        f"RECIPE --data {config.out}",
+        "left alone: 1 .csv (1 bytes)",
+    ):
         assert part in captured.err
 
 
