@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,7 +97,7 @@ def _describe_shards(found: Inspection) -> Iterator[str]:
         yield "  " + " ".join(_printable(sample["text"]).split()) + (" …" if sample["is_shortened"] else "")
     yield ""
     yield "top domains: none, since shards hold no addresses; inspect the source instead"
-    yield f"next: overnight train RECIPE --data {found.folder}"
+    yield f"next: overnight train RECIPE --data {shlex.quote(found.folder)}"
 
 
 def _counts(found: Inspection) -> Iterator[str]:
@@ -175,7 +176,7 @@ def _describe_domains(found: Domains) -> Iterator[str]:
     if (more := found.sites - DOMAINS_SHOWN) > 0:
         yield f"and {more:,} sites more"
     yield ""
-    yield f"next: overnight prepare {found.source}"
+    yield f"next: overnight prepare {shlex.quote(found.source)}"
 
 
 def _printable(text: str) -> str:

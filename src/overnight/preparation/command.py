@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 
 from overnight.data.shards import Manifest, read_manifest
@@ -21,7 +22,7 @@ def run(config: PrepareConfig) -> Manifest | None:
     for line in summarize_prepared(manifest):
         echo(line)
     echo(f"{folder} is ready after {time.perf_counter() - started_at:.1f} s")
-    echo(f"next: overnight train RECIPE --data {folder}")
+    echo(f"next: overnight train RECIPE --data {shlex.quote(str(folder))}")
     return manifest
 
 

@@ -163,7 +163,8 @@ class ShardImport:
             some = ", ".join(whole[:3]) + (" ..." if whole[3:] else "")
             yield f"no end-of-text id is in {some}: each counts as one document"
         if missing := missing_files(self.files):
-            yield f"not there, by the numbers in the names: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}"
+            more = " ..." * (len(missing) > 3)
+            yield f"not there, by the numbers in the names: {', '.join(missing[:3])}{more}"
         if methods["linked"]:
             yield "linked files take no additional disk space; do not change the originals"
         beginning = self.tokenizer.decode(self.files[0].ids[:BEGINNING_TOKENS].tolist())

@@ -176,7 +176,9 @@ def test_bad_text_is_refused_repaired_or_skipped(config: PrepareConfig, texts_in
 def test_summary_and_next_command(
     config: PrepareConfig, write_texts: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = dataclasses.replace(config, source=str(Path(config.source).parent / "my notes"))
+    config = dataclasses.replace(
+        config, source=str(Path(config.source).parent / "my notes"), out=f"{config.out} of mine"
+    )
     Path(config.source).mkdir()
     (Path(config.source) / "a.csv").write_text("1")
     path = write_texts(Path(config.source) / "texts.jsonl", [*TEXTS, TEXTS[3], "", TEXTS[4]])
@@ -189,7 +191,7 @@ def test_summary_and_next_command(
         "301 documents",
         "duplicates 2, empty 1",
         "repaired: 1 ",
-        f"RECIPE --data {config.out}",
+        f"RECIPE --data '{config.out}'",
         "left alone: 1 .csv (1 bytes)",
     ):
         assert part in captured.err
