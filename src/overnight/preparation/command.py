@@ -11,6 +11,8 @@ from overnight.preparation.prepare import prepare_folder
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.terminal import echo
 
+FEWEST_HELD_OUT, FEWEST_HELD_OUT_TOKENS = 8, 10_000  # documents and tokens that a loss is measured on
+
 
 def run(config: PrepareConfig) -> Manifest | None:
     """Prepare the output folder, or verify and reuse it, and print a summary; None if Slurm does the work."""
@@ -49,6 +51,12 @@ def summarize_prepared(manifest: Manifest) -> list[str]:
         f"{tokens / manifest.documents:,.1f} tokens per document, {text_bytes / tokens:.3f} bytes per token",
         f"{train:,} tokens to train on, {validation:,} held out ({validation / tokens:.2%})",
     ]
+    held_out = sum(shard.documents for shard in manifest.validation)
+    if held_out < FEWEST_HELD_OUT or validation < FEWEST_HELD_OUT_TOKENS:
+        lines.append(
+            f"only {held_out:,} documents with {validation:,} tokens are held out: a loss on them is "
+            "uncertain; give more text, or a larger --validation-fraction"
+        )
     lines += describe_reading(manifest)
     left_out = {
         "duplicates": manifest.duplicate_documents,

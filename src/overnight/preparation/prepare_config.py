@@ -61,8 +61,8 @@ class PrepareConfig:
     train_tokenizer: int | None = None
     """Train a BPE of N ids on the training documents: the same as --tokenizer bpe-N."""
     validation_fraction: float | None = None
-    """Share of the documents held out, chosen by their hash; 0.1 for python-docs and shakespeare, else 0.01
-    if left out."""
+    """Share of the documents held out, chosen by their hash; if left out, 0.1 for python-docs and
+    shakespeare, else 0.01, or what holds out 100 KB of a smaller text, at most 0.2."""
     text_column: str = "text"
     """The column of JSON and Parquet files that holds the text; data.text is a field of the field data."""
     on_bad_text: Literal["fail", "replace", "skip"] = "fail"

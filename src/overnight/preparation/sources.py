@@ -12,6 +12,7 @@ import functools
 import hashlib
 import http.client
 import itertools
+import math
 import os
 import sysconfig
 import urllib.request
@@ -30,7 +31,7 @@ from overnight.data.text_files import (
     list_files,
     plain_name,
 )
-from overnight.preparation.documents import Document, Part, read_part
+from overnight.preparation.documents import PACKED_TEXT_BYTES, Document, Part, read_part
 from overnight.run_directory import cache_folder, write_atomically
 from overnight.terminal import echo, progress
 
@@ -41,6 +42,7 @@ SHAKESPEARE_REMEDY = (
     f"fetch {SHAKESPEARE_URL} by other means, then run `overnight prepare shakespeare --from-file FILE` once"
 )
 DOWNLOAD_TIMEOUT_SECONDS = 60
+FEWEST_HELD_OUT_BYTES = 100_000  # of the text of a source whose share is not given
 
 FINEWEB_EDU = "hf://datasets/HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_SUBSETS = {
@@ -122,13 +124,21 @@ def open_source(
     if (published := published_source(source, subset)) is None:
         found = list_files(source, text_column)
         files = tuple(found.files)
-        return Source(as_utf8(name), "not stated", hash_files(files), 0.01, files, found.left_alone)
+        return Source(
+            as_utf8(name), "not stated", hash_files(files), share_held_out(files), files, found.left_alone
+        )
     if source == "shakespeare":
         path = _cache_shakespeare(from_file)
         return dataclasses.replace(published, files=(TextFile(str(path), "input.txt", SHAKESPEARE_BYTES),))
     folder = f"{FINEWEB_EDU}/{FINEWEB_EDU_SUBSETS[subset or 'sample-10BT']}"
     files = _find_hub_files(name, OPENWEBTEXT if source == "openwebtext" else folder)
     return dataclasses.replace(published, sha256=hash_files(files), files=files)
+
+
+def share_held_out(files: Sequence[TextFile]) -> float:
+    """The share that is held out if none is given: 0.01, and more of a small text, up to 0.2."""
+    text_bytes = sum(file.bytes * (PACKED_TEXT_BYTES if file.is_packed else 1) for file in files)
+    return min(0.2, max(0.01, math.ceil(100 * FEWEST_HELD_OUT_BYTES / max(1, text_bytes)) / 100))
 
 
 def published_source(source: str, subset: str | None = None) -> Source | None:
