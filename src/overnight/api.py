@@ -25,7 +25,7 @@ from overnight.evaluation import EvaluateConfig
 from overnight.evaluation.results import EvaluationResults, evaluate_opened
 from overnight.generation import SamplingConfig
 from overnight.generation.generate import Decoding, stream_text
-from overnight.preparation.prepare import prepare_shards
+from overnight.preparation.prepare import prepare_folder
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.recipe import Recipe, load_recipe, with_settings
 from overnight.report.page import write_report
@@ -124,8 +124,7 @@ def prepare(source: str | Path, **options: Any) -> Path:
     """Prepare text; returns the folder of shards. The options are those of `overnight prepare`."""
     _check_names("prepare", options, PrepareConfig)
     config = PrepareConfig(source=str(source), **options)
-    prepare_shards(config)
-    return output_folder(config)
+    return prepare_folder(config) or output_folder(config)
 
 
 def train(recipe: str | Recipe = "quickstart", *, resume: str | Path | None = None, **settings: Any) -> Run:

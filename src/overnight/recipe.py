@@ -252,7 +252,7 @@ def load_recipe(name: str) -> Recipe:
         if not path.is_file():
             raise ValueError(f"{name}: no such recipe file")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
     elif name in recipe_names():

@@ -72,6 +72,16 @@ def test_evaluate_published_run(trained, tmp_path):
     assert model.recipe is not None
 
 
+def test_evaluate_refuses_other_data_in_the_folder_of_the_run(trained, prepared, evaluate, tmp_path):
+    run = RunDirectory(shutil.copytree(trained.path, tmp_path / "copy"))
+    evaluate(run.path)
+    facts = json.loads(run.data.read_text())
+    run.data.write_text(json.dumps({**facts, "documents": facts["documents"] + 1}))
+    with pytest.raises(ValueError, match=f"{prepared} is not the data that {run.path} was trained on"):
+        evaluate(run.path)
+    evaluate(run.path, data=str(prepared))  # named by the user
+
+
 def test_evaluate_refuses_text_of_other_tokenizer(trained, converted, prepare_texts, evaluate, tmp_path):
     notes = [f"Note {number}: {number} is a number, and this is a sentence." for number in range(40)]
     other = prepare_texts(tmp_path / "other", notes)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from overnight.data import shards
 from overnight.data.shards import SPLITS, Manifest, write_manifest, write_split
-from overnight.preparation import prepare, prepare_state, tokenize
+from overnight.preparation import identity, prepare_state, tokenize
 
 
 class ByteTokenizer:
@@ -54,9 +54,9 @@ def byte_tokenizer(monkeypatch: pytest.MonkeyPatch) -> ByteTokenizer:
     def load(name: str | Path) -> ByteTokenizer:
         return ByteTokenizer((Path(name) / "learned.txt").read_text() if Path(name).is_dir() else "")
 
-    monkeypatch.setattr(prepare, "NAMES", ("bytes", "learned"))
+    monkeypatch.setattr(identity, "NAMES", ("bytes", "learned"))
     monkeypatch.setattr(tokenize, "build_tokenizer", build)
-    for module in (prepare, prepare_state, shards):
+    for module in (identity, prepare_state, shards):
         monkeypatch.setattr(module, "load_tokenizer", load)
     return ByteTokenizer()
 

@@ -31,8 +31,10 @@ DEFAULT = Recipe(run_name="x")
 
 def test_recipe_may_be_a_file(tmp_path):
     path = tmp_path / "mine-1.5.toml"
-    path.write_text("[schedule]\ntotal_steps = 3\n")
-    assert load_recipe(str(path)).run_name == "mine-1.5"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        path.write_bytes(mark + b"[schedule]\ntotal_steps = 3\n")
+        recipe = load_recipe(str(path))
+        assert (recipe.run_name, recipe.schedule.total_steps) == ("mine-1.5", 3)
 
 
 @pytest.mark.parametrize("name", sorted(flatten(DEFAULT)))

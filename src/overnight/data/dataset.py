@@ -15,6 +15,7 @@ from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.packing import BestFitStream
 from overnight.data.remote import RemoteFolder, is_prepared_elsewhere
 from overnight.data.shards import (
+    FILE_COUNTS,
     MANIFEST,
     SPLITS,
     Manifest,
@@ -53,10 +54,12 @@ class Dataset:
 
     def record(self) -> dict[str, Any]:
         """The facts about its data that a run records, to recognise the data on resuming."""
-        if not isinstance(self.folder, IncrementalFolder):
-            return dataclasses.asdict(self.manifest)
-        facts = dataclasses.asdict(self.folder.manifest)  # more shards than at the opening, perhaps all
-        return facts if self.folder.is_complete else facts | {"is_complete": False}
+        growing = self.folder if isinstance(self.folder, IncrementalFolder) else None
+        # A growing folder may have more shards than at the opening, perhaps all.
+        facts = dataclasses.asdict(self.manifest if growing is None else growing.manifest)
+        for name in FILE_COUNTS:  # do not decide the tokens
+            del facts[name]
+        return facts if growing is None or growing.is_complete else facts | {"is_complete": False}
 
     def training_rows(
         self, tokens_per_row: int, seed: int

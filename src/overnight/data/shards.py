@@ -35,7 +35,8 @@ SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 SO_FAR = "so-far.json"  # manifest of the shards that are complete so far
 SHARD_NAME = re.compile(r"(train|validation)-\d{5,}(-\d+)?\.bin")
-OPTIONAL_FIELDS = ("near_duplicate_documents", "contaminated_documents")
+FILE_COUNTS = ("files_read", "files_left_alone")
+OPTIONAL_FIELDS = ("near_duplicate_documents", "contaminated_documents", *FILE_COUNTS)
 REMEDY = "delete the folder and prepare it again"
 
 HEADER_BYTES = 256 * 4
@@ -200,6 +201,10 @@ class Manifest:
     """Left out (near_duplicates="drop")."""
     contaminated_documents: dict[str, int] = field(default_factory=dict)
     """Benchmark -> number of documents that share a passage with it (left out if on_contaminated="drop")."""
+    files_read: dict[str, list[int]] = field(default_factory=dict)
+    """Kind of file -> [number, bytes as stored]."""
+    files_left_alone: dict[str, list[int]] = field(default_factory=dict)
+    """The same, of the files of the source that are not of a kind that is read."""
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
 

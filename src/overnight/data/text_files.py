@@ -2,28 +2,35 @@
 
     .txt .md     texts
     .jsonl       a text a line
+    .json        the same, or one array with a text an item
     .parquet     a text a row
 
-The first two kinds may be compressed: .jsonl.gz, .txt.zst, and so on.
+All kinds but the last may be compressed: .jsonl.gz, .txt.zst, and so on.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import io
+import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from overnight.terminal import progress
 
-KINDS = (".txt", ".md", ".jsonl", ".parquet")
+KINDS = (".txt", ".md", ".jsonl", ".json", ".parquet")
 PACKINGS = (".gz", ".zst")
+TABLES = frozenset({".jsonl", ".json", ".parquet"})
+BYTE_ORDER_MARK = codecs.BOM_UTF8
+FIRST_LINE_BYTES = 1 << 20
+BROKEN_LINK = "broken link"
 
 
 class DamagedFileError(ValueError):
@@ -45,7 +52,7 @@ class TextFile:
 
     @property
     def kind(self) -> str:
-        """.txt, .md, .jsonl or .parquet."""
+        """.txt, .md, .jsonl, .json or .parquet."""
         return kind_of(self.name) or ""
 
     @property
@@ -81,39 +88,131 @@ def is_remote(source: str) -> bool:
     return "://" in source
 
 
-def find_files(source: str) -> list[TextFile]:
-    """The text files at a path or URL, in the order of their paths; a folder is searched recursively.
+class FileListing(NamedTuple):
+    """What is at a path or URL."""
 
-    Names that begin with a dot and other kinds of file are skipped. Raises ValueError if none is found.
+    files: list[TextFile]
+    """The files to be read, in the order of their names."""
+    left_alone: dict[str, list[int]]
+    """Kind of the files that are not read -> [number of files, bytes]."""
+
+
+def find_files(source: str) -> list[TextFile]:
+    """The text files of `list_files`."""
+    return list_files(source).files
+
+
+def list_files(source: str, text_column: str = "text") -> FileListing:
+    """The text files at a path or URL, a folder searched recursively, and a count of all other files.
+
+    Names that begin with a dot are not read. Raises ValueError if no file can be read.
     """
     found = _find_remote(source) if is_remote(source) else _find_local(Path(source))
-    if not found:
+    names = {PurePosixPath(file.name): file for file in found}
+    kinds = {path: _kind_left_alone(file, text_column) for path, file in names.items()}
+    # A README.md in a folder with tables of texts, at any depth, is a dataset card and not text.
+    tables = [path for path, file in names.items() if kinds[path] is None and file.kind in TABLES]
+    cards = {folder / "readme.md" for table in tables for folder in table.parents}
+    listing = FileListing([], {})
+    for path in sorted(names):
+        kind = kinds[path]
+        if kind is None and path.with_name(path.name.lower()) in cards:
+            kind = "README.md of a dataset"
+        if kind is None:
+            listing.files.append(names[path])
+        else:
+            count, size = listing.left_alone.get(kind, [0, 0])
+            listing.left_alone[kind] = [count + 1, size + names[path].bytes]
+    if not listing.files:
+        there = f"; there is {describe_files(listing.left_alone)}" if listing.left_alone else ""
         raise ValueError(
             f"{source} holds no file that can be read ({', '.join(KINDS)}; compressed: {', '.join(PACKINGS)})"
+            f"{there}"
         )
-    # A README.md in a folder with .jsonl or .parquet files, at any depth, is a dataset card and not text.
-    files = {PurePosixPath(file.name): file for file in found}
-    tables = [path for path, file in files.items() if file.kind in {".jsonl", ".parquet"}]
-    cards = {folder / "readme.md" for table in tables for folder in table.parents}
-    return [files[path] for path in sorted(files) if path.with_name(path.name.lower()) not in cards]
+    return listing
 
 
-def _is_text(name: str) -> bool:
-    """True if a file in a folder of text is to be read: of a known kind, and not hidden."""
-    return kind_of(name) is not None and not any(part.startswith(".") for part in PurePosixPath(name).parts)
+def count_files(files: Iterable[TextFile]) -> dict[str, list[int]]:
+    """Kind -> [number of files, bytes]."""
+    counts: dict[str, list[int]] = {}
+    for file in files:
+        kind = file.kind + PurePosixPath(file.name.lower()).suffix * file.is_packed
+        count, size = counts.get(kind, [0, 0])
+        counts[kind] = [count + 1, size + file.bytes]
+    return {kind: counts[kind] for kind in sorted(counts) if kind}
+
+
+def describe_files(counts: Mapping[str, Sequence[int]]) -> str:
+    """Number of files and bytes of each kind, as text."""
+    return ", ".join(f"{count:,} {kind} ({size:,} bytes)" for kind, (count, size) in sorted(counts.items()))
+
+
+def _kind_left_alone(file: TextFile, text_column: str) -> str | None:
+    """The kind of a file that is not to be read; None if it is."""
+    path = PurePosixPath(file.name.lower())
+    if any(part.startswith(".") for part in path.parts):
+        return "hidden"
+    if file.state == BROKEN_LINK:
+        return "broken link"
+    if kind_of(file.name) is None:
+        suffixes = path.suffixes[-2:] if path.suffix in PACKINGS else path.suffixes[-1:]
+        return "".join(suffixes) or "without suffix"
+    is_text = file.kind != ".json" or _is_json_text(file, text_column)
+    return None if is_text else ".json of one object"
+
+
+def _is_json_text(file: TextFile, text_column: str) -> bool:
+    """True for JSON lines, for an array, and for one object with the text column."""
+    try:
+        with open_file(file) as content:
+            first = content.readline(FIRST_LINE_BYTES).removeprefix(BYTE_ORDER_MARK).strip()
+            rest = content.readline(FIRST_LINE_BYTES).strip()
+    except DamagedFileError:
+        return True  # found again, and reported, when it is read
+    if not first.startswith(b"{"):
+        return first.startswith(b"[") or not first
+    if rest or len(first) >= FIRST_LINE_BYTES:
+        return rest.startswith(b"{") or not rest
+    with suppress(ValueError, RecursionError):
+        return text_column.partition(".")[0] in json.loads(first)
+    return True
 
 
 def _find_local(source: Path) -> list[TextFile]:
     if source.is_file():
         if kind_of(source.name) is None:
-            raise ValueError(f"{source} is not a kind of file that can be read ({', '.join(KINDS)})")
+            raise ValueError(
+                f"{source} is not a kind of file that can be read ({', '.join(KINDS)}): save it as "
+                "text, or a table as JSON lines"
+            )
         return [TextFile(str(source), as_utf8(source.name), source.stat().st_size)]
-    names = {path: as_utf8(path.relative_to(source).as_posix()) for path in source.rglob("*")}
-    return [
-        TextFile(str(path), name, path.stat().st_size)
-        for path, name in names.items()
-        if _is_text(name) and path.is_file()
-    ]
+    found = []
+    for path in _walk(source):
+        name, is_there = as_utf8(path.relative_to(source).as_posix()), path.is_file()
+        if is_there or path.is_symlink():
+            size, state = (path.stat().st_size, "") if is_there else (0, BROKEN_LINK)
+            found.append(TextFile(str(path), name, size, state))
+    return found
+
+
+def _walk(source: Path) -> Iterator[Path]:
+    """Every file below a folder. Each folder is read once, linked ones after the others."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    waiting = [source]
+    for start in waiting:
+        for folder, folders, names in os.walk(start, onerror=refuse):
+            if (real := os.path.realpath(folder)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            links = sorted(name for name in folders if Path(folder, name).is_symlink())
+            waiting += [Path(folder, name) for name in links if not name.startswith(".")]
+            folders[:] = sorted(name for name in folders if name not in links)
+            yield from (Path(folder, name) for name in sorted(names))
 
 
 def _find_remote(source: str) -> list[TextFile]:
@@ -127,10 +226,9 @@ def _find_remote(source: str) -> list[TextFile]:
     found = []
     for path, entry in entries.items():
         name = path.removeprefix(f"{root}/") if path != root else PurePosixPath(path).name
-        if _is_text(name):
-            address = f"{source.partition('://')[0]}://{path}"
-            state = next((str(entry[key]) for key in STATES if entry.get(key)), "")
-            found.append(TextFile(address, name, int(entry["size"]), state))
+        address = f"{source.partition('://')[0]}://{path}"
+        state = next((str(entry[key]) for key in STATES if entry.get(key)), "")
+        found.append(TextFile(address, name, int(entry["size"] or 0), state))
     return found
 
 

@@ -34,7 +34,7 @@ from overnight.doctor import DoctorConfig
 from overnight.model.model_config import ModelConfig
 from overnight.planning import PlanConfig
 from overnight.planning.command import estimate_plan
-from overnight.planning.estimate import find_prepared, find_token_counts, model_config_of
+from overnight.planning.estimate import find_text, find_token_counts, model_config_of
 from overnight.planning.plan import Plan
 from overnight.preparation.prepare import ensure_prepared, prepare_shards
 from overnight.preparation.prepare_commands import JobText, find_recipe_texts
@@ -86,7 +86,7 @@ class DoctorContext:
         data = self.recipe.data
         if text.is_remote:
             self.missing.append(f"{path} is remote: each shard is verified when it is read")
-        elif prepared := find_prepared(path, data.tokenizer):
+        elif prepared := find_text(path, data):
             self.folders.append(prepared)
         elif is_small_and_local(path):
             one = dataclasses.replace(data, data=path, mixture=(), shuffle_window=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -28,7 +29,7 @@ def run(config: EvaluateConfig) -> None:
         results = evaluate_models(models, config, world)
         if config.json and world.is_main:
             sys.stdout.write(json.dumps(results.to_dict(), allow_nan=False) + "\n")
-        echo(f'next: overnight generate {config.model} "Once upon a time"')
+        echo(f'next: overnight generate {shlex.quote(config.model)} "Once upon a time"')
 
 
 def evaluate_in_processes(config: EvaluateConfig, words: Sequence[str]) -> int:

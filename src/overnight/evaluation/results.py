@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -11,6 +12,7 @@ from typing import Any
 
 from overnight.conversion.open_model import OpenedModel, open_model
 from overnight.data import DataConfig
+from overnight.data.dataset import is_same_data
 from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.evaluation import EvaluateConfig
 from overnight.evaluation.harness import HarnessScore, check_harness, harness_scores
@@ -19,7 +21,7 @@ from overnight.evaluation.perplexity import Evaluation
 from overnight.evaluation.scores import AccuracyComparison, LossComparison, Score
 from overnight.evaluation.tasks import evaluate_cached, open_task, split_names
 from overnight.recipe import Recipe, read_recipe_of
-from overnight.run_directory import finite_values
+from overnight.run_directory import RunDirectory, finite_values
 from overnight.terminal import echo
 
 
@@ -95,9 +97,25 @@ def _open_validation(config: EvaluateConfig, models: Sequence[EvaluatedModel]) -
     else:
         raise ValueError("this model's training data is unknown: give prepared data with --data FOLDER")
     validation = open_validation_set(data, config.evaluation_tokens, config.stride)
+    if not config.data and models[0].opened.run:
+        _require_same_data(RunDirectory(models[0].opened.run), validation)
     for each in models:
         validation.check_tokenizer(each.opened.tokenizer, each.name, each.opened.tokenizer_folder)
     return validation
+
+
+def _require_same_data(run: RunDirectory, validation: ValidationSet) -> None:
+    """Raise ValueError if the folder that a run names holds other data than the run was trained on."""
+    try:
+        before = json.loads(run.data.read_text(encoding="utf-8"))
+        is_same = is_same_data(before, json.loads(json.dumps(validation.dataset.record())))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # nothing is recorded to compare with
+    if not is_same:
+        raise ValueError(
+            f"the data in {validation.dataset.folder} is not the data that {run.path} was trained on: put "
+            "that data back, or name the text to evaluate on with --data"
+        )
 
 
 def evaluate_models(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def run(config: GenerateConfig) -> None:
     echo(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s on {device} in {precision}")
     following = "quickstart"
     if opened.run:
-        following = f"convert {config.model} --to hf --out {opened.run.name}-hf"
+        following = shlex.join(["convert", config.model, "--to", "hf", "--out", f"{opened.run.name}-hf"])
     echo(f"next: overnight {following}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from overnight.config import raise_problems
 from overnight.data.shards import MANIFEST
-from overnight.data.text_files import is_remote
+from overnight.data.text_files import describe_files, is_remote
 from overnight.inspection import InspectConfig
 from overnight.inspection.domains import Domains, count_domains
 from overnight.inspection.quality import ODDITIES
@@ -75,6 +76,10 @@ def _describe_shards(found: Inspection) -> Iterator[str]:
     yield f"{found.folder}: {found.source} (licence: {found.licence}) in ids of {found.tokenizer}"
     yield "every shard matches the manifest"
     yield from (f"  ! {problem}" for problem in found.problems)
+    if found.files_read:
+        yield f"read: {describe_files(found.files_read)}"
+    if found.files_left_alone:
+        yield f"left alone: {describe_files(found.files_left_alone)}"
     duplicates = found.duplicates
     if not duplicates.train and not duplicates.validation and not duplicates.validation_in_train:
         yield "no document occurs twice, within a split or across splits"
@@ -92,7 +97,7 @@ def _describe_shards(found: Inspection) -> Iterator[str]:
         yield "  " + " ".join(_printable(sample["text"]).split()) + (" …" if sample["is_shortened"] else "")
     yield ""
     yield "top domains: none, since shards hold no addresses; inspect the source instead"
-    yield f"next: overnight train RECIPE --data {found.folder}"
+    yield f"next: overnight train RECIPE --data {shlex.quote(found.folder)}"
 
 
 def _counts(found: Inspection) -> Iterator[str]:
@@ -171,7 +176,7 @@ def _describe_domains(found: Domains) -> Iterator[str]:
     if (more := found.sites - DOMAINS_SHOWN) > 0:
         yield f"and {more:,} sites more"
     yield ""
-    yield f"next: overnight prepare {found.source}"
+    yield f"next: overnight prepare {shlex.quote(found.source)}"
 
 
 def _printable(text: str) -> str:

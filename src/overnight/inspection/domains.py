@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from overnight.data.text_files import (
+    BYTE_ORDER_MARK,
     DamagedFileError,
     TextFile,
     find_files,
@@ -102,12 +103,13 @@ def _rows(files: Sequence[TextFile], columns: Columns, advance: Callable[..., No
 def _json_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
     with open_file(file) as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if not content.strip():
                 continue
             location = f"{file.address} line {number:,}"
             fields = None
             with contextlib.suppress(ValueError, RecursionError):
-                fields = json.loads(line)
+                fields = json.loads(content)
             if not isinstance(fields, dict):
                 raise DamagedFileError(f"{location} is not a JSON object with named fields")
             _require(columns, list(fields), location)
@@ -126,7 +128,7 @@ def _parquet_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
             urls, texts = map(batch.column, columns)
             sizes = compute.fill_null(compute.binary_length(texts.cast(pyarrow.large_binary())), 0)
             yield from zip(urls.to_pylist(), sizes.to_pylist(), strict=True)
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+    except (OSError, KeyError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise DamagedFileError(
             f"{file.address} is damaged, or its column is not text: {first_line(error)}"
         ) from None

@@ -95,6 +95,9 @@ class Inspection:
     folder: str
     source: str
     licence: str
+    files_read: dict[str, list[int]]
+    """Kind of file -> [number, bytes]."""
+    files_left_alone: dict[str, list[int]]
     tokenizer: str
     vocab_size: int
     first_documents_only: int | None
@@ -140,6 +143,8 @@ def inspect_shards(
         folder=str(folder),
         source=manifest.source,
         licence=manifest.licence,
+        files_read=manifest.files_read,
+        files_left_alone=manifest.files_left_alone,
         tokenizer=manifest.tokenizer,
         vocab_size=manifest.vocab_size,
         first_documents_only=documents,

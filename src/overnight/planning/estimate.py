@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import NamedTuple
 
 from overnight.conversion.open_model import open_model
 from overnight.data import DataConfig
-from overnight.data.shards import read_manifest, token_format
+from overnight.data.shards import MANIFEST, read_manifest, token_format
 from overnight.model.model_config import PRESETS, ModelConfig
-from overnight.preparation.prepare_config import PrepareConfig, output_folder
+from overnight.preparation.identity import find_prepared, text_request
+from overnight.preparation.prepare_commands import find_recipe_text
+from overnight.preparation.sources import NAMED_SOURCES
 from overnight.recipe import Recipe, Resolved
 from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.training.batch import ROWS_AT_MOST
@@ -51,8 +54,8 @@ def find_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts
     paths = [source.path for source in config.mixture] or [config.data]
     folders = []
     for path in paths:
-        if (folder := find_prepared(path, config.tokenizer)) is None:
-            return TokenCounts(vocab_size or _vocabulary(path, config.tokenizer), None, None, None)
+        if (folder := find_text(path, config)) is None:
+            return TokenCounts(vocab_size or _vocabulary(path, config), None, None, None)
         folders.append(folder)
     manifests = [read_manifest(folder) for folder in folders]
     return TokenCounts(
@@ -63,25 +66,24 @@ def find_token_counts(config: DataConfig, vocab_size: int | None) -> TokenCounts
     )
 
 
-def find_prepared(path: str, tokenizer: str) -> Path | None:
-    """The folder of shards that a run would read; None if it would have to prepare one first."""
-    folder = Path(path)
-    if not (folder / "manifest.json").is_file():
-        try:
-            folder = output_folder(PrepareConfig(source=path, tokenizer=tokenizer))
-        except ValueError:  # no such source
-            return None
-    return folder if (folder / "manifest.json").is_file() else None
+def find_text(path: str, config: DataConfig) -> Path | None:
+    """The folder of shards that a run would read; None if it would have to prepare one, and for a URL."""
+    if (Path(path) / MANIFEST).is_file():
+        return Path(path)
+    is_text = path in NAMED_SOURCES or Path(path).exists()
+    return find_prepared(text_request(path, config)) if is_text else None
 
 
-def _vocabulary(path: str, name: str) -> int:
+def _vocabulary(path: str, config: DataConfig) -> int:
     """The vocabulary size of a tokenizer, from its name, or from its files."""
+    name = config.tokenizer
     if name == "gpt2":
         return GPT2_VOCABULARY
     if name == "characters":
+        command = find_recipe_text(path, config)[1] or ("overnight", "prepare", path, "--tokenizer", name)
         raise ValueError(
             f"the number of characters in {path} is known once it is prepared: run "
-            f"`overnight prepare {path} --tokenizer characters`, or give --vocab-size"
+            f"`{shlex.join(command)}`, or give --vocab-size"
         )
     if size := re.fullmatch(r"bpe-([0-9]+)", name):
         return int(size[1])

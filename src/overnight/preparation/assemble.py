@@ -199,6 +199,8 @@ class ShardAssembler:
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
             documents=layout.kept_documents,
+            files_read=state.files_read,
+            files_left_alone=state.files_left_alone,
             duplicate_documents=layout.documents.get("duplicate", 0),
             empty_documents=layout.documents.get("empty", 0),
             skipped_documents=layout.documents.get("skipped", 0),

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 
-from overnight.data.shards import Manifest
-from overnight.preparation.prepare import prepare_shards
-from overnight.preparation.prepare_config import PrepareConfig, output_folder
+from overnight.data.shards import Manifest, read_manifest
+from overnight.data.text_files import describe_files
+from overnight.preparation.prepare import prepare_folder
+from overnight.preparation.prepare_config import PrepareConfig
 from overnight.terminal import echo
+
+FEWEST_HELD_OUT, FEWEST_HELD_OUT_TOKENS = 8, 10_000  # documents and tokens that a loss is measured on
 
 
 def run(config: PrepareConfig) -> Manifest | None:
     """Prepare the output folder, or verify and reuse it, and print a summary; None if Slurm does the work."""
     started_at = time.perf_counter()
-    manifest = prepare_shards(config)
-    if manifest is None:
+    folder = prepare_folder(config)
+    if folder is None:
         return None
-    folder = output_folder(config)
+    manifest = read_manifest(folder)
     for line in summarize_prepared(manifest):
         echo(line)
     echo(f"{folder} is ready after {time.perf_counter() - started_at:.1f} s")
-    echo(f"next: overnight train RECIPE --data {folder}")
+    echo(f"next: overnight train RECIPE --data {shlex.quote(str(folder))}")
     return manifest
+
+
+def describe_reading(manifest: Manifest) -> list[str]:
+    """The kinds of file that were read, and those that were left alone."""
+    lines = []
+    if manifest.files_read:
+        lines.append(f"read: {describe_files(manifest.files_read)}")
+    if left := manifest.files_left_alone:
+        lines.append(f"left alone: {describe_files(left)}")
+        if any(kind.startswith((".csv", ".tsv")) for kind in left):
+            lines.append("a table of .csv or .tsv is read once it is saved as JSON lines or Parquet")
+    return lines
 
 
 def summarize_prepared(manifest: Manifest) -> list[str]:
@@ -35,6 +51,13 @@ def summarize_prepared(manifest: Manifest) -> list[str]:
         f"{tokens / manifest.documents:,.1f} tokens per document, {text_bytes / tokens:.3f} bytes per token",
         f"{train:,} tokens to train on, {validation:,} held out ({validation / tokens:.2%})",
     ]
+    held_out = sum(shard.documents for shard in manifest.validation)
+    if held_out < FEWEST_HELD_OUT or validation < FEWEST_HELD_OUT_TOKENS:
+        lines.append(
+            f"only {held_out:,} documents with {validation:,} tokens are held out: a loss on them is "
+            "uncertain; give more text, or a larger --validation-fraction"
+        )
+    lines += describe_reading(manifest)
     left_out = {
         "duplicates": manifest.duplicate_documents,
         "near-duplicates": manifest.near_duplicate_documents,

@@ -134,7 +134,7 @@ def _passages(path: Path) -> Iterator[tuple[int, Hashes]]:
 
 def _read_texts(path: Path) -> Iterator[str]:
     try:
-        content = path.read_bytes().decode()
+        content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"decontaminate: {path} is not UTF-8 at byte {error.start:,}") from None
     if path.suffix.lower() != ".jsonl":

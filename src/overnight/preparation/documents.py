@@ -2,6 +2,7 @@
 
     .txt .md     a document; a file over 20,000 bytes is several: see `end_of_piece`
     .jsonl       a document per line, its text in the text column
+    .json        the same, or one array with a document per item
     .parquet     a document per row, its text in the text column
 
 Nothing is cleaned: a document's text is the file's, character for character, line ends included.
@@ -10,6 +11,7 @@ Nothing is dropped by the readers: text that can't be read is a document with `d
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import itertools
 import json
@@ -22,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overnight.data.text_files import (
+    BYTE_ORDER_MARK,
     DamagedFileError,
     TextFile,
     first_line,
@@ -33,6 +36,8 @@ from overnight.data.text_files import (
 SHORTEST_PIECE_BYTES = 10_000
 LONGEST_PIECE_BYTES = 20_000
 ENDS_OF_PIECES = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb" "))
+ITEM_BEGINS = re.compile(r"[\s,]*")
+JSON_DECODER = json.JSONDecoder()
 SURROGATE = re.compile("[\ud800-\udfff]")
 ROWS_AT_ONCE = 256
 PACKED_TEXT_BYTES = 3  # bytes of text in a byte of a packed file, roughly
@@ -87,7 +92,7 @@ def read_part(part: Part, text_column: str = "text") -> Iterator[Document]:
     """
     if part.file.kind == ".parquet":
         return _read_parquet(part, text_column)
-    return _read_json_lines(part, text_column) if part.file.kind == ".jsonl" else _read_text(part)
+    return _read_text(part) if part.file.kind in {".txt", ".md"} else _read_json_file(part, text_column)
 
 
 def divide_file(file: TextFile, text_column: str, part_bytes: int) -> dict[Part, int]:
@@ -184,26 +189,54 @@ def _read_text(part: Part) -> Iterator[Document]:
 
 
 def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, bytes) of each document of a text file."""
-    offset, buffer = 0, b""
-    while block := file.read(65_536):
+    """(byte offset, bytes) of each document of a text file, without a byte order mark."""
+    block = file.read(65_536)
+    offset = len(BYTE_ORDER_MARK) if block.startswith(BYTE_ORDER_MARK) else 0
+    buffer, block = b"", block[offset:]
+    while block:
         buffer += block
         while len(buffer) > LONGEST_PIECE_BYTES:
             end = end_of_piece(buffer)
             yield offset, buffer[:end]
             offset, buffer = offset + end, buffer[end:]
+        block = file.read(65_536)
     if buffer:
         yield offset, buffer
 
 
-def _read_json_lines(part: Part, text_column: str) -> Iterator[Document]:
+def _read_json_file(part: Part, text_column: str) -> Iterator[Document]:
     offset = 0
     with open_file(part.file) as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{part.file.address} line {number:,}"
-                yield _read_json(line, where, offset, text_column)
+            content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if part.file.kind == ".json" and offset == 0 and content.lstrip().startswith(b"["):
+                yield from _read_json_array(content, file, part.file.address, text_column)
+                return
+            if content.strip():
+                yield _read_json(content, f"{part.file.address} line {number:,}", offset, text_column)
             offset += len(line)
+
+
+def _read_json_array(start: bytes, file: BinaryIO, address: str, text_column: str) -> Iterator[Document]:
+    """The documents of an array. Reads a part of the file at a time: at least 64 KiB, or one item."""
+    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+    text, place, number = decode(start).lstrip()[1:], 0, 1
+    while True:
+        place = ITEM_BEGINS.match(text, place).end()  # type: ignore[union-attr]  # matches also nothing
+        if text.startswith("]", place):
+            return
+        where = f"{address} item {number:,}"
+        try:
+            item, place = JSON_DECODER.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            more = file.read(max(65_536, len(text) - place))
+            if not more:
+                yield Document("", f"{where} is not JSON, or the array has no end")
+                return
+            text, place = text[place:] + decode(more), 0
+        else:
+            yield _find_text(item, where, where, text_column, None)
+            number += 1
 
 
 def _read_json(line: bytes, where: str, offset: int, text_column: str) -> Document:
@@ -214,15 +247,25 @@ def _read_json(line: bytes, where: str, offset: int, text_column: str) -> Docume
         fields = json.loads(decoded)
     except (ValueError, RecursionError):
         return Document("", damage or f"{where_in_bytes} is not JSON")
+    return _find_text(fields, where, where_in_bytes, text_column, damage)
+
+
+def _find_text(fields: Any, where: str, exactly: str, text_column: str, damage: str | None) -> Document:
+    """The document in an object of JSON; a column `data.text` is the field `text` of the field `data`."""
     if not isinstance(fields, dict):
-        return Document("", damage or f"{where_in_bytes} is not a JSON object with named fields")
-    _require_column(text_column, list(fields), where)
-    text = fields[text_column]
+        return Document("", damage or f"{exactly} is not a JSON object with named fields")
+    names = [text_column] if text_column in fields else text_column.split(".")
+    text: Any = fields
+    for name in names:
+        if not isinstance(text, dict):
+            return Document("", damage or f"{exactly} holds no text in {text_column!r}")
+        _require_column(name, list(text), where)
+        text = text[name]
     if not isinstance(text, str):
-        return Document("", damage or f"{where_in_bytes} holds no text in {text_column!r}")
+        return Document("", damage or f"{exactly} holds no text in {text_column!r}")
     if SURROGATE.search(text):  # "\ud800" is legal JSON, but UTF-8 can't encode it
         text = SURROGATE.sub("\ufffd", text)
-        damage = damage or f"{where_in_bytes} is not UTF-8: it escapes half a surrogate pair"
+        damage = damage or f"{exactly} is not UTF-8: it escapes half a surrogate pair"
     return Document(text, damage)
 
 
@@ -246,7 +289,10 @@ def _parquet_values(file: Any, groups: list[int], address: str, text_column: str
     rows = 0
     try:
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=groups, columns=[text_column]):
-            yield from batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+            values = batch.column(0)
+            while pyarrow.types.is_struct(values.type):  # the one field that was asked for
+                values = values.flatten()[0]
+            yield from values.cast(pyarrow.large_binary()).to_pylist()
             rows += batch.num_rows
     except (OSError, pyarrow.ArrowException) as error:
         raise DamagedFileError(f"{address} is damaged after row {rows:,}: {first_line(error)}") from None
@@ -256,8 +302,16 @@ def _open_parquet_text(file: TextFile, text_column: str) -> Any:
     """The pyarrow ParquetFile, once its text column is found to hold text."""
     opened = open_parquet(file)
     schema = opened.schema_arrow
-    _require_column(text_column, schema.names, file.address)
-    kind = str(schema.field(text_column).type)
+    names = [text_column] if text_column in schema.names else text_column.split(".")
+    _require_column(names[0], schema.names, file.address)
+    if (count := schema.names.count(names[0])) > 1:
+        raise ValueError(f"{file.address} has {count} columns {names[0]!r}: write it again with one of them")
+    kind = schema.field(names[0]).type
+    for name in names[1:]:
+        fields = [kind.field(index).name for index in range(kind.num_fields)]
+        _require_column(name, fields, f"{file.address} in {names[0]!r}")
+        kind = kind.field(fields.index(name)).type
+    kind = str(kind)
     if kind not in TEXT_TYPES:
         raise ValueError(f"{file.address} holds {kind}, not text, in its column {text_column!r}")
     return opened

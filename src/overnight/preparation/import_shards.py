@@ -2,7 +2,7 @@
 
     llm.c, modded-nanogpt   *.bin with the header that `overnight.data.shards` describes
     build-nanogpt           *.npy, an array of uint16
-    nanoGPT                 train.bin and val.bin, uint16 without a header
+    nanoGPT                 train.bin and val.bin, uint16 or uint32 without a header
 
 A file with val, valid or validation in its name is validation, every other file is training. Nothing that
 can run code is opened: neither a pickle in a .npy file nor nanoGPT's meta.pkl.
@@ -10,11 +10,12 @@ can run code is opened: neither a pickle in a .npy file nor nanoGPT's meta.pkl.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,9 @@ from overnight.tokenizer.tokenizer import Tokenizer
 
 VALIDATION_NAME = re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])", re.IGNORECASE)
 BEGINNING_TOKENS, BEGINNING_CHARACTERS = 24, 24  # printed, so that a wrong tokenizer is noticed
+LAST_NUMBER = re.compile(r"(.*?)([0-9]+)([^0-9]*)")
+LOOKED_AT = 1 << 22  # ids of a file without a header, to find their width
+MOST_UPPER_HALF = 3  # of an id below 262,144
 LLM_C, BUILD_NANOGPT, NANOGPT = "llm.c", "build-nanogpt", "nanoGPT"
 
 
@@ -158,6 +162,9 @@ class ShardImport:
         if whole:
             some = ", ".join(whole[:3]) + (" ..." if whole[3:] else "")
             yield f"no end-of-text id is in {some}: each counts as one document"
+        if missing := missing_files(self.files):
+            more = " ..." * (len(missing) > 3)
+            yield f"not there, by the numbers in the names: {', '.join(missing[:3])}{more}"
         if methods["linked"]:
             yield "linked files take no additional disk space; do not change the originals"
         beginning = self.tokenizer.decode(self.files[0].ids[:BEGINNING_TOKENS].tolist())
@@ -228,7 +235,37 @@ def open_external_shard(path: Path) -> ExternalShard:
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise ValueError(f"{path} is damaged, or not nanoGPT's: it has {size:,} bytes, and an id takes 2")
-    return ExternalShard(path, NANOGPT, split, np.asarray(np.memmap(path, dtype="<u2", mode="r")))
+    return ExternalShard(path, NANOGPT, split, _open_plain(path))
+
+
+def _open_plain(path: Path) -> Tokens:
+    """The ids in a file without a header: uint16, or uint32 if the upper halves of all ids are nearly 0.
+
+    Raises ValueError for int64, numpy's default.
+    """
+    ids = np.asarray(np.memmap(path, dtype="<u2", mode="r"))
+    if ids.size % 4 == 0 and not ids[1:LOOKED_AT:2].any() and not ids[2:LOOKED_AT:4].any():
+        raise ValueError(
+            f"{path} holds ids of 8 bytes: write them as uint16, or as uint32 if one is above 65,535"
+        )
+    if ids.size % 2 == 0 and int(ids[1:LOOKED_AT:2].max()) <= MOST_UPPER_HALF:
+        return np.asarray(np.memmap(path, dtype="<u4", mode="r"))
+    return ids
+
+
+def missing_files(files: Sequence[ExternalShard]) -> list[str]:
+    """The names that are missing between the numbers of the files; at most the first four."""
+    numbers: dict[tuple[str, str], dict[int, str]] = {}
+    for found in (LAST_NUMBER.fullmatch(file.path.name) for file in files):
+        if found is not None:
+            numbers.setdefault((found[1], found[3]), {})[int(found[2])] = found[2]
+    missing = (
+        f"{before}{number:0{len(there[min(there)])}d}{after}"
+        for (before, after), there in numbers.items()
+        for number in range(min(there), max(there))
+        if number not in there
+    )
+    return list(itertools.islice(missing, 4))
 
 
 def _open_npy(path: Path) -> Tokens:

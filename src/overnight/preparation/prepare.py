@@ -37,9 +37,16 @@ from overnight.data.shards import (
     verify,
     write_manifest,
 )
-from overnight.data.text_files import DamagedFileError
+from overnight.data.text_files import DamagedFileError, count_files
 from overnight.preparation import assemble, decontaminate, executors, tokenize
 from overnight.preparation.documents import Part, divide_file, spans_of
+from overnight.preparation.identity import (
+    choose_folder,
+    describe_request,
+    find_prepared,
+    require_identity,
+    text_request,
+)
 from overnight.preparation.import_shards import plan_import
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.preparation.prepare_state import (
@@ -55,7 +62,6 @@ from overnight.preparation.prepare_state import (
 from overnight.preparation.sources import PYTHON_DOCS, Source, open_source, parse_python_docs
 from overnight.run_directory import flush_folder
 from overnight.terminal import echo
-from overnight.tokenizer.open_tokenizer import NAMES, load_tokenizer
 
 UNIT_BYTES = 16_000_000  # of text: a second of one core
 MOST_UNITS = 10_000  # limits the number of files of a large source
@@ -65,23 +71,31 @@ TOKENS_PER_WRITER = 1_000_000_000  # tokens per writing process: a few seconds
 
 
 def prepare_shards(config: PrepareConfig) -> Manifest | None:
-    """Fill `output_folder(config)` with shards, or verify and reuse it if the same request filled it before.
+    """`prepare_folder`, and the manifest of the folder."""
+    folder = prepare_folder(config)
+    return None if folder is None else read_manifest(folder)
+
+
+def prepare_folder(config: PrepareConfig) -> Path | None:
+    """The folder of shards of this request: prepared, or verified if the same request filled it before.
 
     None if Slurm does the work and is not done yet. Raises ValueError for a request that can't be met;
     the folder does not exist then.
     """
     raise_problems(config.problems(), "prepare")
-    folder = output_folder(config)
-    with plain_file_errors(folder):
-        preparation = _plan_text(config) if config.from_shards is None else plan_import(config)
-        existing = _find_prepared(folder, preparation.request)  # needs no lock: publishing is atomic
-        if existing is None:
-            with exclusive(folder):
-                existing = _find_prepared(folder, preparation.request)  # prepared by another process since
-                if existing is None:
-                    return preparation.fill(folder)
+    with plain_file_errors(output_folder(config)):
+        folder = find_prepared(config) if config.from_shards is None else None
+        if folder is None:
+            preparation = _plan_text(config) if config.from_shards is None else plan_import(config)
+            folder = choose_folder(config, preparation.request)
+            if not (folder / MANIFEST).is_file():
+                with exclusive(folder):
+                    if not (folder / MANIFEST).is_file():
+                        return None if preparation.fill(folder) is None else folder
+                    require_identity(folder, preparation.request)  # prepared by another process since
+        verify(folder)
     echo(f"{folder} is already prepared, and its checksums match")
-    return existing
+    return folder
 
 
 def ensure_prepared(config: DataConfig) -> DataConfig:
@@ -102,26 +116,25 @@ def _ensure_text(path: str, config: DataConfig) -> str:
     """The folder or URL of the shards of one text, prepared first if it is not yet."""
     if is_prepared_elsewhere(path):
         return path
-    request = PrepareConfig(
-        source=path, tokenizer=config.tokenizer, validation_fraction=config.validation_fraction
-    )
-    is_shards = (Path(path) / MANIFEST).is_file() or is_being_prepared(Path(path))
-    folder = Path(path) if is_shards else output_folder(request)
-    if (folder / MANIFEST).is_file() or (config.shuffle_window is not None and is_being_prepared(folder)):
+    folder, growing = Path(path), config.shuffle_window is not None
+    if (folder / MANIFEST).is_file() or (growing and is_being_prepared(folder)):
         return str(folder)
-    if is_shards:
+    if is_being_prepared(folder):
         raise ValueError(
             f"{folder} is not fully prepared: wait until it is, or run the command that started it again; "
             "with --shuffle-window 100_000_000, training starts with what is complete"
         )
-    if any(SHARD_NAME.fullmatch(file.name) for file in Path(path).glob("*.bin")):
+    if any(SHARD_NAME.fullmatch(file.name) for file in folder.glob("*.bin")):
         raise ValueError(
             f"{path} holds shards and no {MANIFEST}: restore it from a copy, or prepare the text again into "
             "another folder"
         )
-    if prepare_shards(request) is None:
-        raise ValueError(f"{folder} is being prepared by Slurm's jobs: wait until they are done")
-    return str(folder)
+    request = text_request(path, config)
+    if (found := find_prepared(request, unfinished=growing) or prepare_folder(request)) is None:
+        raise ValueError(
+            f"{output_folder(request)} is being prepared by Slurm's jobs: wait until they are done"
+        )
+    return str(found)
 
 
 @dataclass(frozen=True)
@@ -152,58 +165,10 @@ class TextPreparation:
 
 
 def _plan_text(config: PrepareConfig) -> TextPreparation:
-    source = open_source(config.source or "", config.subset, config.from_file)
+    source = open_source(config.source or "", config.subset, config.from_file, config.text_column)
     if config.validation_fraction is not None:
         source = dataclasses.replace(source, validation_fraction=config.validation_fraction)
-    return TextPreparation(config, source, _request(config, source))
-
-
-def _request(config: PrepareConfig, source: Source) -> Request:
-    """The options that decide the content of the shards, the same on every machine."""
-    tokenizer = config.tokenizer_name
-    if tokenizer not in NAMES and not tokenizer.startswith("bpe-"):  # a path: its content counts
-        tokenizer = f"{Path(tokenizer).name} {load_tokenizer(tokenizer).fingerprint}"
-    request: Request = {
-        "source": source.name,
-        "source_sha256": source.sha256,
-        "text_column": config.text_column,
-        "on_bad_text": config.on_bad_text,
-        "on_bad_file": config.on_bad_file,
-        "tokenizer": tokenizer,
-        "validation_fraction": source.validation_fraction,
-        "tokens": config.tokens,
-        "shard_tokens": config.shard_tokens,
-    }
-    if config.benchmark_paths:
-        request["decontaminate"] = decontaminate.describe_benchmarks(config.benchmark_paths)
-        request["on_contaminated"] = config.on_contaminated
-    if config.near_duplicates == "drop":
-        request["near_duplicates"] = "drop"
-    return request
-
-
-def _find_prepared(folder: Path, request: Request) -> Manifest | None:
-    """The manifest in `folder` if it holds this very request, None if there is nothing yet.
-
-    Raises ValueError for anything else that is there, and if the shards are damaged.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} exists and is not a prepared folder: give another --out")
-    before = read_manifest(folder).request
-    differing = [
-        f"{name} was {before.get(name)}, and is now {request.get(name)}"
-        for name in {**request, **before}
-        if before.get(name) != request.get(name) and name != "source_sha256"
-    ]
-    if not differing and before != request:
-        differing = ["the text of the source has changed since"]
-    if differing:
-        raise ValueError(
-            f"{folder} holds other data ({'; '.join(differing)}): give another --out, or delete it"
-        )
-    return verify(folder)
+    return TextPreparation(config, source, describe_request(config, source))
 
 
 def _plan_work(config: PrepareConfig, source: Source, request: Request) -> PrepareState:
@@ -234,6 +199,8 @@ def _plan_work(config: PrepareConfig, source: Source, request: Request) -> Prepa
         unit_bytes=tuple(sum(part_bytes[span]) for span in spans),
         damaged_files=tuple(damaged_files),
         validation_fraction=source.validation_fraction,
+        files_read=count_files(source.files),
+        files_left_alone=source.files_left_alone,
     )
 
 

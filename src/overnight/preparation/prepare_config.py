@@ -42,13 +42,13 @@ def _count_option(*, optional: bool) -> tyro.constructors.PrimitiveConstructorSp
 class PrepareConfig:
     """The text to prepare, and how it becomes shards.
 
-    A document is a line of .jsonl, a row of .parquet, or a text file; a text file of more than 20,000
-    bytes is cut at blank lines into documents of about 10,000.
+    A document is a line of .jsonl, an item of a .json array, a row of .parquet, or a text file; a text file
+    of more than 20,000 bytes is cut at blank lines into documents of about 10,000.
     """
 
     source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = None
-    """python-docs, shakespeare, fineweb-edu, openwebtext; a file or folder of .txt, .md, .jsonl (.gz, .zst)
-    or .parquet; hf://datasets/OWNER/NAME, s3://BUCKET/FOLDER."""
+    """python-docs, shakespeare, fineweb-edu, openwebtext; a file or folder of .txt, .md, .jsonl, .json (.gz,
+    .zst) or .parquet; hf://datasets/OWNER/NAME, s3://BUCKET/FOLDER."""
     from_shards: str | None = None
     """Instead of a source: a folder of llm.c's or modded-nanogpt's .bin, build-nanogpt's .npy, or nanoGPT's
     train.bin and val.bin. Goes to data/<folder>-adopted; only --out, --tokenizer, --shard-tokens apply."""
@@ -61,10 +61,10 @@ class PrepareConfig:
     train_tokenizer: int | None = None
     """Train a BPE of N ids on the training documents: the same as --tokenizer bpe-N."""
     validation_fraction: float | None = None
-    """Share of the documents held out, chosen by their hash; 0.1 for python-docs and shakespeare, else 0.01
-    if left out."""
+    """Share of the documents held out, chosen by their hash; if left out, 0.1 for python-docs and
+    shakespeare, else 0.01, or what holds out 100 KB of a smaller text, at most 0.2."""
     text_column: str = "text"
-    """The column of JSON lines and Parquet files that holds the text."""
+    """The column of JSON and Parquet files that holds the text; data.text is a field of the field data."""
     on_bad_text: Literal["fail", "replace", "skip"] = "fail"
     """Text that is not UTF-8: stop, replace invalid bytes by U+FFFD, or leave the document out."""
     on_bad_file: Literal["fail", "skip"] = "fail"

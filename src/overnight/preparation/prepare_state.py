@@ -55,6 +55,9 @@ class PrepareState:
     damaged_files: tuple[str, ...]
     """Files skipped because their size or columns could not be read (on_bad_file="skip")."""
     validation_fraction: float
+    files_read: dict[str, list[int]]
+    """Kind of file -> [number, bytes]."""
+    files_left_alone: dict[str, list[int]]
 
     def units_for(self, text_bytes: float) -> int:
         """The number of units that hold at least `text_bytes` of text; all units if there is less."""

@@ -7,21 +7,31 @@ and `openwebtext` are read from Hugging Face's hub.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import hashlib
 import http.client
 import itertools
+import math
 import os
 import sysconfig
 import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from overnight.config import nearest
-from overnight.data.text_files import TextFile, as_utf8, find_files, hash_files, is_remote, plain_name
-from overnight.preparation.documents import Document, Part, read_part
+from overnight.data.text_files import (
+    TextFile,
+    as_utf8,
+    find_files,
+    hash_files,
+    is_remote,
+    list_files,
+    plain_name,
+)
+from overnight.preparation.documents import PACKED_TEXT_BYTES, Document, Part, read_part
 from overnight.run_directory import cache_folder, write_atomically
 from overnight.terminal import echo, progress
 
@@ -32,6 +42,7 @@ SHAKESPEARE_REMEDY = (
     f"fetch {SHAKESPEARE_URL} by other means, then run `overnight prepare shakespeare --from-file FILE` once"
 )
 DOWNLOAD_TIMEOUT_SECONDS = 60
+FEWEST_HELD_OUT_BYTES = 100_000  # of the text of a source whose share is not given
 
 FINEWEB_EDU = "hf://datasets/HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_SUBSETS = {
@@ -42,6 +53,10 @@ FINEWEB_EDU_SUBSETS = {
 }
 # The hub's own export: the repository's script is refused by today's libraries (nanoGPT, issue 633).
 OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@refs/convert/parquet/plain_text"
+HUB_LICENCES = {
+    "fineweb-edu": "ODC-BY 1.0",
+    "openwebtext": "CC0 1.0 (the packaging; the texts are their authors')",
+}
 
 PYTHON_DOCS = TextFile("python-docs", "python-docs", 2_300_000)  # CPython 3.11's, as text
 NAMED_SOURCES = ("python-docs", "shakespeare", "fineweb-edu", "openwebtext")
@@ -55,11 +70,13 @@ class Source:
     """Default name of the prepared folder."""
     licence: str
     sha256: str
-    """Hash of the names and contents of the files: equal hashes mean equal documents."""
+    """Hash of the names and contents of the files: equal hashes mean equal documents. "" if unknown."""
     validation_fraction: float
     """Share of the documents held out; by default larger for small sources."""
     files: tuple[TextFile, ...]
     """The files in reading order."""
+    files_left_alone: dict[str, list[int]] = field(default_factory=dict)
+    """Kind of the files that are not read -> [number, bytes]."""
 
 
 def source_name(source: str, subset: str | None = None) -> str:
@@ -89,7 +106,9 @@ def source_name(source: str, subset: str | None = None) -> str:
     return plain_name(path.name) if path.is_file() else path.resolve().name
 
 
-def open_source(source: str, subset: str | None = None, from_file: str | None = None) -> Source:
+def open_source(
+    source: str, subset: str | None = None, from_file: str | None = None, text_column: str = "text"
+) -> Source:
     """The named source, or the file, folder or URL; downloaded if necessary, and hashed.
 
     `from_file` is the user's own copy of what would be downloaded.
@@ -102,16 +121,33 @@ def open_source(source: str, subset: str | None = None, from_file: str | None = 
         names = [path.relative_to(library_folder()).as_posix() for path in paths]
         library = [TextFile(str(p), name, p.stat().st_size) for p, name in zip(paths, names, strict=True)]
         return Source(source, "PSF-2.0", hash_files(library), 0.1, (PYTHON_DOCS,))
+    if (published := published_source(source, subset)) is None:
+        found = list_files(source, text_column)
+        files = tuple(found.files)
+        return Source(
+            as_utf8(name), "not stated", hash_files(files), share_held_out(files), files, found.left_alone
+        )
     if source == "shakespeare":
         path = _cache_shakespeare(from_file)
-        file = TextFile(str(path), "input.txt", SHAKESPEARE_BYTES)
-        return Source(source, "public domain", SHAKESPEARE_SHA256, 0.1, (file,))  # nanoGPT's fraction
-    if source == "fineweb-edu":
-        return _open_hub(name, f"{FINEWEB_EDU}/{FINEWEB_EDU_SUBSETS[subset or 'sample-10BT']}", "ODC-BY 1.0")
-    if source == "openwebtext":
-        return _open_hub(name, OPENWEBTEXT, "CC0 1.0 (the packaging; the texts are their authors')")
-    files = tuple(find_files(source))
-    return Source(as_utf8(name), "not stated", hash_files(files), 0.01, files)
+        return dataclasses.replace(published, files=(TextFile(str(path), "input.txt", SHAKESPEARE_BYTES),))
+    folder = f"{FINEWEB_EDU}/{FINEWEB_EDU_SUBSETS[subset or 'sample-10BT']}"
+    files = _find_hub_files(name, OPENWEBTEXT if source == "openwebtext" else folder)
+    return dataclasses.replace(published, sha256=hash_files(files), files=files)
+
+
+def share_held_out(files: Sequence[TextFile]) -> float:
+    """The share that is held out if none is given: 0.01, and more of a small text, up to 0.2."""
+    text_bytes = sum(file.bytes * (PACKED_TEXT_BYTES if file.is_packed else 1) for file in files)
+    return min(0.2, max(0.01, math.ceil(100 * FEWEST_HELD_OUT_BYTES / max(1, text_bytes)) / 100))
+
+
+def published_source(source: str, subset: str | None = None) -> Source | None:
+    """A named source whose text does not change, without its files; None for any other. Uses no network."""
+    if source == "shakespeare":
+        return Source(source, "public domain", SHAKESPEARE_SHA256, 0.1, ())  # nanoGPT's fraction
+    source_name(source, subset)
+    licence = HUB_LICENCES.get(source)
+    return None if licence is None else Source(source, licence, "", 0.01, ())
 
 
 def read_parts(parts: Sequence[Part], text_column: str) -> Iterator[Document]:
@@ -128,17 +164,16 @@ def parse_python_docs() -> tuple[Document, ...]:
         return tuple(document for document in python_documents() if advance() is None)
 
 
-def _open_hub(name: str, address: str, licence: str) -> Source:
-    """A source on Hugging Face's hub. Raises ValueError, with another way to get it, without a network."""
+def _find_hub_files(name: str, address: str) -> tuple[TextFile, ...]:
+    """Files on Hugging Face's hub. Raises ValueError, with another way to get them, without a network."""
     try:
-        files = tuple(find_files(address))
+        return tuple(find_files(address))
     except ValueError as error:
         folder = address.removeprefix("hf://datasets/")
         raise ValueError(
             f"{name} could not be reached ({error}): fetch the .parquet files of "
             f"https://huggingface.co/datasets/{folder} by other means, then `overnight prepare FOLDER`"
         ) from None
-    return Source(name, licence, hash_files(files), 0.01, files)
 
 
 def _cache_shakespeare(from_file: str | None) -> Path:

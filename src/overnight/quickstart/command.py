@@ -38,7 +38,7 @@ def run(config: QuickstartConfig) -> None:
             shutil.rmtree(directory.path)
     recipe = load_recipe("quickstart")
     _train(recipe, directory)
-    compressors = _compress(recipe, directory)
+    compressors = _compress(read_recipe_of(directory.path), directory)
     page = write_report(directory.path)
     _print_results(directory, compressors, page)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from overnight.report import ReportConfig
@@ -22,9 +23,9 @@ def run(config: ReportConfig) -> Path:
     if len(runs) > 1:
         written = write_comparison(runs, out or runs[0].parent / "comparison.html")
         echo(f"wrote {written}, a comparison of {len(runs)} runs; open it in a browser")
-        echo(f"next: overnight report {runs[0]}")
+        echo(f"next: overnight report {shlex.quote(str(runs[0]))}")
     else:
         written = write_report(runs[0], out)
         echo(f"wrote {written}; open it in a browser")
-        echo(f'next: overnight generate {runs[0]} "Once upon a time"')
+        echo(f'next: overnight generate {shlex.quote(str(runs[0]))} "Once upon a time"')
     return written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def train_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str
         if total_steps is None or not directory.is_finished(total_steps):
             raise KeyboardInterrupt
     elif any(directory.checkpoints.glob("step-*")):
-        echo(f"next: overnight train --resume {directory.path}")
+        echo(f"next: overnight train --resume {shlex.quote(str(directory.path))}")
     return status
 
 
@@ -80,4 +81,4 @@ def print_summary(directory: RunDirectory) -> None:
     except (LookupError, TypeError):
         raise ValueError(f"{directory.metrics} has no line of the last step: {FROM_A_COPY}") from None
     echo(f"trained {directory.path} for {done}; last loss {loss}")
-    echo(f"next: overnight report {directory.path}")
+    echo(f"next: overnight report {shlex.quote(str(directory.path))}")

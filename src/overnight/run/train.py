@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
@@ -108,7 +109,7 @@ def fit(run: RunSetup, directory: RunDirectory, tasks: Sequence[RunTask]) -> Non
             directory.record_end(state.step, "its last step" if is_finished else stop.reason)
     if not is_finished:
         echo(f"stopped and saved after step {state.step} of {total_steps}")
-        echo(f"next: overnight train --resume {directory.path}")
+        echo(f"next: overnight train --resume {shlex.quote(str(directory.path))}")
         raise KeyboardInterrupt
 
 

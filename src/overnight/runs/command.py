@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 import textwrap
@@ -55,7 +56,7 @@ def run(config: RunsConfig) -> None:
             echo("\n".join(lines))
     # --resume prints the remedy for a damaged run.
     command = "train --resume" if runs[-1].state in {"stopped", "empty", "damaged"} else "report"
-    echo(f"next: overnight {command} {runs[-1].path}")
+    echo(f"next: overnight {command} {shlex.quote(str(runs[-1].path))}")
 
 
 def _iso_time(time: datetime) -> str:

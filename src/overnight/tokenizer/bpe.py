@@ -229,7 +229,7 @@ def read_gpt2(folder: Path) -> BytePair:
         if not is_genuine(folder / name):
             state = "is damaged or not GPT-2's" if (folder / name).exists() else "is missing"
             raise ValueError(f"{folder / name} {state}; fetch it again from {ADDRESS}/{name}")
-    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]  # the first is a version
+    lines = (folder / "vocab.bpe").read_text(encoding="utf-8-sig").splitlines()[1:]  # the first is a version
     return BytePair([(first, second) for first, second in map(str.split, lines)])
 
 

@@ -72,7 +72,7 @@ def _bpe_size(name: str) -> int | None:
 def _vocabulary_and_merges(folder: Path) -> dict[str, Any]:
     """The tokenizer.json of a folder with the files of the first tokenizers of Transformers."""
     vocabulary = read_json_object(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
     added = {END_OF_TEXT: vocabulary.get(END_OF_TEXT, len(vocabulary))}
     if (folder / "added_tokens.json").is_file():
         added |= read_json_object(folder / "added_tokens.json")
@@ -114,7 +114,7 @@ def _from_content(content: dict[str, Any], path: Path) -> Tokenizer:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The content of a JSON file. Raises ValueError, naming it, if it cannot be read or is not an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON

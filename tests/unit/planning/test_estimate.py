@@ -128,8 +128,9 @@ def test_vocabulary_is_known_by_the_tokenizer_or_once_prepared(here: Path) -> No
         text = find_token_counts(DataConfig(data="data/nowhere", tokenizer=tokenizer), None)
         assert text == TokenCounts(size, None, None, None)
     Path("notes.txt").write_text("\n\n".join(f"Paragraph {each} says little. " * 20 for each in range(300)))
-    asked = DataConfig(data="notes.txt", tokenizer="characters")
-    with pytest.raises(ValueError, match="overnight prepare notes.txt --tokenizer characters"):
+    asked = DataConfig(data="notes.txt", tokenizer="characters", validation_fraction=0.2)
+    command = "overnight prepare notes.txt --tokenizer characters --validation-fraction 0.2"
+    with pytest.raises(ValueError, match=command):
         find_token_counts(asked, None)
     assert find_token_counts(asked, 100) == TokenCounts(100, None, None, None)
     manifest = prepare_shards(
@@ -140,6 +141,9 @@ def test_vocabulary_is_known_by_the_tokenizer_or_once_prepared(here: Path) -> No
     prepared = TokenCounts(manifest.vocab_size, "data/notes-characters", trained + held_out, held_out)
     assert find_token_counts(asked, None) == prepared
     assert find_token_counts(DataConfig(data="data/notes-characters"), None) == prepared
+    assert find_token_counts(replace(asked, validation_fraction=0.3), 100).tokens is None
+    Path("notes.txt").write_text("Edited. " * 9000)
+    assert find_token_counts(asked, 100).tokens is None
 
 
 def test_model_of_init_from_keeps_its_sizes() -> None:

@@ -222,6 +222,7 @@ def test_changed_benchmark_is_another_request(config: PrepareConfig) -> None:
     [
         (b'{"text": 1}\n', "8 words"),
         (b'{"text": "x"}\n{\n', "line 2"),
+        (b'\xef\xbb\xbf{"text": "x"}\n{\n', "line 2"),
         (b'{"text": "\xff"}\n', "byte 10"),
     ],
 )

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from overnight.data.text_files import DamagedFileError, find_files
+from overnight.data.text_files import DamagedFileError, find_files, list_files
 from overnight.preparation.documents import (
     LONGEST_PIECE_BYTES,
     RECORD,
@@ -60,9 +60,10 @@ def write_parquet(path: Path, column: Any, name: str = "text") -> Path:
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "A.TXT"])
 def test_text_file_is_unchanged(tmp_path: Path, name: str) -> None:
-    text = "\ufeffOne line.\r\n\r\n\tÄnother – 日本.\n\n\n "
-    (tmp_path / name).write_bytes(text.encode())
-    assert list(read_documents(tmp_path / name)) == [Document(text)]
+    text = "One line.\r\n\r\n\tÄnother – 日本.\n\n\n "
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / name).write_bytes(mark + text.encode())
+        assert list(read_documents(tmp_path / name)) == [Document(text)]
 
 
 def test_json_lines(tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_text("x")
-    with pytest.raises(ValueError, match=r"\.txt, \.md, \.jsonl, \.parquet; compressed: \.gz, \.zst"):
+    with pytest.raises(ValueError, match=r"\.jsonl, \.json, \.parquet; .*\.zst\); there is 1 \.docx"):
         find_files(str(tmp_path))
     with pytest.raises(ValueError, match=r"a\.docx .*\.jsonl"):
         find_files(str(tmp_path / "a.docx"))
@@ -272,3 +273,86 @@ def test_damaged_text_has_the_status_asked_for() -> None:
         assert found == ["kept", status, "empty", "kept"]
     with pytest.raises(ValueError, match="byte 7; .*--on-bad-text"):
         list(filter_documents(documents, "fail"))
+
+
+OBJECTS = [{"data": {"text": f"Text {number}, ä."}, "n": number} for number in range(3)]
+LINES = "".join(json.dumps(each) + "\n" for each in OBJECTS).encode()
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        *(("a.json", LINES), ("a.json.gz", gzip.compress(LINES)), ("a.jsonl", MARK + LINES)),
+        *(
+            ("a.json", MARK + json.dumps(OBJECTS).encode()),
+            ("a.json", json.dumps(OBJECTS, indent=1).encode()),
+        ),
+        ("a.JSON.gz", gzip.compress(json.dumps(OBJECTS, ensure_ascii=False).encode())),
+    ],
+)
+def test_json_lines_and_arrays_with_a_nested_column(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    (file,) = find_files(str(tmp_path))
+    expected = [(each["data"]["text"], None) for each in OBJECTS]  # type: ignore[index]
+    assert [tuple(each) for each in read_part(Part(file), "data.text")] == expected
+    with pytest.raises(ValueError, match=r"(?i)a\.json.* has no column 'text'; .*: data, n"):
+        list(read_part(Part(file)))
+    with pytest.raises(ValueError, match="has no column 'body'; .*: text"):
+        list(read_part(Part(file), "data.body"))
+
+
+@pytest.mark.parametrize(
+    "end, damage",
+    [
+        ("]", None),
+        (",7]", "item 5 is not a JSON object"),
+        ("", "item 5 is not JSON, or the array has no end"),
+        (',{"text": ' + "1" * 5000 + "}]", "item 5 is not JSON"),
+    ],
+)
+def test_array_is_read_in_parts_and_its_damage_is_found(tmp_path: Path, end: str, damage: str | None) -> None:
+    sizes = [1, 200_000, 3, 70_000]
+    path = tmp_path / "a.json"
+    path.write_text("[" + ",".join(json.dumps({"text": "x" * size}) for size in sizes) + end)
+    found = list(read_documents(path))
+    assert [len(each.text) for each in found[:4]] == sizes
+    assert [each.damage for each in found[:4]] == [None] * 4
+    assert len(found) == 4 + (damage is not None)
+    assert damage is None or damage in str(found[-1].damage)
+
+
+def test_what_is_left_alone_is_counted_and_links_end(tmp_path: Path) -> None:
+    source, outside = tmp_path / "source", tmp_path / "outside"
+    for name, content in {
+        **{"a/b.txt": "one", "a/c.csv": "x,y", "d.csv": "1234", "e.pdf": "", ".git/f.txt": "12", "g": "1"},
+        **{"README.md": "a card", "h.jsonl": "{}\n", "settings.json": '{\n "a": 1\n}'},
+        **{"one.json": '{"a": 1}', "../outside/i.txt": "i"},
+    }.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(content)
+    for link, target in (
+        ("loop", source),
+        ("again", source / "a"),
+        ("far", outside),
+        ("gone.txt", "nowhere"),
+    ):
+        (source / link).symlink_to(target)
+    (outside / "back").symlink_to(source)
+    found = list_files(str(source))
+    assert [file.name for file in found.files] == ["a/b.txt", "far/i.txt", "h.jsonl"]
+    assert found.left_alone == {
+        **{".csv": [2, 7], ".pdf": [1, 0], "hidden": [1, 2], "without suffix": [1, 1]},
+        **{"README.md of a dataset": [1, 6], ".json of one object": [2, 19], "broken link": [1, 0]},
+    }
+
+
+def test_parquet_with_two_columns_of_one_name_or_a_nested_one(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
+    (file,) = find_files(path)
+    with pytest.raises(ValueError, match=r"a\.parquet has 2 columns 'text'"):
+        list(read_part(Part(file)))
+    parquet.write_table(pyarrow.table({"data": [{"text": "a", "n": 1}, {"text": "b", "n": 2}]}), path)
+    assert [each.text for each in read_part(Part(file), "data.text")] == ["a", "b"]
+    assert sum(divide_file(file, "data.text", 10**6).values()) > 0

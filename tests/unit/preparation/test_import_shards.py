@@ -126,6 +126,32 @@ def test_stream_has_the_imported_ids(
     assert load_prepared_tokenizer(folder).fingerprint == manifest.tokenizer_fingerprint
 
 
+def test_width_of_ids_without_a_header_is_found(here: Path, tokenizer: str) -> None:
+    wide = {"train__bin": ALL, "val__bin": VALIDATION}
+    for width in (np.uint16, np.uint32):
+        folder = write(
+            f"owt{width.__name__}", **{name: np.array(ids, width).tobytes() for name, ids in wide.items()}
+        )
+        manifest = adopt(folder, tokenizer)
+        assert (manifest.tokens("train"), manifest.tokens("validation")) == (len(ALL), len(VALIDATION))
+        assert ids_of(here / "adopted", "train") == ALL
+        shutil.rmtree(here / "adopted")
+    folder = write("default", **{name: np.array(ids).tobytes() for name, ids in wide.items()})
+    with pytest.raises(ValueError, match=r"train\.bin holds ids of 8 bytes"):
+        adopt(folder, tokenizer)
+
+
+def test_gap_in_the_numbers_is_named(
+    fineweb: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adopt(fineweb, tokenizer)
+    assert "not there" not in capsys.readouterr().err
+    (fineweb / "fineweb_train_10.bin").unlink()
+    shutil.rmtree("adopted")
+    adopt(fineweb, tokenizer)
+    assert "not there, by the numbers in the names: fineweb_train_10.bin" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("way", ["linked", "copied", "from a cache"])
 def test_files_of_our_format_are_linked_or_copied(
     fineweb: Path, here: Path, tokenizer: str, way: str, monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from overnight.preparation import assemble, prepare_state, sources, tokenize
 from overnight.preparation import prepare as prepare_module
 from overnight.preparation.command import run
 from overnight.preparation.documents import Document, filter_documents, split_of
-from overnight.preparation.prepare import ensure_prepared, prepare_shards
+from overnight.preparation.identity import find_prepared, text_request
+from overnight.preparation.prepare import ensure_prepared, prepare_folder, prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.tokenize import tokenize_documents
 
@@ -174,13 +176,24 @@ def test_bad_text_is_refused_repaired_or_skipped(config: PrepareConfig, texts_in
 def test_summary_and_next_command(
     config: PrepareConfig, write_texts: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_texts(Path(config.source), [*TEXTS, TEXTS[3], "", TEXTS[4]])
+    config = dataclasses.replace(
+        config, source=str(Path(config.source).parent / "my notes"), out=f"{config.out} of mine"
+    )
+    Path(config.source).mkdir()
+    (Path(config.source) / "a.csv").write_text("1")
+    path = write_texts(Path(config.source) / "texts.jsonl", [*TEXTS, TEXTS[3], "", TEXTS[4]])
     with path.open("ab") as file:
         file.write(b'{"text": "b\xe9"}\n')
     assert run(dataclasses.replace(config, on_bad_text="replace")) == verify(out_of(config))
     captured = capsys.readouterr()
     assert captured.out == ""
-    for part in ("301 documents", "duplicates 2, empty 1", "repaired: 1 ", f"RECIPE --data {config.out}"):
+    for part in (
+        "301 documents",
+        "duplicates 2, empty 1",
+        "repaired: 1 ",
+        f"RECIPE --data '{config.out}'",
+        "left alone: 1 .csv (1 bytes)",
+    ):
         assert part in captured.err
 
 
@@ -437,12 +450,80 @@ def test_ensure_prepared_prepares_once(
     assert [source.path for source in found.mixture] == ["data/texts-bytes", "data/more-bytes"]
     for source in found.mixture:
         verify(Path(source.path))
-    monkeypatch.setattr(prepare_module, "prepare_shards", lambda _: pytest.fail("prepared again"))
+    monkeypatch.setattr(prepare_module, "prepare_folder", lambda _: pytest.fail("prepared again"))
     assert ensure_prepared(mixture) == ensure_prepared(found) == found
     assert ensure_prepared(recipe_data) == dataclasses.replace(recipe_data, data="data/texts-bytes")
     remote = dataclasses.replace(recipe_data, data="memory://prepared")
     monkeypatch.setattr(prepare_module, "is_prepared_elsewhere", lambda path: path == remote.data)
     assert ensure_prepared(remote) == remote
+
+
+@pytest.mark.parametrize(
+    "changes, difference",
+    [
+        ({"data": "v2/texts.jsonl"}, "the text of the source is another, or was edited since"),
+        ({"validation_fraction": 0.2}, "validation_fraction was 0.1, and is now 0.2"),
+        ({"tokenizer": "mine"}, r"tokenizer was mine \w+, and is now mine \w+"),
+    ],
+)
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_folder_of_the_same_name_with_other_data_is_never_used(
+    recipe_data: DataConfig,
+    write_texts: Any,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    difference: str,
+    is_complete: bool,
+) -> None:
+    Path("v2").mkdir()
+    write_texts(Path("v2/texts.jsonl"), TEXTS[:200])
+    (tokenizer := Path("mine")).mkdir()
+    (tokenizer / "learned.txt").write_text("one")
+    if "tokenizer" in changes:
+        recipe_data = dataclasses.replace(recipe_data, tokenizer="mine")
+    first = Path(ensure_prepared(recipe_data).data)
+    (tokenizer / "learned.txt").write_text("two")
+    if not is_complete:  # as a preparation of the first text leaves it when it is stopped
+        staging = staging_path(first)
+        first.rename(staging)
+    before = {path: path.read_bytes() for path in first.parent.rglob("*") if path.is_file()}
+    other = dataclasses.replace(recipe_data, shuffle_window=1000, **changes)
+    capsys.readouterr()
+    found = Path(ensure_prepared(other).data)
+    assert re.fullmatch(rf"data/{first.name}-[0-9a-f]{{8}}", str(found))
+    assert re.search(
+        rf"^data/{first.name} holds other data \({difference}\): {found} is", capsys.readouterr().err, re.M
+    )
+    assert verify(found).documents == (200 if "data" in changes else 300)
+    assert ensure_prepared(other).data == str(found)
+    assert find_prepared(text_request(other.data, other)) == found
+    assert {path: path.read_bytes() for path in before} == before
+    if is_complete and "tokenizer" not in changes:  # negative control: the first text keeps its own folder
+        assert ensure_prepared(recipe_data).data == str(first)
+    with pytest.raises(ValueError, match=f"{found} holds other data .*another --out"):
+        prepare_shards(dataclasses.replace(text_request(other.data, other), out=str(found), tokens=9000))
+
+
+def test_published_text_that_is_prepared_needs_no_network(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = dataclasses.replace(config, source="fineweb-edu", out=None)
+    hub = [text_files.TextFile(str(tmp_path / "texts.jsonl"), "a.jsonl", 9)]
+    with monkeypatch.context() as online:
+        online.setattr(sources, "find_files", lambda _: hub)
+        assert prepare_folder(asked) == Path("data/fineweb-edu-bytes")
+
+    def refuse(_: str) -> None:
+        raise ValueError("no route")
+
+    monkeypatch.setattr(sources, "find_files", refuse)
+    assert find_prepared(asked) == prepare_folder(asked) == Path("data/fineweb-edu-bytes")
+    for changes in ({"subset": "sample-100BT"}, {"tokens": 500}, {"validation_fraction": 0.3}):
+        other = dataclasses.replace(asked, **changes)
+        assert find_prepared(other) is None
+        with pytest.raises(ValueError, match="no route"):
+            prepare_folder(other)
 
 
 def test_ensure_prepared_refuses_what_is_incomplete(
@@ -456,9 +537,10 @@ def test_ensure_prepared_refuses_what_is_incomplete(
     folder.rename(staging_path(folder))
     with pytest.raises(ValueError, match="texts-bytes is not fully prepared: .*--shuffle-window"):
         ensure_prepared(named)
+    Path("manifest.json").rename(staging_path(folder) / "manifest.json")
     for config in (named, recipe_data):  # training may begin with what is complete
         growing = dataclasses.replace(config, shuffle_window=1000)
         assert ensure_prepared(growing).data == str(folder)
-    monkeypatch.setattr(prepare_module, "prepare_shards", lambda _: None)
+    monkeypatch.setattr(prepare_module, "prepare_folder", lambda _: None)
     with pytest.raises(ValueError, match="texts-bytes is being prepared by Slurm"):
         ensure_prepared(recipe_data)

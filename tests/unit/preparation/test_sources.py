@@ -214,6 +214,11 @@ def test_named_sources_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         open_source("fineweb-edu")
 
 
+def test_more_is_held_out_of_a_small_text() -> None:
+    for size, share in ((10_000, 0.2), (300_000, 0.2), (1_000_000, 0.1), (10_000_000, 0.01), (10**12, 0.01)):
+        assert sources.share_held_out([TextFile("a.txt", "a.txt", size)]) == share
+
+
 # shakespeare
 
 

@@ -21,7 +21,9 @@ def unread() -> Iterator[str]:
 def test_loading_reads_no_documents(bpe: Tokenizer, tmp_path: Path) -> None:
     bpe.save(tmp_path)
     assert build_tokenizer(str(tmp_path), unread()).fingerprint == bpe.fingerprint
-    shutil.move(tmp_path / "tokenizer.json", tmp_path / "bpe-mine.json")  # a file of any name
+    mine = tmp_path / "bpe-mine.json"  # a file of any name, here with a byte order mark
+    shutil.move(tmp_path / "tokenizer.json", mine)
+    mine.write_bytes(b"\xef\xbb\xbf" + mine.read_bytes())
     assert build_tokenizer(str(tmp_path / "bpe-mine.json"), unread()).fingerprint == bpe.fingerprint
 
 
