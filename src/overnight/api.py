@@ -79,7 +79,8 @@ class Model:
     def evaluate(self, tasks: Sequence[str] = ("validation",), **options: Any) -> EvaluationResults:
         """Loss on the held-out text and scores of tasks, with confidence intervals; see `EvaluateConfig`.
 
-        `options` are data, examples, task_files, stride and evaluation_tokens, as in `overnight evaluate`.
+        `options` are data, examples, task_files, stride, evaluation_tokens and precision, as in `overnight
+        evaluate`.
         """
         _check_names("evaluate", options, EvaluateConfig)
         config = EvaluateConfig(model=str(self._opened.origin), tasks=tuple(tasks), **options)

@@ -55,12 +55,26 @@ def files(tmp_path_factory):
     return str(folder)
 
 
-def test_evaluate_precision_is_the_runs_own(trained, converted, prepared, evaluate):
-    own, other = (evaluate(model, data=str(prepared)) for model in (trained.path, converted))
-    assert (own["precision"], other["precision"]) == ("bf16", "fp32")
-    assert own["loss"] == pytest.approx(trained.read_events("evaluations")[-1]["loss"], rel=1e-9)
-    assert own["loss"] != pytest.approx(other["loss"], rel=1e-9)
-    assert own["loss"] == pytest.approx(other["loss"], abs=0.01)
+def test_all_models_are_evaluated_in_one_precision(trained, converted, prepared, evaluate):
+    losses = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        how = {"data": str(prepared), "precision": precision}
+        own, other = (evaluate(model, **how) for model in (trained.path, converted))
+        assert own["precision"] == other["precision"] == precision
+        assert own["loss"] == other["loss"]
+        compared = evaluate(trained.path, **how, baseline=str(converted))["tasks"][0]
+        assert compared["value"] == compared["against"]["value"] == own["loss"]
+        losses[precision] = own["loss"]
+    assert evaluate(trained.path)["loss"] == losses["fp32"], "the default"
+    assert losses["bf16"] == pytest.approx(trained.read_events("evaluations")[-1]["loss"], rel=1e-9)
+    assert len({*losses.values()}) == 3, "the negative control"
+    assert max(losses.values()) == pytest.approx(min(losses.values()), abs=0.01)
+
+
+def test_evaluate_prints_precision_with_each_task(trained, files, capsys):
+    words = ["--tasks", "validation,hellaswag,lambada", "--task-files", files, "--precision", "bf16"]
+    assert main(["evaluate", str(trained.path), *words]) == 0
+    assert capsys.readouterr().err.count(", in bf16\n") == 3
 
 
 def test_evaluate_published_run(trained, tmp_path):
@@ -93,9 +107,8 @@ def test_evaluate_refuses_text_of_other_tokenizer(trained, converted, prepare_te
 
 
 def test_evaluate_validation_and_task_with_baseline(trained, files, evaluate):
-    settings = {"tasks": ("validation,hellaswag",), "task_files": files}
+    settings = {"tasks": ("validation,hellaswag",), "task_files": files, "stride": 16}
     found = evaluate(trained.path, **settings, baseline=str(trained.path))
-    assert found["loss"] == pytest.approx(trained.read_events("evaluations")[-1]["loss"], rel=1e-9)
     scores = {(each["task"], each["metric"]): each for each in found["tasks"]}
     for metric, value in (("nats_per_token", found["loss"]), ("bits_per_byte", found["bits_per_byte"])):
         assert scores["validation", metric]["value"] == pytest.approx(value, rel=1e-12)
@@ -107,6 +120,7 @@ def test_evaluate_validation_and_task_with_baseline(trained, files, evaluate):
         assert each["against"]["probability"] == 1.0, "the same model"
         assert each["against"]["only_here"] == each["against"]["only_there"] == 0
     for each in scores.values():
+        assert each["interval"], "negative control of test_few_examples_have_no_interval"
         assert each["interval"]["low"] <= each["value"] <= each["interval"]["high"]
     # The interface of a notebook gives the same.
     results = evaluate_opened(
@@ -165,12 +179,42 @@ def test_evaluate_help_names_every_task(capsys):
     assert not {"validation", *TASKS} - {*words}
 
 
-def test_model_of_nan_is_not_evaluated(converted, prepared, files, evaluate):
+@pytest.mark.parametrize("task", ["validation", "hellaswag", "lambada"])
+@pytest.mark.parametrize(
+    ("factor", "precision", "is_finite"),
+    [
+        (math.nan, "fp32", False),
+        (3e38, "fp32", False),  # finite weights whose products are not
+        (1e6, "fp16", False),
+        (1e6, "fp32", True),
+        (1.0, "fp16", True),
+    ],
+)
+def test_loss_that_is_not_finite_ends_with_status_1(
+    trained, converted, prepared, files, capsys, task, factor, precision, is_finite
+):
     weights = load_file(converted / "model.safetensors")
     name = next(name for name in weights if name.endswith("ln_f.weight"))
-    save_file({**weights, name: weights[name] * math.nan}, converted / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FloatingPointError, match=r"ln_f\.weight"):
-        evaluate(converted, data=str(prepared), tasks=("validation,hellaswag",), task_files=files)
+    save_file({**weights, name: weights[name] * factor}, converted / "model.safetensors", {"format": "pt"})
+    words = ["--tasks", task, "--task-files", files, "--data", str(prepared), "--precision", precision]
+    for models in ([str(converted)], [str(trained.path), "--baseline", str(converted)]):
+        assert main(["evaluate", *models, *words, "--json"]) == (0 if is_finite else 1)
+        output, errors = capsys.readouterr()
+        assert bool(output) == is_finite
+        assert ("not finite" in errors) != is_finite
+
+
+def test_few_examples_have_no_interval(trained, files, evaluate, capsys):
+    how = {"tasks": ("validation,lambada",), "task_files": files, "baseline": str(trained.path)}
+    few = evaluate(trained.path, **how)["tasks"]
+    assert few[0]["interval"] is few[0]["against"]["difference"] is None
+    lambada = {each["metric"]: each["interval"] for each in few if each["task"] == "lambada"}
+    assert lambada["accuracy"]["method"] == "Wilson", "which holds for few"
+    assert lambada["perplexity_per_word"] is None
+    assert main(["evaluate", str(trained.path), "--baseline", str(trained.path)]) == 0
+    errors = capsys.readouterr().err
+    assert "no interval from fewer than 20 pieces" in errors
+    assert "no paired test of fewer than 20 pieces" in errors
 
 
 @pytest.fixture
@@ -203,7 +247,11 @@ def test_task_lines_match_evaluate_command(
     assert [line["metric"] for line in lines[:5]] == [*ACCURACIES, "accuracy", "perplexity_per_word"]
     found = evaluate(directory.path, tasks=("hellaswag,lambada",), examples=20, task_files=files)
     for each, line in zip(found["tasks"], lines[-5:], strict=True):
-        assert each["interval"].items() >= {"low": line["low"], "high": line["high"]}.items()
+        ends = each["interval"] or {}
+        assert {"low": ends.get("low"), "high": ends.get("high")} == {
+            "low": line.get("low"),
+            "high": line.get("high"),
+        }
         assert (each["value"], each["examples"]) == (line["value"], line["examples"])
     # A resumed run writes no line twice.
     (directory.checkpoints / "step-00000012").rename(tmp_path / "lost")

@@ -33,6 +33,8 @@ class EvaluateConfig:
     """A folder with the tasks' official files; they are downloaded once if left out."""
     baseline: str | None = None
     """Another model, evaluated on the same examples."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of matrix products, the same for every model; bf16 and fp16 are faster on most GPUs."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; the best one found if left out."""
     processes: int | Literal["auto"] | None = None

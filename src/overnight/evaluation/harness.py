@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from overnight.evaluation.passages import Passage, SpanResult, cut_windows, evaluate_passages
+from overnight.evaluation.passages import Passage, SpanResult, check_finite, cut_windows, evaluate_passages
 from overnight.generation import SamplingConfig
 from overnight.generation.generate import Decoding, complete
 from overnight.model.gpt import GPT
@@ -298,6 +298,7 @@ class EvalHarnessLM:
         scored = [passages[index] for index in indices]
         with redirect_stderr(self.terminal), progress("likelihoods", len(indices), "rows") as advance:
             for number, span in evaluate_passages(self.model, scored, self.precision):
+                check_finite(span, "the model on lm-eval's requests", self.precision)
                 results[indices[number]] = span
                 advance()
         return results

@@ -54,12 +54,13 @@ class ValidationSet:
         """The nats of the text, the same in all processes, with a progress bar."""
         dataset = self.dataset
         stream = dataset.stream("validation", model.config.context_length, seed=0)
-        with progress("validation", self.tokens or stream.tokens - 1, "tokens") as advance:
+        tokens = min(self.tokens or stream.tokens, stream.tokens - 1)
+        with progress("validation", tokens, "tokens") as advance:
             if self.stride is not None:
                 return self._measure_windows(model, precision, world, advance)
 
             def counted() -> Iterator[Batch]:
-                for batch in stream.evaluation_batches(evaluation_rows(model), self.tokens):
+                for batch in stream.evaluation_batches(evaluation_rows(model, tokens), self.tokens):
                     yield batch
                     advance(batch.targets.numel())
 

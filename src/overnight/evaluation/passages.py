@@ -8,6 +8,7 @@ Shapes: B rows, T positions of a row, C channels, N target ids.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -109,6 +110,13 @@ def gather_results(own: Iterable[tuple[int, tuple[float, ...]]], world: World) -
     shares = world.all_gather_object(json.dumps(list(own)))
     found = {index: tuple(numbers) for share in shares for index, numbers in json.loads(share)}
     return [found[index] for index in range(len(found))]
+
+
+def check_finite(numbers: Iterable[float], where: str, precision: str) -> None:
+    """Raise FloatingPointError unless all results are finite; those of finite weights may overflow."""
+    if not all(map(math.isfinite, numbers)):
+        remedy = "its weights are too large" if precision == "fp32" else "evaluate it in fp32"
+        raise FloatingPointError(f"{where}: the loss is not finite in {precision}; {remedy}")
 
 
 def padded(length: int, multiple: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Literal
 
 import torch
@@ -20,6 +20,8 @@ from overnight.model.loss import cross_entropy_nats
 from overnight.training.compute import autocast
 
 BATCH_TOKENS = 8192
+PIECES = 32  # least examples of a text that is long enough
+LEAST_PIECE = 128  # tokens of an example: neighbouring tokens are alike, shorter examples not independent
 
 Unit = Literal["token", "word", "byte", "character"]
 
@@ -61,12 +63,9 @@ class TextLoss:
 
     def summary(self) -> Evaluation:
         """The loss of all examples together."""
-        return _evaluation(math.fsum(self.nats), int(self.count("token")), int(self.count("byte")))
-
-
-def _evaluation(nats: float, tokens: int, text_bytes: int) -> Evaluation:
-    loss = nats / tokens
-    return Evaluation(loss, perplexity_of(loss), nats / math.log(2) / text_bytes, tokens, text_bytes)
+        nats, tokens, text_bytes = math.fsum(self.nats), int(self.count("token")), int(self.count("byte"))
+        loss = nats / tokens
+        return Evaluation(loss, perplexity_of(loss), nats / math.log(2) / text_bytes, tokens, text_bytes)
 
 
 def perplexity_of(nats: float) -> float:
@@ -77,11 +76,13 @@ def perplexity_of(nats: float) -> float:
         return math.inf
 
 
-def pool_evaluations(parts: Sequence[Evaluation]) -> Evaluation:
-    """The evaluation of several texts together: sums, divided once."""
-    nats = sum(part.loss * part.evaluated_tokens for part in parts)
-    tokens = sum(part.evaluated_tokens for part in parts)
-    return _evaluation(nats, tokens, sum(part.evaluated_bytes for part in parts))
+def pool_losses(parts: Sequence[TextLoss]) -> TextLoss:
+    """The loss on several texts together, as on one text."""
+    return TextLoss(
+        nats=tuple(chain.from_iterable(part.nats for part in parts)),
+        tokens=tuple(chain.from_iterable(part.tokens for part in parts)),
+        units={unit: sum(part.units[unit] for part in parts) for unit in parts[0].units},
+    )
 
 
 def evaluate_language_model(
@@ -92,7 +93,7 @@ def evaluate_language_model(
     document_separator: int | None = None,
     world: World = SINGLE_PROCESS,
 ) -> TextLoss:
-    """The nats of all targets of `batches`, LOGITS_AT_ONCE targets an example.
+    """The nats of all targets of `batches`, at most LOGITS_AT_ONCE targets an example.
 
     `token_bytes` are the bytes of each id. Targets early in a row have a short context, which makes the loss
     a little higher than with overlapping windows. With `document_separator`, the id that begins a document,
@@ -129,9 +130,16 @@ def evaluate_language_model(
     return TextLoss(nats=nats, tokens=tuple(tokens), units=units)
 
 
-def evaluation_rows(model: GPT) -> int:
-    """Rows of a whole context to evaluate at once: BATCH_TOKENS in all."""
-    return max(1, BATCH_TOKENS // model.config.context_length)
+def evaluation_rows(model: GPT, tokens: int | None = None) -> int:
+    """Rows of a whole context to evaluate at once: BATCH_TOKENS in all.
+
+    A small text of this many tokens is divided into PIECES batches or more, so that it has enough examples
+    for an interval. Powers of two are the same examples for models of different contexts.
+    """
+    batch = BATCH_TOKENS
+    if tokens is not None and tokens < PIECES * LOGITS_AT_ONCE:
+        batch = 1 << (max(LEAST_PIECE, tokens // PIECES).bit_length() - 1)
+    return max(1, batch // model.config.context_length)
 
 
 def text_units(token_bytes: Sequence[bytes], counts_V: Tensor) -> dict[Unit, float]:

@@ -7,8 +7,10 @@ import html
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
+
+import torch
 
 from overnight.conversion.open_model import OpenedModel, open_model
 from overnight.data import DataConfig
@@ -17,9 +19,16 @@ from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.evaluation import EvaluateConfig
 from overnight.evaluation.harness import HarnessScore, check_harness, harness_scores
 from overnight.evaluation.held_out import ValidationSet, open_validation_set
+from overnight.evaluation.passages import check_finite
 from overnight.evaluation.perplexity import Evaluation
-from overnight.evaluation.scores import AccuracyComparison, LossComparison, Score
-from overnight.evaluation.tasks import evaluate_cached, open_task, split_names
+from overnight.evaluation.scores import (
+    LEAST_EXAMPLES,
+    AccuracyComparison,
+    Interval,
+    LossComparison,
+    Score,
+)
+from overnight.evaluation.tasks import VALIDATION, evaluate_cached, open_task, split_names
 from overnight.recipe import Recipe, read_recipe_of
 from overnight.run_directory import RunDirectory, finite_values
 from overnight.terminal import echo
@@ -33,8 +42,6 @@ class EvaluatedModel:
     name: str
     recipe: Recipe | None
     """The run's recipe; None for any other model."""
-    precision: str
-    """The run's precision; fp32 for any other model."""
 
 
 @dataclass(kw_only=True)
@@ -43,6 +50,7 @@ class EvaluationResults:
 
     model: str
     precision: str
+    """Precision of the matrix products, of the baseline too."""
     validation: Evaluation | None = None
     scores: list[Score] = field(default_factory=list)
     harness: list[HarnessScore] | None = None
@@ -60,7 +68,7 @@ class EvaluationResults:
         return found
 
     def __str__(self) -> str:
-        return "\n".join([*describe_scores(self.scores), *map(str, self.harness or ())])
+        return "\n".join([*describe_scores(self.scores, self.precision), *map(str, self.harness or ())])
 
     def _repr_html_(self) -> str:
         """The tables, for a notebook."""
@@ -84,7 +92,7 @@ def open_evaluated_models(config: EvaluateConfig, device: str) -> list[Evaluated
 
 def _evaluated_model(opened: OpenedModel, name: str) -> EvaluatedModel:
     recipe = read_recipe_of(opened.run) if opened.run else None
-    return EvaluatedModel(opened, name, recipe, (recipe.compute.precision if recipe else None) or "fp32")
+    return EvaluatedModel(opened, name, recipe)
 
 
 def _open_validation(config: EvaluateConfig, models: Sequence[EvaluatedModel]) -> ValidationSet:
@@ -123,35 +131,40 @@ def evaluate_models(
 ) -> EvaluationResults:
     """The first model's results, compared with the second's if there is one; each table is printed.
 
-    All inputs are opened before anything is evaluated. Raises ValueError for one that cannot be.
+    All inputs are opened before anything is evaluated. Raises ValueError for one that cannot be, and
+    FloatingPointError for a loss that is not finite.
     """
-    model, names = models[0], split_names(config.tasks)
+    torch.set_float32_matmul_precision("highest")  # training in this process may have allowed less
+    model, names, precision = models[0], split_names(config.tasks), config.precision
     with world.raise_together():
         validation = _open_validation(config, models) if names.validation else None
         if names.harness:
             check_harness(names.harness, config.task_files)
         tasks = [open_task(name, config.task_files, config.examples, config.stride) for name in names.own]
-    results = EvaluationResults(model=model.name, precision=model.precision)
+    results = EvaluationResults(model=model.name, precision=precision)
     if validation is not None:
-        losses = [validation.measure(each.opened.model, each.precision, world) for each in models]
+        losses = [validation.measure(each.opened.model, precision, world) for each in models]
+        for each, loss in zip(models, losses, strict=True):
+            check_finite(loss.nats, f"{each.name} on {VALIDATION}", precision)
         results.validation = losses[0].summary()
         results.scores += validation.score(losses)
-        for line in describe_scores(results.scores):
+        for line in describe_scores(results.scores, precision):
             echo(line)
-        echo(f"  of {validation.dataset.folder}, in {model.precision}")
+        echo(f"  of {validation.dataset.folder}")
     for task in tasks:
-        found = [
-            evaluate_cached(task, each.opened.model, each.opened.tokenizer, each.precision, world)
-            for each in models
-        ]
+        found = []
+        for each in models:
+            opened = each.opened
+            found.append(evaluate_cached(task, opened.model, opened.tokenizer, precision, world))
+            check_finite(chain.from_iterable(found[-1].numbers), f"{each.name} on {task.name}", precision)
         scores = task.score(found)
         results.scores += scores
-        for line in describe_scores(scores):
+        for line in describe_scores(scores, precision):
             echo(line)
     if names.harness and world.is_main:
         opened, folder = model.opened, config.task_files
         results.harness = harness_scores(
-            opened.model, opened.tokenizer, names.harness, model.precision, folder, config.examples
+            opened.model, opened.tokenizer, names.harness, precision, folder, config.examples
         )
         for score in results.harness:
             echo(str(score))
@@ -161,19 +174,21 @@ def evaluate_models(
 # ---------------------------------------------------------------- text and JSON
 
 
-def describe_scores(scores: Sequence[Score]) -> Iterator[str]:
+def describe_scores(scores: Sequence[Score], precision: str) -> Iterator[str]:
     """The lines of one table for each task, at most 80 columns wide."""
     for _, group in groupby(scores, key=lambda score: score.task):
-        yield from _describe_task(list(group))
+        yield from _describe_task(list(group), precision)
 
 
-def _describe_task(scores: Sequence[Score]) -> Iterator[str]:
+def _describe_task(scores: Sequence[Score], precision: str) -> Iterator[str]:
     first, last = scores[0], scores[-1].against
     chance = "" if first.chance is None else f", chance {first.chance:.2f}"
-    yield f"{first.task}: {first.examples:,} {first.kind}{chance}"
+    yield f"{first.task}: {first.examples:,} {first.kind}{chance}, in {precision}"
     for score in scores:
-        interval = f"{_number(score.interval.low)} to {_number(score.interval.high)}"
-        yield _line(score.metric, _number(score.value), f"95% {interval} ({score.interval.method})")
+        interval = f"no interval from fewer than {LEAST_EXAMPLES} {first.kind}"
+        if score.interval:
+            interval = f"95% {_interval(score.interval)} ({score.interval.method})"
+        yield _line(score.metric, _number(score.value), interval)
         source = None
         for reference in score.references:
             cited = f" ({reference.source})" if reference.source != source else ""
@@ -186,8 +201,10 @@ def _describe_task(scores: Sequence[Score]) -> Iterator[str]:
         elif score.against is not None:
             yield _line("", _number(score.against.value), "the baseline")
     if isinstance(last, LossComparison):
-        if last.difference is None:
+        if not last.is_paired:
             yield "  no paired test: the baseline reads the text in different windows"
+        elif last.difference is None:
+            yield f"  no paired test of fewer than {LEAST_EXAMPLES} {first.kind}"
         else:
             unit = "word" if first.kind == "passages" else "token"
             ends = f"{last.difference.low:+.4f} to {last.difference.high:+.4f}"
@@ -196,8 +213,12 @@ def _describe_task(scores: Sequence[Score]) -> Iterator[str]:
 
 def describe_briefly(score: Score) -> str:
     """One line: hellaswag accuracy_per_token 0.2912 (0.2713 to 0.3120)."""
-    low, high = _number(score.interval.low), _number(score.interval.high)
-    return f"{score.task} {score.metric} {_number(score.value)} ({low} to {high})"
+    interval = f" ({_interval(score.interval)})" if score.interval else ""
+    return f"{score.task} {score.metric} {_number(score.value)}{interval}"
+
+
+def _interval(interval: Interval) -> str:
+    return f"{_number(interval.low)} to {_number(interval.high)}"
 
 
 def _line(name: str, number: str, text: str) -> str:

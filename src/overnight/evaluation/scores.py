@@ -32,6 +32,10 @@ SEED = 0
 BATCH_DRAWS = 1 << 22  # 32 MB
 
 
+LEAST_EXAMPLES = 20
+"""A bootstrap of fewer examples gives intervals that are too narrow: none is stated."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """95% confidence interval, if the examples are a random sample."""
@@ -69,7 +73,10 @@ class LossComparison:
 
     value: float
     difference: Interval | None
-    """Interval of this model's nats per token minus the other's (paired bootstrap); None if unpaired."""
+    """Interval of this model's nats per token minus the other's (paired bootstrap); None if unpaired, or
+    with fewer than LEAST_EXAMPLES examples."""
+    is_paired: bool = True
+    """False if the other model reads the text in different windows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,8 @@ class Score:
     examples: int
     kind: str
     """Kind of the examples: questions, passages, windows."""
-    interval: Interval
+    interval: Interval | None
+    """None with fewer than LEAST_EXAMPLES examples, except for an accuracy."""
     chance: float | None = None
     """The accuracy of guessing."""
     references: tuple[PublishedResult, ...] = ()
@@ -141,16 +149,20 @@ def score_text(
     The interval is that of the nats per token, over the examples.
     """
     loss, *others = losses
-    interval = bootstrap(loss.nats, loss.tokens)
-    difference = None
-    if others and others[0].tokens == loss.tokens:
+    interval, difference = bootstrap(loss.nats, loss.tokens), None
+    is_paired = bool(others) and others[0].tokens == loss.tokens
+    if is_paired:
         difference = bootstrap(np.subtract(loss.nats, others[0].nats).tolist(), loss.tokens)
     found = []
     for metric in metrics:
         unit, _ = LOSS_METRICS[metric]
         tokens_per_unit = loss.count("token") / loss.count(unit)
-        low, high = (_express(metric, end * tokens_per_unit) for end in (interval.low, interval.high))
-        against = [LossComparison(_express(metric, other.per(unit)), difference) for other in others]
+        expressed = None
+        if interval:
+            low, high = (_express(metric, end * tokens_per_unit) for end in (interval.low, interval.high))
+            expressed = Interval(low, high, interval.method)
+        values = [_express(metric, other.per(unit)) for other in others]
+        against = [LossComparison(value, difference, is_paired) for value in values]
         found.append(
             Score(
                 task=task,
@@ -158,7 +170,7 @@ def score_text(
                 value=_express(metric, loss.per(unit)),
                 examples=len(loss.nats),
                 kind=kind,
-                interval=Interval(low, high, interval.method),
+                interval=expressed,
                 references=REFERENCES.get((task, metric), ()),
                 against=against[0] if against else None,
             )
@@ -192,12 +204,14 @@ def wilson(correct: int, count: int) -> Interval:
     return Interval(max(0.0, low), min(1.0, high), "Wilson")
 
 
-def bootstrap(sums: Sequence[float], counts: Sequence[float]) -> Interval:
+def bootstrap(sums: Sequence[float], counts: Sequence[float]) -> Interval | None:
     """Interval of sum(sums) / sum(counts); each example has one of both, such as a window's nats and tokens.
 
     With differences of two models' nats this is the paired bootstrap. Examples are
-    resampled with replacement (Efron 1979), always with the same seed.
+    resampled with replacement (Efron 1979), always with the same seed. None with fewer than LEAST_EXAMPLES.
     """
+    if len(sums) < LEAST_EXAMPLES:
+        return None
     nats, weights = np.asarray(sums), np.asarray(counts)
     random = np.random.default_rng(SEED)
     batch = max(1, BATCH_DRAWS // len(nats))

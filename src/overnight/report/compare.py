@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from overnight.run_directory import write_atomically
 from overnight.terminal import duration, short, significant
 
 TITLES = (
-    *("run", "validation", "training", "bits/byte", "tokens"),
+    *("run", "validation", "95% interval", "on tokens", "training", "bits/byte", "tokens"),
     *("tokens/s", "time in steps", "size", "state"),
 )
 
@@ -38,7 +39,21 @@ def comparison_page(paths: Sequence[Path]) -> str:
     ]
     if any(run.data != runs[0].data for run in runs):
         notices.append("these runs did not all use the same data: compare their losses with care")
-    best = _best(runs)
+    precisions = {str(run.environment.get("precision", "unknown")) for run in runs}
+    if len(precisions) > 1:
+        notices.append(
+            f"these runs were evaluated in different precisions, {', '.join(sorted(precisions))}: "
+            "`overnight evaluate` measures all of them in one"
+        )
+    ranked = _ranked(runs)
+    close = [run for run in ranked[1:] if not _is_apart(ranked[0], run)]
+    best = ranked[0] if ranked and not close else None
+    if close:
+        command = ["overnight", "evaluate", ranked[0].status.path, "--baseline", close[0].status.path]
+        notices.append(
+            "the intervals of the validation losses do not tell which run is best; compare two of them in "
+            f"pairs, on the same text: {shlex.join(command)}"
+        )
     rows = [
         [_swatch(index, name), *_cells(run, run is best)]
         for index, (run, name) in enumerate(zip(runs, names, strict=True))
@@ -54,12 +69,19 @@ def comparison_page(paths: Sequence[Path]) -> str:
     )
 
 
-def _best(runs: Sequence[RunData]) -> RunData | None:
-    """The run with the lowest validation loss, if all were evaluated on the same data."""
+def _ranked(runs: Sequence[RunData]) -> list[RunData]:
+    """The evaluated runs, lowest validation loss first; [] unless all have the same data and precision."""
+    conditions = [(run.data, run.environment.get("precision")) for run in runs]
+    if any(each != conditions[0] for each in conditions):
+        return []
     evaluated = [run for run in runs if is_finite(run.last_evaluation.get("loss"))]
-    if not evaluated or any(run.data != runs[0].data for run in runs):
-        return None
-    return min(evaluated, key=lambda run: float(run.last_evaluation["loss"]))
+    return sorted(evaluated, key=lambda run: float(run.last_evaluation["loss"]))
+
+
+def _is_apart(lower: RunData, higher: RunData) -> bool:
+    """True if both losses have intervals, which do not overlap."""
+    ends, others = lower.loss_interval, higher.loss_interval
+    return ends is not None and others is not None and ends[1] < others[0]
 
 
 def _swatch(index: int, name: str) -> Markup:
@@ -74,6 +96,8 @@ def _cells(run: RunData, is_best: bool) -> Iterator[object]:
     evaluation, metrics, parameters = run.last_evaluation, run.metrics, run.environment.get("parameters")
     loss = significant(evaluation["loss"]) if evaluation else "–"
     yield Markup('<span class="best">{}</span>').format(loss) if is_best else loss
+    yield " to ".join(map(significant, run.loss_interval)) if run.loss_interval else "–"
+    yield short(evaluation["evaluated_tokens"]) if is_finite(evaluation.get("evaluated_tokens")) else "–"
     yield significant(run.smoothed_loss()[-1]) if run.steps else "–"
     bits = evaluation.get("bits_per_byte")
     yield significant(bits) if is_finite(bits) else "–"

@@ -143,6 +143,9 @@ def _notices(run: RunData) -> Iterator[str]:
     skipped = np.count_nonzero(~np.isfinite(run.metrics["grad_norm"]))
     if skipped and run.settings.get("precision") == "fp16":
         yield f"{skipped:,} {'step' if skipped == 1 else 'steps'} skipped: float16 overflow"
+    if "low" in run.last_evaluation and run.loss_interval is None:
+        tokens = short(run.last_evaluation["evaluated_tokens"])
+        yield f"the validation loss has no interval: it rests on only {tokens} tokens of held-out text"
     if run.comparison is not None and not run.comparison.is_on_track:
         yield from (f"{sentence[0].upper()}{sentence[1:]}" for sentence in run.comparison.sentences())
 
@@ -153,6 +156,10 @@ def _loss_figures(run: RunData) -> Iterator[tuple[str, str]]:
     if evaluation:
         at = "" if evaluation["step"] == run.status.step else f", at step {evaluation['step']:,}"
         yield f"validation loss, nats per token{at}", significant(evaluation["loss"])
+        if is_finite(evaluation.get("evaluated_tokens")):
+            text = f"of that loss, on {short(evaluation['evaluated_tokens'])} tokens of held-out text"
+            ends = run.loss_interval
+            yield f"95% interval {text}", " to ".join(map(significant, ends)) if ends else "–"
     elif run.steps:
         yield "training loss, nats per token (no evaluation yet)", significant(run.smoothed_loss()[-1])
     if is_finite(evaluation.get("perplexity")):
@@ -240,10 +247,13 @@ def _evaluations(run: RunData) -> Table:
         ("evaluated tokens", "evaluated_tokens", short),
     )
     rows = [
-        [as_text(line[key]) if is_finite(line.get(key)) else "–" for _, key, as_text in columns]
+        [
+            *(as_text(line[key]) if is_finite(line.get(key)) else "–" for _, key, as_text in columns),
+            _interval(line),
+        ]
         for line in run.evaluations
     ]
-    return Table([title for title, _, _ in columns], rows, numeric_from=0)
+    return Table([*(title for title, _, _ in columns), "95% interval of the loss"], rows, numeric_from=0)
 
 
 def _tasks(run: RunData) -> dict[str, Any] | None:
@@ -270,9 +280,14 @@ def _tasks(run: RunData) -> dict[str, Any] | None:
 
 
 def _task_row(task: str, metric: str, line: dict[str, Any]) -> list[str]:
-    value, low, high, chance = (_number(line.get(name)) for name in ("value", "low", "high", "chance"))
+    value, chance = (_number(line.get(name)) for name in ("value", "chance"))
     step, examples = f"{line['step']:,}", f"{line.get('examples', 0):,}"
-    return [task, metric, step, value, f"{low} to {high}", examples, chance]
+    return [task, metric, step, value, _interval(line), examples, chance]
+
+
+def _interval(line: dict[str, Any]) -> str:
+    ends = [line.get("low"), line.get("high")]
+    return " to ".join(map(_number, ends)) if all(map(is_finite, ends)) else "–"
 
 
 def _number(value: object) -> str:

@@ -70,6 +70,7 @@ STYLE: dict[Any, Any] = {
 }
 
 SMOOTH_POINTS = 500
+LOSS_COLUMNS = ("loss", "low", "high")
 TASK_COLUMNS = ("step", "value", "low", "high", "chance")
 
 
@@ -143,7 +144,7 @@ def to_svg(figure: Figure, name: str) -> Markup:
 def loss_chart(run: RunData) -> Markup:
     """Training and validation loss over steps (below) and tokens (above), with the reference's bands."""
     steps, smooth = run.metrics["step"], run.smoothed_loss()
-    evaluated_at, evaluated = columns_of(run.evaluations, ("step", "loss")).values()
+    evaluated_at, evaluated, lowest, highest = columns_of(run.evaluations, ("step", *LOSS_COLUMNS)).values()
     description = "Training and validation loss over steps and tokens"
     with new_chart(description, WIDE.size, WIDE.margins) as (figure, axes):
         for name, (at, low, high) in reference_bands(run).items():
@@ -152,6 +153,7 @@ def loss_chart(run: RunData) -> Markup:
         _plot(axes, steps, smooth, SMOOTH_POINTS, color=PLAIN, linewidth=1.6)
         ends = [LineEnd(smooth[-1], f"training {significant(smooth[-1])}", PLAIN)]
         if evaluated.size:
+            axes.fill_between(evaluated_at, lowest, highest, color=ACCENT, alpha=0.2, linewidth=0)
             axes.plot(evaluated_at, evaluated, color=ACCENT, linewidth=1.8, marker="o", markersize=5)
             ends.append(LineEnd(evaluated[-1], f"validation {significant(evaluated[-1])}", ACCENT))
         axes.set_xlim(0, steps[-1])
@@ -171,7 +173,8 @@ def comparison_chart(runs: Sequence[RunData], names: Sequence[str]) -> Markup:
         ends = []
         for run, name, style in drawn:
             tokens, smooth = run.metrics["tokens"], run.smoothed_loss()
-            at, evaluated = columns_of(run.evaluations, ("tokens", "loss")).values()
+            at, evaluated, low, high = columns_of(run.evaluations, ("tokens", *LOSS_COLUMNS)).values()
+            axes.fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
             _plot(axes, tokens, smooth, SMOOTH_POINTS, alpha=0.5, linewidth=1.2, **style)
             axes.plot(at, evaluated, linewidth=1.8, marker="o", markersize=4, **style)
             text = name if len(name) <= 17 else f"{name[:16]}…"

@@ -59,6 +59,12 @@ class RunData:
         return self.evaluations[-1] if self.evaluations else {}
 
     @property
+    def loss_interval(self) -> tuple[float, float] | None:
+        """The ends of the latest validation loss's 95% interval; None if it has none."""
+        low, high = (self.last_evaluation.get(name) for name in ("low", "high"))
+        return (low, high) if is_finite(low) and is_finite(high) else None
+
+    @property
     def training_seconds(self) -> float | None:
         """The time spent in training steps; None if no step has one."""
         known = self.metrics["milliseconds"][np.isfinite(self.metrics["milliseconds"])]

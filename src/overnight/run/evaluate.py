@@ -16,10 +16,10 @@ from overnight.distributed.watchdog import Watchdog
 from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.evaluation.passages import gather_results
 from overnight.evaluation.perplexity import (
-    Evaluation,
+    TextLoss,
     evaluate_language_model,
     evaluation_rows,
-    pool_evaluations,
+    pool_losses,
 )
 from overnight.evaluation.scores import Example, Score, TaskResult
 from overnight.evaluation.tasks import HARNESS, Task, evaluate_task, open_task, split_names
@@ -33,20 +33,20 @@ from overnight.training.state import local_shard
 Item = TypeVar("Item")
 
 
-def evaluate_validation(run: RunSetup, watch: Watchdog) -> tuple[Evaluation, list[dict[str, Any]]]:
+def evaluate_validation(run: RunSetup, watch: Watchdog) -> tuple[TextLoss, list[dict[str, Any]]]:
     """The held-out loss, and one record for each source of a mixture ([] of a single text)."""
     wanted = run.resolved.recipe.evaluation.evaluation_tokens
     if not isinstance(run.validation, Concatenation):
         return _evaluate_stream(run, run.validation, wanted, watch), []
     streams = zip(run.validation.streams, run.validation.evaluation_tokens(wanted), strict=True)
     parts = [_evaluate_stream(run, stream, tokens, watch) for stream, tokens in streams]
-    evaluation = parts[0] if len(parts) == 1 else pool_evaluations(parts)
-    return evaluation, _describe_sources(run, parts)
+    return pool_losses(parts), _describe_sources(run, parts)
 
 
-def _evaluate_stream(run: RunSetup, stream: TokenStream, tokens: int | None, watch: Watchdog) -> Evaluation:
+def _evaluate_stream(run: RunSetup, stream: TokenStream, tokens: int | None, watch: Watchdog) -> TextLoss:
     model, dataset = run.state.model, run.dataset
-    batches = _with_heartbeat(stream.evaluation_batches(evaluation_rows(model), tokens), watch)
+    rows = evaluation_rows(model, min(tokens or stream.tokens, stream.tokens - 1))
+    batches = _with_heartbeat(stream.evaluation_batches(rows, tokens), watch)
     loss = evaluate_language_model(
         model,
         batches,
@@ -56,7 +56,7 @@ def _evaluate_stream(run: RunSetup, stream: TokenStream, tokens: int | None, wat
         world=run.world,
     )
     reshard(model)
-    return loss.summary()
+    return loss
 
 
 def _with_heartbeat(items: Iterable[Item], watch: Watchdog) -> Iterator[Item]:
@@ -65,7 +65,7 @@ def _with_heartbeat(items: Iterable[Item], watch: Watchdog) -> Iterator[Item]:
         yield item
 
 
-def _describe_sources(run: RunSetup, parts: Sequence[Evaluation]) -> list[dict[str, Any]]:
+def _describe_sources(run: RunSetup, parts: Sequence[TextLoss]) -> list[dict[str, Any]]:
     """For each source of a mixture, its validation loss and how much of it was trained on."""
     if not isinstance(run.train, Mixture):
         return []
@@ -77,8 +77,8 @@ def _describe_sources(run: RunSetup, parts: Sequence[Evaluation]) -> list[dict[s
     return [
         {
             "source": name,
-            "loss": part.loss,
-            "evaluated_tokens": part.evaluated_tokens,
+            "loss": part.summary().loss,
+            "evaluated_tokens": part.summary().evaluated_tokens,
             "tokens": count * plan.tokens_per_row,
             "epochs": round(epochs, 6),
         }
@@ -131,7 +131,7 @@ def score_event(score: Score) -> dict[str, object]:
         "task": score.task,
         "metric": score.metric,
         "value": score.value,
-        **dataclasses.asdict(score.interval),
+        **(dataclasses.asdict(score.interval) if score.interval else {}),
         "examples": score.examples,
         "chance": score.chance,
     }

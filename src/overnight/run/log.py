@@ -12,6 +12,7 @@ from overnight.baselines.band import columns_of, find_band
 from overnight.baselines.verdict import compare_with_band
 from overnight.distributed.watchdog import Watchdog
 from overnight.evaluation.results import describe_briefly
+from overnight.evaluation.scores import bootstrap
 from overnight.generation import SamplingConfig
 from overnight.generation.generate import Decoding, complete
 from overnight.hardware import find_peak_flops
@@ -134,7 +135,8 @@ class RunLog:
     def evaluate(self) -> None:
         """Evaluate the held-out split, and record the result with the weights' statistics."""
         run, state = self.run, self.run.state
-        evaluation, by_source = evaluate_validation(run, self._watch)
+        loss, by_source = evaluate_validation(run, self._watch)
+        evaluation, interval = loss.summary(), bootstrap(loss.nats, loss.tokens)
         values = dataclasses.asdict(evaluation) | describe_weights(state.model, run.world)
         values["applied_learning_rate"] = state.optimizer.param_groups[0]["lr"]
         tracked = {f"validation/{name}": value for name, value in values.items()}
@@ -147,7 +149,8 @@ class RunLog:
         for line in by_source:
             echo(f"{line['loss']:>29.4f}  {line['source']}, {line['epochs']:.2f} epochs seen")
         sources = {"by_source": by_source} if by_source else {}
-        self._event("evaluations", values | sources | self._compare_with_band(values))
+        ends = {"low": interval.low, "high": interval.high} if interval else {"low": None, "high": None}
+        self._event("evaluations", values | ends | sources | self._compare_with_band(values))
 
     def _compare_with_band(self, values: Mapping[str, float]) -> dict[str, str | None]:
         """Where the run is relative to its reference band, if there is one; printed when it changes."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from overnight.data.loader import Batch
-from overnight.evaluation.perplexity import Evaluation, evaluate_language_model, pool_evaluations
+from overnight.evaluation.perplexity import Evaluation, evaluate_language_model, pool_losses
 from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
 
@@ -96,9 +96,10 @@ def test_gpu_loss_matches_cpu(dropping: GPT) -> None:
 def test_pooled_evaluations_match_one_text(dropping: GPT) -> None:
     short, long = rows(draw_ids(9, 4), 2), rows(draw_ids(90, 5), 2)
     whole = evaluate(dropping, [*short, *long])
-    parts = [evaluate(dropping, each) for each in (short, long)]
-    pooled = pool_evaluations(parts)
+    parts = [evaluate_language_model(dropping, each, TOKEN_BYTES) for each in (short, long)]
+    pooled = pool_losses(parts).summary()
     assert vars(pooled) == pytest.approx(vars(whole), rel=1e-12)
-    assert pooled.loss != pytest.approx((parts[0].loss + parts[1].loss) / 2, rel=1e-3)  # the control
+    control = sum(part.summary().loss for part in parts) / 2
+    assert pooled.loss != pytest.approx(control, rel=1e-3)
     with pytest.raises(ValueError, match="empty"):
         evaluate(dropping, [])

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from overnight.evaluation import scores
 from overnight.evaluation import tasks as downloads
 from overnight.evaluation.multiple_choice import Choice
 from overnight.evaluation.passages import Passage
@@ -31,7 +32,12 @@ from overnight.evaluation.tasks import Task, find_file, open_task
 
 CHOICES = [Choice((1,), ((2,), (3, 4)), (4, 4), answer) for answer in (0, 1, 1, 1)]
 NATS = [(1.0, 3.0), (2.0, 3.0), (5.0, 4.0), (1.0, 9.0)]
-TEXT = TextLoss(nats=(3.0, 5.0, 4.0), tokens=(2, 3, 1), units={"word": 4, "byte": 24, "character": 20})
+TIMES = 10  # repeated, for an interval
+TEXT = TextLoss(
+    nats=(3.0, 5.0, 4.0) * TIMES,
+    tokens=(2, 3, 1) * TIMES,
+    units={"word": 4 * TIMES, "byte": 24 * TIMES, "character": 20 * TIMES},
+)
 
 
 def open_choices(tmp_path: Path) -> Task:
@@ -61,6 +67,7 @@ def test_score_text_in_every_unit() -> None:
     wanted = (2, math.exp(3), 0.5 / math.log(2), 0.6 / math.log(2))
     assert [found[metric].value for metric in metrics] == pytest.approx(wanted)
     interval = bootstrap(TEXT.nats, TEXT.tokens)
+    assert interval is not None
     assert found["perplexity_per_word"].interval.low == pytest.approx(math.exp(interval.low * 6 / 4))
     assert found["bits_per_byte"].interval.high == pytest.approx(interval.high * 6 / 24 / math.log(2))
     assert [each.value for each in found["perplexity_per_word"].references] == [29.41, 22.76, 19.93, 18.34]
@@ -69,13 +76,13 @@ def test_score_text_in_every_unit() -> None:
 
 
 def test_text_losses_are_compared_on_same_windows_only() -> None:
-    worse = replace(TEXT, nats=(3.1, 5.3, 4.2))
+    worse = replace(TEXT, nats=(3.1, 5.3, 4.2) * TIMES)
     (found,) = score_text("ptb", ("nats_per_token",), [TEXT, worse])
     assert isinstance(found.against, LossComparison)
     assert found.against.value == pytest.approx(2.1)
     assert found.against.difference is not None
     assert found.against.difference.high < 0, "worse everywhere"
-    (found,) = score_text("ptb", ("nats_per_token",), [TEXT, replace(worse, tokens=(2, 2, 2))])
+    (found,) = score_text("ptb", ("nats_per_token",), [TEXT, replace(worse, tokens=(2, 2, 2) * TIMES)])
     assert isinstance(found.against, LossComparison)
     assert found.against.difference is None
 
@@ -98,6 +105,20 @@ def test_wilson_solves_its_equation() -> None:
             error = math.sqrt(end * (1 - end) / count)
             off = abs(correct / count - end)
             assert off == pytest.approx(1.959964 * error, rel=1e-6, abs=1e-7) or off == 0
+
+
+def test_bootstrap_covers_the_mean_and_needs_enough_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of skewed examples. The negative control: two examples cover it half the time."""
+    monkeypatch.setattr(scores, "RESAMPLES", 400)
+    random, covered = np.random.default_rng(0), {}
+    for count in (scores.LEAST_EXAMPLES, 2):
+        assert bootstrap([1.0] * (count - 1), [1.0] * (count - 1)) is None
+        monkeypatch.setattr(scores, "LEAST_EXAMPLES", count)
+        drawn = random.gamma(9.0, 1 / 9, (400, count)).tolist()
+        found = [bootstrap(values, [1.0] * count) for values in drawn]
+        covered[count] = np.mean([each is not None and each.low < 1 < each.high for each in found])
+    assert covered[20] >= 0.9
+    assert covered[2] < 0.6
 
 
 def test_bootstrap_of_mean_matches_standard_error() -> None:

@@ -2,9 +2,13 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from overnight.report import ReportConfig
 from overnight.report.command import run
 from overnight.report.compare import comparison_page
+
+from .test_page import change_lines
 
 
 def rows(page: str) -> list[list[str]]:
@@ -53,6 +57,32 @@ def test_best_run_is_marked_only_on_the_same_data(make_run):
     page = comparison_page(runs)
     assert 'class="best"' not in page
     assert 'class="notice"' in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, "do not tell which run is best"),
+        ({"low": None, "high": None}, "do not tell which run is best"),
+        ({"loss": 9.0, "low": 8.9, "high": 9.1}, None),
+    ],
+)
+def test_no_run_is_best_unless_its_interval_is_apart(make_run, changes, sentence):
+    runs = [make_run(name, steps=200) for name in ("a", "b")]
+    change_lines(runs[1] / "events" / "evaluations.jsonl", {-1: changes})
+    page = comparison_page(runs)
+    assert ('best">' in page) == (sentence is None), "the last case is the negative control"
+    assert (sentence or "95% interval") in page
+    assert ("--baseline" in page) == (sentence is not None)
+
+
+def test_runs_of_other_precision_are_not_ranked(make_run):
+    runs = [make_run("a", steps=20), make_run("b", steps=200)]
+    environment = json.loads((runs[0] / "environment.json").read_text())
+    (runs[0] / "environment.json").write_text(json.dumps(environment | {"precision": "fp32"}))
+    page = comparison_page(runs)
+    assert "different precisions, bfloat16, fp32" in page
+    assert 'class="best"' not in page
 
 
 def test_runs_of_one_step_can_be_compared(make_run):
