@@ -141,13 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare_process(words: list[str]) -> None:
     """Set what must be set before torch is imported; a command that trains may start again."""
-    from overnight.run_directory import cache_path
-
     launcher.open_missing_streams()
     if {"-h", "--help"} & {*words} or not {*words[:1]} & COMPILING:
         return
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # a later run with the same shapes starts in seconds
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_path("compiled"))
+    launcher.keep_compiled_code()
     if words[0] in TRAINING:
         launcher.restart_with_large_pages(words)
 
