@@ -67,9 +67,9 @@ class Split:
 
 def read_split(text: Path | None, checkout: Path | None) -> Split:
     """Of the file that is named, of the cache's or the checkout's. Raises ValueError if there is none."""
-    from overnight.run_directory import cache_folder
+    from overnight.run_directory import cache_path
 
-    places = [cache_folder() / "shakespeare" / "input.txt"]
+    places = [cache_path() / "shakespeare" / "input.txt"]
     if checkout is not None:
         places.append(checkout / "data" / "shakespeare_char" / "input.txt")
     text = text or next((place for place in places if place.is_file()), places[0])

@@ -41,10 +41,10 @@ def load_bpe(folder: Path | None) -> Tokenizer:
 
     Raises ValueError, with the remedy, if its files are not there.
     """
-    from overnight.run_directory import cache_folder
+    from overnight.run_directory import cache_path
     from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
 
-    cached = cache_folder() / "gpt2"
+    cached = cache_path() / "gpt2"
     if folder is None and not all(is_genuine(cached / name) for name in FILES):
         raise ValueError(
             f"GPT-2's vocabulary is not in {cached}: name with --bpe a folder that holds "

@@ -7,8 +7,10 @@ A command is a folder: its options are a dataclass in the folder's `__init__`, w
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import itertools
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -104,7 +106,9 @@ RENAMED_COMMANDS = {"ladder": "bench"}
 OF_RECIPES = frozenset({"train", "doctor", "plan", "launch"})
 FLAGS_BEFORE_RECIPE = frozenset({"--slurm", "--skypilot", "--sagemaker", "--kubernetes"})
 TRAINING = frozenset({"train", "quickstart", "plan", "doctor"})
+COMPILING = TRAINING | {"bench"}
 SECONDS_TO_PRINT = 2.0
+UNUSABLE_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -126,13 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None  # or Python reports the same error again on exit
         return FAILED
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        _print_error(
-            f"{error.strerror or error}{where}; fix that and repeat the command; "
-            "a run continues with --resume"
-        )
-        # A process that ends because others have ended is not the one that failed.
-        return launcher.LOST if isinstance(error, launcher.PeerLostError) else FAILED
+        return _fail(error)
     except FloatingPointError as error:  # NaN or infinity in the model
         _print_error(str(error))
         return FAILED
@@ -143,11 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare_process(words: list[str]) -> None:
     """Set what must be set before torch is imported; a command that trains may start again."""
-    from overnight.run_directory import cache_folder
-
     launcher.open_missing_streams()
-    launcher.keep_compiled_code(cache_folder() / "compiled")
-    if words and words[0] in TRAINING and not {"-h", "--help"} & {*words}:
+    if {"-h", "--help"} & {*words} or not {*words[:1]} & COMPILING:
+        return
+    launcher.keep_compiled_code()
+    if words[0] in TRAINING:
         launcher.restart_with_large_pages(words)
 
 
@@ -159,6 +157,20 @@ def _refuse(error: ValueError) -> int:
     else:
         _print_error(str(error))
     return DONE if is_shared and launcher.record_usage_error() else WRONG_USE
+
+
+def _fail(error: OSError) -> int:
+    """Print the system's error. A path that can't be used is the user's to change, as any wrong use."""
+    where = f" ({error.filename})" if error.filename else ""
+    remedy = "fix that and repeat the command; a run continues with --resume"
+    try:
+        os.getcwd()  # noqa: PTH109 - its error is what is asked for
+    except FileNotFoundError:
+        remedy = "the current folder was deleted: change to another one (cd) and repeat the command"
+    _print_error(f"{error.strerror or error}{where}; {remedy}")
+    if isinstance(error, launcher.PeerLostError):  # another process has failed, not this one
+        return launcher.LOST
+    return WRONG_USE if error.errno in UNUSABLE_PATH else FAILED
 
 
 def _print_error(sentence: str) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import sys
 import types
 import typing
@@ -214,11 +215,14 @@ def _record_from_word(record: type, word: str) -> Any:
 
 def _first_sentence(box: str) -> str:
     """The text of a framed message of tyro before its first horizontal line."""
-    words = []
-    for line in box.splitlines()[1:]:
-        if line.strip("│ ").startswith(("─", "╰")):
-            break
-        words.append(line.strip("│ "))
+    words: list[str] = []
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:  # without the colours of a terminal
+        text = line.strip("│|╰╯+ ")
+        if text.startswith(("─", "--" * 5)):
+            if words:
+                break
+        else:
+            words.append(text)
     return " ".join(words)
 
 

@@ -21,6 +21,8 @@ that are not finite are null, for instance the gradients' norm after an overflow
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -28,6 +30,7 @@ import os
 import re
 import socket
 import stat
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -355,13 +358,30 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- cache
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/overnight`, or `~/.cache/overnight`; not created here.
+def cache_path(*names: str) -> Path:
+    """A file or folder of the cache, `$XDG_CACHE_HOME/overnight` or `~/.cache/overnight`; not created here.
 
-    A user without a home has one in the folder for temporary files.
+    The cache only makes things faster. Where it can't be written to (a read-only home, or none), a file that
+    is in it is still read; all else goes into the folder for temporary files, with one warning.
     """
-    root = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(root) if root else Path.home() / ".cache") / "overnight"
-    except RuntimeError:
-        return Path(tempfile.gettempdir(), f"overnight-{os.getuid()}")
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not root.is_absolute():  # the specification has relative ones ignored
+        root = Path(os.path.expanduser("~"), ".cache")  # noqa: PTH111 - no error without a home
+    path = root.joinpath("overnight", *names)
+    if root.is_absolute() and (os.access(path, os.R_OK) and path.is_file() or _can_be_written(path)):
+        return path
+    return _temporary_cache(root / "overnight").joinpath(*names)
+
+
+def _can_be_written(path: Path) -> bool:
+    """True if `path`, or else the lowest folder above it that exists, is a folder with the right to write."""
+    lowest = next(folder for folder in (path, *path.parents) if os.access(folder, os.F_OK))
+    return lowest.is_dir() and os.access(lowest, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def _temporary_cache(instead_of: Path) -> Path:
+    folder = Path(tempfile.gettempdir(), f"overnight-{os.getuid()}")
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may listen
+        sys.stderr.write(f"overnight: {instead_of} can't be written to; the cache is in {folder}\n")
+    return folder

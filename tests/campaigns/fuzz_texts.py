@@ -26,14 +26,14 @@ def any_text(data: bytes) -> str:
 @functools.cache
 def make_tokenizers() -> list[Any]:
     """Of each kind one; GPT-2's own if the cache holds it."""
-    from overnight.run_directory import cache_folder
+    from overnight.run_directory import cache_path
     from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
     from overnight.tokenizer.characters import Characters
     from overnight.tokenizer.open_tokenizer import build_tokenizer
 
     made = [Characters([]), *(build_tokenizer(name, DOCUMENTS) for name in ("characters", "bpe-300"))]
     made.append(make_foreign(made[-1]))
-    folder = cache_folder() / "gpt2"
+    folder = cache_path() / "gpt2"
     return [*made, read_gpt2(folder)] if all(is_genuine(folder / name) for name in FILES) else made
 
 

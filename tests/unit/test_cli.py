@@ -85,6 +85,13 @@ def test_failure_is_one_sentence(error, status, named, monkeypatch, capsys):
     assert named in sentence
 
 
+def test_refusal_has_no_colours_on_a_terminal(monkeypatch, capsys):
+    """The parser colours its messages there."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["train", "quickstart", "--compile"]) == 2
+    assert capsys.readouterr().err.startswith("overnight: Missing value for argument '--compile'.")
+
+
 def test_no_command_or_an_old_name_lists_the_commands(capsys):
     assert main([]) == 2
     shown = capsys.readouterr().out

@@ -7,10 +7,12 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
-from overnight.run_directory import RunDirectory, write_atomically
+from overnight import run_directory
+from overnight.run_directory import RunDirectory, _temporary_cache, cache_path, write_atomically
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -157,3 +159,41 @@ def test_permissions_are_checked_before_the_work(begun, monkeypatch, name):
         (begun.tokenizer / "tokenizer.json").touch()  # it exists, and is not written again
         with begun.locked():
             pass
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home, another folder for temporary files, and no warning given yet."""
+    _temporary_cache.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize(
+    "variables, is_in_home",
+    [
+        ({}, True),
+        ({"XDG_CACHE_HOME": ""}, True),
+        ({"XDG_CACHE_HOME": "relative"}, True),
+        ({"XDG_CACHE_HOME": "/dev/null"}, False),
+        ({"HOME": "/dev/null/x"}, False),
+        ({"HOME": "relative"}, False),
+    ],
+)
+def test_cache_is_where_it_can_be_written(variables, is_in_home, home, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = [cache_path("tasks", "a.jsonl") for _ in range(2)]
+    folder = home / ".cache/overnight" if is_in_home else home.parent / f"overnight-{os.getuid()}"
+    assert found == [folder / "tasks/a.jsonl"] * 2
+    assert capsys.readouterr().err.count("can't be written to") == (not is_in_home)  # once
+
+
+def test_read_only_cache_is_read(home, monkeypatch):
+    written = home / ".cache/overnight/gpt2/vocab.bpe"
+    write_atomically(written, "kept")
+    monkeypatch.setattr(run_directory, "_can_be_written", lambda path: False)
+    assert cache_path("gpt2", "vocab.bpe") == written
+    assert cache_path("gpt2", "encoder.json").parts[:-2] != written.parts[:-2]

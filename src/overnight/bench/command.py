@@ -48,7 +48,7 @@ from overnight.hardware import find_device_name
 from overnight.preparation.prepare import ensure_prepared
 from overnight.preparation.sources import python_documents
 from overnight.report.plots import check_matplotlib
-from overnight.run_directory import cache_folder, write_atomically
+from overnight.run_directory import cache_path, write_atomically
 from overnight.terminal import duration, echo
 from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
 
@@ -191,7 +191,7 @@ def read_ids(plan: BenchPlan) -> tuple[NDArray[Any], str]:
         characters += len(document.text)
         if characters > CHARACTERS_PER_TOKEN * wanted:
             break
-    folder = cache_folder() / "gpt2"
+    folder = cache_path("gpt2", "vocab.bpe").parent
     if all(is_genuine(folder / name) for name in FILES):
         ids = np.concatenate(read_gpt2(folder).encode_batch(texts))
         return np.resize(ids, wanted), "Python's documentation"

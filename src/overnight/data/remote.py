@@ -41,7 +41,7 @@ from overnight.data.shards import (
 )
 from overnight.data.text_files import first_line, is_remote, open_store
 from overnight.data.token_reader import ShardFile, files_at_once
-from overnight.run_directory import cache_folder, write_atomically
+from overnight.run_directory import cache_path, write_atomically
 from overnight.terminal import echo
 
 PIECE_BYTES = 1 << 16
@@ -61,7 +61,7 @@ class RemoteFolder:
         self.cache_bytes = cache_bytes
         self._system, self._root = open_store(self.address)
         content = self._read(MANIFEST)
-        self.folder = cache_folder() / "shards" / hashlib.sha256(content).hexdigest()[:16]
+        self.folder = cache_path("shards", hashlib.sha256(content).hexdigest()[:16])
         write_atomically(self.folder / MANIFEST, content)
         try:
             self.manifest = read_manifest(self.folder)

@@ -7,7 +7,6 @@ import platform
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from overnight.run_directory import cache_path
+
 DAEMON = "overnight daemon"  # name of threads that the process does not wait for
 LOST = 71  # exit status of a process that ends because others have ended
+HOW_TO_LAUNCH = "start with torchrun or srun, or unset it"
 USAGE_ERROR_FILE = "OVERNIGHT_USAGE_ERROR_FILE"  # names the file that a process touches to refuse its input
 
 
@@ -48,13 +50,18 @@ def read_launcher_env(environment: Mapping[str, str]) -> LauncherEnv | None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if all(name in environment for name in names) or _number(environment, "WORLD_SIZE", "1") > 1:
         rank, size, local_rank, local_size = (_number(environment, name) for name in names)
+        if rank >= size or local_rank >= local_size:
+            given = ", ".join(f"{name}={environment[name]}" for name in names)
+            raise ValueError(
+                f"of the environment variables {given} a rank is not below its size: {HOW_TO_LAUNCH}"
+            )
         return LauncherEnv(rank, size, local_rank, local_size, None)
     size = _number(environment, "SLURM_STEP_NUM_TASKS", "1")
     if size == 1:
         return None
     tasks = _number(environment, "SLURM_STEP_TASKS_PER_NODE", str(size))
     rank, local_rank = (_number(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
-    host = _first_host(environment.get("SLURM_STEP_NODELIST", "localhost"))
+    host = _first_host(environment.get("SLURM_STEP_NODELIST") or "localhost")
     port = environment.get("MASTER_PORT") or str(20_000 + _number(environment, "SLURM_JOB_ID", "0") % 20_000)
     return LauncherEnv(rank, size, local_rank, tasks, f"{environment.get('MASTER_ADDR', host)}:{port}")
 
@@ -64,17 +71,23 @@ def _number(environment: Mapping[str, str], name: str, default: str = "") -> int
     value = environment.get(name, default)
     if (number := re.fullmatch(r"([0-9]+)(\(x[0-9]+\))?(,.*)?", value)) is None:
         state = f"{value!r}, which is not a number" if value else "not set, though others of its launcher are"
-        raise ValueError(
-            f"the environment variable {name} is {state}: start with torchrun or srun, or unset it"
-        )
+        raise ValueError(f"the environment variable {name} is {state}: {HOW_TO_LAUNCH}")
     return int(number[1])
 
 
 def _first_host(nodes: str) -> str:
     """The first host of Slurm's list: node003 of node[003-007,12],other1."""
     found = re.match(r"([^,\[]+)(?:\[([0-9]+))?", nodes)
-    assert found is not None, nodes
+    if found is None:
+        raise ValueError(f"the environment variable SLURM_STEP_NODELIST is {nodes!r}: {HOW_TO_LAUNCH}")
     return found[1] + (found[2] or "")
+
+
+def check_rendezvous(environment: Mapping[str, str]) -> None:
+    """Raise ValueError unless the variables are set by which torch finds the other processes."""
+    if not environment.get("MASTER_ADDR"):
+        raise ValueError(f"the environment variable MASTER_ADDR is not set: {HOW_TO_LAUNCH}")
+    _number(environment, "MASTER_PORT")
 
 
 def is_launched() -> bool:
@@ -167,7 +180,7 @@ def open_missing_streams() -> None:
 
 def count_restarts() -> int:
     """Number of times that torchrun has restarted this process."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _number(os.environ, "TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def use_new_rendezvous_store() -> None:
@@ -221,20 +234,13 @@ def restart_with_large_pages(arguments: Sequence[str]) -> None:
         os.execv(sys.executable, [sys.executable, "-P", "-m", "overnight", *arguments])
 
 
-def keep_compiled_code(folder: Path) -> None:
-    """Let torch.compile keep its cache in `folder` instead of the temporary folder, unless the user set one.
+def keep_compiled_code() -> None:
+    """Let torch.compile keep its cache in ours, unless the user has set its folder.
 
-    A later run with the same shapes then starts in seconds. Where `folder` can't be written to, a folder for
-    temporary files is used.
+    A later run with the same shapes then starts in seconds.
     """
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        return
-    try:
-        is_writable = os.access(next(path for path in (folder, *folder.parents) if path.exists()), os.W_OK)
-    except OSError:
-        is_writable = False
-    temporary = Path(tempfile.gettempdir(), f"overnight-{os.getuid()}", "compiled")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder if is_writable else temporary)
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_path("compiled"))
 
 
 def environment_of_process(*, large_pages: bool) -> dict[str, str]:

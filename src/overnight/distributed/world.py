@@ -18,6 +18,7 @@ from overnight.distributed.launcher import (
     CollectiveValueError,
     LauncherEnv,
     PeerLostError,
+    check_rendezvous,
     count_cores,
     is_launched,
     is_main_process,
@@ -169,6 +170,8 @@ def join_world(device: str | None, timeout_seconds: int) -> Iterator[World]:
         yield _open_single(device)
         return
     world = _find_device(env, device)
+    if env.address is None:
+        check_rendezvous(os.environ)
     if "OMP_NUM_THREADS" not in os.environ:
         compute_with_threads(max(1, (count_cores() or 1) // world.local_size))
     try:

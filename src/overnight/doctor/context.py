@@ -42,7 +42,7 @@ from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.sources import source_name
 from overnight.recipe import Recipe, SamplesConfig, plain_recipe, with_settings
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
-from overnight.run_directory import cache_folder
+from overnight.run_directory import cache_path
 from overnight.training.batch import BatchConfig
 from overnight.training.schedule import Schedule, ScheduleConfig
 
@@ -129,7 +129,7 @@ def is_small_and_local(path: str) -> bool:
     if path == "python-docs":
         return True
     if path == "shakespeare":
-        return (cache_folder() / "shakespeare" / "input.txt").is_file()
+        return cache_path("shakespeare", "input.txt").is_file()
     return Path(path).exists() and sum(file.bytes for file in find_files(path)) <= SMALL_BYTES
 
 

@@ -36,7 +36,7 @@ from overnight.evaluation.passages import Passage, cut_windows, evaluate_passage
 from overnight.evaluation.scores import Example, Numbers, Score, TaskResult, score_accuracy, score_text
 from overnight.evaluation.text_tasks import TEXT_TASKS, EvaluationText, TextTask
 from overnight.model.gpt import GPT
-from overnight.run_directory import cache_folder, write_atomically
+from overnight.run_directory import cache_path, write_atomically
 from overnight.terminal import echo, progress
 from overnight.tokenizer.tokenizer import Tokenizer
 
@@ -158,7 +158,7 @@ def evaluate_cached(task: Task, model: GPT, tokenizer: Tokenizer, precision: str
     The folder is deleted when all results are complete.
     """
     examples = task.encode(tokenizer, model.config.context_length)
-    folder = cache_folder() / "judged" / cache_key(model, examples, precision)
+    folder = cache_path("judged", cache_key(model, examples, precision))
     known = _read_results(folder)
     world.barrier()  # all processes have read before one writes
     missing = [index for index in range(len(examples)) if index not in known]
@@ -168,9 +168,10 @@ def evaluate_cached(task: Task, model: GPT, tokenizer: Tokenizer, precision: str
         rest = evaluate_task(model, [examples[index] for index in missing], precision, world)
         for done, (position, numbers) in enumerate(rest):
             own.append((missing[position], numbers))
-            folder.mkdir(parents=True, exist_ok=True)  # only now: invalid examples leave no folder behind
-            with (folder / f"{world.rank}.jsonl").open("a") as file:
-                file.write("\n" + json.dumps(own[-1]))  # a new line, since the last may be incomplete
+            with suppress(OSError):  # a full disk must not end the evaluation
+                folder.mkdir(parents=True, exist_ok=True)  # only now: invalid examples leave no folder behind
+                with (folder / f"{world.rank}.jsonl").open("a") as file:
+                    file.write("\n" + json.dumps(own[-1]))  # a new line, since the last may be incomplete
             # Other processes are assumed to be as fast; the last of them may have no example left.
             advance(min(world.size, max(0, len(missing) - world.size * done)))
     gathered = gather_results(own, world)
@@ -226,7 +227,7 @@ def find_file(name: str, url: str, folder: str | Path | None = None) -> Path:
         if not path.is_file():
             raise ValueError(f"{folder} has no {name}: download {url} and put it there")
         return path
-    path = cache_folder() / "tasks" / name
+    path = cache_path("tasks", name)
     recorded = path.with_name(f"{path.name}.sha256")
     if not path.is_file():
         echo(f"downloading {url}")

@@ -32,7 +32,7 @@ from overnight.data.text_files import (
     plain_name,
 )
 from overnight.preparation.documents import PACKED_TEXT_BYTES, Document, Part, read_part
-from overnight.run_directory import cache_folder, write_atomically
+from overnight.run_directory import cache_path, write_atomically
 from overnight.terminal import echo, progress
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -178,7 +178,7 @@ def _find_hub_files(name: str, address: str) -> tuple[TextFile, ...]:
 
 def _cache_shakespeare(from_file: str | None) -> Path:
     """The published file in the user's cache: copied from `from_file`, or downloaded if it is not there."""
-    path = cache_folder() / "shakespeare" / "input.txt"
+    path = cache_path("shakespeare", "input.txt")
     if from_file is None and path.is_file() and _is_shakespeare(path.read_bytes()):
         return path
     if from_file is not None and not Path(from_file).is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,6 +116,7 @@ def new_chart(
     `name` must be unique on a page: it makes the ids inside the SVG unique and reproducible. The user's own
     matplotlib settings do not apply inside the context and are restored afterwards.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it can do without its cache, and says so
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -15,7 +15,7 @@ from overnight.distributed.launcher import (
     stop_without_parent,
     use_new_rendezvous_store,
 )
-from overnight.distributed.processes import run_processes
+from overnight.distributed.processes import REFUSED, run_processes
 from overnight.distributed.world import count_processes
 from overnight.recipe import Recipe
 from overnight.run.resume import check_directory, load_resumed
@@ -62,7 +62,7 @@ def train_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str
         total_steps = load_resumed(directory.path).schedule.total_steps if directory.exists() else None
         if total_steps is None or not directory.is_finished(total_steps):
             raise KeyboardInterrupt
-    elif any(directory.checkpoints.glob("step-*")):
+    elif status != REFUSED and any(directory.checkpoints.glob("step-*")):
         echo(f"next: overnight train --resume {shlex.quote(str(directory.path))}")
     return status
 

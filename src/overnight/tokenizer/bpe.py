@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as Trainable
 from tokenizers import models, pre_tokenizers, trainers
 
-from overnight.run_directory import cache_folder, write_atomically
+from overnight.run_directory import cache_path, write_atomically
 from overnight.terminal import echo
 from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean, tokenizer_json
 
@@ -204,7 +204,7 @@ def load_gpt2() -> BytePair:
 
     Raises ValueError, naming the files and their folder, if they cannot be fetched.
     """
-    folder = cache_folder() / "gpt2"
+    folder = cache_path("gpt2", "vocab.bpe").parent
     missing = [name for name in FILES if not is_genuine(folder / name)]
     if missing:
         echo(f"fetching GPT-2's vocabulary into {folder}, once")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from overnight import cli
 from overnight.distributed import launcher as machine
 from overnight.distributed import world
 from overnight.distributed.launcher import (
@@ -19,7 +21,6 @@ from overnight.distributed.launcher import (
     divide_cores,
     is_launched,
     is_main_process,
-    keep_compiled_code,
     read_launcher_env,
     restart_with_large_pages,
     use_new_rendezvous_store,
@@ -67,6 +68,27 @@ def test_rendezvous_is_at_the_first_host_of_slurm(nodes, first):
     found = read_launcher_env(SLURM | {"SLURM_STEP_NODELIST": nodes})
     assert found is not None
     assert found.address == f"{first}:34567"
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"RANK": ""}, "RANK is not set"),
+        ({"RANK": "8"}, "RANK=8"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT is 'x'"),
+    ],
+    ids=str,
+)
+def test_wrong_launcher_variables_are_named(changes, named, monkeypatch):
+    """Before any process is waited for."""
+    for name, value in (TORCHRUN | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"} | changes).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        count_restarts(), world.join_world("cpu", 1).__enter__()
 
 
 def test_process_knows_whether_it_was_launched(monkeypatch):
@@ -119,9 +141,12 @@ def test_cache_and_rendezvous_store_are_set_unless_the_user_has(monkeypatch, tmp
         monkeypatch.setenv(name, chosen or "")
         if chosen is None:
             monkeypatch.delenv(name)
-    keep_compiled_code(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cli.launcher, "restart_with_large_pages", lambda words: None)
+    cli._prepare_process(["train"])
     use_new_rendezvous_store()
-    assert [os.environ[name] for name in names] == ([chosen] * 2 if chosen else [str(tmp_path), "1"])
+    expected = [chosen] * 2 if chosen else [str(tmp_path / "overnight/compiled"), "1"]
+    assert [os.environ[name] for name in names] == expected
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_mcnemar_is_binomial_tail(first: int, second: int) -> None:
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files and archives with file:// addresses, and an empty cache."""
-    monkeypatch.setattr(downloads, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(downloads, "cache_path", (tmp_path / "cache").joinpath)
     folder = tmp_path / "published"
     folder.mkdir()
     (folder / "plain.jsonl").write_text("one\n")

@@ -24,7 +24,7 @@ from overnight.evaluation.tasks import TASKS, cache_key, evaluate_cached, open_t
 from overnight.evaluation.text_tasks import TEXT_TASKS, join_treebank, join_wikitext
 from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
-from overnight.run_directory import cache_folder
+from overnight.run_directory import cache_path
 from overnight.tokenizer.bpe import BytePair
 
 ROWS = {**TEXT_TASKS, **CHOICE_TASKS}
@@ -269,7 +269,7 @@ def test_other_number_of_processes_continues(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tasks, "gather_results", lambda own, _: dict(own))
     monkeypatch.setattr(World, "barrier", lambda _: None)
     model, task = build_model(0), SimpleNamespace(name="task", encode=lambda *_: EXAMPLES)
-    folder = cache_folder() / "judged" / cache_key(model, EXAMPLES, "fp32")
+    folder = cache_path() / "judged" / cache_key(model, EXAMPLES, "fp32")
     folder.mkdir(parents=True)
     (folder / "0.jsonl").write_text("[0, [0.0, 0.0]]\n[3, [3.0, 0.0]]\n")
     (folder / "1.jsonl").write_text("[5, [5.0, 0.0]]\n[1, [1.0")  # interrupted

@@ -30,13 +30,13 @@ from overnight.preparation.sources import (
     read_parts,
     source_name,
 )
-from overnight.run_directory import cache_folder
+from overnight.run_directory import cache_path
 
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return cache_folder()
+    return cache_path()
 
 
 @pytest.fixture
