@@ -283,12 +283,12 @@ MARK = b"\xef\xbb\xbf"
 @pytest.mark.parametrize(
     "name, content",
     [
-        *(("a.json", LINES), ("a.json.gz", gzip.compress(LINES)), ("a.jsonl", MARK + LINES)),
+        *(("a.json", LINES), ("a.json.gz", gzip.compress(LINES, mtime=0)), ("a.jsonl", MARK + LINES)),
         *(
             ("a.json", MARK + json.dumps(OBJECTS).encode()),
             ("a.json", json.dumps(OBJECTS, indent=1).encode()),
         ),
-        ("a.JSON.gz", gzip.compress(json.dumps(OBJECTS, ensure_ascii=False).encode())),
+        ("a.JSON.gz", gzip.compress(json.dumps(OBJECTS, ensure_ascii=False).encode(), mtime=0)),
     ],
 )
 def test_json_lines_and_arrays_with_a_nested_column(tmp_path: Path, name: str, content: bytes) -> None:
