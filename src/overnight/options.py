@@ -71,7 +71,7 @@ def from_arguments(
             options: dict[str, Any] = {"prog": prog, "description": about, "config": markers}
             if default is not None:
                 options["default"] = default
-            words = [*arguments, *literal]
+            words = [*arguments, *(name for name in literal if name not in arguments)]
             read: Config = tyro.cli(cls, args=words, registry=_records_as_words(cls), **options)
             return _with_literal(read, literal)
     except _WordError as wrong:

@@ -43,7 +43,10 @@ class GenerateConfig(SamplingConfig):
     model: Positional[str]
     """A run, a checkpoint, a Hugging Face folder or name."""
     prompts: Positional[tuple[str, ...]] = ()
-    """Texts to continue, each in quotes; without any, the model starts a text."""
+    """Texts to continue, each in quotes; without any, the model starts a text. `-` alone reads the whole of
+    standard input as one prompt; after `--` no word is an option."""
+    prompt_file: str | None = None
+    """Read a prompt from each line of this file that is not empty; `-` reads standard input."""
     max_new_tokens: int = 128
     """Write at most this many tokens; an end-of-text token ends the completion earlier."""
     samples: int = 1
@@ -64,6 +67,8 @@ class GenerateConfig(SamplingConfig):
             found.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.samples < 1:
             found.append(f"samples={self.samples} must be at least 1")
+        if self.prompts and self.prompt_file is not None:
+            found.append("give the prompts as words or with --prompt-file, not both")
         if "" in self.stop:
             found.append(EMPTY_STOP)
         return found

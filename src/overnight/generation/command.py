@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from overnight.config import raise_problems
 from overnight.conversion.open_model import OpenedModel, open_model
@@ -28,6 +30,7 @@ BATCH_ROWS = 8  # a CPU reads the weights once per batch; more rows gain little
 def run(config: GenerateConfig) -> None:
     """Print the completions and the speed. Raises ValueError before any text if something is wrong."""
     raise_problems(config.problems(), "overnight generate")
+    config = _with_prompts(config)
     device = open_world(config.device).device
     supported = generation_precisions(device)
     if config.precision not in {None, *supported}:
@@ -52,6 +55,33 @@ def run(config: GenerateConfig) -> None:
     if opened.run:
         following = shlex.join(["convert", config.model, "--to", "hf", "--out", f"{opened.run.name}-hf"])
     echo(f"next: overnight {following}")
+
+
+def _with_prompts(config: GenerateConfig) -> GenerateConfig:
+    """The config with the prompts of a file or of standard input, if it names one; says which.
+
+    Raises ValueError if there is none in it.
+    """
+    name = config.prompt_file
+    if name is None and config.prompts != ("-",):
+        return config
+    source = "standard input" if name in {None, "-"} else str(name)
+    try:
+        data = sys.stdin.buffer.read() if name in {None, "-"} else Path(source).read_bytes()
+        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()  # every line end as \n
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read: {error.strerror or error}") from None
+    if not text.strip():
+        raise ValueError(f"{source} holds no prompt: it is empty")
+    if name is None:
+        prompts: tuple[str, ...] = (text.removesuffix("\n"),)  # which `echo` and editors add
+        echo(f"prompt: all of {source}, {len(prompts[0]):,} characters")
+    else:
+        prompts = tuple(line for line in text.split("\n") if line.strip())
+        echo(f"prompts: {len(prompts):,} lines of {source}, one prompt a line")
+    return dataclasses.replace(config, prompts=prompts, prompt_file=None)
 
 
 def _choose_precision(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -17,6 +18,7 @@ from overnight.generation import command as generation_command
 from overnight.generation.quantize import generation_precisions
 from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
+from overnight.options import from_arguments
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer("bpe-270", ["the quick brown fox jumps over the lazy dog"] * 9)
@@ -119,3 +121,41 @@ def test_generate_checks_all_prompts_before_the_first_batch(run: Run) -> None:
     written, message = run(config)
     assert "prompt 10" in message
     assert written == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "expected"),
+    [
+        (["-"], b"the quick\n\nbrown\n", ["the quick\n\nbrown"]),
+        (["--", "-"], b"\xef\xbb\xbfthe\r\nfox", ["the\nfox"]),
+        (["--prompt-file", "-"], b"the quick\n\n \nfox", ["the quick", "fox"]),
+        (["--prompt-file=FILE"], b"the\r\n fox \r\n", ["the", " fox "]),
+        (["--", "-", "--prompt-file"], b"", ["-", "--prompt-file"]),
+        (["-"], b"\n", "standard input holds no prompt: it is empty"),
+        (["--prompt-file", "FILE"], b"", "FILE holds no prompt: it is empty"),
+        (["--prompt-file", "FILE"], b"\xff", "FILE is not UTF-8: invalid start byte at byte 0"),
+        (["--prompt-file", "nowhere"], b"", "nowhere cannot be read: No such file or directory"),
+        (["--prompt-file", "FILE", "the"], b"fox", "not both"),
+        (["--", "--json"], b"", ["--json"]),
+    ],
+)
+def test_prompts_are_read_from_files_and_standard_input(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    content: bytes,
+    expected: list[str] | str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_bytes(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    options = ["tiny", "--json", "--max-new-tokens", "2", "--device", "cpu"]
+    config = from_arguments(GenerateConfig, [*options, *words], prog="overnight generate", about="")
+    output, message = run(config)
+    if isinstance(expected, str):
+        assert expected in message
+        assert not output
+    else:
+        assert not message
+        assert [json.loads(line)["prompt"] for line in output.splitlines()] == expected
