@@ -183,7 +183,7 @@ def decode_by_locale() -> None:
 
 def name_the_path() -> None:
     """The source is called by the path that was typed."""
-    target = "overnight.preparation.prepare:_request"
+    target = "overnight.preparation.identity:describe_request"
     real = original(target)
     replace(target, lambda config, source: real(config, source) | {"source": config.source})
 

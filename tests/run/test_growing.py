@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from overnight.data import DataConfig, MixtureSource
+from overnight.data.atomic_folder import staging_path
 from overnight.data.shards import read_manifest
 from overnight.preparation.prepare import prepare_shards
 from overnight.recipe import read_recipe_of
@@ -83,6 +85,9 @@ def test_run_waits_for_a_preparation_at_work(early, config, after_each_wave, tra
 def test_resuming_on_other_text_is_refused(begun, config, refusal):
     changed = Path(config.source) / "00.jsonl"
     changed.write_text(changed.read_text().replace("Document 1:", "Document one:"))
+    with pytest.raises(ValueError, match="was edited since"):
+        prepare_shards(config)
+    shutil.rmtree(staging_path(Path(config.out)))
     prepare_shards(config)
     assert "is not the data that" in refusal(read_recipe_of(begun.path), begun.path, resume=True)
 
