@@ -313,7 +313,7 @@ def _recipes(name: str) -> str:
             "",
             *(f"  {recipe:<{width}}  {about}"[:80] for recipe, about in described.items()),
             "",
-            "`overnight plan RECIPE` tells how large it is, and how long it takes here.",
+            "`overnight plan RECIPE` shows its size and the expected duration on this machine.",
             "",
         ]
     )

@@ -115,8 +115,8 @@ def _plain_values(cls: type, arguments: Sequence[str]) -> list[str]:
             found.append(word)
             continue
         if not equals and kind is not bool and typing.get_origin(kind) is not tuple:
-            value = next(words, "")
-            found += [option, _plain_value(option, value, kind)] if value else [option]
+            following = next(words, None)
+            found += [option] if following is None else [option, _plain_value(option, following, kind)]
         else:
             found.append(f"{option}={_plain_value(option, value, kind)}" if equals else option)
     return found

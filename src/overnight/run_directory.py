@@ -53,7 +53,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with temporary.open("xb") as file:  # with the rights that the umask leaves, unlike tempfile's
+        with temporary.open("xb") as file:  # with the permissions of the umask, unlike a file of tempfile
             file.write(data)
             file.flush()  # fsync does not see Python's own buffer
             flush_to_disk(file.fileno())
@@ -64,8 +64,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     flush_folder(path.parent)
 
 
-def follow_umask(path: Path) -> None:
-    """Give a file that a library has created as private the rights of any new file."""
+def apply_umask(path: Path) -> None:
+    """Give a file that a library created as private (0600) the permissions of any new file."""
     probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     probe.touch()
     path.chmod(stat.S_IMODE(probe.stat().st_mode))
@@ -111,7 +111,7 @@ class RunDirectory:
     def begin(self, recipe: str, environment: Mapping[str, Any]) -> None:
         """Write the recipe and the environment. The recipe is written last: with it the run exists."""
         self._make()
-        with self._recorded():
+        with self._updating_record():
             self.ended.unlink(missing_ok=True)
             write_atomically(self.environment, json.dumps(environment, indent=2) + "\n")
             write_atomically(self.recipe, FIRST_LINE.format(recipe.count("\n") + 1) + "\n" + recipe)
@@ -152,10 +152,10 @@ class RunDirectory:
         for name in LINE_FILES:
             _read_lines(self.path / name)
         # What differs in the recipe and the data is named when they are compared with those of the run.
-        if problems := self.problems(unless=("recipe.toml", "data.json")):
+        if problems := self.problems(ignore=("recipe.toml", "data.json")):
             raise ValueError(f"{problems[0]}: {FROM_A_COPY}")
 
-    def problems(self, unless: Sequence[str] = ()) -> list[str]:
+    def problems(self, ignore: Sequence[str] = ()) -> list[str]:
         """What is missing from the run's files or was changed since, one sentence each; [] if nothing.
 
         Lines after the last recorded one are those of a run that trains, or that was killed. A run without
@@ -169,7 +169,11 @@ class RunDirectory:
             return self._missing_steps()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return [f"{self.record} is damaged"]
-        return [f"{self.path / name} is not as the run wrote it" for name in changed if name not in unless]
+        return [
+            f"{self.path / name} is missing, or differs from what the run wrote"
+            for name in changed
+            if name not in ignore
+        ]
 
     def _missing_steps(self) -> list[str]:
         """As `problems`, by the steps of the metrics and of the newest checkpoint alone."""
@@ -181,13 +185,13 @@ class RunDirectory:
             return [str(error)]
         if steps == list(range(1, max(needed, len(steps)) + 1)):
             return []
-        return [f"{self.metrics} lacks lines of the {max([needed, *steps]):,} steps that are done"]
+        return [f"{self.metrics} lacks the lines of some of {max([needed, *steps]):,} completed steps"]
 
     def _is_recorded(self, name: str, digest: Mapping[str, Any]) -> bool:
         return digest == _digest(self.path / name, digest["bytes"] if name in LINE_FILES else None)
 
     @contextmanager
-    def _recorded(self) -> Iterator[None]:
+    def _updating_record(self) -> Iterator[None]:
         """Context manager for changes: record.json is absent until they are complete."""
         if self.record.is_file():
             self.record.unlink()
@@ -203,7 +207,7 @@ class RunDirectory:
 
     def write(self, path: Path, content: Mapping[str, Any]) -> None:
         """Write one of the run's JSON files."""
-        with self._recorded():
+        with self._updating_record():
             write_atomically(path, json.dumps(content, indent=2) + "\n")
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
@@ -228,14 +232,14 @@ class RunDirectory:
 
     def rewind(self, step: int) -> None:
         """Remove the lines of steps after `step`; these steps are computed again."""
-        with self._recorded():
+        with self._updating_record():
             for path in (self.path / name for name in LINE_FILES if (self.path / name).is_file()):
                 kept = [line for line in _read_lines(path) if line["step"] <= step]
                 write_atomically(path, "".join(map(_to_json, kept)))
 
     def flush(self) -> None:
         """Flush all lines to the disk, and record them; called before a checkpoint is published."""
-        with self._recorded():
+        with self._updating_record():
             for path in (self.path / name for name in LINE_FILES if (self.path / name).is_file()):
                 with path.open("rb") as file:
                     flush_to_disk(file.fileno())

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.text import Text
 
 _unprinted: deque[str] = deque(maxlen=10_000)
-"""Lines that could not be printed, until `keep_unprinted` writes them."""
+"""Lines that could not be printed, until `write_unprinted` writes them."""
 
 
 def echo(text: str = "") -> None:
@@ -32,7 +32,7 @@ def echo(text: str = "") -> None:
         _unprinted.append(text)
 
 
-def keep_unprinted(path: Path) -> None:
+def write_unprinted(path: Path) -> None:
     """Append the lines that could not be printed to a file, if there are any and it can be written."""
     if not _unprinted:
         return
@@ -94,8 +94,8 @@ def _is_terminal() -> bool:
         return False
 
 
-class _Forgiving:
-    """A stream without its errors: a terminal that was closed must not stop a run."""
+class _TolerantStream:
+    """A text stream that ignores write errors, so that a closed terminal does not stop a run."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -104,13 +104,13 @@ class _Forgiving:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write what can be written."""
+        """Write `text`, or drop it if that fails."""
         with suppress(OSError, ValueError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush what can be flushed."""
+        """Flush, if possible."""
         with suppress(OSError, ValueError):
             self._stream.flush()
 
@@ -139,7 +139,7 @@ def _live_bar(unit: str) -> Progress:
         Rate(),
         Time(),
         TextColumn("{task.fields[note]}"),
-        console=Console(file=cast(TextIO, _Forgiving(sys.stderr))),
+        console=Console(file=cast(TextIO, _TolerantStream(sys.stderr))),
     )
 
 

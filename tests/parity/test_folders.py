@@ -194,7 +194,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "other head": (partial(edit_weights, partial(with_head, 2.0)), r"lm_head\.weight differs"),
     "untied": (partial(edit, "config.json", tie_word_embeddings=False), "tie_word_embeddings"),
     "NFC": (partial(edit, "tokenizer.json", normalizer={"type": "NFC"}), "normalizer NFC"),
-    "added token with blanks": (partial(add_token, content="dignums", lstrip=True), "blanks beside it"),
+    "added token with blanks": (partial(add_token, content="dignums", lstrip=True), "strips the whitespace"),
     "a name twice": (
         partial(edit_weights, lambda weights: {**weights, "ln_f.bias": weights["transformer.ln_f.bias"] + 1}),
         r"ln_f\.bias is there twice",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -138,6 +139,27 @@ def test_record_is_one_word():
     expected = (Share(path="data/a", weight=0.7), Share(path="s3://b/date=1", weight=3.0))
     assert options("--shares", "data/a=0.7", "s3://b/date=1=3", default=default).shares == expected
     assert options("--n_layer=4", default=default).shares == default.shares
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--n-layer", "1e1", "--dropout", "1e-1"], {"size": Size(n_layer=10, dropout=0.1)}),
+        (["--n-layer=1_000"], {"size": Size(n_layer=1000)}),
+        (["--limit", "off", "--vocab-size=OFF"], {"size": Size(limit=None)}),
+        (["--run-name", "~/x"], {"run_name": str(Path("~/x").expanduser())}),
+        (["--run-name", ""], {"run_name": ""}),
+        (["--run-name", "1e3"], {"run_name": "1e3"}),
+    ],
+)
+def test_values_in_other_spellings(words, expected):
+    assert options(*words) == Settings(**expected)
+
+
+@pytest.mark.parametrize("value", ["1.5", "1e-1", "inf", "nan", "9" * 5000, "", "off", "--run-name"])
+def test_what_is_no_whole_number_is_refused(value):
+    with pytest.raises(ValueError, match="--n-layer .*whole number"):
+        options("--n_layer", value)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from torch import Tensor, equal
 
 from overnight.model.gpt import GPT, empty_model
 from overnight.model.model_config import ModelConfig
-from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
+from overnight.run_directory import apply_umask, flush_folder, flush_to_disk, write_atomically
 from overnight.terminal import echo
 from overnight.tokenizer.open_tokenizer import load_tokenizer, read_json_object
 from overnight.tokenizer.tokenizer import Tokenizer
@@ -96,6 +96,7 @@ def write_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
             for name, weight in model.weights().items()
         }
         save_file(weights, staging / WEIGHTS, metadata={"format": "pt"})
+        apply_umask(staging / WEIGHTS)
         with (staging / WEIGHTS).open("rb") as file:
             flush_to_disk(file.fileno())
         tokenizer.save(staging)
@@ -191,7 +192,7 @@ def read_end_ids(folder: Path) -> frozenset[int]:
         f"{name}={content[name]}" for name, neutral in GENERATION.items() if content.get(name) not in neutral
     ]
     if ignored:
-        echo(f"{path.name} of {folder} asks for {', '.join(ignored)}, which is not applied")
+        echo(f"{path.name} of {folder} sets {', '.join(ignored)}, which is ignored")
     return frozenset(ids)
 
 
@@ -200,7 +201,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
         if (folder / INDEX).is_file():
-            echo(f"{folder}: {WEIGHTS} is read, {INDEX} is not, as in Transformers")
+            echo(f"{folder}: reading {WEIGHTS} and ignoring {INDEX}, as Transformers does")
     elif (folder / INDEX).is_file():
         weight_map = read_json_object(folder / INDEX).get("weight_map")
         names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
@@ -233,7 +234,7 @@ def import_weights(theirs: Mapping[str, Tensor], *, is_conv1d: bool) -> dict[str
         wrapper = WRAPPERS.match(name)
         bare = name[wrapper.end() :] if wrapper else name
         if bare in ours:
-            raise ValueError(f"{bare} is there twice, once as {name}; keep one of them")
+            raise ValueError(f"{bare} occurs twice, once as {name}; remove one of them")
         is_transposed = is_conv1d and name.endswith(CONV1D) and weight.dim() == 2
         ours[bare] = weight.T if is_transposed else weight
     head = ours.pop("lm_head.weight", None)

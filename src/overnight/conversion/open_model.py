@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from overnight.conversion.huggingface import read_end_ids, read_huggingface
 from overnight.conversion.nanogpt import TOKENIZER, read_nanogpt
 from overnight.model.gpt import GPT
 from overnight.run_directory import RunDirectory
-from overnight.tokenizer.open_tokenizer import load_tokenizer
+from overnight.tokenizer.open_tokenizer import load_tokenizer, read_json_object
 from overnight.tokenizer.tokenizer import Tokenizer
 from overnight.training.checkpoint.load import read_model, read_newest
 
@@ -106,7 +105,7 @@ def _with_tokenizer(model: GPT, checkpoint: Path, run: Path) -> OpenedModel:
 def _trained_with(run: Path) -> set[str]:
     """The fingerprints of the tokenizers in data.json, one for each source; empty without the file."""
     path = RunDirectory(run).data
-    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    data = read_json_object(path) if path.is_file() else {}
     sources = [data, *(value for value in data.values() if isinstance(value, dict))]
     return {source["tokenizer_fingerprint"] for source in sources if "tokenizer_fingerprint" in source}
 

@@ -108,7 +108,7 @@ def _launcher_env() -> LauncherEnv | None:
         return None
 
 
-def stop_without_parent() -> None:
+def terminate_with_parent() -> None:
     """In a process of a launcher: get SIGTERM as soon as the launcher has died, so that the run is saved."""
     parent = os.getppid()
 

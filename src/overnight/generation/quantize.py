@@ -55,17 +55,20 @@ PROBE_TOKENS = 16
 
 @torch.no_grad()
 def unsuitable_reason(model: GPT, precision: GenerationPrecision) -> str | None:
-    """Why `precision` can't hold the matrices or, on a GPU, the activations of a float32 model, or None."""
+    """The reason why `precision` can't represent a float32 model; None if it can.
+
+    Compares every matrix and, on a GPU, the activations of a few ids.
+    """
     if precision == "fp32":
         return None
     for name, weight in model.weights().items():
         if weight.dim() == 2 and name != "wpe.weight" and not _holds(weight, precision):
-            return f"{precision} can't hold {name}, whose largest value is {weight.abs().max():.3g}"
+            return f"{precision} can't represent {name}, whose largest value is {weight.abs().max():.3g}"
     if model.wte.weight.device.type == "cpu" or precision == "int8":  # activations stay in float32
         return None
     largest = _largest_activation(model)
     if not largest * MARGIN <= LARGEST[precision]:
-        return f"{precision} can't hold the activations, of which the largest is {largest:.3g}"
+        return f"{precision} can't represent the activations, whose largest value is {largest:.3g}"
     return None
 
 

@@ -103,7 +103,7 @@ def choose_folder(config: PrepareConfig, request: Request) -> Path:
         return usual
     require_identity(own, request)
     if found:
-        echo(f"{usual} holds other data ({'; '.join(found)}): {own} is prepared")
+        echo(f"{usual} holds other data ({'; '.join(found)}): using {own} instead")
     return own
 
 

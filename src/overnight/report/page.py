@@ -129,7 +129,7 @@ def _notices(run: RunData) -> Iterator[str]:
     """Warnings about the run's figures: damaged files, losses that are not finite, rollbacks."""
     yield from run.problems
     if run.status.state == "damaged":
-        yield f"the figures and charts are those of the {run.steps:,} steps that are left"
+        yield f"figures and charts cover only the {run.steps:,} steps that are on record"
     broken = run.metrics["step"][~np.isfinite(run.metrics["loss"])]
     if broken.size:
         steps = "step" if broken.size == 1 else "steps"
@@ -181,7 +181,7 @@ def _speed_figures(run: RunData) -> Iterator[tuple[str, str]]:
         if (share := median(metrics[name])) is not None:
             yield f"MFU, median ({label})", f"{share:.1%}"
     if run.training_seconds is not None:
-        steps = "training steps" if run.status.state != "damaged" else "the steps that are left"
+        steps = "training steps" if run.status.state != "damaged" else "the steps on record"
         yield f"spent in {steps}", duration(run.training_seconds)
     if is_finite(run.environment.get("parameters")):
         yield "parameters", short(run.environment["parameters"])

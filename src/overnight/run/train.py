@@ -27,7 +27,7 @@ from overnight.run.preflight import check_checkpoint_space
 from overnight.run.resume import begin, check_directory, needs_rollback, record_data, roll_back
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
 from overnight.run_directory import RunDirectory
-from overnight.terminal import echo, keep_unprinted
+from overnight.terminal import echo, write_unprinted
 from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.step import train_step
 
@@ -59,7 +59,7 @@ def train_recipe(recipe: Recipe, directory: RunDirectory, *, resume: bool = Fals
             with world.raise_together():
                 if world.is_main:
                     held.enter_context(directory.locked())
-                    held.callback(keep_unprinted, directory.unprinted)
+                    held.callback(write_unprinted, directory.unprinted)
                     check_directory(recipe, directory, resume=resume)  # another run may have started since
             begin(run, directory, explain_choices(recipe, run), resume=resume)
             fit(run, directory, tasks)
@@ -145,7 +145,7 @@ class StopConditions:
         if self._signals and not is_launched():
             raise KeyboardInterrupt
         if not self._signals:
-            echo("stopping after this step, which is saved; a second signal stops at once, unsaved")
+            echo("saving and stopping after this step; a second signal stops immediately, without saving")
         self._signals.append(number)
 
     def is_met(self) -> bool:

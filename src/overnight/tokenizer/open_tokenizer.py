@@ -72,7 +72,10 @@ def _bpe_size(name: str) -> int | None:
 def _vocabulary_and_merges(folder: Path) -> dict[str, Any]:
     """The tokenizer.json of a folder with the files of the first tokenizers of Transformers."""
     vocabulary = read_json_object(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / 'merges.txt'} is not UTF-8 at byte {error.start}") from None
     added = {END_OF_TEXT: vocabulary.get(END_OF_TEXT, len(vocabulary))}
     if (folder / "added_tokens.json").is_file():
         added |= read_json_object(folder / "added_tokens.json")

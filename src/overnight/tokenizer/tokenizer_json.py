@@ -102,10 +102,10 @@ def _changing_step(content: Mapping[str, Any]) -> str | None:
         if step["type"] not in PRE_TOKENIZERS or step.get("behavior") == "Removed":
             return f"its pre-tokenizer {step['type']} may drop characters"
         if step.get("add_prefix_space"):
-            return "its pre-tokenizer puts a blank before each text (add_prefix_space)"
+            return "its pre-tokenizer prepends a space to each text (add_prefix_space)"
     for token in content["added_tokens"]:
         if not token.get("special") and (token.get("lstrip") or token.get("rstrip")):
-            return f"its added token {token['content']} takes the blanks beside it"
+            return f"its added token {token['content']} strips the whitespace next to it"
     return "it encodes at random (dropout)" if content["model"].get("dropout") else None
 
 

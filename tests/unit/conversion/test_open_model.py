@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -59,6 +60,29 @@ def places(opened: OpenedModel) -> tuple[Path | None, Path, Path]:
     assert not opened.model.training
     assert opened.tokenizer.fingerprint == TOKENIZER.fingerprint
     return opened.run, opened.origin, opened.tokenizer_folder
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"tokenizer_fingerprint": "another"}'])
+def test_run_with_other_data_or_tokenizer_is_refused(trained: Path, content: str) -> None:
+    (trained / "data.json").write_text(content)
+    with pytest.raises(ValueError, match=r"data\.json|trained with"):
+        open_model(str(trained))
+    (trained / "data.json").write_text(json.dumps({"tokenizer_fingerprint": TOKENIZER.fingerprint}))
+    open_model(str(trained))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_written_files_follow_the_umask(here: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_huggingface(build_model(1), TOKENIZER, here / "hf")
+        model = build_model(1)
+        save_checkpoint(TrainState(model, build_optimizer(model, OptimizerConfig()), 1), here / "run")
+    finally:
+        os.umask(before)
+    files = [path for path in here.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+    assert {(here / name).stat().st_mode & 0o777 for name in ("hf", "run")} == {0o777 & ~umask}
 
 
 def test_weights_that_are_not_finite_are_refused_by_every_command(here: Path) -> None:

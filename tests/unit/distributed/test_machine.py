@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 
@@ -179,3 +180,35 @@ def test_processes_divide_the_cores_unless_the_user_has(monkeypatch):
         divide_cores(processes)
         assert os.environ["OMP_NUM_THREADS"] == share
         monkeypatch.delenv("OMP_NUM_THREADS")
+
+
+PARENT = """
+import os, signal, subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+sys.stdin.readline()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+CHILD = """
+import signal, sys, time
+from overnight.distributed.launcher import terminate_with_parent
+signal.signal(signal.SIGTERM, lambda *_: (print("stopped", flush=True), sys.exit()))
+terminate_with_parent()
+print("ready", flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("is_launched", [True, False])  # the second is the negative control
+def test_process_of_a_killed_launcher_is_terminated(is_launched):
+    environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, CHILD, "60" if is_launched else "3"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,  # the child's as well: its end is that of both
+        env=environment | (TORCHRUN if is_launched else {}),
+        text=True,
+    )
+    assert parent.stdout.readline() == "ready\n"
+    said, _ = parent.communicate("\n", timeout=50)
+    assert parent.returncode == -signal.SIGKILL
+    assert (said == "stopped\n") == is_launched

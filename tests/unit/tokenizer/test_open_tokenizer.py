@@ -64,6 +64,15 @@ def test_damaged_file_is_named_in_one_sentence(tmp_path: Path, content: bytes) -
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_damaged_vocabulary_or_merges_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / name).write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=name):
+        load_tokenizer(tmp_path)
+
+
 def test_no_damage_to_a_saved_file_goes_unnoticed(bpe: Tokenizer, tmp_path: Path) -> None:
     bpe.save(tmp_path)
     path = tmp_path / "tokenizer.json"

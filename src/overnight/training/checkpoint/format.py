@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from overnight.run_directory import follow_umask
+from overnight.run_directory import apply_umask
 from overnight.training.state import TensorShard
 
 FORMAT = 4
@@ -104,7 +104,7 @@ def write_tensors(path: Path, pieces: Mapping[str, TensorShard]) -> None:
         save_file(tensors, path, metadata={METADATA: json.dumps(firsts)} if firsts else None)
     except SafetensorError as error:
         raise OSError(f"{path} can't be written: {error}") from None
-    follow_umask(path)
+    apply_umask(path)
 
 
 class TensorFiles:
