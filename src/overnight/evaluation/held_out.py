@@ -60,7 +60,7 @@ class ValidationSet:
                 return self._measure_windows(model, precision, world, advance)
 
             def counted() -> Iterator[Batch]:
-                for batch in stream.evaluation_batches(evaluation_rows(model, tokens), self.tokens):
+                for batch in stream.evaluation_batches(evaluation_rows(model), self.tokens):
                     yield batch
                     advance(batch.targets.numel())
 

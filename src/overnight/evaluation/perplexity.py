@@ -20,8 +20,6 @@ from overnight.model.loss import cross_entropy_nats
 from overnight.training.compute import autocast
 
 BATCH_TOKENS = 8192
-PIECES = 32  # least examples of a text that is long enough
-LEAST_PIECE = 128  # tokens of an example: neighbouring tokens are alike, shorter examples not independent
 
 Unit = Literal["token", "word", "byte", "character"]
 
@@ -130,16 +128,9 @@ def evaluate_language_model(
     return TextLoss(nats=nats, tokens=tuple(tokens), units=units)
 
 
-def evaluation_rows(model: GPT, tokens: int | None = None) -> int:
-    """Rows of a whole context to evaluate at once: BATCH_TOKENS in all.
-
-    A small text of this many tokens is divided into PIECES batches or more, so that it has enough examples
-    for an interval. Powers of two are the same examples for models of different contexts.
-    """
-    batch = BATCH_TOKENS
-    if tokens is not None and tokens < PIECES * LOGITS_AT_ONCE:
-        batch = 1 << (max(LEAST_PIECE, tokens // PIECES).bit_length() - 1)
-    return max(1, batch // model.config.context_length)
+def evaluation_rows(model: GPT) -> int:
+    """Rows of a whole context to evaluate at once: BATCH_TOKENS in all."""
+    return max(1, BATCH_TOKENS // model.config.context_length)
 
 
 def text_units(token_bytes: Sequence[bytes], counts_V: Tensor) -> dict[Unit, float]:

@@ -45,8 +45,7 @@ def evaluate_validation(run: RunSetup, watch: Watchdog) -> tuple[TextLoss, list[
 
 def _evaluate_stream(run: RunSetup, stream: TokenStream, tokens: int | None, watch: Watchdog) -> TextLoss:
     model, dataset = run.state.model, run.dataset
-    rows = evaluation_rows(model, min(tokens or stream.tokens, stream.tokens - 1))
-    batches = _with_heartbeat(stream.evaluation_batches(rows, tokens), watch)
+    batches = _with_heartbeat(stream.evaluation_batches(evaluation_rows(model), tokens), watch)
     loss = evaluate_language_model(
         model,
         batches,
