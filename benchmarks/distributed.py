@@ -193,7 +193,7 @@ def measure_frozen(folder: Path, options: argparse.Namespace) -> measure.Report:
         command = [*overnight(), "train", "recipe.toml", "--run-name", name, "--processes", "2"]
         with started(folder, [*command, "--timeout-seconds", str(TIMEOUT_SECONDS)]) as process:
             wait_until(process, lambda: count_lines(folder / "runs" / name) >= step)  # noqa: B023 - called at once
-            frozen_at = send(process, rank, signal.SIGUSR1)
+            frozen_at = send(process, rank, signal.SIGUSR2)
             ended = wait_for(process, frozen_at)
         told = all(f"rank {each} made no progress" in ended.said for each in range(2))
         if ended.status != FROZEN or not told or "in freeze" not in ended.said:
