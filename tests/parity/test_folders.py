@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "added token with blanks": (partial(add_token, content="dignums", lstrip=True), "strips the whitespace"),
     "a name twice": (
         partial(edit_weights, lambda weights: {**weights, "ln_f.bias": weights["transformer.ln_f.bias"] + 1}),
-        r"ln_f\.bias is there twice",
+        r"ln_f\.bias occurs twice",
     ),
     "text as end id": (partial(edit, "generation_config.json", eos_token_id="</s>"), "eos_token_id"),
 }

@@ -492,7 +492,9 @@ def test_a_folder_of_the_same_name_with_other_data_is_never_used(
     found = Path(ensure_prepared(other).data)
     assert re.fullmatch(rf"data/{first.name}-[0-9a-f]{{8}}", str(found))
     assert re.search(
-        rf"^data/{first.name} holds other data \({difference}\): {found} is", capsys.readouterr().err, re.M
+        rf"^data/{first.name} holds other data \({difference}\): using {found} instead",
+        capsys.readouterr().err,
+        re.M,
     )
     assert verify(found).documents == (200 if "data" in changes else 300)
     assert ensure_prepared(other).data == str(found)
