@@ -287,7 +287,8 @@ class RunDirectory:
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         within = (self.checkpoints, self.tokenizer, self.path / "events")
         for folder in (*within, self.path, *self.path.parents):
-            if not folder.is_dir() and (folder.is_symlink() or folder.exists()):
+            # In this order: another run may create the folder between the two questions.
+            if (folder.is_symlink() or folder.exists()) and not folder.is_dir():
                 raise ValueError(f"{folder} is not a folder: move it away, or restore what it links to")
         self.path.mkdir(parents=True, exist_ok=True)
         for folder in missing:

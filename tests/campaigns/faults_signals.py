@@ -159,7 +159,8 @@ def is_stopped(folder: Path, number: int, ended: Ended, stopped: Stopped) -> boo
         if len(check_lines(folder)) != step or (newest_whole(folder) != step):
             raise ValueError(f"step {step} was not saved: {ended.said[-500:]}")
         return True
-    if ended.status == DONE or "trained runs/small" in ended.said:
+    is_over = "trained runs/small" in ended.said or newest_whole(folder) == LONGER["steps"]
+    if ended.status == DONE or is_over:
         return False
     if stopped.phase == "starting" and is_ended_at_once(number, ended):
         return True

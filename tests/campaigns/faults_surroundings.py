@@ -156,20 +156,28 @@ def order_by_workers() -> None:
 
 def order_of_hashes() -> None:
     """The files are held in a set."""
-    target = "overnight.data.text_files:find_files"
+    target = "overnight.data.text_files:list_files"
     real = original(target)
 
-    def from_a_set(source: str) -> list[Any]:
-        by_name = {file.name: file for file in real(source)}
-        return [by_name[name] for name in set(by_name)]
+    def from_a_set(*given: Any) -> Any:
+        listing = real(*given)
+        by_name = {file.name: file for file in listing.files}
+        return listing._replace(files=[by_name[name] for name in set(by_name)])
 
     replace(target, from_a_set)
 
 
 def order_of_listing() -> None:
     """The files are read as the folder lists them."""
-    find_here = original("overnight.data.text_files:_find_local")
-    replace("overnight.data.text_files:find_files", lambda source: find_here(Path(source)))
+    target = "overnight.data.text_files:list_files"
+    real = original(target)
+
+    def as_listed(source: str, *others: Any) -> Any:
+        listed = [str(Path(folder, name)) for folder, _, names in os.walk(source) for name in names]
+        listing = real(source, *others)
+        return listing._replace(files=sorted(listing.files, key=lambda file: listed.index(str(file[0]))))
+
+    replace(target, as_listed)
 
 
 def decode_by_locale() -> None:
