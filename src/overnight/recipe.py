@@ -214,8 +214,8 @@ def changed_options(recipe: Recipe, original: Recipe, left_out: Set[str] = froze
 
 def frozen_settings(recipe: Recipe) -> dict[str, object]:
     """Settings that may not change during a run, as JSON values; settings that are paths are left out."""
-    # Data and models may move to another path; a resumed run compares their content instead.
-    may_differ = RESUME_MUTABLE | {"run_name", "init_from", "data"}
+    # Data and models may move to another path; a resumed run compares their content, and weights, instead.
+    may_differ = RESUME_MUTABLE | {"run_name", "init_from", "data", "mixture"}
     frozen = {name: value for name, value in flatten(recipe).items() if name not in may_differ}
     return dict(json.loads(json.dumps(frozen, default=dataclasses.asdict)))
 
@@ -260,10 +260,56 @@ def load_recipe(name: str) -> Recipe:
     else:
         raise ValueError(f"there is no recipe {name}{nearest(name, recipe_names())}")
     recipe = from_toml(Recipe, text, name)
+    if path.name == RunDirectory(path.parent).recipe.name:  # a run's
+        recipe = _with_paths_of(RunDirectory(path.parent), recipe)
     return with_settings(recipe, run_name=recipe.run_name or path.name.removesuffix(".toml"))
 
 
 def read_recipe_of(run: Path) -> Recipe:
-    """The complete recipe of a run. Raises ValueError if its file is damaged."""
+    """The complete recipe of a run, its paths as seen from here. Raises ValueError if its file is damaged."""
     directory = RunDirectory(run)
-    return from_toml(Recipe, directory.read_recipe(), str(directory.recipe))
+    recipe = from_toml(Recipe, directory.read_recipe(), str(directory.recipe))
+    return _with_paths_of(directory, recipe)
+
+
+def working_directory() -> Path | None:
+    """The working directory of this process; None if it was deleted."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
+
+
+def _begun_in(directory: RunDirectory) -> Path | None:
+    """The folder in which a run was begun, or resumed last; None if that is not recorded."""
+    try:
+        facts = json.loads(directory.environment.read_text(encoding="utf-8"))
+        places = [start.get("working_directory") for start in (facts, *facts.get("resumed", []))]
+        return next((Path(place) for place in reversed(places) if place), None)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _with_paths_of(directory: RunDirectory, recipe: Recipe) -> Recipe:
+    """`recipe` with the relative paths of a run, which are those of the folder it was begun or resumed in.
+
+    A path that is not there any more, but here, is that of a project that was moved.
+    """
+    begun = _begun_in(directory)
+    if begun is None or begun == working_directory():
+        return recipe
+
+    def resolved(path: str) -> str:
+        is_kept = "://" in path or not path or (Path(path).exists() and not (begun / path).exists())
+        return path if is_kept else str(begun / path)
+
+    model, tasks = recipe.init_from, recipe.evaluation.task_files
+    mixture = [dataclasses.replace(part, path=resolved(part.path)) for part in recipe.data.mixture]
+    is_path = model is not None and (begun / model).exists()  # else it may be the name of a model
+    return with_settings(
+        recipe,
+        data=resolved(recipe.data.data),
+        mixture=mixture,
+        init_from=resolved(model) if model and is_path else model,
+        task_files=resolved(tasks) if tasks else tasks,
+    )
