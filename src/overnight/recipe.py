@@ -12,7 +12,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from overnight.config import flat_names, flat_types, from_toml, nearest, parse_duration
+from overnight.config import (
+    begun_in,
+    flat_names,
+    flat_types,
+    from_toml,
+    nearest,
+    parse_duration,
+    path_from,
+)
 from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
 from overnight.options import as_option
@@ -272,44 +280,13 @@ def read_recipe_of(run: Path) -> Recipe:
     return _with_paths_of(directory, recipe)
 
 
-def working_directory() -> Path | None:
-    """The working directory of this process; None if it was deleted."""
-    try:
-        return Path.cwd()
-    except FileNotFoundError:
-        return None
-
-
-def _begun_in(directory: RunDirectory) -> Path | None:
-    """The folder in which a run was begun, or resumed last; None if that is not recorded."""
-    try:
-        facts = json.loads(directory.environment.read_text(encoding="utf-8"))
-        places = [start.get("working_directory") for start in (facts, *facts.get("resumed", []))]
-        return next((Path(place) for place in reversed(places) if place), None)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-
-
 def _with_paths_of(directory: RunDirectory, recipe: Recipe) -> Recipe:
-    """`recipe` with the relative paths of a run, which are those of the folder it was begun or resumed in.
-
-    A path that is not there any more, but here, is that of a project that was moved.
-    """
-    begun = _begun_in(directory)
-    if begun is None or begun == working_directory():
-        return recipe
-
-    def resolved(path: str) -> str:
-        is_kept = "://" in path or not path or (Path(path).exists() and not (begun / path).exists())
-        return path if is_kept else str(begun / path)
-
-    model, tasks = recipe.init_from, recipe.evaluation.task_files
-    mixture = [dataclasses.replace(part, path=resolved(part.path)) for part in recipe.data.mixture]
-    is_path = model is not None and (begun / model).exists()  # else it may be the name of a model
+    """`recipe` with the relative paths of a run, which are those of the folder it was begun or resumed in."""
+    begun, mixture = begun_in(directory.environment), recipe.data.mixture
     return with_settings(
         recipe,
-        data=resolved(recipe.data.data),
-        mixture=mixture,
-        init_from=resolved(model) if model and is_path else model,
-        task_files=resolved(tasks) if tasks else tasks,
+        data=path_from(begun, recipe.data.data),
+        mixture=[dataclasses.replace(part, path=path_from(begun, part.path)) for part in mixture],
+        init_from=path_from(begun, recipe.init_from, may_be_name=True),
+        task_files=path_from(begun, recipe.evaluation.task_files),
     )

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from overnight import __version__
+from overnight.config import working_directory
 from overnight.data.mixture import Mixture, SourceRows
 from overnight.data.packing import BestFitStream
 from overnight.hardware import find_device_name
-from overnight.recipe import Recipe, working_directory
+from overnight.recipe import Recipe
 from overnight.run.setup import RunSetup
 from overnight.training import Compute
 from overnight.training.compute import describe_attention_kernel, explain_compute
