@@ -15,6 +15,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from overnight.renamed import renamed_settings
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
+AnyPath = TypeVar("AnyPath", str, str | None)
 OFF = "off"  # TOML has no null
 LARGEST_FLOAT = 2**1024  # an integer of this size overflows a float
 
@@ -206,3 +208,34 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
+
+
+def working_directory() -> Path | None:
+    """The working directory of this process; None if it was deleted."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
+
+
+def begun_in(environment: Path) -> Path | None:
+    """The folder in which a run was begun, or resumed last; None if its environment.json does not say."""
+    try:
+        facts = json.loads(environment.read_text(encoding="utf-8"))
+        places = [start.get("working_directory") for start in (facts, *facts.get("resumed", []))]
+        return next((Path(place) for place in reversed(places) if place), None)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def path_from(begun: Path | None, path: AnyPath, *, may_be_name: bool = False) -> AnyPath:
+    """A relative path as it was meant in the folder `begun`, as seen from the working directory.
+
+    A path that is not there, but here, is that of a project that was moved. With `may_be_name`, one that is
+    not there is a name.
+    """
+    if begun is None or not path or "://" in path or begun == working_directory():
+        return path
+    if not (begun / path).exists() and (may_be_name or Path(path).exists()):
+        return path
+    return str(begun / path)

@@ -12,7 +12,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from overnight.config import flat_names, flat_types, from_toml, nearest, parse_duration
+from overnight.config import (
+    begun_in,
+    flat_names,
+    flat_types,
+    from_toml,
+    nearest,
+    parse_duration,
+    path_from,
+)
 from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
 from overnight.options import as_option
@@ -214,8 +222,8 @@ def changed_options(recipe: Recipe, original: Recipe, left_out: Set[str] = froze
 
 def frozen_settings(recipe: Recipe) -> dict[str, object]:
     """Settings that may not change during a run, as JSON values; settings that are paths are left out."""
-    # Data and models may move to another path; a resumed run compares their content instead.
-    may_differ = RESUME_MUTABLE | {"run_name", "init_from", "data"}
+    # Data and models may move to another path; a resumed run compares their content, and weights, instead.
+    may_differ = RESUME_MUTABLE | {"run_name", "init_from", "data", "mixture"}
     frozen = {name: value for name, value in flatten(recipe).items() if name not in may_differ}
     return dict(json.loads(json.dumps(frozen, default=dataclasses.asdict)))
 
@@ -260,10 +268,25 @@ def load_recipe(name: str) -> Recipe:
     else:
         raise ValueError(f"there is no recipe {name}{nearest(name, recipe_names())}")
     recipe = from_toml(Recipe, text, name)
+    if path.name == RunDirectory(path.parent).recipe.name:  # a run's
+        recipe = _with_paths_of(RunDirectory(path.parent), recipe)
     return with_settings(recipe, run_name=recipe.run_name or path.name.removesuffix(".toml"))
 
 
 def read_recipe_of(run: Path) -> Recipe:
-    """The complete recipe of a run. Raises ValueError if its file is damaged."""
+    """The complete recipe of a run, its paths as seen from here. Raises ValueError if its file is damaged."""
     directory = RunDirectory(run)
-    return from_toml(Recipe, directory.read_recipe(), str(directory.recipe))
+    recipe = from_toml(Recipe, directory.read_recipe(), str(directory.recipe))
+    return _with_paths_of(directory, recipe)
+
+
+def _with_paths_of(directory: RunDirectory, recipe: Recipe) -> Recipe:
+    """`recipe` with the relative paths of a run, which are those of the folder it was begun or resumed in."""
+    begun, mixture = begun_in(directory.environment), recipe.data.mixture
+    return with_settings(
+        recipe,
+        data=path_from(begun, recipe.data.data),
+        mixture=[dataclasses.replace(part, path=path_from(begun, part.path)) for part in mixture],
+        init_from=path_from(begun, recipe.init_from, may_be_name=True),
+        task_files=path_from(begun, recipe.evaluation.task_files),
+    )

@@ -58,8 +58,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()  # fsync does not see Python's own buffer
             flush_to_disk(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(path)  # a write that fails names no file
         raise
     flush_folder(path.parent)
 

@@ -180,6 +180,15 @@ def scientific(number: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
+def byte_size(count: float) -> str:
+    """A number of bytes with three digits: 1.49 GB, 14.9 MB, 149 kB, 14 bytes."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if count >= 0.9995 * 10**power:
+            value = count / 10**power
+            return f"{value:,.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
+    return f"{count:,.0f} bytes"
+
+
 def duration(seconds: float) -> str:
     """The two largest units: 0.4 s, 42 s, 12 min 5 s, 3 h 12 min, 2 d 4 h."""
     if seconds < 9.95:

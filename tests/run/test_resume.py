@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from overnight.data import DataConfig, MixtureSource
 from overnight.data.dataset import open_one_dataset
-from overnight.recipe import read_recipe_of, with_settings
+from overnight.recipe import load_recipe, read_recipe_of, with_settings
 from overnight.run import resume as resume_module
 from overnight.run import train as train_module
+from overnight.run.resume import load_resumed
 from overnight.run.train import STOP_SIGNALS, StopConditions, train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.runs import command as runs_command
@@ -136,3 +138,45 @@ def test_launched_process_may_get_a_signal_twice(monkeypatch):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert stop.is_met()
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_relative_paths_are_those_of_where_a_run_was_begun(
+    recipe, prepared, prepare_texts, train_until, evaluate, monkeypatch, tmp_path, is_mixed
+):
+    """Another text of the same name in the working directory is not taken for the run's."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(prepared, first / "shards")
+    second.mkdir()
+    prepare_texts(second, [f"{number} lines about the text\n" * 9 for number in range(20)])
+    mixture = (MixtureSource(path="shards", weight=1.0),) if is_mixed else ()
+    data = DataConfig(data="" if is_mixed else "shards", mixture=mixture)
+    monkeypatch.chdir(first)
+    directory = train_until(6, recipe(data=data), "run")
+    here = evaluate(directory.path)
+    monkeypatch.chdir(second)
+    assert evaluate(directory.path)["loss"] == here["loss"]
+    again = load_recipe(str(directory.recipe))
+    assert again.data == read_recipe_of(directory.path).data != data
+    train_recipe(with_settings(load_resumed(directory.path), total_steps=8), directory, resume=True)
+    assert directory.read_metrics()[-1]["step"] == 8
+    # The negative control: without a record of where it was begun, the text here is found, and refused.
+    copy = RunDirectory(shutil.copytree(directory.path, tmp_path / "copy"))
+    copy.environment.write_text("{}")
+    copy.recipe.write_text(copy.recipe.read_text().replace(f"{first}/", ""))
+    with pytest.raises(ValueError, match="the data in shards is not the data that"):
+        evaluate(copy.path)
+    (first / "shards").rename(first / "moved")
+    with pytest.raises(ValueError, match=f"{first}/shards"):
+        evaluate(directory.path)
+
+
+def test_project_that_was_moved_is_evaluated_where_it_is(
+    recipe, prepared, train_until, evaluate, monkeypatch, tmp_path
+):
+    shutil.copytree(prepared, tmp_path / "old" / "shards")
+    monkeypatch.chdir(tmp_path / "old")
+    directory = train_until(2, recipe(data=DataConfig(data="shards")), "run")
+    monkeypatch.chdir((tmp_path / "old").rename(tmp_path / "new"))
+    assert read_recipe_of(directory.path).data.data == "shards"
+    assert evaluate(directory.path)["loss"] > 0

@@ -13,6 +13,7 @@ from overnight import terminal
 from overnight.run import train
 from overnight.run_directory import RunDirectory
 from overnight.terminal import echo, progress
+from overnight.training.checkpoint import save
 
 
 class Failing(io.StringIO):
@@ -103,3 +104,23 @@ def test_closed_terminal_saves_the_run(recipe, tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert seen
+
+
+def test_end_is_recorded_where_the_failed_checkpoint_was(recipe, tmp_path, monkeypatch):
+    """A full disk, without the room that the unfinished checkpoint takes; the error names the run."""
+    directory = RunDirectory(tmp_path / "run")
+    record_end, write_tensors = RunDirectory.record_end, save.write_tensors
+
+    def no_room(path, pieces):
+        write_tensors(path, pieces)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def record(self, step, reason):
+        assert not list(self.checkpoints.glob(".building-*")), "no room"
+        record_end(self, step, reason)
+
+    monkeypatch.setattr(save, "write_tensors", no_room)
+    monkeypatch.setattr(RunDirectory, "record_end", record)
+    with pytest.raises(OSError, match=f"No space left on device: '{directory.path}'"):
+        train.train_recipe(recipe(), directory)
+    assert f"'{directory.path}'" in directory.ended.read_text()

@@ -19,6 +19,7 @@ from overnight.bench.worker import WARM_UPS, StepTask, untimed_steps
 from overnight.config import nearest
 from overnight.hardware import Precision, find_memory_bytes, find_peak_flops, measure_matmul_flops
 from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.terminal import byte_size
 from overnight.training import ComputeConfig
 from overnight.training.compute import resolve_compute
 from overnight.training.memory import USABLE_FRACTION, Resources, estimate_memory, rows_that_fit
@@ -93,7 +94,7 @@ def decide_bench(config: BenchConfig, device: str) -> BenchPlan:
     of_pairs = map(memory_of_tasks, itertools.pairwise(tasks.values()))
     needed = max(of_pairs, default=memory_of_tasks(tasks.values()))
     raise ValueError(
-        f"two variants together need {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
+        f"two variants together need {byte_size(needed)}, and {device} has {byte_size(free)} free: "
         "give fewer --rows, a smaller --context-length, or a smaller --model"
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from overnight.conversion import ConvertConfig
 from overnight.conversion.huggingface import write_huggingface
 from overnight.conversion.open_model import open_model
-from overnight.terminal import echo
+from overnight.terminal import byte_size, echo
 
 
 def run(config: ConvertConfig) -> Path:
@@ -18,7 +18,7 @@ def run(config: ConvertConfig) -> Path:
     name = origin.stem if origin.is_file() else origin.resolve().name
     folder = Path(config.out) if config.out else Path(f"{name}-{config.to}")
     write_huggingface(opened.model, opened.tokenizer, folder)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    echo(f"wrote {opened.origin} to {folder}: {size / 1e6:,.1f} MB, for Transformers' from_pretrained")
+    written = sum(path.stat().st_size for path in folder.iterdir())
+    echo(f"wrote {opened.origin} to {folder}: {byte_size(written)}, for Transformers' from_pretrained")
     echo(f'next: overnight generate {shlex.quote(str(folder))} "Once upon a time"')
     return folder

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from overnight.data.text_files import DamagedFileError
 from overnight.run_directory import flush_folder
-from overnight.terminal import echo
+from overnight.terminal import byte_size, echo
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -106,6 +106,6 @@ def require_disk_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise ValueError(
-            f"the shards need about {needed_bytes / 1e9:,.2f} GB and the disk of {folder.parent} has "
-            f"{free / 1e9:,.2f} GB free: free some space, give another --out, or stop earlier with --tokens"
+            f"the shards need about {byte_size(needed_bytes)} and the disk of {folder.parent} has "
+            f"{byte_size(free)} free: free some space, give another --out, or stop earlier with --tokens"
         )

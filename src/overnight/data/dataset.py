@@ -187,9 +187,24 @@ def open_one_dataset(config: DataConfig) -> Dataset:
 
 
 def is_same_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """True if a run that recorded its data as `before` may resume with `now`: more shards may be complete."""
+    """True if a run that recorded its data as `before` may resume with `now`: more shards may be complete.
+
+    The folders of a mixture may have moved.
+    """
+    before, now = _without_folders(before), _without_folders(now)
     if before.get("is_complete", True):
         return before == now
     facts = ("request", "tokenizer_fingerprint", "split_rule")
     shards = now["train"][: len(before["train"])]
     return before["train"] == shards and all(before[name] == now[name] for name in facts)
+
+
+def _without_folders(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The facts of a mixture without the paths of its folders, in their order; other records unchanged."""
+    parts = [fact for fact in record.values() if isinstance(fact, dict) and "weight" in fact]
+    if not parts:
+        return record
+    shards = {
+        split: [shard | {"name": Path(shard["name"]).name} for shard in record[split]] for split in SPLITS
+    }
+    return {"parts": parts, **shards}

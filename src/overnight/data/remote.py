@@ -42,7 +42,7 @@ from overnight.data.shards import (
 from overnight.data.text_files import first_line, is_remote, open_store
 from overnight.data.token_reader import ShardFile, files_at_once
 from overnight.run_directory import cache_path, write_atomically
-from overnight.terminal import echo
+from overnight.terminal import byte_size, echo
 
 PIECE_BYTES = 1 << 16
 DIGEST_BYTES = 16
@@ -158,7 +158,7 @@ class RemoteFolder:
         arriving = self.folder / ".arriving" / shard.name
         arriving.parent.mkdir(exist_ok=True)
         url = f"{self.address}/{shard.name}"
-        echo(f"fetching {url} ({self._bytes(shard) / 1e6:,.1f} MB)")
+        echo(f"fetching {url} ({byte_size(self._bytes(shard))})")
         try:
             self._system.get_file(f"{self._root}/{shard.name}", str(arriving))
             verify_shard(arriving.parent, shard, self.manifest.vocab_size)
@@ -211,8 +211,8 @@ class RemoteFolder:
         whole = sum(map(self._bytes, self.manifest.train))
         if self.cache_bytes < whole:
             echo(
-                f"{self.address} has {whole / 1e9:,.2f} GB of training shards and the cache keeps "
-                f"{self.cache_bytes / 1e9:,.2f}: rows are drawn from all of them, so about "
+                f"{self.address} has {byte_size(whole)} of training shards and the cache keeps "
+                f"{byte_size(self.cache_bytes)}: rows are drawn from all of them, so about "
                 f"{1 - self.cache_bytes / whole:.0%} of the rows will be read from the URL one by one"
             )
 

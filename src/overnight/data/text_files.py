@@ -29,6 +29,7 @@ KINDS = (".txt", ".md", ".jsonl", ".json", ".parquet")
 PACKINGS = (".gz", ".zst")
 TABLES = frozenset({".jsonl", ".json", ".parquet"})
 BYTE_ORDER_MARK = codecs.BOM_UTF8
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 FIRST_LINE_BYTES = 1 << 20
 BROKEN_LINK = "broken link"
 
@@ -170,7 +171,7 @@ def _is_json_text(file: TextFile, text_column: str) -> bool:
     except DamagedFileError:
         return True  # found again, and reported, when it is read
     if not first.startswith(b"{"):
-        return first.startswith(b"[") or not first
+        return first.startswith((b"[", *UTF16_MARKS)) or not first  # UTF-16 is refused when it is read
     if rest or len(first) >= FIRST_LINE_BYTES:
         return rest.startswith(b"{") or not rest
     with suppress(ValueError, RecursionError):
@@ -281,6 +282,14 @@ def _open_raw(file: TextFile) -> BinaryIO:
         return cast(BinaryIO, system.open(path, "rb"))
     except Exception as error:  # each store has its own error classes
         raise ValueError(f"{file.address} can't be opened: {first_line(error) or repr(error)}") from None
+
+
+def refuse_utf16(start: bytes, address: str) -> None:
+    """Raise DamagedFileError if a file begins with a byte order mark of UTF-16, as some editors write it."""
+    if start.startswith(UTF16_MARKS):
+        raise DamagedFileError(
+            f"{address} is UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8), or save it as UTF-8"
+        )
 
 
 def open_parquet(file: TextFile) -> Any:

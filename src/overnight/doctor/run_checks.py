@@ -10,7 +10,7 @@ from overnight.distributed.launcher import count_cores
 from overnight.doctor.check import CheckResult
 from overnight.doctor.context import DoctorContext
 from overnight.planning.plan import quick_forecast
-from overnight.terminal import duration
+from overnight.terminal import byte_size, duration
 from overnight.training.memory import USABLE_FRACTION
 
 DRAWN_COLUMNS, DRAWN_ROWS = 60, 5
@@ -98,8 +98,8 @@ def check_memory(context: DoctorContext) -> CheckResult:
     needed, usable = plan.memory.together, int(USABLE_FRACTION * (plan.device_memory_bytes or 0))
     return CheckResult(
         passed=needed <= usable,
-        measured=f"{needed / 1e9:.2f} GB",
-        bound=f"at most {usable / 1e9:.2f} GB usable",
+        measured=byte_size(needed),
+        bound=f"at most {byte_size(usable)} usable",
         cause=f"a step does not fit into the memory of {plan.device_name}: see overnight plan for what fits "
         "(--activation-checkpointing block, --loss chunked, smaller --micro-batch-size, more --processes)",
         figures={"needed_bytes": needed, "usable_bytes": usable},
@@ -110,11 +110,11 @@ def check_disk(context: DoctorContext) -> CheckResult:
     """What the run writes is at most what is free."""
     plan = context.plan
     needed, free = sum(plan.new_disk_bytes.values()), plan.disk_free_bytes or 0
-    uses = ", ".join(f"{use} {count / 1e9:.2f} GB" for use, count in plan.new_disk_bytes.items() if count)
+    uses = ", ".join(f"{use} {byte_size(count)}" for use, count in plan.new_disk_bytes.items() if count)
     return CheckResult(
         passed=needed <= free,
-        measured=f"{needed / 1e9:.2f} GB",
-        bound=f"at most {free / 1e9:.2f} GB free",
+        measured=byte_size(needed),
+        bound=f"at most {byte_size(free)} free",
         cause=f"the disk of this folder is too small, and the run would stop midway ({uses}): free space, "
         "lower --keep-checkpoints, or run in a folder on a larger disk",
         figures={"needed_bytes": needed, "free_bytes": free} | plan.new_disk_bytes,

@@ -16,6 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from overnight.data.text_files import BYTE_ORDER_MARK
 from overnight.evaluation.multiple_choice import ACCURACIES, Choice
 from overnight.evaluation.passages import Passage
 from overnight.evaluation.text_tasks import join_treebank
@@ -181,6 +182,8 @@ CHOICE_TASKS = {task.name: task for task in ROWS}
 def read_questions(task: ChoiceTask, path: Path) -> Iterator[Question]:
     """Every question of a task's file. Raises ValueError, naming the line, for an invalid one."""
     with path.open("rb") as file:
+        if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
+            file.seek(0)
         records: Iterable[tuple[int, Any]] = (
             _read_blocks(file) if task.records == "blocks" else enumerate(file, start=1)
         )

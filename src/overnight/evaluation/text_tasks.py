@@ -42,7 +42,7 @@ class TextTask:
             data = path.read_bytes()[-TEST_BYTES:]
             return EvaluationText(data.decode(errors="ignore")[:most], None)  # the cut may split a character
         try:
-            text = path.read_text(encoding="utf-8")[:most]
+            text = path.read_text(encoding="utf-8-sig")[:most]
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 at byte {error.start}: download the file again") from None
         words = len(text.split()) + text.count("\n")  # as the publishers count: the end of a line is a word

@@ -19,7 +19,7 @@ from overnight.inspection import InspectConfig
 from overnight.inspection.domains import Domains, count_domains
 from overnight.inspection.quality import ODDITIES
 from overnight.inspection.statistics import LONGEST_LOOK_TOKENS, Inspection, Row, inspect_shards
-from overnight.terminal import echo
+from overnight.terminal import byte_size, echo
 
 WIDTH = 80
 BAR_WIDTH = 30
@@ -160,7 +160,7 @@ def _oddities(found: Inspection) -> Iterator[str]:
 
 def _describe_domains(found: Domains) -> Iterator[str]:
     yield (
-        f"{found.source}: {found.documents:,} documents, {found.text_bytes / 1e6:,.2f} MB of text, "
+        f"{found.source}: {found.documents:,} documents, {byte_size(found.text_bytes)} of text, "
         f"from {found.sites:,} sites"
     )
     if found.documents_without:

@@ -21,6 +21,7 @@ from overnight.data.text_files import (
     import_pyarrow,
     open_file,
     open_parquet,
+    refuse_utf16,
 )
 from overnight.terminal import progress
 
@@ -103,6 +104,8 @@ def _rows(files: Sequence[TextFile], columns: Columns, advance: Callable[..., No
 def _json_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
     with open_file(file) as lines:
         for number, line in enumerate(lines, start=1):
+            if number == 1:
+                refuse_utf16(line, file.address)
             content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
             if not content.strip():
                 continue

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from overnight.planning.plan import Plan
-from overnight.terminal import duration, short
+from overnight.terminal import byte_size, duration, short
 from overnight.training.memory import fits_into
 
 COLUMNS = 80
@@ -89,7 +89,7 @@ def _render(plan: Plan) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (plural, size, percent_range, brief, date, dollars, duration, short):
+    for function in (plural, byte_size, percent_range, brief, date, dollars, duration, short):
         environment.filters[function.__name__] = function
     return environment.get_template("plan.txt").render(
         plan=plan, memory=vars(plan.memory), fits_into=fits_into
@@ -99,15 +99,6 @@ def _render(plan: Plan) -> str:
 def plural(count: int, noun: str, ending: str = "s") -> str:
     """1 row, 2 rows."""
     return f"{count:,} {noun}{ending if count != 1 else ''}"
-
-
-def size(count: float) -> str:
-    """Bytes: 1.49 GB, 14.9 MB, 149 kB."""
-    for power, unit in ((9, "GB"), (6, "MB")):
-        if count >= 0.9995 * 10**power:
-            value = count / 10**power
-            return f"{value:,.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
-    return f"{count / 1000:,.0f} kB"
 
 
 def percent_range(shares: tuple[float, float]) -> str:

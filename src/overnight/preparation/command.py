@@ -9,7 +9,7 @@ from overnight.data.shards import Manifest, read_manifest
 from overnight.data.text_files import describe_files
 from overnight.preparation.prepare import prepare_folder
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.terminal import echo
+from overnight.terminal import byte_size, echo
 
 FEWEST_HELD_OUT, FEWEST_HELD_OUT_TOKENS = 8, 10_000  # documents and tokens that a loss is measured on
 
@@ -47,7 +47,7 @@ def summarize_prepared(manifest: Manifest) -> list[str]:
     text_bytes = manifest.text_bytes("train") + manifest.text_bytes("validation")
     lines = [
         f"{manifest.source} (licence: {manifest.licence}) in ids of {manifest.tokenizer}",
-        f"{manifest.documents:,} documents, {text_bytes / 1e6:,.2f} MB of text, {tokens:,} tokens",
+        f"{manifest.documents:,} documents, {byte_size(text_bytes)} of text, {tokens:,} tokens",
         f"{tokens / manifest.documents:,.1f} tokens per document, {text_bytes / tokens:.3f} bytes per token",
         f"{train:,} tokens to train on, {validation:,} held out ({validation / tokens:.2%})",
     ]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from overnight.data.text_files import refuse_utf16
 from overnight.preparation.ngrams import Hashes, Words, hash_windows, hash_words
 from overnight.preparation.prepare_state import read_once
 from overnight.run_directory import write_atomically
@@ -134,7 +135,9 @@ def _passages(path: Path) -> Iterator[tuple[int, Hashes]]:
 
 def _read_texts(path: Path) -> Iterator[str]:
     try:
-        content = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        refuse_utf16(data, str(path))
+        content = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"decontaminate: {path} is not UTF-8 at byte {error.start:,}") from None
     if path.suffix.lower() != ".jsonl":

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from overnight import __version__
+from overnight.config import working_directory
 from overnight.data.mixture import Mixture, SourceRows
 from overnight.data.packing import BestFitStream
 from overnight.hardware import find_device_name
@@ -22,7 +23,7 @@ from overnight.run.setup import RunSetup
 from overnight.training import Compute
 from overnight.training.compute import describe_attention_kernel, explain_compute
 
-ABOUT_EACH_START = {"started_at", "command"}
+ABOUT_EACH_START = {"started_at", "command", "working_directory"}
 
 
 def explain_choices(asked: Recipe, run: RunSetup) -> dict[str, str]:
@@ -94,6 +95,7 @@ def describe_environment(
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),
         "command": shlex.join(["overnight", *sys.argv[1:]]),
+        "working_directory": str(working_directory() or ""),
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "parameters": parameters,
     }

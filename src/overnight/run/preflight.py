@@ -14,6 +14,7 @@ from overnight.data.dataset import Dataset, MixtureDataset
 from overnight.distributed.world import World
 from overnight.hardware import find_memory_bytes
 from overnight.recipe import Recipe, Resolved, flatten
+from overnight.terminal import byte_size
 from overnight.training.checkpoint.format import BYTES_PER_SAVED_PARAMETER, list_checkpoints
 from overnight.training.memory import FLOAT32, estimate_memory
 
@@ -34,8 +35,8 @@ def require_memory(resolved: Resolved, world: World) -> None:
         what, remedy = f"{what}, and a copy while a checkpoint is written,", "--no-async-checkpoint"
     if needed > available:
         raise ValueError(
-            f"{what} take {needed / 1e9:,.1f} GB of memory, and {world.device} has {available / 1e9:,.1f} "
-            f"GB: choose {remedy}; `overnight plan` shows what fits"
+            f"{what} take {byte_size(needed)} of memory, and {world.device} has {byte_size(available)}: "
+            f"choose {remedy}; `overnight plan` shows what fits"
         )
 
 
@@ -98,6 +99,6 @@ def check_checkpoint_space(resolved: Resolved, run: Path, checkpoints: Path) -> 
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
-            f"the disk of {run} has {free / 1e9:.1f} GB free, the checkpoints need {needed / 1e9:.1f} GB: "
+            f"the disk of {run} has {byte_size(free)} free, the checkpoints need {byte_size(needed)}: "
             "free some, or lower --keep-checkpoints"
         )

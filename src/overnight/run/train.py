@@ -87,22 +87,22 @@ def fit(run: RunSetup, directory: RunDirectory, tasks: Sequence[RunTask]) -> Non
     state, world, total_steps = run.state, run.world, run.resolved.total_steps
     checkpoints = run.resolved.recipe.checkpoints
     with (
+        recording_failure(run, directory),  # outermost: an unfinished checkpoint is deleted before
         watchdog(world.rank, world.size, run.resolved.recipe.compute.timeout_seconds) as watch,
         RunLog(run, directory, watch, tasks) as log,
         StopConditions(checkpoints.max_time) as stop,
     ):
         log.evaluate_at_start()
-        with recording_failure(run, directory):
-            while state.step < total_steps and not must_stop(run, stop, watch, log):
-                result = train_step(state, run.training)
-                if needs_rollback(run):
-                    log.wait_for_checkpoint()
-                    roll_back(run, directory)
-                    log.state_restored()
-                else:
-                    log.after_step(result)
-            log.save()
-            log.finish_checkpoints()
+        while state.step < total_steps and not must_stop(run, stop, watch, log):
+            result = train_step(state, run.training)
+            if needs_rollback(run):
+                log.wait_for_checkpoint()
+                roll_back(run, directory)
+                log.state_restored()
+            else:
+                log.after_step(result)
+        log.save()
+        log.finish_checkpoints()
         record_data(run, directory)
         is_finished = state.step == total_steps
         if world.is_main:
@@ -187,6 +187,8 @@ def recording_failure(run: RunSetup, directory: RunDirectory) -> Iterator[None]:
     try:
         yield
     except (FloatingPointError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(directory.path)  # a write that fails names no file
         if run.world.is_main:
             with suppress(OSError):
                 directory.record_end(run.state.step, f"{type(error).__name__}: {error}")

@@ -86,11 +86,12 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("name", CHOICE_TASKS)
-def test_record_becomes_question(name: str, tmp_path: Path) -> None:
+def test_record_becomes_question(name: str, mark: str, tmp_path: Path) -> None:
     record, context, endings, answer = RECORDS[name]
     text = record if isinstance(record, str) else json.dumps(record)
-    first, second = read_questions(CHOICE_TASKS[name], write(tmp_path, name, f"{text}\n{text}\n"))
+    first, second = read_questions(CHOICE_TASKS[name], write(tmp_path, name, f"{mark}{text}\n{text}\n"))
     assert first == second
     assert first[:3] == (context, tuple(f" {ending}" for ending in endings), answer)
     assert first.leads == ((" Ann", " Eve") if name == "winogrande" else ())

@@ -66,6 +66,18 @@ def test_text_file_is_unchanged(tmp_path: Path, name: str) -> None:
         assert list(read_documents(tmp_path / name)) == [Document(text)]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz"])
+@pytest.mark.parametrize("order", ["le", "be"])
+def test_utf16_is_named(tmp_path: Path, name: str, order: str) -> None:
+    content = '\ufeff{"text": "one"}\n'
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(pack(content.encode(f"utf-16-{order}")))
+    with pytest.raises(DamagedFileError, match=f"{name} is UTF-16, not UTF-8"):
+        texts(tmp_path / name)
+    (tmp_path / name).write_bytes(pack(content.encode()))  # the negative control
+    assert len(texts(tmp_path / name)) == 1
+
+
 def test_json_lines(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "a.jsonl", {"text": "one\n\ntwo", "id": 1}, {"id": 2, "text": "日本"}, {"text": ""}

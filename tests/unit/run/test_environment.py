@@ -72,7 +72,12 @@ def test_resumed_run_keeps_its_first_environment(monkeypatch):
     assert {name: fact for name, fact in third.items() if name != "resumed"} == first
     assert third["resumed"][:1] == second["resumed"]
     for start in third["resumed"]:
-        assert list(start) == ["torch", "command", "started_at"]  # the other facts are as they were
+        assert list(start) == [
+            "torch",
+            "command",
+            "working_directory",
+            "started_at",
+        ]  # the other facts are as they were
         assert start["torch"] != "2.9.0"
         assert start["command"] == "overnight train --resume runs/quickstart"
         assert start["started_at"] > first["started_at"]

@@ -84,11 +84,16 @@ def make_staging_folder(step: int, folder: Path, world: World) -> Path:
     """Create an empty staging folder for the checkpoint of `step`; deletes unfinished ones."""
     staging = folder / f".building-{checkpoint_name(step)}"
     if world.is_main:
-        for unfinished in folder.glob(".building-*"):  # of a save that was killed
-            shutil.rmtree(unfinished, ignore_errors=True)
+        delete_unfinished(folder)
         staging.mkdir(parents=True)
     world.barrier()
     return staging
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete the staging folders of saves that were killed, or that failed."""
+    for unfinished in folder.glob(".building-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_rank_files(snapshot: Snapshot, staging: Path, world: World) -> dict[str, Any]:
@@ -192,9 +197,11 @@ class Saver:
             self._advance(thread)
 
     def abandon(self) -> None:
-        """Before a failing run ends: wait for the thread, and print its error. Publishes nothing more."""
+        """Before a failing run ends: wait for the thread, print its error, delete what is not published."""
         if self._thread is not None and (error := self._thread.exception()) is not None:
             echo(f"the checkpoint being written is lost: {error}")
+        if self._world.is_main:
+            delete_unfinished(self._folder)
 
     def _advance(self, thread: Future[Any]) -> None:
         """Wait for the running stage; start the next one, if there is one."""
