@@ -15,13 +15,12 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from overnight.distributed.launcher import LOST, create_usage_error_file
+from overnight.distributed.launcher import LOST, SECONDS_TO_SAVE, create_usage_error_file, name_parent
 from overnight.distributed.watchdog import FROZEN
 from overnight.terminal import echo
 
 REFUSED = 2  # the exit status of wrong use
 LINES_SHOWN = 40
-SECONDS_TO_SAVE = 300  # time for the other processes to save after one was stopped, before they are killed
 
 
 def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
@@ -49,6 +48,7 @@ def start_processes(words: Sequence[str], count: int, logs: DefaultLogsSpecs, ma
 
     Raises ChildFailedError if one fails; the caller prints it.
     """
+    name_parent()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -12,7 +12,6 @@ from overnight.distributed.launcher import (
     divide_cores,
     is_launched,
     is_main_process,
-    terminate_with_parent,
     use_new_rendezvous_store,
 )
 from overnight.distributed.processes import REFUSED, run_processes
@@ -30,7 +29,6 @@ def run(recipe: Recipe, resumed: Path | None) -> None:
     A run that torchrun has restarted is resumed. A process that was stopped by a signal and has saved ends
     normally under a launcher, which would take an error for a failure.
     """
-    terminate_with_parent()
     directory = find_directory(recipe, resumed)
     if resumed is None and count_restarts() and directory.exists():
         recipe, resumed = load_resumed(directory.path), directory.path
