@@ -17,7 +17,11 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
+from rich.table import Column
 from rich.text import Text
+
+ROOM_FOR_A_BAR = 100  # columns
+SECONDS_OF_SPEED = 3600.0  # the time left is estimated from these; a step alone may take minutes
 
 _unprinted: deque[str] = deque(maxlen=10_000)
 """Lines that could not be printed, until `write_unprinted` writes them."""
@@ -121,7 +125,7 @@ def _live_bar(unit: str) -> Progress:
 
         def render(self, task: Task) -> Text:
             rate = f" {_amount(task.speed)}/s" if task.speed else ""
-            return Text(f"{_amount(task.completed)} {unit}{rate}" if unit else "")
+            return Text(f"{_amount(task.completed)} {unit}{rate}")
 
     class Time(ProgressColumn):
         """The time left; at the end the time spent."""
@@ -129,17 +133,28 @@ def _live_bar(unit: str) -> Progress:
         def render(self, task: Task) -> Text:
             if task.finished:
                 return Text(f"in {duration(task.finished_time or 0)}")
-            left = task.time_remaining
-            return Text("" if left is None else f"{duration(left)} left")
+            if (left := task.time_remaining) is not None:
+                return Text(f"{duration(left)} left")
+            return Text("" if task.total is None else "time left unknown")
+
+    class Note(ProgressColumn):
+        """The note in one line. It comes last, and gives way first in a narrow terminal."""
+
+        def render(self, task: Task) -> Text:
+            return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+    console = Console(file=cast(TextIO, _TolerantStream(sys.stderr)))
+    in_one_line = Column(no_wrap=True)
 
     return Progress(
-        TextColumn("{task.description:<8}"),
-        BarColumn(bar_width=12),
+        TextColumn("{task.description}", table_column=in_one_line),
+        BarColumn(bar_width=12 if console.width >= ROOM_FOR_A_BAR else 4),
         TaskProgressColumn(),
-        Rate(),
-        Time(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(file=cast(TextIO, _TolerantStream(sys.stderr))),
+        *([Rate(table_column=in_one_line)] if unit else []),
+        Time(table_column=in_one_line),
+        Note(),
+        console=console,
+        speed_estimate_period=SECONDS_OF_SPEED,
     )
 
 

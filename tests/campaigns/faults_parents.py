@@ -21,7 +21,7 @@ from report import Report
 SECONDS_TO_END = 10.0
 TRAINING = ["train", "small.toml", "--processes", "2"]
 PREPARATION = ["prepare", "text", "--tokenizer", "bpe-300", "--out", "shards", "--workers", "8"]
-SETTINGS: dict[str, object] = {"steps": 600, "save": 50, "evaluate": 200}
+SETTINGS: dict[str, object] = {"steps": 600, "save": 50, "evaluate": 200, "keep": 1}
 VICTIMS = ("launcher", "rank 0", "rank 1", "preparation", "a worker of it")
 MARK = "OVERNIGHT_CAMPAIGN"  # a variable that every process of a job inherits
 # A mutant: it is imported by every process of the job.

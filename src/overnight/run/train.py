@@ -145,7 +145,7 @@ class StopConditions:
         if self._signals and not is_launched():
             raise KeyboardInterrupt
         if not self._signals:
-            echo("saving and stopping after this step; a second signal stops immediately, without saving")
+            echo("finishing the step; Ctrl-C again stops now, without saving")
         self._signals.append(number)
 
     def is_met(self) -> bool:
