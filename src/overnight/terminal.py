@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shlex
 import sys
+import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -156,6 +159,54 @@ def _live_bar(unit: str) -> Progress:
         console=console,
         speed_estimate_period=SECONDS_OF_SPEED,
     )
+
+
+# ---------------------------------------------------------------- lines, and commands to be pasted
+
+NO_BREAK = "\ue000"  # stands for a space at which no line may be broken
+
+
+def wrap(text: str, columns: int, first: str = "", rest: str = "") -> list[str]:
+    """The text in lines. No word is broken, and no command in backticks, so that it can be copied."""
+    kept = re.sub("`[^`]*`", lambda command: command[0].replace(" ", NO_BREAK), text)
+    lines = textwrap.wrap(
+        kept,
+        columns,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return [line.replace(NO_BREAK, " ") for line in lines]
+
+
+def quote(word: str) -> str:
+    """`word` quoted for bash, always on one line."""
+    return shlex.quote(word) if word.isprintable() else f"$'{''.join(map(_escape, word))}'"
+
+
+def _escape(letter: str) -> str:
+    if letter in "\\'":
+        return f"\\{letter}"
+    if letter.isprintable():
+        return letter
+    return f"\\x{ord(letter):02x}" if letter.isascii() else f"\\U{ord(letter):08x}"
+
+
+def join_words(words: Iterable[str]) -> str:
+    """The words as a command line."""
+    return " ".join(map(quote, words))
+
+
+def shell_command(*words: object) -> str:
+    """`overnight` with these words, for a shell. A path that begins with - or ~ is written ./-x."""
+    texts = [str(word) for word in words]
+    is_option = [isinstance(word, str) and word.startswith("--") for word in words]
+    plain = [
+        f"./{text}" if text.startswith(("-", "~")) and not option else text
+        for text, option in zip(texts, is_option, strict=True)
+    ]
+    return join_words(["overnight", *plain])
 
 
 # ---------------------------------------------------------------- number formats

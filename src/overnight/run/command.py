@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from overnight.recipe import Recipe
 from overnight.run.resume import check_directory, load_resumed
 from overnight.run.train import train_recipe
 from overnight.run_directory import FROM_A_COPY, RunDirectory
-from overnight.terminal import echo, quiet
+from overnight.terminal import echo, quiet, shell_command
 
 
 def run(recipe: Recipe, resumed: Path | None) -> None:
@@ -61,7 +60,7 @@ def train_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str
         if total_steps is None or not directory.is_finished(total_steps):
             raise KeyboardInterrupt
     elif status != REFUSED and any(directory.checkpoints.glob("step-*")):
-        echo(f"next: overnight train --resume {shlex.quote(str(directory.path))}")
+        echo(f"next: {shell_command('train', '--resume', directory.path)}")
     return status
 
 
@@ -79,4 +78,4 @@ def print_summary(directory: RunDirectory) -> None:
     except (LookupError, TypeError):
         raise ValueError(f"{directory.metrics} has no line of the last step: {FROM_A_COPY}") from None
     echo(f"trained {directory.path} for {done}; last loss {loss}")
-    echo(f"next: overnight report {shlex.quote(str(directory.path))}")
+    echo(f"next: {shell_command('report', directory.path)}")
