@@ -60,13 +60,12 @@ def start_processes(words: Sequence[str], count: int, logs: DefaultLogsSpecs, ma
         logs_specs=logs,
         shutdown_timeout=SECONDS_TO_SAVE,
     )
-    elastic = logging.getLogger("torch.distributed.elastic")
-    level = elastic.level
-    elastic.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch's own lines, whose loggers have a level each
     try:
         elastic_launch(config, sys.executable)("-P", *words)
     finally:
-        elastic.setLevel(level)
+        logging.disable(before)
 
 
 def _print_failure(error: Any, logs: Path) -> int:
