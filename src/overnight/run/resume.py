@@ -21,7 +21,7 @@ from overnight.recipe import (
 from overnight.run.environment import describe_environment
 from overnight.run.setup import RunSetup
 from overnight.run_directory import RunDirectory
-from overnight.terminal import echo, shell_command
+from overnight.terminal import echo, shell_command, wrap
 from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.training.checkpoint.format import checkpoint_name, discard_checkpoints_after, list_checkpoints
 from overnight.training.checkpoint.load import (
@@ -92,7 +92,8 @@ def begin(run: RunSetup, directory: RunDirectory, choices: Mapping[str, str], *,
         record_start(run, directory, choices, resume=resume)
     world.barrier()
     for name, choice in choices.items():
-        echo(f"{name.replace('_', ' '):<25} {choice}")
+        title = f"{name.replace('_', ' '):<25} "
+        echo("\n".join(wrap(choice, 80, title, " " * len(title))))
 
 
 def check_settings(run: RunSetup, directory: RunDirectory, newest: VerifiedCheckpoint) -> None:
