@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -127,9 +128,14 @@ def end_with_parent(parent: int, *, save: bool = False) -> None:
     daemon_thread(watch)
 
 
-def name_parent() -> None:
-    """Tell the processes that are started from now on that this one is their parent."""
+@contextlib.contextmanager
+def named_parent() -> Iterator[None]:
+    """Context manager: the processes of a launcher that start meanwhile know this process as their parent."""
     os.environ[PARENT] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[PARENT]
 
 
 def terminate_with_parent() -> None:

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from overnight.distributed.launcher import LOST, SECONDS_TO_SAVE, create_usage_error_file, name_parent
+from overnight.distributed.launcher import LOST, SECONDS_TO_SAVE, create_usage_error_file, named_parent
 from overnight.distributed.watchdog import FROZEN
 from overnight.terminal import echo
 
@@ -48,7 +48,6 @@ def start_processes(words: Sequence[str], count: int, logs: DefaultLogsSpecs, ma
 
     Raises ChildFailedError if one fails; the caller prints it.
     """
-    name_parent()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -63,7 +62,8 @@ def start_processes(words: Sequence[str], count: int, logs: DefaultLogsSpecs, ma
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch's own lines, whose loggers have a level each
     try:
-        elastic_launch(config, sys.executable)("-P", *words)
+        with named_parent():
+            elastic_launch(config, sys.executable)("-P", *words)
     finally:
         logging.disable(before)
 
