@@ -14,7 +14,14 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from overnight import __version__, cli
-from overnight.recipe import load_recipe
+from overnight.baselines.diagnoses import DIAGNOSES
+from overnight.distributed.watchdog import FROZEN
+from overnight.doctor.command import CHECKS
+from overnight.evaluation.perplexity import LOGITS_AT_ONCE
+from overnight.evaluation.scores import LEAST_EXAMPLES, RESAMPLES
+from overnight.evaluation.tasks import TASKS
+from overnight.preparation.decontaminate import PASSAGE_WORDS
+from overnight.recipe import RESUME_MUTABLE, Recipe, load_recipe
 from overnight.run import command as run_command
 from overnight.run import resume
 from overnight.runs import status
@@ -117,6 +124,46 @@ def test_command_shown_is_understood(command: str, called: list[str]) -> None:
     else:
         assert cli.main(words) == cli.DONE
         assert len(called) == 1
+
+
+SENTENCES = [
+    ("README.md", f"{len(TASKS) + 1} tasks and lm-evaluation-harness"),
+    ("docs/guide.md", f"{len(CHECKS)} checks, each with the measured value"),
+    (
+        "docs/guide.md",
+        f"{cli.DONE} done, {cli.FAILED} failed, {cli.WRONG_USE} invalid usage, {FROZEN} no progress, "
+        f"{cli.INTERRUPTED} stopped and saved",
+    ),
+    ("docs/guide.md", f"share {PASSAGE_WORDS} words in a row with a benchmark"),
+    ("docs/distributed.md", f"no progress for `--timeout-seconds` ({Recipe().compute.timeout_seconds})"),
+    ("docs/evaluation.md", f"of at most {LOGITS_AT_ONCE:,} tokens ({RESAMPLES:,} samples with a fixed seed)"),
+    ("docs/evaluation.md", f"It needs {LEAST_EXAMPLES} examples"),
+    (
+        "docs/evaluation.md",
+        f"the likeliest of {['ten', 'eleven', 'twelve'][len(DIAGNOSES) - 10]} known mistakes",
+    ),
+]
+
+
+def states(document: str, sentence: str) -> bool:
+    """True if the document has the sentence, however its lines are broken."""
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    return " ".join(sentence.split()) in " ".join(text.split())
+
+
+@pytest.mark.parametrize("document, sentence", SENTENCES)
+def test_sentence_agrees_with_the_code(document: str, sentence: str) -> None:
+    assert states(document, sentence)
+    assert not states(document, re.sub(r"[0-9]|twelve", "7", sentence, count=1))  # the negative control
+
+
+def test_lists_agree_with_the_code() -> None:
+    reliability = (REPOSITORY / "docs/reliability.md").read_text(encoding="utf-8")
+    mutable = reliability.partition("(`RESUME_MUTABLE` in")[2].partition(":")[2].partition(".\n")[0]
+    assert set(re.findall(r"`(\w+)`", mutable)) == RESUME_MUTABLE
+    evaluation = (REPOSITORY / "docs/evaluation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \| .* \| .* \|$", evaluation.partition("## Methods")[0], re.MULTILINE)
+    assert {name for row in rows for name in re.findall("`(.*?)`", row)} == {"validation", *TASKS}
 
 
 @pytest.mark.parametrize("command", ["overnight trian quickstart", "overnight report x --colour red"])

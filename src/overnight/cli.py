@@ -142,11 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _prepare_process(words: list[str]) -> None:
     """Set what must be set before torch is imported; a command that trains may start again."""
     launcher.open_missing_streams()
-    if {"-h", "--help"} & {*words} or not {*words[:1]} & COMPILING:
-        return
-    launcher.keep_compiled_code()
-    if words[0] in TRAINING:
-        launcher.restart_with_large_pages(words)
+    if {*words[:1]} & COMPILING and not {"-h", "--help"} & {*words}:
+        launcher.keep_compiled_code()
+        if words[0] in TRAINING:
+            launcher.restart_with_large_pages(words)
+    launcher.terminate_with_parent()
 
 
 def _refuse(error: ValueError) -> int:

@@ -7,9 +7,13 @@ after `--` no word is an option.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import functools
+import inspect
 import io
+import itertools
 import os
 import re
 import sys
@@ -72,7 +76,7 @@ def from_arguments(
             if default is not None:
                 options["default"] = default
             words = [*arguments, *(name for name in literal if name not in arguments)]
-            read: Config = tyro.cli(cls, args=words, registry=_records_as_words(cls), **options)
+            read: Config = tyro.cli(cls, args=words, registry=_how_to_read(cls), **options)
             return _with_literal(read, literal)
     except _WordError as wrong:
         raise ValueError(f"{wrong} (see {prog} --help)") from None
@@ -178,10 +182,17 @@ def _switches(cls: type, default: Any) -> dict[str, bool]:
     return found
 
 
-def _records_as_words(cls: type) -> Any:
-    """A tyro registry that reads a record from one word: its values in order, joined by `=`."""
+def _how_to_read(cls: type) -> Any:
+    """A tyro registry: a record is one word, its values joined by `=`; a help text is one paragraph."""
     records = {record_kind(kind) for kind in flat_types(cls).values()}
     registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.struct_rule
+    def describe(found: Any) -> Any:
+        if not is_section(found.type) or found.type in records:
+            return None
+        fields = [_describe_field(each, found) for each in dataclasses.fields(found.type)]
+        return tyro.constructors.StructConstructorSpec(instantiate=found.type, fields=tuple(fields))
 
     @registry.primitive_rule
     def rule(found: Any) -> Any:
@@ -196,6 +207,34 @@ def _records_as_words(cls: type) -> Any:
         )
 
     return registry
+
+
+def _describe_field(field: Any, found: Any) -> Any:
+    """The description of a field of the class `found.type`, its docstring without the line breaks."""
+    default = field.default if field.default is not dataclasses.MISSING else tyro.MISSING
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if isinstance(found.default, found.type):
+        default = getattr(found.default, field.name)
+    text = next(filter(None, (_docstrings(each).get(field.name) for each in found.type.__mro__)), "")
+    kind = typing.get_type_hints(found.type, include_extras=True)[field.name]
+    return tyro.constructors.StructFieldSpec(field.name, kind, default, " ".join(text.split()) or None)
+
+
+@functools.cache
+def _docstrings(cls: type) -> dict[str, str]:
+    """The docstring under each field."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    (body,) = ast.parse(inspect.getsource(cls)).body
+    statements = body.body if isinstance(body, ast.ClassDef) else []
+    return {
+        one.target.id: other.value.value
+        for one, other in itertools.pairwise(statements)
+        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+        if isinstance(other, ast.Expr) and isinstance(other.value, ast.Constant)
+        if isinstance(other.value.value, str)
+    }
 
 
 class _WordError(Exception):

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shlex
 import sys
+import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
+from rich.table import Column
 from rich.text import Text
+
+ROOM_FOR_A_BAR = 100  # columns
+SECONDS_OF_SPEED = 3600.0  # the time left is estimated from these; a step alone may take minutes
 
 _unprinted: deque[str] = deque(maxlen=10_000)
 """Lines that could not be printed, until `write_unprinted` writes them."""
@@ -121,7 +128,7 @@ def _live_bar(unit: str) -> Progress:
 
         def render(self, task: Task) -> Text:
             rate = f" {_amount(task.speed)}/s" if task.speed else ""
-            return Text(f"{_amount(task.completed)} {unit}{rate}" if unit else "")
+            return Text(f"{_amount(task.completed)} {unit}{rate}")
 
     class Time(ProgressColumn):
         """The time left; at the end the time spent."""
@@ -129,18 +136,77 @@ def _live_bar(unit: str) -> Progress:
         def render(self, task: Task) -> Text:
             if task.finished:
                 return Text(f"in {duration(task.finished_time or 0)}")
-            left = task.time_remaining
-            return Text("" if left is None else f"{duration(left)} left")
+            if (left := task.time_remaining) is not None:
+                return Text(f"{duration(left)} left")
+            return Text("" if task.total is None else "time left unknown")
+
+    class Note(ProgressColumn):
+        """The note in one line. It comes last, and gives way first in a narrow terminal."""
+
+        def render(self, task: Task) -> Text:
+            return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+    console = Console(file=cast(TextIO, _TolerantStream(sys.stderr)))
+    in_one_line = Column(no_wrap=True)
 
     return Progress(
-        TextColumn("{task.description:<8}"),
-        BarColumn(bar_width=12),
+        TextColumn("{task.description}", table_column=in_one_line),
+        BarColumn(bar_width=12 if console.width >= ROOM_FOR_A_BAR else 4),
         TaskProgressColumn(),
-        Rate(),
-        Time(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(file=cast(TextIO, _TolerantStream(sys.stderr))),
+        *([Rate(table_column=in_one_line)] if unit else []),
+        Time(table_column=in_one_line),
+        Note(),
+        console=console,
+        speed_estimate_period=SECONDS_OF_SPEED,
     )
+
+
+# ---------------------------------------------------------------- lines, and commands to be pasted
+
+NO_BREAK = "\ue000"  # stands for a space at which no line may be broken
+
+
+def wrap(text: str, columns: int, first: str = "", rest: str = "") -> list[str]:
+    """The text in lines. No word is broken, and no command in backticks, so that it can be copied."""
+    kept = re.sub("`[^`]*`", lambda command: command[0].replace(" ", NO_BREAK), text)
+    lines = textwrap.wrap(
+        kept,
+        columns,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return [line.replace(NO_BREAK, " ") for line in lines]
+
+
+def quote(word: str) -> str:
+    """`word` quoted for bash, always on one line."""
+    return shlex.quote(word) if word.isprintable() else f"$'{''.join(map(_escape, word))}'"
+
+
+def _escape(letter: str) -> str:
+    if letter in "\\'":
+        return f"\\{letter}"
+    if letter.isprintable():
+        return letter
+    return f"\\x{ord(letter):02x}" if letter.isascii() else f"\\U{ord(letter):08x}"
+
+
+def join_words(words: Iterable[str]) -> str:
+    """The words as a command line."""
+    return " ".join(map(quote, words))
+
+
+def shell_command(*words: object) -> str:
+    """`overnight` with these words, for a shell. A path that begins with - or ~ is written ./-x."""
+    texts = [str(word) for word in words]
+    is_option = [isinstance(word, str) and word.startswith("--") for word in words]
+    plain = [
+        f"./{text}" if text.startswith(("-", "~")) and not option else text
+        for text, option in zip(texts, is_option, strict=True)
+    ]
+    return join_words(["overnight", *plain])
 
 
 # ---------------------------------------------------------------- number formats

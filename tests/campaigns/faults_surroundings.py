@@ -175,7 +175,7 @@ def order_of_listing() -> None:
     def as_listed(source: str, *others: Any) -> Any:
         listed = [str(Path(folder, name)) for folder, _, names in os.walk(source) for name in names]
         listing = real(source, *others)
-        return listing._replace(files=sorted(listing.files, key=lambda file: listed.index(str(file[0]))))
+        return listing._replace(files=sorted(listing.files, key=lambda file: listed.index(file.address)))
 
     replace(target, as_listed)
 

@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 FULL = (
     *("stops", "rows", "kills", "crashes", "resumes", "errors", "corruption", "record", "fallback"),
-    "environments",
+    *("environments", "parents"),
     *("background", "starts", "signals", "preparation", "leaks"),
 )
 QUICK = [

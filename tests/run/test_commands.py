@@ -7,17 +7,22 @@ The expected output is in golden/commands, with N for numbers. `pytest -n0 tests
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import json
 import random
 import re
 import shlex
+import shutil
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from overnight import cli
+from overnight.recipe import load_recipe
+from overnight.run import resume
 
 GOLDEN = Path(__file__).parent / "golden" / "commands"
 RECIPE = """
@@ -237,3 +242,65 @@ def test_bad_inputs(printed, check):
     assert not accepted, "".join(accepted)
     assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
     check("bad_inputs.txt", "".join(rows))
+
+
+HOSTILE = "-a b'$HOME \"c"  # in one name what a shell or a parser would take for something else
+IN_HOSTILE_FOLDER = """
+prepare HERE/text --tokenizer characters --out HERE/shards --validation-fraction 0.2
+prepare --from-shards HERE/shards --tokenizer gpt2 | prepare HERE/nothing/at-all
+inspect HERE/shards | inspect HERE/theirs
+doctor HERE/tiny.toml --only shards
+plan HERE/tiny.toml --device off --device-type h200 | plan HERE/tiny.toml
+train HERE/tiny.toml --total-steps 2 --warmup-steps 1 | train HERE/tiny.toml --total-steps 2 --warmup-steps 1
+report HERE/run | evaluate HERE/run | generate HERE/run --max-new-tokens 2 | runs HERE/run
+convert HERE/run --out HERE/hf
+"""
+
+
+def printed_commands(text):
+    """The commands in a text: in backticks, or after `next:` or `then:` to the end of the line."""
+    found = re.findall(r"`(overnight [^`]* [^`]*)`|(?:next|then): (overnight .*)", text)
+    return ["".join(each) for each in found]
+
+
+def test_every_command_printed_can_be_pasted(tmp_path, monkeypatch):
+    """Each is parsed by a shell and by its own parser; the paths in it are those that were meant."""
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path / HOSTILE
+    here.mkdir()
+    write_inputs(tmp_path)
+    for old, new in (("corpus", "text"), ("empty", "theirs")):
+        Path(old).rename(here / new)
+    (here / "theirs/train.bin").write_bytes(b"1234")
+    (here / "tiny.toml").write_text(RECIPE.replace('"shards"', json.dumps(f"./{HOSTILE}/shards")))
+    commands = []
+    for line in (line.strip() for part in IN_HOSTILE_FOLDER.strip().splitlines() for line in part.split("|")):
+        if line.startswith("report"):
+            shutil.copytree("runs/tiny", here / "run")
+        _, out, err = call(line.replace("HERE", shlex.quote(f"./{HOSTILE}")))
+        assert printed_commands(out + err) or line.startswith("prepare --from-shards"), f"{line}: {out}{err}"
+        commands += printed_commands(out + err)
+    page = html.unescape((here / "run/report.html").read_text())
+    commands += re.findall(r"^overnight (?:train|evaluate|generate|report) .*[^<]$", page, re.MULTILINE)
+    assert len(commands) > 15
+    assert not [problem for each in commands if (problem := unusable(each, monkeypatch))]
+
+
+def unusable(command, monkeypatch):
+    """Why a command can't be pasted; None if its parser reads it, and each path in it is in HOSTILE."""
+    words = shlex.split(command.replace("RECIPE", "quickstart").replace("SOURCE", "python-docs"))[1:]
+    with monkeypatch.context() as patch:
+        read = SimpleNamespace(**dict.fromkeys(("run", "train_in_processes"), lambda *_: None))
+        patch.setattr(cli, "_command_module", lambda _: read)
+        patch.setattr(resume, "load_resumed", lambda _: load_recipe("quickstart"))
+        status, _, err = call(shlex.join(words))
+    paths = [word for word in words if HOSTILE[:4] in word or "HOME" in word]
+    wrong = [path for path in paths if not re.match(rf"(--[a-z-]+=)?(\./)?{re.escape(HOSTILE)}", path)]
+    return f"{command}: {status} {err} {wrong}" if status or wrong else None
+
+
+def test_command_that_is_not_quoted_is_found(tmp_path, monkeypatch):
+    """The negative control: what was printed before."""
+    monkeypatch.chdir(tmp_path)
+    for command in ("train RECIPE --data my notes", f"report {shlex.quote(HOSTILE)}", "inspect -x"):
+        assert unusable(f"overnight {command}", monkeypatch)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import itertools
 import json
 import os
+import pty
+import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -43,6 +50,32 @@ def test_help_is_instant_and_has_an_example(words, tmp_path):
     assert "overnight " + (words[0] if len(words) > 1 else "quickstart") in shown.stdout
     assert all(len(line) <= 80 for line in shown.stdout.splitlines())
     assert min(spent) < HELP_SECONDS
+
+
+def broken_twice(shown, columns):
+    """The lines of a help text after which a line begins, though its first word has room on them."""
+    texts = [re.sub("^│(.*)│$", r"\1", line).rstrip() for line in shown.splitlines()]
+    found = []
+    for line, following in itertools.pairwise(texts):
+        indent = len(following) - len(following.lstrip())
+        continues = (
+            indent >= 10 and not line[indent - 2 : indent].strip() and line[indent : indent + 1].strip()
+        )
+        if continues and len(line) + 1 + len(following.split()[0]) <= columns - 3:
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_no_line_of_help_is_broken_twice(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name in COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        shown = capsys.readouterr().out
+        assert broken_twice(shown, columns) == []
+    broken = "│                     the same, but          │\n│                     attention stays within │"
+    assert broken_twice(broken, 80), "the negative control"
 
 
 @pytest.mark.parametrize(
@@ -181,3 +214,57 @@ def test_interrupted_run_is_saved_and_exits_with_130(workplace):
     assert "overnight train --resume runs/long" in stderr
     saved = max((workplace / "runs/long/checkpoints").iterdir()).name
     assert int(saved.removeprefix("step-")) == len(metrics.read_text().splitlines())
+
+
+def run_in_terminal(words, folder, interrupt_after=None):
+    """Exit status and lines of a command in a terminal of 80 columns; Ctrl-C is typed after a text."""
+    control, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_TERMINAL, *words],
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name not in {"COLUMNS", "NO_COLOR"}}
+        | {"TERM": "xterm"},
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the command has ended
+        while read := os.read(control, 65536):
+            shown += read
+            if interrupt_after and interrupt_after in shown:
+                os.write(control, b"\x03")
+                interrupt_after = None
+    os.close(control)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    return process.wait(), re.split(r"[\r\n]+", plain)
+
+
+IN_TERMINAL = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from overnight.cli import run_command
+run_command()
+"""
+
+
+def test_commands_in_a_terminal(workplace):
+    """The bar, Ctrl-C, the list of runs and the help: no line is wider, and no bar is broken."""
+    long = ["--run_name=seen", "--total_steps=100000", "--tokens_per_step=65536", "--precision=fp32"]
+    words = ["train", "quickstart", "--data=data/notes-bpe-300", *TINY, *long]
+    status, lines = run_in_terminal(words, workplace, b"time left unknown step 1 of 100,000")
+    assert status == 130, lines
+    asked = lines.index(next(line for line in lines if "finishing the step; Ctrl-C again stops now" in line))
+    later = [line for line in lines[asked:] if "stopped and saved after step" in line]
+    assert later, "the answer comes before the step has ended"
+    bars = [line for line in lines if line.startswith("train ") and "0%" in line]
+    assert all(re.search("0% (time left unknown|.* left) step 1 of 100,000", bar) for bar in bars[2:]), bars
+    for command in (["runs"], ["--help"], ["train", "--help"]):
+        status, listed = run_in_terminal(command, workplace)
+        assert status == 0
+        lines += listed
+    assert "overnight train --resume runs/seen" in " ".join(lines)
+    assert [line for line in lines if len(line.rstrip()) > 80] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 
 import pytest
@@ -65,9 +66,18 @@ def test_bar_fits_into_80_columns(monkeypatch, capsys):
     drawn = capsys.readouterr().err
     assert "2 files" in drawn
     assert "the last" in drawn
-    note = "step 19,073  loss 3.142  1,234,567 tokens/s"
-    with progress("train", 2000) as advance:
-        advance(2000, note)
-    drawn = capsys.readouterr().err
-    assert note in drawn
+    note = "step 1,234 of 3,000  loss 3.142  12.3k tokens/s"
+    with progress("train", 2_000_000) as advance:
+        advance(0, "step 1 of 3,000  compiling")
+    assert "0% time left unknown step 1 of 3,000  compiling\n" in printed(capsys)
+    with progress("train", 2_000_000) as advance:
+        for _ in range(3):
+            advance(1000, note)
+    drawn = printed(capsys)
+    assert re.search(rf"0% [0-9. a-z]+ left {re.escape(note)}\n", drawn)
     assert "2,000" not in drawn
+
+
+def printed(capsys):
+    """What was drawn, without the terminal's codes."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)

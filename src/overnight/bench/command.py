@@ -49,7 +49,7 @@ from overnight.preparation.prepare import ensure_prepared
 from overnight.preparation.sources import python_documents
 from overnight.report.plots import check_matplotlib
 from overnight.run_directory import cache_path, write_atomically
-from overnight.terminal import duration, echo
+from overnight.terminal import duration, echo, shell_command
 from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
 
 COLUMNS = 80
@@ -72,7 +72,7 @@ def run(config: BenchConfig) -> BenchRecord:
         sys.stdout.write(json.dumps(bench_to_json(record), indent=2) + "\n")
     if config.out is not None:
         write(record, Path(config.out))
-    echo(f"next: overnight train {config.model}")
+    echo(f"next: {shell_command('train', config.model)}")
     if record.wrong:
         raise FloatingPointError(
             f"{', '.join(record.wrong)}: the losses differ from float32's by more than rounding explains; "

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from overnight.data.loader import Batch
-from overnight.distributed.launcher import environment_of_process
+from overnight.distributed.launcher import end_with_parent, environment_of_process
 from overnight.distributed.world import World, open_world
 from overnight.hardware import peak_memory_bytes, release_cached_memory, reset_peak_memory
 from overnight.model.gpt import GPT
@@ -43,7 +43,7 @@ from overnight.training.step import StepResult, train_step
 SEED = 1337
 PEAK_LEARNING_RATE, WARMUP_STEPS = 6e-4, 10  # a short warm-up, so that a few losses show the updates
 TOTAL_STEPS = 1_000_000  # never reached, so that the learning rate does not decay
-PROGRAM = "import sys; from overnight.bench.worker import serve; serve(int(sys.argv[1]))"
+PROGRAM = "import sys; from overnight.bench.worker import serve; serve(*map(int, sys.argv[1:]))"
 WARM_UPS = 2  # rounds that are not counted: a process's heap still grows in its second step
 REMEDY = "give fewer --rows, or a smaller --model"
 
@@ -152,8 +152,12 @@ def time_steps(step: Callable[[], StepResult], device: str) -> TimedSteps:
     return TimedSteps(results[-1].seconds * 1e3, [result.loss for result in results], peak_bytes)
 
 
-def serve(file_descriptor: int) -> None:
-    """Answer requests until the other end is closed. An out-of-memory error is sent as the last answer."""
+def serve(file_descriptor: int, parent: int) -> None:
+    """Answer requests until the other end is closed, or the process `parent` has ended.
+
+    An out-of-memory error is sent as the last answer.
+    """
+    end_with_parent(parent)
     connection = Connection(file_descriptor)
     os.set_inheritable(file_descriptor, False)  # in a process started by this one it would stay open
     task: StepTask = connection.recv()
@@ -180,7 +184,7 @@ class StepWorker:
         with self._log.open("wb") as log, theirs:
             self._process = subprocess.Popen(
                 # -P: no module of the current folder is imported
-                [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno())],
+                [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from overnight.conversion import ConvertConfig
 from overnight.conversion.huggingface import write_huggingface
 from overnight.conversion.open_model import open_model
-from overnight.terminal import byte_size, echo
+from overnight.terminal import byte_size, echo, shell_command
 
 
 def run(config: ConvertConfig) -> Path:
@@ -20,5 +19,5 @@ def run(config: ConvertConfig) -> Path:
     write_huggingface(opened.model, opened.tokenizer, folder)
     written = sum(path.stat().st_size for path in folder.iterdir())
     echo(f"wrote {opened.origin} to {folder}: {byte_size(written)}, for Transformers' from_pretrained")
-    echo(f'next: overnight generate {shlex.quote(str(folder))} "Once upon a time"')
+    echo(f'next: {shell_command("generate", folder)} "Once upon a time"')
     return folder

@@ -13,6 +13,7 @@ from overnight.conversion.huggingface import read_end_ids, read_huggingface
 from overnight.conversion.nanogpt import TOKENIZER, read_nanogpt
 from overnight.model.gpt import GPT
 from overnight.run_directory import RunDirectory
+from overnight.terminal import shell_command
 from overnight.tokenizer.open_tokenizer import load_tokenizer, read_json_object
 from overnight.tokenizer.tokenizer import Tokenizer
 from overnight.training.checkpoint.load import read_model, read_newest
@@ -82,7 +83,8 @@ def _open_folder(folder: Path) -> OpenedModel:
         read = read_newest(RunDirectory(folder).checkpoints, lambda path: (read_model(path), path))
         if read is None:
             raise ValueError(
-                f"{folder} has no checkpoint yet; continue with overnight train --resume {folder}"
+                f"{folder} has no checkpoint yet; continue with "
+                f"`{shell_command('train', '--resume', folder)}`"
             )
         return _with_tokenizer(*read, folder)
     raise ValueError(

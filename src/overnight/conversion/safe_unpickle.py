@@ -8,6 +8,7 @@ safetensors file, which cannot run code.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import resource
@@ -31,7 +32,8 @@ SPARE_BYTES = 1 << 30
 TENSORS = "tensors.safetensors"
 PROGRAM = (
     "import sys; from overnight.conversion import safe_unpickle; "
-    "sys.exit(safe_unpickle.convert_in_child(*sys.argv[1:]))"
+    "from overnight.distributed.launcher import end_with_parent; end_with_parent(int(sys.argv[1])); "
+    "sys.exit(safe_unpickle.convert_in_child(*sys.argv[2:]))"
 )
 CONFIG_CLASSES = ("__main__.GPTConfig", "train_gpt2.GPTConfig")  # where build-nanogpt defines its config
 # What a NumPy number is pickled as, for example a validation loss that is stored with the weights.
@@ -67,7 +69,7 @@ def read_pickled(path: Path) -> PickledCheckpoint:
     """
     size = path.stat().st_size
     with tempfile.TemporaryDirectory(prefix="overnight-") as folder:
-        command = [sys.executable, "-P", "-c", PROGRAM, str(path.absolute()), folder]
+        command = [sys.executable, "-P", "-c", PROGRAM, str(os.getpid()), str(path.absolute()), folder]
         try:
             child = subprocess.run(
                 command,

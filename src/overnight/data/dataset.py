@@ -24,6 +24,7 @@ from overnight.data.shards import (
     open_tokens,
     read_manifest,
 )
+from overnight.terminal import quote, shell_command
 from overnight.tokenizer.tokenizer import Tokenizer
 
 
@@ -157,7 +158,7 @@ def open_dataset(config: DataConfig) -> Dataset | MixtureDataset:
             raise ValueError(
                 f"{part.folder} was prepared with the tokenizer {part.tokenizer.name}, {first.folder} with "
                 f"{first.tokenizer.name}: prepare {part.folder} again with "
-                f"--tokenizer {first.folder}/tokenizer"
+                f"--tokenizer {quote(f'{first.folder}/tokenizer')}"
             )
     if incomplete := next((part.folder for part in parts if "is_complete" in part.record()), None):
         raise ValueError(f"{incomplete} is still being prepared, and the texts of a mixture must be complete")
@@ -183,7 +184,7 @@ def open_one_dataset(config: DataConfig) -> Dataset:
         incomplete = open_incremental(folder, config.shuffle_window)
         tokenizer = load_prepared_tokenizer(incomplete.current_path, incomplete.manifest)
         return Dataset(incomplete, incomplete.manifest, tokenizer, config)
-    raise ValueError(f"{folder} is not prepared data: run `overnight prepare {folder}`")
+    raise ValueError(f"{folder} is not prepared data: run `{shell_command('prepare', folder)}`")
 
 
 def is_same_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +20,8 @@ from overnight.run_directory import cache_path
 DAEMON = "overnight daemon"  # name of threads that the process does not wait for
 LOST = 71  # exit status of a process that ends because others have ended
 HOW_TO_LAUNCH = "start with torchrun or srun, or unset it"
+PARENT = "OVERNIGHT_PARENT"  # process id of the command that started this process by `start_processes`
+SECONDS_TO_SAVE = 300  # for a process that was told to stop, before it is killed
 USAGE_ERROR_FILE = "OVERNIGHT_USAGE_ERROR_FILE"  # names the file that a process touches to refuse its input
 
 
@@ -108,17 +111,37 @@ def _launcher_env() -> LauncherEnv | None:
         return None
 
 
-def terminate_with_parent() -> None:
-    """In a process of a launcher: get SIGTERM as soon as the launcher has died, so that the run is saved."""
-    parent = os.getppid()
+def end_with_parent(parent: int, *, save: bool = False) -> None:
+    """Kill this process as soon as `parent`, which started it, has ended, also if that happened already.
+
+    With `save` it first gets SIGTERM, and the time to save.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        if save:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(SECONDS_TO_SAVE)
+        os.kill(os.getpid(), signal.SIGKILL)
 
+    daemon_thread(watch)
+
+
+@contextlib.contextmanager
+def named_parent() -> Iterator[None]:
+    """Context manager: the processes of a launcher that start meanwhile know this process as their parent."""
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[PARENT]
+
+
+def terminate_with_parent() -> None:
+    """In a process of a launcher: get SIGTERM as soon as the launcher has died, so that the run is saved."""
     if is_launched():
-        daemon_thread(watch)
+        end_with_parent(int(os.environ.get(PARENT) or os.getppid()), save=True)
 
 
 def create_usage_error_file(file: Path) -> None:

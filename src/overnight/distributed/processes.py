@@ -15,13 +15,12 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from overnight.distributed.launcher import LOST, create_usage_error_file
+from overnight.distributed.launcher import LOST, SECONDS_TO_SAVE, create_usage_error_file, named_parent
 from overnight.distributed.watchdog import FROZEN
 from overnight.terminal import echo
 
 REFUSED = 2  # the exit status of wrong use
 LINES_SHOWN = 40
-SECONDS_TO_SAVE = 300  # time for the other processes to save after one was stopped, before they are killed
 
 
 def run_processes(words: Sequence[str], count: int, max_restarts: int) -> int:
@@ -60,13 +59,13 @@ def start_processes(words: Sequence[str], count: int, logs: DefaultLogsSpecs, ma
         logs_specs=logs,
         shutdown_timeout=SECONDS_TO_SAVE,
     )
-    elastic = logging.getLogger("torch.distributed.elastic")
-    level = elastic.level
-    elastic.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch's own lines, whose loggers have a level each
     try:
-        elastic_launch(config, sys.executable)("-P", *words)
+        with named_parent():
+            elastic_launch(config, sys.executable)("-P", *words)
     finally:
-        elastic.setLevel(level)
+        logging.disable(before)
 
 
 def _print_failure(error: Any, logs: Path) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -12,12 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from overnight.run_directory import finite_values
-from overnight.terminal import duration
+from overnight.terminal import duration, wrap
 
 COLUMNS, INDENT = 80, "     "
 NAME_WIDTH, MEASURED_WIDTH = 15, 26
-# Lines are broken at spaces only, so that a command can be copied.
-wrap = functools.partial(textwrap.wrap, width=COLUMNS, break_on_hyphens=False, break_long_words=False)
 MARKS = {True: "ok", False: "FAIL", None: "-"}
 
 
@@ -65,16 +61,16 @@ def describe_check(result: CheckResult) -> list[str]:
     """The lines of one check, at most 80 columns wide."""
     start = f"{MARKS[result.passed]:<{len(INDENT)}}{result.name:<{NAME_WIDTH}}"
     if result.passed is None:
-        return wrap(result.cause, initial_indent=start, subsequent_indent=" " * len(start))
+        return wrap(result.cause, COLUMNS, start, " " * len(start))
     start += f"{result.measured:<{MEASURED_WIDTH}}"
     if len(start) + len(result.bound) > COLUMNS or len(result.measured) >= MEASURED_WIDTH:
         rest = " " * (len(INDENT) + NAME_WIDTH)
-        lines = [start, *wrap(result.bound, initial_indent=rest, subsequent_indent=rest)]
+        lines = [start, *wrap(result.bound, COLUMNS, rest, rest)]
     else:
         lines = [start + result.bound]
     lines += [(INDENT + line)[:COLUMNS] for line in result.shown]
     if result.passed is False:
-        lines += wrap(result.cause, initial_indent=INDENT, subsequent_indent=INDENT)
+        lines += wrap(result.cause, COLUMNS, INDENT, INDENT)
     return [line.rstrip() for line in lines]
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import shlex
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -25,7 +23,7 @@ from overnight.doctor.check import (
 )
 from overnight.doctor.context import DoctorContext
 from overnight.recipe import changed_options, load_recipe, plain_recipe
-from overnight.terminal import echo, quiet
+from overnight.terminal import echo, quiet, shell_command, wrap
 
 CHECKS: dict[str, Callable[[DoctorContext], CheckResult]] = {
     "shards": data_checks.check_shards,
@@ -80,12 +78,12 @@ def run(config: DoctorConfig, name: str) -> int:
     if config.json:
         sys.stdout.write(json.dumps(checks_to_json(name, results, seconds), indent=2) + "\n")
     echo(summarize_checks(results, seconds))
-    words = shlex.join([name, *changed_options(plain_recipe(config), load_recipe(name))])
+    words = [name, *changed_options(plain_recipe(config), load_recipe(name))]
     failed = [result.name for result in results if result.passed is False]
     if failed:
-        echo(f"fix {' and '.join(failed)}, then: overnight doctor {words}")
+        echo(f"fix {' and '.join(failed)}, then: {shell_command('doctor', *words)}")
         return 1
-    echo(f"next: overnight train {words}")
+    echo(f"next: {shell_command('train', *words)}")
     return 0
 
 
@@ -95,7 +93,7 @@ def describe_context(context: DoctorContext) -> list[str]:
     with quiet(True):
         reductions = context.tiny_run.reductions
     words = f"the checked model has {reductions}; memory, disk and time are those of the whole run"
-    return [where, *textwrap.wrap(words, COLUMNS)] if reductions else [where]
+    return [where, *wrap(words, COLUMNS)] if reductions else [where]
 
 
 def check_recipe(context: DoctorContext, names: Collection[str]) -> Iterator[CheckResult]:

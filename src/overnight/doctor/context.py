@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +42,7 @@ from overnight.preparation.sources import source_name
 from overnight.recipe import Recipe, SamplesConfig, plain_recipe, with_settings
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
 from overnight.run_directory import cache_path
+from overnight.terminal import shell_command
 from overnight.training.batch import BatchConfig
 from overnight.training.schedule import Schedule, ScheduleConfig
 
@@ -95,7 +95,7 @@ class DoctorContext:
             if not text.prepare:
                 source_name(path)  # raises ValueError if the source does not exist
             command = text.prepare or ("overnight", "prepare", path)
-            self.missing.append(f"{text.folder} is not prepared yet: {shlex.join(command)}")
+            self.missing.append(f"{text.folder} is not prepared yet: {shell_command(*command[1:])}")
 
     @cached_property
     def tiny_run(self) -> TinyRun:

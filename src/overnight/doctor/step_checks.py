@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from overnight.config import from_toml, to_toml
-from overnight.distributed.launcher import exit_process
+from overnight.distributed.launcher import exit_process, terminate_with_parent
 from overnight.distributed.processes import first_failed_rank, start_processes
 from overnight.distributed.world import SINGLE_PROCESS, join_world
 from overnight.doctor.check import CheckResult, skipped
@@ -223,6 +223,7 @@ def first_steps(tiny: TinyRun) -> Steps:
 
 def train_in_process(folder: str) -> None:
     """Entry point of one of several processes: do the first steps of the recipe in `folder`, then exit."""
+    terminate_with_parent()
     recipe = from_toml(Recipe, (Path(folder) / "task.toml").read_text(encoding="utf-8"), "task.toml")
     with join_world("cpu", recipe.compute.timeout_seconds) as world:
         steps = first_steps(TinyRun(recipe, world))

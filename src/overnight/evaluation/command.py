@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ from overnight.distributed.world import count_processes, join_world
 from overnight.evaluation import EvaluateConfig
 from overnight.evaluation.results import evaluate_models, open_evaluated_models
 from overnight.evaluation.tasks import split_names
-from overnight.terminal import echo, quiet
+from overnight.terminal import echo, quiet, quote
 
 TIMEOUT_SECONDS = 1800  # a process may wait this long for the slowest one
 
@@ -29,7 +28,7 @@ def run(config: EvaluateConfig) -> None:
         results = evaluate_models(models, config, world)
         if config.json and world.is_main:
             sys.stdout.write(json.dumps(results.to_dict(), allow_nan=False) + "\n")
-        echo(f'next: overnight generate {shlex.quote(config.model)} "Once upon a time"')
+        echo(f'next: overnight generate {quote(config.model)} "Once upon a time"')
 
 
 def evaluate_in_processes(config: EvaluateConfig, words: Sequence[str]) -> int:

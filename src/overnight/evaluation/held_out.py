@@ -25,7 +25,7 @@ from overnight.evaluation.perplexity import (
 from overnight.evaluation.scores import VALIDATION_LOSSES, Numbers, Score, TaskResult, score_text
 from overnight.model.gpt import GPT
 from overnight.preparation.prepare import ensure_prepared
-from overnight.terminal import progress
+from overnight.terminal import progress, quote
 from overnight.tokenizer.tokenizer import Tokenizer
 
 METRICS = ("nats_per_token", "perplexity_per_token", "bits_per_byte", "bits_per_character")
@@ -47,7 +47,7 @@ class ValidationSet:
         if own.fingerprint != tokenizer.fingerprint:
             raise ValueError(
                 f"{model} uses the tokenizer {tokenizer.name}, but {self.dataset.folder} is encoded with "
-                f"{own.name}: prepare that text with --tokenizer {folder}"
+                f"{own.name}: prepare that text with --tokenizer {quote(str(folder))}"
             )
 
     def measure(self, model: GPT, precision: str, world: World) -> TextLoss:

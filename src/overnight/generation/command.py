@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from overnight.generation.quantize import (
     prepare_for_generation,
     unsuitable_reason,
 )
-from overnight.terminal import echo
+from overnight.terminal import echo, shell_command
 
 BATCH_ROWS = 8  # a CPU reads the weights once per batch; more rows gain little
 
@@ -52,10 +51,10 @@ def run(config: GenerateConfig) -> None:
         tokens = _print_stream(config, opened, decoding)
     seconds = time.perf_counter() - started_at
     echo(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s on {device} in {precision}")
-    following = "quickstart"
+    following = shell_command("quickstart")
     if opened.run:
-        following = shlex.join(["convert", config.model, "--to", "hf", "--out", f"{opened.run.name}-hf"])
-    echo(f"next: overnight {following}")
+        following = shell_command("convert", config.model, "--to", "hf", "--out", f"{opened.run.name}-hf")
+    echo(f"next: {following}")
 
 
 def _with_prompts(config: GenerateConfig) -> GenerateConfig:

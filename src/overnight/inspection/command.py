@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +18,12 @@ from overnight.inspection import InspectConfig
 from overnight.inspection.domains import Domains, count_domains
 from overnight.inspection.quality import ODDITIES
 from overnight.inspection.statistics import LONGEST_LOOK_TOKENS, Inspection, Row, inspect_shards
-from overnight.terminal import byte_size, echo
+from overnight.terminal import NO_BREAK, byte_size, echo, shell_command
 
 WIDTH = 80
 BAR_WIDTH = 30
 SHARDS_SHOWN = 12
 DOMAINS_SHOWN = 20
-NO_BREAK = "\ue000"  # stands for a space at which no line may be broken
 
 
 def run(config: InspectConfig) -> None:
@@ -57,7 +55,8 @@ def _require_source(data: str) -> None:
     if path.is_dir() and any(path.glob("*.bin")) | any(path.glob("*.npy")):
         raise ValueError(
             f"{data} has no {MANIFEST}: if another program wrote these shards, import them first, with "
-            f"`overnight prepare --from-shards {data}`; if `overnight prepare` did, it has not finished"
+            f"`{shell_command('prepare', '--from-shards', data)}`; if `overnight prepare` did, it has not "
+            "finished"
         )
 
 
@@ -65,6 +64,9 @@ def describe(found: Inspection | Domains) -> Iterator[str]:
     """All results, in lines of at most 80 columns; wide characters count as two."""
     for line in _describe_shards(found) if isinstance(found, Inspection) else _describe_domains(found):
         indent = " " * (len(line) - len(line.lstrip()))
+        if line.startswith("next: "):
+            yield line  # a command is never broken
+            continue
         parts = Text(line.lstrip()).wrap(Console(width=WIDTH), WIDTH - len(indent))
         yield from (indent + part.plain.rstrip().replace(NO_BREAK, " ") for part in parts or [Text()])
 
@@ -97,7 +99,7 @@ def _describe_shards(found: Inspection) -> Iterator[str]:
         yield "  " + " ".join(_printable(sample["text"]).split()) + (" …" if sample["is_shortened"] else "")
     yield ""
     yield "top domains: none, since shards hold no addresses; inspect the source instead"
-    yield f"next: overnight train RECIPE --data {shlex.quote(found.folder)}"
+    yield f"next: {shell_command('train', 'RECIPE', '--data', found.folder)}"
 
 
 def _counts(found: Inspection) -> Iterator[str]:
@@ -176,7 +178,7 @@ def _describe_domains(found: Domains) -> Iterator[str]:
     if (more := found.sites - DOMAINS_SHOWN) > 0:
         yield f"and {more:,} sites more"
     yield ""
-    yield f"next: overnight prepare {shlex.quote(found.source)}"
+    yield f"next: {shell_command('prepare', found.source)}"
 
 
 def _printable(text: str) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ import jinja2
 from overnight.config import nearest
 from overnight.jobs import LaunchConfig
 from overnight.preparation.prepare_commands import JobText
+from overnight.terminal import join_words, quote
 
 RESTARTS = 3  # if the recipe does not say
 SAVE_SECONDS = 150  # from SIGTERM to SIGKILL, for a process that has not saved
@@ -226,24 +225,6 @@ def _data_option(request: JobRequest) -> str:
 
 
 # ---------------------------------------------------------------- quoting
-
-
-def quote(word: str) -> str:
-    """`word` quoted for bash, always on one line."""
-    return shlex.quote(word) if word.isprintable() else f"$'{''.join(map(_escape, word))}'"
-
-
-def _escape(letter: str) -> str:
-    if letter in "\\'":
-        return f"\\{letter}"
-    if letter.isprintable():
-        return letter
-    return f"\\x{ord(letter):02x}" if letter.isascii() else f"\\U{ord(letter):08x}"
-
-
-def join_words(words: Iterable[str]) -> str:
-    """The words as a command line."""
-    return " ".join(map(quote, words))
 
 
 def yaml_string(word: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ from overnight.planning.plan import (
 )
 from overnight.recipe import list_options, load_recipe, plain_recipe
 from overnight.run.setup import resolve
-from overnight.terminal import echo
+from overnight.terminal import echo, join_words, quote
 from overnight.training import Compute
 from overnight.training.compute import complete_compute, resolve_compute
 from overnight.training.memory import Resources, fits_into
@@ -169,9 +168,10 @@ def find_known_device(name: str) -> Device:
 
 def command_after_plan(plan: Plan, config: PlanConfig) -> str:
     """The next command to run."""
-    changed = [shlex.join(words) for words in list_options(plain_recipe(config), load_recipe(plan.name))]
+    options = list_options(plain_recipe(config), load_recipe(plan.name))
+    name, changed = quote(plan.name), [join_words(words) for words in options]
     if plan.fits is False:
-        recipe, kept = plan.name, changed
+        recipe, kept = name, changed
         if plan.fit_options:
             option = plan.fit_options[0].options
             kept = [*(each for each in changed if each.split()[0] not in option.split()), option]
@@ -181,19 +181,19 @@ def command_after_plan(plan: Plan, config: PlanConfig) -> str:
         own = _own_options(config, "machines", "network", "device_type")
         return " ".join(["next: overnight plan", recipe, *kept, *own])
     if plan.assumption:
-        options = " ".join([plan.name, *changed, *_own_options(config, "machines", "network")])
-        return f"next: on that machine, overnight plan {options}, which measures"
+        words = " ".join([name, *changed, *_own_options(config, "machines", "network")])
+        return f"next: on that machine `overnight plan {words}`, which measures"
     if config.machines > 1:
         trained = [option for option in changed if not option.startswith("--processes")]
         start = f"torchrun --nnodes {config.machines} --nproc-per-node {plan.layout.processes_per_machine}"
         rendezvous = "--rdzv-backend c10d --rdzv-endpoint HOST:29500 -m overnight train"
-        words = " ".join([start, rendezvous, plan.name, *trained])
+        words = " ".join([start, rendezvous, name, *trained])
         return f"next: on each machine, HOST being the first, {words}"
-    return " ".join(["next: overnight train", plan.name, *changed])
+    return " ".join(["next: overnight train", name, *changed])
 
 
 def _own_options(config: PlanConfig, *names: str) -> list[str]:
     """Those of these settings of the plan that are not left at their default."""
     values = {name: getattr(config, name) for name in names}
     changed = {name: value for name, value in values.items() if value != getattr(PlanConfig, name)}
-    return [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
+    return [f"--{name.replace('_', '-')} {quote(str(value))}" for name, value in changed.items()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from overnight.preparation.identity import find_prepared, text_request
 from overnight.preparation.prepare_commands import find_recipe_text
 from overnight.preparation.sources import NAMED_SOURCES
 from overnight.recipe import Recipe, Resolved
+from overnight.terminal import shell_command
 from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.training.batch import ROWS_AT_MOST
 from overnight.training.checkpoint.format import BYTES_PER_SAVED_PARAMETER
@@ -83,7 +83,7 @@ def _vocabulary(path: str, config: DataConfig) -> int:
         command = find_recipe_text(path, config)[1] or ("overnight", "prepare", path, "--tokenizer", name)
         raise ValueError(
             f"the number of characters in {path} is known once it is prepared: run "
-            f"`{shlex.join(command)}`, or give --vocab-size"
+            f"`{shell_command(*command[1:])}`, or give --vocab-size"
         )
     if size := re.fullmatch(r"bpe-([0-9]+)", name):
         return int(size[1])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 
 from overnight.data.shards import Manifest, read_manifest
 from overnight.data.text_files import describe_files
 from overnight.preparation.prepare import prepare_folder
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.terminal import byte_size, echo
+from overnight.terminal import byte_size, echo, shell_command
 
 FEWEST_HELD_OUT, FEWEST_HELD_OUT_TOKENS = 8, 10_000  # documents and tokens that a loss is measured on
 
@@ -24,7 +23,7 @@ def run(config: PrepareConfig) -> Manifest | None:
     for line in summarize_prepared(manifest):
         echo(line)
     echo(f"{folder} is ready after {time.perf_counter() - started_at:.1f} s")
-    echo(f"next: overnight train RECIPE --data {shlex.quote(str(folder))}")
+    echo(f"next: {shell_command('train', 'RECIPE', '--data', folder)}")
     return manifest
 
 

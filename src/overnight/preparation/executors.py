@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from overnight.data.text_files import first_line
-from overnight.distributed.launcher import count_cores
+from overnight.distributed.launcher import count_cores, end_with_parent
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.prepare_state import SLURM_JOB
 from overnight.run_directory import write_atomically
@@ -78,14 +77,8 @@ def _run_in_processes(step: Step, staging: Path, ranks: int, processes: int) -> 
 def _begin_worker() -> None:
     """Set up a worker process: the parent reports its errors, and it ends when the parent ends."""
     sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - open as long as the process lives
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this worker when the parent has ended: it must not write while the next command continues."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
+    if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
+        end_with_parent(parent.pid)  # it must not write while the next command continues
 
 
 def _run_on_ray(step: Step, staging: Path, tasks: int, config: PrepareConfig) -> None:

@@ -30,7 +30,7 @@ from overnight.data.text_files import TextFile, as_utf8, first_line, hash_files
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.prepare_state import Request
 from overnight.run_directory import flush_folder, flush_to_disk
-from overnight.terminal import echo, progress
+from overnight.terminal import echo, progress, quote
 from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 
@@ -197,7 +197,7 @@ def find_external_shards(folder: Path) -> tuple[ExternalShard, ...]:
     """
     if (folder / "manifest.json").is_file():
         raise ValueError(
-            f"{folder} is a prepared folder already (it has a manifest.json): use --data {folder}"
+            f"{folder} is a prepared folder already (it has a manifest.json): use --data {quote(str(folder))}"
         )
     paths = [path for path in folder.iterdir() if path.suffix in {".bin", ".npy"} and path.is_file()]
     if not paths:

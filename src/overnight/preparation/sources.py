@@ -33,7 +33,7 @@ from overnight.data.text_files import (
 )
 from overnight.preparation.documents import PACKED_TEXT_BYTES, Document, Part, read_part
 from overnight.run_directory import cache_path, write_atomically
-from overnight.terminal import echo, progress
+from overnight.terminal import echo, progress, shell_command
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -97,7 +97,8 @@ def source_name(source: str, subset: str | None = None) -> str:
     if not path.exists() and os.sep in source:
         raise ValueError(
             f"{source} is neither a file nor a folder; what a recipe trains on is prepared first, with "
-            f"`overnight prepare SOURCE --out {source}`, and the recipe's first lines show the command"
+            f"`{shell_command('prepare', 'SOURCE', '--out', source)}`, and the recipe's first lines "
+            "show the command"
         )
     if not path.exists():
         raise ValueError(

@@ -23,7 +23,7 @@ from overnight.run.resume import load_resumed
 from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
 from overnight.runs.status import describe_run
-from overnight.terminal import echo, progress
+from overnight.terminal import echo, progress, shell_command
 
 RUN = Path("runs/quickstart")
 XZ_WINDOW_BYTES = 1 << 30  # the whole training text stays in the window
@@ -100,7 +100,7 @@ def _print_results(directory: RunDirectory, compressors: dict[str, float], page:
         echo(f"                  {line}")
     echo(f"report            {page}")
     echo()
-    echo(f'next: overnight generate {directory.path} "The value of"')
+    echo(f'next: {shell_command("generate", directory.path)} "The value of"')
 
 
 # A compressor is a language model that has seen only the text itself. xz that first compresses the training

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from overnight.report import ReportConfig
 from overnight.report.compare import write_comparison
 from overnight.report.page import write_report
 from overnight.runs.status import find_run
-from overnight.terminal import echo
+from overnight.terminal import echo, shell_command
 
 
 def run(config: ReportConfig) -> Path:
@@ -23,9 +22,9 @@ def run(config: ReportConfig) -> Path:
     if len(runs) > 1:
         written = write_comparison(runs, out or runs[0].parent / "comparison.html")
         echo(f"wrote {written}, a comparison of {len(runs)} runs; open it in a browser")
-        echo(f"next: overnight report {shlex.quote(str(runs[0]))}")
+        echo(f"next: {shell_command('report', runs[0])}")
     else:
         written = write_report(runs[0], out)
         echo(f"wrote {written}; open it in a browser")
-        echo(f'next: overnight generate {shlex.quote(str(runs[0]))} "Once upon a time"')
+        echo(f'next: {shell_command("generate", runs[0])} "Once upon a time"')
     return written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from overnight.report.page import Table
 from overnight.report.plots import RUN_COLOURS, check_matplotlib, comparison_chart
 from overnight.report.run_data import RunData, is_finite, median, read_run
 from overnight.run_directory import write_atomically
-from overnight.terminal import duration, short, significant
+from overnight.terminal import duration, shell_command, short, significant
 
 TITLES = (
     *("run", "validation", "95% interval", "on tokens", "training", "bits/byte", "tokens"),
@@ -49,10 +48,10 @@ def comparison_page(paths: Sequence[Path]) -> str:
     close = [run for run in ranked[1:] if not _is_apart(ranked[0], run)]
     best = ranked[0] if ranked and not close else None
     if close:
-        command = ["overnight", "evaluate", ranked[0].status.path, "--baseline", close[0].status.path]
+        best_two = Path(ranked[0].status.path), "--baseline", Path(close[0].status.path)
         notices.append(
             "the intervals of the validation losses do not tell which run is best; compare two of them in "
-            f"pairs, on the same text: {shlex.join(command)}"
+            f"pairs, on the same text: {shell_command('evaluate', *best_two)}"
         )
     rows = [
         [_swatch(index, name), *_cells(run, run is best)]

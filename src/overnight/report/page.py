@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +17,7 @@ from overnight.report.plots import check_matplotlib
 from overnight.report.run_data import WINDOWS_PER_RUN, RunData, is_finite, median, read_run
 from overnight.run_directory import write_atomically
 from overnight.runs.status import RunStatus
-from overnight.terminal import duration, scientific, short, significant
+from overnight.terminal import duration, scientific, shell_command, short, significant
 
 OPEN_SAMPLES = 3
 """Number of steps whose samples are shown unfolded."""
@@ -307,13 +306,14 @@ def _record_table(value: object, numeric_from: int) -> Table | None:
 
 def _commands(status: RunStatus) -> str:
     """The shell commands that use the run, check it and repeat it."""
-    run, again = shlex.quote(status.path), f"{status.name}-again"
-    resume = f"overnight train --resume {run}\n\n" if status.state in {"stopped", "damaged"} else ""
+    path, again = Path(status.path), f"{status.name}-again"
+    is_open = status.state in {"stopped", "damaged"}
+    resume = f"{shell_command('train', '--resume', path)}\n\n" if is_open else ""
     return resume + "\n".join(
         (
-            f'overnight generate {run} "Once upon a time"',
-            f"overnight evaluate {run}",
-            f"overnight train {shlex.quote(f'{status.path}/recipe.toml')} --run-name={shlex.quote(again)}",
-            f"overnight report {run} {shlex.quote(str(Path(status.path).parent / again))}",
+            f'{shell_command("generate", path)} "Once upon a time"',
+            shell_command("evaluate", path),
+            shell_command("train", path / "recipe.toml", f"--run-name={again}"),
+            shell_command("report", path, path.parent / again),
         )
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from overnight.distributed.launcher import (
     divide_cores,
     is_launched,
     is_main_process,
-    terminate_with_parent,
     use_new_rendezvous_store,
 )
 from overnight.distributed.processes import REFUSED, run_processes
@@ -21,7 +19,7 @@ from overnight.recipe import Recipe
 from overnight.run.resume import check_directory, load_resumed
 from overnight.run.train import train_recipe
 from overnight.run_directory import FROM_A_COPY, RunDirectory
-from overnight.terminal import echo, quiet
+from overnight.terminal import echo, quiet, shell_command
 
 
 def run(recipe: Recipe, resumed: Path | None) -> None:
@@ -30,7 +28,6 @@ def run(recipe: Recipe, resumed: Path | None) -> None:
     A run that torchrun has restarted is resumed. A process that was stopped by a signal and has saved ends
     normally under a launcher, which would take an error for a failure.
     """
-    terminate_with_parent()
     directory = find_directory(recipe, resumed)
     if resumed is None and count_restarts() and directory.exists():
         recipe, resumed = load_resumed(directory.path), directory.path
@@ -63,7 +60,7 @@ def train_in_processes(recipe: Recipe, resumed: Path | None, words: Sequence[str
         if total_steps is None or not directory.is_finished(total_steps):
             raise KeyboardInterrupt
     elif status != REFUSED and any(directory.checkpoints.glob("step-*")):
-        echo(f"next: overnight train --resume {shlex.quote(str(directory.path))}")
+        echo(f"next: {shell_command('train', '--resume', directory.path)}")
     return status
 
 
@@ -81,4 +78,4 @@ def print_summary(directory: RunDirectory) -> None:
     except (LookupError, TypeError):
         raise ValueError(f"{directory.metrics} has no line of the last step: {FROM_A_COPY}") from None
     echo(f"trained {directory.path} for {done}; last loss {loss}")
-    echo(f"next: overnight report {shlex.quote(str(directory.path))}")
+    echo(f"next: {shell_command('report', directory.path)}")

@@ -26,7 +26,7 @@ from overnight.run.evaluate import (
 )
 from overnight.run.setup import RunSetup
 from overnight.run_directory import RunDirectory
-from overnight.terminal import echo, progress
+from overnight.terminal import echo, progress, short
 from overnight.trackers import open_trackers
 from overnight.training.checkpoint.format import keep_only, list_checkpoints, read_step, retained_steps
 from overnight.training.checkpoint.save import Saver
@@ -65,8 +65,8 @@ class RunLog:
         # Counted in tokens, so that the estimated time is right during a batch ramp.
         tokens = plan.tokens_before(resolved.total_steps) - plan.tokens_before(self.run.state.step)
         self._advance = self._open.enter_context(progress("train", tokens))
-        if resolved.compute.compile:
-            self._advance(0, "compiling the first step")
+        first = f"step {self.run.state.step + 1:,} of {resolved.total_steps:,}"
+        self._advance(0, f"{first}  compiling" if resolved.compute.compile else first)
         return self
 
     def __exit__(
@@ -122,7 +122,7 @@ class RunLog:
         self.directory.append_metrics(line)
         self._track(result.step, line)
         step = f"step {result.step:,} of {self.run.resolved.total_steps:,}"
-        about = f"{step}  loss {result.loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+        about = f"{step}  loss {result.loss:.3f}  {short(tokens_per_second)} tokens/s"
         self._advance(result.tokens, about)
 
     def _utilization(self, tokens_per_flop: float) -> dict[str, float]:

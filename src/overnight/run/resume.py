@@ -21,7 +21,7 @@ from overnight.recipe import (
 from overnight.run.environment import describe_environment
 from overnight.run.setup import RunSetup
 from overnight.run_directory import RunDirectory
-from overnight.terminal import echo
+from overnight.terminal import echo, shell_command, wrap
 from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.training.checkpoint.format import checkpoint_name, discard_checkpoints_after, list_checkpoints
 from overnight.training.checkpoint.load import (
@@ -59,8 +59,8 @@ def check_directory(recipe: Recipe, directory: RunDirectory, *, resume: bool) ->
         return
     if not resume:
         raise ValueError(
-            f"{path} already holds a run: resume it with `overnight train --resume {path}`, or give another "
-            "--run-name"
+            f"{path} already holds a run: resume it with `{shell_command('train', '--resume', path)}`, or "
+            "give another --run-name"
         )
     changed = incompatible_settings(flatten(recipe), flatten(read_recipe_of(path)))
     if changed:
@@ -92,7 +92,8 @@ def begin(run: RunSetup, directory: RunDirectory, choices: Mapping[str, str], *,
         record_start(run, directory, choices, resume=resume)
     world.barrier()
     for name, choice in choices.items():
-        echo(f"{name.replace('_', ' '):<25} {choice}")
+        title = f"{name.replace('_', ' '):<25} "
+        echo("\n".join(wrap(choice, 80, title, " " * len(title))))
 
 
 def check_settings(run: RunSetup, directory: RunDirectory, newest: VerifiedCheckpoint) -> None:

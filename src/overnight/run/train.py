@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import threading
 import time
@@ -27,7 +26,7 @@ from overnight.run.preflight import check_checkpoint_space
 from overnight.run.resume import begin, check_directory, needs_rollback, record_data, roll_back
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
 from overnight.run_directory import RunDirectory
-from overnight.terminal import echo, write_unprinted
+from overnight.terminal import echo, quote, shell_command, write_unprinted
 from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.step import train_step
 
@@ -74,7 +73,8 @@ def open_initial_model(recipe: Recipe, dataset: Dataset | MixtureDataset) -> GPT
     if opened.tokenizer.fingerprint != dataset.tokenizer.fingerprint:
         raise ValueError(
             f"{dataset.folder} was prepared with the tokenizer {dataset.tokenizer.name}, and "
-            f"{recipe.init_from} uses another: prepare the text with --tokenizer {opened.tokenizer_folder}"
+            f"{recipe.init_from} uses another: prepare the text with "
+            f"--tokenizer {quote(str(opened.tokenizer_folder))}"
         )
     return opened.model
 
@@ -109,7 +109,7 @@ def fit(run: RunSetup, directory: RunDirectory, tasks: Sequence[RunTask]) -> Non
             directory.record_end(state.step, "its last step" if is_finished else stop.reason)
     if not is_finished:
         echo(f"stopped and saved after step {state.step} of {total_steps}")
-        echo(f"next: overnight train --resume {shlex.quote(str(directory.path))}")
+        echo(f"next: {shell_command('train', '--resume', directory.path)}")
         raise KeyboardInterrupt
 
 
@@ -145,7 +145,7 @@ class StopConditions:
         if self._signals and not is_launched():
             raise KeyboardInterrupt
         if not self._signals:
-            echo("saving and stopping after this step; a second signal stops immediately, without saving")
+            echo("finishing the step; Ctrl-C again stops now, without saving")
         self._signals.append(number)
 
     def is_met(self) -> bool:

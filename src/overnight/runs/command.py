@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +17,7 @@ from rich.text import Text
 from overnight.run_directory import RunDirectory, finite_values
 from overnight.runs import FOLDER, RunsConfig
 from overnight.runs.status import RunStatus, describe_run, list_runs
-from overnight.terminal import ago, duration, echo, short
+from overnight.terminal import ago, duration, echo, shell_command, short, wrap
 
 TITLES = ("state", "step", "val loss", "bits/byte", "tokens/s", "written")
 LEFT_OUT_FIRST = ("tokens/s", "bits/byte", "written", "val loss", "step", "state")
@@ -52,11 +50,10 @@ def run(config: RunsConfig) -> None:
     echo(runs_table(runs, datetime.now(UTC), columns))
     for one in runs:
         for note in _notes(one):
-            lines = textwrap.wrap(f"{one.path}: {note}", columns, subsequent_indent="  ")
-            echo("\n".join(lines))
+            echo("\n".join(wrap(f"{one.path}: {note}", columns, rest="  ")))
     # --resume prints the remedy for a damaged run.
-    command = "train --resume" if runs[-1].state in {"stopped", "empty", "damaged"} else "report"
-    echo(f"next: overnight {command} {shlex.quote(str(runs[-1].path))}")
+    command = ["train", "--resume"] if runs[-1].state in {"stopped", "empty", "damaged"} else ["report"]
+    echo(f"next: {shell_command(*command, Path(runs[-1].path))}")
 
 
 def _iso_time(time: datetime) -> str:

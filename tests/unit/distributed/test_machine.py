@@ -184,25 +184,32 @@ def test_processes_divide_the_cores_unless_the_user_has(monkeypatch):
 
 PARENT = """
 import os, signal, subprocess, sys
-subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
 sys.stdin.readline()
 os.kill(os.getpid(), signal.SIGKILL)
 """
 CHILD = """
-import signal, sys, time
-from overnight.distributed.launcher import terminate_with_parent
+import os, signal, sys, time
+from overnight.distributed.launcher import end_with_parent, terminate_with_parent
 signal.signal(signal.SIGTERM, lambda *_: (print("stopped", flush=True), sys.exit()))
+if sys.argv[2] == "killed":
+    end_with_parent(os.getppid())
 terminate_with_parent()
 print("ready", flush=True)
 time.sleep(float(sys.argv[1]))
+print("slept", flush=True)
 """
 
 
-@pytest.mark.parametrize("is_launched", [True, False])  # the second is the negative control
-def test_process_of_a_killed_launcher_is_terminated(is_launched):
+# The last is the negative control.
+@pytest.mark.parametrize(
+    "is_launched, how, sleeps, expected",
+    [(True, "saved", 60, "stopped\n"), (False, "killed", 60, ""), (False, "left", 3, "slept\n")],
+)
+def test_process_of_a_killed_parent_is_ended(is_launched, how, sleeps, expected):
     environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, CHILD, "60" if is_launched else "3"],
+        [sys.executable, "-c", PARENT, CHILD, str(sleeps), how],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,  # the child's as well: its end is that of both
         env=environment | (TORCHRUN if is_launched else {}),
@@ -211,4 +218,12 @@ def test_process_of_a_killed_launcher_is_terminated(is_launched):
     assert parent.stdout.readline() == "ready\n"
     said, _ = parent.communicate("\n", timeout=50)
     assert parent.returncode == -signal.SIGKILL
-    assert (said == "stopped\n") == is_launched
+    assert said == expected
+
+
+def test_process_whose_launcher_died_before_it_began_is_terminated():
+    """Python and torch take seconds to load: the parent may have died since."""
+    command = [sys.executable, "-c", CHILD, "60", "saved"]
+    environment = {**os.environ, **TORCHRUN, machine.PARENT: str(2**22 + 1)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    assert done.stdout.splitlines()[-1] == "stopped"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import subprocess
 import sys
@@ -9,10 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
 
 from overnight import __version__
-from overnight.distributed.launcher import LOST
-from overnight.distributed.processes import LINES_SHOWN, REFUSED, _print_failure
+from overnight.distributed import processes
+from overnight.distributed.launcher import LOST, PARENT
+from overnight.distributed.processes import LINES_SHOWN, REFUSED, _print_failure, start_processes
 from overnight.distributed.watchdog import FROZEN
 
 
@@ -85,3 +89,14 @@ def test_command_runs_in_each_process(word, status, output):
     )
     assert done.returncode == status
     assert output in done.stdout + done.stderr
+
+
+def test_torch_s_own_lines_are_not_printed(monkeypatch, caplog):
+    """Ctrl-C makes its agent log a line of its own, through a logger with a level of its own."""
+    agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
+    monkeypatch.setattr(processes, "elastic_launch", lambda *_: lambda *_: agent.warning("death signal"))
+    start_processes((), 2, DefaultLogsSpecs())
+    assert not caplog.records
+    agent.warning("the negative control")
+    assert len(caplog.records) == 1
+    assert PARENT not in os.environ, "later processes have another parent"

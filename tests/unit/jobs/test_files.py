@@ -34,12 +34,11 @@ from overnight.jobs.targets import (
     JobRequest,
     find_instance,
     job_file,
-    join_words,
-    quote,
     submit_command,
     yaml_string,
 )
 from overnight.preparation.prepare_commands import JobText
+from overnight.terminal import join_words, quote
 
 Build = Callable[..., JobRequest]
 Check = Callable[[str, str], None]

@@ -194,7 +194,7 @@ def test_json_goes_to_standard_output_alone(capsys: pytest.CaptureFixture[str], 
     assert (found["recipe"], found["parameters"]) == ("gpt2-1558m", 266_497_600)
     assert (found["all_processes"], found["processes"], found["machines"]) == (32, 8, 4)
     assert found["link_between"]["name"] == "8 x 400 Gb/s"
-    assert f"next: on that machine, overnight plan {cluster}, which measures" in err
+    assert f"next: on that machine `overnight plan {cluster}`, which measures" in err
     assert list(here.iterdir()) == []
 
 
