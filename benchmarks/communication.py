@@ -31,8 +31,7 @@ import torch.multiprocessing as mp
 import measure
 from overnight.distributed.launcher import environment_of_process
 from overnight.distributed.world import BUCKET_BYTES, World
-from overnight.model.gpt import parameter_shapes
-from overnight.model.model_config import ModelConfig
+from overnight.model.model_config import ModelConfig, parameter_shapes
 from overnight.planning.network import (
     Collective,
     Kind,

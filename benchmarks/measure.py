@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from overnight import __version__
 from overnight.hardware import find_device_name, find_memory_bytes
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.model_config import ModelConfig
+from overnight.model.presets import PRESETS
 
 T = TypeVar("T")
 

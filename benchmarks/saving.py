@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import measure
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.model_config import ModelConfig
+from overnight.model.presets import PRESETS
 
 HEADINGS = ("training waits", "median ms", "min", "max", "times as short")
 FOREGROUND, BACKGROUND = "until it is on the disk", "until it is copied"

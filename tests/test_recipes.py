@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from overnight.config import from_toml, to_toml
-from overnight.model.model_config import PRESETS
+from overnight.model.presets import PRESETS
 from overnight.recipe import Recipe, flatten, load_recipe, recipe_names
 from overnight.training.batch import BatchPlan, plan_batches
 from overnight.training.schedule import learning_rate_multiplier

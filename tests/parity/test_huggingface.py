@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from overnight.conversion.huggingface import read_huggingface, write_huggingface
 from overnight.model import gpt
 from overnight.model.gpt import GPT, Block
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.model_config import ModelConfig
+from overnight.model.presets import PRESETS
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 from overnight.training import OptimizerConfig
 from overnight.training.optim import build_optimizer, clip_gradients, step_if
@@ -116,8 +117,8 @@ def without_final_norm(ours: GPT, _patch: pytest.MonkeyPatch) -> None:
 
 
 def without_residual(_ours: GPT, patch: pytest.MonkeyPatch) -> None:
-    def forward(self: Block, x_BTC: Tensor, cache: None = None, document_BT: None = None) -> Tensor:
-        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache, document_BT)
+    def forward(self: Block, x_BTC: Tensor, inputs: object) -> Tensor:
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), inputs)
         return self.mlp(self.ln_2(x_BTC))
 
     patch.setattr(Block, "forward", forward)

@@ -145,8 +145,8 @@ def scale_gradients(power):
 
 
 def detach_attention(_forward):
-    def forward(block, x, cache=None, document=None):
-        x = x + block.attn(block.ln_1(x), cache, document).detach()
+    def forward(block, x, inputs):
+        x = x + block.attn(block.ln_1(x), inputs).detach()
         return x + block.mlp(block.ln_2(x))
 
     return forward

@@ -18,7 +18,8 @@ from overnight.bench.variants import baseline_task, choose_variants, find_machin
 from overnight.bench.worker import WARM_UPS, StepTask, untimed_steps
 from overnight.config import nearest
 from overnight.hardware import Precision, find_memory_bytes, find_peak_flops, measure_matmul_flops
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.model_config import ModelConfig
+from overnight.model.presets import PRESETS
 from overnight.terminal import byte_size
 from overnight.training import ComputeConfig
 from overnight.training.compute import resolve_compute

@@ -73,9 +73,10 @@ class KVCache:
     def __init__(self, model: GPT, lengths: Sequence[int], columns: int) -> None:
         config, weight = model.config, model.wte.weight
         self.context_length = config.context_length
-        D = config.n_embd // config.n_head
-        shape = (config.n_layer, len(lengths), config.n_head, columns, D)
-        self._keys, self._values = weight.new_empty(shape), weight.new_empty(shape)
+        heads, key_channels, value_channels = config.cached_channels
+        shape = (config.n_layer, len(lengths), heads, columns)
+        self._keys = weight.new_empty(*shape, key_channels)
+        self._values = weight.new_empty(*shape, value_channels)
         padding = [max(lengths) - length for length in lengths]
         self._padding_B = torch.tensor(padding, device=weight.device) if any(padding) else None
         self._start, self._end = 0, 0

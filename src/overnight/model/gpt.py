@@ -1,48 +1,31 @@
 """True GPT-2, in reading order: attention, feed-forward, block, model, initialisation.
 
 The configuration is `model_config.ModelConfig`; faster attention kernels are in `kernels`, chosen by name.
+A switch of the configuration replaces a part when the model is built: see `attention`, `feed_forward`,
+`norms`, `rotary`.
 
 Shapes: B rows, T positions of this call, S positions of keys, C channels, H heads, D channels a head, V ids.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from overnight.model.kernels import (
-    NO_MASKS_IN_TRAINING,
-    CausalKernel,
-    DocumentKernel,
-    Documents,
-    allowed_backends,
-    attend_causal,
-    attend_within_documents,
-)
-from overnight.model.model_config import VOCABULARY_MULTIPLE, ModelConfig
-
-
-class Cache(Protocol):
-    """Keys and values of earlier positions. The generator owns, fills and resets it."""
-
-    def positions(self, length: int) -> Tensor:
-        """Positions of the next `length` ids, int64 (T,) or, where rows differ, (B, T)."""
-        ...
-
-    def append(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add these; return all keys and values so far (B, H, S, D) and the attention mask.
-
-        The mask is boolean, broadcastable to (B, H, T, S), or None: the cache was empty and attention is
-        causal, or T is 1 and every position is visible.
-        """
-        ...
+from overnight.model.attention import GroupedAttention, LatentAttention
+from overnight.model.feed_forward import FeedForward, MixtureOfExperts
+from overnight.model.initialization import STANDARD_DEVIATION, adapt_weight, draw_weight
+from overnight.model.inputs import BlockInputs, Cache
+from overnight.model.kernels import CausalKernel, DocumentKernel, Documents, Visible, attend
+from overnight.model.model_config import PADDED, VOCABULARY_MULTIPLE, ModelConfig, round_up, weight_shapes
+from overnight.model.norms import build_norm, soft_cap, zero_embedding
+from overnight.model.positions import LearnedPositions, RotaryPositions
 
 
 class CausalSelfAttention(nn.Module):
@@ -53,42 +36,35 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.biases)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.biases)
         self.kernel: CausalKernel = "fused"
         self.document_kernel: DocumentKernel = "mask"
 
-    def forward(self, x_BTC: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C). A cache adds earlier positions; `document_BT` masks other documents."""
+    def forward(self, x_BTC: Tensor, inputs: BlockInputs) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
         B, T, C = x_BTC.shape
         q_BHTD, k_BHSD, v_BHSD = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
             for part in self.c_attn(x_BTC).split(C, dim=2)
         )
-        dropout = self.dropout if self.training else 0.0
         mask = None
-        if cache is not None:
-            k_BHSD, v_BHSD, mask = cache.append(self.layer, k_BHSD, v_BHSD)
-        assert mask is None or not torch.is_grad_enabled(), NO_MASKS_IN_TRAINING
-        with allowed_backends(self.kernel):
-            if document_BT is None:
-                mixed_BHTD = attend_causal(q_BHTD, k_BHSD, v_BHSD, mask, self.kernel, dropout)
-            else:
-                assert cache is None, "a cache holds one document"
-                # Evaluation uses the mask, so that it does not depend on the kernel used in training.
-                kernel = self.document_kernel if torch.is_grad_enabled() else "mask"
-                mixed_BHTD = attend_within_documents(q_BHTD, k_BHSD, v_BHSD, document_BT, kernel, dropout)
+        if inputs.cache is not None:
+            k_BHSD, v_BHSD, mask = inputs.cache.append(self.layer, k_BHSD, v_BHSD)
+        visible, kernels = Visible(mask, inputs.document_BT), (self.kernel, self.document_kernel)
+        dropout = self.dropout if self.training else 0.0
+        mixed_BHTD = attend(q_BHTD, k_BHSD, v_BHSD, visible, kernels, dropout)
         mixed_BTC = mixed_BHTD.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(mixed_BTC), self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """The feed-forward part of a block, with a hidden width of 4 C."""
+    """The feed-forward part of a block, with a hidden width of 4 C unless the configuration says another."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, config.hidden_width, bias=config.biases)
+        self.c_proj = nn.Linear(config.hidden_width, config.n_embd, bias=config.biases)
         self.dropout = config.dropout
 
     def forward(self, x_BTC: Tensor) -> Tensor:
@@ -102,15 +78,43 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
+        self.ln_1 = build_norm(config, config.n_embd)
+        self.attn = _build_attention(config, layer)
+        self.ln_2 = build_norm(config, config.n_embd)
+        self.mlp = _build_feed_forward(config)
 
-    def forward(self, x_BTC: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, inputs: BlockInputs) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache, document_BT)
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), inputs)
         return x_BTC + self.mlp(self.ln_2(x_BTC))  # type: ignore[no-any-return]  # as in GPT.trunk
+
+
+class ShortcutBlock(Block):
+    """Reads a learned mix of the residual stream and the embedding (modded-nanogpt, 2024-11-06)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.stream_gain, self.embedding_gain = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+
+    def forward(self, x_BTC: Tensor, inputs: BlockInputs) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        assert inputs.embedding_BTC is not None, "GPT.trunk gives it"
+        return super().forward(self.stream_gain * x_BTC + self.embedding_gain * inputs.embedding_BTC, inputs)
+
+
+def _build_attention(config: ModelConfig, layer: int) -> nn.Module:
+    if config.latent_rank is not None:
+        return LatentAttention(config, layer)
+    is_gpt2 = config.positions == "learned" and config.kv_heads == config.n_head and not config.qk_norm
+    if is_gpt2 and config.window(layer) is None and not config.has_value_embedding(layer):
+        return CausalSelfAttention(config, layer)
+    return GroupedAttention(config, layer)
+
+
+def _build_feed_forward(config: ModelConfig) -> nn.Module:
+    if config.n_expert:
+        return MixtureOfExperts(config)
+    return MLP(config) if config.activation == "gelu" else FeedForward(config)
 
 
 class GPT(nn.Module):
@@ -130,11 +134,15 @@ class GPT(nn.Module):
             raise ValueError("; ".join(problems))
         self.config = config
         self.vocab_size = config.vocabulary
-        padded = -(-self.vocab_size // vocabulary_multiple) * vocabulary_multiple
-        self.wte = _embedding(padded, config.n_embd)
-        self.wpe = _embedding(config.context_length, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        padded = round_up(self.vocab_size, vocabulary_multiple)
+        self.wte = zero_embedding(padded, config.n_embd)
+        self.wpe = LearnedPositions(config) if config.positions == "learned" else RotaryPositions(config)
+        no_gains = replace(config, norm_gains=False)
+        self.ln_e = build_norm(no_gains, config.n_embd) if config.embedding_norm else nn.Identity()
+        block = ShortcutBlock if config.embedding_shortcut else Block
+        self.h = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = build_norm(config, config.n_embd)
+        self.lm_head = self.wte if config.tied_head else zero_embedding(padded, config.n_embd)
         if not self.wte.weight.is_meta:
             initialize(self, seed)
 
@@ -150,25 +158,29 @@ class GPT(nn.Module):
         T = ids_BT.shape[1]
         if self.config.context_length < T:
             raise IndexError(f"{T} positions do not fit context_length={self.config.context_length}")
-        document_BT = None
+        positions = document_BT = None
         if documents is not None:
-            document_BT, position = documents.document_ids, self.wpe(documents.positions)
-        else:
-            position = self.wpe.weight[:T] if cache is None else self.wpe(cache.positions(T))
-        x_BTC = F.dropout(self.wte(ids_BT) + position, self.config.dropout, self.training)
+            document_BT, positions = documents
+        elif cache is not None:
+            positions = cache.positions(T)
+        x_BTC, rotation = self.wpe(self.wte(ids_BT), positions)
+        x_BTC = F.dropout(self.ln_e(x_BTC), self.config.dropout, self.training)
+        inputs = BlockInputs(ids_BT, cache, document_BT, rotation, x_BTC)
         for block in self.h:
-            x_BTC = block(x_BTC, cache, document_BT)
+            x_BTC = block(x_BTC, inputs)
         return self.ln_f(x_BTC)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)."""
-        return F.linear(hidden, self.wte.weight)[..., : self.vocab_size]
+        logits = F.linear(hidden, self.lm_head.weight)[..., : self.vocab_size]
+        return soft_cap(logits, self.config.logit_softcap)
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter by name, detached, `wte.weight` without its padding: views into the model."""
-        named = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        named["wte.weight"] = named["wte.weight"][: self.vocab_size]
-        return named
+        """Every parameter by name, detached, without the vocabulary's padding: views into the model."""
+        return {
+            name: parameter.detach()[: self.vocab_size] if name in PADDED else parameter.detach()
+            for name, parameter in self.named_parameters()
+        }
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -190,15 +202,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def zero_padding(self) -> None:
         """Zero the rows that pad the vocabulary; no gradient reaches them, so they stay zero."""
-        self.wte.weight[self.vocab_size :] = 0.0
-
-
-def _embedding(rows: int, n_embd: int) -> nn.Embedding:
-    # nn.Embedding(rows, n_embd) would draw weights that `initialize` overwrites; on the meta device this
-    # draw alone costs two seconds of imports.
-    zeros = torch.zeros(rows, n_embd)
-    embedding: nn.Embedding = nn.Embedding.from_pretrained(zeros, freeze=False)  # type: ignore[no-untyped-call]
-    return embedding
+        for embedding in (self.wte, self.lm_head):
+            embedding.weight[self.vocab_size :] = 0.0
 
 
 def empty_model(config: ModelConfig) -> GPT:
@@ -221,48 +226,47 @@ def eval_mode(model: GPT) -> Iterator[None]:
 
 # ---------------------------------------------------------------- initialisation
 
-STANDARD_DEVIATION = 0.02  # GPT-2's released code, model.py: initializer_range of every matrix
-
 
 @torch.no_grad()
 def initialize(model: GPT, seed: int) -> None:
     """Draw all weights of `model`; see `init_weights`."""
     own = model.weights()
-    shapes = {name: weight.shape for name, weight in own.items()}
-    for name, weight in init_weights(shapes, model.config.n_layer, seed):
-        own[name].copy_(weight)
+    for name, weight in init_weights(model.config, seed):
+        own.pop(name).copy_(weight)
+    assert not own, f"no rule initialises {', '.join(own)}"
     model.zero_padding()
 
 
-def init_weights(shapes: Mapping[str, torch.Size], n_layer: int, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by name, one at a time, on the CPU: a pure function of the shapes and `seed`.
+def init_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by name, one at a time, on the CPU: a pure function of the configuration and `seed`.
 
     Matrices N(0, 0.02); those that write into the residual stream N(0, 0.02 / sqrt(2 n_layer)), since
-    2 n_layer of them add up there (GPT-2 paper, section 2.3); biases 0; layer norms 1 and 0. Every parameter
-    is initialised by exactly one rule.
+    2 n_layer of them add up there (GPT-2 paper, section 2.3); biases 0; layer norms 1 and 0. What GPT-2 does
+    not have is in `initialization`. Every parameter is initialised by exactly one rule.
     """
     generator = torch.Generator().manual_seed(seed)
-    residual = STANDARD_DEVIATION / math.sqrt(2 * n_layer)
-    for name, shape in shapes.items():
+    shapes, residual = weight_shapes(config), STANDARD_DEVIATION / math.sqrt(2 * config.n_layer)
+    gpt2 = weight_shapes(gpt2_sizes(config))
+    # All of GPT-2's weights are drawn, in its order: two models that differ in a part begin with the same
+    # weights in all others.
+    for name, shape in gpt2.items():
         if name.endswith("c_proj.weight"):
-            yield name, torch.empty(shape).normal_(0.0, residual, generator=generator)
+            weight = torch.empty(shape).normal_(0.0, residual, generator=generator)
         elif name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight")):
-            yield name, torch.empty(shape).normal_(0.0, STANDARD_DEVIATION, generator=generator)
+            weight = torch.empty(shape).normal_(0.0, STANDARD_DEVIATION, generator=generator)
         elif name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
-            yield name, torch.ones(shape)
-        elif name.endswith(".bias"):
-            yield name, torch.zeros(shape)
+            weight = torch.ones(shape)
         else:
-            raise AssertionError(f"no rule initialises {name}")
+            assert name.endswith(".bias"), f"no rule initialises {name}"
+            weight = torch.zeros(shape)
+        if shapes.get(name) == shape:
+            yield name, adapt_weight(name, weight, config)
+    for name, shape in shapes.items():
+        if gpt2.get(name) != shape:
+            yield name, draw_weight(name, shape, config, seed)
 
 
-@functools.lru_cache(maxsize=64)
-def parameter_shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
-    """The shape of every parameter by name, in the model's order, the embedding padded; allocates nothing."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
-
-
-def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """The shape of every weight by name, the embedding without its padding; allocates nothing."""
-    return {**parameter_shapes(config), "wte.weight": torch.Size((config.vocabulary, config.n_embd))}
+def gpt2_sizes(config: ModelConfig) -> ModelConfig:
+    """GPT-2 of the same sizes: every switch at its default."""
+    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "context_length")}
+    return ModelConfig(**sizes, vocab_size=config.vocab_size, dropout=config.dropout)

@@ -38,6 +38,56 @@ def allowed_backends(kernel: CausalKernel) -> AbstractContextManager[None]:
     return sdpa_kernel(WITHOUT_CUDNN) if kernel == "without-cudnn" else nullcontext()
 
 
+class Visible(NamedTuple):
+    """Which keys a query attends to, besides causality."""
+
+    mask: Tensor | None
+    """Of a cache: boolean, broadcastable to (B, H, T, S)."""
+    document_ids: Tensor | None
+    """Only keys of the same document, (B, T)."""
+    window: int | None = None
+    """Only so many newest keys, the query's own included."""
+
+
+def attend(
+    q_BHTD: Tensor,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    visible: Visible,
+    kernels: tuple[CausalKernel, DocumentKernel],
+    dropout_p: float,
+) -> Tensor:
+    """Attention of T queries over the newest S keys that are visible: (B, H, T, D)."""
+    mask, document_BT, window = visible
+    kernel, document_kernel = kernels
+    assert mask is None or not torch.is_grad_enabled(), NO_MASKS_IN_TRAINING
+    assert mask is None or document_BT is None, "a cache holds one document"
+    if window is not None:
+        return attend_in_window(q_BHTD, k_BHSD, v_BHSD, visible, dropout_p)
+    with allowed_backends(kernel):
+        if document_BT is None:
+            return attend_causal(q_BHTD, k_BHSD, v_BHSD, mask, kernel, dropout_p)
+        # Evaluation uses the mask, so that it does not depend on the kernel used in training.
+        chosen = document_kernel if torch.is_grad_enabled() else "mask"
+        return attend_within_documents(q_BHTD, k_BHSD, v_BHSD, document_BT, chosen, dropout_p)
+
+
+def attend_in_window(
+    q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, visible: Visible, dropout_p: float
+) -> Tensor:
+    """Attention within a window, by a mask in the full square."""
+    mask, document_BT, window = visible
+    keys_S = torch.arange(k_BHSD.shape[2], device=q_BHTD.device)
+    distance_TS = keys_S[-q_BHTD.shape[2] :, None] - keys_S
+    seen = (distance_TS >= 0) & (distance_TS < (window or len(keys_S)))
+    if mask is not None:
+        seen = seen & mask
+    if document_BT is not None:
+        seen = seen & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
+    with sdpa_kernel(WITHOUT_CUDNN):
+        return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=seen, dropout_p=dropout_p)
+
+
 def attend_causal(
     q_BHTD: Tensor,
     k_BHSD: Tensor,

@@ -13,6 +13,7 @@ from overnight.model import LossMethod
 from overnight.model.gpt import GPT
 from overnight.model.kernels import find_documents
 from overnight.model.loss_kernels import ChunkedLoss, Fp8Product
+from overnight.model.norms import soft_cap
 
 
 def cross_entropy_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -24,22 +25,29 @@ def cross_entropy_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def head_loss(
-    hidden_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor, *, vocab_size: int, method: LossMethod
+    hidden_BTC: Tensor,
+    weight_VC: Tensor,
+    targets_BT: Tensor,
+    *,
+    vocab_size: int,
+    method: LossMethod,
+    softcap: float | None = None,
 ) -> Tensor:
     """Negative log-likelihood of all targets given the hidden states, summed: a float32 scalar in nats.
 
     Rows of the weight from `vocab_size` on are padding: they get no probability and no gradient. `full`
     computes all logits at once; `chunked` those of some positions at a time, so that memory holds one
-    chunk's; `fp8` computes the output layer's three products in 8 bits.
+    chunk's; `fp8` computes the output layer's three products in 8 bits. `softcap` bounds the logits.
     """
     if method == "full":
-        return cross_entropy_nats(F.linear(hidden_BTC, weight_VC)[..., :vocab_size], targets_BT)
+        logits_BTV = F.linear(hidden_BTC, weight_VC)[..., :vocab_size]
+        return cross_entropy_nats(soft_cap(logits_BTV, softcap), targets_BT)
     hidden_NC, targets_N = hidden_BTC.flatten(0, 1), targets_BT.flatten()
     if method == "fp8":
         logits_NV: Tensor = Fp8Product.apply(hidden_NC, weight_VC)  # type: ignore[no-untyped-call]
-        return cross_entropy_nats(logits_NV[None, :, :vocab_size], targets_N[None])
+        return cross_entropy_nats(soft_cap(logits_NV[None, :, :vocab_size], softcap), targets_N[None])
     nats: Tensor = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_NC, weight_VC, targets_N, vocab_size, torch.is_grad_enabled()
+        hidden_NC, weight_VC, targets_N, (vocab_size, softcap), torch.is_grad_enabled()
     )
     return nats
 
@@ -54,4 +62,11 @@ def next_token_loss(
     """
     documents = None if document_separator is None else find_documents(ids_BT, document_separator)
     hidden_BTC = model.trunk(ids_BT, documents=documents)
-    return head_loss(hidden_BTC, model.wte.weight, targets_BT, vocab_size=model.vocab_size, method=method)
+    return head_loss(
+        hidden_BTC,
+        model.lm_head.weight,
+        targets_BT,
+        vocab_size=model.vocab_size,
+        method=method,
+        softcap=model.config.logit_softcap,
+    )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overnight.model.norms import soft_cap
+
 CHUNKS_AT_MOST = 8  # 64 made a compiled output layer and its loss 1.5 times slower (pytorch #124480)
 CHUNK_BYTES_AT_LEAST = 2**28  # of a chunk's logits in float32: products of fewer rows are slow
 
@@ -34,17 +36,20 @@ class ChunkedLoss(torch.autograd.Function):
         hidden_NC: Tensor,
         weight_VC: Tensor,
         targets_N: Tensor,
-        vocab_size: int,
+        logits: tuple[int, float | None],
         wants_gradients: bool,
     ) -> Tensor:
-        """The summed loss; gradients are computed now, and kept for `backward`."""
+        """The summed loss; gradients are computed now, and kept for `backward`.
+
+        `logits` are their number and the value that bounds them.
+        """
         dtype = _product_dtype(hidden_NC)
         hidden, weight = hidden_NC.detach().to(dtype), weight_VC.detach().to(dtype)
         nats, hidden_gradients = torch.zeros((), device=hidden.device), []
         weight_gradient = torch.zeros_like(weight_VC, dtype=torch.float32) if wants_gradients else None
         size = rows_of_chunk(len(hidden), len(weight))
         for part, targets in zip(torch.split(hidden, size), torch.split(targets_N, size), strict=True):
-            chunk_nats, gradient = _nats_and_gradient(part @ weight.T, targets, vocab_size)
+            chunk_nats, gradient = _nats_and_gradient(part @ weight.T, targets, *logits)
             nats = nats + chunk_nats
             if weight_gradient is not None:
                 hidden_gradients.append(gradient @ weight)
@@ -63,13 +68,18 @@ class ChunkedLoss(torch.autograd.Function):
         return scaled, (weight_gradient * grad).to(weight_dtype), None, None, None
 
 
-def _nats_and_gradient(logits_NV: Tensor, targets_N: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+def _nats_and_gradient(
+    logits_NV: Tensor, targets_N: Tensor, vocab_size: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     """The summed loss of some positions, and its gradient by their logits, in their precision."""
     ids_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
-    scores_NV = torch.where(ids_V < vocab_size, logits_NV.float(), -torch.inf)
+    capped_NV = soft_cap(logits_NV.float(), softcap)
+    scores_NV = torch.where(ids_V < vocab_size, capped_NV, -torch.inf)
     total_N1 = scores_NV.logsumexp(dim=1, keepdim=True)
     nats = (total_N1 - scores_NV.gather(1, targets_N[:, None])).sum()
     gradient_NV = (scores_NV - total_N1).exp() - (ids_V == targets_N[:, None]).float()
+    if softcap is not None:
+        gradient_NV = gradient_NV * (1 - (capped_NV / softcap).square())  # of the tanh
     return nats, gradient_NV.to(logits_NV.dtype)
 
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from overnight.conversion.open_model import open_model
 from overnight.data import DataConfig
 from overnight.data.shards import MANIFEST, read_manifest, token_format
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.model_config import ModelConfig
+from overnight.model.presets import PRESETS
 from overnight.preparation.identity import find_prepared, text_request
 from overnight.preparation.prepare_commands import find_recipe_text
 from overnight.preparation.sources import NAMED_SOURCES

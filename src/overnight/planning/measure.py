@@ -19,7 +19,7 @@ from overnight.distributed.world import World
 from overnight.evaluation.perplexity import evaluate_language_model, evaluation_rows
 from overnight.generation.generate import Decoding, generate
 from overnight.hardware import peak_memory_bytes, reset_peak_memory, synchronize
-from overnight.model.gpt import GPT, init_weights, weight_shapes
+from overnight.model.gpt import GPT, init_weights
 from overnight.model.model_config import ModelConfig
 from overnight.planning.estimate import FORWARD_SHARE, CostRange, StepCost
 from overnight.recipe import Recipe, Resolved
@@ -125,7 +125,7 @@ def build_trial(resolved: Resolved) -> tuple[TrainState, TrainSetup]:
     model, world = resolved.model, World(rank=0, size=1, device=resolved.compute.device)
     compute = dataclasses.replace(resolved.compute, sharding="none", deterministic_reduce=False)
     resolved = dataclasses.replace(resolved, compute=compute)
-    weights = init_weights(weight_shapes(model), model.n_layer, resolved.recipe.seed)
+    weights = init_weights(model, resolved.recipe.seed)
     state = build_state(resolved, weights, world)
     # Any id can be the document separator: all are equally rare in random rows.
     separator = 0 if resolved.recipe.data.packing == "documents" else None

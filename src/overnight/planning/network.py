@@ -19,8 +19,7 @@ from typing import Literal, NamedTuple
 
 from overnight.distributed.world import BUCKET_BYTES
 from overnight.hardware import GB, Device
-from overnight.model.gpt import parameter_shapes
-from overnight.model.model_config import ModelConfig
+from overnight.model.model_config import ModelConfig, parameter_shapes
 from overnight.planning.estimate import StepCost, possible_micro_batches
 from overnight.recipe import Resolved
 from overnight.training import Compute, Sharding

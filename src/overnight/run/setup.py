@@ -18,7 +18,7 @@ from overnight.data.mixture import Concatenation, Mixture
 from overnight.data.packing import BestFitStream
 from overnight.distributed.world import World, compute_with_threads
 from overnight.hardware import find_memory_bytes
-from overnight.model.gpt import GPT, init_weights, weight_shapes
+from overnight.model.gpt import GPT, init_weights
 from overnight.model.model_config import ModelConfig
 from overnight.recipe import Recipe, Resolved, with_settings
 from overnight.run.preflight import (
@@ -205,7 +205,7 @@ def initial_weights(
     """
     if source is None:
         model = with_vocabulary(recipe.model, dataset)
-        return model, init_weights(weight_shapes(model), model.n_layer, recipe.seed)
+        return model, init_weights(model, recipe.seed)
     sizes = dataclasses.replace(source.config, dropout=recipe.model.dropout)
     wrong = [
         f"{name}={wanted} contradicts {recipe.init_from}, which has {getattr(sizes, name)}; leave it out"

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from overnight.model.gpt import parameter_shapes
 from overnight.model.kernels import QUERIES
 from overnight.model.loss_kernels import rows_of_chunk
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.model_config import ModelConfig, parameter_shapes
+from overnight.model.presets import PRESETS
 from overnight.training import Compute, Sharding
 from overnight.training.batch import CPU_TOKENS_AT_MOST, ROWS_AT_MOST
 from overnight.training.sharding import count_sharers, largest_share

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.optim import AdamW
 
 from overnight.distributed.world import World
-from overnight.model.gpt import GPT, empty_model, weight_shapes
-from overnight.model.model_config import ModelConfig
+from overnight.model.gpt import GPT, empty_model
+from overnight.model.model_config import ModelConfig, weight_shapes
 from overnight.training import OptimizerConfig, Precision, Sharding
 from overnight.training.optim import build_optimizer
 from overnight.training.state import set_weights

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from overnight.model.gpt import GPT, empty_model, eval_mode, initialize, parameter_shapes
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.gpt import GPT, empty_model, eval_mode, initialize
+from overnight.model.model_config import ModelConfig, parameter_shapes
+from overnight.model.presets import PRESETS
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=32, context_length=16, vocab_size=100)
 

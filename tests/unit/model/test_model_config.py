@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from overnight.model import ActivationCheckpointing
 from overnight.model.gpt import GPT
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.model_config import ModelConfig
+from overnight.model.presets import PRESETS
 from overnight.training import Compute
 from overnight.training.compute import NextTokenLoss
 

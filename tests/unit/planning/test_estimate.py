@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from overnight.data import DataConfig
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.model_config import ModelConfig
+from overnight.model.presets import PRESETS
 from overnight.planning.estimate import (
     BYTES_PER_METRICS_LINE,
     StepCost,

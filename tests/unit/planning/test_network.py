@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from overnight.distributed import world
 from overnight.distributed.world import World
 from overnight.hardware import DEVICES
-from overnight.model.gpt import init_weights, parameter_shapes, weight_shapes
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.gpt import init_weights
+from overnight.model.model_config import ModelConfig, parameter_shapes
+from overnight.model.presets import PRESETS
 from overnight.planning import network
 from overnight.planning.network import (
     BETWEEN,
@@ -94,7 +95,7 @@ def test_listed_collectives_are_those_of_a_step(
     micro_batches: int,
 ) -> None:
     here = fake_world(size, local_size)
-    model = build_sharded_model(SIZES, init_weights(weight_shapes(SIZES), SIZES.n_layer, 0), here, sharding)
+    model = build_sharded_model(SIZES, init_weights(SIZES, 0), here, sharding)
     sharing = build_sharing(model, here, sharding, deterministic=False)
     ids = torch.zeros(1, SIZES.context_length, dtype=torch.int64)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from overnight.hardware import GB
-from overnight.model.model_config import PRESETS
+from overnight.model.presets import PRESETS
 from overnight.planning.network import BETWEEN, ParallelLayout, predict_step, scale_cost
 from overnight.planning.page import plan_text, plan_to_json
 from overnight.training.memory import estimate_memory, fits_into

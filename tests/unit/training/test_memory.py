@@ -16,8 +16,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from overnight.distributed.world import World
 from overnight.model import loss_kernels
-from overnight.model.gpt import GPT, init_weights, weight_shapes
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.gpt import GPT, init_weights
+from overnight.model.model_config import ModelConfig
+from overnight.model.presets import PRESETS
 from overnight.recipe import load_recipe
 from overnight.run.setup import resolve
 from overnight.training import Compute, OptimizerConfig
@@ -181,7 +182,7 @@ def one_of():
 def build_fsdp_model(processes: int) -> GPT:
     """The first process's shard of a new model."""
     world = World(0, processes, "cpu", 0, processes, is_distributed=True)
-    return build_sharded_model(WIDE, init_weights(weight_shapes(WIDE), WIDE.n_layer, 0), world, "fsdp")
+    return build_sharded_model(WIDE, init_weights(WIDE, 0), world, "fsdp")
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view:UserWarning")  # not written to

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from overnight.distributed.world import SINGLE_PROCESS, World
-from overnight.model.gpt import GPT, init_weights, parameter_shapes, weight_shapes
-from overnight.model.model_config import PRESETS, ModelConfig
+from overnight.model.gpt import GPT, init_weights
+from overnight.model.model_config import ModelConfig, parameter_shapes
+from overnight.model.presets import PRESETS
 from overnight.training import OptimizerConfig
 from overnight.training.sharding import (
     FSDP,
@@ -171,7 +172,7 @@ def test_sharing_of_each_sharding(sharding, expected, machines):
 
 
 def test_model_is_built_of_all_given_weights():
-    weights = dict(init_weights(weight_shapes(CONFIG), CONFIG.n_layer, 1))
+    weights = dict(init_weights(CONFIG, 1))
     built = build_sharded_model(CONFIG, weights.items(), SINGLE_PROCESS, "none")
     for one, two in zip(built.parameters(), GPT(CONFIG, seed=1).parameters(), strict=True):
         assert torch.equal(one, two), "and the padding of the vocabulary is zero"

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 
 from overnight.distributed.world import SINGLE_PROCESS, World
-from overnight.model.gpt import GPT, empty_model, weight_shapes
-from overnight.model.model_config import ModelConfig
+from overnight.model.gpt import GPT, empty_model
+from overnight.model.model_config import ModelConfig, weight_shapes
 from overnight.terminal import echo
 from overnight.training.checkpoint.format import (
     FORMAT,
@@ -156,7 +156,7 @@ def _read_weights(model: GPT, opened: VerifiedCheckpoint) -> None:
         files.read(name, rows, first)
 
 
-def _check_shapes(expected: Mapping[str, torch.Size], opened: VerifiedCheckpoint) -> None:
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], opened: VerifiedCheckpoint) -> None:
     """Raise ValueError unless the weights have the expected shapes, and each moment that of its weight."""
     shapes = _open_files(opened, "model").shapes
     wrong = [name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from overnight.distributed.launcher import daemon_thread
 from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.model.model_config import PADDED
 from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
 from overnight.terminal import echo
 from overnight.training.checkpoint.format import (
@@ -64,7 +65,7 @@ def take_snapshot(state: TrainState, world: World, settings: Mapping[str, object
     tensors: dict[str, dict[str, TensorShard]] = {"model": {}, "optimizer": {}}
     for name, parameter in state.model.named_parameters():
         if is_writer(parameter, is_owner=owner[name] == world.rank):
-            length = state.model.vocab_size if name == "wte.weight" else len(parameter)
+            length = state.model.vocab_size if name in PADDED else len(parameter)
             tensors["model"] |= _copy({name: parameter.detach()}, length)
             tensors["optimizer"] |= _copy(_moments(state, name, parameter), length)
     about = {

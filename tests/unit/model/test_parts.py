@@ -1,0 +1,117 @@
+"""Each part beyond GPT-2 against a twin from Transformers, or written out; with a planted mistake."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from overnight.generation.generate import KVCache
+from overnight.model.gpt import GPT, init_weights
+from overnight.model.loss import next_token_loss
+from overnight.model.model_config import ModelConfig, parameter_shapes, weight_shapes
+
+SIZES = ModelConfig(n_layer=3, n_head=4, n_embd=64, context_length=48, vocab_size=97)
+SWITCHES = {
+    "rotary": {"positions": "rotary"},
+    "yarn": {"positions": "rotary", "rotary_scaling": "yarn", "trained_context_length": 16},
+    "rms": {"normalization": "rms"},
+    "no gains": {"norm_gains": False},
+    "no biases": {"biases": False},
+    "qk_norm": {"qk_norm": True},
+    "relu2": {"activation": "relu2"},
+    "swiglu": {"activation": "swiglu"},
+    "width": {"feed_forward_width": 96},
+    "untied": {"tied_head": False},
+    "embedding_norm": {"embedding_norm": True},
+    "zero_projections": {"zero_projections": True},
+    "softcap": {"logit_softcap": 15.0},
+    "shortcut": {"embedding_shortcut": True},
+    "value embeddings": {"value_embeddings": "alternate"},
+    "grouped": {"n_kv_head": 2},
+    "windows": {"window_pattern": "SL", "short_window": 7},
+    "latent": {"positions": "rotary", "latent_rank": 24, "latent_rotary_channels": 8},
+    "latent in windows": {"positions": "rotary", "latent_rank": 24, "window_pattern": "S", "short_window": 7},
+    "experts": {"n_expert": 4, "shared_experts": 1},
+    "gated experts": {"n_expert": 4, "activation": "swiglu", "balance_rate": 0.0},
+}
+MODERN = {
+    **{"positions": "rotary", "normalization": "rms", "norm_gains": False, "biases": False, "qk_norm": True},
+    **{"activation": "relu2", "tied_head": False, "embedding_norm": True, "zero_projections": True},
+    **{"logit_softcap": 15.0, "embedding_shortcut": True, "value_embeddings": "alternate"},
+}
+ALL = {**SWITCHES, "modern": MODERN}
+
+
+def build(seed: int = 3, **switches) -> GPT:
+    """A model in evaluation mode whose weights are all random, zeros and ones included."""
+    model = GPT(replace(SIZES, **switches), seed=seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.weights().values():
+        weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def draw_ids(rows: int = 2, length: int = 40) -> torch.Tensor:
+    return torch.randint(97, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("switches", ALL.values(), ids=ALL)
+def test_shapes_and_counts_are_those_of_the_module(switches):
+    config = replace(SIZES, **switches)
+    model = GPT(config)
+    assert config.problems() == []
+    assert dict(parameter_shapes(config)) == {name: p.shape for name, p in model.named_parameters()}
+    assert list(parameter_shapes(config)) == [name for name, _ in model.named_parameters()]
+    assert weight_shapes(config) == {name: w.shape for name, w in model.weights().items()}
+    assert config.parameter_count() == sum(weight.numel() for weight in model.weights().values())
+
+
+@pytest.mark.parametrize("switches", ALL.values(), ids=ALL)
+def test_common_weights_are_gpt2_s(switches):
+    config = replace(SIZES, **switches)
+    gpt2, drawn = dict(init_weights(SIZES, 5)), dict(init_weights(config, 5))
+    assert drawn.keys() == weight_shapes(config).keys()
+    for name in drawn.keys() & gpt2.keys():
+        if drawn[name].shape == gpt2[name].shape and drawn[name].any():
+            scale = drawn[name].norm() / gpt2[name].norm()
+            torch.testing.assert_close(drawn[name], gpt2[name] * scale)
+
+
+@pytest.mark.parametrize("switches", ALL.values(), ids=ALL)
+def test_position_does_not_see_later_ones_and_cache_changes_nothing(switches):
+    model, ids = build(**switches), draw_ids()
+    with torch.inference_mode():
+        whole = model(ids)
+        changed = ids.clone()
+        changed[:, 30:] = 5
+        torch.testing.assert_close(model(changed)[:, :30], whole[:, :30], rtol=1e-4, atol=1e-4)
+        cache = KVCache(model, [25, 25], 40)
+        cache.extend(25)
+        found = [model.head(model.trunk(ids[:, :25], cache))]
+        for step in range(25, 40):
+            cache.extend(1)
+            found.append(model.head(model.trunk(ids[:, step : step + 1], cache)))
+    torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("switches", ALL.values(), ids=ALL)
+def test_every_parameter_gets_a_gradient_and_heads_agree(switches):
+    model, ids = build(**switches), draw_ids()
+    gradients = []
+    for method in ("full", "chunked"):
+        model.zero_grad()
+        nats = next_token_loss(model.train(), ids[:, :-1], ids[:, 1:], method)
+        nats.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.isfinite().all() and gradient.any(), name
+        torch.testing.assert_close(
+            gradient, gradients[1][name], rtol=1e-4, atol=1e-5 * float(gradient.abs().max())
+        )
+
+
+@pytest.mark.parametrize("method", ["full", "chunked"])
+def test_first_loss_is_that_of_guessing(method):
+    model, ids = GPT(replace(SIZES, **MODERN)), draw_ids()
+    nats = next_token_loss(model, ids[:, :-1], ids[:, 1:], method) / ids[:, 1:].numel()
+    assert nats.item() == pytest.approx(torch.tensor(97.0).log().item(), abs=0.01)
