@@ -73,13 +73,12 @@ def _nats_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of some positions, and its gradient by their logits, in their precision."""
     ids_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
-    capped_NV = soft_cap(logits_NV.float(), softcap)
-    scores_NV = torch.where(ids_V < vocab_size, capped_NV, -torch.inf)
+    scores_NV = torch.where(ids_V < vocab_size, soft_cap(logits_NV.float(), softcap), -torch.inf)
     total_N1 = scores_NV.logsumexp(dim=1, keepdim=True)
     nats = (total_N1 - scores_NV.gather(1, targets_N[:, None])).sum()
     gradient_NV = (scores_NV - total_N1).exp() - (ids_V == targets_N[:, None]).float()
     if softcap is not None:
-        gradient_NV = gradient_NV * (1 - (capped_NV / softcap).square())  # of the tanh
+        gradient_NV *= 1 - (logits_NV.float() / softcap).tanh().square()
     return nats, gradient_NV.to(logits_NV.dtype)
 
 

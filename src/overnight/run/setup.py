@@ -110,7 +110,11 @@ def resolve_on(
     resolved = resolve(recipe, model, dataset.describe(), compute, resources_of(world))
     compute = resolved.compute
     reasons = unsupported_reasons(
-        compute.sharding, compute.precision, world, deterministic=compute.deterministic_reduce
+        compute.sharding,
+        compute.precision,
+        world,
+        deterministic=compute.deterministic_reduce,
+        optimizer=recipe.optimizer.optimizer,
     )
     raise_problems(reasons, f"recipe {recipe.run_name}")
     require_memory(resolved, world)
@@ -140,7 +144,8 @@ def build_state(resolved: Resolved, weights: Weights, world: World) -> TrainStat
     """Model and optimizer at step 0, sharded as decided."""
     compute = resolved.compute
     model = build_sharded_model(resolved.model, weights, world, compute.sharding)
-    optimizer = build_sharded_optimizer(model, resolved.recipe.optimizer, world, compute.sharding)
+    deterministic, config = compute.deterministic_reduce, resolved.recipe.optimizer
+    optimizer = build_sharded_optimizer(model, config, world, compute.sharding, deterministic=deterministic)
     return TrainState(model, optimizer, scaler=build_scaler(compute.device, compute.precision))
 
 

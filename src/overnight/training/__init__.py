@@ -11,6 +11,15 @@ from overnight.model import ActivationCheckpointing, LossMethod
 Sharding = Literal["none", "zero1", "fsdp", "hsdp"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Attention = Literal["fused", "blocks", "math"]
+# Muon's, as the record of 2024-10-10 of modded-nanogpt and its successors; the warm-up is of 2024-11-06.
+MATRIX_LEARNING_RATE, MOMENTUM, MOMENTUM_STEPS = 0.02, 0.95, 300
+LEARNING_RATES = (
+    *("matrix_learning_rate", "embedding_learning_rate", "head_learning_rate", "scalar_learning_rate"),
+)
+OF_MUON = (
+    *("momentum", "momentum_warmup_steps", "matrix_weight_decay", "row_normalization"),
+    "cautious_weight_decay",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +73,10 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW's settings; the defaults are the GPT-3 paper's, appendix B."""
+    """The optimizer's settings; AdamW's defaults are the GPT-3 paper's, appendix B."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: all weights (GPT-2); muon: orthogonal updates of the blocks' matrices, AdamW for the rest."""
     peak_learning_rate: float = 6e-4
     """Learning rate after warm-up. GPT-3 paper, table 2.1, for 125M; GPT-2's was never published."""
     weight_decay: float = 0.1
@@ -78,18 +89,61 @@ class OptimizerConfig:
     """Added to the denominator."""
     max_grad_norm: float | None = 1.0
     """Largest norm of all gradients together, by scaling them down; None: no clipping."""
+    matrix_learning_rate: float | None = None
+    """Muon's peak learning rate, of the blocks' matrices; 0.02 if left out. With muon, peak_learning_rate is
+    that of all other weights."""
+    embedding_learning_rate: float | None = None
+    """With muon, of the embeddings instead of peak_learning_rate."""
+    head_learning_rate: float | None = None
+    """With muon, of an output layer of its own instead of peak_learning_rate."""
+    scalar_learning_rate: float | None = None
+    """With muon, of gains, biases and gates instead of peak_learning_rate."""
+    momentum: float | None = None
+    """Muon's momentum; 0.95 if left out."""
+    momentum_warmup_steps: int | None = None
+    """Steps over which Muon's momentum rises from 0.85; 300 if left out."""
+    matrix_weight_decay: float | None = None
+    """Decay of Muon's matrices, per step and unit of learning rate; none if left out."""
+    row_normalization: bool = False
+    """With muon, give all rows of an update the same size (NorMuon)."""
+    cautious_weight_decay: bool = False
+    """With muon, decay only weights that the update makes smaller."""
+
+    @property
+    def matrix_rate(self) -> float:
+        """Peak learning rate of Muon's matrices."""
+        return MATRIX_LEARNING_RATE if self.matrix_learning_rate is None else self.matrix_learning_rate
+
+    @property
+    def full_momentum(self) -> float:
+        """Muon's momentum after its warm-up."""
+        return MOMENTUM if self.momentum is None else self.momentum
+
+    @property
+    def momentum_steps(self) -> int:
+        """Steps of the warm-up of Muon's momentum."""
+        return MOMENTUM_STEPS if self.momentum_warmup_steps is None else self.momentum_warmup_steps
 
     def problems(self) -> list[str]:
         """Invalid values, one sentence each; [] if there are none."""
         found = []
-        for name in ("peak_learning_rate", "epsilon"):
-            if not 0 < getattr(self, name) < math.inf:
-                found.append(f"{name}={getattr(self, name)} must be greater than 0, and finite")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
-        if not 0 <= self.weight_decay < math.inf:
-            found.append(f"weight_decay={self.weight_decay} must be at least 0, and finite")
+        for name in ("peak_learning_rate", "epsilon", *LEARNING_RATES):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                found.append(f"{name}={value} must be greater than 0, and finite")
+        for name in ("beta1", "beta2", "momentum"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                found.append(f"{name}={value} must be at least 0 and less than 1")
+        for name in ("weight_decay", "matrix_weight_decay"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+                found.append(f"{name}={value} must be at least 0, and finite")
+        if self.momentum_warmup_steps is not None and self.momentum_warmup_steps < 1:
+            found.append(f"momentum_warmup_steps={self.momentum_warmup_steps} must be at least 1")
+        if self.optimizer != "muon":
+            found += [
+                f"{name}={value} needs optimizer=muon"
+                for name in (*LEARNING_RATES, *OF_MUON)
+                if (value := getattr(self, name)) not in {None, False}
+            ]
         if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
             found.append(f"max_grad_norm={self.max_grad_norm} must be greater than 0, or left out")
         return found

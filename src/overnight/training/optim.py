@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from overnight.training import OptimizerConfig
+from overnight.training.muon import Muon, needs_groups, parameter_groups
 
 
 def build_optimizer(
@@ -19,25 +20,26 @@ def build_optimizer(
     *,
     fused: bool | None = None,
     names: Container[str] | None = None,
-) -> AdamW:
+    stacked: bool = True,
+) -> AdamW | Muon:
     """AdamW over `model`, with weight decay for matrices and embeddings, not for biases and layer norms.
 
     `fused` computes each parameter in one pass instead of a dozen; None: wherever torch supports it. With
-    `names`, only these parameters are updated.
+    `names`, only these parameters are updated. Other rules than AdamW's are in `muon`, and so is `stacked`.
     """
-    owned = [parameter for name, parameter in model.named_parameters() if names is None or name in names]
-    matrices = [parameter for parameter in owned if parameter.dim() >= 2]
-    vectors = [parameter for parameter in owned if parameter.dim() < 2]
+    owned = {name: each for name, each in model.named_parameters() if names is None or name in names}
+    if needs_groups(owned, config):
+        return Muon(parameter_groups(model, owned, config), config, stacked=stacked)
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [each for each in owned.values() if each.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [each for each in owned.values() if each.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         groups,
         lr=config.peak_learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
-        fused=all(each.device.type in {"cpu", "cuda"} for each in owned) if fused is None else fused,
+        fused=all(each.device.type in {"cpu", "cuda"} for each in owned.values()) if fused is None else fused,
     )
 
 
@@ -57,24 +59,24 @@ def clip_gradients(parameters: Sequence[Tensor], max_grad_norm: float | None) ->
     return grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm  # of FSDP's shards
 
 
-def step_if(optimizer: AdamW, scaler: GradScaler, is_sound: Tensor, learning_rate: float) -> None:
+def step_if(optimizer: AdamW | Muon, scaler: GradScaler, is_sound: Tensor, learning_rate: float) -> None:
     """Update the parameters if the boolean scalar `is_sound` is true; otherwise change nothing.
 
     With loss scaling, the scaler decides instead, and lowers its scale. Does not wait for the device if
     the optimizer is fused.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("rate_factor", 1.0)
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
     elif optimizer.defaults["fused"]:
         # torch's fused AdamW skips its update where `found_inf` is 1: the gradient scaler's own way. To
         # multiply the update by 0 instead would keep what is not finite.
-        optimizer.found_inf = (~is_sound).float()  # type: ignore[attr-defined]
+        optimizer.found_inf = (~is_sound).float()  # type: ignore[union-attr]
         try:
             optimizer.step()
         finally:
-            del optimizer.found_inf  # type: ignore[attr-defined]
+            del optimizer.found_inf  # type: ignore[union-attr]
     elif is_sound:
         optimizer.step()

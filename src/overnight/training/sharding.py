@@ -22,6 +22,7 @@ from overnight.distributed.world import World
 from overnight.model.gpt import GPT, empty_model
 from overnight.model.model_config import ModelConfig, weight_shapes
 from overnight.training import OptimizerConfig, Precision, Sharding
+from overnight.training.muon import Muon
 from overnight.training.optim import build_optimizer
 from overnight.training.state import set_weights
 
@@ -197,12 +198,14 @@ def _shard(model: GPT, world: World, sharding: Sharding) -> None:
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no sum that divides
 
 
-def build_sharded_optimizer(model: GPT, config: OptimizerConfig, world: World, sharding: Sharding) -> AdamW:
-    """AdamW over the parameters that this process updates."""
+def build_sharded_optimizer(
+    model: GPT, config: OptimizerConfig, world: World, sharding: Sharding, *, deterministic: bool = False
+) -> AdamW | Muon:
+    """The optimizer of the parameters that this process updates."""
     names = None
     if sharding == "zero1":
         names = {name for name, owner in parameter_owners(model, world).items() if owner == world.rank}
-    return build_optimizer(model, config, names=names)
+    return build_optimizer(model, config, names=names, stacked=not deterministic)
 
 
 def parameter_owners(model: GPT, world: World) -> dict[str, int]:
@@ -231,10 +234,17 @@ def gather_model(model: GPT, world: World) -> GPT | None:
 
 
 def unsupported_reasons(
-    sharding: Sharding, precision: Precision, world: World, *, deterministic: bool
+    sharding: Sharding, precision: Precision, world: World, *, deterministic: bool, optimizer: str = "adamw"
 ) -> Sequence[str]:
     """Unsupported combinations, one sentence each; [] if there are none."""
     found = []
+    if optimizer == "muon" and sharding in FULLY_SHARDED:
+        found.append(
+            f"optimizer=muon updates whole matrices, and sharding={sharding} divides their rows: choose "
+            "sharding none or zero1"
+        )
+    if optimizer == "muon" and precision == "fp16":
+        found.append("optimizer=muon can't be used with precision=fp16, whose gradients are scaled: use bf16")
     if sharding != "none" and not world.is_distributed:
         found.append(f"sharding={sharding} needs processes started together: give --processes 1 or more")
     if precision == "fp16" and sharding != "none":

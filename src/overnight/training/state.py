@@ -14,6 +14,7 @@ from torch.optim import AdamW
 
 from overnight.model.gpt import GPT
 from overnight.training.guard import Guard
+from overnight.training.muon import Muon
 from overnight.training.optim import build_scaler
 
 
@@ -62,7 +63,7 @@ class TrainState:
     """The state of a run after a step."""
 
     model: GPT
-    optimizer: AdamW
+    optimizer: AdamW | Muon
     step: int = 0
     """Finished optimizer steps."""
     guard: Guard = field(default_factory=Guard)

@@ -104,7 +104,8 @@ def test_every_parameter_gets_a_gradient_and_heads_agree(switches):
         nats.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
-        assert gradient.isfinite().all() and gradient.any(), name
+        assert gradient.isfinite().all(), name
+        assert gradient.any(), name
         torch.testing.assert_close(
             gradient, gradients[1][name], rtol=1e-4, atol=1e-5 * float(gradient.abs().max())
         )

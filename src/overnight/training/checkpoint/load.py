@@ -16,7 +16,6 @@ from overnight.model.model_config import ModelConfig, weight_shapes
 from overnight.terminal import echo
 from overnight.training.checkpoint.format import (
     FORMAT,
-    MOMENTS,
     READABLE,
     TensorFiles,
     file_digest,
@@ -127,18 +126,21 @@ def restore(state: TrainState, opened: VerifiedCheckpoint) -> None:
     about = opened.about
     _read_weights(state.model, opened)
     moments = _open_files(opened, "optimizer")
+    shapes = moments.shapes
     is_fused = state.optimizer.param_groups[0]["fused"]
     updated = {parameter for group in state.optimizer.param_groups for parameter in group["params"]}
     for name, parameter in state.model.named_parameters():
-        if f"{name}.{MOMENTS[0]}" not in moments.shapes or parameter not in updated:
+        saved = [each for each in shapes if each.rpartition(".")[0] == name]
+        if not saved or parameter not in updated:
             continue  # saved before the first step, without moments; or updated by another process
         # Fused AdamW keeps its count of updates on the parameter's device, other kinds on the CPU.
         updates = torch.tensor(float(about["updates"]), device=parameter.device if is_fused else "cpu")
         restored = {"step": updates}
-        for moment in MOMENTS:
-            restored[moment] = torch.zeros_like(parameter)
-            rows, first = local_shard(restored[moment])
-            moments.read(f"{name}.{moment}", rows, first)
+        for moment in saved:
+            like = parameter if shapes[moment][-1] == parameter.shape[-1] else parameter[..., :1]
+            tensor = restored[moment.rpartition(".")[2]] = torch.zeros_like(like)
+            rows, first = local_shard(tensor)
+            moments.read(moment, rows, first)
         state.optimizer.state[parameter] = restored
     if about["loss_scale"]:
         state.scaler.load_state_dict(about["loss_scale"])
@@ -161,7 +163,10 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], opened: VerifiedCheck
     shapes = _open_files(opened, "model").shapes
     wrong = [name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name)]
     moments = _open_files(opened, "optimizer").shapes
-    wrong += [name for name, shape in moments.items() if shape != expected.get(name.rpartition(".")[0])]
+    for name, shape in moments.items():
+        weight = expected.get(name.rpartition(".")[0], ())
+        if shape != weight and (not name.endswith(".row_square") or shape != (*weight[:-1], 1)):
+            wrong.append(name)
     if wrong:
         raise ValueError(
             f"the weights of {opened.path} do not fit the model: {', '.join(sorted(wrong))}; give its sizes"

@@ -22,7 +22,6 @@ from overnight.terminal import echo
 from overnight.training.checkpoint.format import (
     FORMAT,
     KINDS,
-    MOMENTS,
     checkpoint_name,
     file_digest,
     file_names,
@@ -135,9 +134,9 @@ def _copy(tensors: Mapping[str, Tensor], length: int) -> dict[str, TensorShard]:
 
 
 def _moments(state: TrainState, name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's moments of a parameter; {} before the first step."""
-    found = state.optimizer.state.get(parameter)
-    return {f"{name}.{moment}": found[moment] for moment in MOMENTS} if found else {}
+    """The optimizer's moments of a parameter; {} before the first step."""
+    found = state.optimizer.state.get(parameter) or {}
+    return {f"{name}.{moment}": tensor for moment, tensor in found.items() if moment != "step"}
 
 
 # ---------------------------------------------------------------- asynchronous checkpoints
