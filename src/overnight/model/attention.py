@@ -9,7 +9,6 @@ of keys and values, R channels of the latent vector, P rotated channels of a hea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +17,8 @@ from torch import Tensor, nn
 from overnight.model.inputs import BlockInputs
 from overnight.model.kernels import CausalKernel, DocumentKernel, Visible, attend
 from overnight.model.model_config import VALUE_GATE_CHANNELS, ModelConfig
-from overnight.model.norms import build_norm, rms_norm, zero_embedding
+from overnight.model.norms import build_norm, rms_norm, unchanged, zero_embedding
 from overnight.model.positions import rotate
-
-
-def unchanged(x: Tensor, *_others: Any) -> Tensor:
-    """The part that is switched off."""
-    return x
 
 
 class HeadMixing(nn.Module):

@@ -24,7 +24,7 @@ from overnight.model.initialization import STANDARD_DEVIATION, adapt_weight, dra
 from overnight.model.inputs import BlockInputs, Cache
 from overnight.model.kernels import CausalKernel, DocumentKernel, Documents, Visible, attend
 from overnight.model.model_config import PADDED, VOCABULARY_MULTIPLE, ModelConfig, round_up, weight_shapes
-from overnight.model.norms import build_norm, soft_cap, zero_embedding
+from overnight.model.norms import EmbeddingShortcut, build_norm, soft_cap, unchanged, zero_embedding
 from overnight.model.positions import LearnedPositions, RotaryPositions
 
 
@@ -78,6 +78,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.shortcut = EmbeddingShortcut() if config.embedding_shortcut else unchanged
         self.ln_1 = build_norm(config, config.n_embd)
         self.attn = _build_attention(config, layer)
         self.ln_2 = build_norm(config, config.n_embd)
@@ -85,21 +86,9 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, inputs: BlockInputs) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
+        x_BTC = self.shortcut(x_BTC, inputs.embedding_BTC)
         x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), inputs)
         return x_BTC + self.mlp(self.ln_2(x_BTC))  # type: ignore[no-any-return]  # as in GPT.trunk
-
-
-class ShortcutBlock(Block):
-    """Reads a learned mix of the residual stream and the embedding (modded-nanogpt, 2024-11-06)."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer)
-        self.stream_gain, self.embedding_gain = (nn.Parameter(torch.zeros(1)) for _ in range(2))
-
-    def forward(self, x_BTC: Tensor, inputs: BlockInputs) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        assert inputs.embedding_BTC is not None, "GPT.trunk gives it"
-        return super().forward(self.stream_gain * x_BTC + self.embedding_gain * inputs.embedding_BTC, inputs)
 
 
 def _build_attention(config: ModelConfig, layer: int) -> nn.Module:
@@ -139,8 +128,7 @@ class GPT(nn.Module):
         self.wpe = LearnedPositions(config) if config.positions == "learned" else RotaryPositions(config)
         no_gains = replace(config, norm_gains=False)
         self.ln_e = build_norm(no_gains, config.n_embd) if config.embedding_norm else nn.Identity()
-        block = ShortcutBlock if config.embedding_shortcut else Block
-        self.h = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = build_norm(config, config.n_embd)
         self.lm_head = self.wte if config.tied_head else zero_embedding(padded, config.n_embd)
         if not self.wte.weight.is_meta:

@@ -28,9 +28,8 @@ def head_loss(
     hidden_BTC: Tensor,
     weight_VC: Tensor,
     targets_BT: Tensor,
-    *,
-    vocab_size: int,
     method: LossMethod,
+    vocab_size: int,
     softcap: float | None = None,
 ) -> Tensor:
     """Negative log-likelihood of all targets given the hidden states, summed: a float32 scalar in nats.
@@ -62,11 +61,5 @@ def next_token_loss(
     """
     documents = None if document_separator is None else find_documents(ids_BT, document_separator)
     hidden_BTC = model.trunk(ids_BT, documents=documents)
-    return head_loss(
-        hidden_BTC,
-        model.lm_head.weight,
-        targets_BT,
-        vocab_size=model.vocab_size,
-        method=method,
-        softcap=model.config.logit_softcap,
-    )
+    sizes = model.vocab_size, model.config.logit_softcap
+    return head_loss(hidden_BTC, model.lm_head.weight, targets_BT, method, *sizes)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from overnight.model import ActivationCheckpointing
 
-MOST_PARAMETERS = 10**13  # fifty times the largest GPT-3: more is taken for a typing error
+MOST_PARAMETERS = 10**13  # fifty times the largest GPT-3: more is a typing error
 VOCABULARY_MULTIPLE = 64  # 50,257 ids become 50,304 rows: whole tiles for matrix units
 WIDTH_MULTIPLE = 64  # widths that are no multiple of n_embd are rounded up to whole tiles
 EXPERTS_PER_TOKEN, BALANCE_RATE = 2, 1e-3
@@ -135,7 +135,7 @@ class ModelConfig:
         """Hidden channels of the feed-forward part, or of each expert."""
         if self.feed_forward_width is not None:
             return self.feed_forward_width
-        used = max(1, self.chosen_experts + (self.shared_experts or 0))
+        used = self.chosen_experts + (self.shared_experts or 0) or 1
         if self.activation == "swiglu":
             return round_up(-(-8 * self.n_embd // (3 * used)), WIDTH_MULTIPLE)
         return 4 * self.n_embd if used == 1 else round_up(-(-4 * self.n_embd // used), WIDTH_MULTIPLE)
@@ -189,13 +189,10 @@ class ModelConfig:
         """Contradictions between values that are valid by themselves."""
         if self.n_embd % self.n_head:
             return [f"n_embd={self.n_embd} does not divide among n_head={self.n_head} heads"]
-        found = [*self._misfits_of_positions(), *self._misfits_of_attention(), *self._misfits_of_experts()]
-        if found:
+        if found := self._misfits_of_positions() + self._misfits_of_attention() + self._misfits_of_experts():
             return found
-        one, two = (
-            sum(map(math.prod, weight_sizes(replace(self, n_layer=layers), self.vocab_size or 1).values()))
-            for layers in (1, 2)
-        )
+        few = (weight_sizes(replace(self, n_layer=layers), self.vocab_size or 1) for layers in (1, 2))
+        one, two = (sum(map(math.prod, shapes.values())) for shapes in few)
         count = one + (self.n_layer - 1) * (two - one)  # a list of 10^12 layers would fill the memory
         if count > MOST_PARAMETERS:
             return [f"these sizes make {count:,} parameters, and the most is {MOST_PARAMETERS:,}"]
@@ -221,10 +218,9 @@ class ModelConfig:
             found.append("rotary_scaling=yarn needs trained_context_length, the context of its training")
         if self.rotary_scaling == "none" and self.trained_context_length is not None:
             found.append(f"trained_context_length={self.trained_context_length} needs rotary_scaling=yarn")
-        if self.trained_context_length is not None and self.trained_context_length > self.context_length:
+        if (trained := self.trained_context_length) is not None and trained > self.context_length:
             found.append(
-                f"trained_context_length={self.trained_context_length} is longer than "
-                f"context_length={self.context_length}, which yarn extends it to"
+                f"trained_context_length={trained} is more than context_length={self.context_length}"
             )
         return found
 
@@ -248,17 +244,13 @@ class ModelConfig:
             if is_set
         ]
         if self.rotary_channels >= self.head_channels:
-            found.append(
-                f"latent_rotary_channels={self.rotary_channels} leaves no channel of a head of "
-                f"{self.head_channels} for the content: give fewer"
-            )
+            found.append(f"latent_rotary_channels={self.rotary_channels} must be less than n_embd / n_head")
         return found
 
     def _misfits_of_experts(self) -> list[str]:
-        if self.n_expert and self.chosen_experts > self.n_expert:
-            return [f"experts_per_token={self.chosen_experts} is more than n_expert={self.n_expert}"]
         if self.n_expert:
-            return []
+            wrong = f"experts_per_token={self.chosen_experts} is more than n_expert={self.n_expert}"
+            return [wrong] * (self.chosen_experts > self.n_expert)
         return [
             f"{name}={value} needs n_expert"
             for name in ("experts_per_token", "shared_experts", "balance_rate")
@@ -292,7 +284,7 @@ class ModelConfig:
         in_blocks = matrices - self.vocabulary * self.n_embd
         attention = self.n_layer * self.n_embd * self.context_length  # one product, 2 T C, over half of T
         executed = 6 * (in_blocks + self.padded_vocab_size() * self.n_embd) + 7 * attention
-        used = max(1, self.chosen_experts + (self.shared_experts or 0))
+        used = self.chosen_experts + (self.shared_experts or 0) or 1
         last = self.n_layer * self.n_embd * self.hidden_width * used
         again = 2 * (in_blocks - last) + 2 * attention
         return executed + (again if activation_checkpointing == "block" else 0)
@@ -313,7 +305,7 @@ VALUE_GATE_CHANNELS = 12  # of the residual stream, which decide how much of a v
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """The shape of every weight by name, as it is saved; allocates nothing."""
+    """The shape of every weight by name, as it is saved."""
     return weight_sizes(config, config.vocabulary)
 
 
@@ -334,7 +326,8 @@ def weight_sizes(config: ModelConfig, vocabulary: int) -> dict[str, Shape]:
         found["wpe.weight"] = (config.context_length, C)
     for layer in range(config.n_layer):
         if config.embedding_shortcut:
-            found[f"h.{layer}.stream_gain"] = found[f"h.{layer}.embedding_gain"] = (1,)
+            names = (f"h.{layer}.shortcut.{gain}_gain" for gain in ("stream", "embedding"))
+            found |= dict.fromkeys(names, (1,))
         parts = (
             *(("ln_1", _norm_sizes(config, C)), ("attn", _attention_sizes(config, layer, vocabulary))),
             *(("ln_2", _norm_sizes(config, C)), ("mlp", _feed_forward_sizes(config))),

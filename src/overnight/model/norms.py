@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, with or without gains and biases; embeddings; a bound on logits."""
+"""Small parts: LayerNorm and RMSNorm, the embedding and its shortcut, a bound on logits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from overnight.model.model_config import ModelConfig
 RMS_EPSILON = 1e-6  # added to the mean of squares, as Transformers does
 
 
+def unchanged(x: Tensor, *_others: object) -> Tensor:
+    """The part that is switched off."""
+    return x
+
+
 def build_norm(config: ModelConfig, channels: int) -> nn.Module:
     """The normalization of `config` for vectors of `channels`."""
     if config.normalization == "rms":
@@ -21,6 +26,18 @@ def build_norm(config: ModelConfig, channels: int) -> nn.Module:
 def rms_norm(x: Tensor, *_others: object) -> Tensor:
     """`x` divided by the root of the mean of its squares over the last dimension, float32."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=RMS_EPSILON)
+
+
+class EmbeddingShortcut(nn.Module):
+    """A block reads a learned mix of the residual stream and the embedding (modded-nanogpt, 2024-11-06)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream_gain, self.embedding_gain = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+
+    def forward(self, x_BTC: Tensor, embedding_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.stream_gain * x_BTC + self.embedding_gain * embedding_BTC
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:

@@ -108,14 +108,7 @@ def resolve_on(
     """`resolve` for the processes of `world`. Raises ValueError for what they can't do or hold."""
     compute = resolve_compute(recipe.compute, world.device)
     resolved = resolve(recipe, model, dataset.describe(), compute, resources_of(world))
-    compute = resolved.compute
-    reasons = unsupported_reasons(
-        compute.sharding,
-        compute.precision,
-        world,
-        deterministic=compute.deterministic_reduce,
-        optimizer=recipe.optimizer.optimizer,
-    )
+    reasons = unsupported_reasons(resolved.compute, recipe.optimizer.optimizer, world)
     raise_problems(reasons, f"recipe {recipe.run_name}")
     require_memory(resolved, world)
     return resolved
@@ -144,8 +137,7 @@ def build_state(resolved: Resolved, weights: Weights, world: World) -> TrainStat
     """Model and optimizer at step 0, sharded as decided."""
     compute = resolved.compute
     model = build_sharded_model(resolved.model, weights, world, compute.sharding)
-    deterministic, config = compute.deterministic_reduce, resolved.recipe.optimizer
-    optimizer = build_sharded_optimizer(model, config, world, compute.sharding, deterministic=deterministic)
+    optimizer = build_sharded_optimizer(model, resolved.recipe.optimizer, world, compute)
     return TrainState(model, optimizer, scaler=build_scaler(compute.device, compute.precision))
 
 

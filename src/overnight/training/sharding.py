@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from overnight.distributed.world import World
 from overnight.model.gpt import GPT, empty_model
 from overnight.model.model_config import ModelConfig, weight_shapes
-from overnight.training import OptimizerConfig, Precision, Sharding
+from overnight.training import Compute, OptimizerConfig, Sharding
 from overnight.training.muon import Muon
 from overnight.training.optim import build_optimizer
 from overnight.training.state import set_weights
@@ -199,13 +199,13 @@ def _shard(model: GPT, world: World, sharding: Sharding) -> None:
 
 
 def build_sharded_optimizer(
-    model: GPT, config: OptimizerConfig, world: World, sharding: Sharding, *, deterministic: bool = False
+    model: GPT, config: OptimizerConfig, world: World, compute: Compute
 ) -> AdamW | Muon:
     """The optimizer of the parameters that this process updates."""
     names = None
-    if sharding == "zero1":
+    if compute.sharding == "zero1":
         names = {name for name, owner in parameter_owners(model, world).items() if owner == world.rank}
-    return build_optimizer(model, config, names=names, stacked=not deterministic)
+    return build_optimizer(model, config, names=names, stacked=not compute.deterministic_reduce)
 
 
 def parameter_owners(model: GPT, world: World) -> dict[str, int]:
@@ -233,10 +233,9 @@ def gather_model(model: GPT, world: World) -> GPT | None:
     return whole.to(world.device).eval() if whole is not None else None
 
 
-def unsupported_reasons(
-    sharding: Sharding, precision: Precision, world: World, *, deterministic: bool, optimizer: str = "adamw"
-) -> Sequence[str]:
+def unsupported_reasons(compute: Compute, optimizer: str, world: World) -> Sequence[str]:
     """Unsupported combinations, one sentence each; [] if there are none."""
+    sharding, precision, deterministic = compute.sharding, compute.precision, compute.deterministic_reduce
     found = []
     if optimizer == "muon" and sharding in FULLY_SHARDED:
         found.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.model.gpt import GPT, init_weights
 from overnight.model.model_config import ModelConfig, parameter_shapes
 from overnight.model.presets import PRESETS
-from overnight.training import OptimizerConfig
+from overnight.training import Compute, OptimizerConfig
 from overnight.training.sharding import (
     FSDP,
     GradientTree,
@@ -33,6 +33,7 @@ from overnight.training.sharding import (
 )
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=8, vocab_size=50)
+COMPUTE = Compute(device="cpu", precision="fp32", compile=False, attention="fused", loss="full")
 SHAPES = [(3, 4), (5,)]
 Leaf = list[Tensor]
 """A micro-batch's gradients and its nats."""
@@ -183,8 +184,9 @@ def test_model_is_built_of_all_given_weights():
 
 def updated_by(model: GPT, size: int, rank: int, sharding: Any) -> list[int]:
     """The addresses of the parameters that a process updates."""
+    compute = replace(COMPUTE, sharding=sharding)
     matrices, vectors = build_sharded_optimizer(
-        model, OptimizerConfig(), one_of(size, rank), sharding
+        model, OptimizerConfig(), one_of(size, rank), compute
     ).param_groups
     assert all(parameter.dim() >= 2 for parameter in matrices["params"])
     assert matrices["weight_decay"] > vectors["weight_decay"] == 0
@@ -220,7 +222,25 @@ def test_zero1_updates_every_parameter_in_exactly_one_process(size):
     ],
 )
 def test_unsupported_combination_is_named(sharding, precision, world, deterministic, named):
-    found = unsupported_reasons(sharding, precision, world, deterministic=deterministic)
+    compute = replace(COMPUTE, sharding=sharding, precision=precision, deterministic_reduce=deterministic)
+    found = unsupported_reasons(compute, "adamw", world)
+    assert len(found) == (named is not None)
+    assert named is None or named in found[0]
+
+
+@pytest.mark.parametrize(
+    ("sharding", "precision", "named"),
+    [
+        ("none", "fp32", None),
+        ("zero1", "bf16", None),
+        ("fsdp", "bf16", "sharding=fsdp"),
+        ("hsdp", "bf16", "sharding=hsdp"),
+        ("none", "fp16", "precision=fp16"),
+    ],
+)
+def test_muon_needs_whole_matrices_and_unscaled_gradients(sharding, precision, named):
+    compute = replace(COMPUTE, sharding=sharding, precision=precision)
+    found = unsupported_reasons(compute, "muon", one_of(4))
     assert len(found) == (named is not None)
     assert named is None or named in found[0]
 
