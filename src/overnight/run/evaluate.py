@@ -148,7 +148,7 @@ def describe_weights(model: GPT, world: World) -> dict[str, float]:
     """The mean gain of all layer norms and the residual ratio, which show mistakes that the loss hides.
 
     The ratio is the standard deviation of the weights that write into the residual stream over that of
-    c_fc's: 1 / sqrt(2 n_layer) at initialisation. All processes must call it: each adds up its own shards.
+    c_fc's: 1 / sqrt(2 n_layer) at initialisation. A model without gains or such weights has no mean. All processes must call it: each adds up its own shards.
     """
     kinds = (NORM_GAINS, INTO_RESIDUAL, BESIDE_RESIDUAL)
     sums = torch.zeros(len(kinds), 3, device=model.wte.weight.device)
@@ -159,8 +159,11 @@ def describe_weights(model: GPT, world: World) -> dict[str, float]:
                 sums[kind] += torch.stack([sums.new_tensor(rows.numel()), rows.sum(), rows.square().sum()])
     world.all_reduce([sums])
     gains, into, beside = sums.cpu().tolist()
-    ratio = _deviation(into) / (_deviation(beside) or math.nan)  # 0 where every weight is infinite
-    return {"norm_gain": gains[1] / gains[0], "residual_ratio": ratio}
+    found = {"norm_gain": gains[1] / gains[0]} if gains[0] else {}
+    if beside[0]:
+        # 0 where every weight is infinite.
+        found["residual_ratio"] = _deviation(into) / (_deviation(beside) or math.nan)
+    return found
 
 
 def _deviation(sums: list[float]) -> float:
