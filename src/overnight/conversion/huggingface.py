@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, equal
 
-from overnight.model.gpt import GPT, empty_model
+from overnight.model.gpt import GPT, empty_model, gpt2_sizes
 from overnight.model.model_config import ModelConfig
 from overnight.run_directory import apply_umask, flush_folder, flush_to_disk, write_atomically
 from overnight.terminal import echo
@@ -84,6 +84,8 @@ def write_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
     Raises ValueError if the folder already exists.
     """
+    if switched := changed_fields(model.config, gpt2_sizes(model.config)):
+        raise ValueError(f"Hugging Face's GPT-2 does not have {', '.join(switched)}")
     if folder.exists():
         raise ValueError(f"{folder} already exists; remove it, or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +107,12 @@ def write_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         write_atomically(staging / "config.json", json.dumps(config, indent=2) + "\n")
         staging.rename(folder)
     flush_folder(folder.parent)
+
+
+def changed_fields(config: ModelConfig, other: ModelConfig) -> list[str]:
+    """The fields in which a configuration differs from another one, as name=value."""
+    before = vars(other)
+    return [f"{name}={value}" for name, value in vars(config).items() if value != before[name]]
 
 
 def _huggingface_config(config: ModelConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -157,21 +158,33 @@ def step_batch(run: RunSetup) -> Batch:
     return run.training.data.batch(first, rows * plan.micro_batches(step))
 
 
+def _shrink_model(sizes: ModelConfig) -> ModelConfig:
+    """The same switches in at most 2 layers and 128 channels; heads keep their channels."""
+    heads = max(1, min(sizes.n_head, CHANNELS // sizes.head_channels))
+    context, channels = min(sizes.context_length, CONTEXT), heads * sizes.head_channels
+    width, trained = sizes.feed_forward_width, sizes.trained_context_length
+    return dataclasses.replace(
+        sizes,
+        n_layer=min(sizes.n_layer, LAYERS),
+        n_head=heads,
+        n_embd=channels,
+        context_length=context,
+        vocab_size=None,
+        dropout=0.0,
+        n_kv_head=None if sizes.n_kv_head is None else math.gcd(heads, sizes.n_kv_head),
+        feed_forward_width=None if width is None else max(1, width * channels // sizes.n_embd),
+        trained_context_length=None if trained is None else max(1, trained * context // sizes.context_length),
+        short_window=None if sizes.short_window is None else min(sizes.short_window, context),
+        latent_rank=None if sizes.latent_rank is None else min(sizes.latent_rank, channels),
+    )
+
+
 def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World, text: str = "") -> TinyRun:
     """`recipe` with a model of at most 2 layers and 128 channels, on the shards in `folder`.
 
     `text` describes them if they are not the recipe's.
     """
-    channels = sizes.n_embd // sizes.n_head
-    heads = max(1, min(sizes.n_head, CHANNELS // channels))
-    model = ModelConfig(
-        n_layer=min(sizes.n_layer, LAYERS),
-        n_head=heads,
-        n_embd=heads * channels,
-        context_length=min(sizes.context_length, CONTEXT),
-        vocab_size=None,
-        dropout=0.0,
-    )
+    model = _shrink_model(sizes)
     small = Recipe(
         run_name=recipe.run_name,
         seed=recipe.seed,

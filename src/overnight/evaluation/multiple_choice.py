@@ -19,6 +19,7 @@ from torch import Tensor
 from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.evaluation.passages import Passage, batches_by_length, padded
 from overnight.model.gpt import GPT, eval_mode
+from overnight.model.norms import soft_cap
 from overnight.training.compute import autocast
 
 # As many tokens as a CPU's caches hold; small batches also need little padding.
@@ -192,8 +193,8 @@ def _target_nats(
     logsums = []
     logits_M = hidden_NC.new_zeros(len(targets_M), dtype=torch.float32)
     for first in range(0, model.vocab_size, ids_at_once):
-        weight = model.wte.weight[first : min(first + ids_at_once, model.vocab_size)]
-        logits_NV = F.linear(hidden_NC, weight).float()
+        weight = model.lm_head.weight[first : min(first + ids_at_once, model.vocab_size)]
+        logits_NV = soft_cap(F.linear(hidden_NC, weight).float(), model.config.logit_softcap)
         logsums.append(logits_NV.logsumexp(-1))
         ids_M = targets_M - first
         found_M = logits_NV[predicting_M, ids_M.clamp(0, len(weight) - 1)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from overnight.hardware import native_precision
 from overnight.model.gpt import GPT, eval_mode
+from overnight.model.norms import soft_cap
 
 GenerationPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 GPU_PRECISIONS: dict[str, tuple[GenerationPrecision, ...]] = {
@@ -51,6 +52,7 @@ TOLERANCE = {"fp16": 2e-3, "bf16": 1e-2, "int8": 5e-2}
 """Relative error of a matrix above which a precision does not hold it: four roundings of ordinary weights."""
 MARGIN = 16  # how much larger than the probe's a real text's activations may be
 PROBE_TOKENS = 16
+LOOKED_UP = ("wpe.weight", "value_embedding.table.weight")  # not multiplied, and so not converted
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ def unsuitable_reason(model: GPT, precision: GenerationPrecision) -> str | None:
     if precision == "fp32":
         return None
     for name, weight in model.weights().items():
-        if weight.dim() == 2 and name != "wpe.weight" and not _holds(weight, precision):
+        if weight.dim() == 2 and not name.endswith(LOOKED_UP) and not _holds(weight, precision):
             return f"{precision} can't represent {name}, whose largest value is {weight.abs().max():.3g}"
     if model.wte.weight.device.type == "cpu" or precision == "int8":  # activations stay in float32
         return None
@@ -116,10 +118,11 @@ def prepare_for_generation(model: GPT, precision: GenerationPrecision) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, _store(child.weight, child.bias, precision))
-    # GPT.head is a method, since its weight is the embedding's. Here it has a matrix of its own, so an
+    # GPT.head is a method, since its weight may be the embedding's. Here it has a matrix of its own, so an
     # attribute of this one model hides the method.
-    head = _store(model.wte.weight[: model.vocab_size], None, precision)
-    model.head = head.forward  # type: ignore[method-assign]
+    head = _store(model.lm_head.weight[: model.vocab_size], None, precision)
+    cap = model.config.logit_softcap
+    model.head = lambda hidden: soft_cap(head.forward(hidden), cap)  # type: ignore[method-assign]
 
 
 def _has_onednn() -> bool:
@@ -128,9 +131,9 @@ def _has_onednn() -> bool:
 
 def _convert_on_gpu(model: GPT, dtype: torch.dtype) -> None:
     """Convert all but the head to 16 bits: GPT-2's logits (-30 to -130) are too coarse in bfloat16."""
-    head = model.wte.weight.detach()[: model.vocab_size]
+    head, cap = model.lm_head.weight.detach()[: model.vocab_size], model.config.logit_softcap
     model.to(dtype)
-    model.head = lambda hidden: F.linear(hidden.float(), head)  # type: ignore[method-assign]
+    model.head = lambda hidden: soft_cap(F.linear(hidden.float(), head), cap)  # type: ignore[method-assign]
 
 
 def _store(weight: Tensor, bias: Tensor | None, precision: GenerationPrecision) -> nn.Module:

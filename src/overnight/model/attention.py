@@ -37,7 +37,7 @@ class HeadMixing(nn.Module):
     ) -> Tensor:
         """(B, H, T, D) -> the output of attention (B, T, C)."""
         dropout = self.dropout if self.training else 0.0
-        visible = Visible(mask, inputs.document_BT, self.window)
+        visible = Visible(mask, inputs.document_BT, self.window, inputs.positions)
         kernels = self.kernel, self.document_kernel
         mixed_BHTD = attend(q_BHTD, k_BHSD, v_BHSD, visible, kernels, dropout)
         mixed_BTC = mixed_BHTD.transpose(1, 2).flatten(2)

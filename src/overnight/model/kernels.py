@@ -46,7 +46,9 @@ class Visible(NamedTuple):
     document_ids: Tensor | None
     """Only keys of the same document, (B, T)."""
     window: int | None = None
-    """Only so many newest keys, the query's own included."""
+    """Only keys at so many newest positions, the query's own included."""
+    positions: Tensor | None = None
+    """Of the queries, (T,) or (B, T), where they are not their indices."""
 
 
 def attend(
@@ -58,7 +60,7 @@ def attend(
     dropout_p: float,
 ) -> Tensor:
     """Attention of T queries over the newest S keys that are visible: (B, H, T, D)."""
-    mask, document_BT, window = visible
+    mask, document_BT, window, _ = visible
     kernel, document_kernel = kernels
     assert mask is None or not torch.is_grad_enabled(), NO_MASKS_IN_TRAINING
     assert mask is None or document_BT is None, "a cache holds one document"
@@ -76,10 +78,14 @@ def attend_in_window(
     q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, visible: Visible, dropout_p: float
 ) -> Tensor:
     """Attention within a window, by a mask in the full square."""
-    mask, document_BT, window = visible
-    keys_S = torch.arange(k_BHSD.shape[2], device=q_BHTD.device)
-    distance_TS = keys_S[-q_BHTD.shape[2] :, None] - keys_S
-    seen = (distance_TS >= 0) & (distance_TS < (window or len(keys_S)))
+    mask, document_BT, window, positions = visible
+    T, S = q_BHTD.shape[2], k_BHSD.shape[2]
+    if positions is None or T < S:  # of cached keys the differences of positions are those of columns
+        positions = torch.arange(S, device=q_BHTD.device)
+    distance = positions[..., -T:, None] - positions[..., None, :]
+    seen = (distance >= 0) & (distance < (window or S))
+    if seen.dim() == 3:
+        seen = seen[:, None]
     if mask is not None:
         seen = seen & mask
     if document_BT is not None:

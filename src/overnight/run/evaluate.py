@@ -148,7 +148,8 @@ def describe_weights(model: GPT, world: World) -> dict[str, float]:
     """The mean gain of all layer norms and the residual ratio, which show mistakes that the loss hides.
 
     The ratio is the standard deviation of the weights that write into the residual stream over that of
-    c_fc's: 1 / sqrt(2 n_layer) at initialisation. A model without gains or such weights has no mean. All processes must call it: each adds up its own shards.
+    c_fc's: 1 / sqrt(2 n_layer) at initialisation. Neither is given
+    of a model without such weights. All processes must call it: each adds up its own shards.
     """
     kinds = (NORM_GAINS, INTO_RESIDUAL, BESIDE_RESIDUAL)
     sums = torch.zeros(len(kinds), 3, device=model.wte.weight.device)

@@ -5,10 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from overnight.conversion.huggingface import write_huggingface
+from overnight.evaluation.multiple_choice import Choice, evaluate_choices
 from overnight.generation.generate import KVCache
+from overnight.generation.quantize import prepare_for_generation
 from overnight.model.gpt import GPT, init_weights
 from overnight.model.loss import next_token_loss
 from overnight.model.model_config import ModelConfig, parameter_shapes, weight_shapes
+from overnight.tokenizer.characters import train_characters
 
 SIZES = ModelConfig(n_layer=3, n_head=4, n_embd=64, context_length=48, vocab_size=97)
 SWITCHES = {
@@ -109,6 +113,57 @@ def test_every_parameter_gets_a_gradient_and_heads_agree(switches):
         torch.testing.assert_close(
             gradient, gradients[1][name], rtol=1e-4, atol=1e-5 * float(gradient.abs().max())
         )
+
+
+@pytest.mark.parametrize("switches", ALL.values(), ids=ALL)
+def test_generation_and_endings_use_the_model_s_own_head(switches):
+    model, ids = build(**switches), draw_ids(1, 24)[0].tolist()
+    endings = tuple(map(tuple, (ids[16:], ids[18:], ids[16:19] + ids[:2])))
+    ((_, found),) = evaluate_choices(model, [Choice(tuple(ids[:16]), endings, (1, 1, 1), 0)])
+    with torch.inference_mode():
+        for ending, nats in zip(endings, found, strict=True):
+            whole = torch.tensor([ids[:16] + list(ending)])
+            expected = next_token_loss(model, whole[:, :-1], whole[:, 1:], "full")
+            expected -= next_token_loss(model, whole[:, :15], whole[:, 1:16], "full")
+            assert nats == pytest.approx(expected.item(), rel=1e-3), ending
+        logits = model(torch.tensor([ids]))
+        prepare_for_generation(model, "fp32")
+        torch.testing.assert_close(model(torch.tensor([ids])), logits, rtol=1e-3, atol=1e-3)
+
+
+def test_model_with_switches_is_not_written_as_gpt2(tmp_path):
+    with pytest.raises(ValueError, match="does not have positions=rotary, qk_norm=True"):
+        write_huggingface(build(positions="rotary", qk_norm=True), train_characters(["ab"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("switches", "words"),
+    [
+        ({"positions": "rotary", "n_head": 64}, ["rotates pairs of channels"]),
+        ({"rotary_scaling": "yarn"}, ["needs positions=rotary", "needs trained_context_length"]),
+        ({"positions": "rotary", "trained_context_length": 16}, ["needs rotary_scaling=yarn"]),
+        ({**SWITCHES["yarn"], "trained_context_length": 64}, ["is more than context_length=48"]),
+        ({"n_kv_head": 3}, ["does not divide among n_kv_head=3"]),
+        ({"short_window": 4}, ["needs a window_pattern with S"]),
+        ({"window_pattern": "SX"}, ["must be made of the letters S and L"]),
+        ({"latent_rank": 8}, ["needs positions=rotary"]),
+        ({"latent_rotary_channels": 4}, ["needs latent_rank"]),
+        ({**SWITCHES["latent"], "latent_rotary_channels": 16}, ["must be less than n_embd / n_head"]),
+        (
+            {**SWITCHES["latent"], "qk_norm": True, "n_kv_head": 2},
+            ["qk_norm has no meaning", "n_kv_head=2 has"],
+        ),
+        ({"n_expert": 4, "experts_per_token": 5}, ["experts_per_token=5 is more than n_expert=4"]),
+        ({"shared_experts": 1, "balance_rate": 0.1}, ["shared_experts=1 needs", "balance_rate=0.1 needs"]),
+        ({"n_expert": 1}, ["n_expert=1 must be at least 2"]),
+        ({"logit_softcap": 0.0, "rotary_base": -1.0}, ["rotary_base=-1.0", "logit_softcap=0.0"]),
+    ],
+)
+def test_switches_without_meaning_are_all_named(switches, words):
+    problems = replace(SIZES, **switches).problems()
+    assert len(problems) == len(words), problems
+    assert all(word in problem for word, problem in zip(words, problems, strict=True)), problems
 
 
 @pytest.mark.parametrize("method", ["full", "chunked"])
