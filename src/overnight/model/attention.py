@@ -131,7 +131,7 @@ class LatentAttention(HeadMixing):
         self.c_query = nn.Linear(config.n_embd, config.n_embd, bias=config.biases)
         self.c_latent = nn.Linear(config.n_embd, self.R + self.P, bias=config.biases)
         self.ln_latent = build_norm(config, self.R)
-        self.c_expand = nn.Linear(self.R, self.heads * (2 * self.D - self.P), bias=False)
+        self.c_expand = nn.Parameter(torch.zeros(self.heads * (2 * self.D - self.P), self.R))
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.biases)
 
     def forward(self, x_BTC: Tensor, inputs: BlockInputs) -> Tensor:
@@ -148,7 +148,9 @@ class LatentAttention(HeadMixing):
             key_B1SP, latent_B1SR, mask = inputs.cache.append(self.layer, key_B1SP, latent_B1SR)
             if x_BTC.shape[1] == 1:
                 return self._absorbed(q_BHTD[..., :content], q_BHTP, key_B1SP, latent_B1SR, mask)
-        expanded_BHSE = self.c_expand(latent_B1SR[:, 0]).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        expanded_BHSE = (
+            F.linear(latent_B1SR[:, 0], self.c_expand).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        )
         k_BHSN, v_BHSD = expanded_BHSE.split((content, self.D), dim=3)
         k_BHSD = torch.cat([k_BHSN, key_B1SP.expand(-1, self.heads, -1, -1).to(k_BHSN.dtype)], dim=3)
         q_BHTD = torch.cat([q_BHTD[..., :content], q_BHTP], dim=3)
@@ -158,7 +160,7 @@ class LatentAttention(HeadMixing):
         self, q_BHTN: Tensor, q_BHTP: Tensor, key_B1SP: Tensor, latent_B1SR: Tensor, mask: Tensor | None
     ) -> Tensor:
         """One query a row over the cached vectors themselves; (B, 1, C)."""
-        by_head_HER = self.c_expand.weight.view(self.heads, -1, self.R).to(q_BHTN.dtype)
+        by_head_HER = self.c_expand.view(self.heads, -1, self.R).to(q_BHTN.dtype)
         content = self.D - self.P
         to_key_HNR, to_value_HDR = by_head_HER[:, :content], by_head_HER[:, content:]
         q_BHTX = torch.cat([q_BHTN @ to_key_HNR, q_BHTP], dim=3)

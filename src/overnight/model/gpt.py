@@ -153,7 +153,7 @@ class GPT(nn.Module):
             positions = cache.positions(T)
         x_BTC, rotation = self.wpe(self.wte(ids_BT), positions)
         x_BTC = F.dropout(self.ln_e(x_BTC), self.config.dropout, self.training)
-        inputs = BlockInputs(ids_BT, cache, document_BT, positions, rotation, x_BTC)
+        inputs = BlockInputs(ids_BT, cache, document_BT, rotation, x_BTC, positions)
         for block in self.h:
             x_BTC = block(x_BTC, inputs)
         return self.ln_f(x_BTC)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped

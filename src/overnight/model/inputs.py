@@ -36,9 +36,9 @@ class BlockInputs(NamedTuple):
     """Adds earlier positions."""
     document_BT: Tensor | None = None  # noqa: N815
     """Masks other documents."""
-    positions: Tensor | None = None
-    """Of the ids, (T,) or (B, T); None: 0 to T - 1."""
     rotation: Rotation | None = None
     """Of rotary positions."""
     embedding_BTC: Tensor | None = None  # noqa: N815
     """The residual stream before the first block."""
+    positions: Tensor | None = None
+    """Of the ids, (T,) or (B, T); None: 0 to T - 1."""

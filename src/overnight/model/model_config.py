@@ -361,7 +361,7 @@ def _attention_sizes(config: ModelConfig, layer: int, vocabulary: int) -> Iterat
         yield from _linear_sizes(config, "c_query", C, C)
         yield from _linear_sizes(config, "c_latent", rank + rotated, C)
         yield from ((f"ln_latent.{name}", shape) for name, shape in _norm_sizes(config, rank))
-        yield "c_expand.weight", (config.n_head * (content + config.head_channels), rank)
+        yield "c_expand", (config.n_head * (content + config.head_channels), rank)
     else:
         yield from _linear_sizes(config, "c_attn", C + 2 * kv, C)
     yield from _linear_sizes(config, "c_proj", C, C)
@@ -380,9 +380,9 @@ def _feed_forward_sizes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     experts = config.n_expert + (config.shared_experts or 0)
     yield "c_fc", (experts, wide, C)
     yield "c_proj", (experts, C, F)
+    yield "router", (config.n_expert, C)
     if config.load_balance_rate:
         yield "balance", (config.n_expert,)
-    yield "router.weight", (config.n_expert, C)
 
 
 def _count_active(config: ModelConfig, *, only_matrices: bool = False) -> int:

@@ -209,7 +209,9 @@ def _costly_operations() -> list[Any]:
         aten._scaled_dot_product_flash_attention_for_cpu,
         aten._scaled_dot_product_efficient_attention,
         aten._scaled_dot_product_cudnn_attention,
+        aten._grouped_mm,
         ours.attend_in_blocks,
         ours.attend_documents,
+        ours.expert_products,
     ]
     return [packet.default for packet in packets]

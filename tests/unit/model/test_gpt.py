@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 
 import pytest
 import torch
 
 from overnight.model.gpt import GPT, empty_model, eval_mode, initialize
+from overnight.model.loss import next_token_loss
 from overnight.model.model_config import ModelConfig, parameter_shapes
 from overnight.model.presets import PRESETS
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=32, context_length=16, vocab_size=100)
+LOSSES_OF_GPT2 = [
+    *(4.582040309906006, 4.352906227111816, 4.1713032722473145, 4.005329608917236, 3.74428391456604),
+    *(3.513524293899536, 3.3116772174835205, 3.0985240936279297, 2.885248899459839, 2.6703927516937256),
+]
 
 
 def small_model() -> GPT:
@@ -126,3 +132,23 @@ def test_empty_model_is_complete_once_loaded():
     loaded.load_weights(expected.weights())
     assert not loaded.wte.weight[100:].any()
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected.parameters(), strict=True))
+
+
+def test_gpt2_is_to_the_bit_what_it_was_before_there_were_switches():
+    """The digest of all weights and ten losses, as the commit before the first switch gave them (656bb5f)."""
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=24, vocab_size=97), seed=7)
+    digest = hashlib.sha256()
+    for name, weight in model.weights().items():
+        digest.update(name.encode() + weight.contiguous().numpy().tobytes())
+    assert digest.hexdigest() == "f0784bbfdec2f734894d9ab9cba2a49c1430cccb943666fb5986cbdafd9ed17b"
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, foreach=False
+    )
+    ids, losses = torch.randint(97, (4, 25), generator=torch.Generator().manual_seed(11)), []
+    for _ in range(10):
+        loss = next_token_loss(model, ids[:, :-1], ids[:, 1:], "full") / ids[:, 1:].numel()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses == pytest.approx(LOSSES_OF_GPT2, rel=1e-6)  # another processor rounds otherwise

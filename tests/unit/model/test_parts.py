@@ -9,10 +9,18 @@ from overnight.conversion.huggingface import write_huggingface
 from overnight.evaluation.multiple_choice import Choice, evaluate_choices
 from overnight.generation.generate import KVCache
 from overnight.generation.quantize import prepare_for_generation
+from overnight.model.feed_forward import MixtureOfExperts
 from overnight.model.gpt import GPT, init_weights
 from overnight.model.loss import next_token_loss
 from overnight.model.model_config import ModelConfig, parameter_shapes, weight_shapes
 from overnight.tokenizer.characters import train_characters
+from overnight.training import ComputeConfig
+from overnight.training.compute import NextTokenLoss, can_compile, resolve_compute
+
+pytestmark = [  # torch's own, while it compiles
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 
 SIZES = ModelConfig(n_layer=3, n_head=4, n_embd=64, context_length=48, vocab_size=97)
 SWITCHES = {
@@ -37,6 +45,7 @@ SWITCHES = {
     "latent in windows": {"positions": "rotary", "latent_rank": 24, "window_pattern": "S", "short_window": 7},
     "experts": {"n_expert": 4, "shared_experts": 1},
     "gated experts": {"n_expert": 4, "activation": "swiglu", "balance_rate": 0.0},
+    "experts of an odd width": {"n_expert": 4, "feed_forward_width": 37},
 }
 MODERN = {
     **{"positions": "rotary", "normalization": "rms", "norm_gains": False, "biases": False, "qk_norm": True},
@@ -152,7 +161,7 @@ def test_model_with_switches_is_not_written_as_gpt2(tmp_path):
         ({**SWITCHES["latent"], "latent_rotary_channels": 16}, ["must be less than n_embd / n_head"]),
         (
             {**SWITCHES["latent"], "qk_norm": True, "n_kv_head": 2},
-            ["qk_norm has no meaning", "n_kv_head=2 has"],
+            ["qk_norm has no", "n_kv_head=2 has"],
         ),
         ({"n_expert": 4, "experts_per_token": 5}, ["experts_per_token=5 is more than n_expert=4"]),
         ({"shared_experts": 1, "balance_rate": 0.1}, ["shared_experts=1 needs", "balance_rate=0.1 needs"]),
@@ -171,3 +180,107 @@ def test_first_loss_is_that_of_guessing(method):
     model, ids = GPT(replace(SIZES, **MODERN)), draw_ids()
     nats = next_token_loss(model, ids[:, :-1], ids[:, 1:], method) / ids[:, 1:].numel()
     assert nats.item() == pytest.approx(torch.tensor(97.0).log().item(), abs=0.01)
+
+
+def compute_loss(model: GPT, ids: torch.Tensor, **settings) -> tuple[float, dict[str, torch.Tensor]]:
+    """Nats per token, and the gradient of every parameter."""
+    compute = resolve_compute(ComputeConfig(**{"precision": "fp32", "compile": False, **settings}), "cpu")
+    model.train().zero_grad()
+    loss = NextTokenLoss(model, compute)(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def off_by(ours: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
+    """The distance of two gradients, relative to the norm of the second."""
+    squares = sum(float((ours[name] - truth[name]).square().sum()) for name in truth)
+    return (squares / sum(float(part.square().sum()) for part in truth.values())) ** 0.5
+
+
+@pytest.mark.parametrize("switches", ALL.values(), ids=ALL)
+def test_activation_checkpointing_changes_no_bit(switches):
+    model, ids = build(**switches), draw_ids()
+    kept = compute_loss(model, ids)
+    for mode in ("selective", "block"):
+        again = compute_loss(model, ids, activation_checkpointing=mode)
+        assert again[0] == kept[0]
+        assert all(torch.equal(again[1][name], kept[1][name]) for name in kept[1])
+
+
+@pytest.mark.parametrize("switches", ALL.values(), ids=ALL)
+def test_bfloat16_changes_the_loss_by_its_rounding(switches):
+    model, ids = build(**switches), draw_ids()
+    nats, gradients = compute_loss(model, ids)
+    short, short_gradients = compute_loss(model, ids, precision="bf16")
+    assert short == pytest.approx(nats, rel=0.02)
+    assert all(gradient.isfinite().all() for gradient in short_gradients.values())
+    assert 1e-5 < off_by(short_gradients, gradients) < 0.15
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["modern", "experts"])
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler")
+def test_compiled_loss_is_the_same_loss(name, precision):
+    """The whole loss is one graph: NextTokenLoss compiles with fullgraph."""
+    torch._dynamo.reset()
+    model, ids = build(n_layer=2, **ALL[name]), draw_ids()
+    nats, gradients = compute_loss(model, ids, precision=precision)
+    compiled, compiled_gradients = compute_loss(model, ids, precision=precision, compile=True)
+    assert compiled == pytest.approx(nats, rel=1e-6 if precision == "fp32" else 2e-3)
+    assert off_by(compiled_gradients, gradients) < (1e-5 if precision == "fp32" else 0.15)
+
+
+# ---------------------------------------------------------------- balance of experts
+
+
+def build_unbalanced() -> MixtureOfExperts:
+    """The router prefers expert 0 for nearly every token."""
+    part = MixtureOfExperts(replace(SIZES, n_expert=8, experts_per_token=2))
+    generator = torch.Generator().manual_seed(4)
+    for weight in part.parameters():
+        weight.data.normal_(0, 0.1, generator=generator)
+    part.balance.data.zero_()
+    part.router.data[0] += 0.2
+    return part
+
+
+def load_of(part: MixtureOfExperts, x_BTC: torch.Tensor) -> torch.Tensor:
+    """The share of the tokens that each expert gets, times their number: 1 if the load is even."""
+    chosen = part.choose(x_BTC.flatten(0, 1))[0]
+    return torch.bincount(chosen.flatten(), minlength=part.experts) * part.experts / chosen.numel()
+
+
+def test_steps_against_the_sign_of_its_gradient_balance_the_load():
+    part, generator = build_unbalanced(), torch.Generator().manual_seed(5)
+    held_out = torch.randn(8, 256, 64, generator=generator) + 0.3
+    assert load_of(part, held_out).max() > 3
+    unbiased, router = part.choose(held_out.flatten(0, 1)), part.router.clone()
+    for step in range(150):
+        part.zero_grad()
+        part(torch.randn(4, 128, 64, generator=generator) + 0.3).sum().backward()
+        with torch.no_grad():
+            part.balance -= 0.01 * (1 - step / 150) * part.balance.grad.sign()
+    load = load_of(part, held_out)
+    assert load.min() > 0.75
+    assert load.max() < 1.25
+    expert, share = part.choose(held_out.flatten(0, 1))
+    same = (expert.sort(dim=1).values == unbiased[0].sort(dim=1).values).all(dim=1)
+    assert 0.02 < same.float().mean() < 0.98
+    # The bias is no part of the weights.
+    torch.testing.assert_close(share[same].sort().values, unbiased[1][same].sort().values)
+    assert torch.equal(part.router, router)
+
+
+def test_gradient_of_the_balance_is_the_load_summed_over_micro_batches():
+    part, x_BTC = build_unbalanced(), torch.randn(4, 32, 64, generator=torch.Generator().manual_seed(6))
+    part(x_BTC).sum().backward()
+    whole = part.balance.grad.clone()
+    load = load_of(part, x_BTC)
+    torch.testing.assert_close(whole.sign(), (load - 1).sign())
+    torch.testing.assert_close(whole / whole.norm(), (load - 1) / (load - 1).norm())
+    part.zero_grad()
+    for scale, rows in ((1.0, x_BTC[:1]), (1024.0, x_BTC[1:])):  # a scaled loss counts tokens all the same
+        (scale * part(rows).sum()).backward()
+    torch.testing.assert_close(part.balance.grad, whole, rtol=1e-6, atol=0)
+    others = [p.grad.norm() for name, p in part.named_parameters() if name != "balance"]
+    assert whole.norm() < 1e-10 * min(others), "clipping would notice it"

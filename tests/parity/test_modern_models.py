@@ -1,0 +1,205 @@
+"""Whole models with switches against Transformers, and written out: logits, gradients, mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+from transformers import LlamaForCausalLM, NanoChatForCausalLM, Qwen3ForCausalLM
+
+from overnight.model.gpt import GPT
+from overnight.model.model_config import ModelConfig
+from overnight.model.positions import rotate
+from twins import (
+    IDS_BT,
+    ROTARY,
+    B,
+    C,
+    Case,
+    Function,
+    T,
+    V,
+    Weights,
+    call,
+    check_case,
+    check_mistakes,
+    draw_for,
+    llama_config,
+    rms,
+    turn,
+)
+
+
+def naive_gpt(w: Weights, config: ModelConfig, wrongly: str = "") -> Tensor:
+    """The modern stack written out: rotary positions, ReLU2, norms without gains.
+
+    The rotation is ours; test_parts.py compares it.
+    """
+    D, turned = config.head_channels, turn(config)
+    x = F.one_hot(IDS_BT, V).float() @ w["wte.weight"]
+    unnormalized, x = x, rms(x) if config.embedding_norm else x
+    embedding = unnormalized if wrongly == "embedding is mixed in before its norm" else x
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    for layer in range(config.n_layer):
+        own = {name.removeprefix(f"h.{layer}."): w[name] for name in w if name.startswith(f"h.{layer}.")}
+        if config.embedding_shortcut:
+            gains = own["stream_gain"], own["embedding_gain"]
+            gains = gains[::-1] if wrongly == "gains swapped" else gains
+            x = gains[0] * x + gains[1] * embedding
+        y = rms(x)
+        q, k, v = (
+            (y @ rows.T).view(B, T, 4, D).transpose(1, 2) for rows in own["attn.c_attn.weight"].chunk(3)
+        )
+        if config.has_value_embedding(layer):
+            read = (x if wrongly == "gate reads the stream" else y)[..., :12]
+            gate = (read @ own["attn.value_embedding.gate.weight"].T).sigmoid()
+            gate = gate if wrongly == "gate begins at 1/2" else 2 * gate
+            added = own["attn.value_embedding.table.weight"][IDS_BT].view(B, T, 4, D)
+            v = v + (gate[..., None] * added).transpose(1, 2)
+        scale = 1.0 if wrongly == "scale missing" else D**-0.5
+        scores = scale * rotate(rms(q), turned) @ rotate(rms(k), turned).transpose(2, 3)
+        reach = config.window(layer) or T
+        mixed = scores.masked_fill((distance < 0) | (distance >= reach), -torch.inf).softmax(3) @ v
+        x = x + mixed.transpose(1, 2).flatten(2) @ own["attn.c_proj.weight"].T
+        x = x + (rms(x) @ own["mlp.c_fc.weight"].T).clamp(min=0) ** 2 @ own["mlp.c_proj.weight"].T
+    logits, cap = rms(x) @ w["lm_head.weight"].T, config.logit_softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+PLAIN = replace(
+    ROTARY,
+    normalization="rms",
+    norm_gains=False,
+    qk_norm=True,
+    activation="relu2",
+    tied_head=False,
+    n_layer=3,
+)
+
+
+def whole(config: ModelConfig, twin: Function, mistakes: dict[str, Function]) -> Case:
+    """Our model against `twin`, by the logits; the vocabulary is not padded."""
+    model = GPT(config, vocabulary_multiple=1)
+    weights = draw_for(model)
+    weights["lm_head.weight"] *= 5.0  # logits reach the soft cap
+    return Case(weights, lambda w: call(model, w, IDS_BT), twin, mistakes)
+
+
+def written_out(mistakes: list[object], **switches: object) -> Callable[[], Case]:
+    """A mistake is a sentence that `naive_gpt` knows, or another configuration of it."""
+    config = replace(PLAIN, **switches)
+
+    def twin_of(mistake: object) -> Function:
+        if isinstance(mistake, dict):
+            return lambda w: naive_gpt(w, replace(config, **mistake))
+        return lambda w: naive_gpt(w, config, str(mistake))
+
+    return lambda: whole(config, twin_of(""), {str(m): twin_of(m) for m in mistakes})
+
+
+def by_transformers(
+    kind: type, config: ModelConfig, mistakes: dict[str, Callable[[Weights], Weights]], **others: object
+) -> Case:
+    """A whole model of Transformers with our weights; a mistake changes them by its names."""
+    theirs = kind(llama_config(config, kind.config_class, **others)).eval()
+    is_nanochat = kind is NanoChatForCausalLM
+
+    def turn_around(rows: Tensor) -> Tensor:
+        """NanoChat turns the other way: the two halves of each head's rows change places."""
+        if not is_nanochat:
+            return rows
+        return rows.unflatten(0, (-1, 2, config.head_channels // 2)).flip(1).flatten(0, 2)
+
+    def rename(w: Weights) -> Weights:
+        own = {"model.embed_tokens.weight": w["wte.weight"], "lm_head.weight": w["lm_head.weight"]}
+        D, kv = config.head_channels, config.kv_heads * config.head_channels
+        if config.norm_gains:
+            own["model.norm.weight"] = w["ln_f.weight"]
+        for i in range(config.n_layer):
+            part = {name.removeprefix(f"h.{i}."): w[name] for name in w if name.startswith(f"h.{i}.")}
+            query, key, value = part["attn.c_attn.weight"].split((C, kv, kv))
+            attention = {"q_proj": turn_around(query), "k_proj": turn_around(key), "v_proj": value}
+            found = {f"self_attn.{name}.weight": rows for name, rows in attention.items()}
+            found["self_attn.o_proj.weight"] = part["attn.c_proj.weight"]
+            if is_nanochat:
+                found |= {
+                    "mlp.fc1.weight": part["mlp.c_fc.weight"],
+                    "mlp.fc2.weight": part["mlp.c_proj.weight"],
+                }
+            else:
+                gate, up = part["mlp.c_fc.weight"].chunk(2)
+                found |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
+                found["mlp.down_proj.weight"] = part["mlp.c_proj.weight"]
+                found["input_layernorm.weight"] = part["ln_1.weight"]
+                found["post_attention_layernorm.weight"] = part["ln_2.weight"]
+            if config.qk_norm and not is_nanochat:
+                found |= {f"self_attn.{name}_norm.weight": torch.ones(D) for name in "qk"}
+            own |= {f"model.layers.{i}.{name}": weight for name, weight in found.items()}
+        return own
+
+    def twin(w: Weights, change: Callable[[Weights], Weights] = lambda own: own) -> Tensor:
+        own = change(rename(w))
+        assert own.keys() == dict(theirs.named_parameters()).keys()
+        return functional_call(theirs, own, (IDS_BT,)).logits
+
+    return whole(config, twin, {name: lambda w, c=change: twin(w, c) for name, change in mistakes.items()})
+
+
+def with_one(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Weights], Weights]:
+    return lambda own: {**own, name: change(own[name])}
+
+
+GATED = replace(
+    ROTARY, normalization="rms", activation="swiglu", feed_forward_width=96, tied_head=False, n_kv_head=2
+)
+FIRST = "model.layers.0."
+HEADS = with_one(
+    FIRST + "self_attn.q_proj.weight", lambda rows: rows.unflatten(0, (4, 16)).flip(0).flatten(0, 1)
+)
+UNTURNED = with_one(
+    FIRST + "self_attn.k_proj.weight", lambda rows: rows.unflatten(0, (4, 2, 8)).flip(1).flatten(0, 2)
+)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "plain": written_out([{"rotary_base": 5000.0}, "scale missing"]),
+    "soft cap": written_out([{"logit_softcap": None}, {"logit_softcap": 9.0}], logit_softcap=8.0),
+    "embedding norm": written_out([{"embedding_norm": False}], embedding_norm=True),
+    "shortcut": written_out(
+        ["gains swapped", "embedding is mixed in before its norm", {"embedding_shortcut": False}],
+        **{"embedding_shortcut": True, "embedding_norm": True},
+    ),
+    "value embeddings": written_out(
+        ["gate reads the stream", "gate begins at 1/2", {"value_embeddings": "none"}],
+        value_embeddings="alternate",
+    ),
+    "windows": written_out(
+        [{"short_window": 6}, {"window_pattern": "LS"}, {"window_pattern": "S"}],
+        **{"window_pattern": "SL", "short_window": 5},
+    ),
+    "Llama": lambda: by_transformers(LlamaForCausalLM, GATED, {"heads in another order": HEADS}),
+    "Qwen3": lambda: by_transformers(
+        Qwen3ForCausalLM, replace(GATED, qk_norm=True), {"heads in another order": HEADS}
+    ),
+    "NanoChat": lambda: by_transformers(
+        NanoChatForCausalLM,
+        replace(PLAIN, embedding_norm=True, logit_softcap=8.0),
+        {"heads in another order": HEADS, "keys turn the other way": UNTURNED},
+        final_logit_softcapping=8.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_gradients_are_those_of_the_twin(name):
+    check_case(CASES[name]())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_comparison_finds_planted_mistakes(name):
+    check_mistakes(CASES[name]())
