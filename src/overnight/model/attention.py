@@ -148,10 +148,10 @@ class LatentAttention(HeadMixing):
             key_B1SP, latent_B1SR, mask = inputs.cache.append(self.layer, key_B1SP, latent_B1SR)
             if x_BTC.shape[1] == 1:
                 return self._absorbed(q_BHTD[..., :content], q_BHTP, key_B1SP, latent_B1SR, mask)
-        expanded_BHSE = (
-            F.linear(latent_B1SR[:, 0], self.c_expand).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        )
-        k_BHSN, v_BHSD = expanded_BHSE.split((content, self.D), dim=3)
+        expanded_BSE: Tensor = F.linear(latent_B1SR[:, 0], self.c_expand)
+        B, S, _ = expanded_BSE.shape
+        expanded_BHSE = expanded_BSE.view(B, S, self.heads, -1).transpose(1, 2)
+        k_BHSN, v_BHSD = expanded_BHSE[..., :content], expanded_BHSE[..., content:]
         k_BHSD = torch.cat([k_BHSN, key_B1SP.expand(-1, self.heads, -1, -1).to(k_BHSN.dtype)], dim=3)
         q_BHTD = torch.cat([q_BHTD[..., :content], q_BHTP], dim=3)
         return self.mix(q_BHTD, k_BHSD, v_BHSD, mask, inputs)

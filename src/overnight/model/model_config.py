@@ -358,10 +358,10 @@ def _attention_sizes(config: ModelConfig, layer: int, vocabulary: int) -> Iterat
     if config.latent_rank is not None:
         rank, rotated = config.latent_rank, config.rotary_channels
         content = config.head_channels - rotated
+        yield "c_expand", (config.n_head * (content + config.head_channels), rank)
         yield from _linear_sizes(config, "c_query", C, C)
         yield from _linear_sizes(config, "c_latent", rank + rotated, C)
         yield from ((f"ln_latent.{name}", shape) for name, shape in _norm_sizes(config, rank))
-        yield "c_expand", (config.n_head * (content + config.head_channels), rank)
     else:
         yield from _linear_sizes(config, "c_attn", C + 2 * kv, C)
     yield from _linear_sizes(config, "c_proj", C, C)
