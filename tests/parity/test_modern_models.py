@@ -172,7 +172,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "embedding norm": written_out([{"embedding_norm": False}], embedding_norm=True),
     "shortcut": written_out(
         ["gains swapped", "embedding is mixed in before its norm", {"embedding_shortcut": False}],
-        **{"embedding_shortcut": True, "embedding_norm": True},
+        **{"embedding_shortcut": True, "embedding_norm": True, "n_layer": 2},
     ),
     "value embeddings": written_out(
         ["gate reads the stream", "gate begins at 1/2", {"value_embeddings": "none"}],

@@ -88,7 +88,7 @@ def share_heads(x_BKSD: Tensor, heads: int) -> Tensor:
 class ValueEmbedding(nn.Module):
     """Adds an embedding of the token to the values, as much as a gate for each head decides.
 
-    As in nanochat: the gate reads the first channels of the residual stream, and begins at 1.
+    As in nanochat: the gate reads the first channels of the normalized stream, and begins at 1.
     """
 
     def __init__(self, config: ModelConfig) -> None:

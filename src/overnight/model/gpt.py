@@ -2,7 +2,7 @@
 
 The configuration is `model_config.ModelConfig`; faster attention kernels are in `kernels`, chosen by name.
 A switch of the configuration replaces a part when the model is built: see `attention`, `feed_forward`,
-`norms`, `rotary`.
+`norms`, `positions`.
 
 Shapes: B rows, T positions of this call, S positions of keys, C channels, H heads, D channels a head, V ids.
 """

@@ -301,7 +301,7 @@ def round_up(value: int, multiple: int) -> int:
 
 Shape = tuple[int, ...]
 PADDED = ("wte.weight", "lm_head.weight")  # in the module their rows are a multiple of 64
-VALUE_GATE_CHANNELS = 12  # of the residual stream, which decide how much of a value embedding is added
+VALUE_GATE_CHANNELS = 12  # of the normalized stream, which decide how much of a value embedding is added
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, Shape]:

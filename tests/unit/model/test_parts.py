@@ -9,8 +9,9 @@ from overnight.conversion.huggingface import write_huggingface
 from overnight.evaluation.multiple_choice import Choice, evaluate_choices
 from overnight.generation.generate import KVCache
 from overnight.generation.quantize import prepare_for_generation
-from overnight.model.feed_forward import MixtureOfExperts
+from overnight.model.feed_forward import MixtureOfExperts, _grouped_product
 from overnight.model.gpt import GPT, init_weights
+from overnight.model.kernels import find_documents
 from overnight.model.loss import next_token_loss
 from overnight.model.model_config import ModelConfig, parameter_shapes, weight_shapes
 from overnight.tokenizer.characters import train_characters
@@ -105,6 +106,34 @@ def test_position_does_not_see_later_ones_and_cache_changes_nothing(switches):
             cache.extend(1)
             found.append(model.head(model.trunk(ids[:, step : step + 1], cache)))
     torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("switches", ALL.values(), ids=ALL)
+@torch.inference_mode()
+def test_rows_of_different_lengths_are_read_as_if_alone(switches):
+    model, ids = build(**switches), draw_ids()
+    padded = torch.stack([ids[0, :25], torch.cat([ids[1, :7], ids[1, :18]])])  # 18 ids after 7 of padding
+    cache = KVCache(model, [25, 18], 40)
+    cache.extend(25)
+    found = [model.head(model.trunk(padded, cache))[:, -1]]
+    for step in range(6):
+        cache.extend(1)
+        new = torch.stack([ids[0, 25 + step], ids[1, 18 + step]])[:, None]
+        found.append(model.head(model.trunk(new, cache))[:, -1])
+    for row, length in ((0, 25), (1, 18)):
+        alone = model(ids[row : row + 1, : length + 6])[0, length - 1 :]
+        torch.testing.assert_close(torch.stack(found)[:, row], alone, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("switches", ALL.values(), ids=ALL)
+def test_documents_of_a_row_are_read_as_if_alone(switches):
+    model, ids = build(**switches), draw_ids(rows=1)
+    ids[0, 1:] = ids[0, 1:].clamp(max=95)
+    ids[0, 0] = ids[0, 23] = 96
+    with torch.no_grad():
+        both = model(ids, find_documents(ids, 96))
+        alone = torch.cat([model(ids[:, :23]), model(ids[:, 23:])], dim=1)
+    torch.testing.assert_close(both, alone, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("switches", ALL.values(), ids=ALL)
@@ -228,6 +257,25 @@ def test_compiled_loss_is_the_same_loss(name, precision):
     compiled, compiled_gradients = compute_loss(model, ids, precision=precision, compile=True)
     assert compiled == pytest.approx(nats, rel=1e-6 if precision == "fp32" else 2e-3)
     assert off_by(compiled_gradients, gradients) < (1e-5 if precision == "fp32" else 0.15)
+
+
+def test_products_of_experts_are_those_of_torch_s_kernel():
+    """In bfloat16 torch multiplies all experts at once, elsewhere we multiply one after the other."""
+    generator, results = torch.Generator().manual_seed(7), []
+    rows, weight = torch.randn(30, 16, generator=generator), torch.randn(4, 24, 16, generator=generator)
+    ends, gradient = (
+        torch.tensor([11, 11, 19, 30], dtype=torch.int32),
+        torch.randn(30, 24, generator=generator),
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [part.to(dtype, copy=True).requires_grad_() for part in (rows, weight)]
+        product = _grouped_product(*leaves, ends)
+        product.backward(gradient.to(dtype))
+        results.append([product.detach(), *(leaf.grad for leaf in leaves)])
+    for exact, rounded in zip(*results, strict=True):
+        torch.testing.assert_close(rounded.float(), exact, rtol=0.02, atol=0.15)
+    torch.testing.assert_close(results[0][0][11:19], rows[11:19] @ weight[2].T)
+    assert not results[0][2][1].any(), "the expert without rows"
 
 
 # ---------------------------------------------------------------- balance of experts
