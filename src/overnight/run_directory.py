@@ -48,7 +48,12 @@ FROM_A_COPY = "restore it from a copy of the run, or start again with another --
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`: after a crash, and for any reader, it is the old file or the new one."""
+    """Replace `path` by `content`: after a crash, and for any reader, it is the old file or the new one.
+
+    Raises ValueError for a device or a pipe, in whose place there would be a file.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a device or a pipe: give the path of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

@@ -88,6 +88,8 @@ def test_no_line_of_help_is_broken_twice(columns, monkeypatch, capsys):
         (["prepare", "python-docs", "--tokenizer=gpt3"], "gpt3"),
         (["evaluate", "."], "no model"),
         (["runs", "--folder", "nowhere"], "nowhere"),
+        (["runs", "a\nb\x1b[2J\u2028"], r"a\nb\x1b[2J\u2028 does not exist"),
+        (["launch", "quickstart", "--slurm", "--gpus-per-node=1", "--out", "a\0b"], "a NUL character"),
     ],
     ids=" ".join,
 )

@@ -39,6 +39,7 @@ BEGINNING_TOKENS, BEGINNING_CHARACTERS = 24, 24  # printed, so that a wrong toke
 LAST_NUMBER = re.compile(r"(.*?)([0-9]+)([^0-9]*)")
 LOOKED_AT = 1 << 22  # ids of a file without a header, to find their width
 MOST_UPPER_HALF = 3  # of an id below 262,144
+MOST_ZEROS = 0.4  # share of the id 0 in a text; of uint32 read as uint16, half are 0
 LLM_C, BUILD_NANOGPT, NANOGPT = "llm.c", "build-nanogpt", "nanoGPT"
 
 
@@ -241,15 +242,21 @@ def open_external_shard(path: Path) -> ExternalShard:
 def _open_plain(path: Path) -> Tokens:
     """The ids in a file without a header: uint16, or uint32 if the upper halves of all ids are nearly 0.
 
-    Raises ValueError for int64, numpy's default.
+    Raises ValueError for int64, numpy's default, and for uint32 that is not whole.
     """
     ids = np.asarray(np.memmap(path, dtype="<u2", mode="r"))
     if ids.size % 4 == 0 and not ids[1:LOOKED_AT:2].any() and not ids[2:LOOKED_AT:4].any():
         raise ValueError(
             f"{path} holds ids of 8 bytes: write them as uint16, or as uint32 if one is above 65,535"
         )
-    if ids.size % 2 == 0 and int(ids[1:LOOKED_AT:2].max()) <= MOST_UPPER_HALF:
+    upper = ids[1:LOOKED_AT:2]
+    is_wide = upper.size > 0 and int(upper.max()) <= MOST_UPPER_HALF
+    if is_wide and ids.size % 2 == 0:
         return np.asarray(np.memmap(path, dtype="<u4", mode="r"))
+    if is_wide or np.count_nonzero(ids[:LOOKED_AT] == 0) > MOST_ZEROS * min(ids.size, LOOKED_AT):
+        raise ValueError(
+            f"{path} is damaged: it holds ids of 4 bytes, and bytes are missing, or others were added"
+        )
     return ids
 
 

@@ -122,7 +122,7 @@ def check_same_data(run: RunSetup, directory: RunDirectory) -> None:
             f"the data in {dataset.folder} is not the data that {path} was trained on: {', '.join(names)} "
             "differ; put that data back, or give another --run-name"
         )
-    if not (directory.tokenizer / "tokenizer.json").is_file():
+    if not (directory.tokenizer / "tokenizer.json").exists():
         return  # `record_start` writes it again
     try:
         is_same = load_tokenizer(directory.tokenizer).fingerprint == dataset.tokenizer.fingerprint

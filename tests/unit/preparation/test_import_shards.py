@@ -139,6 +139,11 @@ def test_width_of_ids_without_a_header_is_found(here: Path, tokenizer: str) -> N
     folder = write("default", **{name: np.array(ids).tobytes() for name, ids in wide.items()})
     with pytest.raises(ValueError, match=r"train\.bin holds ids of 8 bytes"):
         adopt(folder, tokenizer)
+    sound = np.array(ALL, np.uint32).tobytes()
+    for damaged in (sound[:-2], sound[: len(sound) // 2] + sound[len(sound) // 2 + 2 :], b"\1\0" + sound):
+        folder = write(f"torn{len(damaged)}-{damaged[0]}", train__bin=damaged, val__bin=sound)
+        with pytest.raises(ValueError, match=r"train\.bin is damaged: it holds ids of 4 bytes"):
+            adopt(folder, tokenizer)
 
 
 def test_gap_in_the_numbers_is_named(
