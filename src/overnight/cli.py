@@ -286,6 +286,10 @@ def _read_recipe(
         default = with_settings(default, total_steps=None)
     wider = cls(**vars(default))
     read = from_arguments(cls, words, prog=f"overnight {command}", about=_about(command), default=wider)
+    if "--tokenizer" in given:  # a recipe's own is for texts; this one was asked for
+        from overnight.preparation.prepare import require_tokenizer
+
+        require_tokenizer(read.data)
     return name, read
 
 

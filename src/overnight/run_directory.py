@@ -74,6 +74,12 @@ def apply_umask(path: Path) -> None:
     probe.unlink()
 
 
+def require_readable(path: Path) -> None:
+    """Raise the OSError of opening a file. Libraries call a file without permission missing, or damaged."""
+    with path.open("rb"):
+        pass
+
+
 def flush_to_disk(descriptor: int) -> None:
     """Wait until this file's bytes are on the disk (fsync)."""
     os.fsync(descriptor)

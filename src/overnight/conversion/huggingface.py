@@ -24,7 +24,13 @@ from torch import Tensor, equal
 
 from overnight.model.gpt import GPT, empty_model
 from overnight.model.model_config import ModelConfig
-from overnight.run_directory import apply_umask, flush_folder, flush_to_disk, write_atomically
+from overnight.run_directory import (
+    apply_umask,
+    flush_folder,
+    flush_to_disk,
+    require_readable,
+    write_atomically,
+)
 from overnight.terminal import echo
 from overnight.tokenizer.open_tokenizer import load_tokenizer, read_json_object
 from overnight.tokenizer.tokenizer import Tokenizer
@@ -215,7 +221,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in files:
         try:
+            require_readable(folder / name)
             weights |= load_file(folder / name)
+        except PermissionError:
+            raise
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{name} cannot be read, download it again: {error}") from None
     return weights

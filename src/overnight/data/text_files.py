@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from overnight.run_directory import require_readable
 from overnight.terminal import progress
 
 KINDS = (".txt", ".md", ".jsonl", ".json", ".parquet")
@@ -297,7 +298,11 @@ def open_parquet(file: TextFile) -> Any:
     pyarrow = import_pyarrow(file.address)
     from pyarrow import parquet
 
-    source = _open_raw(file) if is_remote(file.address) else file.address
+    source: Any = file.address
+    if is_remote(file.address):
+        source = _open_raw(file)
+    else:
+        require_readable(Path(file.address))
     try:
         return parquet.ParquetFile(source, pre_buffer=is_remote(file.address))
     except (OSError, pyarrow.ArrowException) as error:

@@ -25,7 +25,7 @@ from overnight.data.atomic_folder import (
     require_disk_space,
     staging_folder,
 )
-from overnight.data.remote import is_prepared_elsewhere
+from overnight.data.remote import RemoteFolder, is_prepared_elsewhere
 from overnight.data.shards import (
     MANIFEST,
     SHARD_NAME,
@@ -62,6 +62,7 @@ from overnight.preparation.prepare_state import (
 from overnight.preparation.sources import PYTHON_DOCS, Source, open_source, parse_python_docs
 from overnight.run_directory import flush_folder
 from overnight.terminal import echo
+from overnight.tokenizer.open_tokenizer import NAMES, load_tokenizer
 
 UNIT_BYTES = 16_000_000  # of text: a second of one core
 MOST_UNITS = 10_000  # limits the number of files of a large source
@@ -110,6 +111,26 @@ def ensure_prepared(config: DataConfig) -> DataConfig:
         for source in config.mixture
     )
     return dataclasses.replace(config, data=data, mixture=mixture)
+
+
+def require_tokenizer(config: DataConfig) -> None:
+    """Raise ValueError if a prepared folder or URL was made with another tokenizer than `config` names."""
+    named = config.tokenizer
+    for path in [source.path for source in config.mixture] or [config.data]:
+        if is_prepared_elsewhere(path):
+            manifest = RemoteFolder(path, config.cache_bytes).manifest
+        elif (Path(path) / MANIFEST).is_file():
+            manifest = read_manifest(Path(path))
+        else:
+            continue  # a text: it will be prepared with this tokenizer
+        if named in {manifest.tokenizer, manifest.request.get("tokenizer")}:
+            continue
+        has_fixed_name = named in NAMES or named.startswith("bpe-")
+        if has_fixed_name or load_tokenizer(named).fingerprint != manifest.tokenizer_fingerprint:
+            raise ValueError(
+                f"{path} was prepared with the tokenizer {manifest.tokenizer}, not {named}: leave "
+                "--tokenizer out, or give --data the text itself"
+            )
 
 
 def _ensure_text(path: str, config: DataConfig) -> str:

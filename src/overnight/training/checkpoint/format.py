@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +25,7 @@ READABLE = (2, 3, 4)  # 3 has no guard; 2 has one file of each kind, and does no
 KINDS = ("model", "optimizer")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32
+CHECKPOINT_NAME = re.compile(r"step-[0-9]{8}")
 READ_BYTES = 16_000_000  # small reads would each wait for the interpreter lock
 
 
@@ -38,7 +41,11 @@ def read_step(checkpoint: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The published checkpoints of a run, oldest first, verified or not."""
-    return sorted(folder.glob("step-" + "[0-9]" * 8))
+    try:
+        names = os.listdir(folder)  # unlike glob, which finds nothing in a folder without permission
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(folder / name for name in names if CHECKPOINT_NAME.fullmatch(name))
 
 
 def file_names(kind: str, count: int) -> list[str]:
