@@ -53,17 +53,29 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with temporary.open("xb") as file:  # with the permissions of the umask, unlike a file of tempfile
+        with (
+            naming(path),
+            temporary.open("xb") as file,
+        ):  # with the permissions of the umask, unlike a file of tempfile
             file.write(data)
             file.flush()  # fsync does not see Python's own buffer
             flush_to_disk(file.fileno())
         temporary.replace(path)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:
-            error.filename = error.filename or str(path)  # a write that fails names no file
         raise
     flush_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Context manager: an OSError that names no file, as that of a write to a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
 
 
 def apply_umask(path: Path) -> None:
@@ -268,7 +280,8 @@ class RunDirectory:
                 f"{self.path} is being trained by {self._holder()}; wait for it, or choose another --run-name"
             ) from None
         with held:
-            self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            with naming(self.holder):
+                self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
             try:
                 yield
             finally:

@@ -62,7 +62,7 @@ COMMANDS = {
     "compare": "report {folder}/runs/tiny {folder}/stopped --out {folder}/both.html",
     "runs": "runs",
     "plan": "plan gpt2-124m --device-type h100",
-    "doctor": "doctor {folder}/tiny.toml --data {folder}/shards --only shards gradients",
+    "doctor": "doctor {folder}/tiny.toml --data {folder}/shards --only shards gradients disk",
     "convert": "convert {folder}/runs/tiny --to hf --out tiny-hf",
     "launch": "launch gpt2-124m --slurm --out job.sbatch",
 }
@@ -155,11 +155,10 @@ def closed_streams(folder: Path) -> None:
 
 def library_keeps_its_files_private(folder: Path) -> None:
     """The mutant of the tests of the umask."""
-    from overnight.conversion import huggingface
     from overnight.training.checkpoint import format as checkpoint_format
 
     os.umask(0o022)
-    huggingface.apply_umask = checkpoint_format.apply_umask = lambda path: None
+    checkpoint_format.apply_umask = lambda path: None
 
 
 WRITES_HERE = frozenset(NEW)

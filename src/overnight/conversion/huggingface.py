@@ -19,21 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, equal
 
 from overnight.model.gpt import GPT, empty_model
 from overnight.model.model_config import ModelConfig
 from overnight.run_directory import (
-    apply_umask,
     flush_folder,
     flush_to_disk,
+    naming,
     require_readable,
     write_atomically,
 )
 from overnight.terminal import echo
 from overnight.tokenizer.open_tokenizer import load_tokenizer, read_json_object
 from overnight.tokenizer.tokenizer import Tokenizer
+from overnight.training.checkpoint.format import save_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -93,7 +94,10 @@ def write_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     if folder.exists():
         raise ValueError(f"{folder} already exists; remove it, or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+    with (
+        naming(folder),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary,
+    ):
         staging = Path(temporary) / folder.name
         staging.mkdir()  # the temporary folder itself is private
         ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
@@ -101,8 +105,7 @@ def write_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
             PREFIX + name: (weight.T if name.endswith(CONV1D) else weight).float().cpu().contiguous()
             for name, weight in model.weights().items()
         }
-        save_file(weights, staging / WEIGHTS, metadata={"format": "pt"})
-        apply_umask(staging / WEIGHTS)
+        save_tensors(weights, staging / WEIGHTS, {"format": "pt"})
         with (staging / WEIGHTS).open("rb") as file:
             flush_to_disk(file.fileno())
         tokenizer.save(staging)

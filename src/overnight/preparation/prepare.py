@@ -37,7 +37,7 @@ from overnight.data.shards import (
     verify,
     write_manifest,
 )
-from overnight.data.text_files import DamagedFileError, count_files
+from overnight.data.text_files import DamagedFileError, count_files, describe_missing
 from overnight.preparation import assemble, decontaminate, executors, tokenize
 from overnight.preparation.documents import Part, divide_file, spans_of
 from overnight.preparation.identity import (
@@ -68,6 +68,7 @@ UNIT_BYTES = 16_000_000  # of text: a second of one core
 MOST_UNITS = 10_000  # limits the number of files of a large source
 EARLY_BYTES = 1_000_000_000  # of text, after which the first shards are published: a minute of two cores
 BYTES_PER_TOKEN_AT_MOST = 6  # 4.5 for English in GPT-2's tokens
+PART_DIGITS = 5  # of a numbered part of a text, as in part-00000; a year has four
 TOKENS_PER_WRITER = 1_000_000_000  # tokens per writing process: a few seconds
 
 
@@ -187,6 +188,8 @@ class TextPreparation:
 
 def _plan_text(config: PrepareConfig) -> TextPreparation:
     source = open_source(config.source or "", config.subset, config.from_file, config.text_column)
+    if missing := describe_missing((file.name for file in source.files), PART_DIGITS):
+        echo(missing)
     if config.validation_fraction is not None:
         source = dataclasses.replace(source, validation_fraction=config.validation_fraction)
     return TextPreparation(config, source, describe_request(config, source))

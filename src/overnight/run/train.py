@@ -25,7 +25,7 @@ from overnight.run.log import RunLog
 from overnight.run.preflight import check_checkpoint_space
 from overnight.run.resume import begin, check_directory, needs_rollback, record_data, roll_back
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
-from overnight.run_directory import RunDirectory
+from overnight.run_directory import RunDirectory, naming
 from overnight.terminal import echo, quote, shell_command, write_unprinted
 from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.step import train_step
@@ -185,10 +185,9 @@ def must_stop(run: RunSetup, stop: StopConditions, watch: Watchdog, log: RunLog)
 def recording_failure(run: RunSetup, directory: RunDirectory) -> Iterator[None]:
     """Context manager: an error that ends the run is recorded in its directory, if that is writable."""
     try:
-        yield
+        with naming(directory.path):
+            yield
     except (FloatingPointError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            error.filename = error.filename or str(directory.path)  # a write that fails names no file
         if run.world.is_main:
             with suppress(OSError):
                 directory.record_end(run.state.step, f"{type(error).__name__}: {error}")

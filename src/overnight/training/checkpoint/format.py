@@ -107,8 +107,13 @@ def write_tensors(path: Path, pieces: Mapping[str, TensorShard]) -> None:
     """Write CPU tensors into one file. Raises OSError if that fails."""
     firsts = {name: piece.first for name, piece in pieces.items() if piece.first}
     tensors = {name: piece.rows.contiguous() for name, piece in pieces.items()}
+    save_tensors(tensors, path, {METADATA: json.dumps(firsts)} if firsts else None)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    """Write a safetensors file, readable as the umask says. Raises OSError, naming it, if that fails."""
     try:
-        save_file(tensors, path, metadata={METADATA: json.dumps(firsts)} if firsts else None)
+        save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path} can't be written: {error}") from None
     apply_umask(path)
