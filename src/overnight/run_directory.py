@@ -53,29 +53,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with (
-            naming(path),
-            temporary.open("xb") as file,
-        ):  # with the permissions of the umask, unlike a file of tempfile
+        with temporary.open("xb") as file:  # with the permissions of the umask, unlike a file of tempfile
             file.write(data)
             file.flush()  # fsync does not see Python's own buffer
             flush_to_disk(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(path)  # a write that fails names no file
         raise
     flush_folder(path.parent)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Context manager: an OSError that names no file, as that of a write to a full disk, names `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None:
-            error.filename = error.filename or str(path)
-        raise
 
 
 def apply_umask(path: Path) -> None:
@@ -84,12 +72,6 @@ def apply_umask(path: Path) -> None:
     probe.touch()
     path.chmod(stat.S_IMODE(probe.stat().st_mode))
     probe.unlink()
-
-
-def require_readable(path: Path) -> None:
-    """Raise the OSError of opening a file. Libraries call a file without permission missing, or damaged."""
-    with path.open("rb"):
-        pass
 
 
 def flush_to_disk(descriptor: int) -> None:
@@ -280,8 +262,7 @@ class RunDirectory:
                 f"{self.path} is being trained by {self._holder()}; wait for it, or choose another --run-name"
             ) from None
         with held:
-            with naming(self.holder):
-                self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            write_atomically(self.holder, f"process {os.getpid()} on {socket.gethostname()}\n")
             try:
                 yield
             finally:

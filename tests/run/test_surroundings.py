@@ -155,10 +155,11 @@ def closed_streams(folder: Path) -> None:
 
 def library_keeps_its_files_private(folder: Path) -> None:
     """The mutant of the tests of the umask."""
+    from overnight.conversion import huggingface
     from overnight.training.checkpoint import format as checkpoint_format
 
     os.umask(0o022)
-    checkpoint_format.apply_umask = lambda path: None
+    huggingface.apply_umask = checkpoint_format.apply_umask = lambda path: None
 
 
 WRITES_HERE = frozenset(NEW)

@@ -19,22 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, equal
 
+from overnight.config import naming, require_readable
 from overnight.model.gpt import GPT, empty_model
 from overnight.model.model_config import ModelConfig
 from overnight.run_directory import (
+    apply_umask,
     flush_folder,
     flush_to_disk,
-    naming,
-    require_readable,
     write_atomically,
 )
 from overnight.terminal import echo
 from overnight.tokenizer.open_tokenizer import load_tokenizer, read_json_object
 from overnight.tokenizer.tokenizer import Tokenizer
-from overnight.training.checkpoint.format import save_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -105,7 +104,11 @@ def write_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
             PREFIX + name: (weight.T if name.endswith(CONV1D) else weight).float().cpu().contiguous()
             for name, weight in model.weights().items()
         }
-        save_tensors(weights, staging / WEIGHTS, {"format": "pt"})
+        try:
+            save_file(weights, staging / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder} can't be written: {error}") from None
+        apply_umask(staging / WEIGHTS)
         with (staging / WEIGHTS).open("rb") as file:
             flush_to_disk(file.fileno())
         tokenizer.save(staging)

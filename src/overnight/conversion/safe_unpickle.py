@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from overnight.run_directory import require_readable
+from overnight.config import require_readable
 
 SAFE_TORCH = (2, 10)  # in older versions a file could make the weights-only reader write out of bounds
 REFUSED = 3  # exit status of the child

@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from overnight.run_directory import require_readable
+from overnight.config import require_readable
 from overnight.terminal import progress
 
 KINDS = (".txt", ".md", ".jsonl", ".json", ".parquet")

@@ -91,6 +91,9 @@ def begin(run: RunSetup, directory: RunDirectory, choices: Mapping[str, str], *,
     if world.is_main:
         record_start(run, directory, choices, resume=resume)
     world.barrier()
+    if resume and state.step == total_steps:
+        echo(f"{directory.path} has finished its {total_steps:,} steps; a larger --total-steps continues it")
+        return
     for name, choice in choices.items():
         title = f"{name.replace('_', ' '):<25} "
         echo("\n".join(wrap(choice, 80, title, " " * len(title))))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
-from overnight.config import parse_duration, raise_problems
+from overnight.config import naming, parse_duration, raise_problems
 from overnight.conversion.open_model import open_model
 from overnight.data.dataset import Dataset, MixtureDataset, open_dataset
 from overnight.data.incremental import IncrementalStream
@@ -25,7 +25,7 @@ from overnight.run.log import RunLog
 from overnight.run.preflight import check_checkpoint_space
 from overnight.run.resume import begin, check_directory, needs_rollback, record_data, roll_back
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
-from overnight.run_directory import RunDirectory, naming
+from overnight.run_directory import RunDirectory
 from overnight.terminal import echo, quote, shell_command, write_unprinted
 from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.step import train_step
@@ -60,7 +60,7 @@ def train_recipe(recipe: Recipe, directory: RunDirectory, *, resume: bool = Fals
                     held.enter_context(directory.locked())
                     held.callback(write_unprinted, directory.unprinted)
                     check_directory(recipe, directory, resume=resume)  # another run may have started since
-            begin(run, directory, explain_choices(recipe, run), resume=resume)
+            begin(run, directory, explain_choices(recipe, run, resume=resume), resume=resume)
             fit(run, directory, tasks)
     return run.resolved
 

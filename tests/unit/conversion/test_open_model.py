@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from overnight.conversion import ConvertConfig
+from overnight.conversion import ConvertConfig, huggingface
 from overnight.conversion import command as conversion_command
 from overnight.conversion.huggingface import write_huggingface
 from overnight.conversion.open_model import OpenedModel, hub_repository, open_model
@@ -26,7 +26,6 @@ from overnight.model.model_config import ModelConfig
 from overnight.run_directory import RunDirectory
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 from overnight.training import OptimizerConfig
-from overnight.training.checkpoint import format as checkpoint_format
 from overnight.training.checkpoint.save import save_checkpoint
 from overnight.training.optim import build_optimizer
 from overnight.training.state import TrainState
@@ -98,7 +97,7 @@ def test_full_disk_is_said_with_the_path(here: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOSPC, "No space left on device")
 
     write_huggingface(build_model(1), TOKENIZER, here / "hf")
-    place = (checkpoint_format, "save_file") if broken == "save_file" else (os, "fsync")
+    place = (huggingface, "save_file") if broken == "save_file" else (os, "fsync")
     monkeypatch.setattr(*place, fail)
     with pytest.raises(OSError, match=r"hf\b.*No space left|No space left.*hf\b"):
         write_huggingface(build_model(1), TOKENIZER, here / "other-hf")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import shutil
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
@@ -25,7 +23,6 @@ READABLE = (2, 3, 4)  # 3 has no guard; 2 has one file of each kind, and does no
 KINDS = ("model", "optimizer")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32
-CHECKPOINT_NAME = re.compile(r"step-[0-9]{8}")
 READ_BYTES = 16_000_000  # small reads would each wait for the interpreter lock
 
 
@@ -41,11 +38,8 @@ def read_step(checkpoint: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The published checkpoints of a run, oldest first, verified or not."""
-    try:
-        names = os.listdir(folder)  # unlike glob, which finds nothing in a folder without permission
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(folder / name for name in names if CHECKPOINT_NAME.fullmatch(name))
+    found = folder.iterdir() if folder.is_dir() else ()  # glob finds nothing in one without permission
+    return sorted(path for path in found if path.match("step-" + "[0-9]" * 8))
 
 
 def file_names(kind: str, count: int) -> list[str]:
@@ -107,13 +101,8 @@ def write_tensors(path: Path, pieces: Mapping[str, TensorShard]) -> None:
     """Write CPU tensors into one file. Raises OSError if that fails."""
     firsts = {name: piece.first for name, piece in pieces.items() if piece.first}
     tensors = {name: piece.rows.contiguous() for name, piece in pieces.items()}
-    save_tensors(tensors, path, {METADATA: json.dumps(firsts)} if firsts else None)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
-    """Write a safetensors file, readable as the umask says. Raises OSError, naming it, if that fails."""
     try:
-        save_file(tensors, path, metadata=metadata)
+        save_file(tensors, path, metadata={METADATA: json.dumps(firsts)} if firsts else None)
     except SafetensorError as error:
         raise OSError(f"{path} can't be written: {error}") from None
     apply_umask(path)
