@@ -289,8 +289,15 @@ def _read_recipe(
     given = {word.partition("=")[0].replace("_", "-") for word in words}
     if given & {"--total-tokens", "--total-steps"}:  # the length can be given in two ways
         default = with_settings(default, total_steps=None)
+    # Its prompt is of its own text, python-docs; those of the other recipes fit any text.
+    if given & {"--data", "--mixture"} and name == "quickstart":
+        default = with_settings(default, sample_prompts=("",))
     wider = cls(**vars(default))
     read = from_arguments(cls, words, prog=f"overnight {command}", about=_about(command), default=wider)
+    if "--tokenizer" in given:  # a recipe's own is for texts; this one was asked for
+        from overnight.preparation.prepare import require_tokenizer
+
+        require_tokenizer(read.data)
     return name, read
 
 

@@ -267,7 +267,7 @@ class RunDirectory:
                 f"{self.path} is being trained by {self._holder()}; wait for it, or choose another --run-name"
             ) from None
         with held:
-            self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            write_atomically(self.holder, f"process {os.getpid()} on {socket.gethostname()}\n")
             try:
                 yield
             finally:

@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from overnight import cli
-from overnight.cli import COMMANDS, RENAMED_COMMANDS, main
+from overnight.cli import COMMANDS, RENAMED_COMMANDS, _read_recipe, main
+from overnight.recipe import Recipe
 
 HELP_SECONDS, TRIES = 0.5, 3
 HELP = """
@@ -173,6 +174,19 @@ def in_workplace(workplace, monkeypatch):
     """The folder of the tiny run, as the current one."""
     monkeypatch.chdir(workplace)
     return workplace
+
+
+@pytest.mark.parametrize(
+    "words, prompts",
+    [
+        (["quickstart"], ("The value of",)),
+        (["quickstart", "--data", "notes.txt"], ("",)),
+        (["quickstart", "--data", "notes.txt", "--sample-prompts", "My"], ("My",)),
+        (["shakespeare-char", "--data=notes.txt"], ("\n",)),
+    ],
+)
+def test_prompt_of_a_recipe_is_for_its_own_text(words, prompts):
+    assert _read_recipe("train", Recipe, words)[1].samples.sample_prompts == prompts
 
 
 def read_lines(path: str) -> list[dict[str, float]]:

@@ -223,7 +223,19 @@ def _read_json_file(part: Part, text_column: str) -> Iterator[Document]:
 
 
 def _read_json_array(start: bytes, file: BinaryIO, address: str, text_column: str) -> Iterator[Document]:
-    """The documents of an array. Reads a part of the file at a time: at least 64 KiB, or one item."""
+    """The documents of an array; the last one is damaged if the rest is not JSON."""
+    try:
+        for where, item in json_items(start, file, address):
+            yield _find_text(item, where, where, text_column, None)
+    except DamagedFileError as error:
+        yield Document("", str(error))
+
+
+def json_items(start: bytes, file: BinaryIO, address: str) -> Iterator[tuple[str, Any]]:
+    """(where it is, value) of each item of an array that begins with `start`.
+
+    Reads a part of the file at a time: at least 64 KiB, or one item. Raises DamagedFileError.
+    """
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
     text, place, number = decode(start).lstrip()[1:], 0, 1
     while True:
@@ -233,15 +245,14 @@ def _read_json_array(start: bytes, file: BinaryIO, address: str, text_column: st
         except (ValueError, RecursionError):
             more = file.read(max(65_536, len(text) - place))
             if not more:
-                yield Document("", f"{where} is not JSON, or the array has no end")
-                return
+                raise DamagedFileError(f"{where} is not JSON, or the array has no end") from None
             text, place = text[place:] + decode(more), 0
             continue
         if item is None:
             if (text[place:] + decode(file.read())).strip():
-                yield Document("", f"{address} has more after the end of its array: write one array")
+                raise DamagedFileError(f"{address} has more after the end of its array: write one array")
             return
-        yield _find_text(item.value, where, where, text_column, None)
+        yield where, item.value
         number += 1
 
 
