@@ -1,10 +1,10 @@
-"""How fast GPT-2 124M is judged on a text: overnight beside what the peers do for a validation loss.
+"""How fast GPT-2 124M is evaluated on a text: overnight beside what the peers do for a validation loss.
 
     python benchmarks/evaluate.py --peer ../build-nanogpt --nanogpt ../nanoGPT --repeats 3
 
-All judge the same windows with the same weights, in the same precision and the same batches, so that their
+All evaluate the same windows with the same weights, in the same precision and the same batches, so that their
 losses, which are shown, must agree. The last side is the loop of Transformers' documentation, whose windows
-overlap: it judges every token after at least half a context, and computes twice as much for that.
+overlap: it evaluates every token after at least half a context, and computes twice as much for that.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SAME_LOSS = 0.002  # a vocabulary padded with 47 ids adds 0.0009 nats to an untr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is judged, and how."""
+    """What is evaluated, and how."""
 
     batches: Sequence[Batch]
     precision: str
@@ -48,11 +48,11 @@ class Question:
 
     @property
     def tokens(self) -> int:
-        """Targets to judge."""
+        """Targets to evaluate."""
         return sum(batch.targets.numel() for batch in self.batches)
 
 
-def judge_ours(model: GPT, question: Question) -> float:
+def evaluate_ours(model: GPT, question: Question) -> float:
     """What `overnight evaluate` does."""
     from overnight.evaluation.perplexity import evaluate_language_model
 
@@ -74,7 +74,7 @@ def train_forward(model: GPT, question: Question) -> float:
     return total / question.tokens
 
 
-def judge_theirs(peer: Peer, question: Question) -> float:
+def evaluate_theirs(peer: Peer, question: Question) -> float:
     """What build-nanogpt, nanoGPT and Transformers' Trainer do: the mean of the batches' means."""
     import torch
 
@@ -89,47 +89,47 @@ def judge_theirs(peer: Peer, question: Question) -> float:
     return total / len(question.batches)
 
 
-def judge_strided(peer: Peer, question: Question) -> float:
+def evaluate_strided(peer: Peer, question: Question) -> float:
     """The perplexity loop of Transformers' documentation: one row at a time, its first half only context."""
     import torch
 
     text = torch.cat([batch.ids.flatten() for batch in question.batches]).to(question.device)
     window = question.batches[0].ids.shape[1]
     stride = int(window * STRIDE_FRACTION)
-    nats, judged, seen = 0.0, 0, 0
+    nats, evaluated, seen = 0.0, 0, 0
     peer.model.eval()
     with torch.no_grad():
         for start in range(0, len(text), stride):
             ids_T = text[start : start + window]
             end = start + len(ids_T)
             labels_T = ids_T.clone()
-            labels_T[: len(ids_T) - (end - seen)] = -100  # judged before
+            labels_T[: len(ids_T) - (end - seen)] = -100  # evaluated before
             with autocast(question.device, question.precision):
                 loss = peer.model(ids_T[None], labels=labels_T[None]).loss
             targets = int((labels_T[1:] != -100).sum())
-            nats, judged, seen = nats + loss.item() * targets, judged + targets, end
+            nats, evaluated, seen = nats + loss.item() * targets, evaluated + targets, end
             if end == len(text):
                 break
-    return nats / judged
+    return nats / evaluated
 
 
 def build_sides(
     model: GPT, question: Question, options: argparse.Namespace
 ) -> dict[str, Callable[[], float]]:
-    """Every side that is there, as a function that judges and returns its loss."""
+    """Every side that is there, as a function that evaluates and returns its loss."""
     sides: dict[str, Callable[[], float]] = {
-        OURS: partial(judge_ours, model, question),
+        OURS: partial(evaluate_ours, model, question),
         FORWARD: partial(train_forward, model, question),
     }
     named = {"build-nanogpt": options.peer, "nanogpt": options.nanogpt}
     for name, checkout in named.items():
         if checkout is not None:
             peer = _placed(build_peer(name, checkout, model), question)
-            sides[PEERS[name]] = partial(judge_theirs, peer, question)
+            sides[PEERS[name]] = partial(evaluate_theirs, peer, question)
     if importlib.util.find_spec("transformers") is not None:
         peer = _placed(build_peer("transformers", None, model), question)
-        sides["Transformers"] = partial(judge_theirs, peer, question)
-        sides[STRIDED] = partial(judge_strided, peer, question)
+        sides["Transformers"] = partial(evaluate_theirs, peer, question)
+        sides[STRIDED] = partial(evaluate_strided, peer, question)
     return sides
 
 
@@ -168,7 +168,7 @@ def report(options: argparse.Namespace) -> measure.Report:
     settings = {name: getattr(options, name) for name in ("rows", "context", "batches", "layers", "repeats")}
     where = f"{measure.on_device(options.device)}, {precision}"
     return measure.Report(
-        title=f"{measure.model_name(config)} judged on {tokens:,} tokens on {where}",
+        title=f"{measure.model_name(config)} evaluated on {tokens:,} tokens on {where}",
         headings=HEADINGS,
         rows=rows,
         measured=times,
@@ -179,16 +179,16 @@ def report(options: argparse.Namespace) -> measure.Report:
 
 
 def describe_losses(losses: dict[str, float]) -> list[str]:
-    """Whether the sides judged the same, and what the ratios are."""
+    """Whether the sides evaluated the same, and what the ratios are."""
     comparable = [loss for name, loss in losses.items() if name != STRIDED]
     apart = max(comparable) - min(comparable)
-    verdict = "." if apart <= SAME_LOSS else ": THE SIDES DO NOT JUDGE THE SAME."
+    verdict = "." if apart <= SAME_LOSS else ": THE SIDES DO NOT AGREE."
     notes = [
         measure.OVERNIGHT_IS,
         f"The losses on the same windows lie within {apart:.5f} nats{verdict}",
     ]
     if STRIDED in losses:
-        notes.append(f"{STRIDED} judges every token after at least half a window: its loss is another.")
+        notes.append(f"{STRIDED} evaluates every token after at least half a window: its loss is another.")
     return notes
 
 
@@ -208,7 +208,7 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="the device's own if left out")
     parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
-    parser.add_argument("--batches", type=int, default=1, help="batches that are judged")
+    parser.add_argument("--batches", type=int, default=1, help="batches that are evaluated")
     return parser.parse_args(words)
 
 

@@ -21,7 +21,7 @@ ROWS_AT_ONCE = 8
 
 
 def report(options: argparse.Namespace) -> measure.Report:
-    """Judge the text with every precision."""
+    """Evaluate the text with every precision."""
     import torch
 
     from overnight.conversion.open_model import open_model
@@ -41,21 +41,21 @@ def report(options: argparse.Namespace) -> measure.Report:
     models = {name: copy.deepcopy(opened.model) for name in precisions}
     for name, model in models.items():
         prepare_for_generation(model, name)  # type: ignore[arg-type]  # a list of them, in another order
-    found = [judge(models, batch) for batch in batches]
-    judged = {
+    found = [evaluate(models, batch) for batch in batches]
+    evaluated = {
         name: [torch.cat(parts) for parts in zip(*(each[name] for each in found), strict=True)]
         for name in models
     }
     return measure.Report(
         title=f"What fewer bits cost {options.model}",
         headings=HEADINGS,
-        rows=[table_row(name, judged[name], judged["fp32"][0]) for name in models],
-        measured={name: [float(part.mean()) for part in parts] for name, parts in judged.items()},
+        rows=[table_row(name, evaluated[name], evaluated["fp32"][0]) for name in models],
+        measured={name: [float(part.mean()) for part in parts] for name, parts in evaluated.items()},
         settings={"text": text.name, "tokens": len(windows) * context, "context": context},
     )
 
 
-def judge(models: dict[str, Any], ids_BT: Any) -> dict[str, list[Any]]:
+def evaluate(models: dict[str, Any], ids_BT: Any) -> dict[str, list[Any]]:
     """By precision, for each target: nats, whether another id is likeliest, and how far logits moved."""
     import torch
     import torch.nn.functional as F

@@ -4,8 +4,8 @@
 
 Tiny shakespeare, character by character, as nanoGPT's README trains it on a MacBook: 4 layers, 128 wide,
 2,000 steps of 12 rows of 64. The same recipe on the same split (the first 90% of the file), and as many
-tokens judged on the way. What is timed is the whole process, its imports included; the preparation of the
-text is not. Afterwards both models are judged by one procedure on the whole validation split.
+tokens evaluated on the way. What is timed is the whole process, its imports included; the preparation of the
+text is not. Afterwards both models are evaluated by one procedure on the whole validation split.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ HEADINGS = (
     "overnight takes",
 )
 CONTEXT, ROWS = 64, 12
-EVALUATE_EVERY, BATCHES_OF_EVALUATION, SPLITS = 250, 20, 2  # nanoGPT judges batches of both splits
-ROWS_JUDGED_AT_ONCE = 256
+EVALUATE_EVERY, BATCHES_OF_EVALUATION, SPLITS = 250, 20, 2  # nanoGPT evaluates batches of both splits
+ROWS_AT_ONCE = 256
 PRINTED_STEP = re.compile(r"^iter \d+: .* time ([0-9.]+)ms", re.MULTILINE)
 SEED = 1337  # nanoGPT's own
 ALONE = environment_of_process(large_pages=False)  # of both sides
@@ -143,14 +143,14 @@ def command_of_ours(data: Path, steps: int, seed: int) -> list[str]:
     return [*measure.overnight_command(), "train", "shakespeare-char-cpu", *options]
 
 
-def train_ours(folder: Path, steps: int, seeds: itertools.count[int], judge: Judge) -> Training:
+def train_ours(folder: Path, steps: int, seeds: itertools.count[int], evaluate: Evaluate) -> Training:
     """One run, in a folder of its own, each with another seed."""
     shutil.rmtree(folder / "runs", ignore_errors=True)
     took = measure.run_process(command_of_ours(folder / "prepared", steps, next(seeds)), folder, ALONE)
     run = folder / "runs" / "measured"
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     milliseconds = statistics.median(json.loads(line)["milliseconds"] for line in lines)
-    return Training(took, milliseconds, judge(load_ours(run)))
+    return Training(took, milliseconds, evaluate(load_ours(run)))
 
 
 def load_ours(run: Path) -> Callable[[Tensor], Tensor]:
@@ -182,13 +182,13 @@ def command_of_theirs(steps: int) -> list[str]:
     return [sys.executable, "train.py", "config/train_shakespeare_char.py", *options]
 
 
-def train_theirs(folder: Path, steps: int, judge: Judge) -> Training:
+def train_theirs(folder: Path, steps: int, evaluate: Evaluate) -> Training:
     """One run. Its seed is fixed."""
     out = folder / "out-shakespeare-char"
     shutil.rmtree(out, ignore_errors=True)
     took = measure.run_process(command_of_theirs(steps), folder, ALONE)
     milliseconds = statistics.median(map(float, PRINTED_STEP.findall(took.output)))
-    return Training(took, milliseconds, judge(load_theirs(folder, out / "ckpt.pt")))
+    return Training(took, milliseconds, evaluate(load_theirs(folder, out / "ckpt.pt")))
 
 
 def load_theirs(checkout: Path, checkpoint: Path) -> Callable[[Tensor], Tensor]:
@@ -206,7 +206,7 @@ def load_theirs(checkout: Path, checkpoint: Path) -> Callable[[Tensor], Tensor]:
 # ---------------------------------------------------------------- both
 
 
-Judge = Callable[[Callable[[Any], Any]], float]
+Evaluate = Callable[[Callable[[Any], Any]], float]
 
 
 def evaluate_every(steps: int) -> int:
@@ -221,7 +221,7 @@ def encode(split: Split) -> NDArray[np.int64]:
     return np.array([ids[character] for character in split.validation])
 
 
-def judge_whole(logits: Callable[[Tensor], Tensor], ids: NDArray[np.int64]) -> float:
+def evaluate_whole(logits: Callable[[Tensor], Tensor], ids: NDArray[np.int64]) -> float:
     """Nats per character over all windows of 64 characters that lie end to end, at all their positions."""
     import torch
 
@@ -231,9 +231,9 @@ def judge_whole(logits: Callable[[Tensor], Tensor], ids: NDArray[np.int64]) -> f
     windows, batch = (ids.size - 1) // CONTEXT, Rows(ids, CONTEXT).batch
     nats = 0.0
     with torch.inference_mode():
-        for first in range(0, windows, ROWS_JUDGED_AT_ONCE):
-            judged = batch(first, min(ROWS_JUDGED_AT_ONCE, windows - first))
-            nats += cross_entropy_nats(logits(judged.ids), judged.targets).item()
+        for first in range(0, windows, ROWS_AT_ONCE):
+            evaluated = batch(first, min(ROWS_AT_ONCE, windows - first))
+            nats += cross_entropy_nats(logits(evaluated.ids), evaluated.targets).item()
     return nats / (windows * CONTEXT)
 
 
@@ -244,15 +244,15 @@ def report(options: argparse.Namespace) -> measure.Report:
     measure.check_counts(options, "repeats")
     measure.check_counts(options, "iterations", least=2)
     split = read_split(options.text, options.nanogpt)
-    judge = partial(judge_whole, ids=encode(split))
+    evaluate = partial(evaluate_whole, ids=encode(split))
     steps = options.iterations
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare_ours(split, folder / "ours" / "prepared")
-        sides = {OURS: partial(train_ours, folder / "ours", steps, itertools.count(SEED), judge)}
+        sides = {OURS: partial(train_ours, folder / "ours", steps, itertools.count(SEED), evaluate)}
         if options.nanogpt is not None:
             prepare_theirs(options.nanogpt, split, folder / "theirs")
-            sides[THEIRS] = partial(train_theirs, folder / "theirs", steps, judge)
+            sides[THEIRS] = partial(train_theirs, folder / "theirs", steps, evaluate)
         runs = measure.interleave(sides, options.repeats)
     settings = {"steps": steps, "repeats": options.repeats}
     if options.nanogpt is not None:
@@ -271,7 +271,7 @@ def report(options: argparse.Namespace) -> measure.Report:
         settings=settings,
         notes=[
             f"validation loss: nats per character on all windows of {CONTEXT} of the last tenth of the text, "
-            "judged after the clock has stopped; the mean over the repeats, of which ours have a seed each.",
+            "taken after the clock has stopped; the mean over the repeats, of which ours have a seed each.",
             "overnight takes: the median share of the side's wall time, within each round.",
         ],
     )

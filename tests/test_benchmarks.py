@@ -225,13 +225,13 @@ def test_evaluation_peers_agree(programs):
     windows = [batch(number * 2, 2) for number in range(3)]
     question = evaluate.Question(batches=windows, precision="fp32", device="cpu")
     theirs = programs["peers"].build_peer("transformers", None, model)
-    found = evaluate.judge_theirs(theirs, question)
-    assert evaluate.judge_ours(model, question) == pytest.approx(found, abs=1e-4)
+    found = evaluate.evaluate_theirs(theirs, question)
+    assert evaluate.evaluate_ours(model, question) == pytest.approx(found, abs=1e-4)
     fewer = dataclasses.replace(question, batches=windows[:2])
-    assert abs(evaluate.judge_theirs(theirs, fewer) - found) > 0.01  # negative control: another text
+    assert abs(evaluate.evaluate_theirs(theirs, fewer) - found) > 0.01  # negative control: another text
     losses = {"overnight": 10.0, "nanoGPT": 10.001, evaluate.STRIDED: 9.0}
     assert "DO NOT JUDGE" not in evaluate.describe_losses(losses)[1]
-    assert "DO NOT JUDGE THE SAME" in evaluate.describe_losses(losses | {"nanoGPT": 10.1})[1]
+    assert "DO NOT AGREE" in evaluate.describe_losses(losses | {"nanoGPT": 10.1})[1]
 
 
 def test_generation_peers_write_the_same(programs):
@@ -256,7 +256,7 @@ def test_hellaswag_answers_are_compared_one_by_one(programs):
 def test_rounding_of_the_same_model_costs_nothing(programs):
     model, another = far_from_chance(), far_from_chance(seed=1)
     ids = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(0))
-    found = programs["rounding"].judge({"fp32": model, "again": model, "another": another}, ids)
+    found = programs["rounding"].evaluate({"fp32": model, "again": model, "another": another}, ids)
     assert all(torch.equal(a, b) for a, b in zip(found["again"], found["fp32"], strict=True))
     assert all(float(part.mean()) > 0.01 for part in found["another"][1:])
 

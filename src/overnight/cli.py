@@ -11,6 +11,7 @@ import errno
 import importlib
 import itertools
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -109,6 +110,7 @@ TRAINING = frozenset({"train", "quickstart", "plan", "doctor"})
 COMPILING = TRAINING | {"bench"}
 SECONDS_TO_PRINT = 2.0
 UNUSABLE_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -155,7 +157,8 @@ def _refuse(error: ValueError) -> int:
     if is_shared and not launcher.is_main_process():
         time.sleep(SECONDS_TO_PRINT)  # the launcher ends all processes as soon as one has ended
     else:
-        _print_error(str(error))
+        nul = "a path contains a NUL character, which no file's name can: remove it"
+        _print_error(nul if "embedded null" in str(error) else str(error))
     return DONE if is_shared and launcher.record_usage_error() else WRONG_USE
 
 
@@ -174,6 +177,8 @@ def _fail(error: OSError) -> int:
 
 
 def _print_error(sentence: str) -> None:
+    """Print a sentence in one line: a control character, which a path or a value may hold, as its escape."""
+    sentence = CONTROL.sub(lambda found: ascii(found[0])[1:-1], sentence)
     with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may listen
         print(f"overnight: {sentence}", file=sys.stderr, flush=True)
 
@@ -284,8 +289,15 @@ def _read_recipe(
     given = {word.partition("=")[0].replace("_", "-") for word in words}
     if given & {"--total-tokens", "--total-steps"}:  # the length can be given in two ways
         default = with_settings(default, total_steps=None)
+    # Its prompt is of its own text, python-docs; those of the other recipes fit any text.
+    if given & {"--data", "--mixture"} and name == "quickstart":
+        default = with_settings(default, sample_prompts=("",))
     wider = cls(**vars(default))
     read = from_arguments(cls, words, prog=f"overnight {command}", about=_about(command), default=wider)
+    if "--tokenizer" in given:  # a recipe's own is for texts; this one was asked for
+        from overnight.preparation.prepare import require_tokenizer
+
+        require_tokenizer(read.data)
     return name, read
 
 

@@ -48,7 +48,12 @@ FROM_A_COPY = "restore it from a copy of the run, or start again with another --
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`: after a crash, and for any reader, it is the old file or the new one."""
+    """Replace `path` by `content`: after a crash, and for any reader, it is the old file or the new one.
+
+    Raises ValueError for a device or a pipe, in whose place there would be a file.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a device or a pipe: give the path of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -262,7 +267,7 @@ class RunDirectory:
                 f"{self.path} is being trained by {self._holder()}; wait for it, or choose another --run-name"
             ) from None
         with held:
-            self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            write_atomically(self.holder, f"process {os.getpid()} on {socket.gethostname()}\n")
             try:
                 yield
             finally:

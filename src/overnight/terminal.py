@@ -66,7 +66,7 @@ def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callab
     line at the end. `total=None`: the length is unknown. Without a `unit` the note describes the progress.
     """
     started_at = time.perf_counter()
-    done, last_note = 0.0, "nothing"
+    done, last_note = 0.0, ""
     if not _is_terminal():
 
         def count(amount: float = 1, note: str = "") -> None:
@@ -75,7 +75,8 @@ def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callab
 
         yield count
         what = f"{_amount(done)} {unit}" if unit else last_note
-        echo(f"{title}: {what} in {time.perf_counter() - started_at:.1f} s".replace("  ", " "))
+        if unit or last_note:
+            echo(f"{title}: {what} in {time.perf_counter() - started_at:.1f} s".replace("  ", " "))
         return
 
     with _live_bar(unit) as bar:

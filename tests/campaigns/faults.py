@@ -25,6 +25,7 @@ from faults_background import measure_background
 from faults_crashes import measure_crashes, measure_errors
 from faults_damage import measure_corruption, measure_fallback
 from faults_environments import measure_environments
+from faults_input import measure_input
 from faults_kills import measure_kills, measure_starts
 from faults_long import measure_leaks, measure_rows
 from faults_parents import measure_parents
@@ -91,6 +92,7 @@ PARTS: dict[str, tuple[Measure, dict[str, Any], dict[str, Any]]] = {
         {"preparations": 2, "changes": 2, "controls": 2, "crowds": 1, "commands": 3, "surroundings": 1},
     ),
     "parents": (measure_parents, {"parents": 20}, {"parents": 2}),
+    "input": (measure_input, {"inputs": 120}, {"inputs": 2}),
     "starts": (measure_starts, {"rounds": 20, "starts": 50}, {"rounds": 1, "starts": 4}),
 }
 """By name: what measures it, how often, and how often in a hurry."""

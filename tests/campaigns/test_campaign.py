@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 FULL = (
     *("stops", "rows", "kills", "crashes", "resumes", "errors", "corruption", "record", "fallback"),
     *("environments", "parents"),
-    *("background", "starts", "signals", "preparation", "leaks"),
+    *("background", "starts", "signals", "preparation", "leaks", "input"),
 )
 QUICK = [
     "corruption",
@@ -27,6 +27,7 @@ QUICK = [
     "starts",
     "signals",
     "environments",
+    "input",
 ]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="descriptors get their names from /proc")

@@ -93,7 +93,8 @@ train tiny.toml --run-name x --warmup-steps 50 | train tiny.toml --run-name x --
 train tiny.toml --run-name x --device gpu | train tiny.toml --run-name x --trackers mlflow
 train tiny.toml --run-name x --init-from runs/nowhere
 train tiny.toml --run-name x --init-from runs/tiny --n-layer 3
-train tiny.toml --run-name x --tasks helaswag
+train tiny.toml --run-name x --tasks helaswag | doctor tiny.toml --tokenizer characters
+train tiny.toml --run-name x --tokenizer bpe-301 | train tiny.toml --run-name x --tokenizer=nowhere
 train tiny.toml | train --resume runs/nowhere | train --resume corpus | train --resume
 train --resume runs/tiny --n-layer 3 --loss chunked | train --resume runs/tiny --total-steps 10
 evaluate runs/nowhere | evaluate corpus | evaluate runs/tiny --data nowhere

@@ -160,6 +160,9 @@ def test_damaged_record_of_the_data_is_refused(directory, resume_refusal, conten
 
 
 def test_another_tokenizer_in_the_run_is_refused_and_a_missing_one_written(directory, resume, resume_refusal):
+    (directory.tokenizer / "tokenizer.json").unlink()
+    (directory.tokenizer / "tokenizer.json").mkdir()
+    assert str(directory.tokenizer) in resume_refusal(directory)
     shutil.rmtree(directory.tokenizer)
     build_tokenizer("characters", ["quite another text"]).save(directory.tokenizer)
     assert str(directory.tokenizer) in resume_refusal(directory)

@@ -28,7 +28,7 @@ PRELOADED = [
     *("overnight.cli", "overnight.run.train", "overnight.doctor.command", "overnight.report.page"),
     *("torch._dynamo", "tyro", "matplotlib.figure", "matplotlib.backends.backend_svg"),
 ]
-START = "import sys; sys.path.insert(0, folder); import test_surroundings as t; t.play(*given)"
+START = "import sys; sys.path.insert(0, folder); import test_surroundings as t; getattr(t, play)(*given)"
 RECIPE = """
 run_name = "tiny"
 [data]
@@ -62,7 +62,7 @@ COMMANDS = {
     "compare": "report {folder}/runs/tiny {folder}/stopped --out {folder}/both.html",
     "runs": "runs",
     "plan": "plan gpt2-124m --device-type h100",
-    "doctor": "doctor {folder}/tiny.toml --data {folder}/shards --only shards gradients",
+    "doctor": "doctor {folder}/tiny.toml --data {folder}/shards --only shards gradients disk",
     "convert": "convert {folder}/runs/tiny --to hf --out tiny-hf",
     "launch": "launch gpt2-124m --slurm --out job.sbatch",
 }
@@ -153,6 +153,15 @@ def closed_streams(folder: Path) -> None:
     sys.stdin = None  # type: ignore[assignment]
 
 
+def library_keeps_its_files_private(folder: Path) -> None:
+    """The mutant of the tests of the umask."""
+    from overnight.conversion import huggingface
+    from overnight.training.checkpoint import format as checkpoint_format
+
+    os.umask(0o022)
+    huggingface.apply_umask = checkpoint_format.apply_umask = lambda path: None
+
+
 WRITES_HERE = frozenset(NEW)
 JOINS = frozenset({"train", "resume", "evaluate"})
 
@@ -196,9 +205,79 @@ SURROUNDINGS = {
 }
 
 
+UMASKS = {
+    **{
+        f"umask {mask:03o}": Surroundings(lambda _, mask=mask: os.umask(mask))
+        for mask in (0o002, 0o022, 0o027)
+    },
+    "private files": Surroundings(library_keeps_its_files_private),
+}
+
+DENIED = """
+runs: train tiny.toml --run-name new | runs | report tiny
+stopped: train --resume stopped --total-steps 6 | evaluate stopped | report stopped | runs stopped
+stopped: convert stopped --out x | generate stopped Line
+stopped/recipe.toml: train --resume stopped --total-steps 6 | report stopped | runs stopped
+stopped/metrics.jsonl: train --resume stopped --total-steps 6 | report stopped
+stopped/data.json: train --resume stopped --total-steps 6 | evaluate stopped
+stopped/events: train --resume stopped --total-steps 6 | report stopped
+stopped/checkpoints: train --resume stopped --total-steps 6 | evaluate stopped
+stopped/checkpoints/*4: evaluate stopped | evaluate stopped/checkpoints/step-00000004
+stopped/checkpoints/*4/model.safetensors: train --resume stopped --total-steps 6 | evaluate stopped
+stopped/checkpoints/*4/optimizer.safetensors: train --resume stopped --total-steps 6
+stopped/tokenizer: train --resume stopped --total-steps 6 | evaluate stopped
+stopped/tokenizer/tokenizer.json: train --resume stopped --total-steps 6 | evaluate stopped
+shards: train tiny.toml --run-name new | inspect shards | plan tiny.toml
+shards/manifest.json: train tiny.toml --run-name new | inspect shards
+shards/train-00000.bin: train tiny.toml --run-name new | inspect shards
+shards/tokenizer: train tiny.toml --run-name new | prepare text --tokenizer shards/tokenizer --out x
+shards/tokenizer/tokenizer.json: train tiny.toml --run-name new
+shards/tokenizer/tokenizer.json: prepare text --tokenizer shards/tokenizer --out x
+hf: evaluate hf --data shards
+hf/config.json: evaluate hf --data shards
+hf/model.safetensors: evaluate hf --data shards | convert hf --out x
+hf/tokenizer.json: evaluate hf --data shards
+text: prepare text --tokenizer characters --out x | inspect text
+text/001.txt: prepare text --tokenizer characters --out x --on-bad-file skip
+text/001.txt: prepare text/001.txt --tokenizer characters --out x
+tiny.toml: train tiny.toml --run-name new | plan tiny.toml | doctor tiny.toml
+tasks: evaluate stopped --tasks hellaswag --task-files tasks
+tasks/hellaswag_val.jsonl: evaluate stopped --tasks hellaswag --task-files tasks
+tasks/hellaswag_val.jsonl: prepare text --out x --decontaminate tasks/hellaswag_val.jsonl
+model.pt: evaluate model.pt --data shards
+"""
+"""A path without permission, and the commands that read it."""
+
+
+def play_denied(folder: str, has_mutant: bool, sent: Any) -> None:
+    """In a process of its own: what each command of DENIED says."""
+    from overnight.conversion import huggingface
+
+    os.chdir(folder)
+    os.environ["XDG_CACHE_HOME"] = str(Path(folder, "cache"))
+    assert call(["convert", "stopped", "--out", "hf"])[0] == 0
+    Path("tasks").mkdir()
+    Path("tasks/hellaswag_val.jsonl").write_text("{}\n")
+    Path("model.pt").write_bytes(b"PK")
+    give_up_privileges()
+    if has_mutant:
+        huggingface.require_readable = lambda path: None
+    found = {}
+    for line in DENIED.strip().splitlines():
+        name, _, commands = line.partition(": ")
+        [path] = Path().glob(name)
+        for words in commands.split(" | "):
+            mode = path.stat().st_mode
+            path.chmod(0)
+            found[f"{path}: {words}"] = call(words.split())
+            path.chmod(mode)
+    left = [str(path) for path in (Path("x"), Path("runs/new")) if path.exists()]
+    sent.send((found, left))
+
+
 def play(name: str, folder: str, has_mutant: bool, sent: Any) -> None:
     """In a process of its own: every command in these surroundings; what it said, and what it left."""
-    these, place = SURROUNDINGS[name], Path(folder)
+    these, place = (SURROUNDINGS | UMASKS)[name], Path(folder)
     os.chdir(place)
     os.environ |= {"XDG_CACHE_HOME": str(place / "cache"), **these.variables}
     these.enter(place)
@@ -229,10 +308,11 @@ def ground(prepare_texts, tmp_path_factory):
 def outcomes(ground, tmp_path):
     """`outcomes(name)`: of each command its status, what it said, and whether it left something."""
 
-    def outcomes(name, has_mutant=False):
+    def outcomes(*name, has_mutant=False, play="play"):
         folder = shutil.copytree(ground, tmp_path / "copy")
         received, sent = PROCESSES.Pipe(duplex=False)
-        names = {"folder": str(Path(__file__).parent), "given": (name, str(folder), has_mutant, sent)}
+        names = {"folder": str(Path(__file__).parent), "play": play}
+        names["given"] = *name, str(folder), has_mutant, sent
         process = PROCESSES.Process(target=exec, args=(START, names))
         process.start()
         sent.close()
@@ -259,3 +339,47 @@ def test_mistake_would_be_noticed(outcomes):
     status, said, _ = outcomes("another thread", has_mutant=True)["train"]
     assert status == 2
     assert "main thread" in said
+
+
+@pytest.fixture
+def modes(ground, outcomes, tmp_path):
+    """`modes(name)`: the permissions of all files, and of all folders, that the commands created."""
+
+    def modes(name):
+        assert all(status == 0 for status, _, _ in outcomes(name).values())
+        before = {path.relative_to(ground) for path in ground.rglob("*")}
+        folder = tmp_path / "copy"
+        new = [path for path in folder.rglob("*") if path.relative_to(folder) not in before]
+        return [
+            {path.stat().st_mode & 0o777 for path in new if path.is_dir() == is_folder}
+            for is_folder in (False, True)
+        ]
+
+    return modes
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o027])
+def test_files_of_every_command_follow_the_umask(umask, modes):
+    assert modes(f"umask {umask:03o}") == [{0o666 & ~umask}, {0o777 & ~umask}]
+
+
+def test_private_file_would_be_noticed(modes):
+    """Negative control: safetensors creates its files as private."""
+    assert modes("private files") == [{0o644, 0o600}, {0o755}]
+
+
+def test_path_without_permission_is_said_to_be_so(outcomes):
+    found, left = outcomes(play="play_denied")
+    for case, (status, said) in found.items():
+        last = said.splitlines()[-1]
+        assert status == 2, f"{case}: {said}"
+        assert re.match("overnight: .*(Permission denied|not writable)", last), f"{case}: {said}"
+        assert case.partition(":")[0] in last, f"{case}: {said}"
+    assert not left
+
+
+def test_wrong_reason_would_be_noticed(outcomes):
+    """Negative control: safetensors' own word for such a file."""
+    found, _ = outcomes(play="play_denied", has_mutant=True)
+    _, said = found["hf/model.safetensors: evaluate hf --data shards"]
+    assert "No such file" in said

@@ -8,9 +8,11 @@ from functools import partial
 
 import pytest
 
+from overnight.data import DataConfig, MixtureSource
 from overnight.data.shards import load_prepared_tokenizer
 from overnight.evaluation import EvaluateConfig
 from overnight.evaluation import command as evaluation_command
+from overnight.preparation.prepare import require_tokenizer
 from overnight.recipe import read_recipe_of, with_settings
 from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
@@ -93,3 +95,23 @@ def test_matching_tokenizer_is_accepted(folders, runs, three_steps, tmp_path, na
     tuned = three_steps(folders[name], init_from=runs[name].path)
     train_recipe(tuned, RunDirectory(tmp_path / "tuned"))
     evaluate_on(runs[name], folders[name])
+
+
+@pytest.mark.parametrize("wanted, shards", [*itertools.product(TOKENIZERS, TOKENIZERS)])
+def test_tokenizer_that_is_asked_for_is_the_folders(folders, wanted, shards):
+    """By name, and by a folder that holds it; two of the same name differ by the folder alone."""
+    folder, asked = str(folders[shards]), str(folders[wanted] / "tokenizer")
+    mixture = (MixtureSource(path=folder, weight=1.0),)
+    name = TOKENIZERS[wanted][0]
+    for config, is_same in (
+        (DataConfig(data=folder, tokenizer=asked), wanted == shards),
+        (DataConfig(mixture=mixture, tokenizer=asked), wanted == shards),
+        (DataConfig(data=folder, tokenizer=name), name == TOKENIZERS[shards][0]),
+    ):
+        if is_same:
+            require_tokenizer(config)
+        else:
+            with pytest.raises(ValueError, match="was prepared with the tokenizer") as error:
+                require_tokenizer(config)
+            assert folder in str(error.value)
+            assert config.tokenizer in str(error.value)

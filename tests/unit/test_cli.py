@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from overnight import cli
-from overnight.cli import COMMANDS, RENAMED_COMMANDS, main
+from overnight.cli import COMMANDS, RENAMED_COMMANDS, _read_recipe, main
+from overnight.recipe import Recipe
 
 HELP_SECONDS, TRIES = 0.5, 3
 HELP = """
@@ -88,6 +89,8 @@ def test_no_line_of_help_is_broken_twice(columns, monkeypatch, capsys):
         (["prepare", "python-docs", "--tokenizer=gpt3"], "gpt3"),
         (["evaluate", "."], "no model"),
         (["runs", "--folder", "nowhere"], "nowhere"),
+        (["runs", "a\nb\x1b[2J\u2028"], r"a\nb\x1b[2J\u2028 does not exist"),
+        (["launch", "quickstart", "--slurm", "--gpus-per-node=1", "--out", "a\0b"], "a NUL character"),
     ],
     ids=" ".join,
 )
@@ -171,6 +174,19 @@ def in_workplace(workplace, monkeypatch):
     """The folder of the tiny run, as the current one."""
     monkeypatch.chdir(workplace)
     return workplace
+
+
+@pytest.mark.parametrize(
+    "words, prompts",
+    [
+        (["quickstart"], ("The value of",)),
+        (["quickstart", "--data", "notes.txt"], ("",)),
+        (["quickstart", "--data", "notes.txt", "--sample-prompts", "My"], ("My",)),
+        (["shakespeare-char", "--data=notes.txt"], ("\n",)),
+    ],
+)
+def test_prompt_of_a_recipe_is_for_its_own_text(words, prompts):
+    assert _read_recipe("train", Recipe, words)[1].samples.sample_prompts == prompts
 
 
 def read_lines(path: str) -> list[dict[str, float]]:

@@ -29,6 +29,16 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_pipe_is_not_replaced_by_a_file(tmp_path):
+    """Nor a device: root's `--out /dev/null` would take it from the whole machine."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="pipe is a device or a pipe"):
+        write_atomically(path, "new")
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_lines_are_read_in_order_and_numbers_that_are_not_finite_are_null(tmp_path):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")

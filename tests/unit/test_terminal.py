@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from overnight.terminal import ago, duration, echo, progress, scientific, short, significant
+from overnight.terminal import ago, byte_size, duration, echo, progress, scientific, short, significant
 
 SHORT = {
     **{0: "0", 7: "7", 1234: "1,234", 9999: "9,999", 10_000: "10k", 12_345: "12.3k", 999_499: "999k"},
@@ -24,11 +24,26 @@ DURATION = {
     **{0.42: "0.4 s", 9.96: "10 s", 59.7: "1 min", 125: "2 min 5 s", 3_600 * 3 + 720: "3 h 12 min"},
     **{3_599.9: "1 h", 86_400 * 2 + 3_600 * 4 + 59: "2 d 4 h"},
 }
+BYTE_SIZE = {
+    **{
+        0: "0 bytes",
+        14: "14 bytes",
+        999: "999 bytes",
+        1_000: "1.00 kB",
+        14_900: "14.9 kB",
+        999_400: "999 kB",
+    },
+    **{999_500: "1.00 MB", 30_000_000: "30.0 MB", 1.49e9: "1.49 GB", 1.4e13: "14,000 GB"},
+}
 AGO = {-3: "just now", 61: "1 min ago", 7_300: "2 h ago", 90_000: "1 d ago"}
 
 
 @pytest.mark.parametrize(
-    "function, table", [(short, SHORT), (scientific, SCIENTIFIC), (duration, DURATION), (ago, AGO)]
+    "function, table",
+    [
+        *((short, SHORT), (scientific, SCIENTIFIC), (duration, DURATION)),
+        *((ago, AGO), (byte_size, BYTE_SIZE)),
+    ],
 )
 def test_number_format(function, table):
     assert {number: function(number) for number in table} == table

@@ -22,9 +22,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, equal
 
+from overnight.config import naming, require_readable
 from overnight.model.gpt import GPT, empty_model, gpt2_sizes
 from overnight.model.model_config import ModelConfig
-from overnight.run_directory import apply_umask, flush_folder, flush_to_disk, write_atomically
+from overnight.run_directory import (
+    apply_umask,
+    flush_folder,
+    flush_to_disk,
+    write_atomically,
+)
 from overnight.terminal import echo
 from overnight.tokenizer.open_tokenizer import load_tokenizer, read_json_object
 from overnight.tokenizer.tokenizer import Tokenizer
@@ -89,7 +95,10 @@ def write_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     if folder.exists():
         raise ValueError(f"{folder} already exists; remove it, or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+    with (
+        naming(folder),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary,
+    ):
         staging = Path(temporary) / folder.name
         staging.mkdir()  # the temporary folder itself is private
         ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
@@ -97,7 +106,10 @@ def write_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
             PREFIX + name: (weight.T if name.endswith(CONV1D) else weight).float().cpu().contiguous()
             for name, weight in model.weights().items()
         }
-        save_file(weights, staging / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(weights, staging / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder} can't be written: {error}") from None
         apply_umask(staging / WEIGHTS)
         with (staging / WEIGHTS).open("rb") as file:
             flush_to_disk(file.fileno())
@@ -223,7 +235,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in files:
         try:
+            require_readable(folder / name)
             weights |= load_file(folder / name)
+        except PermissionError:
+            raise
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{name} cannot be read, download it again: {error}") from None
     return weights

@@ -25,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from overnight.config import require_readable
+
 SAFE_TORCH = (2, 10)  # in older versions a file could make the weights-only reader write out of bounds
 REFUSED = 3  # exit status of the child
 SECONDS, BYTES_PER_SECOND = 60, 20e6  # time limit: for any file, and for its size on a slow disk
@@ -67,6 +69,7 @@ def read_pickled(path: Path) -> PickledCheckpoint:
     Raises ValueError for a file that contains more than tensors, numbers and texts, is damaged, or needs
     more memory or time than a file of its size should.
     """
+    require_readable(path)
     size = path.stat().st_size
     with tempfile.TemporaryDirectory(prefix="overnight-") as folder:
         command = [sys.executable, "-P", "-c", PROGRAM, str(os.getpid()), str(path.absolute()), folder]

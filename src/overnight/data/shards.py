@@ -267,9 +267,12 @@ def is_being_prepared(folder: Path) -> bool:
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """The manifest of a prepared folder. Raises ValueError if it is missing or changed."""
     path = folder / name
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {name}: it is not a folder that `overnight prepare` finished")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):  # or renamed just now
+        raise ValueError(
+            f"{folder} has no {name}: it is not a folder that `overnight prepare` finished"
+        ) from None
     try:
         fields = json.loads(content)
         version = fields["format_version"]

@@ -16,13 +16,16 @@ import hashlib
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from overnight.config import require_readable
 from overnight.terminal import progress
 
 KINDS = (".txt", ".md", ".jsonl", ".json", ".parquet")
@@ -30,6 +33,8 @@ PACKINGS = (".gz", ".zst")
 TABLES = frozenset({".jsonl", ".json", ".parquet"})
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+LAST_NUMBER = re.compile(r"(.*?)([0-9]+)([^0-9]*)")
+PART_OF = re.compile(r"(.*?)([0-9]+)(-of-[0-9]+.*)")
 FIRST_LINE_BYTES = 1 << 20
 BROKEN_LINK = "broken link"
 
@@ -146,6 +151,36 @@ def count_files(files: Iterable[TextFile]) -> dict[str, list[int]]:
 def describe_files(counts: Mapping[str, Sequence[int]]) -> str:
     """Number of files and bytes of each kind, as text."""
     return ", ".join(f"{count:,} {kind} ({size:,} bytes)" for kind, (count, size) in sorted(counts.items()))
+
+
+def describe_missing(names: Iterable[str], least_digits: int = 1) -> str:
+    """The names that lack in a numbered row, in a sentence that shows the first three; "" if none does.
+
+    part-00000-of-00003 says how many there are; other names lack between the lowest and the highest number.
+    Numbers of fewer digits than `least_digits` are not counted, since a year is no part.
+    """
+    rows: dict[tuple[str, str], dict[int, str]] = {}
+    for name in names:
+        found = PART_OF.fullmatch(name) or LAST_NUMBER.fullmatch(name)
+        if found is not None and len(found[2]) >= least_digits:
+            rows.setdefault((found[1], found[3]), {})[int(found[2])] = found[2]
+    missing = (
+        f"{before}{number:0{len(there[min(there)])}d}{after}"
+        for (before, after), there in rows.items()
+        for number in _numbers_of(there, after)
+        if number not in there
+    )
+    shown = list(islice(missing, 4))
+    more = " ..." * (len(shown) > 3)
+    return f"not there, by the numbers in the names: {', '.join(shown[:3])}{more}" if shown else ""
+
+
+def _numbers_of(there: Mapping[int, str], after: str) -> range:
+    total = re.match(r"-of-([0-9]+)", after)
+    if total is None:
+        return range(min(there), max(there))
+    first = int(int(total[1]) in there)  # 1 if they are counted from 1
+    return range(first, first + int(total[1]))
 
 
 def _kind_left_alone(file: TextFile, text_column: str) -> str | None:
@@ -297,7 +332,11 @@ def open_parquet(file: TextFile) -> Any:
     pyarrow = import_pyarrow(file.address)
     from pyarrow import parquet
 
-    source = _open_raw(file) if is_remote(file.address) else file.address
+    source: Any = file.address
+    if is_remote(file.address):
+        source = _open_raw(file)
+    else:
+        require_readable(Path(file.address))
     try:
         return parquet.ParquetFile(source, pre_buffer=is_remote(file.address))
     except (OSError, pyarrow.ArrowException) as error:

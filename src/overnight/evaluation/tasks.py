@@ -153,12 +153,12 @@ def evaluate_cached(task: Task, model: GPT, tokenizer: Tokenizer, precision: str
 
     Each result is written to a file at once, so that an interrupted evaluation continues:
 
-        judged/<key>/<rank>.jsonl   a line per example: [index, result]
+        task-results/<key>/<rank>.jsonl   a line per example: [index, result]
 
     The folder is deleted when all results are complete.
     """
     examples = task.encode(tokenizer, model.config.context_length)
-    folder = cache_path("judged", cache_key(model, examples, precision))
+    folder = cache_path("task-results", cache_key(model, examples, precision))
     known = _read_results(folder)
     world.barrier()  # all processes have read before one writes
     missing = [index for index in range(len(examples)) if index not in known]

@@ -75,7 +75,7 @@ def describe(found: Inspection | Domains) -> Iterator[str]:
 
 
 def _describe_shards(found: Inspection) -> Iterator[str]:
-    yield f"{found.folder}: {found.source} (licence: {found.licence}) in ids of {found.tokenizer}"
+    yield f"{found.folder}: {found.source} (licence: {found.licence}), tokenizer {found.tokenizer}"
     yield "every shard matches the manifest"
     yield from (f"  ! {problem}" for problem in found.problems)
     if found.files_read:
@@ -98,7 +98,7 @@ def _describe_shards(found: Inspection) -> Iterator[str]:
         yield f"document {sample['document']:,} of {sample['split']} ({sample['tokens']:,} tokens)"
         yield "  " + " ".join(_printable(sample["text"]).split()) + (" …" if sample["is_shortened"] else "")
     yield ""
-    yield "top domains: none, since shards hold no addresses; inspect the source instead"
+    yield "top domains: not known from shards, which contain no addresses; inspect the source instead"
     yield f"next: {shell_command('train', 'RECIPE', '--data', found.folder)}"
 
 

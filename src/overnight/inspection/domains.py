@@ -14,18 +14,19 @@ from urllib.parse import urlsplit
 
 from overnight.data.text_files import (
     BYTE_ORDER_MARK,
+    TABLES,
     DamagedFileError,
     TextFile,
-    find_files,
     first_line,
     import_pyarrow,
+    list_files,
     open_file,
     open_parquet,
     refuse_utf16,
 )
+from overnight.preparation.documents import json_items
 from overnight.terminal import progress
 
-WITH_COLUMNS = frozenset({".jsonl", ".parquet"})
 MOST_DOMAINS = 1000  # in the JSON output; a terminal shows fewer
 ROWS_AT_ONCE = 4096
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)?//")
@@ -67,10 +68,10 @@ def count_domains(source: str, columns: Columns = ("url", "text"), documents: in
 
     Memory holds two numbers per site. Raises ValueError if no file has such columns, or one is damaged.
     """
-    files = [file for file in find_files(source) if file.kind in WITH_COLUMNS]
+    files = [file for file in list_files(source, columns[1]).files if file.kind in TABLES]
     if not files:
         raise ValueError(
-            f"{source} holds texts without addresses: sites are read from .jsonl and .parquet files"
+            f"{source} holds texts without addresses: sites are read from .jsonl, .json and .parquet files"
         )
     counts: Counter[str | None] = Counter()
     text_bytes: Counter[str | None] = Counter()
@@ -97,7 +98,7 @@ def count_domains(source: str, columns: Columns = ("url", "text"), documents: in
 
 def _rows(files: Sequence[TextFile], columns: Columns, advance: Callable[..., None]) -> Iterator[Row]:
     for file in files:
-        yield from _json_rows(file, columns) if file.kind == ".jsonl" else _parquet_rows(file, columns)
+        yield from _parquet_rows(file, columns) if file.kind == ".parquet" else _json_rows(file, columns)
         advance(file.bytes / 1e6)
 
 
@@ -107,17 +108,25 @@ def _json_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
             if number == 1:
                 refuse_utf16(line, file.address)
             content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if file.kind == ".json" and number == 1 and content.lstrip().startswith(b"["):
+                for location, item in json_items(content, lines, file.address):
+                    yield _json_row(item, location, columns)
+                return
             if not content.strip():
                 continue
             location = f"{file.address} line {number:,}"
             fields = None
             with contextlib.suppress(ValueError, RecursionError):
                 fields = json.loads(content)
-            if not isinstance(fields, dict):
-                raise DamagedFileError(f"{location} is not a JSON object with named fields")
-            _require(columns, list(fields), location)
-            url, text = map(fields.get, columns)
-            yield url, len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
+            yield _json_row(fields, location, columns)
+
+
+def _json_row(fields: Any, location: str, columns: Columns) -> Row:
+    if not isinstance(fields, dict):
+        raise DamagedFileError(f"{location} is not a JSON object with named fields")
+    _require(columns, list(fields), location)
+    url, text = map(fields.get, columns)
+    return url, len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
 
 
 def _parquet_rows(file: TextFile, columns: Columns) -> Iterator[Row]:

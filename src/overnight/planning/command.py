@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 from overnight.config import nearest, raise_problems
@@ -99,7 +98,7 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
         device_name=one + layout.describe(target.device_name),
         device_memory_bytes=target.memory_bytes,
         peak_flops=peak_flops,
-        disk_free_bytes=shutil.disk_usage(Path.cwd()).free if is_here else None,
+        disk_free_bytes=shutil.disk_usage(".").free if is_here else None,
         load_average=os.getloadavg()[0] if target.device is None else 0.0,
         dollars_per_hour=config.dollars_per_hour and config.dollars_per_hour * config.machines,
         fits=_fits(memory.together, target.memory_bytes, is_here=is_here),

@@ -45,7 +45,7 @@ def summarize_prepared(manifest: Manifest) -> list[str]:
     tokens = train + validation
     text_bytes = manifest.text_bytes("train") + manifest.text_bytes("validation")
     lines = [
-        f"{manifest.source} (licence: {manifest.licence}) in ids of {manifest.tokenizer}",
+        f"{manifest.source} (licence: {manifest.licence}), tokenizer {manifest.tokenizer}",
         f"{manifest.documents:,} documents, {byte_size(text_bytes)} of text, {tokens:,} tokens",
         f"{tokens / manifest.documents:,.1f} tokens per document, {text_bytes / tokens:.3f} bytes per token",
         f"{train:,} tokens to train on, {validation:,} held out ({validation / tokens:.2%})",

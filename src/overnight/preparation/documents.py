@@ -37,7 +37,7 @@ from overnight.data.text_files import (
 SHORTEST_PIECE_BYTES = 10_000
 LONGEST_PIECE_BYTES = 20_000
 ENDS_OF_PIECES = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb" "))
-ITEM_BEGINS = re.compile(r"[\s,]*")
+JSON_BLANK = re.compile(r"[ \t\r\n]*")
 JSON_DECODER = json.JSONDecoder()
 SURROGATE = re.compile("[\ud800-\udfff]")
 ROWS_AT_ONCE = 256
@@ -207,40 +207,79 @@ def _pieces(file: BinaryIO, address: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_json_file(part: Part, text_column: str) -> Iterator[Document]:
-    offset = 0
+    offset, is_first = 0, True
     with open_file(part.file) as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
                 refuse_utf16(line, part.file.address)
             content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-            if part.file.kind == ".json" and offset == 0 and content.lstrip().startswith(b"["):
+            if part.file.kind == ".json" and is_first and content.lstrip().startswith(b"["):
                 yield from _read_json_array(content, file, part.file.address, text_column)
                 return
             if content.strip():
+                is_first = False
                 yield _read_json(content, f"{part.file.address} line {number:,}", offset, text_column)
             offset += len(line)
 
 
 def _read_json_array(start: bytes, file: BinaryIO, address: str, text_column: str) -> Iterator[Document]:
-    """The documents of an array. Reads a part of the file at a time: at least 64 KiB, or one item."""
+    """The documents of an array; the last one is damaged if the rest is not JSON."""
+    try:
+        for where, item in json_items(start, file, address):
+            yield _find_text(item, where, where, text_column, None)
+    except DamagedFileError as error:
+        yield Document("", str(error))
+
+
+def json_items(start: bytes, file: BinaryIO, address: str) -> Iterator[tuple[str, Any]]:
+    """(where it is, value) of each item of an array that begins with `start`.
+
+    Reads a part of the file at a time: at least 64 KiB, or one item. Raises DamagedFileError.
+    """
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
     text, place, number = decode(start).lstrip()[1:], 0, 1
     while True:
-        place = ITEM_BEGINS.match(text, place).end()  # type: ignore[union-attr]  # matches also nothing
-        if text.startswith("]", place):
-            return
         where = f"{address} item {number:,}"
         try:
-            item, place = JSON_DECODER.raw_decode(text, place)
+            item, place = _next_item(text, place, is_first=number == 1)
         except (ValueError, RecursionError):
             more = file.read(max(65_536, len(text) - place))
             if not more:
-                yield Document("", f"{where} is not JSON, or the array has no end")
-                return
+                raise DamagedFileError(f"{where} is not JSON, or the array has no end") from None
             text, place = text[place:] + decode(more), 0
-        else:
-            yield _find_text(item, where, where, text_column, None)
-            number += 1
+            continue
+        if item is None:
+            if (text[place:] + decode(file.read())).strip():
+                raise DamagedFileError(f"{address} has more after the end of its array: write one array")
+            return
+        yield where, item.value
+        number += 1
+
+
+class _Item(NamedTuple):
+    """An item of an array, which may be null."""
+
+    value: Any
+
+
+def _next_item(text: str, place: int, *, is_first: bool) -> tuple[_Item | None, int]:
+    """(the item of an array at `place` or None at the array's end, the place after it).
+
+    Raises ValueError if the text is not JSON, or ends within the item or directly after it.
+    """
+    place = _after_blank(text, place)
+    if text.startswith("]", place):
+        return None, place + 1
+    if not is_first:
+        if not text.startswith(",", place):
+            raise ValueError("no comma")
+        place = _after_blank(text, place + 1)
+    value, end = JSON_DECODER.raw_decode(text, place)
+    return _Item(value), end
+
+
+def _after_blank(text: str, place: int) -> int:
+    return JSON_BLANK.match(text, place).end()  # type: ignore[union-attr]  # matches also nothing
 
 
 def _read_json(line: bytes, where: str, offset: int, text_column: str) -> Document:
@@ -296,6 +335,8 @@ def _parquet_values(file: Any, groups: list[int], address: str, text_column: str
             values = batch.column(0)
             while pyarrow.types.is_struct(values.type):  # the one field that was asked for
                 values = values.flatten()[0]
+            if pyarrow.types.is_dictionary(values.type):  # a categorical column of pandas
+                values = values.dictionary_decode()
             yield from values.cast(pyarrow.large_binary()).to_pylist()
             rows += batch.num_rows
     except (OSError, pyarrow.ArrowException) as error:
@@ -315,7 +356,7 @@ def _open_parquet_text(file: TextFile, text_column: str) -> Any:
         fields = [kind.field(index).name for index in range(kind.num_fields)]
         _require_column(name, fields, f"{file.address} in {names[0]!r}")
         kind = kind.field(fields.index(name)).type
-    kind = str(kind)
+    kind = str(getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind)
     if kind not in TEXT_TYPES:
         raise ValueError(f"{file.address} holds {kind}, not text, in its column {text_column!r}")
     return opened

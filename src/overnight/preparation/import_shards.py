@@ -10,12 +10,11 @@ can run code is opened: neither a pickle in a .npy file nor nanoGPT's meta.pkl.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from overnight import __version__
 from overnight.data import shards
 from overnight.data.atomic_folder import publish_folder, require_disk_space, staging_folder
 from overnight.data.shards import HEADER_BYTES, SPLITS, Manifest, Shard, Tokens
-from overnight.data.text_files import TextFile, as_utf8, first_line, hash_files
+from overnight.data.text_files import TextFile, as_utf8, describe_missing, first_line, hash_files
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.prepare_state import Request
 from overnight.run_directory import flush_folder, flush_to_disk
@@ -36,9 +35,9 @@ from overnight.tokenizer.tokenizer import Tokenizer
 
 VALIDATION_NAME = re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])", re.IGNORECASE)
 BEGINNING_TOKENS, BEGINNING_CHARACTERS = 24, 24  # printed, so that a wrong tokenizer is noticed
-LAST_NUMBER = re.compile(r"(.*?)([0-9]+)([^0-9]*)")
 LOOKED_AT = 1 << 22  # ids of a file without a header, to find their width
 MOST_UPPER_HALF = 3  # of an id below 262,144
+MOST_ZEROS = 0.4  # share of the id 0 in a text; of uint32 read as uint16, half are 0
 LLM_C, BUILD_NANOGPT, NANOGPT = "llm.c", "build-nanogpt", "nanoGPT"
 
 
@@ -162,9 +161,8 @@ class ShardImport:
         if whole:
             some = ", ".join(whole[:3]) + (" ..." if whole[3:] else "")
             yield f"no end-of-text id is in {some}: each counts as one document"
-        if missing := missing_files(self.files):
-            more = " ..." * (len(missing) > 3)
-            yield f"not there, by the numbers in the names: {', '.join(missing[:3])}{more}"
+        if missing := describe_missing(file.path.name for file in self.files):
+            yield missing
         if methods["linked"]:
             yield "linked files take no additional disk space; do not change the originals"
         beginning = self.tokenizer.decode(self.files[0].ids[:BEGINNING_TOKENS].tolist())
@@ -180,6 +178,7 @@ def plan_import(config: PrepareConfig) -> ShardImport:
     files = find_external_shards(folder)
     _check_pickle(folder, config.tokenizer_name)
     tokenizer, name = load_tokenizer(config.tokenizer_name), as_utf8(folder.resolve().name)
+    files = tuple(_with_width(file, tokenizer.vocab_size) for file in files)
     text_files = (TextFile(str(f.path), as_utf8(f.path.name), f.path.stat().st_size) for f in files)
     request: Request = {
         "from_shards": name,
@@ -241,31 +240,37 @@ def open_external_shard(path: Path) -> ExternalShard:
 def _open_plain(path: Path) -> Tokens:
     """The ids in a file without a header: uint16, or uint32 if the upper halves of all ids are nearly 0.
 
-    Raises ValueError for int64, numpy's default.
+    Raises ValueError for int64, numpy's default, and for uint32 that is not whole.
     """
     ids = np.asarray(np.memmap(path, dtype="<u2", mode="r"))
-    if ids.size % 4 == 0 and not ids[1:LOOKED_AT:2].any() and not ids[2:LOOKED_AT:4].any():
+    if ids.size % 4 == 0 and not ids[2:LOOKED_AT:4].any() and not ids[3:LOOKED_AT:4].any():
         raise ValueError(
             f"{path} holds ids of 8 bytes: write them as uint16, or as uint32 if one is above 65,535"
         )
-    if ids.size % 2 == 0 and int(ids[1:LOOKED_AT:2].max()) <= MOST_UPPER_HALF:
+    upper = ids[1:LOOKED_AT:2]
+    is_wide = upper.size > 0 and int(upper.max()) <= MOST_UPPER_HALF
+    if is_wide and ids.size % 2 == 0:
         return np.asarray(np.memmap(path, dtype="<u4", mode="r"))
+    if is_wide or np.count_nonzero(ids[:LOOKED_AT] == 0) > MOST_ZEROS * min(ids.size, LOOKED_AT):
+        raise ValueError(
+            f"{path} is damaged: it holds ids of 4 bytes, and bytes are missing, or others were added"
+        )
     return ids
 
 
-def missing_files(files: Sequence[ExternalShard]) -> list[str]:
-    """The names that are missing between the numbers of the files; at most the first four."""
-    numbers: dict[tuple[str, str], dict[int, str]] = {}
-    for found in (LAST_NUMBER.fullmatch(file.path.name) for file in files):
-        if found is not None:
-            numbers.setdefault((found[1], found[3]), {})[int(found[2])] = found[2]
-    missing = (
-        f"{before}{number:0{len(there[min(there)])}d}{after}"
-        for (before, after), there in numbers.items()
-        for number in range(min(there), max(there))
-        if number not in there
-    )
-    return list(itertools.islice(missing, 4))
+def _with_width(file: ExternalShard, vocab_size: int) -> ExternalShard:
+    """The file with ids of 4 bytes if 2 can't hold all of the vocabulary, whatever its ids look like.
+
+    Raises ValueError if its length does not allow that.
+    """
+    if file.program != NANOGPT or file.ids.itemsize >= shards.token_format(vocab_size).dtype.itemsize:
+        return file
+    if file.ids.nbytes % 4:
+        raise ValueError(
+            f"{file.path} has {file.ids.nbytes:,} bytes, and an id of a vocabulary of {vocab_size:,} "
+            "takes 4: fetch the file again, or name the tokenizer that made it with --tokenizer"
+        )
+    return replace(file, ids=np.asarray(np.memmap(file.path, dtype="<u4", mode="r")))
 
 
 def _open_npy(path: Path) -> Tokens:

@@ -25,7 +25,7 @@ from overnight.data.atomic_folder import (
     require_disk_space,
     staging_folder,
 )
-from overnight.data.remote import is_prepared_elsewhere
+from overnight.data.remote import RemoteFolder, is_prepared_elsewhere
 from overnight.data.shards import (
     MANIFEST,
     SHARD_NAME,
@@ -37,7 +37,7 @@ from overnight.data.shards import (
     verify,
     write_manifest,
 )
-from overnight.data.text_files import DamagedFileError, count_files
+from overnight.data.text_files import DamagedFileError, count_files, describe_missing
 from overnight.preparation import assemble, decontaminate, executors, tokenize
 from overnight.preparation.documents import Part, divide_file, spans_of
 from overnight.preparation.identity import (
@@ -62,11 +62,13 @@ from overnight.preparation.prepare_state import (
 from overnight.preparation.sources import PYTHON_DOCS, Source, open_source, parse_python_docs
 from overnight.run_directory import flush_folder
 from overnight.terminal import echo
+from overnight.tokenizer.open_tokenizer import NAMES, load_tokenizer
 
 UNIT_BYTES = 16_000_000  # of text: a second of one core
 MOST_UNITS = 10_000  # limits the number of files of a large source
 EARLY_BYTES = 1_000_000_000  # of text, after which the first shards are published: a minute of two cores
 BYTES_PER_TOKEN_AT_MOST = 6  # 4.5 for English in GPT-2's tokens
+PART_DIGITS = 5  # of a numbered part of a text, as in part-00000; a year has four
 TOKENS_PER_WRITER = 1_000_000_000  # tokens per writing process: a few seconds
 
 
@@ -110,6 +112,26 @@ def ensure_prepared(config: DataConfig) -> DataConfig:
         for source in config.mixture
     )
     return dataclasses.replace(config, data=data, mixture=mixture)
+
+
+def require_tokenizer(config: DataConfig) -> None:
+    """Raise ValueError if a prepared folder or URL was made with another tokenizer than `config` names."""
+    named = config.tokenizer
+    for path in [source.path for source in config.mixture] or [config.data]:
+        if is_prepared_elsewhere(path):
+            manifest = RemoteFolder(path, config.cache_bytes).manifest
+        elif (Path(path) / MANIFEST).is_file():
+            manifest = read_manifest(Path(path))
+        else:
+            continue  # a text: it will be prepared with this tokenizer
+        if named in {manifest.tokenizer, manifest.request.get("tokenizer")}:
+            continue
+        has_fixed_name = named in NAMES or named.startswith("bpe-")
+        if has_fixed_name or load_tokenizer(named).fingerprint != manifest.tokenizer_fingerprint:
+            raise ValueError(
+                f"{path} was prepared with the tokenizer {manifest.tokenizer}, not {named}: leave "
+                "--tokenizer out, or give --data the text itself"
+            )
 
 
 def _ensure_text(path: str, config: DataConfig) -> str:
@@ -166,6 +188,8 @@ class TextPreparation:
 
 def _plan_text(config: PrepareConfig) -> TextPreparation:
     source = open_source(config.source or "", config.subset, config.from_file, config.text_column)
+    if missing := describe_missing((file.name for file in source.files), PART_DIGITS):
+        echo(missing)
     if config.validation_fraction is not None:
         source = dataclasses.replace(source, validation_fraction=config.validation_fraction)
     return TextPreparation(config, source, describe_request(config, source))

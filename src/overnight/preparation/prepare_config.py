@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -25,7 +26,7 @@ def parse_count(text: str) -> int:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMBT]?)", text.strip().replace("_", ""), re.IGNORECASE)
     if found is None:
         raise ValueError(f"{text!r} is not a count: write 1000000, 500K, 10M, 1B or 1.3T")
-    return round(float(found[1]) * 10 ** POWERS[found[2].upper()]) if found[2] else int(float(found[1]))
+    return round(Decimal(found[1]).scaleb(POWERS[found[2].upper()]))
 
 
 def _count_option(*, optional: bool) -> tyro.constructors.PrimitiveConstructorSpec[Any]:

@@ -26,26 +26,30 @@ from overnight.training.compute import describe_attention_kernel, explain_comput
 ABOUT_EACH_START = {"started_at", "command", "working_directory"}
 
 
-def explain_choices(asked: Recipe, run: RunSetup) -> dict[str, str]:
-    """The value chosen for this machine and the reason, by the setting's name."""
+def explain_choices(asked: Recipe, run: RunSetup, *, resume: bool = False) -> dict[str, str]:
+    """The value chosen for this machine and the reason, by the setting's name.
+
+    The recipe of a resumed run holds what was chosen when it began, whether or not anybody asked for it.
+    """
     resolved = run.resolved
-    choices = explain_compute(asked.compute, resolved.compute)
+    requested = "as before" if resume else "as requested"
+    choices = explain_compute(asked.compute, resolved.compute, requested)
     packing = resolved.recipe.data.packing
     kernel = describe_attention_kernel(
         resolved.model, resolved.compute, within_documents=packing == "documents"
     )
     choices["attention"] += f", kernel {kernel}"
     if packing == "best-fit":
-        choices["packing"] = f"{packing} (as requested), {describe_cut_tokens(run.train)}"
+        choices["packing"] = f"{packing} ({requested}), {describe_cut_tokens(run.train)}"
     if isinstance(run.train, Mixture):
         choices["mixture"] = run.train.describe_shares()
     if run.world.is_distributed:
-        choices["processes"] = describe_processes(asked, run)
+        choices["processes"] = describe_processes(asked, run, requested)
     rows, first, last = resolved.plan.micro_batch_size, resolved.plan.stages[0], resolved.plan.stages[-1]
     micro_batches = (
         f"{last.micro_batches}" if first is last else f"{first.micro_batches} to {last.micro_batches}"
     )
-    reason = "the memory estimate allows it" if asked.batch.micro_batch_size is None else "as requested"
+    reason = "the memory estimate allows it" if asked.batch.micro_batch_size is None else requested
     if asked.batch.micro_batch_size not in {None, rows}:
         reason = "halved until it fitted"
     plural = "" if micro_batches == "1" else "es"
@@ -53,10 +57,10 @@ def explain_choices(asked: Recipe, run: RunSetup) -> dict[str, str]:
     return choices
 
 
-def describe_processes(asked: Recipe, run: RunSetup) -> str:
+def describe_processes(asked: Recipe, run: RunSetup, requested: str) -> str:
     """The number of processes, their sharding, and the reason for it."""
     world, compute = run.world, run.resolved.compute
-    reason = "as requested" if asked.compute.sharding is not None else "the first that fits"
+    reason = requested if asked.compute.sharding is not None else "the first that fits"
     order = ", gradients summed in one tree" if compute.deterministic_reduce else ""
     machines = world.size // world.local_size
     where = f" on {machines} machines" if machines > 1 else ""

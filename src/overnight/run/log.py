@@ -65,7 +65,7 @@ class RunLog:
         # Counted in tokens, so that the estimated time is right during a batch ramp.
         tokens = plan.tokens_before(resolved.total_steps) - plan.tokens_before(self.run.state.step)
         self._advance = self._open.enter_context(progress("train", tokens))
-        first = f"step {self.run.state.step + 1:,} of {resolved.total_steps:,}"
+        first = f"step {min(self.run.state.step + 1, resolved.total_steps):,} of {resolved.total_steps:,}"
         self._advance(0, f"{first}  compiling" if resolved.compute.compile else first)
         return self
 

@@ -39,7 +39,7 @@ def load_resumed(path: Path) -> Recipe:
     directory, recipe = RunDirectory(path), read_recipe_of(path)
     directory.check_record()
     every = recipe.checkpoints.checkpoint_every_steps
-    has_checkpoint = any(directory.checkpoints.glob("step-*"))
+    has_checkpoint = bool(list_checkpoints(directory.checkpoints))
     lines = [] if has_checkpoint or every is None else directory.read_metrics()
     # A checkpoint is published before the second one after it begins; steps that went wrong save none.
     if every is not None and len(lines) > 2 * every and not any("skipped" in line for line in lines):
@@ -91,6 +91,9 @@ def begin(run: RunSetup, directory: RunDirectory, choices: Mapping[str, str], *,
     if world.is_main:
         record_start(run, directory, choices, resume=resume)
     world.barrier()
+    if resume and state.step == total_steps:
+        echo(f"{directory.path} has finished its {total_steps:,} steps; a larger --total-steps continues it")
+        return
     for name, choice in choices.items():
         title = f"{name.replace('_', ' '):<25} "
         echo("\n".join(wrap(choice, 80, title, " " * len(title))))
@@ -122,7 +125,7 @@ def check_same_data(run: RunSetup, directory: RunDirectory) -> None:
             f"the data in {dataset.folder} is not the data that {path} was trained on: {', '.join(names)} "
             "differ; put that data back, or give another --run-name"
         )
-    if not (directory.tokenizer / "tokenizer.json").is_file():
+    if not (directory.tokenizer / "tokenizer.json").exists():
         return  # `record_start` writes it again
     try:
         is_same = load_tokenizer(directory.tokenizer).fingerprint == dataset.tokenizer.fingerprint

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
-from overnight.config import parse_duration, raise_problems
+from overnight.config import naming, parse_duration, raise_problems
 from overnight.conversion.open_model import open_model
 from overnight.data.dataset import Dataset, MixtureDataset, open_dataset
 from overnight.data.incremental import IncrementalStream
@@ -60,7 +60,7 @@ def train_recipe(recipe: Recipe, directory: RunDirectory, *, resume: bool = Fals
                     held.enter_context(directory.locked())
                     held.callback(write_unprinted, directory.unprinted)
                     check_directory(recipe, directory, resume=resume)  # another run may have started since
-            begin(run, directory, explain_choices(recipe, run), resume=resume)
+            begin(run, directory, explain_choices(recipe, run, resume=resume), resume=resume)
             fit(run, directory, tasks)
     return run.resolved
 
@@ -185,10 +185,9 @@ def must_stop(run: RunSetup, stop: StopConditions, watch: Watchdog, log: RunLog)
 def recording_failure(run: RunSetup, directory: RunDirectory) -> Iterator[None]:
     """Context manager: an error that ends the run is recorded in its directory, if that is writable."""
     try:
-        yield
+        with naming(directory.path):
+            yield
     except (FloatingPointError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            error.filename = error.filename or str(directory.path)  # a write that fails names no file
         if run.world.is_main:
             with suppress(OSError):
                 directory.record_end(run.state.step, f"{type(error).__name__}: {error}")

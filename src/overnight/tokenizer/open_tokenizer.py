@@ -115,12 +115,19 @@ def _from_content(content: dict[str, Any], path: Path) -> Tokenizer:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file. Raises ValueError, naming it, if it cannot be read or is not an object."""
+    """The content of a JSON file. Raises ValueError, naming it, if it cannot be read or is not an object.
+
+    Raises PermissionError without permission: the file is not damaged then.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except PermissionError:
+        raise
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged or not JSON: byte {error.start:,} is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")

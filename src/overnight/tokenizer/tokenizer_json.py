@@ -80,7 +80,9 @@ def _build_encoder(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
         )
     try:
         encoder = tokenizers.Tokenizer.from_str(json.dumps({**content, "post_processor": None}))
-    except Exception as error:  # tokenizers raises no narrower class
+    except BaseException as error:  # tokenizers raises no narrower class, and a panic of Rust is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise ValueError(f"it is damaged or not a tokenizer.json: {error}") from None
     encoder.encode_special_tokens = True
     missing = set(byte_characters()) - encoder.get_vocab().keys()

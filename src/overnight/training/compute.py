@@ -76,8 +76,13 @@ def can_compile() -> bool:
     return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
-def explain_compute(asked: ComputeConfig, decided: Compute) -> dict[str, str]:
-    """The value of each setting and the reason for it, by name; settings of several processes left out."""
+def explain_compute(
+    asked: ComputeConfig, decided: Compute, requested: str = "as requested"
+) -> dict[str, str]:
+    """The value of each setting and the reason for it, by name; settings of several processes left out.
+
+    `requested` is the reason for a setting that is not the default.
+    """
     uncompiled = "not on Apple's GPUs" if can_compile() else "no C++ compiler or no Python headers"
     reasons = {
         "device": "the best one found",
@@ -92,7 +97,7 @@ def explain_compute(asked: ComputeConfig, decided: Compute) -> dict[str, str]:
     }
     for name, default in vars(ComputeConfig()).items():
         if getattr(asked, name) != default:
-            reasons[name] = "as requested"
+            reasons[name] = requested
     return {
         name: f"{value} ({reasons.get(name, 'the default')})"
         for name, value in vars(decided).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from overnight.conversion import ConvertConfig
+from overnight.conversion import ConvertConfig, huggingface
 from overnight.conversion import command as conversion_command
 from overnight.conversion.huggingface import write_huggingface
 from overnight.conversion.open_model import OpenedModel, hub_repository, open_model
@@ -83,6 +85,23 @@ def test_written_files_follow_the_umask(here: Path, umask: int) -> None:
     files = [path for path in here.rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
     assert {(here / name).stat().st_mode & 0o777 for name in ("hf", "run")} == {0o777 & ~umask}
+
+
+@pytest.mark.parametrize("broken", ["save_file", "fsync"])
+def test_full_disk_is_said_with_the_path(here: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    """Neither safetensors' error nor that of fsync names a file."""
+
+    def fail(*_: object, **__: object) -> None:
+        if broken == "save_file":
+            raise SafetensorError("No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_huggingface(build_model(1), TOKENIZER, here / "hf")
+    place = (huggingface, "save_file") if broken == "save_file" else (os, "fsync")
+    monkeypatch.setattr(*place, fail)
+    with pytest.raises(OSError, match=r"hf\b.*No space left|No space left.*hf\b"):
+        write_huggingface(build_model(1), TOKENIZER, here / "other-hf")
+    assert not (here / "other-hf").exists()
 
 
 def test_weights_that_are_not_finite_are_refused_by_every_command(here: Path) -> None:

@@ -270,7 +270,7 @@ def test_other_number_of_processes_continues(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tasks, "gather_results", lambda own, _: dict(own))
     monkeypatch.setattr(World, "barrier", lambda _: None)
     model, task = build_model(0), SimpleNamespace(name="task", encode=lambda *_: EXAMPLES)
-    folder = cache_path() / "judged" / cache_key(model, EXAMPLES, "fp32")
+    folder = cache_path() / "task-results" / cache_key(model, EXAMPLES, "fp32")
     folder.mkdir(parents=True)
     (folder / "0.jsonl").write_text("[0, [0.0, 0.0]]\n[3, [3.0, 0.0]]\n")
     (folder / "1.jsonl").write_text("[5, [5.0, 0.0]]\n[1, [1.0")  # interrupted

@@ -37,11 +37,12 @@ def test_domains_of_a_folder_of_all_kinds(tmp_path, write_table):
         parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     else:
         write_lines(tmp_path / "a.jsonl", ROWS[:3])
-    write_lines(tmp_path / "b.jsonl", ROWS[3:5])
+    write_lines(tmp_path / "b.jsonl", ROWS[3:4])
+    (tmp_path / "d.json").write_text(json.dumps(ROWS[4:5], indent=1))
     write_lines(tmp_path / "c.jsonl.gz", ROWS[5:])
     (tmp_path / "notes.txt").write_text("no addresses here")
     counts = {"documents": 7, "text_bytes": 16, "documents_without": 3, "sites": 3}
-    assert count_domains(str(tmp_path)) == Domains(source=str(tmp_path), files=3, **counts, top=TOP)
+    assert count_domains(str(tmp_path)) == Domains(source=str(tmp_path), files=4, **counts, top=TOP)
     first = count_domains(str(tmp_path), documents=2)
     assert (first.documents, first.top) == (2, TOP[:1])
 
@@ -60,6 +61,8 @@ def test_domains_need_their_columns(tmp_path):
     [
         ("a.txt", "x", "holds texts without addresses"),
         ("b.jsonl", '{"url": "https://a.org", "text": "x"}\n[1]\n', r"b\.jsonl line 2"),
+        ("b.json", '[{"url": "https://a.org", "text": "x"}, 7]', r"b\.json item 2 is not a JSON object"),
+        ("b.json", '[{"url": "https://a.org", "text": "x"}, ', r"b\.json item 2 is not JSON"),
         ("b.parquet", '{"url": "https://a.org", "text": "x"}\n', r"b\.parquet is damaged"),
     ],
 )

@@ -88,10 +88,16 @@ def test_json_lines(tmp_path: Path) -> None:
     assert texts(path, text_column="body") == ["b"]
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary()])
+CATEGORIES = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())  # a categorical column of pandas
+
+
+@pytest.mark.parametrize(
+    "kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), CATEGORIES], ids=str
+)
 def test_parquet(tmp_path: Path, kind: pyarrow.DataType) -> None:
     values = ["one\n\ntwo", "日本", "", "four", "five"]
-    path = write_parquet(tmp_path / "a.parquet", pyarrow.array([v.encode() for v in values], kind), "body")
+    column = pyarrow.array(values).cast(pyarrow.string() if kind == CATEGORIES else kind).cast(kind)
+    path = write_parquet(tmp_path / "a.parquet", column, "body")
     assert texts(path, text_column="body") == values
 
 
@@ -299,6 +305,7 @@ MARK = b"\xef\xbb\xbf"
         *(
             ("a.json", MARK + json.dumps(OBJECTS).encode()),
             ("a.json", json.dumps(OBJECTS, indent=1).encode()),
+            ("a.json", b"\r\n\n " + json.dumps(OBJECTS).encode()),
         ),
         ("a.JSON.gz", gzip.compress(json.dumps(OBJECTS, ensure_ascii=False).encode(), mtime=0)),
     ],
@@ -321,6 +328,12 @@ def test_json_lines_and_arrays_with_a_nested_column(tmp_path: Path, name: str, c
         (",7]", "item 5 is not a JSON object"),
         ("", "item 5 is not JSON, or the array has no end"),
         (',{"text": ' + "1" * 5000 + "}]", "item 5 is not JSON"),
+        ('{"text": "x"}]', "item 5 is not JSON"),
+        (',,{"text": "x"}]', "item 5 is not JSON"),
+        (",]", "item 5 is not JSON"),
+        ('] [{"text": "lost"}]', "more after the end of its array"),
+        ("]\x1a", "more after the end of its array"),
+        ("] \n\n", None),
     ],
 )
 def test_array_is_read_in_parts_and_its_damage_is_found(tmp_path: Path, end: str, damage: str | None) -> None:

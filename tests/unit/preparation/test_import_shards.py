@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from overnight.data import shards
 from overnight.data.loader import TokenStream
 from overnight.data.shards import Manifest, load_prepared_tokenizer, read_manifest, verify
+from overnight.data.text_files import describe_missing
 from overnight.preparation import import_shards
 from overnight.preparation.import_shards import find_external_shards
-from overnight.preparation.prepare import prepare_shards
+from overnight.preparation.prepare import PART_DIGITS, prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig, output_folder
 from overnight.tokenizer.bpe import BytePair, byte_characters
 from overnight.tokenizer.characters import Characters
@@ -139,6 +140,43 @@ def test_width_of_ids_without_a_header_is_found(here: Path, tokenizer: str) -> N
     folder = write("default", **{name: np.array(ids).tobytes() for name, ids in wide.items()})
     with pytest.raises(ValueError, match=r"train\.bin holds ids of 8 bytes"):
         adopt(folder, tokenizer)
+    sound = np.array(ALL, np.uint32).tobytes()
+    for damaged in (sound[:-2], sound[: len(sound) // 2] + sound[len(sound) // 2 + 2 :], b"\1\0" + sound):
+        folder = write(f"torn{len(damaged)}-{damaged[0]}", train__bin=damaged, val__bin=sound)
+        with pytest.raises(ValueError, match=r"train\.bin is damaged: it holds ids of 4 bytes"):
+            adopt(folder, tokenizer)
+
+
+def test_ids_of_a_vocabulary_that_needs_4_bytes(here: Path, tmp_path: Path) -> None:
+    """262,144 or more: the upper halves of the ids are as large as those of a short text's ids of 2 bytes."""
+    points = [*range(0x20, 0xD800), *range(0xE000, 0x110000)]
+    Characters([chr(point) for point in points[:400_000]]).save(tmp_path / "wide")
+    ids = [7, 399_000, 65_535, 262_144, 65_536, 300_001] * 9
+    content = np.array(ids, np.uint32).tobytes()
+    folder = write("wide-ids", train__bin=content, val__bin=content)
+    adopt(folder, str(tmp_path / "wide"))
+    assert ids_of(here / "adopted", "train") == ids
+    shutil.rmtree("adopted")
+    for wrong, match in ((content[:-2], "takes 4"), (np.array(ids).tobytes(), "8 bytes")):
+        (folder / "train.bin").write_bytes(wrong)
+        with pytest.raises(ValueError, match=match):
+            adopt(folder, str(tmp_path / "wide"))
+
+
+@pytest.mark.parametrize(
+    "names, missing",
+    [
+        (["part-00000-of-00003", "part-00002-of-00003"], "part-00001-of-00003"),
+        (["a/p-00000-of-00003.txt.gz", "a/p-00001-of-00003.txt.gz"], "a/p-00002-of-00003.txt.gz"),
+        (["p-00001-of-00002", "p-00002-of-00002", "q-00000-of-00001"], None),
+        (["00003.jsonl", "00005.jsonl"], "00004.jsonl"),
+        (["00003.jsonl", "00009.jsonl"], "00004.jsonl, 00005.jsonl, 00006.jsonl ..."),
+        (["notes 2019.txt", "notes 2023.txt"], None),
+    ],
+)
+def test_gap_in_the_parts_of_a_text_is_named(names: list[str], missing: str | None) -> None:
+    found = describe_missing(names, PART_DIGITS)
+    assert found == (f"not there, by the numbers in the names: {missing}" if missing else "")
 
 
 def test_gap_in_the_numbers_is_named(

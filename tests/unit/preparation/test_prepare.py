@@ -348,7 +348,7 @@ def test_disk_space_is_estimated_from_the_first_documents(
     assert needed[1] == pytest.approx(2 * 1.1 * 3000 * 2 + 2048)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(shards.TokenFile, "append", lambda *_: pytest.fail("written"))
-    with pytest.raises(ValueError, match="GB free: .*--tokens"):
+    with pytest.raises(ValueError, match="kB free: .*--tokens"):
         prepare_shards(dataclasses.replace(config, out=f"{config.out}-full"))
     assert not Path(f"{config.out}-full").exists()
 

@@ -65,6 +65,7 @@ def test_command_line_reads_counts() -> None:
         "500K": 500_000,
         "1.3T": 13 * 10**11,
         "10b": 10**10,
+        "1" + "0" * 400: 10**400,  # more than a float holds
     }.items():
         assert read("--tokens", text).tokens == parse_count(text) == count
     assert read("--shard-tokens=10K").shard_tokens == 10_000

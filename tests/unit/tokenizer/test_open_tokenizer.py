@@ -61,7 +61,7 @@ def test_damaged_file_is_named_in_one_sentence(tmp_path: Path, content: bytes) -
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ValueError, match=str(tmp_path / "tokenizer.json")) as refused:
         load_tokenizer(tmp_path)
-    assert "\n" not in str(refused.value)
+    assert not any(word in str(refused.value) for word in ("\n", "codec"))
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])

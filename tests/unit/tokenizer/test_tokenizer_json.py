@@ -55,6 +55,7 @@ def test_end_of_text_is_found_or_named(foreign_content: dict[str, Any]) -> None:
         (["pre_tokenizer"], {"type": "Punctuation", "behavior": "Removed"}, "Punctuation"),
         (["pre_tokenizer"], {"type": "ByteLevel", "add_prefix_space": True}, "add_prefix_space"),
         (["model", "dropout"], 0.1, "random"),
+        (["model", "continuing_subword_prefix"], "##", "damaged"),  # in which Rust panics
         (["added_tokens", -1, "lstrip"], True, "strips the whitespace"),
         (["added_tokens", -1, "id"], -1, "id"),
         (["added_tokens", -1, "id"], 2**31, "ids"),

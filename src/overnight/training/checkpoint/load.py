@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from overnight.config import require_readable
 from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.model.gpt import GPT, empty_model
 from overnight.model.model_config import ModelConfig, weight_shapes
@@ -34,13 +35,14 @@ def read_newest(folder: Path, read: Callable[[Path], Read]) -> Read | None:
     """The result of `read` for the newest undamaged checkpoint; None if there is no checkpoint.
 
     `read` raises ValueError for a damaged one: the error is printed, and the one before is tried. Raises
-    ValueError if there are checkpoints and none is accepted.
+    ValueError if there are checkpoints and none is accepted, PermissionError for one without permission.
     """
     found = list_checkpoints(folder)
     for checkpoint in reversed(found):
         try:
             return read(checkpoint)
         except ValueError as error:
+            require_readable(checkpoint, *sorted(checkpoint.glob("*")))
             echo(f"{error}; trying the previous checkpoint")
     if found:
         raise ValueError(
