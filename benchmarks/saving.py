@@ -51,7 +51,7 @@ def sides(state: Any, folder: Path) -> dict[str, Callable[[], float]]:
 
     def save(*, waits: bool) -> float:
         place = folder / f"run-{next(numbers)}" / "checkpoints"
-        saver = Saver(place, SINGLE_PROCESS, lambda: None, lambda: None, {})
+        saver = Saver(place, SINGLE_PROCESS, lambda _: None, lambda: None, {})
 
         def begin() -> None:
             saver.save(state)
@@ -87,7 +87,7 @@ def step_beside(state: Any, folder: Path, repeats: int) -> list[tuple[float, flo
     for number in range(repeats):
         alone = measure.milliseconds(step)
         place = folder / f"beside-{number}" / "checkpoints"
-        saver = Saver(place, SINGLE_PROCESS, lambda: None, lambda: None, {})
+        saver = Saver(place, SINGLE_PROCESS, lambda _: None, lambda: None, {})
         saver.save(state)
         found.append((alone, measure.milliseconds(step)))
         saver.wait()

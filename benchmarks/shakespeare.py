@@ -67,7 +67,7 @@ class Split:
 
 def read_split(text: Path | None, checkout: Path | None) -> Split:
     """Of the file that is named, of the cache's or the checkout's. Raises ValueError if there is none."""
-    from overnight.run_directory import cache_path
+    from overnight.files import cache_path
 
     places = [cache_path() / "shakespeare" / "input.txt"]
     if checkout is not None:

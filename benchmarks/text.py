@@ -41,7 +41,7 @@ def load_bpe(folder: Path | None) -> Tokenizer:
 
     Raises ValueError, with the remedy, if its files are not there.
     """
-    from overnight.run_directory import cache_path
+    from overnight.files import cache_path
     from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
 
     cached = cache_path() / "gpt2"

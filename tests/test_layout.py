@@ -22,10 +22,11 @@ READING_LIST = (
     *("data/permutation.py", "training/checkpoint/"),
 )
 SHARED_NAMES = {"run", "main", "__init__", "command", "page"}
-ENVIRONMENT_READERS = {f"distributed/{name}.py" for name in ("launcher", "world")} | {"run_directory.py"}
+ENVIRONMENT_READERS = {f"distributed/{name}.py" for name in ("launcher", "world")} | {"files.py"}
 # `--help`, `runs` and `report` start fast, because these (and every folder's __init__) need no torch.
 TORCH_FREE = (
-    r"(cli|config|recipe|run_directory|terminal|trackers|.*__init__|(baselines|jobs|report|runs)/.*)\.py"
+    r"(cli|config|recipe|files|run_directory|terminal|trackers|.*__init__"
+    r"|(baselines|jobs|report|runs)/.*)\.py"
 )
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 PROBE = """

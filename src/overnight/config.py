@@ -242,24 +242,32 @@ def working_directory() -> Path | None:
         return None
 
 
-def begun_in(environment: Path) -> Path | None:
-    """The folder in which a run was begun, or resumed last; None if its environment.json does not say."""
+def folders_of_paths(environment: Path) -> list[Path]:
+    """The folders that a run's relative paths may be meant in, the likeliest first.
+
+    The one whose runs/ holds the run, which is the copy's if a whole project was copied; then the one in
+    which the run was begun or resumed last, as its environment.json says.
+    """
+    runs = environment.absolute().parent.parent
+    holders = [runs.parent] if runs.name == "runs" else []
     try:
         facts = json.loads(environment.read_text(encoding="utf-8"))
         places = [start.get("working_directory") for start in (facts, *facts.get("resumed", []))]
-        return next((Path(place) for place in reversed(places) if place), None)
+        return holders + [Path(place) for place in reversed(places) if place][:1]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
+        return holders
 
 
-def path_from(begun: Path | None, path: AnyPath, *, may_be_name: bool = False) -> AnyPath:
-    """A relative path as it was meant in the folder `begun`, as seen from the working directory.
+def path_from(folders: Sequence[Path], path: AnyPath, *, may_be_name: bool = False) -> AnyPath:
+    """A relative path as it was meant in one of the `folders`, as seen from the working directory.
 
-    A path that is not there, but here, is that of a project that was moved. With `may_be_name`, one that is
-    not there is a name.
+    It is the first that is there; a path that is in none, but here, is that of a project that was moved. With
+    `may_be_name`, one that is nowhere is a name.
     """
-    if begun is None or not path or "://" in path or begun == working_directory():
+    if not path or "://" in path:
         return path
-    if not (begun / path).exists() and (may_be_name or Path(path).exists()):
-        return path
-    return str(begun / path)
+    here = working_directory()
+    found = next((folder for folder in folders if (folder / path).exists()), None)
+    if found is None and folders and not may_be_name and not Path(path).exists():
+        found = folders[-1]
+    return path if found in {None, here} else str(found / path)

@@ -141,7 +141,7 @@ def _plain_value(option: str, value: str, kind: Any) -> str:
     literals = [each for choice in choices for each in typing.get_args(choice) if isinstance(each, str)]
     if literals and str not in choices and value not in literals and not _reads_as(value, choices):
         raise ValueError(f"{_shown(option, value)}: choose {', '.join(literals)}")
-    if str in choices or literals:
+    if str in choices or value in literals:
         return os.path.expanduser(value) if value.startswith("~") else value  # noqa: PTH111 - any text
     if int in choices or float in choices:
         if not _reads_as(value, choices):

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from overnight.config import (
-    begun_in,
     flat_names,
     flat_types,
+    folders_of_paths,
     from_toml,
     nearest,
     parse_duration,
@@ -282,11 +282,11 @@ def read_recipe_of(run: Path) -> Recipe:
 
 def _with_paths_of(directory: RunDirectory, recipe: Recipe) -> Recipe:
     """`recipe` with the relative paths of a run, which are those of the folder it was begun or resumed in."""
-    begun, mixture = begun_in(directory.environment), recipe.data.mixture
+    folders, mixture = folders_of_paths(directory.environment), recipe.data.mixture
     return with_settings(
         recipe,
-        data=path_from(begun, recipe.data.data),
-        mixture=[dataclasses.replace(part, path=path_from(begun, part.path)) for part in mixture],
-        init_from=path_from(begun, recipe.init_from, may_be_name=True),
-        task_files=path_from(begun, recipe.evaluation.task_files),
+        data=path_from(folders, recipe.data.data),
+        mixture=[dataclasses.replace(part, path=path_from(folders, part.path)) for part in mixture],
+        init_from=path_from(folders, recipe.init_from, may_be_name=True),
+        task_files=path_from(folders, recipe.evaluation.task_files),
     )

@@ -21,18 +21,12 @@ that are not finite are null, for instance the gradients' norm after an overflow
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import json
 import math
 import os
 import re
 import socket
-import stat
-import sys
-import tempfile
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,57 +34,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from overnight.files import flush_folder, flush_to_disk, write_atomically
+
 EVENTS = ("evaluations", "samples", "tasks", "rollbacks")
 LINE_FILES = ("metrics.jsonl", *(f"events/{kind}.jsonl" for kind in EVENTS))
 WHOLE_FILES = ("recipe.toml", "environment.json", "data.json", "ended.json", "compression.json")
 FIRST_LINE = "# These are {} lines."  # of recipe.toml; detects a truncated file
 FROM_A_COPY = "restore it from a copy of the run, or start again with another --run-name"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`: after a crash, and for any reader, it is the old file or the new one.
-
-    Raises ValueError for a device or a pipe, in whose place there would be a file.
-    """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ValueError(f"{path} is a device or a pipe: give the path of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("xb") as file:  # with the permissions of the umask, unlike a file of tempfile
-            file.write(data)
-            file.flush()  # fsync does not see Python's own buffer
-            flush_to_disk(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:
-            error.filename = error.filename or str(path)  # a write that fails names no file
-        raise
-    flush_folder(path.parent)
-
-
-def apply_umask(path: Path) -> None:
-    """Give a file that a library created as private (0600) the permissions of any new file."""
-    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    probe.touch()
-    path.chmod(stat.S_IMODE(probe.stat().st_mode))
-    probe.unlink()
-
-
-def flush_to_disk(descriptor: int) -> None:
-    """Wait until this file's bytes are on the disk (fsync)."""
-    os.fsync(descriptor)
-
-
-def flush_folder(folder: Path) -> None:
-    """Flush the names in `folder` (a rename, a new file) to the disk (fsync)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        flush_to_disk(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RunDirectory:
@@ -198,14 +148,23 @@ class RunDirectory:
         return digest == _digest(self.path / name, digest["bytes"] if name in LINE_FILES else None)
 
     @contextmanager
-    def _updating_record(self) -> Iterator[None]:
-        """Context manager for changes: record.json is absent until they are complete."""
+    def _updating_record(self, step: int | None = None) -> Iterator[None]:
+        """Context manager for changes: record.json is absent until they are complete.
+
+        It covers the lines up to `step`, or all of them, once they are on the disk.
+        """
         if self.record.is_file():
             self.record.unlink()
             flush_folder(self.path)
         yield
-        names = [name for name in (*WHOLE_FILES, *LINE_FILES) if (self.path / name).is_file()]
-        digests = {name: _digest(self.path / name) for name in names}
+        digests = {name: _digest(self.path / name) for name in WHOLE_FILES if (self.path / name).is_file()}
+        for name in LINE_FILES:
+            if (path := self.path / name).is_file():
+                length = _length_until(path.read_bytes(), step)
+                with path.open("rb") as file:
+                    flush_to_disk(file.fileno())
+                flush_folder(path.parent)
+                digests[name] = _digest(path, length)
         write_atomically(self.record, json.dumps(digests, indent=2) + "\n")
 
     def record_end(self, step: int, reason: str) -> None:
@@ -244,13 +203,10 @@ class RunDirectory:
                 kept = [line for line in _read_lines(path) if line["step"] <= step]
                 write_atomically(path, "".join(map(_to_json, kept)))
 
-    def flush(self) -> None:
-        """Flush all lines to the disk, and record them; called before a checkpoint is published."""
-        with self._updating_record():
-            for path in (self.path / name for name in LINE_FILES if (self.path / name).is_file()):
-                with path.open("rb") as file:
-                    flush_to_disk(file.fileno())
-                flush_folder(path.parent)
+    def flush(self, step: int) -> None:
+        """Flush all lines to the disk, and record those up to `step`, whose checkpoint is published next."""
+        with self._updating_record(step):
+            pass  # the lines have been appended
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -328,6 +284,14 @@ def _digest(path: Path, length: int | None = None) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def _length_until(content: bytes, step: int | None) -> int:
+    """How many bytes the lines of the steps up to `step` have, or all lines."""
+    lines = content.splitlines(keepends=True)
+    while step is not None and lines and (lines[-1][-1:] != b"\n" or json.loads(lines[-1])["step"] > step):
+        lines.pop()
+    return sum(map(len, lines))
+
+
 def _append(path: Path, line: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -365,35 +329,3 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         if not is_whole:
             raise ValueError(f"{path} line {number} is damaged: {line[:60]!r}; fix it, or {FROM_A_COPY}")
     return values
-
-
-# ---------------------------------------------------------------- cache
-
-
-def cache_path(*names: str) -> Path:
-    """A file or folder of the cache, `$XDG_CACHE_HOME/overnight` or `~/.cache/overnight`; not created here.
-
-    The cache only makes things faster. Where it can't be written to (a read-only home, or none), a file that
-    is in it is still read; all else goes into the folder for temporary files, with one warning.
-    """
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not root.is_absolute():  # the specification has relative ones ignored
-        root = Path(os.path.expanduser("~"), ".cache")  # noqa: PTH111 - no error without a home
-    path = root.joinpath("overnight", *names)
-    if root.is_absolute() and (os.access(path, os.R_OK) and path.is_file() or _can_be_written(path)):
-        return path
-    return _temporary_cache(root / "overnight").joinpath(*names)
-
-
-def _can_be_written(path: Path) -> bool:
-    """True if `path`, or else the lowest folder above it that exists, is a folder with the right to write."""
-    lowest = next(folder for folder in (path, *path.parents) if os.access(folder, os.F_OK))
-    return lowest.is_dir() and os.access(lowest, os.W_OK | os.X_OK)
-
-
-@functools.cache
-def _temporary_cache(instead_of: Path) -> Path:
-    folder = Path(tempfile.gettempdir(), f"overnight-{os.getuid()}")
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may listen
-        sys.stderr.write(f"overnight: {instead_of} can't be written to; the cache is in {folder}\n")
-    return folder

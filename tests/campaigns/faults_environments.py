@@ -66,10 +66,11 @@ def prepare_ground(place: Place) -> Ground:
     (new / "tasks" / "hellaswag_val.jsonl").write_text("".join(line.format(n) for n in range(4)))
     kinds, ends = {"new": new}, {"new": end_in_peace(new)}
     shutil.copytree(place.folder / "new-in-peace" / RUN, new / "spare" / "model")
-    resumed = place.folder / "resumed"
-    shutil.copytree(new, resumed)
-    if train(resumed, functools.partial(stop_after_lines, 5)).status != INTERRUPTED:
-        raise ValueError(f"the run in {resumed} did not stop")
+    begun = place.folder / "begun"
+    shutil.copytree(new, begun)
+    if train(begun, functools.partial(stop_after_lines, 5)).status != INTERRUPTED:
+        raise ValueError(f"the run in {begun} did not stop")
+    resumed = begun.rename(place.folder / "resumed")  # or a trial whose data is missing would read this data
     return Ground(place, kinds | {"resumed": resumed}, ends | {"resumed": end_in_peace(resumed)})
 
 

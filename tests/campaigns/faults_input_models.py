@@ -279,7 +279,7 @@ def draw_task(draw: random.Random) -> Trial:
         if outcome.status != DONE:
             is_sound = data == ("\n".join([json.dumps(record)] * 5) + "\n").encode()
             return f"refused: {outcome.said[-300:]}" if is_sound else None
-        texts = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
+        texts = [json.loads(line) for line in data.decode().lstrip("\ufeff").split("\n") if line.strip()]
         counted = json.dumps(json.loads(outcome.out))
         return (
             None

@@ -138,7 +138,7 @@ TEXT = (
     of_text(
         "text that is no UTF-8",
         ("text/00.txt", "on-bad-text"),
-        change("text/00.txt", lambda _: b"\xff\xfe\xff" * 9),
+        change("text/00.txt", lambda _: b"\x80\xff" * 9),
         options=(raw := ("--data", "text", "--tokenizer", "characters", "--validation-fraction", "0.2")),
         options_after=raw,
         kinds=NEW,

@@ -26,7 +26,7 @@ def any_text(data: bytes) -> str:
 @functools.cache
 def make_tokenizers() -> list[Any]:
     """Of each kind one; GPT-2's own if the cache holds it."""
-    from overnight.run_directory import cache_path
+    from overnight.files import cache_path
     from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
     from overnight.tokenizer.characters import Characters
     from overnight.tokenizer.open_tokenizer import build_tokenizer

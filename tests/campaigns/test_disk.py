@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from overnight import run_directory
+from overnight import files, run_directory
+from overnight.files import write_atomically
 from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
-from overnight.run_directory import RunDirectory, write_atomically
+from overnight.run_directory import RunDirectory
 from overnight.training import OptimizerConfig
 from overnight.training.checkpoint import format
 from overnight.training.checkpoint.format import list_checkpoints, write_tensors
@@ -29,7 +30,8 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     def keep(descriptor: int) -> None:
         found.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
 
-    monkeypatch.setattr(run_directory, "flush_to_disk", keep)
+    for module in (files, run_directory):
+        monkeypatch.setattr(module, "flush_to_disk", keep)
     return found
 
 

@@ -81,7 +81,7 @@ def test_progress_bar_of_a_ramp_counts_tokens(ramped, train_to, monkeypatch):
     @contextlib.contextmanager
     def bar(title, total):
         bars.append([total])
-        yield lambda amount, note: bars[-1].append(amount)
+        yield lambda amount, note: bars[-1].extend([amount] if amount else [])
 
     monkeypatch.setattr(log, "progress", bar)
     train_to(ramped, "run", 5)

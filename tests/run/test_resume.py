@@ -171,6 +171,19 @@ def test_relative_paths_are_those_of_where_a_run_was_begun(
         evaluate(directory.path)
 
 
+def test_project_that_was_copied_reads_its_own_data(recipe, prepared, train_until, monkeypatch, tmp_path):
+    """From anywhere; a copied run without its project still finds the data it was trained on."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(prepared, old / "shards")
+    monkeypatch.chdir(old)
+    train_until(2, recipe(data=DataConfig(data="shards")), old / "runs" / "small")
+    shutil.copytree(old, new)
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe_of(new / "runs" / "small").data.data == str(new / "shards")
+    shutil.rmtree(new / "shards")
+    assert read_recipe_of(new / "runs" / "small").data.data == str(old / "shards")
+
+
 def test_project_that_was_moved_is_evaluated_where_it_is(
     recipe, prepared, train_until, evaluate, monkeypatch, tmp_path
 ):

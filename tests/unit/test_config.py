@@ -53,6 +53,8 @@ class Settings:
     """Kind."""
     compile: bool | None = None
     """Compile."""
+    processes: int | Literal["auto"] | None = None
+    """A number or a word."""
     prompts: tuple[str, ...] = ("a",)
     """Prompts."""
     shares: tuple[Share, ...] = ()
@@ -146,6 +148,8 @@ def test_record_is_one_word():
     [
         (["--n-layer", "1e1", "--dropout", "1e-1"], {"size": Size(n_layer=10, dropout=0.1)}),
         (["--n-layer=1_000"], {"size": Size(n_layer=1000)}),
+        (["--processes=1e1"], {"processes": 10}),
+        (["--processes", "auto"], {"processes": "auto"}),
         (["--limit", "off", "--vocab-size=OFF"], {"size": Size(limit=None)}),
         (["--run-name", "~/x"], {"run_name": str(Path("~/x").expanduser())}),
         (["--run-name", ""], {"run_name": ""}),

@@ -11,8 +11,9 @@ import tempfile
 
 import pytest
 
-from overnight import run_directory
-from overnight.run_directory import RunDirectory, _temporary_cache, cache_path, write_atomically
+from overnight import files
+from overnight.files import _temporary_cache, cache_path, write_atomically
+from overnight.run_directory import RunDirectory
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -70,6 +71,24 @@ def test_rewinding_drops_later_steps_and_makes_valid_json(tmp_path):
     run.rewind(3)
     assert run.metrics.read_text() == '{"step": 3, "loss": null}\n'
     assert [line["step"] for line in run.read_events("evaluations")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("step", "is_noticed"), [(2, False), (3, True), (None, True)])
+def test_line_after_the_recorded_step_may_be_torn(tmp_path, step, is_noticed):
+    """A checkpoint is published while later steps are computed, whose lines may not be on the disk yet."""
+    run = RunDirectory(tmp_path)
+    run.begin("", {})
+    for number in range(1, 4):
+        run.append_metrics({"step": number})
+    run.metrics.write_text(run.metrics.read_text() + '{"st')
+    if step is None:  # the control: everything is recorded
+        run.write(run.ended, {})
+    else:
+        run.flush(step)
+    lines = run.metrics.read_bytes().splitlines(keepends=True)
+    run.metrics.write_bytes(b"".join([*lines[:2], lines[2][:5]]))
+    assert bool(run.problems()) == is_noticed
+    assert [line["step"] for line in run.read_metrics()] == [1, 2]
 
 
 HOLD_FOREVER = """
@@ -204,6 +223,6 @@ def test_cache_is_where_it_can_be_written(variables, is_in_home, home, monkeypat
 def test_read_only_cache_is_read(home, monkeypatch):
     written = home / ".cache/overnight/gpt2/vocab.bpe"
     write_atomically(written, "kept")
-    monkeypatch.setattr(run_directory, "_can_be_written", lambda path: False)
+    monkeypatch.setattr(files, "_can_be_written", lambda path: False)
     assert cache_path("gpt2", "vocab.bpe") == written
     assert cache_path("gpt2", "encoder.json").parts[:-2] != written.parts[:-2]

@@ -44,11 +44,11 @@ from overnight.data import DataConfig
 from overnight.data.dataset import open_one_dataset
 from overnight.data.shards import open_tokens
 from overnight.distributed.world import open_world
+from overnight.files import cache_path, write_atomically
 from overnight.hardware import find_device_name
 from overnight.preparation.prepare import ensure_prepared
 from overnight.preparation.sources import python_documents
 from overnight.report.plots import check_matplotlib
-from overnight.run_directory import cache_path, write_atomically
 from overnight.terminal import duration, echo, shell_command
 from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
 

@@ -23,14 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, equal
 
 from overnight.config import naming, require_readable
+from overnight.files import apply_umask, flush_folder, flush_to_disk, write_atomically
 from overnight.model.gpt import GPT, empty_model, gpt2_sizes
 from overnight.model.model_config import ModelConfig
-from overnight.run_directory import (
-    apply_umask,
-    flush_folder,
-    flush_to_disk,
-    write_atomically,
-)
 from overnight.terminal import echo
 from overnight.tokenizer.open_tokenizer import load_tokenizer, read_json_object
 from overnight.tokenizer.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from overnight.data.text_files import DamagedFileError
-from overnight.run_directory import flush_folder
+from overnight.files import flush_folder
 from overnight.terminal import byte_size, echo
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

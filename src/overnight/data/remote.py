@@ -41,7 +41,7 @@ from overnight.data.shards import (
 )
 from overnight.data.text_files import first_line, is_remote, open_store
 from overnight.data.token_reader import ShardFile, files_at_once
-from overnight.run_directory import cache_path, write_atomically
+from overnight.files import cache_path, write_atomically
 from overnight.terminal import byte_size, echo
 
 PIECE_BYTES = 1 << 16

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overnight.data.atomic_folder import staging_path
-from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
+from overnight.files import flush_folder, flush_to_disk, write_atomically
 from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from overnight.run_directory import cache_path
+from overnight.files import cache_path
 
 DAEMON = "overnight daemon"  # name of threads that the process does not wait for
 LOST = 71  # exit status of a process that ends because others have ended

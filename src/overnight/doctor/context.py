@@ -31,6 +31,7 @@ from overnight.data.shards import (
 from overnight.data.text_files import find_files
 from overnight.distributed.world import World, open_world
 from overnight.doctor import DoctorConfig
+from overnight.files import cache_path
 from overnight.model.model_config import ModelConfig
 from overnight.planning import PlanConfig
 from overnight.planning.command import estimate_plan
@@ -42,7 +43,6 @@ from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.sources import source_name
 from overnight.recipe import Recipe, SamplesConfig, plain_recipe, with_settings
 from overnight.run.setup import RunSetup, build_run, initial_weights, resolve_on
-from overnight.run_directory import cache_path
 from overnight.terminal import shell_command
 from overnight.training.batch import BatchConfig
 from overnight.training.schedule import Schedule, ScheduleConfig

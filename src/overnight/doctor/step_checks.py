@@ -25,11 +25,11 @@ from overnight.distributed.processes import first_failed_rank, start_processes
 from overnight.distributed.world import SINGLE_PROCESS, join_world
 from overnight.doctor.check import CheckResult, skipped
 from overnight.doctor.context import DoctorContext, TinyRun, step_batch
+from overnight.files import write_atomically
 from overnight.hardware import native_precision
 from overnight.model.gpt import GPT
 from overnight.recipe import Recipe
 from overnight.run.setup import RunSetup
-from overnight.run_directory import write_atomically
 from overnight.training.batch import BatchPlan, constant_plan
 from overnight.training.compute import can_compile
 from overnight.training.step import train_step

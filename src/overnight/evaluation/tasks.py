@@ -35,8 +35,8 @@ from overnight.evaluation.multiple_choice import Choice, evaluate_choices
 from overnight.evaluation.passages import Passage, cut_windows, evaluate_passages, gather_results
 from overnight.evaluation.scores import Example, Numbers, Score, TaskResult, score_accuracy, score_text
 from overnight.evaluation.text_tasks import TEXT_TASKS, EvaluationText, TextTask
+from overnight.files import cache_path, write_atomically
 from overnight.model.gpt import GPT
-from overnight.run_directory import cache_path, write_atomically
 from overnight.terminal import echo, progress
 from overnight.tokenizer.tokenizer import Tokenizer
 

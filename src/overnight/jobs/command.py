@@ -7,12 +7,12 @@ import sysconfig
 from pathlib import Path
 
 from overnight.config import field_types, raise_problems
+from overnight.files import write_atomically
 from overnight.jobs import LaunchConfig
 from overnight.jobs.targets import JobRequest, job_file, submit_command
 from overnight.options import as_option
 from overnight.preparation.prepare_commands import find_recipe_texts, with_folders
 from overnight.recipe import Recipe, changed_options, load_recipe, plain_recipe, recipe_names
-from overnight.run_directory import write_atomically
 from overnight.terminal import echo, join_words
 from overnight.training.batch import plan_batches
 

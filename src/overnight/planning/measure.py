@@ -17,6 +17,7 @@ from torch import Tensor
 from overnight.data.loader import Batch
 from overnight.distributed.world import World
 from overnight.evaluation.perplexity import evaluate_language_model, evaluation_rows
+from overnight.files import flush_to_disk
 from overnight.generation.generate import Decoding, generate
 from overnight.hardware import peak_memory_bytes, reset_peak_memory, synchronize
 from overnight.model.gpt import GPT, init_weights
@@ -24,7 +25,6 @@ from overnight.model.model_config import ModelConfig
 from overnight.planning.estimate import FORWARD_SHARE, CostRange, StepCost
 from overnight.recipe import Recipe, Resolved
 from overnight.run.setup import build_state, build_training, with_fewer_rows
-from overnight.run_directory import flush_to_disk
 from overnight.terminal import progress
 from overnight.training.batch import constant_plan
 from overnight.training.sharding import Replicated

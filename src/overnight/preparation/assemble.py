@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from overnight import __version__
 from overnight.data.shards import SPLITS, Manifest, Shard, TokenFile, Tokens
+from overnight.files import write_atomically
 from overnight.preparation.decontaminate import benchmark_names
 from overnight.preparation.dedup import BUCKETS, find_duplicates, find_near_duplicates
 from overnight.preparation.documents import (
@@ -31,7 +32,6 @@ from overnight.preparation.documents import (
 from overnight.preparation.prepare_config import MOST_SHARDS
 from overnight.preparation.prepare_state import PrepareState, open_tokenizer, read_state, target_units
 from overnight.preparation.tokenize import read_bucket, read_records, unit_path
-from overnight.run_directory import write_atomically
 
 NOT_WANTED = len(STATUSES)  # status of a document after the last one that `tokens` needs
 NO_SPLIT = len(SPLITS)  # in the place of the split's index for a document that is left out

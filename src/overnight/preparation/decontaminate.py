@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overnight.data.text_files import refuse_utf16
+from overnight.files import write_atomically
 from overnight.preparation.ngrams import Hashes, Words, hash_windows, hash_words
 from overnight.preparation.prepare_state import read_once
-from overnight.run_directory import write_atomically
 
 PASSAGE_WORDS = 13
 FEWEST_WORDS = 8

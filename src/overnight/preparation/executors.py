@@ -22,9 +22,9 @@ from typing import Any
 
 from overnight.data.text_files import first_line
 from overnight.distributed.launcher import count_cores, end_with_parent
+from overnight.files import write_atomically
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.prepare_state import SLURM_JOB
-from overnight.run_directory import write_atomically
 from overnight.terminal import echo
 
 Step = Callable[[Path, int, int], object]

@@ -26,9 +26,9 @@ from overnight.data import shards
 from overnight.data.atomic_folder import publish_folder, require_disk_space, staging_folder
 from overnight.data.shards import HEADER_BYTES, SPLITS, Manifest, Shard, Tokens
 from overnight.data.text_files import TextFile, as_utf8, describe_missing, first_line, hash_files
+from overnight.files import flush_folder, flush_to_disk
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.prepare_state import Request
-from overnight.run_directory import flush_folder, flush_to_disk
 from overnight.terminal import echo, progress, quote
 from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer

@@ -38,6 +38,7 @@ from overnight.data.shards import (
     write_manifest,
 )
 from overnight.data.text_files import DamagedFileError, count_files, describe_missing
+from overnight.files import flush_folder
 from overnight.preparation import assemble, decontaminate, executors, tokenize
 from overnight.preparation.documents import Part, divide_file, spans_of
 from overnight.preparation.identity import (
@@ -60,7 +61,6 @@ from overnight.preparation.prepare_state import (
     write_state,
 )
 from overnight.preparation.sources import PYTHON_DOCS, Source, open_source, parse_python_docs
-from overnight.run_directory import flush_folder
 from overnight.terminal import echo
 from overnight.tokenizer.open_tokenizer import NAMES, load_tokenizer
 

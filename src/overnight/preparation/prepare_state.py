@@ -26,9 +26,9 @@ from typing import Any, TypeVar
 
 from overnight.data.shards import MANIFEST, read_manifest
 from overnight.data.text_files import TextFile
+from overnight.files import write_atomically
 from overnight.preparation.documents import Part
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.run_directory import write_atomically
 from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 

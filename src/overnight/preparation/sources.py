@@ -31,8 +31,8 @@ from overnight.data.text_files import (
     list_files,
     plain_name,
 )
+from overnight.files import cache_path, write_atomically
 from overnight.preparation.documents import PACKED_TEXT_BYTES, Document, Part, read_part
-from overnight.run_directory import cache_path, write_atomically
 from overnight.terminal import echo, progress, shell_command
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from overnight.data.shards import HEADER_BYTES, check_ids, token_format
 from overnight.data.text_files import DamagedFileError
+from overnight.files import flush_to_disk, write_atomically
 from overnight.preparation.decontaminate import BenchmarkSearch, open_search
 from overnight.preparation.dedup import BUCKETS, sign_texts
 from overnight.preparation.documents import (
@@ -37,7 +38,6 @@ from overnight.preparation.documents import (
 from overnight.preparation.ngrams import Hashes
 from overnight.preparation.prepare_state import PrepareState, Unit, open_tokenizer, read_state, target_units
 from overnight.preparation.sources import read_parts
-from overnight.run_directory import flush_to_disk, write_atomically
 from overnight.terminal import progress
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from overnight.files import write_atomically
 from overnight.report.html import render, show_value
 from overnight.report.page import Table
 from overnight.report.plots import RUN_COLOURS, check_matplotlib, comparison_chart
 from overnight.report.run_data import RunData, is_finite, median, read_run
-from overnight.run_directory import write_atomically
 from overnight.terminal import duration, shell_command, short, significant
 
 TITLES = (

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from overnight.files import write_atomically
 from overnight.report import plots
 from overnight.report.html import render, show_value
 from overnight.report.plots import check_matplotlib
 from overnight.report.run_data import WINDOWS_PER_RUN, RunData, is_finite, median, read_run
-from overnight.run_directory import write_atomically
 from overnight.runs.status import RunStatus
 from overnight.terminal import duration, scientific, shell_command, short, significant
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as Trainable
 from tokenizers import models, pre_tokenizers, trainers
 
-from overnight.run_directory import cache_path, write_atomically
+from overnight.files import cache_path, write_atomically
 from overnight.terminal import echo
 from overnight.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, clean, tokenizer_json
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.run_directory import write_atomically
+from overnight.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 

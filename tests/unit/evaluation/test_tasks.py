@@ -22,9 +22,9 @@ from overnight.evaluation.passages import Passage
 from overnight.evaluation.scores import Numbers, TaskResult
 from overnight.evaluation.tasks import TASKS, cache_key, evaluate_cached, open_task
 from overnight.evaluation.text_tasks import TEXT_TASKS, join_treebank, join_wikitext
+from overnight.files import cache_path
 from overnight.model.gpt import GPT, initialize
 from overnight.model.model_config import ModelConfig
-from overnight.run_directory import cache_path
 from overnight.tokenizer.bpe import BytePair
 
 ROWS = {**TEXT_TASKS, **CHOICE_TASKS}

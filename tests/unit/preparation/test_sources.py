@@ -18,6 +18,7 @@ import pytest
 from pyarrow import parquet
 
 from overnight.data.text_files import TextFile
+from overnight.files import cache_path
 from overnight.preparation import sources
 from overnight.preparation.documents import Document, Part
 from overnight.preparation.sources import (
@@ -30,7 +31,6 @@ from overnight.preparation.sources import (
     read_parts,
     source_name,
 )
-from overnight.run_directory import cache_path
 
 
 @pytest.fixture

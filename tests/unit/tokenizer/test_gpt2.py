@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from overnight.run_directory import cache_path
+from overnight.files import cache_path
 from overnight.tokenizer import bpe
 from overnight.tokenizer.bpe import BytePair, vocabulary
 from overnight.tokenizer.open_tokenizer import load_tokenizer

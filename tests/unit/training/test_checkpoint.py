@@ -224,7 +224,7 @@ def test_passed_over_checkpoint_does_not_displace_a_good_one(tmp_path):
 
 
 def build_saver(folder: Path) -> Saver:
-    return Saver(folder, SINGLE_PROCESS, lambda: None, lambda: None, {})
+    return Saver(folder, SINGLE_PROCESS, lambda step: None, lambda: None, {})
 
 
 def files_of(checkpoint: Path) -> dict[str, bytes]:
@@ -262,7 +262,7 @@ def test_checkpoints_are_written_in_turn_between_flush_and_deletion(tmp_path):
     state, seen = build_state(1), []
 
     def note(what):
-        return lambda: seen.append((what, len(list_checkpoints(tmp_path))))
+        return lambda *step: seen.append((what, *step, len(list_checkpoints(tmp_path))))
 
     saver = Saver(tmp_path, SINGLE_PROCESS, note("flush"), note("delete"), {})
     for _ in range(3):
@@ -270,7 +270,7 @@ def test_checkpoints_are_written_in_turn_between_flush_and_deletion(tmp_path):
         train_on(state, 1)
     saver.wait()
     saver.wait()
-    assert seen == [("flush", 0), ("delete", 1), ("flush", 1), ("delete", 2), ("flush", 2), ("delete", 3)]
+    assert seen == [each for done in range(3) for each in (("flush", done + 1, done), ("delete", done + 1))]
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{step:08}" for step in (1, 2, 3)]
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from overnight.run_directory import apply_umask
+from overnight.files import apply_umask
 from overnight.training.state import TensorShard
 
 FORMAT = 4

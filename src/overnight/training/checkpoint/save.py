@@ -16,8 +16,8 @@ from torch import Tensor
 
 from overnight.distributed.launcher import daemon_thread
 from overnight.distributed.world import SINGLE_PROCESS, World
+from overnight.files import flush_folder, flush_to_disk, write_atomically
 from overnight.model.model_config import PADDED
-from overnight.run_directory import flush_folder, flush_to_disk, write_atomically
 from overnight.terminal import echo
 from overnight.training.checkpoint.format import (
     FORMAT,
@@ -145,9 +145,9 @@ def _moments(state: TrainState, name: str, parameter: Tensor) -> dict[str, Tenso
 class Saver:
     """Saves a run's checkpoints, one at a time, each in a thread while training continues.
 
-    `before_publish` and `after_publish` are called around publication, by the main process's thread.
-    `settings` are recorded in each checkpoint. All processes call `save`, `poll` and `wait` after the same
-    steps. An OSError of a thread is raised by the next of these calls.
+    `before_publish`, with the step, and `after_publish` are called around publication, by the main process's
+    thread. `settings` are recorded in each checkpoint. All processes call `save`, `poll` and `wait` after the
+    same steps. An OSError of a thread is raised by the next of these calls.
 
     Threads do not communicate between processes. One process writes and publishes in one thread. Several
     processes go through two stages: each writes its own files in a thread; at the end of the first step at
@@ -159,7 +159,7 @@ class Saver:
         self,
         folder: Path,
         world: World,
-        before_publish: Callable[[], object],
+        before_publish: Callable[[int], object],
         after_publish: Callable[[], object],
         settings: Mapping[str, object],
     ) -> None:
@@ -177,7 +177,7 @@ class Saver:
         without_tensors = snapshot._replace(tensors={})  # frees their memory before publication
 
         def publish(written: list[dict[str, Any]]) -> None:
-            self._before_publish()
+            self._before_publish(snapshot.step)
             publish_checkpoint(without_tensors, staging, written)
             self._after_publish()
 
