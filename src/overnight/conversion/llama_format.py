@@ -177,9 +177,10 @@ def describe_qwen3_moe(reader: ConfigReader) -> ModelConfig:
     reader.one_of("norm_topk_prob", False, (True,))
     reader.one_of("decoder_sparse_step", 1, (1,))
     reader.one_of("mlp_only_layers", None, ([], None))
+    count = "num_local_experts" if "num_local_experts" in reader.content else "num_experts"  # 5 and 4
     experts = {
         "feed_forward_width": reader.whole("moe_intermediate_size", 768),
-        "n_expert": reader.whole("num_experts", 128),
+        "n_expert": reader.whole(count, 128),
         "experts_per_token": reader.whole("num_experts_per_tok", 8),
         "balance_rate": 0.0,
     }
