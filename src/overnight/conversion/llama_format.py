@@ -39,8 +39,8 @@ from overnight.conversion.model_layout import (
     read_shared_fields,
     shared_fields,
 )
+from overnight.model.fused import rms_norm
 from overnight.model.model_config import ModelConfig
-from overnight.model.norms import rms_norm
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "relu": "relu2"}
 """hidden_act of a gated feed-forward part -> our activations; relu only where gate and up are equal."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from overnight.conversion.block_layouts import EXPERT, Weights
 from overnight.conversion.config_fields import ConfigReader, Fields, rotary_fields
+from overnight.model.fused import RMS_EPSILON
 from overnight.model.model_config import ModelConfig, weight_shapes
-from overnight.model.norms import RMS_EPSILON
 
 Exported = tuple[Fields, Weights]
 """The fields of config.json, and the tensors."""

@@ -20,6 +20,7 @@ from overnight.conversion.huggingface import write_huggingface
 from overnight.conversion.open_model import open_model
 from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
+from overnight.recipe import load_recipe
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer("characters", ["the quick brown fox"])
@@ -66,6 +67,11 @@ def build(switches: dict[str, Any]) -> GPT:
 )
 def test_class_is_chosen(kind: str, switches: dict[str, Any]) -> None:
     assert choose_family(replace(SIZES, **switches)) is FAMILIES[kind]
+
+
+def test_recipe_can_be_written() -> None:
+    config = replace(load_recipe("modern-export").model, vocab_size=50257)
+    assert choose_family(config) is FAMILIES["nanochat"]
 
 
 @pytest.mark.parametrize(
