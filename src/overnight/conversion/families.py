@@ -48,6 +48,8 @@ class Family(NamedTuple):
     import_weights: Callable[[ModelConfig, Mapping[str, Tensor]], tuple[ModelConfig, Weights]]
 
 
+# A shortcut mixes the embedding into every block: its gain of the stream alone could be folded into the
+# weights, since RMSNorm forgets the scale, but not its gain of the embedding.
 NONE_HAS: Switches = {"embedding_shortcut": (False,), "value_embeddings": ("none",)}
 ROTARY: Switches = {"positions": ("rotary",), "normalization": ("rms",), **NONE_HAS}
 GATED: Switches = {
