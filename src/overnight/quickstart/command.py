@@ -87,13 +87,13 @@ def _print_results(directory: RunDirectory, compressors: dict[str, float], page:
     sample = directory.read_events("samples")[-1]
     speed = statistics.median(line["tokens_per_second"] for line in directory.read_metrics())
     text = textwrap.wrap(sample["prompt"] + sample["completion"], 60, replace_whitespace=True)
-    ranked = sorted((compressors | {"this GPT-2": bits}).items(), key=lambda item: -item[1])
+    ranked = sorted((compressors | {"this model": bits}).items(), key=lambda item: -item[1])
     width = max(map(len, compressors))
     echo()
     echo(f"validation loss   {loss:.4f} nats per token, perplexity {perplexity:.1f}")
     echo("bits per byte     of the same validation text, lower is better:")
     for name, value in ranked:
-        echo(f"                  {name:<{width}}  {value:.3f}{'  <-' if name == 'this GPT-2' else ''}")
+        echo(f"                  {name:<{width}}  {value:.3f}{'  <-' if name == 'this model' else ''}")
     echo(f"speed             {speed:,.0f} tokens per second (median)")
     echo(f"a sample          {sample['prompt']!r}")
     for line in text[:6]:
