@@ -83,19 +83,18 @@ def find_run(name: str) -> Path:
 
 
 def list_runs(folder: Path) -> list[RunStatus]:
-    """Every run directly under `folder`, the most recently written last."""
-    never = datetime.min.replace(tzinfo=UTC)
-    runs = map(describe_run, _run_folders(folder))
-    return sorted(runs, key=lambda run: (run.last_written_at or never, run.name))
-
-
-def describe_run(path: Path) -> RunStatus:
-    """The state of the run in `path`, from its recipe and the ends of its metrics and evaluations.
+    """Every run directly under `folder`, the most recently written last.
 
     A run with a file that can't be read is damaged, and `problem` gives the reason: it hides no other run.
     """
+    never = datetime.min.replace(tzinfo=UTC)
+    runs = map(_describe_any, _run_folders(folder))
+    return sorted(runs, key=lambda run: (run.last_written_at or never, run.name))
+
+
+def _describe_any(path: Path) -> RunStatus:
     try:
-        return _read_status(path)
+        return describe_run(path)
     except OSError as error:
         where = str(error.filename or path).removeprefix(f"{path}{os.sep}")
         return _unreadable(path, f"{where} cannot be read: {error.strerror or error}")
@@ -108,7 +107,11 @@ def _unreadable(path: Path, problem: str) -> RunStatus:
     return RunStatus(name=path.absolute().name, path=str(path), state="damaged", problem=problem)
 
 
-def _read_status(path: Path) -> RunStatus:
+def describe_run(path: Path) -> RunStatus:
+    """The state of the run in `path`, from its recipe and the ends of its metrics and evaluations.
+
+    Raises OSError for a file that can't be read.
+    """
     directory = RunDirectory(path)
     metrics = read_lines(directory.metrics, LOSS_KEYS, only_ends=True)
     evaluations = read_lines(path / "events" / "evaluations.jsonl", LOSS_KEYS, only_ends=True)
