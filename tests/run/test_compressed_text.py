@@ -91,3 +91,11 @@ def test_only_the_shards_of_the_run_are_compared(
     use_shards(folder)
     assert (SECTION in report(copied_run)) == (case == "the same")
     assert copied_run.compression.exists() == (case == "the same")
+
+
+@pytest.mark.parametrize("file", ["data.json", "compression.json", "recipe.toml"])
+@pytest.mark.parametrize("content", ["[" * 200_000, "[1]", "", '{"train": [{}], "validation": 3}', "\0"])
+def test_report_of_a_damaged_run_is_written(copied_run, file, content):
+    (copied_run.path / file).write_text(content)
+    assert "damaged" in report(copied_run) or file == "compression.json"
+    assert (copied_run.path / file).read_text() == content or file == "compression.json"

@@ -40,12 +40,18 @@ def measure_compression(directory: RunDirectory, *, whole: bool = False) -> dict
     them. Empty if the shards that the run was trained on are not on this machine. A finished run keeps the
     result.
     """
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         found = json.loads(directory.compression.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     try:
         text, training_text, is_cut = _texts_of(directory, whole)
-    except (OSError, ValueError, LookupError, TypeError):  # not here, or damaged, or other shards
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ):  # not here, or damaged, or other shards
         return {}
     if not text:
         return {}
