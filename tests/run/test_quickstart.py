@@ -14,6 +14,7 @@ import pytest
 
 from overnight.data import DataConfig
 from overnight.data.shards import read_manifest
+from overnight.evaluation import compressors
 from overnight.quickstart import QuickstartConfig
 from overnight.quickstart import command as quickstart
 from overnight.run_directory import RunDirectory
@@ -65,8 +66,8 @@ def test_quickstart_trains_prints_results_and_is_reused(start, monkeypatch):
     assert err.splitlines()[-1].startswith("next: overnight generate runs/quickstart")
 
     before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
-    for name in ("train_recipe", "compressed_bits_per_byte"):
-        monkeypatch.setattr(quickstart, name, lambda *_, **__: pytest.fail("done again"))
+    for module, name in ((quickstart, "train_recipe"), (compressors, "compressed_bits_per_byte")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("done again"))
     again = start()
     assert again.startswith("reusing runs/quickstart, ")
     assert again.endswith(err[err.index("validation loss   ") :])
