@@ -88,7 +88,7 @@ train tiny.toml --run-name x --batch-ramp-start-tokens 96 --batch-ramp-tokens 10
 train tiny.toml --run-name x --spike-sigma 6 --precision fp16
 train tiny.toml --run-name x --shuffle-window 100 --packing best-fit
 train tiny.toml --run-name x --mixture shards | train tiny.toml --run-name x --mixture shards=1 shards=1
-train tiny.toml --run-name x --max-time soon | train tiny.toml --run-name a/b
+train tiny.toml --run-name x --max-time soon | train tiny.toml --run-name a/b/c
 train tiny.toml --run-name x --warmup-steps 50 | train tiny.toml --run-name x --data nowhere
 train tiny.toml --run-name x --device gpu | train tiny.toml --run-name x --trackers mlflow
 train tiny.toml --run-name x --init-from runs/nowhere
