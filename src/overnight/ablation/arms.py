@@ -74,11 +74,8 @@ def build_arms(config: AblationConfig, name: str, baseline: Recipe | None) -> li
     if baseline is not None:
         if config.leave_out or config.add:
             problems.append("--baseline can't be used with --leave-out or --add, whose baseline is RECIPE")
-        same = arm_name(config.baseline or "") == arms[0].name
         arms.insert(0, Arm(name=arm_name(config.baseline or ""), recipe=_as_arm(baseline)))
-        if same:
-            problems.append(f"{name} can't be its own --baseline: --control compares an arm with itself")
-    arms += others
+    arms += [arm for arm in others if baseline is None]
     if config.control:
         arms.append(Arm(name=CONTROL, recipe=arms[0].recipe))
     if len(arms) == 1 and not problems:
@@ -176,7 +173,7 @@ def _added(words: Sequence[str], recipe: Recipe, problems: list[str]) -> Iterato
             continue
         changed = with_settings(recipe, **settings)
         title = "-".join(f"{name}={value}" for name, _, value in pairs).replace("=true", "").lower()
-        yield Arm(name=_safe(f"with-{title}"), recipe=changed)
+        yield Arm(name=_safe(title), recipe=changed)
 
 
 def _read_value(name: str, equals: str, value: str, recipe: Recipe) -> Any:
@@ -208,13 +205,19 @@ def _problems_of_arms(arms: Sequence[Arm]) -> Iterator[str]:
         yield from (f"{arm.name}: {problem}" for problem in arm.recipe.problems() if problem not in of_first)
     if first.recipe.checkpoints.max_time is not None:
         yield "max_time would end some runs early: leave it out, and stop the command with Ctrl-C instead"
-    for arm in arms:
-        if arm.recipe.evaluation.evaluate_every_steps is None:
-            yield f"{arm.name}: evaluate_every_steps is off, and arms are compared by their last evaluation"
+    silent = [arm.name for arm in arms if arm.recipe.evaluation.evaluate_every_steps is None]
+    if silent:
+        yield (
+            f"evaluate_every_steps is off in {', '.join(silent)}, and arms are compared by their last "
+            "evaluation: give --evaluate-every-steps"
+        )
     yield from _unequal(arms)
     for one, other in itertools.combinations(arms, 2):
         if one.name == other.name:
-            yield f"two arms are called {one.name}: rename a recipe's file"
+            yield (
+                f"two arms are called {one.name}: give each once, or rename one of the files; --control "
+                "compares an arm with itself"
+            )
         elif other.name != CONTROL and not other.changes_from(one):
             yield (
                 f"{other.name} is the same recipe as {one.name}: leave it out, or give --control to compare "
@@ -225,12 +228,15 @@ def _problems_of_arms(arms: Sequence[Arm]) -> Iterator[str]:
 def _unequal(arms: Sequence[Arm]) -> Iterator[str]:
     first, *others = arms
     for arm in others:
-        for name, (theirs, mine) in arm.changes_from(first).items():
-            if name in SHARED:
-                yield (
-                    f"{name} is {_shown(mine)} in {arm.name} and {_shown(theirs)} in {first.name}: arms have "
-                    f"equal text, tokens and evaluation; give --{name.replace('_', '-')} for both"
-                )
+        changes = {name: pair for name, pair in arm.changes_from(first).items() if name in SHARED}
+        if changes:
+            listed = ", ".join(
+                f"{name} ({_shown(old)} and {_shown(new)})" for name, (old, new) in changes.items()
+            )
+            yield (
+                f"{first.name} and {arm.name} differ in {listed}: arms need equal text, tokens and "
+                f"evaluation; an option, as --{next(iter(changes)).replace('_', '-')}, holds for all arms"
+            )
 
 
 def _grids(

@@ -43,7 +43,7 @@ PROGRAM = (
     "import sys; from overnight.distributed.launcher import end_with_parent; from overnight.cli import "
     "run_command; end_with_parent(int(sys.argv.pop(1)), save=True); run_command()"
 )
-START_AGAIN = "remove that folder, and it is trained again; or give another --run-name"
+START_AGAIN = "remove the run, and it is trained again; or give another --run-name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,12 @@ class Campaign:
 
     def check(self, runs: Sequence[ArmRun]) -> None:
         """Raise ValueError, with all problems, for runs on the disk that are others, damaged or in use."""
-        raise_problems([problem for run in runs for problem in self.problems_of(run)], str(self.folder))
+        by_reason: dict[str, list[str]] = {}
+        for run in runs:
+            if problem := self.problem_of(run):
+                by_reason.setdefault(problem, []).append(run.directory.path.name)
+        problems = [f"{_list_briefly(names)}: {reason}" for reason, names in by_reason.items()]
+        raise_problems(problems, str(self.folder))
         missing = [run for run in runs if not is_complete(run)]
         needed = BYTES_PER_SAVED_PARAMETER * sum(
             run.resolved.model.parameter_count() for run in [*missing, *missing[-1:]]
@@ -112,18 +117,18 @@ class Campaign:
                 f"{len(missing)} runs need {byte_size(needed)}: free some, or give fewer --seeds"
             )
 
-    def problems_of(self, run: ArmRun) -> Iterator[str]:
-        """Why the run's folder can't be used as it is; nothing if it can, or does not exist."""
+    def problem_of(self, run: ArmRun) -> str | None:
+        """Why the run on the disk can't be used as it is; None if it can, or if there is none."""
         directory = run.directory
         if not directory.exists():
-            return
+            return None
         status = describe_run(directory.path)
         if status.state == "damaged":
-            yield f"{directory.path} is damaged: {status.problem}: {START_AGAIN}"
-        elif status.state == "running":
-            yield f"{directory.path} is being trained by another process: wait for it"
-        elif changed := self._changes(run):
-            yield f"{directory.path} was trained with other settings: {', '.join(changed)}: {START_AGAIN}"
+            return f"damaged, {status.problem}: {START_AGAIN}"
+        if status.state == "running":
+            return "being trained by another process: wait for it"
+        changed = self._changes(run)
+        return f"trained with other settings, {', '.join(changed)}: {START_AGAIN}" if changed else None
 
     def _changes(self, run: ArmRun) -> list[str]:
         """What differs between a run on the disk and the wanted one."""
@@ -137,7 +142,8 @@ class Campaign:
             ),
         }
         changed += [f"{name}={now} (was {then})" for name, (now, then) in pairs.items() if now != then]
-        return changed if is_same_data(read_data(run), self.dataset.record()) else [*changed, "another text"]
+        text = json.loads(json.dumps(self.dataset.record()))
+        return changed if is_same_data(read_data(run), text) else [*changed, "another text"]
 
     def train(self, run: ArmRun) -> str | None:
         """Begin or resume a run in a process of its own; returns why it failed, or None.
@@ -164,6 +170,12 @@ class Campaign:
         ended = describe_run(directory.path) if directory.exists() else None
         reason = f": {ended.ended_by}" if ended and ended.ended_by else ""
         return f"`{shell_command(*words)}` ended with status {status_code}{reason}"
+
+
+def _list_briefly(names: Sequence[str]) -> str:
+    """The first three names, and the number of others."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def is_complete(run: ArmRun) -> bool:

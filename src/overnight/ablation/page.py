@@ -127,7 +127,7 @@ def sentences(record: AblationRecord) -> Iterator[str]:
 
 def equal_loss_sentences(arm: ArmResult, baseline: str, total_tokens: int) -> Iterator[str]:
     """Which tokens, and time, each of the two needs for the other's final loss."""
-    if (equal := arm.equal_loss) is None:
+    if (equal := arm.equal_loss) is None or not arm.changes:
         return
     parts = []
     for name, other, tokens, seconds in (
