@@ -155,9 +155,8 @@ class Campaign:
         if is_complete(run):
             return None
         if directory.exists():
-            status = describe_run(directory.path)
-            if status.state == "diverged":
-                return f"it has diverged: {status.ended_by}"
+            if reason := why_diverged(directory):
+                return reason
             words = ["train", "--resume", str(directory.path)]
         else:
             write_atomically(run.recipe_file, to_toml(run.recipe))
@@ -167,9 +166,7 @@ class Campaign:
             return "its process was killed, most likely out of memory"
         if status_code == 0 and is_complete(run):
             return None
-        ended = describe_run(directory.path) if directory.exists() else None
-        reason = f": {ended.ended_by}" if ended and ended.ended_by else ""
-        return f"`{shell_command(*words)}` ended with status {status_code}{reason}"
+        return why_diverged(directory) or f"`{shell_command(*words)}` ended with status {status_code}"
 
 
 def _list_briefly(names: Sequence[str]) -> str:
@@ -181,6 +178,12 @@ def _list_briefly(names: Sequence[str]) -> str:
 def is_complete(run: ArmRun) -> bool:
     """True if all steps of the run are done."""
     return run.directory.exists() and run.directory.is_finished(run.resolved.total_steps)
+
+
+def why_diverged(directory: RunDirectory) -> str | None:
+    """Why a run ended, if its losses are the reason."""
+    status = describe_run(directory.path) if directory.exists() else None
+    return f"it has diverged: {status.ended_by}" if status and status.state == "diverged" else None
 
 
 def read_data(run: ArmRun) -> dict[str, Any]:

@@ -23,13 +23,14 @@ from overnight.ablation.results import (
 from overnight.ablation.timing import time_in_turn
 from overnight.data.dataset import open_dataset
 from overnight.distributed.launcher import is_launched
-from overnight.distributed.world import open_world
+from overnight.distributed.world import World, count_processes, open_world
 from overnight.files import write_atomically
 from overnight.hardware import find_device_name
 from overnight.preparation.prepare import ensure_prepared
 from overnight.recipe import Recipe, with_settings
 from overnight.report.plots import check_matplotlib
 from overnight.terminal import echo, shell_command
+from overnight.training import ComputeConfig
 
 DONE, FAILED = 0, 1
 
@@ -45,7 +46,7 @@ def run(config: AblationConfig, name: str, baseline: Recipe | None, words: Seque
         raise ValueError("`overnight ablate` starts its runs itself: start it without torchrun or srun")
     arms, seeds = build_arms(config, name, baseline), read_seeds(config)
     dataset = open_dataset(ensure_prepared(config.data))
-    world = open_world(config.compute.device)
+    world = world_of_runs(config.compute)
     campaign = Campaign(f"ablate-{config.run_name}", dataset, world)
     command = shell_command("ablate", *words)
     check_baseline(campaign, arms[0])
@@ -62,6 +63,15 @@ def run(config: AblationConfig, name: str, baseline: Recipe | None, words: Seque
         raise
     write_results(campaign, record, is_json=config.json)
     return FAILED if record.failures else DONE
+
+
+def world_of_runs(compute: ComputeConfig) -> World:
+    """The processes of each run, as far as settings depend on them; none is started here."""
+    world = open_world(compute.device)
+    if compute.processes is None:
+        return world
+    count = count_processes(compute.processes, compute.device)
+    return dataclasses.replace(world, size=count, local_size=count)
 
 
 def check_baseline(campaign: Campaign, baseline: Arm) -> None:
@@ -221,5 +231,11 @@ def write_results(campaign: Campaign, record: AblationRecord, *, is_json: bool) 
     page = campaign.folder / "ablate.html"
     write_atomically(page, ablation_page(record))
     echo(f"wrote {page}, with plots; open it in a browser")
-    last = record.arms[-1].runs[-1].directory.path
-    echo(f"next: {shell_command('report', record.arms[0].runs[-1].directory.path, last)}")
+    finished = [
+        run.directory.path
+        for arm in record.arms
+        for run, final in list(zip(arm.runs, arm.finals, strict=True))[:1]
+        if final.failure is None
+    ]
+    if finished:
+        echo(f"next: {shell_command('report', *finished)}")
