@@ -130,6 +130,11 @@ def _as_arm(recipe: Recipe) -> Recipe:
     return with_settings(plain_recipe(recipe), **SET_BY_CAMPAIGN)
 
 
+def _setting(name: str) -> str:
+    """The name of a setting that is written as an option, or as in a recipe."""
+    return name.strip().removeprefix("--").replace("-", "_")
+
+
 def _safe(text: str) -> str:
     """`text` as a part of a folder's name."""
     return re.sub(r"[^\w.=-]+", "-", text).strip("-.") or "arm"
@@ -140,7 +145,7 @@ def _left_out(words: Sequence[str], recipe: Recipe, problems: list[str]) -> Iter
     now = flatten(recipe)
     changed = [name for name, default in SWITCHES.items() if now[name] != default]
     for word in filter(None, ",".join(words).split(",")):
-        names = [each.strip().replace("-", "_") for each in word.split("+")]
+        names = [*map(_setting, word.split("+"))]
         before = len(problems)
         for name in names:
             if name not in SWITCHES:
@@ -167,18 +172,20 @@ def _added(words: Sequence[str], recipe: Recipe, problems: list[str]) -> Iterato
     for word in itertools.chain.from_iterable(word.split(",") for word in words):
         pairs = [each.partition("=") for each in re.split(r"\+(?=[a-zA-Z_-]+(?:=|$|\+))", word)]
         try:
-            settings = {name: _read_value(name, equals, value, recipe) for name, equals, value in pairs}
+            settings = {
+                _setting(name): _read_value(name, equals, value, recipe) for name, equals, value in pairs
+            }
         except ValueError as error:
             problems.append(f"--add {word}: {error}")
             continue
         changed = with_settings(recipe, **settings)
-        title = "-".join(f"{name}={value}" for name, _, value in pairs).replace("=true", "").lower()
+        title = "-".join(f"{_setting(name)}={value}" for name, _, value in pairs).replace("=true", "").lower()
         yield Arm(name=_safe(title), recipe=changed)
 
 
 def _read_value(name: str, equals: str, value: str, recipe: Recipe) -> Any:
     """A setting's value of a text, as its option reads it. Raises ValueError."""
-    setting, known = name.strip().replace("-", "_"), flat_names(Recipe)
+    setting, known = _setting(name), flat_names(Recipe)
     if setting not in known:
         raise ValueError(f"{name} is not a setting of a recipe{nearest(setting, known)}")
     if not equals or not value.strip():
@@ -269,7 +276,7 @@ def _can_have(arm: Arm, name: str, values: Sequence[object]) -> bool:
 def _read_tuned(words: Sequence[str], recipe: Recipe, problems: list[str]) -> Iterator[tuple[str, list[Any]]]:
     for word in words:
         name, equals, text = word.partition("=")
-        setting, values = name.strip().replace("-", "_"), [each for each in text.split(",") if each.strip()]
+        setting, values = _setting(name), [each for each in text.split(",") if each.strip()]
         if setting in SHARED or setting in NOT_COMPARED:
             problems.append(f"--tune {setting}: it must be equal in all runs")
         elif setting in flat_names(Recipe) and len({*values}) < 2:
