@@ -89,7 +89,7 @@ COMMANDS = {
     "ablate": Command(
         "ablation.AblationConfig",
         "What settings are worth: paired runs over several seeds",
-        "overnight ablate gpt2-124m --add optimizer=muon --total-tokens 200M",
+        "overnight ablate gpt2-124m --add optimizer=muon --total-tokens 1B",
     ),
     "report": Command(
         "report.ReportConfig",

@@ -25,7 +25,6 @@ from overnight.data.dataset import open_dataset
 from overnight.distributed.launcher import is_launched
 from overnight.distributed.world import World, count_processes, open_world
 from overnight.files import write_atomically
-from overnight.hardware import find_device_name
 from overnight.preparation.prepare import ensure_prepared
 from overnight.recipe import Recipe, with_settings
 from overnight.report.plots import check_matplotlib
@@ -134,7 +133,6 @@ def run_campaign(
         total_steps=resolved.total_steps,
         tokens_per_step=resolved.recipe.batch.tokens_per_step,
         data=str(campaign.dataset.folder),
-        device=find_device_name(campaign.world.device),
         arms=results,
         tried=rows,
         notices=notices,

@@ -83,7 +83,6 @@ class AblationRecord:
     total_steps: int
     tokens_per_step: int
     data: str
-    device: str
     arms: Sequence[ArmResult]
     tried: Sequence[TriedSettings] = ()
     notices: Sequence[str] = field(default=())
@@ -236,7 +235,7 @@ def ablation_to_json(record: AblationRecord) -> dict[str, Any]:
         for each in record.tried
     ]
     names = ("name", "command", "seeds", "tuning_seed", "total_tokens", "total_steps", "tokens_per_step")
-    found = {name: getattr(record, name) for name in (*names, "data", "device", "evaluated_tokens")}
+    found = {name: getattr(record, name) for name in (*names, "data", "evaluated_tokens")}
     found |= {"baseline": record.arms[0].name, "comparisons": len(record.compared)}
     written: dict[str, Any] = finite_values(
         {**found, "arms": arms, "tried": tried, "notices": record.notices, "failures": record.failures}
