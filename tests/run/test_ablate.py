@@ -79,16 +79,16 @@ def test_differences_are_those_of_the_runs(first, copied):
     ], "seed after seed, so that pairs are complete early"
     baseline, muon, control = read_results()["arms"]
     differences = [last_loss(f"optimizer=muon-{seed}") - last_loss(f"small-{seed}") for seed in (1337, 1338)]
-    found = muon["nats_per_token_difference"]
+    found = muon["nats_difference"]
     assert found["values"] == pytest.approx(differences)
     assert found["mean"] == pytest.approx(statistics.fmean(differences))
     reach = 12.706205 * statistics.stdev(differences) / 2**0.5
     assert found["high"] - found["mean"] == pytest.approx(reach)
-    assert muon["changes"] == {"optimizer": {"baseline": "adamw", "arm": "muon"}}
+    assert muon["changes"] == {"optimizer": ["adamw", "muon"]}
     assert muon["step_time_ratio"] > 0
-    assert control["nats_per_token_difference"]["values"] == [0.0, 0.0], "the same to the bit"
-    assert control["verdict"] == "not told apart"
-    assert baseline["verdict"] is None
+    assert control["nats_difference"]["values"] == [0.0, 0.0], "the same to the bit"
+    assert control["nats_difference"]["verdict"] == "not told apart"
+    assert baseline["nats_difference"] is None
 
 
 def test_arms_begin_alike_and_keep_one_checkpoint(first, copied):
@@ -104,7 +104,7 @@ def test_page_is_self_contained(copied):
     page = (FOLDER / "ablate.html").read_text()
     assert page.count("<svg") == 2
     assert "not told apart" in page
-    assert "2 comparisons were made" in page
+    assert "2 comparisons, each with its own interval" in page
     assert "<script" not in page
     assert not re.search(r"src=|href=.(?!#)|url\((?!#)|@import", page)
 
@@ -153,8 +153,8 @@ def test_failing_arm_is_reported_and_the_others_go_on(copied, started, capsys):
     assert [Path(words[1]).stem for words in started] == ["beta1=0.5-1337"]
     _, diverged, other = read_results(Path("runs/ablate-fails"))["arms"]
     assert "it has diverged" in diverged["runs"][0]["failure"]
-    assert diverged["nats_per_token_difference"] is None
-    assert len(other["nats_per_token_difference"]["values"]) == 1
+    assert diverged["nats_difference"] is None
+    assert len(other["nats_difference"]["values"]) == 1
 
 
 def test_run_of_other_settings_is_refused(copied, started, capsys):
@@ -178,8 +178,8 @@ def test_rates_are_tuned_for_each_arm_on_another_seed(copied, started, capsys):
     found = read_results(Path("runs/ablate-tuned"))
     assert {each["seed"] for each in found["tried"]} == {1336}
     best = min(found["tried"], key=lambda each: each["loss"])
-    assert [each["settings"] for each in found["tried"] if each["chosen"]] == [best["settings"]]
-    assert [arm["tuned"] for arm in found["arms"]] == [{}, best["settings"]]
+    assert [each["settings"] for each in found["tried"] if each["is_chosen"]] == [best["settings"]]
+    assert [arm["runs"][0]["settings"] for arm in found["arms"]] == [{}, best["settings"]]
     untuned, at_the_end = found["notices"]
     assert untuned == "small was not tuned: none of the tuned settings has a meaning for it."
     assert re.search("is the (highest|lowest) that was tried", at_the_end)

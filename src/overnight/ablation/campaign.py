@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from overnight.ablation.arms import Arm
+from overnight.ablation.record import RunResult
 from overnight.config import raise_problems, to_toml
 from overnight.data.dataset import Dataset, MixtureDataset, is_same_data
 from overnight.distributed.launcher import environment_of_process
@@ -71,17 +72,6 @@ class ArmRun:
         return path.parent / "recipes" / f"{path.name}.toml"
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinalLoss:
-    """The last evaluation of a run, or why there is none."""
-
-    loss: float = float("nan")
-    """Nats per token."""
-    bits_per_byte: float = float("nan")
-    evaluated_tokens: int = 0
-    failure: str | None = None
-
-
 class Campaign:
     """The folder of a campaign, and what all its runs share: the data, and how recipes are decided."""
 
@@ -106,7 +96,7 @@ class Campaign:
                 by_reason.setdefault(problem, []).append(run.directory.path.name)
         problems = [f"{_list_briefly(names)}: {reason}" for reason, names in by_reason.items()]
         raise_problems(problems, str(self.folder))
-        missing = [run for run in runs if not is_complete(run)]
+        missing = [run for run in runs if not is_trained(run)]
         needed = BYTES_PER_SAVED_PARAMETER * sum(
             run.resolved.model.parameter_count() for run in [*missing, *missing[-1:]]
         )
@@ -152,7 +142,7 @@ class Campaign:
         stopped.
         """
         directory = run.directory
-        if is_complete(run):
+        if is_trained(run):
             return None
         if directory.exists():
             if reason := why_diverged(directory):
@@ -164,7 +154,7 @@ class Campaign:
         status_code = run_overnight(words)
         if status_code == -signal.SIGKILL:
             return "its process was killed, most likely out of memory"
-        if status_code == 0 and is_complete(run):
+        if status_code == 0 and is_trained(run):
             return None
         return why_diverged(directory) or f"`{shell_command(*words)}` ended with status {status_code}"
 
@@ -175,7 +165,7 @@ def _list_briefly(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{more}"
 
 
-def is_complete(run: ArmRun) -> bool:
+def is_trained(run: ArmRun) -> bool:
     """True if all steps of the run are done."""
     return run.directory.exists() and run.directory.is_finished(run.resolved.total_steps)
 
@@ -195,19 +185,23 @@ def read_data(run: ArmRun) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def read_final(run: ArmRun, failure: str | None = None) -> FinalLoss:
-    """The last evaluation of a finished run."""
-    if failure is None and not is_complete(run):
-        failure = "it is not finished"
-    if failure is not None:
-        return FinalLoss(failure=failure)
-    lines = run.directory.read_events("evaluations")
+def read_result(run: ArmRun, failure: str | None = None) -> RunResult:
+    """The last evaluation of a run, unless it failed."""
+    facts: dict[str, Any] = {
+        "arm": run.arm,
+        "seed": run.seed,
+        "settings": run.settings,
+        "path": str(run.directory.path),
+    }
+    lines = [] if failure else run.directory.read_events("evaluations")
     last = lines[-1] if lines else {}
-    if last.get("step") != run.resolved.total_steps:
-        return FinalLoss(failure="it was not evaluated after its last step")
-    if not is_finite(last.get("loss")):
-        return FinalLoss(failure="its last loss is not finite")
-    return FinalLoss(**{name: last[name] for name in ("loss", "bits_per_byte", "evaluated_tokens")})
+    if failure is None and last.get("step") != run.resolved.total_steps:
+        failure = "it was not evaluated after its last step"
+    elif failure is None and not is_finite(last.get("loss")):
+        failure = "its last loss is not finite"
+    if failure is None:
+        facts |= {name: last[name] for name in ("loss", "bits_per_byte", "evaluated_tokens")}
+    return RunResult(**facts, failure=failure)
 
 
 def run_overnight(words: Sequence[str]) -> int:
@@ -249,9 +243,9 @@ def passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def announce(runs: Sequence[ArmRun], number: int) -> None:
+def announce_run(runs: Sequence[ArmRun], number: int) -> None:
     """Print which run is next."""
     run = runs[number]
     tuned = "".join(f", {name} {value}" for name, value in run.settings.items())
-    done = "finished already" if is_complete(run) else str(run.directory.path)
+    done = "finished already" if is_trained(run) else str(run.directory.path)
     echo(f"run {number + 1} of {len(runs)}: {run.arm}, seed {run.seed}{tuned}: {done}")

@@ -10,23 +10,16 @@ from typing import Any
 
 from overnight.ablation import AblationConfig
 from overnight.ablation.arms import Arm, build_arms, read_seeds, tuning_seed
-from overnight.ablation.campaign import ArmRun, Campaign, FinalLoss, announce, read_final
+from overnight.ablation.campaign import ArmRun, Campaign, announce_run, read_result
 from overnight.ablation.page import ablation_page, ablation_text
-from overnight.ablation.results import (
-    AblationRecord,
-    ArmResult,
-    TriedSettings,
-    ablation_to_json,
-    summarize_arm,
-    with_times,
-)
+from overnight.ablation.record import AblationRecord, RunResult, summarize_arm, with_times
 from overnight.ablation.timing import time_in_turn
 from overnight.data.dataset import open_dataset
 from overnight.distributed.launcher import is_launched
 from overnight.distributed.world import World, count_processes, open_world
 from overnight.files import write_atomically
 from overnight.preparation.prepare import ensure_prepared
-from overnight.recipe import Recipe, with_settings
+from overnight.recipe import Recipe, Resolved, with_settings
 from overnight.report.plots import check_matplotlib
 from overnight.terminal import echo, shell_command
 from overnight.training import ComputeConfig
@@ -49,14 +42,14 @@ def run(config: AblationConfig, name: str, baseline: Recipe | None, words: Seque
     campaign = Campaign(f"ablate-{config.run_name}", dataset, world)
     command = shell_command("ablate", *words)
     check_baseline(campaign, arms[0])
-    compared = [[campaign.plan_run(arm, seed, {}) for seed in seeds] for arm in arms if not arm.grid]
-    tried = {arm.name: list(_tuning_runs(campaign, arm, seeds)) for arm in arms if arm.grid}
-    campaign.check([run for group in (*tried.values(), *compared) for run in group])
-    announce_campaign(campaign, arms, len(seeds), sum(map(len, tried.values())))
+    compared = [campaign.plan_run(arm, seed, {}) for arm in arms if not arm.grid for seed in seeds]
+    tuning = [run for arm in arms for run in _tuning_runs(campaign, arm, seeds)]
+    campaign.check([*tuning, *compared])
+    announce_campaign(campaign, arms, len(seeds), len(tuning))
     try:
-        record = run_campaign(campaign, arms, seeds, tried)
+        record, decided = run_campaign(campaign, arms, seeds, tuning)
         record = dataclasses.replace(record, command=command)
-        record = record if not config.step_times else measure_times(record)
+        record = measure_times(record, decided) if config.step_times else record
     except KeyboardInterrupt:
         echo(f"next: {command}")
         raise
@@ -77,7 +70,7 @@ def check_baseline(campaign: Campaign, baseline: Arm) -> None:
     """Raise ValueError if the folder holds the results of a comparison with another baseline."""
     path = campaign.folder / "ablate.json"
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["baseline"]
+        before = json.loads(path.read_text(encoding="utf-8"))["arms"][0]["name"]
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return  # it is written again
     if before != baseline.name:
@@ -108,79 +101,76 @@ def _tuning_runs(campaign: Campaign, arm: Arm, seeds: Sequence[int]) -> Iterator
 
 
 def run_campaign(
-    campaign: Campaign, arms: Sequence[Arm], seeds: Sequence[int], tried: Mapping[str, Sequence[ArmRun]]
-) -> AblationRecord:
-    """Tune, train and read everything. A run that fails is recorded, and the others go on."""
-    tuning = train_all(campaign, [run for runs in tried.values() for run in runs])
-    arms, notices, rows = choose_settings(arms, tried, tuning)
-    runs = [[campaign.plan_run(arm, seed, chosen_of(arm, rows)) for seed in seeds] for arm in arms]
-    campaign.check([run for group in runs for run in group])
-    hopeless = {arm.name for arm in arms if arm.grid and not chosen_of(arm, rows)}
-    in_order = [run for group in zip(*runs, strict=True) for run in group if run.arm not in hopeless]
-    finals = train_all(campaign, in_order)
-    missing = FinalLoss(failure="none of the runs that tune its arm has a final loss")
-    results: list[ArmResult] = []
-    for arm, group in zip(arms, runs, strict=True):
-        found = [finals.get(run.recipe.run_name, missing) for run in group]
-        results.append(summarize_arm(arm, arms[0], group, found, results[0] if results else None))
-    resolved = runs[0][0].resolved
-    return AblationRecord(
+    campaign: Campaign, arms: Sequence[Arm], seeds: Sequence[int], tuning: Sequence[ArmRun]
+) -> tuple[AblationRecord, list[Resolved]]:
+    """Tune, train and read everything; the record, and how each arm was decided.
+
+    A run that fails is recorded, and the others go on.
+    """
+    tried = choose_settings(train_all(campaign, tuning))
+    chosen = {run.arm: run.settings for run in tried if run.is_chosen}
+    tuned = [
+        dataclasses.replace(arm, recipe=with_settings(arm.recipe, **chosen.get(arm.name, {}))) for arm in arms
+    ]
+    groups = [[campaign.plan_run(arm, seed, chosen.get(arm.name, {})) for seed in seeds] for arm in arms]
+    campaign.check([run for group in groups for run in group])
+    hopeless = {arm.name for arm in arms if arm.grid} - chosen.keys()
+    in_order = [run for group in zip(*groups, strict=True) for run in group]  # seed after seed
+    results = train_all(campaign, [run for run in in_order if run.arm not in hopeless])
+    none_sound = "none of the runs that tune its arm has a final loss"
+    results += [read_result(run, none_sound) for run in in_order if run.arm in hopeless]
+    by_arm = {arm.name: [run for run in results if run.arm == arm.name] for arm in arms}
+    decided = [group[0].resolved for group in groups]
+    record = AblationRecord(
         name=campaign.name,
         command="",
         seeds=seeds,
-        tuning_seed=tuning_seed(seeds) if rows else None,
-        total_tokens=resolved.plan.tokens_before(resolved.total_steps),
-        total_steps=resolved.total_steps,
-        tokens_per_step=resolved.recipe.batch.tokens_per_step,
+        total_tokens=decided[0].plan.tokens_before(decided[0].total_steps),
+        total_steps=decided[0].total_steps,
+        tokens_per_step=decided[0].recipe.batch.tokens_per_step,
         data=str(campaign.dataset.folder),
-        arms=results,
-        tried=rows,
-        notices=notices,
+        arms=[
+            summarize_arm(
+                arm.name,
+                arm.changes_from(tuned[0]),
+                resolved.model,
+                by_arm[arm.name],
+                None if arm is tuned[0] else by_arm[arms[0].name],
+            )
+            for arm, resolved in zip(tuned, decided, strict=True)
+        ],
+        tried=tried,
+        notices=[*tuning_notices(arms, chosen)] if tried else (),
     )
+    return record, decided
 
 
-def train_all(campaign: Campaign, runs: Sequence[ArmRun]) -> dict[str, FinalLoss]:
-    """Train what is missing, one after another; the final losses by the runs' names."""
-    finals = {}
+def train_all(campaign: Campaign, runs: Sequence[ArmRun]) -> list[RunResult]:
+    """Train what is missing, one after another; the results in the same order."""
+    results = []
     for number, each in enumerate(runs):
-        announce(runs, number)
-        failure = campaign.train(each)
-        finals[each.recipe.run_name] = final = read_final(each, failure)
-        if final.failure:
-            echo(f"{each.directory.path}: {final.failure}; the other runs go on")
-    return finals
+        announce_run(runs, number)
+        results.append(read_result(each, campaign.train(each)))
+        if results[-1].failure:
+            echo(f"{each.directory.path}: {results[-1].failure}; the other runs go on")
+    return results
 
 
-def choose_settings(
-    arms: Sequence[Arm], tried: Mapping[str, Sequence[ArmRun]], finals: Mapping[str, FinalLoss]
-) -> tuple[list[Arm], list[str], list[TriedSettings]]:
-    """The arms with their best settings, warnings, and the record of the tuning."""
-    chosen, notices, rows = [], [], []
+def choose_settings(tried: Sequence[RunResult]) -> list[RunResult]:
+    """The runs that tune, those with the lowest loss of their arm marked as chosen."""
+    best: dict[str, RunResult] = {}
+    for run in tried:
+        if run.failure is None and (run.arm not in best or run.loss < best[run.arm].loss):
+            best[run.arm] = run
+    return [dataclasses.replace(run, is_chosen=best.get(run.arm) is run) for run in tried]
+
+
+def tuning_notices(arms: Sequence[Arm], chosen: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Warnings about arms that were not tuned, and about values at the end of those tried."""
     for arm in arms:
         if not arm.grid:
-            chosen.append(arm)
-            if tried:
-                notices.append(f"{arm.name} was not tuned: none of the tuned settings has a meaning for it.")
-            continue
-        losses = [finals[run.recipe.run_name] for run in tried[arm.name]]
-        sound = [at for at, final in enumerate(losses) if final.failure is None]
-        best = min(sound, key=lambda at: losses[at].loss) if sound else None
-        rows += [
-            TriedSettings(
-                arm=arm.name,
-                seed=run.seed,
-                settings=run.settings,
-                path=str(run.directory.path),
-                final=final,
-                is_chosen=at == best,
-            )
-            for at, (run, final) in enumerate(zip(tried[arm.name], losses, strict=True))
-        ]
-        if best is not None:
-            notices += _at_the_end(arm, arm.grid[best])
-        settings = {} if best is None else arm.grid[best]
-        chosen.append(dataclasses.replace(arm, recipe=with_settings(arm.recipe, **settings)))
-    return chosen, notices, rows
+            yield f"{arm.name} was not tuned: none of the tuned settings has a meaning for it."
+        yield from _at_the_end(arm, chosen.get(arm.name, {}))
 
 
 def _at_the_end(arm: Arm, best: Mapping[str, Any]) -> Iterator[str]:
@@ -192,32 +182,24 @@ def _at_the_end(arm: Arm, best: Mapping[str, Any]) -> Iterator[str]:
             yield f"{arm.name}: the best {name}, {value:g}, is the {end} that was tried: try more beyond it."
 
 
-def chosen_of(arm: Arm, rows: Sequence[TriedSettings]) -> dict[str, Any]:
-    """The settings chosen for an arm; {} if it was not tuned, or if that failed."""
-    return next((dict(row.settings) for row in rows if row.arm == arm.name and row.is_chosen), {})
-
-
-def measure_times(record: AblationRecord) -> AblationRecord:
+def measure_times(record: AblationRecord, decided: Sequence[Resolved]) -> AblationRecord:
     """The record with the time of a step of each arm, timed in turn with the baseline's."""
-    baseline, tokens = record.arms[0], record.tokens_per_step
-    arms, notices = [baseline], [*record.notices]
-    for arm in record.compared:
-        times = time_in_turn(baseline.runs[0].resolved, arm.runs[0].resolved)
+    baseline, *others = record.arms
+    arms, notices = [], [*record.notices]
+    for arm, resolved in zip(others, decided[1:], strict=True):
+        times = time_in_turn(decided[0], resolved)
         if times is None:
-            notices.append(
-                f"{arm.name}: the steps could not be timed: both arms at once need too much memory."
-            )
+            notices.append(f"{arm.name}: its steps were not timed: two models need too much memory at once.")
             arms.append(arm)
-            continue
-        arms.append(with_times(arm, times, tokens))
-        if arms[0].step_seconds is None:
-            arms[0] = dataclasses.replace(baseline, step_seconds=times.baseline_seconds, step_time_ratio=1.0)
-    return dataclasses.replace(record, arms=arms, notices=notices)
+        else:
+            arms.append(with_times(arm, times, record.tokens_per_step))
+            baseline = dataclasses.replace(baseline, step_seconds=times.baseline_seconds, step_time_ratio=1.0)
+    return dataclasses.replace(record, arms=[baseline, *arms], notices=notices)
 
 
 def write_results(campaign: Campaign, record: AblationRecord, *, is_json: bool) -> None:
     """Print the results; write ablate.json and ablate.html into the campaign's folder."""
-    found = json.dumps(ablation_to_json(record), indent=2) + "\n"
+    found = json.dumps(record.to_json(), indent=2) + "\n"
     text = ablation_text(record)
     if is_json:
         sys.stdout.write(found)
@@ -229,11 +211,5 @@ def write_results(campaign: Campaign, record: AblationRecord, *, is_json: bool) 
     page = campaign.folder / "ablate.html"
     write_atomically(page, ablation_page(record))
     echo(f"wrote {page}, with plots; open it in a browser")
-    finished = [
-        run.directory.path
-        for arm in record.arms
-        for run, final in list(zip(arm.runs, arm.finals, strict=True))[:1]
-        if final.failure is None
-    ]
-    if finished:
+    if finished := [arm.runs[0].path for arm in record.arms if arm.runs[0].failure is None]:
         echo(f"next: {shell_command('report', *finished)}")

@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from overnight.ablation.paired import PairedDifference
-from overnight.ablation.results import AblationRecord, ArmResult
+from overnight.ablation.record import AblationRecord, ArmResult
 from overnight.report.html import render, show_value
 from overnight.report.page import Table
-from overnight.report.plots import (
-    MUTED,
-    comparison_chart,
-    in_box,
-    new_chart,
-    run_style,
-)
+from overnight.report.plots import MUTED, comparison_chart, in_box, new_chart, run_style
 from overnight.report.run_data import read_run
 from overnight.terminal import duration, short, significant, wrap
 
 COLUMNS = 80
 LONGEST_NAME = 22
+RESULTS = ("loss", "difference", "95% interval", "verdict")
+COSTS = ("parameters", "FLOPs/token", "time", "bits/byte", "to tell")
 ROW, WIDTH = 44, 880
 MARGINS = (14, 132, 40, 240)
 """Of the chart of differences, in CSS pixels: top, right, bottom, left."""
 
 
-class Row(NamedTuple):
-    """An arm's figures as text."""
-
-    name: str
-    loss: str
-    difference: str
-    interval: str
-    verdict: str
-    bits: str
-    parameters: str
-    flops: str
-    step_time: str
-    seeds_to_tell: str
-
-
 def ablation_text(record: AblationRecord) -> str:
     """The two tables and the sentences, at most 80 columns wide."""
-    rows = [as_row(record, arm, LONGEST_NAME) for arm in record.arms]
-    width = max(len("arm"), *(len(row.name) for row in rows))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("overnight.ablation"),
         undefined=jinja2.StrictUndefined,
@@ -56,63 +36,65 @@ def ablation_text(record: AblationRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"short": short}
+    results, costs = rows_of_tables(record)
     text = environment.get_template("ablation.txt").render(
-        record=record, rows=rows, width=width, sentences=[*sentences(record)]
+        record=record,
+        results=[("arm", *RESULTS), *((_shortened(name), *cells) for name, *cells in results)],
+        costs=[("arm", *COSTS), *((_shortened(name), *cells) for name, *cells in costs)],
+        width=max(len(_shortened(arm.name)) for arm in record.arms),
+        evaluated_tokens=max(run.evaluated_tokens for run in record.runs),
+        sentences=[*sentences(record)],
     )
     lines = [
-        line if line.startswith(" ") or len(line) <= COLUMNS else "\n".join(wrap(line, COLUMNS))
-        for line in text.splitlines()
+        line
+        for part in text.splitlines()
+        for line in (wrap(part, COLUMNS) if len(part) > COLUMNS else [part])
     ]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def as_row(record: AblationRecord, arm: ArmResult, longest: int = 1000) -> Row:
-    """The figures of an arm; a dash where there is none."""
-    difference, is_baseline = arm.nats_difference, arm is record.arms[0]
-    name = arm.name if len(arm.name) <= longest else f"{arm.name[: longest - 1]}…"
-    return Row(
-        name=name,
-        loss="–" if arm.loss is None else f"{arm.loss:.4f}",
-        difference="–" if difference is None else f"{difference.mean:+.4f}",
-        interval=interval_text(difference),
-        verdict="baseline" if is_baseline else verdict_text(difference),
-        bits="–" if arm.bits_difference is None else f"{arm.bits_difference.mean:+.4f}",
-        parameters=short(arm.parameters),
-        flops=short(arm.flops_per_token),
-        step_time="–" if arm.step_time_ratio is None else f"{arm.step_time_ratio:.2f}x",
-        seeds_to_tell="–"
-        if not difference or not difference.seeds_to_tell
-        else f"{difference.seeds_to_tell:,}",
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def rows_of_tables(record: AblationRecord) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """The rows of the two tables, each with the arm's name."""
+    results = [(arm.name, *result_cells(record, arm)) for arm in record.arms]
+    return results, [(arm.name, *cost_cells(arm)) for arm in record.arms]
+
+
+def result_cells(record: AblationRecord, arm: ArmResult) -> tuple[str, ...]:
+    """An arm's figures in the order of RESULTS; a dash where there is none."""
+    found, loss = arm.nats_difference, "–" if arm.loss is None else f"{arm.loss:.4f}"
+    if found is None:
+        return loss, "–", "–", "baseline" if arm is record.arms[0] else "no pair"
+    interval = "–" if found.low is None else f"{found.low:+.4f} to {found.high:+.4f}"
+    return loss, f"{found.mean:+.4f}", interval, verdict_text(found)
+
+
+def cost_cells(arm: ArmResult) -> tuple[str, ...]:
+    """An arm's figures in the order of COSTS."""
+    found, bits, ratio = arm.nats_difference, arm.bits_difference, arm.step_time_ratio
+    return (
+        short(arm.parameters),
+        short(arm.flops_per_token),
+        f"{ratio:.2f}x" if ratio else "–",
+        f"{bits.mean:+.4f}" if bits else "–",
+        f"{found.seeds_to_tell:,}" if found and found.seeds_to_tell else "–",
     )
 
 
-def interval_text(difference: PairedDifference | None) -> str:
-    """The ends of the interval; a dash if there is none."""
-    if difference is None or difference.low is None or difference.high is None:
-        return "–"
-    return f"{difference.low:+.4f} to {difference.high:+.4f}"
-
-
-def verdict_text(difference: PairedDifference | None) -> str:
+def verdict_text(difference: PairedDifference) -> str:
     """The verdict, or why there is none."""
-    if difference is None:
-        return "no pair"
     return difference.verdict or "one seed: none"
 
 
 def sentences(record: AblationRecord) -> Iterator[str]:
     """What a reader must know besides the figures."""
     count, baseline = len(record.compared), record.arms[0].name
-    if count == 1:
-        yield (
-            "One comparison was made. Of twenty without any difference, one is called better or worse by "
-            "chance."
-        )
-    else:
-        yield (
-            f"{count} comparisons were made, each with an interval of its own. Of twenty without any "
-            f"difference, one is called better or worse by chance: expect {count / 20:g} such calls here."
-        )
+    made = "One comparison was" if count == 1 else f"{count} comparisons, each with its own interval, were"
+    expected = "" if count == 1 else f": expect {count / 20:g} such calls here"
+    yield f"{made} made. Of twenty without any difference, one is called better or worse by chance{expected}."
     for arm in record.compared:
         yield from equal_loss_sentences(arm, baseline, record.total_tokens)
         pairs = len(arm.nats_difference.values) if arm.nats_difference else 0
@@ -147,34 +129,17 @@ def equal_loss_sentences(arm: ArmResult, baseline: str, total_tokens: int) -> It
 
 def ablation_page(record: AblationRecord) -> str:
     """The page as HTML. Raises ValueError if matplotlib is not installed."""
-    rows = [as_row(record, arm) for arm in record.arms]
-    drawn = [
-        (number, arm.name, read_run(run.directory.path))
-        for number, arm in enumerate(record.arms)
-        for run, final in zip(arm.runs, arm.finals, strict=True)
-        if final.failure is None
-    ]
-    drawn = [each for each in drawn if each[2].steps >= 2]
-    names = [name if drawn[at - 1][1] != name or not at else "" for at, (_, name, _) in enumerate(drawn)]
-    charts = [number for number, _, _ in drawn]
+    results, costs = rows_of_tables(record)
     return render(
         "ablation.html",
         package="overnight.ablation",
         title=f"Ablation {record.name}",
         record=record,
-        results=Table(
-            ("arm", "loss", "difference", "95% interval", "bits/byte", "verdict", "seeds to tell"),
-            [
-                (row.name, row.loss, row.difference, row.interval, row.bits, row.verdict, row.seeds_to_tell)
-                for row in rows
-            ],
-        ),
-        costs=Table(
-            ("arm", "parameters", "FLOPs per token", "time of a step"),
-            [(row.name, row.parameters, row.flops, row.step_time) for row in rows],
-        ),
+        evaluated_tokens=max(run.evaluated_tokens for run in record.runs),
         sentences=[*sentences(record)],
-        losses=comparison_chart([run for _, _, run in drawn], names, charts) if drawn else None,
+        results=Table(("arm", *RESULTS), results),
+        costs=Table(("arm", *COSTS), costs),
+        losses=loss_curves(record),
         differences=difference_chart(record) if any(arm.nats_difference for arm in record.compared) else None,
         changes=changes_table(record),
         by_seed=seeds_table(record),
@@ -182,44 +147,35 @@ def ablation_page(record: AblationRecord) -> str:
     )
 
 
+def loss_curves(record: AblationRecord) -> Markup | None:
+    """The curves of all finished runs, each arm in its colour and named once; None if there are none."""
+    finished = [(at, run) for at, arm in enumerate(record.arms) for run in arm.runs if run.failure is None]
+    drawn = [(at, run.arm, data) for at, run in finished if (data := read_run(Path(run.path))).steps >= 2]
+    styles = [at for at, _, _ in drawn]
+    names = [name if styles.index(at) == number else "" for number, (at, name, _) in enumerate(drawn)]
+    return comparison_chart([data for _, _, data in drawn], names, styles) if drawn else None
+
+
 def difference_chart(record: AblationRecord) -> Markup:
     """For each arm its mean difference and interval as a bar, and a dot for each seed; a line at 0."""
-    arms = [arm for arm in record.compared if arm.nats_difference]
+    arms = [(arm, found) for arm in record.compared if (found := arm.nats_difference)]
     description = "Differences from the baseline, nats per token"
     top, _, bottom, _ = MARGINS
     with new_chart(description, (WIDTH, top + bottom + ROW * len(arms)), MARGINS) as (figure, axes):
-        for number, arm in enumerate(arms):
+        at: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        for row, (arm, found) in enumerate(arms):
             colour = run_style(record.arms.index(arm))["color"]
-            found = arm.nats_difference
-            assert found is not None
             if found.low is not None and found.high is not None:
-                axes.plot([found.low, found.high], [number, number], color=colour, linewidth=7, alpha=0.25)
-            axes.plot(found.values, np.full(len(found.values), number), "o", color=colour, markersize=3.5)
-            axes.plot([found.mean], [number], "|", color=colour, markersize=20, markeredgewidth=2.5)
-            name = as_row(record, arm, LONGEST_NAME).name
-            axes.annotate(
-                name,
-                (0, number),
-                (-12, 0),
-                xycoords=axes.get_yaxis_transform(),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                color=colour,
-            )
-            axes.annotate(
-                verdict_text(found),
-                (1, number),
-                (12, 0),
-                xycoords=axes.get_yaxis_transform(),
-                textcoords="offset points",
-                va="center",
-                color=colour,
-            )
+                axes.plot([found.low, found.high], [row, row], color=colour, linewidth=7, alpha=0.25)
+            axes.plot(found.values, np.full(len(found.values), row), "o", color=colour, markersize=3.5)
+            axes.plot([found.mean], [row], "|", color=colour, markersize=20, markeredgewidth=2.5)
+            for text, x, shift, side in (
+                (_shortened(arm.name), 0, -12, "right"),
+                (verdict_text(found), 1, 12, "left"),
+            ):
+                axes.annotate(text, (x, row), (shift, 0), ha=side, va="center", color=colour, **at)
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, 0), max(high, 0))
-        if axes.get_xlim()[0] >= axes.get_xlim()[1] - 1e-12:
-            axes.set_xlim(-1e-3, 1e-3)
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.grid(visible=False)
         axes.set_ylim(len(arms) - 0.5, -0.5)
@@ -231,38 +187,32 @@ def difference_chart(record: AblationRecord) -> Markup:
 
 def changes_table(record: AblationRecord) -> Table:
     """A row for each setting that differs in some arm."""
-    names = dict.fromkeys(name for arm in record.compared for name in arm.changes)
-    rows = []
-    for name in names:
-        theirs = next(arm.changes[name][0] for arm in record.compared if name in arm.changes)
-        mine = [show_value(arm.changes.get(name, (theirs, theirs))[1]) for arm in record.compared]
-        rows.append([name, show_value(theirs), *mine])
+    values = {name: theirs for arm in record.compared for name, (theirs, _) in arm.changes.items()}
+    rows = [
+        [name, *(show_value(arm.changes.get(name, (theirs, theirs))[1]) for arm in record.arms)]
+        for name, theirs in values.items()
+    ]
     return Table(("setting", *(arm.name for arm in record.arms)), rows)
 
 
 def seeds_table(record: AblationRecord) -> Table:
     """The final loss of each run: a row for each seed."""
-    rows = [
-        [
-            str(seed),
-            *("–" if arm.finals[at].failure else f"{arm.finals[at].loss:.4f}" for arm in record.arms),
-        ]
-        for at, seed in enumerate(record.seeds)
-    ]
+    columns = [["–" if run.failure else f"{run.loss:.4f}" for run in arm.runs] for arm in record.arms]
+    rows = [*zip(map(str, record.seeds), *columns, strict=True)]
     return Table(("seed", *(arm.name for arm in record.arms)), rows)
 
 
 def tried_table(record: AblationRecord) -> Table:
     """The tuned settings, and the loss of each."""
-    rows: list[Sequence[object]] = []
-    for each in record.tried:
-        settings = ", ".join(f"{name} {significant_setting(value)}" for name, value in each.settings.items())
-        loss = each.final.failure or significant(each.final.loss, 5)
-        chosen = Markup('<span class="best">{}</span>').format(loss) if each.is_chosen else loss
-        rows.append((each.arm, settings, chosen))
+    rows = []
+    for run in record.tried:
+        loss = run.failure or significant(run.loss, 5)
+        settings = ", ".join(f"{name} {value}" for name, value in run.settings.items())
+        rows.append(
+            (
+                run.arm,
+                settings,
+                Markup('<span class="best">{}</span>').format(loss) if run.is_chosen else loss,
+            )
+        )
     return Table(("arm", "settings", "loss"), rows, numeric_from=2)
-
-
-def significant_setting(value: object) -> str:
-    """A tuned value as it is written on the command line."""
-    return f"{value:g}" if isinstance(value, float) else show_value(value)

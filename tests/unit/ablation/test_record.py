@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from overnight.ablation.results import compare_curves, mean_curve, tokens_to_reach
+from overnight.ablation.record import compare_curves, mean_curve, tokens_to_reach
 
 CURVE = [(100, 4.0), (200, 3.0), (300, 2.5)]
 
