@@ -31,9 +31,9 @@ def read_ids(text: Path | None, data: Path | None, bpe: Path | None) -> NDArray[
 
 def python_texts() -> list[str]:
     """Every document of the source python-docs."""
-    from overnight.preparation.sources import python_documents
+    from overnight.preparation.sources import python_texts
 
-    return [document.text for document in python_documents()]
+    return list(python_texts())
 
 
 def load_bpe(folder: Path | None) -> Tokenizer:

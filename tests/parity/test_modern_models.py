@@ -48,7 +48,7 @@ def naive_gpt(w: Weights, config: ModelConfig, wrongly: str = "") -> Tensor:
     for layer in range(config.n_layer):
         own = {name.removeprefix(f"h.{layer}."): w[name] for name in w if name.startswith(f"h.{layer}.")}
         if config.embedding_shortcut:
-            gains = own["stream_gain"], own["embedding_gain"]
+            gains = own["shortcut.stream_gain"], own["shortcut.embedding_gain"]
             gains = gains[::-1] if wrongly == "gains swapped" else gains
             x = gains[0] * x + gains[1] * embedding
         y = rms(x)

@@ -138,9 +138,9 @@ def constant_applied_rate(right):
 
 
 def without_residual_scale(right):
-    def draw(shapes, n_layer, seed):
-        for name, weight in right(shapes, n_layer, seed):
-            yield name, weight * math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else weight
+    def draw(config, seed):
+        for name, weight in right(config, seed):
+            yield name, weight * math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else weight
 
     return draw
 

@@ -47,7 +47,7 @@ from overnight.distributed.world import open_world
 from overnight.files import cache_path, write_atomically
 from overnight.hardware import find_device_name
 from overnight.preparation.prepare import ensure_prepared
-from overnight.preparation.sources import python_documents
+from overnight.preparation.sources import python_texts
 from overnight.report.plots import check_matplotlib
 from overnight.terminal import duration, echo, shell_command
 from overnight.tokenizer.bpe import FILES, is_genuine, read_gpt2
@@ -186,9 +186,9 @@ def read_ids(plan: BenchPlan) -> tuple[NDArray[Any], str]:
     if data is not None:
         return np.resize(_prepared_ids(data, plan.baseline.model.vocabulary, wanted), wanted), data
     texts, characters = [], 0
-    for document in python_documents():
-        texts.append(document.text)
-        characters += len(document.text)
+    for text in python_texts():
+        texts.append(text)
+        characters += len(text)
         if characters > CHARACTERS_PER_TOKEN * wanted:
             break
     folder = cache_path("gpt2", "vocab.bpe").parent

@@ -34,6 +34,8 @@ class DataConfig:
     """gpt2, characters, bpe-N (trained on the text, N ids), or a folder or file that holds one."""
     validation_fraction: float | None = None
     """Share of the documents held out, chosen by their hash; `prepare`'s own choice if left out."""
+    near_duplicates: Literal["keep", "drop"] = "keep"
+    """Documents that differ in a few words (MinHash): keep all, or only the first of each cluster."""
     packing: Packing = "stream"
     """How documents become rows. stream: windows over all of them, concatenated; documents: the same, but
     attention stays within a document; best-fit: whole documents, with as few cut off as possible."""

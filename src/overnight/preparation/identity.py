@@ -29,7 +29,10 @@ DIGEST_DIGITS = 8
 def text_request(path: str, config: DataConfig) -> PrepareConfig:
     """The options of `prepare` for one text of a recipe."""
     return PrepareConfig(
-        source=path, tokenizer=config.tokenizer, validation_fraction=config.validation_fraction
+        source=path,
+        tokenizer=config.tokenizer,
+        validation_fraction=config.validation_fraction,
+        near_duplicates=config.near_duplicates,
     )
 
 

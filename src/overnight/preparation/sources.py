@@ -59,6 +59,7 @@ HUB_LICENCES = {
 }
 
 PYTHON_DOCS = TextFile("python-docs", "python-docs", 2_300_000)  # CPython 3.11's, as text
+PYTHON_DOCS_RULES = 2  # raised when other documents are made of the same library
 NAMED_SOURCES = ("python-docs", "shakespeare", "fineweb-edu", "openwebtext")
 
 
@@ -121,7 +122,8 @@ def open_source(
         paths = library_files()
         names = [path.relative_to(library_folder()).as_posix() for path in paths]
         library = [TextFile(str(p), name, p.stat().st_size) for p, name in zip(paths, names, strict=True)]
-        return Source(source, "PSF-2.0", hash_files(library), 0.1, (PYTHON_DOCS,))
+        sha256 = hashlib.sha256(f"{hash_files(library)} {PYTHON_DOCS_RULES}".encode()).hexdigest()
+        return Source(source, "PSF-2.0", sha256, 0.1, (PYTHON_DOCS,))
     if (published := published_source(source, subset)) is None:
         found = list_files(source, text_column)
         files = tuple(found.files)
@@ -162,7 +164,8 @@ def read_parts(parts: Sequence[Part], text_column: str) -> Iterator[Document]:
 def parse_python_docs() -> tuple[Document, ...]:
     """The documents of the source `python-docs`, with a progress bar the first time."""
     with progress("reading", None, "documents") as advance:
-        return tuple(document for document in python_documents() if advance() is None)
+        texts = [text for text in python_texts() if advance() is None]
+    return tuple(map(Document, without_repetitions(texts)))
 
 
 def _find_hub_files(name: str, address: str) -> tuple[TextFile, ...]:
@@ -247,14 +250,13 @@ def library_folder() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def python_documents() -> Iterator[Document]:
+def python_texts() -> Iterator[str]:
     """Each topic, then each module without its classes and each class, their docstrings in source order.
 
     A whole module would be too large a unit: tkinter's text alone is a third of a validation split of 10%.
     """
     topics, *modules = library_files()
-    for text in _read_topics(topics):
-        yield Document(text)
+    yield from _read_topics(topics)
     for path in modules:
         module, name = _parse(path), _dotted_name(path)
         classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
@@ -262,7 +264,23 @@ def python_documents() -> Iterator[Document]:
         described = [_described(rest, name), *(_described(node, f"{name}.{node.name}") for node in classes)]
         for text in ("\n\n".join(headed) + "\n" for headed in described):
             if len(text) >= SHORTEST_DOCUMENT_CHARACTERS:
-                yield Document(text)
+                yield text
+
+
+def without_repetitions(texts: Sequence[str]) -> list[str]:
+    """The texts without those of which half or more stands in longer ones, paragraph by paragraph.
+
+    A chapter on compound statements holds the section on `try`, which is a topic too. Held out, that section
+    would be scored by a model that has read it. MinHash compares whole documents and does not find it.
+    """
+    seen: set[str] = set()
+    kept = set()
+    for text in sorted(texts, key=len, reverse=True):
+        paragraphs = text.split("\n\n")
+        if 2 * sum(len(each) for each in paragraphs if each in seen) < len(text):
+            kept.add(text)
+            seen.update(paragraphs)
+    return [text for text in texts if text in kept]
 
 
 def _read_topics(path: Path) -> list[str]:

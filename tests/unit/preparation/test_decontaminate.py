@@ -23,7 +23,7 @@ from overnight.preparation.decontaminate import BenchmarkSearch, _read_texts, be
 from overnight.preparation.ngrams import Words, hash_windows, hash_words
 from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
-from overnight.preparation.sources import python_documents
+from overnight.preparation.sources import python_texts
 
 PASSAGE = "the quick brown fox jumps over a lazy dog that sleeps beside the old red barn"  # 16 words
 FILLER = [
@@ -145,7 +145,7 @@ def test_benchmarks_are_read_field_by_field(tmp_path: Path) -> None:
 
 def test_python_documents_against_sets(tmp_path: Path) -> None:
     """Benchmarks cut from the documents themselves, so that many share much and most nothing."""
-    documents = [document.text for document in itertools.islice(python_documents(), 80, 280)]
+    documents = list(itertools.islice(python_texts(), 80, 280))
     cut = random.Random(1)
     benchmarks = []
     for number in range(3):

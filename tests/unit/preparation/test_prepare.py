@@ -122,7 +122,7 @@ def test_one_progress_bar_at_a_time(config: PrepareConfig, monkeypatch: pytest.M
 
     for module in (tokenize, text_files, sources):
         monkeypatch.setattr(module, "progress", bar)
-    monkeypatch.setattr(sources, "python_documents", lambda: map(Document, TEXTS))
+    monkeypatch.setattr(sources, "python_texts", lambda: iter(TEXTS))
     sources.parse_python_docs.cache_clear()
     prepare_shards(dataclasses.replace(config, source="python-docs", tokenizer="learned"))
     sources.parse_python_docs.cache_clear()

@@ -70,8 +70,7 @@ def take_snapshot(state: TrainState, world: World, settings: Mapping[str, object
     about = {
         "format": FORMAT,
         "step": state.step,
-        # Without the steps that were skipped.
-        "updates": max((int(each["step"]) for each in state.optimizer.state.values()), default=0),
+        "updates": max((int(each["step"]) for each in state.optimizer.state.values()), default=0),  # done
         "loss_scale": state.scaler.state_dict(),
         "guard": dataclasses.asdict(state.guard),
         "model": dataclasses.asdict(state.model.config),
@@ -145,14 +144,13 @@ def _moments(state: TrainState, name: str, parameter: Tensor) -> dict[str, Tenso
 class Saver:
     """Saves a run's checkpoints, one at a time, each in a thread while training continues.
 
-    `before_publish`, with the step, and `after_publish` are called around publication, by the main process's
-    thread. `settings` are recorded in each checkpoint. All processes call `save`, `poll` and `wait` after the
-    same steps. An OSError of a thread is raised by the next of these calls.
+    `before_publish` (with the step) and `after_publish` are called around publication, by rank 0's thread.
+    `settings` are recorded in each checkpoint. All processes call `save`, `poll` and `wait` after the same
+    steps. An OSError of a thread is raised by the next of these calls.
 
-    Threads do not communicate between processes. One process writes and publishes in one thread. Several
-    processes go through two stages: each writes its own files in a thread; at the end of the first step at
-    which all threads are done, the main process publishes in a second thread, and the others wait for that.
-    `_thread` is the running stage, `_publish` what follows it (None in the last stage).
+    One process writes and publishes in one thread. Several go through two stages, since threads do not
+    communicate: each writes its own files; after the first step at which all are done, rank 0 publishes in a
+    second thread. `_thread` is the running stage, `_publish` what follows it (None in the last stage).
     """
 
     def __init__(
