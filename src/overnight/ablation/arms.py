@@ -156,7 +156,12 @@ def _left_out(words: Sequence[str], recipe: Recipe, problems: list[str]) -> Iter
                 problems.append(f"--leave-out {name}: it {what}{_choices(name, changed)}")
         if len(problems) == before:
             defaults = {name: SWITCHES[name] for name in names}
-            yield Arm(name=_safe(f"without-{'-'.join(names)}"), recipe=with_settings(recipe, **defaults))
+            arm = Arm(name=_safe(f"without-{'-'.join(names)}"), recipe=with_settings(recipe, **defaults))
+            if {*arm.recipe.problems()} - {*recipe.problems()}:
+                problems.append(
+                    f"--leave-out {word}: leave out together, joined by +, what cannot stand alone"
+                )
+            yield arm
 
 
 def _choices(name: str, changed: Sequence[str]) -> str:
@@ -179,8 +184,8 @@ def _added(words: Sequence[str], recipe: Recipe, problems: list[str]) -> Iterato
             problems.append(f"--add {word}: {error}")
             continue
         changed = with_settings(recipe, **settings)
-        title = "-".join(f"{_setting(name)}={value}" for name, _, value in pairs).replace("=true", "").lower()
-        yield Arm(name=_safe(title), recipe=changed)
+        title = "-".join(f"{_setting(name)}={value}" for name, _, value in pairs)
+        yield Arm(name=_safe(re.sub("=true(?=-|$)", "", title, flags=re.IGNORECASE)), recipe=changed)
 
 
 def _read_value(name: str, equals: str, value: str, recipe: Recipe) -> Any:

@@ -14,6 +14,7 @@ from overnight.ablation.campaign import ArmRun, Campaign, announce_run, read_res
 from overnight.ablation.page import ablation_page, ablation_text
 from overnight.ablation.record import AblationRecord, RunResult, summarize_arm, with_times
 from overnight.ablation.timing import time_in_turn
+from overnight.config import raise_problems
 from overnight.data.dataset import open_dataset
 from overnight.distributed.launcher import is_launched
 from overnight.distributed.world import World, count_processes, open_world
@@ -42,8 +43,7 @@ def run(config: AblationConfig, name: str, baseline: Recipe | None, words: Seque
     campaign = Campaign(f"ablate-{config.run_name}", dataset, world)
     command = shell_command("ablate", *words)
     check_baseline(campaign, arms[0])
-    compared = [campaign.plan_run(arm, seed, {}) for arm in arms if not arm.grid for seed in seeds]
-    tuning = [run for arm in arms for run in _tuning_runs(campaign, arm, seeds)]
+    tuning, compared = plan_runs(campaign, arms, seeds)
     campaign.check([*tuning, *compared])
     announce_campaign(campaign, arms, len(seeds), len(tuning))
     try:
@@ -94,10 +94,26 @@ def announce_campaign(campaign: Campaign, arms: Sequence[Arm], seeds: int, tuned
         echo(f"  {arm.name}: {about or 'the same recipe as the baseline'}"[:80])
 
 
-def _tuning_runs(campaign: Campaign, arm: Arm, seeds: Sequence[int]) -> Iterator[ArmRun]:
-    for settings in arm.grid:
-        label = "".join(f"-{name}-{value}" for name, value in settings.items())
-        yield campaign.plan_run(arm, tuning_seed(seeds), settings, label)
+def plan_runs(
+    campaign: Campaign, arms: Sequence[Arm], seeds: Sequence[int]
+) -> tuple[list[ArmRun], list[ArmRun]]:
+    """The runs that tune, and the compared runs of arms that are not tuned.
+
+    Raises one ValueError with what each arm can't do here, before any training.
+    """
+    problems: list[str] = []
+    tuning: list[ArmRun] = []
+    compared: list[ArmRun] = []
+    for arm in arms:
+        try:
+            for settings in arm.grid:
+                label = "".join(f"-{name}-{value}" for name, value in settings.items())
+                tuning.append(campaign.plan_run(arm, tuning_seed(seeds), settings, label))
+            compared += [campaign.plan_run(arm, seed, {}) for seed in seeds if not arm.grid]
+        except ValueError as error:
+            problems.append(str(error))
+    raise_problems(problems, campaign.name)
+    return tuning, compared
 
 
 def run_campaign(
