@@ -121,7 +121,7 @@ def equal_loss_sentences(arm: ArmResult, baseline: str, total_tokens: int) -> It
             continue
         time = "" if seconds is None else f", {duration(seconds)} of steps"
         parts.append(
-            f"{name} reached the final loss of {other} after {short(tokens)} of {short(total_tokens)} "
+            f"{name} reached the final loss of {other} within {short(tokens)} of {short(total_tokens)} "
             f"tokens ({tokens / total_tokens:.0%}{time})"
         )
     yield f"{'; '.join(parts)}."
