@@ -118,7 +118,7 @@ doctor tiny.toml --benchmarks nowhere.jsonl | bench --model gpt2-123m | bench --
 bench --rows 0 --steps 0 --context-length 5000 | launch gpt2-124m | launch gpt2-124m --slurm --kubernetes
 launch gpt2-124m --kubernetes --partition gpu --hours 0 --nodes 0
 launch gpt2-124m --slurm --nodes 3 --gpus-per-node 7 | launch gpt2-124m --slurm --processes 2 --data shards
-ablate | ablate tiny.toml | ablate tiny.toml --baseline nowhere | ablate tiny.toml --control --seeds 0
+ablate | ablate tiny.toml | ablate tiny.toml --baseline gpt2-123m | ablate tiny.toml --control --seeds 0
 ablate tiny.toml --control --seeds 1,2,1 --max-time 1h --evaluate-every-steps off
 ablate tiny.toml --add positions --add positons=rotary --add qk_norm=maybe --add positions=learned
 ablate tiny.toml --add biases=false --add biases=false | ablate tiny.toml --baseline quickstart
