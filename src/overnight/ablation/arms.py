@@ -8,7 +8,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from overnight.ablation import AblationConfig
 from overnight.config import flat_names, flat_types, nearest, raise_problems
@@ -16,9 +16,11 @@ from overnight.data import DataConfig
 from overnight.model.model_config import ModelConfig
 from overnight.options import from_arguments
 from overnight.recipe import Recipe, flatten, plain_recipe, with_settings
+from overnight.terminal import echo
 from overnight.training import OptimizerConfig
 from overnight.training.batch import BatchConfig
 
+R = TypeVar("R", bound=Recipe)
 CONTROL = "control"
 SIZES = frozenset({"n_layer", "n_head", "n_embd", "context_length", "vocab_size", "dropout"})
 SWITCHES = {
@@ -66,7 +68,7 @@ def build_arms(config: AblationConfig, name: str, baseline: Recipe | None) -> li
     `config` is the recipe `name`, `baseline` that of `config.baseline`, both with the command's options.
     """
     problems: list[str] = []
-    recipe = with_settings(plain_recipe(config), **SET_BY_CAMPAIGN)
+    recipe = _as_arm(config)
     arms = [Arm(name=arm_name(name), recipe=recipe)]
     others: Iterator[Arm] = itertools.chain(
         _left_out(config.leave_out, recipe, problems), _added(config.add, recipe, problems)
@@ -124,6 +126,28 @@ def _seed_problems(config: AblationConfig) -> Iterator[str]:
             yield f"seeds={config.seeds} names the seed {seed} twice: its runs would be the same"
         if not 0 <= seed < 2**63 - 1:
             yield f"the seed {seed} must be at least 0 and less than 2^63 - 1"
+
+
+def keep_schedule(recipe: R, whole: Recipe) -> R:
+    """`recipe`, which is `whole` with options, with the shape of its schedule kept if its length is another.
+
+    Warm-up and decay are scaled with the length, unless they were given, too: 715 steps of warm-up are right
+    for 19,073 steps, and more than a short comparison has.
+    """
+    before, now = _length(whole), _length(recipe)
+    changes = {}
+    for name in ("warmup_steps", "decay_steps"):
+        steps: Any = flatten(whole)[name]
+        if steps and flatten(recipe)[name] == steps and now != before:
+            changes[name] = max(1, round(steps * now / before))
+            echo(f"{whole.run_name}: {name}={steps} becomes {changes[name]}, with the length")
+    return with_settings(recipe, **changes)
+
+
+def _length(recipe: Recipe) -> float:
+    """In tokens."""
+    schedule, batch = recipe.schedule, recipe.batch
+    return float(schedule.total_tokens or (schedule.total_steps or 0) * batch.tokens_per_step)
 
 
 def _as_arm(recipe: Recipe) -> Recipe:

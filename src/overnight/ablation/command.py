@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from overnight.ablation import AblationConfig
-from overnight.ablation.arms import Arm, build_arms, read_seeds, tuning_seed
+from overnight.ablation.arms import Arm, build_arms, keep_schedule, read_seeds, tuning_seed
 from overnight.ablation.campaign import ArmRun, Campaign, announce_run, read_result
 from overnight.ablation.page import ablation_page, ablation_text
 from overnight.ablation.record import AblationRecord, RunResult, summarize_arm, with_times
@@ -20,7 +20,7 @@ from overnight.distributed.launcher import is_launched
 from overnight.distributed.world import World, count_processes, open_world
 from overnight.files import write_atomically
 from overnight.preparation.prepare import ensure_prepared
-from overnight.recipe import Recipe, Resolved, with_settings
+from overnight.recipe import Recipe, Resolved, load_recipe, with_settings
 from overnight.report.plots import check_matplotlib
 from overnight.terminal import echo, shell_command
 from overnight.training import ComputeConfig
@@ -37,6 +37,9 @@ def run(config: AblationConfig, name: str, baseline: Recipe | None, words: Seque
     check_matplotlib()  # before hours of training
     if is_launched():
         raise ValueError("`overnight ablate` starts its runs itself: start it without torchrun or srun")
+    config = keep_schedule(config, load_recipe(name))
+    if baseline is not None:
+        baseline = keep_schedule(baseline, load_recipe(config.baseline or ""))
     arms, seeds = build_arms(config, name, baseline), read_seeds(config)
     dataset = open_dataset(ensure_prepared(config.data))
     world = world_of_runs(config.compute)

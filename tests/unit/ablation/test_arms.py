@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from overnight.ablation import AblationConfig
-from overnight.ablation.arms import SWITCHES, Arm, build_arms, read_seeds, tuning_seed
+from overnight.ablation.arms import SWITCHES, Arm, build_arms, keep_schedule, read_seeds, tuning_seed
 from overnight.model.model_config import ModelConfig
 from overnight.recipe import Recipe, flatten, with_settings
 
@@ -61,6 +61,17 @@ def test_arms_are_tuned_where_a_setting_has_a_meaning() -> None:
     arms = arms_of(add=("optimizer=muon",), tune=tune)
     assert [len(arm.grid) for arm in arms] == [3, 6]
     assert arms[1].grid[0] == {"matrix_learning_rate": 0.01, "peak_learning_rate": 1e-3}
+
+
+def test_shape_of_a_schedule_is_kept_unless_it_is_given() -> None:
+    whole = with_settings(
+        SMALL, total_steps=1000, warmup_steps=100, learning_rate_decay="wsd", decay_steps=700
+    )
+    short = keep_schedule(with_settings(whole, total_tokens=100 * whole.batch.tokens_per_step), whole)
+    assert (short.schedule.warmup_steps, short.schedule.decay_steps) == (10, 70)
+    given = keep_schedule(with_settings(whole, total_steps=100, warmup_steps=5), whole)
+    assert (given.schedule.warmup_steps, given.schedule.decay_steps) == (5, 70)
+    assert keep_schedule(whole, whole) == whole
 
 
 @pytest.mark.parametrize(
