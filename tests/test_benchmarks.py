@@ -68,6 +68,7 @@ SMALLEST = {
     "generate": f"--batch 1 --prompt 4 --new 4 --top-k 5 --sides overnight {ONE_LAYER}",
     "hellaswag": "--questions {data}/hellaswag/hellaswag_val_first2000.jsonl --count 2 --warm-ups 0 "
     f"--bpe {{data}}/gpt2-bpe {ONE_LAYER}",
+    "memory": "--layers 1 --channels 16 --context 16 --vocabulary 64 --rows 1 --parts rotary",
     "plan": "small.toml --steps 6 --seconds 1",
     "prepare": "--tokenizer bpe-300 --repeats 1",
     "rounding": "model --text text/001.txt",
