@@ -310,13 +310,13 @@ def _gathered_bytes(model: ModelConfig) -> int:
 def _logits_bytes(model: ModelConfig, tokens: int, compute: Compute) -> int:
     """Bytes of logits. Compiled there is one copy, which their gradient replaces; eager there are several.
 
-    Three in float32 of the full logits, four with a bound; of a chunk four, beside its logits and those of
-    the chunk before. The chunked loss also sums the gradient of the output layer's weights in float32.
+    Three in float32 of the full logits, and the tanh of a bound; of a chunk four, beside its logits and those
+    of the chunk before. The chunked loss also sums the gradient of the output layer's weights in float32.
     """
     width, vocabulary = product_bytes(compute), model.padded_vocab_size()
     if compute.loss != "chunked":
-        copies = 3 if model.logit_softcap is None else 4
-        return tokens * vocabulary * (width if compute.compile else copies * FLOAT32)
+        bounded = FLOAT32 if model.logit_softcap is not None else 0
+        return tokens * vocabulary * ((width if compute.compile else 3 * FLOAT32) + bounded)
     chunk = min(tokens, rows_of_chunk(tokens, vocabulary))
     chunks_at_once = min(2, -(-tokens // chunk))
     each = width if compute.compile else 4 * FLOAT32 + chunks_at_once * width
