@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +22,21 @@ import numpy as np
 
 import measure
 from overnight import __version__
-from overnight.baselines.band import BandCurve, ReferenceBand, RunCurves, Series, columns_of, run_curves
+from overnight.baselines.band import (
+    SWITCHES,
+    BandCurve,
+    ReferenceBand,
+    RunCurves,
+    Series,
+    columns_of,
+    run_curves,
+)
 from overnight.baselines.verdict import band_deviations
 from overnight.config import from_toml
 from overnight.recipe import Recipe, flatten, load_recipe
 from overnight.run import train as train_module
 from overnight.run_directory import RunDirectory
+from overnight.training import OptimizerConfig
 
 LOSSES = ("validation loss", "training loss")
 HEADINGS = ("seed", *LOSSES, "nearest to an edge", "at tokens", "of its half width")
@@ -127,12 +136,14 @@ LOG_SCALE = frozenset({"grad_norm", "grad_norm_peak"})
 IDENTITY = (
     *("n_layer", "n_head", "n_embd", "context_length", "vocab_size", "init_from"),
     *("total_steps", "tokens_per_step", "batch_ramp_start_tokens", "batch_ramp_tokens"),
+    *SWITCHES,
 )
 """Settings that define the experiment: a run with other values has no reference."""
 SETTINGS = (
-    *("dropout", "peak_learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm"),
+    "dropout",
+    *(each.name for each in fields(OptimizerConfig) if each.name not in SWITCHES),
     *("warmup_steps", "learning_rate_decay", "decay_steps", "final_learning_rate_fraction"),
-    *("packing", "shuffle_window", "validation_fraction", "evaluation_tokens"),
+    *("packing", "shuffle_window", "validation_fraction", "near_duplicates", "evaluation_tokens"),
 )
 """Settings that change the curves: reported where they differ."""
 TEXT = ("source", "tokenizer", "tokenizer_fingerprint")

@@ -67,7 +67,8 @@ def compare_heads(config: ModelConfig, kind: type) -> Case:
 
     def twin(w: Weights, scaling: float = config.head_channels**-0.5) -> Tensor:
         theirs.scaling = scaling
-        rows = zip("qkv", w["c_attn.weight"].split(GroupedAttention(config, 0).rows), strict=True)
+        kv = config.kv_heads * config.head_channels
+        rows = zip("qkv", w["c_attn.weight"].split((C, kv, kv)), strict=True)
         own = {f"{name}_proj.weight": part for name, part in rows} | {"o_proj.weight": w["c_proj.weight"]}
         if kind is Qwen3Attention:
             own |= {"q_norm.weight": torch.ones(16), "k_norm.weight": torch.ones(16)}

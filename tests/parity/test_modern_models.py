@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import LlamaForCausalLM, NanoChatForCausalLM, Qwen3ForCausalLM
 
+from overnight.conversion.llama_format import to_llama, to_qwen3
+from overnight.conversion.model_layout import Export
+from overnight.conversion.nanochat_format import to_nanochat
 from overnight.model.gpt import GPT
 from overnight.model.model_config import ModelConfig
 from overnight.model.positions import rotate
@@ -19,7 +22,6 @@ from twins import (
     IDS_BT,
     ROTARY,
     B,
-    C,
     Case,
     Function,
     T,
@@ -103,44 +105,17 @@ def written_out(mistakes: list[object], **switches: object) -> Callable[[], Case
 
 
 def by_transformers(
-    kind: type, config: ModelConfig, mistakes: dict[str, Callable[[Weights], Weights]], **others: object
+    kind: type,
+    to_theirs: Export,
+    config: ModelConfig,
+    mistakes: dict[str, Callable[[Weights], Weights]],
+    **others: object,
 ) -> Case:
-    """A whole model of Transformers with our weights; a mistake changes them by its names."""
+    """A whole model of Transformers with our weights, renamed as `convert` does; a mistake changes them."""
     theirs = kind(llama_config(config, kind.config_class, **others)).eval()
-    is_nanochat = kind is NanoChatForCausalLM
-
-    def turn_around(rows: Tensor) -> Tensor:
-        """NanoChat turns the other way: the two halves of each head's rows change places."""
-        if not is_nanochat:
-            return rows
-        return rows.unflatten(0, (-1, 2, config.head_channels // 2)).flip(1).flatten(0, 2)
 
     def rename(w: Weights) -> Weights:
-        own = {"model.embed_tokens.weight": w["wte.weight"], "lm_head.weight": w["lm_head.weight"]}
-        D, kv = config.head_channels, config.kv_heads * config.head_channels
-        if config.norm_gains:
-            own["model.norm.weight"] = w["ln_f.weight"]
-        for i in range(config.n_layer):
-            part = {name.removeprefix(f"h.{i}."): w[name] for name in w if name.startswith(f"h.{i}.")}
-            query, key, value = part["attn.c_attn.weight"].split((C, kv, kv))
-            attention = {"q_proj": turn_around(query), "k_proj": turn_around(key), "v_proj": value}
-            found = {f"self_attn.{name}.weight": rows for name, rows in attention.items()}
-            found["self_attn.o_proj.weight"] = part["attn.c_proj.weight"]
-            if is_nanochat:
-                found |= {
-                    "mlp.fc1.weight": part["mlp.c_fc.weight"],
-                    "mlp.fc2.weight": part["mlp.c_proj.weight"],
-                }
-            else:
-                gate, up = part["mlp.c_fc.weight"].chunk(2)
-                found |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
-                found["mlp.down_proj.weight"] = part["mlp.c_proj.weight"]
-                found["input_layernorm.weight"] = part["ln_1.weight"]
-                found["post_attention_layernorm.weight"] = part["ln_2.weight"]
-            if config.qk_norm and not is_nanochat:
-                found |= {f"self_attn.{name}_norm.weight": torch.ones(D) for name in "qk"}
-            own |= {f"model.layers.{i}.{name}": weight for name, weight in found.items()}
-        return own
+        return to_theirs(config, w)[1]
 
     def twin(w: Weights, change: Callable[[Weights], Weights] = lambda own: own) -> Tensor:
         own = change(rename(w))
@@ -182,12 +157,13 @@ CASES: dict[str, Callable[[], Case]] = {
         [{"short_window": 6}, {"window_pattern": "LS"}, {"window_pattern": "S"}],
         **{"window_pattern": "SL", "short_window": 5},
     ),
-    "Llama": lambda: by_transformers(LlamaForCausalLM, GATED, {"heads in another order": HEADS}),
+    "Llama": lambda: by_transformers(LlamaForCausalLM, to_llama, GATED, {"heads in another order": HEADS}),
     "Qwen3": lambda: by_transformers(
-        Qwen3ForCausalLM, replace(GATED, qk_norm=True), {"heads in another order": HEADS}
+        Qwen3ForCausalLM, to_qwen3, replace(GATED, qk_norm=True), {"heads in another order": HEADS}
     ),
     "NanoChat": lambda: by_transformers(
         NanoChatForCausalLM,
+        to_nanochat,
         replace(PLAIN, embedding_norm=True, logit_softcap=8.0),
         {"heads in another order": HEADS, "keys turn the other way": UNTURNED},
         final_logit_softcapping=8.0,

@@ -92,7 +92,7 @@ def rms(x: Tensor) -> Tensor:
 def rotate_neighbours(x: Tensor, rotation: Rotation) -> Tensor:
     """As the paper writes it: pairs of channels 2 i and 2 i + 1."""
     even, odd = x[..., 0::2], x[..., 1::2]
-    cosine, sine = rotation
+    cosine, sine = (table.chunk(2, dim=-1)[1] for table in rotation)
     return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1).flatten(-2)
 
 

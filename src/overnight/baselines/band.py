@@ -8,14 +8,20 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from overnight.model.model_config import ModelConfig
+
 Series = NDArray[np.float64]
+SIZES = {"n_layer", "n_head", "n_embd", "context_length", "vocab_size", "dropout"}
+SWITCHES = {each.name: each.default for each in fields(ModelConfig) if each.name not in SIZES}
+SWITCHES |= {"optimizer": "adamw"}
+"""What a band that was recorded before there were switches has: GPT-2's."""
 
 
 class BandPoint(NamedTuple):
@@ -115,7 +121,8 @@ def find_band(
 ) -> ReferenceBand | None:
     """The band for a run with these flat settings and fields of data.json; None if there is none."""
     for band in load_bands() if bands is None else bands:
-        is_same_recipe = all(settings.get(name) == value for name, value in band.identity.items())
+        identity = {**SWITCHES, **band.identity}
+        is_same_recipe = all(settings.get(name, SWITCHES.get(name)) == identity[name] for name in identity)
         if is_same_recipe and all(text.get(name) in known for name, known in band.text.items()):
             return band
     return None

@@ -10,7 +10,10 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Write a model as a folder in the format of Hugging Face Transformers."""
+    """Write a model as a folder in the format of Hugging Face Transformers.
+
+    The class is the one that computes the same: GPT-2, NanoChat, Llama, Qwen3, Qwen3Moe or DeepseekV3.
+    """
 
     model: Positional[str]
     """A run, a checkpoint, a Hugging Face folder or name, a .pt file of nanoGPT or build-nanogpt."""

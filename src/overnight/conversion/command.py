@@ -16,8 +16,8 @@ def run(config: ConvertConfig) -> Path:
     origin = opened.run or Path(config.model)
     name = origin.stem if origin.is_file() else origin.resolve().name
     folder = Path(config.out) if config.out else Path(f"{name}-{config.to}")
-    write_huggingface(opened.model, opened.tokenizer, folder)
+    class_name = write_huggingface(opened.model, opened.tokenizer, folder)
     written = sum(path.stat().st_size for path in folder.iterdir())
-    echo(f"wrote {opened.origin} to {folder}: {byte_size(written)}, for Transformers' from_pretrained")
+    echo(f"wrote {opened.origin} to {folder}: {byte_size(written)}, for Transformers' {class_name}")
     echo(f'next: {shell_command("generate", folder)} "Once upon a time"')
     return folder

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from overnight.conversion.huggingface import import_weights
+from overnight.conversion.gpt2_format import import_weights
 from overnight.conversion.safe_unpickle import read_pickled
 from overnight.model.gpt import GPT, empty_model
 from overnight.model.model_config import ModelConfig

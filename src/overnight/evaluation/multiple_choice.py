@@ -18,8 +18,8 @@ from torch import Tensor
 
 from overnight.distributed.world import SINGLE_PROCESS, World
 from overnight.evaluation.passages import Passage, batches_by_length, padded
+from overnight.model.fused import soft_cap
 from overnight.model.gpt import GPT, eval_mode
-from overnight.model.norms import soft_cap
 from overnight.training.compute import autocast
 
 # As many tokens as a CPU's caches hold; small batches also need little padding.

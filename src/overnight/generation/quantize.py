@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overnight.hardware import native_precision
+from overnight.model.fused import soft_cap
 from overnight.model.gpt import GPT, eval_mode
-from overnight.model.norms import soft_cap
 
 GenerationPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 GPU_PRECISIONS: dict[str, tuple[GenerationPrecision, ...]] = {

@@ -1,4 +1,4 @@
-"""Statistics of prepared data: counts, duplicates, quality, domains."""
+"""Statistics of prepared data: counts, duplicates, quality, domains; what a model's folder contains."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import tyro
 class InspectConfig:
     """Show what a prepared folder contains: counts, lengths, duplicates, frequent tokens, quality, samples.
 
-    For a file or folder of .jsonl or .parquet, show the sites that the texts come from.
+    For a file or folder of .jsonl or .parquet, show the sites that the texts come from; for a model's folder
+    in the format of Transformers, its class, sizes and switches.
     """
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
-    """A folder that `overnight prepare` wrote; or a file or folder with a column of addresses."""
+    """A folder that `overnight prepare` wrote; a file or folder with a column of addresses; or a model's
+    folder."""
     documents: int | None = None
     """Inspect only the first N documents of each split, or of the source; all if left out."""
     samples: int = 3

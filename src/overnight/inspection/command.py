@@ -1,4 +1,4 @@
-"""The command `overnight inspect`: what is in prepared shards, or which sites a source comes from."""
+"""The command `overnight inspect`: prepared shards, the sites of a source, or a model's folder."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ DOMAINS_SHOWN = 20
 
 
 def run(config: InspectConfig) -> None:
-    """Print the contents. Raises ValueError for data that is neither shards nor a source of text."""
+    """Print the contents. Raises ValueError for what is neither shards, nor text, nor a model."""
     raise_problems(config.problems(), "inspect")
     folder = Path(config.data)
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        from overnight.inspection.model_folder import print_model  # needs torch, unlike all others
+
+        print_model(folder, as_json=config.json)
+        return
     found: Inspection | Domains
     if (folder / MANIFEST).is_file():
         found = inspect_shards(folder, documents=config.documents, samples=config.samples, seed=config.seed)

@@ -3,7 +3,7 @@
 The part is chosen when a block is built; see `model_config.ModelConfig`. GPT-2's own attention is in `gpt`.
 
 Shapes: B rows, T positions of this call, S positions of keys, C channels, H heads, D channels a head; K heads
-of keys and values, R channels of the latent vector, P rotated channels of a head.
+of keys and values, N heads of all kinds, R channels of the latent vector, P rotated channels of a head.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from overnight.model.fused import rms_norm
 from overnight.model.inputs import BlockInputs
 from overnight.model.kernels import CausalKernel, DocumentKernel, Visible, attend
 from overnight.model.model_config import VALUE_GATE_CHANNELS, ModelConfig
-from overnight.model.norms import build_norm, rms_norm, unchanged, zero_embedding
+from overnight.model.norms import build_norm, unchanged, zero_embedding
 from overnight.model.positions import rotate
 from overnight.model.windows import attend_in_window
 
@@ -55,8 +56,8 @@ class GroupedAttention(HeadMixing):
         super().__init__(config, layer)
         self.layer = layer
         self.heads, self.kv_heads, self.D = config.n_head, config.kv_heads, config.head_channels
-        self.rows = (config.n_embd, self.kv_heads * self.D, self.kv_heads * self.D)
-        self.c_attn = nn.Linear(config.n_embd, sum(self.rows), bias=config.biases)
+        rows = config.n_embd + 2 * self.kv_heads * self.D
+        self.c_attn = nn.Linear(config.n_embd, rows, bias=config.biases)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.biases)
         self.normalize: Callable[..., Tensor] = rms_norm if config.qk_norm else unchanged
         self.rotate: Callable[..., Tensor] = rotate if config.positions == "rotary" else unchanged
@@ -65,15 +66,13 @@ class GroupedAttention(HeadMixing):
 
     def forward(self, x_BTC: Tensor, inputs: BlockInputs) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        q_BHTD, k_BKTD, v_BKTD = (
-            part.unflatten(2, (-1, self.D)).transpose(1, 2)
-            for part in self.c_attn(x_BTC).split(self.rows, dim=2)
-        )
+        heads = [self.heads, self.kv_heads]
+        qkv_BNTD = self.c_attn(x_BTC).unflatten(2, (-1, self.D)).transpose(1, 2)
+        qk_BNTD, v_BKTD = torch.split(qkv_BNTD, [sum(heads), self.kv_heads], dim=1)
         v_BKSD = self.value_embedding(v_BKTD, x_BTC, inputs.ids_BT)
-        # Normalized before it is rotated: YaRN's rotation has a magnitude.
-        q_BHTD, k_BKSD = (
-            self.rotate(self.normalize(part), inputs.rotation).to(v_BKTD.dtype) for part in (q_BHTD, k_BKTD)
-        )
+        # Normalized before they are rotated: YaRN's rotation has a magnitude.
+        qk_BNTD = self.rotate(self.normalize(qk_BNTD), inputs.rotation).to(v_BKTD.dtype)
+        q_BHTD, k_BKSD = torch.split(qk_BNTD, heads, dim=1)
         mask = None
         if inputs.cache is not None:
             k_BKSD, v_BKSD, mask = inputs.cache.append(self.layer, k_BKSD, v_BKSD)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from overnight.model.fused import squared_relu
 from overnight.model.model_config import ModelConfig
 
 BALANCE_GRADIENT = 1e-20  # its sign alone counts, and clipping must not notice it
@@ -21,7 +22,7 @@ def activate(wide: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         return F.gelu(wide, approximate="tanh")
     if activation == "relu2":
-        return F.relu(wide).square()
+        return squared_relu(wide)
     gate, up = wide.chunk(2, dim=-1)
     return F.silu(gate) * up
 

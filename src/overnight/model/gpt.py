@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from overnight.model.attention import GroupedAttention, LatentAttention
 from overnight.model.feed_forward import FeedForward, MixtureOfExperts
+from overnight.model.fused import soft_cap
 from overnight.model.initialization import STANDARD_DEVIATION, adapt_weight, draw_weight
 from overnight.model.inputs import BlockInputs, Cache
 from overnight.model.kernels import CausalKernel, DocumentKernel, Documents, Visible, attend
 from overnight.model.model_config import PADDED, VOCABULARY_MULTIPLE, ModelConfig, round_up, weight_shapes
-from overnight.model.norms import EmbeddingShortcut, build_norm, soft_cap, unchanged, zero_embedding
+from overnight.model.norms import EmbeddingShortcut, build_norm, unchanged, zero_embedding
 from overnight.model.positions import LearnedPositions, RotaryPositions
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from overnight.model import LossMethod
+from overnight.model.fused import soft_cap
 from overnight.model.gpt import GPT
 from overnight.model.kernels import find_documents
 from overnight.model.loss_kernels import ChunkedLoss, Fp8Product
-from overnight.model.norms import soft_cap
 
 
 def cross_entropy_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overnight.model.norms import soft_cap
+from overnight.model.fused import soft_cap
 
 CHUNKS_AT_MOST = 8  # 64 made a compiled output layer and its loss 1.5 times slower (pytorch #124480)
 CHUNK_BYTES_AT_LEAST = 2**28  # of a chunk's logits in float32: products of fewer rows are slow
@@ -73,12 +73,13 @@ def _nats_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of some positions, and its gradient by their logits, in their precision."""
     ids_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
-    scores_NV = torch.where(ids_V < vocab_size, soft_cap(logits_NV.float(), softcap), -torch.inf)
+    capped_NV = soft_cap(logits_NV.float(), softcap)
+    scores_NV = torch.where(ids_V < vocab_size, capped_NV, -torch.inf)
     total_N1 = scores_NV.logsumexp(dim=1, keepdim=True)
     nats = (total_N1 - scores_NV.gather(1, targets_N[:, None])).sum()
     gradient_NV = (scores_NV - total_N1).exp() - (ids_V == targets_N[:, None]).float()
     if softcap is not None:
-        gradient_NV *= 1 - (logits_NV.float() / softcap).tanh().square()
+        gradient_NV *= 1 - (capped_NV / softcap).square()
     return nats, gradient_NV.to(logits_NV.dtype)
 
 

@@ -1,14 +1,12 @@
-"""Small parts: LayerNorm and RMSNorm, the embedding and its shortcut, a bound on logits."""
+"""Small parts: LayerNorm and RMSNorm, the embedding and its shortcut."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from overnight.model.fused import RMS_EPSILON, rms_norm
 from overnight.model.model_config import ModelConfig
-
-RMS_EPSILON = 1e-6  # added to the mean of squares, as Transformers does
 
 
 def unchanged(x: Tensor, *_others: object) -> Tensor:
@@ -19,13 +17,16 @@ def unchanged(x: Tensor, *_others: object) -> Tensor:
 def build_norm(config: ModelConfig, channels: int) -> nn.Module:
     """The normalization of `config` for vectors of `channels`."""
     if config.normalization == "rms":
-        return nn.RMSNorm(channels, eps=RMS_EPSILON, elementwise_affine=config.norm_gains)
+        return nn.RMSNorm(channels, eps=RMS_EPSILON) if config.norm_gains else PlainRmsNorm()
     return nn.LayerNorm(channels, elementwise_affine=config.norm_gains, bias=config.biases)
 
 
-def rms_norm(x: Tensor, *_others: object) -> Tensor:
-    """`x` divided by the root of the mean of its squares over the last dimension, float32."""
-    return F.rms_norm(x.float(), x.shape[-1:], eps=RMS_EPSILON)
+class PlainRmsNorm(nn.Module):
+    """RMSNorm without gains: no parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C), float32."""
+        return rms_norm(x)
 
 
 class EmbeddingShortcut(nn.Module):
@@ -38,11 +39,6 @@ class EmbeddingShortcut(nn.Module):
     def forward(self, x_BTC: Tensor, embedding_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         return self.stream_gain * x_BTC + self.embedding_gain * embedding_BTC
-
-
-def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
-    """Logits bounded to the open interval from -cap to cap, in float32; unchanged without a cap."""
-    return logits if cap is None else cap * torch.tanh(logits.float() / cap)
 
 
 def zero_embedding(rows: int, channels: int) -> nn.Embedding:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from overnight.model.fused import rotate_halves
 from overnight.model.model_config import ModelConfig
 
 FAST_ROTATIONS, SLOW_ROTATIONS = 32, 1  # YaRN, section 3.2: beta and alpha, in the trained context
@@ -34,7 +35,7 @@ class LearnedPositions(nn.Module):
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every angle, float32, (T, D / 2) or (B, 1, T, D / 2)."""
+    """Of every angle, float32, (T, D) or (B, 1, T, D): both halves alike, `sine` negated in the first."""
 
     cosine: Tensor
     sine: Tensor
@@ -58,14 +59,13 @@ class RotaryPositions(nn.Module):
         angles = positions[..., None].float() * frequencies
         if angles.dim() == 3:
             angles = angles[:, None]
-        return x_BTC, Rotation(angles.cos() * self.magnitude, angles.sin() * self.magnitude)
+        cosine, sine = angles.cos() * self.magnitude, angles.sin() * self.magnitude
+        return x_BTC, Rotation(torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1))
 
 
 def rotate(x_BHTD: Tensor, rotation: Rotation) -> Tensor:
     """Rotate queries or keys; float32."""
-    first, second = x_BHTD.float().chunk(2, dim=-1)
-    cosine, sine = rotation
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return rotate_halves(x_BHTD, *rotation)
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[float, ...]:

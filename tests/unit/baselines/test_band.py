@@ -23,7 +23,14 @@ TEXT_FACTS = {"source": "b", "tokenizer": "characters", "documents": 3}
 
 @pytest.mark.parametrize(
     "settings, text",
-    [({"n_layer": 3}, {}), ({"init_from": "gpt2"}, {}), ({}, {"source": "c"}), ({}, {"tokenizer": "gpt2"})],
+    [
+        ({"n_layer": 3}, {}),
+        ({"init_from": "gpt2"}, {}),
+        ({"positions": "rotary"}, {}),
+        ({"optimizer": "muon"}, {}),
+        ({}, {"source": "c"}),
+        ({}, {"tokenizer": "gpt2"}),
+    ],
 )
 def test_band_fits_only_its_recipe_on_its_text(settings, text):
     assert find_band(SETTINGS, TEXT_FACTS, [BAND]) is BAND

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
+from overnight.conversion.huggingface import write_huggingface
 from overnight.data.shards import SPLITS, read_manifest
 from overnight.inspection import InspectConfig
 from overnight.inspection.command import describe, run
 from overnight.inspection.statistics import inspect_shards
+from overnight.model.gpt import GPT
+from overnight.model.model_config import ModelConfig
 from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
+from overnight.tokenizer.characters import train_characters
 
 SENTENCE = "It is well known that the days of the week are seven, and that this is one of them.\n"
 
@@ -126,3 +130,38 @@ def test_inspect_needs_no_torch(folder):
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=folder.parent, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("switches", "kind", "differs"),
+    [
+        ({}, "GPT2LMHeadModel", "it is a GPT-2"),
+        (
+            {"positions": "rotary", "normalization": "rms", "biases": False, "activation": "swiglu"},
+            "LlamaForCausalLM",
+            "positions=rotary, normalization=rms, biases=False, activation=swiglu",
+        ),
+    ],
+)
+def test_model_folder_is_described(printed, capsys, here, switches, kind, differs):
+    tokenizer = train_characters(["the quick brown fox"])
+    config = ModelConfig(
+        n_layer=1, n_head=2, n_embd=8, context_length=16, vocab_size=tokenizer.vocab_size, **switches
+    )
+    model = GPT(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1
+    model.zero_padding()
+    write_huggingface(model, tokenizer, here / "hf")
+    lines = printed(InspectConfig(data="hf"))
+    text = " ".join(lines)
+    assert f"hf: {kind} of Transformers" in text
+    assert f"{config.parameter_count():,} parameters" in text
+    assert differs in text
+    run(InspectConfig(data="hf", json=True))
+    found = json.loads(capsys.readouterr().out)
+    assert found["switches"] == switches
+    assert found["class_name"] == kind
+    Path("hf/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json: model_type is None"):
+        run(InspectConfig(data="hf"))

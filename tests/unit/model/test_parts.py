@@ -170,7 +170,7 @@ def test_generation_and_endings_use_the_model_s_own_head(switches):
 
 
 def test_model_with_switches_is_not_written_as_gpt2(tmp_path):
-    with pytest.raises(ValueError, match="does not have positions=rotary, qk_norm=True"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel, does not have positions=rotary, qk_norm=True"):
         write_huggingface(build(positions="rotary", qk_norm=True), train_characters(["ab"]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
