@@ -134,16 +134,23 @@ def test_benchmark_refuses_bad_input(programs, tmp_path, capsys):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_commands_shown_have_known_options(programs, repository):
-    """Those of `make benchmark` and of benchmarks/README.md."""
+    """Those of `make benchmark`, which benchmarks/README.md lists, and of the documents."""
     variables = ["PEER=p", "NANOGPT=n", "LLMC=l", "BPE=b", "SHAKESPEARE=s"]
     making = ["make", "--dry-run", "--always-make", "benchmark", *variables]
     printed = subprocess.run(making, cwd=repository, capture_output=True, text=True, check=True).stdout
     readme = (repository / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    lines = (printed + readme).replace("\\\n", " ").splitlines()
+    documents = "".join(path.read_text(encoding="utf-8") for path in (repository / "docs").glob("*.md"))
+    lines = (printed + readme + documents).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`(python benchmarks/[^`]*)`", documents)
     found = [shlex.split(line)[1:] for line in lines if re.match(r"(\S*/)?python benchmarks/", line.strip())]
     for program, *words in found:
         programs[Path(program).stem].read_options(words)  # SystemExit if one is unknown
-    assert {"train_step", "evaluate", "prepare"} <= {Path(program).stem for program, *_ in found}
+    with pytest.raises(SystemExit):  # the negative control
+        programs["train_step"].read_options(["--no-such-option"])
+    assert {"train_step", "evaluate", "prepare", "hellaswag"} <= {Path(program).stem for program, *_ in found}
+    listed = readme[readme.index("One command runs ") : readme.index("make benchmark PEER=")]
+    made = dict.fromkeys(re.findall(r"benchmarks/(\w+\.py)", printed))
+    assert re.findall(r"`(\w+\.py)`", listed) == list(made)
 
 
 # How sides are compared

@@ -87,7 +87,7 @@ def paint(line: str) -> Text:
         "blue",
     )
     text.highlight_regex(r"\d[\d.,]*(?= bits per byte| nats)", "yellow")
-    text.highlight_regex(r"^ +this GPT-2.*$", "bold green")
+    text.highlight_regex(r"^ +this model.*$", "bold green")
     return text
 
 

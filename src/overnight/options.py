@@ -2,7 +2,8 @@
 
 All names are flat, and unique over the whole recipe: `--n_layer=4` and `--n-layer 4` both set `[model]
 n_layer`. Whole numbers may be written 1_000 or 1e3, `off` unsets an optional setting, `~` is the home, and
-after `--` no word is an option.
+after `--` no word is an option. The items of a list follow its option. One that begins with - is written
+`--name=item`; such an option may be repeated, and adds an item each time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
@@ -64,6 +65,7 @@ def from_arguments(
     # tyro knows only the form of a switch that changes its default, which is all that --help needs to show.
     already = {f"__{name}" if value else f"__no_{name}" for name, value in is_on.items()}
     arguments = [word for word in arguments if word.replace("-", "_") not in already]
+    arguments, lists = _take_lists(cls, arguments)
     try:
         arguments = _plain_values(cls, arguments)
     except ValueError as wrong:
@@ -77,13 +79,15 @@ def from_arguments(
                 options["default"] = default
             words = [*arguments, *(name for name in literal if name not in arguments)]
             read: Config = tyro.cli(cls, args=words, registry=_how_to_read(cls), **options)
-            return _with_literal(read, literal)
+            return _with_lists(_with_literal(read, literal), lists)
     except _WordError as wrong:
         raise ValueError(f"{wrong} (see {prog} --help)") from None
     except SystemExit as stopped:
         if not stopped.code:
             raise
-        raise ValueError(f"{_first_sentence(complaint.getvalue())} (see {prog} --help)") from None
+        sentence = _first_sentence(complaint.getvalue())
+        sentence = re.sub("\0\\d+", lambda name: literal.get(name[0], name[0]), sentence)
+        raise ValueError(f"{sentence} (see {prog} --help)") from None
 
 
 def _split_literal(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -102,6 +106,42 @@ def _with_literal(read: Config, literal: dict[str, str]) -> Config:
         elif isinstance(value, tuple) and any(isinstance(each, str) and each in literal for each in value):
             changes[name] = tuple(literal.get(each, each) for each in value)
     return dataclasses.replace(read, **changes) if changes else read
+
+
+def _take_lists(cls: type, arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The words without the options that are lists, and the items of each of those.
+
+    The parser would take a positional word after a list for one more item.
+    """
+    lists = {name for name, kind in flat_types(cls).items() if typing.get_origin(kind) is tuple}
+    lists -= _annotated_names(cls)
+    rest: list[str] = []
+    found: dict[str, list[str]] = {}
+    into = rest
+    for word in arguments:
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--") and name in lists:
+            items = found.setdefault(name, [])
+            items += [value] * bool(equals)
+            into = rest if equals else items
+            continue
+        if word.startswith("-") and word != "-" and not _reads_as(word, (float,)):  # another option
+            into = rest
+        into.append(word)
+    return rest, found
+
+
+def _with_lists(read: Config, lists: Mapping[str, Sequence[str]]) -> Config:
+    """The config with the lists that `_take_lists` has found."""
+    kinds, sections = flat_types(type(read)), flat_names(type(read))
+    for name, words in lists.items():
+        record = record_kind(kinds[name])
+        items = tuple(words if record is None else (_record_from_word(record, word) for word in words))
+        part = getattr(read, section) if (section := sections[name]) else read
+        part = dataclasses.replace(part, **{name: items})
+        read = dataclasses.replace(read, **{section: part}) if section else part
+    return read
 
 
 def _plain_values(cls: type, arguments: Sequence[str]) -> list[str]:
@@ -271,7 +311,9 @@ def as_option(name: str, value: Any, kind: Any) -> list[str]:
     if kind is bool:
         return [option if value else f"--no-{name.replace('_', '-')}"]
     if isinstance(value, tuple):
-        return [option, *map(_as_word, value)]
+        words = [_as_word(item) for item in value]
+        is_plain = not any(word.startswith(("-", "~")) for word in words)  # ~ could be taken for the home
+        return [option, *words] if is_plain else [f"{option}={word}" for word in words]
     return [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
 
 

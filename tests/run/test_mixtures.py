@@ -9,6 +9,7 @@ import pytest
 from overnight.config import from_toml
 from overnight.data import DataConfig, MixtureSource
 from overnight.data.shards import read_manifest
+from overnight.evaluation.compressors import measure_compression
 from overnight.options import from_arguments
 from overnight.planning.estimate import find_token_counts
 from overnight.recipe import Recipe, with_settings
@@ -63,6 +64,9 @@ def test_run_on_a_mixture_is_evaluated_and_planned(mixed, prepared, second, trai
     train, validation = (sum(each.tokens(split) for each in manifests) for split in ("train", "validation"))
     text = find_token_counts(mixed.data, None)
     assert (text.tokens, text.validation_tokens) == (train + validation, validation)
+    measured = measure_compression(directory)
+    assert measured["bytes"] == sum(each.text_bytes("validation") for each in manifests)
+    assert measured["training_bytes"] == sum(each.text_bytes("train") for each in manifests)
 
 
 def test_mixture_in_toml_equals_the_option():

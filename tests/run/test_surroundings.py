@@ -227,11 +227,19 @@ stopped/checkpoints/*4/model.safetensors: train --resume stopped --total-steps 6
 stopped/checkpoints/*4/optimizer.safetensors: train --resume stopped --total-steps 6
 stopped/tokenizer: train --resume stopped --total-steps 6 | evaluate stopped
 stopped/tokenizer/tokenizer.json: train --resume stopped --total-steps 6 | evaluate stopped
+stopped/metrics.jsonl: report stopped | train --resume stopped --total-steps 6
+stopped: generate stopped a | report stopped | runs stopped | convert stopped --out x
 shards: train tiny.toml --run-name new | inspect shards | plan tiny.toml
+shards: doctor tiny.toml --only shards
 shards/manifest.json: train tiny.toml --run-name new | inspect shards
+shards/manifest.json: doctor tiny.toml --only shards
 shards/train-00000.bin: train tiny.toml --run-name new | inspect shards
+shards/train-00000.bin: doctor tiny.toml --only shards | doctor tiny.toml --only boundaries --json
+shards/validation-00000.bin: doctor tiny.toml --only disjoint
 shards/tokenizer: train tiny.toml --run-name new | prepare text --tokenizer shards/tokenizer --out x
+shards/tokenizer: doctor tiny.toml --only tokenizer
 shards/tokenizer/tokenizer.json: train tiny.toml --run-name new
+text: doctor tiny.toml --only contamination --benchmarks text/001.txt
 shards/tokenizer/tokenizer.json: prepare text --tokenizer shards/tokenizer --out x
 hf: evaluate hf --data shards
 hf/config.json: evaluate hf --data shards

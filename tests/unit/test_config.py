@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ from overnight.config import (
     parse_duration,
     to_toml,
 )
-from overnight.options import from_arguments
+from overnight.options import as_option, from_arguments
+from overnight.terminal import shell_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,41 @@ def test_record_is_one_word():
 )
 def test_values_in_other_spellings(words, expected):
     assert options(*words) == Settings(**expected)
+
+
+@pytest.mark.parametrize(
+    "words, prompts",
+    [
+        (["--prompts", "b", "c", "--n-layer", "3"], ("b", "c")),
+        (["--prompts=-x y", "--prompts=--n-layer", "--prompts", "--n-layer", "3"], ("-x y", "--n-layer")),
+        (["--prompts", "-", "-1.5", "--prompts=", "--n-layer=3"], ("-", "-1.5", "")),
+        (["--prompts", "--n-layer=3"], ()),
+    ],
+)
+def test_items_of_a_list(words, prompts):
+    assert options(*words) == Settings(prompts=prompts, size=Size(n_layer=3))
+
+
+ITEMS = st.lists(st.one_of(st.text(), st.sampled_from(["-x", "--n-layer=3", "--", "~", "-1", "a=b", "'"])))
+
+
+@given(ITEMS.map(tuple), ITEMS)
+def test_printed_list_can_be_pasted(prompts, paths):
+    """Through a shell as well; a NUL can be in no word of a command."""
+    prompts = tuple(item.replace("\0", "") for item in prompts)
+    shares = tuple(Share(path=path.replace("\0", ""), weight=-0.5) for path in paths)
+    printed = shell_command(
+        "train",
+        "--n-layer=3",
+        *as_option("prompts", prompts, tuple[str, ...]),
+        *as_option("shares", shares, tuple[Share, ...]),
+        "--compile=True",
+    )
+    bash = f"printf '%s\\0' {printed.removeprefix('overnight train')}"
+    pasted = subprocess.run(["bash", "-c", bash], capture_output=True, check=True).stdout.decode()
+    assert options(*pasted.split("\0")[:-1]) == Settings(
+        prompts=prompts, shares=shares, compile=True, size=Size(n_layer=3)
+    )
 
 
 @pytest.mark.parametrize("value", ["1.5", "1e-1", "inf", "nan", "9" * 5000, "", "off", "--run-name"])

@@ -21,7 +21,6 @@ from overnight.data.shards import (
     Manifest,
     is_being_prepared,
     load_prepared_tokenizer,
-    open_tokens,
     read_manifest,
 )
 from overnight.terminal import quote, shell_command
@@ -76,11 +75,6 @@ class Dataset:
     def stream(self, split: str, tokens_per_row: int, seed: int) -> TokenStream:
         """The rows of one split, "train" or "validation", as windows over its tokens."""
         return TokenStream(self.folder, split, tokens_per_row=tokens_per_row, seed=seed)
-
-    def text(self, split: str) -> bytes:
-        """All documents of one split, in order, concatenated."""
-        shards = (open_tokens(self.folder / shard.name) for shard in self.manifest.shards(split))
-        return b"".join(self.tokenizer.decode_bytes(ids.tolist()) for ids in shards)
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from overnight.config import require_readable
+from overnight.data.wide_encodings import find_wide_encoding
 from overnight.terminal import progress
 
 KINDS = (".txt", ".md", ".jsonl", ".json", ".parquet")
 PACKINGS = (".gz", ".zst")
 TABLES = frozenset({".jsonl", ".json", ".parquet"})
 BYTE_ORDER_MARK = codecs.BOM_UTF8
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 LAST_NUMBER = re.compile(r"(.*?)([0-9]+)([^0-9]*)")
 PART_OF = re.compile(r"(.*?)([0-9]+)(-of-[0-9]+.*)")
 FIRST_LINE_BYTES = 1 << 20
@@ -205,8 +205,10 @@ def _is_json_text(file: TextFile, text_column: str) -> bool:
             rest = content.readline(FIRST_LINE_BYTES).strip()
     except DamagedFileError:
         return True  # found again, and reported, when it is read
+    if find_wide_encoding(first) is not None:
+        return True  # refused when it is read
     if not first.startswith(b"{"):
-        return first.startswith((b"[", *UTF16_MARKS)) or not first  # UTF-16 is refused when it is read
+        return first.startswith(b"[") or not first
     if rest or len(first) >= FIRST_LINE_BYTES:
         return rest.startswith(b"{") or not rest
     with suppress(ValueError, RecursionError):
@@ -319,11 +321,11 @@ def _open_raw(file: TextFile) -> BinaryIO:
         raise ValueError(f"{file.address} can't be opened: {first_line(error) or repr(error)}") from None
 
 
-def refuse_utf16(start: bytes, address: str) -> None:
-    """Raise DamagedFileError if a file begins with a byte order mark of UTF-16, as some editors write it."""
-    if start.startswith(UTF16_MARKS):
+def refuse_wide_encoding(start: bytes, address: str) -> None:
+    """Raise DamagedFileError if a file that begins with `start` is UTF-16 or UTF-32."""
+    if (name := find_wide_encoding(start)) is not None:
         raise DamagedFileError(
-            f"{address} is UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8), or save it as UTF-8"
+            f"{address} is {name}, not UTF-8: convert it (iconv -f {name} -t UTF-8), or save it as UTF-8"
         )
 
 

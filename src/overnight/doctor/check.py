@@ -42,10 +42,15 @@ def skipped(reason: str) -> CheckResult:
 
 
 def run_check(name: str, check: Callable[[], CheckResult]) -> CheckResult:
-    """The result of `check`, with its name and duration. A check that raises an error has failed."""
+    """The result of `check`, with its name and duration. A check that raises an error has failed.
+
+    Raises PermissionError for a path that this user may not read or write: nothing is known about it.
+    """
     started_at = time.perf_counter()
     try:
         result = check()
+    except PermissionError:
+        raise
     except Exception as error:  # any error would end a run as well
         message = " ".join(str(error).split()) or type(error).__name__
         result = CheckResult(

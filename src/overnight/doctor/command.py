@@ -58,7 +58,7 @@ def run(config: DoctorConfig, name: str) -> int:
     """Check the recipe `name` with the settings in `config`; returns 1 if a check failed, else 0.
 
     Writes only the data that `overnight train` would prepare. Raises ValueError for a recipe that can't
-    be trained at all.
+    be trained at all, and PermissionError for a path that can't be used.
     """
     unknown = [
         f"only={each} is not a check{nearest(each, CHECKS)}" for each in config.only if each not in CHECKS

@@ -25,7 +25,9 @@ from overnight.doctor import DoctorConfig
 from overnight.doctor.check import CheckResult, skipped
 from overnight.doctor.context import DoctorContext
 from overnight.inspection.statistics import count_duplicates
+from overnight.options import as_option
 from overnight.preparation import decontaminate
+from overnight.terminal import join_words
 
 READ_TOKENS = 250_000_000  # of shards that are checked without --full
 ENCODED_DOCUMENTS = 50
@@ -206,8 +208,8 @@ def check_contamination(folder: Path, manifest: Manifest, config: DoctorConfig) 
         measured=f"{contaminated:,} of {searched:,} documents",
         bound=f"0 share {decontaminate.PASSAGE_WORDS} words in a row",
         cause=f"training documents share a passage with a benchmark ({matches}), whose score would in part "
-        f"be memorized: prepare the text again with --on-contaminated drop --decontaminate "
-        f"{' '.join(config.benchmarks)}",
+        "be memorized: prepare the text again with --on-contaminated drop "
+        f"{join_words(as_option('decontaminate', config.benchmarks, tuple))}",
         figures={"documents": searched, "contaminated": contaminated} | found,
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from overnight.config import raise_problems
 from overnight.conversion.open_model import OpenedModel, open_model
-from overnight.data.text_files import refuse_utf16
+from overnight.data.text_files import refuse_wide_encoding
 from overnight.distributed.world import open_world
 from overnight.generation import GenerateConfig
 from overnight.generation.generate import Decoding, TokenGenerator, complete, stream_text
@@ -68,7 +68,7 @@ def _with_prompts(config: GenerateConfig) -> GenerateConfig:
     source = "standard input" if name in {None, "-"} else str(name)
     try:
         data = sys.stdin.buffer.read() if name in {None, "-"} else Path(source).read_bytes()
-        refuse_utf16(data, source)
+        refuse_wide_encoding(data, source)
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()  # every line end as \n
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8: {error.reason} at byte {error.start}") from None

@@ -22,7 +22,7 @@ from overnight.data.text_files import (
     list_files,
     open_file,
     open_parquet,
-    refuse_utf16,
+    refuse_wide_encoding,
 )
 from overnight.preparation.documents import json_items
 from overnight.terminal import progress
@@ -106,7 +106,7 @@ def _json_rows(file: TextFile, columns: Columns) -> Iterator[Row]:
     with open_file(file) as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
-                refuse_utf16(line, file.address)
+                refuse_wide_encoding(line, file.address)
             content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
             if file.kind == ".json" and number == 1 and content.lstrip().startswith(b"["):
                 for location, item in json_items(content, lines, file.address):

@@ -1,8 +1,7 @@
 """True GPT-2, in reading order: attention, feed-forward, block, model, initialisation.
 
 The configuration is `model_config.ModelConfig`; faster attention kernels are in `kernels`, chosen by name.
-A switch of the configuration replaces a part when the model is built: see `attention`, `feed_forward`,
-`norms`, `positions`.
+A switch replaces a part when the model is built: see `attention`, `feed_forward`, `norms`, `positions`.
 
 Shapes: B rows, T positions of this call, S positions of keys, C channels, H heads, D channels a head, V ids.
 """

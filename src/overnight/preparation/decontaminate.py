@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.data.text_files import refuse_utf16
+from overnight.data.text_files import refuse_wide_encoding
 from overnight.files import write_atomically
 from overnight.preparation.ngrams import Hashes, Words, hash_windows, hash_words
 from overnight.preparation.prepare_state import read_once
@@ -136,7 +136,7 @@ def _passages(path: Path) -> Iterator[tuple[int, Hashes]]:
 def _read_texts(path: Path) -> Iterator[str]:
     try:
         data = path.read_bytes()
-        refuse_utf16(data, str(path))
+        refuse_wide_encoding(data, str(path))
         content = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"decontaminate: {path} is not UTF-8 at byte {error.start:,}") from None

@@ -31,7 +31,7 @@ from overnight.data.text_files import (
     import_pyarrow,
     open_file,
     open_parquet,
-    refuse_utf16,
+    refuse_wide_encoding,
 )
 
 SHORTEST_PIECE_BYTES = 10_000
@@ -192,7 +192,7 @@ def _read_text(part: Part) -> Iterator[Document]:
 def _pieces(file: BinaryIO, address: str) -> Iterator[tuple[int, bytes]]:
     """(byte offset, bytes) of each document of a text file, without a byte order mark."""
     block = file.read(65_536)
-    refuse_utf16(block, address)
+    refuse_wide_encoding(block, address)
     offset = len(BYTE_ORDER_MARK) if block.startswith(BYTE_ORDER_MARK) else 0
     buffer, block = b"", block[offset:]
     while block:
@@ -211,7 +211,7 @@ def _read_json_file(part: Part, text_column: str) -> Iterator[Document]:
     with open_file(part.file) as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
-                refuse_utf16(line, part.file.address)
+                refuse_wide_encoding(line, part.file.address)
             content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
             if part.file.kind == ".json" and is_first and content.lstrip().startswith(b"["):
                 yield from _read_json_array(content, file, part.file.address, text_column)

@@ -1,7 +1,8 @@
 """The report of a run, and the comparison of several runs.
 
-Everything is read from run directories. Nothing imports torch, and matplotlib is imported only to draw
-curves, so a report can be written again on any machine.
+Everything is read from run directories, and the text that compressors are measured on from the run's shards,
+if they are here. Nothing imports torch, and matplotlib is imported only to draw curves, so a report can be
+written again on any machine.
 
     run_data   the files of a run; smoothing and thinning of long series
     plots      matplotlib figures as SVG that follows the page's colours

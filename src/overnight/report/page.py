@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from overnight.evaluation.compressors import measure_compression
 from overnight.files import write_atomically
 from overnight.report import plots
 from overnight.report.html import render, show_value
 from overnight.report.plots import check_matplotlib
 from overnight.report.run_data import WINDOWS_PER_RUN, RunData, is_finite, median, read_run
+from overnight.run_directory import RunDirectory
 from overnight.runs.status import RunStatus
 from overnight.terminal import duration, scientific, shell_command, short, significant
 
@@ -43,11 +46,16 @@ class SmallChart(NamedTuple):
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the page about `run` to runs/NAME/report.html, or to `out`; returns the path.
 
-    The same run directory gives the same bytes. Raises ValueError if matplotlib is not installed.
+    The same run directory gives the same bytes. If the text that the run was trained on is on this machine,
+    compressors are measured on it, which takes a few seconds the first time. Raises ValueError if matplotlib
+    is not installed.
     """
     check_matplotlib()
     target = run / "report.html" if out is None else out
-    write_atomically(target, report_page(read_run(run)))
+    data = read_run(run)
+    if not data.compression and is_finite(data.last_evaluation.get("bits_per_byte")):
+        data = replace(data, compression=measure_compression(RunDirectory(run)))
+    write_atomically(target, report_page(data))
     return target
 
 
@@ -194,11 +202,22 @@ def _compressors(run: RunData) -> dict[str, Any] | None:
     others = [(float(value), str(name), False) for name, value in measured.items() if is_finite(value)]
     ranked = sorted([*others, (float(bits), run.status.name, True)], reverse=True)
     names = ("bits", "name", "is_model")
-    theirs, ours = run.compression.get("bytes"), run.last_evaluation.get("evaluated_bytes")
-    note = ""
+    return {"bars": [dict(zip(names, bar, strict=True)) for bar in ranked], "note": _how_compressed(run)}
+
+
+def _how_compressed(run: RunData) -> str:
+    """How the compressors were measured, as far as the run's files say."""
+    theirs, training = run.compression.get("bytes"), run.compression.get("training_bytes")
+    ours, note = run.last_evaluation.get("evaluated_bytes"), ""
     if is_finite(theirs) and is_finite(ours) and theirs != ours:
-        note = f" The compressors were given {short(theirs)} bytes of it, the model {short(ours)}."
-    return {"bars": [dict(zip(names, bar, strict=True)) for bar in ranked], "note": note}
+        note += f" The compressors were given {short(theirs)} bytes of it, the model {short(ours)}."
+    if is_finite(training):
+        note += (
+            " gzip, bz2 and xz compress at their highest level. The figure of xz given training text is the "
+            f"size of {short(training)} bytes of training text together with the validation text, less that "
+            "of the training text alone."
+        )
+    return note
 
 
 def _loss(run: RunData) -> dict[str, Any]:

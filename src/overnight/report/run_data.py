@@ -34,7 +34,7 @@ class RunData:
     environment: dict[str, Any]
     data: dict[str, Any]
     compression: dict[str, Any]
-    """The four files' content; empty if there is no such file."""
+    """The four files' content; empty if there is no such file. `compression` may also be measured anew."""
     settings: dict[str, Any]
     """The recipe's settings by their current names."""
     metrics: dict[str, Series]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -81,14 +80,14 @@ def resolve(
     asked = recipe.batch.micro_batch_size
     if recipe.compute.sharding is None and resources.processes > 1:
         sharding = choose_sharding(model, asked or 1, compute, resources, recipe.optimizer)
-        compute = dataclasses.replace(compute, sharding=sharding)
+        compute = replace(compute, sharding=sharding)
     rows = asked or rows_that_fit(model, compute, resources, recipe.optimizer)
     plan = plan_batches(recipe.batch, model.context_length, rows, resources.processes)
     total_steps = recipe.schedule.total_steps or 0
     if recipe.schedule.total_tokens is not None:
         total_steps = plan.steps_for(recipe.schedule.total_tokens)
     complete = with_settings(
-        dataclasses.replace(recipe, model=model, data=data),
+        replace(recipe, model=model, data=data),
         micro_batch_size=plan.micro_batch_size,
         total_steps=total_steps,
         device=compute.device,
@@ -169,8 +168,8 @@ def _fit_into_memory(run: RunSetup) -> RunSetup:
         not fits(run.state, run.training)
     ):
         resolved = with_fewer_rows(run.resolved, run.world.size)
-        training = dataclasses.replace(run.training, plan=resolved.plan)
-        run = dataclasses.replace(run, resolved=resolved, training=training)
+        training = replace(run.training, plan=resolved.plan)
+        run = replace(run, resolved=resolved, training=training)
     return run
 
 
@@ -190,7 +189,7 @@ def with_fewer_rows(resolved: Resolved, processes: int = 1) -> Resolved:
         f"micro-batches of {rows} rows do not fit into the memory of {device}: training with "
         f"{plan.micro_batch_size}, and the same tokens per step"
     )
-    return dataclasses.replace(resolved, recipe=recipe, plan=plan)
+    return replace(resolved, recipe=recipe, plan=plan)
 
 
 def initial_weights(
@@ -203,10 +202,11 @@ def initial_weights(
     if source is None:
         model = with_vocabulary(recipe.model, dataset)
         return model, init_weights(model, recipe.seed)
-    sizes = dataclasses.replace(source.config, dropout=recipe.model.dropout)
+    asked = recipe.model  # it decides what is not in the weights
+    sizes = replace(source.config, dropout=asked.dropout, zero_projections=asked.zero_projections)
     wrong = [
         f"{name}={wanted} contradicts {recipe.init_from}, which has {getattr(sizes, name)}; leave it out"
-        for name, wanted in vars(recipe.model).items()
+        for name, wanted in vars(asked).items()
         if wanted not in {getattr(sizes, name), getattr(ModelConfig(), name)}
     ]
     raise_problems(wrong, f"recipe {recipe.run_name}")
@@ -221,4 +221,4 @@ def with_vocabulary(model: ModelConfig, dataset: Dataset | MixtureDataset) -> Mo
             f"vocab_size={model.vocab_size} contradicts the tokenizer {tokenizer.name} of {dataset.folder}, "
             f"which has {tokenizer.vocab_size} ids; leave vocab_size out, or give the run its own text"
         )
-    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    return replace(model, vocab_size=tokenizer.vocab_size)

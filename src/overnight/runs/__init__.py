@@ -11,7 +11,10 @@ FOLDER = "runs"
 
 @dataclass(frozen=True, kw_only=True)
 class RunsConfig:
-    """List every run: progress, losses, speed. Reads only the ends of the files."""
+    """List every run: progress, losses, speed. Reads only the ends of the files.
+
+    A run that can't be read is listed as damaged, with the reason below the table.
+    """
 
     folder: Positional[str] = FOLDER
     """The folder that holds the runs, or one run."""

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 LOSS_KEYS = ("step", "tokens", "loss")
 EVENT_KEYS = ("step",)
@@ -85,4 +85,9 @@ def _is_valid(key: str, value: object) -> bool:
     """True for a valid number; a loss may be NaN or infinite, which is not damage."""
     if key in {"step", "tokens"}:
         return isinstance(value, int) and 0 <= value < 2**63
+    return is_number(value)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """True for a float, which may be NaN or infinite, and for an integer that fits into 64 bits."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)

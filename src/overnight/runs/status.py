@@ -20,7 +20,7 @@ from typing import Any, Literal
 from overnight.recipe import Recipe
 from overnight.run_directory import RunDirectory
 from overnight.runs import FOLDER
-from overnight.runs.json_lines import EVENT_KEYS, LOSS_KEYS, read_lines
+from overnight.runs.json_lines import EVENT_KEYS, LOSS_KEYS, is_number, read_lines
 from overnight.training.batch import BatchConfig, plan_batches
 
 State = Literal["running", "finished", "stopped", "diverged", "empty", "damaged"]
@@ -36,29 +36,29 @@ class RunStatus:
     """running: its lock is held; finished: all steps are done and the last checkpoint exists; stopped: some
     steps are done; diverged: it stopped because of its losses; empty: no step is done; damaged: some file
     cannot be read, and `problem` says which."""
-    step: int
+    step: int = 0
     """Finished steps."""
-    total_steps: int | None
-    loss: float | None
+    total_steps: int | None = None
+    loss: float | None = None
     """The last step's training loss, in nats per token."""
-    validation_loss: float | None
+    validation_loss: float | None = None
     """The last evaluation's, in nats per token."""
-    bits_per_byte: float | None
+    bits_per_byte: float | None = None
     """The last evaluation's."""
-    on_track: str | None
+    on_track: str | None = None
     """Position in the recipe's reference band at the last evaluation: within, below, above, or suspect
     (within, but a diagnosis fits). None without a reference."""
-    likely_mistake: str | None
+    likely_mistake: str | None = None
     """The first diagnosis that fits, if the run is off its reference."""
-    tokens: int
+    tokens: int = 0
     """Tokens trained on."""
-    tokens_per_second: float | None
+    tokens_per_second: float | None = None
     """The median over the last 200 steps."""
-    seconds_left: float | None
+    seconds_left: float | None = None
     """The remaining tokens divided by the median speed, while the run is running."""
-    last_written_at: datetime | None
+    last_written_at: datetime | None = None
     """When the metrics file last grew, UTC."""
-    problem: str | None
+    problem: str | None = None
     """What is damaged, and where."""
     ended_by: str | None = None
     """Why it stopped or diverged."""
@@ -83,14 +83,35 @@ def find_run(name: str) -> Path:
 
 
 def list_runs(folder: Path) -> list[RunStatus]:
-    """Every run directly under `folder`, the most recently written last."""
+    """Every run directly under `folder`, the most recently written last.
+
+    A run with a file that can't be read is damaged, and `problem` gives the reason: it hides no other run.
+    """
     never = datetime.min.replace(tzinfo=UTC)
-    runs = map(describe_run, _run_folders(folder))
+    runs = map(_describe_any, _run_folders(folder))
     return sorted(runs, key=lambda run: (run.last_written_at or never, run.name))
 
 
+def _describe_any(path: Path) -> RunStatus:
+    try:
+        return describe_run(path)
+    except OSError as error:
+        where = str(error.filename or path).removeprefix(f"{path}{os.sep}")
+        return _unreadable(path, f"{where} cannot be read: {error.strerror or error}")
+    except (ValueError, OverflowError, RecursionError) as error:
+        return _unreadable(path, f"a file cannot be read: {error}")
+
+
+def _unreadable(path: Path, problem: str) -> RunStatus:
+    """The state of a run of which nothing but its path is known."""
+    return RunStatus(name=path.absolute().name, path=str(path), state="damaged", problem=problem)
+
+
 def describe_run(path: Path) -> RunStatus:
-    """The state of the run in `path`, from its recipe and the ends of its metrics and evaluations."""
+    """The state of the run in `path`, from its recipe and the ends of its metrics and evaluations.
+
+    Raises OSError for a file that can't be read.
+    """
     directory = RunDirectory(path)
     metrics = read_lines(directory.metrics, LOSS_KEYS, only_ends=True)
     evaluations = read_lines(path / "events" / "evaluations.jsonl", LOSS_KEYS, only_ends=True)
@@ -104,6 +125,14 @@ def describe_run(path: Path) -> RunStatus:
     total_steps = asked_steps if isinstance(asked_steps, int) else None
     last: dict[str, Any] = metrics.values[-1] if metrics.values else {"step": 0, "tokens": 0}
     evaluation = evaluations.values[-1] if evaluations.values else {}
+    bits = evaluation.get("bits_per_byte")
+    if bits is not None and not is_number(bits):
+        problems.append(f"evaluations.jsonl has {bits!r:.40} as its last bits_per_byte")
+        bits = None
+    on_track, mistake = (
+        value if isinstance(value := evaluation.get(name), str) else None
+        for name in ("on_track", "likely_mistake")
+    )
     state: State = "running" if is_running else _state(directory, last["step"], total_steps)
     if problems:
         state = "damaged"
@@ -111,7 +140,7 @@ def describe_run(path: Path) -> RunStatus:
     if ended_by and ended_by.startswith("FloatingPointError: "):
         state, ended_by = "diverged", ended_by.removeprefix("FloatingPointError: ")
     speeds = [line.get("tokens_per_second") for line in metrics.values[-200:]]
-    known_speeds = [speed for speed in speeds if isinstance(speed, int | float)]
+    known_speeds = [speed for speed in speeds if is_number(speed)]
     speed = statistics.median(known_speeds) if known_speeds else None
     written = directory.metrics.stat().st_mtime if directory.metrics.is_file() else None
     return RunStatus(
@@ -122,9 +151,9 @@ def describe_run(path: Path) -> RunStatus:
         total_steps=total_steps,
         loss=last.get("loss"),
         validation_loss=evaluation.get("loss"),
-        bits_per_byte=evaluation.get("bits_per_byte"),
-        on_track=evaluation.get("on_track"),
-        likely_mistake=evaluation.get("likely_mistake"),
+        bits_per_byte=bits,
+        on_track=on_track,
+        likely_mistake=mistake,
         tokens=last["tokens"],
         tokens_per_second=speed,
         seconds_left=_seconds_left(settings, last["tokens"], speed) if state == "running" else None,
@@ -144,13 +173,21 @@ def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if RunDirectory(path).exists()) if folder.is_dir() else []
+    return sorted(filter(_may_be_run, folder.iterdir())) if folder.is_dir() else []
+
+
+def _may_be_run(path: Path) -> bool:
+    """True for a run, and for a folder that can't be looked into."""
+    try:
+        return RunDirectory(path).exists()
+    except PermissionError:
+        return True
 
 
 def _read_settings(directory: RunDirectory, problems: list[str]) -> dict[str, Any]:
     try:
         return flat_settings(tomllib.loads(directory.read_recipe()))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         problems.append(f"recipe.toml cannot be read: {error}")
     except ValueError as error:
         problems.append(str(error).removeprefix(f"{directory.path}{os.sep}"))
@@ -171,7 +208,7 @@ def _state(directory: RunDirectory, step: int, total_steps: int | None) -> State
 def _read_end_reason(directory: RunDirectory) -> str:
     try:
         return str(json.loads(directory.ended.read_text(encoding="utf-8"))["reason"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return "a kill or a power failure: no reason was recorded"
 
 

@@ -30,7 +30,7 @@ def kept_per_token(model: ModelConfig, compute: Compute) -> int:
         blocks += model.n_layer * stream  # their inputs, from which they are computed again
     embedding = stream if model.dropout > 0 else 0
     if model.embedding_norm:
-        embedding += _kept_by_norm(model, compute, model.n_embd, has_gains=False)
+        embedding += stream + FLOAT32 * (1 if model.normalization == "rms" else 2)
     head = _kept_by_norm(model, compute, model.n_embd) + product_bytes(compute) * model.n_embd
     ids_and_targets = 16
     return blocks + embedding + head + ids_and_targets
@@ -66,14 +66,16 @@ def mask_bytes(model: ModelConfig, compute: Compute) -> int:
     return product_bytes(compute) * total if compute.activation_checkpointing == "none" else 0
 
 
-def _kept_by_norm(
-    model: ModelConfig, compute: Compute, channels: int, *, has_gains: bool | None = None
-) -> int:
-    """The input and the statistics; of torch's RMSNorm with gains on a CPU also what the gains multiply."""
+def _kept_by_norm(model: ModelConfig, compute: Compute, channels: int) -> int:
+    """The input and the statistics; of torch's RMSNorm with gains on a CPU also what the gains multiply.
+
+    RMSNorm without gains keeps its output instead, which in 32 bits is the next product's input.
+    """
     if model.normalization == "layer":
         return FLOAT32 * channels + 2 * FLOAT32
-    has_gains = model.norm_gains if has_gains is None else has_gains
-    copies = 2 if has_gains and not compute.device.startswith("cuda") else 1
+    if not model.norm_gains:
+        return (0 if product_bytes(compute) == FLOAT32 else FLOAT32 * channels) + FLOAT32
+    copies = 1 if compute.device.startswith("cuda") else 2
     return copies * FLOAT32 * channels + FLOAT32
 
 
@@ -126,8 +128,9 @@ def _kept_by_attention(model: ModelConfig, compute: Compute, layer: int) -> int:
         if window is not None:
             return width * H * _block_scores(block_spans(T, window)) // T + output
         return H * (T + QUERIES) + output  # the half of the square that is not in the future, in 16 bits
-    # torch's kernel lays out its output as the queries: new ones need a copy for the product that follows.
-    copies = 2 if _makes_new_queries(model) or (window is not None and compute.device == "cpu") else 1
+    # Where torch's kernel does not lay out its output as the next product reads it, that needs a copy.
+    is_cut = window is not None and compute.device == "cpu"
+    copies = 2 if is_cut or model.latent_rank is not None else 1
     return FLOAT32 * H + copies * output
 
 

@@ -319,6 +319,8 @@ def _logits_bytes(model: ModelConfig, tokens: int, compute: Compute) -> int:
         return tokens * vocabulary * ((width if compute.compile else 3 * FLOAT32) + bounded)
     chunk = min(tokens, rows_of_chunk(tokens, vocabulary))
     chunks_at_once = min(2, -(-tokens // chunk))
-    each = width if compute.compile else 4 * FLOAT32 + chunks_at_once * width
+    each = 4 * FLOAT32 + chunks_at_once * width
+    if compute.compile:
+        each = width if width == FLOAT32 or model.logit_softcap is None else width + FLOAT32
     hidden = 0 if width == FLOAT32 else FLOAT32 * tokens * model.n_embd  # beside their 16-bit copy
     return chunk * vocabulary * each + FLOAT32 * vocabulary * model.n_embd + hidden

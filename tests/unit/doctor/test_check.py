@@ -32,11 +32,12 @@ def test_check_that_raises_has_failed(error, words):
     assert (result.passed, result.cause) == (False, f"it raised an error, as a run would: {words}")
 
 
-def test_interruption_is_no_failure():
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])
+def test_interruption_and_unusable_path_are_no_failures(error):
     def interrupt():
-        raise KeyboardInterrupt
+        raise error
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         run_check("loss", interrupt)
 
 

@@ -159,3 +159,12 @@ def test_prompts_are_read_from_files_and_standard_input(
     else:
         assert not message
         assert [json.loads(line)["prompt"] for line in output.splitlines()] == expected
+
+
+@pytest.mark.parametrize("stop", [["--stop", "a", "b"], ["--stop=a", "--stop=b"]])
+def test_words_after_two_dashes_are_prompts_also_after_a_list(stop):
+    words = ["tiny", *stop, "--", "-- SELECT 1", "--stop"]
+    config = from_arguments(GenerateConfig, words, prog="overnight generate", about="")
+    assert (config.prompts, config.stop) == (("-- SELECT 1", "--stop"), ("a", "b"))
+    with pytest.raises(ValueError, match="--json"):  # named as it was written
+        from_arguments(SamplingConfig, ["--", "--json"], prog="overnight x", about="")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from overnight.data.text_files import DamagedFileError, find_files, list_files
+from overnight.data.wide_encodings import find_wide_encoding
 from overnight.preparation.documents import (
     LONGEST_PIECE_BYTES,
     RECORD,
@@ -67,15 +68,41 @@ def test_text_file_is_unchanged(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz"])
-@pytest.mark.parametrize("order", ["le", "be"])
-def test_utf16_is_named(tmp_path: Path, name: str, order: str) -> None:
-    content = '\ufeff{"text": "one"}\n'
+@pytest.mark.parametrize("order", ["LE", "BE"])
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
+@pytest.mark.parametrize("family", ["UTF-16", "UTF-32"])
+def test_utf16_and_utf32_are_named(tmp_path: Path, name: str, order: str, mark: str, family: str) -> None:
+    content = mark + '{"text": "Übung 日 one 🙂"}\n'
     pack = gzip.compress if name.endswith(".gz") else bytes
-    (tmp_path / name).write_bytes(pack(content.encode(f"utf-16-{order}")))
-    with pytest.raises(DamagedFileError, match=f"{name} is UTF-16, not UTF-8"):
+    (tmp_path / name).write_bytes(pack(content.encode(family + order)))
+    encoding = family if mark else family + order
+    with pytest.raises(DamagedFileError, match=f"{name} is {encoding}, not UTF-8: .* -f {encoding} -t"):
         texts(tmp_path / name)
     (tmp_path / name).write_bytes(pack(content.encode()))  # the negative control
     assert len(texts(tmp_path / name)) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"a\0",
+        b"one\0two\0three\0four",
+        bytes(64),
+        b"\0\0a\0" * 9,
+        "日本語の文".encode("utf-16-le"),
+    ],
+)
+def test_other_bytes_are_not_taken_for_utf16(content: bytes) -> None:
+    """Zeros between words, zeros alone, and wide text that has none."""
+    assert find_wide_encoding(content) is None
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
+def test_long_text_is_recognized_by_its_beginning(encoding: str) -> None:
+    for before in ("", "a"):  # the beginning ends within a character outside the BMP
+        content = (before + "Plain words, now and then 🙂. " * 9_000).encode(encoding)
+        assert find_wide_encoding(content[:65_535]) == find_wide_encoding(content) == encoding
 
 
 def test_json_lines(tmp_path: Path) -> None:

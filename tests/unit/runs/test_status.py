@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -84,10 +85,17 @@ def test_run_is_running_while_another_process_holds_its_lock(make_run):
     assert describe_run(run).state == "stopped"
 
 
+def evaluation(bits: bytes) -> bytes:
+    return b'{"step": 4, "tokens": 256, "loss": 4.0, "on_track": [], "bits_per_byte": %s}\n' % bits
+
+
 @pytest.mark.parametrize(
     "file, content, problem",
     [
         ("metrics.jsonl", b'{"step": 1}\n{"step": 2}\n', "metrics.jsonl line 1"),
+        ("events/evaluations.jsonl", evaluation(b'"none"'), "'none' as its last bits_per_byte"),
+        ("events/evaluations.jsonl", evaluation(b"1" + b"0" * 400), "as its last bits_per_byte"),
+        ("recipe.toml", b"a = " + b"[" * 100_000, "recipe.toml cannot be read"),
         ("events/evaluations.jsonl", b"x\n{}\n", "evaluations.jsonl line 1"),
         ("recipe.toml", b"total_steps = = 3", "recipe.toml cannot be read"),
         ("recipe.toml", b"\xff", "recipe.toml"),
@@ -104,6 +112,47 @@ def test_damaged_run_names_the_file(make_run, file, content, problem):
     assert status.state == "damaged"
     assert status.problem is not None
     assert problem in status.problem
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.toml", "events/evaluations.jsonl", "record.json"])
+def test_run_with_an_unreadable_file_hides_no_other(make_run, monkeypatch, name):
+    make_run("whole", written_at=2e9)
+    broken = make_run("broken") / name
+    broken.touch()
+    read = Path.open
+
+    def refused(self, *given, **named):
+        if self == broken:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return read(self, *given, **named)
+
+    assert {run.name for run in list_runs(Path("runs"))} == {"whole", "broken"}
+    monkeypatch.setattr(Path, "open", refused)
+    first, second = list_runs(Path("runs"))
+    assert (second.name, second.state, second.problem) == ("whole", "stopped", None)
+    assert (first.name, first.state) == ("broken", "damaged")
+    assert first.problem == f"{name} cannot be read: Permission denied"
+
+
+def test_folder_without_permission_is_listed(make_run, monkeypatch):
+    make_run("whole")
+    closed = Path("runs/closed")
+    closed.mkdir()
+    is_file = Path.is_file
+
+    def refused(self):
+        if closed in self.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return is_file(self)
+
+    assert [run.name for run in list_runs(Path("runs"))] == ["whole"]
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert [(run.name, run.state) for run in list_runs(Path("runs"))] == [
+        ("closed", "damaged"),
+        ("whole", "stopped"),
+    ]
+    with pytest.raises(ValueError, match="no run whole-; did you mean runs/whole"):
+        find_run("whole-")
 
 
 def test_runs_are_listed_latest_last(make_run):

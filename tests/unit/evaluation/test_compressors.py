@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from overnight.quickstart.command import compressed_bits_per_byte
+from overnight.evaluation.compressors import compressed_bits_per_byte
 
 DRAW = random.Random(1)
 TEXT = " ".join(f"word{DRAW.randrange(500)}" for _ in range(5000)).encode()
