@@ -78,6 +78,7 @@ SMALLEST = {
     "stream": "--small 3000 --large 100000 --context 16 --batches 2 --repeats 1",
     "train_step": "--data shards --sides overnight transformers-fp32 --rows 1 --micro-batches 1 "
     "--context 16 --layers 1 --steps 1 --warm-ups 2",
+    "window": "--rows 1 --context 16 --window 4 --repeats 1",
 }
 QUICK = ("bands", "corpus", "hellaswag", "rounding", "stream")  # two seconds each
 

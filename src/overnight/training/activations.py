@@ -30,7 +30,9 @@ def kept_per_token(model: ModelConfig, compute: Compute) -> int:
         blocks += model.n_layer * stream  # their inputs, from which they are computed again
     embedding = stream if model.dropout > 0 else 0
     if model.embedding_norm:
-        embedding += stream + FLOAT32 * (1 if model.normalization == "rms" else 2)
+        # RMSNorm keeps its output, which is also what the first block's shortcut keeps.
+        is_kept = model.normalization == "rms" and model.embedding_shortcut
+        embedding += stream * (not is_kept) + FLOAT32 * (1 if model.normalization == "rms" else 2)
     head = _kept_by_norm(model, compute, model.n_embd) + product_bytes(compute) * model.n_embd
     ids_and_targets = 16
     return blocks + embedding + head + ids_and_targets
@@ -86,16 +88,14 @@ def _kept_of_heads(model: ModelConfig, compute: Compute, layer: int) -> int:
     is_new = _makes_new_queries(model)
     has_embedding = model.has_value_embedding(layer)
     is_viewed = _keeps_views(model, compute, layer)
-    new = C * is_new + C * (is_new or is_shared) + C * (has_embedding or is_shared) if is_viewed else 3 * C
+    new = (C + kv) * is_new + C * is_shared + C * (has_embedding or is_shared) if is_viewed else 3 * C
     # Queries, keys and values that nothing changes are views of their product.
     keeps_product = is_viewed and (not is_new or not (has_embedding or is_shared))
     of_norm = 0
-    if model.qk_norm and width == FLOAT32:
-        keeps_product = True
-    elif model.qk_norm:
-        of_norm = FLOAT32 * (C + kv)
     if model.qk_norm:
-        of_norm += FLOAT32 * (model.n_head + K)
+        # It keeps its output, which in 32 bits attention keeps as well unless it is rotated first.
+        is_own = width != FLOAT32 or model.positions == "rotary"
+        of_norm = FLOAT32 * ((C + kv) * is_own + model.n_head + K)
     embedding = 0
     if has_embedding:
         read = min(VALUE_GATE_CHANNELS, C) if width != FLOAT32 else 0

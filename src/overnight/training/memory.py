@@ -319,7 +319,8 @@ def _logits_bytes(model: ModelConfig, tokens: int, compute: Compute) -> int:
         return tokens * vocabulary * ((width if compute.compile else 3 * FLOAT32) + bounded)
     chunk = min(tokens, rows_of_chunk(tokens, vocabulary))
     chunks_at_once = min(2, -(-tokens // chunk))
-    each = 4 * FLOAT32 + chunks_at_once * width
+    is_copied = width != FLOAT32 or model.logit_softcap is not None  # then the scores are no logits
+    each = (4 + is_copied) * FLOAT32 + chunks_at_once * width
     if compute.compile:
         each = width if width == FLOAT32 or model.logit_softcap is None else width + FLOAT32
     hidden = 0 if width == FLOAT32 else FLOAT32 * tokens * model.n_embd  # beside their 16-bit copy
