@@ -86,6 +86,11 @@ COMMANDS = {
         "Speed of training variants on this machine, from plain float32",
         "overnight bench --model gpt2-124m --out bench",
     ),
+    "ablate": Command(
+        "ablation.AblationConfig",
+        "What settings are worth: paired runs over several seeds",
+        "overnight ablate gpt2-124m --add optimizer=muon --total-tokens 1B",
+    ),
     "report": Command(
         "report.ReportConfig",
         "Report of a run, or a comparison of several",
@@ -104,9 +109,9 @@ COMMANDS = {
 }
 
 RENAMED_COMMANDS = {"ladder": "bench"}
-OF_RECIPES = frozenset({"train", "doctor", "plan", "launch"})
+OF_RECIPES = frozenset({"train", "doctor", "plan", "launch", "ablate"})
 FLAGS_BEFORE_RECIPE = frozenset({"--slurm", "--skypilot", "--sagemaker", "--kubernetes"})
-TRAINING = frozenset({"train", "quickstart", "plan", "doctor"})
+TRAINING = frozenset({"train", "quickstart", "plan", "doctor", "ablate"})
 COMPILING = TRAINING | {"bench"}
 SECONDS_TO_PRINT = 2.0
 UNUSABLE_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
@@ -204,8 +209,8 @@ def _run(words: list[str]) -> int:
             f"overnight {name} needs a recipe: quickstart, for example, or shakespeare-char-cpu; the others "
             "are for a GPU"
         )
-    if name == "train":
-        return _train(rest)
+    if name in {"train", "ablate"}:
+        return _train(rest) if name == "train" else _ablate(rest)
     return _run_on_recipe(name, rest) if name in OF_RECIPES else _call(name, rest)
 
 
@@ -257,6 +262,14 @@ def _train(rest: list[str]) -> int:
         return int(command.train_in_processes(recipe, resumed, words))
     command.run(recipe, resumed)
     return DONE
+
+
+def _ablate(rest: list[str]) -> int:
+    """The options after the recipe's name apply to it and to the recipe of `--baseline`."""
+    name, config = _read_recipe("ablate", _options_of("ablate"), rest)
+    baseline = config.baseline and _read_recipe("ablate", type(config), [config.baseline, *rest[1:]])[1]
+    status: int = _command_module("ablate").run(config, name, baseline, rest)
+    return status
 
 
 def _run_on_recipe(name: str, rest: list[str]) -> int:

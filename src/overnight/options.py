@@ -1,9 +1,9 @@
 """Command-line options: a configuration over its defaults, and back.
 
 All names are flat, and unique over the whole recipe: `--n_layer=4` and `--n-layer 4` both set `[model]
-n_layer`. Whole numbers may be written 1_000 or 1e3, `off` unsets an optional setting, `~` is the home, and
-after `--` no word is an option. The items of a list follow its option. One that begins with - is written
-`--name=item`; such an option may be repeated, and adds an item each time.
+n_layer`. Whole numbers may be written 1_000, 1e3 or 1k (M, B), `off` unsets an optional setting, `~` is the
+home, and after `--` no word is an option. The items of a list follow its option. One that begins with - is
+written `--name=item`; such an option may be repeated, and adds an item each time.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 LONGEST_SHOWN = 60  # characters of a wrong value
+UNITS = {"k": 10**3, "M": 10**6, "B": 10**9}
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
@@ -186,7 +187,7 @@ def _plain_value(option: str, value: str, kind: Any) -> str:
     if int in choices or float in choices:
         if not _reads_as(value, choices):
             raise ValueError(f"{_shown(option, value)}: give {describe_type(kind)}")
-        return str(_number(value)) if int in choices else value.replace("_", "")
+        return str(_number(value))
     return value
 
 
@@ -196,7 +197,7 @@ def _shown(option: str, value: str) -> str:
 
 
 def _reads_as(value: str, choices: Sequence[Any]) -> bool:
-    """True for a number of one of these types: 1e3 and 1_000 are whole numbers, 1.5 is not."""
+    """True for a number of one of these types: 1e3, 1_000 and 1k are whole numbers, 1.5 is not."""
     try:
         number = _number(value)
     except ValueError:
@@ -205,10 +206,12 @@ def _reads_as(value: str, choices: Sequence[Any]) -> bool:
 
 
 def _number(text: str) -> int | float:
+    unit = UNITS.get(text[-1:], 1)
+    text = text if unit == 1 else text[:-1]
     try:
-        return int(text)
+        return int(text) * unit
     except ValueError:
-        number = float(text)
+        number = float(text) * unit
         return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 

@@ -95,7 +95,7 @@ class Recipe:
     """All settings that decide a training run."""
 
     run_name: str = ""
-    """The run's folder under runs/; the recipe's own name if left out."""
+    """The run's folder under runs/, or GROUP/NAME; the recipe's own name if left out."""
     seed: int = 1337
     """Seed of the weights, the order of the data, dropout and samples."""
     init_from: str | None = None
@@ -132,8 +132,8 @@ class Recipe:
             parse_duration(self.checkpoints.max_time or "0s")
         except ValueError as error:
             found.append(f"max_time: {error}")
-        if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
-            found.append(f"run_name={self.run_name!r} must be a folder name without a path")
+        if not re.fullmatch(r"(?!\.)[^/]+(/(?!\.)[^/]+)?", self.run_name, re.DOTALL):
+            found.append(f"run_name={self.run_name!r} must be a folder name, or GROUP/NAME")
         if not 0 <= self.seed < 2**63:
             found.append(f"seed={self.seed} must be at least 0 and less than 2^63")
         for name, value in flatten(self).items():

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import pytest
 
 from overnight import cli
+from overnight.ablation import campaign
 from overnight.recipe import load_recipe
 from overnight.run import resume
 
@@ -67,12 +68,13 @@ COMMANDS = {
     "doctor": "doctor tiny.toml",
     "plan": "plan gpt2-124m --data shards --device-type h200",
     "launch": LAUNCH,
+    "ablate": "ablate tiny.toml --control --seeds 2 --total-steps 2 --no-step-times",
     "report": "report runs/tiny",
     "runs": "runs",
     "convert": "convert runs/tiny",
     "bench": "bench --variants fused-adamw --rows 1 --context-length 16 --steps 1 --device cpu --data shards",
 }
-WITH_JSON = ("inspect", "generate", "evaluate", "doctor", "plan", "runs", "bench")
+WITH_JSON = ("inspect", "generate", "evaluate", "doctor", "plan", "ablate", "runs", "bench")
 SLOW = {"bench"}
 BAD_INPUTS = """
 trian | xyzzy | train tiny.toml --n-layr 3 | evaluate runs/tiny --jsn | generate runs/tiny --zzz
@@ -88,7 +90,7 @@ train tiny.toml --run-name x --batch-ramp-start-tokens 96 --batch-ramp-tokens 10
 train tiny.toml --run-name x --spike-sigma 6 --precision fp16
 train tiny.toml --run-name x --shuffle-window 100 --packing best-fit
 train tiny.toml --run-name x --mixture shards | train tiny.toml --run-name x --mixture shards=1 shards=1
-train tiny.toml --run-name x --max-time soon | train tiny.toml --run-name a/b
+train tiny.toml --run-name x --max-time soon | train tiny.toml --run-name a/b/c
 train tiny.toml --run-name x --warmup-steps 50 | train tiny.toml --run-name x --data nowhere
 train tiny.toml --run-name x --device gpu | train tiny.toml --run-name x --trackers mlflow
 train tiny.toml --run-name x --init-from runs/nowhere
@@ -116,6 +118,15 @@ doctor tiny.toml --benchmarks nowhere.jsonl | bench --model gpt2-123m | bench --
 bench --rows 0 --steps 0 --context-length 5000 | launch gpt2-124m | launch gpt2-124m --slurm --kubernetes
 launch gpt2-124m --kubernetes --partition gpu --hours 0 --nodes 0
 launch gpt2-124m --slurm --nodes 3 --gpus-per-node 7 | launch gpt2-124m --slurm --processes 2 --data shards
+ablate | ablate tiny.toml | ablate tiny.toml --baseline gpt2-123m | ablate tiny.toml --control --seeds 0
+ablate tiny.toml --control --seeds 1,2,1 --max-time 1h --evaluate-every-steps off
+ablate tiny.toml --add positions --add positons=rotary --add qk_norm=maybe --add positions=learned
+ablate tiny.toml --add biases=false --add biases=false | ablate tiny.toml --baseline quickstart
+ablate tiny.toml --leave-out positions,n_layer | ablate tiny.toml --qk-norm --leave-out qk_nrm,dropout
+ablate tiny.toml --positions rotary --rotary-base 500 --leave-out positions
+ablate tiny.toml --control --tune seed=1,2 --tune beta1=0.9 --tune matrix_learning_rate=0.01,0.02
+ablate tiny.toml --add qk_norm=true --total-tokens 256 | ablate tiny.toml --baseline bad-value.toml
+ablate tiny.toml --baseline tiny.toml --add qk_norm=true
 report nowhere | report runs/tiny --out corpus | runs nowhere | quickstart --frsh
 """
 
@@ -191,6 +202,7 @@ def printed(tmp_path_factory):
         for name, value in {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}.items():
             patch.setenv(name, value)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setattr(campaign, "run_overnight", cli.main)  # in this process
         patch.chdir(folder)
         write_inputs(folder)
         yield {name: call(COMMANDS[name]) for name in ("prepare", "train")}
@@ -232,7 +244,7 @@ def test_command_prints_golden_json(name, printed, check):
 
 def test_bad_inputs(printed, check):
     """Each ends with one sentence and exit status 2; no run is begun."""
-    rows = []
+    rows, before = [], sorted(Path("runs").iterdir())
     for line in (line.strip() for part in BAD_INPUTS.strip().splitlines() for line in part.split("|")):
         status, _, err = call(line)
         sentence = err.replace(f"{Path.cwd()}/", "").splitlines()[-1]  # after the lines of progress
@@ -241,7 +253,7 @@ def test_bad_inputs(printed, check):
         rows.append(f"$ overnight {line}\n[{status}] {sentence}\n")
     accepted = [row for row in rows if "\n[2] overnight: " not in row]
     assert not accepted, "".join(accepted)
-    assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
+    assert sorted(Path("runs").iterdir()) == before
     check("bad_inputs.txt", "".join(rows))
 
 

@@ -17,10 +17,14 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]
 HASH = re.compile("[0-9a-f]{32,}")
 
 
-def render(template: str, **values: Any) -> str:
-    """A file of templates/ filled with these values, which are escaped unless they are Markup."""
+def render(template: str, package: str = "overnight.report", **values: Any) -> str:
+    """A file of templates/ filled with these values, which are escaped unless they are Markup.
+
+    A template of another package may extend and import those of the report.
+    """
+    loaders = [jinja2.PackageLoader(name) for name in dict.fromkeys((package, "overnight.report"))]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("overnight.report"),
+        loader=jinja2.ChoiceLoader(loaders),
         autoescape=True,
         finalize=_printable,
         trim_blocks=True,

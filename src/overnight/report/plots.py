@@ -163,12 +163,19 @@ def loss_chart(run: RunData) -> Markup:
         _set_ticks(axes, WIDE, "steps")
         _write_tokens_above(axes, run)
         _write_line_ends(axes, ends)
-        return _labelled(figure, description, WIDE)
+        return in_box(figure, description)
 
 
-def comparison_chart(runs: Sequence[RunData], names: Sequence[str]) -> Markup:
-    """Training and validation loss of several runs over tokens."""
-    drawn = [(run, name, run_style(at)) for at, (run, name) in enumerate(zip(runs, names, strict=True))]
+def comparison_chart(
+    runs: Sequence[RunData], names: Sequence[str], styles: Sequence[int] | None = None
+) -> Markup:
+    """Training and validation loss of several runs over tokens.
+
+    Runs of equal `styles` look alike; each has its own if they are left out. A run with the name "" has no
+    name at the end of its line.
+    """
+    numbers = range(len(runs)) if styles is None else styles
+    drawn = [(run, name, run_style(at)) for run, name, at in zip(runs, names, numbers, strict=True)]
     drawn = [each for each in drawn if each[0].steps >= 2]
     description = "Training and validation loss of every run over tokens"
     with new_chart(description, WIDE.size, WIDE.margins) as (figure, axes):
@@ -180,12 +187,13 @@ def comparison_chart(runs: Sequence[RunData], names: Sequence[str]) -> Markup:
             _plot(axes, tokens, smooth, SMOOTH_POINTS, alpha=0.5, linewidth=1.2, **style)
             axes.plot(at, evaluated, linewidth=1.8, marker="o", markersize=4, **style)
             text = name if len(name) <= 17 else f"{name[:16]}…"
-            ends.append(LineEnd(evaluated[-1] if evaluated.size else smooth[-1], text, style["color"]))
+            if name:
+                ends.append(LineEnd(evaluated[-1] if evaluated.size else smooth[-1], text, style["color"]))
         axes.set_xlim(0, max(run.metrics["tokens"][-1] for run, _, _ in drawn) or 1)
         axes.set_ylim(visible_loss([run for run, _, _ in drawn], "tokens"))
         _set_ticks(axes, WIDE, "tokens")
         _write_line_ends(axes, ends)
-        return _labelled(figure, description, WIDE)
+        return in_box(figure, description)
 
 
 def metric_chart(run: RunData, name: str) -> Markup:
@@ -207,7 +215,7 @@ def metric_chart(run: RunData, name: str) -> Markup:
             axes.set_ylim(0, 1.08 * top)
         formats = {"learning_rate": scientific, "tokens_per_second": short}
         _set_ticks(axes, SMALL, "", formats.get(name, "{:g}".format))
-        return _labelled(figure, description, SMALL)
+        return in_box(figure, description, SMALL)
 
 
 def task_chart(lines: Sequence[dict[str, Any]], description: str) -> Markup:
@@ -219,7 +227,7 @@ def task_chart(lines: Sequence[dict[str, Any]], description: str) -> Markup:
         axes.plot(steps, chance, color=PLAIN, linewidth=0.9, linestyle=(0, (3, 3)))
         axes.set_xlim(0, steps[-1])
         _set_ticks(axes, SMALL, "")
-        return _labelled(figure, description, SMALL)
+        return in_box(figure, description, SMALL)
 
 
 def run_style(index: int) -> dict[str, Any]:
@@ -305,7 +313,7 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     return [placed[rank] for rank in np.argsort(order)]
 
 
-def _labelled(figure: Figure, description: str, layout: ChartLayout) -> Markup:
+def in_box(figure: Figure, description: str, layout: ChartLayout = WIDE) -> Markup:
     """The chart in a box that scrolls where it is too wide; screen readers read out `description`."""
     svg = to_svg(figure, description)
     box = Markup('<div class="chart {}" role="img" aria-label="{}" tabindex="{}">{}</div>')
