@@ -68,6 +68,7 @@ SMALLEST = {
     "generate": f"--batch 1 --prompt 4 --new 4 --top-k 5 --sides overnight {ONE_LAYER}",
     "hellaswag": "--questions {data}/hellaswag/hellaswag_val_first2000.jsonl --count 2 --warm-ups 0 "
     f"--bpe {{data}}/gpt2-bpe {ONE_LAYER}",
+    "memory": "--layers 1 --channels 16 --context 16 --vocabulary 64 --rows 1 --parts rotary",
     "plan": "small.toml --steps 6 --seconds 1",
     "prepare": "--tokenizer bpe-300 --repeats 1",
     "rounding": "model --text text/001.txt",
@@ -77,6 +78,7 @@ SMALLEST = {
     "stream": "--small 3000 --large 100000 --context 16 --batches 2 --repeats 1",
     "train_step": "--data shards --sides overnight transformers-fp32 --rows 1 --micro-batches 1 "
     "--context 16 --layers 1 --steps 1 --warm-ups 2",
+    "window": "--rows 1 --context 16 --window 4 --repeats 1",
 }
 QUICK = ("bands", "corpus", "hellaswag", "rounding", "stream")  # two seconds each
 

@@ -226,7 +226,8 @@ def trained(shared_folder, tmp_path_factory, recipe):
     teams = Teams(tmp_path_factory.mktemp("trained"))
 
     def train(size: int, *, machines: int = 1, at_once: int | None = 3, **settings: Any) -> Trained:
-        name = "-".join(map(str, [size, machines, at_once, *itertools.chain(*sorted(settings.items()))]))
+        values = "-".join(map(str, [size, machines, at_once, *itertools.chain(*sorted(settings.items()))]))
+        name = hashlib.sha256(values.encode()).hexdigest()[:16]
         path, notes = shared_folder / name, shared_folder / f"{name}.pickle"
         with FileLock(shared_folder / f"{name}.lock"):
             if not notes.is_file():

@@ -128,6 +128,22 @@ def train_poisoned(recipe: Any, path: Path, steps: Sequence[int]) -> tuple[str, 
     return message, [skipped.rows for skipped in states[-1].guard.skipped]
 
 
+def train_with_digests(recipe: Any, path: Path, step: int) -> list[str]:
+    """A run whose loss of this step is NaN; a digest of all that this process keeps before each step."""
+    found: list[str] = []
+
+    def poisoned(state: Any, setup: Any) -> Any:
+        kept = [tensor for each in state.optimizer.state.values() for tensor in each.values()]
+        content = b"".join(each.detach().numpy().tobytes() for each in [*state.model.parameters(), *kept])
+        found.append(hashlib.sha256(content).hexdigest())
+        factor = float("nan") if state.step == step else 1.0
+        return dataclasses.replace(setup, loss=lambda ids, targets: setup.loss(ids, targets) * factor)
+
+    before_each_step(poisoned)
+    run_train.train_recipe(recipe, RunDirectory(path))
+    return found
+
+
 def train_until(recipe: Any, path: Path, step: int, rank: int, ending: str) -> None:
     """A run in which something happens to one process after `step` steps."""
 

@@ -65,6 +65,9 @@ def test_incomplete_launcher_environment(folder, capsys, monkeypatch, missing):
         (3, [], "tokens_per_step=512 .* 3 processes.*480 .*576"),
         (2, ["--micro-batch-size", "16"], "micro_batch_size=16"),
         (2, ["--precision", "fp16", "--sharding", "zero1"], "=fp16 .*bf16"),
+        (2, ["--optimizer", "muon", "--sharding", "fsdp"], "muon .*sharding=fsdp .*none or zero1"),
+        (2, ["--optimizer", "muon", "--sharding", "hsdp"], "muon .*sharding=hsdp .*none or zero1"),
+        (2, ["--optimizer", "muon", "--precision", "fp16"], "muon .*precision=fp16.*bf16"),
     ],
 )
 def test_refused_by_all_is_printed_once(team, folder, size, words, named):

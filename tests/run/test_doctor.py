@@ -90,6 +90,37 @@ def test_doctor_passes_a_sound_recipe(open_context, here, capsys):
     assert lines[-1] == "next: overnight train small.toml --total-steps 20"
 
 
+MODERN = {
+    **{"positions": "rotary", "normalization": "rms", "norm_gains": False, "biases": False, "qk_norm": True},
+    **{"activation": "relu2", "tied_head": False, "embedding_norm": True, "zero_projections": True},
+    **{"logit_softcap": 15.0, "embedding_shortcut": True, "value_embeddings": "alternate"},
+}
+OTHERS = {
+    **{"positions": "rotary", "latent_rank": 8, "window_pattern": "SL", "short_window": 5},
+    **{"n_expert": 4, "shared_experts": 1, "activation": "swiglu"},
+}
+
+
+@pytest.mark.parametrize("parts", [MODERN, OTHERS], ids=["modern", "others"])
+def test_doctor_passes_other_parts_with_muon(parts, check, recipe):
+    """Every check means something there: projections of the checked model do not begin at 0."""
+    model = dataclasses.replace(recipe().model, **parts)
+    optimizer = OptimizerConfig(optimizer="muon", peak_learning_rate=4e-3)
+    found = check(model=model, optimizer=optimizer)
+    assert failures(found) == {}
+    assert {name for name, result in found.items() if result.passed is None} <= {
+        "contamination",
+        "reference",
+        "precision",
+    }
+
+
+def test_wrong_rate_of_muon_is_found(check):
+    optimizer = OptimizerConfig(optimizer="muon", matrix_learning_rate=2.0)
+    found = failures(check("learning-rate", optimizer=optimizer))
+    assert "matrix_learning_rate=2 is 100 times Muon's usual" in found["learning-rate"]
+
+
 def test_json_has_the_chosen_checks(open_context, capsys):
     open_context()  # writes small.toml
     words = ["--only", "gradients", "learning-rate", "precision", "--peak-learning-rate=7", "--json"]

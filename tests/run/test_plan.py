@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from overnight.planning.measure import build_trial, cost_quartiles, measure_step
 from overnight.recipe import Recipe, Resolved
 from overnight.run.train import train_recipe
 from overnight.run_directory import RunDirectory
+from overnight.training import OptimizerConfig
 from overnight.training.batch import BatchConfig, plan_batches
 from overnight.training.checkpoint.format import list_checkpoints
 from overnight.training.schedule import ScheduleConfig
@@ -43,11 +45,18 @@ def resolved(planned: Recipe) -> Resolved:
     return estimate_plan(PlanConfig(**vars(planned)), "small").resolved
 
 
+MODERN = dataclasses.replace(
+    SIZES, positions="rotary", normalization="rms", tied_head=False, value_embeddings="all", n_expert=4
+)
+
+
+@pytest.mark.parametrize("model, optimizer", [(SIZES, "adamw"), (MODERN, "muon")], ids=["gpt2", "modern"])
 def test_plan_counts_what_a_run_does(
-    planned: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: ModelConfig, optimizer: Any, planned: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    planned = dataclasses.replace(planned, batch=BatchConfig(tokens_per_step=64 * 32))
+    planned = dataclasses.replace(planned, batch=BatchConfig(tokens_per_step=64 * 32), model=model)
+    planned = dataclasses.replace(planned, optimizer=OptimizerConfig(optimizer=optimizer))
     plan = plan_recipe(PlanConfig(**vars(planned), seconds=0.2), "small")
     assert plan.fits
     assert plan.forecast is not None

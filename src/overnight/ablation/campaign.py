@@ -37,7 +37,7 @@ from overnight.run.train import STOP_SIGNALS, open_initial_model
 from overnight.run_directory import RunDirectory
 from overnight.runs.status import describe_run
 from overnight.terminal import byte_size, echo, shell_command
-from overnight.training.checkpoint.format import BYTES_PER_SAVED_PARAMETER
+from overnight.training.moments import saved_bytes
 
 # -P: no module of the current folder is imported. The run is saved if this process is killed.
 PROGRAM = (
@@ -97,8 +97,9 @@ class Campaign:
         problems = [f"{_list_briefly(names)}: {reason}" for reason, names in by_reason.items()]
         raise_problems(problems, str(self.folder))
         missing = [run for run in runs if not is_trained(run)]
-        needed = BYTES_PER_SAVED_PARAMETER * sum(
-            run.resolved.model.parameter_count() for run in [*missing, *missing[-1:]]
+        needed = sum(
+            saved_bytes(run.resolved.model, run.resolved.recipe.optimizer)
+            for run in [*missing, *missing[-1:]]
         )
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
         if needed > (free := shutil.disk_usage(existing).free):

@@ -159,7 +159,10 @@ def step_batch(run: RunSetup) -> Batch:
 
 
 def _shrink_model(sizes: ModelConfig) -> ModelConfig:
-    """The same switches in at most 2 layers and 128 channels; heads keep their channels."""
+    """The same switches in at most 2 layers and 128 channels; heads keep their channels.
+
+    Projections do not begin at 0: otherwise no block would change a logit, and most gradients would be 0.
+    """
     heads = max(1, min(sizes.n_head, CHANNELS // sizes.head_channels))
     context, channels = min(sizes.context_length, CONTEXT), heads * sizes.head_channels
     width, trained = sizes.feed_forward_width, sizes.trained_context_length
@@ -171,6 +174,7 @@ def _shrink_model(sizes: ModelConfig) -> ModelConfig:
         context_length=context,
         vocab_size=None,
         dropout=0.0,
+        zero_projections=False,
         n_kv_head=None if sizes.n_kv_head is None else math.gcd(heads, sizes.n_kv_head),
         feed_forward_width=None if width is None else max(1, width * channels // sizes.n_embd),
         trained_context_length=None if trained is None else max(1, trained * context // sizes.context_length),
@@ -211,6 +215,7 @@ def shrink(recipe: Recipe, sizes: ModelConfig, folder: Path, world: World, text:
         for name, word in words.items()
         if getattr(model, name) != getattr(sizes, name)
     ]
+    reductions += ["projections that are not 0"] * sizes.zero_projections
     reductions += ["no dropout"] * (sizes.dropout > 0) + [text] * bool(text)
     return TinyRun(small, world, ", ".join(reductions))
 

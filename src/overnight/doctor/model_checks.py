@@ -18,6 +18,7 @@ from overnight.doctor.check import CheckResult, skipped
 from overnight.doctor.context import DoctorContext, step_batch
 from overnight.generation import SamplingConfig, generate
 from overnight.model.gpt import GPT, eval_mode
+from overnight.model.initialization import HEAD_DEVIATION
 from overnight.training import step as step_module
 from overnight.training.batch import constant_plan
 from overnight.training.checkpoint import load, save
@@ -36,15 +37,16 @@ REFERENCE_TOLERANCE = 1e-4  # of the largest logit, in float32; README.md has 1.
 def check_initial_loss(context: DoctorContext) -> CheckResult:
     """The loss before the first step is what GPT-2's initialisation gives.
 
-    A hidden state after a layer norm has C channels of variance 1, so that its product with a row of the
-    embedding, N(0, 0.02), has variance s^2 = 0.02^2 C. The logits are nearly normal: the mean of their
-    log-sum-exp is ln V + s^2 / 2, and that of the target's logit is 0.
+    A hidden state after a normalization has C channels of variance 1, so that its product with a row of the
+    embedding, N(0, 0.02), has variance s^2 = 0.02^2 C; an output layer of its own begins smaller. The logits
+    are nearly normal: the mean of their log-sum-exp is ln V + s^2 / 2, and that of the target's logit is 0.
     """
     run = context.tiny_run.build()
     model, batch = run.state.model, step_batch(run)
     with torch.no_grad():
         loss = run.training.loss(batch.ids, batch.targets).item() / batch.targets.numel()
-    spread = INITIAL_STANDARD_DEVIATION * math.sqrt(model.config.n_embd)
+    deviation = INITIAL_STANDARD_DEVIATION if model.config.tied_head else HEAD_DEVIATION
+    spread = deviation * math.sqrt(model.config.n_embd)
     expected = math.log(model.vocab_size) + spread**2 / 2
     tolerance = INITIAL_TOLERANCE + spread
     cause = (
@@ -233,7 +235,8 @@ def _contents_of(state: TrainState) -> dict[str, Tensor]:
     for name, weight in state.model.named_parameters():
         found[f"the weight {name}"] = weight.detach()
         for moment, value in state.optimizer.state.get(weight, {}).items():
-            found[f"AdamW's {moment} of {name}"] = torch.as_tensor(value)
+            whose = "AdamW's" if moment.startswith("exp_avg") else "Muon's"
+            found[f"{whose} {moment} of {name}"] = torch.as_tensor(value)
     return found
 
 

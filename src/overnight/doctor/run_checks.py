@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from overnight.doctor.check import CheckResult
 from overnight.doctor.context import DoctorContext
 from overnight.planning.plan import quick_forecast
 from overnight.terminal import byte_size, duration
+from overnight.training import MATRIX_LEARNING_RATE
 from overnight.training.memory import USABLE_FRACTION
 
 DRAWN_COLUMNS, DRAWN_ROWS = 60, 5
@@ -21,6 +23,7 @@ FLOOR_TOLERANCE = 0.02  # of the peak
 # 0.74 divided by the channels. GPT-2 124M still trained at 17 times 0.46 / 768 (repgpt's tuned 1e-2).
 PEAK_TIMES_CHANNELS = 0.46
 PRETRAINING, FINE_TUNING = (0.1, 20.0), (0.001, 2.0)  # plausible multiples of the usual peak
+MATRIX_RATES = (0.05, 5.0)  # plausible multiples of Muon's usual rate
 BUSY = 1.5  # load average per core; this command itself counts as one
 
 
@@ -62,19 +65,46 @@ def check_schedule(context: DoctorContext) -> CheckResult:
 
 
 def check_peak(context: DoctorContext) -> CheckResult:
-    """The peak learning rate is near the one in GPT-3's table for this number of channels."""
-    peak, channels = context.recipe.optimizer.peak_learning_rate, context.sizes.n_embd
+    """The peak learning rate is near the one in GPT-3's table for this number of channels.
+
+    So is Muon's near the published one, which does not depend on the number of channels.
+    """
+    optimizer, channels = context.recipe.optimizer, context.sizes.n_embd
+    peak = optimizer.peak_learning_rate
     usual = PEAK_TIMES_CHANNELS / channels
     lowest, highest = (usual * times for times in (PRETRAINING if context.is_pretraining else FINE_TUNING))
-    effect = "training diverges or stays on a plateau" if peak > highest else "the weights hardly change"
-    return CheckResult(
-        passed=lowest <= peak <= highest,
+    faults = []
+    if not lowest <= peak <= highest:
+        faults.append(
+            f"peak_learning_rate={peak:.3g} is {peak / usual:.3g} times that of GPT-3's table 2.1 at "
+            f"{channels:,} channels, about {usual:.1g}: {_effect(peak > highest)}"
+        )
+    result = CheckResult(
+        passed=not faults,
         measured=f"{peak:.2g}",
         bound=f"{lowest:.2g} to {highest:.2g} at {channels:,} channels",
-        cause=f"peak_learning_rate={peak:.3g} is {peak / usual:.3g} times that of GPT-3's table 2.1 at "
-        f"{channels:,} channels, about {usual:.1g}: {effect}; check its decimal places",
         figures={"peak": peak, "usual": usual},
     )
+    if optimizer.optimizer == "muon":
+        rate = optimizer.matrix_rate
+        least, most = (MATRIX_LEARNING_RATE * times for times in MATRIX_RATES)
+        if not least <= rate <= most:
+            faults.append(
+                f"matrix_learning_rate={rate:.3g} is {rate / MATRIX_LEARNING_RATE:.3g} times Muon's usual "
+                f"one, {MATRIX_LEARNING_RATE:.2g}: {_effect(rate > most)}"
+            )
+        result = dataclasses.replace(
+            result,
+            measured=f"{peak:.2g}, matrices {rate:.2g}",
+            bound=f"{result.bound}; {least:.2g} to {most:.2g}",
+            figures={**result.figures, "matrix_rate": rate},
+        )
+    cause = f"{'; '.join(faults)}; check its decimal places"
+    return dataclasses.replace(result, passed=not faults, cause=cause)
+
+
+def _effect(is_high: bool) -> str:
+    return "training diverges or stays on a plateau" if is_high else "the weights hardly change"
 
 
 def draw(rate: Callable[[int], float], total_steps: int) -> list[str]:

@@ -20,6 +20,7 @@ from overnight.model.kernels import CausalKernel, DocumentKernel, Visible, atten
 from overnight.model.model_config import VALUE_GATE_CHANNELS, ModelConfig
 from overnight.model.norms import build_norm, unchanged, zero_embedding
 from overnight.model.positions import rotate
+from overnight.model.windows import attend_in_window
 
 
 class HeadMixing(nn.Module):
@@ -39,8 +40,11 @@ class HeadMixing(nn.Module):
         """(B, H, T, D) -> the output of attention (B, T, C)."""
         dropout = self.dropout if self.training else 0.0
         visible = Visible(mask, inputs.document_BT, self.window, inputs.positions)
-        kernels = self.kernel, self.document_kernel
-        mixed_BHTD = attend(q_BHTD, k_BHSD, v_BHSD, visible, kernels, dropout)
+        if self.window is not None:
+            mixed_BHTD = attend_in_window(q_BHTD, k_BHSD, v_BHSD, visible, self.kernel, dropout)
+        else:
+            kernels = self.kernel, self.document_kernel
+            mixed_BHTD = attend(q_BHTD, k_BHSD, v_BHSD, visible, kernels, dropout)
         mixed_BTC = mixed_BHTD.transpose(1, 2).flatten(2)
         return F.dropout(self.c_proj(mixed_BTC), self.dropout, self.training)
 
@@ -139,7 +143,7 @@ class LatentAttention(HeadMixing):
         content, P = self.D - self.P, self.P
         q_BHTD = self.c_query(x_BTC).unflatten(2, (self.heads, self.D)).transpose(1, 2)
         latent_BTR, key_BTP = self.c_latent(x_BTC).split((self.R, P), dim=2)
-        latent_B1SR = self.ln_latent(latent_BTR)[:, None].to(q_BHTD.dtype)
+        latent_B1SR = self.ln_latent(latent_BTR.float())[:, None].to(q_BHTD.dtype)
         key_B1SP = rotate(key_BTP[:, None], inputs.rotation).to(q_BHTD.dtype)
         q_BHTP = rotate(q_BHTD[..., content:], inputs.rotation).to(q_BHTD.dtype)
         mask = None

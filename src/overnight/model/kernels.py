@@ -62,36 +62,15 @@ def attend(
     """Attention of T queries over the newest S keys that are visible: (B, H, T, D)."""
     mask, document_BT, window, _ = visible
     kernel, document_kernel = kernels
+    assert window is None, "windows.attend_in_window has windows"
     assert mask is None or not torch.is_grad_enabled(), NO_MASKS_IN_TRAINING
     assert mask is None or document_BT is None, "a cache holds one document"
-    if window is not None:
-        return attend_in_window(q_BHTD, k_BHSD, v_BHSD, visible, dropout_p)
     with allowed_backends(kernel):
         if document_BT is None:
             return attend_causal(q_BHTD, k_BHSD, v_BHSD, mask, kernel, dropout_p)
         # Evaluation uses the mask, so that it does not depend on the kernel used in training.
         chosen = document_kernel if torch.is_grad_enabled() else "mask"
         return attend_within_documents(q_BHTD, k_BHSD, v_BHSD, document_BT, chosen, dropout_p)
-
-
-def attend_in_window(
-    q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, visible: Visible, dropout_p: float
-) -> Tensor:
-    """Attention within a window, by a mask in the full square."""
-    mask, document_BT, window, positions = visible
-    T, S = q_BHTD.shape[2], k_BHSD.shape[2]
-    if positions is None or T < S:  # of cached keys the differences of positions are those of columns
-        positions = torch.arange(S, device=q_BHTD.device)
-    distance = positions[..., -T:, None] - positions[..., None, :]
-    seen = (distance >= 0) & (distance < (window or S))
-    if seen.dim() == 3:
-        seen = seen[:, None]
-    if mask is not None:
-        seen = seen & mask
-    if document_BT is not None:
-        seen = seen & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
-    with sdpa_kernel(WITHOUT_CUDNN):
-        return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=seen, dropout_p=dropout_p)
 
 
 def attend_causal(

@@ -9,7 +9,7 @@ import sys
 from typing import NamedTuple
 
 from overnight.config import nearest, raise_problems
-from overnight.distributed.world import count_processes, open_world
+from overnight.distributed.world import World, count_processes, open_world
 from overnight.hardware import (
     DEVICES,
     Device,
@@ -34,6 +34,7 @@ from overnight.terminal import echo, join_words, quote
 from overnight.training import Compute
 from overnight.training.compute import complete_compute, resolve_compute
 from overnight.training.memory import Resources, fits_into
+from overnight.training.sharding import unsupported_reasons
 
 UNKNOWN = Device("unknown", r"(?!)")
 
@@ -84,8 +85,18 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
     sizes = model_config_of(config, text.vocab_size)
     resolved = resolve(plain_recipe(config), sizes, config.data, target.compute, resources)
     sharding = resolved.compute.sharding if processes > 1 else "none"
+    together = World(
+        rank=0,
+        size=processes,
+        device=target.compute.device,
+        local_size=target.processes,
+        is_distributed=True,
+    )
+    reasons = unsupported_reasons(resolved.compute, config.optimizer.optimizer, together)
+    raise_problems(reasons, f"recipe {config.run_name}")
     layout = build_parallel_layout(target.device, config.network, resources, sharding)
-    memory = layout.estimate_memory(sizes, resolved.plan.micro_batch_size, resolved.compute)
+    rows = resolved.plan.micro_batch_size
+    memory = layout.estimate_memory(sizes, rows, resolved.compute, resolved.recipe.optimizer)
     precision = resolved.compute.precision
     peak_flops = target.device and target.device.peak_flops(precision)
     one = "" if is_here or processes > 1 else "one "

@@ -20,8 +20,9 @@ from overnight.preparation.sources import NAMED_SOURCES
 from overnight.recipe import Recipe, Resolved
 from overnight.terminal import shell_command
 from overnight.tokenizer.open_tokenizer import load_tokenizer
+from overnight.training import OptimizerConfig
 from overnight.training.batch import ROWS_AT_MOST
-from overnight.training.checkpoint.format import BYTES_PER_SAVED_PARAMETER
+from overnight.training.moments import count_saved_tensors, saved_bytes
 
 BYTES_PER_SAVED_TENSOR = 110  # its entry in the header of a safetensors file
 BYTES_OF_CHECKPOINT_METADATA = 1500  # state.json and MANIFEST.json
@@ -140,7 +141,7 @@ def count_run(resolved: Resolved, validation_tokens: int | None) -> RunCounts:
         evaluated_tokens=evaluated,
         sampled_tokens=count_times(samples.sample_every_steps, steps) * sampled,
         checkpoints=max(1, count_times(recipe.checkpoints.checkpoint_every_steps, steps)),
-        checkpoint_bytes=checkpoint_bytes(resolved.model),
+        checkpoint_bytes=checkpoint_bytes(resolved.model, recipe.optimizer),
     )
 
 
@@ -157,11 +158,10 @@ def count_times(every_steps: int | None, steps: int) -> int:
     return 0 if every_steps is None else -(-steps // every_steps)
 
 
-def checkpoint_bytes(model: ModelConfig) -> int:
+def checkpoint_bytes(model: ModelConfig, optimizer: OptimizerConfig) -> int:
     """Size of one checkpoint on the disk."""
-    tensors = 3 * (4 + 12 * model.n_layer)
-    parameters = BYTES_PER_SAVED_PARAMETER * model.parameter_count()
-    return parameters + tensors * BYTES_PER_SAVED_TENSOR + BYTES_OF_CHECKPOINT_METADATA
+    headers = count_saved_tensors(model, optimizer) * BYTES_PER_SAVED_TENSOR
+    return saved_bytes(model, optimizer) + headers + BYTES_OF_CHECKPOINT_METADATA
 
 
 def predict_disk(recipe: Recipe, counts: RunCounts, text: TokenCounts) -> dict[str, int]:

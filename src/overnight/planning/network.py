@@ -22,9 +22,9 @@ from overnight.hardware import GB, Device
 from overnight.model.model_config import ModelConfig, parameter_shapes
 from overnight.planning.estimate import StepCost, possible_micro_batches
 from overnight.recipe import Resolved
-from overnight.training import Compute, Sharding
+from overnight.training import Compute, OptimizerConfig, Sharding
+from overnight.training.activations import FLOAT32
 from overnight.training.memory import (
-    FLOAT32,
     MemoryEstimate,
     Resources,
     estimate_memory,
@@ -123,9 +123,12 @@ class ParallelLayout:
         """Number of processes that take part in one collective."""
         return {"machine": self.processes_per_machine, "machines": self.machines}.get(among, self.processes)
 
-    def estimate_memory(self, model: ModelConfig, rows: int, compute: Compute) -> MemoryEstimate:
+    def estimate_memory(
+        self, model: ModelConfig, rows: int, compute: Compute, optimizer: OptimizerConfig
+    ) -> MemoryEstimate:
         """Memory of one process."""
-        return estimate_memory(model, rows, compute, self.processes, self.processes_per_machine)
+        processes = self.processes, self.processes_per_machine
+        return estimate_memory(model, rows, compute, *processes, optimizer)
 
     def describe(self, device_name: str) -> str:
         """The machines, as text; a single device by its name only."""
@@ -155,13 +158,15 @@ def compare_shardings(resolved: Resolved, resources: Resources) -> dict[Sharding
 
     Only one was considered if the recipe sets it.
     """
-    _, memory_bytes, *processes = resources
     model, rows, compute = resolved.model, resolved.plan.micro_batch_size, resolved.compute
+    optimizer = resolved.recipe.optimizer
     if resources.processes == 1:
         return {}
     if resolved.recipe.compute.sharding is not None:
-        return {compute.sharding: estimate_memory(model, rows, compute, *processes).together}
-    return try_shardings(model, rows, compute, memory_bytes, *processes)
+        _, _, processes, per_machine = resources
+        needed = estimate_memory(model, rows, compute, processes, per_machine, optimizer)
+        return {compute.sharding: needed.together}
+    return try_shardings(model, rows, compute, resources, optimizer)
 
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast"]
@@ -347,7 +352,7 @@ def find_faster(
         compute = dataclasses.replace(before, activation_checkpointing=level)
         options = f"--activation-checkpointing {level} " if compute != before else ""
         for rows in possible_micro_batches(resolved, layout.processes):
-            needed = layout.estimate_memory(model, rows, compute).together
+            needed = layout.estimate_memory(model, rows, compute, resolved.recipe.optimizer).together
             if rows < batch.micro_batch_size or not fits_into(memory_bytes, needed):
                 continue
             recomputation = model.executed_flops_per_token(level) / executed

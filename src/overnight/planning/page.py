@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from overnight.model.parts import describe_parts
 from overnight.planning.plan import Plan
 from overnight.terminal import byte_size, duration, short
 from overnight.training.memory import fits_into
@@ -31,6 +32,8 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     found = {
         "recipe": plan.name,
         "parameters": resolved.model.parameter_count(),
+        "flops_per_token": resolved.model.flops_per_token(),
+        "optimizer": resolved.recipe.optimizer.optimizer,
         "measured": plan.assumption is None,
         **dataclasses.asdict(resolved.recipe.compute),
         **{name: getattr(plan, name) for name in same},
@@ -91,8 +94,9 @@ def _render(plan: Plan) -> str:
     )
     for function in (plural, byte_size, percent_range, brief, date, dollars, duration, short):
         environment.filters[function.__name__] = function
+    settings = dataclasses.asdict(plan.resolved.model) | dataclasses.asdict(plan.resolved.recipe.optimizer)
     return environment.get_template("plan.txt").render(
-        plan=plan, memory=vars(plan.memory), fits_into=fits_into
+        plan=plan, memory=vars(plan.memory), fits_into=fits_into, parts=describe_parts(settings)
     )
 
 

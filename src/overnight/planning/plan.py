@@ -32,6 +32,7 @@ from overnight.training import Sharding
 from overnight.training.memory import (
     FitOption,
     MemoryEstimate,
+    Resources,
     estimate_memory,
     fits_into,
     largest_that_fits,
@@ -127,7 +128,8 @@ class Plan:
     def memory(self) -> MemoryEstimate:
         """Memory of one process."""
         resolved = self.resolved
-        return self.layout.estimate_memory(resolved.model, resolved.plan.micro_batch_size, resolved.compute)
+        rows = resolved.plan.micro_batch_size
+        return self.layout.estimate_memory(resolved.model, rows, resolved.compute, resolved.recipe.optimizer)
 
     @property
     def needed_bytes(self) -> int:
@@ -213,7 +215,8 @@ def with_measured_costs(plan: Plan, seconds: float) -> Plan:
     The costs are assumed if the model does not fit into one device.
     """
     layout, resolved, flops = plan.layout, plan.resolved, plan.peak_flops
-    whole = estimate_memory(resolved.model, resolved.plan.micro_batch_size, resolved.compute)
+    rows, optimizer = resolved.plan.micro_batch_size, resolved.recipe.optimizer
+    whole = estimate_memory(resolved.model, rows, resolved.compute, optimizer=optimizer)
     if layout.processes > 1 and not fits_into(plan.device_memory_bytes or 0, whole.together):
         basis = f": {describe_assumption('', flops, resolved.compute.precision)}" if flops else ""
         return with_assumed_costs(dataclasses.replace(plan, assumption=TOO_LARGE + basis))
@@ -252,24 +255,27 @@ def with_fit_options(plan: Plan) -> Plan:
     """The plan of a model that does not fit as configured, with the options and the model that would."""
     resolved, layout, memory_bytes = plan.resolved, plan.layout, plan.device_memory_bytes or 0
     possible = possible_micro_batches(resolved, layout.processes)
-    group = (layout.processes, layout.processes_per_machine)
+    optimizer = resolved.recipe.optimizer
+    device, group = resolved.compute.device, (layout.processes, layout.processes_per_machine)
+    resources = Resources(device, memory_bytes, *group)
     is_alone = layout.processes == 1 and not layout.is_on_cpu
     return dataclasses.replace(
         plan,
         fits=False,
-        fit_options=tuple(suggest_fits(resolved.model, resolved.compute, possible, memory_bytes, *group)),
+        fit_options=tuple(suggest_fits(resolved.model, resolved.compute, possible, resources, optimizer)),
         fit_in_processes=find_processes(resolved, memory_bytes) if is_alone else None,
-        largest_fitting=largest_that_fits(resolved.compute, memory_bytes, *group),
+        largest_fitting=largest_that_fits(resolved.compute, resources, optimizer),
     )
 
 
 def find_processes(resolved: Resolved, memory_bytes: int) -> FitOption | None:
     """The fewest GPUs of one machine, up to eight, whose memory is enough for a model too large for one."""
-    before = resolved.compute
+    before, optimizer = resolved.compute, resolved.recipe.optimizer
     for level in (before.activation_checkpointing, "selective", "block"):
         compute = dataclasses.replace(before, activation_checkpointing=level)
         for count in (2, 4, 8):
-            *_, needed = try_shardings(resolved.model, 1, compute, memory_bytes, count, count).values()
+            resources = Resources(compute.device, memory_bytes, count, count)
+            *_, needed = try_shardings(resolved.model, 1, compute, resources, optimizer).values()
             if fits_into(memory_bytes, needed):
                 option = f" --activation-checkpointing {level}" if compute != before else ""
                 return FitOption(f"--processes {count}{option}", needed)

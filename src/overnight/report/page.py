@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from overnight.evaluation.compressors import measure_compression
 from overnight.files import write_atomically
+from overnight.model.parts import describe_parts
 from overnight.report import plots
 from overnight.report.html import render, show_value
 from overnight.report.plots import check_matplotlib
@@ -120,7 +121,8 @@ def _model_shape(run: RunData) -> str:
     )
     values = [(text, run.settings.get(name)) for name, text in formats]
     known = [text.format(value) for text, value in values if isinstance(value, int)]
-    return " · ".join(["GPT", ", ".join(known)] if known else ["GPT"])
+    parts = describe_parts(run.settings)
+    return " · ".join(["GPT", *([", ".join(known)] if known else []), *([", ".join(parts)] if parts else [])])
 
 
 def _readable_time(text: str) -> str:

@@ -15,8 +15,9 @@ from overnight.distributed.world import World
 from overnight.hardware import find_memory_bytes
 from overnight.recipe import Recipe, Resolved, flatten
 from overnight.terminal import byte_size
-from overnight.training.checkpoint.format import BYTES_PER_SAVED_PARAMETER, list_checkpoints
-from overnight.training.memory import FLOAT32, estimate_memory
+from overnight.training.checkpoint.format import list_checkpoints
+from overnight.training.memory import estimate_memory
+from overnight.training.moments import saved_bytes
 
 
 def require_memory(resolved: Resolved, world: World) -> None:
@@ -25,13 +26,15 @@ def require_memory(resolved: Resolved, world: World) -> None:
     On a GPU without sharded weights, a trial step tests the memory of activations before the run begins.
     """
     rows, sharing = resolved.plan.micro_batch_size, world.local_size if world.device == "cpu" else 1
-    memory = estimate_memory(resolved.model, rows, resolved.compute, world.size, world.local_size)
+    processes, optimizer = (world.size, world.local_size), resolved.recipe.optimizer
+    memory = estimate_memory(resolved.model, rows, resolved.compute, *processes, optimizer)
     needed = sharing * (memory.weights + memory.gradients + memory.moments)
-    available, what = find_memory_bytes(world.device), "weights, gradients and AdamW's moments"
+    whose = "AdamW's" if optimizer.optimizer == "adamw" else "the optimizer's"
+    available, what = find_memory_bytes(world.device), f"weights, gradients and {whose} moments"
     remedy = "a smaller model, or, of several processes, fewer, or --sharding fsdp"
     is_copied = world.device == "cpu" and resolved.recipe.checkpoints.async_checkpoint
     if is_copied and needed <= available:
-        needed += 3 * FLOAT32 * resolved.model.parameter_count()
+        needed += saved_bytes(resolved.model, optimizer)
         what, remedy = f"{what}, and a copy while a checkpoint is written,", "--no-async-checkpoint"
     if needed > available:
         raise ValueError(
@@ -94,7 +97,7 @@ def check_checkpoint_space(resolved: Resolved, run: Path, checkpoints: Path) -> 
     """Raise ValueError if the checkpoints to be kept, and the one being written, do not fit on the disk."""
     wanted = resolved.recipe.checkpoints.count_kept(resolved.total_steps) + 1
     missing = max(1, wanted - len(list_checkpoints(checkpoints)))
-    needed = missing * resolved.model.parameter_count() * BYTES_PER_SAVED_PARAMETER
+    needed = missing * saved_bytes(resolved.model, resolved.recipe.optimizer)
     existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

@@ -79,9 +79,9 @@ def resolve(
     """
     asked = recipe.batch.micro_batch_size
     if recipe.compute.sharding is None and resources.processes > 1:
-        sharding = choose_sharding(model, asked or 1, compute, resources)
+        sharding = choose_sharding(model, asked or 1, compute, resources, recipe.optimizer)
         compute = replace(compute, sharding=sharding)
-    rows = asked or rows_that_fit(model, compute, resources)
+    rows = asked or rows_that_fit(model, compute, resources, recipe.optimizer)
     plan = plan_batches(recipe.batch, model.context_length, rows, resources.processes)
     total_steps = recipe.schedule.total_steps or 0
     if recipe.schedule.total_tokens is not None:

@@ -9,8 +9,9 @@ Shapes: K matrices of one shape, R rows, C columns.
 
 from __future__ import annotations
 
+import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -19,15 +20,18 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from overnight.hardware import native_precision
-from overnight.model.model_config import ModelConfig
+from overnight.model.model_config import ModelConfig, parameter_shapes
 from overnight.training import OptimizerConfig
+from overnight.training.activations import FLOAT32
 
 Rule = Literal["adamw", "muon", "sign"]
+RULES: dict[str, Rule] = {"matrix": "muon", "balance": "sign"}  # of kinds of parameters; others have AdamW
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial that draws singular values near 1
 ITERATIONS = 5
 FIRST_MOMENTUM = 0.85  # as modded-nanogpt and nanochat
 ROW_DECAY = 0.95  # of the running mean of a row's squares: NorMuon's beta2
 SMALLEST = 1e-7  # added to a norm
+BATCH = 2**26  # numbers of the matrices that are orthogonalized together, at most: more are no faster
 MATRICES = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+(\.weight)?")
 TABLES = re.compile(r"(wte|wpe|.*value_embedding\.table)\.weight")
 
@@ -37,31 +41,34 @@ def needs_groups(names: Mapping[str, nn.Parameter], config: OptimizerConfig) -> 
     return config.optimizer == "muon" or any(name.endswith(".balance") for name in names)
 
 
+def parameter_kind(name: str, dimensions: int, config: OptimizerConfig) -> str:
+    """The kind of a parameter: its rule and its learning rate depend on it."""
+    if name.endswith(".balance"):
+        return "balance"
+    if config.optimizer == "muon" and MATRICES.fullmatch(name) and dimensions >= 2:
+        return "matrix"
+    if config.optimizer == "muon" and (TABLES.fullmatch(name) or name == "lm_head.weight"):
+        return "head" if name == "lm_head.weight" else "embedding"
+    return "scalar" if dimensions < 2 else "other"
+
+
 def parameter_groups(
     model: nn.Module, named: Mapping[str, nn.Parameter], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
     """The groups of `named` parameters of `model`, by rule and rate, the rest at the peak learning rate."""
-    is_muon = config.optimizer == "muon"
     members = defaultdict[str, list[str]](list, {"scalar": []})
     for name, parameter in named.items():
-        if name.endswith(".balance"):
-            members["balance"].append(name)
-        elif is_muon and MATRICES.fullmatch(name) and parameter.dim() >= 2:
-            members["matrix"].append(name)
-        elif is_muon and (TABLES.fullmatch(name) or name == "lm_head.weight"):
-            members["head" if name == "lm_head.weight" else "embedding"].append(name)
-        else:
-            members["scalar" if parameter.dim() < 2 else "other"].append(name)
+        members[parameter_kind(name, parameter.dim(), config)].append(name)
     sizes, peak = getattr(model, "config", None), config.peak_learning_rate
     rates = {kind: getattr(config, f"{kind}_learning_rate") for kind in ("scalar", "embedding", "head")}
     rates |= {"matrix": config.matrix_rate, "balance": sizes.load_balance_rate if sizes else None}
-    rules: dict[str, Rule] = {"matrix": "muon", "balance": "sign"}
     decays = {"scalar": 0.0, "balance": 0.0, "matrix": config.matrix_weight_decay or 0.0}
     return [
         {
             "params": [named[name] for name in names],
             "rows": [fused_rows(sizes, name) for name in names],
-            "rule": rules.get(kind, "adamw"),
+            "kind": kind,
+            "rule": RULES.get(kind, "adamw"),
             "rate_factor": (rates.get(kind) or peak) / peak,
             "weight_decay": decays.get(kind, config.weight_decay),
             "fused": True,
@@ -78,6 +85,21 @@ def fused_rows(config: ModelConfig | None, name: str) -> tuple[int, ...] | None:
     if config is not None and config.activation == "swiglu" and ".c_fc" in name:
         return config.hidden_width, config.hidden_width
     return None
+
+
+def orthogonal_bytes(config: ModelConfig, width: int) -> int:
+    """Temporary memory of the largest batch of matrices, whose products have numbers of `width` bytes."""
+    counts = Counter[tuple[int, int]]()
+    for name, shape in parameter_shapes(config).items():
+        if MATRICES.fullmatch(name):
+            rows = fused_rows(config, name) or (shape[-2],)
+            for each in rows:
+                counts[each, shape[-1]] += math.prod(shape[:-2])
+    return max(
+        min(count, max(1, BATCH // (rows * columns)))
+        * (FLOAT32 * rows * columns + width * (3 * rows * columns + 2 * min(rows, columns) ** 2))
+        for (rows, columns), count in counts.items()
+    )
 
 
 class Muon(torch.optim.Optimizer):
@@ -135,9 +157,8 @@ class Muon(torch.optim.Optimizer):
         weights, directions, squares = list[Tensor](), list[Tensor](), list[Tensor]()
         for parameter, rows in zip(group["params"], group["rows"], strict=True):
             state = self._state_of(parameter, ("momentum",))
-            direction = self._advance(parameter, state, is_sound)
             weights += matrices_of(parameter.detach(), rows)
-            directions += matrices_of(direction, rows)
+            directions += matrices_of(self._advance(parameter, state, is_sound), rows)
             if self.config.row_normalization:
                 squares += matrices_of(state["row_square"], rows)
         for alike in self._batches(weights):
@@ -146,16 +167,17 @@ class Muon(torch.optim.Optimizer):
                 updates_KRC = even_rows(updates_KRC, [squares[index] for index in alike], is_sound)
             for index, update_RC in zip(alike, updates_KRC, strict=True):
                 self._apply(weights[index], update_RC, group, is_sound)
+            del updates_KRC, update_RC  # or they would stay until the next batch has its own
 
     def _advance(self, parameter: nn.Parameter, state: dict[str, Tensor], is_sound: Tensor) -> Tensor:
-        """Add the gradient to the momentum; the direction of the update (Nesterov's)."""
+        """Add the gradient to the momentum; the update's direction (Nesterov's) replaces the gradient."""
         assert parameter.grad is not None, "a parameter got no gradient"
-        gradient = torch.where(is_sound > 0, parameter.grad, 0.0)  # 0 times what is not finite is not 0
+        gradient = parameter.grad.masked_fill_(is_sound == 0, 0.0)  # 0 times what is not finite is not 0
         state["step"] += is_sound
         done = (state["step"] / self.config.momentum_steps).clamp(max=1.0)
         momentum = FIRST_MOMENTUM + (self.config.full_momentum - FIRST_MOMENTUM) * done
         state["momentum"].lerp_(gradient, (1.0 - momentum) * is_sound)
-        return gradient.lerp(state["momentum"], momentum)
+        return gradient.lerp_(state["momentum"], momentum)
 
     def _apply(self, weight_RC: Tensor, update_RC: Tensor, group: dict[str, Any], is_sound: Tensor) -> None:
         """A tall matrix takes a larger step, so that its outputs change as much as a square one's."""
@@ -172,7 +194,9 @@ class Muon(torch.optim.Optimizer):
         alike = defaultdict[Any, list[int]](list)
         for index, weight in enumerate(weights):
             alike[weight.shape if self.stacked else index].append(index)
-        yield from alike.values()
+        for indices in alike.values():
+            count = max(1, BATCH // weights[indices[0]].numel())
+            yield from (indices[first : first + count] for first in range(0, len(indices), count))
 
     def _state_of(self, parameter: nn.Parameter, moments: tuple[str, ...]) -> dict[str, Tensor]:
         """A parameter's state, which begins at 0."""

@@ -15,6 +15,7 @@ from overnight.distributed.world import World
 from overnight.training.batch import BatchPlan
 from overnight.training.compute import NextTokenLoss
 from overnight.training.guard import Limits
+from overnight.training.moments import reserve_moments
 from overnight.training.optim import clip_gradients, step_if
 from overnight.training.schedule import Schedule
 from overnight.training.sharding import FSDP, Replicated, ZeRO1
@@ -105,10 +106,9 @@ def fits(state: TrainState, setup: TrainSetup) -> bool:
         return True
     try:
         batch = setup.data.batch(*setup.plan.rows(state.step, 0))
-        parameters = () if state.optimizer.state else state.model.parameters()
-        moments = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
+        moments = reserve_moments(state.optimizer, state.model)
         setup.loss(batch.ids, batch.targets).backward()  # type: ignore[no-untyped-call]
-        del moments  # AdamW's; their memory was to be taken until now
+        del moments  # the optimizer's; their memory was to be taken until now
     except torch.OutOfMemoryError:
         return False
     finally:

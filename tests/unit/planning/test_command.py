@@ -229,3 +229,11 @@ def test_plan_is_measured_with_the_allocator_of_a_run(monkeypatch: pytest.Monkey
         monkeypatch.setattr(sys, "argv", ["overnight", verb, "no-such-recipe"])
         assert main() == 2
     assert restarted == [["train", "no-such-recipe"], ["plan", "no-such-recipe"]]
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "hsdp"])
+def test_sharding_of_muon_is_refused_as_a_run_refuses_it(sharding, capsys):
+    words = ["plan", "gpt2-124m", "--device-type", "h100", "--processes", "8", "--sharding", sharding]
+    assert main([*words, "--optimizer", "muon"]) == 2
+    assert f"optimizer=muon updates whole matrices, and sharding={sharding}" in capsys.readouterr().err
+    assert main(words) == 0, "AdamW's is not"

@@ -113,7 +113,7 @@ def test_disk_holds_kept_checkpoints_and_the_one_being_written(
     prepared = TokenCounts(500, "data/x", 12_345, 1000)
     assert predict_disk(resolved.recipe, count_run(resolved, 1000), prepared) == {
         "shards": 2 * 12_345,
-        "checkpoints": checkpoints * checkpoint_bytes(SIZES),
+        "checkpoints": checkpoints * checkpoint_bytes(SIZES, resolved.recipe.optimizer),
         "metrics": steps * BYTES_PER_METRICS_LINE,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from overnight.model.presets import PRESETS
 from overnight.recipe import load_recipe
 from overnight.run.setup import resolve
 from overnight.training import Compute, OptimizerConfig
+from overnight.training.activations import kept_per_token
 from overnight.training.compute import NextTokenLoss
 from overnight.training.memory import (
     MemoryEstimate,
@@ -29,12 +31,12 @@ from overnight.training.memory import (
     choose_sharding,
     estimate_memory,
     fits_into,
-    kept_per_token,
     largest_that_fits,
     rows_that_fit,
     suggest_fits,
     try_shardings,
 )
+from overnight.training.moments import reserve_moments, saved_bytes
 from overnight.training.optim import build_optimizer
 from overnight.training.sharding import assign_parameters, build_sharded_model
 
@@ -225,7 +227,7 @@ def test_hsdp_divides_within_a_machine_and_a_single_process_nothing():
     alone = estimate_memory(SIZES, 2, compute_of())
     for sharding in ("none", "zero1", "fsdp", "hsdp"):
         assert estimate_memory(SIZES, 2, compute_of(sharding=sharding)) == alone
-    assert try_shardings(SIZES, 2, compute_of(), 1, 1, 1) == {"none": alone.together}
+    assert try_shardings(SIZES, 2, compute_of(), Resources("cpu", 1)) == {"none": alone.together}
 
 
 def test_micro_batch_is_the_largest_divisor_that_fits():
@@ -257,7 +259,7 @@ def test_micro_batch_on_a_cpu_has_at_most_4096_tokens(context_length, rows):
 def test_suggestions_fit_and_more_costly_ones_fit_more_rows():
     sizes, compute, possible = PRESETS["gpt2-774m"], compute_of(precision="bf16"), [1, 2, 4, 8, 16]
     assert not fits_into(24 * GB, estimate_memory(sizes, 16, compute).together)
-    found = list(suggest_fits(sizes, compute, possible, 24 * GB))
+    found = list(suggest_fits(sizes, compute, possible, Resources("cuda", 24 * GB)))
     assert found[0].options == "--micro-batch-size 2"
     assert found[-1].options.startswith("--activation-checkpointing block ")
     assert all(fits_into(24 * GB, each.needed_bytes) for each in found)
@@ -267,19 +269,21 @@ def test_suggestions_fit_and_more_costly_ones_fit_more_rows():
 
 def test_sharding_is_suggested_to_several_processes_and_nothing_where_weights_do_not_fit():
     sizes = PRESETS["gpt3-6.7b"]
-    first, *_ = suggest_fits(sizes, ON_H100, [1, 2], 80 * GB, 8)
+    first, *_ = suggest_fits(sizes, ON_H100, [1, 2], Resources("cuda", 80 * GB, 8, 8))
     assert first.options == "--sharding fsdp --micro-batch-size 2"
     assert fits_into(80 * GB, first.needed_bytes)
-    assert list(suggest_fits(sizes, ON_H100, [1, 2], 80 * GB)) == []
+    assert list(suggest_fits(sizes, ON_H100, [1, 2], Resources("cuda", 80 * GB))) == []
 
 
 def test_largest_model_that_fits_is_found():
     compute = compute_of(precision="bf16")
-    name, needed = largest_that_fits(compute, 80 * GB) or ("", 0)
+    name, needed = largest_that_fits(compute, Resources("cuda", 80 * GB)) or ("", 0)
     assert name == "gpt3-2.7b"
     assert fits_into(80 * GB, needed)
-    assert (largest_that_fits(replace(ON_H100, sharding="fsdp"), 80 * GB, 64) or [""])[0] == "gpt3-13b"
-    assert largest_that_fits(compute, 1 * GB) is None
+    assert (largest_that_fits(replace(ON_H100, sharding="fsdp"), Resources("cuda", 80 * GB, 64, 64)) or [""])[
+        0
+    ] == "gpt3-13b"
+    assert largest_that_fits(compute, Resources("cuda", 1 * GB)) is None
 
 
 @pytest.mark.parametrize(
@@ -300,9 +304,9 @@ def test_largest_model_that_fits_is_found():
 )
 def test_first_sharding_that_fits_is_chosen(name, gigabytes, processes, per_machine, chosen):
     available = gigabytes * GB
-    tried = try_shardings(PRESETS[name], 1, ON_H100, available, processes, per_machine)
-    asked: Any = replace(ON_H100, sharding="fsdp")  # what was asked for does not matter
     resources = Resources("cuda", available, processes, per_machine)
+    tried = try_shardings(PRESETS[name], 1, ON_H100, resources)
+    asked: Any = replace(ON_H100, sharding="fsdp")  # what was asked for does not matter
     assert choose_sharding(PRESETS[name], 1, asked, resources) == chosen
     *before, last = tried
     assert last == chosen
@@ -317,3 +321,76 @@ def test_13b_fits_on_eight_gpus(gigabytes, level):
     needed = [estimate_memory(PRESETS["gpt3-13b"], 1, compute, 8, 8).together for compute in computes]
     fitting = [fits_into(gigabytes * GB, each) for each in needed]
     assert LEVELS[fitting.index(True)] == level
+
+
+# Every part of the model, and Muon
+
+QUICK_PARTS = [
+    *(("modern, all", "fp32"), ("modern, all", "bf16"), ("latent attention, rms", "bf16")),
+    *(("swiglu experts", "bf16"), ("windows", "fp32"), ("soft cap, chunked loss", "bf16")),
+]
+
+
+@pytest.fixture
+def step_sizes(programs):
+    """Sizes at which the logits, the blocks and the weights each are a part of the peak that counts."""
+    return partial(programs["memory"].Sizes, replace(SIZES, n_head=8, n_embd=128, vocab_size=1000), 4)
+
+
+@pytest.mark.parametrize("name, precision", QUICK_PARTS)
+def test_estimate_is_the_peak_of_a_step_with_a_part(name, precision, step_sizes, programs):
+    """Within 1%: the whole step, update included."""
+    estimate, peak = programs["memory"].measure_part(
+        programs["memory"].PARTS[name], step_sizes(precision, is_compiled=False)
+    )
+    assert estimate.together == pytest.approx(peak, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_estimate_is_the_peak_of_a_step_with_each_part(precision, step_sizes, programs):
+    sizes, ratios = step_sizes(precision, is_compiled=False), {}
+    for name, settings in programs["memory"].PARTS.items():
+        estimate, peak = programs["memory"].measure_part(settings, sizes)
+        ratios[name] = estimate.together / peak
+    assert {name for name, ratio in ratios.items() if not 0.98 < ratio < 1.02} == set()
+    of_gpt2, _ = programs["memory"].measure_part({}, sizes)
+    assert of_gpt2.together < 0.9 * peak, "of GPT-2 it is another"
+
+
+@pytest.mark.parametrize("row_normalization", [False, True])
+@pytest.mark.parametrize("processes", [1, 3])
+def test_moments_of_muon_are_exact(row_normalization, processes):
+    """Of matrices one number each, of the rest two, of the balance none; as a checkpoint has them."""
+    sizes = replace(SIZES, n_expert=4, activation="swiglu", tied_head=False, vocab_size=512)
+    config = OptimizerConfig(optimizer="muon", row_normalization=row_normalization)
+    model = GPT(sizes)
+    owner = assign_parameters({name: each.numel() for name, each in model.named_parameters()}, processes)
+    held = []
+    for rank in range(processes):
+        optimizer = build_optimizer(model, config, names={name for name in owner if owner[name] == rank})
+        model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+        reserved = reserve_moments(optimizer, model)
+        optimizer.step()
+        states = [each for state in optimizer.state.values() for each in state.items() if each[0] != "step"]
+        held.append(sum(tensor.nbytes for _, tensor in states))
+        assert sum(tensor.nbytes for tensor in reserved) == held[-1]
+        assert reserve_moments(optimizer, model) == []
+    sharding = "none" if processes == 1 else "zero1"
+    found = estimate_memory(sizes, 1, compute_of(sharding=sharding), processes, optimizer=config)
+    assert found.moments == max(held)
+    assert saved_bytes(sizes, config) == 4 * sizes.parameter_count() + sum(held)
+    assert saved_bytes(sizes, OptimizerConfig()) > 1.2 * saved_bytes(sizes, config), "AdamW keeps more"
+
+
+@pytest.mark.parametrize("per_machine", [1, 8])
+def test_muon_is_never_divided_by_rows(per_machine):
+    """Not even where nothing fits; AdamW is."""
+    resources, muon = Resources("cuda", 1 * GB, 8, per_machine), OptimizerConfig(optimizer="muon")
+    sizes = PRESETS["gpt2-1558m"]
+    assert [*try_shardings(sizes, 1, ON_H100, resources, muon)] == ["none", "zero1"]
+    assert choose_sharding(sizes, 1, ON_H100, resources, muon) == "zero1"
+    assert choose_sharding(sizes, 1, ON_H100, resources) == "fsdp"
+    enough = Resources("cuda", 80 * GB, 8, per_machine)
+    assert not any("fsdp" in each.options for each in suggest_fits(sizes, ON_H100, [1, 2], enough, muon))
+    assert any("fsdp" in each.options for each in suggest_fits(PRESETS["gpt3-6.7b"], ON_H100, [1], enough))

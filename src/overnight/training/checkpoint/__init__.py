@@ -2,7 +2,7 @@
 
 checkpoints/step-00001000/
   model.safetensors       GPT-2's parameter names, the vocabulary unpadded
-  optimizer.safetensors   AdamW's two moments: <parameter>.exp_avg, <parameter>.exp_avg_sq
+  optimizer.safetensors   <parameter>.exp_avg, .exp_avg_sq; Muon: .momentum, .row_square
   state.json              step, updates, float16's loss scale, guard, model, format, the run's frozen settings
   MANIFEST.json           size and sha256 of all others
 

@@ -21,7 +21,6 @@ from overnight.training.state import TensorShard
 FORMAT = 4
 READABLE = (2, 3, 4)  # 3 has no guard; 2 has one file of each kind, and does not list them
 KINDS = ("model", "optimizer")
-BYTES_PER_SAVED_PARAMETER = 12  # a weight and AdamW's two moments, float32
 READ_BYTES = 16_000_000  # small reads would each wait for the interpreter lock
 
 
