@@ -74,10 +74,30 @@ class _SoftCap(torch.autograd.Function):
         return torch.ops.aten.sigmoid_backward(gradient, share).mul_(4).to(ctx.dtype), None
 
 
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, x_gain: Tensor, y_gain: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y, x_gain, y_gain)
+        return torch.addcmul(x * x_gain, y, y_gain)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        x, y, x_gain, y_gain = ctx.saved_tensors
+        flat = gradient.flatten()
+        along = (torch.dot(flat, each.flatten().to(flat.dtype)).view(1) for each in (x, y))
+        return gradient * x_gain, gradient * y_gain, *along
+
+
 def rms_norm(x: Tensor, *_others: object) -> Tensor:
     """`x` (..., D) divided by the root of the mean of its squares over D, float32."""
     normalized: Tensor = _RmsNorm.apply(x.float())  # type: ignore[no-untyped-call]
     return normalized
+
+
+def weighted_sum(x: Tensor, y: Tensor, x_gain: Tensor, y_gain: Tensor) -> Tensor:
+    """x_gain * x + y_gain * y; the gains are tensors of one number."""
+    total: Tensor = _WeightedSum.apply(x, y, x_gain, y_gain)  # type: ignore[no-untyped-call]
+    return total
 
 
 def rotate_halves(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

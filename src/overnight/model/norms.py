@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from overnight.model.fused import RMS_EPSILON, rms_norm
+from overnight.model.fused import RMS_EPSILON, rms_norm, weighted_sum
 from overnight.model.model_config import ModelConfig
 
 
@@ -38,7 +38,7 @@ class EmbeddingShortcut(nn.Module):
 
     def forward(self, x_BTC: Tensor, embedding_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.stream_gain * x_BTC + self.embedding_gain * embedding_BTC
+        return weighted_sum(x_BTC, embedding_BTC, self.stream_gain, self.embedding_gain)
 
 
 def zero_embedding(rows: int, channels: int) -> nn.Embedding:
