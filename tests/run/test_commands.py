@@ -125,7 +125,8 @@ ablate tiny.toml --add biases=false --add biases=false | ablate tiny.toml --base
 ablate tiny.toml --leave-out positions,n_layer | ablate tiny.toml --qk-norm --leave-out qk_nrm,dropout
 ablate tiny.toml --positions rotary --rotary-base 500 --leave-out positions
 ablate tiny.toml --control --tune seed=1,2 --tune beta1=0.9 --tune matrix_learning_rate=0.01,0.02
-ablate tiny.toml --add qk_norm=true --total-tokens 256 --warmup-steps 3 | ablate tiny.toml --baseline bad-value.toml
+ablate tiny.toml --add qk_norm=true --total-tokens 256 --warmup-steps 3
+ablate tiny.toml --baseline bad-value.toml
 ablate tiny.toml --baseline tiny.toml --add qk_norm=true
 report nowhere | report runs/tiny --out corpus | runs nowhere | quickstart --frsh
 """
