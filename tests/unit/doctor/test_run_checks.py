@@ -8,6 +8,7 @@ import pytest
 from overnight.doctor import run_checks
 from overnight.doctor.run_checks import DRAWN_COLUMNS, check_peak, check_schedule, check_time, draw
 from overnight.recipe import load_recipe, recipe_names
+from overnight.training import OptimizerConfig
 from overnight.training.batch import constant_plan
 from overnight.training.schedule import Schedule, ScheduleConfig
 
@@ -61,7 +62,7 @@ def test_drawing_is_as_high_as_the_rate():
 
 
 def peak_passes(rate, channels, *, is_pretraining=True):
-    recipe = SimpleNamespace(optimizer=SimpleNamespace(peak_learning_rate=rate))
+    recipe = SimpleNamespace(optimizer=OptimizerConfig(peak_learning_rate=rate))
     sizes = SimpleNamespace(n_embd=channels)
     return check_peak(SimpleNamespace(recipe=recipe, sizes=sizes, is_pretraining=is_pretraining)).passed
 
