@@ -193,8 +193,9 @@ def _band_curve(name: str, runs: Sequence[Mapping[int, float]]) -> BandCurve:
     edges = np.stack([middle - half, middle, middle + half])
     if name in LOG_SCALE:
         edges = np.exp(edges)
-    low, middles, high = (tuple(float(f"{value:.6g}") for value in edge) for edge in edges)
-    return BandCurve(tokens=tuple(tokens), low=low, middle=middles, high=high)
+    has_width = edges[0] < edges[2]  # weights that begin at 0 are 0 in all runs: nothing to compare
+    low, middles, high = (tuple(float(f"{value:.6g}") for value in edge) for edge in edges[:, has_width])
+    return BandCurve(tokens=tuple(np.array(tokens)[has_width].tolist()), low=low, middle=middles, high=high)
 
 
 def _pooled(variances: Series, runs: int) -> list[float]:

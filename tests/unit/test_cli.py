@@ -139,7 +139,7 @@ def test_no_command_or_an_old_name_lists_the_commands(capsys):
 
 @pytest.mark.parametrize(
     "recipe, length, steps",
-    [("gpt3-125m", "--total-steps=600_000", 600_000), ("quickstart", "--total-tokens=512_000", 1000)],
+    [("gpt3-125m", "--total-steps=600_000", 600_000), ("quickstart", "--total-tokens=512_000", 250)],
 )
 def test_length_may_be_given_in_steps_or_in_tokens(recipe, length, steps, tmp_path, monkeypatch, capsys):
     """Either replaces the recipe's own, which is the other; both together are refused."""

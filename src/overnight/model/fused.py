@@ -96,6 +96,8 @@ def rms_norm(x: Tensor, *_others: object) -> Tensor:
 
 def weighted_sum(x: Tensor, y: Tensor, x_gain: Tensor, y_gain: Tensor) -> Tensor:
     """x_gain * x + y_gain * y; the gains are tensors of one number."""
+    if torch.compiler.is_compiling():  # it refuses one tensor as both inputs: x is y in the first block
+        return x_gain * x + y_gain * y
     total: Tensor = _WeightedSum.apply(x, y, x_gain, y_gain)  # type: ignore[no-untyped-call]
     return total
 
