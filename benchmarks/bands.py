@@ -23,7 +23,7 @@ import numpy as np
 import measure
 from overnight import __version__
 from overnight.baselines.band import (
-    SWITCHES,
+    DEFAULT_IDENTITY,
     BandCurve,
     ReferenceBand,
     RunCurves,
@@ -136,12 +136,12 @@ LOG_SCALE = frozenset({"grad_norm", "grad_norm_peak"})
 IDENTITY = (
     *("n_layer", "n_head", "n_embd", "context_length", "vocab_size", "init_from"),
     *("total_steps", "tokens_per_step", "batch_ramp_start_tokens", "batch_ramp_tokens"),
-    *SWITCHES,
+    *DEFAULT_IDENTITY,
 )
 """Settings that define the experiment: a run with other values has no reference."""
 SETTINGS = (
     "dropout",
-    *(each.name for each in fields(OptimizerConfig) if each.name not in SWITCHES),
+    *(each.name for each in fields(OptimizerConfig) if each.name not in DEFAULT_IDENTITY),
     *("warmup_steps", "learning_rate_decay", "decay_steps", "final_learning_rate_fraction"),
     *("packing", "shuffle_window", "validation_fraction", "near_duplicates", "evaluation_tokens"),
 )

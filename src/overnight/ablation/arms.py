@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from overnight.ablation import AblationConfig
 from overnight.config import flat_names, flat_types, nearest, raise_problems
 from overnight.data import DataConfig
-from overnight.model.model_config import ModelConfig
+from overnight.model.parts import MODEL_SWITCHES, SIZES
 from overnight.options import from_arguments
 from overnight.recipe import Recipe, flatten, plain_recipe, with_settings
 from overnight.terminal import echo
@@ -22,13 +22,7 @@ from overnight.training.batch import BatchConfig
 
 R = TypeVar("R", bound=Recipe)
 CONTROL = "control"
-SIZES = frozenset({"n_layer", "n_head", "n_embd", "context_length", "vocab_size", "dropout"})
-SWITCHES = {
-    field.name: field.default
-    for part in (ModelConfig, OptimizerConfig)
-    for field in dataclasses.fields(part)
-    if field.name not in SIZES
-}
+SWITCHES = MODEL_SWITCHES | {field.name: field.default for field in dataclasses.fields(OptimizerConfig)}
 """The settings that can be left out, and their defaults, which are GPT-2's."""
 SHARED = (
     *(field.name for field in dataclasses.fields(DataConfig) if field.name != "cache_bytes"),

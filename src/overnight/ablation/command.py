@@ -31,7 +31,7 @@ DONE, FAILED = 0, 1
 def run(config: AblationConfig, name: str, baseline: Recipe | None, words: Sequence[str]) -> int:
     """Train what is missing of the campaign and print its results; returns 1 if a run has failed.
 
-    `words` are those of the command line, with which a stopped campaign goes on. Raises KeyboardInterrupt if
+    `words` are those of the command line, that continue a stopped campaign. Raises KeyboardInterrupt if
     it was stopped; the run is then saved.
     """
     check_matplotlib()  # before hours of training

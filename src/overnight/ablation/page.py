@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from overnight.ablation.paired import PairedDifference
 from overnight.ablation.record import AblationRecord, ArmResult
-from overnight.report.html import render, show_value
+from overnight.report.html import render, show_value, text_templates
 from overnight.report.page import Table
 from overnight.report.plots import MUTED, comparison_chart, in_box, new_chart, run_style
 from overnight.report.run_data import read_run
@@ -29,12 +28,7 @@ MARGINS = (14, 132, 40, 240)
 
 def ablation_text(record: AblationRecord) -> str:
     """The two tables and the sentences, at most 80 columns wide."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("overnight.ablation"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = text_templates("overnight.ablation")
     environment.filters |= {"short": short}
     results, costs = rows_of_tables(record)
     text = environment.get_template("ablation.txt").render(

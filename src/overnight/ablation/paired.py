@@ -21,14 +21,14 @@ class PairedDifference:
     """The differences of an arm from the baseline, one for each seed; lower is better."""
 
     mean: float
-    deviation: float | None
+    deviation: float | None = None
     """Standard deviation over seeds; None of a single seed, like all that follows."""
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
     """Ends of Student's 95% interval of the mean."""
-    verdict: Verdict | None
+    verdict: Verdict | None = None
     """better or worse if the interval does not contain 0."""
-    seeds_to_tell: int | None
+    seeds_to_tell: int | None = None
     """Seeds with which a true difference as large as `mean` is told apart in 80% of campaigns: (2.8
     deviation / mean)^2, at least 2. None also where the mean is 0."""
     values: tuple[float, ...]
@@ -38,15 +38,7 @@ def compare_pairs(values: Sequence[float]) -> PairedDifference:
     """The mean of at least one difference, with its interval if there are two or more."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return PairedDifference(
-            mean=mean,
-            deviation=None,
-            low=None,
-            high=None,
-            verdict=None,
-            seeds_to_tell=None,
-            values=tuple(values),
-        )
+        return PairedDifference(mean=mean, values=tuple(values))
     deviation = statistics.stdev(values)
     reach = student_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
     low, high = mean - reach, mean + reach

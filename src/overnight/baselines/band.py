@@ -8,20 +8,18 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from overnight.model.model_config import ModelConfig
+from overnight.model.parts import MODEL_SWITCHES
 
 Series = NDArray[np.float64]
-SIZES = {"n_layer", "n_head", "n_embd", "context_length", "vocab_size", "dropout"}
-SWITCHES = {each.name: each.default for each in fields(ModelConfig) if each.name not in SIZES}
-SWITCHES |= {"optimizer": "adamw"}
-"""What a band that was recorded before there were switches has: GPT-2's."""
+DEFAULT_IDENTITY = {**MODEL_SWITCHES, "optimizer": "adamw"}
+"""The switches of a band that was recorded before there were any: GPT-2's."""
 
 
 class BandPoint(NamedTuple):
@@ -121,8 +119,8 @@ def find_band(
 ) -> ReferenceBand | None:
     """The band for a run with these flat settings and fields of data.json; None if there is none."""
     for band in load_bands() if bands is None else bands:
-        identity = {**SWITCHES, **band.identity}
-        is_same_recipe = all(settings.get(name, SWITCHES.get(name)) == identity[name] for name in identity)
+        identity, own = {**DEFAULT_IDENTITY, **band.identity}, {**DEFAULT_IDENTITY, **settings}
+        is_same_recipe = all(own.get(name) == value for name, value in identity.items())
         if is_same_recipe and all(text.get(name) in known for name, known in band.text.items()):
             return band
     return None

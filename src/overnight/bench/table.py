@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
 from rich.console import Console
 from rich.text import Text
 
-from overnight.report.html import svg_file
+from overnight.report.html import svg_file, text_templates
 from overnight.report.plots import ACCENT, MUTED, RUN_COLOURS, new_chart, to_svg
 from overnight.run_directory import finite_values
 from overnight.terminal import short, significant
@@ -170,13 +169,7 @@ def bench_markdown(record: BenchRecord) -> str:
 
 
 def _render(template: str, **values: object) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("overnight.bench"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = text_templates("overnight.bench")
     environment.filters["significant"] = significant
     return environment.get_template(template).render(compared_steps=COMPARED_STEPS, **values)
 

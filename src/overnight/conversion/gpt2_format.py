@@ -25,7 +25,7 @@ WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|transformer)\.)+")
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old versions saved too
 
-SIZES = {
+SIZE_NAMES = {
     "n_layer": "n_layer",
     "n_head": "n_head",
     "n_embd": "n_embd",
@@ -34,7 +34,7 @@ SIZES = {
 }
 """Names of sizes in config.json -> names in ModelConfig."""
 
-SWITCHES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+SUPPORTED_VALUES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
     "layer_norm_epsilon": (1e-5, (1e-5,)),
     "scale_attn_weights": (True, (True,)),
@@ -49,12 +49,12 @@ that this package's GPT-2 implements, the written one first."""
 
 def to_gpt2(config: ModelConfig, weights: Weights) -> Exported:
     """The same weights, the four matrices of a block transposed."""
-    switches = {name: allowed[0] for name, (_, allowed) in SWITCHES.items() if allowed[0] is not None}
+    switches = {name: allowed[0] for name, (_, allowed) in SUPPORTED_VALUES.items() if allowed[0] is not None}
     fields = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **switches,
-        **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
+        **{theirs: getattr(config, ours) for theirs, ours in SIZE_NAMES.items()},
         "n_ctx": config.context_length,  # older name of n_positions, which some converters read
         "n_inner": None,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
@@ -66,9 +66,9 @@ def to_gpt2(config: ModelConfig, weights: Weights) -> Exported:
 
 def describe_gpt2(reader: ConfigReader) -> ModelConfig:
     """The model of a GPT-2's config.json. Dropout is read from resid_pdrop."""
-    for name, (default, allowed) in SWITCHES.items():
+    for name, (default, allowed) in SUPPORTED_VALUES.items():
         reader.one_of(name, default, allowed)
-    sizes: Fields = {ours: reader.whole(theirs) for theirs, ours in SIZES.items()}
+    sizes: Fields = {ours: reader.whole(theirs) for theirs, ours in SIZE_NAMES.items()}
     reader.one_of("n_inner", None, (None, 4 * sizes["n_embd"]))
     return ModelConfig(dropout=reader.number("resid_pdrop", 0.1), **sizes)
 

@@ -12,7 +12,7 @@ WIDE_MARKS = {  # those of UTF-32 first: one of them begins with one of UTF-16
 }
 WIDE_ENCODINGS = {"UTF-32LE": (4, 3), "UTF-32BE": (4, 0), "UTF-16LE": (2, 1), "UTF-16BE": (2, 0)}
 """Bytes of a unit, and which of them is 0 in most characters."""
-WIDE_BYTES = range(8, 65_536)  # a text of fewer shows nothing, and of a longer one so many are looked at
+WIDE_BYTES = range(8, 65_536)  # shorter texts show nothing; of longer ones the first bytes are checked
 
 
 def find_wide_encoding(start: bytes) -> str | None:

@@ -16,6 +16,7 @@ import jinja2
 from overnight.config import nearest
 from overnight.jobs import LaunchConfig
 from overnight.preparation.prepare_commands import JobText
+from overnight.report.html import text_templates
 from overnight.terminal import join_words, quote
 
 RESTARTS = 3  # if the recipe does not say
@@ -171,14 +172,7 @@ def sagemaker_values(request: JobRequest) -> dict[str, Any]:
 
 
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("overnight.jobs"),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # shell and YAML: values pass through `quote` and `yaml`
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = text_templates("overnight.jobs")
     environment.filters |= {
         "quote": quote,
         "join_words": join_words,

@@ -46,7 +46,7 @@ class Visible(NamedTuple):
     document_ids: Tensor | None
     """Only keys of the same document, (B, T)."""
     window: int | None = None
-    """Only keys at so many newest positions, the query's own included."""
+    """Number of newest positions whose keys are visible, the query's own included."""
     positions: Tensor | None = None
     """Of the queries, (T,) or (B, T), where they are not their indices."""
 

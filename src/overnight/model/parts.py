@@ -1,12 +1,17 @@
-"""The parts in which a model is not GPT-2, in short words. Needs no torch."""
+"""The settings of a model that are sizes or switches, and short names of the switches. Needs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from overnight.model.model_config import ModelConfig
 
+SIZES = frozenset({"n_layer", "n_head", "n_embd", "context_length", "vocab_size", "dropout"})
+"""Settings of ModelConfig that GPT-2's own sizes differ in."""
+MODEL_SWITCHES = {field.name: field.default for field in fields(ModelConfig) if field.name not in SIZES}
+"""All other settings of ModelConfig, and their defaults, which are GPT-2's."""
 FIXED: dict[str, dict[Any, str]] = {
     "positions": {"rotary": "rotary"},
     "rotary_scaling": {"yarn": "yarn"},

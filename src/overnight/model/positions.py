@@ -91,7 +91,7 @@ def _ramp(config: ModelConfig) -> Tensor:
     D, trained = config.rotary_channels, config.trained_context_length
 
     def channel(rotations: float) -> float:
-        """The pair that makes so many rotations within the trained context."""
+        """The pair that makes this number of rotations within the trained context."""
         assert trained is not None
         return D * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(config.rotary_base))
 

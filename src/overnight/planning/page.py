@@ -10,13 +10,13 @@ import dataclasses
 from datetime import datetime
 from typing import Any
 
-import jinja2
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from overnight.model.parts import describe_parts
 from overnight.planning.plan import Plan
+from overnight.report.html import text_templates
 from overnight.terminal import byte_size, duration, short
 from overnight.training.memory import fits_into
 
@@ -86,12 +86,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def _render(plan: Plan) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("overnight.planning"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = text_templates("overnight.planning")
     for function in (plural, byte_size, percent_range, brief, date, dollars, duration, short):
         environment.filters[function.__name__] = function
     settings = dataclasses.asdict(plan.resolved.model) | dataclasses.asdict(plan.resolved.recipe.optimizer)

@@ -1,4 +1,4 @@
-"""Renders the templates: one HTML file, no script, nothing loaded from anywhere."""
+"""Templates: HTML pages of one file, without scripts, that load nothing; and plain text."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ from overnight.terminal import short
 # Control characters, lone surrogates and the two non-characters are not allowed in an HTML file.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 HASH = re.compile("[0-9a-f]{32,}")
+
+
+def text_templates(package: str) -> jinja2.Environment:
+    """The templates of a package for plain text: nothing is escaped, and an unknown name is an error."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader(package),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
 
 
 def render(template: str, package: str = "overnight.report", **values: Any) -> str:
