@@ -193,6 +193,16 @@ def test_figures_replace_the_old_ones(programs, repository, tmp_path):
         assert all(figures.put(page, part, "") for part in parts)
 
 
+def test_charts_of_a_page_become_files(programs):
+    chart = (
+        '<div class="chart wide" role="img" aria-label="Loss" tabindex="0"><svg width="1"><g/></svg></div>'
+    )
+    found = programs["charts"].read_charts(f"<p>{chart}</p><svg/>{chart}")
+    assert len(found) == 2
+    assert found[0].startswith("<svg style=")
+    assert found[0].endswith('width="1"><g/></svg>\n')
+
+
 # Both sides do the same work
 
 

@@ -193,7 +193,7 @@ def _choices(name: str, changed: Sequence[str]) -> str:
 def _added(words: Sequence[str], recipe: Recipe, problems: list[str]) -> Iterator[Arm]:
     """An arm for each SETTING=VALUE; several joined by + are one arm."""
     for word in itertools.chain.from_iterable(word.split(",") for word in words):
-        pairs = [each.partition("=") for each in re.split(r"\+(?=[a-zA-Z_-]+(?:=|$|\+))", word)]
+        pairs = [each.partition("=") for each in re.split(r"\+(?=[a-zA-Z_][\w-]*(?:=|$|\+))", word)]
         try:
             settings = {
                 _setting(name): _read_value(name, equals, value, recipe) for name, equals, value in pairs

@@ -37,16 +37,20 @@ def test_leaving_out_sets_back_to_gpt2() -> None:
 
 
 def test_adding_reads_values_as_options_do() -> None:
-    words = ("positions=rotary,qk-norm=true", "optimizer=muon+matrix_learning_rate=2e-2", "logit_softcap=15")
+    words = (
+        "positions=rotary,qk-norm=true",
+        "optimizer=muon+matrix_learning_rate=2e+2+beta1=0.8",
+        "logit_softcap=15",
+    )
     arms = arms_of(add=words)
     changes = [{name: new for name, (_, new) in arm.changes_from(arms[0]).items()} for arm in arms[1:]]
     assert changes == [
         {"positions": "rotary"},
         {"qk_norm": True},
-        {"optimizer": "muon", "matrix_learning_rate": 0.02},
+        {"optimizer": "muon", "matrix_learning_rate": 200.0, "beta1": 0.8},
         {"logit_softcap": 15.0},
     ]
-    assert arms[3].name == "optimizer=muon-matrix_learning_rate=2e-2"
+    assert arms[3].name == "optimizer=muon-matrix_learning_rate=2e-2-beta1=0.8"
 
 
 def test_baseline_is_first_and_control_repeats_it() -> None:
