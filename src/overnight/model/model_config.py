@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -155,48 +156,48 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Invalid values, one sentence each; [] if there are none."""
-        optional = [
-            *("trained_context_length", "feed_forward_width", "n_kv_head", "short_window", "latent_rank"),
-            *("latent_rotary_channels", "experts_per_token"),
-        ]
-        found = [
-            f"{name}={value} must be at least 1"
-            for name in ("n_layer", "n_head", "n_embd", "context_length", "vocab_size", *optional)
-            if (value := getattr(self, name)) is not None and value < 1
-        ]
-        if not 0.0 <= self.dropout < 1.0:
-            found.append(f"dropout={self.dropout} must be at least 0 and less than 1")
-        found += self._invalid_switches()
-        return found or self._misfits()
+        invalid = self._invalid_values()
+        # The other values are compared with defaults; a sentence that names an invalid value is left out.
+        valid = replace(self, **{name: getattr(ModelConfig, name) for name in invalid})
+        found = [each for each in valid._misfits() if invalid.keys().isdisjoint(re.findall(r"\w+", each))]
+        return [*invalid.values(), *found] or self._problem_of_size()
 
-    def _invalid_switches(self) -> list[str]:
-        found = []
-        for name in ("rotary_base", "logit_softcap"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                found.append(f"{name}={value} must be greater than 0, and finite")
+    def _invalid_values(self) -> dict[str, str]:
+        """What is wrong with a single value, by its name."""
+        counts = (
+            "n_layer n_head n_embd context_length vocab_size trained_context_length feed_forward_width "
+            "n_kv_head short_window latent_rank latent_rotary_channels experts_per_token"
+        )
+        given = {name: value for name in counts.split() if (value := getattr(self, name)) is not None}
+        found = {name: f"{name}={value} must be at least 1" for name, value in given.items() if value < 1}
+        if not 0.0 <= self.dropout < 1.0:
+            found["dropout"] = f"dropout={self.dropout} must be at least 0 and less than 1"
+        for name, least, most in (("rotary_base", 1, 1e30), ("logit_softcap", 1e-3, 1e6)):  # of float32
+            if (value := getattr(self, name)) is not None and not least < value <= most:
+                found[name] = f"{name}={value} must be greater than {least:g} and at most {most:g}"
         if self.n_expert < 0 or self.n_expert == 1:
-            found.append(f"n_expert={self.n_expert} must be at least 2, or 0 for none")
+            found["n_expert"] = f"n_expert={self.n_expert} must be at least 2, or 0 for none"
         if (self.shared_experts or 0) < 0:
-            found.append(f"shared_experts={self.shared_experts} must be at least 0")
+            found["shared_experts"] = f"shared_experts={self.shared_experts} must be at least 0"
         if not 0 <= self.load_balance_rate < float("inf"):
-            found.append(f"balance_rate={self.balance_rate} must be at least 0, and finite")
+            found["balance_rate"] = f"balance_rate={self.balance_rate} must be at least 0, and finite"
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            found.append(f"window_pattern={self.window_pattern!r} must be made of the letters S and L")
+            found["window_pattern"] = f"window_pattern={self.window_pattern!r} must be made of S and L"
         return found
 
-    def _misfits(self) -> list[str]:
-        """Contradictions between values that are valid by themselves."""
-        if self.n_embd % self.n_head:
-            return [f"n_embd={self.n_embd} does not divide among n_head={self.n_head} heads"]
-        if found := self._misfits_of_positions() + self._misfits_of_attention() + self._misfits_of_experts():
-            return found
+    def _problem_of_size(self) -> list[str]:
         few = (weight_sizes(replace(self, n_layer=layers), self.vocab_size or 1) for layers in (1, 2))
         one, two = (sum(map(math.prod, shapes.values())) for shapes in few)
         count = one + (self.n_layer - 1) * (two - one)  # a list of 10^12 layers would fill the memory
-        if count > MOST_PARAMETERS:
-            return [f"these sizes make {count:,} parameters, and the most is {MOST_PARAMETERS:,}"]
-        return []
+        found = f"these sizes make {count:,} parameters, and the most is {MOST_PARAMETERS:,}"
+        return [found] if count > MOST_PARAMETERS else []
+
+    def _misfits(self) -> list[str]:
+        """Contradictions between values that are valid by themselves."""
+        found = self._misfits_of_positions() + self._misfits_of_attention() + self._misfits_of_experts()
+        if self.n_embd % self.n_head:
+            found.insert(0, f"n_embd={self.n_embd} does not divide among n_head={self.n_head} heads")
+        return found
 
     def _misfits_of_positions(self) -> list[str]:
         found = []
@@ -210,10 +211,9 @@ class ModelConfig:
                 )
                 if is_set
             ]
-        elif self.rotary_channels % 2:
-            found.append(
-                f"positions=rotary rotates pairs of channels, and a head has {self.rotary_channels} of them"
-            )
+        elif self.rotary_channels % 2 and self.n_embd % self.n_head == 0:
+            name = "n_embd / n_head" if self.latent_rank is None else "latent_rotary_channels"
+            found.append(f"positions=rotary rotates pairs: {name} must be even, not {self.rotary_channels}")
         if self.rotary_scaling == "yarn" and self.trained_context_length is None:
             found.append("rotary_scaling=yarn needs trained_context_length, the context of its training")
         if self.rotary_scaling == "none" and self.trained_context_length is not None:
@@ -227,7 +227,7 @@ class ModelConfig:
     def _misfits_of_attention(self) -> list[str]:
         found = []
         if self.n_kv_head is not None and self.n_head % self.n_kv_head:
-            found.append(f"n_head={self.n_head} does not divide among n_kv_head={self.n_kv_head}")
+            found.append(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if self.short_window is not None and "S" not in self.window_pattern:
             found.append(f"short_window={self.short_window} needs a window_pattern with S")
         if self.latent_rank is None:
@@ -235,16 +235,17 @@ class ModelConfig:
                 found.append(f"latent_rotary_channels={self.latent_rotary_channels} needs latent_rank")
             return found
         found += [
-            f"{name} has no meaning with latent_rank={self.latent_rank}, which makes all keys from one vector"
+            f"{name} can't be used with latent_rank={self.latent_rank}: leave one of them out"
             for name, is_set in (
-                ("qk_norm", self.qk_norm),
+                (f"qk_norm={self.qk_norm}", self.qk_norm),
                 (f"n_kv_head={self.n_kv_head}", self.n_kv_head is not None),
                 (f"value_embeddings={self.value_embeddings}", self.value_embeddings != "none"),
             )
             if is_set
         ]
-        if self.rotary_channels >= self.head_channels:
-            found.append(f"latent_rotary_channels={self.rotary_channels} must be less than n_embd / n_head")
+        rotated = self.rotary_channels
+        if self.positions == "rotary" and not 0 < rotated < self.head_channels:
+            found.append(f"latent_rotary_channels={rotated} must be at least 1 and less than n_embd / n_head")
         return found
 
     def _misfits_of_experts(self) -> list[str]:

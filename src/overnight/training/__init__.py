@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from overnight.model import ActivationCheckpointing, LossMethod
+from overnight.model.model_config import ModelConfig
 
 Sharding = Literal["none", "zero1", "fsdp", "hsdp"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -146,4 +147,22 @@ class OptimizerConfig:
             ]
         if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
             found.append(f"max_grad_norm={self.max_grad_norm} must be greater than 0, or left out")
+        return found
+
+    def misfits(self, model: ModelConfig, compute: ComputeConfig) -> list[str]:
+        """Contradictions with other settings, one sentence each; [] if there are none."""
+        found = []
+        if self.head_learning_rate is not None and model.tied_head:
+            found.append(f"head_learning_rate={self.head_learning_rate} needs tied_head=False")
+        if self.optimizer != "muon":
+            return found
+        if self.cautious_weight_decay and not self.matrix_weight_decay:
+            found.append("cautious_weight_decay=True needs matrix_weight_decay")
+        if compute.sharding in {"fsdp", "hsdp"}:
+            found.append(
+                f"optimizer=muon updates whole matrices, and sharding={compute.sharding} divides their rows: "
+                "choose sharding none or zero1"
+            )
+        if compute.precision == "fp16":
+            found.append("optimizer=muon can't be used with precision=fp16, which scales gradients: use bf16")
         return found

@@ -11,6 +11,7 @@ from overnight.model.feed_forward import BALANCE_GRADIENT
 from overnight.model.gpt import GPT
 from overnight.model.loss import next_token_loss
 from overnight.model.model_config import ModelConfig
+from overnight.recipe import Recipe, with_settings
 from overnight.training import OptimizerConfig
 from overnight.training.checkpoint.load import load_checkpoint
 from overnight.training.checkpoint.save import save_checkpoint
@@ -168,3 +169,21 @@ def test_settings_without_meaning_are_refused(changes, words):
     problems = replace(OptimizerConfig(), **changes).problems()
     assert len(problems) == len(words)
     assert all(word in problem for word, problem in zip(words, problems, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"sharding": "zero1", "precision": "bf16"}, None),
+        ({"sharding": "fsdp"}, "sharding=fsdp"),
+        ({"sharding": "hsdp"}, "sharding=hsdp"),
+        ({"precision": "fp16"}, "precision=fp16"),
+        ({"head_learning_rate": 0.1}, "head_learning_rate=0.1 needs tied_head=False"),
+        ({"head_learning_rate": 0.1, "tied_head": False}, None),
+        ({"cautious_weight_decay": True}, "needs matrix_weight_decay"),
+        ({"cautious_weight_decay": True, "matrix_weight_decay": 0.1}, None),
+    ],
+)
+def test_combination_without_meaning_is_named(settings, named):
+    recipe = with_settings(Recipe(run_name="x"), optimizer="muon", total_steps=1, **settings)
+    assert [named in problem for problem in recipe.problems()] == [True] * (named is not None)
