@@ -1,4 +1,4 @@
-"""The shape of a GPT and the switches that lead away from GPT-2; parameters, FLOPs. Needs no torch."""
+"""The configuration of a GPT: sizes, and switches for parts of later models; parameters, FLOPs. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXPERTS_PER_TOKEN, BALANCE_RATE = 2, 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a GPT; the names are GPT-2's own. With every switch at its default it is GPT-2."""
+    """The sizes and parts of a GPT. The names of the sizes are GPT-2's, and the defaults are GPT-2 small."""
 
     n_layer: int = 12
     """Transformer blocks."""
@@ -59,31 +59,31 @@ class ModelConfig:
     embedding_norm: bool = False
     """Normalize the embedding before the first block."""
     zero_projections: bool = False
-    """The matrices that write into the residual stream begin at 0."""
+    """Initialize the matrices that write into the residual stream with zeros."""
     logit_softcap: float | None = None
     """Bound logits to this absolute value, by a tanh; unbounded if left out."""
     embedding_shortcut: bool = False
     """Each block reads a learned mix of the residual stream and the embedding."""
     value_embeddings: Literal["none", "alternate", "all"] = "none"
-    """Add an embedding of the token to the values of attention, in no, every second or every block."""
+    """Add an embedding of the token to the values of attention: in no block, every second block or all."""
     n_kv_head: int | None = None
     """Heads of keys and values, which groups of query heads share (GQA); n_head if left out."""
     window_pattern: str = "L"
-    """Attention of the blocks in turn: L the whole context, S a short window; the last block always L."""
+    """Attention of the blocks, repeated: L the whole context, S a short window. The last block has L."""
     short_window: int | None = None
     """Positions of a short window; a quarter of context_length if left out."""
     latent_rank: int | None = None
-    """Latent attention (MLA): keys and values of all heads come from this many channels; off if left out."""
+    """Channels of the vector from which latent attention (MLA) computes keys and values; off if left out."""
     latent_rotary_channels: int | None = None
     """Channels of each head that are rotated in latent attention; half of the head if left out."""
     n_expert: int = 0
-    """Experts of the feed-forward part, a few of which a token uses (MoE); 0: none."""
+    """Experts of the feed-forward part (MoE), of which each token uses a few; 0: none."""
     experts_per_token: int | None = None
     """Experts that the router chooses for a token; 2 if left out."""
     shared_experts: int | None = None
-    """Experts that every token uses, besides; none if left out."""
+    """Further experts, which every token uses; none if left out."""
     balance_rate: float | None = None
-    """Step of the bias that evens out the experts' load; 0.001 if left out, 0: no bias."""
+    """Step size of the bias that balances the load of the experts; 0.001 if left out, 0: no bias."""
 
     @property
     def vocabulary(self) -> int:
@@ -128,7 +128,7 @@ class ModelConfig:
 
     @property
     def load_balance_rate(self) -> float:
-        """Step of the balancing bias; 0: there is none."""
+        """Step size of the balancing bias; 0: no bias."""
         return BALANCE_RATE if self.balance_rate is None else self.balance_rate
 
     @property
@@ -142,14 +142,14 @@ class ModelConfig:
         return 4 * self.n_embd if used == 1 else round_up(-(-4 * self.n_embd // used), WIDTH_MULTIPLE)
 
     def window(self, layer: int) -> int | None:
-        """Positions that attention of a block reaches back; None: the whole context."""
+        """The positions that each query of a block sees, its own included; None: the whole context."""
         is_short = self.window_pattern[layer % len(self.window_pattern)] == "S"
         if not is_short or layer == self.n_layer - 1:
             return None
         return min(self.short_window or max(1, self.context_length // 4), self.context_length)
 
     def has_value_embedding(self, layer: int) -> bool:
-        """True if the block adds an embedding to its values; the last one does, wherever any does."""
+        """True if the block adds an embedding to its values. With alternate, the last block does."""
         if self.value_embeddings == "alternate":
             return (self.n_layer - 1 - layer) % 2 == 0
         return self.value_embeddings == "all"

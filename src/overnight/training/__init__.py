@@ -91,24 +91,24 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
     """Largest norm of all gradients together, by scaling them down; None: no clipping."""
     matrix_learning_rate: float | None = None
-    """Muon's peak learning rate, of the blocks' matrices; 0.02 if left out. With muon, peak_learning_rate is
-    that of all other weights."""
+    """With muon, the peak learning rate of the blocks' matrices; 0.02 if left out. peak_learning_rate then
+    applies to the other weights."""
     embedding_learning_rate: float | None = None
-    """With muon, of the embeddings instead of peak_learning_rate."""
+    """With muon, the peak learning rate of the embeddings; peak_learning_rate if left out."""
     head_learning_rate: float | None = None
-    """With muon, of an output layer of its own instead of peak_learning_rate."""
+    """With muon, the peak learning rate of an untied output layer; peak_learning_rate if left out."""
     scalar_learning_rate: float | None = None
-    """With muon, of gains, biases and gates instead of peak_learning_rate."""
+    """With muon, the peak learning rate of gains and biases; peak_learning_rate if left out."""
     momentum: float | None = None
     """Muon's momentum; 0.95 if left out."""
     momentum_warmup_steps: int | None = None
-    """Steps over which Muon's momentum rises from 0.85; 300 if left out."""
+    """Steps over which Muon's momentum rises linearly from 0.85; 300 if left out."""
     matrix_weight_decay: float | None = None
-    """Decay of Muon's matrices, per step and unit of learning rate; none if left out."""
+    """Weight decay of Muon's matrices, per step and unit of learning rate; 0 if left out."""
     row_normalization: bool = False
-    """With muon, give all rows of an update the same size (NorMuon)."""
+    """With muon, normalize the rows of each update (NorMuon)."""
     cautious_weight_decay: bool = False
-    """With muon, decay only weights that the update makes smaller."""
+    """With muon, decay a weight only if the update also makes it smaller."""
 
     @property
     def matrix_rate(self) -> float:

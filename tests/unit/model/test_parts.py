@@ -169,6 +169,12 @@ def test_generation_and_endings_use_the_model_s_own_head(switches):
         torch.testing.assert_close(model(torch.tensor([ids])), logits, rtol=1e-3, atol=1e-3)
 
 
+def test_shortcut_begins_with_a_tenth_of_the_embedding():
+    drawn = dict(init_weights(replace(SIZES, embedding_shortcut=True), 5))
+    gains = {name.rpartition(".")[2]: weight.item() for name, weight in drawn.items() if "shortcut" in name}
+    assert gains == pytest.approx({"stream_gain": 1.0, "embedding_gain": 0.1})
+
+
 def test_model_with_switches_is_not_written_as_gpt2(tmp_path):
     with pytest.raises(ValueError, match="GPT2LMHeadModel, does not have positions=rotary, qk_norm=True"):
         write_huggingface(build(positions="rotary", qk_norm=True), train_characters(["ab"]), tmp_path / "out")

@@ -138,6 +138,9 @@ def test_rows_become_even():
     found = even_rows(update, [torch.zeros(8, 1)], torch.tensor(1.0))
     assert found.norm().item() == pytest.approx(update.norm().item(), rel=1e-4)
     assert found.norm(dim=2).std().item() < 1e-3 * found.norm(dim=2).mean().item()
+    square = torch.full((8, 1), 2.0)
+    even_rows(update, [square], torch.tensor(1.0))
+    torch.testing.assert_close(square, 0.95 * 2.0 + 0.05 * update[0].square().mean(1, keepdim=True))
 
 
 def test_matrix_follows_the_rule_written_out():
