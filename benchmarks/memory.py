@@ -99,7 +99,7 @@ def split_settings(settings: dict[str, Any], sizes: Sizes) -> tuple[ModelConfig,
     """A part's settings in the configurations that they belong to."""
 
     def of(kind: Any) -> dict[str, Any]:
-        return {name: settings[name] for name in settings.keys() & vars(kind).keys()}
+        return {name: settings[name] for name in settings.keys() & kind.__dataclass_fields__.keys()}
 
     chosen: Any = {"precision": sizes.precision, "compile": sizes.is_compiled}
     compute = Compute(device="cpu", attention="fused", loss="full", **chosen)
