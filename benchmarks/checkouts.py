@@ -25,13 +25,12 @@ class Program:
     """Files that lie in its checkout beside that one."""
 
 
-BUILD_NANOGPT = Program(
-    peer="build-nanogpt", file="train_gpt2.py", needed=("GPT", "GPTConfig", "DataLoaderLite")
-)
+CLASSES = ("GPT", "GPTConfig")
+BUILD_NANOGPT = Program(peer="build-nanogpt", file="train_gpt2.py", needed=(*CLASSES, "DataLoaderLite"))
 NANOGPT = Program(
     peer="nanoGPT",
     file="model.py",
-    needed=("GPT", "GPTConfig"),
+    needed=CLASSES,
     others=("train.py", "config/train_shakespeare_char.py", "data/shakespeare_char/prepare.py"),
 )
 LLM_C_FILES = ("train_gpt2.c", "llmc/dataloader.h")

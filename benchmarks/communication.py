@@ -113,7 +113,7 @@ def slowest(action: Callable[[], object]) -> float:
 
 
 def time_size(kind: Kind, size: int, here: World) -> float:
-    """Seconds of one collective over so many bytes."""
+    """Seconds of one collective over this number of bytes."""
     whole = torch.zeros(size // FLOAT32)
     part = torch.zeros(size // FLOAT32 // here.size)
     return slowest(lambda: say(kind, whole, part))

@@ -148,7 +148,7 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     parser = measure.command_line(__doc__, "peer nanogpt", repeats=3, of="whole runs of each side")
     parser.add_argument("--corpus", type=Path, required=True, help="a folder of .parquet files with text")
     parser.add_argument("--bpe", type=Path, required=True, help="folder of encoder.json and vocab.bpe")
-    parser.add_argument("--files", type=int, help="only so many of the files")
+    parser.add_argument("--files", type=int, help="only this number of files")
     return parser.parse_args(words)
 
 

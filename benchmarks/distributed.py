@@ -69,10 +69,8 @@ def compare_weights(ours: Path, theirs: Path) -> float:
 
 def measure_equality(folder: Path, options: argparse.Namespace) -> measure.Report:
     """Compare each run in several processes with one process; deterministic runs must be bitwise equal."""
-    alone, alone_bitwise = (
-        train(folder, "alone"),
-        train(folder, "alone-deterministic_reduce", "--deterministic-reduce"),
-    )
+    alone = train(folder, "alone")
+    alone_bitwise = train(folder, "alone-deterministic_reduce", "--deterministic-reduce")
     losses = [line["loss"] for line in read_lines(alone / "metrics.jsonl")]
     rows, measured = [], {}
     for team in TEAMS:
@@ -157,9 +155,7 @@ def measure_kills(folder: Path, options: argparse.Namespace) -> measure.Report:
         name, rank, moment = f"killed-{number}", draw.randrange(2), draw.uniform(0, seconds)
         killed = kill(folder, name, rank, moment, restarts=len(kills) % 2)
         if digest(folder / "runs" / name) != expected:
-            raise ValueError(
-                f"{name}, rank {rank} after {moment:.2f} s: the run differs from the uninterrupted one"
-            )
+            raise ValueError(f"{name}, rank {rank} after {moment:.2f} s: differs from the uninterrupted run")
         kills += [killed] if killed else []
         if len(kills) == options.kills:
             break
@@ -235,7 +231,7 @@ def listen_to(folder: Path, processes: int, way: Sequence[str], steps: int) -> l
     return read_notes(notes, processes)
 
 
-def measure_communication(folder: Path, options: argparse.Namespace) -> measure.Report:
+def measure_talk(folder: Path, options: argparse.Namespace) -> measure.Report:
     """Measure by number of processes and sharding."""
     rows, measured = [], {}
     for processes in (2, 4):
@@ -268,9 +264,7 @@ def describe(talks: Sequence[Talk]) -> list[str]:
 # ---------------------------------------------------------------- all parts
 
 
-MEASURES = dict(
-    zip(PARTS, (measure_equality, measure_kills, measure_frozen, measure_communication), strict=True)
-)
+MEASURES = dict(zip(PARTS, (measure_equality, measure_kills, measure_frozen, measure_talk), strict=True))
 
 
 def run_campaign(options: argparse.Namespace) -> int:

@@ -113,9 +113,7 @@ def evaluate_strided(peer: Peer, question: Question) -> float:
     return nats / evaluated
 
 
-def build_sides(
-    model: GPT, question: Question, options: argparse.Namespace
-) -> dict[str, Callable[[], float]]:
+def sides_of(model: GPT, question: Question, options: argparse.Namespace) -> dict[str, Callable[[], float]]:
     """Every side that is there, as a function that evaluates and returns its loss."""
     sides: dict[str, Callable[[], float]] = {
         OURS: partial(evaluate_ours, model, question),
@@ -152,7 +150,7 @@ def report(options: argparse.Namespace) -> measure.Report:
     batches = [batch(number * options.rows, options.rows) for number in range(options.batches)]
     question = Question(batches=batches, precision=precision, device=options.device)
     model = GPT(config, seed=SEED).to(options.device)
-    sides = build_sides(model, question, options)
+    sides = sides_of(model, question, options)
     losses = {name: side() for name, side in sides.items()}  # the warm-up
     times = measure.interleave_times(sides, options.repeats)
     rows = [
@@ -183,10 +181,7 @@ def describe_losses(losses: dict[str, float]) -> list[str]:
     comparable = [loss for name, loss in losses.items() if name != STRIDED]
     apart = max(comparable) - min(comparable)
     verdict = "." if apart <= SAME_LOSS else ": THE SIDES DO NOT AGREE."
-    notes = [
-        measure.OVERNIGHT_IS,
-        f"The losses on the same windows lie within {apart:.5f} nats{verdict}",
-    ]
+    notes = [measure.OVERNIGHT_IS, f"The losses on the same windows lie within {apart:.5f} nats{verdict}"]
     if STRIDED in losses:
         notes.append(f"{STRIDED} evaluates every token after at least half a window: its loss is another.")
     return notes

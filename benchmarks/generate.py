@@ -168,9 +168,7 @@ def report(options: argparse.Namespace) -> measure.Report:
     """Write with all sides in turn, setting by setting."""
     config = measure.gpt2_124m(n_layer=options.layers)
     if options.prompt + options.new > config.context_length:
-        raise ValueError(
-            f"--prompt and --new together are more than the {config.context_length} ids of a GPT-2"
-        )
+        raise ValueError(f"--prompt plus --new exceed the {config.context_length} ids of a GPT-2")
     writers, notes = build_writers(config, options.sides)
     rows, measured = [], {}
     for setting in settings_of(options):
@@ -182,7 +180,7 @@ def report(options: argparse.Namespace) -> measure.Report:
         times = {name: [milliseconds for milliseconds, _ in each] for name, each in written.items()}
         completions = {name: each[0][1] for name, each in written.items()}
         rows += table_rows(setting, times)
-        notes += notes_on(setting, times, completions)
+        notes += notes(setting, times, completions)
         measured[setting.name] = times
     return measure.Report(
         title=f"{measure.model_name(config)} writes on the CPU",
@@ -233,9 +231,7 @@ def table_rows(setting: Setting, times: dict[str, list[float]]) -> list[list[str
     ]
 
 
-def notes_on(
-    setting: Setting, times: dict[str, list[float]], completions: dict[str, Completions]
-) -> list[str]:
+def notes(setting: Setting, times: dict[str, list[float]], completions: dict[str, Completions]) -> list[str]:
     """Best beside best, int8 beside int8, and whether the same ids were written."""
     pairs = [(find_best(times, OURS), find_best(times, THEIRS)), (f"{OURS}, int8", f"{CTRANSLATE2}, int8")]
     notes = [
@@ -256,7 +252,9 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="completions at once")
     parser.add_argument("--prompt", type=int, default=32, help="ids of a prompt")
     parser.add_argument("--new", type=int, default=64, help="ids of a completion")
-    parser.add_argument("--top-k", type=int, default=200, help="draw from so many, after the greedy round")
+    parser.add_argument(
+        "--top-k", type=int, default=200, help="draw from this many ids, after the greedy round"
+    )
     parser.add_argument("--sides", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     return parser.parse_args(words)
 

@@ -199,10 +199,7 @@ def report(options: argparse.Namespace) -> measure.Report:
         rows=rows,
         measured=times,
         settings={**settings, "threads": torch.get_num_threads()},
-        notes=[
-            measure.OVERNIGHT_IS,
-            *compare(answers, [int(example["label"]) for example in examples]),
-        ],
+        notes=[measure.OVERNIGHT_IS, *compare(answers, [int(each["label"]) for each in examples])],
         machine=measure.describe_machine(options.device),
     )
 

@@ -105,9 +105,7 @@ def become_driver(task: Task, model: GPT, schedule: tuple[float, int]) -> NoRetu
 # ---------------------------------------------------------------- on a GPU
 
 
-def build_cuda_turn(
-    task: Task, model: GPT, schedule: tuple[float, int]
-) -> Callable[[], Mapping[str, object]]:
+def cuda_turn(task: Task, model: GPT, schedule: tuple[float, int]) -> Callable[[], Mapping[str, object]]:
     """A function that runs llm.c's program for a few steps from the first on, and times the later ones.
 
     Its loader shuffles micro-batches, so it is given the first step's rows and no more: the loss of the

@@ -218,10 +218,7 @@ class Report:
 
 
 def command_line(
-    about: str | None,
-    shared: str = "",
-    repeats: int | None = None,
-    of: str = "measured repeats of each side",
+    about: str | None, shared: str = "", repeats: int | None = None, of: str = "measured repeats of each side"
 ) -> argparse.ArgumentParser:
     """The options --json, --repeats if there is a default, and the `shared` ones of OPTIONS."""
     parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])

@@ -99,14 +99,10 @@ def split_settings(settings: dict[str, Any], sizes: Sizes) -> tuple[ModelConfig,
     """A part's settings in the configurations that they belong to."""
 
     def of(kind: Any) -> dict[str, Any]:
-        return {
-            field.name: settings[field.name] for field in dataclasses.fields(kind) if field.name in settings
-        }
+        return {name: settings[name] for name in settings.keys() & kind.__dataclass_fields__.keys()}
 
-    precision: Any = sizes.precision
-    compute = Compute(
-        device="cpu", precision=precision, compile=sizes.is_compiled, attention="fused", loss="full"
-    )
+    chosen: Any = {"precision": sizes.precision, "compile": sizes.is_compiled}
+    compute = Compute(device="cpu", attention="fused", loss="full", **chosen)
     model = dataclasses.replace(sizes.model, **of(ModelConfig))
     return model, OptimizerConfig(**of(OptimizerConfig)), dataclasses.replace(compute, **of(Compute))
 

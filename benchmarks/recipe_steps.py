@@ -29,9 +29,7 @@ HEADINGS = ("recipe", "parameters", "tokens a step", "median ms", "min", "max", 
 def resolve_for_here(name: str, options: Sequence[str]) -> Resolved:
     """A recipe with everything decided for this machine. Raises ValueError as `overnight plan` does."""
     default = PlanConfig(**vars(load_recipe(name)))
-    config = from_arguments(
-        PlanConfig, options, prog="recipe_steps.py", about="An option of train.", default=default
-    )
+    config = from_arguments(PlanConfig, options, prog="recipe_steps.py", about="", default=default)
     return estimate_plan(config, name).resolved
 
 
@@ -40,11 +38,8 @@ def report(options: argparse.Namespace) -> measure.Report:
     names = [*dict.fromkeys(options.recipes)]
     decided = {name: resolve_for_here(name, options.words) for name in names}
     trials = {name: (resolved, *build_trial(resolved)) for name, resolved in decided.items()}
-    found = measure.interleave(
-        {name: partial(time_step_of, *trial) for name, trial in trials.items()},
-        options.repeats,
-        warm_ups=2,
-    )
+    sides = {name: partial(time_step_of, *trial) for name, trial in trials.items()}
+    found = measure.interleave(sides, options.repeats, warm_ups=2)
     tokens = {name: resolved.recipe.batch.tokens_per_step for name, resolved in decided.items()}
     by_token = {name: [seconds / tokens[name] for seconds in times] for name, times in found.items()}
     compute = decided[names[0]].compute
@@ -79,9 +74,7 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     end = words.index("--") if "--" in words else len(words)
     parser = measure.command_line(__doc__, repeats=9)
-    parser.add_argument(
-        "recipes", nargs="+", help="names of recipes, or TOML files; the first is the reference"
-    )
+    parser.add_argument("recipes", nargs="+", help="names, or TOML files; the first is the reference")
     options = parser.parse_args(words[:end])
     options.words = [*words[end + 1 :]]
     return options

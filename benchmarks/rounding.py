@@ -93,7 +93,7 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     parser = measure.command_line(__doc__)
     parser.add_argument("model", help="a run, a checkpoint, a Hugging Face folder or name")
     parser.add_argument("--text", required=True, help="a file the model was not trained on")
-    parser.add_argument("--tokens", type=int, default=50_000, help="at most so many")
+    parser.add_argument("--tokens", type=int, default=50_000, help="at most this number")
     return parser.parse_args(words)
 
 

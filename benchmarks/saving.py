@@ -125,9 +125,7 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     parser = measure.command_line(__doc__, repeats=5)
     parser.add_argument("--preset", choices=PRESETS, default="gpt2-124m", help="the size of the model")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--folder", type=Path, help="on the disk to be measured; the temporary one's if left out"
-    )
+    parser.add_argument("--folder", type=Path, help="on the measured disk; a temporary one if left out")
     return parser.parse_args(words)
 
 

@@ -128,13 +128,8 @@ def command_of_ours(data: Path, steps: int, seed: int) -> list[str]:
     settings: dict[str, object] = {
         **{"run-name": "measured", "data": data, "seed": seed},
         **{"n-layer": 4, "n-head": 4, "n-embd": 128, "context-length": CONTEXT, "dropout": 0.0},
-        **{
-            "peak-learning-rate": 1e-3,
-            "beta1": 0.9,
-            "beta2": 0.99,
-            "weight-decay": 0.1,
-            "max-grad-norm": 1.0,
-        },
+        **{"peak-learning-rate": 1e-3, "beta1": 0.9, "beta2": 0.99},
+        **{"weight-decay": 0.1, "max-grad-norm": 1.0},
         **{"total-steps": steps, "warmup-steps": min(100, steps), "final-learning-rate-fraction": 0.1},
         **{"tokens-per-step": ROWS * CONTEXT, "evaluate-every-steps": evaluate_every(steps)},
         **{"evaluation-tokens": evaluation_tokens, "sample-every-steps": None, "device": "cpu"},
@@ -295,9 +290,7 @@ def table_row(name: str, runs: dict[str, list[Training]]) -> list[str]:
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = measure.command_line(__doc__, repeats=3, of="whole runs of each side")
-    parser.add_argument(
-        "--nanogpt", type=Path, help="a checkout of nanoGPT; without it, only ours is trained"
-    )
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; without, only ours is trained")
     parser.add_argument("--text", type=Path, help="tiny shakespeare; what lies in the checkout if left out")
     parser.add_argument("--iterations", type=int, default=2000, help="steps; fewer make a quick try")
     return parser.parse_args(words)

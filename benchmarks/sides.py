@@ -150,7 +150,7 @@ def _find_doubt(side: Side, found: Circumstances) -> str | None:
 
 
 class Process:
-    """A side at work: told to step by a line, it answers with a line, and waits without working."""
+    """A side in a process: it takes a turn for each line of input, answers with a line, and waits idle."""
 
     def __init__(self, side: Side, task: Task) -> None:
         self.name = side.name

@@ -55,9 +55,7 @@ def report(options: argparse.Namespace) -> measure.Report:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_runs(folder / "runs")
-        sides = {
-            typed: partial(measure.run_process, command, folder) for typed, command in commands().items()
-        }
+        sides = {name: partial(measure.run_process, words, folder) for name, words in commands().items()}
         # The first call fills the disk's cache.
         times = measure.interleave_times(sides, options.repeats, warm_ups=1)
     least = times[LEAST]

@@ -1,4 +1,4 @@
-"""One side of train_step.py in a process of its own: it steps when it is told to, and says how long.
+"""One side of train_step.py in a process of its own: it takes a turn for each line and reports its time.
 
 Standard input brings one JSON line with a `Task`, then a line for each turn; each is answered by one JSON
 line on standard output. In between it waits in a blocking read.
@@ -16,27 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import llmc
 import peers
-from overnight.bench.worker import (
-    PEAK_LEARNING_RATE,
-    SEED,
-    WARMUP_STEPS,
-    Rows,
-    StepTask,
-    build_step,
-    time_steps,
-)
+from overnight.bench import worker
 from overnight.model.model_config import VOCABULARY_MULTIPLE, ModelConfig
 from sides import LLM_C, Task
 
 if TYPE_CHECKING:
     from overnight.model.gpt import GPT
 
-SCHEDULE = (PEAK_LEARNING_RATE, WARMUP_STEPS)
+SCHEDULE = (worker.PEAK_LEARNING_RATE, worker.WARMUP_STEPS)
 
 
 def learning_rate(step: int) -> float:
     """Of a step, counted from 0: the constant rate after a linear warm-up that our side has."""
-    return PEAK_LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
+    return worker.PEAK_LEARNING_RATE * min(1.0, (step + 1) / worker.WARMUP_STEPS)
 
 
 def build(task: Task) -> tuple[Callable[[], Mapping[str, Any]], str]:
@@ -44,17 +36,17 @@ def build(task: Task) -> tuple[Callable[[], Mapping[str, Any]], str]:
     if task.peer is None:
         step, precision = build_ours(task)
     elif task.peer == LLM_C:
-        return llmc.build_cuda_turn(task, build_model(task), SCHEDULE), "bf16"
+        return llmc.cuda_turn(task, build_model(task), SCHEDULE), "bf16"
     else:
         step, precision = build_theirs(task, build_model(task))
-    return lambda: time_steps(step, task.device)._asdict(), precision
+    return lambda: worker.time_steps(step, task.device)._asdict(), precision
 
 
 def build_model(task: Task) -> GPT:
     """The model that all sides begin with."""
     from overnight.model.gpt import GPT
 
-    return GPT(ModelConfig(**task.model), seed=SEED)
+    return GPT(ModelConfig(**task.model), seed=worker.SEED)
 
 
 def build_ours(task: Task) -> tuple[Callable[[], Any], str]:
@@ -64,7 +56,7 @@ def build_ours(task: Task) -> tuple[Callable[[], Any], str]:
 
     chosen: Any = task.precision
     compute = resolve_compute(ComputeConfig(precision=chosen, compile=task.compile), task.device)
-    step_task = StepTask(
+    step_task = worker.StepTask(
         model=ModelConfig(**task.model),
         compute=compute,
         ids=task.ids,
@@ -74,7 +66,7 @@ def build_ours(task: Task) -> tuple[Callable[[], Any], str]:
         fused_optimizer=True,
         large_pages="GLIBC_TUNABLES" in os.environ,
     )
-    return build_step(step_task), str(compute.precision)
+    return worker.build_step(step_task), str(compute.precision)
 
 
 def build_theirs(task: Task, model: GPT) -> tuple[Callable[[], Any], str]:
@@ -85,7 +77,7 @@ def build_theirs(task: Task, model: GPT) -> tuple[Callable[[], Any], str]:
     checkout = Path(task.checkout) if task.checkout is not None else None
     peer = peers.build_peer(task.peer, checkout, model)
     stepping = peers.Stepping(
-        batches=Rows(np.load(task.ids), model.config.context_length).batch,
+        batches=worker.Rows(np.load(task.ids), model.config.context_length).batch,
         rows=task.rows,
         micro_batches=task.micro_batches,
         precision=str(task.precision),
@@ -114,12 +106,8 @@ def serve() -> None:
     answer(precision=precision, threads=torch.get_num_threads())
     waiting_since, cpu_before = time.perf_counter(), time.process_time()
     while sys.stdin.readline():
-        started_at, cpu_at_start = time.perf_counter(), time.process_time()
-        answer(
-            **turn(),
-            waited_seconds=started_at - waiting_since,
-            waited_cpu_seconds=cpu_at_start - cpu_before,
-        )
+        seconds, cpu_seconds = time.perf_counter() - waiting_since, time.process_time() - cpu_before
+        answer(**turn(), waited_seconds=seconds, waited_cpu_seconds=cpu_seconds)
         waiting_since, cpu_before = time.perf_counter(), time.process_time()
 
 

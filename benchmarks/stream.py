@@ -52,14 +52,12 @@ class Unverified:
 
 
 def write_shards(folder: Path, tokens: int, *, shard_tokens: int, empty: bool) -> Unverified:
-    """A folder of so many tokens: random ids, or no more than the shards' headers and lengths."""
+    """A folder of `tokens` tokens: random ids, or no more than the shards' headers and lengths."""
     folder.mkdir()
     shards = []
     for number, first in enumerate(range(0, tokens, shard_tokens)):
         size = min(shard_tokens, tokens - first)
-        shards.append(
-            Shard(name=f"train-{number:05d}.bin", tokens=size, documents=1, text_bytes=0, sha256="")
-        )
+        shards.append(Shard(name=f"train-{number:05}.bin", tokens=size, documents=1, text_bytes=0, sha256=""))
         header = np.zeros(256, dtype="<i4")
         header[:3] = SMALL.magic, SMALL.version, size
         with (folder / shards[-1].name).open("wb") as file:
@@ -68,15 +66,11 @@ def write_shards(folder: Path, tokens: int, *, shard_tokens: int, empty: bool) -
                 ids = np.random.default_rng(number).integers(0, VOCABULARY, size)
                 file.write(ids.astype(SMALL.dtype).tobytes())
             file.truncate(HEADER_BYTES + size * SMALL.dtype.itemsize)
-    facts = dict.fromkeys(
-        ("source", "licence", "split_rule", "overnight_version", "tokenizer", "tokenizer_fingerprint"), ""
-    )
-    counts = dict.fromkeys(
-        ("duplicate_documents", "empty_documents", "skipped_documents", "repaired_documents"), 0
-    )
+    facts = "source licence split_rule overnight_version tokenizer tokenizer_fingerprint"
+    counts = "duplicate_documents empty_documents skipped_documents repaired_documents"
     manifest = Manifest(
-        **facts,
-        **counts,
+        **dict.fromkeys(facts.split(), ""),
+        **dict.fromkeys(counts.split(), 0),
         request={},
         documents=len(shards),
         vocab_size=VOCABULARY,
@@ -180,12 +174,7 @@ def compare(folder: Path, options: argparse.Namespace) -> measure.Report:
         headings=HEADINGS,
         rows=table,
         measured={"milliseconds": times, "megabytes_more": grown},
-        settings={
-            "rows": rows,
-            "context": length,
-            "batches a repeat": options.batches,
-            "repeats": options.repeats,
-        },
+        settings={"rows": rows, "context": length, "batches": options.batches, "repeats": options.repeats},
         notes=notes,
     )
 

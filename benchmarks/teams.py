@@ -82,7 +82,7 @@ class Ended(NamedTuple):
 
 
 def prepare(folder: Path, steps: int) -> None:
-    """Shards of Python's documentation, by characters, and recipe.toml: so many steps on them."""
+    """Shards of Python's documentation, by characters, and recipe.toml: `steps` steps on them."""
     shards = folder / "shards"
     words = f"prepare python-docs --tokenizer characters --tokens 500000 --out {shards}".split()
     subprocess.run([*overnight(), *words], check=True, capture_output=True)

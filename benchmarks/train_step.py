@@ -8,12 +8,12 @@ same rows of the same text, so that their losses, which are shown, must agree.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import platform
 import statistics
 import tempfile
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,7 @@ class Measured(NamedTuple):
     """By precision: what the device could do."""
 
 
-def report(options: argparse.Namespace) -> measure.Report:
+def report(options: Namespace) -> measure.Report:
     """Step all sides in turn. Raises ValueError, before any work, for invalid options."""
     sides, left_out, model = check(options)
     ids = fit_ids(read_ids(options.text, options.data, options.bpe), options, model)
@@ -98,7 +98,7 @@ def report(options: argparse.Namespace) -> measure.Report:
     )
 
 
-def take_turns(processes: Sequence[Process], options: argparse.Namespace) -> Measured:
+def take_turns(processes: Sequence[Process], options: Namespace) -> Measured:
     """All rounds; in each, the device's peak is measured as well where its maker publishes none."""
     about = {process.name: process.about for process in processes}
     turns: dict[str, Callable[[], Any]] = {process.name: process.step for process in processes}
@@ -114,7 +114,7 @@ def take_turns(processes: Sequence[Process], options: argparse.Namespace) -> Mea
 # ---------------------------------------------------------------- what was asked
 
 
-def check(options: argparse.Namespace) -> tuple[list[Side], list[str], ModelConfig]:
+def check(options: Namespace) -> tuple[list[Side], list[str], ModelConfig]:
     """The sides, which were left out and why, and the model. Raises ValueError if they can't be measured."""
     open_world(options.device)
     rows, micro_batches = ROWS_AND_MICRO_BATCHES[options.device]
@@ -136,13 +136,13 @@ def check(options: argparse.Namespace) -> tuple[list[Side], list[str], ModelConf
     return sides, left_out, model
 
 
-def checkouts_of(options: argparse.Namespace) -> dict[str | None, Path]:
+def checkouts_of(options: Namespace) -> dict[str | None, Path]:
     """Where the peers lie that were named, by the peer."""
     named = {"build-nanogpt": options.peer, "nanogpt": options.nanogpt, LLM_C: options.llmc}
     return {peer: path for peer, path in named.items() if path is not None}
 
 
-def find_missing(options: argparse.Namespace) -> dict[str, str]:
+def find_missing(options: Namespace) -> dict[str, str]:
     """By a peer that can't be measured, why. Raises ValueError for a path that is no checkout of it."""
     named, missing = checkouts_of(options), {}
     for peer, option in (("build-nanogpt", "--peer"), ("nanogpt", "--nanogpt"), (LLM_C, "--llmc")):
@@ -162,8 +162,8 @@ def find_missing(options: argparse.Namespace) -> dict[str, str]:
     return missing
 
 
-def check_memory(sides: Sequence[Side], model: ModelConfig, options: argparse.Namespace) -> None:
-    """Raise ValueError if so many models, one of them stepping, would not fit in memory: an estimate."""
+def check_memory(sides: Sequence[Side], model: ModelConfig, options: Namespace) -> None:
+    """Raise ValueError if the models of all sides, one of them stepping, do not fit in memory (estimate)."""
     assert model.vocab_size is not None
     width = 2 if all(side.precision == "bf16" or side.peer in {None, LLM_C} for side in sides) else 4
     # Three float32 copies of the logits; about 17 C numbers a token and layer.
@@ -182,7 +182,7 @@ def check_memory(sides: Sequence[Side], model: ModelConfig, options: argparse.Na
         )
 
 
-def fit_ids(ids: NDArray[Any], options: argparse.Namespace, model: ModelConfig) -> NDArray[Any]:
+def fit_ids(ids: NDArray[Any], options: Namespace, model: ModelConfig) -> NDArray[Any]:
     """As many ids as all steps read; a short text begins again. Raises ValueError for ids not GPT-2's."""
     if ids.size == 0:
         raise ValueError("the text is empty; name another with --text or --data")
@@ -194,7 +194,7 @@ def fit_ids(ids: NDArray[Any], options: argparse.Namespace, model: ModelConfig) 
     return ids
 
 
-def tokens_per_step(options: argparse.Namespace) -> int:
+def tokens_per_step(options: Namespace) -> int:
     """Of one step, all its micro-batches together."""
     return int(options.rows * options.micro_batches * options.context)
 
@@ -207,9 +207,7 @@ def find_ours(sides: Sequence[Side]) -> str:
     return next((side for side in reversed(sides) if side.peer is None), sides[0]).name
 
 
-def table_rows(
-    measured: Measured, ours: str, model: ModelConfig, options: argparse.Namespace
-) -> list[list[str]]:
+def table_rows(measured: Measured, ours: str, model: ModelConfig, options: Namespace) -> list[list[str]]:
     """A row for each side."""
     timed = {name: turns[options.warm_ups :] for name, turns in measured.turns.items()}
     times = {name: [turn["milliseconds"] for turn in turns] for name, turns in timed.items()}
@@ -241,9 +239,7 @@ def first_loss(measured: Measured, name: str) -> float:
     return float(measured.turns[name][0]["losses"][0])
 
 
-def describe_figures(
-    measured: Measured, ours: str, model: ModelConfig, options: argparse.Namespace
-) -> list[str]:
+def describe_figures(measured: Measured, ours: str, model: ModelConfig, options: Namespace) -> list[str]:
     """What must be known to read the table; and whether the sides did the same work, and rested."""
     losses = [first_loss(measured, name) for name in measured.turns]
     apart = max(losses) - min(losses)
@@ -268,7 +264,7 @@ def busiest_wait(measured: Measured) -> float:
     return float(max(turn["waited_cpu_seconds"] / max(turn["waited_seconds"], 1e-9) for turn in every))
 
 
-def describe_settings(options: argparse.Namespace, measured: Measured) -> dict[str, object]:
+def describe_settings(options: Namespace, measured: Measured) -> dict[str, object]:
     """What was asked for, and which versions of the peers it was."""
     names = ("rows", "micro_batches", "context", "layers", "steps", "warm_ups")
     settings: dict[str, object] = {name.replace("_", "-"): getattr(options, name) for name in names}
@@ -285,21 +281,17 @@ def describe_settings(options: argparse.Namespace, measured: Measured) -> dict[s
     return settings
 
 
-def read_options(words: Sequence[str]) -> argparse.Namespace:
+def read_options(words: Sequence[str]) -> Namespace:
     """The command line."""
     parser = measure.command_line(__doc__, "peer nanogpt device layers text data bpe")
     parser.add_argument("--llmc", type=Path, help="a checkout of llm.c; on a GPU, or its built train_gpt2cu")
     parser.add_argument("--rows", type=int, help="rows of a micro-batch; 2, or 64 on a GPU, if left out")
-    parser.add_argument(
-        "--micro-batches", type=int, help="micro-batches of a step; 1, or 8 on a GPU, if left out"
-    )
+    parser.add_argument("--micro-batches", type=int, help="of a step; 1, or 8 on a GPU, if left out")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each side")
     parser.add_argument("--warm-ups", type=int, default=3, help="steps of each side before these")
     parser.add_argument("--sides", nargs="+", choices=SIDES, help="which, and in which order")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="if left out, where there is a C++ compiler"
-    )
+    parser.add_argument("--compile", action=BooleanOptionalAction, help="where a compiler is, if left out")
     return parser.parse_args(words)
 
 

@@ -119,8 +119,8 @@ class Recipe:
     def problems(self) -> list[str]:
         """Invalid values, one sentence each; [] if there are none."""
         found = self.data.problems() + self.model.problems() + self.optimizer.problems()
-        found += self.schedule.problems()
-        found += self.batch.problems() + self.guard.problems() + find_problems(self.trackers)
+        found += self.optimizer.misfits(self.model, self.compute) + find_problems(self.trackers)
+        found += self.schedule.problems() + self.batch.problems() + self.guard.problems()
         if self.guard.spike_sigma is not None and self.compute.precision == "fp16":
             found.append("spike_sigma can't be used with precision=fp16, where the scaler decides: use bf16")
         if self.compute.deterministic_reduce and self.batch.micro_batch_size is None:

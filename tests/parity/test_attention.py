@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,8 +32,6 @@ from twins import (
     T,
     Weights,
     call,
-    check_case,
-    check_mistakes,
     difference,
     draw,
     draw_for,
@@ -42,6 +39,7 @@ from twins import (
     rms,
     rotate_neighbours,
     turn,
+    twin_tests,
     wrong,
 )
 
@@ -214,14 +212,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_are_those_of_the_twin(name):
-    check_case(CASES[name]())
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_comparison_finds_planted_mistakes(name):
-    check_mistakes(CASES[name]())
+test_outputs_and_gradients_are_those_of_the_twin, test_comparison_finds_planted_mistakes = twin_tests(CASES)
 
 
 @torch.no_grad()

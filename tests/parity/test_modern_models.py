@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,12 +27,11 @@ from twins import (
     V,
     Weights,
     call,
-    check_case,
-    check_mistakes,
     draw_for,
     llama_config,
     rms,
     turn,
+    twin_tests,
 )
 
 
@@ -171,11 +169,4 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_logits_and_gradients_are_those_of_the_twin(name):
-    check_case(CASES[name]())
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_comparison_finds_planted_mistakes(name):
-    check_mistakes(CASES[name]())
+test_outputs_and_gradients_are_those_of_the_twin, test_comparison_finds_planted_mistakes = twin_tests(CASES)

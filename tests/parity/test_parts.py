@@ -28,13 +28,12 @@ from twins import (
     T,
     Weights,
     call,
-    check_case,
-    check_mistakes,
     draw,
     draw_for,
     llama_config,
     rotate_neighbours,
     turn,
+    twin_tests,
     wrong,
 )
 
@@ -193,14 +192,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_are_those_of_the_twin(name):
-    check_case(CASES[name]())
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_comparison_finds_planted_mistakes(name):
-    check_mistakes(CASES[name]())
+test_outputs_and_gradients_are_those_of_the_twin, test_comparison_finds_planted_mistakes = twin_tests(CASES)
 
 
 @pytest.mark.parametrize(

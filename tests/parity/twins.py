@@ -7,10 +7,11 @@ planted mistakes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -132,3 +133,19 @@ def check_mistakes(case: Case) -> None:
         common = truth.keys() & found.keys()
         off = difference({name: found[name] for name in common}, {name: truth[name] for name in common})
         assert off > MISTAKE, mistake
+
+
+def twin_tests(
+    cases: Mapping[str, Callable[[], Case]],
+) -> tuple[Callable[[str], None], Callable[[str], None]]:
+    """The two tests of a file: its twins agree, and the comparison finds the planted mistakes."""
+
+    @pytest.mark.parametrize("name", cases)
+    def agrees(name: str) -> None:
+        check_case(cases[name]())
+
+    @pytest.mark.parametrize("name", cases)
+    def finds_mistakes(name: str) -> None:
+        check_mistakes(cases[name]())
+
+    return agrees, finds_mistakes

@@ -88,6 +88,9 @@ train tiny.toml --run-name x --tokens-per-step 100 | train tiny.toml --run-name 
 train tiny.toml --run-name x --batch-ramp-tokens 1000
 train tiny.toml --run-name x --batch-ramp-start-tokens 96 --batch-ramp-tokens 1000
 train tiny.toml --run-name x --spike-sigma 6 --precision fp16
+train tiny.toml --run-name x --n-head 3 --n-kv-head 2 --window-pattern sl --n-expert 2 --experts-per-token 3
+train tiny.toml --run-name x --optimizer muon --precision fp16 --sharding fsdp --head-learning-rate 0.1
+train tiny.toml --run-name x --positions rotary --rotary-base 1 --logit-softcap 0 --latent-rank 4 --qk-norm
 train tiny.toml --run-name x --shuffle-window 100 --packing best-fit
 train tiny.toml --run-name x --mixture shards | train tiny.toml --run-name x --mixture shards=1 shards=1
 train tiny.toml --run-name x --max-time soon | train tiny.toml --run-name a/b/c
@@ -125,6 +128,9 @@ ablate tiny.toml --add biases=false --add biases=false | ablate tiny.toml --base
 ablate tiny.toml --leave-out positions,n_layer | ablate tiny.toml --qk-norm --leave-out qk_nrm,dropout
 ablate tiny.toml --positions rotary --rotary-base 500 --leave-out positions
 ablate tiny.toml --control --tune seed=1,2 --tune beta1=0.9 --tune matrix_learning_rate=0.01,0.02
+ablate tiny.toml --add optimizer=muon+beta1=0.8+beta1=0.9 --add seed=3 --add , --control --run-name a/b
+ablate tiny.toml --control --tune beta1=0.9,0.90 --tune beta2=0.9,0.8 --tune beta2=0.7,0.6
+ablate tiny.toml --add micro_batch_size=3 | ablate tiny.toml --control --micro-batch-size 3
 ablate tiny.toml --add qk_norm=true --total-tokens 256 --warmup-steps 3
 ablate tiny.toml --baseline bad-value.toml
 ablate tiny.toml --baseline tiny.toml --add qk_norm=true

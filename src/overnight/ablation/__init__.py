@@ -25,19 +25,19 @@ class AblationConfig(Recipe):
     baseline: str | None = None
     """Compare RECIPE with this recipe, by name or .toml file."""
     leave_out: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """Settings that are set back to GPT-2's, each in an arm of its own: positions,qk_norm. With + several in
-    one arm: positions+rotary_base. RECIPE is the baseline."""
+    """Settings to reset to GPT-2's values, each in its own arm: positions,qk_norm. Joined by + they are one
+    arm: positions+rotary_base. RECIPE is the baseline."""
     add: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """SETTING=VALUE, in an arm of its own; may be repeated. With + several in one arm:
+    """SETTING=VALUE, in its own arm; may be repeated. Settings joined by + are one arm:
     optimizer=muon+matrix_learning_rate=0.03. RECIPE is the baseline."""
     control: bool = False
-    """Train the baseline a second time, as an arm of its own (A/A): the difference must not be told apart."""
+    """Train the baseline a second time, as an arm (A/A test): there is no true difference."""
     tune: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """SETTING=VALUE,VALUE,...: for each arm choose the value with the lowest loss, on a seed that is not
-    compared; may be repeated, then all combinations are trained."""
+    """SETTING=VALUE,VALUE,...: train each arm with each value, on a seed that is not compared, and choose the
+    value with the lowest loss. May be repeated for other settings: all combinations are trained."""
     seeds: str = "5"
     """Number of seeds, counted from --seed; or the seeds themselves: 1,2,3."""
     step_times: bool = True
-    """Time a few steps of the arms in turn, after training."""
+    """Measure the time of a step of each arm after training, in turn with the baseline."""
     json: bool = False
     """Print one JSON object to standard output, and the table to standard error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ SHARED = (
 SET_BY_CAMPAIGN = {"keep_checkpoints": 1, "keep_every_steps": None, "keep_best": False}
 """Of a finished run only its last checkpoint is needed."""
 NOT_COMPARED = frozenset({*SET_BY_CAMPAIGN, "run_name", "seed"})
+LONGEST_NAME = 150  # of an arm: its runs' folders have a seed and tuned settings besides, within 255 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,8 @@ def build_arms(config: AblationConfig, name: str, baseline: Recipe | None) -> li
             "there is nothing to compare with: give --baseline RECIPE, --leave-out SETTING, "
             "--add SETTING=VALUE or --control"
         )
+    if "/" in config.run_name:
+        problems.append(f"run_name={config.run_name} must be a folder name: its runs are in a folder of it")
     problems += _seed_problems(config)
     problems += _problems_of_arms(arms)
     arms = [dataclasses.replace(arm, grid=tuple(grid)) for arm, grid in _grids(config.tune, arms, problems)]
@@ -118,8 +122,8 @@ def _seed_problems(config: AblationConfig) -> Iterator[str]:
     for seed in sorted({*seeds}):
         if seeds.count(seed) > 1:
             yield f"seeds={config.seeds} names the seed {seed} twice: its runs would be the same"
-        if not 0 <= seed < 2**63 - 1:
-            yield f"the seed {seed} must be at least 0 and less than 2^63 - 1"
+    if outside := [seed for seed in seeds if not 0 <= seed < 2**63 - 1]:
+        yield f"the seed {outside[0]} must be at least 0 and less than 2^63 - 1"
 
 
 def keep_schedule(recipe: R, whole: Recipe) -> R:
@@ -154,8 +158,12 @@ def _setting(name: str) -> str:
 
 
 def _safe(text: str) -> str:
-    """`text` as a part of a folder's name."""
-    return re.sub(r"[^\w.=-]+", "-", text).strip("-.") or "arm"
+    """`text` as a part of a folder's name; a long one is cut, and ends with its digest."""
+    name = re.sub(r"[^\w.=-]+", "-", text).strip("-.") or "arm"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
 
 
 def _left_out(words: Sequence[str], recipe: Recipe, problems: list[str]) -> Iterator[Arm]:
@@ -163,7 +171,7 @@ def _left_out(words: Sequence[str], recipe: Recipe, problems: list[str]) -> Iter
     now = flatten(recipe)
     changed = [name for name, default in SWITCHES.items() if now[name] != default]
     for word in filter(None, ",".join(words).split(",")):
-        names = [*map(_setting, word.split("+"))]
+        names = [*dict.fromkeys(map(_setting, word.split("+")))]
         before = len(problems)
         for name in names:
             if name not in SWITCHES:
@@ -193,11 +201,15 @@ def _choices(name: str, changed: Sequence[str]) -> str:
 def _added(words: Sequence[str], recipe: Recipe, problems: list[str]) -> Iterator[Arm]:
     """An arm for each SETTING=VALUE; several joined by + are one arm."""
     for word in itertools.chain.from_iterable(word.split(",") for word in words):
-        pairs = [each.partition("=") for each in re.split(r"\+(?=[a-zA-Z_][\w-]*(?:=|$|\+))", word)]
+        pairs = [each.partition("=") for each in re.split(r"\+(?=[a-zA-Z_-][\w-]*(?:=|$|\+))", word)]
         try:
             settings = {
                 _setting(name): _read_value(name, equals, value, recipe) for name, equals, value in pairs
             }
+            if len(settings) < len(pairs):
+                raise ValueError("give each setting once")
+            if own := NOT_COMPARED & settings.keys():
+                raise ValueError(f"`overnight ablate` sets {', '.join(sorted(own))} for its runs")
         except ValueError as error:
             problems.append(f"--add {word}: {error}")
             continue
@@ -209,6 +221,8 @@ def _added(words: Sequence[str], recipe: Recipe, problems: list[str]) -> Iterato
 def _read_value(name: str, equals: str, value: str, recipe: Recipe) -> Any:
     """A setting's value of a text, as its option reads it. Raises ValueError."""
     setting, known = _setting(name), flat_names(Recipe)
+    if not setting:
+        raise ValueError("give SETTING=VALUE")
     if setting not in known:
         raise ValueError(f"{name} is not a setting of a recipe{nearest(setting, known)}")
     if not equals or not value.strip():
@@ -297,17 +311,22 @@ def _can_have(arm: Arm, name: str, values: Sequence[object]) -> bool:
 
 
 def _read_tuned(words: Sequence[str], recipe: Recipe, problems: list[str]) -> Iterator[tuple[str, list[Any]]]:
-    for word in words:
-        name, equals, text = word.partition("=")
-        setting, values = _setting(name), [each for each in text.split(",") if each.strip()]
-        if setting in SHARED or setting in NOT_COMPARED:
-            problems.append(f"--tune {setting}: it must be equal in all runs")
-        elif setting in flat_names(Recipe) and len({*values}) < 2:
-            problems.append(f"--tune {word}: give two or more values, as in {setting}=0.01,0.02")
+    names = [_setting(word.partition("=")[0]) for word in words]
+    for setting, word in zip(names, words, strict=True):
+        _, equals, text = word.partition("=")
+        values = [each for each in text.split(",") if each.strip()]
+        two_or_more = f"give two or more values, as in {setting}=0.01,0.02"
+        try:
+            if setting in SHARED or setting in NOT_COMPARED:
+                raise ValueError("it must be equal in all runs")
+            if names.count(setting) > 1:
+                raise ValueError("give all values of a setting in one --tune")
+            if len(values) < 2 and setting in flat_names(Recipe):
+                raise ValueError(two_or_more)
+            tried = [*dict.fromkeys(_read_value(setting, equals, each, recipe) for each in values or [""])]
+            if len(tried) < 2:
+                raise ValueError(two_or_more)
+        except ValueError as error:
+            problems.append(f"--tune {word}: {error}")
         else:
-            try:
-                read = [_read_value(setting, equals, each, recipe) for each in values or [""]]
-            except ValueError as error:
-                problems.append(f"--tune {word}: {error}")
-                continue
-            yield setting, read
+            yield setting, tried

@@ -100,11 +100,11 @@ def announce_campaign(campaign: Campaign, arms: Sequence[Arm], seeds: int, tuned
 def plan_runs(
     campaign: Campaign, arms: Sequence[Arm], seeds: Sequence[int]
 ) -> tuple[list[ArmRun], list[ArmRun]]:
-    """The runs that tune, and the compared runs of arms that are not tuned.
+    """The runs that tune, and the compared runs, those of tuned arms with some settings of the grid.
 
     Raises one ValueError with what each arm can't do here, before any training.
     """
-    problems: list[str] = []
+    by_reason: dict[str, list[str]] = {}
     tuning: list[ArmRun] = []
     compared: list[ArmRun] = []
     for arm in arms:
@@ -112,11 +112,24 @@ def plan_runs(
             for settings in arm.grid:
                 label = "".join(f"-{name}-{value}" for name, value in settings.items())
                 tuning.append(campaign.plan_run(arm, tuning_seed(seeds), settings, label))
-            compared += [campaign.plan_run(arm, seed, {}) for seed in seeds if not arm.grid]
+            compared += [plan_compared(campaign, arm, seed) for seed in seeds]
         except ValueError as error:
-            problems.append(str(error))
+            by_reason.setdefault(str(error), []).append(arm.name)
+    problems = [
+        reason if len(names) == len(arms) or reason.startswith("recipe ") else f"{', '.join(names)}: {reason}"
+        for reason, names in by_reason.items()
+    ]
     raise_problems(problems, campaign.name)
     return tuning, compared
+
+
+def plan_compared(campaign: Campaign, arm: Arm, seed: int) -> ArmRun:
+    """A compared run. If the arm is tuned, the run on the disk as far as it has settings of the grid."""
+    run = campaign.plan_run(arm, seed, arm.grid[0] if arm.grid else {})
+    if not run.directory.exists():
+        return run
+    others = (campaign.plan_run(arm, seed, settings) for settings in arm.grid[1:])
+    return next((each for each in (run, *others) if not campaign.problem_of(each)), run)
 
 
 def run_campaign(

@@ -84,11 +84,12 @@ def verdict_text(difference: PairedDifference) -> str:
 
 
 def sentences(record: AblationRecord) -> Iterator[str]:
-    """What a reader must know besides the figures."""
+    """The sentences below the tables."""
     count, baseline = len(record.compared), record.arms[0].name
     made = "One comparison was" if count == 1 else f"{count} comparisons, each with its own interval, were"
-    expected = "" if count == 1 else f": expect {count / 20:g} such calls here"
-    yield f"{made} made. Of twenty without any difference, one is called better or worse by chance{expected}."
+    expected = "" if count == 1 else f": on average {count / 20:g} of these"
+    chance = "Without a true difference, one in twenty is called better or worse by chance"
+    yield f"{made} made. {chance}{expected}."
     for arm in record.compared:
         yield from equal_loss_sentences(arm, baseline, record.total_tokens)
         pairs = len(arm.nats_difference.values) if arm.nats_difference else 0

@@ -29,8 +29,8 @@ class PairedDifference:
     verdict: Verdict | None = None
     """better or worse if the interval does not contain 0."""
     seeds_to_tell: int | None = None
-    """Seeds with which a true difference as large as `mean` is told apart in 80% of campaigns: (2.8
-    deviation / mean)^2, at least 2. None also where the mean is 0."""
+    """Seeds with which a true difference of `mean` is detected in 80% of campaigns: (2.8 deviation / mean)^2,
+    at least 2. None also if the mean is 0."""
     values: tuple[float, ...]
 
 
@@ -54,7 +54,7 @@ def compare_pairs(values: Sequence[float]) -> PairedDifference:
 
 
 def seeds_to_tell(deviation: float, effect: float) -> int | None:
-    """Seeds that tell this effect from 0 in 80% of campaigns, at least 2; None for no effect."""
+    """Seeds with which this effect is detected in 80% of campaigns, at least 2; None for no effect."""
     if effect == 0:
         return None
     return max(2, math.ceil((TOLD_WITH_80_PERCENT * deviation / effect) ** 2))
@@ -62,7 +62,7 @@ def seeds_to_tell(deviation: float, effect: float) -> int | None:
 
 @functools.cache
 def student_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """The t that |T| stays below with this probability, for `degrees` degrees of freedom, by bisection."""
+    """The t with P(|T| <= t) = `confidence`, for `degrees` degrees of freedom, by bisection."""
     low, high = 0.0, 1.0
     while student_probability(high, degrees) < confidence:
         high *= 2

@@ -89,9 +89,9 @@ def share_heads(x_BKSD: Tensor, heads: int) -> Tensor:
 
 
 class ValueEmbedding(nn.Module):
-    """Adds an embedding of the token to the values, as much as a gate for each head decides.
+    """Adds an embedding of the token to the values, multiplied by a gate for each head.
 
-    As in nanochat: the gate reads the first channels of the normalized stream, and begins at 1.
+    As in nanochat: the gate depends on the first channels of the normalized stream. It is initialized to 1.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -111,7 +111,7 @@ class ValueEmbedding(nn.Module):
 
 
 class NoValueEmbedding(nn.Module):
-    """Leaves the values as they are."""
+    """Returns the values unchanged."""
 
     def forward(self, v_BKTD: Tensor, _x_BTC: Tensor, _ids_BT: Tensor) -> Tensor:
         """(B, K, T, D) -> the same."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from overnight.model.fused import squared_relu
 from overnight.model.model_config import ModelConfig
 
-BALANCE_GRADIENT = 1e-20  # its sign alone counts, and clipping must not notice it
+BALANCE_GRADIENT = 1e-20  # only its sign is used; too small to change the norm for clipping
 
 
 def activate(wide: Tensor, activation: str) -> Tensor:
@@ -47,9 +47,9 @@ class FeedForward(nn.Module):
 class MixtureOfExperts(nn.Module):
     """A router chooses a few experts for each token; shared experts serve every token.
 
-    The weights of the chosen ones are a softmax over their scores. A bias that evens out the load
-    is added for the choice, without a term in the loss (Wang et al. 2024, arXiv 2408.15664). Its gradient is
-    the load, so that it is summed over micro-batches and processes, saved and skipped like any other.
+    The weights of the chosen experts are a softmax over their scores. A bias is added to choose them, which
+    balances the load without a term in the loss (Wang et al. 2024, arXiv 2408.15664). Its gradient is the
+    load, so that it is summed over micro-batches and processes, saved and skipped like any other gradient.
     """
 
     def __init__(self, config: ModelConfig) -> None:

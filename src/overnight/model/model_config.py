@@ -1,9 +1,10 @@
-"""The shape of a GPT and the switches that lead away from GPT-2; parameters, FLOPs. Needs no torch."""
+"""The configuration of a GPT: sizes, and switches for parts of later models; parameters, FLOPs. No torch."""
 
 from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,7 +19,7 @@ EXPERTS_PER_TOKEN, BALANCE_RATE = 2, 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a GPT; the names are GPT-2's own. With every switch at its default it is GPT-2."""
+    """The sizes and parts of a GPT. The names of the sizes are GPT-2's, and the defaults are GPT-2 small."""
 
     n_layer: int = 12
     """Transformer blocks."""
@@ -58,31 +59,31 @@ class ModelConfig:
     embedding_norm: bool = False
     """Normalize the embedding before the first block."""
     zero_projections: bool = False
-    """The matrices that write into the residual stream begin at 0."""
+    """Initialize the matrices that write into the residual stream with zeros."""
     logit_softcap: float | None = None
     """Bound logits to this absolute value, by a tanh; unbounded if left out."""
     embedding_shortcut: bool = False
     """Each block reads a learned mix of the residual stream and the embedding."""
     value_embeddings: Literal["none", "alternate", "all"] = "none"
-    """Add an embedding of the token to the values of attention, in no, every second or every block."""
+    """Add an embedding of the token to the values of attention: in no block, every second block or all."""
     n_kv_head: int | None = None
     """Heads of keys and values, which groups of query heads share (GQA); n_head if left out."""
     window_pattern: str = "L"
-    """Attention of the blocks in turn: L the whole context, S a short window; the last block always L."""
+    """Attention of the blocks, repeated: L the whole context, S a short window. The last block has L."""
     short_window: int | None = None
     """Positions of a short window; a quarter of context_length if left out."""
     latent_rank: int | None = None
-    """Latent attention (MLA): keys and values of all heads come from this many channels; off if left out."""
+    """Channels of the vector from which latent attention (MLA) computes keys and values; off if left out."""
     latent_rotary_channels: int | None = None
     """Channels of each head that are rotated in latent attention; half of the head if left out."""
     n_expert: int = 0
-    """Experts of the feed-forward part, a few of which a token uses (MoE); 0: none."""
+    """Experts of the feed-forward part (MoE), of which each token uses a few; 0: none."""
     experts_per_token: int | None = None
     """Experts that the router chooses for a token; 2 if left out."""
     shared_experts: int | None = None
-    """Experts that every token uses, besides; none if left out."""
+    """Further experts, which every token uses; none if left out."""
     balance_rate: float | None = None
-    """Step of the bias that evens out the experts' load; 0.001 if left out, 0: no bias."""
+    """Step size of the bias that balances the load of the experts; 0.001 if left out, 0: no bias."""
 
     @property
     def vocabulary(self) -> int:
@@ -127,7 +128,7 @@ class ModelConfig:
 
     @property
     def load_balance_rate(self) -> float:
-        """Step of the balancing bias; 0: there is none."""
+        """Step size of the balancing bias; 0: no bias."""
         return BALANCE_RATE if self.balance_rate is None else self.balance_rate
 
     @property
@@ -141,62 +142,62 @@ class ModelConfig:
         return 4 * self.n_embd if used == 1 else round_up(-(-4 * self.n_embd // used), WIDTH_MULTIPLE)
 
     def window(self, layer: int) -> int | None:
-        """Positions that attention of a block reaches back; None: the whole context."""
+        """The positions that each query of a block sees, its own included; None: the whole context."""
         is_short = self.window_pattern[layer % len(self.window_pattern)] == "S"
         if not is_short or layer == self.n_layer - 1:
             return None
         return min(self.short_window or max(1, self.context_length // 4), self.context_length)
 
     def has_value_embedding(self, layer: int) -> bool:
-        """True if the block adds an embedding to its values; the last one does, wherever any does."""
+        """True if the block adds an embedding to its values. With alternate, the last block does."""
         if self.value_embeddings == "alternate":
             return (self.n_layer - 1 - layer) % 2 == 0
         return self.value_embeddings == "all"
 
     def problems(self) -> list[str]:
         """Invalid values, one sentence each; [] if there are none."""
-        optional = [
-            *("trained_context_length", "feed_forward_width", "n_kv_head", "short_window", "latent_rank"),
-            *("latent_rotary_channels", "experts_per_token"),
-        ]
-        found = [
-            f"{name}={value} must be at least 1"
-            for name in ("n_layer", "n_head", "n_embd", "context_length", "vocab_size", *optional)
-            if (value := getattr(self, name)) is not None and value < 1
-        ]
-        if not 0.0 <= self.dropout < 1.0:
-            found.append(f"dropout={self.dropout} must be at least 0 and less than 1")
-        found += self._invalid_switches()
-        return found or self._misfits()
+        invalid = self._invalid_values()
+        # The other values are compared with defaults; a sentence that names an invalid value is left out.
+        valid = replace(self, **{name: getattr(ModelConfig, name) for name in invalid})
+        found = [each for each in valid._misfits() if invalid.keys().isdisjoint(re.findall(r"\w+", each))]
+        return [*invalid.values(), *found] or self._problem_of_size()
 
-    def _invalid_switches(self) -> list[str]:
-        found = []
-        for name in ("rotary_base", "logit_softcap"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                found.append(f"{name}={value} must be greater than 0, and finite")
+    def _invalid_values(self) -> dict[str, str]:
+        """What is wrong with a single value, by its name."""
+        counts = (
+            "n_layer n_head n_embd context_length vocab_size trained_context_length feed_forward_width "
+            "n_kv_head short_window latent_rank latent_rotary_channels experts_per_token"
+        )
+        given = {name: value for name in counts.split() if (value := getattr(self, name)) is not None}
+        found = {name: f"{name}={value} must be at least 1" for name, value in given.items() if value < 1}
+        if not 0.0 <= self.dropout < 1.0:
+            found["dropout"] = f"dropout={self.dropout} must be at least 0 and less than 1"
+        for name, least, most in (("rotary_base", 1, 1e30), ("logit_softcap", 1e-3, 1e6)):  # of float32
+            if (value := getattr(self, name)) is not None and not least < value <= most:
+                found[name] = f"{name}={value} must be greater than {least:g} and at most {most:g}"
         if self.n_expert < 0 or self.n_expert == 1:
-            found.append(f"n_expert={self.n_expert} must be at least 2, or 0 for none")
+            found["n_expert"] = f"n_expert={self.n_expert} must be at least 2, or 0 for none"
         if (self.shared_experts or 0) < 0:
-            found.append(f"shared_experts={self.shared_experts} must be at least 0")
+            found["shared_experts"] = f"shared_experts={self.shared_experts} must be at least 0"
         if not 0 <= self.load_balance_rate < float("inf"):
-            found.append(f"balance_rate={self.balance_rate} must be at least 0, and finite")
+            found["balance_rate"] = f"balance_rate={self.balance_rate} must be at least 0, and finite"
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            found.append(f"window_pattern={self.window_pattern!r} must be made of the letters S and L")
+            found["window_pattern"] = f"window_pattern={self.window_pattern!r} must be made of S and L"
         return found
 
-    def _misfits(self) -> list[str]:
-        """Contradictions between values that are valid by themselves."""
-        if self.n_embd % self.n_head:
-            return [f"n_embd={self.n_embd} does not divide among n_head={self.n_head} heads"]
-        if found := self._misfits_of_positions() + self._misfits_of_attention() + self._misfits_of_experts():
-            return found
+    def _problem_of_size(self) -> list[str]:
         few = (weight_sizes(replace(self, n_layer=layers), self.vocab_size or 1) for layers in (1, 2))
         one, two = (sum(map(math.prod, shapes.values())) for shapes in few)
         count = one + (self.n_layer - 1) * (two - one)  # a list of 10^12 layers would fill the memory
-        if count > MOST_PARAMETERS:
-            return [f"these sizes make {count:,} parameters, and the most is {MOST_PARAMETERS:,}"]
-        return []
+        found = f"these sizes make {count:,} parameters, and the most is {MOST_PARAMETERS:,}"
+        return [found] if count > MOST_PARAMETERS else []
+
+    def _misfits(self) -> list[str]:
+        """Contradictions between values that are valid by themselves."""
+        found = self._misfits_of_positions() + self._misfits_of_attention() + self._misfits_of_experts()
+        if self.n_embd % self.n_head:
+            found.insert(0, f"n_embd={self.n_embd} does not divide among n_head={self.n_head} heads")
+        return found
 
     def _misfits_of_positions(self) -> list[str]:
         found = []
@@ -210,10 +211,9 @@ class ModelConfig:
                 )
                 if is_set
             ]
-        elif self.rotary_channels % 2:
-            found.append(
-                f"positions=rotary rotates pairs of channels, and a head has {self.rotary_channels} of them"
-            )
+        elif self.rotary_channels % 2 and self.n_embd % self.n_head == 0:
+            name = "n_embd / n_head" if self.latent_rank is None else "latent_rotary_channels"
+            found.append(f"positions=rotary rotates pairs: {name} must be even, not {self.rotary_channels}")
         if self.rotary_scaling == "yarn" and self.trained_context_length is None:
             found.append("rotary_scaling=yarn needs trained_context_length, the context of its training")
         if self.rotary_scaling == "none" and self.trained_context_length is not None:
@@ -227,7 +227,7 @@ class ModelConfig:
     def _misfits_of_attention(self) -> list[str]:
         found = []
         if self.n_kv_head is not None and self.n_head % self.n_kv_head:
-            found.append(f"n_head={self.n_head} does not divide among n_kv_head={self.n_kv_head}")
+            found.append(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if self.short_window is not None and "S" not in self.window_pattern:
             found.append(f"short_window={self.short_window} needs a window_pattern with S")
         if self.latent_rank is None:
@@ -235,16 +235,17 @@ class ModelConfig:
                 found.append(f"latent_rotary_channels={self.latent_rotary_channels} needs latent_rank")
             return found
         found += [
-            f"{name} has no meaning with latent_rank={self.latent_rank}, which makes all keys from one vector"
+            f"{name} can't be used with latent_rank={self.latent_rank}: leave one of them out"
             for name, is_set in (
-                ("qk_norm", self.qk_norm),
+                (f"qk_norm={self.qk_norm}", self.qk_norm),
                 (f"n_kv_head={self.n_kv_head}", self.n_kv_head is not None),
                 (f"value_embeddings={self.value_embeddings}", self.value_embeddings != "none"),
             )
             if is_set
         ]
-        if self.rotary_channels >= self.head_channels:
-            found.append(f"latent_rotary_channels={self.rotary_channels} must be less than n_embd / n_head")
+        rotated = self.rotary_channels
+        if self.positions == "rotary" and not 0 < rotated < self.head_channels:
+            found.append(f"latent_rotary_channels={rotated} must be at least 1 and less than n_embd / n_head")
         return found
 
     def _misfits_of_experts(self) -> list[str]:

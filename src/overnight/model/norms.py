@@ -10,7 +10,7 @@ from overnight.model.model_config import ModelConfig
 
 
 def unchanged(x: Tensor, *_others: object) -> Tensor:
-    """The part that is switched off."""
+    """Returns `x`: stands for a part that is switched off."""
     return x
 
 

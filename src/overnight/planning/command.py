@@ -92,7 +92,7 @@ def estimate_plan(config: PlanConfig, name: str, text: TokenCounts | None = None
         local_size=target.processes,
         is_distributed=True,
     )
-    reasons = unsupported_reasons(resolved.compute, config.optimizer.optimizer, together)
+    reasons = unsupported_reasons(resolved.compute, together)
     raise_problems(reasons, f"recipe {config.run_name}")
     layout = build_parallel_layout(target.device, config.network, resources, sharding)
     rows = resolved.plan.micro_batch_size

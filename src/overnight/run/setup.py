@@ -107,7 +107,7 @@ def resolve_on(
     """`resolve` for the processes of `world`. Raises ValueError for what they can't do or hold."""
     compute = resolve_compute(recipe.compute, world.device)
     resolved = resolve(recipe, model, dataset.describe(), compute, resources_of(world))
-    reasons = unsupported_reasons(resolved.compute, recipe.optimizer.optimizer, world)
+    reasons = unsupported_reasons(resolved.compute, world)
     raise_problems(reasons, f"recipe {recipe.run_name}")
     require_memory(resolved, world)
     return resolved

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from overnight.model import ActivationCheckpointing, LossMethod
+from overnight.model.model_config import ModelConfig
 
 Sharding = Literal["none", "zero1", "fsdp", "hsdp"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -90,24 +91,24 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
     """Largest norm of all gradients together, by scaling them down; None: no clipping."""
     matrix_learning_rate: float | None = None
-    """Muon's peak learning rate, of the blocks' matrices; 0.02 if left out. With muon, peak_learning_rate is
-    that of all other weights."""
+    """With muon, the peak learning rate of the blocks' matrices; 0.02 if left out. peak_learning_rate then
+    applies to the other weights."""
     embedding_learning_rate: float | None = None
-    """With muon, of the embeddings instead of peak_learning_rate."""
+    """With muon, the peak learning rate of the embeddings; peak_learning_rate if left out."""
     head_learning_rate: float | None = None
-    """With muon, of an output layer of its own instead of peak_learning_rate."""
+    """With muon, the peak learning rate of an untied output layer; peak_learning_rate if left out."""
     scalar_learning_rate: float | None = None
-    """With muon, of gains, biases and gates instead of peak_learning_rate."""
+    """With muon, the peak learning rate of gains and biases; peak_learning_rate if left out."""
     momentum: float | None = None
     """Muon's momentum; 0.95 if left out."""
     momentum_warmup_steps: int | None = None
-    """Steps over which Muon's momentum rises from 0.85; 300 if left out."""
+    """Steps over which Muon's momentum rises linearly from 0.85; 300 if left out."""
     matrix_weight_decay: float | None = None
-    """Decay of Muon's matrices, per step and unit of learning rate; none if left out."""
+    """Weight decay of Muon's matrices, per step and unit of learning rate; 0 if left out."""
     row_normalization: bool = False
-    """With muon, give all rows of an update the same size (NorMuon)."""
+    """With muon, normalize the rows of each update (NorMuon)."""
     cautious_weight_decay: bool = False
-    """With muon, decay only weights that the update makes smaller."""
+    """With muon, decay a weight only if the update also makes it smaller."""
 
     @property
     def matrix_rate(self) -> float:
@@ -146,4 +147,22 @@ class OptimizerConfig:
             ]
         if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
             found.append(f"max_grad_norm={self.max_grad_norm} must be greater than 0, or left out")
+        return found
+
+    def misfits(self, model: ModelConfig, compute: ComputeConfig) -> list[str]:
+        """Contradictions with other settings, one sentence each; [] if there are none."""
+        found = []
+        if self.head_learning_rate is not None and model.tied_head:
+            found.append(f"head_learning_rate={self.head_learning_rate} needs tied_head=False")
+        if self.optimizer != "muon":
+            return found
+        if self.cautious_weight_decay and not self.matrix_weight_decay:
+            found.append("cautious_weight_decay=True needs matrix_weight_decay")
+        if compute.sharding in {"fsdp", "hsdp"}:
+            found.append(
+                f"optimizer=muon updates whole matrices, and sharding={compute.sharding} divides their rows: "
+                "choose sharding none or zero1"
+            )
+        if compute.precision == "fp16":
+            found.append("optimizer=muon can't be used with precision=fp16, which scales gradients: use bf16")
         return found

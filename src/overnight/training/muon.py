@@ -78,7 +78,7 @@ def parameter_groups(
 
 
 def fused_rows(config: ModelConfig | None, name: str) -> tuple[int, ...] | None:
-    """The rows of each matrix that a fused one holds, one above the other; None if it is a single one."""
+    """The rows of each matrix in a fused parameter; None if the parameter is a single matrix."""
     if config is not None and name.endswith("c_attn.weight"):
         kv = config.kv_heads * config.head_channels
         return config.n_embd, kv, kv
@@ -170,7 +170,7 @@ class Muon(torch.optim.Optimizer):
             del updates_KRC, update_RC  # or they would stay until the next batch has its own
 
     def _advance(self, parameter: nn.Parameter, state: dict[str, Tensor], is_sound: Tensor) -> Tensor:
-        """Add the gradient to the momentum; the update's direction (Nesterov's) replaces the gradient."""
+        """Update the momentum. Returns Nesterov's direction, which overwrites the gradient."""
         assert parameter.grad is not None, "a parameter got no gradient"
         gradient = parameter.grad.masked_fill_(is_sound == 0, 0.0)  # 0 times what is not finite is not 0
         state["step"] += is_sound
@@ -180,7 +180,7 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp_(state["momentum"], momentum)
 
     def _apply(self, weight_RC: Tensor, update_RC: Tensor, group: dict[str, Any], is_sound: Tensor) -> None:
-        """A tall matrix takes a larger step, so that its outputs change as much as a square one's."""
+        """Decay and update one matrix. The rate grows with the root of rows / columns, if that is above 1."""
         rate = group["lr"] * max(1.0, weight_RC.shape[0] / weight_RC.shape[1]) ** 0.5
         decay = group["lr"] * group["weight_decay"] * is_sound
         if self.config.cautious_weight_decay:
@@ -211,7 +211,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _update_by_sign(group: dict[str, Any], found_inf: Tensor) -> None:
-    """A bias falls where an expert's load is above the mean, and rises where it is below."""
+    """Lower the bias of experts whose load is above the mean; raise the others."""
     for parameter in group["params"]:
         gradient = torch.where(found_inf > 0, 0.0, parameter.grad)
         parameter.sub_(gradient.sign() * group["lr"])
@@ -243,7 +243,7 @@ def orthogonalize(matrices_KRC: Tensor) -> Tensor:
 
 
 def even_rows(updates_KRC: Tensor, squares: list[Tensor], is_sound: Tensor) -> Tensor:
-    """Updates whose rows have a running size of 1, scaled back to their size as a whole."""
+    """Divide the rows of updates by the running root of their mean square; keep the norm of each update."""
     found_KR1 = updates_KRC.square().mean(dim=2, keepdim=True)
     for square_R1, now_R1 in zip(squares, found_KR1, strict=True):
         square_R1.lerp_(now_R1, (1.0 - ROW_DECAY) * is_sound)

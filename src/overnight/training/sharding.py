@@ -233,17 +233,10 @@ def gather_model(model: GPT, world: World) -> GPT | None:
     return whole.to(world.device).eval() if whole is not None else None
 
 
-def unsupported_reasons(compute: Compute, optimizer: str, world: World) -> Sequence[str]:
+def unsupported_reasons(compute: Compute, world: World) -> Sequence[str]:
     """Unsupported combinations, one sentence each; [] if there are none."""
     sharding, precision, deterministic = compute.sharding, compute.precision, compute.deterministic_reduce
     found = []
-    if optimizer == "muon" and sharding in FULLY_SHARDED:
-        found.append(
-            f"optimizer=muon updates whole matrices, and sharding={sharding} divides their rows: choose "
-            "sharding none or zero1"
-        )
-    if optimizer == "muon" and precision == "fp16":
-        found.append("optimizer=muon can't be used with precision=fp16, whose gradients are scaled: use bf16")
     if sharding != "none" and not world.is_distributed:
         found.append(f"sharding={sharding} needs processes started together: give --processes 1 or more")
     if precision == "fp16" and sharding != "none":

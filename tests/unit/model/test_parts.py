@@ -169,6 +169,12 @@ def test_generation_and_endings_use_the_model_s_own_head(switches):
         torch.testing.assert_close(model(torch.tensor([ids])), logits, rtol=1e-3, atol=1e-3)
 
 
+def test_shortcut_begins_with_a_tenth_of_the_embedding():
+    drawn = dict(init_weights(replace(SIZES, embedding_shortcut=True), 5))
+    gains = {name.rpartition(".")[2]: weight.item() for name, weight in drawn.items() if "shortcut" in name}
+    assert gains == pytest.approx({"stream_gain": 1.0, "embedding_gain": 0.1})
+
+
 def test_model_with_switches_is_not_written_as_gpt2(tmp_path):
     with pytest.raises(ValueError, match="GPT2LMHeadModel, does not have positions=rotary, qk_norm=True"):
         write_huggingface(build(positions="rotary", qk_norm=True), train_characters(["ab"]), tmp_path / "out")
@@ -178,24 +184,31 @@ def test_model_with_switches_is_not_written_as_gpt2(tmp_path):
 @pytest.mark.parametrize(
     ("switches", "words"),
     [
-        ({"positions": "rotary", "n_head": 64}, ["rotates pairs of channels"]),
+        ({"positions": "rotary", "n_head": 64}, ["rotates pairs: n_embd / n_head must be even, not 1"]),
         ({"rotary_scaling": "yarn"}, ["needs positions=rotary", "needs trained_context_length"]),
         ({"positions": "rotary", "trained_context_length": 16}, ["needs rotary_scaling=yarn"]),
         ({**SWITCHES["yarn"], "trained_context_length": 64}, ["is more than context_length=48"]),
-        ({"n_kv_head": 3}, ["does not divide among n_kv_head=3"]),
+        ({"n_kv_head": 3}, ["n_head=4 must be a multiple of n_kv_head=3"]),
         ({"short_window": 4}, ["needs a window_pattern with S"]),
-        ({"window_pattern": "SX"}, ["must be made of the letters S and L"]),
+        ({"window_pattern": "SX"}, ["must be made of S and L"]),
         ({"latent_rank": 8}, ["needs positions=rotary"]),
         ({"latent_rotary_channels": 4}, ["needs latent_rank"]),
-        ({**SWITCHES["latent"], "latent_rotary_channels": 16}, ["must be less than n_embd / n_head"]),
+        ({**SWITCHES["latent"], "latent_rotary_channels": 16}, ["must be at least 1 and less than n_embd"]),
+        ({**SWITCHES["latent"], "n_head": 64, "latent_rotary_channels": None}, ["at least 1 and less than"]),
+        ({**SWITCHES["latent"], "latent_rotary_channels": 3}, ["latent_rotary_channels must be even, not 3"]),
         (
             {**SWITCHES["latent"], "qk_norm": True, "n_kv_head": 2},
-            ["qk_norm has no", "n_kv_head=2 has"],
+            ["qk_norm=True can't be used with", "n_kv_head=2 can't"],
         ),
         ({"n_expert": 4, "experts_per_token": 5}, ["experts_per_token=5 is more than n_expert=4"]),
         ({"shared_experts": 1, "balance_rate": 0.1}, ["shared_experts=1 needs", "balance_rate=0.1 needs"]),
         ({"n_expert": 1}, ["n_expert=1 must be at least 2"]),
         ({"logit_softcap": 0.0, "rotary_base": -1.0}, ["rotary_base=-1.0", "logit_softcap=0.0"]),
+        ({**SWITCHES["yarn"], "rotary_base": 1.0}, ["rotary_base=1.0 must be greater than 1"]),
+        ({"logit_softcap": 1e300}, ["at most 1e+06"]),
+        ({"n_kv_head": 3, "window_pattern": "x"}, ["window_pattern='x'", "n_kv_head=3"]),
+        ({"n_head": 3, "n_kv_head": 2}, ["n_embd=64 does not divide", "n_head=3 must be a multiple"]),
+        ({"n_head": 0, "n_expert": 2, "experts_per_token": 3}, ["n_head=0", "is more than n_expert=2"]),
     ],
 )
 def test_switches_without_meaning_are_all_named(switches, words):

@@ -11,6 +11,7 @@ from overnight.model.feed_forward import BALANCE_GRADIENT
 from overnight.model.gpt import GPT
 from overnight.model.loss import next_token_loss
 from overnight.model.model_config import ModelConfig
+from overnight.recipe import Recipe, with_settings
 from overnight.training import OptimizerConfig
 from overnight.training.checkpoint.load import load_checkpoint
 from overnight.training.checkpoint.save import save_checkpoint
@@ -137,6 +138,48 @@ def test_rows_become_even():
     found = even_rows(update, [torch.zeros(8, 1)], torch.tensor(1.0))
     assert found.norm().item() == pytest.approx(update.norm().item(), rel=1e-4)
     assert found.norm(dim=2).std().item() < 1e-3 * found.norm(dim=2).mean().item()
+    square = torch.full((8, 1), 2.0)
+    even_rows(update, [square], torch.tensor(1.0))
+    torch.testing.assert_close(square, 0.95 * 2.0 + 0.05 * update[0].square().mean(1, keepdim=True))
+
+
+def test_matrix_follows_the_rule_written_out():
+    """Warm-up of the momentum, even rows and cautious decay, of the two matrices in a gated c_fc."""
+    config, name = replace(EVERYTHING, matrix_weight_decay=5.0), "h.0.mlp.c_fc.weight"
+    model = GPT(MODERN)
+    expected = model.weights()[name].clone().view(2, 128, 32)
+    optimizer = build_optimizer(model, config, names={name}, stacked=False)
+    momentum = square = torch.zeros(())
+    for step, beta in enumerate((0.85 + 0.1 / 3, 0.85 + 0.2 / 3, 0.95, 0.95)):
+        give_gradients(model, step)
+        gradient = dict(model.named_parameters())[name].grad.view(2, 128, 32)
+        gradient *= torch.linspace(0.1, 2, 128).roll(40 * step)[:, None]  # rows of other sizes in each step
+        gradient = gradient.clone()
+        step_if(optimizer, OFF, YES, 1e-3)
+        momentum = beta * momentum + (1 - beta) * gradient
+        update = orthogonalize(beta * momentum + (1 - beta) * gradient)
+        square = 0.95 * square + 0.05 * update.square().mean(2, keepdim=True)
+        even = update / square.sqrt()
+        update = even * (update.norm(dim=(1, 2)) / even.norm(dim=(1, 2)))[:, None, None]
+        shrinks = expected.sign() == update.sign()
+        expected = expected - 0.02 * (5.0 * expected * shrinks + 2 * update)  # 2: the root of 128 / 32
+    assert (model.weights()[name].view(2, 128, 32) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_each_kind_of_parameter_has_its_rate():
+    rates = {"scalar": 0.1, "embedding": 0.2, "head": 0.3, "matrix": 0.4}
+    config = replace(MUON, **{f"{kind}_learning_rate": rate for kind, rate in rates.items()})
+    model = GPT(replace(MODERN, value_embeddings="all"))
+    optimizer = build_optimizer(model, config)
+    weights_after(model, optimizer, 1)
+    found = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    expected = {
+        **{"wte.weight": 0.2, "h.0.attn.value_embedding.table.weight": 0.2, "lm_head.weight": 0.3},
+        **{"h.1.attn.c_attn.weight": 0.4, "h.1.mlp.c_proj.weight": 0.4, "ln_f.weight": 0.1},
+        **{"h.0.attn.c_attn.bias": 0.1, "h.0.attn.value_embedding.gate.weight": 1e-3},
+    }
+    named = dict(model.named_parameters())
+    assert {name: found[id(named[name])] for name in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("optimizer", [OptimizerConfig(), MUON], ids=["adamw", "muon"])
@@ -168,3 +211,21 @@ def test_settings_without_meaning_are_refused(changes, words):
     problems = replace(OptimizerConfig(), **changes).problems()
     assert len(problems) == len(words)
     assert all(word in problem for word, problem in zip(words, problems, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"sharding": "zero1", "precision": "bf16"}, None),
+        ({"sharding": "fsdp"}, "sharding=fsdp"),
+        ({"sharding": "hsdp"}, "sharding=hsdp"),
+        ({"precision": "fp16"}, "precision=fp16"),
+        ({"head_learning_rate": 0.1}, "head_learning_rate=0.1 needs tied_head=False"),
+        ({"head_learning_rate": 0.1, "tied_head": False}, None),
+        ({"cautious_weight_decay": True}, "needs matrix_weight_decay"),
+        ({"cautious_weight_decay": True, "matrix_weight_decay": 0.1}, None),
+    ],
+)
+def test_combination_without_meaning_is_named(settings, named):
+    recipe = with_settings(Recipe(run_name="x"), optimizer="muon", total_steps=1, **settings)
+    assert [named in problem for problem in recipe.problems()] == [True] * (named is not None)

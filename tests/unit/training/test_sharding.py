@@ -223,24 +223,7 @@ def test_zero1_updates_every_parameter_in_exactly_one_process(size):
 )
 def test_unsupported_combination_is_named(sharding, precision, world, deterministic, named):
     compute = replace(COMPUTE, sharding=sharding, precision=precision, deterministic_reduce=deterministic)
-    found = unsupported_reasons(compute, "adamw", world)
-    assert len(found) == (named is not None)
-    assert named is None or named in found[0]
-
-
-@pytest.mark.parametrize(
-    ("sharding", "precision", "named"),
-    [
-        ("none", "fp32", None),
-        ("zero1", "bf16", None),
-        ("fsdp", "bf16", "sharding=fsdp"),
-        ("hsdp", "bf16", "sharding=hsdp"),
-        ("none", "fp16", "precision=fp16"),
-    ],
-)
-def test_muon_needs_whole_matrices_and_unscaled_gradients(sharding, precision, named):
-    compute = replace(COMPUTE, sharding=sharding, precision=precision)
-    found = unsupported_reasons(compute, "muon", one_of(4))
+    found = unsupported_reasons(compute, world)
     assert len(found) == (named is not None)
     assert named is None or named in found[0]
 
