@@ -18,7 +18,7 @@ def adapt_weight(name: str, weight: Tensor, config: ModelConfig) -> Tensor:
     """A weight as GPT-2 draws it, changed where a switch says so."""
     if config.zero_projections and name.endswith("c_proj.weight"):
         return torch.zeros_like(weight)
-    if config.embedding_norm and name == "wte.weight":
+    if config.embedding_norm and not config.tied_head and name == "wte.weight":
         return weight / STANDARD_DEVIATION  # a norm follows; updates should be small beside the weights
     return weight
 

@@ -224,6 +224,13 @@ def test_first_loss_is_that_of_guessing(method):
     assert nats.item() == pytest.approx(torch.tensor(97.0).log().item(), abs=0.01)
 
 
+@pytest.mark.parametrize("switches", [*SWITCHES.values(), MODERN | {"tied_head": True}])
+def test_first_loss_of_every_part_is_near_guessing(switches):
+    model, ids = GPT(replace(SIZES, **switches)), draw_ids()
+    nats = next_token_loss(model, ids[:, :-1], ids[:, 1:], "full") / ids[:, 1:].numel()
+    assert nats.item() == pytest.approx(torch.tensor(97.0).log().item(), abs=0.1)
+
+
 def compute_loss(model: GPT, ids: torch.Tensor, **settings) -> tuple[float, dict[str, torch.Tensor]]:
     """Nats per token, and the gradient of every parameter."""
     compute = resolve_compute(ComputeConfig(**{"precision": "fp32", "compile": False, **settings}), "cpu")
