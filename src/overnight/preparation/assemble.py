@@ -30,8 +30,14 @@ from overnight.preparation.documents import (
     kept_mask,
 )
 from overnight.preparation.prepare_config import MOST_SHARDS
-from overnight.preparation.prepare_state import PrepareState, open_tokenizer, read_state, target_units
-from overnight.preparation.tokenize import read_bucket, read_records, unit_path
+from overnight.preparation.prepare_state import (
+    PrepareState,
+    must_tokenize_again,
+    open_tokenizer,
+    read_state,
+    target_units,
+)
+from overnight.preparation.tokenize import read_bucket, read_records, tokenize_units, unit_path
 
 NOT_WANTED = len(STATUSES)  # status of a document after the last one that `tokens` needs
 NO_SPLIT = len(SPLITS)  # in the place of the split's index for a document that is left out
@@ -142,6 +148,8 @@ def require_documents(state: PrepareState, layout: ShardLayout) -> None:
 def decide_shards(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
     """Slurm's step that decides the layout. Raises ValueError if a split has no document."""
     state = read_state(staging)
+    if must_tokenize_again(staging):
+        tokenize_units(staging)
     require_documents(state, decide_layout(staging, state, target_units(staging)))
 
 
