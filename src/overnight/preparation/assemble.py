@@ -245,5 +245,8 @@ class ShardAssembler:
         records = read_records(self.staging, number)
         first = self.layout.first_documents[number]
         chosen = self._splits[first : first + records.size] == SPLITS.index(split)
-        ids = np.memmap(unit_path(self.staging, number).with_suffix(".ids"), dtype=dtype, mode="r")
-        return records[chosen], np.asarray(ids)[np.repeat(chosen, records["tokens"])]
+        ids = np.asarray(np.memmap(unit_path(self.staging, number).with_suffix(".ids"), dtype, mode="r"))
+        begins = np.concatenate([[0], np.cumsum(records["tokens"], dtype=np.int64)])
+        runs = np.flatnonzero(np.diff(chosen, prepend=False, append=False))  # of documents: first, end, ...
+        spans = [ids[begin:end] for begin, end in begins[runs].reshape(-1, 2)]
+        return records[chosen], np.concatenate(spans)

@@ -85,8 +85,9 @@ def open_tokenizer(staging: Path) -> Tokenizer:
 
 
 def open_encoder(staging: Path) -> tuple[Tokenizer, str | None]:
-    """The tokenizer, accelerated if that is possible and gives the same ids; else a sentence that says why."""
-    if (staging / DOUBT).exists() or (staging / DISTRUSTED).exists():
+    """(the tokenizer, encoding by fastokens if that is right, None), or with a sentence that says why not."""
+    is_small = len(read_state(staging).units) == 1  # done sooner than fastokens has started
+    if is_small or (staging / DOUBT).exists() or (staging / DISTRUSTED).exists():
         return open_tokenizer(staging), None
     return read_once(_accelerate, staging / "tokenizer")
 
@@ -96,7 +97,7 @@ def _accelerate(folder: Path) -> tuple[Tokenizer, str | None]:
 
 
 def doubt_encoder(staging: Path, reason: str) -> Tokenizer:
-    """Record, for every worker, that fastokens gave another id; returns the tokenizer that encodes instead."""
+    """Record for all workers that fastokens gave another id; returns the tokenizer that encodes instead."""
     write_atomically(staging / DOUBT, reason)
     return open_tokenizer(staging)
 

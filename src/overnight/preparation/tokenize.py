@@ -152,7 +152,7 @@ def tokenize_unit(staging: Path, state: PrepareState, number: int, threads: int 
 def _judge_encoder(
     staging: Path, documents: Iterator[FilteredDocument]
 ) -> tuple[Iterator[FilteredDocument], Tokenizer]:
-    """(the same documents, the tokenizer for them): fastokens only if tiktoken gives the same for the first."""
+    """(the same documents, their tokenizer): by fastokens only if tiktoken gives the first the same ids."""
     tokenizer, _ = open_encoder(staging)
     if isinstance(tokenizer, FastBytePair):
         first = list(itertools.islice(documents, JUDGED_DOCUMENTS))
@@ -219,8 +219,9 @@ def _tokenize_batch(
     ids, rows = [], []
     for (text, status), found, in_text in zip(batch, shared, tokenizer.encode_batch(texts), strict=True):
         ids.append(np.concatenate([separator, in_text]) if status in KEPT else in_text)
-        lengths = ids[-1].size, len(text.encode())
-        rows.append((*document_hash(text), found, *lengths, STATUSES.index(status)))
+        content = text.encode()
+        lengths = ids[-1].size, len(content)
+        rows.append((*document_hash(content), found, *lengths, STATUSES.index(status)))
     check_ids(all_ids := np.concatenate(ids), tokenizer.vocab_size)
     return TokenizedBatch(np.array(rows, RECORD), all_ids, sign_texts(texts if signed else []))
 
