@@ -54,7 +54,7 @@ from overnight.tokenizer.tokenizer import Tokenizer
 BATCH_CHARACTERS = 200_000  # per call of the tokenizer in one thread
 TRAINING_BYTES = 1_000_000_000  # of text that a tokenizer is trained on, at most
 SAMPLED_DOCUMENTS = 64
-JUDGED_DOCUMENTS, JUDGED_CHARACTERS = 8, 8000  # of each unit: the first so many, of each the first so many
+JUDGED_DOCUMENTS, JUDGED_CHARACTERS = 8, 3000  # of each unit: the first so many, of each the first so many
 BYTES_PER_TOKEN = 4.5  # of English text in GPT-2's tokens: for the progress bar of an unfinished unit
 POLL_SECONDS = 0.3
 BATCHES_AHEAD = 32  # the same for any number of threads, so that all of them read equally far ahead

@@ -109,7 +109,8 @@ def missing_backend() -> str | None:
 def without_special_tokens(tokenizer: BytePair) -> str:
     """The tokenizer.json in which a text that spells "<|endoftext|>" is text."""
     content: dict[str, Any] = {**tokenizer.to_json(), "added_tokens": [], "post_processor": None}
-    words = {token: id for token, id in content["model"]["vocab"].items() if token != END_OF_TEXT}
+    words = dict(content["model"]["vocab"])
+    del words[END_OF_TEXT]
     return json.dumps({**content, "model": {**content["model"], "vocab": words}})
 
 
