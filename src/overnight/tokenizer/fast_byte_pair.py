@@ -83,7 +83,10 @@ def accelerate(tokenizer: Tokenizer) -> tuple[Tokenizer, str | None]:
     except BaseException as error:  # as above
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        return tokenizer, f"{PACKAGE} can't load the tokenizer ({error}): tiktoken encodes instead"
+        return (
+            tokenizer,
+            f"{PACKAGE} can't load the tokenizer ({type(error).__name__}): tiktoken encodes instead",
+        )
     problem = fast.difference(hostile_texts())
     return (tokenizer, problem) if problem else (fast, None)
 
