@@ -2,7 +2,8 @@
 
     python benchmarks/corpus.py --corpus FOLDER --bpe gpt2-bpe --peer ../build-nanogpt --nanogpt ../nanoGPT
 
-overnight's command beside build-nanogpt's fineweb.py and nanoGPT's data/openwebtext/prepare.py, which run as
+overnight's command with fastokens and without it, whose shards must be the same; beside them
+build-nanogpt's fineweb.py and nanoGPT's data/openwebtext/prepare.py, which run as
 they are, in a copy, but for three things: what they would download is read from FOLDER instead, GPT-2's
 vocabulary from `--bpe`, and nanoGPT's writes its splits in one part instead of 1,024, since it fails where
 a split has fewer documents. They need the package `datasets`; each has a cache of its own, at first empty.
@@ -25,9 +26,9 @@ from pathlib import Path
 import measure
 from checkouts import fingerprint
 
-OURS = "overnight"
+OURS, SLOWER = "overnight", "overnight, tiktoken"
 FINEWEB, OPENWEBTEXT = "fineweb.py", "data/openwebtext/prepare.py"
-HEADINGS = ("side", "median s", "min", "max", "MB/s", "M tokens/s", "overnight is", "peak GB")
+HEADINGS = ("side", "median s", "min", "max", "CPU s", "MB/s", "M tokens/s", "overnight is", "peak GB")
 PARTS = "total_batches = 1024\n"
 # Where tiktoken fetches GPT-2's files from; by the hash of that it names them in its cache.
 ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
@@ -48,15 +49,29 @@ runpy.run_path(program, run_name="__main__")
 """
 
 
-def prepare_ours(files: Sequence[Path], bpe: Path) -> tuple[measure.Finished, int]:
-    """`overnight prepare` on a folder with these files, as one types it; and how many tokens it wrote."""
+def prepare_ours(
+    files: Sequence[Path], bpe: Path, manifests: set[bytes], *, fast: bool
+) -> tuple[measure.Finished, int]:
+    """`overnight prepare` on a folder with these files, as one types it; and how many tokens it wrote.
+
+    Adds what the manifest says of the shards to `manifests`. Unless `fast`, fastokens can't be imported.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        source, out = Path(folder, "corpus"), Path(folder, "out")
+        source, out, broken = Path(folder, "corpus"), Path(folder, "out"), Path(folder, "broken")
         source.mkdir()
+        broken.mkdir()
+        (broken / "fastokens.py").write_text("raise ImportError")
+        before = (
+            {} if fast else {"PYTHONPATH": os.pathsep.join([str(broken), os.environ.get("PYTHONPATH", "")])}
+        )
         for file in files:
             (source / file.name).symlink_to(file.resolve())
         words = ["prepare", str(source), "--tokenizer", str(bpe), "--out", str(out)]
-        return measure.run_process([*measure.overnight_command(), *words]), count_ours(out)
+        done = measure.run_process(
+            [*measure.overnight_command(), *words], environment={**os.environ, **before}
+        )
+        manifests.add((out / "manifest.json").read_bytes())
+        return done, count_ours(out)
 
 
 def count_ours(folder: Path) -> int:
@@ -94,7 +109,9 @@ def report(options: argparse.Namespace) -> measure.Report:
     files = sorted(options.corpus.glob("*.parquet"))[: options.files]
     if not files:
         raise ValueError(f"{options.corpus} holds no .parquet file")
-    sides = {OURS: functools.partial(prepare_ours, files, options.bpe)}
+    manifests: set[bytes] = set()
+    ours = functools.partial(prepare_ours, files, options.bpe, manifests)
+    sides = {OURS: functools.partial(ours, fast=True), SLOWER: functools.partial(ours, fast=False)}
     notes = []
     for checkout, name in ((options.peer, FINEWEB), (options.nanogpt, OPENWEBTEXT)):
         if checkout is None:
@@ -107,13 +124,16 @@ def report(options: argparse.Namespace) -> measure.Report:
         sides[name] = functools.partial(prepare_theirs, program, files, options.bpe)
         notes.append(f"{name}: {fingerprint(program)}, as it is; it chooses its processes itself.")
     took = measure.interleave(sides, options.repeats)
+    if len(manifests) != 1:
+        raise ValueError(f"{OURS} and {SLOWER} wrote different shards")
     megabytes = sum(text_bytes(file) for file in files) / 1e6
     seconds = {name: [finished.seconds for finished, _ in runs] for name, runs in took.items()}
     tokens = {name: runs[0][1] for name, runs in took.items()}
     rows = []
     for name, runs in took.items():
         median = statistics.median(seconds[name])
-        rates = [f"{megabytes / median:.1f}", f"{tokens[name] / median / 1e6:.2f}"]
+        cpu_seconds = statistics.median(finished.cpu_seconds for finished, _ in runs)
+        rates = [f"{cpu_seconds:.1f}", f"{megabytes / median:.1f}", f"{tokens[name] / median / 1e6:.2f}"]
         ratio = measure.times_as_fast(seconds[OURS], seconds[name])
         peak = max(finished.peak_bytes for finished, _ in runs) / 1e9
         rows.append([name, *measure.spread(seconds[name], 1), *rates, ratio, f"{peak:.2f}"])
@@ -125,7 +145,12 @@ def report(options: argparse.Namespace) -> measure.Report:
         rows=rows,
         measured={
             name: [
-                {"seconds": finished.seconds, "peak_bytes": finished.peak_bytes, "tokens": count}
+                {
+                    "seconds": finished.seconds,
+                    "cpu_seconds": finished.cpu_seconds,
+                    "peak_bytes": finished.peak_bytes,
+                    "tokens": count,
+                }
                 for finished, count in runs
             ]
             for name, runs in took.items()

@@ -24,6 +24,7 @@ import measure
 from overnight.preparation.prepare import prepare_shards
 from overnight.preparation.prepare_config import PrepareConfig
 from overnight.preparation.tokenize import tokenize_documents
+from overnight.tokenizer.fast_byte_pair import accelerate
 from overnight.tokenizer.tokenizer import Tokenizer
 from text import load_bpe, python_texts
 
@@ -42,13 +43,17 @@ def encoders(texts: Sequence[str], folder: Path) -> dict[str, Callable[[], NDArr
     from tokenizers import ByteLevelBPETokenizer
 
     ours = load_bpe(folder)
+    fast, problem = accelerate(ours)
+    if problem:
+        raise ValueError(problem)
     theirs = ByteLevelBPETokenizer.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
 
     def encode_theirs() -> NDArray[Any]:
         return np.concatenate([np.array(found.ids, dtype=np.uint32) for found in theirs.encode_batch(texts)])
 
     sides: dict[str, Callable[[], NDArray[Any]]] = {
-        f"encode, overnight, threads: {threads}": partial(encode_ours, ours, texts, threads)
+        f"encode, overnight by {name}, threads: {threads}": partial(encode_ours, tokenizer, texts, threads)
+        for name, tokenizer in (("tiktoken", ours), ("fastokens", fast))
         for threads in sorted({1, os.cpu_count() or 1})
     }
     return {REFERENCE: encode_theirs, **sides}

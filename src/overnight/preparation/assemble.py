@@ -30,8 +30,14 @@ from overnight.preparation.documents import (
     kept_mask,
 )
 from overnight.preparation.prepare_config import MOST_SHARDS
-from overnight.preparation.prepare_state import PrepareState, open_tokenizer, read_state, target_units
-from overnight.preparation.tokenize import read_bucket, read_records, unit_path
+from overnight.preparation.prepare_state import (
+    PrepareState,
+    must_tokenize_again,
+    open_tokenizer,
+    read_state,
+    target_units,
+)
+from overnight.preparation.tokenize import read_bucket, read_records, tokenize_units, unit_path
 
 NOT_WANTED = len(STATUSES)  # status of a document after the last one that `tokens` needs
 NO_SPLIT = len(SPLITS)  # in the place of the split's index for a document that is left out
@@ -142,6 +148,8 @@ def require_documents(state: PrepareState, layout: ShardLayout) -> None:
 def decide_shards(staging: Path, _rank: int = 0, _ranks: int = 1) -> None:
     """Slurm's step that decides the layout. Raises ValueError if a split has no document."""
     state = read_state(staging)
+    if must_tokenize_again(staging):
+        tokenize_units(staging)
     require_documents(state, decide_layout(staging, state, target_units(staging)))
 
 
@@ -237,5 +245,8 @@ class ShardAssembler:
         records = read_records(self.staging, number)
         first = self.layout.first_documents[number]
         chosen = self._splits[first : first + records.size] == SPLITS.index(split)
-        ids = np.memmap(unit_path(self.staging, number).with_suffix(".ids"), dtype=dtype, mode="r")
-        return records[chosen], np.asarray(ids)[np.repeat(chosen, records["tokens"])]
+        ids = np.asarray(np.memmap(unit_path(self.staging, number).with_suffix(".ids"), dtype, mode="r"))
+        begins = np.concatenate([[0], np.cumsum(records["tokens"], dtype=np.int64)])
+        runs = np.flatnonzero(np.diff(chosen, prepend=False, append=False))  # of documents: first, end, ...
+        spans = [ids[begin:end] for begin, end in begins[runs].reshape(-1, 2)]
+        return records[chosen], np.concatenate(spans)

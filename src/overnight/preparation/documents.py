@@ -158,9 +158,10 @@ def filter_documents(documents: Iterable[Document], on_bad_text: str) -> Iterato
         yield FilteredDocument(text, status)
 
 
-def document_hash(text: str) -> tuple[int, int]:
-    """128 bits that identify a text: two numbers below 2^64."""
-    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+def document_hash(text: str | bytes) -> tuple[int, int]:
+    """128 bits that identify a text (or its UTF-8): two numbers below 2^64."""
+    content = text.encode() if isinstance(text, str) else text
+    digest = hashlib.blake2b(content, digest_size=16).digest()
     return int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
 
 

@@ -55,6 +55,8 @@ from overnight.preparation.prepare_state import (
     Request,
     is_begun,
     is_complete,
+    must_tokenize_again,
+    open_encoder,
     remove_traces,
     request_units,
     target_units,
@@ -241,6 +243,8 @@ def _begin(staging: Path, state: PrepareState) -> int:
         decontaminate.save_index(staging, benchmarks)
     if not (staging / "tokenizer").is_dir():
         tokenize.save_tokenizer(staging, state)
+        if slower := open_encoder(staging)[1]:
+            echo(slower)
         require_disk_space(staging, tokenize.estimate_bytes(staging, state))
     return units
 
@@ -257,6 +261,8 @@ def _tokenize_until_enough(staging: Path, state: PrepareState, enough: int) -> a
             _, threads = executors.divide_workers(config, units)
             step = partial(tokenize.tokenize_units, threads=threads)
             executors.run_step(step, staging, units, config)
+            if must_tokenize_again(staging):
+                continue
             layout = assemble.decide_layout(staging, state, units)
             if units == len(state.units) or (units >= enough and layout.tokens >= wanted):
                 assemble.require_documents(state, layout)

@@ -4,6 +4,7 @@ work.json            the request, the units of the source, and how they are toke
 wanted               how many units are to be tokenized
 tokenizer/
 benchmarks.npz       passages to search for, see decontaminate.py
+doubt, distrusted    why fastokens is not used any more, until and once the units are tokenized again
 units/               tokenized units: 00017.ids, 00017.documents, 00017.signatures, and, last, 00017.json
 splits.npy           the split of every document
 layout.json          where the tokens of each unit lie, hence how many shards there are
@@ -29,10 +30,13 @@ from overnight.data.text_files import TextFile
 from overnight.files import write_atomically
 from overnight.preparation.documents import Part
 from overnight.preparation.prepare_config import PrepareConfig
+from overnight.terminal import echo
+from overnight.tokenizer.fast_byte_pair import accelerate
 from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 
 SLURM_JOB = "slurm-job"
+DOUBT, DISTRUSTED = "doubt", "distrusted"
 Unit = tuple[Part, ...]
 Request = dict[str, str | int | float | None]
 Content = TypeVar("Content")
@@ -78,6 +82,36 @@ def read_state(staging: Path) -> PrepareState:
 def open_tokenizer(staging: Path) -> Tokenizer:
     """The tokenizer in the staging folder, read once per process."""
     return read_once(load_tokenizer, staging / "tokenizer")
+
+
+def open_encoder(staging: Path) -> tuple[Tokenizer, str | None]:
+    """(the tokenizer, encoding by fastokens if that is right, None), or with a sentence that says why not."""
+    is_small = len(read_state(staging).units) == 1  # done sooner than fastokens has started
+    if is_small or (staging / DOUBT).exists() or (staging / DISTRUSTED).exists():
+        return open_tokenizer(staging), None
+    return read_once(_accelerate, staging / "tokenizer")
+
+
+def _accelerate(folder: Path) -> tuple[Tokenizer, str | None]:
+    return accelerate(open_tokenizer(folder.parent))
+
+
+def doubt_encoder(staging: Path, reason: str) -> Tokenizer:
+    """Record for all workers that fastokens gave another id; returns the tokenizer that encodes instead."""
+    write_atomically(staging / DOUBT, reason)
+    return open_tokenizer(staging)
+
+
+def must_tokenize_again(staging: Path) -> bool:
+    """True, with a message, if fastokens gave another id since the last call: no unit counts as done then."""
+    if not (staging / DOUBT).is_file():
+        return False
+    echo((staging / DOUBT).read_text(encoding="utf-8"))
+    for path in (*staging.glob("units/*.json"), *staging.glob("*-?????*.json")):  # also records of shards
+        path.unlink()
+    request_units(staging, target_units(staging))
+    (staging / DOUBT).replace(staging / DISTRUSTED)
+    return True
 
 
 def read_once(read: Callable[[Path], Content], path: Path) -> Content:

@@ -36,15 +36,25 @@ from overnight.preparation.documents import (
     split_of,
 )
 from overnight.preparation.ngrams import Hashes
-from overnight.preparation.prepare_state import PrepareState, Unit, open_tokenizer, read_state, target_units
+from overnight.preparation.prepare_state import (
+    PrepareState,
+    Unit,
+    doubt_encoder,
+    open_encoder,
+    open_tokenizer,
+    read_state,
+    target_units,
+)
 from overnight.preparation.sources import read_parts
 from overnight.terminal import progress
+from overnight.tokenizer.fast_byte_pair import FastBytePair
 from overnight.tokenizer.open_tokenizer import build_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 200_000  # per call of the tokenizer in one thread
 TRAINING_BYTES = 1_000_000_000  # of text that a tokenizer is trained on, at most
 SAMPLED_DOCUMENTS = 64
+JUDGED_DOCUMENTS, JUDGED_CHARACTERS = 8, 3000  # of each unit: the first so many, of each the first so many
 BYTES_PER_TOKEN = 4.5  # of English text in GPT-2's tokens: for the progress bar of an unfinished unit
 POLL_SECONDS = 0.3
 BATCHES_AHEAD = 32  # the same for any number of threads, so that all of them read equally far ahead
@@ -92,7 +102,7 @@ def training_texts(state: PrepareState) -> Iterator[str]:
 
 def estimate_bytes(staging: Path, state: PrepareState) -> int:
     """Estimated disk space of the units and the shards, if all documents are like the first ones."""
-    tokenizer = open_tokenizer(staging)
+    tokenizer, _ = open_encoder(staging)
     first = itertools.islice(documents_in_order(state), SAMPLED_DOCUMENTS)
     batches = list(tokenize_documents(first, tokenizer))
     tokens = sum(batch.ids.size for batch in batches)
@@ -118,9 +128,9 @@ def tokenize_unit(staging: Path, state: PrepareState, number: int, threads: int 
     path = unit_path(staging, number)
     if path.with_suffix(".json").is_file():
         return
-    tokenizer = open_tokenizer(staging)
-    dtype = token_format(tokenizer.vocab_size).dtype
     documents, damaged_files = open_unit(state, number)
+    documents, tokenizer = _judge_encoder(staging, documents)
+    dtype = token_format(tokenizer.vocab_size).dtype
     search = open_search(staging) if state.config.benchmark_paths else None
     signed = state.config.near_duplicates == "drop"
     records, signatures = [np.zeros(0, RECORD)], [np.zeros((BUCKETS, 0), np.uint64)]
@@ -137,6 +147,19 @@ def tokenize_unit(staging: Path, state: PrepareState, number: int, threads: int 
     if signed:
         write_atomically(path.with_suffix(".signatures"), np.concatenate(signatures, axis=1).tobytes())
     write_atomically(path.with_suffix(".json"), json.dumps(damaged_files) + "\n")
+
+
+def _judge_encoder(
+    staging: Path, documents: Iterator[FilteredDocument]
+) -> tuple[Iterator[FilteredDocument], Tokenizer]:
+    """(the same documents, their tokenizer): by fastokens only if tiktoken gives the first the same ids."""
+    tokenizer, _ = open_encoder(staging)
+    if isinstance(tokenizer, FastBytePair):
+        first = list(itertools.islice(documents, JUDGED_DOCUMENTS))
+        documents = itertools.chain(first, documents)
+        if difference := tokenizer.difference([text[:JUDGED_CHARACTERS] for text, _ in first]):
+            tokenizer = doubt_encoder(staging, difference)
+    return documents, tokenizer
 
 
 def unit_path(staging: Path, number: int) -> Path:
@@ -196,8 +219,9 @@ def _tokenize_batch(
     ids, rows = [], []
     for (text, status), found, in_text in zip(batch, shared, tokenizer.encode_batch(texts), strict=True):
         ids.append(np.concatenate([separator, in_text]) if status in KEPT else in_text)
-        lengths = ids[-1].size, len(text.encode())
-        rows.append((*document_hash(text), found, *lengths, STATUSES.index(status)))
+        content = text.encode()
+        lengths = ids[-1].size, len(content)
+        rows.append((*document_hash(content), found, *lengths, STATUSES.index(status)))
     check_ids(all_ids := np.concatenate(ids), tokenizer.vocab_size)
     return TokenizedBatch(np.array(rows, RECORD), all_ids, sign_texts(texts if signed else []))
 

@@ -8,6 +8,7 @@ Merges and vocabularies are written in GPT-2's spelling, in which each byte is o
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import itertools
@@ -157,10 +158,16 @@ def read_byte_pair(content: Mapping[str, Any]) -> BytePair | None:
         or any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
     ):
         return None
-    merges = merges_in(model)
     added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    if set(added) != {END_OF_TEXT} or {**model["vocab"], **added} != vocabulary(merges):
+    if set(added) != {END_OF_TEXT}:
         return None
+    tokenizer = byte_pair(tuple(merges_in(model)))
+    return tokenizer if tokenizer and {**model["vocab"], **added} == tokenizer._vocabulary else None
+
+
+@functools.lru_cache(maxsize=2)  # a preparation asks three times, and GPT-2's merges take 0.3 s
+def byte_pair(merges: tuple[Merge, ...]) -> BytePair | None:
+    """The tokenizer with these merges; None unless `tiktoken_agrees`."""
     is_gpt2 = fingerprint(merges) == GPT2_FINGERPRINT  # the check of GPT-2's merges takes 0.25 s
     return BytePair(merges) if is_gpt2 or tiktoken_agrees(merges) else None
 
@@ -230,7 +237,9 @@ def read_gpt2(folder: Path) -> BytePair:
             state = "is damaged or not GPT-2's" if (folder / name).exists() else "is missing"
             raise ValueError(f"{folder / name} {state}; fetch it again from {ADDRESS}/{name}")
     lines = (folder / "vocab.bpe").read_text(encoding="utf-8-sig").splitlines()[1:]  # the first is a version
-    return BytePair([(first, second) for first, second in map(str.split, lines)])
+    tokenizer = byte_pair(tuple((first, second) for first, second in map(str.split, lines)))
+    assert tokenizer is not None, "the file's hash is OpenAI's"
+    return tokenizer
 
 
 def is_genuine(path: Path) -> bool:
