@@ -8,6 +8,9 @@ from typing import Literal
 
 Packing = Literal["stream", "documents", "best-fit"]
 
+BENCHMARK_KINDS = (".jsonl", ".txt", ".tokens")
+"""Endings of the benchmark files that are searched for in a training text."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureSource:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from overnight.preparation.prepare_config import BENCHMARK_KINDS
+from overnight.data import BENCHMARK_KINDS
 from overnight.recipe import Recipe
 from overnight.renamed import Renamed
 

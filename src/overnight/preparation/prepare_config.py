@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import tyro
 
 from overnight.config import field_types
+from overnight.data import BENCHMARK_KINDS
 from overnight.preparation.sources import source_name
 
 MOST_TOKENS = 2**31 - 1  # a shard's header counts in an int32
 MOST_SHARDS = 100_000
 POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 NO_SOURCE = "name a source (python-docs, shakespeare, a file, a folder), or give from_shards"
-BENCHMARK_KINDS = (".jsonl", ".txt", ".tokens")
 IMPORT_OPTIONS = frozenset({"from_shards", "out", "tokenizer", "shard_tokens"})
 
 
