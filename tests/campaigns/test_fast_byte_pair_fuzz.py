@@ -47,9 +47,9 @@ def hostile_strings(draw: random.Random) -> Iterator[str]:
 @pytest.mark.parametrize("name", ["gpt2", "bpe-4096"])
 def test_hostile_strings_have_tiktokens_ids(name: str, shared_data: Path) -> None:
     lines = (shared_data / "shakespeare/input.txt").read_text(encoding="utf-8").split("\n\n")
-    judge = load_tokenizer(shared_data / "gpt2-bpe") if name == "gpt2" else build_tokenizer(name, lines)
-    assert isinstance(judge, BytePair)
-    fast, strings = FastBytePair(judge), hostile_strings(random.Random(name))
+    reference = load_tokenizer(shared_data / "gpt2-bpe") if name == "gpt2" else build_tokenizer(name, lines)
+    assert isinstance(reference, BytePair)
+    fast, strings = FastBytePair(reference), hostile_strings(random.Random(name))
     for _ in range(STRINGS // AT_ONCE):
         texts = [next(strings) for _ in range(AT_ONCE)]
         assert fast.difference(texts) is None
@@ -59,8 +59,11 @@ def test_the_strings_find_an_encoder_that_reads_end_of_text(shared_data: Path) -
     """Negative control: with end-of-text among its added tokens, fastokens gives other ids."""
     from fastokens._native import Tokenizer
 
-    judge = load_tokenizer(shared_data / "gpt2-bpe")
-    strings, wrong = hostile_strings(random.Random(0)), Tokenizer.from_json_str(json.dumps(judge.to_json()))
+    reference = load_tokenizer(shared_data / "gpt2-bpe")
+    strings, wrong = (
+        hostile_strings(random.Random(0)),
+        Tokenizer.from_json_str(json.dumps(reference.to_json())),
+    )
     texts = [next(strings).encode(errors="replace").decode() for _ in range(AT_ONCE)]
     found = [np.frombuffer(wrong.encode_batch_flat([text])[0], np.uint32) for text in texts]
-    assert not all(map(np.array_equal, found, judge.encode_batch(texts)))
+    assert not all(map(np.array_equal, found, reference.encode_batch(texts)))

@@ -4,7 +4,7 @@ work.json            the request, the units of the source, and how they are toke
 wanted               how many units are to be tokenized
 tokenizer/
 benchmarks.npz       passages to search for, see decontaminate.py
-doubt, distrusted    why fastokens is not used any more, until and once the units are tokenized again
+mismatch, rejected   why fastokens is no longer used: before and after the units are tokenized again
 units/               tokenized units: 00017.ids, 00017.documents, 00017.signatures, and, last, 00017.json
 splits.npy           the split of every document
 layout.json          where the tokens of each unit lie, hence how many shards there are
@@ -36,7 +36,7 @@ from overnight.tokenizer.open_tokenizer import load_tokenizer
 from overnight.tokenizer.tokenizer import Tokenizer
 
 SLURM_JOB = "slurm-job"
-DOUBT, DISTRUSTED = "doubt", "distrusted"
+MISMATCH, REJECTED = "mismatch", "rejected"
 Unit = tuple[Part, ...]
 Request = dict[str, str | int | float | None]
 Content = TypeVar("Content")
@@ -87,7 +87,7 @@ def open_tokenizer(staging: Path) -> Tokenizer:
 def open_encoder(staging: Path) -> tuple[Tokenizer, str | None]:
     """(the tokenizer, encoding by fastokens if that is right, None), or with a sentence that says why not."""
     is_small = len(read_state(staging).units) == 1  # done sooner than fastokens has started
-    if is_small or (staging / DOUBT).exists() or (staging / DISTRUSTED).exists():
+    if is_small or (staging / MISMATCH).exists() or (staging / REJECTED).exists():
         return open_tokenizer(staging), None
     return read_once(_accelerate, staging / "tokenizer")
 
@@ -96,21 +96,21 @@ def _accelerate(folder: Path) -> tuple[Tokenizer, str | None]:
     return accelerate(open_tokenizer(folder.parent))
 
 
-def doubt_encoder(staging: Path, reason: str) -> Tokenizer:
+def reject_encoder(staging: Path, reason: str) -> Tokenizer:
     """Record for all workers that fastokens gave another id; returns the tokenizer that encodes instead."""
-    write_atomically(staging / DOUBT, reason)
+    write_atomically(staging / MISMATCH, reason)
     return open_tokenizer(staging)
 
 
 def must_tokenize_again(staging: Path) -> bool:
     """True, with a message, if fastokens gave another id since the last call: no unit counts as done then."""
-    if not (staging / DOUBT).is_file():
+    if not (staging / MISMATCH).is_file():
         return False
-    echo((staging / DOUBT).read_text(encoding="utf-8"))
+    echo((staging / MISMATCH).read_text(encoding="utf-8"))
     for path in (*staging.glob("units/*.json"), *staging.glob("*-?????*.json")):  # also records of shards
         path.unlink()
     request_units(staging, target_units(staging))
-    (staging / DOUBT).replace(staging / DISTRUSTED)
+    (staging / MISMATCH).replace(staging / REJECTED)
     return True
 
 

@@ -39,10 +39,10 @@ from overnight.preparation.ngrams import Hashes
 from overnight.preparation.prepare_state import (
     PrepareState,
     Unit,
-    doubt_encoder,
     open_encoder,
     open_tokenizer,
     read_state,
+    reject_encoder,
     target_units,
 )
 from overnight.preparation.sources import read_parts
@@ -54,7 +54,7 @@ from overnight.tokenizer.tokenizer import Tokenizer
 BATCH_CHARACTERS = 200_000  # per call of the tokenizer in one thread
 TRAINING_BYTES = 1_000_000_000  # of text that a tokenizer is trained on, at most
 SAMPLED_DOCUMENTS = 64
-JUDGED_DOCUMENTS, JUDGED_CHARACTERS = 8, 3000  # of each unit: the first so many, of each the first so many
+CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 8, 3000  # the first documents of a unit, the start of each
 BYTES_PER_TOKEN = 4.5  # of English text in GPT-2's tokens: for the progress bar of an unfinished unit
 POLL_SECONDS = 0.3
 BATCHES_AHEAD = 32  # the same for any number of threads, so that all of them read equally far ahead
@@ -129,7 +129,7 @@ def tokenize_unit(staging: Path, state: PrepareState, number: int, threads: int 
     if path.with_suffix(".json").is_file():
         return
     documents, damaged_files = open_unit(state, number)
-    documents, tokenizer = _judge_encoder(staging, documents)
+    documents, tokenizer = _check_encoder(staging, documents)
     dtype = token_format(tokenizer.vocab_size).dtype
     search = open_search(staging) if state.config.benchmark_paths else None
     signed = state.config.near_duplicates == "drop"
@@ -149,16 +149,16 @@ def tokenize_unit(staging: Path, state: PrepareState, number: int, threads: int 
     write_atomically(path.with_suffix(".json"), json.dumps(damaged_files) + "\n")
 
 
-def _judge_encoder(
+def _check_encoder(
     staging: Path, documents: Iterator[FilteredDocument]
 ) -> tuple[Iterator[FilteredDocument], Tokenizer]:
     """(the same documents, their tokenizer): by fastokens only if tiktoken gives the first the same ids."""
     tokenizer, _ = open_encoder(staging)
     if isinstance(tokenizer, FastBytePair):
-        first = list(itertools.islice(documents, JUDGED_DOCUMENTS))
+        first = list(itertools.islice(documents, CHECKED_DOCUMENTS))
         documents = itertools.chain(first, documents)
-        if difference := tokenizer.difference([text[:JUDGED_CHARACTERS] for text, _ in first]):
-            tokenizer = doubt_encoder(staging, difference)
+        if difference := tokenizer.difference([text[:CHECKED_CHARACTERS] for text, _ in first]):
+            tokenizer = reject_encoder(staging, difference)
     return documents, tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Byte-level BPE by fastokens, ten times as fast as tiktoken, which stays the judge of every id.
+"""Byte-level BPE by fastokens. tiktoken is the reference, and encodes where fastokens cannot.
 
 fastokens is optional. It is used for `BytePair` alone, whose words are cut by GPT-2's pattern; a
 tokenizer.json with another pattern is left to `tokenizers`. One object serves all threads: it releases the
@@ -34,17 +34,17 @@ Tokenizer.from_json_str(tokenizer).encode_batch_flat([text])
 
 
 class FastBytePair(BytePair):
-    """The same tokenizer as `judge`, with ids from fastokens. Raises ValueError if that can't load it."""
+    """The same tokenizer as `reference`, with ids from fastokens. Raises ValueError if that can't load it."""
 
-    def __init__(self, judge: BytePair) -> None:
+    def __init__(self, reference: BytePair) -> None:
         from fastokens._native import Tokenizer as Encoder
 
-        vars(self).update(vars(judge))
-        self.judge = judge
-        self._encoder = Encoder.from_json_str(without_special_tokens(judge))
+        vars(self).update(vars(reference))
+        self.reference = reference
+        self._encoder = Encoder.from_json_str(without_special_tokens(reference))
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """The ids of each text, computed in the calling thread; by the judge if fastokens fails on it."""
+        """The ids of each text, computed in the calling thread; by the reference if fastokens fails on it."""
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> NDArray[np.uint32]:
@@ -55,12 +55,12 @@ class FastBytePair(BytePair):
         except BaseException as error:  # a panic of Rust is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            return self.judge.encode_batch([text])[0]
+            return self.reference.encode_batch([text])[0]
         return np.frombuffer(ids, dtype=np.uint32)
 
     def difference(self, texts: Sequence[str]) -> str | None:
-        """A sentence if the judge gives other ids for one of the texts; None if it gives the same."""
-        pairs = zip(texts, self.encode_batch(texts), self.judge.encode_batch(texts), strict=True)
+        """A sentence if the reference gives other ids for one of the texts; None if it gives the same."""
+        pairs = zip(texts, self.encode_batch(texts), self.reference.encode_batch(texts), strict=True)
         for text, ids, expected in pairs:
             if not np.array_equal(ids, expected):
                 return (

@@ -22,14 +22,14 @@ from overnight.tokenizer.fast_byte_pair import FastBytePair
 pytest.importorskip("fastokens")
 
 TEXTS = [f"Document {number} of them, it's {'word ' * (number % 37)}" for number in range(400)]
-LATE = 300  # the first documents of the last units, which are judged, are among those from here on
+LATE = 300  # the first documents of the last units, which are checked, are among those from here on
 
 
 @pytest.fixture
 def config(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> PrepareConfig:
-    """Texts in about 30 units, of each of which one document is judged."""
+    """Texts in about 30 units, of each of which one document is checked."""
     monkeypatch.setattr(prepare_module, "UNIT_BYTES", 1000)
-    monkeypatch.setattr(tokenize, "JUDGED_DOCUMENTS", 1)
+    monkeypatch.setattr(tokenize, "CHECKED_DOCUMENTS", 1)
     config: PrepareConfig = make_config(TEXTS, files=40, tokenizer="bpe-300", shard_tokens=5000)
     return config
 
@@ -63,7 +63,7 @@ def replace_encoder(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, Any]
 
 
 def wrong_in_the_end(text: str, ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """One id more, where nobody looks at first, and later where the judge does."""
+    """One id more, where nobody looks at first, and later where the reference does."""
     number = int(text.split()[1]) if text.startswith("Document") else 0
     return np.append(ids, ids[-1:]) if number % 10 == 7 or number > LATE else ids
 
@@ -92,7 +92,7 @@ def test_disagreement_in_a_later_unit_undoes_the_earlier(
     assert contents(config.out) == expected
     verify(Path(config.out))
     assert capsys.readouterr().err.count("tiktoken encodes instead") == 1
-    # Negative control: without the judge the shards are others.
+    # Negative control: without the reference the shards are others.
     wrong = dataclasses.replace(config, out=f"{config.out}-wrong")
     monkeypatch.setattr(FastBytePair, "difference", lambda *_: None)
     prepare_shards(wrong)

@@ -65,15 +65,15 @@ def panic(text: str, result: object) -> tuple[bytes, bytes]:
 
 @pytest.mark.parametrize("which", ["gpt2", "bpe"])
 def test_hostile_texts_have_tiktokens_ids(which: str, request: pytest.FixtureRequest) -> None:
-    judge: BytePair = request.getfixturevalue(which)
-    fast, problem = accelerate(judge)
+    reference: BytePair = request.getfixturevalue(which)
+    fast, problem = accelerate(reference)
     assert isinstance(fast, FastBytePair)
     assert problem is None
     surrogates = ["half \ud83d", "\udc00", "\ud83d\ude42 a pair"]
     whole = [END_OF_TEXT, f"x{END_OF_TEXT}y", *surrogates, *LONG_RUNS, *hostile_texts()]
     assert fast.difference(whole) is None
     assert fast.end_of_text not in fast.encode(END_OF_TEXT)
-    assert (fast.fingerprint, fast.to_json()) == (judge.fingerprint, judge.to_json())
+    assert (fast.fingerprint, fast.to_json()) == (reference.fingerprint, reference.to_json())
 
 
 @given(text=st.text(max_size=200))
@@ -105,7 +105,7 @@ def test_backend_that_disagrees_is_not_used(
     assert "disagree" in problem
 
 
-def test_panic_of_the_backend_is_encoded_by_the_judge(monkeypatch: pytest.MonkeyPatch, bpe: BytePair) -> None:
+def test_text_of_a_panic_is_encoded_by_the_reference(monkeypatch: pytest.MonkeyPatch, bpe: BytePair) -> None:
     replace_backend(monkeypatch, stand_in(panic))
     assert FastBytePair(bpe).encode("some text") == bpe.encode("some text")
     replace_backend(monkeypatch, stand_in(lambda text, result: result and sys.exit(3)))
