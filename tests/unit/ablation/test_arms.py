@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from overnight.ablation import AblationConfig
-from overnight.ablation.arms import SWITCHES, Arm, build_arms, keep_schedule, read_seeds, tuning_seed
+from overnight.ablation.arms import (
+    LONGEST_NAME,
+    SWITCHES,
+    Arm,
+    build_arms,
+    keep_schedule,
+    read_seeds,
+    tuning_seed,
+)
 from overnight.model.model_config import ModelConfig
 from overnight.recipe import Recipe, flatten, with_settings
 
@@ -51,6 +59,16 @@ def test_adding_reads_values_as_options_do() -> None:
         {"logit_softcap": 15.0},
     ]
     assert arms[3].name == "optimizer=muon-matrix_learning_rate=2e-2-beta1=0.8"
+
+
+def test_long_names_fit_a_folder_and_stay_apart() -> None:
+    settings = "positions=rotary+optimizer=muon+matrix_learning_rate=0.02+embedding_learning_rate=0.3+"
+    settings += "scalar_learning_rate=0.02+beta1=0.8+weight_decay=0.05+epsilon=1e-10+max_grad_norm="
+    arms = arms_of(add=(f"{settings}2", f"{settings}3"))
+    names = [arm.name for arm in arms[1:]]
+    assert all(len(name.encode()) <= LONGEST_NAME for name in names)
+    assert len({name[: LONGEST_NAME - 9] for name in names}) == 1  # without the digest they would be one
+    assert len({*names}) == 2
 
 
 def test_baseline_is_first_and_control_repeats_it() -> None:
